@@ -1,0 +1,36 @@
+# The developer interface. The first run of any target makes the environment, later runs reuse it.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-all check format clean
+
+demo: $(READY)  ## serve the embedded model and answer one batch under different steers
+	$(BIN)/vllm-steer demo
+
+test: $(READY)  ## everything but the matrix, on both model runners
+	$(PYTEST) -m "not matrix and not gpu"
+	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "engine and not matrix and not gpu"
+
+test-all: $(READY)  ## the longer matrix
+	$(PYTEST) -m "matrix and not gpu"
+	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "engine and matrix and not gpu"
+
+check: $(READY)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(READY): setup.py requirements-cpu.txt scripts/make_environment.py $(wildcard stubs/*/pyproject.toml)
+	$(PYTHON) scripts/make_environment.py $(VENV)
+	touch $@

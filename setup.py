@@ -1,0 +1,51 @@
+"""Distribution of vllm-steer: the package, its kernels, the embedded model and the plugin entry."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "vllm_steer/__init__.py").read_text())[1]
+
+setup(
+    name="vllm-steer",
+    version=VERSION,
+    description="Steer a language model per request while vLLM serves it",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["vllm_steer", "vllm_steer.*"]),
+    package_data={"vllm_steer.embedded": ["**/*"]},
+    install_requires=[
+        "vllm>=0.25.1",
+        "torch",
+        "transformers",
+        "safetensors",
+        "triton; platform_system == 'Linux'",
+        "numpy",
+        "pydantic>=2.9",
+        "PyYAML",
+        "typer",
+        "rich",
+    ],
+    extras_require={
+        "demo": ["openai", "httpx"],
+        "test": [
+            "openai",
+            "httpx",
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "peft",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={
+        "console_scripts": ["vllm-steer = vllm_steer.cli:main"],
+        "vllm.general_plugins": ["steer = vllm_steer.plugin:register"],
+    },
+)

@@ -1,0 +1,133 @@
+"""``--steer-config``: which steers an engine holds, under which names, within which limits."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.facts import Facts, FiniteFloat, describe_errors
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+NO_STEER = "none"
+
+
+class SteerEntry(Facts):
+    """One steer of a config: a file and the facts that the file does not say."""
+
+    path: Path
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is handed to ``load_steer`` beside the path."""
+        return self.model_dump(exclude={"path"}, exclude_none=True)
+
+
+class Limits(BaseModel):
+    """What an engine admits; ``max_strength`` None leaves strengths unbounded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_steers: Annotated[int, Field(ge=1)] = 32
+    max_rank: Annotated[int, Field(ge=1)] = 1024
+    max_steers_per_request: Annotated[int, Field(ge=1)] = 4
+    max_strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class SteerConfig(BaseModel):
+    """A steer config, checked as a whole. Paths are absolute once it is loaded.
+
+    ``steers`` maps names to files, ``presets`` names to mixes of steers, ``default`` is the steer
+    string or preset for requests that do not ask, ``limits`` bounds what is admitted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steers: dict[str, SteerEntry]
+    presets: dict[str, dict[str, FiniteFloat]] = {}
+    default: str = NO_STEER
+    limits: Limits = Limits()
+
+    @classmethod
+    def load(cls, source: "str | Path | Mapping[str, Any] | SteerConfig") -> "SteerConfig":
+        """Read a config from a YAML or JSON file, from inline JSON or from a dict.
+
+        Relative steer paths are relative to the config file, or to the working folder for inline
+        JSON and dicts. Raises ``SteerError`` that names the place, the value and what is wanted.
+        """
+        if isinstance(source, SteerConfig):
+            return source
+        data, folder, origin = _read(source)
+        try:
+            config = cls.model_validate(data)
+        except ValidationError as error:
+            raise SteerError(describe_errors(error, origin)) from None
+        return config._with_paths_from(folder)
+
+    @field_validator("steers", "presets")
+    @classmethod
+    def _names_fit_the_grammar(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
+            if not NAME.fullmatch(name) or name == NO_STEER:
+                raise ValueError(
+                    f"{name!r} cannot be a name: letters, digits, '_', '.', '-' are allowed, "
+                    f"and {NO_STEER!r} means no steer"
+                )
+        return named
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "SteerConfig":
+        if not self.steers:
+            raise ValueError("steers is empty; name at least one steer, or leave the config away")
+        if len(self.steers) > self.limits.max_steers:
+            raise ValueError(
+                f"{len(self.steers)} steers are configured; limits.max_steers is "
+                f"{self.limits.max_steers}"
+            )
+        both = sorted(set(self.steers) & set(self.presets))
+        if both:
+            raise ValueError(f"{', '.join(both)} names a steer and a preset; choose two names")
+        for preset, mix in self.presets.items():
+            unknown = sorted(set(mix) - set(self.steers))
+            if unknown:
+                raise ValueError(
+                    f"preset {preset} names {', '.join(unknown)}; steers: "
+                    f"{', '.join(sorted(self.steers))}"
+                )
+        return self
+
+    def _with_paths_from(self, folder: Path) -> "SteerConfig":
+        steers = {
+            name: entry.model_copy(update={"path": (folder / entry.path.expanduser()).resolve()})
+            for name, entry in self.steers.items()
+        }
+        return self.model_copy(update={"steers": steers})
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
+    """The config's data, the folder its paths start from, and its name in messages."""
+    if isinstance(source, Mapping):
+        return dict(source), Path.cwd(), "steer config"
+    if not isinstance(source, str | Path):
+        raise SteerError(
+            f"steer config is {source!r}; wanted: a path to YAML or JSON, inline JSON, or a dict"
+        )
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        try:
+            return json.loads(source), Path.cwd(), "steer config"
+        except json.JSONDecodeError as error:
+            raise SteerError(f"inline steer config is not JSON: {error}") from None
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise SteerError(f"steer config {path}: no such file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SteerError(f"steer config {path} is neither YAML nor JSON: {error}") from None
+    if not isinstance(data, Mapping):
+        raise SteerError(f"steer config {path} holds no mapping; wanted at least the key 'steers'")
+    return data, path.parent, str(path)

@@ -1,0 +1,95 @@
+"""The project's own steer file: safetensors with string metadata, format version 1."""
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.facts import Facts, make_lm_steer, read_facts
+from vllm_steer.steer import Steer
+
+FORMAT = "vllm-steer"
+FORMAT_VERSION = "1"
+_TENSORS = frozenset({"projector1", "projector2", "add", "offset"})
+_FACTS = (
+    "kind",
+    "variant",
+    "hidden_size",
+    "epsilon",
+    "fixed_columns",
+    "default_strength",
+    "base_model",
+    "description",
+)
+_LARGEST_HEADER = 100_000_000
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file opens with a safetensors header: a length, then a JSON object."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if len(head) < 9:
+        return False
+    length: int = struct.unpack("<Q", head[:8])[0]
+    return 0 < length <= _LARGEST_HEADER and head[8:9] == b"{"
+
+
+def save_steer(steer: Steer, path: str | Path) -> None:
+    """Write a steer as one safetensors file that ``load_steer`` reads back unchanged."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": steer.kind,
+        "hidden_size": str(steer.hidden_size),
+        "base_model": steer.base_model,
+        "description": steer.description,
+        "variant": steer.variant,
+        "epsilon": repr(steer.epsilon),
+        "fixed_columns": ",".join(map(str, steer.fixed_columns)),
+    }
+    if steer.default_strength is not None:
+        metadata["default_strength"] = repr(steer.default_strength)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in steer.tensors.items()}
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def read_steer_file(path: Path, facts: Facts) -> Steer:
+    """Read a file that ``save_steer`` wrote, or one of the same layout."""
+    metadata, tensors = _open(path)
+    _check_format(metadata)
+    unknown = sorted(set(tensors) - _TENSORS)
+    if unknown:
+        raise SteerError(
+            f"unknown tensors {', '.join(unknown)}; an lm_steer file holds projector1 and "
+            "projector2, or add, or offset"
+        )
+    found = read_facts({k: metadata[k] for k in _FACTS if k in metadata}, origin="metadata")
+    return make_lm_steer(tensors, facts.over(found))
+
+
+def _open(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise SteerError(f"not a readable safetensors file ({error})") from error
+
+
+def _check_format(metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise SteerError(
+            f"metadata format is {metadata.get('format')!r}, wanted {FORMAT!r}; a file of another "
+            "tool has to be converted first"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise SteerError(
+            f"format_version is {metadata.get('format_version')!r}; this release reads "
+            f"{FORMAT_VERSION!r}"
+        )
+    missing = [key for key in ("kind", "hidden_size") if key not in metadata]
+    if missing:
+        raise SteerError(f"metadata lacks {', '.join(missing)}")

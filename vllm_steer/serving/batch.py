@@ -1,0 +1,120 @@
+"""The batch in flight: which of its requests are steered, and the rows of each tensor they own.
+
+A runner adapter calls ``begin`` when a step starts and ``announce`` once the step's rows are known;
+the head asks ``rows_of`` for the tensor it is given. A step that was begun but not announced means
+that vLLM no longer calls what the adapter wrapped: that raises, so nothing runs unsteered unseen.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_steer.bank import Shelf
+from vllm_steer.kernels.lm_steer import SteeredRows
+from vllm_steer.plan import SteerPlan
+from vllm_steer.serving.admission import doses_of
+from vllm_steer.serving.rows import BatchRows, IntArray, steered_rows
+
+
+class SteeredBatch:
+    """Steered requests and rows of one worker. Between steps of real requests it is idle."""
+
+    def __init__(self, plan: SteerPlan, device: torch.device) -> None:
+        self._plan = plan
+        self._device = device
+        self._doses: dict[str, Mapping[str, float]] = {}
+        self._idle = True
+        self._sampled: BatchRows | None = None
+        self._tokens: BatchRows | None = None
+        self._hidden_states: torch.Tensor | None = None
+        self._pairs: dict[int, SteeredRows | None] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether vLLM runs dummy batches (profiling, capture) and not requests."""
+        return self._idle
+
+    @property
+    def has_steered_requests(self) -> bool:
+        """Whether any live request of this worker is steered."""
+        return bool(self._doses)
+
+    def begin(self, new: Iterable[tuple[str, Any]], finished: Iterable[str]) -> None:
+        """Start a step: requests ``(req_id, sampling_params)`` that came, ids that ended."""
+        self._idle = False
+        for req_id in finished:
+            self._doses.pop(req_id, None)
+        for req_id, sampling_params in new:
+            self._doses.pop(req_id, None)
+            doses = doses_of(sampling_params, self._plan) if sampling_params else {}
+            if doses:
+                self._doses[req_id] = doses
+                self._forget_rows()
+        self._tokens = None
+
+    def rest(self) -> None:
+        """The next forward pass is a dummy run."""
+        self._idle = True
+
+    def announce(self, req_ids: Sequence[str], logits: IntArray, tokens: IntArray) -> None:
+        """The step's requests in row order, with their numbers of logits rows and of tokens."""
+        self._tokens = BatchRows(req_ids, tokens)
+        sampled = BatchRows(req_ids, logits)
+        if not sampled.same_as(self._sampled):
+            self._forget_rows()
+        self._sampled = sampled
+
+    @contextmanager
+    def over_tokens(self, hidden_states: torch.Tensor) -> Iterator[None]:
+        """Within it the head is given rows of ``hidden_states``, one per token: prompt logprobs."""
+        self._hidden_states = hidden_states
+        try:
+            yield
+        finally:
+            self._hidden_states = None
+
+    def rows_of(self, x: torch.Tensor, shelf: Shelf) -> SteeredRows | None:
+        """The pairs of ``x`` and a shelf's slots; None if no row of ``x`` takes one of them."""
+        if self._idle:
+            return self.rehearsal(x.shape[0], shelf)
+        if not self._doses:
+            return None
+        if self._tokens is None or self._sampled is None:
+            raise RuntimeError(
+                "vllm-steer: a step reached the LM head without its rows: this vLLM prepares its "
+                "batches in another way than vllm-steer knows; use a version it is made for"
+            )
+        if self._hidden_states is not None:
+            window = self._tokens.window(self._first_token(x, self._hidden_states), x.shape[0])
+            return steered_rows(window, self._doses, shelf.slots, self._device)
+        if id(shelf) not in self._pairs:
+            self._pairs[id(shelf)] = steered_rows(
+                self._sampled, self._doses, shelf.slots, self._device
+            )
+        assert self._sampled.num_rows == x.shape[0], (
+            f"vllm-steer: {x.shape[0]} logits rows, {self._sampled.num_rows} announced"
+        )
+        return self._pairs[id(shelf)]
+
+    def rehearsal(self, num_rows: int, shelf: Shelf, *, first_row: int = 0) -> SteeredRows | None:
+        """Rows from ``first_row`` on under the first slot: dummy runs, so that vLLM's memory
+        profile counts the operation and warm-up reaches it."""
+        name = next(iter(shelf.slots))
+        requests = BatchRows(("unsteered", "steered"), np.array([first_row, num_rows - first_row]))
+        return steered_rows(requests, {"steered": {name: 1.0}}, shelf.slots, self._device)
+
+    def _forget_rows(self) -> None:
+        self._pairs = {}
+
+    @staticmethod
+    def _first_token(x: torch.Tensor, hidden_states: torch.Tensor) -> int:
+        """The row of ``hidden_states`` that its slice ``x`` begins with."""
+        if x.untyped_storage().data_ptr() != hidden_states.untyped_storage().data_ptr():
+            raise RuntimeError(
+                "vllm-steer: prompt logprobs are computed from rows that are no slice of the "
+                "model's output; use a vLLM version that vllm-steer is made for"
+            )
+        return (x.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)

@@ -1,0 +1,73 @@
+"""``--steer-config``, folded into ``additional_config`` while vLLM parses its command line.
+
+Folding at parse time, not later, because API server processes are started from the parsed
+arguments alone, before any plugin is loaded in them.
+"""
+
+import argparse
+import functools
+from typing import Any
+
+from vllm_steer.config import SteerConfig
+from vllm_steer.errors import SteerError
+
+FLAG = "--steer-config"
+MIDDLEWARE = "vllm_steer.serving.http.SteerMiddleware"
+
+
+def add_steer_config_flag(parser: Any) -> Any:
+    """Add the flag to a vLLM parser and fold its value in whenever that parser parses."""
+    if any(FLAG in action.option_strings for action in parser._actions):
+        return parser
+    group = parser.add_argument_group("SteerConfig", "Steering, by the vllm-steer plugin.")
+    group.add_argument(
+        FLAG,
+        type=str,
+        default=None,
+        metavar="PATH_OR_JSON",
+        help="Steers, presets, default and limits: a path to YAML or JSON, or inline JSON.",
+    )
+    parse = parser.parse_known_args
+
+    @functools.wraps(parse)
+    def parse_and_fold(*args: Any, **kwargs: Any) -> Any:
+        namespace, rest = parse(*args, **kwargs)
+        try:
+            fold(namespace)
+        except SteerError as error:
+            parser.error(str(error))
+        return namespace, rest
+
+    parser.parse_known_args = parse_and_fold
+    return parser
+
+
+def fold(namespace: argparse.Namespace) -> None:
+    """Move the flag's value to ``additional_config["steer"]`` and open the presets to HTTP.
+
+    Raises ``SteerError`` for a config that cannot be read or that is given twice.
+    """
+    source = getattr(namespace, "steer_config", None)
+    given = getattr(namespace, "additional_config", None) or {}
+    if source is not None:
+        if "steer" in given:
+            raise SteerError(f"{FLAG} and additional_config['steer'] are both given; give one")
+        namespace.additional_config = given | {"steer": source}
+        namespace.steer_config = None
+    elif "steer" not in given:
+        return
+    config = SteerConfig.load(namespace.additional_config["steer"])
+    if hasattr(namespace, "middleware"):
+        _serve_presets(namespace, config)
+
+
+def _serve_presets(namespace: argparse.Namespace, config: SteerConfig) -> None:
+    """List ``BASE:preset`` beside each served name, and add the middleware that reads it."""
+    if MIDDLEWARE not in namespace.middleware:
+        namespace.middleware = [*namespace.middleware, MIDDLEWARE]
+    if not config.presets:
+        return
+    model = getattr(namespace, "model_tag", None) or namespace.model
+    names = list(namespace.served_model_name or [model])
+    listed = [f"{name}:{preset}" for name in names for preset in sorted(config.presets)]
+    namespace.served_model_name = names + [name for name in listed if name not in names]

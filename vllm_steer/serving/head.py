@@ -1,0 +1,87 @@
+"""The site ``head``: the one place that touches the model's modules.
+
+``model.compute_logits`` is wrapped on the target model's instance. It is called outside CUDA graphs
+and compiled code, by sampling and by prompt logprobs, and never by a draft model. Steers of the
+hidden state act on its argument; ``offset`` steers act inside it, on what the LM head gives before
+any soft cap and logit scale, at ``LogitsProcessor._get_logits``.
+"""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_steer.bank import Bank, Shelf
+from vllm_steer.errors import SteerError
+from vllm_steer.kernels.lm_steer import SteeredRows, steer_rows
+from vllm_steer.serving.batch import SteeredBatch
+
+
+@dataclass
+class SteeredHead:
+    """A model's head with a bank in front of it; ``calls`` counts passes that steered rows."""
+
+    bank: Bank
+    batch: SteeredBatch
+    calls: Counter[str] = field(default_factory=Counter)
+    _logits_rows: SteeredRows | None = field(default=None, repr=False)
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap the instance's methods. Raises ``SteerError`` if the model has no such head."""
+        if not hasattr(model, "compute_logits"):
+            raise SteerError(
+                f"{type(model).__name__} has no compute_logits: there is no LM head to steer"
+            )
+        model.compute_logits = self._steered(model.compute_logits)
+        if self.bank.logits is not None:
+            processor = _logits_processor(model)
+            processor._get_logits = self._offset(processor._get_logits)
+
+    def _steered(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def compute_logits(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            hidden_rows = self._rows(hidden_states, self.bank.hidden)
+            self._logits_rows = self._rows(hidden_states, self.bank.logits)
+            hidden_states = self._apply("hidden", hidden_states, self.bank.hidden, hidden_rows)
+            try:
+                return original(hidden_states, *args, **kwargs)
+            finally:
+                self._logits_rows = None
+
+        return compute_logits
+
+    def _offset(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def get_logits(*args: Any, **kwargs: Any) -> Any:
+            logits = original(*args, **kwargs)
+            if logits is None:
+                return None
+            return self._apply("logits", logits, self.bank.logits, self._logits_rows)
+
+        return get_logits
+
+    def _rows(self, x: torch.Tensor, shelf: Shelf | None) -> SteeredRows | None:
+        return None if shelf is None else self.batch.rows_of(x, shelf)
+
+    def _apply(
+        self, name: str, x: torch.Tensor, shelf: Shelf | None, rows: SteeredRows | None
+    ) -> torch.Tensor:
+        if shelf is None or rows is None:
+            return x
+        self.calls[name] += 1
+        return steer_rows(x, shelf.tables, rows)
+
+
+def _logits_processor(model: nn.Module) -> Any:
+    """The module that applies the LM head; a LoRA wrapper counts as the one it wraps."""
+    found = {name: m for name, m in model.named_modules() if hasattr(m, "_get_logits")}
+    outer = {n: m for n, m in found.items() if not n.endswith("base_layer")}
+    if len(outer) != 1:
+        raise SteerError(
+            f"{type(model).__name__} has {len(outer)} logits processors; an offset steer needs "
+            "exactly one"
+        )
+    return next(iter(outer.values()))

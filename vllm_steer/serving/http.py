@@ -1,0 +1,124 @@
+"""The HTTP side: a ``steer`` field in the body and ``BASE:preset`` as the model.
+
+A plain ASGI middleware, added through vLLM's own ``--middleware``. It rewrites the request body to
+``vllm_xargs.steer``, which vLLM carries to ``SamplingParams``; checks and messages are those of
+admission. A body that mentions neither is passed on as the bytes it came as.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from vllm_steer.plan import SteerPlan
+from vllm_steer.serving.engine_config import plan_of
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+STEERABLE = ("/completions", "/responses", "/messages")
+
+
+class SteerMiddleware:
+    """Moves what a body says about steering to where vLLM looks for it."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self._app(scope, receive, send)
+        plan = plan_of(scope["app"].state.vllm_config)
+        if plan is None:
+            return await self._app(scope, receive, send)
+        body = await _read_body(receive)
+        try:
+            new_body = rewrite(body, plan, steerable=scope["path"].endswith(STEERABLE))
+        except ValueError as error:
+            return await _reject(send, str(error))
+        if new_body is not body:
+            scope = {**scope, "headers": _with_length(scope["headers"], len(new_body))}
+        return await self._app(scope, _replay(new_body, receive), send)
+
+
+def rewrite(body: bytes, plan: SteerPlan, *, steerable: bool) -> bytes:
+    """The body with ``steer`` and the model's preset moved into ``vllm_xargs``.
+
+    Returns the same object if there is nothing to move. Raises ``ValueError`` with the message for
+    the client if the body asks twice, or asks on a route that generates nothing.
+    """
+    if b'"steer"' not in body and not any(f":{p}".encode() in body for p in plan.presets):
+        return body
+    try:
+        data = json.loads(body)
+    except ValueError:
+        return body
+    if not isinstance(data, dict):
+        return body
+    in_xargs = isinstance(data.get("vllm_xargs"), dict) and "steer" in data["vllm_xargs"]
+    if data.get("steer") is not None:
+        if not steerable:
+            raise ValueError("steer: this route generates no text; remove the field 'steer'")
+        if in_xargs:
+            raise ValueError("steer is given both as a field and in vllm_xargs; give it once")
+        steer = data.pop("steer")
+    elif in_xargs or not (preset := preset_of(data.get("model"), plan)):
+        return body
+    else:
+        steer = preset
+    data["vllm_xargs"] = {**(data.get("vllm_xargs") or {}), "steer": _as_argument(steer)}
+    return json.dumps(data).encode()
+
+
+def preset_of(model: Any, plan: SteerPlan) -> str | None:
+    """The preset in a model name ``BASE:preset``, None if it names none."""
+    name = model.rpartition(":")[2] if isinstance(model, str) and ":" in model else None
+    return name if name in plan.presets else None
+
+
+def _as_argument(steer: Any) -> Any:
+    """vLLM's extra arguments take no nested objects: those travel as JSON in a string."""
+    return json.dumps(steer) if isinstance(steer, dict | bool) else steer
+
+
+async def _read_body(receive: Receive) -> bytes:
+    parts = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            break
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body once and then whatever comes, such as a disconnect."""
+    waiting = [body]
+
+    async def replay() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replay
+
+
+def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return [*kept, (b"content-length", str(length).encode())]
+
+
+async def _reject(send: Send, message: str) -> None:
+    error = {
+        "message": message,
+        "type": "BadRequestError",
+        "param": "vllm_xargs.steer",
+        "code": 400,
+    }
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

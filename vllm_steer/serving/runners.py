@@ -1,0 +1,123 @@
+"""Thin adapters of vLLM's two model runners to ``SteeredBatch``; methods are wrapped per instance.
+
+Both tell the same three things: a step begins, its rows are these, prompt logprobs are computed
+over its tokens. V1: ``execute_model``, ``_prepare_inputs``, ``_get_prompt_logprobs_dict``. V2:
+``execute_model``, ``prepare_inputs``, the two methods of ``prompt_logprobs_worker``.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vllm_steer.errors import SteerError
+from vllm_steer.serving.batch import SteeredBatch
+
+
+def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool) -> None:
+    """Connect a runner. Raises ``SteerError`` if it does not work as this vLLM range does."""
+    _wrap(runner, "execute_model", functools.partial(_begin, batch))
+    if v2:
+        _require_calls(runner, "execute_model", "prepare_inputs")
+        _require_calls(runner, "sample", "compute_logits")
+        _wrap(runner, "prepare_inputs", functools.partial(_announce_v2, batch))
+        _wrap_prompt_logprobs_v2(runner, batch)
+    else:
+        _require_calls(runner, "execute_model", "_prepare_inputs")
+        _require_calls(runner, "execute_model", "compute_logits")
+        _wrap(runner, "_dummy_run", functools.partial(_rest, batch))
+        _wrap(runner, "_prepare_inputs", functools.partial(_announce_v1, batch, runner))
+        _wrap(runner, "_get_prompt_logprobs_dict", functools.partial(_prompt_logprobs_v1, batch))
+
+
+def _begin(batch: SteeredBatch, original: Any, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
+    if kw.get("dummy_run"):
+        batch.rest()
+    else:
+        batch.begin(
+            ((new.req_id, new.sampling_params) for new in scheduler_output.scheduled_new_reqs),
+            scheduler_output.finished_req_ids,
+        )
+    return original(scheduler_output, *args, **kw)
+
+
+def _rest(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
+    batch.rest()
+    return original(*args, **kw)
+
+
+def _announce_v1(
+    batch: SteeredBatch,
+    runner: Any,
+    original: Any,
+    scheduler_output: Any,
+    num_scheduled_tokens: Any,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    prepared = original(scheduler_output, num_scheduled_tokens, *args, **kw)
+    if batch.has_steered_requests:
+        drafts = prepared[1]
+        num_reqs = len(num_scheduled_tokens)
+        logits = np.ones(num_reqs, dtype=np.int64)
+        if drafts is not None:
+            logits += np.asarray(drafts.num_draft_tokens, dtype=np.int64)
+        req_ids = runner.input_batch.req_ids[:num_reqs]
+        batch.announce(req_ids, logits, num_scheduled_tokens.astype(np.int64))
+    return prepared
+
+
+def _prompt_logprobs_v1(
+    batch: SteeredBatch, original: Any, hidden_states: Any, *args: Any, **kw: Any
+) -> Any:
+    with batch.over_tokens(hidden_states):
+        return original(hidden_states, *args, **kw)
+
+
+def _announce_v2(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
+    input_batch = original(*args, **kw)
+    if batch.has_steered_requests:
+        batch.announce(
+            list(input_batch.req_ids),
+            np.diff(input_batch.cu_num_logits_np).astype(np.int64),
+            input_batch.num_scheduled_tokens.astype(np.int64),
+        )
+    return input_batch
+
+
+def _wrap_prompt_logprobs_v2(runner: Any, batch: SteeredBatch) -> None:
+    worker = runner.prompt_logprobs_worker
+    if worker is None:
+        return
+    names = ["compute_prompt_logprobs", "compute_prompt_token_id_logprobs"]
+    for name in filter(functools.partial(hasattr, worker), names):
+        _wrap(worker, name, functools.partial(_prompt_logprobs_v2, batch))
+
+
+def _prompt_logprobs_v2(
+    batch: SteeredBatch, original: Any, logits_fn: Any, hidden_states: Any, *args: Any, **kw: Any
+) -> Any:
+    with batch.over_tokens(hidden_states):
+        return original(logits_fn, hidden_states, *args, **kw)
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name, None)
+    if original is None:
+        raise SteerError(
+            f"{type(owner).__name__} has no {name}: this vLLM works in another way than "
+            "vllm-steer knows; use a version it is made for"
+        )
+    setattr(owner, name, functools.wraps(original)(functools.partial(around, original)))
+
+
+def _require_calls(runner: Any, method: str, wanted: str) -> None:
+    """Check that the runner's code still goes through what is wrapped."""
+    code = inspect.unwrap(getattr(type(runner), method)).__code__
+    if wanted not in code.co_names:
+        raise SteerError(
+            f"{type(runner).__name__}.{method} does not call {wanted}: this vLLM works in another "
+            "way than vllm-steer knows; use a version it is made for"
+        )

@@ -1,0 +1,146 @@
+"""What a steer is: a frozen description of one intervention, checked when it is made."""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+import torch
+
+from vllm_steer.errors import SteerError
+
+Variant = Literal["multiply", "add", "offset"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+_TENSORS_OF: dict[Variant, tuple[str, ...]] = {
+    "multiply": ("projector1", "projector2"),
+    "add": ("add",),
+    "offset": ("offset",),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LMSteer:
+    """A linear change of the LM head's input, one per steered dimension of style.
+
+    At strength ``v`` the hidden state ``c`` (after the final norm) becomes
+
+        multiply: c + epsilon * sum_s a_s (c P1_s) P2_s^T
+        add:      c + epsilon * sum_s a_s A_s
+        offset:   logits + epsilon * sum_s a_s O_s   (before any soft cap or logit scale)
+
+    where ``a_s`` is 1 for a fixed column (the paper's dummy steer) and ``v`` for every other;
+    at ``v = 0`` nothing is applied, the fixed columns included.
+
+    Shapes: ``projector1``, ``projector2`` ``[columns, hidden_size, rank]``; ``add``
+    ``[columns, hidden_size]``; ``offset`` ``[columns, vocab]``. Any floating dtype.
+
+    Raises ``SteerError`` for missing or superfluous tensors, sizes that disagree, values that are
+    not finite, an epsilon that is not positive, or columns that are all fixed.
+
+    Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024
+    (arXiv 2305.12798), section 3.
+    """
+
+    variant: Variant
+    epsilon: float
+    hidden_size: int
+    fixed_columns: tuple[int, ...] = ()
+    projector1: torch.Tensor | None = field(default=None, repr=False)
+    projector2: torch.Tensor | None = field(default=None, repr=False)
+    add: torch.Tensor | None = field(default=None, repr=False)
+    offset: torch.Tensor | None = field(default=None, repr=False)
+    default_strength: float | None = None
+    base_model: str = ""
+    description: str = ""
+
+    kind = "lm_steer"
+    site = "head"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise SteerError(f"variant is {self.variant!r}; allowed: {', '.join(VARIANTS)}")
+        _check_epsilon(self.epsilon)
+        self._check_tensors()
+        self._check_columns()
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of this variant by their name in a steer file."""
+        return {name: getattr(self, name) for name in _TENSORS_OF[self.variant]}
+
+    @property
+    def columns(self) -> int:
+        """Number of steered dimensions in the file, fixed ones included."""
+        return int(next(iter(self.tensors.values())).shape[0])
+
+    @property
+    def rank(self) -> int:
+        """Rank of one column's transform; 0 for ``add`` and ``offset``."""
+        return int(self.projector1.shape[2]) if self.projector1 is not None else 0
+
+    @property
+    def total_rank(self) -> int:
+        """Rank over all columns: what one hidden state is multiplied with."""
+        return self.rank * self.columns
+
+    @property
+    def free_columns(self) -> tuple[int, ...]:
+        """Columns that enter with the request's strength."""
+        return tuple(c for c in range(self.columns) if c not in self.fixed_columns)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Width of ``offset``; None for the other variants."""
+        return int(self.offset.shape[1]) if self.offset is not None else None
+
+    def _check_tensors(self) -> None:
+        wanted = _TENSORS_OF[self.variant]
+        given = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
+        if sorted(given) != sorted(wanted):
+            raise SteerError(
+                f"variant {self.variant} takes the tensors {', '.join(wanted)}; "
+                f"given: {', '.join(given) or 'none'}"
+            )
+        for name, tensor in self.tensors.items():
+            _check_tensor(name, tensor, dims=3 if self.variant == "multiply" else 2)
+        shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        if self.variant == "multiply" and shapes["projector1"] != shapes["projector2"]:
+            raise SteerError(
+                f"projector1 is {shapes['projector1']} and projector2 is {shapes['projector2']}; "
+                "they must have one shape [columns, hidden_size, rank]"
+            )
+        width = next(iter(shapes.values()))[1]
+        if self.variant != "offset" and width != self.hidden_size:
+            raise SteerError(f"tensor width is {width} but hidden_size is {self.hidden_size}")
+
+    def _check_columns(self) -> None:
+        outside = [c for c in self.fixed_columns if not 0 <= c < self.columns]
+        if outside:
+            raise SteerError(
+                f"fixed_columns {list(self.fixed_columns)}: this steer has columns "
+                f"0 to {self.columns - 1}"
+            )
+        if not self.free_columns:
+            raise SteerError(
+                f"fixed_columns {list(self.fixed_columns)} fixes every one of {self.columns} "
+                "columns: no strength could change anything; leave one free"
+            )
+
+
+Steer = LMSteer
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not (0 < epsilon < float("inf")):
+        raise SteerError(f"epsilon is {epsilon}; it must be a positive, finite number")
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
+    if not tensor.is_floating_point():
+        raise SteerError(f"tensor {name} is {tensor.dtype}; a floating dtype is wanted")
+    if tensor.ndim != dims or 0 in tensor.shape:
+        raise SteerError(
+            f"tensor {name} is {list(tensor.shape)}; wanted: {dims} dimensions, none of size 0"
+        )
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise SteerError(f"tensor {name} has {bad} values that are NaN or infinite")
