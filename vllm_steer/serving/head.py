@@ -40,6 +40,11 @@ class SteeredHead:
             processor = _logits_processor(model)
             processor._get_logits = self._offset(processor._get_logits)
 
+    def passed_shelves(self) -> list[str]:
+        """The shelves with steers that no pass has reached so far."""
+        shelves = {"hidden": self.bank.hidden, "logits": self.bank.logits}
+        return [name for name, shelf in shelves.items() if shelf and not self.calls[name]]
+
     def _steered(self, original: Any) -> Any:
         @functools.wraps(original)
         def compute_logits(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -60,26 +60,39 @@ class _WorkerSteering:
         self._head.attach(runner.get_model())
 
     def prove(self) -> None:
-        """Call the head as the runner will and see that every shelf of the bank was reached.
+        """See that every shelf of the bank was reached through the head as the runner calls it.
 
-        Raises ``SteerError`` otherwise, and the engine does not start.
+        vLLM's warm-up has called it where there is one; else it is called here. Raises
+        ``SteerError`` for a shelf that was passed, and the engine does not start.
         """
         if self._head is None:
             return
-        config = self._worker.vllm_config.model_config
-        runner, head = self._worker.model_runner, self._head
-        size = (2, config.get_hidden_size())
-        calls = head.calls.copy()
-        head.batch.rest()
-        with torch.inference_mode():
-            runner.model.compute_logits(torch.ones(size, dtype=config.dtype, device=runner.device))
-        shelves = {"hidden": head.bank.hidden, "logits": head.bank.logits}
-        passed = [n for n, s in shelves.items() if s and head.calls[n] == calls[n]]
-        if passed:
+        if self._head.passed_shelves():
+            self._rehearse()
+        if passed := self._head.passed_shelves():
             raise SteerError(
                 f"the model computes its logits past the steers of its {', '.join(passed)}: "
                 "requests would run unsteered; use a vLLM version that vllm-steer is made for"
             )
+
+    def _rehearse(self) -> None:
+        assert self._head is not None
+        config, runner = self._worker.vllm_config, self._worker.model_runner
+        if config.lora_config is not None:
+            _select_no_adapter(runner, num_rows=2)
+        size = (2, config.model_config.get_hidden_size())
+        dtype = config.model_config.dtype
+        self._head.batch.rest()
+        with torch.inference_mode():
+            runner.model.compute_logits(torch.ones(size, dtype=dtype, device=runner.device))
+
+
+def _select_no_adapter(runner: Any, num_rows: int) -> None:
+    """Without a mapping vLLM's LoRA layers would read indices that nobody has written yet."""
+    from vllm.lora.layers import LoRAMapping
+
+    none = (0,) * num_rows
+    runner.lora_manager.set_active_adapters(set(), LoRAMapping(none, none, is_prefill=True))
 
 
 def _followed_by(original: Any, then: Any) -> Any:

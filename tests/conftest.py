@@ -1,0 +1,26 @@
+"""Environment of all tests; it has to stand before vLLM or triton is first imported.
+
+``VLLM_STEER_TEST_RUNNER=v2`` runs the engine tests on vLLM's second model runner. On a machine
+without a GPU its own Triton kernels then run in Triton's interpreter, which vLLM believes to be a
+working backend once one named "cpu" is registered.
+"""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if RUNNER == "v2" else "0"
+
+if RUNNER == "v2" and not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.backends
+
+    _driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=_driver, compiler=None)

@@ -1,0 +1,133 @@
+"""A steered engine writes what Hugging Face writes under the paper's formula in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import MIXED, RUNNER, engine, greedy, prompts, random_steers, steer_config
+from reference import check_greedy, load_reference, steered_logprobs
+from tiny_models import FAMILIES, HIDDEN, VOCAB, save_tiny_model
+
+from vllm_steer import embedded, load_steer
+
+pytestmark = pytest.mark.engine
+
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
+v1_only = pytest.mark.skipif(RUNNER != "v1", reason="runs on the V1 runner only on a CPU")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def steers() -> dict[str, Any]:
+    return random_steers(HIDDEN, VOCAB)
+
+
+def check_mixed_batch(
+    model: Path, steers: dict[str, Any], folder: Path, *, vocab_size: int = VOCAB, **options: Any
+) -> list[Any]:
+    length = options.pop("prompt_length", 12)
+    max_tokens = options.pop("max_tokens", 12)
+    sampling = options.pop("sampling", {})
+    reference = load_reference(model)
+    with engine(model, steer_config(steers, folder), **options) as llm:
+        outputs = llm.generate(
+            prompts(len(MIXED), length=length, vocab_size=vocab_size),
+            greedy(MIXED, max_tokens=max_tokens, **sampling),
+            use_tqdm=False,
+        )
+    for output, setting in zip(outputs, MIXED, strict=True):
+        active = {name: strength for name, strength in setting.items() if strength}
+        check_greedy(output, reference, active, steers)
+    return outputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batch_on_each_family_with_prompt_logprobs(
+    family: str, steers: dict[str, Any], tmp_path: Path
+) -> None:
+    model = save_tiny_model(family, tmp_path / "model")
+    outputs = check_mixed_batch(model, steers, tmp_path / "steers", sampling={"prompt_logprobs": 1})
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) >= 6
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the pretrained stories260K is not at hand")
+def test_mixed_batch_on_a_pretrained_model(tmp_path: Path) -> None:
+    steers = random_steers(64, 512)
+    check_mixed_batch(STORIES, steers, tmp_path, vocab_size=512, max_tokens=24)
+
+
+def test_mixed_batch_of_fitted_steers_on_the_embedded_model() -> None:
+    steers = {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
+    config = {"steers": {p.stem: {"path": str(p)} for p in embedded.STEERS.glob("*.safetensors")}}
+    names = sorted(steers)
+    settings = [{}, *({name: 4.0} for name in names), {names[0]: -3.0}, {names[0]: 2, names[1]: 2}]
+    with engine(embedded.MODEL, config) as llm:
+        outputs = llm.generate(
+            prompts(len(settings), vocab_size=500), greedy(settings, max_tokens=24), use_tqdm=False
+        )
+    reference = load_reference(embedded.MODEL)
+    assert len(settings) >= 8
+    for output, setting in zip(outputs, settings, strict=True):
+        check_greedy(output, reference, setting, steers)
+
+
+def test_chunked_prefill(llama: Path, steers: dict[str, Any], tmp_path: Path) -> None:
+    check_mixed_batch(
+        llama,
+        steers,
+        tmp_path,
+        prompt_length=90,
+        max_num_batched_tokens=32,
+        max_num_seqs=16,
+        sampling={"prompt_logprobs": 1},
+    )
+
+
+def test_forced_preemption(llama: Path, steers: dict[str, Any], tmp_path: Path) -> None:
+    with engine(
+        llama, steer_config(steers, tmp_path), num_gpu_blocks_override=14, block_size=32
+    ) as llm:
+        outputs = llm.generate(prompts(len(MIXED)), greedy(MIXED, max_tokens=60), use_tqdm=False)
+        preemptions = {m.name: m for m in llm.get_metrics()}["vllm:num_preemptions"].value
+    assert preemptions > 0
+    reference = load_reference(llama)
+    for output, setting in zip(outputs, MIXED, strict=True):
+        check_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
+
+
+@v1_only
+def test_compiled_model(llama: Path, steers: dict[str, Any], tmp_path: Path) -> None:
+    check_mixed_batch(llama, steers, tmp_path, enforce_eager=False)
+
+
+def test_several_samples_of_one_request_are_all_steered(
+    llama: Path, steers: dict[str, Any], tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        n=3,
+        temperature=1.0,
+        seed=5,
+        max_tokens=8,
+        logprobs=1,
+        detokenize=False,
+        ignore_eos=True,
+        extra_args={"steer": "plain:3"},
+    )
+    with engine(llama, steer_config(steers, tmp_path)) as llm:
+        (output,) = llm.generate(prompts(1), params, use_tqdm=False)
+    reference = load_reference(llama)
+    prompt = list(output.prompt_token_ids)
+
+    assert len(output.outputs) == 3
+    for completion in output.outputs:
+        ids = list(completion.token_ids)
+        wanted = steered_logprobs(reference, prompt + ids, {"plain": 3.0}, steers)
+        for step, token in enumerate(ids):
+            given = completion.logprobs[step][token].logprob
+            assert given == pytest.approx(float(wanted[len(prompt) - 1 + step, token]), abs=1e-4)

@@ -1,0 +1,121 @@
+"""What steered requests share with others: prefixes, adapters, defaults, presets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import engine, greedy, prompts, random_steers, steer_config
+from reference import check_greedy, load_reference
+from safetensors.torch import load_file, save_file
+from tiny_models import HIDDEN, VOCAB, save_tiny_model
+
+from vllm_steer import SteerError
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def steers() -> dict[str, Any]:
+    return random_steers(HIDDEN, VOCAB)
+
+
+def test_prefix_stays_shared_between_steered_and_unsteered_requests(
+    llama: Path, steers: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = [{}, {"plain": 3.0}, {"bias": 4.0, "tilt": 2.0}, {}, {"dummy": -2.0}]
+    prompt = prompts(1, length=100)
+    reference = load_reference(llama)
+    with engine(llama, steer_config(steers, tmp_path), block_size=32) as llm:
+        outputs = [llm.generate(prompt, params, use_tqdm=False)[0] for params in greedy(settings)]
+    assert [output.num_cached_tokens for output in outputs] == [0, 96, 96, 96, 96]
+    for output, setting in zip(outputs, settings, strict=True):
+        check_greedy(output, reference, setting, steers)
+
+
+def test_requests_with_and_without_a_lora_adapter_are_steered_alike(
+    llama: Path, steers: dict[str, Any], tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    adapter = save_adapter(tmp_path / "adapter")
+    plain, merged = load_reference(llama), merge_adapter(load_reference(llama), adapter)
+    settings = [{}, {"plain": 3.0}, {"bias": 4.0}, {"tilt": -3.0}] * 2
+    lora = LoRARequest("adapter", 1, str(adapter))
+    requests = [lora if index % 2 else None for index in range(len(settings))]
+    config = steer_config(steers, tmp_path / "steers")
+    # Two slots for one adapter: with all slots taken, vLLM on a CPU gives requests without an adapter
+    # the last one.
+    with engine(llama, config, enable_lora=True, max_lora_rank=8, max_loras=2) as llm:
+        outputs = llm.generate(
+            prompts(len(settings)), greedy(settings), lora_request=requests, use_tqdm=False
+        )
+    for output, setting, request in zip(outputs, settings, requests, strict=True):
+        check_greedy(output, merged if request else plain, setting, steers)
+
+
+def test_default_steers_requests_that_do_not_ask_and_none_overrides_it(
+    llama: Path, steers: dict[str, Any], tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+
+    config = steer_config(steers, tmp_path) | {"presets": {"mix": {"plain": 2, "bias": 1}}}
+    asked = [None, "none", "", {}, "mix:0.5", {"mix": 0.5}, "plain:1,plain:1", '{"plain": 2}']
+    full, half, plain = {"plain": 2.0, "bias": 1.0}, {"plain": 1.0, "bias": 0.5}, {"plain": 2.0}
+    wanted: list[dict[str, float]] = [full, {}, {}, {}, half, half, plain, plain]
+    params = greedy([{}] * len(asked))
+    for param, ask in zip(params, asked, strict=True):
+        param.extra_args = None if ask is None else {"steer": ask}
+    before = [json.dumps(param.extra_args) for param in params]
+    reference = load_reference(llama)
+    with engine(llama, config | {"default": "mix"}) as llm:
+        outputs = llm.generate(prompts(len(asked)), params, use_tqdm=False)
+        with pytest.raises(SteerError, match=r"'nobody' is unknown; steers: bias, dummy"):
+            llm.generate(prompts(1), SamplingParams(extra_args={"steer": "nobody"}))
+        again = llm.generate(prompts(1), params[:1], use_tqdm=False)
+    assert [json.dumps(param.extra_args) for param in params] == before
+    assert again[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
+    for output, setting in zip(outputs, wanted, strict=True):
+        check_greedy(output, reference, setting, steers)
+
+
+def save_adapter(folder: Path, rank: int = 4) -> Path:
+    """A random LoRA adapter of q_proj and v_proj in PEFT's layout."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for layer in range(2):
+        for module in ("q_proj", "v_proj"):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(HIDDEN, rank, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merge_adapter(model: Any, adapter: Path, scaling: float = 2.0) -> Any:
+    """The reference with ``scaling * B A`` added to each adapted weight."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            b = tensors[name.replace("lora_A", "lora_B")]
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            weight = model.get_submodule(path).weight
+            weight.data += scaling * (b.double() @ a.double())
+    return model

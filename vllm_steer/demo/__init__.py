@@ -1,0 +1,1 @@
+"""What ``vllm-steer demo`` runs: a server of the embedded model and a batch of requests to it."""

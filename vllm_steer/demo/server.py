@@ -1,0 +1,102 @@
+"""A ``vllm serve`` process on loopback, started and stopped by whoever uses it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from vllm_steer import embedded
+from vllm_steer.errors import SteerError
+
+HOST = "127.0.0.1"
+START_LIMIT_S = 150
+STOP_LIMIT_S = 15
+SERVED_NAME = "embedded"
+_OPTIONS = ("--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "256")
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+@contextmanager
+def serve_embedded_model(on_wait: Callable[[float], None]) -> Iterator[str]:
+    """Serve the embedded model under its steers; yields the URL, then ends the process.
+
+    ``on_wait`` is told the seconds waited so far. Raises ``SteerError`` with the end of the
+    server's log if it stops or is not ready in time.
+    """
+    port = _free_port()
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(embedded.MODEL)),
+        *("--served-model-name", SERVED_NAME, "--host", HOST, "--port", str(port)),
+        *("--steer-config", str(embedded.STEER_CONFIG), *_OPTIONS),
+    ]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command,
+            env={**_ENVIRONMENT, **os.environ},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _wait_until_ready(process, f"http://{HOST}:{port}/health", on_wait)
+            yield f"http://{HOST}:{port}/v1"
+        except _NotReady as error:
+            log.seek(0)
+            raise SteerError(f"{error}; the end of its log:\n{log.read()[-3000:]}") from None
+        finally:
+            _stop(process)
+
+
+class _NotReady(Exception):
+    pass
+
+
+def _wait_until_ready(
+    process: "subprocess.Popen[bytes]", url: str, on_wait: Callable[[float], None]
+) -> None:
+    started = time.monotonic()
+    while (waited := time.monotonic() - started) < START_LIMIT_S:
+        if process.poll() is not None:
+            raise _NotReady(f"vllm serve ended with code {process.returncode}")
+        on_wait(waited)
+        if _answers(url):
+            return
+        time.sleep(0.5)
+    raise _NotReady(f"vllm serve was not ready after {START_LIMIT_S} s")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End the server and the processes it started: they share a group that is only theirs."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(STOP_LIMIT_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

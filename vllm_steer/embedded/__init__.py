@@ -1,0 +1,17 @@
+"""The small model that comes with the package, the text it was trained on and its steers.
+
+Importing this costs nothing: only the paths below.
+"""
+
+from pathlib import Path
+
+MODEL: Path = Path(__file__).parent / "model"
+"""Folder of the embedded Llama: about one million parameters, English, French, German, Spanish."""
+
+STEERS: Path = Path(__file__).parent / "steers"
+"""Folder of the steers fitted to it: sentiment, formality, french, german, spanish."""
+
+STEER_CONFIG: Path = Path(__file__).parent / "steers.yaml"
+"""A steer config with all of them and a preset."""
+
+__all__ = ["MODEL", "STEERS", "STEER_CONFIG"]
