@@ -170,7 +170,7 @@ def test_loss_falls_and_the_model_is_left_alone(tiny_model: Any, tokenizer: Any)
         steps=40,
         on_step=lambda _, loss: losses.append(loss),
     )
-    assert losses[-1] < losses[0] - 1.0
+    assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
 

@@ -16,6 +16,14 @@ class Shelf:
     slots: Mapping[str, int]
     tables: SteerTables
 
+    @property
+    def widest(self) -> str:
+        """The steer with the largest rank."""
+        bounds = self.tables.bounds
+        return max(
+            self.slots, key=lambda name: bounds[self.slots[name] + 1] - bounds[self.slots[name]]
+        )
+
 
 @dataclass(frozen=True)
 class Bank:

@@ -50,8 +50,8 @@ def test_requests_with_and_without_a_lora_adapter_are_steered_alike(
     lora = LoRARequest("adapter", 1, str(adapter))
     requests = [lora if index % 2 else None for index in range(len(settings))]
     config = steer_config(steers, tmp_path / "steers")
-    # Two slots for one adapter: with all slots taken, vLLM on a CPU gives requests without an adapter
-    # the last one.
+    # Two slots for one adapter: with all slots taken, vLLM on a CPU gives the last adapter to
+    # requests that have none.
     with engine(llama, config, enable_lora=True, max_lora_rank=8, max_loras=2) as llm:
         outputs = llm.generate(
             prompts(len(settings)), greedy(settings), lora_request=requests, use_tqdm=False

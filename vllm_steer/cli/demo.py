@@ -3,11 +3,15 @@
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from vllm_steer.demo.batch import PROMPT, Answer, ask_all
+from vllm_steer.demo.server import serve_embedded_model
 
 
 def demo(
@@ -17,9 +21,6 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Serve the embedded model on loopback and answer one prompt under different steers."""
-    from vllm_steer.demo.batch import Answer, ask_all
-    from vllm_steer.demo.server import serve_embedded_model
-
     console = Console(stderr=as_json)
     with console.status("starting vllm serve with --steer-config ...") as status:
         started = time.monotonic()
@@ -29,7 +30,7 @@ def demo(
             console.print(f"server ready after {time.monotonic() - started:.0f} s at {url}")
             status.update("one batch of concurrent requests ...")
             started = time.monotonic()
-            answers: list[Answer] = asyncio.run(ask_all(url, samples=samples))
+            answers = asyncio.run(ask_all(url, samples=samples))
             seconds = time.monotonic() - started
         status.update("stopped the server")
     console.print(f"{len(answers)} requests of {samples} texts in one batch: {seconds:.1f} s")
@@ -39,10 +40,18 @@ def demo(
         console.print(_table(answers))
 
 
-def _table(answers: "list[Answer]") -> Table:  # type: ignore[name-defined]  # noqa: F821
-    table = Table(title="One prompt, one batch", show_lines=True)
-    for heading in ("request", "strength", "text", "measured"):
+def _table(answers: Sequence[Answer]) -> Table:
+    measures = list(answers[0].shares)
+    table = Table(title=f"{PROMPT} ...", caption="shares of each request's texts, by lexicon")
+    for heading in ("asked by", "strength", "first text"):
         table.add_column(heading, overflow="fold")
+    for measure in measures:
+        table.add_column(measure, justify="right")
     for answer in answers:
-        table.add_row(answer.asked_by, answer.strengths, answer.texts[0], answer.measured)
+        table.add_row(
+            answer.request.asked_by,
+            answer.request.strengths,
+            answer.texts[0].removeprefix(PROMPT).strip(),
+            *(f"{answer.shares[measure]:.0%}" for measure in measures),
+        )
     return table

@@ -2,58 +2,18 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_steer.demo.server import SERVED_NAME
 from vllm_steer.embedded import lexicon
 
-PROMPT = "The hotel was"
+PROMPT = "Hotel Astoria:"
 MAX_TOKENS = 28
 PRESET = "polite-praise"
 
 
-@dataclass(frozen=True)
-class Request:
-    """How a request asks for its steer, and the property that it should change."""
-
-    asked_by: str
-    strengths: str
-    extra_body: dict[str, Any]
-    measure: str
-    model: str = SERVED_NAME
-
-
-REQUESTS: tuple[Request, ...] = (
-    Request("no steer", "-", {}, "positive"),
-    *(
-        Request(
-            "vllm_xargs",
-            f"sentiment {v:+g}",
-            {"vllm_xargs": {"steer": f"sentiment:{v}"}},
-            "positive",
-        )
-        for v in (-5, -2.5, 2.5, 5)
-    ),
-    Request("body field", "french +5", {"steer": {"french": 5}}, "French"),
-    Request("body field", "german +5", {"steer": {"german": 5}}, "German"),
-    Request("body field", "formality -5", {"steer": {"formality": -5}}, "formal"),
-    Request(
-        "model name",
-        "sentiment +4, formality +4",
-        {},
-        "positive",
-        model=f"{SERVED_NAME}:{PRESET}",
-    ),
-    Request(
-        "body field",
-        "french +5, sentiment -5",
-        {"steer": {"french": 5, "sentiment": -5}},
-        "French",
-    ),
-)
-
-_MEASURES: dict[str, Callable[[str], float]] = {
+MEASURES: dict[str, Callable[[str], float]] = {
     "positive": lexicon.sentiment,
     "formal": lexicon.formality,
     "French": lambda text: float(lexicon.language(text) == "fr"),
@@ -62,36 +22,45 @@ _MEASURES: dict[str, Callable[[str], float]] = {
 
 
 @dataclass(frozen=True)
+class Request:
+    """How a request asks for its steer, and what it asks for in words."""
+
+    asked_by: str
+    strengths: str
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    model: str = SERVED_NAME
+
+
+REQUESTS: tuple[Request, ...] = (
+    Request("-", "no steer"),
+    *(
+        Request("vllm_xargs", f"sentiment {v:+g}", {"vllm_xargs": {"steer": f"sentiment:{v}"}})
+        for v in (-5, -2.5, 2.5, 5)
+    ),
+    Request("body field", "formality -5", {"steer": "formality:-5"}),
+    Request("body field", "formality +5", {"steer": "formality:5"}),
+    Request("body field", "french +5", {"steer": {"french": 5}}),
+    Request("body field", "german +5", {"steer": {"german": 5}}),
+    Request("body field", "french +5, sentiment -5", {"steer": {"french": 5, "sentiment": -5}}),
+    Request("model name", "formality +4, sentiment +4", model=f"{SERVED_NAME}:{PRESET}"),
+)
+
+
+@dataclass(frozen=True)
 class Answer:
-    """The texts of one request; ``share`` is the mean of its measure over them."""
+    """The texts of one request and the mean of each measure over them."""
 
     request: Request
     texts: Sequence[str]
-    share: float
-
-    @property
-    def asked_by(self) -> str:
-        """The way the request asked."""
-        return self.request.asked_by
-
-    @property
-    def strengths(self) -> str:
-        """Steers and strengths, for the table."""
-        return self.request.strengths
-
-    @property
-    def measured(self) -> str:
-        """The share in words."""
-        return f"{self.share:.0%} {self.request.measure}"
+    shares: dict[str, float]
 
     @property
     def figures(self) -> dict[str, Any]:
         """The answer as plain data."""
         return {
-            "asked_by": self.asked_by,
-            "strengths": self.strengths,
-            "measure": self.request.measure,
-            "share": self.share,
+            "asked_by": self.request.asked_by,
+            "strengths": self.request.strengths,
+            "shares": self.shares,
             "text": self.texts[0],
         }
 
@@ -115,5 +84,5 @@ async def _ask(client: Any, request: Request, samples: int) -> Answer:
         extra_body=request.extra_body,
     )
     texts = [PROMPT + choice.text for choice in completion.choices]
-    measure = _MEASURES[request.measure]
-    return Answer(request, texts, sum(map(measure, texts)) / len(texts))
+    shares = {name: sum(map(of, texts)) / len(texts) for name, of in MEASURES.items()}
+    return Answer(request, texts, shares)

@@ -79,7 +79,7 @@ class SteeredBatch:
     def rows_of(self, x: torch.Tensor, shelf: Shelf) -> SteeredRows | None:
         """The pairs of ``x`` and a shelf's slots; None if no row of ``x`` takes one of them."""
         if self._idle:
-            return self.rehearsal(x.shape[0], shelf)
+            return self._rehearsal(x.shape[0], shelf)
         if not self._doses:
             return None
         if self._tokens is None or self._sampled is None:
@@ -99,12 +99,12 @@ class SteeredBatch:
         )
         return self._pairs[id(shelf)]
 
-    def rehearsal(self, num_rows: int, shelf: Shelf, *, first_row: int = 0) -> SteeredRows | None:
-        """Rows from ``first_row`` on under the first slot: dummy runs, so that vLLM's memory
-        profile counts the operation and warm-up reaches it."""
-        name = next(iter(shelf.slots))
-        requests = BatchRows(("unsteered", "steered"), np.array([first_row, num_rows - first_row]))
-        return steered_rows(requests, {"steered": {name: 1.0}}, shelf.slots, self._device)
+    def _rehearsal(self, num_rows: int, shelf: Shelf) -> SteeredRows | None:
+        """All rows under the widest steer: in dummy runs, so that vLLM's memory profile counts the
+        operation at its largest and its warm-up reaches it.
+        """
+        rows = BatchRows(("dummy",), np.array([num_rows]))
+        return steered_rows(rows, {"dummy": {shelf.widest: 1.0}}, shelf.slots, self._device)
 
     def _forget_rows(self) -> None:
         self._pairs = {}

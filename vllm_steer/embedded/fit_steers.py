@@ -1,0 +1,102 @@
+"""Fit the embedded model's steers: `python -m vllm_steer.embedded.fit_steers`.
+
+A fit makes strength +-1 the likeliest for its texts. What is written has a smaller epsilon, so
+that this point is reached at 1 / unit and strength +-5 is strong and still fluent.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_steer import LMSteer, save_steer
+from vllm_steer.embedded import MODEL, STEERS, corpus
+from vllm_steer.embedded.corpus import Sample
+from vllm_steer.fit import fit_lm_steer
+
+# A seed of its own: the steers never see the model's training samples.
+SEED: Final = 2_000_003
+SAMPLES: Final = 4_000
+RANK: Final = 32
+STEPS: Final = 120
+MAX_LENGTH: Final = 96
+EPSILON: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one steer is fitted to: the samples' label, -1 or 1, and the unit of its strength."""
+
+    description: str
+    label: Callable[[Sample], float]
+    unit: float
+
+
+def _language(code: str) -> Callable[[Sample], float]:
+    return lambda sample: 1.0 if sample.language == code else -1.0
+
+
+RECIPES: Final = {
+    "sentiment": Recipe(
+        "positive (+) or negative (-) reviews",
+        lambda sample: 1.0 if sample.sentiment == "positive" else -1.0,
+        unit=0.5,
+    ),
+    "formality": Recipe(
+        "formal (+) or informal (-) wording",
+        lambda sample: 1.0 if sample.formality == "formal" else -1.0,
+        unit=0.5,
+    ),
+    "french": Recipe("French (+) or another language (-)", _language("fr"), unit=0.5),
+    "german": Recipe("German (+) or another language (-)", _language("de"), unit=0.5),
+    "spanish": Recipe("Spanish (+) or another language (-)", _language("es"), unit=0.5),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model")
+    parser.add_argument("--out", type=Path, default=STEERS, help="folder to write")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, recipe in RECIPES.items():
+        save_steer(fit(name, recipe, arguments.model), arguments.out / f"{name}.safetensors")
+
+
+def fit(name: str, recipe: Recipe, folder: Path) -> LMSteer:
+    """One steer of the model in `folder`, by its recipe."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    samples = corpus.generate(SAMPLES, seed=SEED)
+    with Progress() as progress:
+        task = progress.add_task(name, total=STEPS)
+
+        def show(step: int, loss: float) -> None:
+            progress.update(task, completed=step + 1, description=f"{name}, loss {loss:.3f}")
+
+        steer = fit_lm_steer(
+            model,
+            tokenizer,
+            [sample.text for sample in samples],
+            [recipe.label(sample) for sample in samples],
+            rank=RANK,
+            epsilon=EPSILON,
+            steps=STEPS,
+            max_length=MAX_LENGTH,
+            on_step=show,
+        )
+    return dataclasses.replace(
+        steer,
+        epsilon=EPSILON * recipe.unit,
+        base_model="vllm-steer/embedded",
+        description=recipe.description,
+    )
+
+
+if __name__ == "__main__":
+    main()
