@@ -1,0 +1,64 @@
+"""Equal first, then timed: what has to hold before and after a measurement."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from decode import Comparison, run_leg
+from dummy_model import STRENGTH, Shape
+
+CHECK_STEPS = 4
+
+
+def check_operation(paths: Mapping[str, Path], shape: Shape, dtype: torch.dtype) -> None:
+    """The form that the engine runs against the written-out reference, on these steers."""
+    from vllm_steer import load_steer
+    from vllm_steer.bank import fill_bank
+    from vllm_steer.kernels.lm_steer import FORMS, steer_rows
+    from vllm_steer.serving.rows import BatchRows, steered_rows
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steers = {name: load_steer(paths[name]) for name in sorted(paths)[:2]}
+    shelf = fill_bank(steers, dtype=dtype, device=device).hidden
+    assert shelf is not None
+    rows = BatchRows([*steers, "unsteered"], np.array([2, 1, 1]))
+    doses = {name: {name: STRENGTH} for name in steers}
+    steered = steered_rows(rows, doses, shelf.slots, device)
+    assert steered is not None
+    used = int(steered.rows.max()) + 1
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows.num_rows, shape.hidden_size, generator=generator).to(device, dtype)
+    found = steer_rows(x, shelf.tables, steered)
+    wanted = FORMS["reference"](x, shelf.tables, steered)
+    tolerance = 16 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+    assert torch.equal(found[used:], x[used:]), "a row without a steer was changed"
+    assert not torch.isclose(found[:used], x[:used]).all(1).any(), "a steered row was not changed"
+
+
+def check_engine(llm: Any, steers: Sequence[str | None], shape: Shape) -> None:
+    """Rows with a steer change; in one batch with them the others keep every token and logprob.
+
+    Log probabilities and not tokens show the change: under dummy weights, which vLLM draws from
+    one seed for every tensor, the likeliest token can be the same whatever the hidden state.
+    """
+    plain, mixed = (
+        run_leg(llm, asked, CHECK_STEPS, shape.vocab_size, logprobs=True)
+        for asked in ([None] * len(steers), steers)
+    )
+    for row, steer in enumerate(steers):
+        tokens_kept = plain.tokens[row] == mixed.tokens[row]
+        kept = tokens_kept and plain.logprobs[row] == mixed.logprobs[row]
+        if steer is None:
+            assert kept, f"unsteered row {row} of {len(steers)} was changed by its neighbours"
+        else:
+            assert not kept, f"row {row} of {len(steers)} was not changed by its steer {steer}"
+
+
+def check_legs(comparison: Comparison, *, steered: bool) -> None:
+    """Legs of one kind gave one output; without steers both kinds gave the same."""
+    plain, other = ({leg.tokens for leg in legs} for legs in (comparison.plain, comparison.other))
+    assert len(plain) == len(other) == 1, "legs of one kind gave different tokens"
+    assert steered or plain == other, "two engines without steered rows gave different tokens"

@@ -1,0 +1,66 @@
+"""What a figure must be read with: the machine, the versions, the commit."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DISTRIBUTIONS = ("torch", "vllm", "vllm-steer", "transformers", "triton")
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU model, cores, memory and load; GPU name and driver, None without one.
+
+    ``load_average`` is taken now: call it before the measurement, to see who else was running.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "gpu": gpu,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if gpu
+        else None,
+    }
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Python and the distributions that decide about speed; None for one that is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name.replace("-", "_")] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name.replace("-", "_")] = None
+    return found
+
+
+def describe_commit() -> dict[str, Any]:
+    """The repository's commit and whether files differ from it; None outside of git."""
+    commit = _output("git", "rev-parse", "HEAD")
+    status = _output("git", "status", "--porcelain")
+    return {"commit": commit, "dirty": None if commit is None else bool(status)}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _output(*command: str) -> str | None:
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,256 @@
+"""Engine decode-step time, steered over unsteered, on dummy weights, in one process and run.
+
+    python benchmarks/speed_ratio.py --json OUT [--shape gpt2-medium] [--rank 1000] ...
+
+Three engines of one configuration live in this process:
+
+    bare      made before the plugin is registered: stock vLLM
+    unused    made after it, without a steer config
+    steered   made with a steer config that loads ``max(--distinct)`` steers
+
+and three figures come out, each from legs interleaved A / B / A (see ``decode.py``, which says why
+a step's time is the median of steps timed one by one):
+
+    steered   every row steered over no row steered, both on ``steered``
+    unused    ``unused`` over ``bare``
+    loaded    unsteered requests on ``steered`` over the same on ``bare``
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+for name, value in DEFAULTS.items():
+    os.environ.setdefault(name, value)
+
+import torch  # noqa: E402
+from decode import LEAD_STEPS, PROMPT_TOKENS, Comparison, compare, run_leg  # noqa: E402
+from dummy_model import (  # noqa: E402
+    SHAPES,
+    STRENGTH,
+    Shape,
+    steer_bytes,
+    steer_config,
+    step_bytes,
+    write_model,
+    write_steers,
+)
+from equality import check_engine, check_legs, check_operation  # noqa: E402
+from machine import describe_commit, describe_machine, describe_versions  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: E402
+from table import rich_table  # noqa: E402
+
+FIGURES = ("unused", "loaded", "steered")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the result: a figure, a batch size, and how many steers its rows share."""
+
+    name: str
+    rows: int
+    distinct: int
+
+    @property
+    def steers(self) -> list[str | None]:
+        """Each row's steer in the B legs; rows take the steers in turn."""
+        if self.name != "steered":
+            return [None] * self.rows
+        return [f"s{row % self.distinct}:{STRENGTH}" for row in range(self.rows)]
+
+
+def main() -> None:
+    """Parse, measure, write, print."""
+    args = _arguments()
+    console = Console(stderr=True)
+    result = describe_run(args)
+    with tempfile.TemporaryDirectory(prefix="speed-ratio-") as folder:
+        dtype, lines = measure(args, Path(folder), console)
+    result.update(dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads())
+    result["rows"] = lines
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    Console().print(rich_table(result))
+
+
+def describe_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything about the run that is known before it."""
+    return {
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "git": describe_commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "shape": args.shape,
+        "prompt_tokens": PROMPT_TOKENS,
+        "steps_per_leg": args.steps,
+    }
+
+
+def measure(
+    args: argparse.Namespace, folder: Path, console: Console
+) -> tuple[torch.dtype, list[dict[str, Any]]]:
+    """The engines' dtype and one line per case."""
+    shape = SHAPES[args.shape]
+    paths = write_steers(shape, folder / "steers", count=max(args.distinct), rank=args.rank)
+    bench = Bench(args, shape, write_model(shape, folder / "model"), steer_config(paths, args.rank))
+    lines = []
+    cases = [case for figure in args.figures for case in _cases(figure, args)]
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=2 * args.repeats * len(cases))
+        for case in cases:
+            progress.update(task, description=f"{case.name} {case.rows} rows, {case.distinct}")
+            comparison = _checked_run(bench, case, paths, partial(progress.advance, task))
+            lines.append(_line(case, comparison, args, bench.dtype))
+            progress.console.print(f"{case.name} {case.rows} {case.distinct}", lines[-1])
+    return bench.dtype, lines
+
+
+def _checked_run(bench: "Bench", case: Case, paths: dict[str, Path], tick: Any) -> Comparison:
+    """Equal first, then timed, then seen to have been steered."""
+    if case.name != "steered":
+        comparison = bench.run(case, tick)
+        check_legs(comparison, steered=False)
+        return comparison
+    engine, shape = bench.engine("steered"), bench.shape
+    check_operation(paths, shape, bench.dtype)
+    check_engine(engine, [s if i % 2 == 0 else None for i, s in enumerate(case.steers)], shape)
+    comparison = bench.run(case, tick)
+    check_legs(comparison, steered=True)
+    check_engine(engine, case.steers, shape)
+    return comparison
+
+
+class Bench:
+    """The engines, each made when it is first needed, in the order that ``FIGURES`` needs them."""
+
+    def __init__(
+        self, args: argparse.Namespace, shape: Shape, model: Path, steers: dict[str, Any]
+    ) -> None:
+        self._args = args
+        self.shape = shape
+        self._model = model
+        self._steers = steers
+        self._engines: dict[str, Any] = {}
+
+    def engine(self, name: str) -> Any:
+        """``bare``, ``unused`` or ``steered``."""
+        if name not in self._engines:
+            self._engines[name] = self._make(name)
+        return self._engines[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What vLLM settled on, of any engine made so far."""
+        llm = next(iter(self._engines.values()), None) or self.engine("steered")
+        return llm.llm_engine.vllm_config.model_config.dtype
+
+    def run(self, case: Case, tick: Any) -> Comparison:
+        """The legs of a case."""
+        other = "unused" if case.name == "unused" else "steered"
+        plain = "steered" if case.name == "steered" else "bare"
+        engines = [self.engine(name) for name in (plain, other)]
+        legs = [
+            partial(run_leg, llm, steers, self._args.steps, self.shape.vocab_size)
+            for llm, steers in zip(engines, ([None] * case.rows, case.steers), strict=True)
+        ]
+        return compare(*legs, rounds=self._args.repeats, tick=tick)
+
+    def _make(self, name: str) -> Any:
+        os.environ["VLLM_STEER_DISABLE"] = "1" if name == "bare" else "0"
+        from vllm import LLM
+
+        if name != "bare":
+            from vllm_steer.plugin import register
+
+            register()
+        on_gpu = {"gpu_memory_utilization": 0.25} if torch.cuda.is_available() else {}
+        return LLM(
+            str(self._model),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=self._args.dtype,
+            max_model_len=256,
+            max_num_seqs=max(self._args.rows),
+            distributed_executor_backend="uni",
+            enable_prefix_caching=False,
+            additional_config={"steer": self._steers} if name == "steered" else {},
+            **on_gpu,
+        )
+
+
+def _cases(figure: str, args: argparse.Namespace) -> Iterator[Case]:
+    for rows in args.rows:
+        shared = sorted({min(d, rows) for d in args.distinct}) if figure == "steered" else [0]
+        yield from (Case(figure, rows, distinct) for distinct in shared)
+
+
+def _line(
+    case: Case, comparison: Comparison, args: argparse.Namespace, dtype: torch.dtype
+) -> dict[str, Any]:
+    shape, rank = SHAPES[args.shape], args.rank if case.name == "steered" else 0
+    size = {"rows": case.rows, "itemsize": dtype.itemsize}
+    floor = steer_bytes(shape, distinct=case.distinct, rank=rank, **size) if rank else 0
+    context = PROMPT_TOKENS + LEAD_STEPS + args.steps // 2
+    return {
+        "name": case.name,
+        "rows": case.rows,
+        "distinct": case.distinct,
+        "rank": rank,
+        **comparison.summary(),
+        "floor_bytes": floor,
+        "predicted_ratio": round(1 + floor / step_bytes(shape, context=context, **size), 4),
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2-medium")
+    parser.add_argument("--rank", type=int, default=1000)
+    parser.add_argument("--rows", type=_numbers, default=[1, 4, 8, 32], metavar="N,N,...")
+    parser.add_argument("--distinct", type=_numbers, default=[1, 4, 32], metavar="N,N,...")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--repeats", type=int, default=11, metavar="N", help="rounds per case")
+    parser.add_argument("--steps", type=int, default=24, metavar="N", help="timed steps per leg")
+    parser.add_argument(
+        "--figures",
+        type=lambda text: [f for f in FIGURES if f in text.split(",")],
+        default=list(FIGURES),
+        metavar="NAME,...",
+        help=f"some of {', '.join(FIGURES)}",
+    )
+    parser.add_argument("--quick", action="store_true", help="few rounds: does it run at all")
+    args = parser.parse_args()
+    if args.quick:
+        args.rows, args.distinct, args.repeats, args.steps = [1, 4], [1, 4], 2, 4
+    return args
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = sorted({int(part) for part in text.split(",")})
+    if numbers[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers from 1 are wanted, as in 1,4,32")
+    return numbers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,417 @@
+"""A served model, asked over HTTP in every way that the interface promises."""
+
+import json
+import re
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import transformers
+
+from vllm_steer import embedded, hf
+
+BASE = "base"
+PROMPT = "Once upon a time"
+NEW_TOKENS = 12
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": NEW_TOKENS}
+
+Ask = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def completion(client: openai.OpenAI, model: str = BASE, **extra: Any) -> str:
+    asked = client.completions.create(model=model, prompt=PROMPT, extra_body=extra, **GREEDY)
+    return asked.choices[0].text
+
+
+def streamed_completion(client: openai.OpenAI, model: str = BASE, **extra: Any) -> str:
+    chunks = client.completions.create(
+        model=model, prompt=PROMPT, extra_body=extra, stream=True, **GREEDY
+    )
+    return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+
+
+def chat(client: openai.OpenAI, model: str = BASE, **extra: Any) -> str:
+    asked = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": PROMPT}], extra_body=extra, **GREEDY
+    )
+    return asked.choices[0].message.content or ""
+
+
+def streamed_chat(client: openai.OpenAI, model: str = BASE, **extra: Any) -> str:
+    chunks = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": PROMPT}],
+        extra_body=extra,
+        stream=True,
+        **GREEDY,
+    )
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+ASKS = {
+    "completions": completion,
+    "completions-streamed": streamed_completion,
+    "chat": chat,
+    "chat-streamed": streamed_chat,
+}
+ask_in_every_way = pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
+
+
+@ask_in_every_way
+def test_a_steer_asked_for_in_any_way_gives_one_text_that_differs_from_the_unsteered(
+    client: openai.OpenAI, ask: Ask
+) -> None:
+    ways = {
+        "xargs": ask(client, vllm_xargs={"steer": "a:3"}),
+        "xargs with JSON": ask(client, vllm_xargs={"steer": '{"a": 3}'}),
+        "field": ask(client, steer="a:3"),
+        "nested field": ask(client, steer={"a": {"strength": 3}}),
+        "preset": ask(client, steer="friendly"),
+        "preset as the model": ask(client, model=f"{BASE}:friendly"),
+    }
+    assert len(set(ways.values())) == 1, ways
+    assert ways["xargs"] != ask(client)
+
+
+@ask_in_every_way
+@pytest.mark.parametrize("none", ["none", "", {}, "a:0", None], ids=repr)
+def test_no_steer_is_the_unsteered_text(client: openai.OpenAI, ask: Ask, none: Any) -> None:
+    assert ask(client, steer=none) == ask(client)
+
+
+def test_streamed_and_whole_texts_agree(client: openai.OpenAI) -> None:
+    assert streamed_completion(client, steer="c:4") == completion(client, steer="c:4")
+    assert streamed_chat(client, steer="c:4") == chat(client, steer="c:4")
+
+
+MIXED: tuple[dict[str, float], ...] = (
+    {},
+    {"a": 3.0},
+    {"a": -3.0},
+    {"b": 2.0},
+    {"c": 3.0},
+    {"a": 1.0, "c": -2.0},
+    {"b": -1.0, "a": 2.0},
+    {"a": 0.0},
+)
+
+
+def token_ids(http: httpx.Client, prompt: list[int], doses: dict[str, float]) -> list[int]:
+    body = {
+        "model": BASE,
+        "prompt": prompt,
+        "steer": doses,
+        "return_token_ids": True,
+        "ignore_eos": True,
+        **GREEDY,
+    }
+    reply = http.post("/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    return list(reply.json()["choices"][0]["token_ids"])
+
+
+def test_a_mixed_batch_gives_each_request_what_hugging_face_gives_it_alone(
+    server: Any, http: httpx.Client
+) -> None:
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        embedded.MODEL, dtype=torch.float32
+    ).eval()
+    prompts = [[1, 40 + 7 * n, 60 + n, 90] for n in range(len(MIXED))]
+    with ThreadPoolExecutor(len(MIXED)) as pool:
+        found = list(pool.map(lambda p, d: token_ids(http, p, d), prompts, MIXED))
+    for prompt, doses, tokens in zip(prompts, MIXED, found, strict=True):
+        with hf.steered(model, doses, server.steers), torch.inference_mode():
+            wanted = list(prompt)
+            for _ in range(NEW_TOKENS):
+                wanted.append(int(model(torch.tensor([wanted])).logits[0, -1].argmax()))
+        assert tokens == wanted[len(prompt) :], doses
+
+
+def test_a_batch_of_prompts_in_one_request_is_steered_as_a_whole(client: openai.OpenAI) -> None:
+    asked = client.completions.create(
+        model=BASE, prompt=[PROMPT] * 3, extra_body={"steer": "a:3"}, **GREEDY
+    )
+    assert {choice.text for choice in asked.choices} == {completion(client, steer="a:3")}
+
+
+def test_presets_are_listed_as_models(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == [BASE, f"{BASE}:friendly", f"{BASE}:mix"]
+
+
+def test_a_request_can_override_the_preset_of_its_model(client: openai.OpenAI) -> None:
+    assert completion(client, f"{BASE}:friendly", steer="none") == completion(client)
+    assert completion(client, f"{BASE}:friendly", vllm_xargs={"steer": "b:2"}) == completion(
+        client, steer="b:2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "read"),
+    [
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": NEW_TOKENS},
+            lambda reply: reply["content"][0]["text"],
+        ),
+        (
+            "/v1/responses",
+            {"input": PROMPT, "max_output_tokens": NEW_TOKENS},
+            lambda reply: reply["output"][-1]["content"][0]["text"],
+        ),
+        (
+            "/v1/chat/completions/batch",
+            {"messages": [[{"role": "user", "content": PROMPT}]], "max_tokens": NEW_TOKENS},
+            lambda reply: reply["choices"][0]["message"]["content"],
+        ),
+        (
+            "/invocations",
+            {"prompt": PROMPT, "max_tokens": NEW_TOKENS},
+            lambda reply: reply["choices"][0]["text"],
+        ),
+    ],
+    ids=["messages", "responses", "chat-batch", "invocations"],
+)
+def test_other_routes_that_generate_take_a_steer(
+    http: httpx.Client, path: str, body: dict[str, Any], read: Callable[[Any], str]
+) -> None:
+    def ask(**extra: Any) -> str:
+        reply = http.post(path, json={"model": BASE, "temperature": 0, **body, **extra})
+        assert reply.status_code == 200, reply.text
+        return read(reply.json())
+
+    assert ask(steer="a:3") == ask(model=f"{BASE}:friendly") != ask(steer="none") == ask()
+
+
+KNOWN = r"steers: a, b, c; presets: friendly, mix"
+BAD: dict[str, tuple[Any, str]] = {
+    "unknown-name": ("happy:1", rf"steer 'happy' is unknown; {KNOWN}"),
+    "unknown-name-in-a-dict": ({"happy": 1}, rf"steer 'happy' is unknown; {KNOWN}"),
+    "bad-number": ("a:five", r"steer a has strength 'five'; a number is wanted, such as a:1\.5"),
+    "nan": ("a:nan", r"steer a has strength 'nan'; it must be finite"),
+    "infinity": ("a:-inf", r"steer a has strength '-inf'; it must be finite"),
+    "too-large-a-literal": ("a:1e999", r"steer a has strength '1e999'; it must be finite"),
+    "too-many": ("a:1,b:1,c:1", r"3 steers are asked for; at most 2 are allowed per request"),
+    "above-the-limit": ("a:10.5", r"steer a has strength 10\.5; allowed: -10 to 10"),
+    "below-the-limit": ("a:-11", r"steer a has strength -11; allowed: -10 to 10"),
+    "preset-above-the-limit": ("friendly:4", r"steer a has strength 12; allowed: -10 to 10"),
+    "half-a-part": ("a:", r"incomplete part 'a:'; allowed: a string such as 'detox:5,humor'"),
+    "half-a-json": ('{"a": 3', r"is not JSON"),
+    "number": (5, r"steer is 5; allowed: a string such as 'detox:5,humor'"),
+    "list": (["a", 3], r"steer is \['a', 3\]; allowed: a string such as"),
+    "list-of-dicts": ([{"a": 3}], r"steer.*allowed: a string such as"),
+    "list-of-nothing": ([None], r"steer.*allowed: a string such as"),
+    "true": (True, r"(?i)steer.*true"),
+    "null-strength": ({"a": None}, r"steer a has strength None; a number is wanted"),
+    "unknown-option": ({"a": {"strenght": 3}}, r"steer a has unknown options strenght; allowed"),
+    "layers-at-the-head": ({"a": {"layers": "1-2"}}, r"steer a acts at the LM head"),
+    "huge-integer": ({"a": 10**400}, r"steer a has strength 1000"),
+}
+
+
+def check_refusal(reply: httpx.Response, message: str) -> None:
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["type"] == "BadRequestError", error
+    assert error["param"] == "vllm_xargs.steer", error
+    assert error["code"] == 400
+    assert re.search(message, error["message"]), error
+
+
+def check_alive(http: httpx.Client) -> None:
+    reply = http.post("/v1/completions", json={"model": BASE, "prompt": "a", "max_tokens": 2})
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_bad_steer_field_is_a_bad_request_and_the_server_lives_on(
+    http: httpx.Client, case: str, stream: bool
+) -> None:
+    steer, message = BAD[case]
+    body = {"model": BASE, "prompt": PROMPT, "max_tokens": 2, "stream": stream, "steer": steer}
+    check_refusal(http.post("/v1/completions", json=body), message)
+    check_alive(http)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case, (steer, _) in BAD.items() if type(steer) in (str, int)]
+)
+def test_a_bad_steer_argument_is_a_bad_request(http: httpx.Client, case: str) -> None:
+    steer, message = BAD[case]
+    body = {
+        "model": BASE,
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": 2,
+        "vllm_xargs": {"steer": steer},
+    }
+    check_refusal(http.post("/v1/chat/completions", json=body), message)
+
+
+def test_vllms_own_schema_of_arguments_still_answers_with_400(http: httpx.Client) -> None:
+    for steer in ({"a": 3}, [{"a": 3}], None):
+        body = {"model": BASE, "prompt": "a", "max_tokens": 2, "vllm_xargs": {"steer": steer}}
+        assert http.post("/v1/completions", json=body).status_code == 400
+    check_alive(http)
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", '{"a": NaN}', "1e999"])
+@pytest.mark.parametrize("place", ['"steer": %s', '"vllm_xargs": {"steer": %s}'])
+def test_numbers_that_json_does_not_have_are_a_bad_request(
+    http: httpx.Client, literal: str, place: str
+) -> None:
+    fields = f'"model": "{BASE}", "prompt": "a", "max_tokens": 2, {place % literal}'
+    reply = http.post(
+        "/v1/completions",
+        content="{" + fields + "}",
+        headers={"content-type": "application/json"},
+    )
+    assert reply.status_code == 400, reply.text
+    check_alive(http)
+
+
+@pytest.mark.parametrize("xargs", ["a:3", 5, [1], True], ids=repr)
+def test_a_steer_field_beside_malformed_arguments_is_a_bad_request(
+    http: httpx.Client, xargs: Any
+) -> None:
+    body = {"model": BASE, "prompt": "a", "max_tokens": 2, "steer": "a:1", "vllm_xargs": xargs}
+    assert http.post("/v1/completions", json=body).status_code == 400
+    check_alive(http)
+
+
+def test_a_body_of_monstrous_depth_is_a_bad_request(http: httpx.Client) -> None:
+    steer = '{"a":' * 50_000 + "1" + "}" * 50_000
+    for value in (steer, json.dumps(steer)):
+        reply = http.post(
+            "/v1/completions",
+            content=f'{{"model": "{BASE}", "prompt": "a", "max_tokens": 2, "steer": {value}}}',
+            headers={"content-type": "application/json"},
+        )
+        assert reply.status_code == 400, reply.text[:300]
+    check_alive(http)
+
+
+def test_a_steer_given_twice_is_a_bad_request(http: httpx.Client) -> None:
+    body = {
+        "model": BASE,
+        "prompt": PROMPT,
+        "steer": "a:1",
+        "vllm_xargs": {"steer": "a:1"},
+    }
+    reply = http.post("/v1/completions", json=body)
+    check_refusal(reply, "both as a field and in vllm_xargs; give it once")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": PROMPT}),
+        ("/tokenize", {"prompt": PROMPT}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": PROMPT}]}),
+    ],
+    ids=["embeddings", "tokenize", "count_tokens"],
+)
+def test_a_steer_where_nothing_is_generated_is_a_bad_request(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    reply = http.post(path, json={"model": BASE, "steer": "a:3", **body})
+    check_refusal(reply, "this route generates no text; remove the field 'steer'")
+
+
+def test_a_route_that_generates_nothing_serves_as_ever(http: httpx.Client) -> None:
+    for model in (BASE, f"{BASE}:friendly"):
+        reply = http.post("/tokenize", json={"model": model, "prompt": PROMPT})
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["count"] > 0
+
+
+@pytest.mark.parametrize("body", [b'{"steer": ', b"", b"[]", b'["steer"]', b"\xff\xfe", b'"steer"'])
+def test_a_malformed_body_gets_vllms_own_answer(http: httpx.Client, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    answers = [
+        http.post("/v1/completions", content=content, headers=headers)
+        for content in (body, body.replace(b"steer", b"steel"))
+    ]
+    assert {reply.status_code for reply in answers} == {400}
+    assert answers[0].json()["error"]["type"] == answers[1].json()["error"]["type"]
+    assert answers[0].json()["error"]["param"] != "vllm_xargs.steer"
+    check_alive(http)
+
+
+@pytest.mark.parametrize("model", ["other", "other:friendly", f"{BASE}:happy", ":friendly"])
+def test_an_unknown_model_is_still_not_found(http: httpx.Client, model: str) -> None:
+    reply = http.post("/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 2})
+    assert reply.status_code == 404, reply.text
+
+
+def test_a_body_in_chunks_is_steered_like_a_whole_one(http: httpx.Client) -> None:
+    body = {"model": BASE, "prompt": PROMPT, "steer": "a:3", **GREEDY}
+    whole = http.post("/v1/completions", json=body)
+    data = json.dumps(body).encode()
+    pieces = (data[at : at + 7] for at in range(0, len(data), 7))
+    chunked = http.post(
+        "/v1/completions", content=pieces, headers={"content-type": "application/json"}
+    )
+    assert chunked.json()["choices"][0]["text"] == whole.json()["choices"][0]["text"]
+
+
+def test_prompt_logprobs_are_steered_and_the_prompts_first_is_absent(http: httpx.Client) -> None:
+    def logprobs(**extra: Any) -> list[Any]:
+        body = {"model": BASE, "prompt": [1, 50, 60, 70], "max_tokens": 1, "prompt_logprobs": 0}
+        reply = http.post("/v1/completions", json={**body, **extra})
+        assert reply.status_code == 200, reply.text
+        return list(reply.json()["choices"][0]["prompt_logprobs"])
+
+    plain, steered, none = logprobs(), logprobs(steer="a:3"), logprobs(steer="none")
+    assert plain[0] is steered[0] is None
+    assert plain == none
+    assert all(a != b for a, b in zip(plain[1:], steered[1:], strict=True))
+
+
+def test_a_client_that_leaves_in_mid_stream_leaves_the_server_alive(http: httpx.Client) -> None:
+    body = {"model": BASE, "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True}
+    for steer in ("a:3", "c:2", "none"):
+        asked = {**body, "stream": True, "steer": steer}
+        with http.stream("POST", "/v1/completions", json=asked) as reply:
+            assert reply.status_code == 200
+            next(reply.iter_lines())
+    check_alive(http)
+
+
+def test_a_client_that_leaves_in_mid_body_leaves_the_server_alive(
+    server: Any, http: httpx.Client
+) -> None:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b'Content-Length: 500\r\n\r\n{"model": "base", "steer": '
+        )
+    check_alive(http)
+
+
+def test_a_steered_request_leaves_no_trace_in_the_next(client: openai.OpenAI) -> None:
+    before = completion(client)
+    assert completion(client, steer="a:8") != before
+    assert completion(client) == before
+
+
+def test_the_server_is_healthy_after_all_of_this(http: httpx.Client) -> None:
+    assert http.get("/health").status_code == 200

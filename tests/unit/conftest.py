@@ -1,0 +1,80 @@
+"""Small steers, and the plan that an engine would make of them, for all unit tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_steer import LMSteer
+from vllm_steer.config import Limits
+from vllm_steer.plan import PlannedSteer, SteerPlan
+
+HIDDEN = 6
+VOCAB = 11
+
+MakeSteer = Callable[..., LMSteer]
+MakePlan = Callable[..., SteerPlan]
+
+
+@pytest.fixture
+def make_steer() -> MakeSteer:
+    """Random steers of any variant; keywords override the fields of ``LMSteer``."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def make(variant: str = "multiply", *, columns: int = 1, rank: int = 2, **fields: Any) -> Any:
+        hidden_size = fields.setdefault("hidden_size", HIDDEN)
+        fields.setdefault("epsilon", 0.25)
+        if variant == "multiply":
+            fields.setdefault("projector1", normal(columns, hidden_size, rank))
+            fields.setdefault("projector2", normal(columns, hidden_size, rank))
+        if variant == "add":
+            fields.setdefault("add", normal(columns, hidden_size))
+        if variant == "offset":
+            fields.setdefault("offset", normal(columns, VOCAB))
+        return LMSteer(variant=variant, **fields)
+
+    return make
+
+
+@pytest.fixture
+def make_plan() -> MakePlan:
+    """A plan for steers that exist in name only: what requests are resolved against."""
+
+    def make(
+        steers: dict[str, float],
+        *,
+        presets: dict[str, dict[str, float]] | None = None,
+        default: str = "none",
+        **limits: Any,
+    ) -> SteerPlan:
+        return SteerPlan(
+            version="0",
+            operation="test",
+            steers={name: planned(name, strength) for name, strength in steers.items()},
+            presets=presets or {},
+            default=default,
+            limits=Limits(**limits),
+        )
+
+    return make
+
+
+def planned(name: str, default_strength: float) -> PlannedSteer:
+    return PlannedSteer(
+        path=Path(f"/steers/{name}.safetensors"),
+        facts={},
+        kind="lm_steer",
+        site="head",
+        variant="multiply",
+        hidden_size=HIDDEN,
+        vocab_size=None,
+        rank=2,
+        columns=1,
+        default_strength=default_strength,
+        sha256="0" * 64,
+    )

@@ -1,0 +1,146 @@
+"""The bank holds steers as the operation wants them: what comes out is the steer's own formula."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_steer import LMSteer
+from vllm_steer.bank import Shelf, fill_bank
+from vllm_steer.kernels.lm_steer import SteeredRows, steer_rows
+
+CPU = torch.device("cpu")
+
+
+def fill(steers: dict[str, LMSteer], dtype: torch.dtype = torch.float32) -> Any:
+    return fill_bank(steers, dtype=dtype, device=CPU)
+
+
+def apply(shelf: Shelf, x: torch.Tensor, name: str, strength: float) -> torch.Tensor:
+    """Every row of ``x`` under one steer of the shelf."""
+    rows = torch.arange(x.shape[0])
+    return steer_rows(
+        x,
+        shelf.tables,
+        SteeredRows(
+            rows=rows,
+            strengths=torch.full((x.shape[0],), strength),
+            groups=((shelf.slots[name], 0, x.shape[0]),),
+            touched=rows,
+            places=rows,
+        ),
+    )
+
+
+def formula(steer: LMSteer, x: torch.Tensor, strength: float) -> torch.Tensor:
+    """The class's equation in float64, one column at a time."""
+    y = x.double().clone()
+    for column in range(steer.columns):
+        a = 1.0 if column in steer.fixed_columns else strength
+        if steer.projector1 is not None and steer.projector2 is not None:
+            first, second = (p[column].double() for p in (steer.projector1, steer.projector2))
+            y += steer.epsilon * a * (x.double() @ first) @ second.T
+        else:
+            (vectors,) = steer.tensors.values()
+            y += steer.epsilon * a * vectors[column].double()
+    return y
+
+
+CASES = {
+    "multiply": ("multiply", {"columns": 1, "rank": 3}),
+    "multiply-first-fixed": ("multiply", {"columns": 2, "rank": 3, "fixed_columns": (0,)}),
+    "multiply-last-fixed": ("multiply", {"columns": 2, "rank": 3, "fixed_columns": (1,)}),
+    "multiply-middle-free": ("multiply", {"columns": 3, "rank": 1, "fixed_columns": (2, 0)}),
+    "multiply-above-full-rank": ("multiply", {"columns": 1, "rank": 9}),
+    "add": ("add", {"columns": 1}),
+    "add-columns": ("add", {"columns": 3}),
+    "add-fixed": ("add", {"columns": 3, "fixed_columns": (0, 2)}),
+    "offset": ("offset", {"columns": 1}),
+    "offset-fixed": ("offset", {"columns": 3, "fixed_columns": (1,)}),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("strength", [3.0, -0.5, 1.0])
+def test_a_steer_in_the_bank_does_what_its_equation_says(
+    make_steer: Any, case: str, strength: float
+) -> None:
+    variant, options = CASES[case]
+    steers = {
+        "other": make_steer("multiply", rank=4),
+        "steer": make_steer(variant, **options),
+        "third": make_steer("offset", columns=2),
+        "vector": make_steer("add", columns=2),
+    }
+    bank = fill(steers)
+    shelf = bank.logits if variant == "offset" else bank.hidden
+    x = torch.randn(5, 11 if variant == "offset" else 6)
+    found = apply(shelf, x, "steer", strength)
+    torch.testing.assert_close(
+        found.double(), formula(steers["steer"], x, strength), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("variant", ["multiply", "add", "offset"])
+def test_a_column_fixed_twice_is_fixed_once(make_steer: Any, variant: str) -> None:
+    """Refusing such a steer is as good as counting the column once."""
+    try:
+        steer = make_steer(variant, columns=2, fixed_columns=(1, 1))
+    except ValueError:
+        return
+    bank = fill({"steer": steer})
+    x = torch.randn(3, 11 if variant == "offset" else 6)
+    found = apply(bank.logits if variant == "offset" else bank.hidden, x, "steer", 2.0)
+    torch.testing.assert_close(found.double(), formula(steer, x, 2.0), rtol=1e-5, atol=1e-5)
+
+
+def test_slots_follow_the_names_and_not_the_order_of_the_config(make_steer: Any) -> None:
+    first, second = make_steer(rank=1), make_steer(rank=2)
+    forward, backward = fill({"a": first, "b": second}), fill({"b": second, "a": first})
+    assert forward.hidden.slots == backward.hidden.slots
+    assert forward.hidden.tables.bounds == backward.hidden.tables.bounds
+    assert torch.equal(forward.hidden.tables.expand, backward.hidden.tables.expand)
+
+
+def test_a_bank_without_offset_steers_has_no_shelf_for_them(make_steer: Any) -> None:
+    assert fill({"a": make_steer()}).logits is None
+    assert fill({"a": make_steer("offset")}).hidden is None
+
+
+def test_vectors_alone_take_no_room_for_what_they_do_not_multiply(make_steer: Any) -> None:
+    bank = fill({"a": make_steer("add"), "b": make_steer("add", columns=2, fixed_columns=(0,))})
+    assert bank.num_bytes == 3 * 6 * 4
+
+
+def test_the_bank_knows_its_size(make_steer: Any) -> None:
+    steers = {"a": make_steer(columns=2, rank=5), "b": make_steer("offset", columns=2)}
+    assert fill(steers).num_bytes == 2 * (2 * 5 * 6 * 4) + 1 * 11 * 4
+    assert fill(steers, torch.bfloat16).num_bytes == 2 * (2 * 5 * 6 * 2) + 1 * 11 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_tables_are_the_steer_rounded_once_to_the_models_dtype(
+    make_steer: Any, dtype: torch.dtype
+) -> None:
+    steer = make_steer(columns=1, rank=3)
+    tables = fill({"a": steer}, dtype).hidden.tables
+    assert tables.shrink.dtype == tables.expand.dtype == dtype
+    assert torch.equal(tables.shrink, steer.projector1[0].T.to(dtype))
+    assert torch.equal(tables.expand, steer.projector2[0].T.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str
+)
+def test_steers_of_any_floating_dtype_fill_the_bank(make_steer: Any, dtype: torch.dtype) -> None:
+    first, second = (torch.full((1, 6, 2), value).to(dtype) for value in (0.5, -2.0))
+    tables = fill({"a": make_steer(projector1=first, projector2=second)}).hidden.tables
+    assert tables.shrink.unique().tolist() == [0.5]
+    assert tables.expand.unique().tolist() == [-2.0]
+
+
+def test_a_steer_too_large_for_the_models_dtype_is_refused(make_steer: Any) -> None:
+    """1e5 is finite in the file and infinite in float16: no request could be served with it."""
+    steer = make_steer("add", add=torch.full((1, 6), 1e5))
+    with pytest.raises(ValueError, match="float16"):
+        fill({"a": steer}, torch.float16)

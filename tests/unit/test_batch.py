@@ -1,0 +1,219 @@
+"""The batch in flight: over steps, each row carries its own request's steers and no others."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_steer.bank import Bank, Shelf, fill_bank
+from vllm_steer.serving.batch import SteeredBatch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bank(make_steer: Any) -> Bank:
+    steers = {"a": make_steer(), "b": make_steer("add"), "c": make_steer("offset")}
+    return fill_bank(steers, dtype=torch.float32, device=CPU)
+
+
+@pytest.fixture
+def shelf(bank: Bank) -> Shelf:
+    assert bank.hidden is not None
+    return bank.hidden
+
+
+@pytest.fixture
+def batch(make_plan: Any) -> SteeredBatch:
+    return SteeredBatch(make_plan({"a": 1.0, "b": 1.0, "c": 1.0}), CPU)
+
+
+def params(steer: Any = None) -> Any:
+    return SimpleNamespace(extra_args=None if steer is None else {"steer": steer})
+
+
+def step(
+    batch: SteeredBatch,
+    rows: dict[str, int],
+    *,
+    new: dict[str, Any] | None = None,
+    finished: tuple[str, ...] = (),
+    tokens: dict[str, int] | None = None,
+) -> None:
+    """One step of real requests: ``rows`` are its logits rows by request, in order."""
+    batch.begin([(req_id, params(steer)) for req_id, steer in (new or {}).items()], finished)
+    batch.announce(
+        list(rows),
+        np.array(list(rows.values()), dtype=np.int64),
+        np.array(list((tokens or rows).values()), dtype=np.int64),
+    )
+
+
+def strengths(batch: SteeredBatch, shelf: Shelf, num_rows: int) -> dict[int, dict[str, float]]:
+    """Row to steers and strengths, as the head would apply them."""
+    found = batch.rows_of(torch.zeros(num_rows, 6), shelf)
+    if found is None:
+        return {}
+    names = {slot: name for name, slot in shelf.slots.items()}
+    result: dict[int, dict[str, float]] = {}
+    for slot, start, end in found.groups:
+        for pair in range(start, end):
+            row = result.setdefault(int(found.rows[pair]), {})
+            row[names[slot]] = float(found.strengths[pair])
+    return result
+
+
+def test_each_row_carries_its_own_requests_steers(batch: SteeredBatch, shelf: Shelf) -> None:
+    step(
+        batch,
+        {"r1": 1, "r2": 1, "r3": 2, "r4": 1},
+        new={"r1": "a:2", "r2": None, "r3": {"a": -1, "b": 4}, "r4": "none"},
+    )
+    assert strengths(batch, shelf, 5) == {
+        0: {"a": 2},
+        2: {"a": -1, "b": 4},
+        3: {"a": -1, "b": 4},
+    }
+
+
+def test_requests_keep_their_steers_over_steps_and_places(
+    batch: SteeredBatch, shelf: Shelf
+) -> None:
+    step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2", "r2": "b:3"})
+    step(batch, {"r1": 1, "r2": 1})
+    assert strengths(batch, shelf, 2) == {0: {"a": 2}, 1: {"b": 3}}
+    step(batch, {"r2": 1, "r1": 1})
+    assert strengths(batch, shelf, 2) == {0: {"b": 3}, 1: {"a": 2}}
+    step(batch, {"r1": 1}, finished=("r2",))
+    assert strengths(batch, shelf, 1) == {0: {"a": 2}}
+
+
+def test_a_request_that_waits_a_step_keeps_its_steer(batch: SteeredBatch, shelf: Shelf) -> None:
+    step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2", "r2": "b:3"})
+    step(batch, {"r1": 1})
+    step(batch, {"r1": 1, "r2": 1})
+    assert strengths(batch, shelf, 2) == {0: {"a": 2}, 1: {"b": 3}}
+
+
+def test_a_joining_request_is_noticed(batch: SteeredBatch, shelf: Shelf) -> None:
+    step(batch, {"r1": 1}, new={"r1": "a:2"})
+    assert strengths(batch, shelf, 1) == {0: {"a": 2}}
+    step(batch, {"r1": 1, "r2": 1}, new={"r2": "a:5"})
+    assert strengths(batch, shelf, 2) == {0: {"a": 2}, 1: {"a": 5}}
+
+
+@pytest.mark.parametrize("again", [None, "none", "a:0", ""], ids=repr)
+def test_an_id_used_again_without_a_steer_is_unsteered(
+    batch: SteeredBatch, shelf: Shelf, again: Any
+) -> None:
+    step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2", "r2": "a:5"})
+    assert strengths(batch, shelf, 2) == {0: {"a": 2}, 1: {"a": 5}}
+    step(batch, {"r1": 1, "r2": 1}, new={"r1": again}, finished=("r1",))
+    assert strengths(batch, shelf, 2) == {1: {"a": 5}}
+
+
+def test_an_id_used_again_with_another_steer_takes_that(batch: SteeredBatch, shelf: Shelf) -> None:
+    step(batch, {"r1": 1}, new={"r1": "a:2"})
+    assert strengths(batch, shelf, 1) == {0: {"a": 2}}
+    step(batch, {"r1": 1}, new={"r1": "b:7"}, finished=("r1",))
+    assert strengths(batch, shelf, 1) == {0: {"b": 7}}
+
+
+def test_the_configs_default_steers_those_that_do_not_ask(make_plan: Any, shelf: Shelf) -> None:
+    batch = SteeredBatch(make_plan({"a": 1.0, "b": 1.0}, default="a:4"), CPU)
+    step(batch, {"r1": 1, "r2": 1, "r3": 1}, new={"r1": None, "r2": "none", "r3": "b:1"})
+    assert strengths(batch, shelf, 3) == {0: {"a": 4}, 2: {"b": 1}}
+
+
+def test_each_shelf_takes_its_own_steers(batch: SteeredBatch, bank: Bank, shelf: Shelf) -> None:
+    assert bank.logits is not None
+    step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2,c:3", "r2": "c:-1"})
+    assert strengths(batch, shelf, 2) == {0: {"a": 2}}
+    assert strengths(batch, bank.logits, 2) == {0: {"c": 3}, 1: {"c": -1}}
+
+
+def test_no_row_is_steered_when_no_request_is(batch: SteeredBatch, shelf: Shelf) -> None:
+    batch.begin([("r1", params())], ())
+    assert not batch.has_steered_requests
+    assert batch.rows_of(torch.zeros(1, 6), shelf) is None
+
+
+def test_a_pooling_request_has_no_steers(make_plan: Any) -> None:
+    batch = SteeredBatch(make_plan({"a": 1.0}, default="a"), CPU)
+    batch.begin([("r1", None)], ())
+    assert not batch.has_steered_requests
+
+
+def test_a_step_that_was_not_announced_is_an_error_and_not_unsteered(
+    batch: SteeredBatch, shelf: Shelf
+) -> None:
+    step(batch, {"r1": 1}, new={"r1": "a:2"})
+    batch.begin([], ())
+    with pytest.raises(RuntimeError, match="reached the LM head without its rows"):
+        batch.rows_of(torch.zeros(1, 6), shelf)
+
+
+def test_other_rows_than_announced_are_an_error(batch: SteeredBatch, shelf: Shelf) -> None:
+    step(batch, {"r1": 1}, new={"r1": "a:2"})
+    with pytest.raises(AssertionError, match="2 logits rows, 1 announced"):
+        batch.rows_of(torch.zeros(2, 6), shelf)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 63])
+def test_a_dummy_run_exercises_the_first_steer_on_every_row(
+    batch: SteeredBatch, shelf: Shelf, num_rows: int
+) -> None:
+    assert batch.idle
+    wanted = {row: {"a": 1.0} for row in range(num_rows)}
+    assert strengths(batch, shelf, num_rows) == wanted
+    step(batch, {"r1": 1}, new={"r1": "a:2"})
+    assert not batch.idle
+    batch.rest()
+    assert strengths(batch, shelf, num_rows) == wanted
+
+
+def test_prompt_tokens_are_steered_with_the_window_of_their_rows(
+    batch: SteeredBatch, shelf: Shelf
+) -> None:
+    step(
+        batch,
+        {"r1": 1, "r2": 1, "r3": 1},
+        new={"r1": "a:2", "r2": None, "r3": "b:3"},
+        tokens={"r1": 3, "r2": 2, "r3": 4},
+    )
+    hidden_states = torch.zeros(9, 6)
+    with batch.over_tokens(hidden_states):
+        for start, end, wanted in [
+            (0, 3, {0: {"a": 2}, 1: {"a": 2}, 2: {"a": 2}}),
+            (3, 5, {}),
+            (5, 8, {0: {"b": 3}, 1: {"b": 3}, 2: {"b": 3}}),
+            (2, 6, {0: {"a": 2}, 3: {"b": 3}}),
+        ]:
+            found = batch.rows_of(hidden_states[start:end], shelf)
+            rows = {} if found is None else sorted(found.rows.tolist())
+            assert sorted(rows) == sorted(wanted)
+        with pytest.raises(RuntimeError, match="no slice of the model's output"):
+            batch.rows_of(hidden_states[:2].clone(), shelf)
+    assert strengths(batch, shelf, 3) == {0: {"a": 2}, 2: {"b": 3}}
+
+
+def test_prompt_tokens_in_a_view_that_starts_late_are_found(
+    batch: SteeredBatch, shelf: Shelf
+) -> None:
+    step(batch, {"r1": 1, "r2": 1}, new={"r1": None, "r2": "a:2"}, tokens={"r1": 2, "r2": 3})
+    hidden_states = torch.zeros(8, 6)[3:]
+    with batch.over_tokens(hidden_states):
+        found = batch.rows_of(hidden_states[1:4], shelf)
+    assert found is not None
+    assert found.rows.tolist() == [1, 2]
+
+
+def test_leaving_the_prompt_tokens_by_an_error_leaves_them(
+    batch: SteeredBatch, shelf: Shelf
+) -> None:
+    step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 5})
+    with pytest.raises(KeyError), batch.over_tokens(torch.zeros(5, 6)):
+        raise KeyError
+    assert strengths(batch, shelf, 1) == {0: {"a": 2}}

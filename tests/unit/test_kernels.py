@@ -1,0 +1,304 @@
+"""The LM-Steer operation against the paper's formula, written out here once more in float64.
+
+``delta = epsilon * sum_c a_c (x P1_c) P2_c^T`` with ``a_c`` the row's strength, or 1 for a fixed
+column (Han et al. 2024, section 3). Steers are given to the formula as the authors store them and
+to the operation as packed tables.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_steer.kernels.lm_steer import FORMS, SteeredRows, SteerTables, choose, steer_rows
+
+Use = tuple[int, int, float]  # row, slot, strength
+
+
+@dataclass
+class Weights:
+    """One steer as the authors store it: ``first``, ``second`` ``[columns, width, rank]``, the
+    last ``fixed`` columns being fixed; ``first`` None for a steer that adds a vector."""
+
+    first: torch.Tensor | None
+    second: torch.Tensor
+    fixed: int
+    epsilon: float
+
+
+def some_steers(width: int, dtype: torch.dtype = torch.float64) -> list[Weights]:
+    """Mixed ranks and columns, with and without fixed ones, and two that only add."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    kinds = [(1, 1, 0), (2, 5, 1), (3, 17, 2), (1, 64, 0)]
+    steers = [
+        Weights(normal(c, width, r), normal(c, width, r), fixed, 1 / width) for c, r, fixed in kinds
+    ]
+    adding = [Weights(None, normal(1 + fixed, width, 1), fixed, 0.5) for fixed in (0, 1)]
+    return [*steers[:2], adding[0], *steers[2:], adding[1]]
+
+
+def tables_of(steers: list[Weights]) -> SteerTables:
+    def packed(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([column.T for column in tensor])
+
+    expand = [packed(s.second) for s in steers]
+    shrink = [torch.full_like(e, torch.nan) for e in expand]
+    for index, steer in enumerate(steers):
+        if steer.first is not None:
+            shrink[index] = packed(steer.first)
+    return SteerTables(
+        shrink=torch.cat(shrink),
+        expand=torch.cat(expand),
+        bounds=tuple(itertools.accumulate((e.shape[0] for e in expand), initial=0)),
+        free_ranks=tuple((s.second.shape[0] - s.fixed) * s.second.shape[2] for s in steers),
+        multiplies=tuple(s.first is not None for s in steers),
+        epsilons=tuple(s.epsilon for s in steers),
+    )
+
+
+def steered(uses: list[Use]) -> SteeredRows:
+    uses = sorted(uses, key=lambda use: (use[1], use[0]))
+    rows = [row for row, _, _ in uses]
+    touched = sorted(set(rows))
+    groups, start = [], 0
+    for slot, group in itertools.groupby(uses, key=lambda use: use[1]):
+        end = start + len(list(group))
+        groups.append((slot, start, end))
+        start = end
+    return SteeredRows(
+        rows=torch.tensor(rows, dtype=torch.int64),
+        strengths=torch.tensor([strength for _, _, strength in uses], dtype=torch.float32),
+        groups=tuple(groups),
+        touched=torch.tensor(touched, dtype=torch.int64),
+        places=torch.tensor([touched.index(row) for row in rows], dtype=torch.int64),
+    )
+
+
+def formula(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torch.Tensor:
+    y = x.double().clone()
+    for row, slot, strength in uses:
+        steer = steers[slot]
+        columns = steer.second.shape[0]
+        a = torch.full((columns,), strength, dtype=torch.float64)
+        a[columns - steer.fixed :] = 1.0
+        if steer.first is None:
+            delta = torch.einsum("c,cd->d", a, steer.second[:, :, 0].double())
+        else:
+            inner = torch.einsum("d,cdr->cr", x[row].double(), steer.first.double())
+            delta = torch.einsum("c,cr,cdr->d", a, inner, steer.second.double())
+        y[row] += steer.epsilon * delta
+    return y
+
+
+def uses_of(layout: str, num_rows: int) -> list[Use]:
+    """Which rows take which slots; strengths are exact in float32 and in bfloat16."""
+    strengths = itertools.cycle([3.0, -1.5, 0.25, 5.0, -8.0])
+    if layout == "all-off":
+        return []
+    if layout == "all-same":
+        return [(row, 3, next(strengths)) for row in range(num_rows)]
+    if layout == "all-distinct":
+        return [(row, row % 6, next(strengths)) for row in range(num_rows)]
+    if layout == "mixed":
+        return [(row, (row * 7) % 6, next(strengths)) for row in range(0, num_rows, 3)]
+    assert layout == "several-per-row"
+    pairs = itertools.product(range(0, num_rows, 2), (0, 1, 2, 4))
+    return [(row, slot, next(strengths)) for row, slot in pairs]
+
+
+LAYOUTS = ["all-off", "all-same", "all-distinct", "mixed", "several-per-row"]
+SHAPES = [(0, 63), (1, 63), (1, 500), (5, 64), (33, 500), (64, 63)]
+SHAPE_IDS = [f"T{t}-d{d}" for t, d in SHAPES]
+
+
+def random_rows(num_rows: int, width: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(num_rows, width, generator=generator).to(dtype)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    same_size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.contiguous().view(same_size)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    if wanted.numel() == 0:
+        return 0.0
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_the_reference_is_the_papers_formula(shape: tuple[int, int], layout: str) -> None:
+    x, steers, uses = random_rows(*shape), some_steers(shape[1]), uses_of(layout, shape[0])
+    found = FORMS["reference"](x, tables_of(steers), steered(uses))
+    torch.testing.assert_close(found, formula(x, steers, uses), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_grouped_form_is_within_float32_of_the_formula(
+    shape: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
+    uses = uses_of(layout, shape[0])
+    found = FORMS["torch"](x, tables_of(steers), steered(uses))
+    assert (found.dtype, found.shape) == (dtype, x.shape)
+    assert relative_error(found, formula(x, steers, uses)) <= 1e-5
+
+
+def plain_torch(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torch.Tensor:
+    """What a model author would write: every product and every sum in the model's dtype."""
+    y = x.clone()
+    for row, slot, strength in uses:
+        steer = steers[slot]
+        columns = steer.second.shape[0]
+        for column in range(columns):
+            a = 1.0 if column >= columns - steer.fixed else strength
+            first = None if steer.first is None else steer.first[column]
+            inner = torch.ones(1, dtype=x.dtype) if first is None else x[row] @ first
+            y[row] = y[row] + steer.epsilon * ((a * inner) @ steer.second[column].T)
+    return y
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("shape", SHAPES[4:], ids=SHAPE_IDS[4:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_grouped_form_in_half_precision_errs_at_most_twice_as_much_as_plain_torch(
+    shape: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
+    uses = uses_of(layout, shape[0])
+    wanted = formula(x, steers, uses)
+    found = FORMS["torch"](x, tables_of(steers), steered(uses))
+    allowed = 2 * relative_error(plain_torch(x, steers, uses), wanted)
+    assert relative_error(found, wanted) <= allowed
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+def test_float16_does_not_overflow_before_epsilon_makes_it_small(form: str) -> None:
+    width = 64
+    x = torch.full((1, width), 4.0, dtype=torch.float16)
+    first = torch.ones(1, width, 1, dtype=torch.float16)
+    steers = [Weights(first, 80 * first, 0, 1e-3)]
+    uses = [(0, 0, 5.0)]
+    wanted = formula(x, steers, uses)
+    assert float(wanted.max()) == pytest.approx(4 + 1e-3 * 5 * 256 * 80)
+    found = FORMS[form](x, tables_of(steers), steered(uses))
+    assert relative_error(found, wanted) <= 2e-3
+
+
+SPECIAL = {
+    torch.float32: [0x00000000, -0x80000000, 0x7F800000, -0x00800000, 0x7FC00001, 0x7F800001],
+    torch.float16: [0x0000, -0x8000, 0x7C00, -0x0400, 0x7E01, 0x7C01],
+    torch.bfloat16: [0x0000, -0x8000, 0x7F80, -0x0080, 0x7FC1, 0x7F81],
+}
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", list(SPECIAL), ids=str)
+def test_rows_without_a_steer_are_unchanged_bit_for_bit(
+    form: str, layout: str, dtype: torch.dtype
+) -> None:
+    x = random_rows(25, 63, dtype)
+    for column, pattern in enumerate(SPECIAL[dtype]):
+        bits(x)[1::2, column] = pattern
+    before = x.clone()
+    uses = [use for use in uses_of(layout, 25) if use[0] % 2 == 0]
+    found = FORMS[form](x, tables_of(some_steers(63, dtype)), steered(uses))
+    unsteered = sorted(set(range(25)) - {row for row, _, _ in uses})
+    assert torch.equal(bits(found)[unsteered], bits(before)[unsteered])
+    assert torch.equal(bits(x), bits(before)), "the input was written to"
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+def test_a_row_of_nan_spoils_no_other_row(form: str) -> None:
+    x, steers = random_rows(4, 63, torch.float32), some_steers(63, torch.float32)
+    x[1] = torch.nan
+    uses = [(row, slot, 1.0) for row in range(4) for slot in (1, 2)]
+    found = FORMS[form](x, tables_of(steers), steered(uses))
+    others = [0, 2, 3]
+    assert relative_error(found[others], formula(x, steers, uses)[others]) <= 1e-5
+    assert found[1].isnan().all()
+
+
+VIEWS = {
+    "every-second-row": lambda wide: wide[::2],
+    "columns-of-a-wider-tensor": lambda wide: wide[:, 5:68],
+    "every-second-column": lambda wide: wide[:, ::2],
+    "transposed": lambda wide: wide.T,
+    "one-row-repeated": lambda wide: wide[:1].expand(9, -1),
+}
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("view", list(VIEWS))
+def test_a_strided_view_gives_what_its_contiguous_copy_gives(form: str, view: str) -> None:
+    x = VIEWS[view](random_rows(20, 126, torch.float32))
+    steers = some_steers(x.shape[1], torch.float32)
+    uses = uses_of("several-per-row", x.shape[0])
+    found = FORMS[form](x, tables_of(steers), steered(uses))
+    assert relative_error(found, formula(x, steers, uses)) <= 1e-5
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+def test_permuted_rows_give_permuted_results(form: str) -> None:
+    x, steers = random_rows(33, 63, torch.float32), some_steers(63, torch.float32)
+    uses = uses_of("mixed", 33) + [(row, 5, 2.0) for row in range(0, 33, 5)]
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(4))
+    moved_to = {int(old): new for new, old in enumerate(order)}
+    moved = [(moved_to[row], slot, strength) for row, slot, strength in uses]
+    tables = tables_of(steers)
+    first = FORMS[form](x, tables, steered(uses))[order]
+    second = FORMS[form](x[order], tables, steered(moved))
+    off = sorted(set(range(33)) - {row for row, _, _ in moved})
+    assert torch.equal(bits(first[off]), bits(second[off]))
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+def test_the_result_is_a_new_tensor_even_if_nothing_is_steered(form: str) -> None:
+    x = random_rows(3, 63, torch.float32)
+    found = FORMS[form](x, tables_of(some_steers(63, torch.float32)), steered([]))
+    assert torch.equal(found, x)
+    assert found.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+def test_the_same_steer_twice_on_a_row_counts_twice(form: str) -> None:
+    x, steers = random_rows(2, 63, torch.float32), some_steers(63, torch.float32)
+    uses = [(1, 3, 1.0), (1, 3, 2.0)]
+    found = FORMS[form](x, tables_of(steers), steered(uses))
+    assert relative_error(found, formula(x, steers, uses)) <= 1e-5
+
+
+def test_without_a_name_a_form_is_chosen() -> None:
+    assert choose() in FORMS.values()
+    x, steers = random_rows(5, 63, torch.float32), some_steers(63, torch.float32)
+    uses = uses_of("mixed", 5)
+    found = steer_rows(x, tables_of(steers), steered(uses))
+    assert relative_error(found, formula(x, steers, uses)) <= 1e-5
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+def test_a_form_is_chosen_by_name(form: str) -> None:
+    assert choose(form) is FORMS[form]
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"form is .fast.; allowed: .*torch"):
+        choose("fast")
+
+
+def test_the_tables_know_their_size() -> None:
+    tables: Any = tables_of(some_steers(10, torch.float32))
+    ranks = 1 * 1 + 2 * 5 + 1 + 3 * 17 + 64 + 2
+    assert tables.num_bytes == 2 * ranks * 10 * 4

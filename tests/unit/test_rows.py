@@ -1,0 +1,113 @@
+"""Which rows take which steer: every array against a loop over the rows."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_steer.kernels.lm_steer import SteeredRows
+from vllm_steer.serving.rows import BatchRows, steered_rows
+
+CPU = torch.device("cpu")
+SLOTS = {"a": 0, "b": 1, "c": 2}
+
+batches = st.lists(
+    st.tuples(
+        st.integers(0, 4),
+        st.dictionaries(st.sampled_from(["a", "b", "c", "elsewhere"]), st.floats(-9, 9, width=32)),
+    ),
+    max_size=7,
+)
+
+
+def batch_rows(counts: list[int]) -> BatchRows:
+    return BatchRows([f"request-{i}" for i in range(len(counts))], np.array(counts, dtype=np.int64))
+
+
+def owners(counts: list[int]) -> list[str]:
+    """The request of each row."""
+    return [f"request-{i}" for i, count in enumerate(counts) for _ in range(count)]
+
+
+def pairs_of(found: SteeredRows | None) -> list[tuple[int, int, float]]:
+    """``(slot, row, strength)`` in the order of the arrays."""
+    if found is None:
+        return []
+    slots = {p: slot for slot, start, end in found.groups for p in range(start, end)}
+    rows, strengths = found.rows.tolist(), found.strengths.tolist()
+    return [(slots[p], row, strengths[p]) for p, row in enumerate(rows)]
+
+
+@given(batch=batches)
+def test_pairs_are_those_of_a_loop_sorted_by_slot_and_row(
+    batch: list[tuple[int, dict[str, float]]],
+) -> None:
+    counts = [count for count, _ in batch]
+    doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
+    found = steered_rows(batch_rows(counts), doses, SLOTS, CPU)
+    wanted = sorted(
+        (SLOTS[name], row, strength)
+        for row, owner in enumerate(owners(counts))
+        for name, strength in doses.get(owner, {}).items()
+        if name in SLOTS
+    )
+    assert pairs_of(found) == wanted
+    assert (found is None) == (not wanted)
+
+
+@given(batch=batches)
+def test_touched_rows_are_each_named_once_and_found_again(
+    batch: list[tuple[int, dict[str, float]]],
+) -> None:
+    doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
+    found = steered_rows(batch_rows([count for count, _ in batch]), doses, SLOTS, CPU)
+    if found is None:
+        return
+    assert found.touched.tolist() == sorted(set(found.rows.tolist()))
+    assert torch.equal(found.touched[found.places], found.rows)
+    assert (found.rows.dtype, found.touched.dtype, found.places.dtype) == (torch.int64,) * 3
+    assert found.strengths.dtype == torch.float32
+    slots = [slot for slot, _, _ in found.groups]
+    bounds = [bound for _, *bound in found.groups]
+    assert slots == sorted(set(slots))
+    assert [b for pair in bounds for b in pair[:1]] == [0, *[end for _, end in bounds[:-1]]]
+    assert bounds[-1][1] == len(found.rows)
+
+
+@given(
+    counts=st.lists(st.integers(0, 5), max_size=6),
+    start=st.integers(0, 20),
+    length=st.integers(0, 20),
+)
+def test_a_window_keeps_the_owner_of_every_row(counts: list[int], start: int, length: int) -> None:
+    window = batch_rows(counts).window(start, length)
+    found = [
+        r for r, n in zip(window.req_ids, window.counts.tolist(), strict=True) for _ in range(n)
+    ]
+    assert found == owners(counts)[start : start + length]
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ((["a", "b"], [1, 2]), True),
+        ((["b", "a"], [1, 2]), False),
+        ((["a", "b"], [2, 1]), False),
+        ((["a"], [1]), False),
+        ((["a", "b", "c"], [1, 2, 0]), False),
+        (None, False),
+    ],
+    ids=["same", "reordered", "other-counts", "shorter", "longer", "none"],
+)
+def test_batches_are_the_same_only_if_requests_counts_and_order_are(other: Any, same: bool) -> None:
+    rows = BatchRows(["a", "b"], np.array([1, 2]))
+    second = None if other is None else BatchRows(other[0], np.array(other[1]))
+    assert rows.same_as(second) is same
+
+
+def test_a_batch_without_rows_has_no_pairs() -> None:
+    assert steered_rows(batch_rows([]), {"request-0": {"a": 1.0}}, SLOTS, CPU) is None
+    assert steered_rows(batch_rows([0]), {"request-0": {"a": 1.0}}, SLOTS, CPU) is None
