@@ -1,5 +1,6 @@
 """Steer how a language model writes while vLLM serves it, request by request."""
 
+from vllm_steer import hf
 from vllm_steer.config import SteerConfig
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.files import load_steer, save_steer
@@ -13,6 +14,7 @@ __all__ = [
     "SteerConfig",
     "SteerError",
     "SteerRequestError",
+    "hf",
     "load_steer",
     "save_steer",
 ]

@@ -1,11 +1,12 @@
 """The bank: the device tables that hold loaded steers, and the slot of each by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from vllm_steer.kernels.lm_steer import SteerTables
+from vllm_steer.errors import SteerError
+from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, Slot, SteerTables
 from vllm_steer.steer import LMSteer, Steer
 
 
@@ -18,11 +19,8 @@ class Shelf:
 
     @property
     def widest(self) -> str:
-        """The steer with the largest rank."""
-        bounds = self.tables.bounds
-        return max(
-            self.slots, key=lambda name: bounds[self.slots[name] + 1] - bounds[self.slots[name]]
-        )
+        """The steer whose inner activation takes the most memory."""
+        return max(self.slots, key=lambda name: _inner_width(self.tables.slots[self.slots[name]]))
 
 
 @dataclass(frozen=True)
@@ -41,53 +39,106 @@ class Bank:
 
 
 def fill_bank(steers: Mapping[str, Steer], *, dtype: torch.dtype, device: torch.device) -> Bank:
-    """Put steers on the device in the model's dtype, in the order of their names."""
+    """Put steers on the device in the model's dtype, in the order of their names.
+
+    Raises ``SteerError`` for a steer with values beyond the dtype's range.
+    """
+    for name, steer in steers.items():
+        _check_range(name, steer, dtype)
     hidden = {n: s for n, s in sorted(steers.items()) if s.variant != "offset"}
     logits = {n: s for n, s in sorted(steers.items()) if s.variant == "offset"}
     return Bank(hidden=_shelf(hidden, dtype, device), logits=_shelf(logits, dtype, device))
 
 
+def _check_range(name: str, steer: LMSteer, dtype: torch.dtype) -> None:
+    largest = max(float(tensor.float().abs().max()) for tensor in steer.tensors.values())
+    if largest > torch.finfo(dtype).max:
+        raise SteerError(
+            f"steer {name} has values up to {largest:g}, beyond the range of the model's {dtype}; "
+            "scale its tensors down and its epsilon up"
+        )
+
+
 def _shelf(steers: Mapping[str, LMSteer], dtype: torch.dtype, device: torch.device) -> Shelf | None:
     if not steers:
         return None
-    blocks = [_block(steer) for steer in steers.values()]
-    bounds = [0]
-    for _, expand, _ in blocks:
-        bounds.append(bounds[-1] + expand.shape[0])
-    width = blocks[0][1].shape[1]
-    shrink = torch.zeros(bounds[-1], width, dtype=dtype, device=device)
-    expand = torch.empty(bounds[-1], width, dtype=dtype, device=device)
-    for start, end, (block_shrink, block_expand, _) in zip(
-        bounds, bounds[1:], blocks, strict=False
-    ):
-        expand[start:end] = block_expand
-        if block_shrink is not None:
-            shrink[start:end] = block_shrink
-    if all(block_shrink is None for block_shrink, _, _ in blocks):
-        shrink = shrink[:0]
-    return Shelf(
-        slots={name: slot for slot, name in enumerate(steers)},
-        tables=SteerTables(
-            shrink=shrink,
-            expand=expand,
-            bounds=tuple(bounds),
-            free_ranks=tuple(free for _, _, free in blocks),
-            multiplies=tuple(steer.variant == "multiply" for steer in steers.values()),
-            epsilons=tuple(steer.epsilon for steer in steers.values()),
-        ),
+    pages = _Pages(dtype, device)
+    slots = [pages.add(steer) for steer in steers.values()]
+    width = next(iter(steers.values())).width
+    tables = SteerTables(
+        slots=tuple(slots),
+        shrink=pages.table(pages.shrink, width),
+        expand=pages.table(pages.expand, width),
+        dense=pages.table(pages.dense, width, width),
+        vectors=pages.table(pages.vectors, width),
     )
+    return Shelf({name: slot for slot, name in enumerate(steers)}, tables)
 
 
-def _block(steer: LMSteer) -> tuple[torch.Tensor | None, torch.Tensor, int]:
-    """A steer's ``(shrink, expand, free rank)``: free columns first, then the fixed ones."""
-    order = [*steer.free_columns, *steer.fixed_columns]
-    if steer.projector1 is not None and steer.projector2 is not None:
-        shrink, expand = (
-            p[order].transpose(1, 2).reshape(-1, steer.hidden_size).float()
-            for p in (steer.projector1, steer.projector2)
-        )
-        return shrink, expand, steer.rank * len(steer.free_columns)
-    (vectors,) = steer.tensors.values()
-    free = vectors[list(steer.free_columns)].float().sum(0, keepdim=True)
-    fixed = vectors[list(steer.fixed_columns)].float().sum(0, keepdim=True)
-    return None, torch.cat([free, fixed]) if steer.fixed_columns else free, 1
+def _inner_width(slot: Slot) -> int:
+    return slot.end - slot.start if isinstance(slot, LowRank) else 0
+
+
+@dataclass
+class _Pages:
+    """The tables in the making, each a list of its parts, on the host until they are whole."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shrink: list[torch.Tensor] = field(default_factory=list)
+    expand: list[torch.Tensor] = field(default_factory=list)
+    dense: list[torch.Tensor] = field(default_factory=list)
+    vectors: list[torch.Tensor] = field(default_factory=list)
+    rank: int = 0
+
+    def add(self, steer: LMSteer) -> Slot:
+        """Take a steer in the form that is fewer bytes to read."""
+        if steer.variant != "multiply":
+            return self._add_constant(steer)
+        matrices = 2 if steer.fixed_columns else 1
+        if matrices * steer.hidden_size < 2 * steer.total_rank:
+            return self._add_dense(steer)
+        return self._add_low_rank(steer)
+
+    def _add_low_rank(self, steer: LMSteer) -> LowRank:
+        order = [*steer.free_columns, *steer.fixed_columns]
+        for table, projector in (
+            (self.shrink, steer.projector1),
+            (self.expand, steer.projector2),
+        ):
+            assert projector is not None
+            table.append(self._put(projector[order].transpose(1, 2).flatten(0, 1)))
+        start, self.rank = self.rank, self.rank + steer.total_rank
+        return LowRank(start, self.rank, steer.rank * len(steer.free_columns), steer.epsilon)
+
+    def _add_dense(self, steer: LMSteer) -> Dense:
+        assert steer.projector1 is not None and steer.projector2 is not None
+        first, second = steer.projector1.float(), steer.projector2.float()
+
+        def put(columns: tuple[int, ...]) -> int:
+            product = sum(second[column] @ first[column].T for column in columns)
+            self.dense.append(self._put(torch.as_tensor(product)[None]))
+            return len(self.dense) - 1
+
+        free = put(steer.free_columns)
+        fixed = put(steer.fixed_columns) if steer.fixed_columns else None
+        return Dense(free, fixed, steer.epsilon)
+
+    def _add_constant(self, steer: LMSteer) -> Constant:
+        (vectors,) = steer.tensors.values()
+
+        def put(columns: tuple[int, ...]) -> int:
+            self.vectors.append(self._put(vectors[list(columns)].float().sum(0, keepdim=True)))
+            return len(self.vectors) - 1
+
+        free = put(steer.free_columns)
+        fixed = put(steer.fixed_columns) if steer.fixed_columns else None
+        return Constant(free, fixed, steer.epsilon)
+
+    def table(self, parts: list[torch.Tensor], *shape: int) -> torch.Tensor:
+        """One table on the device; empty if no steer has a part in it."""
+        whole = torch.cat(parts) if parts else torch.empty(0, *shape, dtype=self.dtype)
+        return whole.to(self.device)
+
+    def _put(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype)

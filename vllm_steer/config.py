@@ -1,16 +1,23 @@
 """``--steer-config``: which steers an engine holds, under which names, within which limits."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.facts import Facts, FiniteFloat, describe_errors
+from vllm_steer.files.facts import (
+    Facts,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    describe_errors,
+)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 NO_STEER = "none"
@@ -32,10 +39,10 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_steers: Annotated[int, Field(ge=1)] = 32
-    max_rank: Annotated[int, Field(ge=1)] = 1024
-    max_steers_per_request: Annotated[int, Field(ge=1)] = 4
-    max_strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_steers: PositiveInt = 32
+    max_rank: PositiveInt = 1024
+    max_steers_per_request: PositiveInt = 4
+    max_strength: PositiveFloat | None = None
 
 
 class SteerConfig(BaseModel):
@@ -102,10 +109,17 @@ class SteerConfig(BaseModel):
 
     def _with_paths_from(self, folder: Path) -> "SteerConfig":
         steers = {
-            name: entry.model_copy(update={"path": (folder / entry.path.expanduser()).resolve()})
+            name: entry.model_copy(update={"path": _absolute(folder, entry.path, f"steer {name}")})
             for name, entry in self.steers.items()
         }
         return self.model_copy(update={"steers": steers})
+
+
+def _absolute(folder: Path, path: Path, place: str) -> Path:
+    try:
+        return (folder / path.expanduser()).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SteerError(f"{place}: {str(path)[:200]!r} cannot be a path: {error}") from None
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
@@ -119,14 +133,16 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
     if isinstance(source, str) and source.lstrip().startswith("{"):
         try:
             return json.loads(source), Path.cwd(), "steer config"
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SteerError(f"inline steer config is not JSON: {error}") from None
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise SteerError(f"steer config {path}: no such file")
+    path = _absolute(Path.cwd(), Path(source), "steer config")
+    if not os.path.isfile(path):  # unlike Path.is_file no error for a name that is too long
+        raise SteerError(f"steer config {str(source)[:200]}: no such file")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SteerError(f"steer config {source} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SteerError(f"steer config {path} is neither YAML nor JSON: {error}") from None
     if not isinstance(data, Mapping):
         raise SteerError(f"steer config {path} holds no mapping; wanted at least the key 'steers'")

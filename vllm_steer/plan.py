@@ -17,7 +17,7 @@ from vllm_steer.files import load_steer
 from vllm_steer.request import check_request, resolve
 from vllm_steer.steer import Steer
 
-OPERATION = "lm_steer/torch/1"
+OPERATION = "lm_steer/torch"
 
 
 class PlannedSteer(BaseModel):

@@ -10,8 +10,11 @@ Strengths of one steer that is named more than once add up.
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vllm_steer.config import NO_STEER
 from vllm_steer.errors import SteerError, SteerRequestError
@@ -23,6 +26,9 @@ _ALLOWED = (
     "a string such as 'detox:5,humor', a JSON object in a string, or a dict such as {'detox': 5}"
 )
 _OPTIONS = ("strength", "layers", "phase")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_LARGEST = float(np.finfo(np.float32).max)  # strengths are float32 on the device
 
 
 def resolve(asked: Any, plan: "SteerPlan") -> dict[str, float]:
@@ -58,21 +64,21 @@ def _parse(asked: Any) -> Iterator[tuple[str, float | None]]:
     elif isinstance(asked, Mapping):
         yield from _parse_dict(asked)
     else:
-        raise SteerRequestError(f"steer is {asked!r}; allowed: {_ALLOWED}")
+        raise SteerRequestError(f"steer is {_shown(asked)}; allowed: {_ALLOWED}")
 
 
 def _from_json(text: str) -> Mapping[str, Any]:
     try:
         value: Mapping[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SteerRequestError(f"steer {text!r} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise SteerRequestError(f"steer {_shown(text)} is not JSON: {error}") from None
     return value
 
 
 def _parse_part(part: str) -> tuple[str, float | None]:
     name, colon, number = (piece.strip() for piece in part.partition(":"))
     if not name or (colon and not number):
-        raise SteerRequestError(f"steer has an incomplete part {part!r}; allowed: {_ALLOWED}")
+        raise SteerRequestError(f"steer has an incomplete part {_shown(part)}; allowed: {_ALLOWED}")
     return name, _number(name, number) if colon else None
 
 
@@ -105,10 +111,10 @@ def _number(name: str, given: Any) -> float:
         number = float(given)
     except (ValueError, OverflowError):
         raise SteerRequestError(
-            f"steer {name} has strength {given!r}; a number is wanted, such as {name}:1.5"
+            f"steer {name} has strength {_shown(given)}; a number is wanted, such as {name}:1.5"
         ) from None
     if not math.isfinite(number):
-        raise SteerRequestError(f"steer {name} has strength {given!r}; it must be finite")
+        raise SteerRequestError(f"steer {name} has strength {_shown(given)}; it must be finite")
     return number
 
 
@@ -122,7 +128,7 @@ def _open_name(name: str, given: float | None, plan: "SteerPlan") -> Iterator[tu
         known = f"steers: {', '.join(sorted(plan.steers))}"
         if plan.presets:
             known += f"; presets: {', '.join(sorted(plan.presets))}"
-        raise SteerRequestError(f"steer {name!r} is unknown; {known}")
+        raise SteerRequestError(f"steer {_shown(name)} is unknown; {known}")
 
 
 def _check_limits(doses: Mapping[str, float], plan: "SteerPlan") -> None:
@@ -133,12 +139,20 @@ def _check_limits(doses: Mapping[str, float], plan: "SteerPlan") -> None:
             "allowed per request (limits.max_steers_per_request)"
         )
     for name, strength in doses.items():
-        if not math.isfinite(strength):
+        if not abs(strength) <= _LARGEST:
             raise SteerRequestError(
                 f"steer {name} adds up to strength {strength}; it must be finite"
             )
         if limits.max_strength is not None and abs(strength) > limits.max_strength:
             raise SteerRequestError(
-                f"steer {name} has strength {strength:g}; allowed: -{limits.max_strength:g} to "
+                f"steer {name} has strength {strength:.15g}; allowed: -{limits.max_strength:g} to "
                 f"{limits.max_strength:g} (limits.max_strength)"
             )
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut short: what is wrong with it may be its size."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f"a {type(value).__name__} too long to print"

@@ -1,5 +1,6 @@
 """What a steer is: a frozen description of one intervention, checked when it is made."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
@@ -59,6 +60,8 @@ class LMSteer:
         if self.variant not in VARIANTS:
             raise SteerError(f"variant is {self.variant!r}; allowed: {', '.join(VARIANTS)}")
         _check_epsilon(self.epsilon)
+        if self.default_strength is not None and not math.isfinite(self.default_strength):
+            raise SteerError(f"default_strength is {self.default_strength}; it must be finite")
         self._check_tensors()
         self._check_columns()
 
@@ -71,6 +74,11 @@ class LMSteer:
     def columns(self) -> int:
         """Number of steered dimensions in the file, fixed ones included."""
         return int(next(iter(self.tensors.values())).shape[0])
+
+    @property
+    def width(self) -> int:
+        """Width of what is changed: the hidden size, or the vocabulary for ``offset``."""
+        return self.vocab_size or self.hidden_size
 
     @property
     def rank(self) -> int:
@@ -113,6 +121,8 @@ class LMSteer:
             raise SteerError(f"tensor width is {width} but hidden_size is {self.hidden_size}")
 
     def _check_columns(self) -> None:
+        if len(set(self.fixed_columns)) != len(self.fixed_columns):
+            raise SteerError(f"fixed_columns {list(self.fixed_columns)} names a column twice")
         outside = [c for c in self.fixed_columns if not 0 <= c < self.columns]
         if outside:
             raise SteerError(
@@ -141,6 +151,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
         raise SteerError(
             f"tensor {name} is {list(tensor.shape)}; wanted: {dims} dimensions, none of size 0"
         )
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
+    finite = torch.isfinite(tensor.float())
+    if not finite.all():
+        bad = int((~finite).sum())
         raise SteerError(f"tensor {name} has {bad} values that are NaN or infinite")

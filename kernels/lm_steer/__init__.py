@@ -9,9 +9,26 @@ from collections.abc import Callable
 import torch
 
 from vllm_steer.kernels.lm_steer import grouped, reference
-from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerTables
+from vllm_steer.kernels.lm_steer.operands import (
+    Constant,
+    Dense,
+    LowRank,
+    Slot,
+    SteeredRows,
+    SteerTables,
+)
 
-__all__ = ["FORMS", "SteerTables", "SteeredRows", "choose", "steer_rows"]
+__all__ = [
+    "FORMS",
+    "Constant",
+    "Dense",
+    "LowRank",
+    "Slot",
+    "SteerTables",
+    "SteeredRows",
+    "choose",
+    "steer_rows",
+]
 
 SteerRows = Callable[[torch.Tensor, SteerTables, SteeredRows], torch.Tensor]
 
@@ -31,5 +48,5 @@ def choose(form: str | None = None) -> SteerRows:
 
 
 def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> torch.Tensor:
-    """``x[b] + sum_s epsilon_s * (a_s * (x[b] shrink_s^T)) expand_s`` by the form that fits."""
+    """``x[b]`` plus the change of every pair ``(b, slot)``, by the form that fits."""
     return choose()(x, tables, steered)

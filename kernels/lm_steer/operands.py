@@ -6,30 +6,61 @@ import torch
 
 
 @dataclass(frozen=True)
-class SteerTables:
-    """All resident steers of one width, packed; slot ``s`` owns rows ``bounds[s]:bounds[s+1]``.
+class LowRank:
+    """``epsilon * (a * (x shrink^T)) expand`` with rows ``start:end`` of both tables.
 
-    Mixed ranks lie side by side, nothing is padded. Of a slot's rows the first
-    ``free_ranks[s]`` are scaled by the strength, the others (fixed columns) by 1.
-
-        shrink      ``[total_rank, width]``, the P1^T of each slot; rows of a slot that does not
-                    multiply are never read
-        expand      ``[total_rank, width]``, the P2^T of each slot (or its vectors to add)
-        multiplies  whether a slot's inner activation is ``x shrink^T`` or constant 1
-        epsilons    one factor per slot
+    ``a`` is the row's strength for the first ``free`` inner values and 1 for the others.
     """
 
+    start: int
+    end: int
+    free: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``epsilon * (v * x M_free^T + x M_fixed^T)`` with two of the dense matrices, or one."""
+
+    free: int
+    fixed: int | None
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    """``epsilon * (v * free + fixed)`` with two rows of ``vectors``, or one."""
+
+    free: int
+    fixed: int | None
+    epsilon: float
+
+
+Slot = LowRank | Dense | Constant
+
+
+@dataclass(frozen=True)
+class SteerTables:
+    """All resident steers of one width, packed by form; mixed ranks lie side by side, unpadded.
+
+    slots    what each slot is, and where in the tables it lies
+    shrink   ``[total_rank, width]``, the P1^T of the low-rank slots
+    expand   ``[total_rank, width]``, their P2^T
+    dense    ``[matrices, width, width]``, out by in: (P1 P2^T)^T where that is fewer bytes
+    vectors  ``[vectors, width]``
+    """
+
+    slots: tuple[Slot, ...]
     shrink: torch.Tensor
     expand: torch.Tensor
-    bounds: tuple[int, ...]
-    free_ranks: tuple[int, ...]
-    multiplies: tuple[bool, ...]
-    epsilons: tuple[float, ...]
+    dense: torch.Tensor
+    vectors: torch.Tensor
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of both tables."""
-        return sum(t.numel() * t.element_size() for t in (self.shrink, self.expand))
+        """Device memory of all tables."""
+        tables = (self.shrink, self.expand, self.dense, self.vectors)
+        return sum(table.numel() * table.element_size() for table in tables)
 
 
 @dataclass(frozen=True)

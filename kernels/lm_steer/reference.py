@@ -2,25 +2,45 @@
 
 import torch
 
-from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerTables
+from vllm_steer.kernels.lm_steer.operands import (
+    Constant,
+    Dense,
+    LowRank,
+    SteeredRows,
+    SteerTables,
+)
 
 
 def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> torch.Tensor:
-    """``x[b] + sum_s epsilon_s * (a_s * (x[b] shrink_s^T)) expand_s`` for each pair ``(b, s)``.
+    """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
-    ``a_s`` holds the pair's strength for the slot's free ranks and 1 for the fixed ones. Computed
-    in float64 whatever the dtypes, rounded once to ``x.dtype``; rows without a pair are copied.
+    Computed in float64 whatever the dtypes, rounded once to ``x.dtype``; rows without a pair are
+    copied. ``x [T, width]``.
     """
-    wide = x.double()
-    total = wide.clone()
+    out = x.clone()
+    totals = {int(row): x[row].double() for row in steered.touched}
     for slot, start, end in steered.groups:
-        first, last = tables.bounds[slot], tables.bounds[slot + 1]
-        expand = tables.expand[first:last].double()
-        shrink = tables.shrink[first:last].double()
         for pair in range(start, end):
-            row = int(steered.rows[pair])
-            scale = torch.ones(last - first, dtype=torch.float64, device=x.device)
-            scale[: tables.free_ranks[slot]] = steered.strengths[pair].double()
-            inner = shrink @ wide[row] if tables.multiplies[slot] else torch.ones_like(scale)
-            total[row] += tables.epsilons[slot] * ((scale * inner) @ expand)
-    return torch.where(total == wide, x, total.to(x.dtype))
+            row, strength = int(steered.rows[pair]), float(steered.strengths[pair])
+            totals[row] = totals[row] + _change(x[row].double(), tables, slot, strength)
+    for row, total in totals.items():
+        out[row] = total.to(x.dtype)
+    return out
+
+
+def _change(x: torch.Tensor, tables: SteerTables, slot: int, strength: float) -> torch.Tensor:
+    match tables.slots[slot]:
+        case LowRank(start, end, free, epsilon):
+            inner = tables.shrink[start:end].double() @ x
+            inner[:free] *= strength
+            return epsilon * (inner @ tables.expand[start:end].double())
+        case Dense(free, fixed, epsilon):
+            change = strength * (tables.dense[free].double() @ x)
+            if fixed is not None:
+                change = change + tables.dense[fixed].double() @ x
+            return epsilon * change
+        case Constant(free, fixed, epsilon):
+            change = strength * tables.vectors[free].double()
+            if fixed is not None:
+                change = change + tables.vectors[fixed].double()
+            return epsilon * change

@@ -332,7 +332,7 @@ def test_a_steer_where_nothing_is_generated_is_a_bad_request(
     http: httpx.Client, path: str, body: dict[str, Any]
 ) -> None:
     reply = http.post(path, json={"model": BASE, "steer": "a:3", **body})
-    check_refusal(reply, "this route generates no text; remove the field 'steer'")
+    check_refusal(reply, "this route cannot carry a steer; remove it")
 
 
 def test_a_route_that_generates_nothing_serves_as_ever(http: httpx.Client) -> None:

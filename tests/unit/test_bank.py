@@ -98,7 +98,7 @@ def test_slots_follow_the_names_and_not_the_order_of_the_config(make_steer: Any)
     first, second = make_steer(rank=1), make_steer(rank=2)
     forward, backward = fill({"a": first, "b": second}), fill({"b": second, "a": first})
     assert forward.hidden.slots == backward.hidden.slots
-    assert forward.hidden.tables.bounds == backward.hidden.tables.bounds
+    assert forward.hidden.tables.slots == backward.hidden.tables.slots
     assert torch.equal(forward.hidden.tables.expand, backward.hidden.tables.expand)
 
 
@@ -113,9 +113,32 @@ def test_vectors_alone_take_no_room_for_what_they_do_not_multiply(make_steer: An
 
 
 def test_the_bank_knows_its_size(make_steer: Any) -> None:
-    steers = {"a": make_steer(columns=2, rank=5), "b": make_steer("offset", columns=2)}
-    assert fill(steers).num_bytes == 2 * (2 * 5 * 6 * 4) + 1 * 11 * 4
-    assert fill(steers, torch.bfloat16).num_bytes == 2 * (2 * 5 * 6 * 2) + 1 * 11 * 2
+    steers = {"a": make_steer(columns=2, rank=1), "b": make_steer("offset", columns=2)}
+    assert fill(steers).num_bytes == 2 * (2 * 1 * 6 * 4) + 1 * 11 * 4
+    assert fill(steers, torch.bfloat16).num_bytes == 2 * (2 * 1 * 6 * 2) + 1 * 11 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "matrices"),
+    [
+        ({"rank": 3}, 0),
+        ({"rank": 4}, 1),
+        ({"columns": 2, "rank": 3, "fixed_columns": (1,)}, 0),
+        ({"columns": 2, "rank": 4, "fixed_columns": (1,)}, 2),
+    ],
+    ids=["as-few-bytes", "fewer-bytes", "fixed-as-few-bytes", "fixed-fewer-bytes"],
+)
+def test_a_steer_is_stored_as_whole_matrices_where_that_is_fewer_bytes(
+    make_steer: Any, options: dict[str, Any], matrices: int
+) -> None:
+    tables = fill({"a": make_steer(**options)}).hidden.tables
+    assert tables.dense.shape == (matrices, 6, 6)
+    assert (tables.shrink.shape[0] == 0) == bool(matrices)
+
+
+def test_the_widest_steer_is_the_one_with_the_largest_rank(make_steer: Any) -> None:
+    steers = {"a": make_steer(rank=1), "b": make_steer(rank=3), "c": make_steer("add")}
+    assert fill(steers).hidden.widest == "b"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

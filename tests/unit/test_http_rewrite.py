@@ -37,7 +37,7 @@ def dump(body: Any) -> bytes:
 )
 def test_what_is_asked_arrives_as_an_argument(plan: Any, body: Any, steer: Any) -> None:
     body = {"model": "base", "prompt": "x", **body}
-    found = json.loads(rewrite(dump(body), plan, steerable=True))
+    found = json.loads(rewrite(dump(body), plan, route="/v1/completions"))
     assert found.pop("vllm_xargs") == {"steer": steer}
     rest = {name: value for name, value in body.items() if name not in ("steer", "vllm_xargs")}
     assert {name: value for name, value in found.items() if name != "steer"} == rest
@@ -46,7 +46,7 @@ def test_what_is_asked_arrives_as_an_argument(plan: Any, body: Any, steer: Any) 
 
 def test_other_arguments_are_kept(plan: Any) -> None:
     body = {"steer": "a:3", "vllm_xargs": {"other": [1, "x"], "n": 2}}
-    found = json.loads(rewrite(dump(body), plan, steerable=True))
+    found = json.loads(rewrite(dump(body), plan, route="/v1/completions"))
     assert found == {"vllm_xargs": {"other": [1, "x"], "n": 2, "steer": "a:3"}}
 
 
@@ -70,7 +70,7 @@ UNTOUCHED = [
 
 @pytest.mark.parametrize("body", UNTOUCHED, ids=lambda body: body.decode(errors="replace"))
 def test_a_body_that_asks_nothing_of_us_stays_the_bytes_it_was(plan: Any, body: bytes) -> None:
-    assert rewrite(body, plan, steerable=True) is body
+    assert rewrite(body, plan, route="/v1/completions") is body
 
 
 @pytest.mark.parametrize("model", ["base", "base:friendly"])
@@ -84,12 +84,14 @@ def test_a_route_that_only_counts_tokens_serves_a_preset_as_its_base(plan: Any, 
 def test_a_steer_in_both_places_is_refused(plan: Any) -> None:
     body = {"steer": "a:3", "vllm_xargs": {"steer": "a:3"}}
     with pytest.raises(ValueError, match="both as a field and in vllm_xargs; give it once"):
-        rewrite(dump(body), plan, steerable=True)
+        rewrite(dump(body), plan, route="/v1/completions")
 
 
 def test_a_steer_on_a_route_that_generates_nothing_is_refused(plan: Any) -> None:
-    with pytest.raises(ValueError, match="this route generates no text; remove the field 'steer'"):
-        rewrite(dump({"steer": "a:3"}), plan, steerable=False)
+    with pytest.raises(
+        ValueError, match="this route cannot carry a steer; remove it and name the base model"
+    ):
+        rewrite(dump({"steer": "a:3"}), plan, route="/v1/embeddings")
 
 
 @pytest.mark.parametrize("xargs", ["a:3", 5, [1], True, "x"], ids=repr)
@@ -97,7 +99,7 @@ def test_arguments_that_are_no_object_are_refused_or_left_to_vllm(plan: Any, xar
     """Anything but a ``ValueError`` would reach the client as a 500."""
     body = dump({"steer": "a:3", "vllm_xargs": xargs})
     try:
-        found = json.loads(rewrite(body, plan, steerable=True))
+        found = json.loads(rewrite(body, plan, route="/v1/completions"))
     except ValueError as error:
         assert "vllm_xargs" in str(error)
     else:
@@ -107,7 +109,7 @@ def test_arguments_that_are_no_object_are_refused_or_left_to_vllm(plan: Any, xar
 def test_a_body_of_monstrous_depth_is_refused_or_left_to_vllm(plan: Any) -> None:
     body = b'{"steer":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001
     try:
-        assert rewrite(body, plan, steerable=True) is body
+        assert rewrite(body, plan, route="/v1/completions") is body
     except ValueError as error:
         assert str(error)
 
@@ -128,7 +130,7 @@ def test_a_steer_in_any_spelling_of_json_is_never_lost(plan: Any, body: bytes) -
         json.loads(body)
     except ValueError:
         return
-    found = json.loads(rewrite(body, plan, steerable=True))
+    found = json.loads(rewrite(body, plan, route="/v1/completions"))
     assert found == {"vllm_xargs": {"steer": "a:3"}}
 
 
@@ -167,7 +169,7 @@ json_values = st.recursive(
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_everything_else_in_a_body_survives_rewriting(plan: Any, rest: dict[str, Any]) -> None:
-    found = json.loads(rewrite(dump({**rest, "steer": "a:3"}), plan, steerable=True))
+    found = json.loads(rewrite(dump({**rest, "steer": "a:3"}), plan, route="/v1/completions"))
     assert found == {**rest, "vllm_xargs": {"steer": "a:3"}}
 
 
@@ -314,7 +316,7 @@ def test_a_refusal_is_an_openai_error_and_does_not_reach_the_application(
     assert dict(start["headers"])[b"content-type"] == b"application/json"
     assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
     assert json.loads(body["body"])["error"] == {
-        "message": "steer: this route generates no text; remove the field 'steer'",
+        "message": "steer: this route cannot carry a steer; remove it and name the base model",
         "type": "BadRequestError",
         "param": "vllm_xargs.steer",
         "code": 400,

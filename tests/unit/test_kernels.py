@@ -7,12 +7,21 @@ to the operation as packed tables.
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 
-from vllm_steer.kernels.lm_steer import FORMS, SteeredRows, SteerTables, choose, steer_rows
+from vllm_steer.kernels.lm_steer import (
+    FORMS,
+    Constant,
+    Dense,
+    LowRank,
+    Slot,
+    SteeredRows,
+    SteerTables,
+    choose,
+    steer_rows,
+)
 
 Use = tuple[int, int, float]  # row, slot, strength
 
@@ -43,23 +52,39 @@ def some_steers(width: int, dtype: torch.dtype = torch.float64) -> list[Weights]
     return [*steers[:2], adding[0], *steers[2:], adding[1]]
 
 
-def tables_of(steers: list[Weights]) -> SteerTables:
-    def packed(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([column.T for column in tensor])
+def tables_of(steers: list[Weights], stored: str = "low-rank") -> SteerTables:
+    """The steers as packed tables; those that multiply in the one or the other form."""
+    tables: dict[str, list[torch.Tensor]] = {"shrink": [], "expand": [], "dense": [], "vectors": []}
+    slots: list[Slot] = []
 
-    expand = [packed(s.second) for s in steers]
-    shrink = [torch.full_like(e, torch.nan) for e in expand]
-    for index, steer in enumerate(steers):
-        if steer.first is not None:
-            shrink[index] = packed(steer.first)
-    return SteerTables(
-        shrink=torch.cat(shrink),
-        expand=torch.cat(expand),
-        bounds=tuple(itertools.accumulate((e.shape[0] for e in expand), initial=0)),
-        free_ranks=tuple((s.second.shape[0] - s.fixed) * s.second.shape[2] for s in steers),
-        multiplies=tuple(s.first is not None for s in steers),
-        epsilons=tuple(s.epsilon for s in steers),
-    )
+    def keep(name: str, tensor: torch.Tensor) -> int:
+        tables[name].append(tensor[None])
+        return len(tables[name]) - 1
+
+    rank = 0
+    for steer in steers:
+        free = steer.second.shape[0] - steer.fixed
+        parts = [slice(0, free), slice(free, None)][: 2 if steer.fixed else 1]
+        if steer.first is None:
+            kept = [keep("vectors", steer.second[part, :, 0].sum(0)) for part in parts]
+            slots.append(Constant(kept[0], kept[1] if steer.fixed else None, steer.epsilon))
+        elif stored == "dense":
+            product = torch.einsum("cir,cor->coi", steer.first.double(), steer.second.double())
+            kept = [keep("dense", product[part].sum(0).to(steer.second)) for part in parts]
+            slots.append(Dense(kept[0], kept[1] if steer.fixed else None, steer.epsilon))
+        else:
+            start, rank = rank, rank + steer.second.shape[0] * steer.second.shape[2]
+            tables["shrink"].append(torch.cat([column.T for column in steer.first]))
+            tables["expand"].append(torch.cat([column.T for column in steer.second]))
+            slots.append(LowRank(start, rank, free * steer.second.shape[2], steer.epsilon))
+    some = steers[0].second
+    width = some.shape[1]
+    empty = {"dense": some.new_empty(0, width, width)}
+    whole = {
+        name: torch.cat(found) if found else empty.get(name, some.new_empty(0, width))
+        for name, found in tables.items()
+    }
+    return SteerTables(slots=tuple(slots), **whole)
 
 
 def steered(uses: list[Use]) -> SteeredRows:
@@ -133,23 +158,27 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
-def test_the_reference_is_the_papers_formula(shape: tuple[int, int], layout: str) -> None:
+def test_the_reference_is_the_papers_formula(
+    shape: tuple[int, int], layout: str, stored: str
+) -> None:
     x, steers, uses = random_rows(*shape), some_steers(shape[1]), uses_of(layout, shape[0])
-    found = FORMS["reference"](x, tables_of(steers), steered(uses))
+    found = FORMS["reference"](x, tables_of(steers, stored), steered(uses))
     torch.testing.assert_close(found, formula(x, steers, uses), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_grouped_form_is_within_float32_of_the_formula(
-    shape: tuple[int, int], layout: str, dtype: torch.dtype
+    shape: tuple[int, int], layout: str, stored: str, dtype: torch.dtype
 ) -> None:
     x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
     uses = uses_of(layout, shape[0])
-    found = FORMS["torch"](x, tables_of(steers), steered(uses))
+    found = FORMS["torch"](x, tables_of(steers, stored), steered(uses))
     assert (found.dtype, found.shape) == (dtype, x.shape)
     assert relative_error(found, formula(x, steers, uses)) <= 1e-5
 
@@ -168,16 +197,17 @@ def plain_torch(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torc
     return y
 
 
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("shape", SHAPES[4:], ids=SHAPE_IDS[4:])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_grouped_form_in_half_precision_errs_at_most_twice_as_much_as_plain_torch(
-    shape: tuple[int, int], layout: str, dtype: torch.dtype
+    shape: tuple[int, int], layout: str, stored: str, dtype: torch.dtype
 ) -> None:
     x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
     uses = uses_of(layout, shape[0])
     wanted = formula(x, steers, uses)
-    found = FORMS["torch"](x, tables_of(steers), steered(uses))
+    found = FORMS["torch"](x, tables_of(steers, stored), steered(uses))
     allowed = 2 * relative_error(plain_torch(x, steers, uses), wanted)
     assert relative_error(found, wanted) <= allowed
 
@@ -299,6 +329,6 @@ def test_an_unknown_form_is_refused() -> None:
 
 
 def test_the_tables_know_their_size() -> None:
-    tables: Any = tables_of(some_steers(10, torch.float32))
-    ranks = 1 * 1 + 2 * 5 + 1 + 3 * 17 + 64 + 2
-    assert tables.num_bytes == 2 * ranks * 10 * 4
+    steers = some_steers(10, torch.float32)
+    assert tables_of(steers).num_bytes == 4 * 10 * (2 * (1 * 1 + 2 * 5 + 3 * 17 + 64) + 1 + 2)
+    assert tables_of(steers, "dense").num_bytes == 4 * 10 * (10 * (1 + 2 + 2 + 1) + 1 + 2)

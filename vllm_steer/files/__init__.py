@@ -1,5 +1,6 @@
 """Steer files: the one place where they are read and written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def load_steer(path: str | Path, **facts: Any) -> Steer:
     file is ever executed.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file no error for a name that is too long
         raise SteerError(f"{path}: no such file; give the path of a steer file")
     try:
         known = read_facts(facts, origin="facts")

@@ -18,8 +18,18 @@ def _column_list(value: Any) -> Any:
     return value
 
 
-Columns = Annotated[tuple[int, ...], BeforeValidator(_column_list)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+def _no_bool(value: Any) -> Any:
+    """YAML reads 'yes' and 'on' as true, which is no number."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted")
+    return value
+
+
+NoBool = BeforeValidator(_no_bool)
+Columns = Annotated[tuple[Annotated[int, NoBool], ...], BeforeValidator(_column_list)]
+FiniteFloat = Annotated[float, NoBool, Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[float, NoBool, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, NoBool, Field(ge=1)]
 
 
 class Facts(BaseModel):
@@ -29,8 +39,8 @@ class Facts(BaseModel):
 
     kind: Literal["lm_steer"] | None = None
     variant: Variant | None = None
-    hidden_size: Annotated[int, Field(gt=0)] | None = None
-    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    hidden_size: PositiveInt | None = None
+    epsilon: PositiveFloat | None = None
     fixed_columns: Columns | None = None
     columns: Columns | None = None
     default_strength: FiniteFloat | None = None

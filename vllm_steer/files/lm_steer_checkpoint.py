@@ -6,7 +6,6 @@ every name in it is checked against a short list before PyTorch's own weights-on
 """
 
 import argparse
-import pickle
 import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -41,11 +40,9 @@ _LARGEST_PICKLE = 1_000_000
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the file is a zip archive with a pickle in it, as ``torch.save`` writes them."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/data.pkl") for name in archive.namelist())
+    """Whether the file begins as a zip archive, which ``torch.save`` writes."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def read_checkpoint(path: Path, facts: Facts) -> LMSteer:
@@ -54,11 +51,14 @@ def read_checkpoint(path: Path, facts: Facts) -> LMSteer:
     Raises ``SteerError`` if it names anything but tensors, Parameters and a Namespace, or is not
     the list that the authors' trainer writes.
     """
-    _check_archive(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        _check_archive(path)
+        # As an open file: torch.load tells a path by its ending.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except SteerError:
+        raise
+    except Exception as error:  # a damaged archive or pickle can fail in any way
         raise SteerError(f"not a readable checkpoint ({error})") from error
     args, state = _split(loaded)
     tensors = _tensors(state, limit=path.stat().st_size)
@@ -83,17 +83,14 @@ def _check_archive(path: Path) -> None:
 
 def _globals(data: bytes) -> Iterator[str]:
     """Every ``module.name`` that the pickle would import; refuses what cannot be told."""
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL":
-                yield str(argument).replace(" ", ".", 1)
-            elif opcode.name in {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}:
-                raise SteerError(
-                    f"its pickle uses {opcode.name}, which torch.save does not write; "
-                    "nothing of it was loaded"
-                )
-    except ValueError as error:
-        raise SteerError(f"its pickle cannot be read ({error})") from error
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL":
+            yield str(argument).replace(" ", ".", 1)
+        elif opcode.name in {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}:
+            raise SteerError(
+                f"its pickle uses {opcode.name}, which torch.save does not write; "
+                "nothing of it was loaded"
+            )
 
 
 def _split(loaded: Any) -> tuple[argparse.Namespace | None, Mapping[str, Any]]:

@@ -44,16 +44,20 @@ def save_steer(steer: Steer, path: str | Path) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "kind": steer.kind,
-        "hidden_size": str(steer.hidden_size),
+        "hidden_size": str(int(steer.hidden_size)),
         "base_model": steer.base_model,
         "description": steer.description,
         "variant": steer.variant,
-        "epsilon": repr(steer.epsilon),
+        "epsilon": repr(float(steer.epsilon)),
         "fixed_columns": ",".join(map(str, steer.fixed_columns)),
     }
     if steer.default_strength is not None:
-        metadata["default_strength"] = repr(steer.default_strength)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in steer.tensors.items()}
+        metadata["default_strength"] = repr(float(steer.default_strength))
+    # Each tensor in memory of its own: safetensors refuses to write shared memory.
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in steer.tensors.items()
+    }
     save_file(tensors, str(path), metadata=metadata)
 
 

@@ -46,13 +46,10 @@ class SteeredBatch:
         """Start a step: requests ``(req_id, sampling_params)`` that came, ids that ended."""
         self._idle = False
         for req_id in finished:
-            self._doses.pop(req_id, None)
+            self._set_doses(req_id, {})
         for req_id, sampling_params in new:
-            self._doses.pop(req_id, None)
             doses = doses_of(sampling_params, self._plan) if sampling_params else {}
-            if doses:
-                self._doses[req_id] = doses
-                self._forget_rows()
+            self._set_doses(req_id, doses)
         self._tokens = None
 
     def rest(self) -> None:
@@ -64,7 +61,7 @@ class SteeredBatch:
         self._tokens = BatchRows(req_ids, tokens)
         sampled = BatchRows(req_ids, logits)
         if not sampled.same_as(self._sampled):
-            self._forget_rows()
+            self._pairs = {}
         self._sampled = sampled
 
     @contextmanager
@@ -106,7 +103,11 @@ class SteeredBatch:
         rows = BatchRows(("dummy",), np.array([num_rows]))
         return steered_rows(rows, {"dummy": {shelf.widest: 1.0}}, shelf.slots, self._device)
 
-    def _forget_rows(self) -> None:
+    def _set_doses(self, req_id: str, doses: Mapping[str, float]) -> None:
+        if doses:
+            self._doses[req_id] = doses
+        elif self._doses.pop(req_id, None) is None:
+            return
         self._pairs = {}
 
     @staticmethod

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from vllm_steer.config import SteerConfig
 from vllm_steer.errors import SteerError
@@ -67,9 +67,7 @@ def _check_sizes(plan: SteerPlan, model_config: Any) -> None:
 def _warn_of_version() -> None:
     import vllm
 
-    version = Version(vllm.__version__)
-    newest_release = (version.major, version.minor) <= (NEWEST.major, NEWEST.minor)
-    if not (version >= OLDEST and newest_release):
+    if not _is_known(vllm.__version__):
         logger.warning(
             "vLLM %s is outside the range that vllm-steer is made for (%s to %s); "
             "the start-up checks decide whether it can serve.",
@@ -77,6 +75,14 @@ def _warn_of_version() -> None:
             OLDEST,
             NEWEST,
         )
+
+
+def _is_known(version: str) -> bool:
+    try:
+        known = Version(version)
+    except InvalidVersion:
+        return False
+    return known >= OLDEST and (known.major, known.minor) <= (NEWEST.major, NEWEST.minor)
 
 
 def _adaptive_verification(vllm_config: Any) -> bool:

@@ -17,7 +17,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-STEERABLE = ("/completions", "/responses", "/messages")
+STEERABLE = ("/completions", "/completions/batch", "/responses", "/messages", "/invocations")
+
+COUNTING = ("/tokenize", "/detokenize", "/count_tokens")
 
 
 class SteerMiddleware:
@@ -34,7 +36,7 @@ class SteerMiddleware:
             return await self._app(scope, receive, send)
         body = await _read_body(receive)
         try:
-            new_body = rewrite(body, plan, steerable=scope["path"].endswith(STEERABLE))
+            new_body = rewrite(body, plan, route=scope["path"])
         except ValueError as error:
             return await _reject(send, str(error))
         if new_body is not body:
@@ -42,33 +44,47 @@ class SteerMiddleware:
         return await self._app(scope, _replay(new_body, receive), send)
 
 
-def rewrite(body: bytes, plan: SteerPlan, *, steerable: bool) -> bytes:
+def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> bytes:
     """The body with ``steer`` and the model's preset moved into ``vllm_xargs``.
 
     Returns the same object if there is nothing to move. Raises ``ValueError`` with the message for
-    the client if the body asks twice, or asks on a route that generates nothing.
+    the client if the body asks twice, or asks on a route that takes no ``vllm_xargs``.
     """
-    if b'"steer"' not in body and not any(f":{p}".encode() in body for p in plan.presets):
+    if not _may_ask(body, plan):
         return body
     try:
         data = json.loads(body)
-    except ValueError:
-        return body
+    except (ValueError, RecursionError):
+        return body  # vLLM answers it as it answers any malformed body
     if not isinstance(data, dict):
         return body
-    in_xargs = isinstance(data.get("vllm_xargs"), dict) and "steer" in data["vllm_xargs"]
-    if data.get("steer") is not None:
-        if not steerable:
-            raise ValueError("steer: this route generates no text; remove the field 'steer'")
-        if in_xargs:
-            raise ValueError("steer is given both as a field and in vllm_xargs; give it once")
-        steer = data.pop("steer")
-    elif in_xargs or not (preset := preset_of(data.get("model"), plan)):
+    field = data.get("steer")
+    arguments = data.get("vllm_xargs")
+    in_arguments = isinstance(arguments, dict) and "steer" in arguments
+    preset = preset_of(data.get("model"), plan)
+    only_preset = field is None and not in_arguments
+    if only_preset and (preset is None or route.endswith(COUNTING)):
         return body
-    else:
-        steer = preset
-    data["vllm_xargs"] = {**(data.get("vllm_xargs") or {}), "steer": _as_argument(steer)}
+    if not route.endswith(STEERABLE):
+        raise ValueError(
+            "steer: this route cannot carry a steer; remove it and name the base model"
+        )
+    if field is None and in_arguments:
+        return body
+    if in_arguments:
+        raise ValueError("steer is given both as a field and in vllm_xargs; give it once")
+    if not isinstance(arguments, dict | None):
+        raise ValueError(f"vllm_xargs is {arguments!r}; an object is wanted")
+    data.pop("steer", None)
+    steer = preset if field is None else field
+    data["vllm_xargs"] = {**(arguments or {}), "steer": _as_argument(steer)}
     return json.dumps(data).encode()
+
+
+def _may_ask(body: bytes, plan: SteerPlan) -> bool:
+    """Whether the bytes can mention a steer or a preset: spelled out, escaped, or in UTF-16."""
+    hints = (b"steer", b"\\u", b"\0")
+    return any(h in body for h in hints) or any(f":{p}".encode() in body for p in plan.presets)
 
 
 def preset_of(model: Any, plan: SteerPlan) -> str | None:
