@@ -59,6 +59,8 @@ def _parse(asked: Any) -> Iterator[tuple[str, float | None]]:
         text = asked.strip()
         if text.startswith("{"):
             yield from _parse_dict(_from_json(text))
+        elif text.startswith("["):
+            raise SteerRequestError(f"steer is {_shown(text)}; allowed: {_ALLOWED}")
         elif text not in ("", NO_STEER):
             yield from map(_parse_part, text.split(","))
     elif isinstance(asked, Mapping):

@@ -215,7 +215,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "half-a-part": ("a:", r"incomplete part 'a:'; allowed: a string such as 'detox:5,humor'"),
     "half-a-json": ('{"a": 3', r"is not JSON"),
     "number": (5, r"steer is 5; allowed: a string such as 'detox:5,humor'"),
-    "list": (["a", 3], r"steer is \['a', 3\]; allowed: a string such as"),
+    "list": (["a", 3], r"steer is '\[\"a\", 3\]'; allowed: a string such as"),
     "list-of-dicts": ([{"a": 3}], r"steer.*allowed: a string such as"),
     "list-of-nothing": ([None], r"steer.*allowed: a string such as"),
     "true": (True, r"(?i)steer.*true"),
@@ -265,8 +265,18 @@ def test_a_bad_steer_argument_is_a_bad_request(http: httpx.Client, case: str) ->
     check_refusal(http.post("/v1/chat/completions", json=body), message)
 
 
-def test_vllms_own_schema_of_arguments_still_answers_with_400(http: httpx.Client) -> None:
-    for steer in ({"a": 3}, [{"a": 3}], None):
+def test_a_dict_in_the_arguments_is_taken_like_one_in_the_body(http: httpx.Client) -> None:
+    ask = {"model": BASE, "prompt": "a", "max_tokens": 8, "temperature": 0}
+    bodies = [{"vllm_xargs": {"steer": {"a": 3}}}, {"steer": {"a": 3}}, {}]
+    texts = [
+        http.post("/v1/completions", json=ask | body).json()["choices"][0]["text"]
+        for body in bodies
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_arguments_that_name_no_steer_are_a_bad_request(http: httpx.Client) -> None:
+    for steer in ([{"a": 3}], None):
         body = {"model": BASE, "prompt": "a", "max_tokens": 2, "vllm_xargs": {"steer": steer}}
         assert http.post("/v1/completions", json=body).status_code == 400
     check_alive(http)

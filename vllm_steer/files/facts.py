@@ -70,6 +70,8 @@ def describe_errors(error: ValidationError, origin: str) -> str:
             lines.append(f"{origin}: unknown key {place!r}")
         elif item["type"] == "missing":
             lines.append(f"{origin}: key {place!r} is missing")
+        elif item["type"] == "value_error" and not item["loc"]:
+            lines.append(f"{origin}: {item['ctx']['error']}")
         else:
             lines.append(f"{origin}: {place} is {item['input']!r}: {item['msg']}")
     return "; ".join(lines)

@@ -54,7 +54,7 @@ def fold(namespace: argparse.Namespace) -> None:
             raise SteerError(f"{FLAG} and additional_config['steer'] are both given; give one")
         namespace.additional_config = given | {"steer": source}
         namespace.steer_config = None
-    elif "steer" not in given:
+    elif given.get("steer") is None:
         return
     config = SteerConfig.load(namespace.additional_config["steer"])
     if hasattr(namespace, "middleware"):
@@ -69,5 +69,18 @@ def _serve_presets(namespace: argparse.Namespace, config: SteerConfig) -> None:
         return
     model = getattr(namespace, "model_tag", None) or namespace.model
     names = list(namespace.served_model_name or [model])
-    listed = [f"{name}:{preset}" for name in names for preset in sorted(config.presets)]
+    bases = [name for name in names if not _names_preset(name, names, config)]
+    listed = [f"{base}:{preset}" for base in bases for preset in sorted(config.presets)]
     namespace.served_model_name = names + [name for name in listed if name not in names]
+
+
+def _names_preset(name: str, names: list[str], config: SteerConfig) -> bool:
+    """Whether a served name is ``BASE:preset`` of another one; refuses one that only looks so."""
+    base, colon, preset = name.rpartition(":")
+    if not colon or preset not in config.presets:
+        return False
+    if base not in names:
+        raise SteerError(
+            f"the served model name {name} ends like a model of preset {preset}; rename one"
+        )
+    return True

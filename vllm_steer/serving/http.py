@@ -9,6 +9,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.engine_config import plan_of
 
@@ -69,16 +70,31 @@ def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> bytes:
         raise ValueError(
             "steer: this route cannot carry a steer; remove it and name the base model"
         )
-    if field is None and in_arguments:
-        return body
-    if in_arguments:
+    if field is not None and in_arguments:
         raise ValueError("steer is given both as a field and in vllm_xargs; give it once")
     if not isinstance(arguments, dict | None):
-        raise ValueError(f"vllm_xargs is {arguments!r}; an object is wanted")
+        raise ValueError(f"vllm_xargs is {type(arguments).__name__}; an object is wanted")
     data.pop("steer", None)
-    steer = preset if field is None else field
-    data["vllm_xargs"] = {**(arguments or {}), "steer": _as_argument(steer)}
+    arguments = arguments or {}
+    steer = arguments.get("steer", preset if field is None else field)
+    argument = _as_argument(steer)
+    if not _is_admitted(steer, plan):
+        data["stream"] = False
+    elif in_arguments and argument is steer:
+        return body
+    data["vllm_xargs"] = {**arguments, "steer": argument}
     return json.dumps(data).encode()
+
+
+def _is_admitted(steer: Any, plan: SteerPlan) -> bool:
+    """Whether admission will take the value. vLLM would answer a stream with 200 before it asks;
+    without streaming its answer is the 400, and it comes from behind the check of API keys.
+    """
+    try:
+        plan.doses(steer)
+    except SteerRequestError:
+        return False
+    return True
 
 
 def _may_ask(body: bytes, plan: SteerPlan) -> bool:
@@ -95,7 +111,8 @@ def preset_of(model: Any, plan: SteerPlan) -> str | None:
 
 def _as_argument(steer: Any) -> Any:
     """vLLM's extra arguments take no nested objects: those travel as JSON in a string."""
-    return json.dumps(steer) if isinstance(steer, dict | bool) else steer
+    plain = isinstance(steer, str | int | float) and not isinstance(steer, bool)
+    return steer if plain else json.dumps(steer)
 
 
 async def _read_body(receive: Receive) -> bytes:
