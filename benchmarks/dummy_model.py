@@ -123,9 +123,13 @@ def steer_config(paths: dict[str, Path], rank: int) -> dict[str, Any]:
 
 
 def steer_bytes(shape: Shape, *, rows: int, distinct: int, rank: int, itemsize: int) -> int:
-    """Bytes that steering ``rows`` rows has to move: each steer's weights once, each row twice."""
+    """Bytes that steering ``rows`` rows has to move: each steer's weights once, each row twice.
+
+    A steer's weights are two factors of ``rank``, or their product where that is smaller.
+    """
     width = shape.hidden_size
-    return 2 * itemsize * (min(distinct, rows) * width * rank + rows * width)
+    weights = min(2 * rank * width, width**2)
+    return itemsize * (min(distinct, rows) * weights + 2 * rows * width)
 
 
 def step_bytes(shape: Shape, *, rows: int, context: int, itemsize: int) -> int:
