@@ -25,7 +25,7 @@ def check_operation(paths: Mapping[str, Path], shape: Shape, dtype: torch.dtype)
     assert shelf is not None
     rows = BatchRows([*steers, "unsteered"], np.array([2, 1, 1]))
     doses = {name: {name: STRENGTH} for name in steers}
-    steered = steered_rows(rows, doses, shelf.slots, device)
+    steered = steered_rows(rows, doses, shelf, device)
     assert steered is not None
     used = int(steered.rows.max()) + 1
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,10 @@ class Shelf:
     slots: Mapping[str, int]
     tables: SteerTables
 
+    def epsilon(self, name: str) -> float:
+        """A steer's epsilon: the unit of its strength."""
+        return self.tables.slots[self.slots[name]].epsilon
+
     @property
     def widest(self) -> str:
         """The steer whose inner activation takes the most memory."""
@@ -109,7 +113,8 @@ class _Pages:
             assert projector is not None
             table.append(self._put(projector[order].transpose(1, 2).flatten(0, 1)))
         start, self.rank = self.rank, self.rank + steer.total_rank
-        return LowRank(start, self.rank, steer.rank * len(steer.free_columns), steer.epsilon)
+        fixed = start + steer.rank * len(steer.free_columns)
+        return LowRank(start, fixed, self.rank, steer.epsilon)
 
     def _add_dense(self, steer: LMSteer) -> Dense:
         assert steer.projector1 is not None and steer.projector2 is not None

@@ -15,40 +15,47 @@ from vllm_steer.kernels.lm_steer.operands import (
 def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> torch.Tensor:
     """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
-    Rows are grouped by slot, so each steer's weights are read once. Products run in the tables'
-    dtype, sums in float32, in ascending order of slot. No host synchronisation: group bounds are
-    known on the host. Returns a new tensor; rows without a pair are copied unchanged.
+    Rows are grouped by slot, so each steer's weights are read once, and scaled before the products,
+    so that float16 does not overflow in between. Products run in the tables' dtype, sums in
+    float32, in ascending order of slot. No host synchronisation: group bounds are known on the
+    host. Returns a new tensor; rows without a pair are copied unchanged.
     """
-    total = x.index_select(0, steered.touched).float()
+    rows = x.index_select(0, steered.rows)
+    scaled = (rows * steered.scales[:, None]).to(tables.dtype)
+    changes = torch.empty_like(scaled)
     for slot, start, end in steered.groups:
-        group = slice(start, end)
-        rows = x.index_select(0, steered.rows[group])
-        change = _change(rows, tables, slot, steered.strengths[group, None])
-        total.index_add_(0, steered.places[group], change)
+        pairs = slice(start, end)
+        _write_change(
+            changes[pairs], tables, slot, rows[pairs], scaled[pairs], steered.scales[pairs]
+        )
+    if steered.touched.shape == steered.rows.shape:  # one steer per row: no sums to take
+        return x.index_copy(0, steered.rows, (rows + changes).to(x.dtype))
+    total = x.index_select(0, steered.touched).float()
+    total.index_add_(0, steered.places, changes.float())
     return x.index_copy(0, steered.touched, total.to(x.dtype))
 
 
-def _change(
-    x: torch.Tensor, tables: SteerTables, slot: int, strengths: torch.Tensor
-) -> torch.Tensor:
-    """One slot's change ``[n, width]`` float32; ``strengths [n, 1]``.
-
-    Epsilon comes in before the last product, so that float16 does not overflow in between.
-    """
+def _write_change(
+    out: torch.Tensor,
+    tables: SteerTables,
+    slot: int,
+    rows: torch.Tensor,
+    scaled: torch.Tensor,
+    scales: torch.Tensor,
+) -> None:
+    """One slot's change of its ``n`` rows into ``out [n, width]``; ``scaled`` is rows x scales."""
     match tables.slots[slot]:
-        case LowRank(start, end, free, epsilon):
-            inner = linear(x.to(tables.shrink.dtype), tables.shrink[start:end]).float()
-            inner[:, :free] *= strengths
-            inner *= epsilon
-            return (inner.to(tables.expand.dtype) @ tables.expand[start:end]).float()
+        case LowRank(start, fixed, end, epsilon):
+            inner = linear(scaled, tables.shrink[start:fixed])
+            if fixed < end:
+                even = (rows * epsilon).to(tables.dtype)
+                inner = torch.cat([inner, linear(even, tables.shrink[fixed:end])], dim=1)
+            torch.mm(inner, tables.expand[start:end], out=out)
         case Dense(free, fixed, epsilon):
-            x = x.to(tables.dense.dtype)
-            change = strengths * linear(x, tables.dense[free]).float()
+            torch.mm(scaled, tables.dense[free].T, out=out)
             if fixed is not None:
-                change += linear(x, tables.dense[fixed]).float()
-            return epsilon * change
+                out.addmm_((rows * epsilon).to(tables.dtype), tables.dense[fixed].T)
         case Constant(free, fixed, epsilon):
-            change = strengths * tables.vectors[free].float()
+            torch.mul(scales[:, None], tables.vectors[free], out=out)
             if fixed is not None:
-                change += tables.vectors[fixed].float()
-            return epsilon * change
+                out.add_(tables.vectors[fixed], alpha=epsilon)

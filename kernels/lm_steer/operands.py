@@ -1,4 +1,8 @@
-"""What the LM-Steer operation works on: packed tables of steers, and the rows that use them."""
+"""What the LM-Steer operation works on: packed tables of steers, and the rows that use them.
+
+``scale`` is ``epsilon * strength`` of a row under a steer; what is fixed enters with ``epsilon``
+alone (the paper's dummy steer at value 1).
+"""
 
 from dataclasses import dataclass
 
@@ -7,20 +11,20 @@ import torch
 
 @dataclass(frozen=True)
 class LowRank:
-    """``epsilon * (a * (x shrink^T)) expand`` with rows ``start:end`` of both tables.
+    """``(scale * x shrink_free^T) expand_free + epsilon * (x shrink_fixed^T) expand_fixed``.
 
-    ``a`` is the row's strength for the first ``free`` inner values and 1 for the others.
+    In both tables the rows ``start:fixed`` are free and ``fixed:end`` are fixed.
     """
 
     start: int
+    fixed: int
     end: int
-    free: int
     epsilon: float
 
 
 @dataclass(frozen=True)
 class Dense:
-    """``epsilon * (v * x M_free^T + x M_fixed^T)`` with two of the dense matrices, or one."""
+    """``scale * x free^T + epsilon * x fixed^T`` with two of the dense matrices, or one."""
 
     free: int
     fixed: int | None
@@ -29,7 +33,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Constant:
-    """``epsilon * (v * free + fixed)`` with two rows of ``vectors``, or one."""
+    """``scale * free + epsilon * fixed`` with two of the vectors, or one."""
 
     free: int
     fixed: int | None
@@ -57,6 +61,11 @@ class SteerTables:
     vectors: torch.Tensor
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all tables: the model's."""
+        return self.expand.dtype
+
+    @property
     def num_bytes(self) -> int:
         """Device memory of all tables."""
         tables = (self.shrink, self.expand, self.dense, self.vectors)
@@ -65,17 +74,17 @@ class SteerTables:
 
 @dataclass(frozen=True)
 class SteeredRows:
-    """Which rows take which slot at which strength: P pairs, sorted by slot, then by row.
+    """Which rows take which slot at which scale: P pairs, sorted by slot, then by row.
 
-    rows       ``[P]`` int64, the row of each pair
-    strengths  ``[P]`` float32
-    groups     ``(slot, start, end)`` on the host: pairs ``start:end`` use ``slot``
-    touched    ``[U]`` int64, every row of ``rows`` once, ascending
-    places     ``[P]`` int64, where each pair's row stands in ``touched``
+    rows     ``[P]`` int64, the row of each pair
+    scales   ``[P]`` float32, epsilon times strength
+    groups   ``(slot, start, end)`` on the host: pairs ``start:end`` use ``slot``
+    touched  ``[U]`` int64, every row of ``rows`` once, ascending
+    places   ``[P]`` int64, where each pair's row stands in ``touched``
     """
 
     rows: torch.Tensor
-    strengths: torch.Tensor
+    scales: torch.Tensor
     groups: tuple[tuple[int, int, int], ...]
     touched: torch.Tensor
     places: torch.Tensor

@@ -21,26 +21,27 @@ def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> to
     totals = {int(row): x[row].double() for row in steered.touched}
     for slot, start, end in steered.groups:
         for pair in range(start, end):
-            row, strength = int(steered.rows[pair]), float(steered.strengths[pair])
-            totals[row] = totals[row] + _change(x[row].double(), tables, slot, strength)
+            row, scale = int(steered.rows[pair]), float(steered.scales[pair])
+            totals[row] = totals[row] + _change(x[row].double(), tables, slot, scale)
     for row, total in totals.items():
         out[row] = total.to(x.dtype)
     return out
 
 
-def _change(x: torch.Tensor, tables: SteerTables, slot: int, strength: float) -> torch.Tensor:
+def _change(x: torch.Tensor, tables: SteerTables, slot: int, scale: float) -> torch.Tensor:
     match tables.slots[slot]:
-        case LowRank(start, end, free, epsilon):
+        case LowRank(start, fixed, end, epsilon):
             inner = tables.shrink[start:end].double() @ x
-            inner[:free] *= strength
-            return epsilon * (inner @ tables.expand[start:end].double())
+            inner[: fixed - start] *= scale
+            inner[fixed - start :] *= epsilon
+            return inner @ tables.expand[start:end].double()
         case Dense(free, fixed, epsilon):
-            change = strength * (tables.dense[free].double() @ x)
+            change = scale * (tables.dense[free].double() @ x)
             if fixed is not None:
-                change = change + tables.dense[fixed].double() @ x
-            return epsilon * change
+                change = change + epsilon * (tables.dense[fixed].double() @ x)
+            return change
         case Constant(free, fixed, epsilon):
-            change = strength * tables.vectors[free].double()
+            change = scale * tables.vectors[free].double()
             if fixed is not None:
-                change = change + tables.vectors[fixed].double()
-            return epsilon * change
+                change = change + epsilon * tables.vectors[fixed].double()
+            return change

@@ -24,7 +24,7 @@ def apply(shelf: Shelf, x: torch.Tensor, name: str, strength: float) -> torch.Te
         shelf.tables,
         SteeredRows(
             rows=rows,
-            strengths=torch.full((x.shape[0],), strength),
+            scales=torch.full((x.shape[0],), strength * shelf.epsilon(name)),
             groups=((shelf.slots[name], 0, x.shape[0]),),
             touched=rows,
             places=rows,

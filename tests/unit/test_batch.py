@@ -61,7 +61,7 @@ def strengths(batch: SteeredBatch, shelf: Shelf, num_rows: int) -> dict[int, dic
     for slot, start, end in found.groups:
         for pair in range(start, end):
             row = result.setdefault(int(found.rows[pair]), {})
-            row[names[slot]] = float(found.strengths[pair])
+            row[names[slot]] = float(found.scales[pair]) / shelf.epsilon(names[slot])
     return result
 
 

@@ -8,11 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_steer.kernels.lm_steer import SteeredRows
+from vllm_steer.bank import Shelf
+from vllm_steer.kernels.lm_steer import Constant, SteeredRows, SteerTables
 from vllm_steer.serving.rows import BatchRows, steered_rows
 
 CPU = torch.device("cpu")
 SLOTS = {"a": 0, "b": 1, "c": 2}
+EPSILON = 1.0
+EMPTY = torch.empty(0, 0)
+SHELF = Shelf(SLOTS, SteerTables((Constant(0, None, EPSILON),) * 3, EMPTY, EMPTY, EMPTY, EMPTY))
 
 batches = st.lists(
     st.tuples(
@@ -37,7 +41,7 @@ def pairs_of(found: SteeredRows | None) -> list[tuple[int, int, float]]:
     if found is None:
         return []
     slots = {p: slot for slot, start, end in found.groups for p in range(start, end)}
-    rows, strengths = found.rows.tolist(), found.strengths.tolist()
+    rows, strengths = found.rows.tolist(), (found.scales / EPSILON).tolist()
     return [(slots[p], row, strengths[p]) for p, row in enumerate(rows)]
 
 
@@ -47,7 +51,7 @@ def test_pairs_are_those_of_a_loop_sorted_by_slot_and_row(
 ) -> None:
     counts = [count for count, _ in batch]
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows(counts), doses, SLOTS, CPU)
+    found = steered_rows(batch_rows(counts), doses, SHELF, CPU)
     wanted = sorted(
         (SLOTS[name], row, strength)
         for row, owner in enumerate(owners(counts))
@@ -63,13 +67,13 @@ def test_touched_rows_are_each_named_once_and_found_again(
     batch: list[tuple[int, dict[str, float]]],
 ) -> None:
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows([count for count, _ in batch]), doses, SLOTS, CPU)
+    found = steered_rows(batch_rows([count for count, _ in batch]), doses, SHELF, CPU)
     if found is None:
         return
     assert found.touched.tolist() == sorted(set(found.rows.tolist()))
     assert torch.equal(found.touched[found.places], found.rows)
     assert (found.rows.dtype, found.touched.dtype, found.places.dtype) == (torch.int64,) * 3
-    assert found.strengths.dtype == torch.float32
+    assert found.scales.dtype == torch.float32
     slots = [slot for slot, _, _ in found.groups]
     bounds = [bound for _, *bound in found.groups]
     assert slots == sorted(set(slots))
@@ -109,5 +113,5 @@ def test_batches_are_the_same_only_if_requests_counts_and_order_are(other: Any, 
 
 
 def test_a_batch_without_rows_has_no_pairs() -> None:
-    assert steered_rows(batch_rows([]), {"request-0": {"a": 1.0}}, SLOTS, CPU) is None
-    assert steered_rows(batch_rows([0]), {"request-0": {"a": 1.0}}, SLOTS, CPU) is None
+    assert steered_rows(batch_rows([]), {"request-0": {"a": 1.0}}, SHELF, CPU) is None
+    assert steered_rows(batch_rows([0]), {"request-0": {"a": 1.0}}, SHELF, CPU) is None

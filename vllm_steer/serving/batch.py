@@ -61,8 +61,8 @@ class SteeredBatch:
         self._tokens = BatchRows(req_ids, tokens)
         sampled = BatchRows(req_ids, logits)
         if not sampled.same_as(self._sampled):
+            self._sampled = sampled
             self._pairs = {}
-        self._sampled = sampled
 
     @contextmanager
     def over_tokens(self, hidden_states: torch.Tensor) -> Iterator[None]:
@@ -86,11 +86,9 @@ class SteeredBatch:
             )
         if self._hidden_states is not None:
             window = self._tokens.window(self._first_token(x, self._hidden_states), x.shape[0])
-            return steered_rows(window, self._doses, shelf.slots, self._device)
+            return steered_rows(window, self._doses, shelf, self._device)
         if id(shelf) not in self._pairs:
-            self._pairs[id(shelf)] = steered_rows(
-                self._sampled, self._doses, shelf.slots, self._device
-            )
+            self._pairs[id(shelf)] = steered_rows(self._sampled, self._doses, shelf, self._device)
         assert self._sampled.num_rows == x.shape[0], (
             f"vllm-steer: {x.shape[0]} logits rows, {self._sampled.num_rows} announced"
         )
@@ -101,7 +99,7 @@ class SteeredBatch:
         operation at its largest and its warm-up reaches it.
         """
         rows = BatchRows(("dummy",), np.array([num_rows]))
-        return steered_rows(rows, {"dummy": {shelf.widest: 1.0}}, shelf.slots, self._device)
+        return steered_rows(rows, {"dummy": {shelf.widest: 1.0}}, shelf, self._device)
 
     def _set_doses(self, req_id: str, doses: Mapping[str, float]) -> None:
         if doses:

@@ -18,7 +18,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-STEERABLE = ("/completions", "/completions/batch", "/responses", "/messages", "/invocations")
+STEERABLE = ("/completions", "/completions/batch", "/responses", "/invocations")
+MESSAGES = "/messages"
 
 COUNTING = ("/tokenize", "/detokenize", "/count_tokens")
 
@@ -66,7 +67,7 @@ def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> bytes:
     only_preset = field is None and not in_arguments
     if only_preset and (preset is None or route.endswith(COUNTING)):
         return body
-    if not route.endswith(STEERABLE):
+    if not _takes_arguments(route):
         raise ValueError(
             "steer: this route cannot carry a steer; remove it and name the base model"
         )
@@ -84,6 +85,15 @@ def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> bytes:
         return body
     data["vllm_xargs"] = {**arguments, "steer": argument}
     return json.dumps(data).encode()
+
+
+def _takes_arguments(route: str) -> bool:
+    """Whether the route's body has ``vllm_xargs``; Anthropic's has in newer vLLM versions only."""
+    if route.endswith(MESSAGES):
+        from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+
+        return "vllm_xargs" in AnthropicMessagesRequest.model_fields
+    return route.endswith(STEERABLE)
 
 
 def _is_admitted(steer: Any, plan: SteerPlan) -> bool:

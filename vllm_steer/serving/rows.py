@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_steer.bank import Shelf
 from vllm_steer.kernels.lm_steer import SteeredRows
 
 IntArray = npt.NDArray[np.int64]
@@ -20,7 +22,7 @@ class BatchRows:
     req_ids: Sequence[str]
     counts: IntArray
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows in all."""
         return int(self.counts.sum())
@@ -43,7 +45,7 @@ class BatchRows:
 def steered_rows(
     rows: BatchRows,
     doses: Mapping[str, Doses],
-    slots: Mapping[str, int],
+    shelf: Shelf,
     device: torch.device,
 ) -> SteeredRows | None:
     """The pairs of row and slot of one shelf; None if no row takes one of its steers.
@@ -52,15 +54,15 @@ def steered_rows(
     to the device is one copy per tensor, asynchronous from pinned memory on a GPU.
     """
     uses = [
-        (index, slots[name], strength)
+        (index, shelf.slots[name], strength * shelf.epsilon(name))
         for index, req_id in enumerate(rows.req_ids)
         if req_id in doses
         for name, strength in doses[req_id].items()
-        if name in slots
+        if name in shelf.slots
     ]
     if not uses:
         return None
-    requests, use_slots, use_strengths = (np.array(column) for column in zip(*uses, strict=True))
+    requests, use_slots, use_scales = (np.array(column) for column in zip(*uses, strict=True))
     repeats = rows.counts[requests]
     starts = (np.cumsum(rows.counts) - rows.counts)[requests]
     firsts = np.cumsum(repeats) - repeats
@@ -70,11 +72,11 @@ def steered_rows(
     if order.size == 0:
         return None
     pair_rows, pair_slots = pair_rows[order], pair_slots[order]
-    strengths = np.repeat(use_strengths, repeats)[order].astype(np.float32)
+    scales = np.repeat(use_scales, repeats)[order].astype(np.float32)
     touched, places = np.unique(pair_rows, return_inverse=True)
     return SteeredRows(
         rows=_to_device(pair_rows, device),
-        strengths=_to_device(strengths, device),
+        scales=_to_device(scales, device),
         groups=_groups(pair_slots),
         touched=_to_device(touched, device),
         places=_to_device(places, device),
