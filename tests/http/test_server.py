@@ -247,6 +247,8 @@ def test_a_bad_steer_field_is_a_bad_request_and_the_server_lives_on(
 ) -> None:
     steer, message = BAD[case]
     body = {"model": BASE, "prompt": PROMPT, "max_tokens": 2, "stream": stream, "steer": steer}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
     check_refusal(http.post("/v1/completions", json=body), message)
     check_alive(http)
 

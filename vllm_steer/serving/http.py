@@ -80,7 +80,7 @@ def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> bytes:
     steer = arguments.get("steer", preset if field is None else field)
     argument = _as_argument(steer)
     if not _is_admitted(steer, plan):
-        data["stream"] = False
+        data = {k: v for k, v in data.items() if k not in ("stream", "stream_options")}
     elif in_arguments and argument is steer:
         return body
     data["vllm_xargs"] = {**arguments, "steer": argument}
