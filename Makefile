@@ -17,7 +17,6 @@ test: $(READY)  ## everything but the matrix, on both model runners
 
 test-all: $(READY)  ## the longer matrix
 	$(PYTEST) -m "matrix and not gpu"
-	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "engine and matrix and not gpu"
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
