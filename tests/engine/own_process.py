@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401 (sets the environment, in worker processes too)
 from engines import MIXED, engine, greedy, prompts, random_steers, steer_config
-from reference import check_greedy, load_reference
+from reference import assert_greedy, load_reference
 from tiny_models import HIDDEN, VOCAB, save_tiny_model
 
 
@@ -93,7 +93,7 @@ def check(outputs: list[Any], model: Path, steers: dict[str, Any]) -> None:
     """Compare a MIXED batch with the reference."""
     reference = load_reference(model)
     for output, setting in zip(outputs, MIXED, strict=True):
-        check_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
+        assert_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
 
 
 SCENARIOS: dict[str, Callable[[Path], None]] = {

@@ -50,7 +50,7 @@ def steered_logprobs(
     return torch.log_softmax(logits, dim=-1)
 
 
-def check_greedy(
+def assert_greedy(
     output: Any,
     model: Any,
     strengths: Mapping[str, float],

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 from engines import MIXED, RUNNER, engine, greedy, prompts, random_steers, steer_config
-from reference import check_greedy, load_reference, steered_logprobs
-from tiny_models import FAMILIES, HIDDEN, VOCAB, save_tiny_model
+from reference import assert_greedy, load_reference, steered_logprobs
+from tiny_models import FAMILIES, VOCAB, save_tiny_model
 
 from vllm_steer import embedded, load_steer
 
@@ -16,17 +16,7 @@ STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 v1_only = pytest.mark.skipif(RUNNER != "v1", reason="runs on the V1 runner only on a CPU")
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def steers() -> dict[str, Any]:
-    return random_steers(HIDDEN, VOCAB)
-
-
-def check_mixed_batch(
+def assert_mixed_batch(
     model: Path, steers: dict[str, Any], folder: Path, *, vocab_size: int = VOCAB, **options: Any
 ) -> list[Any]:
     length = options.pop("prompt_length", 12)
@@ -41,7 +31,7 @@ def check_mixed_batch(
         )
     for output, setting in zip(outputs, MIXED, strict=True):
         active = {name: strength for name, strength in setting.items() if strength}
-        check_greedy(output, reference, active, steers)
+        assert_greedy(output, reference, active, steers)
     return outputs
 
 
@@ -50,14 +40,16 @@ def test_mixed_batch_on_each_family_with_prompt_logprobs(
     family: str, steers: dict[str, Any], tmp_path: Path
 ) -> None:
     model = save_tiny_model(family, tmp_path / "model")
-    outputs = check_mixed_batch(model, steers, tmp_path / "steers", sampling={"prompt_logprobs": 1})
+    outputs = assert_mixed_batch(
+        model, steers, tmp_path / "steers", sampling={"prompt_logprobs": 1}
+    )
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) >= 6
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the pretrained stories260K is not at hand")
 def test_mixed_batch_on_a_pretrained_model(tmp_path: Path) -> None:
     steers = random_steers(64, 512)
-    check_mixed_batch(STORIES, steers, tmp_path, vocab_size=512, max_tokens=24)
+    assert_mixed_batch(STORIES, steers, tmp_path, vocab_size=512, max_tokens=24)
 
 
 def test_mixed_batch_of_fitted_steers_on_the_embedded_model() -> None:
@@ -72,11 +64,11 @@ def test_mixed_batch_of_fitted_steers_on_the_embedded_model() -> None:
     reference = load_reference(embedded.MODEL)
     assert len(settings) >= 8
     for output, setting in zip(outputs, settings, strict=True):
-        check_greedy(output, reference, setting, steers)
+        assert_greedy(output, reference, setting, steers)
 
 
 def test_chunked_prefill(llama: Path, steers: dict[str, Any], tmp_path: Path) -> None:
-    check_mixed_batch(
+    assert_mixed_batch(
         llama,
         steers,
         tmp_path,
@@ -96,12 +88,12 @@ def test_forced_preemption(llama: Path, steers: dict[str, Any], tmp_path: Path) 
     assert preemptions > 0
     reference = load_reference(llama)
     for output, setting in zip(outputs, MIXED, strict=True):
-        check_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
+        assert_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
 
 
 @v1_only
 def test_compiled_model(llama: Path, steers: dict[str, Any], tmp_path: Path) -> None:
-    check_mixed_batch(llama, steers, tmp_path, enforce_eager=False)
+    assert_mixed_batch(llama, steers, tmp_path, enforce_eager=False)
 
 
 def test_several_samples_of_one_request_are_all_steered(

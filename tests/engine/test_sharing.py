@@ -6,24 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, greedy, prompts, random_steers, steer_config
-from reference import check_greedy, load_reference
+from engines import engine, greedy, prompts, steer_config
+from reference import assert_greedy, load_reference
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, VOCAB, save_tiny_model
+from tiny_models import HIDDEN
 
 from vllm_steer import SteerError
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def steers() -> dict[str, Any]:
-    return random_steers(HIDDEN, VOCAB)
 
 
 def test_prefix_stays_shared_between_steered_and_unsteered_requests(
@@ -36,7 +26,7 @@ def test_prefix_stays_shared_between_steered_and_unsteered_requests(
         outputs = [llm.generate(prompt, params, use_tqdm=False)[0] for params in greedy(settings)]
     assert [output.num_cached_tokens for output in outputs] == [0, 96, 96, 96, 96]
     for output, setting in zip(outputs, settings, strict=True):
-        check_greedy(output, reference, setting, steers)
+        assert_greedy(output, reference, setting, steers)
 
 
 def test_requests_with_and_without_a_lora_adapter_are_steered_alike(
@@ -57,7 +47,7 @@ def test_requests_with_and_without_a_lora_adapter_are_steered_alike(
             prompts(len(settings)), greedy(settings), lora_request=requests, use_tqdm=False
         )
     for output, setting, request in zip(outputs, settings, requests, strict=True):
-        check_greedy(output, merged if request else plain, setting, steers)
+        assert_greedy(output, merged if request else plain, setting, steers)
 
 
 def test_default_steers_requests_that_do_not_ask_and_none_overrides_it(
@@ -82,7 +72,7 @@ def test_default_steers_requests_that_do_not_ask_and_none_overrides_it(
     assert [json.dumps(param.extra_args) for param in params] == before
     assert again[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
     for output, setting in zip(outputs, wanted, strict=True):
-        check_greedy(output, reference, setting, steers)
+        assert_greedy(output, reference, setting, steers)
 
 
 def save_adapter(folder: Path, rank: int = 4) -> Path:

@@ -1,5 +1,6 @@
 """A real ``vllm serve`` on a free port, its steers, and the end of its process group."""
 
+import contextlib
 import json
 import os
 import signal
@@ -138,11 +139,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     while time.monotonic() < deadline:
         if process.poll() is not None:
             pytest.fail(f"vllm serve ended with {process.returncode}:\n{tail(log)}")
-        try:
+        with contextlib.suppress(httpx.TransportError):  # it does not listen yet
             if httpx.get(f"{url}/health", timeout=2).status_code == 200:
                 return
-        except httpx.TransportError:
-            pass
         time.sleep(0.25)
     pytest.fail(f"vllm serve was not ready after {START_LIMIT_S:.0f} s:\n{tail(log)}")
 

@@ -226,7 +226,7 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
-def check_refusal(reply: httpx.Response, message: str) -> None:
+def assert_refusal(reply: httpx.Response, message: str) -> None:
     assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
     assert error["type"] == "BadRequestError", error
@@ -235,7 +235,7 @@ def check_refusal(reply: httpx.Response, message: str) -> None:
     assert re.search(message, error["message"]), error
 
 
-def check_alive(http: httpx.Client) -> None:
+def assert_alive(http: httpx.Client) -> None:
     reply = http.post("/v1/completions", json={"model": BASE, "prompt": "a", "max_tokens": 2})
     assert reply.status_code == 200, reply.text
 
@@ -249,8 +249,8 @@ def test_a_bad_steer_field_is_a_bad_request_and_the_server_lives_on(
     body = {"model": BASE, "prompt": PROMPT, "max_tokens": 2, "stream": stream, "steer": steer}
     if stream:
         body["stream_options"] = {"include_usage": True}
-    check_refusal(http.post("/v1/completions", json=body), message)
-    check_alive(http)
+    assert_refusal(http.post("/v1/completions", json=body), message)
+    assert_alive(http)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_bad_steer_argument_is_a_bad_request(http: httpx.Client, case: str) ->
         "max_tokens": 2,
         "vllm_xargs": {"steer": steer},
     }
-    check_refusal(http.post("/v1/chat/completions", json=body), message)
+    assert_refusal(http.post("/v1/chat/completions", json=body), message)
 
 
 def test_a_dict_in_the_arguments_is_taken_like_one_in_the_body(http: httpx.Client) -> None:
@@ -281,7 +281,7 @@ def test_arguments_that_name_no_steer_are_a_bad_request(http: httpx.Client) -> N
     for steer in ([{"a": 3}], None):
         body = {"model": BASE, "prompt": "a", "max_tokens": 2, "vllm_xargs": {"steer": steer}}
         assert http.post("/v1/completions", json=body).status_code == 400
-    check_alive(http)
+    assert_alive(http)
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", '{"a": NaN}', "1e999"])
@@ -296,7 +296,7 @@ def test_numbers_that_json_does_not_have_are_a_bad_request(
         headers={"content-type": "application/json"},
     )
     assert reply.status_code == 400, reply.text
-    check_alive(http)
+    assert_alive(http)
 
 
 @pytest.mark.parametrize("xargs", ["a:3", 5, [1], True], ids=repr)
@@ -305,7 +305,7 @@ def test_a_steer_field_beside_malformed_arguments_is_a_bad_request(
 ) -> None:
     body = {"model": BASE, "prompt": "a", "max_tokens": 2, "steer": "a:1", "vllm_xargs": xargs}
     assert http.post("/v1/completions", json=body).status_code == 400
-    check_alive(http)
+    assert_alive(http)
 
 
 def test_a_body_of_monstrous_depth_is_a_bad_request(http: httpx.Client) -> None:
@@ -317,7 +317,7 @@ def test_a_body_of_monstrous_depth_is_a_bad_request(http: httpx.Client) -> None:
             headers={"content-type": "application/json"},
         )
         assert reply.status_code == 400, reply.text[:300]
-    check_alive(http)
+    assert_alive(http)
 
 
 def test_a_steer_given_twice_is_a_bad_request(http: httpx.Client) -> None:
@@ -328,7 +328,7 @@ def test_a_steer_given_twice_is_a_bad_request(http: httpx.Client) -> None:
         "vllm_xargs": {"steer": "a:1"},
     }
     reply = http.post("/v1/completions", json=body)
-    check_refusal(reply, "both as a field and in vllm_xargs; give it once")
+    assert_refusal(reply, "both as a field and in vllm_xargs; give it once")
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_a_steer_where_nothing_is_generated_is_a_bad_request(
     http: httpx.Client, path: str, body: dict[str, Any]
 ) -> None:
     reply = http.post(path, json={"model": BASE, "steer": "a:3", **body})
-    check_refusal(reply, "this route cannot carry a steer; remove it")
+    assert_refusal(reply, "this route cannot carry a steer; remove it")
 
 
 def test_a_route_that_generates_nothing_serves_as_ever(http: httpx.Client) -> None:
@@ -364,7 +364,7 @@ def test_a_malformed_body_gets_vllms_own_answer(http: httpx.Client, body: bytes)
     assert {reply.status_code for reply in answers} == {400}
     assert answers[0].json()["error"]["type"] == answers[1].json()["error"]["type"]
     assert answers[0].json()["error"]["param"] != "vllm_xargs.steer"
-    check_alive(http)
+    assert_alive(http)
 
 
 @pytest.mark.parametrize("model", ["other", "other:friendly", f"{BASE}:happy", ":friendly"])
@@ -404,7 +404,7 @@ def test_a_client_that_leaves_in_mid_stream_leaves_the_server_alive(http: httpx.
         with http.stream("POST", "/v1/completions", json=asked) as reply:
             assert reply.status_code == 200
             next(reply.iter_lines())
-    check_alive(http)
+    assert_alive(http)
 
 
 def test_a_client_that_leaves_in_mid_body_leaves_the_server_alive(
@@ -416,7 +416,7 @@ def test_a_client_that_leaves_in_mid_body_leaves_the_server_alive(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b'Content-Length: 500\r\n\r\n{"model": "base", "steer": '
         )
-    check_alive(http)
+    assert_alive(http)
 
 
 def test_a_steered_request_leaves_no_trace_in_the_next(client: openai.OpenAI) -> None:
