@@ -38,7 +38,8 @@ def test_ngram_speculation_with_several_logits_rows_per_request() -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("scenario", ["tensor-parallel", "pipeline-parallel"])
 def test_two_worker_processes(scenario: str) -> None:
-    run_scenario(scenario, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    said = run_scenario(scenario, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert f"{len(MIXED)} outputs equal" in said
 
 
 def test_unsteered_rows_are_bit_for_bit_those_of_an_engine_without_the_plugin(

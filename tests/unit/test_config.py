@@ -37,7 +37,7 @@ FULL: dict[str, Any] = {
 }
 
 
-def check_full(config: SteerConfig, folder: Path) -> None:
+def assert_full(config: SteerConfig, folder: Path) -> None:
     assert {name: entry.path for name, entry in config.steers.items()} == {
         "a": folder / "a.safetensors",
         "b": folder / "b.safetensors",
@@ -52,7 +52,7 @@ def check_full(config: SteerConfig, folder: Path) -> None:
 @pytest.mark.parametrize("as_path", [Path, str], ids=["path", "string"])
 def test_a_config_file_is_read_relative_to_itself(folder: Path, dump: Any, as_path: Any) -> None:
     (folder / "steers.any").write_text(dump(FULL))
-    check_full(SteerConfig.load(as_path(folder / "steers.any")), folder)
+    assert_full(SteerConfig.load(as_path(folder / "steers.any")), folder)
 
 
 @pytest.mark.parametrize("form", [dict, json.dumps], ids=["dict", "inline-json"])
@@ -60,7 +60,7 @@ def test_inline_configs_are_relative_to_the_working_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, form: Any
 ) -> None:
     monkeypatch.chdir(folder)
-    check_full(SteerConfig.load(form(FULL)), folder)
+    assert_full(SteerConfig.load(form(FULL)), folder)
 
 
 def test_a_loaded_config_is_taken_as_it_is(folder: Path) -> None:

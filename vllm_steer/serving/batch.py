@@ -33,11 +33,6 @@ class SteeredBatch:
         self._pairs: dict[int, SteeredRows | None] = {}
 
     @property
-    def idle(self) -> bool:
-        """Whether vLLM runs dummy batches (profiling, capture) and not requests."""
-        return self._idle
-
-    @property
     def has_steered_requests(self) -> bool:
         """Whether any live request of this worker is steered."""
         return bool(self._doses)
