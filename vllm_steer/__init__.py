@@ -4,16 +4,18 @@ from vllm_steer import hf
 from vllm_steer.config import SteerConfig
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.files import load_steer, save_steer
-from vllm_steer.steer import LMSteer, Steer
+from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DeltaSteer",
     "LMSteer",
     "Steer",
     "SteerConfig",
     "SteerError",
     "SteerRequestError",
+    "VectorSteer",
     "hf",
     "load_steer",
     "save_steer",

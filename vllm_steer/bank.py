@@ -7,7 +7,7 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, Slot, SteerTables
-from vllm_steer.steer import LMSteer, Steer
+from vllm_steer.steers import LMSteer, Steer
 
 
 @dataclass(frozen=True)

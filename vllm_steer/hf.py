@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vllm_steer.errors import SteerError
-from vllm_steer.steer import LMSteer, Steer
+from vllm_steer.steers import LMSteer, Steer
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from vllm_steer.config import Limits, SteerConfig, SteerEntry
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.request import check_request, resolve
-from vllm_steer.steer import Steer
+from vllm_steer.steers import Steer
 
 OPERATION = "lm_steer/torch"
 

@@ -8,7 +8,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import read_facts
 from vllm_steer.files.lm_steer_checkpoint import is_checkpoint, read_checkpoint
 from vllm_steer.files.steer_file import is_safetensors, read_steer_file, save_steer
-from vllm_steer.steer import Steer
+from vllm_steer.steers import Steer
 
 __all__ = ["load_steer", "save_steer"]
 

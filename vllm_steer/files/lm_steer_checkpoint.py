@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.facts import Facts, make_lm_steer, read_facts
-from vllm_steer.steer import LMSteer
+from vllm_steer.files.facts import Facts, read_facts
+from vllm_steer.files.make import make_lm_steer
+from vllm_steer.steers import LMSteer
 
 _ALLOWED_GLOBALS = frozenset(
     {

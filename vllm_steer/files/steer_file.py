@@ -1,5 +1,6 @@
 """The project's own steer file: safetensors with string metadata, format version 1."""
 
+import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,18 +10,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.facts import Facts, make_lm_steer, read_facts
-from vllm_steer.steer import Steer
+from vllm_steer.files.facts import Facts, read_facts
+from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_scores
+from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer
+from vllm_steer.steers.layers import format_layers
 
 FORMAT = "vllm-steer"
 FORMAT_VERSION = "1"
-_TENSORS = frozenset({"projector1", "projector2", "add", "offset"})
+_TENSORS = {
+    "lm_steer": frozenset({"projector1", "projector2", "add", "offset"}),
+    "vector": frozenset({"vectors"}),
+    "delta": frozenset({"delta"}),
+}
+_LAYOUT = {
+    "lm_steer": "projector1 and projector2, or add, or offset",
+    "vector": "vectors",
+    "delta": "delta",
+}
 _FACTS = (
     "kind",
     "variant",
     "hidden_size",
     "epsilon",
     "fixed_columns",
+    "layers",
+    "site",
+    "mode",
+    "schedule",
     "default_strength",
     "base_model",
     "description",
@@ -47,9 +63,7 @@ def save_steer(steer: Steer, path: str | Path) -> None:
         "hidden_size": str(int(steer.hidden_size)),
         "base_model": steer.base_model,
         "description": steer.description,
-        "variant": steer.variant,
-        "epsilon": repr(float(steer.epsilon)),
-        "fixed_columns": ",".join(map(str, steer.fixed_columns)),
+        **_metadata_of(steer),
     }
     if steer.default_strength is not None:
         metadata["default_strength"] = repr(float(steer.default_strength))
@@ -63,19 +77,54 @@ def save_steer(steer: Steer, path: str | Path) -> None:
 
 def read_steer_file(path: Path, facts: Facts) -> Steer:
     """Read a file that ``save_steer`` wrote, or one of the same layout."""
-    metadata, tensors = _open(path)
+    metadata, tensors = open_safetensors(path)
     _check_format(metadata)
-    unknown = sorted(set(tensors) - _TENSORS)
-    if unknown:
-        raise SteerError(
-            f"unknown tensors {', '.join(unknown)}; an lm_steer file holds projector1 and "
-            "projector2, or add, or offset"
-        )
+    kind = metadata["kind"]
+    if kind not in KINDS:
+        raise SteerError(f"kind is {kind!r}; this release reads {', '.join(KINDS)}")
+    if facts.kind not in (None, kind):
+        raise SteerError(f"kind is {kind} in the file but given as {facts.kind}; drop the key")
+    _check_tensors(kind, tensors)
     found = read_facts({k: metadata[k] for k in _FACTS if k in metadata}, origin="metadata")
-    return make_lm_steer(tensors, facts.over(found))
+    if kind == "lm_steer":
+        return make_lm_steer(tensors, facts.over(found))
+    if found.layers is None:
+        raise SteerError("metadata lacks layers")
+    # The file's layers say what its rows are, the caller's which of them to keep.
+    known = facts.over(found.model_copy(update={"layers": None}))
+    if kind == "delta":
+        return make_delta(tensors["delta"], found.layers, known)
+    scores = read_scores(metadata.get("layer_scores"))
+    return make_vector(tensors["vectors"], found.layers, known, layer_scores=scores)
 
 
-def _open(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _metadata_of(steer: Steer) -> dict[str, str]:
+    """What only this kind of steer says."""
+    if isinstance(steer, LMSteer):
+        return {
+            "variant": steer.variant,
+            "epsilon": repr(float(steer.epsilon)),
+            "fixed_columns": ",".join(map(str, steer.fixed_columns)),
+        }
+    layered = {"layers": format_layers(steer.layers), "site": steer.site}
+    if isinstance(steer, DeltaSteer):
+        return {**layered, "schedule": steer.schedule}
+    scores = {} if steer.layer_scores is None else {"layer_scores": json.dumps(steer.layer_scores)}
+    return {**layered, "mode": steer.mode, **scores}
+
+
+def _check_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    wanted = _TENSORS[kind]
+    unknown = sorted(set(tensors) - wanted)
+    if unknown or not tensors:
+        raise SteerError(
+            f"unknown tensors {', '.join(unknown) or '(none)'}; a file of kind {kind} holds "
+            f"{_LAYOUT[kind]}"
+        )
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The metadata and the tensors of a safetensors file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.steer import LMSteer
+from vllm_steer.steers import LMSteer
 
 _INITIAL_SCALE: Final = 1e-2
 _IGNORED: Final = -100

@@ -1,12 +1,12 @@
-"""What a steer is: a frozen description of one intervention, checked when it is made."""
+"""LM-Steer: a linear change in front of the LM head."""
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.steers.checks import check_choice, check_default_strength, check_tensor
 
 Variant = Literal["multiply", "add", "offset"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -57,11 +57,9 @@ class LMSteer:
     site = "head"
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise SteerError(f"variant is {self.variant!r}; allowed: {', '.join(VARIANTS)}")
+        check_choice("variant", self.variant, VARIANTS)
         _check_epsilon(self.epsilon)
-        if self.default_strength is not None and not math.isfinite(self.default_strength):
-            raise SteerError(f"default_strength is {self.default_strength}; it must be finite")
+        check_default_strength(self.default_strength)
         self._check_tensors()
         self._check_columns()
 
@@ -109,7 +107,7 @@ class LMSteer:
                 f"given: {', '.join(given) or 'none'}"
             )
         for name, tensor in self.tensors.items():
-            _check_tensor(name, tensor, dims=3 if self.variant == "multiply" else 2)
+            check_tensor(name, tensor, dims=3 if self.variant == "multiply" else 2)
         shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         if self.variant == "multiply" and shapes["projector1"] != shapes["projector2"]:
             raise SteerError(
@@ -136,22 +134,6 @@ class LMSteer:
             )
 
 
-Steer = LMSteer
-
-
 def _check_epsilon(epsilon: float) -> None:
     if not (0 < epsilon < float("inf")):
         raise SteerError(f"epsilon is {epsilon}; it must be a positive, finite number")
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
-    if not tensor.is_floating_point():
-        raise SteerError(f"tensor {name} is {tensor.dtype}; a floating dtype is wanted")
-    if tensor.ndim != dims or 0 in tensor.shape:
-        raise SteerError(
-            f"tensor {name} is {list(tensor.shape)}; wanted: {dims} dimensions, none of size 0"
-        )
-    finite = torch.isfinite(tensor.float())
-    if not finite.all():
-        bad = int((~finite).sum())
-        raise SteerError(f"tensor {name} has {bad} values that are NaN or infinite")

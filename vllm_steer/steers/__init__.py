@@ -1,0 +1,22 @@
+"""What a steer is: one frozen description per kind, checked when it is made."""
+
+from typing import get_args
+
+from vllm_steer.steers.delta import DeltaSteer, Schedule
+from vllm_steer.steers.lm_steer import LMSteer, Variant
+from vllm_steer.steers.vector import Mode, VectorSteer
+
+Steer = LMSteer | VectorSteer | DeltaSteer
+
+KINDS: dict[str, type[Steer]] = {cls.kind: cls for cls in get_args(Steer)}
+
+__all__ = [
+    "KINDS",
+    "DeltaSteer",
+    "LMSteer",
+    "Mode",
+    "Schedule",
+    "Steer",
+    "Variant",
+    "VectorSteer",
+]

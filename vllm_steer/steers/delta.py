@@ -1,0 +1,73 @@
+"""Step deltas: a mean activation difference per generation step."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+
+from vllm_steer.steers.checks import check_choice, check_default_strength, check_tensor
+from vllm_steer.steers.layers import check_layers, positions_of
+
+Schedule = Literal["fixed", "start", "dim"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+DeltaSite = Literal["heads", "resid", "attn_in", "attn_out"]
+DELTA_SITES: tuple[DeltaSite, ...] = get_args(DeltaSite)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeltaSteer:
+    """``h[P-1+i] <- h[P-1+i] + a_i * Delta[i]`` for generation step ``i``, prompt length ``P``.
+
+    Step 0 is the last prompt token, whose output the first token is chosen from. At strength ``v``
+
+        fixed: a_i = v       start: a_0 = v, later 0       dim: a_i = v * (1 - i / steps)
+
+    Tokens after the last step are not changed. Sums are taken in float32.
+
+    Shapes: ``delta`` ``[steps, len(layers), hidden_size]`` where ``hidden_size`` is the width of
+    the site: at ``heads``, the input of the attention's output projection, all heads side by side.
+    The authors' code takes the attention block's input on GPT-2 and GPT-NeoX: site ``attn_in``.
+
+    Raises ``SteerError`` for sizes that disagree, values that are not finite, an unknown site or
+    schedule.
+
+    Source: Scalena et al., "Multi-property Steering of Large Language Models with Dynamic
+    Activation Composition", BlackboxNLP 2024 (arXiv 2406.17563), sections 3.2 and 3.3.
+    """
+
+    delta: torch.Tensor = field(repr=False)
+    layers: tuple[int, ...]
+    site: DeltaSite = "heads"
+    schedule: Schedule = "fixed"
+    default_strength: float | None = None
+    base_model: str = ""
+    description: str = ""
+
+    kind = "delta"
+
+    def __post_init__(self) -> None:
+        check_choice("site", self.site, DELTA_SITES)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_default_strength(self.default_strength)
+        check_tensor("delta", self.delta, dims=3)
+        check_layers(self.layers, self.delta.shape[1], "delta")
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by their name in a steer file."""
+        return {"delta": self.delta}
+
+    @property
+    def steps(self) -> int:
+        """Number of generation steps, the last prompt token's included."""
+        return int(self.delta.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the site."""
+        return int(self.delta.shape[2])
+
+    def keep_layers(self, layers: tuple[int, ...]) -> "DeltaSteer":
+        """The steer of some of its layers; ``SteerError`` for one that it does not have."""
+        rows = positions_of(layers, self.layers)
+        return replace(self, delta=self.delta[:, rows], layers=layers)

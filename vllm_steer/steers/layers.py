@@ -1,0 +1,81 @@
+"""Layer numbers: decoder blocks of a model, counted from 0."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vllm_steer.errors import SteerError
+
+_MOST = 10_000
+
+
+def parse_layers(given: Any) -> tuple[int, ...]:
+    """Ascending 0-based layers from ``"8-31"``, ``"3,7,9"``, ``"0-3,8"``, ``7`` or ``[3, 7]``.
+
+    Raises ``SteerError`` for anything else, for a layer named twice and for an empty list.
+    """
+    if isinstance(given, str):
+        parts = [part.strip() for part in given.split(",")]
+        layers = [layer for part in parts for layer in _span(part, given)]
+    elif isinstance(given, Sequence):
+        layers = [_number(item, given) for item in given]
+    else:
+        layers = [_number(given, given)]
+    if not layers or len(set(layers)) != len(layers):
+        raise _malformed(given)
+    return tuple(sorted(layers))
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """``(0, 1, 2, 7)`` as ``"0-2,7"``."""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def check_layers(layers: Sequence[int], count: int, tensor: str) -> None:
+    """Raise ``SteerError`` unless there are ``count`` ascending layers, one per row of a tensor."""
+    if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
+        raise SteerError(f"layers {list(layers)}: ascending 0-based layers are wanted, each once")
+    if len(layers) != count:
+        raise SteerError(
+            f"tensor {tensor} has {count} layers and layers names {len(layers)} "
+            f"({format_layers(layers)}); they must agree"
+        )
+
+
+def positions_of(kept: Sequence[int], layers: Sequence[int]) -> list[int]:
+    """Where each of ``kept`` stands in ``layers``; ``SteerError`` for one that does not."""
+    missing = sorted(set(kept) - set(layers))
+    if missing:
+        raise SteerError(
+            f"layers {format_layers(missing)} are not in this steer; it has {format_layers(layers)}"
+        )
+    return [layers.index(layer) for layer in kept]
+
+
+def _span(part: str, given: Any) -> range:
+    first, dash, last = part.partition("-")
+    start = _number(first, given)
+    stop = _number(last, given) if dash else start
+    if stop < start:
+        raise _malformed(given)
+    return range(start, stop + 1)
+
+
+def _number(item: Any, given: Any) -> int:
+    text = str(item).strip()
+    if isinstance(item, bool) or not (text.isascii() and text.isdigit()) or len(text) > 5:
+        raise _malformed(given)
+    if (number := int(text)) >= _MOST:
+        raise _malformed(given)
+    return number
+
+
+def _malformed(given: Any) -> SteerError:
+    return SteerError(
+        f"layers is {str(given)[:100]!r}; wanted: 0-based layers such as '8-31', '3,7,9' or [3, 7]"
+    )

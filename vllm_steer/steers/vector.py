@@ -1,0 +1,84 @@
+"""Steering vectors and concept vectors: one direction per layer, added or rotated to."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+
+from vllm_steer.errors import SteerError
+from vllm_steer.steers.checks import check_choice, check_default_strength, check_tensor
+from vllm_steer.steers.layers import check_layers, format_layers, positions_of
+
+Mode = Literal["add", "rotate"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+VectorSite = Literal["resid", "attn_in", "attn_out"]
+VECTOR_SITES: tuple[VectorSite, ...] = get_args(VectorSite)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VectorSteer:
+    """A direction ``w`` per layer, for every token of a request at strength ``v``.
+
+        add:    h <- h + v * w
+        rotate: h <- (h + v * w/|w|) * |h| / |h + v * w/|w||
+
+    Several steers of one site add up before the one rescaling of ``rotate``. Sums are taken in
+    float32. ``h`` is, by ``site``: ``resid`` the residual stream after the layer, ``attn_in`` the
+    output of the layer's input norm (the residual stream stays as it is), ``attn_out`` the output
+    of the attention block before it enters the residual stream.
+
+    Shapes: ``vectors`` ``[len(layers), hidden_size]``, ``layers`` 0-based and ascending,
+    ``layer_scores`` one number per layer or None.
+
+    Raises ``SteerError`` for sizes that disagree, values that are not finite, an unknown site or
+    mode, or a zero vector to rotate to.
+
+    Source: ``rotate`` at ``attn_in`` is von Ruette et al., "A Language Model's Guide Through Latent
+    Space", ICML 2024 (arXiv 2402.14433), section 3; ``add`` at ``resid`` is Turner et al.,
+    "Activation Addition", 2023 (arXiv 2308.10248).
+    """
+
+    vectors: torch.Tensor = field(repr=False)
+    layers: tuple[int, ...]
+    site: VectorSite = "resid"
+    mode: Mode = "add"
+    layer_scores: tuple[float, ...] | None = None
+    default_strength: float | None = None
+    base_model: str = ""
+    description: str = ""
+
+    kind = "vector"
+
+    def __post_init__(self) -> None:
+        check_choice("site", self.site, VECTOR_SITES)
+        check_choice("mode", self.mode, MODES)
+        check_default_strength(self.default_strength)
+        check_tensor("vectors", self.vectors, dims=2)
+        check_layers(self.layers, self.vectors.shape[0], "vectors")
+        if self.layer_scores is not None and len(self.layer_scores) != len(self.layers):
+            raise SteerError(
+                f"layer_scores has {len(self.layer_scores)} numbers for {len(self.layers)} layers"
+            )
+        norms = self.vectors.double().norm(dim=1)
+        if self.mode == "rotate" and not norms.all():
+            zero = [layer for layer, norm in zip(self.layers, norms, strict=True) if norm == 0]
+            raise SteerError(
+                f"the vector of layer {format_layers(zero)} is zero: there is no direction to "
+                "rotate to; leave the layer out"
+            )
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by their name in a steer file."""
+        return {"vectors": self.vectors}
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the vectors."""
+        return int(self.vectors.shape[1])
+
+    def keep_layers(self, layers: tuple[int, ...]) -> "VectorSteer":
+        """The steer of some of its layers; ``SteerError`` for one that it does not have."""
+        rows = positions_of(layers, self.layers)
+        scores = self.layer_scores and tuple(self.layer_scores[row] for row in rows)
+        return replace(self, vectors=self.vectors[rows], layers=layers, layer_scores=scores)
