@@ -5,12 +5,12 @@ says what a block of vLLM's own model returns: ``pair``, a tuple of two tensors 
 residual stream, or ``tensor``, the stream itself. Blocks of the Transformers backend and of Hugging
 Face always return the stream itself.
 
-| site       | where                                          | changed tensor                        |
-|------------|------------------------------------------------|---------------------------------------|
-| `resid`    | output of the block                            | the stream, in a pair's first tensor  |
-| `attn_in`  | output of ``input_norm``                       | its first tensor; the stream is kept  |
-| `attn_out` | output of ``attention``                        | its first tensor                      |
-| `heads`    | input of ``projection``, inside of ``attention`` | the heads side by side              |
+| site       | where                                    | what is changed                       |
+|------------|------------------------------------------|---------------------------------------|
+| `resid`    | output of the block                      | the stream, in a pair's first tensor  |
+| `attn_in`  | output of ``input_norm``                 | its first tensor; the stream is kept  |
+| `attn_out` | output of ``attention``                  | its first tensor                      |
+| `heads`    | input of ``projection`` in ``attention`` | the heads side by side                |
 """
 
 from collections.abc import Iterable
@@ -105,8 +105,8 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     ]
     if len(found) != 1:
         raise SteerError(
-            f"{type(model).__name__} has {len(found)} module lists of {num_layers} entries; exactly "
-            "one is wanted, its decoder layers"
+            f"{type(model).__name__} has {len(found)} module lists of {num_layers} entries; "
+            "exactly one is wanted, its decoder layers"
         )
     return found[0]
 
