@@ -23,6 +23,7 @@ setup(
         "torch",
         "transformers",
         "safetensors",
+        "gguf",
         "triton; platform_system == 'Linux'",
         "numpy",
         "pydantic>=2.9",

@@ -159,7 +159,7 @@ def test_training_arguments_that_cannot_be_are_refused(
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"model": torch.ones(2)}, "wanted a list of the training arguments.*found dict"),
+        ({"model": torch.ones(2)}, "a dict with the keys model; wanted: .* an LM-Steer checkpoint"),
         ([None], "not an LM-Steer checkpoint"),
         ([training_arguments(), [1], 2], "not an LM-Steer checkpoint"),
         ([3, {}, 2], "not an LM-Steer checkpoint"),

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from vllm_steer.cli.convert import convert
 from vllm_steer.cli.demo import demo
 from vllm_steer.errors import SteerError
 
@@ -14,11 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
-
-
-@app.callback()
-def _commands() -> None:
-    """Makes every command a subcommand, also while there is only one."""
+app.command()(convert)
 
 
 def main() -> None:
@@ -26,5 +23,5 @@ def main() -> None:
     try:
         app()
     except SteerError as error:
-        print(f"vllm-steer: {error}", file=sys.stderr)
+        print("vllm-steer:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)

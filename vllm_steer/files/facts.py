@@ -9,6 +9,8 @@ from vllm_steer.errors import SteerError
 from vllm_steer.steers import Mode, Schedule, Variant
 from vllm_steer.steers.layers import parse_layers
 
+_LONGEST_LAYERS = 1000
+
 
 def _column_list(value: Any) -> Any:
     """Accept '1' and '1,2', the metadata form, beside a list of numbers."""
@@ -25,21 +27,37 @@ def _no_bool(value: Any) -> Any:
 
 
 def _layers(value: Any) -> tuple[int, ...]:
-    if isinstance(value, bool):
+    # A file may repeat '0-9999' without end.
+    if isinstance(value, bool) or (isinstance(value, str) and len(value) > _LONGEST_LAYERS):
         raise ValueError("layers such as '8-31' are wanted")
     return parse_layers(value)
+
+
+def _rows(value: Any) -> tuple[int, ...]:
+    try:
+        return _layers(value)
+    except ValueError:
+        raise ValueError("0-based rows such as '1-32', '0,8' or 17 are wanted") from None
 
 
 NoBool = BeforeValidator(_no_bool)
 Columns = Annotated[tuple[Annotated[int, NoBool], ...], BeforeValidator(_column_list)]
 Layers = Annotated[tuple[int, ...], BeforeValidator(_layers)]
+Rows = Annotated[tuple[int, ...], BeforeValidator(_rows)]
 FiniteFloat = Annotated[float, NoBool, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, NoBool, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, NoBool, Field(ge=1)]
+Index = Annotated[int, NoBool, Field(ge=0)]
+
+
+FORMAT_FACTS = ("orient", "rows", "feature", "hook")
 
 
 class Facts(BaseModel):
-    """Facts about a steer. None means not said. Every field may stand in a steer config."""
+    """Facts about a steer. None means not said. Every field may stand in a steer config.
+
+    ``FORMAT_FACTS`` are those that only some files of other tools have a use for.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,6 +71,10 @@ class Facts(BaseModel):
     site: Literal["head", "resid", "attn_in", "attn_out", "heads"] | None = None
     mode: Mode | None = None
     schedule: Schedule | None = None
+    orient: Annotated[bool, Field(strict=True)] | None = None
+    rows: Rows | None = None
+    feature: Index | None = None
+    hook: str | None = None
     default_strength: FiniteFloat | None = None
     base_model: str | None = None
     description: str | None = None
@@ -83,5 +105,5 @@ def describe_errors(error: ValidationError, origin: str) -> str:
         elif item["type"] == "value_error" and not item["loc"]:
             lines.append(f"{origin}: {item['ctx']['error']}")
         else:
-            lines.append(f"{origin}: {place} is {item['input']!r}: {item['msg']}")
+            lines.append(f"{origin}: {place} is {item['input']!r:.200}: {item['msg']}")
     return "; ".join(lines)

@@ -130,15 +130,20 @@ def make_delta(delta: torch.Tensor, layers: Sequence[int], facts: Facts) -> Delt
 
 
 def read_scores(text: str | None) -> tuple[float, ...] | None:
-    """The metadata's ``layer_scores``, a JSON list of numbers."""
+    """The metadata's ``layer_scores``, a JSON list of finite numbers."""
     if text is None:
         return None
     try:
-        return tuple(float(score) for score in json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        raise SteerError(
-            f"layer_scores is {text[:100]!r}; a JSON list of numbers is wanted"
-        ) from None
+        scores = json.loads(text)
+    except (ValueError, RecursionError):
+        scores = None
+    if not isinstance(scores, list) or not all(map(_is_finite, scores)):
+        raise SteerError(f"layer_scores is {text[:100]!r}; a JSON list of finite numbers is wanted")
+    return tuple(map(float, scores))
+
+
+def _is_finite(number: Any) -> bool:
+    return type(number) in (int, float) and abs(number) < 1e300
 
 
 def _narrowed(steer: Layered, facts: Facts) -> Layered:

@@ -1,17 +1,16 @@
 """The project's own steer file: safetensors with string metadata, format version 1."""
 
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import Facts, read_facts
 from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_scores
+from vllm_steer.files.safetensors_file import read_tensors
 from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer
 from vllm_steer.steers.layers import format_layers
 
@@ -41,17 +40,6 @@ _FACTS = (
     "base_model",
     "description",
 )
-_LARGEST_HEADER = 100_000_000
-
-
-def is_safetensors(path: Path) -> bool:
-    """Whether the file opens with a safetensors header: a length, then a JSON object."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    if len(head) < 9:
-        return False
-    length: int = struct.unpack("<Q", head[:8])[0]
-    return 0 < length <= _LARGEST_HEADER and head[8:9] == b"{"
 
 
 def save_steer(steer: Steer, path: str | Path) -> None:
@@ -75,10 +63,10 @@ def save_steer(steer: Steer, path: str | Path) -> None:
     save_file(tensors, str(path), metadata=metadata)
 
 
-def read_steer_file(path: Path, facts: Facts) -> Steer:
+def read_steer_file(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
     """Read a file that ``save_steer`` wrote, or one of the same layout."""
-    metadata, tensors = open_safetensors(path)
     _check_format(metadata)
+    tensors = read_tensors(path)
     kind = metadata["kind"]
     if kind not in KINDS:
         raise SteerError(f"kind is {kind!r}; this release reads {', '.join(KINDS)}")
@@ -123,20 +111,11 @@ def _check_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def open_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """The metadata and the tensors of a safetensors file."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise SteerError(f"not a readable safetensors file ({error})") from error
-
-
 def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise SteerError(
-            f"metadata format is {metadata.get('format')!r}, wanted {FORMAT!r}; a file of another "
-            "tool has to be converted first"
+            f"metadata format is {metadata.get('format')!r}, wanted {FORMAT!r}; of other tools' "
+            "safetensors files, concept-guidance's (W, b, a) and SAE weights (W_dec) are read"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise SteerError(

@@ -1,0 +1,154 @@
+"""GGUF control vectors and activation-steering's JSON: which block's output a direction reaches.
+
+Two runs through a stack of small blocks are compared: one as the tool's own code hooks it, one at
+the outputs of the steer's layers.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_tools import BLOCKS, directions, steered, streams, write_gguf, write_svec
+
+from vllm_steer import SteerError, load_steer
+
+
+def test_direction_l_of_a_gguf_file_is_added_to_the_output_of_block_l(tmp_path: Path) -> None:
+    vectors = directions([3, 1, 2])
+    steer = load_steer(write_gguf(tmp_path / "v.gguf", vectors))
+    assert (steer.kind, steer.layers, steer.base_model) == ("vector", (1, 2, 3), "mistral")
+    assert torch.equal(steered(steer), streams(out_of=vectors)[-1])
+
+
+def test_direction_0_of_a_gguf_file_is_block_0(tmp_path: Path) -> None:
+    assert load_steer(write_gguf(tmp_path / "v.gguf", directions([0, 1]))).layers == (0, 1)
+
+
+def test_facts_choose_and_replace_in_a_gguf_file(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "v.bin", directions(range(1, 5)))
+    steer = load_steer(path, layers="2-3", mode="rotate", base_model="mine")
+    assert (steer.layers, steer.mode, steer.base_model) == ((2, 3), "rotate", "mine")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({"x": np.ones(6, np.float32)}, "layer 'x': a 0-based layer such as '16' is wanted"),
+        ({"01": np.ones(6, np.float32)}, "layer '01'"),
+        ({"-1": np.ones(6, np.float32)}, "layer '-1'"),
+        ({"99999": np.ones(6, np.float32)}, "layer '99999'"),
+        ({1: np.ones((2, 3), np.float32)}, r"layer 1 is \[2, 3\] .*one dimension"),
+        ({1: np.ones(6, np.int32)}, "direction.1 is I32; F32 is wanted"),
+        ({1: np.full(6, np.nan, np.float32)}, "6 values that are NaN or infinite"),
+        ({1: np.ones(6, np.float32), 2: np.ones(5, np.float32)}, "layer 2 is .*they must agree"),
+        ({}, "it holds no vectors"),
+    ],
+    ids=["name", "leading-0", "negative", "large", "2d", "int", "nan", "ragged", "empty"],
+)
+def test_gguf_vectors_that_cannot_be_are_refused(
+    tmp_path: Path, vectors: dict[Any, np.ndarray], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message):
+        load_steer(write_gguf(tmp_path / "v.gguf", vectors))
+
+
+def test_a_gguf_model_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", directions([1]), architecture="llama")
+    with pytest.raises(SteerError, match="of architecture 'llama'; wanted: 'controlvector'"):
+        load_steer(path)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+ARRAY, UINT8 = 9, 0
+ONE_KEY = struct.pack("<QQ", 0, 1) + text("a")
+HUGE = {
+    "array": (
+        ONE_KEY + struct.pack("<IIQ", ARRAY, UINT8, 2**62),
+        "1 values at byte 49, past",
+    ),
+    "text": (struct.pack("<QQQ", 0, 1, 2**62), "claims 4611686018427387904 values at byte 32"),
+    "keys": (struct.pack("<QQ", 0, 2**62), "claims 1 values at byte 24, past its end"),
+    "tensors": (struct.pack("<QQ", 2**62, 0), "claims 1 values at byte 24, past its end"),
+    "dimensions": (
+        struct.pack("<QQ", 1, 0) + text("direction.1") + struct.pack("<I", 2**31),
+        "claims 2147483648 values at byte 47, past its end",
+    ),
+    "nested": (
+        ONE_KEY + struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1) * 5000,
+        "not a readable GGUF file",
+    ),
+    "many": (
+        ONE_KEY + struct.pack("<IIQ", ARRAY, UINT8, 40_000) + bytes(40_000),
+        "more entries than a control vector; is it a model",
+    ),
+}
+
+
+@pytest.mark.parametrize("claim", HUGE)
+@pytest.mark.timeout(20)
+def test_a_gguf_file_with_huge_claims_is_refused_soon(tmp_path: Path, claim: str) -> None:
+    header, message = HUGE[claim]
+    path = tmp_path / "v.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<I", 3) + header)
+    with pytest.raises(SteerError, match=message):
+        load_steer(path)
+
+
+def test_direction_l_of_an_svec_file_acts_on_the_input_of_block_l(tmp_path: Path) -> None:
+    vectors = directions([2, 4])
+    steer = load_steer(write_svec(tmp_path / "v.svec", vectors))
+    assert (steer.layers, steer.base_model) == ((1, 3), "llama")
+    assert torch.equal(steered(steer), streams(into=vectors)[-1])
+
+
+def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None:
+    vectors = directions(range(BLOCKS))
+    path = write_svec(tmp_path / "v.svec", vectors)
+    with pytest.raises(SteerError, match=r"direction 0 acts before .* give layers: 0-3; to steer"):
+        load_steer(path)
+    del vectors[0]
+    steer = load_steer(path, layers="0-3")
+    assert torch.equal(steered(steer), streams(into=vectors)[-1])
+    chosen = load_steer(path, layers="1-2")  # behavior_layer_ids 2 and 3
+    theirs = streams(into={2: vectors[2], 3: vectors[3]})
+    assert torch.equal(steered(chosen), theirs[-1])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('{"model_type": "llama"}', "directions: Field required; wanted: a JSON object"),
+        ('{"model_type": 1, "directions": {}}', "model_type: Input should be a valid string"),
+        ('{"model_type": "l", "directions": []}', "directions: Input should be a valid dict"),
+        ('{"model_type": "l", "directions": {}}', "it holds no vectors"),
+        ('{"model_type": "l", "directions": {"0": [1]}}', "it holds no vectors"),
+        ('{"model_type": "l", "directions": {"a": [1]}}', "layer 'a': a 0-based layer"),
+        ('{"model_type": "l", "directions": {"-1": [1]}}', "layer '-1'"),
+        ('{"model_type": "l", "directions": {"1.5": [1]}}', "layer '1.5'"),
+        ('{"model_type": "l", "directions": {"\u0661": [1]}}', "layer '\u0661'"),
+        ('{"model_type": "l", "directions": {"1": [1, "2"]}}', "directions.1.1: Input should be"),
+        ('{"model_type": "l", "directions": {"1": [[1]]}}', "directions.1.0: Input should be"),
+        ('{"model_type": "l", "directions": {"1": []}}', r"layer 1 is \[0\]"),
+        ('{"model_type": "l", "directions": {"1": [1], "2": [1, 2]}}', "they must agree"),
+        ('{"model_type": "l", "directions": {"1": [NaN]}}', "1 values that are NaN or infinite"),
+        ('{"model_type": "l", "directions": {"1": [1e300]}}', "1 values that are NaN or infinite"),
+        ('{"model_type": "l", "directions": {"1": [1' + "0" * 5000 + "]}}", "not readable as JSON"),
+        ('{"model_type": "l", "directions": {"1": [1' + "0" * 400 + "]}}", r"v\.svec: "),
+        ("{", "not readable as JSON"),
+        ('{"a": ' + "[" * 100_000, "not readable as JSON"),
+        ('{"steers": {}}', "model_type: Field required"),
+    ],
+    ids=lambda value: value[:60] if value.startswith("{") else "",
+)
+def test_json_that_is_no_svec_file_is_refused(tmp_path: Path, data: str, message: str) -> None:
+    path = tmp_path / "v.svec"
+    path.write_text(data)
+    with pytest.raises(SteerError, match=message) as caught:
+        load_steer(path)
+    assert len(str(caught.value)) < 1000

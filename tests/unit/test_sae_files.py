@@ -1,0 +1,167 @@
+"""SAE decoders: one feature's row, at the hook that the autoencoder reads."""
+
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_tools import DECODER, WIDTH, steered, streams, write_npz, write_saelens
+
+from vllm_steer import SteerError, load_steer
+
+
+def write_npz_compressed(path: Path) -> Path:
+    return write_npz(path, save=np.savez_compressed)
+
+
+def write_npz_by_columns(path: Path) -> Path:
+    return write_npz(path, np.asfortranarray(DECODER))
+
+
+def write_npz_big_endian(path: Path) -> Path:
+    return write_npz(path, DECODER.astype(">f4"))
+
+
+SAES = [write_saelens, write_npz, write_npz_compressed, write_npz_by_columns, write_npz_big_endian]
+
+
+@pytest.mark.parametrize("write", SAES)
+@pytest.mark.parametrize("feature", [0, 3, 7])
+def test_a_feature_is_a_row_of_the_decoder(
+    tmp_path: Path, write: Callable[[Path], Path], feature: int
+) -> None:
+    path = write(tmp_path / "weights")
+    steer = load_steer(path, feature=feature, layers="1,4", site="attn_out")
+    assert (steer.layers, steer.site, steer.mode) == ((1, 4), "attn_out", "add")
+    for vector in steer.vectors:
+        assert torch.equal(vector, torch.from_numpy(DECODER[feature]))
+
+
+@pytest.mark.parametrize(
+    ("hook", "place", "into"),
+    [("blocks.2.hook_resid_post", 2, False), ("blocks.2.hook_resid_pre", 1, True)],
+    ids=["post", "pre"],
+)
+def test_a_residual_hook_acts_where_transformer_lens_has_it(
+    tmp_path: Path, hook: str, place: int, into: bool
+) -> None:
+    steer = load_steer(write_saelens(tmp_path / "sae"), feature=5, hook=hook)
+    assert steer.layers == (place,)
+    hooked = {2: DECODER[5]}
+    theirs = streams(into=hooked)[-1] if into else streams(out_of=hooked)[-1]
+    assert torch.equal(steered(steer), theirs)
+
+
+def test_an_attention_hook_is_the_attention_output(tmp_path: Path) -> None:
+    steer = load_steer(write_npz(tmp_path / "sae"), feature=0, hook="blocks.8.hook_attn_out")
+    assert (steer.site, steer.layers) == ("attn_out", (8,))
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({}, "the weights of 8 SAE features; give feature, the number of one, 0 to 7"),
+        ({"feature": 8}, "feature 8: these are the weights of 8 SAE features"),
+        ({"feature": 1}, "do not say where it reads; give hook, such as hook: blocks.8"),
+        ({"feature": 1, "layers": "8"}, "do not say where it reads"),
+        ({"feature": 1, "site": "resid"}, "do not say where it reads"),
+        ({"feature": 1, "hook": "blocks.0.hook_resid_pre"}, "before block 0 there is no block"),
+        ({"feature": 1, "hook": "blocks.1.hook_mlp_out"}, "hook_mlp_out'; allowed: blocks.N.hook"),
+        ({"feature": 1, "hook": "blocks.1.attn.hook_z"}, "hook_z'; allowed"),
+        ({"feature": 1, "hook": "hook_embed"}, "hook_embed'; allowed"),
+        ({"feature": 1, "hook": "blocks.1.hook_resid_post", "layers": "1"}, "drop layers and site"),
+        ({"feature": 1, "rows": "1"}, "rows means nothing for the weights of an SAE"),
+        ({"feature": 1, "kind": "delta"}, "holds a steer of kind vector; it was given as delta"),
+        ({"feature": 1, "layers": "1", "site": "heads"}, "site is 'heads'; allowed: resid"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("write", SAES[:2])
+def test_what_an_sae_leaves_open_is_asked_for(
+    tmp_path: Path, write: Callable[[Path], Path], facts: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message):
+        load_steer(write(tmp_path / "weights"), **facts)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (torch.zeros(WIDTH, 8), r"W_dec is \[6, 8\] and b_dec \[6\].*transpose the decoder"),
+        (torch.zeros(8), r"W_dec is \[8\]; \[features, hidden\] is wanted"),
+        (torch.full((8, WIDTH), torch.nan), "6 values that are NaN"),
+        (torch.ones(8, WIDTH).int(), "torch.int32; a floating dtype is wanted"),
+    ],
+    ids=["transposed", "one-dimension", "nan", "int"],
+)
+def test_saelens_weights_that_cannot_be_are_refused(
+    tmp_path: Path, decoder: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(SteerError, match=message):
+        load_steer(write_saelens(tmp_path / "sae", decoder), feature=1, layers="1", site="resid")
+
+
+def write_npy(path: Path, header: bytes, data: bytes = b"") -> Path:
+    """An archive with one array of any header."""
+
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("W_dec.npy", header + data)
+    return path
+
+
+def npy_header(shape: str, kind: str = "<f4", version: int = 1) -> bytes:
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (npy_header("(8, 1000000000000)"), "W_dec claims more values than the file holds"),
+        (npy_header("(8, 6)"), "W_dec claims more values than the file holds"),
+        (npy_header("(-8, 6)"), r"W_dec is \[-8, 6\]"),
+        (npy_header("(8, 6)", version=9), r"arrays of version \(9, 0\) are not read"),
+        (npy_header("__import__('os').getpid()"), "W_dec cannot be read"),
+        (b"\x93NUMPY\x01\x00\xff\xff", "W_dec cannot be read"),
+        (b"", "W_dec cannot be read"),
+        (npy_header("(8, 6)", "|O"), "W_dec"),
+        (npy_header("(8, 6)", "|V2"), "W_dec"),
+    ],
+    ids=["huge", "short", "negative", "version", "code", "cut", "empty", "object", "void"],
+)
+def test_npz_headers_that_cannot_be_are_refused(
+    tmp_path: Path, header: bytes, message: str
+) -> None:
+    path = write_npy(tmp_path / "sae.npz", header)
+    with pytest.raises(SteerError, match=message):
+        load_steer(path, feature=1, layers="1", site="resid")
+
+
+class TouchesAFile:
+    """Pickles to a call that leaves a mark."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.marker,))
+
+
+def test_an_npz_file_of_pickled_objects_is_refused_and_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    objects = np.full((8, WIDTH), TouchesAFile(marker), dtype=object)
+    path = write_npz(tmp_path / "sae.npz", objects)
+    with pytest.raises(SteerError, match="W_dec"):
+        load_steer(path, feature=1, layers="1", site="resid")
+    assert not marker.exists()
+
+
+def test_an_npz_file_without_a_decoder_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "x.npz").open("wb") as file:
+        np.savez(file, mean=np.zeros(3), std=np.ones(3))
+    with pytest.raises(SteerError, match="a NumPy archive of mean, std; wanted: the weights"):
+        load_steer(tmp_path / "x.npz")

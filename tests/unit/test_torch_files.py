@@ -1,0 +1,366 @@
+"""Vectors and deltas of ``torch.save``: what a tensor leaves open is asked for, code never runs."""
+
+import argparse
+import collections
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_tools import BLOCKS, WIDTH, directions, steered, streams
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_steer import DeltaSteer, SteerError, load_steer, save_steer
+
+
+def save(path: Path, content: Any, **options: Any) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+def tensors(layers: Any) -> dict[int, torch.Tensor]:
+    return {layer: torch.from_numpy(vector) for layer, vector in directions(layers).items()}
+
+
+# Dynamic Activation Composition
+
+
+def test_a_4d_tensor_is_a_delta_with_its_heads_side_by_side(tmp_path: Path) -> None:
+    delta = torch.randn(5, 3, 2, 4)  # steps, layers, heads, d_head
+    steer = load_steer(save(tmp_path / "diff.pt", delta))
+    assert isinstance(steer, DeltaSteer)
+    assert (steer.site, steer.schedule, steer.layers) == ("heads", "fixed", (0, 1, 2))
+    assert (steer.steps, steer.hidden_size) == (5, 8)
+    assert steer.delta[4, 2, 6] == delta[4, 2, 1, 2]
+    assert torch.equal(steer.delta[1, 0], torch.cat([delta[1, 0, 0], delta[1, 0, 1]]))
+
+
+def test_facts_choose_and_replace_in_a_delta(tmp_path: Path) -> None:
+    path = save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4))
+    steer = load_steer(path, kind="delta", layers="1-2", site="attn_in", schedule="dim")
+    assert (steer.layers, steer.site, steer.schedule) == ((1, 2), "attn_in", "dim")
+    save_steer(steer, tmp_path / "own")
+    assert torch.equal(load_steer(tmp_path / "own").delta, steer.delta)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"kind": "vector"}, "holds a steer of kind delta; it was given as vector"),
+        ({"layers": "3"}, "layers 3 are not in this steer; it has 0-2"),
+        ({"rows": "1"}, "rows means nothing for a delta of Dynamic"),
+        ({"mode": "add"}, "mode means nothing for a steer of kind delta"),
+        ({"hidden_size": 4}, "tensor width is 8 but hidden_size is 4"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_facts_that_do_not_fit_a_delta_are_refused(
+    tmp_path: Path, facts: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message):
+        load_steer(save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4)), **facts)
+
+
+# plain tensors
+
+
+def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
+    path = save(tmp_path / "v.pt", torch.arange(6.0))
+    with pytest.raises(SteerError, match=r"tensor \[6\] does not say .* such as layers: 16"):
+        load_steer(path)
+    steer = load_steer(path, layers="3,7")
+    assert (steer.layers, steer.site, steer.mode) == ((3, 7), "resid", "add")
+    assert torch.equal(steer.vectors, torch.arange(6.0).expand(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({}, "does not say which decoder block each row is for"),
+        ({"layers": "0-4"}, "has 6 rows and layers names 5"),
+        ({"layers": "0-4", "rows": "1-4"}, "has 4 rows and layers names 5"),
+        ({"rows": "1-5"}, "does not say which decoder block each row is for"),
+    ],
+    ids=["nothing", "too-few", "other-rows", "no-layers"],
+)
+def test_a_vector_per_row_is_asked_for_the_rows_blocks(
+    tmp_path: Path, facts: dict[str, Any], said: str
+) -> None:
+    path = save(tmp_path / "v.pt", torch.randn(BLOCKS + 1, WIDTH))
+    with pytest.raises(SteerError) as caught:
+        load_steer(path, **facts)
+    message = str(caught.value)
+    assert f"a tensor [6, 6] {said}; give layers, one decoder block (from 0) per row" in message
+    assert "row i the output of block i-1; persona vectors" in message
+    assert "give rows: 1-5, layers: 0-4" in message
+    assert "If row i is the output of block i, give layers: 0-5" in message
+
+
+def test_a_vector_per_block_goes_to_the_blocks_outputs(tmp_path: Path) -> None:
+    by_block = tensors(range(BLOCKS))
+    path = save(tmp_path / "v.pt", torch.stack(list(by_block.values())))
+    steer = load_steer(path, layers="0-4")
+    assert torch.equal(steered(steer), streams(out_of=directions(range(BLOCKS)))[-1])
+
+
+@pytest.mark.parametrize("state", [1, 3, 5])
+def test_hidden_states_with_the_embeddings_first_are_shifted_by_one(
+    tmp_path: Path, state: int
+) -> None:
+    """A change of ``hidden_states[state]`` alone shows in that state first."""
+    by_state = torch.stack(list(tensors(range(BLOCKS + 1)).values()))
+    path = save(tmp_path / "persona.pt", by_state)
+    steer = load_steer(path, rows="1-5", layers="0-4").keep_layers((state - 1,))
+    assert torch.equal(steer.vectors[0], by_state[state])
+    before, after = streams(), streams(out_of={steer.layers[0]: steer.vectors[0].numpy()})
+    assert torch.equal(after[state], before[state] + by_state[state])
+    assert all(torch.equal(after[i], before[i]) for i in range(state))
+
+
+def test_rows_pick_single_rows(tmp_path: Path) -> None:
+    tensor = torch.randn(BLOCKS + 1, WIDTH)
+    steer = load_steer(save(tmp_path / "v.pt", tensor), rows=[2, 5], layers="1,4")
+    assert torch.equal(steer.vectors, tensor[[2, 5]])
+    with pytest.raises(SteerError, match="rows 6: this tensor has rows 0-5"):
+        load_steer(tmp_path / "v.pt", rows=6, layers=5)
+
+
+def test_a_dict_says_the_blocks_by_its_keys(tmp_path: Path) -> None:
+    vectors = tensors([4, 1])
+    steer = load_steer(save(tmp_path / "v.pt", vectors))
+    assert steer.layers == (1, 4)
+    assert torch.equal(steer.vectors, torch.stack([vectors[1], vectors[4]]))
+    assert torch.equal(steered(steer), streams(out_of=directions([4, 1]))[-1])
+    assert load_steer(tmp_path / "v.pt", layers=4).layers == (4,)
+
+
+def test_a_trained_parameter_and_an_ordered_dict_are_read(tmp_path: Path) -> None:
+    ordered = collections.OrderedDict((n, torch.nn.Parameter(v)) for n, v in tensors([1]).items())
+    steer = load_steer(save(tmp_path / "v.pt", ordered))
+    assert not steer.vectors.requires_grad
+    path = save(tmp_path / "p.pt", torch.nn.Parameter(torch.ones(6)))
+    assert not load_steer(path, layers=1).vectors.requires_grad
+
+
+def test_a_3d_tensor_is_asked_whether_it_is_a_delta(tmp_path: Path) -> None:
+    delta = torch.randn(4, 2, 6)
+    path = save(tmp_path / "d.pt", delta)
+    for facts in ({}, {"kind": "delta"}, {"layers": "8-9"}, {"kind": "delta", "layers": "8"}):
+        with pytest.raises(
+            SteerError, match=r"\[4, 2, 6\] may be a delta of 4 steps and 2 layers; if so, give ki"
+        ):
+            load_steer(path, **facts)
+    steer = load_steer(path, kind="delta", layers="8-9", site="resid")
+    assert (steer.kind, steer.layers, steer.site) == ("delta", (8, 9), "resid")
+    assert torch.equal(steer.delta, delta)
+
+
+@pytest.mark.parametrize(
+    ("content", "facts", "message"),
+    [
+        (torch.tensor(1.0), {"layers": 1}, r"a tensor \[\]; wanted: \[d\], \[L, d\]"),
+        (torch.ones(0), {"layers": 1}, r"a tensor \[0\]; wanted"),
+        (torch.ones(1, 1, 1, 1, 6), {}, r"a tensor \[1, 1, 1, 1, 6\]; wanted"),
+        (torch.ones(6).int(), {"layers": 1}, "torch.int32; a floating dtype is wanted"),
+        (torch.full((6,), torch.nan), {"layers": 1}, "6 values that are NaN"),
+        (torch.ones(6), {"layers": 1, "rows": 0}, r"rows means nothing for a tensor \[6\]"),
+        (torch.ones(6), {"layers": 1, "kind": "delta"}, r"a tensor \[6\] is no delta"),
+        (torch.ones(2, 6), {"kind": "lm_steer"}, r"a tensor \[2, 6\] is no lm_steer"),
+        (torch.ones(6), {"layers": 1, "feature": 0}, "feature means nothing for a plain tensor"),
+        ({}, {}, r"it holds a dict with the keys \(none\); wanted: a tensor"),
+        ({"3": torch.ones(6)}, {}, "a dict with the keys 3; wanted: .* layer .integers"),
+        ({"layers": torch.ones(6)}, {}, "a dict with the keys layers; wanted"),
+        ("vector", {}, "it holds a str; wanted: a tensor"),
+        (7, {}, "it holds a int; wanted: a tensor"),
+        ({1: torch.ones(6), "2": torch.ones(6)}, {}, "layer '2': a 0-based layer such as 16"),
+        ({True: torch.ones(6)}, {}, "layer 'True': a 0-based layer"),
+        ({-1: torch.ones(6)}, {}, "layer '-1': .* counted from the end has to be written"),
+        ({10**9: torch.ones(6)}, {}, "layer '1000000000'"),
+        ({1: [1.0, 2.0]}, {}, "layer 1 holds a list; a tensor is wanted"),
+        ({1: torch.ones(1, 6)}, {}, r"layer 1 is \[1, 6\] .*one dimension"),
+        ({1: torch.ones(6), 2: torch.ones(7)}, {}, r"layer 2 is \[7\].* they must agree"),
+        ({1: torch.ones(6), 2: torch.ones(6).half()}, {}, "float16.* they must agree"),
+        ({1: torch.ones(6), 2: torch.full((6,), torch.inf)}, {}, "6 values that are NaN or inf"),
+    ],
+    ids=range(23),
+)
+def test_tensors_that_cannot_be_are_refused_with_what_was_found(
+    tmp_path: Path, content: Any, facts: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message) as caught:
+        load_steer(save(tmp_path / "v.pt", content), **facts)
+    assert str(tmp_path / "v.pt") in str(caught.value)
+
+
+# steering-vectors
+
+
+@dataclasses.dataclass
+class SteeringVector:
+    """The library's class, under its name there."""
+
+    layer_activations: dict[int, torch.Tensor]
+    layer_type: str = "decoder_block"
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> type[SteeringVector]:
+    """The library as an installed one is while it pickles."""
+    name = "steering_vectors.steering_vector"
+    module: Any = ModuleType(name)
+    module.SteeringVector = SteeringVector
+    monkeypatch.setitem(sys.modules, name.partition(".")[0], ModuleType("steering_vectors"))
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(SteeringVector, "__module__", name)
+    return SteeringVector
+
+
+def test_a_steering_vector_is_added_to_its_blocks_outputs(tmp_path: Path, library: Any) -> None:
+    path = save(tmp_path / "v.pt", library(tensors([0, 3])))
+    steer = load_steer(path)
+    assert torch.equal(steered(steer), streams(out_of=directions([0, 3]))[-1])
+    assert load_steer(path, layers=3, mode="rotate").layers == (3,)
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "site"),
+    [("decoder_block", "resid"), ("self_attn", "attn_out"), ("input_layernorm", "attn_in")],
+)
+def test_a_layer_type_is_a_site(tmp_path: Path, library: Any, layer_type: str, site: str) -> None:
+    as_class = library(tensors([1]), layer_type)
+    as_dict = dataclasses.asdict(as_class)
+    for content in (as_class, as_dict):
+        steer = load_steer(save(tmp_path / "v.pt", content))
+        assert (steer.site, steer.mode, steer.layers) == (site, "add", (1,))
+
+
+def test_steering_vectors_of_one_row_are_flattened_as_the_library_does(
+    tmp_path: Path, library: Any
+) -> None:
+    path = save(tmp_path / "v.pt", library({1: torch.ones(1, 6), 2: torch.ones(1, 1, 6)}))
+    assert load_steer(path).vectors.shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer_type": "mlp"}, "layer_type is 'mlp'; allowed: decoder_block, self_attn, input_l"),
+        ({"layer_type": ["mlp"]}, "layer_type is"),
+        ({"layer_activations": {}}, "it holds no vectors"),
+        ({"layer_activations": torch.ones(6)}, "layer_activations, a dict of tensors by layer"),
+        ({"layer_activations": {-1: torch.ones(6)}}, "layer '-1'"),
+        ({"layer_activations": {"1": torch.ones(6)}}, "layer '1'"),
+        ({"layer_activations": {1: torch.ones(2, 6)}}, r"layer 1 is \[2, 6\]"),
+        ({"layer_activations": {1: torch.tensor(2.0)}}, r"layer 1 is \[\]"),
+        ({"layer_activations": {1: 5}}, "layer 1 holds a int"),
+        ({"multiplier": 2.0}, "it holds layer_activations, layer_type, multiplier; wanted"),
+    ],
+    ids=range(10),
+)
+def test_steering_vectors_that_cannot_be_are_refused(
+    tmp_path: Path, library: Any, fields: dict[str, Any], message: str
+) -> None:
+    content = library(tensors([1]))
+    vars(content).update(fields)
+    for saved in (content, vars(content)):
+        with pytest.raises(SteerError, match=message):
+            load_steer(save(tmp_path / "v.pt", saved))
+
+
+def test_an_empty_steering_vector_is_refused(tmp_path: Path, library: Any) -> None:
+    content = library({})
+    vars(content).clear()
+    with pytest.raises(SteerError, match="it holds nothing; wanted: layer_activations"):
+        load_steer(save(tmp_path / "v.pt", content))
+
+
+# trust
+
+
+class Shell:
+    """Pickles to a command."""
+
+    def __init__(self, marker: Path) -> None:
+        self.command = f"touch {marker}"
+
+    def __reduce__(self) -> Any:
+        return (os.system, (self.command,))
+
+
+@pytest.mark.parametrize("place", ["bare", "value", "key", "field", "attribute"])
+def test_a_file_that_names_code_is_refused_and_not_run(
+    tmp_path: Path, library: Any, place: str
+) -> None:
+    marker = tmp_path / "executed"
+    evil: Any = Shell(marker)
+    if place == "value":
+        evil = {1: evil}
+    elif place == "key":
+        evil = {evil: torch.ones(6)}
+    elif place == "field":
+        evil = library({1: evil})
+    elif place == "attribute":
+        evil = {"layer_activations": {1: torch.ones(6)}, "layer_type": evil}
+    path = save(tmp_path / "evil.pt", evil)
+    with pytest.raises(SteerError, match=r"evil\.pt: it names posix\.system, .*nothing of it was"):
+        load_steer(path, layers=1)
+    assert not marker.exists()
+
+
+def test_each_format_may_name_only_its_own_classes(tmp_path: Path, library: Any) -> None:
+    content = library({1: torch.ones(6)}, argparse.Namespace())
+    with pytest.raises(SteerError, match=r"it names steering_vectors\..*SteeringVector, which"):
+        load_steer(save(tmp_path / "v.pt", content))
+
+
+def test_numpy_arrays_in_a_pickle_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = save(tmp_path / "v.pt", {1: np.ones(6)})
+    with pytest.raises(SteerError, match=r"it names .*numpy.*Save tensors, in a dict if need be"):
+        load_steer(path)
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    huge = torch.zeros(1).as_strided((2**20, 2**20), (0, 0))
+    for content in (huge, {3: huge}, {"layer_activations": {3: huge}}):
+        with pytest.raises(SteerError, match=r"claims more values \(1099511627776\) than"):
+            load_steer(save(tmp_path / "huge.pt", content), layers="1-2")
+
+
+def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[Any, Any] = {}
+    content["self"] = content
+    with pytest.raises(SteerError, match="it holds a dict with the keys self"):
+        load_steer(save(tmp_path / "loop.pt", content))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("fuzz") / "v.pt"
+    return save(
+        path, {"layer_activations": tensors([1, 2]), "layer_type": "self_attn"}
+    ).read_bytes()
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+@given(position=st.integers(0, 100_000), value=st.binary(min_size=1, max_size=3))
+def test_changed_bytes_give_a_steer_or_a_steer_error(
+    tmp_path: Path, whole: bytes, position: int, value: bytes
+) -> None:
+    data = bytearray(whole)
+    at = position % len(data)
+    data[at : at + len(value)] = value
+    path = tmp_path / "changed.pt"
+    path.write_bytes(data)
+    try:
+        assert load_steer(path).kind == "vector"
+    except SteerError as error:
+        assert str(path) in str(error)

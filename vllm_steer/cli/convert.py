@@ -1,0 +1,136 @@
+"""``vllm-steer convert``: a steer file of any tool becomes one of vllm-steer's own."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files import Loaded, read_file, save_steer
+from vllm_steer.files.facts import Facts
+from vllm_steer.files.source import cause
+from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+from vllm_steer.steers.layers import format_layers
+
+
+def convert(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Steer file of any known tool.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="vllm-steer file to write.")],
+    kind: Annotated[str | None, typer.Option(help="lm_steer, vector or delta.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="0-based decoder blocks: '8-31', '3,7,9'.")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="resid, attn_in, attn_out or heads.")] = None,
+    mode: Annotated[str | None, typer.Option(help="add or rotate.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows of a plain tensor to take.")] = None,
+    feature: Annotated[int | None, typer.Option(help="Feature of an SAE.")] = None,
+    hook: Annotated[
+        str | None, typer.Option(help="TransformerLens name of where an SAE reads.")
+    ] = None,
+    orient: Annotated[
+        bool, typer.Option("--orient", help="Turn concept-guidance rows to the concept.")
+    ] = False,
+    schedule: Annotated[str | None, typer.Option(help="fixed, start or dim.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Of an LM-Steer.")] = None,
+    fixed_columns: Annotated[
+        str | None, typer.Option(help="LM-Steer columns that enter with 1: '1' or '1,2'.")
+    ] = None,
+    columns: Annotated[str | None, typer.Option(help="LM-Steer columns to keep.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="The model's hidden size.")] = None,
+    default_strength: Annotated[
+        float | None, typer.Option(help="Strength of a request that gives none.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Model the steer is for.")] = None,
+    description: Annotated[str | None, typer.Option(help="Free text.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was read as JSON.")] = False,
+) -> None:
+    """Read a steer file, say what is in it, and write it as a vllm-steer file."""
+    if os.path.lexists(output) and not force:
+        raise SteerError(f"{output}: exists already; choose another name, or give --force")
+    loaded = read_file(source, _facts(context.params))
+    summary = _summary(loaded)
+    _write(loaded.steer, output)
+    if as_json:
+        print(json.dumps({**summary, "output": str(output)}, indent=2))
+    else:
+        Console().print(_table(summary, title=str(output)))
+
+
+def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are facts about the steer, by the facts' own names, where they are given."""
+    return {
+        name: value
+        for name, value in options.items()
+        if name in Facts.model_fields and value is not None and value is not False
+    }
+
+
+def _write(steer: Steer, output: Path) -> None:
+    """Write beside the output first: it may be the input, whose bytes the tensors still are."""
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    try:
+        save_steer(steer, unfinished)
+        os.replace(unfinished, output)
+    except Exception as error:  # the disk's errors and safetensors' own
+        raise SteerError(f"{output}: cannot be written ({cause(error)})") from error
+    finally:
+        if os.path.exists(unfinished):  # unlike Path.exists no error for a name that is too long
+            unfinished.unlink()
+
+
+def _summary(loaded: Loaded) -> dict[str, Any]:
+    steer = loaded.steer
+    return {
+        "format": loaded.format,
+        "kind": steer.kind,
+        "site": steer.site,
+        "hidden_size": steer.hidden_size,
+        "default_strength": steer.default_strength,
+        "base_model": steer.base_model,
+        "description": steer.description,
+        **(_head_summary(steer) if isinstance(steer, LMSteer) else _layers_summary(steer)),
+    }
+
+
+def _head_summary(steer: LMSteer) -> dict[str, Any]:
+    return {
+        "variant": steer.variant,
+        "epsilon": steer.epsilon,
+        "columns": steer.columns,
+        "fixed_columns": list(steer.fixed_columns),
+        "rank": steer.rank,
+    }
+
+
+def _layers_summary(steer: VectorSteer | DeltaSteer) -> dict[str, Any]:
+    if isinstance(steer, DeltaSteer):
+        said: dict[str, Any] = {"schedule": steer.schedule, "steps": steer.steps}
+        # Of each layer the largest step: later steps fade.
+        norms = steer.delta.double().norm(dim=2).amax(dim=0)
+    else:
+        said = {"mode": steer.mode}
+        norms = steer.vectors.double().norm(dim=1)
+    by_layer = zip(steer.layers, norms.tolist(), strict=True)
+    return {
+        **said,
+        "layers": format_layers(steer.layers),
+        "norms": {str(layer): norm for layer, norm in by_layer},
+    }
+
+
+def _table(summary: dict[str, Any], title: str) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in summary.items():
+        if name == "norms":
+            low, high = min(value.values()), max(value.values())
+            table.add_row("norm per layer", f"{low:.4g} to {high:.4g}")
+        elif value not in (None, "", []):
+            table.add_row(name.replace("_", " "), str(value))
+    return table

@@ -1,0 +1,63 @@
+"""Vectors by layer, as most tools keep them, made one tensor."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vllm_steer.errors import SteerError
+from vllm_steer.steers.layers import parse_layers
+
+_LAYER = re.compile(r"0|[1-9][0-9]{0,3}")
+
+
+def stack_directions(directions: Mapping[int, Any]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """``[layers, width]`` in the order of the layers, and the layers.
+
+    Raises ``SteerError`` unless every layer has a floating vector of one width and dtype.
+    """
+    if not directions:
+        raise SteerError("it holds no vectors; at least one layer is wanted")
+    layers = parse_layers([check_layer(layer) for layer in directions])
+    vectors = [_check_vector(layer, directions[layer]) for layer in layers]
+    first = vectors[0]
+    for layer, vector in zip(layers, vectors, strict=True):
+        if (vector.shape, vector.dtype) != (first.shape, first.dtype):
+            raise SteerError(
+                f"the vector of layer {layer} is {list(vector.shape)} in {vector.dtype}, that of "
+                f"layer {layers[0]} {list(first.shape)} in {first.dtype}; they must agree"
+            )
+    # Rows are copied one by one: not every floating dtype can be stacked.
+    stacked = first.new_empty(len(vectors), *first.shape)
+    for row, vector in zip(stacked, vectors, strict=True):
+        row.copy_(vector)
+    return stacked, layers
+
+
+def read_layer(text: str) -> int:
+    """A layer from a name in a file; ``SteerError`` unless it is a plain whole number."""
+    if not _LAYER.fullmatch(text):
+        raise SteerError(f"layer {text[:50]!r}: a 0-based layer such as '16' is wanted")
+    return int(text)
+
+
+def check_layer(layer: Any) -> int:
+    """A layer from a key of a dict, which must be an integer from 0 on."""
+    if type(layer) is not int or not _LAYER.fullmatch(str(layer)):
+        raise SteerError(
+            f"layer {str(layer)[:50]!r}: a 0-based layer such as 16 is wanted; one counted from "
+            "the end has to be written as its number from the start"
+        )
+    return layer
+
+
+def _check_vector(layer: int, vector: Any) -> torch.Tensor:
+    if not isinstance(vector, torch.Tensor):
+        raise SteerError(f"layer {layer} holds a {type(vector).__name__}; a tensor is wanted")
+    if vector.ndim != 1 or not vector.is_floating_point() or not vector.numel():
+        raise SteerError(
+            f"the vector of layer {layer} is {list(vector.shape)} in {vector.dtype}; one "
+            "dimension of a floating dtype is wanted"
+        )
+    return vector.detach()

@@ -1,0 +1,56 @@
+"""Safetensors files, of whatever tool: names, shapes and tensors."""
+
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+
+_LARGEST_HEADER = 100_000_000
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file opens with a safetensors header: a length, then a JSON object."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if len(head) < 9:
+        return False
+    length: int = struct.unpack("<Q", head[:8])[0]
+    return 0 < length <= _LARGEST_HEADER and head[8:9] == b"{"
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """The metadata, and the shape of each tensor by its name; no tensor is read."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, shapes
+    except Exception as error:  # a damaged header can fail in any way
+        raise SteerError(f"not a readable safetensors file ({cause(error)})") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor by its name."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: _usable(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a dtype that this PyTorch lacks, a tensor cut short
+        raise SteerError(f"not a readable safetensors file ({cause(error)})") from error
+
+
+def read_row(path: Path, name: str, row: int) -> torch.Tensor:
+    """One row of a tensor, in memory of its own; the other rows are not read."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return _usable(file.get_slice(name)[row]).clone()
+    except Exception as error:  # a dtype that this PyTorch lacks, a tensor cut short
+        raise SteerError(f"tensor {name} cannot be read ({cause(error)})") from error
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; raises for the packed dtypes, which PyTorch reads but cannot convert."""
+    tensor.flatten()[:1].to(torch.complex64)
+    return tensor
