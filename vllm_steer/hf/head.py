@@ -1,0 +1,65 @@
+"""LM-Steers: the LM head's input, or its logits."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from vllm_steer.errors import SteerError
+from vllm_steer.hf.sites import widened
+from vllm_steer.steers import LMSteer
+
+Active = Sequence[tuple[LMSteer, float]]
+
+
+def hook_head(model: nn.Module, active: Active) -> Iterator[RemovableHandle]:
+    """Steer the head of ``model``; ``SteerError`` if there is none or its width is another."""
+    if not active:
+        return
+    head = _head(model)
+    for steer, _ in active:
+        _check_width(steer, head)
+    before = [(s, v) for s, v in active if s.variant != "offset"]
+    after = [(s, v) for s, v in active if s.variant == "offset"]
+    if before:
+        yield head.register_forward_pre_hook(lambda _, args: (_steer(args[0], before), *args[1:]))
+    if after:
+        yield head.register_forward_hook(lambda _module, _args, logits: _steer(logits, after))
+
+
+def change(steer: LMSteer, x: torch.Tensor, strength: float) -> torch.Tensor:
+    """What a steer adds at a strength: to ``x [..., hidden_size]``, or to logits for ``offset``.
+
+    ``epsilon * sum_s a_s (x P1_s) P2_s^T``, or ``epsilon * sum_s a_s A_s``, where ``a_s`` is 1 for
+    a fixed column and ``strength`` for the others; in ``x``'s dtype.
+    """
+    scale = torch.full((steer.columns,), strength, dtype=x.dtype, device=x.device)
+    scale[list(steer.fixed_columns)] = 1.0
+    if steer.projector1 is not None and steer.projector2 is not None:
+        first, second = steer.projector1.to(x), steer.projector2.to(x)
+        inner = torch.einsum("...d,sdr->...sr", x, first)
+        return steer.epsilon * torch.einsum("...sr,ser,s->...e", inner, second, scale)
+    (vectors,) = steer.tensors.values()
+    return steer.epsilon * (scale @ vectors.to(x)).expand(*x.shape[:-1], -1)
+
+
+def _steer(x: torch.Tensor, active: Active) -> torch.Tensor:
+    wide = widened(x)
+    total = sum((change(steer, wide, strength) for steer, strength in active), start=wide)
+    return total.to(x.dtype)
+
+
+def _head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        raise SteerError(f"{type(model).__name__} has no LM head to steer")
+    return head
+
+
+def _check_width(steer: LMSteer, head: nn.Module) -> None:
+    vocab_size, hidden_size = head.weight.shape  # type: ignore[misc]
+    wanted = vocab_size if steer.variant == "offset" else hidden_size
+    if steer.width != wanted:
+        raise SteerError(f"the steer's width is {steer.width}; the model's LM head has {wanted}")

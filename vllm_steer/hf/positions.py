@@ -1,0 +1,135 @@
+"""Which tokens of a text a forward pass holds, and how strongly a dose acts on each of them."""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_steer.doses import Dose
+from vllm_steer.errors import SteerError
+from vllm_steer.hf.sites import layers_of
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one forward pass and where the prompt of their text ends."""
+
+    positions: torch.Tensor  # [tokens] int64, from 0 at the text's first token
+    prompt_length: int | None
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """The generation step of each token, 0 at the last prompt token: ``p - (P - 1)``.
+
+        Raises ``SteerError`` if nothing said where the prompt ends.
+        """
+        if self.prompt_length is None:
+            raise SteerError(
+                "the model goes on from a KV cache that was filled before this block: where the "
+                "prompt ends is not known; give prompt_length"
+            )
+        return self.positions - (self.prompt_length - 1)
+
+
+def coefficients(dose: Dose, span: Span, num_steps: int | None) -> torch.Tensor:
+    """``a [tokens]``, float64: the strength on each token, 0 where the dose does not act.
+
+    ``num_steps`` is that of a delta steer, None for a vector.
+    """
+    a = torch.full(span.positions.shape, dose.strength, dtype=torch.float64)
+    if dose.phase != "all":
+        a *= (span.steps <= 0) == (dose.phase == "prompt")
+    if num_steps is None:
+        return a
+    last = 1 if dose.schedule == "start" else num_steps
+    a *= (span.steps >= 0) & (span.steps < last)
+    return a * (1 - span.steps.double() / num_steps) if dose.schedule == "dim" else a
+
+
+class Reading:
+    """Where in its text a model is: from the length of its KV cache and from ``generate``.
+
+    Outside of ``generate`` a forward pass with an empty cache begins a text. Within it, that is
+    also what every step without a cache looks like, so there the prompt is what ``generate`` was
+    given; if it goes on from a filled cache, that and the first forward pass.
+    """
+
+    def __init__(self, prompt_length: int | None) -> None:
+        if prompt_length is not None and prompt_length < 1:
+            raise SteerError(f"prompt_length is {prompt_length}; a prompt has at least one token")
+        self._fixed = prompt_length is not None
+        self._prompt_length = prompt_length
+        self._given: int | None = None
+        self._generating = False
+        self._start = self._length = 0
+
+    @property
+    def span(self) -> Span:
+        """The tokens of the forward pass that is running."""
+        positions = torch.arange(self._start, self._start + self._length)
+        return Span(positions, self._prompt_length)
+
+    @contextmanager
+    def follow(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, learn of every forward pass and of every call of ``generate``."""
+        layers = layers_of(model)
+        owner = next(m for m in model.modules() if any(layers is c for c in m.children()))
+        hook = owner.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        outer = vars(model).get("generate")
+        if hasattr(model, "generate"):
+            model.generate = self._announced(model.generate)
+        try:
+            yield
+        finally:
+            hook.remove()
+            if outer is not None:
+                model.generate = outer
+            elif "generate" in vars(model):
+                del model.generate
+
+    def _before_forward(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
+        given = inspect.signature(owner.forward).bind_partial(*args, **kwargs).arguments
+        cache = given.get("past_key_values")
+        tokens = given.get("input_ids")
+        tokens = given["inputs_embeds"] if tokens is None else tokens
+        self._start = 0 if cache is None else int(cache.get_seq_length())
+        self._length = tokens.shape[1]
+        if not self._fixed:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Set the prompt length if this forward pass is the first of its text."""
+        end = self._start + self._length
+        if self._given is not None:
+            self._prompt_length = self._given if self._start == 0 else end
+            self._given = None
+        elif self._start == 0 and not self._generating:
+            self._prompt_length = end
+
+    def _announced(self, generate: Any) -> Any:
+        @functools.wraps(generate)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self._generating, self._given = True, _length_given(*args, **kwargs)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._generating, self._given = False, None
+
+        return wrapper
+
+
+def _length_given(inputs: Any = None, *_: Any, **kwargs: Any) -> int:
+    """The tokens that ``generate`` is called with: a beginning-of-text token if there are none."""
+    candidates = (
+        kwargs.get("inputs_embeds"),
+        kwargs.get("input_ids"),
+        inputs,
+        kwargs.get("inputs"),
+    )
+    given = next((tensor for tensor in candidates if tensor is not None), None)
+    return 1 if given is None else int(given.shape[1])
