@@ -1,19 +1,26 @@
 """``--steer-config``: which steers an engine holds, under which names, within which limits."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import (
     Facts,
-    FiniteFloat,
     PositiveFloat,
     PositiveInt,
     describe_errors,
@@ -21,6 +28,21 @@ from vllm_steer.files.facts import (
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 NO_STEER = "none"
+
+
+def _in_mix(value: Any) -> Any:
+    """A preset's part of a steer: its strength, or its options as in a request."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    try:
+        if isinstance(value, bool) or not math.isfinite(number := float(value)):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError("a finite number or options such as {strength: 8} are wanted") from None
+    return number
+
+
+InMix = Annotated[Any, BeforeValidator(_in_mix)]
 
 
 class SteerEntry(Facts):
@@ -48,14 +70,15 @@ class Limits(BaseModel):
 class SteerConfig(BaseModel):
     """A steer config, checked as a whole. Paths are absolute once it is loaded.
 
-    ``steers`` maps names to files, ``presets`` names to mixes of steers, ``default`` is the steer
+    ``steers`` maps names to files, ``presets`` names to mixes of steers (a
+    strength each, or options as in a request), ``default`` is the steer
     string or preset for requests that do not ask, ``limits`` bounds what is admitted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steers: dict[str, SteerEntry]
-    presets: dict[str, dict[str, FiniteFloat]] = {}
+    presets: dict[str, dict[str, InMix]] = {}
     default: str = NO_STEER
     limits: Limits = Limits()
 

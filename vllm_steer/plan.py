@@ -1,10 +1,10 @@
 """The resolved plan: everything about an engine's steers that is settled at start-up.
 
-It is plain JSON, travels to every process inside vLLM's ``additional_config`` and so enters vLLM's
+A steer's content enters it as a digest, so the same steers saved again make the same plan. It is
+plain JSON, travels to every process inside vLLM's ``additional_config`` and so enters vLLM's
 configuration hash: a compile cache made under another plan is never taken for this one.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,18 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vllm_steer.config import Limits, SteerConfig, SteerEntry
+from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.request import check_request, resolve
-from vllm_steer.steers import Steer
+from vllm_steer.steers import DeltaSteer, LMSteer, Schedule, Steer
+from vllm_steer.steers.content import content_digest
 
-OPERATION = "lm_steer/torch"
+OPERATION = "lm_steer/torch guidance/torch"
 
 
 class PlannedSteer(BaseModel):
-    """One steer as the plan fixes it: where it lies, what it is, which bytes it had."""
+    """One steer as the plan fixes it: where it lies, what it is, what it holds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,13 +31,13 @@ class PlannedSteer(BaseModel):
     facts: dict[str, Any]
     kind: str
     site: str
-    variant: str
-    hidden_size: int
-    vocab_size: int | None
-    rank: int
-    columns: int
+    hidden_size: int | None
+    vocab_size: int | None = None
+    layers: tuple[int, ...] | None = None
+    schedule: Schedule | None = None
+    steps: int | None = None
     default_strength: float
-    sha256: str
+    content: str
 
     def load(self) -> Steer:
         """Read the steer again, in a process that has only the plan.
@@ -43,7 +45,7 @@ class PlannedSteer(BaseModel):
         Raises ``SteerError`` if the file is gone or is no longer the one that was checked.
         """
         steer = load_steer(self.path, **self.facts)
-        if _sha256(self.path) != self.sha256:
+        if content_digest(steer) != self.content:
             raise SteerError(f"{self.path}: the file changed while the engine was starting")
         return steer
 
@@ -56,7 +58,7 @@ class SteerPlan(BaseModel):
     version: str
     operation: str
     steers: dict[str, PlannedSteer]
-    presets: dict[str, dict[str, float]]
+    presets: dict[str, dict[str, float | dict[str, Any]]]
     default: str
     limits: Limits
 
@@ -90,8 +92,13 @@ class SteerPlan(BaseModel):
         """Plain JSON for ``additional_config``, the same on every rank."""
         return self.model_dump(mode="json")
 
-    def doses(self, asked: Any) -> dict[str, float]:
-        """Steer names to strengths for a request's ``steer`` value; None takes the default."""
+    @property
+    def sites(self) -> frozenset[str]:
+        """The sites that the steers act at."""
+        return frozenset(steer.site for steer in self.steers.values())
+
+    def doses(self, asked: Any) -> tuple[Dose, ...]:
+        """The doses for a request's ``steer`` value; None takes the default."""
         return resolve(self.default if asked is None else asked, self)
 
 
@@ -105,26 +112,24 @@ def _plan_steer(name: str, entry: SteerEntry, limits: Limits) -> PlannedSteer:
         steer = load_steer(entry.path, **entry.facts)
     except SteerError as error:
         raise SteerError(f"steer {name}: {error}") from error
-    if steer.rank > limits.max_rank:
-        raise SteerError(
-            f"steer {name}: {entry.path}: rank is {steer.rank}; limits.max_rank is "
-            f"{limits.max_rank}"
-        )
+    vocab_size = None
+    if isinstance(steer, LMSteer):
+        vocab_size = steer.vocab_size
+        if steer.rank > limits.max_rank:
+            raise SteerError(
+                f"steer {name}: {entry.path}: rank is {steer.rank}; limits.max_rank is "
+                f"{limits.max_rank}"
+            )
     return PlannedSteer(
         path=entry.path,
         facts=entry.facts,
         kind=steer.kind,
         site=steer.site,
-        variant=steer.variant,
-        hidden_size=steer.hidden_size,
-        vocab_size=steer.vocab_size,
-        rank=steer.rank,
-        columns=steer.columns,
+        hidden_size=steer.hidden_size if vocab_size is None else None,
+        vocab_size=vocab_size,
+        layers=steer.layers,
+        schedule=steer.schedule,
+        steps=steer.steps if isinstance(steer, DeltaSteer) else None,
         default_strength=1.0 if steer.default_strength is None else steer.default_strength,
-        sha256=_sha256(entry.path),
+        content=content_digest(steer),
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,17 +10,20 @@ the engine core and the workers patched, here and in the processes that vLLM sta
 | ``EngineArgs.create_engine_config``      | frontend    | config to resolved plan                 |
 | ``InputProcessor._validate_params``      | frontend    | a bad request fails at admission        |
 | ``EngineCore.preprocess_add_request``    | engine core | the same for other frontends; cache key |
+| ``generate_block_hash_extra_keys``       | engine core | keys of blocks that change later        |
 | ``WorkerWrapperBase.init_device``        | workers     | bank, model and runner (per instance)   |
 """
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 ACTIVE = "VLLM_STEER_ACTIVE"
 DISABLE = "VLLM_STEER_DISABLE"
 _MARK = "__vllm_steer__"
+_EXTRA_KEYS = "generate_block_hash_extra_keys"
 
 
 def register() -> None:
@@ -39,18 +42,26 @@ def register() -> None:
 
 def patch_engine() -> None:
     """Patch what a steered engine needs, in this process and in those started from it."""
+    from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+    from vllm_steer.serving.cache_key import with_later_keys
+
     os.environ[ACTIVE] = "1"
+    # Imported by name where blocks are hashed for events: one wrapper under every name.
+    _wrap(kv_cache_utils, _EXTRA_KEYS, with_later_keys)
+    for module in (block_pool, sys.modules.get("vllm.v1.simple_kv_offload.manager")):
+        if module is not None:
+            setattr(module, _EXTRA_KEYS, getattr(kv_cache_utils, _EXTRA_KEYS))
     _wrap(InputProcessor, "_validate_params", _with_admission)
     _wrap(EngineCore, "preprocess_add_request", _with_cache_key)
     _wrap(WorkerWrapperBase, "init_device", _with_steered_worker)
 
 
 def _wrap(
-    owner: type, name: str, make: Callable[[Callable[..., Any]], Any], *, static: bool = False
+    owner: Any, name: str, make: Callable[[Callable[..., Any]], Any], *, static: bool = False
 ) -> None:
     """Replace ``owner.name`` by ``make(original)``, once."""
     original = getattr(owner, name)
@@ -103,9 +114,9 @@ def _with_admission(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_cache_key(original: Callable[..., Any]) -> Callable[..., Any]:
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        from vllm_steer.serving.admission import salt_cache_key
+        from vllm_steer.serving.admission import key_request
 
-        salt_cache_key(request, self.vllm_config)
+        key_request(request, self.vllm_config)
         return original(self, request)
 
     return preprocess_add_request

@@ -2,22 +2,28 @@
 
     "detox:5,humor"                  names with strengths; a name alone takes its default strength
     "friendly"  or  "friendly:0.5"   a preset: its mix, or its mix times a factor
-    {"detox": 5, "humor": {"strength": 8}}       the same as a dict, or as JSON in a string
+    {"detox": 5, "humor": {"strength": 8, "layers": "20-31", "phase": "generation"}}
+                                     a dict, or JSON in a string, with options for a steer:
+                                     ``strength``, ``layers``, ``phase`` and ``schedule``
     "none", "" or {}                 no steer, whatever the config's default says
 
-Strengths of one steer that is named more than once add up.
+Strengths of one steer that is named more than once with like options add up.
 """
 
 import json
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from vllm_steer.config import NO_STEER
+from vllm_steer.doses import PHASES, Dose
 from vllm_steer.errors import SteerError, SteerRequestError
+from vllm_steer.steers.delta import SCHEDULES, Schedule
+from vllm_steer.steers.layers import parse_layers, positions_of
 
 if TYPE_CHECKING:
     from vllm_steer.plan import SteerPlan
@@ -25,22 +31,40 @@ if TYPE_CHECKING:
 _ALLOWED = (
     "a string such as 'detox:5,humor', a JSON object in a string, or a dict such as {'detox': 5}"
 )
-_OPTIONS = ("strength", "layers", "phase")
+_OPTIONS = ("strength", "layers", "phase", "schedule")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 _LARGEST = float(np.finfo(np.float32).max)  # strengths are float32 on the device
 
+Choice = TypeVar("Choice", bound=str)
 
-def resolve(asked: Any, plan: "SteerPlan") -> dict[str, float]:
-    """Steer names to strengths, presets opened and zeros dropped.
+
+class Dosable(Protocol):
+    """What a dose has to fit: a steer, or what a plan says of one."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def schedule(self) -> Schedule | None: ...
+    @property
+    def default_strength(self) -> float | None: ...
+
+
+def resolve(asked: Any, plan: "SteerPlan") -> tuple[Dose, ...]:
+    """The doses of a request: presets opened, like doses added up, zeros dropped.
 
     Raises ``SteerRequestError`` for anything that the plan does not know or does not admit.
     """
-    doses: dict[str, float] = {}
+    strengths: dict[Dose, float] = {}
     for name, given in _parse(asked):
-        for steer, strength in _open_name(name, given, plan):
-            doses[steer] = doses.get(steer, 0.0) + strength
-    doses = {name: strength for name, strength in doses.items() if strength != 0}
+        for dose in _open_name(name, given, plan):
+            like = replace(dose, strength=0.0)
+            strengths[like] = strengths.get(like, 0.0) + dose.strength
+    doses = tuple(replace(like, strength=v) for like, v in strengths.items() if v != 0)
     _check_limits(doses, plan)
     return doses
 
@@ -53,8 +77,8 @@ def check_request(asked: Any, plan: "SteerPlan", *, place: str) -> None:
         raise SteerError(f"{place}: {error}") from None
 
 
-def _parse(asked: Any) -> Iterator[tuple[str, float | None]]:
-    """Names with the number given, None where a name stands alone."""
+def _parse(asked: Any) -> Iterator[tuple[str, Any]]:
+    """Names with the number or the options given, None where a name stands alone."""
     if isinstance(asked, str):
         text = asked.strip()
         if text.startswith("{"):
@@ -84,26 +108,85 @@ def _parse_part(part: str) -> tuple[str, float | None]:
     return name, _number(name, number) if colon else None
 
 
-def _parse_dict(asked: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+def _parse_dict(asked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, given in asked.items():
         if isinstance(given, Mapping):
-            yield str(name), _strength_option(str(name), given)
+            yield str(name), given
         else:
             yield str(name), _number(str(name), given)
 
 
-def _strength_option(name: str, options: Mapping[str, Any]) -> float | None:
+def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
+    """One steer's dose from a number, from its options, or from None for its default strength.
+
+    Raises ``SteerRequestError`` for an option that is unknown or that the steer does not have.
+    """
+    if isinstance(given, Mapping):
+        options = given
+    else:
+        options = {} if given is None else {"strength": given}
+    _check_options(name, options, steer)
+    default = 1.0 if steer.default_strength is None else steer.default_strength
+    dose = Dose(
+        steer=name,
+        strength=_number(name, options.get("strength", default)),
+        layers=_layers(name, options.get("layers"), steer),
+        phase=_choice(name, "phase", options.get("phase", "all"), PHASES),
+        schedule=_schedule(name, options.get("schedule"), steer),
+    )
+    if dose.schedule == "start" and dose.phase == "generation":
+        raise SteerRequestError(
+            f"steer {name}: schedule 'start' acts at the last prompt token only, phase "
+            "'generation' after it: together they do nothing; drop one"
+        )
+    return dose
+
+
+def _check_options(name: str, options: Mapping[str, Any], steer: Dosable) -> None:
     unknown = sorted(set(map(str, options)) - set(_OPTIONS))
     if unknown:
         raise SteerRequestError(
-            f"steer {name} has unknown options {', '.join(unknown)}; allowed: {', '.join(_OPTIONS)}"
+            f"steer {name} has unknown options {', '.join(unknown)}; allowed: "
+            f"{', '.join(_OPTIONS)}"
         )
-    if "layers" in options or options.get("phase", "all") != "all":
+    if steer.site == "head" and (
+        {"layers", "schedule"} & set(options) or options.get("phase", "all") != "all"
+    ):
         raise SteerRequestError(
-            f"steer {name} acts at the LM head: it has no layers and no phase but 'all'; "
-            "give it a strength only"
+            f"steer {name} acts at the LM head: it has no layers, no schedule and no phase but "
+            "'all'; give it a strength only"
         )
-    return _number(name, options["strength"]) if "strength" in options else None
+
+
+def _layers(name: str, given: Any, steer: Dosable) -> tuple[int, ...] | None:
+    """The layers asked for; None where they are all that the steer has."""
+    if given is None or steer.layers is None:
+        return None
+    try:
+        layers = parse_layers(given)
+        positions_of(layers, steer.layers)
+    except SteerError as error:
+        raise SteerRequestError(f"steer {name}: {error}") from None
+    return None if layers == tuple(steer.layers) else layers
+
+
+def _schedule(name: str, given: Any, steer: Dosable) -> Schedule | None:
+    if given is None:
+        return steer.schedule
+    if steer.schedule is None:
+        raise SteerRequestError(
+            f"steer {name} is of kind {steer.kind}: only a delta steer has a schedule; drop it"
+        )
+    return _choice(name, "schedule", given, SCHEDULES)
+
+
+def _choice(name: str, option: str, given: Any, allowed: tuple[Choice, ...]) -> Choice:
+    for choice in allowed:
+        if given == choice:
+            return choice
+    raise SteerRequestError(
+        f"steer {name} has {option} {_shown(given)}; allowed: {', '.join(allowed)}"
+    )
 
 
 def _number(name: str, given: Any) -> float:
@@ -120,12 +203,14 @@ def _number(name: str, given: Any) -> float:
     return number
 
 
-def _open_name(name: str, given: float | None, plan: "SteerPlan") -> Iterator[tuple[str, float]]:
+def _open_name(name: str, given: Any, plan: "SteerPlan") -> Iterator[Dose]:
     if name in plan.presets:
-        factor = 1.0 if given is None else given
-        yield from ((steer, strength * factor) for steer, strength in plan.presets[name].items())
+        factor = _factor(name, given)
+        for steer, in_mix in plan.presets[name].items():
+            dose = read_dose(steer, in_mix, plan.steers[steer])
+            yield replace(dose, strength=dose.strength * factor)
     elif name in plan.steers:
-        yield name, plan.steers[name].default_strength if given is None else given
+        yield read_dose(name, given, plan.steers[name])
     else:
         known = f"steers: {', '.join(sorted(plan.steers))}"
         if plan.presets:
@@ -133,22 +218,34 @@ def _open_name(name: str, given: float | None, plan: "SteerPlan") -> Iterator[tu
         raise SteerRequestError(f"steer {_shown(name)} is unknown; {known}")
 
 
-def _check_limits(doses: Mapping[str, float], plan: "SteerPlan") -> None:
+def _factor(name: str, given: Any) -> float:
+    """What a preset's mix is multiplied with."""
+    if not isinstance(given, Mapping):
+        return 1.0 if given is None else _number(name, given)
+    if set(given) - {"strength"}:
+        raise SteerRequestError(
+            f"{name} is a preset: it takes a strength only, a factor of its mix; layers, phase and "
+            "schedule belong to its steers"
+        )
+    return _number(name, given.get("strength", 1.0))
+
+
+def _check_limits(doses: Sequence[Dose], plan: "SteerPlan") -> None:
     limits = plan.limits
     if len(doses) > limits.max_steers_per_request:
         raise SteerRequestError(
             f"{len(doses)} steers are asked for; at most {limits.max_steers_per_request} are "
             "allowed per request (limits.max_steers_per_request)"
         )
-    for name, strength in doses.items():
-        if not abs(strength) <= _LARGEST:
+    for dose in doses:
+        if not abs(dose.strength) <= _LARGEST:
             raise SteerRequestError(
-                f"steer {name} adds up to strength {strength}; it must be finite"
+                f"steer {dose.steer} adds up to strength {dose.strength}; it must be finite"
             )
-        if limits.max_strength is not None and abs(strength) > limits.max_strength:
+        if limits.max_strength is not None and abs(dose.strength) > limits.max_strength:
             raise SteerRequestError(
-                f"steer {name} has strength {strength:.15g}; allowed: -{limits.max_strength:g} to "
-                f"{limits.max_strength:g} (limits.max_strength)"
+                f"steer {dose.steer} has strength {dose.strength:.15g}; allowed: "
+                f"-{limits.max_strength:g} to {limits.max_strength:g} (limits.max_strength)"
             )
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from vllm_steer import LMSteer, save_steer
+from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer, save_steer
+from vllm_steer.doses import Dose
+
+Setting = Mapping[str, float | Mapping[str, Any]]
 
 RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
 
@@ -25,6 +28,36 @@ MIXED: tuple[dict[str, float], ...] = (
     {"plain": 1.0, "dummy": -2.0, "bias": 2.0, "tilt": 1.0},
     {"plain": 0.0},
     {"wide": -1.0, "dummy": 1.0},
+)
+
+# Every kind, site, mode, phase and schedule; several at one site and across sites; with LM steers.
+GUIDED: tuple[Setting, ...] = (
+    {},
+    {"push": 1.0},
+    {"push": -1.5},
+    {"nudge": 2.0},
+    {"lean": -1.5},
+    {"turn": 6.0},
+    {"spin": -5.0},
+    {"bend": 5.0},
+    {"steps": 3.0},
+    {"walk": -3.0},
+    {"push": {"strength": 2.0, "phase": "generation"}},
+    {"turn": {"strength": -8.0, "phase": "prompt"}},
+    {"steps": {"strength": 5.0, "schedule": "start"}},
+    {"steps": {"strength": -4.0, "schedule": "dim", "phase": "generation"}},
+    {"walk": {"strength": 4.0, "schedule": "fixed", "phase": "prompt"}},
+    {"push": {"strength": 1.5, "layers": "0-1"}, "spin": {"strength": 4.0, "layers": "1"}},
+    {"turn": 5.0, "lean": 1.0},
+    {"turn": 4.0, "twist": -6.0},
+    {"turn": {"strength": 5.0, "phase": "prompt"}, "lean": {"strength": 1.5, "phase": "all"}},
+    {"nudge": {"strength": 1.5, "layers": [0]}, "bend": {"strength": -4.0, "phase": "generation"}},
+    {"push": -0.7, "spin": 4.0, "walk": 2.0},
+    {"spin": 3.0, "bend": 3.0, "turn": 3.0, "steps": 1.5},
+    {"push": 0.0, "turn": {"strength": 0.0}},
+    {"push": 1.0, "spin": 0.0},
+    {"plain": 2.0, "bias": -2.0, "push": 0.7, "steps": -2.0},
+    {"tilt": -2.0, "twist": {"strength": 6.0, "layers": "0"}, "walk": {"strength": 2.0}},
 )
 
 
@@ -62,7 +95,63 @@ def random_steers(hidden_size: int, vocab_size: int) -> dict[str, LMSteer]:
     }
 
 
-def steer_config(steers: Mapping[str, LMSteer], folder: Path) -> dict[str, Any]:
+def guidance_steers(
+    hidden_size: int, num_layers: int, heads_width: int, seed: int = 5
+) -> dict[str, Steer]:
+    """Steers inside the layers: every kind, site and mode, in all layers or in some."""
+    generator = torch.Generator().manual_seed(seed)
+    every = tuple(range(num_layers))
+    first, second, outer = every[:-1], every[1:], every[::2]
+
+    def vector(layers: tuple[int, ...], site: Any, mode: Any) -> VectorSteer:
+        vectors = torch.randn(len(layers), hidden_size, generator=generator) / 2
+        return VectorSteer(vectors=vectors, layers=layers, site=site, mode=mode)
+
+    def delta(steps: int, layers: tuple[int, ...], width: int, **fields: Any) -> DeltaSteer:
+        values = torch.randn(steps, len(layers), width, generator=generator) / 2
+        return DeltaSteer(delta=values, layers=layers, **fields)
+
+    return {
+        "push": vector(every, "resid", "add"),
+        "nudge": vector(outer, "attn_out", "add"),
+        "turn": vector(every, "attn_in", "rotate"),
+        "spin": vector(second, "resid", "rotate"),
+        "lean": vector(every, "attn_in", "add"),
+        "bend": vector(every, "attn_out", "rotate"),
+        "twist": vector(first, "attn_in", "rotate"),
+        "steps": delta(5, every, heads_width, site="heads", schedule="fixed"),
+        "walk": delta(4, second, hidden_size, site="resid", schedule="dim"),
+    }
+
+
+def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:
+    """A setting as doses, read without the project's parser; zero strengths are kept."""
+    doses = []
+    for name, given in setting.items():
+        options = dict(given) if isinstance(given, Mapping) else {"strength": given}
+        if "layers" in options:
+            options["layers"] = _layers(options["layers"])
+        if isinstance(steer := steers[name], DeltaSteer):
+            options.setdefault("schedule", steer.schedule)
+        doses.append(Dose(steer=name, **options))
+    return doses
+
+
+def _layers(given: str | Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(given, str):
+        return tuple(given)
+    spans = [part.split("-") for part in given.split(",")]
+    return tuple(layer for span in spans for layer in range(int(span[0]), int(span[-1]) + 1))
+
+
+def settings_without(
+    site: str, settings: Sequence[Setting], steers: Mapping[str, Steer]
+) -> tuple[Setting, ...]:
+    """The settings that need no steer at a site, for a model that does not have it."""
+    return tuple(s for s in settings if all(steers[name].site != site for name in s))
+
+
+def steer_config(steers: Mapping[str, Steer], folder: Path) -> dict[str, Any]:
     """Save steers and name them in a config dict."""
     folder.mkdir(exist_ok=True)
     for name, steer in steers.items():
@@ -106,9 +195,7 @@ def prompts(count: int, *, length: int = 12, vocab_size: int = 500) -> list[dict
     ]
 
 
-def greedy(
-    settings: Sequence[Mapping[str, float]], *, max_tokens: int = 12, **options: Any
-) -> list[Any]:
+def greedy(settings: Sequence[Setting], *, max_tokens: int = 12, **options: Any) -> list[Any]:
     """Greedy sampling parameters, one per setting; an empty setting does not ask for a steer."""
     from vllm import SamplingParams
 

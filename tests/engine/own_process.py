@@ -1,8 +1,9 @@
 """Scenarios that need a Python process of their own: ``python own_process.py SCENARIO``.
 
 N-gram speculation imports numba, after which vLLM's CPU platform starts no second engine in this
-process; parallel engines start workers that import the main module again; an engine without the
-plugin must never have loaded it.
+process; parallel engines start workers that import the main module again; vLLM's Transformers
+backend changes the classes of the model it serves; a compile cache is met again by another process
+only; an engine without the plugin must never have loaded it.
 """
 
 import json
@@ -15,43 +16,98 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401 (sets the environment, in worker processes too)
-from engines import MIXED, engine, greedy, prompts, random_steers, steer_config
-from reference import assert_greedy, load_reference
-from tiny_models import HIDDEN, VOCAB, save_tiny_model
+from engines import (
+    GUIDED,
+    MIXED,
+    Setting,
+    doses_of,
+    engine,
+    greedy,
+    guidance_steers,
+    prompts,
+    random_steers,
+    steer_config,
+)
+from reference import assert_guided, load_reference
+from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, save_tiny_model
+
+SETTINGS: tuple[Setting, ...] = (*MIXED, *GUIDED)
+STEERS = {
+    **random_steers(HIDDEN, VOCAB),
+    **guidance_steers(HIDDEN, GUIDED_LAYERS, HIDDEN),
+}
 
 
 def ngram_speculation(folder: Path) -> None:
     """Several logits rows per request, of which some are drafts that are accepted."""
-    model = save_tiny_model("llama", folder / "model")
-    steers = random_steers(HIDDEN, VOCAB)
-    repeated = [{"prompt_token_ids": p["prompt_token_ids"][:4] * 5} for p in prompts(len(MIXED))]
+    model = save_tiny_model("llama", folder / "model", num_layers=GUIDED_LAYERS)
+    repeated = [{"prompt_token_ids": p["prompt_token_ids"][:4] * 5} for p in prompts(len(SETTINGS))]
     speculative = {
         "method": "ngram",
         "num_speculative_tokens": 3,
         "prompt_lookup_max": 3,
         "prompt_lookup_min": 1,
     }
-    config = steer_config(steers, folder / "steers")
+    config = steer_config(STEERS, folder / "steers")
+    reference = load_reference(model)
     with engine(model, config, speculative_config=speculative) as llm:
-        outputs = llm.generate(repeated, greedy(MIXED, max_tokens=100), use_tqdm=False)
+        outputs = llm.generate(repeated, greedy(SETTINGS, max_tokens=100), use_tqdm=False)
         metrics = {metric.name: metric for metric in llm.get_metrics()}
     assert metrics["vllm:spec_decode_num_draft_tokens"].value > 0
     accepted = metrics["vllm:spec_decode_num_accepted_tokens"].value
     assert accepted > 0
-    check(outputs, model, steers)
+    check(outputs, reference)
     print(f"accepted drafts: {accepted}")
 
 
+def mixed_batch(folder: Path, **options: Any) -> None:
+    """A batch of every setting, prompt logprobs included."""
+    model = save_tiny_model("llama", folder / "model", num_layers=GUIDED_LAYERS)
+    reference = load_reference(model)  # before the Transformers backend changes its class
+    with engine(model, steer_config(STEERS, folder / "steers"), **options) as llm:
+        params = greedy(SETTINGS, prompt_logprobs=1)
+        outputs = llm.generate(prompts(len(SETTINGS)), params, use_tqdm=False)
+    check(outputs, reference)
+
+
 def parallel(folder: Path, **options: Any) -> None:
-    """A mixed batch on two worker processes, prompt logprobs included."""
-    model = save_tiny_model("llama", folder / "model")
-    steers = random_steers(HIDDEN, VOCAB)
-    options = {"distributed_executor_backend": "mp", "enforce_eager": False, **options}
-    with engine(model, steer_config(steers, folder / "steers"), **options) as llm:
-        outputs = llm.generate(
-            prompts(len(MIXED)), greedy(MIXED, prompt_logprobs=1), use_tqdm=False
-        )
-    check(outputs, model, steers)
+    """The batch on two worker processes."""
+    mixed_batch(folder, distributed_executor_backend="mp", enforce_eager=False, **options)
+
+
+def transformers_backend(folder: Path) -> None:
+    """vLLM's Transformers backend on a model that vLLM also has itself."""
+    mixed_batch(folder, model_impl="transformers")
+
+
+def compiled_in_pieces(folder: Path) -> None:
+    """vLLM's piecewise compilation with ahead-of-time artifacts, which its CPU platform leaves off.
+
+    A folder in ``VLLM_STEER_TEST_FOLDER`` is kept from one process to the next, so that the second
+    meets the steers and the compile cache of the first.
+    """
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    kept = Path(os.environ["VLLM_STEER_TEST_FOLDER"])
+    platform = type(current_platform)
+    check_and_update = platform.check_and_update_config.__func__
+
+    def in_pieces(cls: Any, vllm_config: Any) -> None:
+        check_and_update(cls, vllm_config)
+        vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+        vllm_config.compilation_config.splitting_ops = None
+        vllm_config.compilation_config.compile_sizes = []
+
+    platform.check_and_update_config = classmethod(in_pieces)
+    FixFunctionalizationPass.__call__ = lambda self, graph: None  # names CUDA's ops
+    if "unsteered" in sys.argv:
+        model = save_tiny_model("llama", kept / "model", num_layers=GUIDED_LAYERS)
+        with engine(model, enforce_eager=False) as llm:
+            llm.generate(prompts(2), greedy([{}] * 2), use_tqdm=False)
+    else:
+        mixed_batch(kept, enforce_eager=False)
 
 
 def tensor_parallel(folder: Path) -> None:
@@ -60,18 +116,18 @@ def tensor_parallel(folder: Path) -> None:
 
 
 def pipeline_parallel(folder: Path) -> None:
-    """Two pipeline stages: only the last one has a head."""
+    """Two pipeline stages: each has its own layers, only the last one has a head."""
     parallel(folder, pipeline_parallel_size=2)
 
 
 def stock_logprobs(folder: Path) -> None:
     """Print, exactly, what an engine gives that has never heard of the plugin."""
     assert os.environ["VLLM_PLUGINS"] == ""
-    model = save_tiny_model("llama", folder / "model")
+    model = save_tiny_model("llama", folder / "model", num_layers=GUIDED_LAYERS)
     with engine(model) as llm:
         outputs = llm.generate(
-            prompts(len(MIXED)),
-            greedy([{}] * len(MIXED), max_tokens=16, prompt_logprobs=1),
+            prompts(len(SETTINGS)),
+            greedy([{}] * len(SETTINGS), max_tokens=16, prompt_logprobs=1),
             use_tqdm=False,
         )
     assert not any(name.startswith("vllm_steer.serving") for name in sys.modules)
@@ -89,11 +145,10 @@ def exact(output: Any) -> dict[str, Any]:
     }
 
 
-def check(outputs: list[Any], model: Path, steers: dict[str, Any]) -> None:
-    """Compare a MIXED batch with the reference."""
-    reference = load_reference(model)
-    for output, setting in zip(outputs, MIXED, strict=True):
-        assert_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
+def check(outputs: list[Any], reference: Any) -> None:
+    """Compare a batch of ``SETTINGS`` with the reference."""
+    for output, setting in zip(outputs, SETTINGS, strict=True):
+        assert_guided(output, reference, doses_of(setting, STEERS), STEERS)
     print(f"{len(outputs)} outputs equal the reference")
 
 
@@ -101,6 +156,8 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "ngram-speculation": ngram_speculation,
     "tensor-parallel": tensor_parallel,
     "pipeline-parallel": pipeline_parallel,
+    "transformers-backend": transformers_backend,
+    "compiled-in-pieces": compiled_in_pieces,
     "stock-logprobs": stock_logprobs,
 }
 

@@ -1,13 +1,50 @@
-"""An independent forward pass: Hugging Face in float64, the paper's formula written out."""
+"""An independent forward pass: Hugging Face in float64, the papers' formulas written out.
+
+Every pass is over the whole sequence at once and without a KV cache. ``P`` is the prompt's length,
+positions count from 0.
+"""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
-from vllm_steer import LMSteer
+from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer
+from vllm_steer.doses import Dose
+
+
+class Modules(NamedTuple):
+    """Hugging Face's names: the list of blocks, and three modules of a block."""
+
+    blocks: str = "model.layers"
+    input_norm: str | None = "input_layernorm"
+    attention: str = "self_attn"
+    projection: str = "self_attn.o_proj"
+
+
+MODULES = {
+    "GPT2LMHeadModel": Modules("transformer.h", "ln_1", "attn", "attn.c_proj"),
+    "GPTNeoXForCausalLM": Modules(
+        "gpt_neox.layers", "input_layernorm", "attention", "attention.dense"
+    ),
+    "Gemma2ForCausalLM": Modules(),
+    "Gemma3ForCausalLM": Modules(),
+    "GemmaForCausalLM": Modules(),
+    "LlamaForCausalLM": Modules(),
+    "MistralForCausalLM": Modules(),
+    "MixtralForCausalLM": Modules(),
+    "Olmo2ForCausalLM": Modules(input_norm=None),
+    "OlmoForCausalLM": Modules(),
+    "Phi3ForCausalLM": Modules(),
+    "PhiForCausalLM": Modules(projection="self_attn.dense"),
+    "Qwen2ForCausalLM": Modules(),
+    "Qwen2MoeForCausalLM": Modules(),
+    "Qwen3ForCausalLM": Modules(),
+    "Qwen3MoeForCausalLM": Modules(),
+}
 
 
 def load_reference(path: Path | str) -> Any:
@@ -15,7 +52,10 @@ def load_reference(path: Path | str) -> Any:
     vLLM's Transformers backend changes the classes of the models it serves.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float64, attn_implementation="eager"
+        path,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",  # the others know no float64
     ).eval()
     model.base_model.do_not_compile = True  # for that backend's decorator, now on the class
     return model
@@ -50,6 +90,125 @@ def steered_logprobs(
     return torch.log_softmax(logits, dim=-1)
 
 
+def guided_logprobs(
+    model: Any,
+    ids: Sequence[int],
+    prompt_length: int,
+    doses: Sequence[Dose],
+    steers: Mapping[str, Steer],
+) -> torch.Tensor:
+    """Log-probabilities ``[len(ids), vocab]`` of the token after each position, under doses of
+    steers of every kind. A dose of strength 0 is no dose.
+    """
+    strong = [dose for dose in doses if dose.strength]
+    at_head: dict[str, float] = {}
+    for dose in strong:
+        if isinstance(steers[dose.steer], LMSteer):
+            at_head[dose.steer] = at_head.get(dose.steer, 0.0) + dose.strength
+    strengths = {name: strength for name, strength in at_head.items() if strength}
+    with ExitStack() as hooks:
+        for (layer, site), changes in _changes(strong, steers, len(ids), prompt_length).items():
+            hooks.callback(_hook(model, layer, site, changes).remove)
+        return steered_logprobs(model, ids, strengths, steers)
+
+
+class Change(NamedTuple):
+    """What one dose does at one site of one layer."""
+
+    added: torch.Tensor  # [positions, width], 0 where the dose does not act
+    rotates: torch.Tensor  # [positions], whether the result keeps the old norm
+
+
+def guide(x: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
+    """``x + sum``, and ``(x + sum) |x| / |x + sum|`` at positions where some dose rotates."""
+    moved = x + sum(change.added for change in changes)
+    rescaled = moved * x.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+    rotates = torch.stack([change.rotates for change in changes]).any(dim=0)
+    return torch.where(rotates[:, None], rescaled, moved)
+
+
+def _changes(
+    doses: Sequence[Dose], steers: Mapping[str, Steer], length: int, prompt_length: int
+) -> dict[tuple[int, str], list[Change]]:
+    """All changes of a sequence, by layer and site."""
+    found: dict[tuple[int, str], list[Change]] = {}
+    for dose in doses:
+        steer = steers[dose.steer]
+        if isinstance(steer, LMSteer):
+            continue
+        of_layer = _vector_change if isinstance(steer, VectorSteer) else _delta_change
+        for layer in steer.layers if dose.layers is None else dose.layers:
+            change = of_layer(dose, steer, steer.layers.index(layer), length, prompt_length)
+            found.setdefault((layer, steer.site), []).append(change)
+    return found
+
+
+def _vector_change(
+    dose: Dose, steer: VectorSteer, row: int, length: int, prompt_length: int
+) -> Change:
+    """``v w`` or, of a rotating steer, ``v w / |w|``, at every position of the phase."""
+    w = steer.vectors[row].double()
+    if steer.mode == "rotate":
+        w = w / w.norm()
+    added = torch.zeros(length, steer.hidden_size, dtype=torch.float64)
+    rotates = torch.zeros(length, dtype=torch.bool)
+    for position in _positions(dose, length, prompt_length):
+        added[position] = dose.strength * w
+        rotates[position] = steer.mode == "rotate"
+    return Change(added, rotates)
+
+
+def _delta_change(
+    dose: Dose, steer: DeltaSteer, row: int, length: int, prompt_length: int
+) -> Change:
+    """``a_i Delta_i`` at position ``P - 1 + i`` of the phase, for every step ``i`` of the steer."""
+    added = torch.zeros(length, steer.hidden_size, dtype=torch.float64)
+    for position in _positions(dose, length, prompt_length):
+        step = position - (prompt_length - 1)
+        if 0 <= step < steer.steps:
+            added[position] = _coefficient(dose, steer, step) * steer.delta[step, row].double()
+    return Change(added, torch.zeros(length, dtype=torch.bool))
+
+
+def _positions(dose: Dose, length: int, prompt_length: int) -> range:
+    first = prompt_length if dose.phase == "generation" else 0
+    last = prompt_length if dose.phase == "prompt" else length
+    return range(first, last)
+
+
+def _coefficient(dose: Dose, steer: DeltaSteer, step: int) -> float:
+    return {
+        "fixed": dose.strength,
+        "start": dose.strength if step == 0 else 0.0,
+        "dim": dose.strength * (1 - step / steer.steps),
+    }[dose.schedule or steer.schedule]
+
+
+def _hook(model: Any, layer: int, site: str, changes: Sequence[Change]) -> Any:
+    """Guide what passes a site, by a hook that is returned."""
+    names = MODULES[type(model).__name__]
+    block = model.get_submodule(names.blocks)[layer]
+    if site == "heads":
+        projection = block.get_submodule(names.projection)
+        return projection.register_forward_pre_hook(lambda _, args: (_guided(args[0], changes),))
+    if site == "resid":
+        module = block
+    elif site == "attn_out":
+        module = block.get_submodule(names.attention)
+    else:
+        assert site == "attn_in" and names.input_norm, f"{type(model).__name__} has no {site}"
+        module = block.get_submodule(names.input_norm)
+    return module.register_forward_hook(lambda _module, _args, output: _guided(output, changes))
+
+
+def _guided(output: Any, changes: Sequence[Change]) -> Any:
+    """A module's tensor, or the first of its tuple, guided."""
+    if isinstance(output, tuple):
+        return (_guided(output[0], changes), *output[1:])
+    assert output.shape[0] == 1 and output.dtype == torch.float64
+    return guide(output[0], changes)[None]
+
+
 def assert_greedy(
     output: Any,
     model: Any,
@@ -61,9 +220,30 @@ def assert_greedy(
     """Every generated token is the reference's choice after the same text, with its logprob; so are
     the logprobs of the prompt where the request asked for them.
     """
+    _assert_choices(output, steered_logprobs(model, _text(output), strengths, steers), tolerance)
+
+
+def assert_guided(
+    output: Any,
+    model: Any,
+    doses: Sequence[Dose],
+    steers: Mapping[str, Steer],
+    *,
+    tolerance: float = 1e-4,
+) -> None:
+    """``assert_greedy`` for doses of steers of every kind."""
+    prompt_length = len(output.prompt_token_ids)
+    wanted = guided_logprobs(model, _text(output), prompt_length, doses, steers)
+    _assert_choices(output, wanted, tolerance)
+
+
+def _text(output: Any) -> list[int]:
+    return [*output.prompt_token_ids, *output.outputs[0].token_ids]
+
+
+def _assert_choices(output: Any, wanted: torch.Tensor, tolerance: float) -> None:
     prompt, completion = list(output.prompt_token_ids), output.outputs[0]
     generated = list(completion.token_ids)
-    wanted = steered_logprobs(model, prompt + generated, strengths, steers)
     choices = wanted[len(prompt) - 1 : -1]
     assert generated == choices.argmax(-1).tolist()
     for step, token in enumerate(generated):

@@ -7,19 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from engines import MIXED, RUNNER, engine, greedy, prompts, random_steers, steer_config
-from own_process import exact
-from tiny_models import HIDDEN, VOCAB, save_tiny_model
+from engines import RUNNER, doses_of, engine, greedy, prompts, steer_config
+from own_process import SETTINGS, STEERS, exact
+from tiny_models import GUIDED_LAYERS, save_tiny_model
 
 pytestmark = pytest.mark.engine
 
 v1_only = pytest.mark.skipif(RUNNER != "v1", reason="runs on the V1 runner only on a CPU")
 
 
-def run_scenario(name: str, **environment: str) -> str:
+def run_scenario(*arguments: str, **environment: str) -> str:
     script = Path(__file__).with_name("own_process.py")
     done = subprocess.run(
-        [sys.executable, str(script), name],
+        [sys.executable, str(script), *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -39,28 +39,54 @@ def test_ngram_speculation_with_several_logits_rows_per_request() -> None:
 @pytest.mark.parametrize("scenario", ["tensor-parallel", "pipeline-parallel"])
 def test_two_worker_processes(scenario: str) -> None:
     said = run_scenario(scenario, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert f"{len(MIXED)} outputs equal" in said
+    assert f"{len(SETTINGS)} outputs equal" in said
+
+
+def test_the_transformers_backend_of_a_model_that_vllm_also_has_itself() -> None:
+    assert f"{len(SETTINGS)} outputs equal" in run_scenario("transformers-backend")
+
+
+@v1_only
+@pytest.mark.matrix
+def test_a_compile_cache_made_without_steers_is_not_taken_and_one_made_with_them_is(
+    tmp_path: Path,
+) -> None:
+    places = {
+        "VLLM_STEER_TEST_FOLDER": str(tmp_path),
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
+    loaded = "Directly load AOT compilation"
+    assert loaded not in run_scenario("compiled-in-pieces", "unsteered", **places)
+    first = run_scenario("compiled-in-pieces", **places)
+    again = run_scenario("compiled-in-pieces", **places)
+    for said in (first, again):
+        assert f"{len(SETTINGS)} outputs equal" in said
+    assert "saved AOT compiled function" in first and loaded not in first
+    assert loaded in again
 
 
 def test_unsteered_rows_are_bit_for_bit_those_of_an_engine_without_the_plugin(
     tmp_path: Path,
 ) -> None:
     stock = json.loads(run_scenario("stock-logprobs", VLLM_PLUGINS="").splitlines()[-1])
-    model = save_tiny_model("llama", tmp_path / "model")
-    config = steer_config(random_steers(HIDDEN, VOCAB), tmp_path / "steers")
+    model = save_tiny_model("llama", tmp_path / "model", num_layers=GUIDED_LAYERS)
+    config = steer_config(STEERS, tmp_path / "steers")
 
     def outputs(llm, settings):
         params = greedy(settings, max_tokens=16, prompt_logprobs=1)
         return [
             json.loads(json.dumps(exact(output)))
-            for output in llm.generate(prompts(len(MIXED)), params, use_tqdm=False)
+            for output in llm.generate(prompts(len(SETTINGS)), params, use_tqdm=False)
         ]
 
     with engine(model, config) as llm:
-        alone = outputs(llm, [{}] * len(MIXED))
-        beside_steered = outputs(llm, MIXED)
+        alone = outputs(llm, [{}] * len(SETTINGS))
+        beside_steered = outputs(llm, SETTINGS)
     assert alone == stock
-    unsteered = [i for i, setting in enumerate(MIXED) if not any(setting.values())]
-    steered = [i for i, setting in enumerate(MIXED) if any(setting.values())]
+    asks = [any(dose.strength for dose in doses_of(setting, STEERS)) for setting in SETTINGS]
+    unsteered = [i for i, is_steered in enumerate(asks) if not is_steered]
+    steered = [i for i, is_steered in enumerate(asks) if is_steered]
+    assert len(unsteered) >= 4
     assert [beside_steered[i] for i in unsteered] == [stock[i] for i in unsteered]
     assert all(beside_steered[i] != stock[i] for i in steered)

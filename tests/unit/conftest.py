@@ -70,11 +70,7 @@ def planned(name: str, default_strength: float) -> PlannedSteer:
         facts={},
         kind="lm_steer",
         site="head",
-        variant="multiply",
         hidden_size=HIDDEN,
-        vocab_size=None,
-        rank=2,
-        columns=1,
         default_strength=default_strength,
-        sha256="0" * 64,
+        content=name,
     )

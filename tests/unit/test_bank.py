@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from vllm_steer import LMSteer
-from vllm_steer.bank import Shelf, fill_bank
+from vllm_steer.bank import Shelf, fill_head_bank
 from vllm_steer.kernels.lm_steer import SteeredRows, steer_rows
 
 CPU = torch.device("cpu")
 
 
 def fill(steers: dict[str, LMSteer], dtype: torch.dtype = torch.float32) -> Any:
-    return fill_bank(steers, dtype=dtype, device=CPU)
+    return fill_head_bank(steers, dtype=dtype, device=CPU)
 
 
 def apply(shelf: Shelf, x: torch.Tensor, name: str, strength: float) -> torch.Tensor:

@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_steer.bank import Bank, Shelf, fill_bank
+from vllm_steer.bank import HeadBank, Shelf, fill_head_bank
 from vllm_steer.serving.batch import SteeredBatch
+from vllm_steer.serving.rows import Step
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def bank(make_steer: Any) -> Bank:
+def bank(make_steer: Any) -> HeadBank:
     steers = {"a": make_steer(), "b": make_steer("add"), "c": make_steer("offset")}
-    return fill_bank(steers, dtype=torch.float32, device=CPU)
+    return fill_head_bank(steers, dtype=torch.float32, device=CPU)
 
 
 @pytest.fixture
-def shelf(bank: Bank) -> Shelf:
+def shelf(bank: HeadBank) -> Shelf:
     assert bank.hidden is not None
     return bank.hidden
 
@@ -43,12 +44,11 @@ def step(
     tokens: dict[str, int] | None = None,
 ) -> None:
     """One step of real requests: ``rows`` are its logits rows by request, in order."""
-    batch.begin([(req_id, params(steer)) for req_id, steer in (new or {}).items()], finished)
-    batch.announce(
-        list(rows),
-        np.array(list(rows.values()), dtype=np.int64),
-        np.array(list((tokens or rows).values()), dtype=np.int64),
-    )
+    batch.begin([(req_id, params(steer), 1) for req_id, steer in (new or {}).items()], finished)
+    logits, counts = (np.array(list(r.values()), dtype=np.int64) for r in (rows, tokens or rows))
+    starts = torch.from_numpy(np.cumsum([0, *counts]))
+    positions = torch.zeros(int(counts.sum()), dtype=torch.int64)
+    batch.announce(Step(list(rows), logits, counts, starts, positions))
 
 
 def strengths(batch: SteeredBatch, shelf: Shelf, num_rows: int) -> dict[int, dict[str, float]]:
@@ -127,7 +127,7 @@ def test_the_configs_default_steers_those_that_do_not_ask(make_plan: Any, shelf:
     assert strengths(batch, shelf, 3) == {0: {"a": 4}, 2: {"b": 1}}
 
 
-def test_each_shelf_takes_its_own_steers(batch: SteeredBatch, bank: Bank, shelf: Shelf) -> None:
+def test_each_shelf_takes_its_own_steers(batch: SteeredBatch, bank: HeadBank, shelf: Shelf) -> None:
     assert bank.logits is not None
     step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2,c:3", "r2": "c:-1"})
     assert strengths(batch, shelf, 2) == {0: {"a": 2}}
@@ -135,14 +135,14 @@ def test_each_shelf_takes_its_own_steers(batch: SteeredBatch, bank: Bank, shelf:
 
 
 def test_no_row_is_steered_when_no_request_is(batch: SteeredBatch, shelf: Shelf) -> None:
-    batch.begin([("r1", params())], ())
+    batch.begin([("r1", params(), 1)], ())
     assert not batch.has_steered_requests
     assert batch.rows_of(torch.zeros(1, 6), shelf) is None
 
 
 def test_a_pooling_request_has_no_steers(make_plan: Any) -> None:
     batch = SteeredBatch(make_plan({"a": 1.0}, default="a"), CPU)
-    batch.begin([("r1", None)], ())
+    batch.begin([("r1", None, 1)], ())
     assert not batch.has_steered_requests
 
 

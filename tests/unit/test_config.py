@@ -1,6 +1,5 @@
 """``--steer-config`` and the plan made from it: what is read, and what stops the start."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ import torch
 import yaml
 
 from vllm_steer import SteerConfig, SteerError, load_steer, save_steer
+from vllm_steer.doses import Dose
 from vllm_steer.plan import SteerPlan, is_plan
+from vllm_steer.steers.content import content_digest
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ A = "steers: {a: {path: a.safetensors}}\n"
         ("steers: {'a:b': {path: x}}\n", "'a:b' cannot be a name"),
         ("steers: {a: {path: x, epsilom: 1}}\n", "unknown key 'steers.a.epsilom'"),
         ("steers: {a: {path: x, epsilon: -1}}\n", "steers.a.epsilon is -1"),
-        ("steers: {a: {path: x, kind: vector}}\n", "steers.a.kind is 'vector'.*'lm_steer'"),
+        ("steers: {a: {path: x, kind: magic}}\n", "steers.a.kind is 'magic'.*'lm_steer'"),
         ("steers: {a: {path: x, default_strength: .nan}}\n", "default_strength is nan"),
         ("steers: {a: {path: x, fixed_columns: 1}}\n", "steers.a.fixed_columns is 1"),
         (A + "preset: {}\n", "unknown key 'preset'"),
@@ -197,14 +198,15 @@ def plan_of(folder: Path, text: str) -> SteerPlan:
 def test_a_plan_says_what_its_steers_are(folder: Path) -> None:
     plan = plan_of(folder, yaml.safe_dump(FULL))
     a, b = plan.steers["a"], plan.steers["b"]
-    assert (a.variant, a.rank, a.columns, a.default_strength) == ("multiply", 3, 2, 2.0)
-    assert (b.variant, b.rank, b.columns, b.default_strength) == ("add", 0, 1, -8.0)
-    assert a.sha256 == hashlib.sha256((folder / "a.safetensors").read_bytes()).hexdigest()
+    assert (a.kind, a.site, a.layers, a.default_strength) == ("lm_steer", "head", None, 2.0)
+    assert (b.kind, b.site, b.layers, b.default_strength) == ("lm_steer", "head", None, -8.0)
+    assert a.content == content_digest(load_steer(folder / "a.safetensors"))
+    assert a.content != b.content
 
 
 def test_a_steer_without_a_default_strength_takes_one(folder: Path) -> None:
     plan = plan_of(folder, "steers: {b: {path: b.safetensors}}")
-    assert plan.doses("b") == {"b": 1.0}
+    assert plan.doses("b") == (Dose("b", 1.0),)
 
 
 def test_a_plan_survives_json(folder: Path) -> None:
@@ -290,7 +292,7 @@ def test_a_config_that_cannot_be_served_stops_the_start(
 
 
 def test_a_steer_at_the_rank_limit_is_admitted(folder: Path) -> None:
-    assert plan_of(folder, A + "limits: {max_rank: 3}").steers["a"].rank == 3
+    assert plan_of(folder, A + "limits: {max_rank: 3}").steers["a"].load().rank == 3
 
 
 def test_the_same_file_under_two_names_is_two_steers(folder: Path) -> None:

@@ -120,9 +120,12 @@ FIRST = [
     "vllm.engine.arg_utils.EngineArgs.add_cli_args",
     "vllm.engine.arg_utils.EngineArgs.create_engine_config",
 ]
+EXTRA_KEYS = "generate_block_hash_extra_keys"
 ALL = sorted(
     [
         *FIRST,
+        f"vllm.v1.core.block_pool.{EXTRA_KEYS}",
+        f"vllm.v1.core.kv_cache_utils.{EXTRA_KEYS}",
         "vllm.v1.engine.core.EngineCore.preprocess_add_request",
         "vllm.v1.engine.input_processor.InputProcessor._validate_params",
         "vllm.v1.worker.worker_base.WorkerWrapperBase.init_device",
@@ -510,25 +513,27 @@ def test_a_rejection_survives_the_way_between_processes() -> None:
 def test_a_steer_at_the_head_leaves_the_cache_key_alone(
     engine: Any, steer: Any, salt: str | None
 ) -> None:
-    from vllm_steer.serving.admission import salt_cache_key
+    from vllm_steer.serving.admission import key_request
 
     params = SimpleNamespace(extra_args={"steer": steer} if steer else None)
-    request = SimpleNamespace(sampling_params=params, cache_salt=salt)
-    salt_cache_key(request, engine)
+    request = SimpleNamespace(
+        sampling_params=params, cache_salt=salt, prompt_token_ids=[1, 2], prompt_embeds=None
+    )
+    key_request(request, engine)
     assert request.cache_salt == salt
 
 
 def test_the_engine_core_refuses_what_the_frontend_did_not(engine: Any) -> None:
-    from vllm_steer.serving.admission import RejectedSteer, salt_cache_key
+    from vllm_steer.serving.admission import RejectedSteer, key_request
 
     params = SimpleNamespace(extra_args={"steer": "b:1"})
     with pytest.raises(RejectedSteer, match="'b' is unknown; steers: a"):
-        salt_cache_key(SimpleNamespace(sampling_params=params, cache_salt=None), engine)
+        key_request(SimpleNamespace(sampling_params=params, cache_salt=None), engine)
 
 
 def test_a_pooling_request_has_no_cache_key_of_ours(engine: Any) -> None:
-    from vllm_steer.serving.admission import salt_cache_key
+    from vllm_steer.serving.admission import key_request
 
-    request = SimpleNamespace(sampling_params=None, cache_salt=None)
-    salt_cache_key(request, engine)
+    request = SimpleNamespace(sampling_params=None, cache_salt=None, prompt_token_ids=[1])
+    key_request(request, engine)
     assert request.cache_salt is None

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_steer.bank import Shelf
+from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import Constant, SteeredRows, SteerTables
-from vllm_steer.serving.rows import BatchRows, steered_rows
+from vllm_steer.serving.rows import BatchRows, SteeredRequest, steered_rows
 
 CPU = torch.device("cpu")
 SLOTS = {"a": 0, "b": 1, "c": 2}
@@ -29,6 +30,14 @@ batches = st.lists(
 
 def batch_rows(counts: list[int]) -> BatchRows:
     return BatchRows([f"request-{i}" for i in range(len(counts))], np.array(counts, dtype=np.int64))
+
+
+def requests_of(doses: dict[str, dict[str, float]]) -> dict[str, SteeredRequest]:
+    """Steered requests by id, from their strengths by steer."""
+    return {
+        req_id: SteeredRequest(tuple(Dose(name, v) for name, v in strengths.items()), prompt_len=1)
+        for req_id, strengths in doses.items()
+    }
 
 
 def owners(counts: list[int]) -> list[str]:
@@ -51,7 +60,7 @@ def test_pairs_are_those_of_a_loop_sorted_by_slot_and_row(
 ) -> None:
     counts = [count for count, _ in batch]
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows(counts), doses, SHELF, CPU)
+    found = steered_rows(batch_rows(counts), requests_of(doses), SHELF, CPU)
     wanted = sorted(
         (SLOTS[name], row, strength)
         for row, owner in enumerate(owners(counts))
@@ -67,7 +76,7 @@ def test_touched_rows_are_each_named_once_and_found_again(
     batch: list[tuple[int, dict[str, float]]],
 ) -> None:
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows([count for count, _ in batch]), doses, SHELF, CPU)
+    found = steered_rows(batch_rows([count for count, _ in batch]), requests_of(doses), SHELF, CPU)
     if found is None:
         return
     assert found.touched.tolist() == sorted(set(found.rows.tolist()))
@@ -113,5 +122,5 @@ def test_batches_are_the_same_only_if_requests_counts_and_order_are(other: Any, 
 
 
 def test_a_batch_without_rows_has_no_pairs() -> None:
-    assert steered_rows(batch_rows([]), {"request-0": {"a": 1.0}}, SHELF, CPU) is None
-    assert steered_rows(batch_rows([0]), {"request-0": {"a": 1.0}}, SHELF, CPU) is None
+    assert steered_rows(batch_rows([]), requests_of({"request-0": {"a": 1.0}}), SHELF, CPU) is None
+    assert steered_rows(batch_rows([0]), requests_of({"request-0": {"a": 1.0}}), SHELF, CPU) is None

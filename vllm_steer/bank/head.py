@@ -1,4 +1,4 @@
-"""The bank: the device tables that hold loaded steers, and the slot of each by name."""
+"""The head's bank: LM-Steers in their packed tables, and the slot of each by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, Slot, SteerTables
-from vllm_steer.steers import LMSteer, Steer
+from vllm_steer.steers import LMSteer
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Shelf:
 
 
 @dataclass(frozen=True)
-class Bank:
+class HeadBank:
     """``hidden`` holds the steers of the head's input (``multiply``, ``add``), ``logits`` those of
     its output (``offset``). A shelf without a steer is None and costs nothing.
     """
@@ -42,7 +42,9 @@ class Bank:
         return sum(s.tables.num_bytes for s in (self.hidden, self.logits) if s is not None)
 
 
-def fill_bank(steers: Mapping[str, Steer], *, dtype: torch.dtype, device: torch.device) -> Bank:
+def fill_head_bank(
+    steers: Mapping[str, LMSteer], *, dtype: torch.dtype, device: torch.device
+) -> HeadBank:
     """Put steers on the device in the model's dtype, in the order of their names.
 
     Raises ``SteerError`` for a steer with values beyond the dtype's range.
@@ -51,7 +53,7 @@ def fill_bank(steers: Mapping[str, Steer], *, dtype: torch.dtype, device: torch.
         _check_range(name, steer, dtype)
     hidden = {n: s for n, s in sorted(steers.items()) if s.variant != "offset"}
     logits = {n: s for n, s in sorted(steers.items()) if s.variant == "offset"}
-    return Bank(hidden=_shelf(hidden, dtype, device), logits=_shelf(logits, dtype, device))
+    return HeadBank(hidden=_shelf(hidden, dtype, device), logits=_shelf(logits, dtype, device))
 
 
 def _check_range(name: str, steer: LMSteer, dtype: torch.dtype) -> None:

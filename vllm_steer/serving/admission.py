@@ -4,8 +4,10 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
+from vllm_steer.serving.cache_key import steered_salt
 from vllm_steer.serving.engine_config import plan_of
 
 PARAMETER = "vllm_xargs.steer"
@@ -24,8 +26,8 @@ def asked_steer(sampling_params: Any) -> Any:
     return extra_args.get("steer") if extra_args else None
 
 
-def doses_of(sampling_params: Any, plan: SteerPlan) -> dict[str, float]:
-    """Steer names to strengths for a request under the plan; empty for an unsteered one."""
+def doses_of(sampling_params: Any, plan: SteerPlan) -> tuple[Dose, ...]:
+    """A request's doses under the plan; none for an unsteered one."""
     return plan.doses(asked_steer(sampling_params))
 
 
@@ -40,7 +42,7 @@ def admit(params: Any, vllm_config: Any) -> None:
         raise RejectedSteer(str(error)) from None
 
 
-def salt_cache_key(request: Any, vllm_config: Any) -> None:
+def key_request(request: Any, vllm_config: Any) -> None:
     """Give a request whose steers change its KV a prefix-cache key of its own.
 
     Also the door for frontends that are not Python: raises ``RejectedSteer`` as ``admit`` does,
@@ -48,20 +50,5 @@ def salt_cache_key(request: Any, vllm_config: Any) -> None:
     """
     admit(request.sampling_params, vllm_config)
     plan = plan_of(vllm_config)
-    if plan is None or request.sampling_params is None:
-        return
-    digest = kv_digest(doses_of(request.sampling_params, plan), plan)
-    if digest:
-        request.cache_salt = f"{request.cache_salt or ''}|steer:{digest}"
-
-
-def kv_digest(doses: dict[str, float], plan: SteerPlan) -> str:
-    """What of the request's steers its KV depends on; empty if nothing.
-
-    A steer at the head acts after the last layer: its requests share prefixes with all others.
-    """
-    return ",".join(
-        f"{plan.steers[name].sha256}:{strength!r}"
-        for name, strength in sorted(doses.items())
-        if plan.steers[name].site != "head"
-    )
+    if plan is not None and request.sampling_params is not None:
+        request.cache_salt = steered_salt(request, doses_of(request.sampling_params, plan), plan)

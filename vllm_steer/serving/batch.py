@@ -1,11 +1,12 @@
 """The batch in flight: which of its requests are steered, and the rows of each tensor they own.
 
 A runner adapter calls ``begin`` when a step starts and ``announce`` once the step's rows are known;
-the head asks ``rows_of`` for the tensor it is given. A step that was begun but not announced means
+the sites in the layers are prepared then, and the head asks ``rows_of`` for the tensor it is given.
+A step that was begun but not announced means
 that vLLM no longer calls what the adapter wrapped: that raises, so nothing runs unsteered unseen.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,19 +14,24 @@ import numpy as np
 import torch
 
 from vllm_steer.bank import Shelf
+from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import SteeredRows
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.admission import doses_of
-from vllm_steer.serving.rows import BatchRows, IntArray, steered_rows
+from vllm_steer.serving.guided_site import GuidedSite
+from vllm_steer.serving.rows import BatchRows, SteeredRequest, Step, steered_rows
 
 
 class SteeredBatch:
     """Steered requests and rows of one worker. Between steps of real requests it is idle."""
 
-    def __init__(self, plan: SteerPlan, device: torch.device) -> None:
+    def __init__(
+        self, plan: SteerPlan, device: torch.device, sites: Sequence[GuidedSite] = ()
+    ) -> None:
         self._plan = plan
         self._device = device
-        self._doses: dict[str, Mapping[str, float]] = {}
+        self._sites = sites
+        self._requests: dict[str, SteeredRequest] = {}
         self._idle = True
         self._sampled: BatchRows | None = None
         self._tokens: BatchRows | None = None
@@ -35,29 +41,40 @@ class SteeredBatch:
     @property
     def has_steered_requests(self) -> bool:
         """Whether any live request of this worker is steered."""
-        return bool(self._doses)
+        return bool(self._requests)
 
-    def begin(self, new: Iterable[tuple[str, Any]], finished: Iterable[str]) -> None:
-        """Start a step: requests ``(req_id, sampling_params)`` that came, ids that ended."""
+    def begin(self, new: Iterable[tuple[str, Any, int]], finished: Iterable[str]) -> None:
+        """Start a step: requests ``(req_id, sampling_params, prompt_len)`` that came, ids that
+        ended.
+        """
         self._idle = False
         for req_id in finished:
-            self._set_doses(req_id, {})
-        for req_id, sampling_params in new:
-            doses = doses_of(sampling_params, self._plan) if sampling_params else {}
-            self._set_doses(req_id, doses)
+            self._set_request(req_id, None)
+        for req_id, sampling_params, prompt_len in new:
+            doses = doses_of(sampling_params, self._plan) if sampling_params else ()
+            self._set_request(req_id, SteeredRequest(doses, prompt_len) if doses else None)
         self._tokens = None
+        for site in self._sites:
+            if self._requests:
+                site.expect()
+            else:
+                site.idle()
 
     def rest(self) -> None:
         """The next forward pass is a dummy run."""
         self._idle = True
+        for site in self._sites:
+            site.idle()
 
-    def announce(self, req_ids: Sequence[str], logits: IntArray, tokens: IntArray) -> None:
-        """The step's requests in row order, with their numbers of logits rows and of tokens."""
-        self._tokens = BatchRows(req_ids, tokens)
-        sampled = BatchRows(req_ids, logits)
+    def announce(self, step: Step) -> None:
+        """The rows and tokens of the step that has begun."""
+        self._tokens = BatchRows(step.req_ids, step.tokens)
+        sampled = BatchRows(step.req_ids, step.logits)
         if not sampled.same_as(self._sampled):
             self._sampled = sampled
             self._pairs = {}
+        for site in self._sites:
+            site.prepare(step, self._requests)
 
     @contextmanager
     def over_tokens(self, hidden_states: torch.Tensor) -> Iterator[None]:
@@ -72,7 +89,7 @@ class SteeredBatch:
         """The pairs of ``x`` and a shelf's slots; None if no row of ``x`` takes one of them."""
         if self._idle:
             return self._rehearsal(x.shape[0], shelf)
-        if not self._doses:
+        if not self._requests:
             return None
         if self._tokens is None or self._sampled is None:
             raise RuntimeError(
@@ -81,9 +98,11 @@ class SteeredBatch:
             )
         if self._hidden_states is not None:
             window = self._tokens.window(self._first_token(x, self._hidden_states), x.shape[0])
-            return steered_rows(window, self._doses, shelf, self._device)
+            return steered_rows(window, self._requests, shelf, self._device)
         if id(shelf) not in self._pairs:
-            self._pairs[id(shelf)] = steered_rows(self._sampled, self._doses, shelf, self._device)
+            self._pairs[id(shelf)] = steered_rows(
+                self._sampled, self._requests, shelf, self._device
+            )
         assert self._sampled.num_rows == x.shape[0], (
             f"vllm-steer: {x.shape[0]} logits rows, {self._sampled.num_rows} announced"
         )
@@ -94,14 +113,17 @@ class SteeredBatch:
         operation at its largest and its warm-up reaches it.
         """
         rows = BatchRows(("dummy",), np.array([num_rows]))
-        return steered_rows(rows, {"dummy": {shelf.widest: 1.0}}, shelf, self._device)
+        request = SteeredRequest((Dose(shelf.widest, 1.0),), prompt_len=1)
+        return steered_rows(rows, {"dummy": request}, shelf, self._device)
 
-    def _set_doses(self, req_id: str, doses: Mapping[str, float]) -> None:
-        if doses:
-            self._doses[req_id] = doses
-        elif self._doses.pop(req_id, None) is None:
+    def _set_request(self, req_id: str, request: SteeredRequest | None) -> None:
+        if request is not None:
+            self._requests[req_id] = request
+        elif self._requests.pop(req_id, None) is None:
             return
         self._pairs = {}
+        for site in self._sites:
+            site.forget()
 
     @staticmethod
     def _first_token(x: torch.Tensor, hidden_states: torch.Tensor) -> int:

@@ -8,7 +8,9 @@ from packaging.version import InvalidVersion, Version
 
 from vllm_steer.config import SteerConfig
 from vllm_steer.errors import SteerError
-from vllm_steer.plan import SteerPlan, is_plan
+from vllm_steer.families import family_of
+from vllm_steer.plan import PlannedSteer, SteerPlan, is_plan
+from vllm_steer.steers.layers import format_layers
 
 logger = logging.getLogger("vllm.vllm_steer")
 
@@ -42,26 +44,55 @@ def check_engine(vllm_config: Any) -> None:
     plan = plan_of(vllm_config)
     assert plan is not None
     _warn_of_version()
-    _check_sizes(plan, vllm_config.model_config)
-    for is_on, name, way_out in _REFUSED:
+    inside = plan.sites != {"head"}
+    refused = (*_REFUSED, *(_REFUSED_INSIDE if inside else ()))
+    for is_on, name, way_out in refused:
         if is_on(vllm_config):
             raise SteerError(f"steering does not work with {name}; {way_out}")
-
-
-def _check_sizes(plan: SteerPlan, model_config: Any) -> None:
-    hidden_size = model_config.get_hidden_size()
-    vocab_size = model_config.get_vocab_size()
+    if inside:
+        _check_family(plan, vllm_config.model_config)
     for name, steer in plan.steers.items():
-        if steer.variant != "offset" and steer.hidden_size != hidden_size:
-            raise SteerError(
-                f"steer {name}: {steer.path}: hidden size is {steer.hidden_size}; the model "
-                f"{model_config.model} has {hidden_size}"
-            )
-        if steer.vocab_size not in (None, vocab_size):
-            raise SteerError(
-                f"steer {name}: {steer.path}: vocabulary size is {steer.vocab_size}; the model "
-                f"{model_config.model} has {vocab_size}"
-            )
+        _check_steer(name, steer, vllm_config.model_config)
+
+
+def num_layers(model_config: Any) -> int:
+    """Decoder layers of the language model, over all pipeline stages."""
+    return int(model_config.hf_text_config.num_hidden_layers)
+
+
+def _check_steer(name: str, steer: PlannedSteer, model_config: Any) -> None:
+    """Raise ``SteerError`` for a steer whose sizes are not the model's."""
+    place, model = f"steer {name}: {steer.path}", f"the model {model_config.model}"
+    vocab_size = model_config.get_vocab_size()
+    if steer.vocab_size not in (None, vocab_size):
+        raise SteerError(
+            f"{place}: vocabulary size is {steer.vocab_size}; {model} has {vocab_size}"
+        )
+    what, wanted = "hidden size", model_config.get_hidden_size()
+    if steer.site == "heads":
+        what, wanted = "width of the heads", _heads_width(model_config)
+    if steer.hidden_size not in (None, wanted):
+        raise SteerError(f"{place}: {what} is {steer.hidden_size}; {model} has {wanted}")
+    if steer.layers is not None and steer.layers[-1] >= num_layers(model_config):
+        raise SteerError(
+            f"{place}: layers are {format_layers(steer.layers)}; {model} has layers "
+            f"0-{num_layers(model_config) - 1}; choose some with the key layers"
+        )
+
+
+def _heads_width(model_config: Any) -> int:
+    """Width of all attention heads side by side, over all tensor-parallel ranks."""
+    return int(model_config.hf_text_config.num_attention_heads * model_config.get_head_size())
+
+
+def _check_family(plan: SteerPlan, model_config: Any) -> None:
+    """Raise ``SteerError`` if the model has no known place for a site inside its layers."""
+    family = family_of(model_config.hf_config.architectures or [])
+    if family.input_norm is None and "attn_in" in plan.sites:
+        raise SteerError(
+            f"the model {model_config.model} has no norm before its attention: the site attn_in "
+            "does not exist in it; resid, attn_out and heads do"
+        )
 
 
 def _warn_of_version() -> None:
@@ -88,6 +119,12 @@ def _is_known(version: str) -> bool:
 def _adaptive_verification(vllm_config: Any) -> bool:
     speculative = vllm_config.speculative_config
     return bool(getattr(speculative, "enable_adaptive_verification", False))
+
+
+def _token_hashing_connector(vllm_config: Any) -> bool:
+    transfer = vllm_config.kv_transfer_config
+    name = getattr(transfer, "kv_connector", None) or ""
+    return name.startswith("LMCache") and not name.startswith("LMCacheMP")
 
 
 _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
@@ -120,5 +157,23 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         _adaptive_verification,
         "adaptive verification of draft tokens",
         "leave enable_adaptive_verification off",
+    ),
+)
+
+_REFUSED_INSIDE: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (
+        lambda c: bool(getattr(c.parallel_config, "use_sequence_parallel_moe", False)),
+        "sequence-parallel mixture of experts: its ranks hold different tokens",
+        "turn expert parallelism or data parallelism off, or steer at the LM head only",
+    ),
+    (
+        lambda c: bool(getattr(c.compilation_config.pass_config, "enable_sp", False)),
+        "sequence parallelism: its ranks hold different tokens",
+        "leave enable_sp off, or steer at the LM head only",
+    ),
+    (
+        _token_hashing_connector,
+        "a KV connector that makes its own keys from tokens: it would mix steered and unsteered KV",
+        "use one that takes vLLM's block hashes, or steer at the LM head only",
     ),
 )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_steer.bank import Bank, Shelf
+from vllm_steer.bank import HeadBank, Shelf
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.lm_steer import SteeredRows, steer_rows
 from vllm_steer.serving.batch import SteeredBatch
@@ -24,7 +24,7 @@ from vllm_steer.serving.batch import SteeredBatch
 class SteeredHead:
     """A model's head with a bank in front of it; ``calls`` counts passes that steered rows."""
 
-    bank: Bank
+    bank: HeadBank
     batch: SteeredBatch
     calls: Counter[str] = field(default_factory=Counter)
     _logits_rows: SteeredRows | None = field(default=None, repr=False)

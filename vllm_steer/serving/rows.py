@@ -9,10 +9,31 @@ import numpy.typing as npt
 import torch
 
 from vllm_steer.bank import Shelf
+from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import SteeredRows
 
 IntArray = npt.NDArray[np.int64]
-Doses = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SteeredRequest:
+    """A request in flight that takes steers; ``prompt_len`` says which of its tokens are prompt."""
+
+    doses: tuple[Dose, ...]
+    prompt_len: int
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step's requests in row order: their numbers of logits rows and of tokens on the host, their
+    first tokens ``[R + 1]`` and each token's position ``[T]`` on the device.
+    """
+
+    req_ids: Sequence[str]
+    logits: IntArray
+    tokens: IntArray
+    query_start_loc: torch.Tensor
+    positions: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,27 +65,27 @@ class BatchRows:
 
 def steered_rows(
     rows: BatchRows,
-    doses: Mapping[str, Doses],
+    requests: Mapping[str, SteeredRequest],
     shelf: Shelf,
     device: torch.device,
 ) -> SteeredRows | None:
     """The pairs of row and slot of one shelf; None if no row takes one of its steers.
 
-    ``doses`` holds the steered requests only. Work on the host grows with their number; what goes
+    ``requests`` holds the steered ones only. Work on the host grows with their number; what goes
     to the device is one copy per tensor, asynchronous from pinned memory on a GPU.
     """
     uses = [
-        (index, shelf.slots[name], strength * shelf.epsilon(name))
+        (index, shelf.slots[dose.steer], dose.strength * shelf.epsilon(dose.steer))
         for index, req_id in enumerate(rows.req_ids)
-        if req_id in doses
-        for name, strength in doses[req_id].items()
-        if name in shelf.slots
+        if req_id in requests
+        for dose in requests[req_id].doses
+        if dose.steer in shelf.slots
     ]
     if not uses:
         return None
-    requests, use_slots, use_scales = (np.array(column) for column in zip(*uses, strict=True))
-    repeats = rows.counts[requests]
-    starts = (np.cumsum(rows.counts) - rows.counts)[requests]
+    users, use_slots, use_scales = (np.array(column) for column in zip(*uses, strict=True))
+    repeats = rows.counts[users]
+    starts = (np.cumsum(rows.counts) - rows.counts)[users]
     firsts = np.cumsum(repeats) - repeats
     pair_rows = np.arange(repeats.sum()) - np.repeat(firsts - starts, repeats)
     pair_slots = np.repeat(use_slots, repeats)
@@ -75,11 +96,11 @@ def steered_rows(
     scales = np.repeat(use_scales, repeats)[order].astype(np.float32)
     touched, places = np.unique(pair_rows, return_inverse=True)
     return SteeredRows(
-        rows=_to_device(pair_rows, device),
-        scales=_to_device(scales, device),
+        rows=to_device(pair_rows, device),
+        scales=to_device(scales, device),
         groups=_groups(pair_slots),
-        touched=_to_device(touched, device),
-        places=_to_device(places, device),
+        touched=to_device(touched, device),
+        places=to_device(places, device),
     )
 
 
@@ -89,7 +110,8 @@ def _groups(pair_slots: IntArray) -> tuple[tuple[int, int, int], ...]:
     return tuple(zip(pair_slots[starts].tolist(), starts.tolist(), ends.tolist(), strict=True))
 
 
-def _to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A host array on the device, copied from pinned memory without waiting for it."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return host

@@ -14,6 +14,7 @@ import numpy as np
 
 from vllm_steer.errors import SteerError
 from vllm_steer.serving.batch import SteeredBatch
+from vllm_steer.serving.rows import Step
 
 
 def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool) -> None:
@@ -37,10 +38,19 @@ def _begin(batch: SteeredBatch, original: Any, scheduler_output: Any, *args: Any
         batch.rest()
     else:
         batch.begin(
-            ((new.req_id, new.sampling_params) for new in scheduler_output.scheduled_new_reqs),
+            (
+                (new.req_id, new.sampling_params, _prompt_len(new))
+                for new in scheduler_output.scheduled_new_reqs
+            ),
             scheduler_output.finished_req_ids,
         )
     return original(scheduler_output, *args, **kw)
+
+
+def _prompt_len(new: Any) -> int:
+    """Tokens of the request's own prompt, also where it is recomputed with what it generated."""
+    ids = new.prompt_token_ids
+    return len(ids) if ids is not None else int(new.prompt_embeds.shape[0])
 
 
 def _rest(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
@@ -64,8 +74,15 @@ def _announce_v1(
         logits = np.ones(num_reqs, dtype=np.int64)
         if drafts is not None:
             logits += np.asarray(drafts.num_draft_tokens, dtype=np.int64)
-        req_ids = runner.input_batch.req_ids[:num_reqs]
-        batch.announce(req_ids, logits, num_scheduled_tokens.astype(np.int64))
+        batch.announce(
+            Step(
+                req_ids=runner.input_batch.req_ids[:num_reqs],
+                logits=logits,
+                tokens=num_scheduled_tokens.astype(np.int64),
+                query_start_loc=runner.query_start_loc.gpu[: num_reqs + 1],
+                positions=runner.positions[: int(num_scheduled_tokens.sum())],
+            )
+        )
     return prepared
 
 
@@ -79,10 +96,15 @@ def _prompt_logprobs_v1(
 def _announce_v2(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
     input_batch = original(*args, **kw)
     if batch.has_steered_requests:
+        num_reqs = len(input_batch.req_ids)
         batch.announce(
-            list(input_batch.req_ids),
-            np.diff(input_batch.cu_num_logits_np).astype(np.int64),
-            input_batch.num_scheduled_tokens.astype(np.int64),
+            Step(
+                req_ids=list(input_batch.req_ids),
+                logits=np.diff(input_batch.cu_num_logits_np).astype(np.int64),
+                tokens=input_batch.num_scheduled_tokens.astype(np.int64),
+                query_start_loc=input_batch.query_start_loc[: num_reqs + 1],
+                positions=input_batch.positions[: input_batch.num_tokens],
+            )
         )
     return input_batch
 

@@ -1,4 +1,4 @@
-"""A worker with steers: bank after the model is loaded, proof before the engine is ready."""
+"""A worker with steers: banks after the model is loaded, proof before the engine is ready."""
 
 import functools
 import logging
@@ -6,21 +6,25 @@ from typing import Any
 
 import torch
 
-from vllm_steer.bank import fill_bank
+from vllm_steer.bank import fill_head_bank
 from vllm_steer.errors import SteerError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.engine_config import plan_of
+from vllm_steer.serving.engine_config import num_layers, plan_of
 from vllm_steer.serving.head import SteeredHead
+from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.runners import attach_runner
+from vllm_steer.steers import LMSteer
 
 logger = logging.getLogger("vllm.vllm_steer")
+
+_UNSTEERED = "requests would run unsteered; use a vLLM version that vllm-steer is made for"
 
 
 def steer_worker(worker: Any) -> None:
     """Wrap one worker's start-up if its engine has a plan; otherwise leave it as it is.
 
-    The bank is filled when ``load_model`` returns: outside vLLM's pool for model weights, which
+    The banks are filled when ``load_model`` returns: outside vLLM's pool for model weights, which
     sleep mode may drop, and before the memory profile that sizes the KV cache.
     """
     plan = plan_of(worker.vllm_config)
@@ -38,44 +42,81 @@ class _WorkerSteering:
     def __init__(self, worker: Any, plan: SteerPlan) -> None:
         self._worker = worker
         self._plan = plan
+        self._batch: SteeredBatch | None = None
         self._head: SteeredHead | None = None
+        self._layers: SteeredLayers | None = None
 
     def after_load(self) -> None:
-        """Fill the bank and attach head and runner, on the ranks that have an LM head."""
+        """Fill the banks and attach runner, head and layers: what this rank has of them."""
+        runner, config = self._worker.model_runner, self._worker.vllm_config
+        model = runner.get_model()
+        if self._batch is None:
+            self._make(model)
+            if self._batch is None:
+                return
+            attach_runner(runner, self._batch, v2=getattr(config, "use_v2_model_runner", False))
+        if self._head is not None:
+            self._head.attach(model)
+        if self._layers is not None:
+            places = config.compilation_config.static_forward_context
+            self._layers.attach(model, places, num_layers(config.model_config))
+
+    def _make(self, model: Any) -> None:
+        """Banks and batch, if this rank has a site that some steer acts at."""
         from vllm.distributed import get_pp_group
 
-        if not get_pp_group().is_last_rank:
-            return
-        runner = self._worker.model_runner
-        if self._head is None:
-            config = self._worker.vllm_config
-            steers = {name: planned.load() for name, planned in self._plan.steers.items()}
-            bank = fill_bank(steers, dtype=config.model_config.dtype, device=runner.device)
-            batch = SteeredBatch(self._plan, runner.device)
-            attach_runner(runner, batch, v2=getattr(config, "use_v2_model_runner", False))
-            self._head = SteeredHead(bank, batch)
-            logger.info(
-                "vllm-steer: %d steers in the bank, %.1f MiB", len(steers), bank.num_bytes / 2**20
+        config, device = self._worker.vllm_config, self._worker.model_runner.device
+        steers = {name: planned.load() for name, planned in self._plan.steers.items()}
+        heads = {name: steer for name, steer in steers.items() if isinstance(steer, LMSteer)}
+        inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
+        if inside:
+            self._layers = steered_layers(
+                inside, model, config, device, max_doses=self._plan.limits.max_steers_per_request
             )
-        self._head.attach(runner.get_model())
+        bank = None
+        if heads and get_pp_group().is_last_rank:
+            bank = fill_head_bank(heads, dtype=config.model_config.dtype, device=device)
+        if bank is None and self._layers is None:
+            return
+        self._batch = SteeredBatch(
+            self._plan, device, () if self._layers is None else self._layers.sites
+        )
+        self._head = None if bank is None else SteeredHead(bank, self._batch)
+        num_bytes = [b.num_bytes for b in (bank, self._layers) if b is not None]
+        logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), sum(num_bytes) / 2**20)
 
     def prove(self) -> None:
-        """See that every shelf of the bank was reached through the head as the runner calls it.
+        """See that every site was reached as the runner calls the model.
 
         vLLM's warm-up has called it where there is one; else it is called here. Raises
-        ``SteerError`` for a shelf that was passed, and the engine does not start.
+        ``SteerError`` for a site that was passed, and the engine does not start.
         """
-        if self._head is None:
-            return
-        if self._head.passed_shelves():
-            self._rehearse()
-        if passed := self._head.passed_shelves():
-            raise SteerError(
-                f"the model computes its logits past the steers of its {', '.join(passed)}: "
-                "requests would run unsteered; use a vLLM version that vllm-steer is made for"
-            )
+        if self._head is not None:
+            if self._head.passed_shelves():
+                self._rehearse_head()
+            if passed := self._head.passed_shelves():
+                raise SteerError(
+                    f"the model computes its logits past the steers of its {', '.join(passed)}: "
+                    f"{_UNSTEERED}"
+                )
+        if self._layers is not None:
+            if self._layers.passed_places():
+                self._rehearse_layers()
+            if passed := self._layers.passed_places():
+                raise SteerError(
+                    f"the model's forward pass goes past {', '.join(passed)}: {_UNSTEERED}"
+                )
+            self._layers.rest()
 
-    def _rehearse(self) -> None:
+    def _rehearse_layers(self) -> None:
+        """A dummy run of one token; vLLM has none of its own for an eager model on a CPU."""
+        runner = self._worker.model_runner
+        if getattr(self._worker.vllm_config, "use_v2_model_runner", False):
+            runner._dummy_run(1, skip_attn=True, is_profile=True)
+        else:
+            runner._dummy_run(1)
+
+    def _rehearse_head(self) -> None:
         assert self._head is not None
         config, runner = self._worker.vllm_config, self._worker.model_runner
         if config.lora_config is not None:

@@ -55,6 +55,8 @@ class LMSteer:
 
     kind = "lm_steer"
     site = "head"
+    layers = None
+    schedule = None
 
     def __post_init__(self) -> None:
         check_choice("variant", self.variant, VARIANTS)

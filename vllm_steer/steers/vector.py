@@ -48,6 +48,7 @@ class VectorSteer:
     description: str = ""
 
     kind = "vector"
+    schedule = None
 
     def __post_init__(self) -> None:
         check_choice("site", self.site, VECTOR_SITES)

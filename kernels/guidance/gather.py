@@ -1,0 +1,66 @@
+"""Activation guidance in plain torch: every token gathers its directions.
+
+No host synchronisation, no shape that depends on data: the calls can be captured in a CUDA graph
+and replayed with another map in the same buffers.
+"""
+
+import torch
+
+from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
+
+
+def map_tokens(
+    rules: Rules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
+) -> None:
+    """Write the map of the step's T tokens into the front of ``out``; see ``Rules``.
+
+    ``query_start_loc [R + 1]`` holds each request's first token, ``positions [T]`` each token's
+    place in its request.
+    """
+    num_tokens = positions.shape[0]
+    tokens = torch.arange(num_tokens, device=positions.device, dtype=query_start_loc.dtype)
+    rows = torch.searchsorted(query_start_loc[1:], tokens, right=True)
+    step = positions - rules.origin[:, rows]
+    acts = (positions >= rules.first[:, rows]) & (positions < rules.last[:, rows])
+    direction = (rules.start[:, rows] + rules.stride[:, rows] * step) * acts
+    strength = rules.strength[:, rows] * (1 - rules.slope[:, rows] * step) * acts
+    out.directions[:, :num_tokens] = direction
+    torch.mul(rules.layers[:, :, rows], strength, out=out.strengths[:, :, :num_tokens])
+
+
+def steer_tokens_(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    directions: Directions,
+    layer: int,
+    token_map: TokenMap,
+    depth: int,
+) -> None:
+    """Change ``hidden [T, width]`` in place by the first ``depth`` doses of each token.
+
+    The stream ``x = hidden + residual`` becomes ``x + change``, or ``(x + change) |x| / |x +
+    change|`` for a token with a direction that turns. Sums in float32, rounded once; a token
+    without a dose keeps its value.
+    """
+    num_tokens = hidden.shape[0]
+    which = token_map.directions[:depth, :num_tokens]
+    strengths = token_map.strengths[layer, :depth, :num_tokens]
+    vectors = directions.vectors[layer]
+    change = _change(vectors, which, strengths)
+    if directions.turns is None:
+        hidden.add_(change)
+        return
+    x = hidden.float() if residual is None else hidden.float() + residual.float()
+    steered = x + change
+    norm = steered.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    turned = steered.mul_(x.norm(dim=1, keepdim=True) / norm).sub_(x)
+    turning = (directions.turns[which] * strengths != 0).any(dim=0)
+    hidden.add_(torch.where(turning[:, None], turned, change))
+
+
+def _change(vectors: torch.Tensor, which: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
+    """``sum_k strengths[k, t] * vectors[which[k, t]]`` as ``[T, width]`` float32."""
+    change = vectors.index_select(0, which[0]).mul_(strengths[0, :, None])
+    for k in range(1, which.shape[0]):
+        change.addcmul_(vectors.index_select(0, which[k]), strengths[k, :, None])
+    return change

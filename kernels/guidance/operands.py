@@ -1,0 +1,68 @@
+"""What activation guidance works on: rules per request, a map per token, directions per layer.
+
+A *direction* is a row of a site's tables: a vector steer has one, a delta steer one per generation
+step; direction 0 is zero and means none. A request takes up to K doses at a site. Per step the
+rules of the R requests in the batch become the map of its T tokens, once for all layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How R requests take K doses each, in a site of L layers; a dose that is not there is zero.
+
+    For a token of request ``r`` at position ``p``, with ``i = p - origin``:
+
+        direction = start + stride * i             if first <= p < last, else 0
+        strength  = strength * (1 - slope * i)     if first <= p < last, else 0
+
+    start, stride, origin, first, last   ``[K, R]`` int64
+    strength, slope                      ``[K, R]`` float32; strength may change on the device
+    layers                               ``[L, K, R]`` float32, 1 where the dose acts, else 0
+    """
+
+    start: torch.Tensor
+    stride: torch.Tensor
+    origin: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    strength: torch.Tensor
+    slope: torch.Tensor
+    layers: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Which direction each token takes at which strength; buffers that keep their addresses.
+
+    directions  ``[K, N]`` int32
+    strengths   ``[L, K, N]`` float32, 0 where a token takes nothing
+    """
+
+    directions: torch.Tensor
+    strengths: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of both buffers."""
+        return sum(t.numel() * t.element_size() for t in (self.directions, self.strengths))
+
+
+@dataclass(frozen=True)
+class Directions:
+    """One site's tables: for each of L layers the same D directions, zero where a steer is not.
+
+    vectors  ``[L, D, width]`` float32; unit vectors for a steer that rotates
+    turns    ``[D]`` float32, 1 for directions that rotate; None if none does
+    """
+
+    vectors: torch.Tensor
+    turns: torch.Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the tables."""
+        return self.vectors.numel() * self.vectors.element_size()

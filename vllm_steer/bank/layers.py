@@ -1,0 +1,130 @@
+"""The layers' bank: per site, the directions of its vector and delta steers for each layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_steer.kernels.guidance import Directions
+from vllm_steer.steers import DeltaSteer, VectorSteer
+
+GuidanceSteer = VectorSteer | DeltaSteer
+Project = Callable[[int, torch.Tensor], torch.Tensor]
+"""From a layer and tensors at the input of its attention's projection to those at its output."""
+
+# A module's output is changed at most by two sites, the inner one first.
+SITES = ("attn_in", "heads", "attn_out", "resid")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a steer lies: its first direction, its steps (None for a vector), its layers."""
+
+    start: int
+    steps: int | None
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerShelf:
+    """The steers of one site in the ``layers`` of one rank, those that some steer touches."""
+
+    site: str
+    layers: tuple[int, ...]
+    entries: Mapping[str, Entry]
+    directions: Directions
+
+
+@dataclass(frozen=True)
+class LayerBank:
+    """A shelf per site with steers."""
+
+    shelves: tuple[LayerShelf, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all tables."""
+        return sum(shelf.directions.num_bytes for shelf in self.shelves)
+
+
+def fill_layer_bank(
+    steers: Mapping[str, GuidanceSteer],
+    *,
+    layers: Sequence[int],
+    device: torch.device,
+    project: Project,
+) -> LayerBank:
+    """Put the steers' directions for ``layers``, those of this rank, on the device.
+
+    Directions at ``heads`` are projected through the layer's own projection once, here: the
+    projection is linear, so adding ``W delta`` to its output is adding ``delta`` to its input.
+    """
+    by_site = {
+        site: {name: steer for name, steer in sorted(steers.items()) if steer.site == site}
+        for site in SITES
+    }
+    shelves = [
+        shelf
+        for site, mine in by_site.items()
+        if mine and (shelf := _shelf(site, mine, set(layers), device, project))
+    ]
+    return LayerBank(tuple(shelves))
+
+
+def _shelf(
+    site: str,
+    steers: Mapping[str, GuidanceSteer],
+    here: set[int],
+    device: torch.device,
+    project: Project,
+) -> LayerShelf | None:
+    """One site's shelf; None if no steer of it touches a layer of this rank."""
+    layers = tuple(sorted(here & {layer for s in steers.values() for layer in s.layers}))
+    if not layers:
+        return None
+    entries, num_directions = _entries(steers)
+    vectors = None
+    for name, steer in steers.items():
+        for layer in set(steer.layers) & set(layers):
+            rows = _rows(steer, layer).to(device, torch.float32)
+            rows = project(layer, rows) if site == "heads" else rows
+            if vectors is None:
+                vectors = rows.new_zeros(len(layers), num_directions, rows.shape[1])
+            start = entries[name].start
+            vectors[layers.index(layer), start : start + rows.shape[0]] = rows
+    assert vectors is not None
+    return LayerShelf(site, layers, entries, Directions(vectors, _turns(steers, entries, vectors)))
+
+
+def _entries(steers: Mapping[str, GuidanceSteer]) -> tuple[dict[str, Entry], int]:
+    """Each steer's place, and the number of directions; direction 0 is the zero vector."""
+    entries, count = {}, 1
+    for name, steer in steers.items():
+        steps = steer.steps if isinstance(steer, DeltaSteer) else None
+        entries[name] = Entry(count, steps, steer.layers)
+        count += 1 if steps is None else steps
+    return entries, count
+
+
+def _rows(steer: GuidanceSteer, layer: int) -> torch.Tensor:
+    """``[directions, width]`` of one layer: a unit vector for ``rotate``."""
+    place = steer.layers.index(layer)
+    if isinstance(steer, DeltaSteer):
+        return steer.delta[:, place].float()
+    vector = steer.vectors[place].double()
+    return (vector / vector.norm() if steer.mode == "rotate" else vector).float()[None]
+
+
+def _turns(
+    steers: Mapping[str, GuidanceSteer], entries: Mapping[str, Entry], vectors: torch.Tensor
+) -> torch.Tensor | None:
+    turning = [
+        entries[name].start
+        for name, steer in steers.items()
+        if isinstance(steer, VectorSteer) and steer.mode == "rotate"
+    ]
+    if not turning:
+        return None
+    turns = vectors.new_zeros(vectors.shape[1])
+    turns[turning] = 1.0
+    return turns

@@ -1,0 +1,103 @@
+"""Prefix-cache keys of requests whose steers change their KV.
+
+KV depends on what a steer does to the tokens so far, so a block's key has to name every dose that
+has acted by the end of the block: by content, never by name. vLLM chains block hashes, hence it is
+enough to name a dose in the first block that it touches. What acts from the first token on goes
+into vLLM's own ``cache_salt``, which all users of its block hashes and some KV connectors take into
+account; what begins or ends later goes into the extra keys of that block, and the blocks before it
+stay shared with everybody.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_steer.doses import Dose
+from vllm_steer.plan import PlannedSteer, SteerPlan
+from vllm_steer.serving.rules import dose_span
+
+
+@dataclass(frozen=True)
+class LaterKey:
+    """A digest that enters the key of the block that holds token ``position``."""
+
+    position: int
+    digest: str
+
+
+class SteeredSalt(str):
+    """A request's ``cache_salt`` that also carries what begins or ends after the first token."""
+
+    later: tuple[LaterKey, ...] = ()
+
+
+def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str | None:
+    """The request's own salt joined with what its doses do to KV; the own one if they do nothing.
+
+    A steer at the head acts after the last layer: its requests share blocks with all others.
+    """
+    prompt_len = _prompt_len(request)
+    keys = [
+        key
+        for dose in doses
+        if plan.steers[dose.steer].site != "head"
+        for key in _keys(dose, plan.steers[dose.steer], prompt_len)
+    ]
+    if not keys:
+        own: str | None = request.cache_salt
+        return own
+    at_once = sorted(key.digest for key in keys if key.position == 0)
+    salt = SteeredSalt(
+        f"{request.cache_salt or ''}|steer:{','.join(at_once)}"
+        if at_once
+        else request.cache_salt or ""
+    )
+    salt.later = tuple(sorted((k for k in keys if k.position), key=lambda k: k.digest))
+    return salt
+
+
+def with_later_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's function from a block to its extra keys, with those of ``SteeredSalt.later``."""
+
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        keys, next_mm_idx = original(request, start_token_idx, end_token_idx, *args, **kwargs)
+        mine = tuple(
+            ("steer", key.digest)
+            for key in getattr(request.cache_salt, "later", ())
+            if start_token_idx <= key.position < end_token_idx
+        )
+        return ((*(keys or ()), *mine) if mine else keys), next_mm_idx
+
+    return generate_block_hash_extra_keys
+
+
+def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int) -> Iterator[LaterKey]:
+    """Where KV begins to depend on a dose, and where it begins to depend on its end."""
+    first, last = dose_span(dose, steer.steps, prompt_len)
+    if first >= last:
+        return
+    yield LaterKey(first, _digest(dose, steer, first))
+    if steer.steps is None and last <= prompt_len:
+        yield LaterKey(last, _digest(dose, steer, first, last))
+
+
+def _digest(dose: Dose, steer: PlannedSteer, *span: int) -> str:
+    """Everything that decides what a dose does to a token, its span included."""
+    acts = [
+        steer.content,
+        dose.strength,
+        dose.layers or steer.layers,
+        dose.schedule,
+        steer.steps is not None and dose.phase,
+        span,
+    ]
+    return hashlib.sha256(json.dumps(acts).encode()).hexdigest()[:32]
+
+
+def _prompt_len(request: Any) -> int:
+    ids = request.prompt_token_ids
+    return len(ids) if ids is not None else int(request.prompt_embeds.shape[0])

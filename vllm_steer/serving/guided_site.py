@@ -1,0 +1,124 @@
+"""One site inside the layers: its bank, the step's token map, and the operation on a tensor.
+
+``SteeredPlace`` is what the custom op finds in vLLM's forward context: one layer of one site.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm_steer.bank import LayerShelf
+from vllm_steer.kernels import guidance
+from vllm_steer.kernels.guidance import Rules, TokenMap
+from vllm_steer.serving.rows import SteeredRequest, Step
+from vllm_steer.serving.rules import guidance_rules
+
+
+class GuidedSite:
+    """The buffers of a site, written once per step for all of its layers.
+
+    ``max_doses`` bounds the doses of one token, ``max_tokens`` the rows of a hidden state, padding
+    included. Buffers keep their addresses, so a captured CUDA graph replays on what they hold then.
+    """
+
+    def __init__(
+        self, shelf: LayerShelf, *, max_doses: int, max_tokens: int, device: torch.device
+    ) -> None:
+        self.shelf = shelf
+        self.rehearsing = True
+        self.reached: set[int] = set()
+        self._device = device
+        self._form = guidance.choose()
+        self._max_doses = max_doses
+        self._depth = 0
+        self._filled = 0
+        self._expecting = False
+        self._batch: list[str] | None = None
+        self._rules: Rules
+        self._map = TokenMap(
+            directions=torch.zeros(max_doses, max_tokens, dtype=torch.int32, device=device),
+            strengths=torch.zeros(len(shelf.layers), max_doses, max_tokens, device=device),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the token map."""
+        return self._map.num_bytes
+
+    def forget(self) -> None:
+        """The steered requests have changed: the next step makes its rules anew."""
+        self._batch = None
+
+    def expect(self) -> None:
+        """A step with steered requests has begun: ``prepare`` has to come before its pass."""
+        self._expecting = True
+
+    def idle(self) -> None:
+        """The next forward pass takes nothing from this site."""
+        self._expecting = False
+        self._depth = 0
+        self._clear(0)
+
+    def prepare(self, step: Step, requests: Mapping[str, SteeredRequest]) -> None:
+        """Map the step's tokens to the directions that their requests take here."""
+        if step.req_ids != self._batch:
+            self._rules = guidance_rules(step.req_ids, requests, self.shelf, self._device)
+            self._batch = list(step.req_ids)
+        depth = self._rules.start.shape[0]
+        if depth == 0:
+            self.idle()
+            return
+        self._expecting = False
+        if self._depth > depth:  # a captured graph reads them all, whatever the step's depth
+            self._map.strengths[:, depth : self._depth].zero_()
+        front = TokenMap(self._map.directions[:depth], self._map.strengths[:, :depth])
+        self._form.map_tokens(self._rules, step.query_start_loc, step.positions, front)
+        self._depth = depth
+        self._clear(step.positions.shape[0])
+
+    def steer_(self, hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
+        """Steer the tensor of the ``layer``-th hooked layer in place, or leave it at once."""
+        self.reached.add(layer)
+        if self._expecting:
+            raise RuntimeError(
+                f"vllm-steer: a step reached {self.shelf.site} without its tokens: this vLLM "
+                "prepares its batches in another way than vllm-steer knows; use a version it is "
+                "made for"
+            )
+        depth = self._depth
+        if _capturing(self._device) or (self.rehearsing and depth == 0):
+            depth = self._max_doses
+        if depth == 0:
+            return
+        rows = hidden.view(-1, hidden.shape[-1])
+        if rows.shape[0] > self._map.directions.shape[1]:
+            raise RuntimeError(
+                f"vllm-steer: {rows.shape[0]} tokens at {self.shelf.site}, room for "
+                f"{self._map.directions.shape[1]}: this vLLM pads its batches in another way than "
+                "vllm-steer knows; use a version it is made for"
+            )
+        kept = None if residual is None else residual.view(-1, residual.shape[-1])
+        self._form.steer_tokens_(rows, kept, self.shelf.directions, layer, self._map, depth)
+
+    def _clear(self, num_tokens: int) -> None:
+        """No strength beyond the step's tokens: a graph also runs on the padding after them."""
+        if self._filled > num_tokens:
+            self._map.strengths[:, :, num_tokens : self._filled].zero_()
+        self._filled = num_tokens
+
+
+@dataclass(frozen=True)
+class SteeredPlace:
+    """One layer of one site, by the layer's index in the site's shelf."""
+
+    site: GuidedSite
+    layer: int
+
+    def steer_(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Steer the place's tensor in place."""
+        self.site.steer_(hidden, residual, self.layer)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

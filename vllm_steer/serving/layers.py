@@ -1,0 +1,166 @@
+"""The sites inside the layers: where the op enters the modules of a decoder block.
+
+A forward hook changes the first tensor that a module returns, in place; torch.compile traces it
+with the module. Only layers that a loaded steer touches get one. `heads` is the input of the
+attention's output projection: its directions are projected once, so its hook is the attention's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_steer.bank import LayerShelf, fill_layer_bank
+from vllm_steer.bank.layers import GuidanceSteer
+from vllm_steer.errors import SteerError
+from vllm_steer.families import Family, decoder_layers, family_of, submodule
+from vllm_steer.serving.engine_config import num_layers
+from vllm_steer.serving.guided_site import GuidedSite, SteeredPlace
+
+_PADDING = 512  # more than vLLM pads a batch by
+
+
+class SteeredLayers:
+    """The guided sites of one rank's layers."""
+
+    def __init__(self, sites: tuple[GuidedSite, ...], family: Family) -> None:
+        self.sites = sites
+        self._family = family
+
+    def attach(self, model: nn.Module, places: dict[str, Any], num_layers: int) -> None:
+        """Hook the model's modules and enter their places where the forward context finds them.
+
+        Raises ``SteerError`` if the model lacks a module or returns its stream in another way.
+        """
+        layers = decoder_layers(model, num_layers)
+        pair = self._family.stream == "pair" and not on_transformers_backend(model)
+        for site in self.sites:
+            for index, number in enumerate(site.shelf.layers):
+                name = f"vllm_steer.{site.shelf.site}.{number}"
+                places[name] = SteeredPlace(site, index)
+                module = _module(layers[number], self._family, site.shelf.site)
+                module.register_forward_hook(_hook(name, site.shelf, pair=pair))
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all tables and maps."""
+        return sum(site.shelf.directions.num_bytes + site.num_bytes for site in self.sites)
+
+    def passed_places(self) -> list[str]:
+        """The places that no forward pass has reached so far."""
+        return [
+            f"{site.shelf.site} of layer {number}"
+            for site in self.sites
+            for index, number in enumerate(site.shelf.layers)
+            if index not in site.reached
+        ]
+
+    def rest(self) -> None:
+        """Start-up is over: passes without steered requests leave at once from now on."""
+        for site in self.sites:
+            site.rehearsing = False
+
+
+def steered_layers(
+    steers: Mapping[str, GuidanceSteer],
+    model: nn.Module,
+    vllm_config: Any,
+    device: torch.device,
+    *,
+    max_doses: int,
+) -> SteeredLayers | None:
+    """The sites of the steers in the layers of this rank; None if they touch none of them."""
+    family = family_of(vllm_config.model_config.hf_config.architectures or [])
+    count = num_layers(vllm_config.model_config)
+    here = [i for i, layer in enumerate(decoder_layers(model, count)) if not _is_elsewhere(layer)]
+    project = projections(model, family, count)
+    bank = fill_layer_bank(steers, layers=here, device=device, project=project)
+    tokens = _max_tokens(vllm_config)
+    sites = tuple(
+        GuidedSite(shelf, max_doses=max_doses, max_tokens=tokens, device=device)
+        for shelf in bank.shelves
+    )
+    return SteeredLayers(sites, family) if sites else None
+
+
+def projections(
+    model: nn.Module, family: Family, num_layers: int
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """A function from a layer and rows at its ``heads`` to the same at the projection's output.
+
+    Every tensor-parallel rank gives the projection the heads that it owns; the projection itself
+    sums over the ranks. Its bias is taken out again.
+    """
+    layers = decoder_layers(model, num_layers)
+
+    def project(layer: int, rows: torch.Tensor) -> torch.Tensor:
+        attention = submodule(layers[layer], family.attention, "heads")
+        projection = submodule(attention, family.projection, "heads")
+        projection = getattr(projection, "base_layer", projection)
+        dtype = next(model.parameters()).dtype
+        mine = _own_columns(projection, rows).to(dtype)
+        with torch.inference_mode():
+            both = _first(projection(torch.cat([mine, torch.zeros_like(mine[:1])])))
+            return (both[:-1] - both[-1:]).float().clone()
+
+    return project
+
+
+def on_transformers_backend(model: nn.Module) -> bool:
+    """Whether vLLM runs the model by its Transformers backend: blocks return the stream itself."""
+    prefix = "vllm.model_executor.models.transformers"
+    return any(cls.__module__.startswith(prefix) for cls in type(model).__mro__)
+
+
+def _max_tokens(vllm_config: Any) -> int:
+    """Rows of the widest hidden state: the largest batch, padded for tensor parallelism."""
+    captured: int = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    most = max(int(vllm_config.scheduler_config.max_num_batched_tokens), captured)
+    return -(-most // _PADDING) * _PADDING
+
+
+def _is_elsewhere(layer: nn.Module) -> bool:
+    """Whether another pipeline stage has this layer."""
+    return type(layer).__name__ == "PPMissingLayer"
+
+
+def _own_columns(projection: Any, rows: torch.Tensor) -> torch.Tensor:
+    """The columns of the heads that this rank's projection takes."""
+    whole = getattr(projection, "input_size", rows.shape[1])
+    mine = getattr(projection, "input_size_per_partition", whole)
+    if rows.shape[1] != whole:
+        raise SteerError(f"a steer at heads is {rows.shape[1]} wide; the model's heads are {whole}")
+    start = getattr(projection, "tp_rank", 0) * mine
+    return rows[:, start : start + mine]
+
+
+def _module(layer: nn.Module, family: Family, site: str) -> nn.Module:
+    if site == "resid":
+        return layer
+    name = family.input_norm if site == "attn_in" else family.attention
+    module: nn.Module = submodule(layer, name, site)
+    return module
+
+
+def _hook(name: str, shelf: LayerShelf, *, pair: bool) -> Callable[[Any, Any, Any], None]:
+    """The hook of one place; the residual is handed over only where its norm is needed."""
+    from vllm_steer.serving.steer_op import steer_tokens_
+
+    is_stream = shelf.site == "resid" and pair
+    needs_residual = is_stream and shelf.directions.turns is not None
+
+    def steer(_module: Any, _args: Any, output: Any) -> None:
+        if is_stream and not (isinstance(output, tuple) and len(output) == 2):
+            raise RuntimeError(
+                f"vllm-steer: {name} returned no pair of hidden states and residual: this model "
+                "works in another way than vllm-steer knows; use a version it is made for"
+            )
+        steer_tokens_(_first(output), output[1] if needs_residual else None, name)
+
+    return steer
+
+
+def _first(output: Any) -> torch.Tensor:
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
