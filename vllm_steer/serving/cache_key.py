@@ -65,14 +65,24 @@ def with_later_keys(original: Callable[..., Any]) -> Callable[..., Any]:
         request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, *args, **kwargs)
-        mine = tuple(
+        salt = request.cache_salt
+        if not isinstance(salt, SteeredSalt):
+            return keys, next_mm_idx
+        mine = (
             ("steer", key.digest)
-            for key in getattr(request.cache_salt, "later", ())
+            for key in salt.later
             if start_token_idx <= key.position < end_token_idx
         )
-        return ((*(keys or ()), *mine) if mine else keys), next_mm_idx
+        return (*map(_plain, keys or ()), *mine) or None, next_mm_idx
 
     return generate_block_hash_extra_keys
+
+
+def _plain(key: Any) -> Any:
+    """A key with the salt as an ordinary string: vLLM may hash keys by their pickle."""
+    if isinstance(key, tuple):
+        return tuple(map(_plain, key))
+    return str(key) if isinstance(key, SteeredSalt) else key
 
 
 def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int) -> Iterator[LaterKey]:
