@@ -67,15 +67,17 @@ _LAYER_SCALAR = "each layer scales its output after the residual stream"
 _HYPER = "its residual stream is several streams (hyper-connections)"
 
 UNSUPPORTED: dict[str, str] = {
+    "DeepseekForCausalLM": _SCALED,
     "DeepseekV2ForCausalLM": _SCALED,
     "DeepseekV3ForCausalLM": _SCALED,
-    "DeepseekV32ForCausalLM": _SCALED,
+    "DeepseekV41ForCausalLM": _HYPER,
     "DeepseekV4ForCausalLM": _HYPER,
     "Gemma3nForCausalLM": _ALTUP,
     "Gemma3nForConditionalGeneration": _ALTUP,
     "Gemma4ForCausalLM": _LAYER_SCALAR,
     "Gemma4ForConditionalGeneration": _LAYER_SCALAR,
-    "MiniMaxM3ForCausalLM": _PARTIAL_SUMS,
+    "MiniMaxM3SparseForCausalLM": _PARTIAL_SUMS,
+    "MiniMaxM3SparseForConditionalGeneration": _PARTIAL_SUMS,
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from vllm_steer import LMSteer, embedded, save_steer
+from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer, embedded, save_steer
 
 BASE = "base"
 START_LIMIT_S = 240.0
@@ -31,7 +31,7 @@ class Server:
     """A server that is ready; ``steers`` are what it was configured with."""
 
     url: str
-    steers: dict[str, LMSteer]
+    steers: dict[str, Steer]
     log: Path
 
 
@@ -41,8 +41,8 @@ def model_sizes() -> tuple[int, int]:
     return config["hidden_size"], config["vocab_size"]
 
 
-def random_steers() -> dict[str, LMSteer]:
-    """One steer of each variant, strong enough that the greedy text changes."""
+def random_steers() -> dict[str, Steer]:
+    """Each variant at the head, a vector and a delta, strong enough to change the greedy text."""
     hidden_size, vocab_size = model_sizes()
     generator = torch.Generator().manual_seed(9)
 
@@ -64,10 +64,12 @@ def random_steers() -> dict[str, LMSteer]:
         "c": LMSteer(
             variant="offset", offset=normal(1, vocab_size), epsilon=1.0, hidden_size=hidden_size
         ),
+        "d": DeltaSteer(delta=normal(6, 4, hidden_size), layers=(0, 1, 2, 3)),
+        "v": VectorSteer(vectors=normal(2, hidden_size), layers=(1, 2)),
     }
 
 
-def write_config(folder: Path, steers: dict[str, LMSteer]) -> Path:
+def write_config(folder: Path, steers: dict[str, Steer]) -> Path:
     for name, steer in steers.items():
         save_steer(steer, folder / f"{name}.safetensors")
     config = {

@@ -101,7 +101,7 @@ def test_streamed_and_whole_texts_agree(client: openai.OpenAI) -> None:
     assert streamed_chat(client, steer="c:4") == chat(client, steer="c:4")
 
 
-MIXED: tuple[dict[str, float], ...] = (
+MIXED: tuple[dict[str, Any], ...] = (
     {},
     {"a": 3.0},
     {"a": -3.0},
@@ -110,10 +110,13 @@ MIXED: tuple[dict[str, float], ...] = (
     {"a": 1.0, "c": -2.0},
     {"b": -1.0, "a": 2.0},
     {"a": 0.0},
+    {"v": 1.5},
+    {"v": {"strength": -1.5, "layers": "2", "phase": "generation"}},
+    {"d": {"strength": 1.0, "schedule": "dim"}, "a": 2.0},
 )
 
 
-def token_ids(http: httpx.Client, prompt: list[int], doses: dict[str, float]) -> list[int]:
+def token_ids(http: httpx.Client, prompt: list[int], doses: dict[str, Any]) -> list[int]:
     body = {
         "model": BASE,
         "prompt": prompt,
@@ -138,7 +141,8 @@ def test_a_mixed_batch_gives_each_request_what_hugging_face_gives_it_alone(
     with ThreadPoolExecutor(len(MIXED)) as pool:
         found = list(pool.map(lambda p, d: token_ids(http, p, d), prompts, MIXED))
     for prompt, doses, tokens in zip(prompts, MIXED, found, strict=True):
-        with hf.steered(model, doses, server.steers), torch.inference_mode():
+        steered = hf.steered(model, doses, server.steers, prompt_length=len(prompt))
+        with steered, torch.inference_mode():
             wanted = list(prompt)
             for _ in range(NEW_TOKENS):
                 wanted.append(int(model(torch.tensor([wanted])).logits[0, -1].argmax()))
@@ -200,7 +204,7 @@ def test_other_routes_that_generate_take_a_steer(
     assert ask(steer="a:3") == ask(model=f"{BASE}:friendly") != ask(steer="none") == ask()
 
 
-KNOWN = r"steers: a, b, c; presets: friendly, mix"
+KNOWN = r"steers: a, b, c, d, v; presets: friendly, mix"
 BAD: dict[str, tuple[Any, str]] = {
     "unknown-name": ("happy:1", rf"steer 'happy' is unknown; {KNOWN}"),
     "unknown-name-in-a-dict": ({"happy": 1}, rf"steer 'happy' is unknown; {KNOWN}"),
@@ -222,6 +226,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "null-strength": ({"a": None}, r"steer a has strength None; a number is wanted"),
     "unknown-option": ({"a": {"strenght": 3}}, r"steer a has unknown options strenght; allowed"),
     "layers-at-the-head": ({"a": {"layers": "1-2"}}, r"steer a acts at the LM head"),
+    "layers-it-lacks": ({"v": {"layers": "1-3"}}, r"steer v: layers 3 are not in this steer"),
+    "malformed-layers": ({"v": {"layers": "deep"}}, r"steer v: layers is 'deep'; wanted: 0-based"),
+    "unknown-phase": ({"v": {"phase": "end"}}, r"phase 'end'; allowed: all, prompt, generation"),
+    "schedule-of-a-vector": ({"v": {"schedule": "dim"}}, r"only a delta steer has a schedule"),
+    "unknown-schedule": ({"d": {"schedule": "log"}}, r"schedule 'log'; allowed: fixed, start, dim"),
     "huge-integer": ({"a": 10**400}, r"steer a has strength 1000"),
 }
 
