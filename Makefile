@@ -15,8 +15,9 @@ test: $(READY)  ## everything but the matrix, on both model runners
 	$(PYTEST) -m "not matrix and not gpu"
 	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "engine and not matrix and not gpu"
 
-test-all: $(READY)  ## the longer matrix
+test-all: $(READY)  ## the longer matrix, on both model runners
 	$(PYTEST) -m "matrix and not gpu"
+	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "engine and matrix and not gpu"
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ class Shape:
 
     config: dict[str, Any]
     hidden_size: int
+    layers: int
     vocab_size: int
     read_params: int
     kv_size: int
@@ -43,7 +44,7 @@ def gpt2(hidden_size: int, layers: int, heads: int, vocab_size: int = 50257) -> 
         "eos_token_id": vocab_size - 1,
     }
     read = layers * 12 * hidden_size**2 + vocab_size * hidden_size
-    return Shape(config, hidden_size, vocab_size, read, 2 * layers * hidden_size)
+    return Shape(config, hidden_size, layers, vocab_size, read, 2 * layers * hidden_size)
 
 
 def llama_8b() -> Shape:
@@ -70,7 +71,7 @@ def llama_8b() -> Shape:
     }
     per_layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
     read = layers * per_layer + vocab * hidden
-    return Shape(config, hidden, vocab, read, 2 * layers * kv_heads * head_dim)
+    return Shape(config, hidden, layers, vocab, read, 2 * layers * kv_heads * head_dim)
 
 
 SHAPES = {
@@ -114,6 +115,20 @@ def write_steers(shape: Shape, folder: Path, *, count: int, rank: int) -> dict[s
     return paths
 
 
+def write_vectors(shape: Shape, folder: Path) -> dict[str, Path]:
+    """A steer of all layers for each figure of guidance: ``guided`` adds, ``rotated`` rotates."""
+    from vllm_steer import VectorSteer, save_steer
+
+    generator = torch.Generator().manual_seed(1)
+    paths = {}
+    for name, mode in (("guided", "add"), ("rotated", "rotate")):
+        vectors = torch.randn(shape.layers, shape.hidden_size, generator=generator)
+        steer = VectorSteer(vectors=vectors, layers=tuple(range(shape.layers)), mode=mode)
+        paths[name] = folder / f"{name}.safetensors"
+        save_steer(steer, paths[name])
+    return paths
+
+
 def steer_config(paths: dict[str, Path], rank: int) -> dict[str, Any]:
     """The steer config that loads them all."""
     return {
@@ -130,6 +145,13 @@ def steer_bytes(shape: Shape, *, rows: int, distinct: int, rank: int, itemsize: 
     width = shape.hidden_size
     weights = min(2 * rank * width, width**2)
     return itemsize * (min(distinct, rows) * weights + 2 * rows * width)
+
+
+def guidance_bytes(shape: Shape, *, rows: int, itemsize: int) -> int:
+    """Bytes that guiding ``rows`` rows in every layer has to move: each row in and out in the
+    model's dtype, its direction in float32.
+    """
+    return shape.layers * rows * shape.hidden_size * (2 * itemsize + 4)
 
 
 def step_bytes(shape: Shape, *, rows: int, context: int, itemsize: int) -> int:

@@ -15,17 +15,18 @@ CHECK_STEPS = 4
 def check_operation(paths: Mapping[str, Path], shape: Shape, dtype: torch.dtype) -> None:
     """The form that the engine runs against the written-out reference, on these steers."""
     from vllm_steer import load_steer
-    from vllm_steer.bank import fill_bank
+    from vllm_steer.bank import fill_head_bank
+    from vllm_steer.doses import Dose
     from vllm_steer.kernels.lm_steer import FORMS, steer_rows
-    from vllm_steer.serving.rows import BatchRows, steered_rows
+    from vllm_steer.serving.rows import BatchRows, SteeredRequest, steered_rows
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steers = {name: load_steer(paths[name]) for name in sorted(paths)[:2]}
-    shelf = fill_bank(steers, dtype=dtype, device=device).hidden
+    shelf = fill_head_bank(steers, dtype=dtype, device=device).hidden
     assert shelf is not None
     rows = BatchRows([*steers, "unsteered"], np.array([2, 1, 1]))
-    doses = {name: {name: STRENGTH} for name in steers}
-    steered = steered_rows(rows, doses, shelf, device)
+    requests = {name: SteeredRequest((Dose(name, STRENGTH),), prompt_len=1) for name in steers}
+    steered = steered_rows(rows, requests, shelf, device)
     assert steered is not None
     used = int(steered.rows.max()) + 1
     generator = torch.Generator().manual_seed(0)
@@ -36,6 +37,33 @@ def check_operation(paths: Mapping[str, Path], shape: Shape, dtype: torch.dtype)
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
     assert torch.equal(found[used:], x[used:]), "a row without a steer was changed"
     assert not torch.isclose(found[:used], x[:used]).all(1).any(), "a steered row was not changed"
+
+
+def check_guidance(path: Path, shape: Shape, dtype: torch.dtype) -> None:
+    """The form that the engine runs against the written-out reference, on this steer."""
+    from vllm_steer import load_steer
+    from vllm_steer.bank import fill_layer_bank
+    from vllm_steer.kernels.guidance import TokenMap, choose
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bank = fill_layer_bank(
+        {"s": load_steer(path)}, layers=range(shape.layers), device=device, project=_no_heads
+    )
+    (shelf,) = bank.shelves
+    strengths = torch.tensor([0.0, STRENGTH, -1.5], device=device).expand(shape.layers, 1, 3)
+    token_map = TokenMap(torch.tensor([[0, 1, 1]], dtype=torch.int32, device=device), strengths)
+    x = torch.randn(3, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    found, wanted = (x.to(device, dtype) for _ in range(2))
+    for form, hidden in (("torch", found), ("reference", wanted)):
+        choose(form).steer_tokens_(hidden, None, shelf.directions, 1, token_map, 1)
+    tolerance = 4 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+    assert torch.equal(found[0], x[0].to(found)), "a token without a dose was changed"
+    assert not torch.isclose(found[1:], x[1:].to(found)).all(1).any(), "a token was not changed"
+
+
+def _no_heads(layer: int, rows: torch.Tensor) -> torch.Tensor:
+    raise AssertionError(f"layer {layer} has no heads here: {rows.shape}")
 
 
 def check_engine(llm: Any, steers: Sequence[str | None], shape: Shape) -> None:

@@ -2,18 +2,23 @@
 
     python benchmarks/speed_ratio.py --json OUT [--shape gpt2-medium] [--rank 1000] ...
 
-Three engines of one configuration live in this process:
+Engines of one configuration live in this process, as many as the figures need:
 
     bare      made before the plugin is registered: stock vLLM
     unused    made after it, without a steer config
-    steered   made with a steer config that loads ``max(--distinct)`` steers
+    steered   made with a steer config that loads ``max(--distinct)`` LM-Steers
+    guided    made with one vector steer that is added to the residual stream of every layer
+    rotated   made with one concept that the residual stream of every layer is rotated to
 
-and three figures come out, each from legs interleaved A / B / A (see ``decode.py``, which says why
+and these figures come out, each from legs interleaved A / B / A (see ``decode.py``, which says why
 a step's time is the median of steps timed one by one):
 
-    steered   every row steered over no row steered, both on ``steered``
+    steered   every row LM-steered over no row steered, both on ``steered``
+    guided    every row guided, each at a strength of its own, over no row guided, on ``guided``
+    rotated   the same on ``rotated``
     unused    ``unused`` over ``bare``
     loaded    unsteered requests on ``steered`` over the same on ``bare``
+    idle      unsteered requests on ``guided`` over the same on ``bare``
 """
 
 import argparse
@@ -45,24 +50,39 @@ from dummy_model import (  # noqa: E402
     SHAPES,
     STRENGTH,
     Shape,
+    guidance_bytes,
     steer_bytes,
     steer_config,
     step_bytes,
     write_model,
     write_steers,
+    write_vectors,
 )
-from equality import check_engine, check_legs, check_operation  # noqa: E402
+from equality import (  # noqa: E402
+    check_engine,
+    check_guidance,
+    check_legs,
+    check_operation,
+)
 from machine import describe_commit, describe_machine, describe_versions  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: E402
 from table import rich_table  # noqa: E402
 
-FIGURES = ("unused", "loaded", "steered")
+FIGURES = ("unused", "loaded", "steered", "idle", "guided", "rotated")
+STEERING = ("steered", "guided", "rotated")
+ENGINES = {  # of each figure's A legs and B legs
+    "unused": ("bare", "unused"),
+    "loaded": ("bare", "steered"),
+    "idle": ("bare", "guided"),
+    **{name: (name, name) for name in STEERING},
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the result: a figure, a batch size, and how many steers its rows share."""
+    """One line of the result: a figure, a batch size, and how many steers, or for guidance how many
+    strengths, its rows share."""
 
     name: str
     rows: int
@@ -71,9 +91,12 @@ class Case:
     @property
     def steers(self) -> list[str | None]:
         """Each row's steer in the B legs; rows take the steers in turn."""
-        if self.name != "steered":
-            return [None] * self.rows
-        return [f"s{row % self.distinct}:{STRENGTH}" for row in range(self.rows)]
+        if self.name == "steered":
+            return [f"s{row % self.distinct}:{STRENGTH}" for row in range(self.rows)]
+        if self.name in STEERING:
+            strengths = [STRENGTH + (row % self.distinct) / 8 for row in range(self.rows)]
+            return [f"{self.name}:{strength}" for strength in strengths]
+        return [None] * self.rows
 
 
 def main() -> None:
@@ -110,7 +133,10 @@ def measure(
     """The engines' dtype and one line per case."""
     shape = SHAPES[args.shape]
     paths = write_steers(shape, folder / "steers", count=max(args.distinct), rank=args.rank)
-    bench = Bench(args, shape, write_model(shape, folder / "model"), steer_config(paths, args.rank))
+    vectors = write_vectors(shape, folder / "steers")
+    configs = {"steered": steer_config(paths, args.rank)}
+    configs |= {name: steer_config({name: path}, rank=1) for name, path in vectors.items()}
+    bench = Bench(args, shape, write_model(shape, folder / "model"), configs)
     lines = []
     cases = [case for figure in args.figures for case in _cases(figure, args)]
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -118,7 +144,7 @@ def measure(
         task = progress.add_task("", total=2 * args.repeats * len(cases))
         for case in cases:
             progress.update(task, description=f"{case.name} {case.rows} rows, {case.distinct}")
-            comparison = _checked_run(bench, case, paths, partial(progress.advance, task))
+            comparison = _checked_run(bench, case, paths | vectors, partial(progress.advance, task))
             lines.append(_line(case, comparison, args, bench.dtype))
             progress.console.print(f"{case.name} {case.rows} {case.distinct}", lines[-1])
     return bench.dtype, lines
@@ -126,12 +152,15 @@ def measure(
 
 def _checked_run(bench: "Bench", case: Case, paths: dict[str, Path], tick: Any) -> Comparison:
     """Equal first, then timed, then seen to have been steered."""
-    if case.name != "steered":
+    if case.name not in STEERING:
         comparison = bench.run(case, tick)
         check_legs(comparison, steered=False)
         return comparison
-    engine, shape = bench.engine("steered"), bench.shape
-    check_operation(paths, shape, bench.dtype)
+    engine, shape = bench.engine(case.name), bench.shape
+    if case.name == "steered":
+        check_operation({name: paths[name] for name in paths if name[0] == "s"}, shape, bench.dtype)
+    else:
+        check_guidance(paths[case.name], shape, bench.dtype)
     check_engine(engine, [s if i % 2 == 0 else None for i, s in enumerate(case.steers)], shape)
     comparison = bench.run(case, tick)
     check_legs(comparison, steered=True)
@@ -143,16 +172,16 @@ class Bench:
     """The engines, each made when it is first needed, in the order that ``FIGURES`` needs them."""
 
     def __init__(
-        self, args: argparse.Namespace, shape: Shape, model: Path, steers: dict[str, Any]
+        self, args: argparse.Namespace, shape: Shape, model: Path, configs: dict[str, Any]
     ) -> None:
         self._args = args
         self.shape = shape
         self._model = model
-        self._steers = steers
+        self._configs = configs
         self._engines: dict[str, Any] = {}
 
     def engine(self, name: str) -> Any:
-        """``bare``, ``unused`` or ``steered``."""
+        """An engine by its name in the module's docstring."""
         if name not in self._engines:
             self._engines[name] = self._make(name)
         return self._engines[name]
@@ -160,14 +189,12 @@ class Bench:
     @property
     def dtype(self) -> torch.dtype:
         """What vLLM settled on, of any engine made so far."""
-        llm = next(iter(self._engines.values()), None) or self.engine("steered")
+        llm = next(iter(self._engines.values()), None) or self.engine("bare")
         return llm.llm_engine.vllm_config.model_config.dtype
 
     def run(self, case: Case, tick: Any) -> Comparison:
         """The legs of a case."""
-        other = "unused" if case.name == "unused" else "steered"
-        plain = "steered" if case.name == "steered" else "bare"
-        engines = [self.engine(name) for name in (plain, other)]
+        engines = [self.engine(name) for name in ENGINES[case.name]]
         legs = [
             partial(run_leg, llm, steers, self._args.steps, self.shape.vocab_size)
             for llm, steers in zip(engines, ([None] * case.rows, case.steers), strict=True)
@@ -192,14 +219,16 @@ class Bench:
             max_num_seqs=max(self._args.rows),
             distributed_executor_backend="uni",
             enable_prefix_caching=False,
-            additional_config={"steer": self._steers} if name == "steered" else {},
+            additional_config={"steer": self._configs[name]} if name in self._configs else {},
             **on_gpu,
         )
 
 
 def _cases(figure: str, args: argparse.Namespace) -> Iterator[Case]:
     for rows in args.rows:
-        shared = sorted({min(d, rows) for d in args.distinct}) if figure == "steered" else [0]
+        shared = [rows] if figure in STEERING else [0]
+        if figure == "steered":
+            shared = sorted({min(d, rows) for d in args.distinct})
         yield from (Case(figure, rows, distinct) for distinct in shared)
 
 
@@ -208,7 +237,13 @@ def _line(
 ) -> dict[str, Any]:
     shape, rank = SHAPES[args.shape], args.rank if case.name == "steered" else 0
     size = {"rows": case.rows, "itemsize": dtype.itemsize}
-    floor = steer_bytes(shape, distinct=case.distinct, rank=rank, **size) if rank else 0
+    floor, flops = 0, 0
+    if case.name == "steered":
+        floor = steer_bytes(shape, distinct=case.distinct, rank=rank, **size)
+        flops = 4 * case.rows * shape.hidden_size * rank
+    elif case.name in STEERING:
+        floor = guidance_bytes(shape, **size)
+        flops = (2 if case.name == "guided" else 9) * shape.layers * case.rows * shape.hidden_size
     context = PROMPT_TOKENS + LEAD_STEPS + args.steps // 2
     return {
         "name": case.name,
@@ -217,6 +252,7 @@ def _line(
         "rank": rank,
         **comparison.summary(),
         "floor_bytes": floor,
+        "flops": flops,
         "predicted_ratio": round(1 + floor / step_bytes(shape, context=context, **size), 4),
     }
 

@@ -23,6 +23,7 @@ ROW_KEYS = {
     "ratio_p80",
     "rounds",
     "floor_bytes",
+    "flops",
     "predicted_ratio",
 }
 
@@ -70,6 +71,12 @@ def test_every_case_is_measured_once(result: dict[str, Any]) -> None:
         ("steered", 1, 1),
         ("steered", 4, 1),
         ("steered", 4, 4),
+        ("idle", 1, 0),
+        ("idle", 4, 0),
+        ("guided", 1, 1),
+        ("guided", 4, 4),
+        ("rotated", 1, 1),
+        ("rotated", 4, 4),
     ]
 
 

@@ -31,6 +31,7 @@ from engines import (
 from reference import assert_guided, load_reference
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, save_tiny_model
 
+TOKENS = 8
 SETTINGS: tuple[Setting, ...] = (*MIXED, *GUIDED)
 STEERS = {
     **random_steers(HIDDEN, VOCAB),
@@ -127,7 +128,7 @@ def stock_logprobs(folder: Path) -> None:
     with engine(model) as llm:
         outputs = llm.generate(
             prompts(len(SETTINGS)),
-            greedy([{}] * len(SETTINGS), max_tokens=16, prompt_logprobs=1),
+            greedy([{}] * len(SETTINGS), max_tokens=TOKENS, prompt_logprobs=1),
             use_tqdm=False,
         )
     assert not any(name.startswith("vllm_steer.serving") for name in sys.modules)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from engines import RUNNER, doses_of, engine, greedy, prompts, steer_config
-from own_process import SETTINGS, STEERS, exact
+from own_process import SETTINGS, STEERS, TOKENS, exact
 from tiny_models import GUIDED_LAYERS, save_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -42,6 +42,7 @@ def test_two_worker_processes(scenario: str) -> None:
     assert f"{len(SETTINGS)} outputs equal" in said
 
 
+@pytest.mark.matrix
 def test_the_transformers_backend_of_a_model_that_vllm_also_has_itself() -> None:
     assert f"{len(SETTINGS)} outputs equal" in run_scenario("transformers-backend")
 
@@ -74,7 +75,7 @@ def test_unsteered_rows_are_bit_for_bit_those_of_an_engine_without_the_plugin(
     config = steer_config(STEERS, tmp_path / "steers")
 
     def outputs(llm, settings):
-        params = greedy(settings, max_tokens=16, prompt_logprobs=1)
+        params = greedy(settings, max_tokens=TOKENS, prompt_logprobs=1)
         return [
             json.loads(json.dumps(exact(output)))
             for output in llm.generate(prompts(len(SETTINGS)), params, use_tqdm=False)
