@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, heads_width
 
 from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer, save_steer
 from vllm_steer.doses import Dose
@@ -122,6 +123,17 @@ def guidance_steers(
         "steps": delta(5, every, heads_width, site="heads", schedule="fixed"),
         "walk": delta(4, second, hidden_size, site="resid", schedule="dim"),
     }
+
+
+def guided_family(family: str) -> tuple[tuple[Setting, ...], dict[str, Steer]]:
+    """The settings and the steers of a guided family, without those that it has no site for."""
+    width = heads_width(family)
+    guidance = guidance_steers(HIDDEN, GUIDED_LAYERS, width)
+    steers: dict[str, Steer] = {**random_steers(HIDDEN, VOCAB), **guidance}
+    if family != "olmo2-no-input-norm":
+        return GUIDED, steers
+    kept = {name: steer for name, steer in steers.items() if steer.site != "attn_in"}
+    return settings_without("attn_in", GUIDED, steers), kept
 
 
 def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:

@@ -24,6 +24,7 @@ from engines import (
     engine,
     greedy,
     guidance_steers,
+    guided_family,
     prompts,
     random_steers,
     steer_config,
@@ -81,17 +82,12 @@ def transformers_backend(folder: Path) -> None:
     mixed_batch(folder, model_impl="transformers")
 
 
-def compiled_in_pieces(folder: Path) -> None:
-    """vLLM's piecewise compilation with ahead-of-time artifacts, which its CPU platform leaves off.
-
-    A folder in ``VLLM_STEER_TEST_FOLDER`` is kept from one process to the next, so that the second
-    meets the steers and the compile cache of the first.
-    """
+def compile_in_pieces() -> None:
+    """Piecewise compilation with ahead-of-time artifacts, which vLLM's CPU platform leaves off."""
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
-    kept = Path(os.environ["VLLM_STEER_TEST_FOLDER"])
     platform = type(current_platform)
     check_and_update = platform.check_and_update_config.__func__
 
@@ -103,12 +99,39 @@ def compiled_in_pieces(folder: Path) -> None:
 
     platform.check_and_update_config = classmethod(in_pieces)
     FixFunctionalizationPass.__call__ = lambda self, graph: None  # names CUDA's ops
+
+
+def compiled_in_pieces(folder: Path) -> None:
+    """A batch on a compiled engine, or with ``unsteered`` an engine without steers.
+
+    ``VLLM_STEER_TEST_FOLDER`` is kept from one process to the next, so that the second meets the
+    steers and the compile cache of the first.
+    """
+    compile_in_pieces()
+    kept = Path(os.environ["VLLM_STEER_TEST_FOLDER"])
     if "unsteered" in sys.argv:
         model = save_tiny_model("llama", kept / "model", num_layers=GUIDED_LAYERS)
         with engine(model, enforce_eager=False) as llm:
             llm.generate(prompts(2), greedy([{}] * 2), use_tqdm=False)
     else:
         mixed_batch(kept, enforce_eager=False)
+
+
+def compiled_families(folder: Path) -> None:
+    """Each family named on the command line twice: compiled and saved, then loaded again."""
+    compile_in_pieces()
+    for family in sys.argv[2:]:
+        place = folder / family
+        model = save_tiny_model(family, place / "model", num_layers=GUIDED_LAYERS)
+        settings, steers = guided_family(family)
+        reference, config = load_reference(model), steer_config(steers, place / "steers")
+        for state in ("compiled", "loaded"):
+            with engine(model, config, enforce_eager=False) as llm:
+                params = greedy(settings, prompt_logprobs=1)
+                outputs = llm.generate(prompts(len(settings)), params, use_tqdm=False)
+            for output, setting in zip(outputs, settings, strict=True):
+                assert_guided(output, reference, doses_of(setting, steers), steers)
+            print(f"{family} {state}: {len(outputs)} outputs equal the reference")
 
 
 def tensor_parallel(folder: Path) -> None:
@@ -159,6 +182,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "pipeline-parallel": pipeline_parallel,
     "transformers-backend": transformers_backend,
     "compiled-in-pieces": compiled_in_pieces,
+    "compiled-families": compiled_families,
     "stock-logprobs": stock_logprobs,
 }
 

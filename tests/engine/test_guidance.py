@@ -13,9 +13,8 @@ from engines import (
     engine,
     greedy,
     guidance_steers,
+    guided_family,
     prompts,
-    random_steers,
-    settings_without,
     steer_config,
 )
 from reference import assert_guided, load_reference
@@ -23,8 +22,6 @@ from tiny_models import (
     GUIDED_FAMILIES,
     GUIDED_LAYERS,
     HIDDEN,
-    VOCAB,
-    heads_width,
     save_tiny_model,
 )
 
@@ -42,12 +39,7 @@ def guided_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def all_steers() -> dict[str, Steer]:
-    return every_steer("llama")
-
-
-def every_steer(family: str) -> dict[str, Steer]:
-    guidance = guidance_steers(HIDDEN, GUIDED_LAYERS, heads_width(family))
-    return {**random_steers(HIDDEN, VOCAB), **guidance}
+    return guided_family("llama")[1]
 
 
 def assert_guided_batch(
@@ -95,11 +87,7 @@ CORE = (
 def test_every_kind_site_mode_schedule_and_phase_on_each_family(
     family: str, tmp_path: Path
 ) -> None:
-    steers = every_steer(family)
-    settings = GUIDED
-    if family == "olmo2-no-input-norm":
-        steers = {name: steer for name, steer in steers.items() if steer.site != "attn_in"}
-        settings = settings_without("attn_in", GUIDED, every_steer(family))
+    settings, steers = guided_family(family)
     model = save_tiny_model(family, tmp_path / "model", num_layers=GUIDED_LAYERS)
     outputs = assert_guided_batch(model, steers, tmp_path / "steers", settings)
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) > len(settings) // 2
@@ -188,8 +176,7 @@ def test_a_model_without_a_known_place_for_a_site_stops_the_start(
     config: Any, message: str, tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path / "model")
-    steers = {"turn": every_steer("llama")["turn"]}
-    steer = steer_config(steers, tmp_path)
+    steer = steer_config({"turn": guided_family("llama")[1]["turn"]}, tmp_path)
     with pytest.raises(SteerError, match=message), engine(tmp_path / "model", steer):
         pass
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, greedy, prompts, steer_config
-from reference import assert_greedy, load_reference
+from engines import doses_of, engine, greedy, guidance_steers, prompts, steer_config
+from reference import assert_greedy, assert_guided, load_reference
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN
 
@@ -36,7 +36,10 @@ def test_requests_with_and_without_a_lora_adapter_are_steered_alike(
 
     adapter = save_adapter(tmp_path / "adapter")
     plain, merged = load_reference(llama), merge_adapter(load_reference(llama), adapter)
-    settings = [{}, {"plain": 3.0}, {"bias": 4.0}, {"tilt": -3.0}] * 2
+    steers = {**steers, **guidance_steers(HIDDEN, 2, HIDDEN)}
+    pairs: list[Any] = [{}, {"plain": 3.0}, {"tilt": -3.0}, {"push": 2.0}, {"turn": 4.0}]
+    pairs += [{"steps": 3.0}, {"spin": 5.0, "bias": 4.0}]
+    settings = [setting for setting in pairs for _ in range(2)]
     lora = LoRARequest("adapter", 1, str(adapter))
     requests = [lora if index % 2 else None for index in range(len(settings))]
     config = steer_config(steers, tmp_path / "steers")
@@ -47,7 +50,8 @@ def test_requests_with_and_without_a_lora_adapter_are_steered_alike(
             prompts(len(settings)), greedy(settings), lora_request=requests, use_tqdm=False
         )
     for output, setting, request in zip(outputs, settings, requests, strict=True):
-        assert_greedy(output, merged if request else plain, setting, steers)
+        model = merged if request else plain
+        assert_guided(output, model, doses_of(setting, steers), steers)
 
 
 def test_default_steers_requests_that_do_not_ask_and_none_overrides_it(

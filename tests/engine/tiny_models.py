@@ -166,7 +166,8 @@ def _qwen3_moe(num_layers: int) -> Any:
 
 
 def _phi(num_layers: int) -> Any:
-    config = transformers.PhiConfig(**_BLOCK, **_UNTIED, num_hidden_layers=num_layers)
+    sizes = {**_BLOCK, "intermediate_size": 4 * HIDDEN}  # all that vLLM's own Phi knows
+    config = transformers.PhiConfig(**sizes, **_UNTIED, num_hidden_layers=num_layers)
     return transformers.PhiForCausalLM(config)
 
 
