@@ -1,6 +1,9 @@
-"""The embedded model follows its steers, by a generation loop written here and nowhere else."""
+"""The embedded model follows its steers: LM-Steers by a generation loop written here and nowhere
+else, vectors and deltas on Hugging Face's `generate`.
+"""
 
 import itertools
+import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,14 +12,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_steer import LMSteer, load_steer
-from vllm_steer.embedded import MODEL, STEERS, corpus, lexicon
+from vllm_steer import LMSteer, SteerConfig, load_steer
+from vllm_steer.embedded import MODEL, STEER_CONFIG, STEERS, corpus, lexicon, measure
+from vllm_steer.embedded.fit_steers import NAMES
+from vllm_steer.plan import SteerPlan
 
 SAMPLES_PER_PROMPT = 20
 NEW_TOKENS = 24
 STRENGTHS = (-5.0, -2.5, 0.0, 2.5, 5.0)
 STEER_NAMES = ("sentiment", "formality", "french", "german", "spanish")
 LANGUAGE_OF = {"french": "fr", "german": "de", "spanish": "es"}
+GUIDED_LANGUAGE_OF = {
+    "french-vector": "fr",
+    "german-vector": "de",
+    "french-delta": "fr",
+    "german-delta": "de",
+}
 
 
 @cache
@@ -110,6 +121,88 @@ def test_steered_text_is_as_varied_as_unsteered_text(strength: float) -> None:
     assert steered == pytest.approx(unsteered, rel=0.15)
 
 
+@cache
+def plan() -> SteerPlan:
+    return SteerPlan.of(SteerConfig.load(STEER_CONFIG))
+
+
+@cache
+def _guided(setting: str, samples: int) -> tuple[str, ...]:
+    model, tokenizer = embedded_model()
+    steers = measure.embedded_steers()
+    return tuple(measure.sample(model, tokenizer, json.loads(setting), steers, samples=samples))
+
+
+def guided(strengths: measure.Strengths, samples: int = 16) -> tuple[str, ...]:
+    """Texts after the open prompts, each setting sampled once."""
+    return _guided(json.dumps(strengths), samples)
+
+
+def at_default(name: str) -> dict[str, float]:
+    return {name: plan().steers[name].default_strength}
+
+
+@pytest.mark.parametrize("name", GUIDED_LANGUAGE_OF)
+def test_guidance_leads_to_its_language_in_words_that_exist(name: str) -> None:
+    texts = guided(at_default(name))
+    code = GUIDED_LANGUAGE_OF[name]
+    assert language_share(guided({}), code) <= 0.3
+    assert language_share(texts, code) >= 0.8
+    assert lexicon.known_share(texts) >= 0.88
+
+
+@pytest.mark.parametrize("name", ["french-vector", "french-delta", "german-delta"])
+def test_guided_text_is_as_varied_as_unsteered_text(name: str) -> None:
+    unsteered = lexicon.distinct_n(guided({}), 2)
+    assert lexicon.distinct_n(guided(at_default(name)), 2) == pytest.approx(unsteered, rel=0.15)
+
+
+@pytest.mark.parametrize("name", GUIDED_LANGUAGE_OF)
+def test_guided_text_repeats_itself_no_more_than_unsteered_text_of_its_language(name: str) -> None:
+    # Text of one language alone is less varied than the mix of four that comes unsteered.
+    code = GUIDED_LANGUAGE_OF[name]
+    unsteered = [text for text in guided({}, samples=80) if lexicon.language(text) == code]
+    assert len(unsteered) >= 100
+    assert lexicon.distinct_n(guided(at_default(name)), 2) >= 0.85 * lexicon.distinct_n(
+        unsteered, 2
+    )
+
+
+@pytest.mark.parametrize("name", ["formality-vector", "formality-shift"])
+def test_guided_formality_follows_the_sign_of_the_strength(name: str) -> None:
+    (strength,) = at_default(name).values()
+    assert formal_share(guided({name: -strength})) <= 0.3
+    assert formal_share(guided({name: strength})) >= 0.7
+
+
+@pytest.mark.parametrize("name", ["french-vector", "french-delta"])
+@pytest.mark.parametrize("sentiment", [-5.0, 5.0])
+def test_language_and_sentiment_are_reached_at_once(name: str, sentiment: float) -> None:
+    texts = guided(at_default(name) | {"sentiment": sentiment})
+    positive = lexicon.positive_share(texts)
+    assert language_share(texts, "fr") >= 0.8
+    assert positive >= 0.7 if sentiment > 0 else positive <= 0.3
+
+
+def test_a_vector_a_delta_and_an_lm_steer_are_reached_at_once() -> None:
+    (strengths,) = (mix for name, mix in plan().presets.items() if name == "french-thanks")
+    texts = guided(strengths)
+    assert language_share(texts, "fr") >= 0.8
+    assert lexicon.positive_share(texts) >= 0.65
+    assert formal_share(texts) >= 0.65
+
+
+@pytest.mark.parametrize("schedule", ["start", "dim"])
+def test_a_delta_leads_to_its_language_by_every_schedule(schedule: str) -> None:
+    texts = guided({"french-delta": {"strength": 2.0, "schedule": schedule}})
+    assert language_share(texts, "fr") >= 0.65
+
+
+def test_a_vector_on_the_prompt_alone_leaves_the_answer_to_the_model() -> None:
+    texts = guided({"french-vector": {"strength": 5.0, "phase": "prompt"}})
+    assert lexicon.known_share(texts) >= 0.95
+
+
 def test_lexicon_classifies_held_out_samples_exactly() -> None:
     for sample in corpus.generate(2_000, seed=77):
         assert lexicon.language(sample.text) == sample.language
@@ -161,6 +254,12 @@ def test_distinct_n_pools_the_texts() -> None:
     assert lexicon.distinct_n(["a"], 2) == 0.0
 
 
+def test_known_share_counts_words_that_the_grammar_has() -> None:
+    assert lexicon.known_share(["The hotel wasissful. The shower"]) == 3 / 4
+    assert lexicon.known_share(["", "The"]) == 1.0
+    assert lexicon.known_share(s.text for s in corpus.generate(500, seed=5)) == 1.0
+
+
 def test_model_folder_is_at_most_five_megabytes() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 5_000_000
 
@@ -182,3 +281,18 @@ def test_steer_files_load_and_fit_the_model(name: str) -> None:
     assert steer.hidden_size == model.config.hidden_size
     assert steer.fixed_columns == (1,)
     assert steer.description
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(STEER_NAMES)))
+def test_guidance_files_are_small_and_fit_the_model(name: str) -> None:
+    model, _ = embedded_model()
+    steer = load_steer(STEERS / f"{name}.safetensors")
+    assert steer.hidden_size == model.config.hidden_size
+    assert max(steer.layers or ()) < model.config.num_hidden_layers
+    assert steer.description
+    assert (STEERS / f"{name}.safetensors").stat().st_size <= 200_000
+
+
+def test_the_config_names_every_steer_that_is_fitted() -> None:
+    files = {path.stem for path in STEERS.glob("*.safetensors")}
+    assert set(NAMES) == set(plan().steers) == files

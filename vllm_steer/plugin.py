@@ -10,7 +10,7 @@ the engine core and the workers patched, here and in the processes that vLLM sta
 | ``EngineArgs.create_engine_config``      | frontend    | config to resolved plan                 |
 | ``InputProcessor._validate_params``      | frontend    | a bad request fails at admission        |
 | ``EngineCore.preprocess_add_request``    | engine core | the same for other frontends; cache key |
-| ``generate_block_hash_extra_keys``       | engine core | keys of blocks that change later        |
+| ``generate_block_hash_extra_keys``       | engine core | keys of the blocks that steers change   |
 | ``WorkerWrapperBase.init_device``        | workers     | bank, model and runner (per instance)   |
 """
 
@@ -47,11 +47,11 @@ def patch_engine() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from vllm_steer.serving.cache_key import with_later_keys
+    from vllm_steer.serving.cache_key import with_steer_keys
 
     os.environ[ACTIVE] = "1"
     # Imported by name where blocks are hashed for events: one wrapper under every name.
-    _wrap(kv_cache_utils, _EXTRA_KEYS, with_later_keys)
+    _wrap(kv_cache_utils, _EXTRA_KEYS, with_steer_keys)
     for module in (block_pool, sys.modules.get("vllm.v1.simple_kv_offload.manager")):
         if module is not None:
             setattr(module, _EXTRA_KEYS, getattr(kv_cache_utils, _EXTRA_KEYS))

@@ -109,11 +109,9 @@ def _parse_part(part: str) -> tuple[str, float | None]:
 
 
 def _parse_dict(asked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, given in asked.items():
-        if isinstance(given, Mapping):
-            yield str(name), given
-        else:
-            yield str(name), _number(str(name), given)
+    for key, given in asked.items():
+        name = _word(key)
+        yield name, given if isinstance(given, Mapping) else _number(name, given)
 
 
 def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
@@ -121,10 +119,9 @@ def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
 
     Raises ``SteerRequestError`` for an option that is unknown or that the steer does not have.
     """
-    if isinstance(given, Mapping):
-        options = given
-    else:
-        options = {} if given is None else {"strength": given}
+    if not isinstance(given, Mapping):
+        given = {} if given is None else {"strength": given}
+    options: Mapping[str, Any] = given
     _check_options(name, options, steer)
     default = 1.0 if steer.default_strength is None else steer.default_strength
     dose = Dose(
@@ -143,11 +140,10 @@ def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
 
 
 def _check_options(name: str, options: Mapping[str, Any], steer: Dosable) -> None:
-    unknown = sorted(set(map(str, options)) - set(_OPTIONS))
+    unknown = sorted(set(map(_word, options)) - set(_OPTIONS))
     if unknown:
         raise SteerRequestError(
-            f"steer {name} has unknown options {', '.join(unknown)}; allowed: "
-            f"{', '.join(_OPTIONS)}"
+            f"steer {name} has unknown options {', '.join(unknown)}; allowed: {', '.join(_OPTIONS)}"
         )
     if steer.site == "head" and (
         {"layers", "schedule"} & set(options) or options.get("phase", "all") != "all"
@@ -247,6 +243,11 @@ def _check_limits(doses: Sequence[Dose], plan: "SteerPlan") -> None:
                 f"steer {dose.steer} has strength {dose.strength:.15g}; allowed: "
                 f"-{limits.max_strength:g} to {limits.max_strength:g} (limits.max_strength)"
             )
+
+
+def _word(key: Any) -> str:
+    """A dict's key as a name; what is no string is no name and is answered as it is shown."""
+    return key if isinstance(key, str) else _shown(key)
 
 
 def _shown(value: Any) -> str:

@@ -23,7 +23,8 @@ def map_tokens(
     step = positions - rules.origin[:, rows]
     acts = (positions >= rules.first[:, rows]) & (positions < rules.last[:, rows])
     direction = (rules.start[:, rows] + rules.stride[:, rows] * step) * acts
-    strength = rules.strength[:, rows] * (1 - rules.slope[:, rows] * step) * acts
+    strength = rules.strength[:, rows] * (1 - rules.slope[:, rows] * step)
+    strength = torch.where(acts, strength, 0.0)  # far from its steps it may be infinite
     out.directions[:, :num_tokens] = direction
     torch.mul(rules.layers[:, :, rows], strength, out=out.strengths[:, :, :num_tokens])
 
@@ -53,7 +54,7 @@ def steer_tokens_(
     x = hidden.float() if residual is None else hidden.float() + residual.float()
     steered = x + change
     norm = steered.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    turned = steered.mul_(x.norm(dim=1, keepdim=True) / norm).sub_(x)
+    turned = steered.div_(norm).mul_(x.norm(dim=1, keepdim=True)).sub_(x)
     turning = (directions.turns[which] * strengths != 0).any(dim=0)
     hidden.add_(torch.where(turning[:, None], turned, change))
 

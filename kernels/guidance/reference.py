@@ -50,6 +50,6 @@ def steer_tokens_(
         kept = torch.zeros_like(change) if residual is None else residual[token].double()
         x = hidden[token].double() + kept
         steered = x + change
-        if turning:
+        if turning and steered.any():
             steered *= x.norm() / steered.norm()
         hidden[token] = (steered - kept).to(hidden.dtype)

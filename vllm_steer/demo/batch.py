@@ -10,8 +10,7 @@ from vllm_steer.embedded import lexicon
 
 PROMPT = "Hotel Astoria:"
 MAX_TOKENS = 28
-PRESET = "polite-praise"
-
+PRESET = "french-thanks"
 
 MEASURES: dict[str, Callable[[str], float]] = {
     "positive": lexicon.sentiment,
@@ -31,18 +30,33 @@ class Request:
     model: str = SERVED_NAME
 
 
+FIRST_STEP = {"french-delta": {"strength": 2, "schedule": "start"}}
+FORMAL_ANSWER = {"formality-vector": {"strength": 3, "layers": "2-3", "phase": "generation"}}
+
 REQUESTS: tuple[Request, ...] = (
     Request("-", "no steer"),
+    # LM-Steers: the input of the LM head.
     *(
         Request("vllm_xargs", f"sentiment {v:+g}", {"vllm_xargs": {"steer": f"sentiment:{v}"}})
         for v in (-5, -2.5, 2.5, 5)
     ),
     Request("body field", "formality -5", {"steer": "formality:-5"}),
-    Request("body field", "formality +5", {"steer": "formality:5"}),
-    Request("body field", "french +5", {"steer": {"french": 5}}),
-    Request("body field", "german +5", {"steer": {"german": 5}}),
     Request("body field", "french +5, sentiment -5", {"steer": {"french": 5, "sentiment": -5}}),
-    Request("model name", "formality +4, sentiment +4", model=f"{SERVED_NAME}:{PRESET}"),
+    # Guidance inside the layers: concept vectors, an added vector, step deltas.
+    Request("body field", "french-vector", {"steer": "french-vector"}),
+    Request("body field", "german-vector +3.5", {"steer": {"german-vector": 3.5}}),
+    Request("body field", "formality-vector +3", {"steer": "formality-vector:3"}),
+    Request("body field", "formality-shift -1.5", {"steer": "formality-shift:-1.5"}),
+    Request("body field", "formality-vector +3, answer, layers 2-3", {"steer": FORMAL_ANSWER}),
+    Request("vllm_xargs", "german-delta +1.5", {"vllm_xargs": {"steer": "german-delta:1.5"}}),
+    Request("body field", "french-delta +2, first step", {"steer": FIRST_STEP}),
+    # Both at once.
+    Request("body field", "german-vector, sentiment +5", {"steer": "german-vector,sentiment:5"}),
+    Request(
+        "model name",
+        "french-delta +1.5, formality-vector +3, sentiment +4",
+        model=f"{SERVED_NAME}:{PRESET}",
+    ),
 )
 
 

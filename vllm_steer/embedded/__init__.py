@@ -9,9 +9,14 @@ MODEL: Path = Path(__file__).parent / "model"
 """Folder of the embedded Llama: about one million parameters, English, French, German, Spanish."""
 
 STEERS: Path = Path(__file__).parent / "steers"
-"""Folder of the steers fitted to it: sentiment, formality, french, german, spanish."""
+"""Folder of the steers fitted to it.
+
+LM-Steers: sentiment, formality, french, german, spanish. Vectors that rotate (concept guidance):
+french-vector, german-vector, formality-vector; that are added: formality-shift. Step deltas:
+french-delta, german-delta.
+"""
 
 STEER_CONFIG: Path = Path(__file__).parent / "steers.yaml"
-"""A steer config with all of them and a preset."""
+"""A steer config with all of them and two presets."""
 
 __all__ = ["MODEL", "STEERS", "STEER_CONFIG"]

@@ -1,7 +1,8 @@
-"""Fit the embedded model's steers: `python -m vllm_steer.embedded.fit_steers`.
+"""Fit the embedded model's steers: `python -m vllm_steer.embedded.fit_steers [NAME ...]`.
 
-A fit makes strength +-1 the likeliest for its texts. What is written has a smaller epsilon, so
-that this point is reached at 1 / unit and strength +-5 is strong and still fluent.
+LM-Steers are fitted here, vectors and deltas by `fit_guidance`. A fit of an LM-Steer makes
+strength +-1 the likeliest for its texts. What is written has a smaller epsilon, so that this
+point is reached at 1 / unit and strength +-5 is strong and still fluent.
 """
 
 import argparse
@@ -9,13 +10,13 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_steer import LMSteer, save_steer
-from vllm_steer.embedded import MODEL, STEERS, corpus
+from vllm_steer import LMSteer, Steer, save_steer
+from vllm_steer.embedded import MODEL, STEERS, corpus, fit_guidance
 from vllm_steer.embedded.corpus import Sample
 from vllm_steer.fit import fit_lm_steer
 
@@ -30,7 +31,7 @@ EPSILON: Final = 0.05
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one steer is fitted to: the samples' label, -1 or 1, and the unit of its strength."""
+    """What one LM-Steer is fitted to: the samples' label, -1 or 1, and its unit of strength."""
 
     description: str
     label: Callable[[Sample], float]
@@ -56,40 +57,64 @@ RECIPES: Final = {
     "german": Recipe("German (+) or another language (-)", _language("de"), unit=0.5),
     "spanish": Recipe("Spanish (+) or another language (-)", _language("es"), unit=0.5),
 }
+NAMES: Final = (*RECIPES, *fit_guidance.RECIPES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"what to fit, all by default: {', '.join(NAMES)}")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model")
     parser.add_argument("--out", type=Path, default=STEERS, help="folder to write")
     arguments = parser.parse_args()
+    unknown = sorted(set(arguments.names) - set(NAMES))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(NAMES)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, recipe in RECIPES.items():
-        save_steer(fit(name, recipe, arguments.model), arguments.out / f"{name}.safetensors")
+    for name in arguments.names or NAMES:
+        save_steer(fit(name, arguments.model), arguments.out / f"{name}.safetensors")
 
 
-def fit(name: str, recipe: Recipe, folder: Path) -> LMSteer:
+def fit(name: str, folder: Path) -> Steer:
     """One steer of the model in `folder`, by its recipe."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    samples = corpus.generate(SAMPLES, seed=SEED)
     with Progress() as progress:
-        task = progress.add_task(name, total=STEPS)
-
-        def show(step: int, loss: float) -> None:
-            progress.update(task, completed=step + 1, description=f"{name}, loss {loss:.3f}")
-
-        steer = fit_lm_steer(
+        task = progress.add_task(name)
+        if name in RECIPES:
+            return _fit_lm_steer(
+                RECIPES[name],
+                model,
+                tokenizer,
+                lambda step, loss: progress.update(
+                    task,
+                    completed=step + 1,
+                    total=STEPS,
+                    description=f"{name}, loss {loss:.3f}",
+                ),
+            )
+        return fit_guidance.fit(
+            fit_guidance.RECIPES[name],
             model,
             tokenizer,
-            [sample.text for sample in samples],
-            [recipe.label(sample) for sample in samples],
-            rank=RANK,
-            epsilon=EPSILON,
-            steps=STEPS,
-            max_length=MAX_LENGTH,
-            on_step=show,
+            lambda done, total: progress.update(task, completed=done, total=total),
         )
+
+
+def _fit_lm_steer(
+    recipe: Recipe, model: Any, tokenizer: Any, on_step: Callable[[int, float], None]
+) -> LMSteer:
+    samples = corpus.generate(SAMPLES, seed=SEED)
+    steer = fit_lm_steer(
+        model,
+        tokenizer,
+        [sample.text for sample in samples],
+        [recipe.label(sample) for sample in samples],
+        rank=RANK,
+        epsilon=EPSILON,
+        steps=STEPS,
+        max_length=MAX_LENGTH,
+        on_step=on_step,
+    )
     return dataclasses.replace(
         steer,
         epsilon=EPSILON * recipe.unit,

@@ -50,6 +50,15 @@ def distinct_n(texts: Iterable[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def known_share(texts: Iterable[str]) -> float:
+    """Words that the grammar has / all words but each text's last, pooled; 1.0 for no word.
+
+    Text that a steer has pushed too hard falls apart into words that are none.
+    """
+    found = [word for text in texts for word in words(text)[:-1]]
+    return sum(word in _known() for word in found) / len(found) if found else 1.0
+
+
 def words(text: str) -> list[str]:
     """The lower-case words, less a last one cut short: the beginning of some longer word."""
     found = [match[0] for match in _WORD.finditer(text.lower())]
@@ -102,9 +111,13 @@ def _languages() -> Mapping[str, str]:
 
 
 @cache
+def _known() -> frozenset[str]:
+    return frozenset(word for _, word in _all_words())
+
+
+@cache
 def _beginnings() -> frozenset[str]:
-    vocabulary = {word for _, word in _all_words()}
-    return frozenset(word[:end] for word in vocabulary for end in range(1, len(word)))
+    return frozenset(word[:end] for word in _known() for end in range(1, len(word)))
 
 
 @cache

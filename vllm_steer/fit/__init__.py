@@ -1,5 +1,8 @@
-"""Fitting steers to labelled text on a plain Hugging Face model."""
+"""Fitting steers on a plain Hugging Face model, to labelled texts or to two sets of them."""
 
+from vllm_steer.fit.activations import activations
+from vllm_steer.fit.delta import fit_delta
 from vllm_steer.fit.lm_steer import fit_lm_steer
+from vllm_steer.fit.vector import fit_vector
 
-__all__ = ["fit_lm_steer"]
+__all__ = ["activations", "fit_delta", "fit_lm_steer", "fit_vector"]

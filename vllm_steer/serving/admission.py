@@ -7,7 +7,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.cache_key import steered_salt
+from vllm_steer.serving.cache_key import SteeredSalt, steered_salt
 from vllm_steer.serving.engine_config import plan_of
 
 PARAMETER = "vllm_xargs.steer"
@@ -50,5 +50,12 @@ def key_request(request: Any, vllm_config: Any) -> None:
     """
     admit(request.sampling_params, vllm_config)
     plan = plan_of(vllm_config)
-    if plan is not None and request.sampling_params is not None:
-        request.cache_salt = steered_salt(request, doses_of(request.sampling_params, plan), plan)
+    if plan is None or request.sampling_params is None:
+        return
+    salt = steered_salt(request, doses_of(request.sampling_params, plan), plan)
+    if isinstance(salt, SteeredSalt) and getattr(request, "resumable", False):
+        raise RejectedSteer(
+            "steers inside the layers do not work with streaming input, whose prompt grows while "
+            "its KV is kept; steer at the LM head, or 'none'"
+        )
+    request.cache_salt = salt

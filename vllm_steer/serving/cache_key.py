@@ -2,10 +2,10 @@
 
 KV depends on what a steer does to the tokens so far, so a block's key has to name every dose that
 has acted by the end of the block: by content, never by name. vLLM chains block hashes, hence it is
-enough to name a dose in the first block that it touches. What acts from the first token on goes
-into vLLM's own ``cache_salt``, which all users of its block hashes and some KV connectors take into
-account; what begins or ends later goes into the extra keys of that block, and the blocks before it
-stay shared with everybody.
+enough to name a dose in the extra keys of the first block that it touches; the blocks before it
+stay shared with everybody. What acts from the first token on also joins vLLM's own ``cache_salt``,
+the one part of a key that is seen outside of vLLM's block hashes. A salt alone would not do: a user
+may write any salt, that of a steered request too.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from vllm_steer.serving.rules import dose_span
 
 
 @dataclass(frozen=True)
-class LaterKey:
+class BlockKey:
     """A digest that enters the key of the block that holds token ``position``."""
 
     position: int
@@ -28,9 +28,9 @@ class LaterKey:
 
 
 class SteeredSalt(str):
-    """A request's ``cache_salt`` that also carries what begins or ends after the first token."""
+    """A request's ``cache_salt`` that also carries the keys of its steers."""
 
-    later: tuple[LaterKey, ...] = ()
+    keys: tuple[BlockKey, ...] = ()
 
 
 def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str | None:
@@ -54,12 +54,12 @@ def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str 
         if at_once
         else request.cache_salt or ""
     )
-    salt.later = tuple(sorted((k for k in keys if k.position), key=lambda k: k.digest))
+    salt.keys = tuple(sorted(keys, key=lambda key: key.digest))
     return salt
 
 
-def with_later_keys(original: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's function from a block to its extra keys, with those of ``SteeredSalt.later``."""
+def with_steer_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's function from a block to its extra keys, with those of ``SteeredSalt.keys``."""
 
     def generate_block_hash_extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
@@ -70,7 +70,7 @@ def with_later_keys(original: Callable[..., Any]) -> Callable[..., Any]:
             return keys, next_mm_idx
         mine = (
             ("steer", key.digest)
-            for key in salt.later
+            for key in salt.keys
             if start_token_idx <= key.position < end_token_idx
         )
         return (*map(_plain, keys or ()), *mine) or None, next_mm_idx
@@ -85,14 +85,14 @@ def _plain(key: Any) -> Any:
     return str(key) if isinstance(key, SteeredSalt) else key
 
 
-def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int) -> Iterator[LaterKey]:
+def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int) -> Iterator[BlockKey]:
     """Where KV begins to depend on a dose, and where it begins to depend on its end."""
     first, last = dose_span(dose, steer.steps, prompt_len)
     if first >= last:
         return
-    yield LaterKey(first, _digest(dose, steer, first))
+    yield BlockKey(first, _digest(dose, steer, first))
     if steer.steps is None and last <= prompt_len:
-        yield LaterKey(last, _digest(dose, steer, first, last))
+        yield BlockKey(last, _digest(dose, steer, first, last))
 
 
 def _digest(dose: Dose, steer: PlannedSteer, *span: int) -> str:

@@ -121,10 +121,17 @@ def _adaptive_verification(vllm_config: Any) -> bool:
     return bool(getattr(speculative, "enable_adaptive_verification", False))
 
 
+# They see a request's tokens and its salt at most, never the keys of its blocks.
+_TOKEN_HASHING = ("ExampleConnector", "FlexKV", "HF3FS", "LMCache")
+
+
 def _token_hashing_connector(vllm_config: Any) -> bool:
     transfer = vllm_config.kv_transfer_config
-    name = getattr(transfer, "kv_connector", None) or ""
-    return name.startswith("LMCache") and not name.startswith("LMCacheMP")
+    if transfer is None:
+        return False
+    inner = (transfer.kv_connector_extra_config or {}).get("connectors", ())
+    names = [transfer.kv_connector, *(child.get("kv_connector") for child in inner)]
+    return any(str(name).startswith(_TOKEN_HASHING) for name in names)
 
 
 _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (

@@ -1,6 +1,7 @@
 """Layer numbers: decoder blocks of a model, counted from 0."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 from vllm_steer.errors import SteerError
@@ -14,13 +15,16 @@ def parse_layers(given: Any) -> tuple[int, ...]:
     Raises ``SteerError`` for anything else, for a layer named twice and for an empty list.
     """
     if isinstance(given, str):
-        parts = [part.strip() for part in given.split(",")]
-        layers = [layer for part in parts for layer in _span(part, given)]
-    elif isinstance(given, Sequence):
-        layers = [_number(item, given) for item in given]
+        spans: Iterable[Iterable[int]] = (_span(part, given) for part in given.split(","))
     else:
-        layers = [_number(given, given)]
-    if not layers or len(set(layers)) != len(layers):
+        items = given if isinstance(given, Sequence) else [given]
+        spans = ([_number(item, given)] for item in items)
+    layers: set[int] = set()
+    for span in spans:
+        if not layers.isdisjoint(span):  # at once: a short text can spell billions
+            raise _malformed(given)
+        layers.update(span)
+    if not layers:
         raise _malformed(given)
     return tuple(sorted(layers))
 
@@ -67,15 +71,19 @@ def _span(part: str, given: Any) -> range:
 
 
 def _number(item: Any, given: Any) -> int:
-    text = str(item).strip()
-    if isinstance(item, bool) or not (text.isascii() and text.isdigit()) or len(text) > 5:
+    if isinstance(item, str):
+        text = item.strip()
+        item = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else None
+    if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= int(item) < _MOST:
         raise _malformed(given)
-    if (number := int(text)) >= _MOST:
-        raise _malformed(given)
-    return number
+    return int(item)
 
 
 def _malformed(given: Any) -> SteerError:
+    try:
+        shown = str(given)[:100]
+    except (ValueError, RecursionError):  # an integer of too many digits, a list too deep
+        shown = f"a monstrous {type(given).__name__}"
     return SteerError(
-        f"layers is {str(given)[:100]!r}; wanted: 0-based layers such as '8-31', '3,7,9' or [3, 7]"
+        f"layers is {shown!r}; wanted: 0-based layers such as '8-31', '3,7,9' or [3, 7]"
     )

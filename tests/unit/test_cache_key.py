@@ -1,0 +1,348 @@
+"""Prefix-cache keys, by vLLM's own requests and block hashes: shared where KV is equal, no more."""
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from guidance import delta, head, plan_for, vector
+from vllm import SamplingParams
+from vllm.utils import hashing
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.request import Request
+
+from vllm_steer.doses import Dose
+from vllm_steer.plan import SteerPlan
+from vllm_steer.serving.admission import key_request
+from vllm_steer.serving.cache_key import SteeredSalt, with_steer_keys
+
+STEERS: dict[str, Any] = {
+    "push": vector((0, 1, 2)),
+    "twin": vector((0, 1, 2)),
+    "spin": vector((1,), mode="rotate", seed=1),
+    "walk": delta(3, (0, 2)),
+    "step": delta(1, (0, 2), seed=1),
+    "word": head(),
+}
+PRESETS = {
+    "mix": {"push": 2.0, "walk": {"strength": 1.0, "schedule": "start"}},
+    "late": {"push": {"strength": 4, "phase": "generation", "layers": "0-1"}},
+}
+PLAN = plan_for(STEERS, presets=PRESETS)
+LENGTH = 40
+TOKENS = list(range(1000, 1000 + LENGTH))
+
+ALGORITHMS = ["sha256", "sha256_cbor"] + (
+    ["xxhash", "xxhash_cbor"] if hashing._xxhash is not None else []
+)
+
+
+@pytest.fixture(autouse=True)
+def extra_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own function under the plugin's wrapper, as in an engine core with a plan."""
+    original = inspect.unwrap(kv_cache_utils.generate_block_hash_extra_keys)
+    wrapped = with_steer_keys(original)
+    monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", wrapped)
+
+
+@pytest.fixture(params=ALGORITHMS)
+def algorithm(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=[4, 16], ids=["block-4", "block-16"])
+def block(request: pytest.FixtureRequest) -> int:
+    size: int = request.param
+    return size
+
+
+def keyed(
+    steer: Any,
+    *,
+    prompt_len: int = 10,
+    salt: str | None = None,
+    block: int = 4,
+    algorithm: str = "sha256",
+    plan: SteerPlan = PLAN,
+    **fields: Any,
+) -> Request:
+    """A request as the engine core makes it, with all of its tokens, generated ones one by one."""
+    hash_function = hashing.get_hash_fn_by_name(algorithm)
+    if getattr(kv_cache_utils, "_hashed_by", None) is not hash_function:
+        kv_cache_utils.init_none_hash(hash_function)
+        kv_cache_utils._hashed_by = hash_function
+    arguments = None if steer is None else {"steer": steer}
+    given = EngineCoreRequest(
+        request_id="r",
+        prompt_token_ids=TOKENS[:prompt_len],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=LENGTH, extra_args=arguments),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=salt,
+        data_parallel_rank=None,
+    )
+    for name, value in fields.items():
+        setattr(given, name, value)
+    key_request(given, SimpleNamespace(additional_config={"steer": plan.to_json()}))
+    request = Request.from_engine_core_request(
+        given, kv_cache_utils.get_request_block_hasher(block, hash_function)
+    )
+    for token in TOKENS[prompt_len:]:
+        request.append_output_token_ids(token)
+    return request
+
+
+def keys(steer: Any, **options: Any) -> list[bytes]:
+    """The keys of all full blocks."""
+    return list(keyed(steer, **options).block_hashes)
+
+
+def shared(one: list[bytes], other: list[bytes]) -> int:
+    """How many blocks from the front have the same key; after them none has."""
+    same = [a == b for a, b in zip(one, other, strict=True)]
+    count = sum(same)
+    assert same == [True] * count + [False] * (len(same) - count)
+    return count
+
+
+PROMPT, LATE = {"phase": "prompt"}, {"phase": "generation"}
+
+
+@pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 10, 16, 17, 39])
+@pytest.mark.parametrize(
+    ("steer", "begins"),
+    [
+        ({"push": 2}, lambda prompt_len: 0),
+        ({"spin": 2}, lambda prompt_len: 0),
+        ({"push": {"strength": 2, **PROMPT}}, lambda prompt_len: 0),
+        ({"push": {"strength": 2, **LATE}}, lambda prompt_len: prompt_len),
+        ({"push": {"strength": 2, "layers": "2", **LATE}}, lambda prompt_len: prompt_len),
+        ({"walk": 2}, lambda prompt_len: prompt_len - 1),
+        ({"walk": {"schedule": "start"}}, lambda prompt_len: prompt_len - 1),
+        ({"walk": {"schedule": "dim", **PROMPT}}, lambda prompt_len: prompt_len - 1),
+        ({"walk": LATE}, lambda prompt_len: prompt_len),
+        ({"step": {"schedule": "dim"}}, lambda prompt_len: prompt_len - 1),
+        ({"push": LATE, "walk": 2}, lambda prompt_len: prompt_len - 1),
+        ({"push": LATE, "spin": PROMPT, "word": 3}, lambda prompt_len: 0),
+        ({"word": 3}, lambda prompt_len: LENGTH),
+        ({"step": LATE}, lambda prompt_len: LENGTH),
+        ({"push": 0.0, "word": 1}, lambda prompt_len: LENGTH),
+        ("none", lambda prompt_len: LENGTH),
+    ],
+    ids=str,
+)
+def test_blocks_before_the_first_token_that_a_steer_changes_stay_shared(
+    steer: Any, begins: Any, prompt_len: int, block: int
+) -> None:
+    plain = keys(None, prompt_len=prompt_len, block=block)
+    found = keys(steer, prompt_len=prompt_len, block=block)
+    assert shared(plain, found) == min(begins(prompt_len), LENGTH) // block
+
+
+def test_every_algorithm_shares_the_same_blocks(algorithm: str, block: int) -> None:
+    def of(steer: Any, **more: Any) -> list[bytes]:
+        return keys(steer, block=block, algorithm=algorithm, **more)
+
+    for salt in (None, "mine"):
+        plain, always = of(None, salt=salt), of({"push": 2}, salt=salt)
+        assert shared(plain, of({"word": 2}, salt=salt)) == len(plain)
+        assert shared(plain, of({"push": LATE}, salt=salt)) == 10 // block
+        assert shared(plain, of({"walk": 1}, salt=salt)) == 9 // block
+        assert shared(always, of("push:2", salt=salt)) == len(plain)
+        assert shared(always, of({"push": {"strength": 2, **PROMPT}}, salt=salt)) == 10 // block
+        assert shared(always, of({"push": 2, "walk": 1}, salt=salt)) == 9 // block
+        assert shared(always, of({"push": 2, "walk": 1, "spin": LATE}, salt=salt)) == 9 // block
+
+
+@pytest.mark.parametrize(("prompt_len", "blocks"), [(1, 0), (4, 1), (10, 2), (12, 3), (39, 9)])
+def test_all_and_prompt_are_the_same_within_the_prompt(prompt_len: int, blocks: int) -> None:
+    always = keys({"push": 2}, prompt_len=prompt_len)
+    prompt = keys({"push": {"strength": 2, **PROMPT}}, prompt_len=prompt_len)
+    assert shared(always, prompt) == blocks
+
+
+@pytest.mark.parametrize(
+    ("steer", "blocks"),
+    [
+        ({"push": 2}, 10),
+        ({"push": {"strength": 2, **PROMPT}}, 2),
+        ({"push": {"strength": 2, **LATE}}, 2),
+        ({"walk": 2}, 2),
+        (None, 10),
+    ],
+    ids=str,
+)
+def test_a_longer_prompt_with_the_same_text_shares_until_the_shorter_one_ends(
+    steer: Any, blocks: int
+) -> None:
+    """The second prompt repeats what the first request generated."""
+    assert shared(keys(steer, prompt_len=10), keys(steer, prompt_len=14)) == blocks
+
+
+SPELLINGS: list[tuple[Any, Any]] = [
+    ("push:2", {"push": 2}),
+    ("push:2", '{"push": {"strength": 2.0}}'),
+    ("push:1,push:1", {"push": {"strength": 2, "phase": "all", "layers": "0-2"}}),
+    ("push:2", {"twin": 2}),
+    ("mix", {"push": 2, "walk": {"strength": 1, "schedule": "start"}}),
+    ("mix:-0.5", {"walk": {"strength": -0.5, "schedule": "start"}, "push": -1}),
+    ("late", {"twin": {"strength": 4, "layers": [1, 0], **LATE}}),
+    ({"walk": {}}, {"walk": {"strength": 1, "schedule": "fixed", "layers": [0, 2]}}),
+    ("push:2,spin:3", "spin:3,push:2"),
+    ("push:2,spin:0", "push:2"),
+    ("push:2,word:5", "push:2"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SPELLINGS, ids=str)
+def test_the_same_doses_have_the_same_keys_however_they_are_written(one: Any, other: Any) -> None:
+    assert keys(one) == keys(other) != keys(None)
+
+
+APART: list[Any] = [
+    None,
+    {"push": 2},
+    {"push": -2},
+    {"push": 2.0000001},
+    {"push": {"strength": 2, "layers": "0-1"}},
+    {"push": {"strength": 2, "layers": "1-2"}},
+    {"push": {"strength": 2, **PROMPT}},
+    {"push": {"strength": 2, **LATE}},
+    {"push": {"strength": 2, "layers": "0-1", **LATE}},
+    {"push": 2, "twin": 2},
+    {"push": 2, "spin": 2},
+    {"spin": 2},
+    {"walk": 2},
+    {"walk": -2},
+    {"walk": {"strength": 2, "schedule": "dim"}},
+    {"walk": {"strength": 2, "schedule": "start"}},
+    {"walk": {"strength": 2, **LATE}},
+    {"walk": {"strength": 2, **PROMPT}},
+    {"walk": {"strength": 2, "layers": "0"}},
+    {"step": 2},
+    {"push": 2, "walk": 2},
+    {"push": {"strength": 2, **LATE}, "walk": 2},
+    {"push": {"strength": 2, **PROMPT}, "spin": {"strength": 2, **LATE}},
+    {"push": {"strength": 2, **LATE}, "spin": {"strength": 2, **PROMPT}},
+]
+
+
+def effects(steer: Any, prompt_len: int) -> list[frozenset[Any]]:
+    """What is done to each token: content, layer, step and strength of everything that acts."""
+    return [
+        frozenset(
+            effect for dose in PLAN.doses(steer or "none")
+            for effect in one_effect(dose, position, prompt_len)
+        )
+        for position in range(LENGTH)
+    ]  # fmt: skip
+
+
+def one_effect(dose: Dose, position: int, prompt_len: int) -> Iterator[Any]:
+    steer = STEERS[dose.steer]
+    is_prompt, step = position < prompt_len, position - prompt_len + 1
+    if dose.phase == ("generation" if is_prompt else "prompt"):
+        return
+    strength = dose.strength
+    if steer.kind == "delta":
+        if not 0 <= step < steer.steps or (dose.schedule == "start" and step):
+            return
+        strength *= 1 - step / steer.steps if dose.schedule == "dim" else 1
+    for layer in dose.layers or steer.layers:
+        yield dose.steer, layer, step if steer.kind == "delta" else None, strength
+
+
+def test_no_two_requests_share_a_block_whose_tokens_are_treated_differently(block: int) -> None:
+    lengths = (1, 4, 9, 10, 12)
+    found = {
+        (i, p): (keys(steer, prompt_len=p, block=block), effects(steer, p))
+        for i, steer in enumerate(APART)
+        for p in lengths
+    }
+    for (one, one_does), (other, other_does) in itertools.combinations(found.values(), 2):
+        like = sum(1 for _ in itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(one_does, other_does, strict=True)
+        ))  # fmt: skip
+        assert shared(one, other) <= like // block
+
+
+def test_unlike_requests_are_told_apart_by_the_end_of_their_text() -> None:
+    ends = [keys(steer)[-1] for steer in APART]
+    assert len(set(ends)) == len(APART)
+
+
+def test_keys_name_the_content_and_not_the_name_or_the_file() -> None:
+    renamed = plan_for({"other": STEERS["push"], "push": STEERS["spin"]})
+    assert keys("push:2") == keys("other:2", plan=renamed)
+    assert keys("push:2") != keys("push:2", plan=renamed)
+
+
+def test_a_default_has_the_key_of_the_request_that_asks_for_it() -> None:
+    plan = plan_for(STEERS, presets=PRESETS, default="mix")
+    assert keys(None, plan=plan) == keys("mix")
+    assert keys("none", plan=plan) == keys(None)
+
+
+@pytest.mark.parametrize("steer", [None, "word:2", {"push": LATE}, {"walk": 1}], ids=str)
+def test_the_users_own_salt_stays_the_salt_until_a_steer_acts_from_the_start(steer: Any) -> None:
+    request = keyed(steer, salt="mine")
+    assert request.cache_salt == "mine"
+    assert shared(keys(steer, salt="mine"), keys(steer)) == 0
+    assert shared(keys(steer, salt="mine"), keys(steer, salt="yours")) == 0
+    assert keys("word:2", salt="mine") == keys(None, salt="mine")
+
+
+def test_a_steer_from_the_start_joins_the_users_own_salt() -> None:
+    assert keyed("push:2", salt="mine").cache_salt.startswith("mine|steer:")
+    assert keyed("push:2").cache_salt.startswith("|steer:")
+    for other in (keys("push:2"), keys("push:2", salt="yours"), keys(None, salt="mine")):
+        assert shared(keys("push:2", salt="mine"), other) == 0
+
+
+@pytest.mark.parametrize("steer", ["push:2", {"push": {"strength": 2, **PROMPT}}], ids=str)
+@pytest.mark.parametrize("mine", [None, "mine"])
+def test_no_salt_of_a_users_own_opens_the_blocks_of_a_steer(steer: Any, mine: str | None) -> None:
+    """Otherwise an unsteered request could leave its KV for the steered ones to find."""
+    forged = str(keyed(steer, salt=mine).cache_salt)
+    assert shared(keys(steer, salt=mine), keys(None, salt=forged)) == 0
+    assert shared(keys(steer, salt=mine), keys("spin:1", salt=forged)) == 0
+
+
+def test_a_request_of_embeddings_is_keyed_by_their_number() -> None:
+    embeds = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    given = {"prompt_token_ids": None, "prompt_embeds": embeds}
+    plain = keys(None, **given)
+    assert len(plain) == LENGTH // 4
+    assert shared(plain, keys({"push": LATE}, **given)) == 2
+    assert shared(plain, keys({"walk": 1}, **given)) == 2
+    assert shared(plain, keys({"push": 1}, **given)) == 0
+    assert shared(plain, keys({"word": 1}, **given)) == 10
+
+
+def test_keys_are_ordinary_values_for_whoever_publishes_them() -> None:
+    request = keyed({"push": 2, "walk": 1, "spin": LATE}, salt="mine")
+    assert isinstance(request.cache_salt, SteeredSalt)
+    for start in range(0, LENGTH, 4):
+        found, next_mm = kv_cache_utils.generate_block_hash_extra_keys(request, start, start + 4, 0)
+        assert next_mm == 0
+        for key in found or ():
+            assert [type(part) for part in key] == [str, str]
+        events = kv_cache_utils.to_event_extra_keys([found])
+        assert events == [None if found is None else tuple(key[1] for key in found)]
+    assert kv_cache_utils.generate_block_hash_extra_keys(request, 20, 24, 0) == (None, 0)
+
+
+def test_other_keys_of_a_block_are_kept() -> None:
+    from vllm.lora.request import LoRARequest
+
+    lora = LoRARequest("tune", 1, "/adapters/tune")
+    plain, steered = keys(None, lora_request=lora), keys({"push": LATE}, lora_request=lora)
+    assert shared(plain, steered) == 2
+    assert shared(steered, keys({"push": LATE})) == 0

@@ -1,0 +1,271 @@
+"""Guidance on tensors: both forms against loops over single numbers in Python's own floats."""
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+
+from vllm_steer.kernels.guidance import FORMS, Directions, TokenMap, choose
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYER, WIDTH, NUM_DIRECTIONS, NUM_LAYERS = 1, 5, 6, 3
+
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def generator(seed: int = 11) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_directions(turns: str, seed: int = 5) -> Directions:
+    """Tables with direction 0 zero; none, some or all of the others turn."""
+    vectors = torch.randn(NUM_LAYERS, NUM_DIRECTIONS, WIDTH, generator=generator(seed))
+    vectors[:, 0] = 0
+    turning = {"none": None, "some": torch.tensor([0.0, 1, 0, 0, 1, 0])}.get(turns, torch.ones(6))
+    return Directions(vectors, turning)
+
+
+def random_map(num_tokens: int, depth: int, seed: int = 7, room: int = 3) -> TokenMap:
+    """A map with free tokens, zero strengths at stale directions, and room after its tokens."""
+    size = (depth, num_tokens + room)
+    directions = torch.randint(0, NUM_DIRECTIONS, size, generator=generator(seed))
+    strengths = torch.randn(NUM_LAYERS, *size, generator=generator(seed + 1)) * 2
+    strengths *= torch.rand(NUM_LAYERS, *size, generator=generator(seed + 2)) < 0.6
+    strengths[:, directions == 0] = 0
+    strengths[:, :, 3::4] = 0
+    return TokenMap(directions.to(torch.int32), strengths)
+
+
+def random_rows(num_tokens: int, dtype: torch.dtype, seed: int = 3) -> torch.Tensor:
+    return (torch.randn(num_tokens, WIDTH, generator=generator(seed)) * 3).to(dtype)
+
+
+def by_hand(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    directions: Directions,
+    token_map: TokenMap,
+    depth: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The steered rows in float64, and the largest number that each row's sums went through."""
+    rows, sizes = [], []
+    for token, given in enumerate(hidden.tolist()):
+        kept = [0.0] * WIDTH if residual is None else residual[token].tolist()
+        x = [a + b for a, b in zip(given, kept, strict=True)]
+        moved, turning, size = list(x), False, max(map(abs, [*given, *kept]))
+        for k in range(depth):
+            strength = token_map.strengths[LAYER, k, token].item()
+            direction = int(token_map.directions[k, token])
+            vector = directions.vectors[LAYER, direction].tolist()
+            size += abs(strength) * max(map(abs, vector))
+            if strength:
+                moved = [a + strength * b for a, b in zip(moved, vector, strict=True)]
+                turning |= directions.turns is not None and directions.turns[direction] == 1
+        if turning:
+            ratio = math.hypot(*x) / math.hypot(*moved)
+            size += size * ratio
+            moved = [a * ratio for a in moved]
+        rows.append([a - b for a, b in zip(moved, kept, strict=True)])
+        sizes.append([size])
+    return (
+        torch.tensor(rows, dtype=torch.float64).view(-1, WIDTH),
+        torch.tensor(sizes, dtype=torch.float64).view(-1, 1),
+    )
+
+
+def untouched(token_map: TokenMap, depth: int, num_tokens: int) -> torch.Tensor:
+    return (token_map.strengths[LAYER, :depth, :num_tokens] == 0).all(dim=0)
+
+
+@forms
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("turns", ["none", "some", "all"])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_token_is_steered_as_by_hand(
+    form: ModuleType, dtype: torch.dtype, depth: int, turns: str, with_residual: bool
+) -> None:
+    directions, token_map = random_directions(turns), random_map(63, depth)
+    hidden = random_rows(63, dtype)
+    residual = random_rows(63, dtype, seed=4) if with_residual else None
+    before, kept = hidden.clone(), None if residual is None else residual.clone()
+    wanted, sizes = by_hand(hidden, residual, directions, token_map, depth)
+    form.steer_tokens_(hidden, residual, directions, LAYER, token_map, depth)
+    assert hidden.dtype == dtype
+    once = torch.finfo(dtype).eps * wanted.abs() / 2 + torch.finfo(dtype).smallest_normal
+    allowed = once + 8 * torch.finfo(torch.float32).eps * sizes
+    assert ((hidden.double() - wanted).abs() <= allowed).all()
+    free = untouched(token_map, depth, 63)
+    assert 0 < int(free.sum()) < 63
+    assert torch.equal(hidden[free], before[free])
+    assert residual is None or torch.equal(residual, kept)
+
+
+@forms
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+@pytest.mark.parametrize("turns", ["none", "some"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+def test_no_token_and_one_token_are_steered_too(
+    form: ModuleType, num_tokens: int, turns: str, with_residual: bool
+) -> None:
+    directions, token_map = random_directions(turns), random_map(num_tokens, 2)
+    token_map.strengths[:, 0, :num_tokens], token_map.directions[0] = 1.5, 4
+    hidden = random_rows(num_tokens, torch.float32)
+    residual = random_rows(num_tokens, torch.float32, seed=4) if with_residual else None
+    wanted, _ = by_hand(hidden, residual, directions, token_map, 2)
+    form.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
+    torch.testing.assert_close(hidden.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@forms
+def test_doses_deeper_than_asked_for_are_not_read(form: ModuleType) -> None:
+    directions, token_map = random_directions("some"), random_map(9, 4)
+    hidden = random_rows(9, torch.float32)
+    wanted = hidden.clone()
+    form.steer_tokens_(hidden, None, directions, LAYER, token_map, 2)
+    token_map.strengths[:, 2:], token_map.directions[2:] = math.nan, 3
+    form.steer_tokens_(wanted, None, directions, LAYER, token_map, 2)
+    assert torch.equal(hidden, wanted)
+
+
+@forms
+@pytest.mark.parametrize("turns", ["none", "some", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_without_a_dose_keeps_any_value(
+    form: ModuleType, dtype: torch.dtype, turns: str
+) -> None:
+    """Also where its map names a direction, beside tokens that are steered."""
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    odd = [0.0, -0.0, math.inf, -math.inf, math.nan, largest, -largest, smallest, smallest / 4, 1.0]
+    hidden = torch.tensor(odd, dtype=dtype).view(2, WIDTH).repeat(3, 1)
+    residual = hidden.flip(0)
+    before = hidden.clone()
+    directions = torch.tensor([[4, 3, 1, 1, 2, 5]] * 2, dtype=torch.int32)
+    strengths = torch.zeros(NUM_LAYERS, 2, 6)
+    strengths[:, 0, 2] = 3.0
+    form.steer_tokens_(
+        hidden, residual, random_directions(turns), LAYER, TokenMap(directions, strengths), 2
+    )
+    keeps = [0, 1, 3, 4, 5]
+    assert torch.equal(hidden[keeps].isnan(), before[keeps].isnan())
+    assert torch.equal(hidden[keeps].nan_to_num(7), before[keeps].nan_to_num(7))
+
+
+@forms
+@pytest.mark.parametrize("strength", [0.0, 2.0])
+def test_a_broken_token_does_not_spoil_its_neighbours(form: ModuleType, strength: float) -> None:
+    directions, token_map = random_directions("all"), random_map(5, 1)
+    token_map.directions[:] = 2
+    token_map.strengths[:] = strength
+    hidden = random_rows(5, torch.float32)
+    clean = hidden.clone()
+    hidden[2] = math.nan
+    form.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
+    form.steer_tokens_(clean, None, directions, LAYER, token_map, 1)
+    others = [0, 1, 3, 4]
+    assert torch.equal(hidden[others], clean[others])
+
+
+@forms
+def test_a_zero_token_takes_an_addition_and_cannot_turn(form: ModuleType) -> None:
+    directions = random_directions("some")  # 1 turns, 2 adds
+    token_map = TokenMap(
+        torch.tensor([[1, 2, 1]], dtype=torch.int32), torch.full((NUM_LAYERS, 1, 3), 2.0)
+    )
+    hidden = torch.zeros(3, WIDTH)
+    form.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
+    assert torch.equal(hidden[[0, 2]], torch.zeros(2, WIDTH))
+    assert torch.equal(hidden[1], 2 * directions.vectors[LAYER, 2])
+
+
+@forms
+@pytest.mark.parametrize("size", [0.5, 1.0, 3.0, 4.0, 1e3, 3e4])
+def test_a_turn_that_cancels_a_token_exactly_leaves_no_nan(form: ModuleType, size: float) -> None:
+    vectors = torch.zeros(NUM_LAYERS, 2, WIDTH)
+    vectors[:, 1, 3] = 1.0
+    directions = Directions(vectors, torch.tensor([0.0, 1.0]))
+    token_map = TokenMap(torch.ones(1, 1, dtype=torch.int32), torch.full((NUM_LAYERS, 1, 1), -size))
+    hidden = vectors[LAYER, 1:2] * size
+    form.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
+    assert torch.equal(hidden, torch.zeros(1, WIDTH))
+
+
+@forms
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strength", [1e4, -1e4, 1e10, -1e18], ids=str)
+def test_a_huge_turn_ends_at_the_direction_with_the_tokens_norm(
+    form: ModuleType, dtype: torch.dtype, strength: float
+) -> None:
+    directions = random_directions("all")
+    vectors = directions.vectors / directions.vectors.norm(dim=2, keepdim=True).clamp_min(1e-9)
+    token_map = TokenMap(
+        torch.full((1, 7), 4, dtype=torch.int32), torch.full((NUM_LAYERS, 1, 7), strength)
+    )
+    hidden = random_rows(7, dtype)
+    norms = hidden.double().norm(dim=1, keepdim=True)
+    wanted = math.copysign(1, strength) * norms * vectors[LAYER, 4].double()
+    form.steer_tokens_(hidden, None, Directions(vectors, directions.turns), LAYER, token_map, 1)
+    step = 2 * torch.finfo(dtype).eps * float(norms.max()) + 50 / abs(strength)
+    torch.testing.assert_close(hidden.double(), wanted, rtol=0, atol=step)
+
+
+@forms
+@pytest.mark.parametrize("strength", [1e-45, 1e-38, 1e-9], ids=str)
+@pytest.mark.parametrize("turns", ["none", "all"])
+def test_a_tiny_strength_changes_a_token_by_a_rounding_at_most(
+    form: ModuleType, turns: str, strength: float
+) -> None:
+    token_map = TokenMap(
+        torch.full((1, 7), 4, dtype=torch.int32), torch.full((NUM_LAYERS, 1, 7), strength)
+    )
+    hidden = random_rows(7, torch.float32)
+    before = hidden.clone()
+    form.steer_tokens_(hidden, None, random_directions(turns), LAYER, token_map, 1)
+    torch.testing.assert_close(hidden, before, rtol=1e-6, atol=1e-8)
+
+
+@forms
+@pytest.mark.parametrize("turns", ["none", "some", "all"])
+def test_permuted_tokens_give_permuted_results(form: ModuleType, turns: str) -> None:
+    directions, token_map = random_directions(turns), random_map(63, 3, room=0)
+    order = torch.randperm(63, generator=generator(1))
+    permuted = TokenMap(token_map.directions[:, order], token_map.strengths[:, :, order])
+    hidden, residual = random_rows(63, torch.bfloat16), random_rows(63, torch.bfloat16, seed=4)
+    other = hidden[order]
+    form.steer_tokens_(hidden, residual, directions, LAYER, token_map, 3)
+    form.steer_tokens_(other, residual[order], directions, LAYER, permuted, 3)
+    assert torch.equal(other, hidden[order])
+
+
+@forms
+@pytest.mark.parametrize("turns", ["none", "some"])
+def test_strided_rows_are_steered_in_place_and_nothing_around_them(
+    form: ModuleType, turns: str
+) -> None:
+    directions, token_map = random_directions(turns), random_map(9, 2)
+    frame = torch.randn(18, 2 * WIDTH + 1, generator=generator())
+    hidden, before = frame[::2, 1 : 2 * WIDTH : 2], frame.clone()
+    residual = torch.randn(WIDTH, 9, generator=generator(2)).T
+    wanted = hidden.contiguous()
+    form.steer_tokens_(wanted, residual.contiguous(), directions, LAYER, token_map, 2)
+    form.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
+    torch.testing.assert_close(hidden, wanted, rtol=1e-6, atol=1e-6)
+    hidden.copy_(before[::2, 1 : 2 * WIDTH : 2])
+    assert torch.equal(frame, before)
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS.items())
+def test_a_form_is_chosen_by_its_name(name: str, form: ModuleType) -> None:
+    assert choose(name) is form
+
+
+def test_the_form_that_runs_everywhere_is_chosen_without_a_name() -> None:
+    assert choose() is FORMS["torch"]
+    with pytest.raises(ValueError, match="form is 'fast'; allowed: reference, torch"):
+        choose("fast")
+
+
+def test_the_sizes_of_maps_and_tables_are_their_bytes() -> None:
+    assert random_map(10, 2, room=0).num_bytes == 2 * 10 * 4 + NUM_LAYERS * 2 * 10 * 4
+    assert random_directions("all").num_bytes == NUM_LAYERS * NUM_DIRECTIONS * WIDTH * 4

@@ -1,0 +1,231 @@
+"""From rules to the map of a step's tokens: both forms against a loop over tokens."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_steer.kernels.guidance import FORMS, Rules, TokenMap
+
+FOREVER = torch.iinfo(torch.int64).max
+EPS = torch.finfo(torch.float32).eps
+
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def rules(layers: int = 1, **fields: Sequence[Sequence[float]]) -> Rules:
+    """Rules ``[K, R]`` from lists; a field that is not named is zero, layers are all on."""
+    shape = (len(fields["start"]), len(fields["start"][0]))
+    floats = {"strength", "slope"}
+    names = ("start", "stride", "origin", "first", "last", "strength", "slope")
+    tensors: dict[str, Any] = {
+        name: torch.tensor(
+            fields[name], dtype=torch.float32 if name in floats else torch.int64
+        ).view(shape)
+        if name in fields
+        else torch.zeros(shape, dtype=torch.float32 if name in floats else torch.int64)
+        for name in names
+    }
+    return Rules(**tensors, layers=torch.ones(layers, *shape))
+
+
+def empty_map(num_layers: int, depth: int, room: int) -> TokenMap:
+    """Buffers of marks: an entry that was not written shows."""
+    return TokenMap(
+        torch.full((depth, room), -9, dtype=torch.int32),
+        torch.full((num_layers, depth, room), -9.0),
+    )
+
+
+def tokens_of(
+    counts: Sequence[int], starts: Sequence[int], dtype: torch.dtype = torch.int32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each request's first token ``[R + 1]``, and the position of every token."""
+    ends = torch.tensor([0, *counts]).cumsum(0).to(dtype)
+    positions = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
+    return ends, torch.tensor(positions, dtype=torch.int64)
+
+
+def random_rules(seed: int, depth: int, num_requests: int, num_layers: int) -> Rules:
+    """Vectors and deltas in turn, some without a dose, some in a part of the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (depth, num_requests)
+
+    def integers(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    first, length = integers(0, 12), integers(0, 9)
+    last = torch.where(integers(0, 3) == 0, FOREVER, first + length)
+    there = (integers(0, 4) > 0).float()
+    return Rules(
+        start=integers(1, 40),
+        stride=integers(0, 2),
+        origin=first - integers(0, 2),
+        first=first,
+        last=last,
+        strength=torch.randn(shape, generator=generator) * there,
+        slope=torch.rand(shape, generator=generator) * integers(0, 2),
+        layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
+    )
+
+
+def assert_mapped(
+    given: Rules, counts: Sequence[int], starts: Sequence[int], out: TokenMap
+) -> None:
+    """Every entry is what the equations say in Python's numbers, and the room is untouched."""
+    token = 0
+    for row, (count, start) in enumerate(zip(counts, starts, strict=True)):
+        for position in range(start, start + count):
+            for k in range(given.start.shape[0]):
+                at = {
+                    name: getattr(given, name)[k, row].item()
+                    for name in vars(given)
+                    if name != "layers"
+                }
+                i = position - at["origin"]
+                acts = at["first"] <= position < at["last"]
+                direction = at["start"] + at["stride"] * i if acts else 0
+                strength = at["strength"] * (1 - at["slope"] * i) if acts else 0.0
+                assert out.directions[k, token] == direction
+                allowed = 4 * EPS * abs(at["strength"]) * (1 + abs(at["slope"] * i))
+                for layer in range(given.layers.shape[0]):
+                    wanted = strength * given.layers[layer, k, row].item()
+                    assert abs(out.strengths[layer, k, token].item() - wanted) <= allowed
+            token += 1
+    assert (out.directions[:, token:] == -9).all()
+    assert (out.strengths[:, :, token:] == -9).all()
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "starts"),
+    [
+        ([1], [0]),
+        ([1, 1, 1], [0, 7, 3]),
+        ([13], [0]),
+        ([5, 1, 7], [0, 9, 4]),
+        ([0, 3, 0, 0, 2, 0], [4, 1, 0, 9, 5, 2]),
+        ([17, 11, 23, 12], [0, 3, 0, 1]),
+    ],
+    ids=["one", "decodes", "prefill", "mixed", "without-tokens", "63-tokens"],
+)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_every_token_takes_what_its_requests_rule_says(
+    form: ModuleType, depth: int, counts: list[int], starts: list[int], dtype: torch.dtype
+) -> None:
+    for seed in range(3):
+        given = random_rules(seed, depth, len(counts), num_layers=3)
+        out = empty_map(3, depth, sum(counts) + 2)
+        form.map_tokens(given, *tokens_of(counts, starts, dtype), out)
+        assert_mapped(given, counts, starts, out)
+
+
+@forms
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_step_without_tokens_writes_nothing(form: ModuleType, depth: int) -> None:
+    out = empty_map(2, depth, 4)
+    given = random_rules(0, depth, 2, num_layers=2)
+    form.map_tokens(given, *tokens_of([0, 0], [0, 0]), out)
+    assert_mapped(given, [0, 0], [0, 0], out)
+
+
+@forms
+def test_a_delta_walks_its_steps_from_the_last_prompt_token(form: ModuleType) -> None:
+    """Prompt of 3, 4 steps from direction 6 on, falling: the span is [2, 6)."""
+    given = rules(
+        start=[[6]],
+        stride=[[1]],
+        origin=[[2]],
+        first=[[2]],
+        last=[[6]],
+        strength=[[2.0]],
+        slope=[[0.25]],
+    )
+    out = empty_map(1, 1, 8)
+    form.map_tokens(given, *tokens_of([8], [0]), out)
+    assert out.directions.tolist() == [[0, 0, 6, 7, 8, 9, 0, 0]]
+    assert out.strengths.tolist() == [[[0, 0, 2.0, 1.5, 1.0, 0.5, 0, 0]]]
+
+
+@forms
+def test_a_chunk_or_a_recomputed_stretch_maps_like_the_whole(form: ModuleType) -> None:
+    given = random_rules(4, 2, 1, num_layers=2)
+    whole, parts = empty_map(2, 2, 20), empty_map(2, 2, 20)
+    form.map_tokens(given, *tokens_of([20], [0]), whole)
+    for start, stop in [(0, 7), (7, 8), (8, 19), (19, 20)]:
+        part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
+        form.map_tokens(given, *tokens_of([stop - start], [start]), part)
+    assert torch.equal(parts.directions, whole.directions)
+    assert torch.equal(parts.strengths, whole.strengths)
+
+
+@forms
+@pytest.mark.parametrize("strength", [3e38, -3e38, 1e37, 1e-45], ids=str)
+def test_a_token_outside_the_span_takes_nothing_however_far_and_strong(
+    form: ModuleType, strength: float
+) -> None:
+    """The falling line of a delta reaches beyond float32 a long prompt before its first step."""
+    given = rules(
+        start=[[1]],
+        stride=[[1]],
+        origin=[[100_000]],
+        first=[[100_000]],
+        last=[[100_005]],
+        strength=[[strength]],
+        slope=[[0.2]],
+    )
+    out = empty_map(1, 1, 4)
+    positions = torch.tensor([0, 99_999, 100_000, 100_005])
+    form.map_tokens(given, torch.tensor([0, 4]), positions, out)
+    assert out.directions.tolist() == [[0, 0, 1, 0]]
+    assert out.strengths[0, 0].tolist() == [0, 0, torch.tensor(strength).item(), 0]
+
+
+@forms
+def test_positions_beyond_32_bits_are_told_apart(form: ModuleType) -> None:
+    edge = 2**32 + 5
+    given = rules(start=[[3, 3]], strength=[[1.5, 2.5]], first=[[0, edge]], last=[[edge, FOREVER]])
+    out = empty_map(1, 1, 4)
+    positions = torch.tensor([edge - 1, edge, edge - 1, edge])
+    form.map_tokens(given, torch.tensor([0, 2, 4]), positions, out)
+    assert out.directions.tolist() == [[3, 0, 0, 3]]
+    assert out.strengths[0, 0].tolist() == [1.5, 0, 0, 2.5]
+
+
+@forms
+def test_a_dose_acts_in_its_layers_only(form: ModuleType) -> None:
+    given = rules(layers=3, start=[[2], [4]], last=[[FOREVER], [FOREVER]], strength=[[1.0], [2.0]])
+    given.layers[:, 0, 0] = torch.tensor([1.0, 0, 1])
+    given.layers[:, 1, 0] = torch.tensor([0.0, 1, 0])
+    out = empty_map(3, 2, 1)
+    form.map_tokens(given, *tokens_of([1], [9]), out)
+    assert out.directions[:, 0].tolist() == [2, 4]
+    assert out.strengths[:, :, 0].tolist() == [[1, 0], [0, 2], [1, 0]]
+
+
+@forms
+def test_rules_and_buffers_may_be_views(form: ModuleType) -> None:
+    given = random_rules(2, 4, 3, num_layers=3)
+    half = {name: tensor[..., ::2, :] for name, tensor in vars(given).items()}
+    whole = empty_map(3, 4, 9)
+    front = TokenMap(whole.directions[:2], whole.strengths[:, :2])
+    form.map_tokens(Rules(**half), *tokens_of([2, 3, 1], [0, 5, 2]), front)
+    assert_mapped(Rules(**half), [2, 3, 1], [0, 5, 2], front)
+    assert (whole.directions[2:] == -9).all()
+    assert (whole.strengths[:, 2:] == -9).all()
+
+
+@forms
+def test_permuted_requests_give_permuted_maps(form: ModuleType) -> None:
+    given = random_rules(8, 2, 4, num_layers=2)
+    order = [2, 0, 3, 1]
+    permuted = Rules(**{name: tensor[..., order] for name, tensor in vars(given).items()})
+    starts = [0, 6, 2, 9]
+    one, other = empty_map(2, 2, 4), empty_map(2, 2, 4)
+    form.map_tokens(given, *tokens_of([1] * 4, starts), one)
+    form.map_tokens(permuted, *tokens_of([1] * 4, [starts[i] for i in order]), other)
+    assert torch.equal(other.directions, one.directions[:, order])
+    assert torch.equal(other.strengths, one.strengths[:, :, order])

@@ -1,0 +1,237 @@
+"""The layers' bank: what lies in its tables, and directions at the heads through a projection."""
+
+from typing import Any
+
+import pytest
+import torch
+from guidance import WIDTH, delta, head, vector
+from torch import nn
+
+from vllm_steer import SteerError
+from vllm_steer.bank import Entry, LayerShelf
+from vllm_steer.bank.layers import LayerBank, fill_layer_bank
+from vllm_steer.families import Family
+from vllm_steer.serving.layers import projections
+
+CPU = torch.device("cpu")
+STEERS: dict[str, Any] = {
+    "turn": vector((0, 3), mode="rotate", seed=1),
+    "add": vector((3, 5), seed=2),
+    "walk": delta(3, (0, 5), site="resid", seed=3),
+    "norm": vector((1,), site="attn_in", seed=4),
+}
+
+
+def fill(steers: dict[str, Any] = STEERS, layers: Any = range(6), **options: Any) -> LayerBank:
+    options.setdefault("project", lambda _, rows: pytest.fail("nothing is at the heads"))
+    return fill_layer_bank(steers, layers=layers, device=CPU, **options)
+
+
+def shelf_of(bank: LayerBank, site: str) -> LayerShelf:
+    (found,) = [shelf for shelf in bank.shelves if shelf.site == site]
+    return found
+
+
+def unit(vector: torch.Tensor) -> torch.Tensor:
+    length = sum(x * x for x in vector.tolist()) ** 0.5
+    return torch.tensor([x / length for x in vector.tolist()])
+
+
+def test_a_table_holds_every_steer_in_its_layers_and_zeros_elsewhere() -> None:
+    shelf = shelf_of(fill(), "resid")
+    assert shelf.layers == (0, 3, 5)
+    assert shelf.entries == {
+        "add": Entry(1, None, (3, 5)),
+        "turn": Entry(2, None, (0, 3)),
+        "walk": Entry(3, 3, (0, 5)),
+    }
+    turn, add, walk = (STEERS[name] for name in ("turn", "add", "walk"))
+    wanted = torch.zeros(3, 6, WIDTH)
+    wanted[1, 1], wanted[2, 1] = add.vectors[0], add.vectors[1]
+    wanted[0, 2], wanted[1, 2] = unit(turn.vectors[0]), unit(turn.vectors[1])
+    for step in range(3):
+        wanted[0, 3 + step], wanted[2, 3 + step] = walk.delta[step, 0], walk.delta[step, 1]
+    torch.testing.assert_close(shelf.directions.vectors, wanted, rtol=1e-6, atol=0)
+    assert torch.equal(shelf.directions.vectors == 0, wanted == 0)
+    assert shelf.directions.vectors.dtype == torch.float32
+    assert shelf.directions.turns is not None
+    assert shelf.directions.turns.tolist() == [0, 0, 1, 0, 0, 0]
+
+
+def test_each_site_has_a_shelf_of_its_own_and_the_inner_one_comes_first() -> None:
+    steers = {
+        "d": vector((0,), site="resid"),
+        "c": vector((0,), site="attn_out"),
+        "b": delta(1, (0,)),
+        "a": vector((0,), site="attn_in"),
+    }
+    bank = fill(steers, project=lambda _, rows: rows)
+    assert [(s.site, list(s.entries)) for s in bank.shelves] == [
+        ("attn_in", ["a"]), ("heads", ["b"]), ("attn_out", ["c"]), ("resid", ["d"]),
+    ]  # fmt: skip
+
+
+def test_places_follow_the_names_and_not_the_order_of_the_config() -> None:
+    backwards = dict(reversed(STEERS.items()))
+    for one, other in zip(fill().shelves, fill(backwards).shelves, strict=True):
+        assert one.entries == other.entries
+        assert torch.equal(one.directions.vectors, other.directions.vectors)
+
+
+@pytest.mark.parametrize(
+    ("here", "layers"),
+    [([0, 1, 2], (0,)), ([3, 4, 5], (3, 5)), ([4], None), ([], None), ([5, 3, 0], (0, 3, 5))],
+    ids=str,
+)
+def test_a_pipeline_stage_has_its_own_layers_only(here: list[int], layers: Any) -> None:
+    bank = fill(layers=here)
+    found = [shelf for shelf in bank.shelves if shelf.site == "resid"]
+    if layers is None:
+        assert found == []
+        return
+    (shelf,) = found
+    whole = shelf_of(fill(), "resid")
+    assert (shelf.layers, shelf.entries) == (layers, whole.entries)
+    rows = [whole.layers.index(layer) for layer in layers]
+    assert torch.equal(shelf.directions.vectors, whole.directions.vectors[rows])
+
+
+def test_a_site_where_nothing_turns_needs_no_norms() -> None:
+    assert shelf_of(fill(), "attn_in").directions.turns is None
+    assert shelf_of(fill({"add": STEERS["add"]}), "resid").directions.turns is None
+
+
+def test_a_stage_without_the_layers_that_turn_knows_that_steers_do() -> None:
+    """Its table has the direction; which of them turn does not depend on the rank."""
+    shelf = shelf_of(fill(layers=[5]), "resid")
+    assert shelf.directions.turns is not None
+    assert shelf.directions.turns.tolist() == [0, 0, 1, 0, 0, 0]
+    assert torch.equal(shelf.directions.vectors[:, 2], torch.zeros(1, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_any_floating_dtype_and_size_turns_to_a_unit_vector(
+    dtype: torch.dtype, scale: float
+) -> None:
+    steer = vector((0,), mode="rotate")
+    tensor = (steer.vectors * scale).to(dtype)
+    shelf = shelf_of(fill({"a": type(steer)(vectors=tensor, layers=(0,), mode="rotate")}), "resid")
+    found = shelf.directions.vectors[0, 1]
+    torch.testing.assert_close(found, unit(tensor[0].double()), rtol=1e-6, atol=1e-8)
+
+
+def test_the_bank_knows_its_size() -> None:
+    assert fill().num_bytes == 4 * WIDTH * (3 * 6 + 1 * 2)
+    assert fill({}).num_bytes == 0
+
+
+def test_changing_a_steer_later_does_not_change_the_bank() -> None:
+    mine = vector((0,))
+    shelf = shelf_of(fill({"a": mine}), "resid")
+    before = shelf.directions.vectors.clone()
+    mine.vectors.zero_()
+    assert torch.equal(shelf.directions.vectors, before)
+
+
+HEADS, HIDDEN = 6, 4
+
+
+class Projection(nn.Module):
+    """Like vLLM's row-parallel layer on one rank, but leaving the sum over ranks to the test."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rank: int, of: int) -> None:
+        super().__init__()
+        mine = weight.shape[1] // of
+        self.weight = nn.Parameter(weight[:, rank * mine : (rank + 1) * mine].clone())
+        self.bias = bias if rank == 0 else None
+        self.input_size, self.input_size_per_partition = weight.shape[1], mine
+        self.tp_rank = rank
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        y = x @ self.weight.T
+        return (y if self.bias is None else y + self.bias), None
+
+
+class Wrapped(nn.Module):
+    """A LoRA wrapper: another layer around the projection, which must not be called."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+
+def weights(layer: int) -> torch.Tensor:
+    return torch.randn(HIDDEN, HEADS, generator=torch.Generator().manual_seed(layer))
+
+
+def model_of(
+    *, rank: int = 0, of: int = 1, bias: float | None = None, wrapped: bool = False
+) -> nn.Module:
+    """Three blocks with random projections."""
+    blocks = nn.ModuleList()
+    for layer in range(3):
+        own = None if bias is None else torch.full((HIDDEN,), bias + layer)
+        projection: nn.Module = Projection(weights(layer), own, rank, of)
+        block = nn.Module()
+        block.self_attn = nn.Module()
+        block.self_attn.o_proj = Wrapped(projection) if wrapped else projection
+        blocks.append(block)
+    model = nn.Module()
+    model.layers = blocks
+    return model
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("bias", [None, 0.5], ids=["no-bias", "bias"])
+def test_directions_at_the_heads_are_those_behind_the_projection(
+    bias: float | None, wrapped: bool
+) -> None:
+    steer = delta(3, (0, 2), width=HEADS)
+    project = projections(model_of(bias=bias, wrapped=wrapped), Family(), 3)
+    shelf = shelf_of(fill({"a": steer}, range(3), project=project), "heads")
+    assert shelf.layers == (0, 2)
+    for index, layer in enumerate((0, 2)):
+        wanted = steer.delta[:, index].double() @ weights(layer).double().T
+        found = shelf.directions.vectors[index]
+        assert torch.equal(found[0], torch.zeros(HIDDEN))
+        torch.testing.assert_close(found[1:].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", [2, 3])
+def test_the_parts_of_tensor_parallel_ranks_sum_to_the_whole(of: int) -> None:
+    rows = delta(5, (1,), width=HEADS).delta[:, 0]
+    whole = projections(model_of(bias=0.5), Family(), 3)(1, rows)
+    parts = [
+        projections(model_of(rank=r, of=of, bias=0.5), Family(), 3)(1, rows) for r in range(of)
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-6)
+    assert all(part.abs().sum() > 0 for part in parts)
+
+
+def test_a_projection_runs_in_the_models_dtype_and_gives_float32() -> None:
+    model = model_of(bias=2.0).to(torch.bfloat16)
+    for block in model.layers:
+        block.self_attn.o_proj.bias = block.self_attn.o_proj.bias.to(torch.bfloat16)
+    found = projections(model, Family(), 3)(0, delta(2, (0,), width=HEADS).delta[:, 0])
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    wanted = delta(2, (0,), width=HEADS).delta[:, 0] @ weights(0).T
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.1)
+
+
+def test_heads_of_another_width_are_refused() -> None:
+    project = projections(model_of(), Family(), 3)
+    with pytest.raises(SteerError, match="a steer at heads is 5 wide; the model's heads are 6"):
+        project(0, torch.ones(2, 5))
+
+
+def test_an_attention_without_the_projection_is_refused() -> None:
+    project = projections(model_of(), Family(projection="dense"), 3)
+    with pytest.raises(SteerError, match="Module has no dense: the site heads does not exist"):
+        project(0, torch.ones(2, HEADS))
+
+
+def test_a_steer_at_the_head_is_none_of_the_layers() -> None:
+    assert head().layers is None
+    assert fill({}).shelves == ()

@@ -1,0 +1,224 @@
+"""From doses to rules: which token takes which direction, told by what the token is."""
+
+from typing import Any
+
+import pytest
+import torch
+from guidance import delta, vector
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_steer.bank import LayerShelf
+from vllm_steer.bank.layers import fill_layer_bank
+from vllm_steer.doses import PHASES, Dose
+from vllm_steer.kernels.guidance import FORMS, TokenMap
+from vllm_steer.serving.rows import SteeredRequest
+from vllm_steer.serving.rules import dose_span, guidance_rules
+from vllm_steer.steers.delta import SCHEDULES
+
+CPU = torch.device("cpu")
+FOREVER = torch.iinfo(torch.int64).max
+STEERS = {
+    "push": vector((0, 1, 3), site="attn_in"),
+    "spin": vector((1,), site="attn_in", mode="rotate", seed=1),
+    "walk": delta(4, (0, 3), site="attn_in"),
+    "step": delta(1, (1, 3), site="attn_in", seed=1),
+}
+
+
+def shelf(*layers: int) -> LayerShelf:
+    """The one shelf of a rank with ``layers``."""
+    bank = fill_layer_bank(STEERS, layers=layers, device=CPU, project=lambda _, rows: rows)
+    (only,) = bank.shelves
+    return only
+
+
+def rules_of(doses: dict[str, tuple[Dose, ...]], on: LayerShelf, prompt_len: int = 3) -> Any:
+    requests = {r: SteeredRequest(d, prompt_len) for r, d in doses.items() if d}
+    return guidance_rules(list(doses), requests, on, CPU)
+
+
+@pytest.mark.parametrize(
+    ("phase", "span"),
+    [("all", (0, FOREVER)), ("prompt", (0, 7)), ("generation", (7, FOREVER))],
+)
+def test_a_vector_acts_in_its_phase(phase: Any, span: tuple[int, int]) -> None:
+    assert dose_span(Dose("v", 1.0, phase=phase), None, 7) == span
+
+
+@pytest.mark.parametrize(
+    ("schedule", "phase", "span"),
+    [
+        ("fixed", "all", (6, 11)),
+        ("fixed", "prompt", (6, 7)),
+        ("fixed", "generation", (7, 11)),
+        ("dim", "all", (6, 11)),
+        ("dim", "prompt", (6, 7)),
+        ("dim", "generation", (7, 11)),
+        ("start", "all", (6, 7)),
+        ("start", "prompt", (6, 7)),
+    ],
+)
+def test_a_delta_begins_at_the_last_prompt_token(
+    schedule: Any, phase: Any, span: tuple[int, int]
+) -> None:
+    assert dose_span(Dose("d", 1.0, phase=phase, schedule=schedule), 5, 7) == span
+
+
+@pytest.mark.parametrize(
+    ("phase", "steps", "span"),
+    [
+        ("all", None, (0, FOREVER)),
+        ("prompt", None, (0, 1)),
+        ("generation", None, (1, FOREVER)),
+        ("all", 3, (0, 3)),
+        ("prompt", 3, (0, 1)),
+        ("generation", 3, (1, 3)),
+    ],
+)
+def test_a_prompt_of_one_token_is_its_own_last(
+    phase: Any, steps: int | None, span: tuple[int, int]
+) -> None:
+    schedule: Any = None if steps is None else "fixed"
+    assert dose_span(Dose("x", 1.0, phase=phase, schedule=schedule), steps, 1) == span
+
+
+def test_rules_lie_by_dose_and_row() -> None:
+    on = shelf(0, 1, 2, 3)
+    assert on.layers == (0, 1, 3)
+    assert {n: (e.start, e.steps) for n, e in on.entries.items()} == {
+        "push": (1, None), "spin": (2, None), "step": (3, 1), "walk": (4, 4),
+    }  # fmt: skip
+    found = rules_of(
+        {
+            "a": (Dose("walk", 2.0, schedule="dim"), Dose("push", -1.5, layers=(3,))),
+            "b": (),
+            "c": (Dose("push", 0.5, phase="generation"),),
+        },
+        on,
+    )
+    assert found.start.tolist() == [[4, 0, 1], [1, 0, 0]]
+    assert found.stride.tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert found.origin.tolist() == [[2, 0, 0], [0, 0, 0]]
+    assert found.first.tolist() == [[2, 0, 3], [0, 0, 0]]
+    assert found.last.tolist() == [[6, 0, FOREVER], [FOREVER, 0, 0]]
+    assert found.strength.tolist() == [[2.0, 0, 0.5], [-1.5, 0, 0]]
+    assert found.slope.tolist() == [[0.25, 0, 0], [0, 0, 0]]
+    assert found.layers.tolist() == [
+        [[1, 0, 1], [0, 0, 0]],
+        [[0, 0, 1], [0, 0, 0]],
+        [[1, 0, 1], [1, 0, 0]],
+    ]
+    assert {t.dtype for t in (found.start, found.last)} == {torch.int64}
+    assert {t.dtype for t in (found.strength, found.slope, found.layers)} == {torch.float32}
+
+
+def test_a_rank_with_a_part_of_the_layers_keeps_their_places() -> None:
+    on = shelf(2, 3)
+    assert on.layers == (3,)
+    found = rules_of({"a": (Dose("spin", 1.0), Dose("push", 2.0)), "b": (Dose("walk", 3.0),)}, on)
+    assert found.layers.tolist() == [[[0, 1], [1, 0]]]
+    narrowed = rules_of({"a": (Dose("push", 2.0, layers=(0, 1)),)}, on)
+    assert narrowed.layers.tolist() == [[[0]]]
+
+
+def test_a_batch_without_doses_at_the_site_has_no_rules() -> None:
+    on = shelf(0, 1, 2, 3)
+    for doses in ({}, {"a": ()}, {"a": (Dose("elsewhere", 1.0),), "b": ()}):
+        found = rules_of(doses, on)
+        assert found.start.shape == (0, len(doses))
+        assert found.layers.shape == (3, 0, len(doses))
+
+
+def test_doses_of_other_sites_and_of_requests_that_wait_take_no_depth() -> None:
+    on = shelf(0, 1, 2, 3)
+    many = tuple(Dose("push", 1.0, layers=(layer,)) for layer in (0, 1, 3))
+    requests = {
+        "here": SteeredRequest((Dose("elsewhere", 9.0), Dose("push", 2.0)), 3),
+        "waits": SteeredRequest(many, 3),
+    }
+    found = guidance_rules(["other", "here"], requests, on, CPU)
+    assert found.start.tolist() == [[0, 1]]
+    assert found.strength.tolist() == [[0, 2.0]]
+
+
+@pytest.mark.parametrize("strength", [3.4028234e38, -1e-45, 1e-60])
+def test_a_strength_is_float32_without_a_warning(strength: float) -> None:
+    found = rules_of({"a": (Dose("push", strength),)}, shelf(0))
+    assert found.strength.item() == torch.tensor(strength, dtype=torch.float32).item()
+
+
+def expected(dose: Dose, position: int, prompt_len: int) -> tuple[int, float]:
+    """The step and the strength of one token, by what the token is; step -1 for none."""
+    steer = STEERS[dose.steer]
+    is_prompt = position < prompt_len
+    if dose.phase == ("generation" if is_prompt else "prompt"):
+        return -1, 0.0
+    if steer.kind == "vector":
+        return 0, dose.strength
+    step = position - prompt_len + 1
+    if not 0 <= step < steer.steps or (dose.schedule == "start" and step > 0):
+        return -1, 0.0
+    falls = dose.schedule == "dim"
+    return step, dose.strength * ((steer.steps - step) / steer.steps if falls else 1)
+
+
+doses = st.builds(
+    lambda steer, phase, schedule, narrow, strength: Dose(
+        steer,
+        strength,
+        layers=STEERS[steer].layers[:1] if narrow else None,
+        phase=phase,
+        schedule=schedule if STEERS[steer].kind == "delta" else None,
+    ),
+    st.sampled_from(sorted(STEERS)),
+    st.sampled_from(PHASES),
+    st.sampled_from(SCHEDULES),
+    st.booleans(),
+    st.floats(-9, 9, width=32).filter(bool),
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.lists(
+        st.tuples(st.lists(doses, max_size=4), st.integers(1, 6), st.integers(0, 4)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_every_token_of_every_request_takes_what_its_doses_say(
+    form: str, batch: list[tuple[list[Dose], int, int]]
+) -> None:
+    """All tokens of whole requests, prompt and generation, in one step."""
+    on = shelf(0, 1, 2, 3)
+    requests = {str(i): SteeredRequest(tuple(d), p) for i, (d, p, _) in enumerate(batch) if d}
+    counts = [prompt_len + generated for _, prompt_len, generated in batch]
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    positions = torch.cat([torch.arange(n) for n in counts])
+    found = guidance_rules([str(i) for i in range(len(batch))], requests, on, CPU)
+    depth = found.start.shape[0]
+    assert depth == max(len(d) for d, _, _ in batch)
+    if depth == 0:
+        return
+    out = TokenMap(
+        torch.full((depth, len(positions)), -1, dtype=torch.int32),
+        torch.full((3, depth, len(positions)), torch.nan),
+    )
+    FORMS[form].map_tokens(found, starts, positions, out)
+    for row, (taken, prompt_len, _) in enumerate(batch):
+        for position in range(counts[row]):
+            token = int(starts[row]) + position
+            for k in range(depth):
+                step, strength = -1, 0.0
+                if k < len(taken):
+                    step, strength = expected(taken[k], position, prompt_len)
+                layers = taken[k].layers or STEERS[taken[k].steer].layers if k < len(taken) else ()
+                if strength:
+                    start = on.entries[taken[k].steer].start
+                    assert out.directions[k, token] == start + step
+                for index, layer in enumerate(on.layers):
+                    wanted = strength if layer in layers else 0.0
+                    assert abs(out.strengths[index, k, token].item() - wanted) <= 1e-5
+                    assert wanted or out.strengths[index, k, token] == 0

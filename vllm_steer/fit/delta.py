@@ -1,0 +1,122 @@
+"""Fit step deltas: what differs, step by step, while a model answers two kinds of prompt.
+
+    Delta[i, l] = mean_A h_l[P-1+i] - mean_B h_l[P-1+i]
+
+``A`` are the wanted prompts, ``B`` the others, and each generates its own text greedily. ``h_l`` is
+the site of layer ``l`` and the position the last one of generation step ``i``: the last prompt
+token at step 0, then each generated token. A mean is over the prompts that reached the step.
+
+Source: Scalena et al., "Multi-property Steering of Large Language Models with Dynamic Activation
+Composition", BlackboxNLP 2024 (arXiv 2406.17563), section 3.1.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vllm_steer.errors import SteerError
+from vllm_steer.fit.activations import all_layers, recorded
+from vllm_steer.steers import DeltaSteer
+from vllm_steer.steers.checks import check_choice
+from vllm_steer.steers.delta import DELTA_SITES, DeltaSite
+
+
+def fit_delta(
+    model: Any,
+    tokenizer: Any,
+    wanted_prompts: Sequence[str],
+    other_prompts: Sequence[str],
+    *,
+    steps: int = 30,
+    site: DeltaSite = "heads",
+    layers: Sequence[int] | None = None,
+    batch_size: int = 16,
+    on_prompt: Callable[[int], None] | None = None,
+) -> DeltaSteer:
+    """The deltas ``[steps, layers, width]``, float32.
+
+    A prompt's generation ends at an end-of-text token of the model's generation config and nowhere
+    else; the token itself is no step. ``layers`` None takes every layer. Means are taken in
+    float64; greedy generation makes the same prompts give the same deltas. ``on_prompt`` is called
+    with the number of prompts answered so far.
+
+    Raises ``SteerError`` for a side without prompts, a step that no prompt of a side reached, and
+    an unknown site or layer.
+    """
+    check_choice("site", site, DELTA_SITES)
+    chosen = tuple(sorted(all_layers(model) if layers is None else layers))
+    done = itertools.count(1)
+
+    def mean(side: str, prompts: Sequence[str]) -> torch.Tensor:
+        totals, counts = [], []
+        for batch in _batches(tokenizer, prompts, batch_size):
+            found, reached = generate_steps(model, batch, steps=steps, site=site, layers=chosen)
+            totals.append((found.double() * reached[:, :, None, None]).sum(0))
+            counts.append(reached.sum(0))
+            for _ in batch:
+                if on_prompt is not None:
+                    on_prompt(next(done))
+        if not totals:
+            raise SteerError(f"there are no {side} prompts; give at least one")
+        return torch.stack(totals).sum(0) / _counts(side, counts)[:, None, None]
+
+    return DeltaSteer(
+        delta=(mean("wanted", wanted_prompts) - mean("other", other_prompts)).float(),
+        layers=chosen,
+        site=site,
+        base_model=model.config.name_or_path,
+    )
+
+
+@torch.no_grad()
+def generate_steps(
+    model: Any, tokens: torch.Tensor, *, steps: int, site: str, layers: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answer prompts ``[batch, P]`` greedily and keep the last position of each step.
+
+    Returns activations ``[batch, steps, layers, width]`` and ``[batch, steps]`` bool: whether the
+    prompt reached the step.
+    """
+    ends = torch.tensor(_end_tokens(model), device=model.device)
+    alive = torch.ones(len(tokens), dtype=torch.bool, device=model.device)
+    found, reached, cache = [], [], None
+    tokens = tokens.to(model.device)
+    with recorded(model, site, layers) as recording:
+        for _ in range(steps):
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(recording.stacked()[:, -1])
+            reached.append(alive.cpu())
+            tokens = output.logits[:, -1:].argmax(-1)
+            alive = alive & ~torch.isin(tokens[:, 0], ends)
+    return torch.stack(found, 1), torch.stack(reached, 1)
+
+
+def _batches(tokenizer: Any, prompts: Sequence[str], batch_size: int) -> Iterator[torch.Tensor]:
+    """Prompts of equal length together, so that none is padded."""
+    encoded = sorted((tokenizer(prompt)["input_ids"] for prompt in prompts), key=len)
+    for _, alike in itertools.groupby(encoded, key=len):
+        rows = list(alike)
+        for start in range(0, len(rows), batch_size):
+            yield torch.tensor(rows[start : start + batch_size])
+
+
+def _counts(side: str, counts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How many prompts reached each step; ``SteerError`` for a step that none did."""
+    reached = torch.stack(list(counts)).sum(0)
+    if not reached.all():
+        step = int((reached == 0).nonzero()[0])
+        raise SteerError(
+            f"every answer to the {side} prompts ended before step {step}; give more prompts or "
+            f"steps={step}"
+        )
+    return reached
+
+
+def _end_tokens(model: Any) -> list[int]:
+    given = model.generation_config.eos_token_id
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
