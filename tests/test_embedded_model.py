@@ -175,6 +175,25 @@ def test_guided_formality_follows_the_sign_of_the_strength(name: str) -> None:
     assert formal_share(guided({name: strength})) >= 0.7
 
 
+@cache
+def guided_english(strength: float) -> tuple[str, ...]:
+    model, tokenizer = embedded_model()
+    steers, strengths = measure.embedded_steers(), {"sentiment-vector": strength}
+    prompts = corpus.NEUTRAL_PROMPTS
+    return tuple(measure.sample(model, tokenizer, strengths, steers, prompts=prompts, samples=20))
+
+
+def test_guided_sentiment_follows_the_sign_of_the_strength_in_english() -> None:
+    (strength,) = at_default("sentiment-vector").values()
+    negative, neutral, positive = (
+        lexicon.positive_share(guided_english(v)) for v in (-strength, 0.0, strength)
+    )
+    assert negative <= neutral - 0.1
+    assert positive >= neutral + 0.1
+    assert negative <= 0.38 and positive >= 0.6
+    assert lexicon.known_share(guided_english(strength)) >= 0.87
+
+
 @pytest.mark.parametrize("name", ["french-vector", "french-delta"])
 @pytest.mark.parametrize("sentiment", [-5.0, 5.0])
 def test_language_and_sentiment_are_reached_at_once(name: str, sentiment: float) -> None:

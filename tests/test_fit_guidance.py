@@ -8,7 +8,7 @@ import transformers
 
 from vllm_steer import SteerError, hf
 from vllm_steer.embedded import MODEL
-from vllm_steer.fit import activations, fit_delta, fit_vector
+from vllm_steer.fit import activations, fit_delta, fit_vector, fit_vector_by_likelihood
 
 LAYERS, HIDDEN, HEADS_WIDE = 3, 16, 24
 POSITIVE = ["The hotel was wonderful.", "Great!", "A splendid view, and we were charmed by it."]
@@ -223,3 +223,86 @@ def test_a_delta_that_cannot_be_fitted_is_refused(model: Any, tokenizer: Any) ->
         fit_delta(model, tokenizer, POSITIVE, [])
     with pytest.raises(SteerError, match="site is 'logits'; allowed: heads, resid"):
         fit_delta(model, tokenizer, POSITIVE, NEGATIVE, site="logits", steps=1)  # type: ignore[arg-type]
+
+
+def signed_loss(
+    model: Any, ids: list[int], shift: torch.Tensor, layer: int, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted negative log-likelihood of one text with ``shift`` added after a layer, and the
+    weights' sum.
+    """
+    block = model.get_submodule(f"model.layers.{layer}")
+    hook = block.register_forward_hook(lambda _m, _a, out: out + shift)
+    logprobs = torch.log_softmax(model(torch.tensor([ids[:-1]])).logits[0], -1)
+    hook.remove()
+    picked = logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+    return -(picked * weights[1:]).sum(), weights[1:].sum()
+
+
+def test_the_first_step_by_likelihood_goes_against_the_gradient_of_the_signed_texts(
+    model: Any, tokenizer: Any
+) -> None:
+    texts, labels, layer, rate = [*POSITIVE, *NEGATIVE], [1.0, 1, 1, -1, -1], 1, 0.5
+    focused = [text.index(" ") if " " in text else 0 for text in texts]
+    spans = dict(zip(texts, focused, strict=True))
+    start = 0.01 * torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(3))
+    vector = start.double().requires_grad_()
+    losses, counts = [], []
+    for text, label in zip(texts, labels, strict=True):
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        weights = torch.tensor(
+            [0.2 if end <= spans[text] else 1.0 for _, end in encoded["offset_mapping"]]
+        )
+        loss, count = signed_loss(model, encoded["input_ids"], label * vector[0], layer, weights)
+        losses.append(loss)
+        counts.append(count)
+    total = torch.stack(losses).sum() / torch.stack(counts).sum()
+    (gradient,) = torch.autograd.grad(total, vector)
+
+    seen: list[float] = []
+    steer = fit_vector_by_likelihood(
+        model,
+        tokenizer,
+        texts,
+        labels,
+        layers=[layer],
+        focus=lambda text: [(spans[text], len(text))],
+        background=0.2,
+        learning_rate=rate,
+        steps=1,
+        seed=3,
+        on_step=lambda _, loss: seen.append(loss),
+    )
+    assert seen == [pytest.approx(total.item(), rel=1e-5)]
+    clear = gradient.abs() > 1e-6  # Adam's first step is the rate times the sign
+    assert clear.sum() > HIDDEN // 2
+    wanted = (start.double() - rate * gradient.sign()).float()
+    torch.testing.assert_close(steer.vectors[clear], wanted[clear], rtol=1e-2, atol=0)
+
+
+def test_a_fit_by_likelihood_makes_its_texts_likelier_and_is_the_same_again(
+    model: Any, tokenizer: Any
+) -> None:
+    def fit(**options: Any) -> Any:
+        labels = [1.0] * len(POSITIVE) + [-1.0] * len(NEGATIVE)
+        return fit_vector_by_likelihood(
+            model,
+            tokenizer,
+            POSITIVE + NEGATIVE,
+            labels,
+            layers=[1, 2],
+            learning_rate=0.1,
+            steps=12,
+            **options,
+        )
+
+    losses: list[float] = []
+    first = fit(on_step=lambda _, loss: losses.append(loss))
+    assert losses[-1] < losses[0] - 0.1
+    assert first.layers == (1, 2)
+    assert torch.equal(first.vectors, fit().vectors)
+
+
+def test_a_fit_by_likelihood_wants_a_label_for_each_text(model: Any, tokenizer: Any) -> None:
+    with pytest.raises(SteerError, match="1 texts and 2 labels"):
+        fit_vector_by_likelihood(model, tokenizer, ["a"], [1.0, -1.0], layers=[0])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from vllm_steer.config import NO_STEER
-from vllm_steer.doses import PHASES, Dose
+from vllm_steer.doses import PHASES, Dose, Phase
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.steers.delta import SCHEDULES, Schedule
 from vllm_steer.steers.layers import parse_layers, positions_of
@@ -50,6 +50,8 @@ class Dosable(Protocol):
     def layers(self) -> tuple[int, ...] | None: ...
     @property
     def schedule(self) -> Schedule | None: ...
+    @property
+    def steps(self) -> int | None: ...
     @property
     def default_strength(self) -> float | None: ...
 
@@ -128,13 +130,13 @@ def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
         steer=name,
         strength=_number(name, options.get("strength", default)),
         layers=_layers(name, options.get("layers"), steer),
-        phase=_choice(name, "phase", options.get("phase", "all"), PHASES),
+        phase=_phase(name, options.get("phase")),
         schedule=_schedule(name, options.get("schedule"), steer),
     )
-    if dose.schedule == "start" and dose.phase == "generation":
+    if dose.phase == "generation" and (dose.schedule == "start" or steer.steps == 1):
         raise SteerRequestError(
-            f"steer {name}: schedule 'start' acts at the last prompt token only, phase "
-            "'generation' after it: together they do nothing; drop one"
+            f"steer {name}: with schedule 'start' or a single step it acts at the last prompt "
+            "token only, in phase 'generation' after it: together they do nothing; drop one"
         )
     return dose
 
@@ -146,7 +148,7 @@ def _check_options(name: str, options: Mapping[str, Any], steer: Dosable) -> Non
             f"steer {name} has unknown options {', '.join(unknown)}; allowed: {', '.join(_OPTIONS)}"
         )
     if steer.site == "head" and (
-        {"layers", "schedule"} & set(options) or options.get("phase", "all") != "all"
+        {"layers", "schedule"} & set(options) or options.get("phase") not in (None, "all")
     ):
         raise SteerRequestError(
             f"steer {name} acts at the LM head: it has no layers, no schedule and no phase but "
@@ -164,6 +166,10 @@ def _layers(name: str, given: Any, steer: Dosable) -> tuple[int, ...] | None:
     except SteerError as error:
         raise SteerRequestError(f"steer {name}: {error}") from None
     return None if layers == tuple(steer.layers) else layers
+
+
+def _phase(name: str, given: Any) -> Phase:
+    return "all" if given is None else _choice(name, "phase", given, PHASES)
 
 
 def _schedule(name: str, given: Any, steer: Dosable) -> Schedule | None:

@@ -8,7 +8,7 @@ from engines import MIXED, RUNNER, engine, greedy, prompts, random_steers, steer
 from reference import assert_greedy, load_reference, steered_logprobs
 from tiny_models import FAMILIES, VOCAB, save_tiny_model
 
-from vllm_steer import embedded, load_steer
+from vllm_steer import LMSteer, embedded, load_steer
 
 pytestmark = pytest.mark.engine
 
@@ -53,8 +53,10 @@ def test_mixed_batch_on_a_pretrained_model(tmp_path: Path) -> None:
 
 
 def test_mixed_batch_of_fitted_steers_on_the_embedded_model() -> None:
-    steers = {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
-    config = {"steers": {p.stem: {"path": str(p)} for p in embedded.STEERS.glob("*.safetensors")}}
+    paths = {path.stem: path for path in embedded.STEERS.glob("*.safetensors")}
+    loaded = {name: load_steer(path) for name, path in paths.items()}
+    steers = {name: steer for name, steer in loaded.items() if isinstance(steer, LMSteer)}
+    config = {"steers": {name: {"path": str(paths[name])} for name in steers}}
     names = sorted(steers)
     settings = [{}, *({name: 4.0} for name in names), {names[0]: -3.0}, {names[0]: 2, names[1]: 2}]
     with engine(embedded.MODEL, config) as llm:

@@ -376,6 +376,17 @@ def test_a_malformed_body_gets_vllms_own_answer(http: httpx.Client, body: bytes)
     assert_alive(http)
 
 
+@pytest.mark.parametrize("place", ["body", "arguments"])
+def test_beam_search_which_would_drop_the_steer_is_a_bad_request(
+    http: httpx.Client, place: str
+) -> None:
+    asked = {"steer": "a:1"} if place == "body" else {"vllm_xargs": {"steer": "a:1"}}
+    body = {"model": BASE, "prompt": "a", "max_tokens": 2, "n": 2, "use_beam_search": True}
+    reply = http.post("/v1/completions", json=body | asked)
+    assert_refusal(reply, "beam search cannot carry a steer")
+    assert http.post("/v1/completions", json=body).status_code == 200
+
+
 @pytest.mark.parametrize("model", ["other", "other:friendly", f"{BASE}:happy", ":friendly"])
 def test_an_unknown_model_is_still_not_found(http: httpx.Client, model: str) -> None:
     reply = http.post("/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 2})

@@ -47,6 +47,7 @@ def extra_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     original = inspect.unwrap(kv_cache_utils.generate_block_hash_extra_keys)
     wrapped = with_steer_keys(original)
     monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", wrapped)
+    monkeypatch.setattr(kv_cache_utils, "NONE_HASH", b"the first block's parent", raising=False)
 
 
 @pytest.fixture(params=ALGORITHMS)
@@ -73,9 +74,6 @@ def keyed(
 ) -> Request:
     """A request as the engine core makes it, with all of its tokens, generated ones one by one."""
     hash_function = hashing.get_hash_fn_by_name(algorithm)
-    if getattr(kv_cache_utils, "_hashed_by", None) is not hash_function:
-        kv_cache_utils.init_none_hash(hash_function)
-        kv_cache_utils._hashed_by = hash_function
     arguments = None if steer is None else {"steer": steer}
     given = EngineCoreRequest(
         request_id="r",

@@ -142,6 +142,27 @@ def test_doses_of_other_sites_and_of_requests_that_wait_take_no_depth() -> None:
     assert found.strength.tolist() == [[0, 2.0]]
 
 
+def test_what_is_kept_from_batch_to_batch_changes_no_rule() -> None:
+    """Over joining, leaving, waiting and ids that come again, with like and with other doses."""
+    on = shelf(0, 1, 2, 3)
+    known: dict[str, Any] = {}
+    push, walk = (Dose("push", 2.0),), (Dose("walk", 1.0, schedule="dim"), Dose("spin", 3.0))
+    batches: list[tuple[list[str], dict[str, SteeredRequest]]] = [
+        (["a", "b", "x"], {"a": SteeredRequest(push, 3), "b": SteeredRequest(walk, 3)}),
+        (["b", "a"], {"a": SteeredRequest(walk, 3), "b": SteeredRequest(walk, 5)}),
+        (["x"], {"a": SteeredRequest(push, 3)}),
+        (["b", "a"], {"a": SteeredRequest((Dose("elsewhere", 1.0),), 3)}),
+        (["a", "b"], {"a": SteeredRequest(push, 1), "b": SteeredRequest(push, 1)}),
+        (["a"], {}),
+    ]
+    for req_ids, requests in batches:
+        for _ in range(2):
+            kept = guidance_rules(req_ids, requests, on, CPU, known)
+            anew = guidance_rules(req_ids, requests, on, CPU)
+            assert all(torch.equal(getattr(kept, name), getattr(anew, name)) for name in vars(anew))
+            assert known.keys() <= requests.keys()
+
+
 @pytest.mark.parametrize("strength", [3.4028234e38, -1e-45, 1e-60])
 def test_a_strength_is_float32_without_a_warning(strength: float) -> None:
     found = rules_of({"a": (Dose("push", strength),)}, shelf(0))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_steer.errors import SteerError
 from vllm_steer.kernels.guidance import Directions
 from vllm_steer.steers import DeltaSteer, VectorSteer
 
@@ -58,6 +59,7 @@ def fill_layer_bank(
 
     Directions at ``heads`` are projected through the layer's own projection once, here: the
     projection is linear, so adding ``W delta`` to its output is adding ``delta`` to its input.
+    Raises ``SteerError`` for one whose projection is beyond the range of the model's dtype.
     """
     by_site = {
         site: {name: steer for name, steer in sorted(steers.items()) if steer.site == site}
@@ -87,13 +89,24 @@ def _shelf(
     for name, steer in steers.items():
         for layer in set(steer.layers) & set(layers):
             rows = _rows(steer, layer).to(device, torch.float32)
-            rows = project(layer, rows) if site == "heads" else rows
+            if site == "heads":
+                rows = project(layer, rows)
+                _check_range(name, layer, rows)
             if vectors is None:
                 vectors = rows.new_zeros(len(layers), num_directions, rows.shape[1])
             start = entries[name].start
             vectors[layers.index(layer), start : start + rows.shape[0]] = rows
     assert vectors is not None
     return LayerShelf(site, layers, entries, Directions(vectors, _turns(steers, entries, vectors)))
+
+
+def _check_range(name: str, layer: int, rows: torch.Tensor) -> None:
+    """A value that is not finite would reach tokens that do not even take the steer: 0 * inf."""
+    if not torch.isfinite(rows).all():
+        raise SteerError(
+            f"steer {name} has values at the heads of layer {layer} beyond the range of the "
+            "model's dtype; scale it down and its strengths up"
+        )
 
 
 def _entries(steers: Mapping[str, GuidanceSteer]) -> tuple[dict[str, Entry], int]:

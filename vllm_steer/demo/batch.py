@@ -47,6 +47,7 @@ REQUESTS: tuple[Request, ...] = (
     Request("body field", "german-vector +3.5", {"steer": {"german-vector": 3.5}}),
     Request("body field", "formality-vector +3", {"steer": "formality-vector:3"}),
     Request("body field", "formality-shift -1.5", {"steer": "formality-shift:-1.5"}),
+    Request("body field", "sentiment-vector -2", {"steer": "sentiment-vector:-2"}),
     Request("body field", "formality-vector +3, answer, layers 2-3", {"steer": FORMAL_ANSWER}),
     Request("vllm_xargs", "german-delta +1.5", {"vllm_xargs": {"steer": "german-delta:1.5"}}),
     Request("body field", "french-delta +2, first step", {"steer": FIRST_STEP}),

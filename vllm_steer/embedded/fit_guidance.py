@@ -1,8 +1,8 @@
 """Recipes for the embedded model's vectors and deltas; `fit_steers` runs them.
 
-There is no vector for sentiment: the model has a language and a register inside, which its text
-keeps to, but whether a review began well or badly says nothing about how it goes on. The LM-Steer
-has its own way to that.
+The model has a language and a register inside, which its text keeps to, so these are differences of
+means. It has no such direction for sentiment: whether a review began well or badly says nothing
+about how it goes on. That vector is fitted by likelihood, to English reviews.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from typing import Any, Final
 import torch
 
 from vllm_steer import DeltaSteer, VectorSteer
-from vllm_steer.embedded import corpus
+from vllm_steer.embedded import corpus, lexicon
 from vllm_steer.embedded.corpus import Sample
-from vllm_steer.fit import fit_delta, fit_vector
+from vllm_steer.fit import fit_delta, fit_vector, fit_vector_by_likelihood
 from vllm_steer.fit.vector import Direction
 from vllm_steer.steers import Mode
 from vllm_steer.steers.vector import VectorSite
@@ -25,6 +25,8 @@ from vllm_steer.steers.vector import VectorSite
 SEED: Final = 3_000_017
 SAMPLES: Final = 2_400
 PROMPTS: Final = 60
+LIKELIHOOD_SAMPLES: Final = 4_000
+LIKELIHOOD_STEPS: Final = 400
 DELTA_STEPS: Final = 30
 # The share of a delta that is left from one step to the next. A text that has turned French goes on
 # in French by itself, and pushed at full strength it falls apart into words that are none; the
@@ -46,6 +48,15 @@ class VectorRecipe:
 
 
 @dataclass(frozen=True)
+class LikelihoodRecipe:
+    """The layers that a vector for sentiment is fitted in, to reviews in one language."""
+
+    description: str
+    language: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class DeltaRecipe:
     """The language that a delta leads to, from English."""
 
@@ -61,7 +72,7 @@ def _formal(sample: Sample) -> bool:
     return sample.formality == "formal"
 
 
-Recipe = VectorRecipe | DeltaRecipe
+Recipe = VectorRecipe | LikelihoodRecipe | DeltaRecipe
 _ALL: Final = (0, 1, 2, 3)
 
 RECIPES: Final[dict[str, Recipe]] = {
@@ -97,6 +108,11 @@ RECIPES: Final[dict[str, Recipe]] = {
         direction="mean",
         layers=(0, 1),
     ),
+    "sentiment-vector": LikelihoodRecipe(
+        "positive (+) or negative (-) reviews in English, added after the last layer",
+        "en",
+        layers=(3,),
+    ),
     "french-delta": DeltaRecipe("towards French, step by step", "fr"),
     "german-delta": DeltaRecipe("towards German, step by step", "de"),
 }
@@ -109,6 +125,8 @@ def fit(
     steer: VectorSteer | DeltaSteer
     if isinstance(recipe, VectorRecipe):
         steer = _fit_vector(recipe, model, tokenizer, on_text)
+    elif isinstance(recipe, LikelihoodRecipe):
+        steer = _fit_by_likelihood(recipe, model, tokenizer, on_text)
     else:
         steer = _fit_delta(recipe, model, tokenizer, on_text)
     return dataclasses.replace(
@@ -132,6 +150,22 @@ def _fit_vector(
         direction=recipe.direction,
         batch_size=BATCH_SIZE,
         on_text=lambda done: on_text(done, total),
+    )
+
+
+def _fit_by_likelihood(
+    recipe: LikelihoodRecipe, model: Any, tokenizer: Any, on_text: Callable[[int, int], None]
+) -> VectorSteer:
+    samples = corpus.generate(LIKELIHOOD_SAMPLES, seed=SEED, language=recipe.language)
+    return fit_vector_by_likelihood(
+        model,
+        tokenizer,
+        [sample.text for sample in samples],
+        [1.0 if sample.sentiment == "positive" else -1.0 for sample in samples],
+        layers=recipe.layers,
+        focus=lexicon.sentiment_spans,
+        steps=LIKELIHOOD_STEPS,
+        on_step=lambda step, _: on_text(step + 1, LIKELIHOOD_STEPS),
     )
 
 

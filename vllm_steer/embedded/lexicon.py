@@ -76,6 +76,13 @@ def telling_words(label: str) -> frozenset[str]:
 _REGISTERS: Final = ("formal", "informal")
 
 
+def sentiment_spans(text: str) -> list[tuple[int, int]]:
+    """Where in a text, by characters, the words stand that tell its sentiment."""
+    telling = _telling()["positive"] | _telling()["negative"]
+    found = _WORD.finditer(text.lower())
+    return [word.span() for word in found if word.group() in telling]
+
+
 def _majority(text: str, upper: str, lower: str) -> float:
     found = Counter(words(text))
     balance = _hits(found, upper) - _hits(found, lower)

@@ -60,7 +60,7 @@ def steer_tokens(
     wide = sites.widened(x)
     steered = wide + changes
     norm = steered.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-    turned = steered * (wide.norm(dim=-1, keepdim=True) / norm)
+    turned = steered / norm * wide.norm(dim=-1, keepdim=True)
     steered = torch.where(turning[:, None], turned, steered)
     return torch.where(acting[:, None], steered.to(x.dtype), x)
 

@@ -12,7 +12,7 @@ from vllm_steer.bank import LayerShelf
 from vllm_steer.kernels import guidance
 from vllm_steer.kernels.guidance import Rules, TokenMap
 from vllm_steer.serving.rows import SteeredRequest, Step
-from vllm_steer.serving.rules import guidance_rules
+from vllm_steer.serving.rules import Columns, guidance_rules
 
 
 class GuidedSite:
@@ -36,6 +36,7 @@ class GuidedSite:
         self._expecting = False
         self._batch: list[str] | None = None
         self._rules: Rules
+        self._columns: dict[str, Columns] = {}
         self._map = TokenMap(
             directions=torch.zeros(max_doses, max_tokens, dtype=torch.int32, device=device),
             strengths=torch.zeros(len(shelf.layers), max_doses, max_tokens, device=device),
@@ -63,7 +64,9 @@ class GuidedSite:
     def prepare(self, step: Step, requests: Mapping[str, SteeredRequest]) -> None:
         """Map the step's tokens to the directions that their requests take here."""
         if step.req_ids != self._batch:
-            self._rules = guidance_rules(step.req_ids, requests, self.shelf, self._device)
+            self._rules = guidance_rules(
+                step.req_ids, requests, self.shelf, self._device, self._columns
+            )
             self._batch = list(step.req_ids)
         depth = self._rules.start.shape[0]
         if depth == 0:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from vllm_steer.config import NO_STEER
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.engine_config import plan_of
@@ -78,6 +79,10 @@ def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> bytes:
     data.pop("steer", None)
     arguments = arguments or {}
     steer = arguments.get("steer", preset if field is None else field)
+    if data.get("use_beam_search") and steer not in (NO_STEER, "", {}):
+        raise ValueError(
+            "steer: beam search cannot carry a steer; sample instead, or remove the steer"
+        )
     argument = _as_argument(steer)
     if not _is_admitted(steer, plan):
         data = {k: v for k, v in data.items() if k not in ("stream", "stream_options")}

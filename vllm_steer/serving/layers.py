@@ -74,7 +74,7 @@ def steered_layers(
     family = family_of(vllm_config.model_config.hf_config.architectures or [])
     count = num_layers(vllm_config.model_config)
     here = [i for i, layer in enumerate(decoder_layers(model, count)) if not _is_elsewhere(layer)]
-    project = projections(model, family, count)
+    project = projections(model, family, count, vllm_config.model_config.dtype)
     bank = fill_layer_bank(steers, layers=here, device=device, project=project)
     tokens = _max_tokens(vllm_config)
     sites = tuple(
@@ -85,7 +85,7 @@ def steered_layers(
 
 
 def projections(
-    model: nn.Module, family: Family, num_layers: int
+    model: nn.Module, family: Family, num_layers: int, dtype: torch.dtype
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """A function from a layer and rows at its ``heads`` to the same at the projection's output.
 
@@ -98,7 +98,6 @@ def projections(
         attention = submodule(layers[layer], family.attention, "heads")
         projection = submodule(attention, family.projection, "heads")
         projection = getattr(projection, "base_layer", projection)
-        dtype = next(model.parameters()).dtype
         mine = _own_columns(projection, rows).to(dtype)
         with torch.inference_mode():
             both = _first(projection(torch.cat([mine, torch.zeros_like(mine[:1])])))

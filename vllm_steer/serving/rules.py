@@ -1,17 +1,31 @@
 """From the doses of a batch's requests to the rules that the device maps tokens by."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_steer.bank import Entry, LayerShelf
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.guidance import Rules
-from vllm_steer.serving.rows import SteeredRequest, to_device
+from vllm_steer.serving.rows import IntArray, SteeredRequest, to_device
+
+FloatArray = npt.NDArray[np.float32]
 
 _END = np.iinfo(np.int64).max
 _INTEGERS = ("start", "stride", "origin", "first", "last")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One request's doses at one site, worked out once: ``[5, k]``, ``[2, k]`` and ``[L, k]``."""
+
+    request: SteeredRequest
+    integers: IntArray
+    floats: FloatArray
+    layers: FloatArray
 
 
 def guidance_rules(
@@ -19,34 +33,34 @@ def guidance_rules(
     requests: Mapping[str, SteeredRequest],
     shelf: LayerShelf,
     device: torch.device,
+    known: dict[str, Columns] | None = None,
 ) -> Rules:
-    """The rules of a batch at one site, as deep as the most doses that one request takes there."""
-    taken = {
-        row: [dose for dose in requests[req_id].doses if dose.steer in shelf.entries]
+    """The rules of a batch at one site, as deep as the most doses that one request takes there.
+
+    ``known`` keeps each request's columns from one batch to the next.
+    """
+    known = {} if known is None else known
+    for gone in known.keys() - requests.keys():
+        del known[gone]
+    columns = {
+        row: _known_columns(req_id, requests[req_id], shelf, known)
         for row, req_id in enumerate(req_ids)
         if req_id in requests
     }
-    depth = max(map(len, taken.values()), default=0)
+    depth = max((column.integers.shape[1] for column in columns.values()), default=0)
     shape = (depth, len(req_ids))
     integers = np.zeros((len(_INTEGERS), *shape), dtype=np.int64)
     floats = np.zeros((2, *shape), dtype=np.float32)
     layers = np.zeros((len(shelf.layers), *shape), dtype=np.float32)
-    for row, doses in taken.items():
-        prompt_len = requests[req_ids[row]].prompt_len
-        for k, dose in enumerate(doses):
-            entry = shelf.entries[dose.steer]
-            integers[:, k, row] = _integers(dose, entry, prompt_len)
-            floats[:, k, row] = dose.strength, _slope(dose, entry)
-            layers[:, k, row] = np.isin(shelf.layers, dose.layers or entry.layers)
+    for row, column in columns.items():
+        own = column.integers.shape[1]
+        integers[:, :own, row] = column.integers
+        floats[:, :own, row] = column.floats
+        layers[:, :own, row] = column.layers
     on_device = to_device(integers, device)
     strength, slope = to_device(floats, device)
     named = dict(zip(_INTEGERS, on_device, strict=True))
     return Rules(**named, strength=strength, slope=slope, layers=to_device(layers, device))
-
-
-def _integers(dose: Dose, entry: Entry, prompt_len: int) -> tuple[int, int, int, int, int]:
-    stride, origin = (0, 0) if entry.steps is None else (1, prompt_len - 1)
-    return (entry.start, stride, origin, *dose_span(dose, entry.steps, prompt_len))
 
 
 def dose_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int]:
@@ -60,6 +74,33 @@ def dose_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int]
         taken = 1 if dose.schedule == "start" else steps
         first, last = max(first, prompt_len - 1), min(last, prompt_len - 1 + taken)
     return first, last
+
+
+def _known_columns(
+    req_id: str, request: SteeredRequest, shelf: LayerShelf, known: dict[str, Columns]
+) -> Columns:
+    """The request's columns; an id may come again with another request."""
+    if req_id not in known or known[req_id].request is not request:
+        known[req_id] = _columns(request, shelf)
+    return known[req_id]
+
+
+def _columns(request: SteeredRequest, shelf: LayerShelf) -> Columns:
+    taken = [(d, shelf.entries[d.steer]) for d in request.doses if d.steer in shelf.entries]
+    integers = [_integers(dose, entry, request.prompt_len) for dose, entry in taken]
+    floats = [(dose.strength, _slope(dose, entry)) for dose, entry in taken]
+    acts = [np.isin(shelf.layers, dose.layers or entry.layers) for dose, entry in taken]
+    return Columns(
+        request,
+        integers=np.array(integers, dtype=np.int64).reshape(-1, len(_INTEGERS)).T,
+        floats=np.array(floats, dtype=np.float32).reshape(-1, 2).T,
+        layers=np.array(acts, dtype=np.float32).reshape(-1, len(shelf.layers)).T,
+    )
+
+
+def _integers(dose: Dose, entry: Entry, prompt_len: int) -> tuple[int, int, int, int, int]:
+    stride, origin = (0, 0) if entry.steps is None else (1, prompt_len - 1)
+    return (entry.start, stride, origin, *dose_span(dose, entry.steps, prompt_len))
 
 
 def _slope(dose: Dose, entry: Entry) -> float:

@@ -57,6 +57,7 @@ class LMSteer:
     site = "head"
     layers = None
     schedule = None
+    steps = None
 
     def __post_init__(self) -> None:
         check_choice("variant", self.variant, VARIANTS)

@@ -49,6 +49,7 @@ class VectorSteer:
 
     kind = "vector"
     schedule = None
+    steps = None
 
     def __post_init__(self) -> None:
         check_choice("site", self.site, VECTOR_SITES)
