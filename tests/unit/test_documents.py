@@ -15,15 +15,15 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 def test_every_family_has_its_row_in_the_guidance_document() -> None:
     text = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\| (\w+(?:CausalLM|LMHeadModel)) \| (.+) \| `(\w+)` \| `(\w+)` \|$", text, re.M
-    )
+    cells = r"^\| (\w+(?:CausalLM|LMHeadModel)) \| (.+) \| `(\w+)` \| `(\w+)` \| (pair|stream) \|$"
+    rows = re.findall(cells, text, re.M)
     wanted = [
         (
             name,
             f"`{family.input_norm}`" if family.input_norm else "none: no site `attn_in`",
             family.attention,
             family.projection,
+            "pair" if family.stream == "pair" else "stream",
         )
         for name, family in sorted(FAMILIES.items())
     ]
