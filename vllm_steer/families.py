@@ -11,6 +11,9 @@ Face always return the stream itself.
 | `attn_in`  | output of ``input_norm``                 | its first tensor; the stream is kept  |
 | `attn_out` | output of ``attention``                  | its first tensor                      |
 | `heads`    | input of ``projection`` in ``attention`` | the heads side by side                |
+
+What is only added at `resid` may as well be added to ``last_term`` before the block adds that to
+the stream: a compiler then keeps the sum and the norm that follows it in one kernel.
 """
 
 from collections.abc import Iterable
@@ -26,19 +29,24 @@ Stream = Literal["pair", "tensor"]
 
 @dataclass(frozen=True)
 class Family:
-    """Names inside one decoder block, and how a block of vLLM's own model returns the stream."""
+    """Names inside one decoder block, and how a block of vLLM's own model returns the stream.
+
+    ``last_term`` names the module whose output is the last term of the stream, which the block
+    adds up at its end and returns; None where it is not known to be one.
+    """
 
     input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
     projection: str = "o_proj"
     stream: Stream = "pair"
+    last_term: str | None = None
 
 
 _LLAMA = Family()
-_GPT2 = Family("ln_1", "attn", "c_proj", stream="tensor")
-_NEOX = Family(attention="attention", projection="dense", stream="tensor")
-_PHI = Family(projection="dense", stream="tensor")
-_OLMO = Family(stream="tensor")
+_GPT2 = Family("ln_1", "attn", "c_proj", stream="tensor", last_term="mlp")
+_NEOX = Family(attention="attention", projection="dense", stream="tensor", last_term="mlp")
+_PHI = Family(projection="dense", stream="tensor", last_term="mlp")
+_OLMO = Family(stream="tensor", last_term="mlp")
 _POST_NORM = Family(input_norm=None, stream="tensor")
 
 FAMILIES: dict[str, Family] = {

@@ -18,9 +18,9 @@ from vllm_steer.families import (
 
 EXPECTED = {
     "LlamaForCausalLM": Family("input_layernorm", "self_attn", "o_proj", "pair"),
-    "GPT2LMHeadModel": Family("ln_1", "attn", "c_proj", "tensor"),
-    "GPTNeoXForCausalLM": Family("input_layernorm", "attention", "dense", "tensor"),
-    "PhiForCausalLM": Family("input_layernorm", "self_attn", "dense", "tensor"),
+    "GPT2LMHeadModel": Family("ln_1", "attn", "c_proj", "tensor", "mlp"),
+    "GPTNeoXForCausalLM": Family("input_layernorm", "attention", "dense", "tensor", "mlp"),
+    "PhiForCausalLM": Family("input_layernorm", "self_attn", "dense", "tensor", "mlp"),
     "Olmo2ForCausalLM": Family(None, "self_attn", "o_proj", "tensor"),
     "Gemma2ForCausalLM": Family("input_layernorm", "self_attn", "o_proj", "pair"),
 }

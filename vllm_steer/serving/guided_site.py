@@ -26,6 +26,7 @@ class GuidedSite:
         self, shelf: LayerShelf, *, max_doses: int, max_tokens: int, device: torch.device
     ) -> None:
         self.shelf = shelf
+        self.resting = False
         self.rehearsing = True
         self.reached: set[int] = set()
         self._device = device
@@ -54,12 +55,15 @@ class GuidedSite:
     def expect(self) -> None:
         """A step with steered requests has begun: ``prepare`` has to come before its pass."""
         self._expecting = True
+        self.resting = False
 
     def idle(self) -> None:
         """The next forward pass takes nothing from this site."""
         self._expecting = False
         self._depth = 0
         self._clear(0)
+        # Where no graph can be under capture the op need not even ask.
+        self.resting = not self.rehearsing and self._device.type != "cuda"
 
     def prepare(self, step: Step, requests: Mapping[str, SteeredRequest]) -> None:
         """Map the step's tokens to the directions that their requests take here."""
@@ -72,7 +76,7 @@ class GuidedSite:
         if depth == 0:
             self.idle()
             return
-        self._expecting = False
+        self._expecting = self.resting = False
         if self._depth > depth:  # a captured graph reads them all, whatever the step's depth
             self._map.strengths[:, depth : self._depth].zero_()
         front = TokenMap(self._map.directions[:depth], self._map.strengths[:, :depth])

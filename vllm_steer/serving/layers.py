@@ -39,8 +39,9 @@ class SteeredLayers:
             for index, number in enumerate(site.shelf.layers):
                 name = f"vllm_steer.{site.shelf.site}.{number}"
                 places[name] = SteeredPlace(site, index)
-                module = _module(layers[number], self._family, site.shelf.site)
-                module.register_forward_hook(_hook(name, site.shelf, pair=pair))
+                module = _module(layers[number], self._family, site.shelf)
+                is_block = module is layers[number]
+                module.register_forward_hook(_hook(name, site.shelf, pair=pair and is_block))
 
     @property
     def num_bytes(self) -> int:
@@ -134,10 +135,12 @@ def _own_columns(projection: Any, rows: torch.Tensor) -> torch.Tensor:
     return rows[:, start : start + mine]
 
 
-def _module(layer: nn.Module, family: Family, site: str) -> nn.Module:
-    if site == "resid":
+def _module(layer: nn.Module, family: Family, shelf: LayerShelf) -> nn.Module:
+    """The module whose output is changed; a sum can be changed by its last term."""
+    site = shelf.site
+    if site == "resid" and (family.last_term is None or shelf.directions.turns is not None):
         return layer
-    name = family.input_norm if site == "attn_in" else family.attention
+    name = {"attn_in": family.input_norm, "resid": family.last_term}.get(site, family.attention)
     module: nn.Module = submodule(layer, name, site)
     return module
 

@@ -13,7 +13,9 @@ _LIBRARY.define("steer_tokens_(Tensor(a!) hidden, Tensor? residual, str place) -
 
 
 def _steer_tokens_(hidden: torch.Tensor, residual: torch.Tensor | None, place: str) -> None:
-    get_forward_context().no_compile_layers[place].steer_(hidden, residual)
+    steered = get_forward_context().no_compile_layers[place]
+    if not steered.site.resting:
+        steered.steer_(hidden, residual)
 
 
 def _traced(hidden: torch.Tensor, residual: torch.Tensor | None, place: str) -> None:
