@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -24,3 +26,10 @@ if RUNNER == "v2" and not Path("/dev/nvidiactl").exists():
 
     _driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=_driver, compiler=None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines last: vLLM's Transformers backend changes the Hugging Face class of the model that it
+    serves, for good, and other tests use these classes as Hugging Face made them.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)

@@ -154,7 +154,7 @@ AT_CONFIGURATION: dict[str, tuple[Any, str]] = {
     "missing-file": (steer("gone.pt"), r"steer x: .*/gone\.pt: no such file; give the path"),
     "no-steer-file": (
         steer("text.safetensors"),
-        r"steer x: .*/text\.safetensors: neither a safetensors file nor a PyTorch checkpoint",
+        r"steer x: .*/text\.safetensors: neither a safetensors file nor a PyTorch \(\.pt\)",
     ),
     "wrong-hidden-size": (
         steer("wide.safetensors"),

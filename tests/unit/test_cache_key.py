@@ -130,7 +130,6 @@ PROMPT, LATE = {"phase": "prompt"}, {"phase": "generation"}
         ({"push": LATE, "walk": 2}, lambda prompt_len: prompt_len - 1),
         ({"push": LATE, "spin": PROMPT, "word": 3}, lambda prompt_len: 0),
         ({"word": 3}, lambda prompt_len: LENGTH),
-        ({"step": LATE}, lambda prompt_len: LENGTH),
         ({"push": 0.0, "word": 1}, lambda prompt_len: LENGTH),
         ("none", lambda prompt_len: LENGTH),
     ],
