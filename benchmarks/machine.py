@@ -1,15 +1,30 @@
-"""What a figure must be read with: the machine, the versions, the commit."""
+"""What a figure must be read with: the machine, the versions, the commit, the command."""
 
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 DISTRIBUTIONS = ("torch", "vllm", "vllm-steer", "transformers", "triton")
+
+
+def describe_run(benchmark: str) -> dict[str, Any]:
+    """The head of a result file, taken before the measurement; figures go under ``rows``."""
+    return {
+        "benchmark": benchmark,
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "git": describe_commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def describe_machine() -> dict[str, Any]:

@@ -24,12 +24,9 @@ a step's time is the median of steps timed one by one):
 import argparse
 import json
 import os
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +41,7 @@ DEFAULTS = {
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
 
+import machine  # noqa: E402
 import torch  # noqa: E402
 from decode import LEAD_STEPS, PROMPT_TOKENS, Comparison, compare, run_leg  # noqa: E402
 from dummy_model import (  # noqa: E402
@@ -64,7 +62,6 @@ from equality import (  # noqa: E402
     check_legs,
     check_operation,
 )
-from machine import describe_commit, describe_machine, describe_versions  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: E402
 from table import rich_table  # noqa: E402
@@ -116,11 +113,7 @@ def main() -> None:
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything about the run that is known before it."""
     return {
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "git": describe_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **machine.describe_run("speed_ratio"),
         "shape": args.shape,
         "prompt_tokens": PROMPT_TOKENS,
         "steps_per_leg": args.steps,
