@@ -12,12 +12,15 @@ from dummy_model import STRENGTH, Shape
 CHECK_STEPS = 4
 
 
-def check_operation(paths: Mapping[str, Path], shape: Shape, dtype: torch.dtype) -> None:
+def check_operation(
+    paths: Mapping[str, Path], shape: Shape, dtype: torch.dtype, *, max_rows: int
+) -> None:
     """The form that the engine runs against the written-out reference, on these steers."""
     from vllm_steer import load_steer
     from vllm_steer.bank import fill_head_bank
     from vllm_steer.doses import Dose
-    from vllm_steer.kernels.lm_steer import FORMS, steer_rows
+    from vllm_steer.kernels.dispatch import lm_steer_form
+    from vllm_steer.kernels.lm_steer import reference
     from vllm_steer.serving.rows import BatchRows, SteeredRequest, steered_rows
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,13 +29,14 @@ def check_operation(paths: Mapping[str, Path], shape: Shape, dtype: torch.dtype)
     assert shelf is not None
     rows = BatchRows([*steers, "unsteered"], np.array([2, 1, 1]))
     requests = {name: SteeredRequest((Dose(name, STRENGTH),), prompt_len=1) for name in steers}
-    steered = steered_rows(rows, requests, shelf, device)
+    steered = steered_rows(rows, requests, shelf)
     assert steered is not None
     used = int(steered.rows.max()) + 1
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows.num_rows, shape.hidden_size, generator=generator).to(device, dtype)
-    found = steer_rows(x, shelf.tables, steered)
-    wanted = FORMS["reference"](x, shelf.tables, steered)
+    form = lm_steer_form("auto", device, max_rows=max_rows)
+    found = form.steer_rows(x, shelf.tables, form.place(steered, shelf.tables, device))
+    wanted = reference.steer_rows(x, shelf.tables, steered)
     tolerance = 16 * torch.finfo(dtype).eps * float(wanted.abs().max())
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
     assert torch.equal(found[used:], x[used:]), "a row without a steer was changed"
@@ -43,7 +47,8 @@ def check_guidance(path: Path, shape: Shape, dtype: torch.dtype) -> None:
     """The form that the engine runs against the written-out reference, on this steer."""
     from vllm_steer import load_steer
     from vllm_steer.bank import fill_layer_bank
-    from vllm_steer.kernels.guidance import TokenMap, choose
+    from vllm_steer.kernels.dispatch import guidance_form
+    from vllm_steer.kernels.guidance import TokenMap, reference
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bank = fill_layer_bank(
@@ -54,8 +59,8 @@ def check_guidance(path: Path, shape: Shape, dtype: torch.dtype) -> None:
     token_map = TokenMap(torch.tensor([[0, 1, 1]], dtype=torch.int32, device=device), strengths)
     x = torch.randn(3, shape.hidden_size, generator=torch.Generator().manual_seed(0))
     found, wanted = (x.to(device, dtype) for _ in range(2))
-    for form, hidden in (("torch", found), ("reference", wanted)):
-        choose(form).steer_tokens_(hidden, None, shelf.directions, 1, token_map, 1)
+    for form, hidden in ((guidance_form("auto", device), found), (reference, wanted)):
+        form.steer_tokens_(hidden, None, shelf.directions, 1, token_map, 1)
     tolerance = 4 * torch.finfo(dtype).eps * float(wanted.abs().max())
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
     assert torch.equal(found[0], x[0].to(found)), "a token without a dose was changed"

@@ -151,7 +151,8 @@ def _checked_run(bench: "Bench", case: Case, paths: dict[str, Path], tick: Any) 
         return comparison
     engine, shape = bench.engine(case.name), bench.shape
     if case.name == "steered":
-        check_operation({name: paths[name] for name in paths if name[0] == "s"}, shape, bench.dtype)
+        steers = {name: path for name, path in paths.items() if name[0] == "s"}
+        check_operation(steers, shape, bench.dtype, max_rows=bench.max_rows)
     else:
         check_guidance(paths[case.name], shape, bench.dtype)
     check_engine(engine, [s if i % 2 == 0 else None for i, s in enumerate(case.steers)], shape)
@@ -185,6 +186,11 @@ class Bench:
         llm = next(iter(self._engines.values()), None) or self.engine("bare")
         return llm.llm_engine.vllm_config.model_config.dtype
 
+    @property
+    def max_rows(self) -> int:
+        """The largest batch that the engines take."""
+        return max(self._args.rows)
+
     def run(self, case: Case, tick: Any) -> Comparison:
         """The legs of a case."""
         engines = [self.engine(name) for name in ENGINES[case.name]]
@@ -209,7 +215,7 @@ class Bench:
             skip_tokenizer_init=True,
             dtype=self._args.dtype,
             max_model_len=256,
-            max_num_seqs=max(self._args.rows),
+            max_num_seqs=self.max_rows,
             distributed_executor_backend="uni",
             enable_prefix_caching=False,
             additional_config={"steer": self._configs[name]} if name in self._configs else {},

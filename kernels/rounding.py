@@ -13,9 +13,8 @@ def rounded(x, dtype: tl.constexpr):
     A GPU rounds so by itself. Triton's interpreter cuts a bfloat16 off, so there the bits are
     rounded by hand first; what is left to cut is zero then.
     """
-    if INTERPRETED:
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
-            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # NaN stays NaN
     return x.to(dtype)

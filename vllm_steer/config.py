@@ -25,6 +25,7 @@ from vllm_steer.files.facts import (
     PositiveInt,
     describe_errors,
 )
+from vllm_steer.kernels.dispatch import Kernels
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 NO_STEER = "none"
@@ -72,7 +73,8 @@ class SteerConfig(BaseModel):
 
     ``steers`` maps names to files, ``presets`` names to mixes of steers (a
     strength each, or options as in a request), ``default`` is the steer
-    string or preset for requests that do not ask, ``limits`` bounds what is admitted.
+    string or preset for requests that do not ask, ``limits`` bounds what is admitted, ``kernels``
+    says what steers run on: ``triton``, ``torch``, or ``auto`` for Triton on CUDA and torch elsewhere.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +83,7 @@ class SteerConfig(BaseModel):
     presets: dict[str, dict[str, InMix]] = {}
     default: str = NO_STEER
     limits: Limits = Limits()
+    kernels: Kernels = "auto"
 
     @classmethod
     def load(cls, source: "str | Path | Mapping[str, Any] | SteerConfig") -> "SteerConfig":

@@ -15,11 +15,10 @@ from vllm_steer.config import Limits, SteerConfig, SteerEntry
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
+from vllm_steer.kernels.dispatch import Kernels
 from vllm_steer.request import check_request, resolve
 from vllm_steer.steers import DeltaSteer, LMSteer, Schedule, Steer
 from vllm_steer.steers.content import content_digest
-
-OPERATION = "lm_steer/torch guidance/torch"
 
 
 class PlannedSteer(BaseModel):
@@ -51,12 +50,12 @@ class PlannedSteer(BaseModel):
 
 
 class SteerPlan(BaseModel):
-    """The steers, presets, default and limits of one engine."""
+    """The steers, presets, default, limits and kernels of one engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: str
-    operation: str
+    kernels: Kernels
     steers: dict[str, PlannedSteer]
     presets: dict[str, dict[str, float | dict[str, Any]]]
     default: str
@@ -69,7 +68,7 @@ class SteerPlan(BaseModel):
 
         plan = cls(
             version=__version__,
-            operation=OPERATION,
+            kernels=config.kernels,
             steers={
                 name: _plan_steer(name, entry, config.limits)
                 for name, entry in sorted(config.steers.items())
@@ -104,7 +103,7 @@ class SteerPlan(BaseModel):
 
 def is_plan(data: Any) -> bool:
     """Whether ``additional_config["steer"]`` is a resolved plan and not yet a user's config."""
-    return isinstance(data, Mapping) and {"version", "operation", "steers"} <= set(data)
+    return isinstance(data, Mapping) and {"version", "kernels", "steers"} <= set(data)
 
 
 def _plan_steer(name: str, entry: SteerEntry, limits: Limits) -> PlannedSteer:

@@ -1,5 +1,8 @@
 """The LM-Steer operation in plain torch: one or two matrix products per steer in the batch."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch.nn.functional import linear
 
@@ -10,9 +13,40 @@ from vllm_steer.kernels.lm_steer.operands import (
     SteeredRows,
     SteerTables,
 )
+from vllm_steer.kernels.upload import upload
 
 
-def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class GroupedRows:
+    """The P pairs on the device, and the U rows that they touch.
+
+    rows     ``[P]`` int64, the row of each pair
+    scales   ``[P]`` float32, epsilon times strength
+    touched  ``[U]`` int64, every row of ``rows`` once, ascending
+    places   ``[P]`` int64, where each pair's row stands in ``touched``
+    groups   ``(slot, start, end)`` on the host: pairs ``start:end`` use ``slot``
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor
+    touched: torch.Tensor
+    places: torch.Tensor
+    groups: tuple[tuple[int, int, int], ...]
+
+
+def place(steered: SteeredRows, tables: SteerTables, device: torch.device) -> GroupedRows:
+    """The pairs on the device, in one copy."""
+    touched, places = np.unique(steered.rows, return_inverse=True)
+    on_device = upload([steered.rows, steered.scales, touched, places], device)
+    rows, scales, touched_rows, row_places = on_device
+    return GroupedRows(rows, scales, touched_rows, row_places, steered.groups)
+
+
+def warm_up(tables: SteerTables, dtype: torch.dtype) -> None:
+    """Nothing to compile."""
+
+
+def steer_rows(x: torch.Tensor, tables: SteerTables, steered: GroupedRows) -> torch.Tensor:
     """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
     Rows are grouped by slot, so each steer's weights are read once, and scaled before the products,

@@ -5,8 +5,14 @@ alone (the paper's dummy steer at value 1).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,26 @@ class Constant:
 
 
 Slot = LowRank | Dense | Constant
+KINDS = (LowRank, Dense, Constant)
+
+
+@dataclass(frozen=True, eq=False)
+class SlotColumns:
+    """The slots as arrays: each one's place in ``KINDS``, its three numbers, its epsilon.
+
+    kinds ``[S]``, bounds ``[S, 3]`` (start, fixed, end; or free, fixed, 0; -1: not there),
+    epsilons ``[S]`` float32.
+    """
+
+    kinds: IntArray
+    bounds: IntArray
+    epsilons: FloatArray
+    max_rank: int
+
+    @property
+    def rank_stride(self) -> int:
+        """Length of a pair's row between the two factors: aligned for the widest loads."""
+        return -(-self.max_rank // 32) * 32
 
 
 @dataclass(frozen=True)
@@ -60,6 +86,23 @@ class SteerTables:
     dense: torch.Tensor
     vectors: torch.Tensor
 
+    @cached_property
+    def columns(self) -> SlotColumns:
+        """The slots as arrays, made once."""
+        bounds = [_bounds(slot) for slot in self.slots]
+        ranks = [s.end - s.start for s in self.slots if isinstance(s, LowRank)]
+        return SlotColumns(
+            kinds=np.array([KINDS.index(type(slot)) for slot in self.slots], dtype=np.int64),
+            bounds=np.array(bounds, dtype=np.int64).reshape(-1, 3),
+            epsilons=np.array([slot.epsilon for slot in self.slots], dtype=np.float32),
+            max_rank=max(ranks, default=0),
+        )
+
+    @property
+    def width(self) -> int:
+        """Width of the rows that the steers act on."""
+        return self.expand.shape[1]
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all tables: the model's."""
@@ -72,19 +115,21 @@ class SteerTables:
         return sum(table.numel() * table.element_size() for table in tables)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteeredRows:
-    """Which rows take which slot at which scale: P pairs, sorted by slot, then by row.
+    """Which rows take which slot at which scale: P pairs on the host, sorted by slot, then by row.
 
-    rows     ``[P]`` int64, the row of each pair
-    scales   ``[P]`` float32, epsilon times strength
-    groups   ``(slot, start, end)`` on the host: pairs ``start:end`` use ``slot``
-    touched  ``[U]`` int64, every row of ``rows`` once, ascending
-    places   ``[P]`` int64, where each pair's row stands in ``touched``
+    rows    ``[P]`` int64, the row of each pair
+    scales  ``[P]`` float32, epsilon times strength
+    groups  ``(slot, start, end)``: pairs ``start:end`` use ``slot``
     """
 
-    rows: torch.Tensor
-    scales: torch.Tensor
+    rows: IntArray
+    scales: FloatArray
     groups: tuple[tuple[int, int, int], ...]
-    touched: torch.Tensor
-    places: torch.Tensor
+
+
+def _bounds(slot: Slot) -> tuple[int, int, int]:
+    if isinstance(slot, LowRank):
+        return slot.start, slot.fixed, slot.end
+    return slot.free, -1 if slot.fixed is None else slot.fixed, 0

@@ -11,6 +11,15 @@ from vllm_steer.kernels.lm_steer.operands import (
 )
 
 
+def place(steered: SteeredRows, tables: SteerTables, device: torch.device) -> SteeredRows:
+    """The pairs as they are: the reference reads them on the host."""
+    return steered
+
+
+def warm_up(tables: SteerTables, dtype: torch.dtype) -> None:
+    """Nothing to compile."""
+
+
 def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> torch.Tensor:
     """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
@@ -18,7 +27,7 @@ def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> to
     copied. ``x [T, width]``.
     """
     out = x.clone()
-    totals = {int(row): x[row].double() for row in steered.touched}
+    totals = {row: x[row].double() for row in steered.rows.tolist()}
     for slot, start, end in steered.groups:
         for pair in range(start, end):
             row, scale = int(steered.rows[pair]), float(steered.scales[pair])

@@ -54,7 +54,7 @@ def make_plan() -> MakePlan:
     ) -> SteerPlan:
         return SteerPlan(
             version="0",
-            operation="test",
+            kernels="auto",
             steers={name: planned(name, strength) for name, strength in steers.items()},
             presets=presets or {},
             default=default,

@@ -64,7 +64,7 @@ def plan_for(
     """The plan for steers whose files nobody reads again."""
     return SteerPlan(
         version="0",
-        operation="test",
+        kernels="auto",
         steers={name: planned(name, steer) for name, steer in steers.items()},
         presets=dict(presets or {}),
         default=default,

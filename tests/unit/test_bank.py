@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_steer import LMSteer
 from vllm_steer.bank import Shelf, fill_head_bank
-from vllm_steer.kernels.lm_steer import SteeredRows, steer_rows
+from vllm_steer.kernels.lm_steer import SteeredRows, grouped
 
 CPU = torch.device("cpu")
 
@@ -18,18 +19,12 @@ def fill(steers: dict[str, LMSteer], dtype: torch.dtype = torch.float32) -> Any:
 
 def apply(shelf: Shelf, x: torch.Tensor, name: str, strength: float) -> torch.Tensor:
     """Every row of ``x`` under one steer of the shelf."""
-    rows = torch.arange(x.shape[0])
-    return steer_rows(
-        x,
-        shelf.tables,
-        SteeredRows(
-            rows=rows,
-            scales=torch.full((x.shape[0],), strength * shelf.epsilon(name)),
-            groups=((shelf.slots[name], 0, x.shape[0]),),
-            touched=rows,
-            places=rows,
-        ),
+    steered = SteeredRows(
+        rows=np.arange(x.shape[0]),
+        scales=np.full(x.shape[0], strength * shelf.epsilon(name), dtype=np.float32),
+        groups=((shelf.slots[name], 0, x.shape[0]),),
     )
+    return grouped.steer_rows(x, shelf.tables, grouped.place(steered, shelf.tables, CPU))
 
 
 def formula(steer: LMSteer, x: torch.Tensor, strength: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_steer.bank import HeadBank, Shelf, fill_head_bank
+from vllm_steer.kernels.lm_steer import reference
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.rows import Step
 
@@ -28,7 +29,7 @@ def shelf(bank: HeadBank) -> Shelf:
 
 @pytest.fixture
 def batch(make_plan: Any) -> SteeredBatch:
-    return SteeredBatch(make_plan({"a": 1.0, "b": 1.0, "c": 1.0}), CPU)
+    return SteeredBatch(make_plan({"a": 1.0, "b": 1.0, "c": 1.0}), CPU, reference)
 
 
 def params(steer: Any = None) -> Any:
@@ -122,7 +123,7 @@ def test_an_id_used_again_with_another_steer_takes_that(batch: SteeredBatch, she
 
 
 def test_the_configs_default_steers_those_that_do_not_ask(make_plan: Any, shelf: Shelf) -> None:
-    batch = SteeredBatch(make_plan({"a": 1.0, "b": 1.0}, default="a:4"), CPU)
+    batch = SteeredBatch(make_plan({"a": 1.0, "b": 1.0}, default="a:4"), CPU, reference)
     step(batch, {"r1": 1, "r2": 1, "r3": 1}, new={"r1": None, "r2": "none", "r3": "b:1"})
     assert strengths(batch, shelf, 3) == {0: {"a": 4}, 2: {"b": 1}}
 
@@ -141,7 +142,7 @@ def test_no_row_is_steered_when_no_request_is(batch: SteeredBatch, shelf: Shelf)
 
 
 def test_a_pooling_request_has_no_steers(make_plan: Any) -> None:
-    batch = SteeredBatch(make_plan({"a": 1.0}, default="a"), CPU)
+    batch = SteeredBatch(make_plan({"a": 1.0}, default="a"), CPU, reference)
     batch.begin([("r1", None, 1)], ())
     assert not batch.has_steered_requests
 

@@ -6,12 +6,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from vllm_steer.kernels.guidance import FORMS, Directions, TokenMap, choose
+from vllm_steer.kernels.guidance import Directions, TokenMap, gather, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYER, WIDTH, NUM_DIRECTIONS, NUM_LAYERS = 1, 5, 6, 3
 
-forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+forms = pytest.mark.parametrize("form", [reference, gather], ids=["reference", "torch"])
 
 
 def generator(seed: int = 11) -> torch.Generator:
@@ -253,17 +253,6 @@ def test_strided_rows_are_steered_in_place_and_nothing_around_them(
     torch.testing.assert_close(hidden, wanted, rtol=1e-6, atol=1e-6)
     hidden.copy_(before[::2, 1 : 2 * WIDTH : 2])
     assert torch.equal(frame, before)
-
-
-@pytest.mark.parametrize(("name", "form"), FORMS.items())
-def test_a_form_is_chosen_by_its_name(name: str, form: ModuleType) -> None:
-    assert choose(name) is form
-
-
-def test_the_form_that_runs_everywhere_is_chosen_without_a_name() -> None:
-    assert choose() is FORMS["torch"]
-    with pytest.raises(ValueError, match="form is 'fast'; allowed: reference, torch"):
-        choose("fast")
 
 
 def test_the_sizes_of_maps_and_tables_are_their_bytes() -> None:

@@ -25,6 +25,7 @@ def fake_config(steers: dict[str, Any], **changed: Any) -> Any:
             get_vocab_size=lambda: 11,
             get_head_size=lambda: HEAD_SIZE,
         ),
+        "device_config": SimpleNamespace(device_type="cpu"),
         "parallel_config": SimpleNamespace(use_sequence_parallel_moe=False),
         "cache_config": SimpleNamespace(),
         "compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),

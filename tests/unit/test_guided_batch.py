@@ -10,6 +10,8 @@ from guidance import WIDTH, delta, head, params, plan_for, vector
 
 from vllm_steer.bank import Shelf, fill_head_bank
 from vllm_steer.bank.layers import fill_layer_bank
+from vllm_steer.kernels.guidance import gather
+from vllm_steer.kernels.lm_steer import reference
 from vllm_steer.serving import guided_site, runners
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.guided_site import GuidedSite
@@ -33,7 +35,7 @@ def sites() -> dict[str, GuidedSite]:
     inside = {name: steer for name, steer in STEERS.items() if steer.kind != "lm_steer"}
     bank = fill_layer_bank(inside, layers=[0], device=CPU, project=lambda _, rows: rows)
     found = {
-        shelf.site: GuidedSite(shelf, max_doses=4, max_tokens=ROOM, device=CPU)
+        shelf.site: GuidedSite(shelf, gather, max_doses=4, max_tokens=ROOM, device=CPU)
         for shelf in bank.shelves
     }
     for site in found.values():
@@ -43,7 +45,7 @@ def sites() -> dict[str, GuidedSite]:
 
 @pytest.fixture
 def batch(sites: dict[str, GuidedSite]) -> SteeredBatch:
-    return SteeredBatch(plan_for(STEERS), CPU, tuple(sites.values()))
+    return SteeredBatch(plan_for(STEERS), CPU, reference, tuple(sites.values()))
 
 
 @pytest.fixture
@@ -220,7 +222,7 @@ def test_the_configs_default_steers_those_that_do_not_ask(sites: dict[str, Guide
     plan = plan_for(
         STEERS, default="p", presets={"p": {"push": {"strength": 2, "phase": "prompt"}}}
     )
-    batch = SteeredBatch(plan, CPU, tuple(sites.values()))
+    batch = SteeredBatch(plan, CPU, reference, tuple(sites.values()))
     begin(batch, ("a", None, 2), ("b", "none", 2), ("c", "p:-1", 1))
     announce(batch, a=(0, 3), b=(0, 2), c=(0, 2))
     assert rows(sites["resid"]) == [0, 1, 5]
@@ -254,7 +256,7 @@ def test_a_dummy_run_at_start_up_takes_the_deepest_form_and_changes_nothing() ->
     (shelf,) = fill_layer_bank(
         {"bend": STEERS["bend"]}, layers=[0], device=CPU, project=lambda _, rows: rows
     ).shelves
-    site = GuidedSite(shelf, max_doses=3, max_tokens=ROOM, device=CPU)
+    site = GuidedSite(shelf, gather, max_doses=3, max_tokens=ROOM, device=CPU)
     depths: list[int] = []
     form, run = site._form, site._form.steer_tokens_
     site._form = SimpleNamespace(  # type: ignore[assignment]

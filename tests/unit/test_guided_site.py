@@ -17,6 +17,7 @@ from guidance import WIDTH, delta, vector
 from vllm_steer.bank import LayerShelf
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import Dose
+from vllm_steer.kernels.guidance import gather
 from vllm_steer.serving import guided_site
 from vllm_steer.serving.guided_site import GuidedSite, SteeredPlace
 from vllm_steer.serving.rows import SteeredRequest, Step
@@ -42,7 +43,7 @@ def shelf_of(steers: Mapping[str, Any] = STEERS) -> LayerShelf:
 @pytest.fixture
 def site() -> GuidedSite:
     """A site in service."""
-    site = GuidedSite(shelf_of(), max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
+    site = GuidedSite(shelf_of(), gather, max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
     site.rehearsing = False
     return site
 

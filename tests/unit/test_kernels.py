@@ -9,20 +9,23 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_steer.kernels.lm_steer import (
-    FORMS,
     Constant,
     Dense,
+    LMSteerForm,
     LowRank,
     Slot,
     SteeredRows,
     SteerTables,
-    choose,
-    steer_rows,
+    grouped,
+    reference,
 )
+
+FORMS: dict[str, LMSteerForm] = {"reference": reference, "torch": grouped}
 
 Use = tuple[int, int, float]  # row, slot, strength
 
@@ -93,19 +96,21 @@ def tables_of(steers: list[Weights], stored: str = "low-rank") -> SteerTables:
 def steered(uses: list[Use], steers: list[Weights]) -> SteeredRows:
     uses = sorted(uses, key=lambda use: (use[1], use[0]))
     rows = [row for row, _, _ in uses]
-    touched = sorted(set(rows))
     groups, start = [], 0
     for slot, group in itertools.groupby(uses, key=lambda use: use[1]):
         end = start + len(list(group))
         groups.append((slot, start, end))
         start = end
     return SteeredRows(
-        rows=torch.tensor(rows, dtype=torch.int64),
-        scales=torch.tensor([v * steers[slot].epsilon for _, slot, v in uses]).float(),
+        rows=np.array(rows, dtype=np.int64),
+        scales=np.array([v * steers[slot].epsilon for _, slot, v in uses], dtype=np.float32),
         groups=tuple(groups),
-        touched=torch.tensor(touched, dtype=torch.int64),
-        places=torch.tensor([touched.index(row) for row in rows], dtype=torch.int64),
     )
+
+
+def run(form: str, x: torch.Tensor, tables: SteerTables, rows: SteeredRows) -> torch.Tensor:
+    module = FORMS[form]
+    return module.steer_rows(x, tables, module.place(rows, tables, x.device))
 
 
 def formula(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torch.Tensor:
@@ -168,7 +173,7 @@ def test_the_reference_is_the_papers_formula(
     shape: tuple[int, int], layout: str, stored: str
 ) -> None:
     x, steers, uses = random_rows(*shape), some_steers(shape[1]), uses_of(layout, shape[0])
-    found = FORMS["reference"](x, tables_of(steers, stored), steered(uses, steers))
+    found = run("reference", x, tables_of(steers, stored), steered(uses, steers))
     torch.testing.assert_close(found, formula(x, steers, uses), rtol=1e-12, atol=1e-12)
 
 
@@ -181,7 +186,7 @@ def test_the_grouped_form_is_within_float32_of_the_formula(
 ) -> None:
     x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
     uses = uses_of(layout, shape[0])
-    found = FORMS["torch"](x, tables_of(steers, stored), steered(uses, steers))
+    found = run("torch", x, tables_of(steers, stored), steered(uses, steers))
     assert (found.dtype, found.shape) == (dtype, x.shape)
     assert relative_error(found, formula(x, steers, uses)) <= 1e-5
 
@@ -210,7 +215,7 @@ def test_the_grouped_form_in_half_precision_errs_at_most_twice_as_much_as_plain_
     x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
     uses = uses_of(layout, shape[0])
     wanted = formula(x, steers, uses)
-    found = FORMS["torch"](x, tables_of(steers, stored), steered(uses, steers))
+    found = run("torch", x, tables_of(steers, stored), steered(uses, steers))
     allowed = 2 * relative_error(plain_torch(x, steers, uses), wanted)
     assert relative_error(found, wanted) <= allowed
 
@@ -224,7 +229,7 @@ def test_float16_does_not_overflow_before_epsilon_makes_it_small(form: str) -> N
     uses = [(0, 0, 5.0)]
     wanted = formula(x, steers, uses)
     assert float(wanted.max()) == pytest.approx(4 + 1e-3 * 5 * 256 * 80)
-    found = FORMS[form](x, tables_of(steers), steered(uses, steers))
+    found = run(form, x, tables_of(steers), steered(uses, steers))
     assert relative_error(found, wanted) <= 2e-3
 
 
@@ -247,7 +252,7 @@ def test_rows_without_a_steer_are_unchanged_bit_for_bit(
     before = x.clone()
     uses = [use for use in uses_of(layout, 25) if use[0] % 2 == 0]
     steers = some_steers(63, dtype)
-    found = FORMS[form](x, tables_of(steers), steered(uses, steers))
+    found = run(form, x, tables_of(steers), steered(uses, steers))
     unsteered = sorted(set(range(25)) - {row for row, _, _ in uses})
     assert torch.equal(bits(found)[unsteered], bits(before)[unsteered])
     assert torch.equal(bits(x), bits(before)), "the input was written to"
@@ -258,7 +263,7 @@ def test_a_row_of_nan_spoils_no_other_row(form: str) -> None:
     x, steers = random_rows(4, 63, torch.float32), some_steers(63, torch.float32)
     x[1] = torch.nan
     uses = [(row, slot, 1.0) for row in range(4) for slot in (1, 2)]
-    found = FORMS[form](x, tables_of(steers), steered(uses, steers))
+    found = run(form, x, tables_of(steers), steered(uses, steers))
     others = [0, 2, 3]
     assert relative_error(found[others], formula(x, steers, uses)[others]) <= 1e-5
     assert found[1].isnan().all()
@@ -279,7 +284,7 @@ def test_a_strided_view_gives_what_its_contiguous_copy_gives(form: str, view: st
     x = VIEWS[view](random_rows(20, 126, torch.float32))
     steers = some_steers(x.shape[1], torch.float32)
     uses = uses_of("several-per-row", x.shape[0])
-    found = FORMS[form](x, tables_of(steers), steered(uses, steers))
+    found = run(form, x, tables_of(steers), steered(uses, steers))
     assert relative_error(found, formula(x, steers, uses)) <= 1e-5
 
 
@@ -291,8 +296,8 @@ def test_permuted_rows_give_permuted_results(form: str) -> None:
     moved_to = {int(old): new for new, old in enumerate(order)}
     moved = [(moved_to[row], slot, strength) for row, slot, strength in uses]
     tables = tables_of(steers)
-    first = FORMS[form](x, tables, steered(uses, steers))[order]
-    second = FORMS[form](x[order], tables, steered(moved, steers))
+    first = run(form, x, tables, steered(uses, steers))[order]
+    second = run(form, x[order], tables, steered(moved, steers))
     off = sorted(set(range(33)) - {row for row, _, _ in moved})
     assert torch.equal(bits(first[off]), bits(second[off]))
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
@@ -301,7 +306,7 @@ def test_permuted_rows_give_permuted_results(form: str) -> None:
 @pytest.mark.parametrize("form", ["reference", "torch"])
 def test_the_result_is_a_new_tensor_even_if_nothing_is_steered(form: str) -> None:
     x = random_rows(3, 63, torch.float32)
-    found = FORMS[form](x, tables_of(some_steers(63, torch.float32)), steered([], []))
+    found = run(form, x, tables_of(some_steers(63, torch.float32)), steered([], []))
     assert torch.equal(found, x)
     assert found.data_ptr() != x.data_ptr()
 
@@ -310,26 +315,8 @@ def test_the_result_is_a_new_tensor_even_if_nothing_is_steered(form: str) -> Non
 def test_the_same_steer_twice_on_a_row_counts_twice(form: str) -> None:
     x, steers = random_rows(2, 63, torch.float32), some_steers(63, torch.float32)
     uses = [(1, 3, 1.0), (1, 3, 2.0)]
-    found = FORMS[form](x, tables_of(steers), steered(uses, steers))
+    found = run(form, x, tables_of(steers), steered(uses, steers))
     assert relative_error(found, formula(x, steers, uses)) <= 1e-5
-
-
-def test_without_a_name_a_form_is_chosen() -> None:
-    assert choose() in FORMS.values()
-    x, steers = random_rows(5, 63, torch.float32), some_steers(63, torch.float32)
-    uses = uses_of("mixed", 5)
-    found = steer_rows(x, tables_of(steers), steered(uses, steers))
-    assert relative_error(found, formula(x, steers, uses)) <= 1e-5
-
-
-@pytest.mark.parametrize("form", ["reference", "torch"])
-def test_a_form_is_chosen_by_name(form: str) -> None:
-    assert choose(form) is FORMS[form]
-
-
-def test_an_unknown_form_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"form is .fast.; allowed: .*torch"):
-        choose("fast")
 
 
 def test_the_tables_know_their_size() -> None:

@@ -340,6 +340,7 @@ def fake_config(plan: Any, **changed: Any) -> Any:
             get_hidden_size=lambda: 6,
             get_vocab_size=lambda: 11,
         ),
+        "device_config": SimpleNamespace(device_type="cpu"),
         "parallel_config": SimpleNamespace(
             prefill_context_parallel_size=1,
             use_ubatching=False,

@@ -108,7 +108,7 @@ def _plan() -> Any:
     }
     return SteerPlan(
         version="0",
-        operation="test",
+        kernels="auto",
         steers={n: PlannedSteer(default_strength=v, **one) for n, v in STEERS.items()},
         presets=PRESETS,
         default="none",

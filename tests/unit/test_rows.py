@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_steer.bank import Shelf
 from vllm_steer.doses import Dose
-from vllm_steer.kernels.lm_steer import Constant, SteeredRows, SteerTables
+from vllm_steer.kernels.lm_steer import Constant, SteeredRows, SteerTables, grouped
 from vllm_steer.serving.rows import BatchRows, SteeredRequest, steered_rows
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_pairs_are_those_of_a_loop_sorted_by_slot_and_row(
 ) -> None:
     counts = [count for count, _ in batch]
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows(counts), requests_of(doses), SHELF, CPU)
+    found = steered_rows(batch_rows(counts), requests_of(doses), SHELF)
     wanted = sorted(
         (SLOTS[name], row, strength)
         for row, owner in enumerate(owners(counts))
@@ -76,13 +76,16 @@ def test_touched_rows_are_each_named_once_and_found_again(
     batch: list[tuple[int, dict[str, float]]],
 ) -> None:
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows([count for count, _ in batch]), requests_of(doses), SHELF, CPU)
+    found = steered_rows(batch_rows([count for count, _ in batch]), requests_of(doses), SHELF)
     if found is None:
         return
-    assert found.touched.tolist() == sorted(set(found.rows.tolist()))
-    assert torch.equal(found.touched[found.places], found.rows)
-    assert (found.rows.dtype, found.touched.dtype, found.places.dtype) == (torch.int64,) * 3
-    assert found.scales.dtype == torch.float32
+    placed = grouped.place(found, SHELF.tables, CPU)
+    assert placed.touched.tolist() == sorted(set(found.rows.tolist()))
+    assert placed.touched[placed.places].tolist() == placed.rows.tolist() == found.rows.tolist()
+    indices = (placed.rows, placed.touched, placed.places)
+    assert {tensor.dtype for tensor in indices} == {torch.int64}
+    assert placed.scales.dtype == torch.float32
+    assert placed.scales.tolist() == found.scales.tolist()
     slots = [slot for slot, _, _ in found.groups]
     bounds = [bound for _, *bound in found.groups]
     assert slots == sorted(set(slots))
@@ -122,5 +125,5 @@ def test_batches_are_the_same_only_if_requests_counts_and_order_are(other: Any, 
 
 
 def test_a_batch_without_rows_has_no_pairs() -> None:
-    assert steered_rows(batch_rows([]), requests_of({"request-0": {"a": 1.0}}), SHELF, CPU) is None
-    assert steered_rows(batch_rows([0]), requests_of({"request-0": {"a": 1.0}}), SHELF, CPU) is None
+    assert steered_rows(batch_rows([]), requests_of({"request-0": {"a": 1.0}}), SHELF) is None
+    assert steered_rows(batch_rows([0]), requests_of({"request-0": {"a": 1.0}}), SHELF) is None

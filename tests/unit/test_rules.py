@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm_steer.bank import LayerShelf
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import PHASES, Dose
-from vllm_steer.kernels.guidance import FORMS, TokenMap
+from vllm_steer.kernels.guidance import GuidanceForm, TokenMap, gather, reference
 from vllm_steer.serving.rows import SteeredRequest
 from vllm_steer.serving.rules import dose_span, guidance_rules
 from vllm_steer.steers.delta import SCHEDULES
@@ -200,7 +200,7 @@ doses = st.builds(
 )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [reference, gather], ids=["reference", "torch"])
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.lists(
@@ -210,7 +210,7 @@ doses = st.builds(
     )
 )
 def test_every_token_of_every_request_takes_what_its_doses_say(
-    form: str, batch: list[tuple[list[Dose], int, int]]
+    form: GuidanceForm, batch: list[tuple[list[Dose], int, int]]
 ) -> None:
     """All tokens of whole requests, prompt and generation, in one step."""
     on = shelf(0, 1, 2, 3)
@@ -227,7 +227,7 @@ def test_every_token_of_every_request_takes_what_its_doses_say(
         torch.full((depth, len(positions)), -1, dtype=torch.int32),
         torch.full((3, depth, len(positions)), torch.nan),
     )
-    FORMS[form].map_tokens(found, starts, positions, out)
+    form.map_tokens(found, starts, positions, out)
     for row, (taken, prompt_len, _) in enumerate(batch):
         for position in range(counts[row]):
             token = int(starts[row]) + position

@@ -15,7 +15,7 @@ import torch
 
 from vllm_steer.bank import Shelf
 from vllm_steer.doses import Dose
-from vllm_steer.kernels.lm_steer import SteeredRows
+from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.admission import doses_of
 from vllm_steer.serving.guided_site import GuidedSite
@@ -26,8 +26,13 @@ class SteeredBatch:
     """Steered requests and rows of one worker. Between steps of real requests it is idle."""
 
     def __init__(
-        self, plan: SteerPlan, device: torch.device, sites: Sequence[GuidedSite] = ()
+        self,
+        plan: SteerPlan,
+        device: torch.device,
+        form: LMSteerForm,
+        sites: Sequence[GuidedSite] = (),
     ) -> None:
+        self.form = form
         self._plan = plan
         self._device = device
         self._sites = sites
@@ -36,7 +41,7 @@ class SteeredBatch:
         self._sampled: BatchRows | None = None
         self._tokens: BatchRows | None = None
         self._hidden_states: torch.Tensor | None = None
-        self._pairs: dict[int, SteeredRows | None] = {}
+        self._placed: dict[int, Any] = {}
 
     @property
     def has_steered_requests(self) -> bool:
@@ -72,7 +77,7 @@ class SteeredBatch:
         sampled = BatchRows(step.req_ids, step.logits)
         if not sampled.same_as(self._sampled):
             self._sampled = sampled
-            self._pairs = {}
+            self._placed = {}
         for site in self._sites:
             site.prepare(step, self._requests)
 
@@ -85,8 +90,10 @@ class SteeredBatch:
         finally:
             self._hidden_states = None
 
-    def rows_of(self, x: torch.Tensor, shelf: Shelf) -> SteeredRows | None:
-        """The pairs of ``x`` and a shelf's slots; None if no row of ``x`` takes one of them."""
+    def rows_of(self, x: torch.Tensor, shelf: Shelf) -> Any:
+        """The pairs of ``x`` and a shelf's slots, as the form placed them; None if no row of ``x``
+        takes one of them.
+        """
         if self._idle:
             return self._rehearsal(x.shape[0], shelf)
         if not self._requests:
@@ -98,30 +105,32 @@ class SteeredBatch:
             )
         if self._hidden_states is not None:
             window = self._tokens.window(self._first_token(x, self._hidden_states), x.shape[0])
-            return steered_rows(window, self._requests, shelf, self._device)
-        if id(shelf) not in self._pairs:
-            self._pairs[id(shelf)] = steered_rows(
-                self._sampled, self._requests, shelf, self._device
-            )
+            return self._place(steered_rows(window, self._requests, shelf), shelf)
+        if id(shelf) not in self._placed:
+            pairs = steered_rows(self._sampled, self._requests, shelf)
+            self._placed[id(shelf)] = self._place(pairs, shelf)
         assert self._sampled.num_rows == x.shape[0], (
             f"vllm-steer: {x.shape[0]} logits rows, {self._sampled.num_rows} announced"
         )
-        return self._pairs[id(shelf)]
+        return self._placed[id(shelf)]
 
-    def _rehearsal(self, num_rows: int, shelf: Shelf) -> SteeredRows | None:
+    def _place(self, pairs: SteeredRows | None, shelf: Shelf) -> Any:
+        return None if pairs is None else self.form.place(pairs, shelf.tables, self._device)
+
+    def _rehearsal(self, num_rows: int, shelf: Shelf) -> Any:
         """All rows under the widest steer: in dummy runs, so that vLLM's memory profile counts the
         operation at its largest and its warm-up reaches it.
         """
         rows = BatchRows(("dummy",), np.array([num_rows]))
         request = SteeredRequest((Dose(shelf.widest, 1.0),), prompt_len=1)
-        return steered_rows(rows, {"dummy": request}, shelf, self._device)
+        return self._place(steered_rows(rows, {"dummy": request}, shelf), shelf)
 
     def _set_request(self, req_id: str, request: SteeredRequest | None) -> None:
         if request is not None:
             self._requests[req_id] = request
         elif self._requests.pop(req_id, None) is None:
             return
-        self._pairs = {}
+        self._placed = {}
         for site in self._sites:
             site.forget()
 

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from packaging.version import InvalidVersion, Version
 
 from vllm_steer.config import SteerConfig
 from vllm_steer.errors import SteerError
 from vllm_steer.families import family_of
+from vllm_steer.kernels.dispatch import KernelError, backend
 from vllm_steer.plan import PlannedSteer, SteerPlan, is_plan
 from vllm_steer.steers.layers import format_layers
 
@@ -44,6 +46,7 @@ def check_engine(vllm_config: Any) -> None:
     plan = plan_of(vllm_config)
     assert plan is not None
     _warn_of_version()
+    _check_kernels(plan, vllm_config.device_config.device_type)
     inside = plan.sites != {"head"}
     refused = (*_REFUSED, *(_REFUSED_INSIDE if inside else ()))
     for is_on, name, way_out in refused:
@@ -58,6 +61,21 @@ def check_engine(vllm_config: Any) -> None:
 def num_layers(model_config: Any) -> int:
     """Decoder layers of the language model, over all pipeline stages."""
     return int(model_config.hf_text_config.num_hidden_layers)
+
+
+def max_logits_rows(vllm_config: Any) -> int:
+    """Rows that the LM head sees in one step at most: each request's next token and its drafts."""
+    speculative = vllm_config.speculative_config
+    drafts = 0 if speculative is None else int(speculative.num_speculative_tokens or 0)
+    return int(vllm_config.scheduler_config.max_num_seqs) * (1 + drafts)
+
+
+def _check_kernels(plan: SteerPlan, device_type: str) -> None:
+    """Raise ``SteerError`` if the kernels that were asked for cannot run on the engine's device."""
+    try:
+        backend(plan.kernels, torch.device(device_type))
+    except KernelError as error:
+        raise SteerError(str(error)) from error
 
 
 def _check_steer(name: str, steer: PlannedSteer, model_config: Any) -> None:

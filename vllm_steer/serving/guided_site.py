@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_steer.bank import LayerShelf
-from vllm_steer.kernels import guidance
-from vllm_steer.kernels.guidance import Rules, TokenMap
+from vllm_steer.kernels.guidance import GuidanceForm, Rules, TokenMap
 from vllm_steer.serving.rows import SteeredRequest, Step
 from vllm_steer.serving.rules import Columns, guidance_rules
 
@@ -23,14 +22,20 @@ class GuidedSite:
     """
 
     def __init__(
-        self, shelf: LayerShelf, *, max_doses: int, max_tokens: int, device: torch.device
+        self,
+        shelf: LayerShelf,
+        form: GuidanceForm,
+        *,
+        max_doses: int,
+        max_tokens: int,
+        device: torch.device,
     ) -> None:
         self.shelf = shelf
         self.resting = False
         self.rehearsing = True
         self.reached: set[int] = set()
         self._device = device
-        self._form = guidance.choose()
+        self._form = form
         self._max_doses = max_doses
         self._depth = 0
         self._filled = 0

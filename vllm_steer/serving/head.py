@@ -16,7 +16,6 @@ from torch import nn
 
 from vllm_steer.bank import HeadBank, Shelf
 from vllm_steer.errors import SteerError
-from vllm_steer.kernels.lm_steer import SteeredRows, steer_rows
 from vllm_steer.serving.batch import SteeredBatch
 
 
@@ -27,7 +26,7 @@ class SteeredHead:
     bank: HeadBank
     batch: SteeredBatch
     calls: Counter[str] = field(default_factory=Counter)
-    _logits_rows: SteeredRows | None = field(default=None, repr=False)
+    _logits_rows: Any = field(default=None, repr=False)
 
     def attach(self, model: nn.Module) -> None:
         """Wrap the instance's methods. Raises ``SteerError`` if the model has no such head."""
@@ -39,6 +38,12 @@ class SteeredHead:
         if self.bank.logits is not None:
             processor = _logits_processor(model)
             processor._get_logits = self._offset(processor._get_logits)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile what the steers run on, for hidden states and logits in ``dtype``."""
+        for shelf in (self.bank.hidden, self.bank.logits):
+            if shelf is not None:
+                self.batch.form.warm_up(shelf.tables, dtype)
 
     def passed_shelves(self) -> list[str]:
         """The shelves with steers that no pass has reached so far."""
@@ -68,16 +73,14 @@ class SteeredHead:
 
         return get_logits
 
-    def _rows(self, x: torch.Tensor, shelf: Shelf | None) -> SteeredRows | None:
+    def _rows(self, x: torch.Tensor, shelf: Shelf | None) -> Any:
         return None if shelf is None else self.batch.rows_of(x, shelf)
 
-    def _apply(
-        self, name: str, x: torch.Tensor, shelf: Shelf | None, rows: SteeredRows | None
-    ) -> torch.Tensor:
+    def _apply(self, name: str, x: torch.Tensor, shelf: Shelf | None, rows: Any) -> torch.Tensor:
         if shelf is None or rows is None:
             return x
         self.calls[name] += 1
-        return steer_rows(x, shelf.tables, rows)
+        return self.batch.form.steer_rows(x, shelf.tables, rows)
 
 
 def _logits_processor(model: nn.Module) -> Any:

@@ -15,6 +15,7 @@ from vllm_steer.bank import LayerShelf, fill_layer_bank
 from vllm_steer.bank.layers import GuidanceSteer
 from vllm_steer.errors import SteerError
 from vllm_steer.families import Family, decoder_layers, family_of, submodule
+from vllm_steer.kernels.guidance import GuidanceForm
 from vllm_steer.serving.engine_config import num_layers
 from vllm_steer.serving.guided_site import GuidedSite, SteeredPlace
 
@@ -68,6 +69,7 @@ def steered_layers(
     model: nn.Module,
     vllm_config: Any,
     device: torch.device,
+    form: GuidanceForm,
     *,
     max_doses: int,
 ) -> SteeredLayers | None:
@@ -79,7 +81,7 @@ def steered_layers(
     bank = fill_layer_bank(steers, layers=here, device=device, project=project)
     tokens = _max_tokens(vllm_config)
     sites = tuple(
-        GuidedSite(shelf, max_doses=max_doses, max_tokens=tokens, device=device)
+        GuidedSite(shelf, form, max_doses=max_doses, max_tokens=tokens, device=device)
         for shelf in bank.shelves
     )
     return SteeredLayers(sites, family) if sites else None

@@ -67,12 +67,10 @@ def steered_rows(
     rows: BatchRows,
     requests: Mapping[str, SteeredRequest],
     shelf: Shelf,
-    device: torch.device,
 ) -> SteeredRows | None:
     """The pairs of row and slot of one shelf; None if no row takes one of its steers.
 
-    ``requests`` holds the steered ones only. Work on the host grows with their number; what goes
-    to the device is one copy per tensor, asynchronous from pinned memory on a GPU.
+    ``requests`` holds the steered ones only; work on the host grows with their number.
     """
     uses = [
         (index, shelf.slots[dose.steer], dose.strength * shelf.epsilon(dose.steer))
@@ -94,25 +92,10 @@ def steered_rows(
         return None
     pair_rows, pair_slots = pair_rows[order], pair_slots[order]
     scales = np.repeat(use_scales, repeats)[order].astype(np.float32)
-    touched, places = np.unique(pair_rows, return_inverse=True)
-    return SteeredRows(
-        rows=to_device(pair_rows, device),
-        scales=to_device(scales, device),
-        groups=_groups(pair_slots),
-        touched=to_device(touched, device),
-        places=to_device(places, device),
-    )
+    return SteeredRows(rows=pair_rows, scales=scales, groups=_groups(pair_slots))
 
 
 def _groups(pair_slots: IntArray) -> tuple[tuple[int, int, int], ...]:
     starts = np.flatnonzero(np.diff(pair_slots, prepend=-1))
     ends = np.append(starts[1:], pair_slots.size)
     return tuple(zip(pair_slots[starts].tolist(), starts.tolist(), ends.tolist(), strict=True))
-
-
-def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A host array on the device, copied from pinned memory without waiting for it."""
-    host = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)

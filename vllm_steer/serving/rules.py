@@ -10,7 +10,8 @@ import torch
 from vllm_steer.bank import Entry, LayerShelf
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.guidance import Rules
-from vllm_steer.serving.rows import IntArray, SteeredRequest, to_device
+from vllm_steer.kernels.upload import upload
+from vllm_steer.serving.rows import IntArray, SteeredRequest
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -57,10 +58,9 @@ def guidance_rules(
         integers[:, :own, row] = column.integers
         floats[:, :own, row] = column.floats
         layers[:, :own, row] = column.layers
-    on_device = to_device(integers, device)
-    strength, slope = to_device(floats, device)
-    named = dict(zip(_INTEGERS, on_device, strict=True))
-    return Rules(**named, strength=strength, slope=slope, layers=to_device(layers, device))
+    whole, (strength, slope), acts = upload([integers, floats, layers], device)
+    named = dict(zip(_INTEGERS, whole, strict=True))
+    return Rules(**named, strength=strength, slope=slope, layers=acts)
 
 
 def dose_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int]:

@@ -8,9 +8,10 @@ import torch
 
 from vllm_steer.bank import fill_head_bank
 from vllm_steer.errors import SteerError
+from vllm_steer.kernels.dispatch import guidance_form, lm_steer_form
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.engine_config import num_layers, plan_of
+from vllm_steer.serving.engine_config import max_logits_rows, num_layers, plan_of
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.runners import attach_runner
@@ -70,8 +71,14 @@ class _WorkerSteering:
         heads = {name: steer for name, steer in steers.items() if isinstance(steer, LMSteer)}
         inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
         if inside:
+            form = guidance_form(self._plan.kernels, device)
             self._layers = steered_layers(
-                inside, model, config, device, max_doses=self._plan.limits.max_steers_per_request
+                inside,
+                model,
+                config,
+                device,
+                form,
+                max_doses=self._plan.limits.max_steers_per_request,
             )
         bank = None
         if heads and get_pp_group().is_last_rank:
@@ -79,9 +86,14 @@ class _WorkerSteering:
         if bank is None and self._layers is None:
             return
         self._batch = SteeredBatch(
-            self._plan, device, () if self._layers is None else self._layers.sites
+            self._plan,
+            device,
+            lm_steer_form(self._plan.kernels, device, max_rows=max_logits_rows(config)),
+            () if self._layers is None else self._layers.sites,
         )
-        self._head = None if bank is None else SteeredHead(bank, self._batch)
+        if bank is not None:
+            self._head = SteeredHead(bank, self._batch)
+            self._head.warm_up(config.model_config.dtype)
         num_bytes = [b.num_bytes for b in (bank, self._layers) if b is not None]
         logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), sum(num_bytes) / 2**20)
 

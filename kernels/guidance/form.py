@@ -1,0 +1,31 @@
+"""What every form of activation guidance offers."""
+
+from typing import Protocol
+
+import torch
+
+from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
+
+
+class GuidanceForm(Protocol):
+    """A module with these functions."""
+
+    def map_tokens(
+        self,
+        rules: Rules,
+        query_start_loc: torch.Tensor,
+        positions: torch.Tensor,
+        out: TokenMap,
+    ) -> None:
+        """Write the map of the step's tokens into ``out``; see ``Rules``."""
+
+    def steer_tokens_(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        directions: Directions,
+        layer: int,
+        token_map: TokenMap,
+        depth: int,
+    ) -> None:
+        """Change ``hidden [T, width]`` in place by the first ``depth`` doses of each token."""

@@ -1,0 +1,136 @@
+"""The map of a step's tokens in one Triton kernel: which row, which directions, which strengths."""
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_steer.kernels.guidance.operands import Rules, TokenMap
+
+# A program's tile: 8 numbers for each thread of 4 warps, and enough programs for a card even where
+# a decode step has few tokens.
+TOKENS, LAYERS, WARPS = 128, 8, 4
+
+_RULES = ("start", "stride", "origin", "first", "last", "strength", "slope", "layers")
+
+# Each differs from step to step: a kernel specialised on one would compile while it serves.
+_VARYING = (
+    *_RULES,
+    *("num_rows", "num_layers", "search_steps"),
+    *("query_start_loc", "positions", "num_tokens"),
+    *("directions", "directions_dose", "directions_token"),
+    *("strengths", "strengths_layer", "strengths_dose", "strengths_token"),
+)
+
+
+@triton.jit
+def _row_of(tokens, query_start_loc, num_rows, search_steps):
+    """How many requests end at or before each token, which is the number of its own request."""
+    low = tl.zeros_like(tokens)
+    high = low + num_rows
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        end = tl.load(query_start_loc + 1 + middle, mask=low < high, other=0)
+        beyond = (low < high) & (end <= tokens)
+        low = tl.where(beyond, middle + 1, low)
+        high = tl.where(beyond, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _map(
+    start,
+    stride,
+    origin,
+    first,
+    last,
+    strength,
+    slope,
+    layers,
+    num_rows,
+    num_layers,
+    search_steps,
+    query_start_loc,
+    positions,
+    num_tokens,
+    directions,
+    directions_dose: tl.int64,
+    directions_token: tl.int64,
+    strengths,
+    strengths_layer: tl.int64,
+    strengths_dose: tl.int64,
+    strengths_token: tl.int64,
+    TOKENS: tl.constexpr,
+    LAYERS: tl.constexpr,
+):
+    """The equations of ``Rules`` for one dose of a block of tokens in a block of layers.
+
+    The rules are ``[K, R]`` and ``[L, K, R]`` without gaps; a program takes one of the K.
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    dose = tl.program_id(1)
+    row = _row_of(token, query_start_loc, num_rows, search_steps)
+    rule = dose * num_rows + row
+    here = token < num_tokens
+    known = here & (row < num_rows)
+    position = tl.load(positions + token, mask=here, other=0).to(tl.int64)
+    acts = known & (position >= tl.load(first + rule, mask=known, other=0))
+    acts = acts & (position < tl.load(last + rule, mask=known, other=0))
+    # Elsewhere the step stays 0: far from its steps the line would leave float32.
+    step = tl.where(acts, position - tl.load(origin + rule, mask=acts, other=0), 0)
+    fall = tl.load(slope + rule, mask=acts, other=0.0) * step.to(tl.float32)
+    size = tl.load(strength + rule, mask=acts, other=0.0) * (1 - fall)
+    token = token.to(tl.int64)
+    if tl.program_id(2) == 0:
+        direction = tl.load(start + rule, mask=acts, other=0)
+        direction += tl.load(stride + rule, mask=acts, other=0) * step
+        places = directions + dose * directions_dose + token * directions_token
+        tl.store(places, direction.to(tl.int32), mask=here)
+    layer = (tl.program_id(2) * LAYERS + tl.arange(0, LAYERS)).to(tl.int64)[:, None]
+    of_layer = layers + layer * tl.num_programs(1) * num_rows
+    acts_there = tl.load(
+        of_layer + rule[None, :], mask=(layer < num_layers) & acts[None, :], other=0.0
+    )
+    places = strengths + layer * strengths_layer + dose * strengths_dose
+    tl.store(
+        places + token[None, :] * strengths_token,
+        size[None, :] * acts_there,
+        mask=(layer < num_layers) & here[None, :],
+    )
+
+
+def map_tokens(
+    rules: Rules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
+) -> None:
+    """Write the map of the step's T tokens into the front of ``out``; see ``Rules``.
+
+    ``query_start_loc [R + 1]`` holds each request's first token, ``positions [T]`` each token's
+    place in its request. Rules that are views with gaps are copied first; an engine's are not.
+    """
+    num_tokens = positions.shape[0]
+    num_layers, num_doses, num_rows = rules.layers.shape
+    if num_tokens == 0 or num_doses == 0:
+        return
+    grid = (triton.cdiv(num_tokens, TOKENS), num_doses, triton.cdiv(num_layers, LAYERS))
+    _map[grid](
+        *(getattr(rules, name).contiguous() for name in _RULES),
+        *(num_rows, num_layers, num_rows.bit_length()),
+        *(query_start_loc.contiguous(), positions.contiguous(), num_tokens),
+        *(out.directions, *out.directions.stride()),
+        *(out.strengths, *out.strengths.stride()),
+        TOKENS=TOKENS,
+        LAYERS=LAYERS,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def warm_up_map(device: torch.device) -> None:
+    """Compile what ``map_tokens`` launches: one kernel for each dtype that positions have."""
+    integer, number = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, 1)
+    number = number.to(device)
+    rules = Rules(*(integer,) * 5, strength=number, slope=number, layers=number[None])
+    query_start_loc = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    for dtype in (torch.int64, torch.int32):
+        out = TokenMap(integer.to(torch.int32), number[None])
+        map_tokens(rules, query_start_loc, integer[0].to(dtype), out)

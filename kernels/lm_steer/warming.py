@@ -1,0 +1,28 @@
+"""Batches that reach every kernel a bank can need, for compiling them before the first request."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerTables
+
+
+def batches(tables: SteerTables, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, SteeredRows]]:
+    """A slot of each kind on a row by itself, then all of these on one row, twice for a sum."""
+    _, slots = np.unique(tables.columns.kinds, return_index=True)
+    x = torch.zeros(2, tables.width, dtype=dtype, device=tables.expand.device)
+    for slot in slots.tolist():
+        yield x, _on_first_row([slot])
+    yield x, _on_first_row(sorted([*slots.tolist(), *slots.tolist()]))
+
+
+def _on_first_row(slots: list[int]) -> SteeredRows:
+    return SteeredRows(
+        rows=np.zeros(len(slots), dtype=np.int64),
+        scales=np.ones(len(slots), dtype=np.float32),
+        groups=tuple(
+            (slot, slots.index(slot), slots.index(slot) + slots.count(slot))
+            for slot in dict.fromkeys(slots)
+        ),
+    )
