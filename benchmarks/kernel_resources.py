@@ -1,0 +1,158 @@
+"""Registers, shared memory and spills of every Triton kernel, compiled for a GPU that is not there.
+
+    python benchmarks/kernel_resources.py --json OUT
+
+The operations are called as at start-up (``warm_up``) on tables in host memory; every launch is
+compiled for sm_90 instead of run, and the assembler reports what the code needs.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from rich.console import Console
+from table import rich_table
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
+
+from vllm_steer.kernels.guidance import Directions, fused
+from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteerTables, by_row, by_tile
+
+SM_90 = GPUTarget("cuda", 90, 32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = ((1280, 640), (4096, 64), (4096, 1000), (8192, 1000))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one thread or block of a compiled kernel needs; spills are in bytes per thread."""
+
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    tensor_cores: bool
+
+
+class AbsentDriver:
+    """Triton's view of a Hopper card when there is none: enough to compile, not to launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return SM_90
+
+
+@contextmanager
+def compiling() -> Iterator[dict[tuple[str, str], Any]]:
+    """Within it launches compile; yields what was compiled, by kernel name and hash."""
+    compiled: dict[tuple[str, str], Any] = {}
+
+    def getitem(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            made = kernel.run(*args, grid=grid, warmup=True, **options)
+            compiled[kernel.__name__, made.hash] = made
+
+        return launch
+
+    original, active = KernelInterface.__getitem__, driver._active
+    driver.set_active(AbsentDriver())
+    KernelInterface.__getitem__ = getitem
+    try:
+        yield compiled
+    finally:
+        KernelInterface.__getitem__ = original
+        driver.set_active(active)
+
+
+def resources(compiled: Any) -> Resources:
+    """What the assembler says of a compiled kernel."""
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source)]
+        done = subprocess.run(
+            [*command, "-o", f"{folder}/cubin"], check=True, capture_output=True, text=True
+        )
+    said = done.stdout + done.stderr
+    return Resources(
+        registers=_number(r"Used (\d+) registers", said),
+        shared_bytes=compiled.metadata.shared,
+        spilled_bytes=_number(r"(\d+) bytes spill stores", said),
+        tensor_cores="wgmma" in ptx or "mma.sync" in ptx,
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the assembler did not say {pattern!r}:\n{text}")
+    return int(found[1])
+
+
+def lm_steer_tables(width: int, rank: int, dtype: torch.dtype) -> SteerTables:
+    """Tables with a slot of each kind, with fixed columns."""
+    return SteerTables(
+        slots=(LowRank(0, rank, 2 * rank, 1.0), Dense(0, 1, 1.0), Constant(0, 1, 1.0)),
+        shrink=torch.empty(2 * rank, width, dtype=dtype),
+        expand=torch.empty(2 * rank, width, dtype=dtype),
+        dense=torch.empty(2, width, width, dtype=dtype),
+        vectors=torch.empty(2, width, dtype=dtype),
+    )
+
+
+def warm_ups(dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+    """Every operation's start-up on every shape, with what to call it in a table."""
+    for width, rank in SHAPES:
+        tables = lm_steer_tables(width, rank // 2, dtype)
+        for name, form in (("tiles", by_tile), ("rows", by_row)):
+            case = {"operation": f"lm_steer, {name}", "width": width, "rank": rank}
+            yield case, lambda form=form, tables=tables: form.warm_up(tables, dtype)
+    for width in sorted({width for width, _ in SHAPES}):
+        for mode, turns in (("add", None), ("rotate", torch.ones(2))):
+            directions = Directions(torch.empty(1, 2, width), turns)
+            case = {"operation": f"guidance, {mode}", "width": width, "rank": 0}
+            yield case, lambda d=directions: fused.warm_up(d, dtype)
+
+
+def report() -> Iterator[dict[str, Any]]:
+    """One line per kernel and variant."""
+    for dtype in DTYPES:
+        for case, warm_up in warm_ups(dtype):
+            with compiling() as compiled:
+                warm_up()
+            for (name, _), kernel in sorted(compiled.items()):
+                line = {**case, "dtype": str(dtype).removeprefix("torch."), "kernel": name}
+                yield line | vars(resources(kernel))
+
+
+def main() -> None:
+    """Compile, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
+    args = parser.parse_args()
+    result = machine.describe_run("kernel_resources") | {"target": "sm_90"}
+    with Console(stderr=True).status("compiling"):
+        result["rows"] = list(report())
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    Console().print(rich_table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The Triton kernels in a running engine: what Hugging Face writes under the papers' formulas.
+
+Without a GPU they run in the interpreter, which the second model runner has switched on anyway.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from engines import (
+    GUIDED,
+    MIXED,
+    RUNNER,
+    doses_of,
+    engine,
+    greedy,
+    guided_family,
+    prompts,
+    steer_config,
+)
+from reference import assert_greedy, assert_guided, load_reference
+from tiny_models import GUIDED_LAYERS, save_tiny_model
+
+from vllm_steer import LMSteer, Steer, SteerError
+
+pytestmark = pytest.mark.engine
+
+has_triton = pytest.mark.skipif(
+    RUNNER != "v2" and not torch.cuda.is_available(),
+    reason="on a CPU the interpreter is on under the V2 runner only",
+)
+
+
+@contextmanager
+def counted(
+    form: ModuleType, function: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[int]]:
+    """The number of tokens or rows of each call of a form's function."""
+    calls: list[int] = []
+    original = getattr(form, function)
+
+    def counting(x: torch.Tensor, *args: Any) -> Any:
+        calls.append(x.shape[0])
+        return original(x, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(form, function, counting)
+        yield calls
+
+
+def triton_config(steers: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return steer_config(steers, folder) | {"kernels": "triton"}
+
+
+@has_triton
+@pytest.mark.parametrize(
+    ("form", "max_num_seqs"),
+    [("by_tile", 16), pytest.param("by_row", 4, marks=pytest.mark.matrix)],
+)
+def test_lm_steer_kernels_serve_a_mixed_batch(
+    form: str,
+    max_num_seqs: int,
+    llama: Path,
+    steers: dict[str, LMSteer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import importlib
+
+    module = importlib.import_module(f"vllm_steer.kernels.lm_steer.{form}")
+    reference = load_reference(llama)
+    with (
+        counted(module, "steer_rows", monkeypatch) as calls,
+        engine(llama, triton_config(steers, tmp_path), max_num_seqs=max_num_seqs) as llm,
+    ):
+        calls.clear()
+        outputs = llm.generate(
+            prompts(len(MIXED)),
+            greedy(MIXED, max_tokens=6, prompt_logprobs=1),
+            use_tqdm=False,
+        )
+    assert len(calls) >= 6
+    for output, setting in zip(outputs, MIXED, strict=True):
+        assert_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
+
+
+@has_triton
+def test_guidance_kernels_serve_every_kind_site_mode_schedule_and_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_steer.kernels.guidance import fused
+
+    model = save_tiny_model("llama", tmp_path / "model", num_layers=GUIDED_LAYERS)
+    steers: dict[str, Steer] = guided_family("llama")[1]
+    reference = load_reference(model)
+    with (
+        counted(fused, "steer_tokens_", monkeypatch) as calls,
+        engine(model, triton_config(steers, tmp_path / "steers")) as llm,
+    ):
+        calls.clear()
+        outputs = llm.generate(
+            prompts(len(GUIDED)),
+            greedy(GUIDED, max_tokens=6, prompt_logprobs=1),
+            use_tqdm=False,
+        )
+    assert len(calls) >= 6 * GUIDED_LAYERS
+    for output, setting in zip(outputs, GUIDED, strict=True):
+        assert_guided(output, reference, doses_of(setting, steers), steers)
+
+
+@pytest.mark.skipif(
+    RUNNER == "v2" or torch.cuda.is_available(), reason="Triton kernels can be had here"
+)
+def test_triton_on_a_device_that_cannot_run_it_stops_the_start(
+    llama: Path, steers: dict[str, LMSteer], tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(SteerError, match=r"kernels is triton, and the device is cpu.*auto or torch"),
+        engine(llama, triton_config(steers, tmp_path)),
+    ):
+        pass
