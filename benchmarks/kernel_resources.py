@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,21 @@ def warm_ups(dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Callable[[], 
         tables = lm_steer_tables(width, rank // 2, dtype)
         for name, form in (("tiles", by_tile), ("rows", by_row)):
             case = {"operation": f"lm_steer, {name}", "width": width, "rank": rank}
-            yield case, lambda form=form, tables=tables: form.warm_up(tables, dtype)
+            yield case, partial(form.warm_up, tables, dtype)
     for width in sorted({width for width, _ in SHAPES}):
         for mode, turns in (("add", None), ("rotate", torch.ones(2))):
             directions = Directions(torch.empty(1, 2, width), turns)
             case = {"operation": f"guidance, {mode}", "width": width, "rank": 0}
-            yield case, lambda d=directions: fused.warm_up(d, dtype)
+            yield (
+                case,
+                partial(
+                    fused.warm_up,
+                    directions,
+                    hidden_dtype=dtype,
+                    residual_dtype=dtype,
+                    num_doses=4,
+                ),
+            )
 
 
 def report() -> Iterator[dict[str, Any]]:

@@ -29,3 +29,13 @@ class GuidanceForm(Protocol):
         depth: int,
     ) -> None:
         """Change ``hidden [T, width]`` in place by the first ``depth`` doses of each token."""
+
+    def warm_up(
+        self,
+        directions: Directions,
+        *,
+        hidden_dtype: torch.dtype,
+        residual_dtype: torch.dtype | None,
+        num_doses: int,
+    ) -> None:
+        """Compile whatever these directions can call for maps of ``num_doses``, on their device."""

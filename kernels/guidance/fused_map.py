@@ -1,5 +1,4 @@
 """The map of a step's tokens in one Triton kernel: which row, which directions, which strengths."""
-# mypy: allow-untyped-defs, allow-untyped-decorators
 
 import torch
 import triton

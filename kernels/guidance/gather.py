@@ -59,6 +59,16 @@ def steer_tokens_(
     hidden.add_(torch.where(turning[:, None], turned, change))
 
 
+def warm_up(
+    directions: Directions,
+    *,
+    hidden_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    num_doses: int,
+) -> None:
+    """Nothing to compile."""
+
+
 def _change(vectors: torch.Tensor, which: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     """``sum_k strengths[k, t] * vectors[which[k, t]]`` as ``[T, width]`` float32."""
     change = vectors.index_select(0, which[0]).mul_(strengths[0, :, None])

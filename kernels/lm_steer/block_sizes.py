@@ -41,9 +41,10 @@ def tile_sizes(width: int, max_rank: int, itemsize: int) -> BlockSizes:
     batch is read once per 64 rows; rows that a tile does not have cost no memory traffic. Split-K
     makes about 128 programs of a single tile at rank 1000, one per multiprocessor, each with three
     blocks of weights in flight: 3 MB in all, what 4 TB/s at 0.8 us of latency need. 32-bit products
-    run on ordinary cores out of registers, so blocks are small.
+    run on ordinary cores out of registers, and rows that do not begin at 16 bytes pass through
+    registers too (no model of use has such): blocks are small there.
     """
-    if itemsize == 4:
+    if itemsize == 4 or width % 16:
         ranks = min(16, _power_of_two(max_rank))
         chunk = _chunk(width, max_rank, ranks, block=32, programs=128)
         return BlockSizes(16, ranks, 32, *chunk, 16, 32, 16, 32, stages=2)

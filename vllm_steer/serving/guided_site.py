@@ -53,6 +53,15 @@ class GuidedSite:
         """Device memory of the token map."""
         return self._map.num_bytes
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile what the site runs on, for streams in ``dtype``."""
+        self._form.warm_up(
+            self.shelf.directions,
+            hidden_dtype=dtype,
+            residual_dtype=dtype,
+            num_doses=self._max_doses,
+        )
+
     def forget(self) -> None:
         """The steered requests have changed: the next step makes its rules anew."""
         self._batch = None

@@ -44,6 +44,11 @@ class SteeredLayers:
                 is_block = module is layers[number]
                 module.register_forward_hook(_hook(name, site.shelf, pair=pair and is_block))
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile what the sites run on, for streams in ``dtype``."""
+        for site in self.sites:
+            site.warm_up(dtype)
+
     @property
     def num_bytes(self) -> int:
         """Device memory of all tables and maps."""

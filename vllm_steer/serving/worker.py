@@ -93,7 +93,9 @@ class _WorkerSteering:
         )
         if bank is not None:
             self._head = SteeredHead(bank, self._batch)
-            self._head.warm_up(config.model_config.dtype)
+        for part in (self._head, self._layers):
+            if part is not None:
+                part.warm_up(config.model_config.dtype)
         num_bytes = [b.num_bytes for b in (bank, self._layers) if b is not None]
         logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), sum(num_bytes) / 2**20)
 

@@ -1,0 +1,151 @@
+"""Every Triton kernel as Hopper's assembler sees it: compiled here for sm_90, with no card."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_steer.kernels.guidance import Directions, Rules, TokenMap
+from vllm_steer.kernels.lm_steer import SteeredRows
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+
+BLOCK_SHARED_BYTES = 227 * 1024  # what one block of compute capability 9.0 may have
+BLOCK_REGISTERS = 64 * 1024
+PRODUCTS = {"shrink", "expand", "dense"}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[ModuleType]:
+    """``benchmarks/kernel_resources.py``; its neighbours are scripts that import each other."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import kernel_resources
+
+    yield kernel_resources
+    sys.path.pop(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["by_tile", "by_row"])
+@pytest.mark.parametrize(
+    ("width", "rank"),
+    [
+        (4096, 1000),
+        pytest.param(1280, 640, marks=pytest.mark.matrix),
+        pytest.param(8192, 64, marks=pytest.mark.matrix),
+        pytest.param(500, 17, marks=pytest.mark.matrix),
+    ],
+)
+def test_lm_steer_kernels_fit_a_hopper_card_without_spilling(
+    tool: ModuleType, form: str, width: int, rank: int, dtype: torch.dtype
+) -> None:
+    module = getattr(tool, form)
+    with tool.compiling() as compiled:
+        module.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
+    suffix = "" if form == "by_tile" else "_row"
+    names = {name for name, _ in compiled}
+    assert {f"{name}{suffix}" for name in PRODUCTS} | {"constant", "add_up"} <= names
+    assert_fit(tool, compiled)
+    for (name, _), kernel in compiled.items():
+        uses_tensor_cores = name in PRODUCTS and dtype != torch.float32
+        assert tool.resources(kernel).tensor_cores == uses_tensor_cores, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turns", [False, True], ids=["add", "rotate"])
+@pytest.mark.parametrize("width", [4096, pytest.param(63, marks=pytest.mark.matrix), 8192])
+def test_guidance_kernels_fit_a_hopper_card_without_spilling(
+    tool: ModuleType, width: int, turns: bool, dtype: torch.dtype
+) -> None:
+    with tool.compiling() as compiled:
+        warm_up_guidance(tool, width, turns, dtype)
+    assert len({name for name, _ in compiled}) == 2
+    assert_fit(tool, compiled)
+
+
+def assert_fit(tool: ModuleType, compiled: dict[tuple[str, str], Any]) -> None:
+    """No kernel spills, and at least one block of each fits a multiprocessor."""
+    for (name, _), kernel in compiled.items():
+        used = tool.resources(kernel)
+        assert used.spilled_bytes == 0, name
+        assert used.shared_bytes <= BLOCK_SHARED_BYTES, name
+        assert used.registers * 32 * kernel.metadata.num_warps <= BLOCK_REGISTERS, name
+
+
+def warm_up_guidance(tool: ModuleType, width: int, turns: bool, dtype: torch.dtype) -> Directions:
+    """The tables of three layers that a site was warmed up with."""
+    directions = Directions(torch.zeros(3, 5, width), torch.ones(5) if turns else None)
+    tool.fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
+    return directions
+
+
+@pytest.mark.parametrize("form", ["by_tile", "by_row"])
+def test_no_batch_of_lm_steers_compiles_what_the_start_up_has_not(
+    tool: ModuleType, form: str
+) -> None:
+    module, dtype = getattr(tool, form), torch.bfloat16
+    tables = tool.lm_steer_tables(4096, 64, dtype)
+    with tool.compiling() as at_start:
+        module.warm_up(tables, dtype)
+    with tool.compiling() as while_serving:
+        for rows in (1, 2, 3, 16, 64, 65, 257):
+            x = torch.zeros(rows + 3, 4096, dtype=dtype)[3:]
+            for steered in batches(rows):
+                module.steer_rows(x, tables, module.place(steered, tables, x.device))
+    assert while_serving
+    assert set(while_serving) <= set(at_start)
+
+
+def batches(rows: int) -> Iterator[SteeredRows]:
+    """Each kind by itself on all rows and on the first, and all three on every row."""
+    for slot in range(3):
+        for steered in {1, rows}:
+            yield SteeredRows(
+                np.arange(steered), np.ones(steered, dtype=np.float32), ((slot, 0, steered),)
+            )
+    yield SteeredRows(
+        np.tile(np.arange(rows), 3),
+        np.ones(3 * rows, dtype=np.float32),
+        tuple((slot, slot * rows, (slot + 1) * rows) for slot in range(3)),
+    )
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["add", "rotate"])
+def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(
+    tool: ModuleType, turns: bool
+) -> None:
+    dtype, width, room = torch.bfloat16, 4096, 512
+    with tool.compiling() as at_start:
+        directions = warm_up_guidance(tool, width, turns, dtype)
+    token_map = TokenMap(torch.zeros(4, room, dtype=torch.int32), torch.zeros(3, 4, room))
+    with tool.compiling() as while_serving:
+        for tokens in (1, 2, 7, 16, 64, 257):
+            hidden, residual = torch.zeros(2, tokens, width, dtype=dtype)
+            for layer, depth in ((0, 1), (1, 2), (2, 4)):
+                kept = residual if turns else None
+                tool.fused.steer_tokens_(hidden, kept, directions, layer, token_map, depth)
+                tool.fused.steer_tokens_(hidden, None, directions, layer, token_map, depth)
+        for requests, depth, tokens in ((1, 1, 1), (2, 4, 9), (16, 2, 64), (33, 3, 512)):
+            map_a_batch(tool, requests, depth, tokens, token_map)
+    assert len({name for name, _ in while_serving}) == 2
+    assert set(while_serving) <= set(at_start)
+
+
+def map_a_batch(tool: ModuleType, requests: int, depth: int, tokens: int, room: TokenMap) -> None:
+    """Map tokens as a site does: into the front of its buffers, from rules in one piece."""
+    integers = torch.zeros(5, depth, requests, dtype=torch.int64)
+    floats, layers = torch.zeros(2, depth, requests), torch.zeros(3, depth, requests)
+    rules = Rules(*integers, strength=floats[0], slope=floats[1], layers=layers)
+    starts = torch.zeros(requests + 2, dtype=torch.int32)[: requests + 1]
+    positions = torch.zeros(600, dtype=torch.int64)[:tokens]
+    front = TokenMap(room.directions[:depth], room.strengths[:, :depth])
+    tool.fused.map_tokens(rules, starts, positions, front)
