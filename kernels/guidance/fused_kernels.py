@@ -3,7 +3,6 @@
 Numbers are float32 between load and store. ``ALIGNED`` says that every row of every tensor is made
 of 16-byte pieces, ``RESIDUAL`` that there is one; ``DOSES`` is a power of two, ``depth`` or more.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
 import triton.language as tl

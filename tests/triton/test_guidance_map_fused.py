@@ -1,0 +1,253 @@
+"""The fused form maps tokens as ``reference`` does, one token and one dose at a time."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from vllm_steer.kernels.guidance import Rules, TokenMap, fused, fused_map, gather, reference
+
+FOREVER = torch.iinfo(torch.int64).max
+
+
+def random_rules(
+    num_requests: int, depth: int, num_layers: int, device: torch.device, seed: int = 0
+) -> Rules:
+    """Vectors and deltas, spans from everywhere to empty, falling strengths, a part of layers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (depth, num_requests)
+
+    def integers(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    first, length = integers(0, 12), integers(0, 9)
+    there = (integers(0, 4) > 0).float()
+    rules = Rules(
+        start=integers(1, 40),
+        stride=integers(0, 2),
+        origin=first - integers(0, 2),
+        first=first,
+        last=torch.where(integers(0, 3) == 0, FOREVER, first + length),
+        strength=torch.randn(shape, generator=generator) * there,
+        slope=torch.rand(shape, generator=generator) * integers(0, 2),
+        layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
+    )
+    return Rules(**{name: tensor.to(device) for name, tensor in vars(rules).items()})
+
+
+def one_rule(device: torch.device, **fields: float) -> Rules:
+    """One request with one dose in one layer; a field that is not named is zero."""
+    floats = {"strength", "slope"}
+    tensors = {
+        name: torch.full(
+            (1, 1),
+            fields.get(name, 0),
+            dtype=torch.float32 if name in floats else torch.int64,
+            device=device,
+        )
+        for name in ("start", "stride", "origin", "first", "last", "strength", "slope")
+    }
+    return Rules(**tensors, layers=torch.ones(1, 1, 1, device=device))
+
+
+def marked_map(num_layers: int, depth: int, room: int, device: torch.device) -> TokenMap:
+    """Buffers of marks: an entry that was not written shows."""
+    return TokenMap(
+        torch.full((depth, room), -9, dtype=torch.int32, device=device),
+        torch.full((num_layers, depth, room), -9.0, device=device),
+    )
+
+
+def tokens_of(
+    counts: Sequence[int],
+    starts: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each request's first token, and the position of every token."""
+    query_start_loc = torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32)
+    positions = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
+    return query_start_loc, torch.tensor(positions, dtype=dtype, device=device)
+
+
+def assert_mapped(
+    given: Rules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
+) -> None:
+    """What ``reference`` says in float64, within float32's rounding; the room is untouched."""
+    num_layers, depth, room = out.strengths.shape
+    wanted = TokenMap(
+        torch.full((depth, room), -9, dtype=torch.int64),
+        torch.full((num_layers, depth, room), -9.0, dtype=torch.float64),
+    )
+    on_host = Rules(**{name: tensor.cpu() for name, tensor in vars(given).items()})
+    reference.map_tokens(on_host, query_start_loc.cpu(), positions.cpu(), wanted)
+    assert torch.equal(out.directions.cpu().long(), wanted.directions)
+    # Strengths are of order 1 and fall by up to 30 times themselves: a few roundings of that.
+    torch.testing.assert_close(out.strengths.cpu().double(), wanted.strengths, rtol=0, atol=9e-6)
+    assert torch.equal(out.strengths.cpu() == 0, wanted.strengths == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "starts"),
+    [
+        ([1], [0]),
+        ([1, 1, 1], [0, 7, 3]),
+        ([13], [0]),
+        ([5, 1, 7], [0, 9, 4]),
+        ([0, 3, 0, 0, 2, 0], [4, 1, 0, 9, 5, 2]),
+        ([17, 11, 23, 12], [0, 3, 0, 1]),
+    ],
+    ids=["one", "decodes", "prefill", "mixed", "without-tokens", "63-tokens"],
+)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_every_token_takes_what_its_requests_rule_says(
+    depth: int, counts: list[int], starts: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    for seed in range(3):
+        given = random_rules(len(counts), depth, 3, device, seed)
+        out = marked_map(3, depth, sum(counts) + 2, device)
+        tokens = tokens_of(counts, starts, device, dtype)
+        fused.map_tokens(given, *tokens, out)
+        assert_mapped(given, *tokens, out)
+
+
+@pytest.mark.parametrize("num_requests", [*range(1, 10), 64, 65])
+def test_a_token_finds_its_request_among_any_number(
+    num_requests: int, device: torch.device
+) -> None:
+    """With requests of no token at both ends and in between."""
+    counts = [(0, 1, 3, 0, 2)[(i * 7 + num_requests) % 5] for i in range(num_requests)]
+    wanted = [i + 1 for i, count in enumerate(counts) for _ in range(count)]
+    number = torch.arange(1, num_requests + 1, device=device)[None]
+    nothing, ones = torch.zeros_like(number), torch.ones(1, num_requests, device=device)
+    given = Rules(
+        start=number,
+        stride=nothing,
+        origin=nothing,
+        first=nothing,
+        last=nothing + FOREVER,
+        strength=ones,
+        slope=0 * ones,
+        layers=ones[None],
+    )
+    out = marked_map(1, 1, len(wanted) + 1, device)
+    fused.map_tokens(given, *tokens_of(counts, [0] * num_requests, device), out)
+    assert out.directions[0].tolist() == [*wanted, -9]
+    assert out.strengths[0, 0].tolist() == [1.0] * len(wanted) + [-9.0]
+
+
+def test_more_tokens_and_layers_than_a_program_takes_are_all_mapped(device: torch.device) -> None:
+    num_layers = 2 * fused_map.LAYERS + 1
+    counts, starts = [fused_map.TOKENS + 3, 1, fused_map.TOKENS - 2], [0, 5, 2]
+    given = random_rules(3, 2, num_layers, device)
+    given.slope.zero_()  # in this many steps the falling line leaves the tolerance behind
+    out = marked_map(num_layers, 2, sum(counts) + 2, device)
+    tokens = tokens_of(counts, starts, device)
+    fused.map_tokens(given, *tokens, out)
+    assert_mapped(given, *tokens, out)
+
+
+def test_the_numbers_are_those_of_the_torch_form(device: torch.device) -> None:
+    counts, starts = [9, 1, 0, 20], [0, 30, 0, 7]
+    given = random_rules(4, 3, 5, device, seed=3)
+    tokens = tokens_of(counts, starts, device)
+    out, plain = marked_map(5, 3, 32, device), marked_map(5, 3, 32, device)
+    fused.map_tokens(given, *tokens, out)
+    gather.map_tokens(given, *tokens, plain)
+    assert torch.equal(out.directions, plain.directions)
+    assert torch.equal(out.strengths, plain.strengths)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("num_requests", [0, 2])
+def test_a_step_without_tokens_writes_nothing(
+    num_requests: int, depth: int, device: torch.device
+) -> None:
+    out = marked_map(2, depth, 4, device)
+    given = random_rules(num_requests, depth, 2, device)
+    tokens = tokens_of([0] * num_requests, [0] * num_requests, device)
+    fused.map_tokens(given, *tokens, out)
+    assert_mapped(given, *tokens, out)
+
+
+def test_a_delta_walks_its_steps_from_the_last_prompt_token(device: torch.device) -> None:
+    """Prompt of 3, 4 steps from direction 6 on, falling: the span is [2, 6)."""
+    given = one_rule(device, start=6, stride=1, origin=2, first=2, last=6, strength=2.0, slope=0.25)
+    out = marked_map(1, 1, 8, device)
+    fused.map_tokens(given, *tokens_of([8], [0], device), out)
+    assert out.directions.tolist() == [[0, 0, 6, 7, 8, 9, 0, 0]]
+    assert out.strengths.tolist() == [[[0, 0, 2.0, 1.5, 1.0, 0.5, 0, 0]]]
+
+
+def test_a_chunk_or_a_recomputed_stretch_maps_like_the_whole(device: torch.device) -> None:
+    given = random_rules(1, 2, 2, device, seed=4)
+    whole, parts = marked_map(2, 2, 20, device), marked_map(2, 2, 20, device)
+    fused.map_tokens(given, *tokens_of([20], [0], device), whole)
+    for start, stop in [(0, 7), (7, 8), (8, 19), (19, 20)]:
+        part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
+        fused.map_tokens(given, *tokens_of([stop - start], [start], device), part)
+    assert torch.equal(parts.directions, whole.directions)
+    assert torch.equal(parts.strengths, whole.strengths)
+
+
+@pytest.mark.parametrize("strength", [3e38, -3e38, math.inf, 1e-45], ids=str)
+def test_a_token_outside_the_span_takes_nothing_however_far_and_strong(
+    strength: float, device: torch.device
+) -> None:
+    """The falling line of a delta reaches beyond float32 a long prompt before its first step."""
+    edge = 100_000
+    given = one_rule(
+        device,
+        start=1,
+        stride=1,
+        origin=edge,
+        first=edge,
+        last=edge + 5,
+        strength=strength,
+        slope=0.2,
+    )
+    out = marked_map(1, 1, 4, device)
+    positions = torch.tensor([0, edge - 1, edge, edge + 5], device=device)
+    query_start_loc = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    fused.map_tokens(given, query_start_loc, positions, out)
+    assert out.directions.tolist() == [[0, 0, 1, 0]]
+    assert out.strengths[0, 0].tolist() == [0, 0, torch.tensor(strength).item(), 0]
+
+
+def test_positions_beyond_32_bits_are_told_apart(device: torch.device) -> None:
+    edge = 2**32 + 5
+    given = one_rule(
+        device, start=3 - edge, stride=1, first=edge, last=FOREVER, strength=1.5, slope=0.0
+    )
+    out = marked_map(1, 1, 3, device)
+    query_start_loc = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    positions = torch.tensor([5, edge - 1, edge + 1], device=device)
+    fused.map_tokens(given, query_start_loc, positions, out)
+    assert out.directions.tolist() == [[0, 0, 4]]
+    assert out.strengths[0, 0].tolist() == [0, 0, 1.5]
+
+
+def test_rules_and_buffers_may_be_views(device: torch.device) -> None:
+    given = random_rules(3, 4, 3, device, seed=2)
+    half = Rules(**{name: tensor[..., ::2, :] for name, tensor in vars(given).items()})
+    whole = marked_map(3, 4, 18, device)
+    front = TokenMap(whole.directions[:2, ::2], whole.strengths[:, :2, ::2])
+    query_start_loc, positions = tokens_of([2, 3, 1], [0, 5, 2], device)
+    spread = torch.stack([positions, -positions], dim=1).flatten()[::2]
+    fused.map_tokens(half, query_start_loc, spread, front)
+    assert_mapped(half, query_start_loc, positions, front)
+    assert (whole.directions[2:] == -9).all() and (whole.directions[:, 1::2] == -9).all()
+    assert (whole.strengths[:, 2:] == -9).all() and (whole.strengths[:, :, 1::2] == -9).all()
+
+
+def test_permuted_requests_give_permuted_maps(device: torch.device) -> None:
+    given = random_rules(4, 2, 2, device, seed=8)
+    order, starts = [2, 0, 3, 1], [0, 6, 2, 9]
+    permuted = Rules(**{name: tensor[..., order] for name, tensor in vars(given).items()})
+    one, other = marked_map(2, 2, 4, device), marked_map(2, 2, 4, device)
+    fused.map_tokens(given, *tokens_of([1] * 4, starts, device), one)
+    fused.map_tokens(permuted, *tokens_of([1] * 4, [starts[i] for i in order], device), other)
+    assert torch.equal(other.directions, one.directions[:, order])
+    assert torch.equal(other.strengths, one.strengths[:, :, order])
