@@ -6,18 +6,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-gpu check format clean
 
 demo: $(READY)  ## serve the embedded model and answer one batch under different steers
 	$(BIN)/vllm-steer demo
 
 test: $(READY)  ## everything but the matrix, on both model runners
-	$(PYTEST) -m "not matrix and not gpu"
-	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "engine and not matrix and not gpu"
+	$(PYTEST) -m "not matrix and not triton and not gpu"
+	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "(engine or triton) and not matrix and not gpu"
 
 test-all: $(READY)  ## the longer matrix, on both model runners
-	$(PYTEST) -m "matrix and not gpu"
-	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "engine and matrix and not gpu"
+	$(PYTEST) -m "matrix and not triton and not gpu"
+	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "(engine or triton) and matrix and not gpu"
+
+test-gpu: $(READY)  ## the kernels on a card
+	$(PYTEST) -m "triton or gpu" tests/triton
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
