@@ -21,7 +21,8 @@ def check_operation(
     from vllm_steer.doses import Dose
     from vllm_steer.kernels.dispatch import lm_steer_form
     from vllm_steer.kernels.lm_steer import reference
-    from vllm_steer.serving.rows import BatchRows, SteeredRequest, steered_rows
+    from vllm_steer.serving.pairs import Uses, steered_rows
+    from vllm_steer.serving.rows import BatchRows, SteeredRequest
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steers = {name: load_steer(paths[name]) for name in sorted(paths)[:2]}
@@ -29,7 +30,7 @@ def check_operation(
     assert shelf is not None
     rows = BatchRows([*steers, "unsteered"], np.array([2, 1, 1]))
     requests = {name: SteeredRequest((Dose(name, STRENGTH),), prompt_len=1) for name in steers}
-    steered = steered_rows(rows, requests, shelf)
+    steered = steered_rows(rows, Uses(shelf, requests))
     assert steered is not None
     used = int(steered.rows.max()) + 1
     generator = torch.Generator().manual_seed(0)

@@ -73,8 +73,8 @@ class SteerConfig(BaseModel):
 
     ``steers`` maps names to files, ``presets`` names to mixes of steers (a
     strength each, or options as in a request), ``default`` is the steer
-    string or preset for requests that do not ask, ``limits`` bounds what is admitted. ``kernels`` is
-    what steers run on: ``triton``, ``torch``, or ``auto`` for Triton on CUDA and torch elsewhere.
+    string or preset for requests that do not ask, ``limits`` bounds what is admitted, ``kernels``
+    is what steers run on: ``triton``, ``torch``, or ``auto`` for Triton on CUDA, else torch.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -107,6 +107,8 @@ def place_rows(
 
 def _tiles(groups: IntArray, tables: SteerTables, size: int) -> list[np.ndarray]:
     """Bounds and epsilons of the tiles of some groups, in the order of their slots."""
+    if not len(groups):
+        return [np.empty((0, 5), dtype=np.int32), np.empty(0, dtype=np.float32)]
     slots, starts, ends = groups.T
     tiles = -(-(ends - starts) // size)
     nth = np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)
@@ -119,6 +121,8 @@ def _tiles(groups: IntArray, tables: SteerTables, size: int) -> list[np.ndarray]
 
 def _work(bounds: np.ndarray, ranks: int) -> np.ndarray:
     """``(tile, first rank)`` of each program, tiles with the same weights next to each other."""
+    if not len(bounds):
+        return np.empty((0, 2), dtype=np.int32)
     starts, ends = bounds[:, 2].astype(np.int64), bounds[:, 4].astype(np.int64)
     blocks = -(-(ends - starts) // ranks)
     tile = np.repeat(np.arange(len(bounds)), blocks)

@@ -19,7 +19,8 @@ from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.admission import doses_of
 from vllm_steer.serving.guided_site import GuidedSite
-from vllm_steer.serving.rows import BatchRows, SteeredRequest, Step, steered_rows
+from vllm_steer.serving.pairs import Uses, steered_rows
+from vllm_steer.serving.rows import BatchRows, SteeredRequest, Step
 
 
 class SteeredBatch:
@@ -41,6 +42,7 @@ class SteeredBatch:
         self._sampled: BatchRows | None = None
         self._tokens: BatchRows | None = None
         self._hidden_states: torch.Tensor | None = None
+        self._uses: dict[int, Uses] = {}
         self._placed: dict[int, Any] = {}
 
     @property
@@ -105,14 +107,19 @@ class SteeredBatch:
             )
         if self._hidden_states is not None:
             window = self._tokens.window(self._first_token(x, self._hidden_states), x.shape[0])
-            return self._place(steered_rows(window, self._requests, shelf), shelf)
+            return self._place(steered_rows(window, self._uses_of(shelf)), shelf)
         if id(shelf) not in self._placed:
-            pairs = steered_rows(self._sampled, self._requests, shelf)
+            pairs = steered_rows(self._sampled, self._uses_of(shelf))
             self._placed[id(shelf)] = self._place(pairs, shelf)
         assert self._sampled.num_rows == x.shape[0], (
             f"vllm-steer: {x.shape[0]} logits rows, {self._sampled.num_rows} announced"
         )
         return self._placed[id(shelf)]
+
+    def _uses_of(self, shelf: Shelf) -> Uses:
+        if id(shelf) not in self._uses:
+            self._uses[id(shelf)] = Uses(shelf, self._requests)
+        return self._uses[id(shelf)]
 
     def _place(self, pairs: SteeredRows | None, shelf: Shelf) -> Any:
         return None if pairs is None else self.form.place(pairs, shelf.tables, self._device)
@@ -123,7 +130,7 @@ class SteeredBatch:
         """
         rows = BatchRows(("dummy",), np.array([num_rows]))
         request = SteeredRequest((Dose(shelf.widest, 1.0),), prompt_len=1)
-        return self._place(steered_rows(rows, {"dummy": request}, shelf), shelf)
+        return self._place(steered_rows(rows, Uses(shelf, {"dummy": request})), shelf)
 
     def _set_request(self, req_id: str, request: SteeredRequest | None) -> None:
         if request is not None:
@@ -131,6 +138,8 @@ class SteeredBatch:
         elif self._requests.pop(req_id, None) is None:
             return
         self._placed = {}
+        for uses in self._uses.values():
+            uses.set(req_id, request)
         for site in self._sites:
             site.forget()
 
