@@ -39,6 +39,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "matplotlib",
             "peft",
             "ruff",
             "mypy",

@@ -59,7 +59,7 @@ def check_guidance(path: Path, shape: Shape, dtype: torch.dtype) -> None:
     strengths = torch.tensor([0.0, STRENGTH, -1.5], device=device).expand(shape.layers, 1, 3)
     token_map = TokenMap(torch.tensor([[0, 1, 1]], dtype=torch.int32, device=device), strengths)
     x = torch.randn(3, shape.hidden_size, generator=torch.Generator().manual_seed(0))
-    found, wanted = (x.to(device, dtype) for _ in range(2))
+    found, wanted = (x.to(device, dtype, copy=True) for _ in range(2))
     for form, hidden in ((guidance_form("auto", device), found), (reference, wanted)):
         form.steer_tokens_(hidden, None, shelf.directions, 1, token_map, 1)
     tolerance = 4 * torch.finfo(dtype).eps * float(wanted.abs().max())

@@ -1,0 +1,204 @@
+"""Every form of every steering operation by itself: time, floor, and share of the floor reached.
+
+    python benchmarks/bench_kernels.py --json OUT [--quick] [--only lm_steer,guidance,map,host] ...
+
+Sections: ``lm_steer`` the change of a batch's logits rows, ``guidance`` one layer's change of a
+step's tokens, ``map`` which token takes what, ``host`` the host's tables for ``lm_steer``. On a
+CUDA device the whole grid, by graph replay and by launches; on a CPU the forms in plain torch on
+fewer rows. A form that cannot run a case has a line with the reason instead of a time; one that
+fails has a line with the error, and the run then ends with code 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import machine
+import timing
+import torch
+from operations import guidance, lm_steer, routing, token_map
+from operations.guidance import GuidanceCase, guidance_cases
+from operations.lm_steer_cases import LMSteerCase, Shape, lm_steer_cases
+from operations.measure import Bench
+from operations.routing import routing_cases
+from operations.token_map import MapCase
+
+SECTIONS = ("lm_steer", "guidance", "map", "host")
+REACH = 4  # sets of inputs fill the last cache so many times
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of a run; ``special`` rows and ``shared`` tokens are those of the special cases."""
+
+    shapes: tuple[Shape, ...]
+    rows: tuple[int, ...]
+    distinct: tuple[int, ...]
+    special: int
+    width: int
+    tokens: tuple[int, ...]
+    doses: tuple[int, ...]
+    shared: tuple[int, ...]
+    prefill: int
+    host_rows: tuple[int, ...]
+    repeats: int
+
+    def lm_steer_cases(self) -> list[LMSteerCase]:
+        """Of every shape the grid of rows and distinct steers, and the special cases."""
+        return list(lm_steer_cases(self.shapes, self.rows, self.distinct, self.special))
+
+    def guidance_cases(self) -> list[GuidanceCase]:
+        """Additions and rotations."""
+        return list(guidance_cases(self.tokens, self.width, self.doses, self.shared))
+
+    def map_cases(self) -> list[MapCase]:
+        """A decode step of as many requests as tokens, and a prefill of eight requests."""
+        decode = [MapCase("decode", self.shared[0], self.shared[0], 32, k) for k in self.doses]
+        return [*decode, *(MapCase("prefill", self.prefill, 8, 32, k) for k in self.doses)]
+
+    def routing_cases(self) -> list[LMSteerCase]:
+        """Batches for the host's part."""
+        return list(routing_cases(self.host_rows, self.distinct))
+
+
+PAPER, LOW_RANK, WIDE = Shape(1280, 1000), Shape(4096, 64), Shape(4096, 1000)
+GPU = Grid(
+    shapes=(PAPER, LOW_RANK, WIDE),
+    rows=(1, 8, 64, 256, 1024),
+    distinct=(1, 4, 32),
+    special=256,
+    width=4096,
+    tokens=(1, 64, 256, 2048, 8192),
+    doses=(1, 2, 4),
+    shared=(256, 8192),
+    prefill=8192,
+    host_rows=(64, 256, 1024),
+    repeats=20,
+)
+CPU = Grid(
+    shapes=(PAPER, LOW_RANK, WIDE),
+    rows=(1, 8, 64),
+    distinct=(1, 4, 32),
+    special=64,
+    width=4096,
+    tokens=(1, 64, 256),
+    doses=(1, 4),
+    shared=(256,),
+    prefill=2048,
+    host_rows=(64, 256, 1024),
+    repeats=7,
+)
+QUICK = Grid(
+    shapes=(Shape(64, 16), Shape(64, 48)),
+    rows=(1, 16),
+    distinct=(1, 4),
+    special=16,
+    width=64,
+    tokens=(1, 16),
+    doses=(1, 2),
+    shared=(16,),
+    prefill=256,
+    host_rows=(64,),
+    repeats=3,
+)
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    args = _arguments()
+    result = machine.describe_run("kernels")
+    with torch.inference_mode():
+        bench = _bench(args)
+        result |= {
+            "device": bench.device.type,
+            "dtype": args.dtype,
+            "threads": torch.get_num_threads(),
+            "bandwidth_gb_s": round(bench.bandwidth * 1e-9, 2),
+            "matmul_tflops": round(bench.matmul * 1e-12, 3),
+            "rows": list(_lines(args, bench)),
+        }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(any("failed" in line for line in result["rows"]))
+
+
+def _bench(args: argparse.Namespace) -> Bench:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype)
+    return Bench(
+        device=device,
+        dtype=dtype,
+        repeats=args.repeats or _grid(args).repeats,
+        reach=0 if args.quick else REACH * timing.cache_bytes(device),
+        bandwidth=timing.copy_bandwidth(device),
+        matmul=timing.matmul_rate(dtype, device),
+    )
+
+
+def _lines(args: argparse.Namespace, bench: Bench) -> Iterator[dict[str, Any]]:
+    """Every line of the result; one with a time is shown as soon as it is there."""
+    grid = _grid(args)
+    sections = {
+        "lm_steer": lambda: lm_steer.run(grid.lm_steer_cases(), bench),
+        "guidance": lambda: guidance.run(grid.guidance_cases(), bench),
+        "map": lambda: token_map.run(grid.map_cases(), bench),
+        "host": lambda: routing.run(grid.routing_cases(), bench),
+    }
+    for name in args.only:
+        for line in sections[name]():
+            if "skipped" not in line:
+                print(_words(line), file=sys.stderr, flush=True)
+            yield line
+
+
+def _grid(args: argparse.Namespace) -> Grid:
+    grid = GPU if torch.cuda.is_available() else CPU
+    grid = QUICK if args.quick else grid
+    return replace(grid, shapes=args.shapes) if args.shapes else grid
+
+
+def _words(line: dict[str, Any]) -> str:
+    """A line of the result for the terminal."""
+    inner = ("section", "case", "mode", "width", "rank", "rows", "distinct", "doses", "share")
+    case = " ".join(f"{key}={line[key]}" for key in inner if key in line)
+    if "failed" in line:
+        return f"{case} {line['form']} failed: {line['failed']}"
+    share = f", {100 * line['share_of_floor']:.0f} % of the floor" if "floor_us" in line else ""
+    return f"{case} {line['form']}: {line['us']:.1f} us{share}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all")
+    parser.add_argument(
+        "--only",
+        type=_sections,
+        default=list(SECTIONS),
+        metavar="NAME,...",
+        help=f"some of {', '.join(SECTIONS)}",
+    )
+    parser.add_argument(
+        "--shapes",
+        type=lambda text: tuple(Shape.parse(part) for part in text.split(",")),
+        metavar="WIDTHxRANK,...",
+        help="shapes of the LM-Steers, as in 1280x1000,4096x64",
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, metavar="N", help="samples per time")
+    return parser.parse_args()
+
+
+def _sections(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(SECTIONS):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: some of {SECTIONS} are wanted")
+    return names
+
+
+if __name__ == "__main__":
+    main()

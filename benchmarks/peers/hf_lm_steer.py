@@ -1,0 +1,128 @@
+"""LM-Steer on Hugging Face, one vector of steer values ``v [1, S]`` for the whole batch.
+
+The model's LM head is replaced by one that transforms its input ``c`` first (Han et al. 2024,
+section 3), in the model's dtype and uncompiled:
+
+    logits = (c + epsilon * sum_s v_s (c P1_s) P2_s^T) E^T        logits = c E^T  where all v_s = 0
+
+`hf-lm-steer` takes the products as the authors' code does, one for each row and steer, which makes
+torch copy the factors once per row: the setting of the paper's 1.24. `hf-lm-steer-plain` takes one
+product per steer, which a reader of the equation would write as well. vllm-steer stands beside both
+with the same weights and the same steer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from dummy_model import STRENGTH
+from equality import check_operation
+from torch import nn
+
+from peers.agreement import check_hidden_states, check_tokens
+from peers.beside import compare_beside, compare_ours
+from peers.engines import ours, software
+from peers.hf_engine import HuggingFaceEngine
+from peers.job import Job
+from peers.lines import figure_line
+
+NAME = "s0"
+ASKED = f"{NAME}:{STRENGTH}"
+
+
+Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def change_per_row(
+    x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """``sum_s v_s (x P1_s) P2_s^T`` with a product for each row and steer.
+
+    Shapes: ``x [batch, tokens, hidden_size]``, ``first`` and ``second [S, hidden_size, rank]``,
+    ``values [1, S]``.
+    """
+    repeated = x.unsqueeze(1).expand(-1, len(first), -1, -1)
+    inner = torch.matmul(repeated, first) * values.unsqueeze(-1).unsqueeze(-1)
+    return torch.matmul(inner, second.mT).sum(dim=1)
+
+
+def change_per_steer(
+    x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The same with one product for each steer."""
+    pairs = zip(values[0], first, second, strict=True)
+    return sum(value * (x @ p1) @ p2.mT for value, p1, p2 in pairs)
+
+
+WAYS: dict[str, Change] = {
+    "hf-lm-steer": change_per_row,
+    "hf-lm-steer-plain": change_per_steer,
+}
+
+
+class SteeredHead(nn.Module):
+    """An LM head behind LM-Steers, whose change of its input is taken in one of the ``WAYS``."""
+
+    def __init__(self, head: nn.Linear, steer: Any) -> None:
+        super().__init__()
+        self.head = head
+        self.epsilon = steer.epsilon
+        self.projector1 = steer.projector1.to(head.weight)
+        self.projector2 = steer.projector2.to(head.weight)
+        self.change: Change = change_per_row
+        self.set_values(*[0.0] * steer.columns)
+
+    def set_values(self, *values: float) -> None:
+        """One value per steer, for all rows from now on."""
+        self.values = torch.tensor([values]).to(self.head.weight)
+        self.active = any(values)
+
+    def steered(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [batch, tokens, hidden_size]`` transformed."""
+        return x + self.epsilon * self.change(x, self.projector1, self.projector2, self.values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return self.head(self.steered(x) if self.active else x)
+
+
+def load(job: Job) -> tuple[HuggingFaceEngine, SteeredHead, Any]:
+    """The engine, its head and the steer."""
+    from transformers import AutoModelForCausalLM
+
+    from vllm_steer import load_steer
+
+    dtype = getattr(torch, job.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype).to(device).eval()
+    steer = load_steer(Path(job.steers) / f"{NAME}.safetensors")
+    head = SteeredHead(model.get_output_embeddings(), steer)
+    model.set_output_embeddings(head)
+    engine = HuggingFaceEngine(model, lambda asked: head.set_values(_value(asked)))
+    return engine, head, steer
+
+
+def measure(job: Job) -> list[dict[str, Any]]:
+    """vllm-steer and both ways on Hugging Face, at each batch size."""
+    llm = ours(job, [NAME])
+    peer, head, steer = load(job)
+    paths = {name: Path(job.steers) / f"{name}.safetensors" for name in ("s0", "s1")}
+    dtype = getattr(torch, job.dtype)
+    check_operation(paths, job.dimensions, dtype, max_rows=max(job.rows))
+    lines = []
+    for rows in job.rows:
+        check_tokens(job, llm, peer, rows, None)
+        within = compare_ours(job, (llm, ASKED), rows)
+        lines.append(figure_line(job, "ours lm-steer", software("vllm"), within, rank=job.rank))
+        for name, head.change in WAYS.items():
+            head.set_values(STRENGTH)
+            check_hidden_states(head, steer, STRENGTH, dtype)
+            check_tokens(job, llm, peer, rows, ASKED)
+            found = compare_beside(job, (llm, ASKED), (peer, ASKED), rows)
+            lines.append(figure_line(job, name, software("transformers"), *found, rank=job.rank))
+    return lines
+
+
+def _value(asked: str | None) -> float:
+    return float(asked.partition(":")[2]) if asked else 0.0

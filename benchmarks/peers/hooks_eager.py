@@ -1,0 +1,85 @@
+"""Forward hooks in vLLM: one vector for everybody, added to the output of each layer.
+
+What one writes by hand: an engine with ``enforce_eager=True``, since a compiled model and CUDA
+graphs do not run Python hooks, and ``register_forward_hook`` on every layer. vllm-steer stands
+beside it with the same weights and the same vectors, compiled.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from dummy_model import STRENGTH
+from torch import nn
+
+from peers.agreement import check_prompt_logprobs
+from peers.beside import compare_beside, compare_ours
+from peers.engines import Rewritten, ours, serve, software
+from peers.job import Job
+from peers.lines import figure_line
+
+NAME = "guided"
+GENTLE = STRENGTH / 50  # so that the tokens still count in what comes out, and can be compared
+ASKED = f"{NAME}:{GENTLE}"
+
+
+class HookedEngine(Rewritten):
+    """Requests that ask for a steer switch the hooks on, others off: for everything that runs."""
+
+    def __init__(self, llm: Any, vectors: torch.Tensor) -> None:
+        super().__init__(llm)
+        self._llm, self._vectors = llm, vectors
+        self._handles: list[Any] = []
+
+    def request(self, steer: str | None) -> tuple[None, dict[str, Any]]:
+        """Nothing is passed on: the vector is global."""
+        if bool(steer) != bool(self._handles):
+            self._switch(float(steer.partition(":")[2]) if steer else 0.0)
+        return None, {}
+
+    def _switch(self, strength: float) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if strength:
+            (self._handles,) = self._llm.apply_model(
+                lambda model: hook_layers(model, strength * self._vectors)
+            )
+
+
+def hook_layers(model: nn.Module, vectors: torch.Tensor) -> list[Any]:
+    """Add ``vectors[l]`` to what layer ``l`` of a vLLM model returns, from now on; the handles.
+
+    A layer that returns its stream as a pair, whose sum it is, gets the vector in the first.
+    """
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    assert len(layers) == len(vectors), f"{len(layers)} layers, {len(vectors)} vectors"
+    like = next(model.parameters())
+    rows = vectors.to(like)
+    return [_hook(layer, row) for layer, row in zip(layers, rows, strict=True)]
+
+
+def _hook(layer: nn.Module, vector: torch.Tensor) -> Any:
+    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + vector, *output[1:])
+        return output + vector
+
+    return layer.register_forward_hook(add)
+
+
+def measure(job: Job) -> list[dict[str, Any]]:
+    """vllm-steer and the hooks, at each batch size."""
+    eager = serve(job, enforce_eager=True)
+    llm = ours(job, [NAME])
+    peer = HookedEngine(eager, torch.load(Path(job.steers) / f"{NAME}.pt", weights_only=True))
+    check_prompt_logprobs(job, llm, peer, ASKED)
+    lines = []
+    for rows in job.rows:
+        within = compare_ours(job, (llm, ASKED), rows)
+        found = compare_beside(job, (llm, ASKED), (peer, ASKED), rows)
+        lines += [
+            figure_line(job, "ours guided", software("vllm"), within),
+            figure_line(job, job.peer, software("vllm"), *found),
+        ]
+    return lines

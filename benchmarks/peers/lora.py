@@ -1,0 +1,84 @@
+"""vLLM's own LoRA, as a yardstick: all rows with an adapter over no row with one.
+
+It changes every layer and is fitted by other means: no substitute for a steer, but the low-rank
+change per request that vLLM's users know, on vLLM's own kernels. The adapter has random factors on
+the query and value projections (peft's default for a Llama); vLLM runs its LoRA layers in every
+projection once LoRA is enabled. On a CPU vLLM does not compile a model that serves LoRA. vllm-steer
+stands beside it with an LM-Steer of the same rank on the same weights.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from dummy_model import STRENGTH
+
+from peers.beside import compare_beside, compare_ours
+from peers.checkpoint import write_all_steers
+from peers.engines import Rewritten, ours, serve, software
+from peers.job import Job
+from peers.lines import figure_line
+
+MAX_RANK = 64
+ASKED = f"s0:{STRENGTH}"
+
+
+class LoraEngine(Rewritten):
+    """Requests that ask for a steer get the adapter."""
+
+    def __init__(self, llm: Any, adapter: Path) -> None:
+        super().__init__(llm)
+        from vllm.lora.request import LoRARequest
+
+        self._lora = LoRARequest("adapter", 1, str(adapter))
+
+    def request(self, steer: str | None) -> tuple[None, dict[str, Any]]:
+        """The adapter goes along with the request."""
+        return None, {"lora_request": self._lora} if steer else {}
+
+
+def allowed_rank(rank: int) -> int:
+    """The largest rank up to ``rank`` and 64 that vLLM takes as ``max_lora_rank``."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return max(r for r in get_args(MaxLoRARanks) if r <= min(rank, MAX_RANK))
+
+
+def write_adapter(job: Job, folder: Path) -> Path:
+    """A peft adapter with random factors, both of them: it changes the model at once."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=job.rank,
+        lora_alpha=2 * job.rank,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def measure(job: Job) -> list[dict[str, Any]]:
+    """vllm-steer and LoRA of one rank, at each batch size."""
+    with tempfile.TemporaryDirectory(prefix="lora-") as name:
+        folder, rank = Path(name), allowed_rank(job.rank)
+        steers = write_all_steers(job.dimensions, folder / "steers", rank)
+        job = replace(job, rank=rank, steers=str(steers))
+        served = serve(job, enable_lora=True, max_loras=1, max_lora_rank=rank)
+        peer = LoraEngine(served, write_adapter(job, folder / "adapter"))
+        llm = ours(job, ["s0"])
+        lines = []
+        for rows in job.rows:
+            within = compare_ours(job, (llm, ASKED), rows)
+            found = compare_beside(job, (llm, ASKED), (peer, ASKED), rows)
+            lines += [
+                figure_line(job, "ours lm-steer", software("vllm"), within, rank=rank),
+                figure_line(job, job.peer, software("vllm"), *found, rank=rank),
+            ]
+        return lines

@@ -1,0 +1,73 @@
+"""What is served: a model folder with a tokenizer, and a steer config per kind of steering."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dummy_model import (
+    SHAPES,
+    STRENGTH,
+    Shape,
+    gpt2,
+    steer_config,
+    write_model,
+    write_steers,
+    write_vectors,
+)
+
+BASE = "base"
+KINDS = ("steered", "guided")
+# `vllm bench latency` draws its prompts from 10000 token ids whatever the model's vocabulary.
+SERVED_SHAPES = SHAPES | {"tiny": gpt2(64, layers=2, heads=2, vocab_size=10240)}
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A folder to serve from, and what to serve beside it."""
+
+    folder: Path
+    shape: Shape
+    configs: dict[str, dict[str, Any]]
+
+    def models(self, kind: str, distinct: int) -> list[str]:
+        """The model names that requests carry in turn: ``distinct`` presets, or the plain name."""
+        return [f"{BASE}:{kind}{i}" for i in range(distinct)] if distinct else [BASE]
+
+    def default_config(self, kind: str) -> dict[str, Any]:
+        """The kind's steer config with its first preset for every request that does not ask."""
+        return self.configs[kind] | {"default": f"{kind}0"}
+
+
+def write_served_model(shape: str, folder: Path, *, presets: int, rank: int) -> ServedModel:
+    """A dummy model with ``presets`` presets per kind, ``steered0``, ..., ``guided0``, ...
+
+    Each of ``steered`` is an LM-Steer of its own, each of ``guided`` a strength of its own of one
+    vector that is added in every layer.
+    """
+    sizes = SERVED_SHAPES[shape]
+    model = write_model(sizes, folder / "model")
+    write_tokenizer(sizes.vocab_size, model)
+    steers = write_steers(sizes, folder / "steers", count=presets, rank=rank)
+    vector = write_vectors(sizes, folder / "steers")["guided"]
+    mixes = {
+        "steered": [{f"s{i}": STRENGTH} for i in range(presets)],
+        "guided": [{"guided": STRENGTH + i / 8} for i in range(presets)],
+    }
+    configs = {
+        "steered": steer_config(steers, rank),
+        "guided": steer_config({"guided": vector}, rank=1),
+    }
+    for kind, config in configs.items():
+        config["presets"] = {f"{kind}{i}": mix for i, mix in enumerate(mixes[kind])}
+    return ServedModel(model, sizes, configs)
+
+
+def write_tokenizer(vocab_size: int, folder: Path) -> None:
+    """A word for every token id, split at spaces: any ids decode to a text of as many tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
