@@ -28,7 +28,9 @@ from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
 from vllm_steer.kernels.guidance import Directions, fused
-from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteerTables, by_row, by_tile
+from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteerTables
+from vllm_steer.kernels.lm_steer.by_row import BY_ROW
+from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
 
 SM_90 = GPUTarget("cuda", 90, 32)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -121,7 +123,7 @@ def warm_ups(dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Callable[[], 
     """Every operation's start-up on every shape, with what to call it in a table."""
     for width, rank in SHAPES:
         tables = lm_steer_tables(width, rank // 2, dtype)
-        for name, form in (("tiles", by_tile), ("rows", by_row)):
+        for name, form in (("tiles", BY_TILE), ("rows", BY_ROW)):
             case = {"operation": f"lm_steer, {name}", "width": width, "rank": rank}
             yield case, partial(form.warm_up, tables, dtype)
     for width in sorted({width for width, _ in SHAPES}):

@@ -34,12 +34,12 @@ def lm_steer_form(kernels: str, device: torch.device, *, max_rows: int) -> LMSte
 
         return grouped
     if max_rows <= FEW_ROWS:
-        from vllm_steer.kernels.lm_steer import by_row
+        from vllm_steer.kernels.lm_steer.by_row import BY_ROW
 
-        return by_row
-    from vllm_steer.kernels.lm_steer import by_tile
+        return BY_ROW
+    from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
 
-    return by_tile
+    return BY_TILE
 
 
 def guidance_form(kernels: str, device: torch.device) -> GuidanceForm:

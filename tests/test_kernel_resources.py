@@ -35,7 +35,7 @@ def tool() -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["by_tile", "by_row"])
+@pytest.mark.parametrize("form", ["BY_TILE", "BY_ROW"])
 @pytest.mark.parametrize(
     ("width", "rank"),
     [
@@ -51,7 +51,7 @@ def test_lm_steer_kernels_fit_a_hopper_card_without_spilling(
     module = getattr(tool, form)
     with tool.compiling() as compiled:
         module.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
-    suffix = "" if form == "by_tile" else "_row"
+    suffix = "" if form == "BY_TILE" else "_row"
     names = {name for name, _ in compiled}
     assert {f"{name}{suffix}" for name in PRODUCTS} | {"constant", "add_up"} <= names
     assert_fit(tool, compiled)
@@ -88,7 +88,7 @@ def warm_up_guidance(tool: ModuleType, width: int, turns: bool, dtype: torch.dty
     return directions
 
 
-@pytest.mark.parametrize("form", ["by_tile", "by_row"])
+@pytest.mark.parametrize("form", ["BY_TILE", "BY_ROW"])
 def test_no_batch_of_lm_steers_compiles_what_the_start_up_has_not(
     tool: ModuleType, form: str
 ) -> None:

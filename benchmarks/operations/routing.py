@@ -4,7 +4,6 @@ Timed by the host's clock. On a CUDA device that includes issuing the copy, but 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import timing
@@ -13,7 +12,7 @@ from operations.lm_steer_cases import LMSteerCase
 from operations.lm_steer_inputs import batch, make_bank
 from operations.measure import Bench
 from vllm_steer.bank import Shelf
-from vllm_steer.kernels.lm_steer import SteeredRows
+from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows
 from vllm_steer.serving.pairs import Uses, steered_rows
 
 WIDTH, RANK = 64, 16
@@ -43,7 +42,7 @@ def run(cases: Sequence[LMSteerCase], bench: Bench) -> Iterator[dict[str, Any]]:
             yield _columns(case) | {"form": name} | _measured(case, shelf, form, bench)
 
 
-def _measured(case: LMSteerCase, shelf: Shelf, form: ModuleType, bench: Bench) -> dict[str, Any]:
+def _measured(case: LMSteerCase, shelf: Shelf, form: LMSteerForm, bench: Bench) -> dict[str, Any]:
     """``us`` in all, of which ``place_us`` are the form's own."""
     rows, requests = batch(case)
     uses = Uses(shelf, requests)
@@ -70,11 +69,12 @@ def _times(call: Callable[[], Any], bench: Bench) -> timing.Times:
     return timing.summarise([timing.on_clock(call, 1) for _ in range(20 * bench.repeats)])
 
 
-def _forms() -> dict[str, ModuleType]:
+def _forms() -> dict[str, LMSteerForm]:
     """The forms whose tables differ; the Triton one is placed without a card as well."""
-    from vllm_steer.kernels.lm_steer import by_tile, grouped
+    from vllm_steer.kernels.lm_steer import grouped
+    from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
 
-    return {"triton_tiles": by_tile, "torch_groups": grouped}
+    return {"triton_tiles": BY_TILE, "torch_groups": grouped}
 
 
 def _check(case: LMSteerCase, pairs: SteeredRows | None) -> None:

@@ -1,54 +1,23 @@
 """The LM-Steer operation in Triton, over tiles of rows that share a steer.
 
-Equations: ``operands``. A steer's weights are read once per tile of rows and step. Deterministic:
-no atomics, sums in fixed order, several steers of a row in ascending order of slot. A row's result
-does not depend on the other rows of its batch, nor on its place among them.
+Equations: ``operands``. A steer's weights are read once per tile of rows and step.
 """
 
 import torch
 import triton
 
-from vllm_steer.kernels.lm_steer import warming
 from vllm_steer.kernels.lm_steer.block_sizes import BlockSizes, tile_sizes
-from vllm_steer.kernels.lm_steer.changes import EXACT, Target, begin, finish
+from vllm_steer.kernels.lm_steer.changes import EXACT
 from vllm_steer.kernels.lm_steer.dense_kernels import dense
 from vllm_steer.kernels.lm_steer.low_rank_kernels import expand, fold, shrink
-from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerTables
-from vllm_steer.kernels.lm_steer.placing import PlacedRows, place_rows
+from vllm_steer.kernels.lm_steer.operands import SteerTables
+from vllm_steer.kernels.lm_steer.placing import Tiles
+from vllm_steer.kernels.lm_steer.triton_form import Batch, TritonForm
 
 
-def place(steered: SteeredRows, tables: SteerTables, device: torch.device) -> PlacedRows:
-    """The pairs in tiles, on the device, in one copy."""
-    sizes = _sizes(tables)
-    return place_rows(
-        steered, tables, device, rows_per_tile=sizes.rows, ranks_per_program=sizes.shrink_ranks
-    )
-
-
-def warm_up(tables: SteerTables, dtype: torch.dtype) -> None:
-    """Compile every kernel and variant that these tables can need for rows in ``dtype``."""
-    for x, steered in warming.batches(tables, dtype):
-        steer_rows(x, tables, place(steered, tables, x.device))
-
-
-def steer_rows(x: torch.Tensor, tables: SteerTables, placed: PlacedRows) -> torch.Tensor:
-    """``x [T, width]`` plus the change of every pair, as a new contiguous tensor.
-
-    ``x`` may be strided. No host synchronisation; what is allocated depends on the numbers of rows
-    and pairs only.
-    """
-    target = begin(x, placed)
-    if placed.low_rank is not None:
-        _low_rank(target, tables, placed, _sizes(tables))
-    if placed.dense is not None:
-        _dense(target, tables, placed, _sizes(tables))
-    return finish(target, tables, placed)
-
-
-def _low_rank(target: Target, tables: SteerTables, placed: PlacedRows, sizes: BlockSizes) -> None:
-    assert placed.low_rank is not None and placed.work is not None
-    x, width = target.x, target.width
-    tiles, work, pairs = placed.low_rank, placed.work, placed.rows.shape[0]
+def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
+    target, tables, placed, sizes = batch.target, batch.tables, batch.placed, batch.sizes
+    x, width, pairs = target.x, target.width, placed.rows.shape[0]
     rank_stride = tables.columns.rank_stride
     partials = torch.empty(sizes.chunks, pairs, rank_stride, dtype=torch.float32, device=x.device)
     shrink[(work.shape[0], sizes.chunks)](
@@ -105,9 +74,9 @@ def _low_rank(target: Target, tables: SteerTables, placed: PlacedRows, sizes: Bl
     )
 
 
-def _dense(target: Target, tables: SteerTables, placed: PlacedRows, sizes: BlockSizes) -> None:
-    assert placed.dense is not None
-    x, width, tiles = target.x, target.width, placed.dense
+def _dense(batch: Batch, tiles: Tiles) -> None:
+    target, tables, placed, sizes = batch.target, batch.tables, batch.placed, batch.sizes
+    x, width = target.x, target.width
     dense[(tiles.bounds.shape[0], triton.cdiv(width, sizes.dense_out))](
         x,
         tables.dense,
@@ -130,3 +99,6 @@ def _dense(target: Target, tables: SteerTables, placed: PlacedRows, sizes: Block
 
 def _sizes(tables: SteerTables) -> BlockSizes:
     return tile_sizes(tables.width, tables.columns.max_rank, tables.dtype.itemsize)
+
+
+BY_TILE = TritonForm(_sizes, _low_rank, _dense)

@@ -8,7 +8,7 @@ from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerTables
 
 
 class LMSteerForm(Protocol):
-    """A module with these functions; ``place`` runs once per composition of a batch."""
+    """A module or an object; ``place`` runs once per composition of a batch."""
 
     def place(self, steered: SteeredRows, tables: SteerTables, device: torch.device) -> Any:
         """What ``steer_rows`` needs of the pairs, on the device, in one copy."""

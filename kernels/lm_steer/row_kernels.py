@@ -84,7 +84,7 @@ def expand_row(
     epsilon = tl.load(epsilons + tile)
     columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = columns < width
-    acc = tl.zeros((BLOCK_RANKS, BLOCK_WIDTH), tl.float32)
+    acc = tl.zeros((BLOCK_WIDTH, BLOCK_RANKS), tl.float32)
     for offset in range(0, rank, BLOCK_RANKS):
         ranks = offset + tl.arange(0, BLOCK_RANKS)
         total = tl.zeros((BLOCK_RANKS,), tl.float32)
@@ -92,16 +92,16 @@ def expand_row(
             at = (chunk * num_pairs.to(tl.int64) + pair) * rank_stride + ranks
             total += tl.load(partials + at, mask=ranks < rank, other=0.0)
         total *= tl.where(ranks < free, scale, epsilon)
-        mask = (ranks < rank)[:, None] & inside[None, :]
-        at = (start + ranks).to(tl.int64)[:, None] * width + columns[None, :]
-        acc += tl.load(table + at, mask=mask, other=0.0).to(tl.float32) * total[:, None]
+        mask = (ranks < rank)[None, :] & inside[:, None]
+        at = (start + ranks).to(tl.int64)[None, :] * width + columns[:, None]
+        acc += tl.load(table + at, mask=mask, other=0.0).to(tl.float32) * total[None, :]
     pairs = pair + tl.arange(0, 1)
     row = tl.load(rows + pairs).to(tl.int64)
     write_change(
         x,
         out,
         changes,
-        tl.sum(acc, axis=0)[None, :],
+        tl.sum(acc, axis=1)[None, :],
         pairs,
         row,
         columns,

@@ -6,7 +6,6 @@ Without a GPU they run in the interpreter, which the second model runner has swi
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -36,19 +35,17 @@ has_triton = pytest.mark.skipif(
 
 
 @contextmanager
-def counted(
-    form: ModuleType, function: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[int]]:
-    """The number of tokens or rows of each call of a form's function."""
-    calls: list[int] = []
-    original = getattr(form, function)
+def called_on(owner: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The first argument of each call of a module's function, or of a class's method."""
+    calls: list[Any] = []
+    original = getattr(owner, function)
 
-    def counting(x: torch.Tensor, *args: Any) -> Any:
-        calls.append(x.shape[0])
-        return original(x, *args)
+    def calling(first: Any, *args: Any) -> Any:
+        calls.append(first)
+        return original(first, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(form, function, counting)
+        patch.setattr(owner, function, calling)
         yield calls
 
 
@@ -59,7 +56,7 @@ def triton_config(steers: dict[str, Any], folder: Path) -> dict[str, Any]:
 @has_triton
 @pytest.mark.parametrize(
     ("form", "max_num_seqs"),
-    [("by_tile", 16), pytest.param("by_row", 4, marks=pytest.mark.matrix)],
+    [("BY_TILE", 16), pytest.param("BY_ROW", 4, marks=pytest.mark.matrix)],
 )
 def test_lm_steer_kernels_serve_a_mixed_batch(
     form: str,
@@ -69,12 +66,12 @@ def test_lm_steer_kernels_serve_a_mixed_batch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import importlib
+    from vllm_steer.kernels.lm_steer import by_row, by_tile, triton_form
 
-    module = importlib.import_module(f"vllm_steer.kernels.lm_steer.{form}")
+    wanted = {"BY_TILE": by_tile.BY_TILE, "BY_ROW": by_row.BY_ROW}[form]
     reference = load_reference(llama)
     with (
-        counted(module, "steer_rows", monkeypatch) as calls,
+        called_on(triton_form.TritonForm, "steer_rows", monkeypatch) as calls,
         engine(llama, triton_config(steers, tmp_path), max_num_seqs=max_num_seqs) as llm,
     ):
         calls.clear()
@@ -84,6 +81,7 @@ def test_lm_steer_kernels_serve_a_mixed_batch(
             use_tqdm=False,
         )
     assert len(calls) >= 6
+    assert all(called is wanted for called in calls)
     for output, setting in zip(outputs, MIXED, strict=True):
         assert_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
 
@@ -98,7 +96,7 @@ def test_guidance_kernels_serve_every_kind_site_mode_schedule_and_phase(
     steers: dict[str, Steer] = guided_family("llama")[1]
     reference = load_reference(model)
     with (
-        counted(fused, "steer_tokens_", monkeypatch) as calls,
+        called_on(fused, "steer_tokens_", monkeypatch) as calls,
         engine(model, triton_config(steers, tmp_path / "steers")) as llm,
     ):
         calls.clear()

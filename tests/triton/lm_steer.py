@@ -1,0 +1,193 @@
+"""Steers, batches and tables that the tests of LM-Steer's Triton forms have in common."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lm_steer_cases import Use, Weights, steered
+
+from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows, SteerTables
+from vllm_steer.kernels.lm_steer.by_row import BY_ROW
+from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
+from vllm_steer.kernels.lm_steer.placing import PlacedRows, Sums, Tiles
+
+FORMS: dict[str, LMSteerForm] = {"by_tile": BY_TILE, "by_row": BY_ROW}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES_OF_SLOTS = [(1, 1, 0), (2, 5, 1), None, (1, 17, 0), (3, 11, 2), (1, 64, 0), (2, 64, 1)]
+"""Columns, their rank and how many are fixed: in all ranks 1, 10, 17, 33, 64, 128."""
+
+forms = pytest.mark.parametrize("form", list(FORMS))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def some_steers(width: int, dtype: torch.dtype, device: torch.device) -> list[Weights]:
+    """Low ranks and constants, with and without fixed columns; a change is as large as its row."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def multiplying(columns: int, rank: int, fixed: int) -> Weights:
+        first, second = normal(columns, width, rank), normal(columns, width, rank)
+        return Weights(first, second, fixed, power_of_two(width * columns * rank))
+
+    steers = [
+        multiplying(*shape) if shape else Weights(None, normal(1, width, 1), 0, 0.5)
+        for shape in SHAPES_OF_SLOTS
+    ]
+    return [*steers, Weights(None, normal(2, width, 1), 1, 0.5), multiplying(1, 33, 0)]
+
+
+def power_of_two(size: int) -> float:
+    """About ``1 / sqrt(size)``, exact in every dtype, as its product with a strength is."""
+    return 2.0 ** -round(math.log2(size) / 2)
+
+
+NUM_SLOTS = len(SHAPES_OF_SLOTS) + 2
+CROWD_FROM = 10
+
+
+def uses_of(layout: str, num_rows: int) -> list[Use]:
+    """Which rows take which slots; strengths are exact in float32."""
+    strengths = itertools.cycle([3.0, -1.5, 0.25, 0.0, -2.0])
+    random = np.random.default_rng(3)
+    if layout == "off":
+        return []
+    if layout.startswith("all-"):
+        return [(row, int(layout[4:]), next(strengths)) for row in range(num_rows)]
+    if layout == "distinct":
+        return [(row, row % NUM_SLOTS, next(strengths)) for row in range(num_rows)]
+    if layout == "zipf":
+        slots = np.minimum(random.zipf(1.5, num_rows), NUM_SLOTS) - 1
+        return [(row, int(slot), next(strengths)) for row, slot in enumerate(slots) if row % 8]
+    if layout == "crowd":  # more rows of one slot than a tile holds, beside rows of every slot
+        crowd = [(row, 4, next(strengths)) for row in range(CROWD_FROM, num_rows)]
+        return uses_of("one-to-four", min(CROWD_FROM, num_rows)) + crowd
+    assert layout == "one-to-four"
+    return [
+        (row, int(slot), next(strengths))
+        for row in range(num_rows)
+        for slot in random.permutation(NUM_SLOTS)[: 1 + row % 4]
+    ]
+
+
+def moved(uses: list[Use], to: dict[int, int]) -> list[Use]:
+    """The uses of some rows, which stand elsewhere now."""
+    return [(to[row], slot, strength) for row, slot, strength in uses if row in to]
+
+
+@contextmanager
+def nan_in_fresh_memory(device: torch.device) -> Iterator[None]:
+    """Whatever ``torch.empty`` returns is NaN, so an unwritten output or workspace shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        for dtype in DTYPES:
+            assert torch.empty(99, dtype=dtype, device=device).isnan().all(), "memory is not filled"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+def run(form: str, x: torch.Tensor, tables: SteerTables, rows: SteeredRows) -> torch.Tensor:
+    placed = FORMS[form].place(rows, tables, x.device)
+    with nan_in_fresh_memory(x.device):
+        return FORMS[form].steer_rows(x, tables, placed)
+
+
+def steer(
+    form: str, x: torch.Tensor, tables: SteerTables, steers: list[Weights], uses: list[Use]
+) -> torch.Tensor:
+    return run(form, x, tables, steered(uses, steers))
+
+
+def in_a_frame(x: torch.Tensor, filling: float = torch.nan) -> torch.Tensor:
+    """``x`` as a window of a larger tensor: what lies beside its rows is ``filling``."""
+    frame = x.new_full((x.shape[0] + 8, x.shape[1] + 16), filling)
+    window = frame[4:-4, 8:-8]
+    window.copy_(x)
+    return window
+
+
+def spoilt_but(tables: SteerTables, slot: int) -> SteerTables:
+    """The tables with NaN wherever ``slot`` has nothing, and NaN before and behind them."""
+    kind, *numbers = tables.columns.kinds[slot], *tables.columns.bounds[slot]
+    low_rank = range(numbers[0], numbers[2]) if kind == 0 else []
+    whole = [number for number in numbers[:2] if number >= 0]
+    return replace(
+        tables,
+        shrink=_kept(tables.shrink, low_rank),
+        expand=_kept(tables.expand, low_rank),
+        dense=_kept(tables.dense, whole if kind == 1 else []),
+        vectors=_kept(tables.vectors, whole if kind == 2 else []),
+    )
+
+
+def _kept(table: torch.Tensor, entries: range | list[int]) -> torch.Tensor:
+    frame = table.new_full((table.shape[0] + 32, *table.shape[1:]), torch.nan)
+    window = frame[16:-16]
+    for entry in entries:
+        window[entry] = table[entry]
+    return window
+
+
+def padded(placed: PlacedRows, pairs: int, tiles: int, work: int, rows: int) -> PlacedRows:
+    """The same batch in longer tables, every part there, as a CUDA graph's buffers have them.
+
+    Entries that are not there begin with -1; the rest of them is nonsense that nobody may read.
+    """
+    device = placed.rows.device
+    single = torch.arange(placed.rows.shape[0] + 1, dtype=torch.int32, device=device)
+    sums = placed.sums or Sums(placed.rows, single, single[:-1])
+    return PlacedRows(
+        rows=_longer(placed.rows, pairs, NONSENSE),
+        scales=_longer(placed.scales, pairs, torch.nan),
+        low_rank=_longer_tiles(placed.low_rank, tiles, device),
+        work=_longer(
+            torch.empty(0, 2, dtype=torch.int32, device=device)
+            if placed.work is None
+            else placed.work,
+            work,
+            NONSENSE,
+            first=-1,
+        ),
+        dense=_longer_tiles(placed.dense, tiles, device),
+        constant=_longer_tiles(placed.constant, tiles, device),
+        sums=Sums(
+            rows=_longer(sums.rows, rows, -1),
+            starts=_longer(sums.starts, rows + 1, NONSENSE),
+            order=_longer(sums.order, pairs, NONSENSE),
+        ),
+        touched=-1,
+    )
+
+
+NONSENSE = 10**9
+
+
+def _longer_tiles(tiles: Tiles | None, length: int, device: torch.device) -> Tiles:
+    if tiles is None:
+        bounds = torch.empty(0, 5, dtype=torch.int32, device=device)
+        tiles = Tiles(bounds, torch.empty(0, device=device))
+    return Tiles(
+        _longer(tiles.bounds, length, NONSENSE, first=-1),
+        _longer(tiles.epsilons, length, torch.nan),
+    )
+
+
+def _longer(
+    table: torch.Tensor, length: int, filling: float, first: float | None = None
+) -> torch.Tensor:
+    """``table`` with ``length`` entries; ``first`` is the first number of those added."""
+    added = table.new_full((length - table.shape[0], *table.shape[1:]), filling)
+    if first is not None:
+        added[:, 0] = first
+    return torch.cat([table, added])

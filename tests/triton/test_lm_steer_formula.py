@@ -1,0 +1,264 @@
+"""LM-Steer's Triton forms against the paper's formula in float64: how near they come.
+
+float32 within ``FLOAT32`` of it by norm, 16 bits within twice the error of the torch form.
+"""
+
+import pytest
+import torch
+from lm_steer import DTYPES, dtypes, forms, in_a_frame, some_steers, steer, uses_of
+from lm_steer_cases import (
+    Use,
+    Weights,
+    bits,
+    formula,
+    random_rows,
+    relative_error,
+    steered,
+    tables_of,
+)
+
+from vllm_steer.kernels.lm_steer import SteerTables, grouped
+
+FLOAT32 = 2e-7
+UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+CASES = {  # width, rows by tile, rows by row, layout, how steers that multiply are stored
+    "d1": (1, 33, 5, "one-to-four", "both"),
+    "d17": (17, 5, 5, "one-to-four", "both"),
+    "d63-zipf": (63, 33, 9, "zipf", "both"),
+    "d63-dense": (63, 5, 2, "one-to-four", "dense"),
+    "d64-same": (64, 70, 2, "all-5", "low-rank"),
+    "d64-same-fixed": (64, 66, 2, "all-6", "low-rank"),
+    "d64-same-dense-fixed": (64, 66, 2, "all-1", "both"),
+    "d320-distinct": (320, 9, 9, "distinct", "low-rank"),
+    "d320-same": (320, 70, 1, "all-6", "low-rank"),
+    "d320-dense": (320, 2, 1, "all-1", "both"),
+    "d1100-several-chunks": (1100, 2, 2, "all-1", "low-rank"),
+}
+
+
+def grouped_error(
+    x: torch.Tensor, tables: SteerTables, steers: list[Weights], uses: list[Use]
+) -> float:
+    """The error of plain torch."""
+    rows = grouped.place(steered(uses, steers), tables, x.device)
+    return relative_error(grouped.steer_rows(x, tables, rows), formula(x, steers, uses))
+
+
+def assert_close_to_the_formula(
+    form: str, x: torch.Tensor, tables: SteerTables, steers: list[Weights], uses: list[Use]
+) -> None:
+    before = bits(x).clone()
+    found = steer(form, x, tables, steers, uses)
+    assert (found.dtype, found.shape, found.is_contiguous()) == (x.dtype, x.shape, True)
+    assert torch.equal(bits(x), before), "the input was written to"
+    error = relative_error(found, formula(x, steers, uses))
+    exact = x.dtype == tables.dtype == torch.float32
+    assert error <= (FLOAT32 if exact else 2 * grouped_error(x, tables, steers, uses))
+
+
+@forms
+@dtypes
+@pytest.mark.parametrize("case", list(CASES))
+def test_every_row_is_steered_by_the_papers_formula(
+    case: str, dtype: torch.dtype, form: str, device: torch.device
+) -> None:
+    width, by_tile, by_row, layout, stored = CASES[case]
+    num_rows = by_tile if form == "by_tile" else by_row
+    steers = some_steers(width, dtype, device)
+    x = in_a_frame(random_rows(num_rows, width, dtype).to(device))
+    uses = uses_of(layout, num_rows)
+    assert_close_to_the_formula(form, x, tables_of(steers, stored), steers, uses)
+
+
+@forms
+@dtypes
+@pytest.mark.parametrize("num_rows", [0, 1, 5])
+def test_a_batch_without_steers_is_copied(
+    num_rows: int, dtype: torch.dtype, form: str, device: torch.device
+) -> None:
+    steers = some_steers(17, dtype, device)
+    x = random_rows(num_rows, 17, dtype).to(device)
+    found = steer(form, x, tables_of(steers), steers, [])
+    assert torch.equal(bits(found), bits(x))
+    assert found.dtype == dtype
+    assert not num_rows or found.data_ptr() != x.data_ptr()
+
+
+@forms
+def test_wide_rows_and_ranks_of_several_blocks_are_steered(form: str, device: torch.device) -> None:
+    """Blocks of the widest rows, and of a rank above any block's."""
+    for width, rank, dtype in ((4100, 3, torch.bfloat16), (17, 300, torch.float32)):
+        first = random_rows(width, rank, dtype).to(device)[None]
+        steers = [Weights(first, first.flip(1), 0, 2.0**-8)]
+        x, uses = random_rows(1, width, dtype).to(device), [(0, 0, 1.5)]
+        assert_close_to_the_formula(form, x, tables_of(steers), steers, uses)
+
+
+@forms
+def test_a_bank_of_constants_alone_adds_them(form: str, device: torch.device) -> None:
+    """Columns beyond the first block, and a bank without ranks or matrices."""
+    vector = random_rows(2, 1100, torch.float32).to(device)[:, :, None]
+    steers = [Weights(None, vector, 1, 0.5), Weights(None, vector[:1], 0, 0.25)]
+    x = random_rows(3, 1100, torch.float32).to(device)
+    for uses in ([(0, 0, 3.0), (2, 1, 1.0)], [(0, 0, 3.0), (0, 1, 1.0)]):
+        assert_close_to_the_formula(form, x, tables_of(steers), steers, uses)
+
+
+@forms
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_results_are_rounded_once(
+    dtype: torch.dtype, stored: str, form: str, device: torch.device
+) -> None:
+    """No sum and no change is in 16 bits on its way, whether a row has one steer or three.
+
+    But what is between the factors of a low rank: over tiles it is rounded to 16 bits too, after
+    it is scaled. The first factors are identities, so it is known, and tables hold the formula's
+    own numbers in either form.
+    """
+    width = 17
+    matrix = random_rows(2 * width, 2 * width, dtype).to(device)[None]
+    eye = torch.eye(width, dtype=dtype, device=device)[None]
+    steers = [
+        Weights(eye, matrix[:, :width, :width], 0, 0.5),
+        Weights(eye.expand(2, -1, -1), matrix[0].view(2, width, -1)[:, :, :width], 1, 0.25),
+        Weights(None, matrix[0, :2, :width, None], 1, 0.5),
+    ]
+    x = random_rows(4, width, dtype).to(device)
+    uses = [(0, 0, 3.0), (1, 1, -1.5), (2, 2, 0.75), (3, 0, 1.25), (3, 1, 2.0), (3, 2, 5.0)]
+    for taken in (uses[:3], uses):
+        found = steer(form, x, tables_of(steers, stored), steers, taken)
+        wanted = formula(x, steers, taken)
+        if form == "by_tile" and stored == "low-rank":
+            wanted += lost_between_the_factors(x, steers, taken)
+        rounding = UNIT_ROUNDOFF[dtype] * wanted.abs()
+        slack = 1e-6 * wanted.abs().amax(dim=1, keepdim=True)
+        assert ((found.double() - wanted).abs() <= rounding + slack).all()
+
+
+def lost_between_the_factors(
+    x: torch.Tensor, steers: list[Weights], uses: list[Use]
+) -> torch.Tensor:
+    """What rounding ``epsilon a x`` to the dtype of ``x`` does to each row (``P1`` is identity)."""
+    lost = torch.zeros_like(x, dtype=torch.float64)
+    for row, slot, strength in uses:
+        steer = steers[slot]
+        if steer.first is None:
+            continue
+        for a, second in zip([strength, 1.0], steer.second, strict=False):
+            inner = x[row].double() * (steer.epsilon * a)
+            lost[row] += second.double() @ (inner.to(x.dtype).double() - inner)
+    return lost
+
+
+def test_over_tiles_rows_are_rounded_to_the_nearest_number_of_the_tables_dtype(
+    device: torch.device,
+) -> None:
+    """0.75 of the way from 1 to the next bfloat16, and half of it, where the even one is nearest.
+
+    The row itself, to which the change is added, is not rounded.
+    """
+    x = torch.tensor([[1 + 0.75 * 2**-7, 1 + 0.5 * 2**-7, 1 + 1.5 * 2**-7]], device=device)
+    eye = torch.eye(3, dtype=torch.bfloat16, device=device)[None]
+    steers = [Weights(eye, eye, 0, 1.0)]
+    nearest = torch.tensor([[1 + 2**-7, 1.0, 1 + 2 * 2**-7]], device=device)
+    for stored in ("low-rank", "dense"):
+        found = steer("by_tile", x, tables_of(steers, stored), steers, [(0, 0, 1.0)])
+        assert torch.equal(found, x + nearest)
+
+
+@forms
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
+def test_products_of_16_bits_are_exact_where_float32_is(
+    stored: str, form: str, device: torch.device
+) -> None:
+    """Small integers: every number on the way is one of them, so nothing may round."""
+    width, rank = 63, 5
+    generator = torch.Generator().manual_seed(4)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).to(device, torch.bfloat16)
+
+    steers = [Weights(integers(2, width, rank), integers(2, width, rank), 1, 1.0)]
+    x, uses = integers(3, width), [(0, 0, 2.0), (2, 0, -1.0)]
+    found = steer(form, x, tables_of(steers, stored), steers, uses)
+    assert torch.equal(found, formula(x, steers, uses).to(torch.bfloat16))
+
+
+VIEWS = {
+    "every-second-row": lambda wide: wide[::2],
+    "columns-of-a-wider-tensor": lambda wide: wide[:, 5:22],
+    "every-second-column": lambda wide: wide[:, 1::2],
+    "transposed": lambda wide: wide.T,
+    "one-row-repeated": lambda wide: wide[:1].expand(9, -1),
+    "one-column-repeated": lambda wide: wide[:, :1].expand(-1, 17),
+    "begins-anywhere": lambda wide: wide[1:, 1:18],
+}
+
+
+@forms
+@pytest.mark.parametrize("layout", ["distinct", "one-to-four"])
+@pytest.mark.parametrize("view", list(VIEWS))
+def test_a_strided_view_gives_what_its_contiguous_copy_gives(
+    view: str, layout: str, form: str, device: torch.device
+) -> None:
+    x = VIEWS[view](random_rows(10, 34, torch.bfloat16).to(device))
+    steers = some_steers(x.shape[1], x.dtype, device)
+    uses, tables = uses_of(layout, 5), tables_of(steers, "both")
+    copy = x.clone(memory_format=torch.contiguous_format)
+    found, wanted = (steer(form, rows, tables, steers, uses) for rows in (x, copy))
+    assert torch.equal(bits(found), bits(wanted))
+    assert torch.equal(bits(x), bits(copy)), "the input was written to"
+    assert relative_error(found, formula(copy, steers, uses)) <= 0.01
+
+
+@forms
+@pytest.mark.parametrize("stored", DTYPES, ids=lambda dtype: f"tables-{dtype}")
+@dtypes
+def test_rows_may_be_in_another_dtype_than_the_tables(
+    dtype: torch.dtype, stored: torch.dtype, form: str, device: torch.device
+) -> None:
+    steers = some_steers(33, stored, device)
+    x, uses = random_rows(5, 33, dtype).to(device), uses_of("one-to-four", 5)
+    assert_close_to_the_formula(form, x, tables_of(steers, "both"), steers, uses)
+
+
+@forms
+def test_the_same_steer_twice_on_a_row_counts_twice(form: str, device: torch.device) -> None:
+    steers = some_steers(17, torch.float32, device)
+    x = random_rows(2, 17, torch.float32).to(device)
+    uses = [(1, slot, strength) for slot in (1, 2, 3) for strength in (1.0, 2.0)]
+    assert_close_to_the_formula(form, x, tables_of(steers, "both"), steers, uses)
+
+
+@forms
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
+def test_float16_does_not_overflow_before_epsilon_makes_it_small(
+    stored: str, form: str, device: torch.device
+) -> None:
+    """``x P1`` is 96000 and ``x P1 P2^T`` more, beyond float16; their product with epsilon is not.
+
+    Dense, the product ``P1 P2^T`` has to be a float16 itself.
+    """
+    width = 320
+    x = torch.full((2, width), 300.0, dtype=torch.float16, device=device)
+    first = torch.ones(2, width, 1, dtype=torch.float16, device=device)
+    steers = [Weights(first, 20 * first, 1, 2.0**-10)]
+    uses = [(0, 0, 5.0), (1, 0, 5.0)]
+    wanted = formula(x, steers, uses)
+    assert wanted.max() == 300 + 2.0**-10 * 6 * 96000 * 20
+    found = steer(form, x, tables_of(steers, stored), steers, uses)
+    assert relative_error(found, wanted) <= 1e-3
+
+
+@forms
+def test_tiny_float16_numbers_are_not_lost_between_the_factors(
+    form: str, device: torch.device
+) -> None:
+    """``epsilon x P1`` of 2^-13 is still a normal float16."""
+    x = torch.full((1, 64), 2.0**-10, dtype=torch.float16, device=device)
+    first = torch.full((1, 64, 1), 2.0**-3, dtype=torch.float16, device=device)
+    steers = [Weights(first, torch.full_like(first, 80.0), 0, 2.0**-6)]
+    found = steer(form, x, tables_of(steers), steers, [(0, 0, 1.0)])
+    assert relative_error(found, formula(x, steers, [(0, 0, 1.0)])) <= 1e-3

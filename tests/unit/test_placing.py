@@ -1,0 +1,336 @@
+"""What the host prepares for LM-Steer's kernels: tiles, sums, block sizes, copies, the form."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_steer.kernels import dispatch
+from vllm_steer.kernels.dispatch import FEW_ROWS, KernelError, backend, lm_steer_form
+from vllm_steer.kernels.lm_steer import (
+    Constant,
+    Dense,
+    LowRank,
+    Slot,
+    SteeredRows,
+    SteerTables,
+    grouped,
+    warming,
+)
+from vllm_steer.kernels.lm_steer.block_sizes import BlockSizes, row_sizes, tile_sizes
+from vllm_steer.kernels.lm_steer.placing import PlacedRows, place_rows
+from vllm_steer.kernels.upload import upload
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+SLOTS: tuple[Slot, ...] = (
+    LowRank(0, 1, 1, 0.5),
+    Constant(0, None, 0.25),
+    LowRank(1, 6, 11, 2.0),
+    Dense(0, None, 1.0),
+    LowRank(11, 50, 50, 1.5),
+    Dense(1, 2, 0.125),
+    Constant(1, 2, 3.0),
+)
+
+
+def tables_with(slots: tuple[Slot, ...], width: int = 4) -> SteerTables:
+    ranks = max((slot.end for slot in slots if isinstance(slot, LowRank)), default=0)
+    return SteerTables(
+        slots=slots,
+        shrink=torch.zeros(ranks, width),
+        expand=torch.zeros(ranks, width),
+        dense=torch.zeros(3, width, width),
+        vectors=torch.zeros(3, width),
+    )
+
+
+def pairs_of(uses: list[tuple[int, int]]) -> SteeredRows:
+    """``(slot, row)`` of each pair, sorted; each pair's scale is its place."""
+    slots = [slot for slot, _ in uses]
+    groups = [(s, slots.index(s), slots.index(s) + slots.count(s)) for s in dict.fromkeys(slots)]
+    return SteeredRows(
+        rows=np.array([row for _, row in uses], dtype=np.int64),
+        scales=np.arange(len(uses), dtype=np.float32),
+        groups=tuple(groups),
+    )
+
+
+def placed_of(uses: list[tuple[int, int]], rows_per_tile: int, ranks: int) -> PlacedRows:
+    return place_rows(
+        pairs_of(uses),
+        tables_with(SLOTS),
+        CPU,
+        rows_per_tile=rows_per_tile,
+        ranks_per_program=ranks,
+    )
+
+
+def tiles_by_a_loop(
+    uses: list[tuple[int, int]], kind: type[Slot], size: int
+) -> list[tuple[list[int], float]]:
+    """Bounds and epsilon of each tile, which ends when it is full or the slot changes."""
+    tiles: list[tuple[list[int], float]] = []
+    open_slot = None
+    for pair, (slot, _) in enumerate(uses):
+        found = SLOTS[slot]
+        if not isinstance(found, kind):
+            continue
+        if slot == open_slot and tiles[-1][0][1] - tiles[-1][0][0] < size:
+            tiles[-1][0][1] = pair + 1
+            continue
+        open_slot = slot
+        if isinstance(found, LowRank):
+            numbers = [found.start, found.fixed, found.end]
+        else:
+            numbers = [found.free, -1 if found.fixed is None else found.fixed, 0]
+        tiles.append(([pair, pair + 1, *numbers], found.epsilon))
+    return tiles
+
+
+uses_of_slots = st.lists(
+    st.tuples(st.integers(0, len(SLOTS) - 1), st.integers(0, 30)), max_size=60
+).map(sorted)
+
+
+@given(uses=uses_of_slots, size=st.integers(1, 5), ranks=st.sampled_from([16, 32]))
+def test_pairs_are_placed_as_a_loop_over_them_would(
+    uses: list[tuple[int, int]], size: int, ranks: int
+) -> None:
+    placed = placed_of(uses, size, ranks)
+    assert placed.rows.tolist() == [row for _, row in uses]
+    assert placed.scales.tolist() == list(range(len(uses)))
+    assert placed.touched == len({row for _, row in uses})
+    for found, kind, most in (
+        (placed.low_rank, LowRank, size),
+        (placed.dense, Dense, size),
+        (placed.constant, Constant, 1),
+    ):
+        wanted = tiles_by_a_loop(uses, kind, most)
+        assert (found is None) == (not wanted)
+        if found is not None:
+            assert found.bounds.tolist() == [bounds for bounds, _ in wanted]
+            assert found.epsilons.tolist() == [epsilon for _, epsilon in wanted]
+
+
+@given(uses=uses_of_slots, size=st.integers(1, 5), ranks=st.sampled_from([16, 32]))
+def test_every_rank_of_every_low_rank_tile_is_shrunk_by_one_program(
+    uses: list[tuple[int, int]], size: int, ranks: int
+) -> None:
+    placed = placed_of(uses, size, ranks)
+    if placed.low_rank is None:
+        assert placed.work is None
+        return
+    assert placed.work is not None
+    bounds = placed.low_rank.bounds.tolist()
+    wanted = [
+        (tile, first)
+        for tile, (_, _, start, _, end) in enumerate(bounds)
+        for first in range(0, end - start, ranks)
+    ]
+    found = [tuple(item) for item in placed.work.tolist()]
+    assert sorted(found) == wanted
+    weights = [(bounds[tile][2], first) for tile, first in found]
+    assert weights == sorted(weights), "programs that read the same weights are not side by side"
+
+
+@given(uses=uses_of_slots)
+def test_sums_hold_every_pair_of_a_row_in_ascending_order_of_slot(
+    uses: list[tuple[int, int]],
+) -> None:
+    sums = placed_of(uses, 4, 16).sums
+    rows = [row for _, row in uses]
+    assert (sums is None) == (len(set(rows)) == len(rows))
+    if sums is None:
+        return
+    touched, starts, order = sums.rows.tolist(), sums.starts.tolist(), sums.order.tolist()
+    assert touched == sorted(set(rows))
+    assert (starts[0], starts[-1]) == (0, len(uses))
+    for place, row in enumerate(touched):
+        of_the_row = [pair for pair in range(len(uses)) if rows[pair] == row]
+        assert order[starts[place] : starts[place + 1]] == of_the_row
+    assert all(table.dtype == torch.int32 for table in (sums.rows, sums.starts, sums.order))
+
+
+def test_a_batch_without_steers_places_nothing_to_launch() -> None:
+    placed = placed_of([], 4, 16)
+    parts = (placed.low_rank, placed.work, placed.dense, placed.constant, placed.sums)
+    assert parts == (None, None, None, None, None)
+    assert placed.touched == 0
+
+
+def test_the_tables_as_columns_say_kind_place_and_epsilon_of_each_slot() -> None:
+    columns = tables_with(SLOTS).columns
+    assert columns.kinds.tolist() == [0, 2, 0, 1, 0, 1, 2]
+    assert columns.bounds.tolist() == [
+        [0, 1, 1],
+        [0, -1, 0],
+        [1, 6, 11],
+        [0, -1, 0],
+        [11, 50, 50],
+        [1, 2, 0],
+        [1, 2, 0],
+    ]
+    assert columns.epsilons.tolist() == [0.5, 0.25, 2.0, 1.0, 1.5, 0.125, 3.0]
+    assert (columns.epsilons.dtype, columns.max_rank, columns.rank_stride) == (np.float32, 39, 64)
+
+
+def test_tables_without_low_ranks_have_columns_too() -> None:
+    columns = tables_with((Constant(0, None, 1.0),)).columns
+    assert (columns.max_rank, columns.rank_stride) == (0, 0)
+    assert tables_with(()).columns.bounds.shape == (0, 3)
+
+
+WIDTHS = st.integers(1, 16384)
+RANKS = st.integers(0, 2000)
+
+
+def all_sizes(width: int, rank: int) -> list[BlockSizes]:
+    return [tile_sizes(width, rank, 4), tile_sizes(width, rank, 2), row_sizes(width, rank)]
+
+
+@given(width=WIDTHS, rank=RANKS)
+def test_blocks_are_powers_of_two_that_tensor_cores_take(width: int, rank: int) -> None:
+    for sizes in all_sizes(width, rank):
+        blocks = [
+            sizes.shrink_ranks,
+            sizes.shrink_width,
+            sizes.expand_ranks,
+            sizes.expand_width,
+            sizes.dense_out,
+            sizes.dense_in,
+        ]
+        assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
+        assert sizes.rows & (sizes.rows - 1) == 0
+        assert sizes.stages >= 1
+
+
+@given(width=WIDTHS, rank=RANKS)
+def test_chunks_are_whole_blocks_that_cover_the_width_and_none_is_empty(
+    width: int, rank: int
+) -> None:
+    for sizes in all_sizes(width, rank):
+        assert sizes.chunk % sizes.shrink_width == 0
+        assert sizes.chunk * (sizes.chunks - 1) < width <= sizes.chunk * sizes.chunks
+
+
+@given(width=WIDTHS, rank=st.integers(1, 2000))
+def test_what_lies_between_the_factors_has_room_for_every_block_of_ranks(
+    width: int, rank: int
+) -> None:
+    """Kernels over tiles write whole blocks of ranks, the last one too."""
+    rank_stride = tables_with((LowRank(0, rank, rank, 1.0),), width=1).columns.rank_stride
+    for sizes in all_sizes(width, rank):
+        assert -(-rank // sizes.shrink_ranks) * sizes.shrink_ranks <= rank_stride
+
+
+@pytest.mark.parametrize("width", [2048, 4096, 5120, 8192])
+def test_a_tile_at_rank_1000_is_shrunk_by_about_128_programs(width: int) -> None:
+    for itemsize in (2, 4):
+        sizes = tile_sizes(width, 1000, itemsize)
+        assert 64 <= sizes.chunks * -(-1000 // sizes.shrink_ranks) <= 160
+
+
+def test_arrays_of_any_dtype_and_shape_come_back_as_tensors() -> None:
+    arrays = [
+        np.arange(7, dtype=np.int32),
+        np.arange(12, dtype=np.int64).reshape(3, 4).T,
+        np.zeros((0, 5), dtype=np.int32),
+        np.array([0.5, np.inf], dtype=np.float32),
+    ]
+    for array, tensor in zip(arrays, upload(arrays, CPU), strict=True):
+        assert tensor.shape == array.shape
+        assert tensor.dtype == torch.from_numpy(array.copy()).dtype
+        assert tensor.is_contiguous()
+        assert tensor.tolist() == array.tolist()
+
+
+def test_kernels_are_chosen_by_name_and_device() -> None:
+    assert backend("auto", CPU) == "torch"
+    assert backend("auto", CUDA) == "triton"
+    assert backend("torch", CUDA) == "torch"
+    assert backend("triton", CUDA) == "triton"
+    assert lm_steer_form("auto", CPU, max_rows=1024) is grouped
+    assert lm_steer_form("torch", CUDA, max_rows=1) is grouped
+
+
+def test_few_rows_take_programs_of_one_row_and_more_take_tiles() -> None:
+    from vllm_steer.kernels.lm_steer.by_row import BY_ROW
+    from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
+
+    assert lm_steer_form("auto", CUDA, max_rows=1) is BY_ROW
+    assert lm_steer_form("auto", CUDA, max_rows=FEW_ROWS) is BY_ROW
+    assert lm_steer_form("auto", CUDA, max_rows=FEW_ROWS + 1) is BY_TILE
+    assert lm_steer_form("triton", CUDA, max_rows=1024) is BY_TILE
+
+
+def test_a_name_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"^kernels is 'cuda'; allowed: auto, triton, torch$"):
+        backend("cuda", CUDA)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_triton_is_refused_where_it_is_not_installed(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    wanted = (
+        f"^kernels is {kernels} on cuda, and triton is not installed; install it, or set "
+        "kernels: torch$"
+    )
+    with pytest.raises(KernelError, match=wanted):
+        backend(kernels, CUDA)
+    assert backend("torch", CUDA) == "torch"
+
+
+def test_triton_is_refused_on_a_cpu_without_its_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    with pytest.raises(KernelError) as refused:
+        backend("triton", CPU)
+    assert str(refused.value) == (
+        "kernels is triton, and the device is cpu: Triton kernels need a CUDA device; set "
+        "kernels: auto or torch (or TRITON_INTERPRET=1, for tests)"
+    )
+
+
+def test_triton_on_a_cpu_is_had_in_its_interpreter_and_auto_stays_with_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    program = (
+        "import torch; from vllm_steer.kernels.dispatch import lm_steer_form;"
+        "from vllm_steer.kernels.lm_steer import grouped, by_tile;"
+        "forms = [lm_steer_form(n, torch.device('cpu'), max_rows=9) for n in ('triton', 'auto')];"
+        "print(forms[0] is by_tile.BY_TILE, forms[1] is grouped)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert printed.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize(("width", "strides"), [(63, {63, 64}), (64, {64}), (80, {80})])
+def test_warming_up_sees_every_kind_alone_and_summed_with_rows_as_long_as_vllms_logits(
+    width: int, strides: set[int]
+) -> None:
+    """Row strides that 16 divides and others are kernels of their own."""
+    batches = list(warming.batches(tables_with(SLOTS, width), torch.bfloat16))
+    assert {x.stride(0) for x, _ in batches} == strides
+    for stride in strides:
+        taken = [rows.groups for x, rows in batches if x.stride(0) == stride]
+        assert taken == [
+            ((0, 0, 1),),
+            ((3, 0, 1),),
+            ((1, 0, 1),),
+            ((0, 0, 2), (1, 2, 4), (3, 4, 6)),
+        ]
+    for x, rows in batches:
+        assert (x.dtype, x.shape) == (torch.bfloat16, (2, width))
+        assert rows.rows.tolist() == [0] * rows.groups[-1][-1]
