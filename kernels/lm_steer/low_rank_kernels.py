@@ -7,8 +7,8 @@ For a tile of rows ``X [m, d]`` of one slot with factors ``A, B [r, d]`` (P1^T a
     expand  change = H B
 
 ``scale`` is epsilon times the row's strength, or epsilon alone for fixed columns. Products
-accumulate in float32. Chunks and tiles depend on the bank only, so a row's result does not depend
-on the rows beside it.
+accumulate in float32; ``H`` has to lie within the dtype's range (65504 in float16), as in torch.
+Chunks and tiles depend on the bank only, so a row's result does not depend on the rows beside it.
 """
 
 import triton
