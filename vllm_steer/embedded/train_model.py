@@ -1,7 +1,8 @@
 """Train the embedded model and its tokenizer: `python -m vllm_steer.embedded.train_model`.
 
 A Llama of about a million parameters (hidden size 128, 4 layers, 4 heads of 32, tied embeddings)
-on generated text alone. vLLM's attention on a CPU needs heads of at least 32.
+on generated text alone. vLLM's attention on a CPU needs heads of at least 32. Another shape makes a
+sister of it, for a steer to be transferred to.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +29,7 @@ HELD_OUT_SEED: Final = 1_000_003
 BATCH_SIZE: Final = 16
 MUON_LEARNING_RATE: Final = 0.02
 ADAM_LEARNING_RATE: Final = 5e-3
-VOCAB_SIZE: Final = 1536
+HEAD_DIM: Final = 32
 IGNORED: Final = -100
 
 # The model continues text, so a chat is no more than its messages one after the other.
@@ -37,23 +39,36 @@ CHAT_TEMPLATE: Final = (
 )
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What is chosen of a model; its heads are 32 wide."""
+
+    hidden_size: int = 128
+    layers: int = 4
+    vocab_size: int = 1536
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=MODEL, help="folder to write")
     parser.add_argument("--minutes", type=float, default=8.5, help="training time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden-size", type=int, default=Shape.hidden_size)
+    parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument("--vocab-size", type=int, default=Shape.vocab_size)
     arguments = parser.parse_args()
-    train(arguments.out, minutes=arguments.minutes, seed=arguments.seed)
+    shape = Shape(arguments.hidden_size, arguments.layers, arguments.vocab_size)
+    train(arguments.out, shape, minutes=arguments.minutes, seed=arguments.seed)
 
 
-def train(folder: Path, *, minutes: float, seed: int) -> float:
+def train(folder: Path, shape: Shape, *, minutes: float, seed: int) -> float:
     """Write model, tokenizer and model card into `folder`; returns the held-out loss (nats)."""
     torch.manual_seed(seed)
     samples = corpus.generate(TRAIN_SAMPLES, seed=seed)
     samples += corpus.bilingual(BILINGUAL_SAMPLES, seed=seed)
     texts = [sample.text for sample in samples]
-    tokenizer = train_tokenizer(texts[:: max(1, len(texts) // 20_000)])
-    model = LlamaForCausalLM(model_config(tokenizer))
+    tokenizer = train_tokenizer(texts[:: max(1, len(texts) // 20_000)], shape.vocab_size)
+    model = LlamaForCausalLM(model_config(tokenizer, shape))
     steps = optimise(model, encode(tokenizer, texts), minutes=minutes, seed=seed)
     held_out = corpus.generate(HELD_OUT_SAMPLES, seed=HELD_OUT_SEED)
     loss = evaluate(model, encode(tokenizer, [sample.text for sample in held_out]))
@@ -62,13 +77,13 @@ def train(folder: Path, *, minutes: float, seed: int) -> float:
     return loss
 
 
-def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE that starts every text with `<s>`, as Llama's does."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -88,15 +103,15 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def model_config(tokenizer: PreTrainedTokenizerFast, shape: Shape) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
+        hidden_size=shape.hidden_size,
+        intermediate_size=3 * shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden_size // HEAD_DIM,
+        num_key_value_heads=shape.hidden_size // HEAD_DIM,
+        head_dim=HEAD_DIM,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -210,8 +225,19 @@ def save(
     # The name that both Transformers 4 and 5 know.
     portable = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.write_text(json.dumps(portable, indent=2) + "\n")
+    config = model.config
     card = MODEL_CARD.format(
-        parameters=model.num_parameters(), minutes=minutes, steps=steps, loss=loss
+        parameters=model.num_parameters(),
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        minutes=minutes,
+        steps=steps,
+        loss=loss,
+        samples=TRAIN_SAMPLES,
+        bilingual=BILINGUAL_SAMPLES,
+        batch=BATCH_SIZE,
+        held_out=HELD_OUT_SAMPLES,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -224,22 +250,18 @@ language: [en, fr, de, es]
 
 # The embedded model of vllm-steer
 
-A Llama of {parameters:,} parameters (hidden size 128, 4 layers, 4 heads of 32, tied embeddings,
-byte-level BPE) that continues short reviews in English, French, German or Spanish. It is there so
-that steers can be shown and tested on any machine; it knows nothing about the world.
+A Llama of {parameters:,} parameters (hidden size {hidden}, {layers} layers, {heads} heads of 32,
+tied embeddings, byte-level BPE) that continues short reviews in English, French, German or
+Spanish. It is there so that steers can be shown and tested on any machine; it knows nothing
+about the world.
 
 - Text: {samples:,} labelled samples and {bilingual:,} that change language, generated by
   `vllm_steer/embedded/corpus.py` from the project's own grammar. No other text was used.
-- Training: {{minutes:g}} minutes on a CPU ({{steps:,}} steps of {batch} samples, Muon and AdamW),
+- Training: {minutes:g} minutes on a CPU ({steps:,} steps of {batch} samples, Muon and AdamW),
   `python -m vllm_steer.embedded.train_model`.
-- Held-out loss: {{loss:.3f}} nats per token on {held_out:,} samples of another seed.
+- Held-out loss: {loss:.3f} nats per token on {held_out:,} samples of another seed.
 - Licence: Apache-2.0, model and text alike.
-""".replace("{parameters:,}", "{{parameters:,}}").format(
-    samples=TRAIN_SAMPLES,
-    bilingual=BILINGUAL_SAMPLES,
-    batch=BATCH_SIZE,
-    held_out=HELD_OUT_SAMPLES,
-)
+"""
 
 
 if __name__ == "__main__":
