@@ -7,6 +7,8 @@ from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "vllm_steer/__init__.py").read_text())[1]
+# Fitting probes, judging texts and plotting: nothing that serves needs them.
+EVAL = ["scikit-learn", "scipy", "matplotlib", "langdetect"]
 
 setup(
     name="vllm-steer",
@@ -33,13 +35,15 @@ setup(
     ],
     extras_require={
         "demo": ["openai", "httpx"],
+        "eval": EVAL,
         "test": [
+            *EVAL,
             "openai",
             "httpx",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
-            "matplotlib",
             "peft",
             "ruff",
             "mypy",

@@ -13,8 +13,7 @@ from rich.table import Table
 from vllm_steer.errors import SteerError
 from vllm_steer.files import Loaded, read_file, save_steer
 from vllm_steer.files.facts import Facts
-from vllm_steer.files.source import cause
-from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
 from vllm_steer.steers.layers import format_layers
 
 
@@ -56,7 +55,7 @@ def convert(
         raise SteerError(f"{output}: exists already; choose another name, or give --force")
     loaded = read_file(source, _facts(context.params))
     summary = _summary(loaded)
-    _write(loaded.steer, output)
+    save_steer(loaded.steer, output)
     if as_json:
         print(json.dumps({**summary, "output": str(output)}, indent=2))
     else:
@@ -70,19 +69,6 @@ def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if name in Facts.model_fields and value is not None and value is not False
     }
-
-
-def _write(steer: Steer, output: Path) -> None:
-    """Write beside the output first: it may be the input, whose bytes the tensors still are."""
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    try:
-        save_steer(steer, unfinished)
-        os.replace(unfinished, output)
-    except Exception as error:  # the disk's errors and safetensors' own
-        raise SteerError(f"{output}: cannot be written ({cause(error)})") from error
-    finally:
-        if os.path.exists(unfinished):  # unlike Path.exists no error for a name that is too long
-            unfinished.unlink()
 
 
 def _summary(loaded: Loaded) -> dict[str, Any]:

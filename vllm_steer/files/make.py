@@ -37,7 +37,7 @@ def refuse_foreign_facts(kind: str, facts: Facts) -> None:
         raise SteerError(f"{', '.join(foreign)} means nothing for a steer of kind {kind}; drop it")
 
 
-def make_lm_steer(tensors: Mapping[str, torch.Tensor], facts: Facts) -> LMSteer:
+def make_lm_steer(tensors: Mapping[str, Any], facts: Facts) -> LMSteer:
     """An ``LMSteer`` from a file's tensors and the facts known about it.
 
     Raises ``SteerError`` for facts that are missing and for all that ``LMSteer`` itself refuses.

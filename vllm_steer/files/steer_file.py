@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +13,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import Facts, read_facts
 from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_scores
 from vllm_steer.files.safetensors_file import read_tensors
+from vllm_steer.files.whole import write_whole
 from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer
 from vllm_steer.steers.layers import format_layers
 
@@ -43,7 +46,11 @@ _FACTS = (
 
 
 def save_steer(steer: Steer, path: str | Path) -> None:
-    """Write a steer as one safetensors file that ``load_steer`` reads back unchanged."""
+    """Write a steer as one safetensors file that ``load_steer`` reads back unchanged.
+
+    A file that is there already is replaced at once and whole, or stays as it is. Raises
+    ``SteerError`` if it cannot be written.
+    """
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -55,16 +62,23 @@ def save_steer(steer: Steer, path: str | Path) -> None:
     }
     if steer.default_strength is not None:
         metadata["default_strength"] = repr(float(steer.default_strength))
+    if steer.recipe is not None:
+        metadata["recipe"] = json.dumps(steer.recipe)
     # Each tensor in memory of its own: safetensors refuses to write shared memory.
     tensors = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in steer.tensors.items()
     }
-    save_file(tensors, str(path), metadata=metadata)
+    write_whole(path, lambda unfinished: save_file(tensors, str(unfinished), metadata=metadata))
 
 
 def read_steer_file(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
     """Read a file that ``save_steer`` wrote, or one of the same layout."""
+    steer = _read(path, metadata, facts)
+    return replace(steer, recipe=_read_recipe(metadata.get("recipe")))
+
+
+def _read(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
     _check_format(metadata)
     tensors = read_tensors(path)
     kind = metadata["kind"]
@@ -84,6 +98,18 @@ def read_steer_file(path: Path, metadata: Mapping[str, str], facts: Facts) -> St
         return make_delta(tensors["delta"], found.layers, known)
     scores = read_scores(metadata.get("layer_scores"))
     return make_vector(tensors["vectors"], found.layers, known, layer_scores=scores)
+
+
+def _read_recipe(text: str | None) -> Mapping[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SteerError(f"metadata: recipe is no JSON ({error})") from None
+    if not isinstance(recipe, dict):
+        raise SteerError(f"metadata: recipe is {text!r:.100}; a JSON object is wanted")
+    return recipe
 
 
 def _metadata_of(steer: Steer) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Step deltas: a mean activation difference per generation step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -27,6 +28,7 @@ class DeltaSteer:
     Shapes: ``delta`` ``[steps, len(layers), hidden_size]`` where ``hidden_size`` is the width of
     the site: at ``heads``, the input of the attention's output projection, all heads side by side.
     The authors' code takes the attention block's input on GPT-2 and GPT-NeoX: site ``attn_in``.
+    ``recipe`` says how the steer was made, in plain JSON values.
 
     Raises ``SteerError`` for sizes that disagree, values that are not finite, an unknown site or
     schedule.
@@ -42,6 +44,7 @@ class DeltaSteer:
     default_strength: float | None = None
     base_model: str = ""
     description: str = ""
+    recipe: Mapping[str, Any] | None = field(default=None, repr=False)
 
     kind = "delta"
 

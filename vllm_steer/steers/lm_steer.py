@@ -1,7 +1,8 @@
 """LM-Steer: a linear change in front of the LM head."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -32,7 +33,8 @@ class LMSteer:
     at ``v = 0`` nothing is applied, the fixed columns included.
 
     Shapes: ``projector1``, ``projector2`` ``[columns, hidden_size, rank]``; ``add``
-    ``[columns, hidden_size]``; ``offset`` ``[columns, vocab]``. Any floating dtype.
+    ``[columns, hidden_size]``; ``offset`` ``[columns, vocab]``. Any floating dtype. ``recipe`` says
+    how the steer was made, in plain JSON values.
 
     Raises ``SteerError`` for missing or superfluous tensors, sizes that disagree, values that are
     not finite, an epsilon that is not positive, or columns that are all fixed.
@@ -52,6 +54,7 @@ class LMSteer:
     default_strength: float | None = None
     base_model: str = ""
     description: str = ""
+    recipe: Mapping[str, Any] | None = field(default=None, repr=False)
 
     kind = "lm_steer"
     site = "head"

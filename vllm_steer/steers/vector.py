@@ -1,7 +1,8 @@
 """Steering vectors and concept vectors: one direction per layer, added or rotated to."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -28,7 +29,8 @@ class VectorSteer:
     of the attention block before it enters the residual stream.
 
     Shapes: ``vectors`` ``[len(layers), hidden_size]``, ``layers`` 0-based and ascending,
-    ``layer_scores`` one number per layer or None.
+    ``layer_scores`` one number per layer or None. ``recipe`` says how the steer was made, in plain
+    JSON values.
 
     Raises ``SteerError`` for sizes that disagree, values that are not finite, an unknown site or
     mode, or a zero vector to rotate to.
@@ -46,6 +48,7 @@ class VectorSteer:
     default_strength: float | None = None
     base_model: str = ""
     description: str = ""
+    recipe: Mapping[str, Any] | None = field(default=None, repr=False)
 
     kind = "vector"
     schedule = None

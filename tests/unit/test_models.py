@@ -1,0 +1,51 @@
+"""Loading Hugging Face models for fitting and judging."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_steer import SteerError, embedded
+from vllm_steer.models import load_language_model, model_path
+
+
+def test_the_embedded_model_is_found_by_its_name() -> None:
+    assert model_path("embedded") == str(embedded.MODEL)
+    assert model_path("gpt2") == "gpt2"
+
+
+def test_a_loaded_model_is_frozen_and_in_evaluation_mode() -> None:
+    loaded = load_language_model("embedded")
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.name == "embedded"
+    assert loaded.tokenizer.decode(loaded.tokenizer("hotel")["input_ids"]) == "<s>hotel"
+
+
+def test_the_dtype_is_the_one_asked_for() -> None:
+    assert load_language_model("embedded", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "no-weights"])
+def test_a_model_that_cannot_be_loaded_is_one_line(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / what
+    if what != "missing":
+        folder.mkdir()
+    if what == "no-weights":
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((embedded.MODEL / name).read_bytes())
+    with pytest.raises(SteerError, match=rf"^model .*{what}: ") as error:
+        load_language_model(str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
+    with pytest.raises(SteerError, match=rf"^device {device}: cannot be used") as error:
+        load_language_model("embedded", device=device)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_dtype_is_one_line() -> None:
+    with pytest.raises(SteerError, match="float33"):
+        load_language_model("embedded", dtype="float33")

@@ -1,0 +1,312 @@
+"""Texts from files: every format's rows with their places, and what is said of bad ones."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_steer import SteerError
+from vllm_steer.texts import (
+    LABEL_MAPS,
+    label_map,
+    read_labelled,
+    read_rows,
+    read_texts,
+    read_two_sides,
+    take,
+    text_of,
+)
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Any:
+    def write(name: str, content: str | bytes) -> Path:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    return write
+
+
+def lines(path: Path) -> list[tuple[str, Any]]:
+    return [
+        (row.place.partition(":")[2], row.problem or dict(row.values)) for row in read_rows(path)
+    ]
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "Zoë"}\n\n{"text": "b"}\n'),
+        ("a.json", '[{"text": "Zoë"},\n\n{"text": "b"}]\n'),
+        ("a.csv", "text\nZoë\nb\n"),
+        ("a.tsv", "text\tn\nZoë\t1\nb\t2\n"),
+        ("a.txt", "Zoë\n \nb"),
+        ("a.TXT", "Zoë\nb"),
+    ],
+)
+@pytest.mark.parametrize("prefix", [b"", BOM], ids=["plain", "bom"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+def test_every_format_with_a_bom_and_with_crlf(
+    name: str, content: str, prefix: bytes, newline: str, put: Any
+) -> None:
+    path = put(name, prefix + content.replace("\n", newline).encode())
+    assert list(read_texts(path)) == ["Zoë", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("a.jsonl", '\n{"n": 1}\n\n{"n": 2}', ["2", "4"]),
+        ("a.json", '\n[\n{"n":\n1}\n,\n{"n": 2}]', ["3", "6"]),
+        ("a.csv", '\nn,m\n"a\nb\n",1\n\n"c ""d"" , e",2\n', ["3", "7"]),
+        ("a.csv", 'n,m\r\n"a\r\nb",1\r\nc,2\r\n', ["2", "4"]),
+        ("a.txt", "\n\na\n\nb\n", ["3", "5"]),
+    ],
+)
+def test_a_row_is_named_by_the_line_that_it_begins_in(
+    name: str, content: str, wanted: list[str], put: Any
+) -> None:
+    assert [line for line, _ in lines(put(name, content))] == wanted
+
+
+def test_quotes_newlines_and_delimiters_stay_in_a_csv_value(put: Any) -> None:
+    path = put("a.csv", 'text,label\n"a\nb, ""c""",1\n')
+    assert read_labelled(path) == [('a\nb, "c"', 1.0)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_json_items_over_chunk_boundaries(
+    size: int, put: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_steer.texts.rows._CHUNK", size)
+    items = [
+        {"text": 'a ] } , [ { " \\ é \U0001f600', "more": {"deep": [[1, [2.5e3]], {"x": None}]}},
+        {"text": "", "n": -120.5},
+        {},
+    ] * 3
+    for indent in (None, 2):
+        path = put("a.json", json.dumps(items, indent=indent, ensure_ascii=indent is None))
+        assert [dict(row.values) for row in read_rows(path)] == items
+    numbers = put("b.json", "[ 12345 ,678 , true\t]\n ")
+    said = [row.problem for row in read_rows(numbers)]
+    assert said == [f"the row is {v}; an object is wanted" for v in ("12345", "678", "True")]
+    assert list(read_rows(put("c.json", " [ \n] \n"))) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", ":1: a JSON file holds one list of objects"),
+        ('\n{"text": "a"}', ":2: a JSON file holds one list of objects"),
+        ('[{"text": "a"}', ":1: no JSON .the list does not end"),
+        ('[{"text": "a"},\n{"text": }]', ":2: no JSON .Expecting value.$"),
+        ('[{"text": "a"}\n{"text": "b"}]', ":2: no JSON .'{' where a comma or ] is wanted"),
+        ('[{"text": "a"},,{}]', ":1: no JSON .Expecting value"),
+        ('[,{"text": "a"}]', ":1: no JSON"),
+        ('[{"text": "a"},]', ":1: no JSON"),
+        ("[123", ":1: no JSON .the list does not end"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', ":2: something follows the end of the list"),
+        ("[" * 100_000, ":1: no JSON .nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 1 << 16])
+def test_a_json_file_that_cannot_be_read_on_says_its_line(
+    content: str, said: str, size: int, put: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_steer.texts.rows._CHUNK", size)
+    with pytest.raises(SteerError, match="a.json" + said):
+        list(read_rows(put("a.json", content)))
+
+
+def test_a_bad_item_does_not_take_the_rest_of_a_large_json_file_into_memory(
+    put: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_steer.texts.rows._LONGEST", 1 << 18)
+    path = put("a.json", b'[{"text": "a"},\n{"text": oops}' + b',{"text": "b"}' * 400_000)
+    tracemalloc.start()
+    with pytest.raises(SteerError, match=r"a.json:2: no JSON in 262144 letters .Expecting value"):
+        list(read_rows(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20 < path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_reading_a_large_file_holds_little_of_it(name: str, put: Any) -> None:
+    row = {"text": "x" * 100}
+    count = 10_000
+    content = {
+        "a.jsonl": "\n".join([json.dumps(row)] * count),
+        "a.json": json.dumps([row] * count),
+        "a.csv": "text,n\n" + f"{row['text']},1\n" * count,
+        "a.txt": f"{row['text']}\n" * count,
+    }[name]
+    path = put(name, content)
+    tracemalloc.start()
+    found = sum(row.problem == "" for row in read_rows(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == count
+    assert peak < 1 << 19 < path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2"),
+        ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', "a.json:2"),
+        ("a.csv", b"text,n\na,1\n\xff,1\n", "a.csv:3"),
+        ("a.csv", b"text,\xff\na,1\n", "a.csv:1"),
+        ("a.txt", b"a\n\nb\xe9\n", "a.txt:3"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": {"text": "\xff"}}\n', "a.jsonl:2"),
+        ("a.txt", "a\n".encode("utf-16"), "a.txt:1"),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_named_by_their_line(
+    name: str, content: bytes, place: str, put: Any
+) -> None:
+    with pytest.raises(SteerError, match=f"{place}: it has bytes that are not UTF-8"):
+        read_texts(put(name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"text": "a"\n', r"a.jsonl:1: no JSON \(Expecting ',' delimiter\)"),
+        ("a.jsonl", '{"text": "a"} {}\n', r"a.jsonl:1: no JSON \(Extra data\)"),
+        ("a.jsonl", '["a"]\n', r"a.jsonl:1: the row is \['a'\]; an object is wanted"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: no JSON .nested too deeply"),
+        ("a.jsonl", '{"n": ' + "9" * 5000 + "}", "a.jsonl:1: no JSON .Exceeds the limit"),
+        ("a.csv", "text,n\na\n", "a.csv:2: 1 values; the first line names 2"),
+        ("a.csv", "text,n\na,b,c\n", "a.csv:2: 3 values; the first line names 2"),
+        ("a.csv", "text,text\na,b\n", "a.csv:1: the first line must name each column once"),
+        ("a.csv", "text,\na,b\n", "a.csv:1: the first line must name each column once"),
+        ("a.csv", 'text,n\na,1\n"b,1\n', r"a.csv:3: no CSV \(unexpected end of data\)"),
+        ("a.csv", 'text,n\n"a"b,1\n', "a.csv:2: no CSV"),
+        ("a.jsonl", '{"body": "a"}\n', "a.jsonl:1: there is no 'text'; the row has 'body'"),
+        ("a.jsonl", "{}\n", "a.jsonl:1: there is no 'text'; the row has nothing"),
+        ("a.csv", "body,n\na,1\n", "a.csv:2: there is no 'text'; the row has 'body', 'n'"),
+        ("a.jsonl", '{"text": " "}\n', "a.jsonl:1: text is ' '; a text is wanted"),
+        ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: text is 3; a text is wanted"),
+        ("a.txt", "\n \n", "a.txt: there are no rows"),
+        ("a.csv", "", "a.csv: there are no rows"),
+        ("a.csv", "text,n\n", "a.csv: there are no rows"),
+        ("a.json", "[]", "a.json: there are no rows"),
+        ("a.md", "a", "a.md: the ending is .md; texts are read from .jsonl, .json, .csv, .tsv, .t"),
+        ("noending", "a", "noending: the ending is missing; texts are read from"),
+    ],
+)
+def test_what_is_said_of_bad_files_and_rows(name: str, content: str, said: str, put: Any) -> None:
+    with pytest.raises(SteerError, match=said):
+        read_texts(put(name, content))
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match=r"gone.txt: cannot be read \(No such file"):
+        read_texts(tmp_path / "gone.txt")
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(SteerError, match=r"folder.txt: cannot be read \(Is a directory"):
+        read_texts(tmp_path / "folder.txt")
+
+
+def test_bad_rows_are_named_together_after_the_good_ones(put: Any) -> None:
+    path = put("a.jsonl", "".join(f'{{"text": "{"x" if i % 2 else ""}"}}\n' for i in range(30)))
+    rows, good = take(read_rows(path), lambda row: text_of(row, "text")), []
+    with pytest.raises(SteerError) as caught:
+        good.extend(rows)
+    places = [part.split(":")[1] for part in str(caught.value).split("; ") if "a.jsonl" in part]
+    assert places == [str(line) for line in range(1, 21, 2)]
+    assert str(caught.value).endswith("; and 5 more bad rows")
+
+
+def test_a_prompt_inside_an_object(put: Any) -> None:
+    path = put("a.jsonl", '{"prompt": {"text": "So", "toxicity": 0.1}}\n')
+    assert list(read_texts(path, text_field="prompt")) == ["So"]
+
+
+def test_labels_by_a_known_map_and_by_pairs() -> None:
+    assert [label_map("sst5")(value) for value in (0, "1", 2.0, " 3 ", "4.0")] == [
+        -1,
+        -0.5,
+        0,
+        0.5,
+        1,
+    ]
+    assert label_map("toxicity")(0) == 1.0
+    mapped = label_map(" good = 1 ,bad=-1,a=b=0.5,true=1,False=-0.25,1.5=0.1")
+    assert [mapped(v) for v in ("good", "bad", "a=b", True, False, 1.5)] == [
+        1,
+        -1,
+        0.5,
+        1,
+        -0.25,
+        0.1,
+    ]
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1", "1.0", " 1 ", -1, 0.25, "-0.5", "1e-1"])
+def test_a_label_without_a_map_is_its_number(value: Any) -> None:
+    assert label_map(None)(value) == float(value)
+
+
+@pytest.mark.parametrize(
+    "value", [True, False, None, "good", "nan", float("nan"), 1.01, "inf", [1], {}, 10**400]
+)
+def test_a_label_that_is_no_number_between_the_sides(value: Any) -> None:
+    with pytest.raises(SteerError, match=r"is no number in \[-1, 1\]; give a label map such as"):
+        label_map(None)(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("sst3", "label map 'sst3': wanted one of sst2, sst5, yelp, toxicity, or pairs such as"),
+        ("", "label map '': wanted one of"),
+        ("good=1,", "label map 'good=1,': wanted one of"),
+        ("=1", "label map '=1': wanted one of"),
+        ("good=2", r"label '2' is no number in \[-1, 1\]"),
+        ("good=", r"label '' is no number in \[-1, 1\]"),
+        ("good=1,good=-1", "good is there twice; give each label once"),
+    ],
+)
+def test_a_label_map_that_is_none(given: str, said: str) -> None:
+    with pytest.raises(SteerError, match=said):
+        label_map(given)
+
+
+def test_a_label_that_the_map_does_not_have() -> None:
+    for value in ("good", True, None, 2, 1.01):
+        with pytest.raises(SteerError, match="is not in the label map; it has 0=-1, 1=1"):
+            label_map("sst2")(value)
+
+
+def test_every_known_map_has_strengths_between_the_sides() -> None:
+    assert all(-1 <= value <= 1 for table in LABEL_MAPS.values() for value in table.values())
+
+
+def test_labelled_texts_of_one_file_and_of_two(put: Any) -> None:
+    one = put("a.csv", "review,stars\nfine,1.0\npoor,0\n")
+    named = read_labelled(one, text_field="review", label_field="stars", labels="sst2")
+    two = read_two_sides(put("p.txt", "fine\n"), put("n.jsonl", '{"text": "poor"}\n'))
+    assert named == two == [("fine", 1.0), ("poor", -1.0)]
+
+
+@pytest.mark.parametrize(
+    ("content", "labels", "said"),
+    [
+        ("text,label\na,0\nb,1\n", None, "the labels are 0 and 1, and 0 would be the middle"),
+        ("text,label\na,x\n", None, r"a.csv:2: label 'x' is no number in \[-1, 1\]"),
+        ("text,label\na,1\nb,2\n", "sst2", "^a.csv:3: label '2' is not in the label map"),
+        ("text,n\na,1\n", None, "a.csv:2: there is no 'label'; every row needs a label"),
+        ("text,label\n", None, "a.csv: there are no rows"),
+    ],
+)
+def test_what_is_said_of_bad_labels(content: str, labels: str | None, said: str, put: Any) -> None:
+    with pytest.raises(SteerError, match=said):
+        read_labelled(put("a.csv", content), labels=labels)

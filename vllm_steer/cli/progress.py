@@ -1,0 +1,40 @@
+"""Progress of long work, on the standard error stream: figures go to standard output alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class Advance(Protocol):
+    """``advance(done)`` moves the bar; ``said`` replaces its text, ``total`` its length."""
+
+    def __call__(self, done: int, *, total: int | None = None, said: str | None = None) -> None: ...
+
+
+@contextmanager
+def progress(said: str, total: int | None = None) -> Iterator[Advance]:
+    """A bar while the block runs; where standard error is no terminal, nothing is drawn."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
+        task = bars.add_task(said, total=total)
+
+        def advance(done: int, *, total: int | None = None, said: str | None = None) -> None:
+            bars.update(task, completed=done, total=total, description=said)
+
+        yield advance

@@ -1,0 +1,35 @@
+"""Files that are there whole or not at all: what was there before stays until then."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside ``path``, then put it in the place of ``path`` at once.
+
+    Whatever ends the process, ``path`` is what it was before or what it is after, never a part.
+    ``path`` may be what ``write`` reads from. Raises ``SteerError`` if it cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        write(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except SteerError:
+        raise
+    except Exception as error:  # the disk's errors and those of the format's own writer
+        raise SteerError(f"{path}: cannot be written ({cause(error)})") from error
+    finally:
+        if os.path.exists(unfinished):  # unlike Path.exists no error for a name that is too long
+            unfinished.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """``write_whole`` of a text in UTF-8."""
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

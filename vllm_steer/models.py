@@ -1,0 +1,68 @@
+"""Hugging Face causal language models for fitting, inspecting and evaluating."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_steer import embedded
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+
+EMBEDDED = "embedded"
+"""The name of the model that comes with the package."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen causal model with its tokenizer, and the name it was asked for by."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def model_path(name: str) -> str:
+    """Where a model is: the embedded model's folder, else the name (a folder or a hub id)."""
+    return str(embedded.MODEL) if name == EMBEDDED else name
+
+
+def load_language_model(
+    name: str, *, dtype: str = "auto", device: str | None = None
+) -> LanguageModel:
+    """Load a model for reading: evaluation mode, no gradient for any of its parameters.
+
+    ``name`` is a folder, a hub id or ``embedded``; ``dtype`` a torch dtype's name, or ``auto`` for
+    the checkpoint's own; ``device`` None takes a GPU where there is one. Code that a model brings
+    along is never run. Raises ``SteerError`` if there is no such model, dtype or device.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place = _device(device)
+    tokenizer = load_tokenizer(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype)
+    except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:
+        raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
+    model = model.to(place).eval().requires_grad_(False)
+    return LanguageModel(name, model, tokenizer)
+
+
+def _device(given: str | None) -> torch.device:
+    place = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=place).device
+    except (RuntimeError, AssertionError) as error:  # torch says both of a device that is not there
+        raise SteerError(f"device {place}: cannot be used ({cause(error)})") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer; ``SteerError`` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path(name))
+    except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:
+        raise SteerError(f"model {name}: no tokenizer can be loaded ({cause(error)})") from error

@@ -1,0 +1,69 @@
+"""Labelled texts from files: one file with a label in each row, or one file for each side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vllm_steer.errors import SteerError
+from vllm_steer.texts.labels import label_map
+from vllm_steer.texts.rows import Row, read_rows, take, text_of
+
+
+class LabelledText(NamedTuple):
+    """A text and its label in [-1, 1]."""
+
+    text: str
+    label: float
+
+
+def read_labelled(
+    path: str | Path,
+    *,
+    text_field: str = "text",
+    label_field: str = "label",
+    labels: str | None = None,
+) -> list[LabelledText]:
+    """The labelled texts of one file; ``labels`` is a label map, see ``label_map``.
+
+    Raises ``SteerError`` naming each bad row, for a file without rows, and for labels that are all
+    0 or 1 where no map is given: 0 is no side but the middle, and what is meant is not known.
+    """
+    number = label_map(labels)
+
+    def read(row: Row) -> LabelledText:
+        text = text_of(row, text_field)
+        if label_field not in row.values:
+            raise SteerError(f"{row.place}: there is no {label_field!r}; every row needs a label")
+        try:
+            return LabelledText(text, number(row.values[label_field]))
+        except SteerError as error:
+            raise SteerError(f"{row.place}: {error}") from None
+
+    found = list(take(read_rows(path), read))
+    if not found:
+        raise SteerError(f"{path}: there are no rows")
+    if labels is None and {label for _, label in found} == {0.0, 1.0}:
+        raise SteerError(
+            f"{path}: the labels are 0 and 1, and 0 would be the middle between the sides; give "
+            "the label map 0=-1,1=1 if 0 is the opposite of 1"
+        )
+    return found
+
+
+def read_two_sides(
+    positive: str | Path, negative: str | Path, *, text_field: str = "text"
+) -> list[LabelledText]:
+    """The texts of two files: those of the first labelled 1, those of the second -1."""
+    return [
+        LabelledText(text, label)
+        for path, label in ((positive, 1.0), (negative, -1.0))
+        for text in read_texts(path, text_field=text_field)
+    ]
+
+
+def read_texts(path: str | Path, *, text_field: str = "text") -> Sequence[str]:
+    """The texts of one file; ``SteerError`` for bad rows and for a file without any."""
+    found = list(take(read_rows(path), lambda row: text_of(row, text_field)))
+    if not found:
+        raise SteerError(f"{path}: there are no rows")
+    return found
