@@ -52,8 +52,8 @@ class Comparison:
             "unsteered_ms": round(statistics.median(leg.step_ms for leg in self.plain), 4),
             "steered_ms": round(statistics.median(leg.step_ms for leg in self.other), 4),
             "ratio_median": round(statistics.median(ratios), 4),
-            "ratio_p20": round(_quantile(ratios, 0.2), 4),
-            "ratio_p80": round(_quantile(ratios, 0.8), 4),
+            "ratio_p20": round(quantile(ratios, 0.2), 4),
+            "ratio_p80": round(quantile(ratios, 0.8), 4),
             "rounds": len(ratios),
         }
 
@@ -120,7 +120,7 @@ def _params(max_tokens: int, steer: str | None, *, logprobs: bool) -> Any:
     )
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
+def quantile(ordered: Sequence[float], share: float) -> float:
     """Linear interpolation between the two nearest values."""
     place = share * (len(ordered) - 1)
     low = int(place)

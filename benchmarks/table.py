@@ -96,6 +96,18 @@ COLUMNS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("of the floor", percent("share_of_floor")),
         ("TB/s", number("tb_per_s", 3)),
     ),
+    "fit_speed": (
+        ("model", word("model")),
+        ("loop", word("loop")),
+        ("texts", word("texts")),
+        ("batch", word("batch_size")),
+        ("steps", word("steps")),
+        ("seconds", number("seconds", 1)),
+        ("steps/s", number("steps_per_s", 2)),
+        ("over head", number("speedup", 2)),
+        ("p20 to p80", spread("speedup_p20", "speedup_p80", 2)),
+        ("memory, MiB", number("memory_mib", 0)),
+    ),
     "kernel_resources": (
         ("operation", word("operation")),
         ("width", word("width")),

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from decode import _quantile
+from decode import quantile
 
 Call = Callable[[], Any]
 
@@ -94,7 +94,7 @@ def cache_bytes(device: torch.device) -> int:
 def summarise(samples: Sequence[float]) -> Times:
     """Seconds per call, in any order, as ``Times``."""
     ordered = sorted(samples)
-    middle, low, high = statistics.median(ordered), *(_quantile(ordered, p) for p in (0.2, 0.8))
+    middle, low, high = statistics.median(ordered), *(quantile(ordered, p) for p in (0.2, 0.8))
     return Times(*(1e6 * seconds for seconds in (middle, low, high, ordered[0])))
 
 

@@ -204,7 +204,7 @@ def test_a_fitted_vector_moves_one_mean_onto_the_other(model: Any, tokenizer: An
     ("arguments", "message"),
     [
         ({"layers": [3]}, "layer 3 does not exist: this model has layers 0 to 2"),
-        ({"direction": "pca"}, "direction is 'pca'; allowed: mean, unit"),
+        ({"direction": "lda"}, "direction is 'lda'; allowed: mean, unit, pca"),
         ({"mode": "turn"}, "mode is 'turn'; allowed: add, rotate"),
         ({"positive_texts": []}, "0 positive and 2 negative texts; both sides need at least one"),
         ({"negative_texts": ["fine", ""]}, "text '' has no token but special ones"),

@@ -19,6 +19,7 @@ from vllm_steer import LMSteer, Steer, save_steer
 from vllm_steer.embedded import MODEL, STEERS, corpus, fit_guidance
 from vllm_steer.embedded.corpus import Sample
 from vllm_steer.fit import fit_lm_steer
+from vllm_steer.fit.lm_steer_settings import Watch
 
 # A seed of its own: the steers never see the model's training samples.
 SEED: Final = 2_000_003
@@ -113,13 +114,15 @@ def _fit_lm_steer(
         epsilon=EPSILON,
         steps=STEPS,
         max_length=MAX_LENGTH,
-        on_step=on_step,
+        watch=Watch(on_step=on_step),
     )
+    made = {**(steer.recipe or {}), "model": "embedded", "data": f"{SAMPLES} samples, seed {SEED}"}
     return dataclasses.replace(
         steer,
         epsilon=EPSILON * recipe.unit,
         base_model="vllm-steer/embedded",
         description=recipe.description,
+        recipe=made,
     )
 
 

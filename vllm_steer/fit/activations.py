@@ -1,6 +1,7 @@
 """What a Hugging Face model holds at a site while it reads texts."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,34 +11,47 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.hf import sites
 
+Pick = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as token ids, and the ascending positions of those that are to be read."""
+
+    ids: Sequence[int]
+    kept: Sequence[int]
+
 
 @dataclass(frozen=True)
 class Recording:
     """What the last forward pass had at one site, layer by layer."""
 
-    at: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [batch, tokens, width]
+    pick: Pick
+    at: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [..., width]
 
     def stacked(self) -> torch.Tensor:
-        """``[batch, tokens, layers, width]``, float32 or float64, on the CPU."""
-        return torch.stack([sites.widened(self.at[layer]).cpu() for layer in sorted(self.at)], 2)
+        """``[..., layers, width]``, float32 or float64, on the CPU."""
+        return torch.stack([sites.widened(self.at[layer]).cpu() for layer in sorted(self.at)], -2)
 
     def keep(self, layer: int) -> sites.Act:
-        """An act that changes nothing and keeps what it sees of a layer."""
+        """An act that changes nothing and keeps what is picked of a layer."""
 
         def act(x: torch.Tensor) -> torch.Tensor:
-            self.at[layer] = x.detach()
+            # A copy: a view would keep every token of every layer in memory.
+            self.at[layer] = self.pick(x.detach()).clone()
             return x
 
         return act
 
 
 @contextmanager
-def recorded(model: Any, site: str, layers: Sequence[int]) -> Iterator[Recording]:
+def recorded(model: Any, site: str, layers: Sequence[int], pick: Pick) -> Iterator[Recording]:
     """Within the block, each forward pass of ``model`` leaves its activations in the recording.
 
-    Raises ``SteerError`` for a model, a layer or a site that is not there.
+    ``pick`` takes from ``[batch, tokens, width]`` what is kept of it. Raises ``SteerError`` for a
+    model, a layer or a site that is not there.
     """
-    names, blocks, recording = sites.family(model), sites.layers_of(model), Recording()
+    names, blocks, recording = sites.family(model), sites.layers_of(model), Recording(pick)
     sites.check_layers_exist(tuple(layers), len(blocks))
     with ExitStack() as hooks:
         for layer in layers:
@@ -51,11 +65,42 @@ def all_layers(model: Any) -> tuple[int, ...]:
     return tuple(range(model.config.num_hidden_layers))
 
 
+def context_length(model: Any, wanted: int) -> int:
+    """``wanted`` tokens, or as many as the model can read where it says that these are fewer."""
+    return min(wanted, getattr(model.config, "max_position_embeddings", None) or wanted)
+
+
 @torch.no_grad()
+def read_tokens(
+    model: Any, texts: Iterable[Encoded], *, site: str, layers: Sequence[int], batch_size: int
+) -> Iterator[torch.Tensor]:
+    """For each text in turn ``[kept, layers, width]``, float32 (float64 of a float64 model).
+
+    Texts are taken ``batch_size`` at a time and padded on the right, where causal attention never
+    sees the padding. Layers ascend. Raises ``SteerError`` as ``recorded`` does.
+    """
+    remaining = iter(texts)
+    while batch := list(itertools.islice(remaining, batch_size)):
+        rows = [torch.tensor(text.ids) for text in batch]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        wanted = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, text in enumerate(batch):
+            wanted[row, list(text.kept)] = True
+        pick = _of_each(wanted.to(model.device))
+        with recorded(model, site, layers, pick) as recording:
+            model.base_model(input_ids=tokens, use_cache=False)
+        yield from torch.split(recording.stacked(), [len(text.kept) for text in batch])
+
+
+def _of_each(wanted: torch.Tensor) -> Pick:
+    # On the layer's own device: a model may lie on several.
+    return lambda x: x[wanted.to(x.device)]
+
+
 def activations(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     site: str,
     layers: Sequence[int],
@@ -72,19 +117,15 @@ def activations(
 
     Raises ``SteerError`` for a text without such tokens, and as ``recorded`` does.
     """
-    with recorded(model, site, layers) as recording:
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            rows = [_encode(tokenizer, text, max_length) for text in batch]
-            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            model.base_model(input_ids=tokens.to(model.device), use_cache=False)
-            special = torch.tensor(tokenizer.all_special_ids)
-            for row, found in zip(rows, recording.stacked(), strict=True):
-                yield found[: len(row)][~torch.isin(row, special)]
+    encoded = (encode(tokenizer, text, max_length) for text in texts)
+    yield from read_tokens(model, encoded, site=site, layers=layers, batch_size=batch_size)
 
 
-def _encode(tokenizer: Any, text: str, max_length: int) -> torch.Tensor:
+def encode(tokenizer: Any, text: str, max_length: int) -> Encoded:
+    """A text's ids and the positions of all but its special tokens; ``SteerError`` for none."""
     ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-    if not set(ids) - set(tokenizer.all_special_ids):
+    special = set(tokenizer.all_special_ids)
+    kept = [position for position, token in enumerate(ids) if token not in special]
+    if not kept:
         raise SteerError(f"text {text[:100]!r} has no token but special ones")
-    return torch.tensor(ids)
+    return Encoded(ids, kept)

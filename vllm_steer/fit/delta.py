@@ -11,13 +11,14 @@ Composition", BlackboxNLP 2024 (arXiv 2406.17563), section 3.1.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.fit.activations import all_layers, recorded
+from vllm_steer.fit.activations import all_layers, context_length, recorded
 from vllm_steer.steers import DeltaSteer
 from vllm_steer.steers.checks import check_choice
 from vllm_steer.steers.delta import DELTA_SITES, DeltaSite
@@ -33,6 +34,7 @@ def fit_delta(
     site: DeltaSite = "heads",
     layers: Sequence[int] | None = None,
     batch_size: int = 16,
+    max_length: int | None = None,
     on_prompt: Callable[[int], None] | None = None,
 ) -> DeltaSteer:
     """The deltas ``[steps, layers, width]``, float32.
@@ -42,16 +44,21 @@ def fit_delta(
     float64; greedy generation makes the same prompts give the same deltas. ``on_prompt`` is called
     with the number of prompts answered so far.
 
-    Raises ``SteerError`` for a side without prompts, a step that no prompt of a side reached, and
-    an unknown site or layer.
+    Raises ``SteerError`` for a side without prompts, a step that no prompt of a side reached, no
+    steps, an unknown site or layer, and a prompt of more than ``max_length`` tokens, which by
+    default are as many as leave room for the answer.
     """
     check_choice("site", site, DELTA_SITES)
+    if steps < 1:
+        raise SteerError(f"steps is {steps}; a delta has at least one")
     chosen = tuple(sorted(all_layers(model) if layers is None else layers))
     done = itertools.count(1)
+    room = context_length(model, sys.maxsize) - steps + 1  # the last token is not read again
+    longest = room if max_length is None else min(room, max_length)
 
     def mean(side: str, prompts: Sequence[str]) -> torch.Tensor:
         totals, counts = [], []
-        for batch in _batches(tokenizer, prompts, batch_size):
+        for batch in _batches(tokenizer, prompts, batch_size, longest):
             found, reached = generate_steps(model, batch, steps=steps, site=site, layers=chosen)
             totals.append((found.double() * reached[:, :, None, None]).sum(0))
             counts.append(reached.sum(0))
@@ -83,24 +90,36 @@ def generate_steps(
     alive = torch.ones(len(tokens), dtype=torch.bool, device=model.device)
     found, reached, cache = [], [], None
     tokens = tokens.to(model.device)
-    with recorded(model, site, layers) as recording:
+    with recorded(model, site, layers, lambda x: x[:, -1]) as recording:
         for _ in range(steps):
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            found.append(recording.stacked()[:, -1])
+            found.append(recording.stacked())
             reached.append(alive.cpu())
             tokens = output.logits[:, -1:].argmax(-1)
             alive = alive & ~torch.isin(tokens[:, 0], ends)
     return torch.stack(found, 1), torch.stack(reached, 1)
 
 
-def _batches(tokenizer: Any, prompts: Sequence[str], batch_size: int) -> Iterator[torch.Tensor]:
+def _batches(
+    tokenizer: Any, prompts: Sequence[str], batch_size: int, longest: int
+) -> Iterator[torch.Tensor]:
     """Prompts of equal length together, so that none is padded."""
-    encoded = sorted((tokenizer(prompt)["input_ids"] for prompt in prompts), key=len)
+    encoded = sorted((_encode(tokenizer, prompt, longest) for prompt in prompts), key=len)
     for _, alike in itertools.groupby(encoded, key=len):
         rows = list(alike)
         for start in range(0, len(rows), batch_size):
             yield torch.tensor(rows[start : start + batch_size])
+
+
+def _encode(tokenizer: Any, prompt: str, longest: int) -> list[int]:
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    if not 0 < len(ids) <= longest:
+        raise SteerError(
+            f"prompt {prompt[:100]!r} has {len(ids)} tokens; 1 to {longest} are allowed, as many "
+            "as leave room for the steps: give shorter prompts, or fewer demonstrations or steps"
+        )
+    return ids
 
 
 def _counts(side: str, counts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,14 @@
+"""``vllm-steer fit``: a steer from a user's texts, one command per method."""
+
+import typer
+
+from vllm_steer.cli.fit.concept import concept
+from vllm_steer.cli.fit.delta import delta
+from vllm_steer.cli.fit.lm_steer import lm_steer
+from vllm_steer.cli.fit.vector import vector
+
+fit = typer.Typer(name="fit", help="Fit a steer to texts.", no_args_is_help=True)
+fit.command("lm-steer")(lm_steer)
+fit.command()(concept)
+fit.command()(delta)
+fit.command()(vector)

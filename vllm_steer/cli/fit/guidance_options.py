@@ -1,0 +1,108 @@
+"""What ``fit concept``, ``fit vector`` and ``fit delta`` have in common: options, and the end."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_steer.steers import DeltaSteer, VectorSteer
+from vllm_steer.steers.layers import format_layers, parse_layers
+
+if TYPE_CHECKING:
+    from vllm_steer.models import LanguageModel
+
+Guidance = TypeVar("Guidance", VectorSteer, DeltaSteer)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or 'embedded'.")
+]
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Steer file to write.")]
+Layers = Annotated[
+    str | None, typer.Option(help="0-based decoder blocks: '8-31', '3,7,9'.", show_default="all")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts read at a time.")]
+Dtype = Annotated[str, typer.Option(help="The model's dtype, or auto for the checkpoint's own.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where the model runs.", show_default="a GPU if there is one")
+]
+DefaultStrength = Annotated[
+    float | None, typer.Option(help="Strength of a request that gives none.")
+]
+Description = Annotated[str, typer.Option(help="Free text for the file.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+
+
+def read_layers(layers: str | None) -> tuple[int, ...] | None:
+    """The layers that an option names; None for all."""
+    return None if layers is None else parse_layers(layers)
+
+
+def open_model(name: str, dtype: str, device: str | None) -> "LanguageModel":
+    """The model, imported and loaded only when a command runs."""
+    from vllm_steer.models import load_language_model
+
+    return load_language_model(name, dtype=dtype, device=device)
+
+
+def settings_of(context: typer.Context, files: Sequence[str]) -> dict[str, Any]:
+    """What the user chose or left at its default: all that decides the fit, for the recipe."""
+    beside = {"model", "output", "device", "force", "as_json", "description", "default_strength"}
+    return {
+        name: value
+        for name, value in context.params.items()
+        if name not in beside and name not in files and value is not None
+    }
+
+
+def write(
+    steer: Guidance,
+    output: Path,
+    *,
+    model: str,
+    default_strength: float | None,
+    description: str,
+    recipe: Mapping[str, Any],
+) -> Guidance:
+    """Write the file, whole or not at all; the steer as it was written."""
+    from vllm_steer.files import save_steer
+    from vllm_steer.models import EMBEDDED
+
+    named = replace(
+        steer,
+        base_model="vllm-steer/embedded" if model == EMBEDDED else model,
+        default_strength=default_strength,
+        description=description,
+        recipe=recipe,
+    )
+    save_steer(named, output)
+    return named
+
+
+def report(
+    steer: VectorSteer | DeltaSteer,
+    output: Path,
+    by_layer: Mapping[str, Mapping[int, float | None]],
+    more: Mapping[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print the figures to standard output: as JSON, or the layers in a table."""
+    if as_json:
+        tables = {name: {str(layer): x for layer, x in t.items()} for name, t in by_layer.items()}
+        said = {"kind": steer.kind, "site": steer.site, "layers": format_layers(steer.layers)}
+        print(json.dumps({"output": str(output), **said, **more, **tables}, indent=2))
+        return
+    table = Table()
+    for name in ("layer", *by_layer):
+        table.add_column(name.replace("_", " "), justify="right")
+    for layer in sorted({layer for values in by_layer.values() for layer in values}):
+        cells = [values.get(layer) for values in by_layer.values()]
+        table.add_row(str(layer), *("" if cell is None else f"{cell:.4g}" for cell in cells))
+    print(f"{output}: {steer.kind} at {steer.site}, layers {format_layers(steer.layers)}")
+    Console().print(table)

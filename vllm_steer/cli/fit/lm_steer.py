@@ -1,0 +1,209 @@
+"""``vllm-steer fit lm-steer``: an LM-Steer from labelled texts, or from two sets of texts."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_steer.cli.progress import Advance, progress
+from vllm_steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from vllm_steer.steers import LMSteer
+    from vllm_steer.texts import LabelledText
+
+GIB = 1 << 30
+
+
+def lm_steer(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Steer file to write.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled texts: .jsonl, .json, .csv or .tsv.")
+    ] = None,
+    positive: Annotated[Path | None, typer.Option(help="Texts of label 1; .txt: a line.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="Texts of label -1.")] = None,
+    text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
+    label_field: Annotated[str, typer.Option(help="Name of the label in a row.")] = "label",
+    labels: Annotated[
+        str | None, typer.Option(help="sst2, sst5, yelp, toxicity, or pairs 'good=1,bad=-1'.")
+    ] = None,
+    variant: Annotated[str, typer.Option(help="multiply, add or offset.")] = "multiply",
+    rank: Annotated[int, typer.Option(help="Rank of the transform; multiply only.")] = 1000,
+    epsilon: Annotated[float, typer.Option(help="Factor of the change at strength 1.")] = 1e-3,
+    initial_scale: Annotated[
+        float, typer.Option(help="Deviation of the first projectors; multiply only.")
+    ] = 1e-2,
+    steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Texts per step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, without a schedule.")] = 1e-2,
+    regularization: Annotated[
+        float, typer.Option(help="Factor of the sum of the parameters' squares.")
+    ] = 0.0,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text that are read.")] = 256,
+    dummy: Annotated[
+        bool, typer.Option("--dummy/--no-dummy", help="A column for what all texts share.")
+    ] = True,
+    train_on_padding: Annotated[
+        bool, typer.Option("--train-on-padding", help="As the authors' script does.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the first parameters and of the order.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="The model's: auto, float32, bfloat16, float16, float64.")
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where the model is: cpu, cuda.")] = None,
+    default_strength: Annotated[
+        float | None, typer.Option(help="Strength of a request that gives none.")
+    ] = None,
+    description: Annotated[str, typer.Option(help="Free text for the file.")] = "",
+    run_folder: Annotated[
+        Path | None, typer.Option(help="Checkpoints and loss curve; OUTPUT.run by default.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an unfinished run in the run folder.")
+    ] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps from checkpoint to checkpoint.")] = (
+        100
+    ),
+    cache_gib: Annotated[
+        float, typer.Option(help="Disk for the hidden states; more are computed each time.")
+    ] = 16.0,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw loss.png in the run folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Train an LM-Steer on texts with labels in [-1, 1]; a killed run goes on where it was."""
+    from vllm_steer.steers.checks import check_default_strength
+
+    _check_output(output, force)
+    settings = _settings(context.params)
+    check_default_strength(default_strength)
+    if plot:
+        from vllm_steer.evaluation.optional import need
+
+        need("matplotlib")
+    files, found = _texts(data, positive, negative, text_field, label_field, labels)
+    folder = run_folder or output.with_name(output.name + ".run")
+    with progress("loading the model") as advance:
+        steer = _fit(context.params, settings, found, folder, advance)
+    made = {**(steer.recipe or {}), "model": model, "data": files}
+    steer = replace(
+        steer,
+        base_model=model,
+        description=description,
+        default_strength=default_strength,
+        recipe=made,
+    )
+    _finish(steer, output, folder, plot)
+    _print(steer, output, folder, as_json)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """What would only be found out after the training."""
+    if os.path.lexists(output) and not force:
+        raise SteerError(f"{output}: exists already; choose another name, or give --force")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise SteerError(f"{output}: cannot be written; give a file in a folder that you can write")
+
+
+def _texts(
+    data: Path | None,
+    positive: Path | None,
+    negative: Path | None,
+    text_field: str,
+    label_field: str,
+    labels: str | None,
+) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
+    """The files by name and SHA-256, and what is in them."""
+    from vllm_steer.fit.recipe import file_digest
+    from vllm_steer.texts import read_labelled, read_two_sides
+
+    if data is not None and positive is None and negative is None:
+        files = [data]
+        found = read_labelled(data, text_field=text_field, label_field=label_field, labels=labels)
+    elif data is None and positive is not None and negative is not None:
+        files = [positive, negative]
+        found = read_two_sides(positive, negative, text_field=text_field)
+    else:
+        raise SteerError("give the texts as --data FILE, or as --positive FILE and --negative FILE")
+    return [{"file": path.name, "sha256": file_digest(path)} for path in files], found
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among the options; refuses a bad one before a model is loaded."""
+    from vllm_steer.fit.lm_steer_settings import Settings
+
+    given = {f.name: options[f.name] for f in fields(Settings) if f.name in options}
+    return asdict(Settings(**given, mask_padding=not options["train_on_padding"]))
+
+
+def _fit(
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    texts: "list[LabelledText]",
+    folder: Path,
+    advance: Advance,
+) -> "LMSteer":
+    from vllm_steer.fit.lm_steer import fit_lm_steer
+    from vllm_steer.fit.lm_steer_settings import Watch
+    from vllm_steer.models import load_language_model
+
+    loaded = load_language_model(options["model"], dtype=options["dtype"], device=options["device"])
+    steps = settings["steps"]
+    watch = Watch(
+        on_text=lambda done, total: advance(done, total=total, said="reading the texts"),
+        on_step=lambda step, loss: advance(step + 1, total=steps, said=f"fitting, loss {loss:.3f}"),
+        say=lambda text: print("vllm-steer:", text, file=sys.stderr),
+    )
+    return fit_lm_steer(
+        loaded.model,
+        loaded.tokenizer,
+        [text for text, _ in texts],
+        [label for _, label in texts],
+        **settings,
+        cache_bytes=int(options["cache_gib"] * GIB),
+        run_folder=folder,
+        restart=options["restart"],
+        checkpoint_every=options["checkpoint_every"],
+        watch=watch,
+    )
+
+
+def _finish(steer: "LMSteer", output: Path, folder: Path, plot: bool) -> None:
+    """The steer first: until it is written the run can be gone on with."""
+    from vllm_steer.files import save_steer
+    from vllm_steer.fit.loss_plot import plot_losses
+    from vllm_steer.fit.training_run import finish_run, read_losses
+
+    save_steer(steer, output)
+    if plot:
+        plot_losses(read_losses(folder), folder / "loss.png")
+    finish_run(folder)
+
+
+def _print(steer: "LMSteer", output: Path, folder: Path, as_json: bool) -> None:
+    figures = (steer.recipe or {})["figures"]
+    summary = {
+        "output": str(output),
+        "run_folder": str(folder),
+        "variant": steer.variant,
+        "rank": steer.rank,
+        "epsilon": steer.epsilon,
+        **figures,
+    }
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    table = Table(title=str(output), show_header=False)
+    for name, value in list(summary.items())[1:]:
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    Console().print(table)

@@ -1,0 +1,118 @@
+"""``vllm-steer fit vector``: a steering vector from two sides of texts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_steer.cli.fit import guidance_options as options
+from vllm_steer.cli.output import check_output
+from vllm_steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from vllm_steer.fit.pairs import Sides
+
+
+def vector(
+    context: typer.Context,
+    model: options.Model,
+    output: options.Output,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Rows of positive, negative, perhaps prompt.")
+    ] = None,
+    positive: Annotated[Path | None, typer.Option(help="Texts of the wanted side.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="Texts of the other side.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled texts: above 0 wanted, below 0 the other side.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
+    label_field: Annotated[str, typer.Option(help="Name of the label in a row.")] = "label",
+    labels: Annotated[
+        str | None, typer.Option(help="What the labels mean: 'fr=1,en=-1,de=0'.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="mean, pca (of pairs) or unit.")] = "mean",
+    tokens: Annotated[
+        str, typer.Option(help="Tokens that count: all, last or answer (what follows the prompt).")
+    ] = "all",
+    site: Annotated[str, typer.Option(help="resid, attn_in or attn_out.")] = "resid",
+    mode: Annotated[str, typer.Option(help="add or rotate.")] = "add",
+    layers: options.Layers = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens read of a text.")] = 512,
+    batch_size: options.BatchSize = 16,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    default_strength: options.DefaultStrength = None,
+    description: options.Description = "",
+    force: options.Force = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fit a steering vector: the difference of two sides of texts, layer by layer."""
+    check_output(output, force)
+    wanted = options.read_layers(layers)
+    from vllm_steer.cli.progress import progress
+    from vllm_steer.fit.recipe import recipe
+    from vllm_steer.fit.vector import READINGS, fit_vector
+
+    files = [file for file in (pairs, positive, negative, data) if file is not None]
+    sides = _sides(pairs, positive, negative, data, text_field, label_field, labels)
+    language = options.open_model(model, dtype, device)
+    count = len(sides.positive) + len(sides.negative)
+    with progress("reading texts", count * READINGS.get(method, 1)) as advance:  # type: ignore[call-overload]
+        steer = fit_vector(
+            language.model,
+            language.tokenizer,
+            sides.positive,
+            sides.negative,
+            layers=wanted,
+            site=site,  # type: ignore[arg-type]  # checked there
+            mode=mode,  # type: ignore[arg-type]
+            direction=method,  # type: ignore[arg-type]
+            tokens=tokens,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            max_length=max_length,
+            folder=output.parent,
+            on_text=advance,
+        )
+    norms = dict(zip(steer.layers, steer.vectors.double().norm(dim=1).tolist(), strict=True))
+    figures = {"positive_texts": len(sides.positive), "negative_texts": len(sides.negative)}
+    made = recipe(
+        "vector",
+        model=model,
+        data=files,
+        settings=options.settings_of(context, ("pairs", "positive", "negative", "data")),
+        figures=figures,
+    )
+    steer = options.write(
+        steer,
+        output,
+        model=model,
+        default_strength=default_strength,
+        description=description,
+        recipe=made,
+    )
+    options.report(steer, output, {"norm": norms}, figures, as_json=as_json)
+
+
+def _sides(
+    pairs: Path | None,
+    positive: Path | None,
+    negative: Path | None,
+    data: Path | None,
+    text_field: str,
+    label_field: str,
+    labels: str | None,
+) -> "Sides":
+    """The texts of the one source that is given."""
+    from vllm_steer.fit.pairs import read_pairs, sides_of
+    from vllm_steer.texts import read_labelled, read_two_sides
+
+    given = [source is not None for source in (pairs, positive, negative, data)]
+    if given == [True, False, False, False] and pairs:
+        return read_pairs(pairs)
+    if given == [False, True, True, False] and positive and negative:
+        return sides_of(read_two_sides(positive, negative, text_field=text_field))
+    if given == [False, False, False, True] and data:
+        return sides_of(
+            read_labelled(data, text_field=text_field, label_field=label_field, labels=labels)
+        )
+    raise SteerError("give --pairs, or --positive and --negative, or --data, and only one of these")

@@ -1,0 +1,224 @@
+"""Fit a concept vector: a linear probe per layer, between answers with and without a concept.
+
+Every kept token of an answer is a row with the answer's label, see ``answer_tokens``; probes and
+their accuracies are those of ``probes``. Answers to the same prompt are all for training or all for
+validation: prompts are shuffled, and those that bring the first 80% of the answers are for
+training.
+
+Source: von Ruette et al., "A Language Model's Guide Through Latent Space", ICML 2024
+(arXiv 2402.14433), section 3 and the authors' training script.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import torch
+
+from vllm_steer.errors import SteerError
+from vllm_steer.evaluation.optional import need
+from vllm_steer.fit.activations import all_layers, context_length, read_tokens
+from vllm_steer.fit.answer_tokens import answer_tokens
+from vllm_steer.fit.probes import FIT, PROBES, Labels, Probe, ProbeKind, accuracy, oriented
+from vllm_steer.fit.token_store import TokenStore, token_store
+from vllm_steer.steers import VectorSteer
+from vllm_steer.steers.checks import check_choice
+from vllm_steer.steers.vector import VECTOR_SITES, VectorSite
+from vllm_steer.texts.messages import Conversation
+
+Select = Literal["train", "validation"]
+SELECTS: tuple[Select, ...] = get_args(Select)
+TRAIN_SHARE: Final = 0.8
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """The probe of one layer and the share of tokens that it labels right."""
+
+    layer: int
+    probe: Probe
+    train_accuracy: float
+    validation_accuracy: float | None  # None where nothing is left for validation
+
+
+@dataclass(frozen=True)
+class ConceptFit:
+    """The steer of the chosen layers, and the probes of all layers that were read."""
+
+    steer: VectorSteer
+    probes: tuple[LayerProbe, ...]
+    train_answers: int
+    validation_answers: int
+    train_tokens: int
+    validation_tokens: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The answers of one part of the data, the tokens of each, and where their rows are."""
+
+    rows: slice
+    labels: Labels  # [tokens]
+    lengths: tuple[int, ...]
+
+
+def fit_concept(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    probe: ProbeKind = "dim",
+    site: VectorSite = "attn_in",
+    layers: Sequence[int] | None = None,
+    top_k: int | None = None,
+    select: Select = "train",
+    signed: bool = False,
+    max_tokens: int = 16,
+    max_length: int = 1024,
+    chat_template: bool = True,
+    batch_size: int = 16,
+    seed: int = 0,
+    folder: Path | None = None,
+    on_answer: Callable[[int], None] | None = None,
+    on_layer: Callable[[int], None] | None = None,
+) -> ConceptFit:
+    """A steer ``[layers, hidden_size]``, float32, that rotates towards label 1.
+
+    ``layers`` None reads every layer, ``top_k`` keeps the best of them by ``select``: all that
+    reach the ``top_k``-th largest accuracy, so that equal ones can make it more. ``signed`` turns
+    each row of a ``pca`` probe towards label 1, whose sign is arbitrary otherwise. The steer's
+    ``layer_scores`` are the accuracies in training. The model reads each answer once; the rows wait
+    on disk in ``folder`` (about ``4 tokens layers hidden_size`` bytes) and come back one layer at a
+    time. The same ``seed`` gives the same split and the same probes. ``on_answer`` is called with
+    the number of answers read so far, ``on_layer`` with that of the layers fitted.
+
+    Raises ``SteerError`` for an unknown probe, site or layer, training answers that leave no token
+    of one of the labels, and a selection by validation where nothing is left for it.
+    """
+    check_choice("probe", probe, PROBES)
+    check_choice("site", site, VECTOR_SITES)
+    check_choice("select", select, SELECTS)
+    need("sklearn")  # said before the work, not after it
+    chosen = tuple(sorted(all_layers(model) if layers is None else layers))
+    train, validation = split(conversations, seed)
+    length = context_length(model, max_length)
+
+    def read(part: Sequence[Conversation]) -> Iterator[torch.Tensor]:
+        encoded = (
+            answer_tokens(
+                tokenizer,
+                conversation,
+                max_tokens=max_tokens,
+                max_length=length,
+                chat_template=chat_template,
+            )
+            for conversation in part
+        )
+        return read_tokens(model, encoded, site=site, layers=chosen, batch_size=batch_size)
+
+    with token_store(len(chosen), folder) as store:
+        parts = list(_stored(store, (train, validation), read, on_answer))
+        _check_both_labels(parts[0])
+        found = []
+        for index, layer in enumerate(chosen):
+            found.append(_fit_layer(layer, store.layer(index), parts, probe, signed, seed))
+            if on_layer is not None:
+                on_layer(len(found))
+    steer = VectorSteer(
+        vectors=torch.tensor(np.stack([one.probe.direction for one in found])).float(),
+        layers=chosen,
+        site=site,
+        mode="rotate",
+        layer_scores=tuple(one.train_accuracy for one in found),
+        base_model=model.config.name_or_path,
+    )
+    return ConceptFit(
+        steer=steer if top_k is None else steer.keep_layers(best_layers(found, top_k, select)),
+        probes=tuple(found),
+        train_answers=len(train),
+        validation_answers=len(validation),
+        train_tokens=len(parts[0].labels),
+        validation_tokens=len(parts[1].labels),
+    )
+
+
+def split(
+    conversations: Sequence[Conversation], seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and validation, each in the given order; no prompt is in both."""
+    counts = Counter(conversation.prompt for conversation in conversations)
+    prompts = list(counts)
+    random.Random(seed).shuffle(prompts)
+    wanted, taken, for_training = int(TRAIN_SHARE * len(conversations)), 0, set()
+    for prompt in prompts:
+        if taken >= wanted:
+            break
+        for_training.add(prompt)
+        taken += counts[prompt]
+    return (
+        [one for one in conversations if one.prompt in for_training],
+        [one for one in conversations if one.prompt not in for_training],
+    )
+
+
+def best_layers(probes: Sequence[LayerProbe], top_k: int, select: Select) -> tuple[int, ...]:
+    """The layers whose accuracy is at least the ``top_k``-th largest; equal ones are all kept."""
+    if not 1 <= top_k <= len(probes):
+        raise SteerError(f"top_k is {top_k}; there are {len(probes)} layers to choose from")
+    scores = {
+        one.layer: one.train_accuracy if select == "train" else one.validation_accuracy
+        for one in probes
+    }
+    known = {layer: score for layer, score in scores.items() if score is not None}
+    if not known:
+        raise SteerError(
+            "there is no answer to validate with: all have the prompts of the training; give "
+            "answers to more prompts, or select by train"
+        )
+    threshold = sorted(known.values(), reverse=True)[top_k - 1]
+    return tuple(layer for layer, score in known.items() if score >= threshold)
+
+
+def _stored(
+    store: TokenStore,
+    parts: Sequence[Sequence[Conversation]],
+    read: Callable[[Sequence[Conversation]], Iterator[torch.Tensor]],
+    on_answer: Callable[[int], None] | None,
+) -> Iterator[_Part]:
+    """Put each part's rows into the store, one after the other, and say where they are."""
+    done = 0
+    for part in parts:
+        start, lengths = store.count, []
+        for rows in read(part):
+            store.add(rows)
+            lengths.append(len(rows))
+            done += 1
+            if on_answer is not None:
+                on_answer(done)
+        labels = np.repeat([conversation.label for conversation in part], lengths).astype(int)
+        yield _Part(slice(start, store.count), labels, tuple(lengths))
+
+
+def _fit_layer(
+    layer: int, x: Any, parts: Sequence[_Part], kind: ProbeKind, signed: bool, seed: int
+) -> LayerProbe:
+    train = parts[0]
+    probe = FIT[kind](x[train.rows], train.labels, seed)
+    if signed:
+        probe = oriented(probe)
+    scores = [accuracy(probe, x[part.rows], part.labels, part.lengths) for part in parts]
+    return LayerProbe(layer, probe, scores[0] or 0.0, scores[1])
+
+
+def _check_both_labels(train: _Part) -> None:
+    counts = [int((train.labels == label).sum()) for label in (0, 1)]
+    if not all(counts):
+        raise SteerError(
+            f"the answers for training have {counts[0]} tokens of label 0 and {counts[1]} of label "
+            "1; both are needed: give more answers to more prompts (an answer of one token has "
+            "none that counts)"
+        )

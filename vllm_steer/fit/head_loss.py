@@ -1,0 +1,146 @@
+"""The cross-entropy behind an LM head and its gradient, without all logits at once.
+
+    logits = scale (h E^T + b + a O)          soft cap c:  c tanh(logits / c)
+    loss   = sum_t -log softmax(logits_t)[y_t]
+    d loss / d logits = softmax(logits) - onehot(y)
+
+for a few tokens at a time: their logits become the gradient in place and are dropped. ``h``
+``[tokens, hidden_size]`` is the head's input, ``E`` ``[vocab, hidden_size]`` and ``b`` ``[vocab]``
+the head's weight and bias, which get no gradient; ``a`` ``[tokens, columns]`` times ``O``
+``[columns, vocab]`` is the ``offset`` of an LM-Steer.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from vllm_steer.errors import SteerError
+from vllm_steer.hf.sites import widened
+
+# Logits at a time: more are hardly faster on a CPU, and a GPU wants larger products.
+_LOGITS_AT_ONCE: Final = {"cpu": 1 << 23, "cuda": 1 << 27}
+_CHECKED_TOKENS: Final = 16
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does to a hidden state to get its logits."""
+
+    weight: torch.Tensor  # [vocab, hidden_size]
+    bias: torch.Tensor | None  # [vocab]
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def raw_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Before scale and soft cap; the product is in the head's dtype, the result wider."""
+        inputs = hidden_states.to(self.weight.dtype)
+        return widened(torch.nn.functional.linear(inputs, self.weight, self.bias))
+
+    def finish(self, raw: torch.Tensor) -> torch.Tensor:
+        """Scale and soft cap, in place."""
+        if self.scale != 1.0:
+            raw.mul_(self.scale)
+        return raw.div_(self.soft_cap).tanh_().mul_(self.soft_cap) if self.soft_cap else raw
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Logits that are added before scale and soft cap: ``amounts @ vectors``."""
+
+    amounts: torch.Tensor  # [tokens, columns]
+    vectors: torch.Tensor  # [columns, vocab]
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """The summed loss and its gradient by what was given: the hidden states, or the offset."""
+
+    total: torch.Tensor  # float64
+    gradient: torch.Tensor  # [tokens, hidden_size], or [columns, vocab] for an offset
+
+
+def head_of(model: Any) -> Head:
+    """The LM head of a Hugging Face model with its bias, logit scale and soft cap."""
+    found = model.get_output_embeddings()
+    weight = getattr(found, "weight", None)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        raise SteerError(f"{type(model).__name__} has no LM head with a plain weight matrix")
+    bias = getattr(found, "bias", None)
+    config = model.config
+    multiplier = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return Head(
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        float(multiplier / divisor),
+        getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def check_head(model: Any, head: Head, tokens: torch.Tensor) -> None:
+    """Raise ``SteerError`` for a model whose logits are not ``head`` of its last hidden state."""
+    tokens = tokens[None, :_CHECKED_TOKENS].to(model.device)
+    theirs = widened(model(input_ids=tokens, use_cache=False).logits)
+    hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    ours = head.finish(head.raw_logits(hidden_states))
+    # Wide enough for bfloat16, and far below what a forgotten scale or norm does.
+    if theirs.shape != ours.shape or (ours - theirs).abs().max() > 0.05 * theirs.abs().max():
+        raise SteerError(
+            f"{type(model).__name__}: its logits are not those of its LM head on the last hidden "
+            "state, times a logit scale and under a soft cap; LM-Steers cannot be fitted to it"
+        )
+
+
+@torch.no_grad()
+def head_loss(
+    head: Head,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    offset: Offset | None = None,
+    *,
+    at_once: int | None = None,
+) -> HeadLoss:
+    """Sum of the cross-entropies of ``targets`` ``[tokens]`` and its gradient, see the module.
+
+    ``at_once`` is the number of tokens whose logits live together; None chooses it by the
+    vocabulary. Sums are in float32, in float64 for float64 hidden states.
+    """
+    size = at_once or _tokens_at_once(head)
+    total = torch.zeros((), dtype=torch.float64, device=hidden_states.device)
+    gradient = (
+        torch.empty_like(hidden_states) if offset is None else torch.zeros_like(offset.vectors)
+    )
+    for start in range(0, len(hidden_states), size):
+        part = slice(start, start + size)
+        raw = head.raw_logits(hidden_states[part])
+        if offset is not None:
+            raw.addmm_(offset.amounts[part], offset.vectors)
+        loss, by_logits = _cross_entropy(head, raw, targets[part])
+        total += loss
+        if offset is None:
+            gradient[part] = by_logits.to(head.weight.dtype) @ head.weight
+        else:
+            gradient.addmm_(offset.amounts[part].T, by_logits)
+    return HeadLoss(total, gradient)
+
+
+def _tokens_at_once(head: Head) -> int:
+    logits = _LOGITS_AT_ONCE.get(head.weight.device.type, _LOGITS_AT_ONCE["cuda"])
+    return max(1, logits // len(head.weight))
+
+
+def _cross_entropy(
+    head: Head, raw: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss, and its gradient by ``raw``, whose memory is used up."""
+    logits = head.finish(raw)
+    logs = torch.log_softmax(logits, dim=1)
+    places = targets[:, None]
+    loss = -logs.gather(1, places).sum(dtype=torch.float64)
+    by_logits = logs.exp_()
+    by_logits.scatter_add_(1, places, by_logits.new_full((1, 1), -1.0).expand_as(places))
+    if head.soft_cap:  # the slope of c tanh(x / c) is 1 - tanh^2
+        by_logits.mul_(logits.div_(head.soft_cap).square_().neg_().add_(1.0))
+    return loss, by_logits.mul_(head.scale) if head.scale != 1.0 else by_logits

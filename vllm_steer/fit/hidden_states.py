@@ -1,0 +1,147 @@
+"""The LM head's inputs while a frozen model reads texts: read once and kept on disk, or anew.
+
+A model reads texts in windows of about equal length, so that little of a window is padding. It
+stands on the right, where causal attention never sees it.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import torch
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+from vllm_steer.files.whole import write_whole
+from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
+
+FetchHiddenStates = Callable[[Batch], torch.Tensor]
+"""Of a batch ``[positions, hidden_size]``, text after text, in the model's dtype."""
+
+_WINDOW_TOKENS: Final = 4096
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file of hidden states: of each text the first so many positions, at a place."""
+
+    path: Path
+    counts: Mapping[int, int]
+    places: Mapping[int, int]  # in positions
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def position_bytes(self) -> int:
+        return self.hidden_size * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole file."""
+        return sum(self.counts.values()) * self.position_bytes
+
+
+def plan_storage(model: Any, batches: Sequence[Batch], path: Path, hidden_size: int) -> Stored:
+    """What has to be stored for these batches: the shortest text first."""
+    needed: dict[int, int] = {}
+    for batch in batches:
+        for row, count in zip(batch.rows, batch.counts, strict=True):
+            needed[row] = max(count, needed.get(row, 0))
+    counts = dict(sorted(needed.items(), key=lambda item: (item[1], item[0])))
+    ends = itertools.accumulate(counts.values(), initial=0)
+    return Stored(path, counts, dict(zip(counts, ends, strict=False)), hidden_size, model.dtype)
+
+
+def write_hidden_states(
+    model: Any,
+    encoded: EncodedTexts,
+    stored: Stored,
+    on_text: Callable[[int, int], None] | None = None,
+) -> None:
+    """Read every text once and write the file, or none; a whole one that is there is kept.
+
+    ``on_text`` is told how many texts are done, and of how many. Raises ``SteerError`` if the file
+    cannot be written, as on a full disk.
+    """
+    if stored.path.exists() and stored.path.stat().st_size == stored.bytes:
+        return
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("wb") as file:
+            texts = [encoded.inputs(row, count) for row, count in stored.counts.items()]
+            for done, found in enumerate(_read(model, texts), 1):
+                file.write(_bytes_of(found.cpu()))
+                if on_text is not None:
+                    on_text(done, len(texts))
+
+    write_whole(stored.path, write)
+
+
+def fetch_from_file(file: IO[bytes], stored: Stored) -> FetchHiddenStates:
+    """Hidden states from the open file that ``write_hidden_states`` wrote.
+
+    They are read, not mapped: then they never count as the process's memory, and a disk that fails
+    is an error and not a signal.
+    """
+
+    def fetch(batch: Batch) -> torch.Tensor:
+        found = torch.empty((sum(batch.counts), stored.hidden_size), dtype=stored.dtype)
+        start = 0
+        for row, count in zip(batch.rows, batch.counts, strict=True):
+            _fill(file, found[start : start + count], stored.places[row] * stored.position_bytes)
+            start += count
+        return found
+
+    return fetch
+
+
+def fetch_from_model(model: Any, encoded: EncodedTexts) -> FetchHiddenStates:
+    """Hidden states that the model computes again for every batch."""
+
+    def fetch(batch: Batch) -> torch.Tensor:
+        pairs = zip(batch.rows, batch.counts, strict=True)
+        texts = [encoded.inputs(row, count) for row, count in pairs]
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        found = dict(zip(order, _read(model, [texts[place] for place in order]), strict=True))
+        return torch.cat([found[place] for place in range(len(texts))])
+
+    return fetch
+
+
+def _fill(file: IO[bytes], part: torch.Tensor, place: int) -> None:
+    try:
+        read = os.preadv(file.fileno(), [_bytes_of(part)], place)
+    except OSError as error:
+        raise SteerError(f"{file.name}: cannot be read ({cause(error)})") from error
+    if read != part.numel() * part.itemsize:
+        raise SteerError(f"{file.name}: it was cut short while it was in use; start again")
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    """The memory of a contiguous tensor on the CPU; numpy has no bfloat16."""
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+@torch.no_grad()
+def _read(model: Any, texts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """For each text in turn ``[its length, hidden_size]``; lengths ascend."""
+    for window in _windows(texts):
+        tokens = torch.nn.utils.rnn.pad_sequence(window, batch_first=True).to(model.device)
+        found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        for text, states in zip(window, found, strict=True):
+            yield states[: len(text)]
+
+
+def _windows(texts: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of at most ``_WINDOW_TOKENS`` with their padding, or one longer text."""
+    window: list[torch.Tensor] = []
+    for text in texts:
+        if window and (len(window) + 1) * len(text) > _WINDOW_TOKENS:
+            yield window
+            window = []
+        window.append(text)
+    if window:
+        yield window

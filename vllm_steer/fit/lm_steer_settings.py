@@ -1,0 +1,73 @@
+"""What an LM-Steer is fitted with, and who is told how it gets on."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vllm_steer.errors import SteerError
+from vllm_steer.steers.checks import check_choice
+from vllm_steer.steers.lm_steer import VARIANTS, Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The paper's choices by default; what they mean is said at ``fit_lm_steer``.
+
+    Raises ``SteerError`` for a value that makes no sense, naming what is wanted.
+    """
+
+    variant: Variant = "multiply"
+    rank: int = 1000
+    epsilon: float = 1e-3
+    initial_scale: float = 1e-2
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    regularization: float = 0.0
+    max_length: int = 256
+    dummy: bool = True
+    mask_padding: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("variant", self.variant, VARIANTS)
+        for name, least in (("rank", 1), ("steps", 1), ("batch_size", 1), ("max_length", 2)):
+            if getattr(self, name) < least:
+                raise SteerError(f"{name} is {getattr(self, name)}; at least {least} is wanted")
+        for name in ("epsilon", "initial_scale", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SteerError(f"{name} is {getattr(self, name)}; a positive number is wanted")
+        if not 0 <= self.regularization < math.inf:
+            raise SteerError(f"regularization is {self.regularization}; 0 or more is wanted")
+
+    @property
+    def columns(self) -> int:
+        """The steer's columns: the label's and the dummy's."""
+        return 2 if self.dummy else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """``on_text`` is told texts read and of how many, ``on_step`` a step and its loss, ``say`` what
+    a user wants to know.
+    """
+
+    on_text: Callable[[int, int], None] = lambda _done, _total: None
+    on_step: Callable[[int, float], None] = lambda _step, _loss: None
+    say: Callable[[str], None] = lambda _text: None
+
+
+def check_labels(texts: Sequence[str], labels: Sequence[float]) -> None:
+    """Raise ``SteerError`` for labels that are not one per text, out of [-1, 1] or all the same."""
+    if not texts or len(texts) != len(labels):
+        raise SteerError(
+            f"{len(texts)} texts and {len(labels)} labels; give one label for each text"
+        )
+    outside = [label for label in labels if not -1 <= label <= 1]
+    if outside:
+        raise SteerError(f"label {outside[0]}; labels lie in [-1, 1]")
+    if len(set(labels)) == 1:
+        raise SteerError(
+            f"all {len(labels)} labels are {labels[0]:g}; a steer is what tells texts of different "
+            "labels apart, so give texts of another label too"
+        )

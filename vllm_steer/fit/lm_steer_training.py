@@ -1,0 +1,139 @@
+"""The training loop of LM-Steers: hidden states, head, Adam, checkpoints."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_steer.errors import SteerError
+from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
+from vllm_steer.fit.head_loss import Head
+from vllm_steer.fit.hidden_states import (
+    FetchHiddenStates,
+    Stored,
+    fetch_from_file,
+    fetch_from_model,
+    plan_storage,
+    write_hidden_states,
+)
+from vllm_steer.fit.lm_steer_settings import Settings, Watch
+from vllm_steer.fit.objective import Tokens, initial_parameters, loss_and_gradients
+from vllm_steer.fit.training_run import (
+    HIDDEN_STATES,
+    Run,
+    Training,
+    fingerprint,
+    open_run,
+    start_training,
+)
+from vllm_steer.hf.sites import widened
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is fitted to what, the same from the first step to the last."""
+
+    model: Any
+    head: Head
+    encoded: EncodedTexts
+    batches: Sequence[Batch]  # one per step
+    labels: Sequence[float]
+    settings: Settings
+
+
+def train(fit: Fit, run: Run | None, *, cache_bytes: int, watch: Watch) -> Training:
+    """All steps that are still to be done; with a ``run`` its checkpoint is then the last step's.
+
+    Raises ``SteerError`` for a run of other settings, a file that cannot be written, and a loss
+    that is no number.
+    """
+    training = _begin(fit)
+    with ExitStack() as stack:
+        folder = run.folder if run else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        hidden_size = fit.head.weight.shape[1]
+        stored = plan_storage(fit.model, fit.batches, folder / HIDDEN_STATES, hidden_size)
+        cached = stored.bytes <= cache_bytes
+        if run is not None:
+            run.made_with.update(_facts(fit, cached))
+            open_run(run, training)
+            if training.step:
+                watch.say(f"going on after step {training.step} of {fit.settings.steps}")
+        if cached:
+            fetch = _from_file(fit, stored, stack, watch)
+        else:
+            size = f"{stored.bytes / 2**30:.1f} GiB"
+            watch.say(f"the hidden states take {size}: they are computed for each step instead")
+            fetch = fetch_from_model(fit.model, fit.encoded)
+        for _ in range(training.step, fit.settings.steps):
+            _step(fit, training, fetch)
+            watch.on_step(training.step - 1, training.losses[-1])
+            if run is not None:
+                run.keep(training, last=training.step == fit.settings.steps)
+    return training
+
+
+def _from_file(fit: Fit, stored: Stored, stack: ExitStack, watch: Watch) -> FetchHiddenStates:
+    write_hidden_states(fit.model, fit.encoded, stored, watch.on_text)
+    return fetch_from_file(stack.enter_context(stored.path.open("rb", buffering=0)), stored)
+
+
+def _step(fit: Fit, training: Training, fetch: FetchHiddenStates) -> None:
+    batch = fit.batches[training.step]
+    loss, gradients = loss_and_gradients(
+        fit.head,
+        _tokens(fit, batch, fetch(batch)),
+        training.parameters,
+        epsilon=fit.settings.epsilon,
+        regularization=fit.settings.regularization,
+    )
+    if not math.isfinite(loss):
+        raise SteerError(
+            f"step {training.step}: the loss is {loss}; training stopped, and the last checkpoint "
+            "is kept; give a lower learning rate or epsilon, or a wider dtype"
+        )
+    for name, parameter in training.parameters.items():
+        parameter.grad = gradients[name]
+    training.optimizer.step()
+    training.losses.append(loss)
+
+
+def _tokens(fit: Fit, batch: Batch, hidden_states: torch.Tensor) -> Tokens:
+    """A step's tokens on the model's device, each with its text's strengths."""
+    device, wide = fit.head.weight.device, widened(hidden_states.to(fit.head.weight.device))
+    pairs = list(zip(batch.rows, batch.counts, strict=True))
+    targets = torch.cat([fit.encoded.targets(row, count) for row, count in pairs])
+    of_texts = torch.ones((len(pairs), fit.settings.columns), dtype=wide.dtype)
+    of_texts[:, 0] = torch.tensor([fit.labels[row] for row in batch.rows], dtype=wide.dtype)
+    strengths = of_texts.repeat_interleave(torch.tensor(batch.counts), dim=0)
+    return Tokens(wide, targets.to(device), strengths.to(device))
+
+
+def _begin(fit: Fit) -> Training:
+    settings, (vocab_size, hidden_size) = fit.settings, fit.head.weight.shape
+    start = initial_parameters(
+        settings.variant,
+        columns=settings.columns,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        rank=settings.rank,
+        initial_scale=settings.initial_scale,
+        seed=settings.seed,
+    )
+    dtype = widened(fit.head.weight[:1]).dtype
+    masters = {name: value.to(fit.head.weight.device, dtype) for name, value in start.items()}
+    return start_training(masters, settings.learning_rate)
+
+
+def _facts(fit: Fit, cached: bool) -> dict[str, Any]:
+    """What else a run has to have in common with the one that it goes on with."""
+    return {
+        "model": fingerprint(fit.head.weight),
+        "dtype": str(fit.head.weight.dtype),
+        "device": fit.head.weight.device.type,
+        "cached": cached,
+    }

@@ -1,0 +1,187 @@
+"""The folder of a training run: what is needed to go on after the process has ended.
+
+``checkpoint.safetensors`` holds the parameters and Adam's moments, and in its metadata the step and
+what the run was started with; ``loss.csv`` the loss of each step. Both are replaced whole, the
+checkpoint last, so that whatever ends the process they belong together up to the checkpoint's step.
+"""
+
+import csv
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+from vllm_steer.files.whole import write_text, write_whole
+
+CHECKPOINT: Final = "checkpoint.safetensors"
+LOSSES: Final = "loss.csv"
+HIDDEN_STATES: Final = "hidden_states.bin"
+_CHECKPOINT_SECONDS: Final = 60.0
+_FINGERPRINT_VALUES: Final = 1 << 16
+_DIGESTS: Final = ("texts", "model")
+_MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Training:
+    """Where a training stands; the parameters are changed in place by the optimizer."""
+
+    parameters: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Adam
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
+
+
+@dataclass
+class Run:
+    """A folder, what its run was started with (JSON), and when checkpoints are due."""
+
+    folder: Path
+    made_with: dict[str, Any]
+    every: int = 100  # steps
+    restart: bool = False
+    written: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise SteerError(f"checkpoint_every is {self.every}; at least 1 step is wanted")
+
+    def keep(self, training: Training, *, last: bool) -> None:
+        """Write a checkpoint if one is due: after so many steps, a minute, or the last step."""
+        late = time.monotonic() - self.written > _CHECKPOINT_SECONDS
+        if last or late or training.step % self.every == 0:
+            save_checkpoint(self, training)
+            self.written = time.monotonic()
+
+
+def start_training(parameters: Mapping[str, torch.Tensor], learning_rate: float) -> Training:
+    """Adam without weight decay, before its first step."""
+    # Not fused: on a CPU that reads a gradient of other strides than its parameter's wrongly.
+    adam = torch.optim.Adam(list(parameters.values()), lr=learning_rate, fused=False)
+    return Training(parameters, adam)
+
+
+def digest(texts: Sequence[str], labels: Sequence[float]) -> str:
+    """SHA-256 of labelled texts in their order."""
+    found = hashlib.sha256()
+    for text, label in zip(texts, labels, strict=True):
+        found.update(json.dumps([text, float(label)]).encode())
+    return found.hexdigest()
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """SHA-256 of a weight's shape and of its first values: another model has another."""
+    first = weight.detach().flatten()[:_FINGERPRINT_VALUES].double().cpu().numpy()
+    return hashlib.sha256(str(tuple(weight.shape)).encode() + first.tobytes()).hexdigest()
+
+
+def open_run(run: Run, training: Training) -> None:
+    """Bring ``training`` to where the run's checkpoint stands, or begin it in its folder.
+
+    Raises ``SteerError`` naming each setting of the checkpoint that is another now, and for a
+    folder that cannot be written to.
+    """
+    folder = run.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (CHECKPOINT, LOSSES, HIDDEN_STATES):
+            for leftover in folder.glob(f"{name}.*.unfinished"):
+                leftover.unlink()
+        if run.restart:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+    except OSError as error:
+        raise SteerError(f"run folder {folder}: cannot be used ({cause(error)})") from error
+    if (folder / CHECKPOINT).exists():
+        _load(run, training)
+    else:
+        (folder / HIDDEN_STATES).unlink(missing_ok=True)  # of a run that is over
+        save_checkpoint(run, training)
+
+
+def save_checkpoint(run: Run, training: Training) -> None:
+    """Write where the training stands; ``SteerError`` if that fails, with the last one kept."""
+    write_losses(run.folder, training.losses)
+    tensors = dict(training.parameters)
+    for name, parameter in training.parameters.items():
+        state = training.optimizer.state.get(parameter, {})
+        tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS if state}
+    metadata = {"step": str(training.step), "settings": json.dumps(run.made_with)}
+    held = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    path = run.folder / CHECKPOINT
+    write_whole(path, lambda unfinished: save_file(held, str(unfinished), metadata=metadata))
+
+
+def write_losses(folder: Path, losses: Sequence[float]) -> None:
+    """The loss curve as CSV: step, loss."""
+    lines = [f"{step},{loss!r}\n" for step, loss in enumerate(losses)]
+    write_text(folder / LOSSES, "step,loss\n" + "".join(lines))
+
+
+def read_losses(folder: Path) -> list[float]:
+    """The loss of each step in the run's loss curve."""
+    with (folder / LOSSES).open(encoding="utf-8", newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def finish_run(folder: Path) -> None:
+    """Leave the loss curve only."""
+    for name in (CHECKPOINT, HIDDEN_STATES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _load(run: Run, training: Training) -> None:
+    path = run.folder / CHECKPOINT
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found, step = json.loads(metadata["settings"]), int(metadata["step"])
+        losses = _losses_until(run.folder, step)
+    except Exception as error:  # of safetensors, of JSON, of the disk
+        raise SteerError(
+            f"{path}: cannot be read ({cause(error)}); give --restart (restart=True) to begin anew"
+        ) from error
+    _check_settings(run.folder, found, run.made_with)
+    training.losses[:] = losses
+    for name, parameter in training.parameters.items():
+        parameter.data.copy_(tensors[name])
+        if step:
+            moments = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in _MOMENTS}
+            done = torch.tensor(float(step), device=parameter.device)
+            training.optimizer.state[parameter] = {"step": done, **moments}
+
+
+def _losses_until(folder: Path, step: int) -> list[float]:
+    losses = read_losses(folder)
+    if len(losses) < step:
+        raise ValueError(f"{LOSSES} ends at step {len(losses)}, before the checkpoint's {step}")
+    return losses[:step]
+
+
+def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    # Through JSON, as what was found came: a tuple is a list there.
+    now = json.loads(json.dumps(wanted))
+    other = [
+        f"other {name}" if name in _DIGESTS else f"{name} {found.get(name)} (now {now.get(name)})"
+        for name in {**found, **now}
+        if found.get(name) != now.get(name)
+    ]
+    if other:
+        raise SteerError(
+            f"run folder {folder} holds an unfinished run with {', '.join(other)}; give the same "
+            "settings and texts to go on with it, another run folder, or --restart (restart=True) "
+            "to discard it"
+        )
