@@ -1,0 +1,149 @@
+"""``vllm-steer inspect``: what is in a steer file."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vllm_steer.files import read_file
+from vllm_steer.inspection import NearTokens, nearest_tokens, read_output_embedding
+from vllm_steer.inspection.description import Description, describe
+from vllm_steer.inspection.nearest_tokens import why_no_tokens
+from vllm_steer.inspection.plot import write_plot
+from vllm_steer.models import load_tokenizer
+from vllm_steer.steers import LMSteer, Steer
+
+_LONGEST_LIST = 6
+_FIRST = ("layer", "norm", "score")
+_PARTS = ("columns", "layers", "recipe")
+_STREAM_NOTE = (
+    "What the direction would add to each logit if it came to the LM head as it is: the layers "
+    "after it and the final norm are left out."
+)
+_HEAD_NOTE = "What one unit of the direction adds to each logit; its sign is arbitrary."
+
+
+def inspect(
+    steer: Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of any known tool.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder, hub id or 'embedded': shows the nearest tokens.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw norms into.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Leading directions to show.")] = 10,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens at each end of one.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a steer file is: norms, singular values, accuracies, and the nearest tokens."""
+    loaded = read_file(steer, {})
+    description = {"format": loaded.format, **describe(loaded.steer)}
+    reason = None if model is None else why_no_tokens(loaded.steer)
+    near = [] if model is None or reason else _near(loaded.steer, model, top, tokens)
+    if plot is not None:
+        write_plot(description, plot)
+    if as_json:
+        said = {"tokens": [asdict(one) for one in near], "tokens_left_out": reason}
+        print(json.dumps({**description, **(said if model is not None else {})}, indent=2))
+        return
+    console = Console()
+    for part in _shown(description, top, title=str(steer)):
+        console.print(part)
+    if reason:
+        console.print(f"No tokens: {reason}.")
+    elif near:
+        note = _HEAD_NOTE if isinstance(loaded.steer, LMSteer) else _STREAM_NOTE
+        console.print(_token_table(near), note, sep="\n")
+
+
+def _near(steer: Steer, model: str, top: int, tokens: int) -> list[NearTokens]:
+    embedding, tokenizer = read_output_embedding(model), load_tokenizer(model)
+    return nearest_tokens(steer, embedding, tokenizer, top=top, count=tokens)
+
+
+def _shown(description: Description, top: int, title: str) -> Iterator[RenderableType]:
+    # Text of the file's own: brackets in it are no markup.
+    facts = Table(title=Text(title), show_header=False)
+    for name, value in description.items():
+        if name not in _PARTS and value not in (None, ""):
+            facts.add_row(name.replace("_", " "), Text(str(value)))
+    yield facts
+    for column in description.get("columns", ()):
+        yield _column_table(column, top) if "shares" in column else _column_line(column)
+    if "layers" in description:
+        yield _layer_table(description["layers"])
+    if description["recipe"]:
+        yield Text("recipe", style="bold")
+        yield Text("\n".join(_lines(description["recipe"], "  ")))
+
+
+def _column_line(column: Mapping[str, Any]) -> str:
+    fixed = ", fixed" if column["fixed"] else ""
+    return f"column {column['column']}{fixed}: norm {column['norm']:.4g}"
+
+
+def _column_table(column: Mapping[str, Any], top: int) -> RenderableType:
+    if column["fixed"]:
+        return _column_line(column)
+    table = Table(title=_column_line(column))
+    for heading in ("direction", "singular value", "share", "shares so far"):
+        table.add_column(heading, justify="right")
+    so_far = 0.0
+    leading = zip(column["singular_values"][:top], column["shares"], strict=False)
+    for i, (value, share) in enumerate(leading):
+        so_far += share
+        table.add_row(str(i), f"{value:.4g}", f"{share:.1%}", f"{so_far:.1%}")
+    return table
+
+
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    # Not every row has every figure: a layer that was only probed has no norm.
+    names = list(dict.fromkeys([*_FIRST, *(name for row in layers for name in row)]))
+    names = [name for name in names if any(name in row for row in layers)]
+    table = Table()
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in layers:
+        table.add_row(*(_figure(row.get(name)) for name in names))
+    return table
+
+
+def _token_table(near: Sequence[NearTokens]) -> Table:
+    table = Table(show_lines=True)
+    for heading in ("direction", "weight", "highest", "lowest"):
+        table.add_column(heading)
+    for one in near:
+        # Tokens are text of the model's: brackets in them are no markup.
+        sides = (Text("  ".join(t.text.strip() for t in s)) for s in (one.highest, one.lowest))
+        table.add_row(one.label, f"{one.weight:.4g}", *sides)
+    return table
+
+
+def _lines(value: Mapping[str, Any], indent: str) -> Iterator[str]:
+    """A recipe, a line for each value; of long lists the ends."""
+    for name, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            yield f"{indent}{name}:"
+            yield from _lines(inner, indent + "  ")
+        elif isinstance(inner, list) and any(isinstance(item, Mapping) for item in inner):
+            yield f"{indent}{name}:"
+            yield from (f"{indent}  - {_figure(item)}" for item in inner)
+        else:
+            yield f"{indent}{name}: {_figure(inner)}"
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_figure(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        items = [_figure(item) for item in value]
+        if len(items) > _LONGEST_LIST:
+            items = [*items[:3], f"... {len(items) - _LONGEST_LIST} more ...", *items[-3:]]
+        return ", ".join(items)
+    return "" if value is None else str(value)

@@ -1,0 +1,160 @@
+"""``vllm-steer transfer``: an LM-Steer of one model becomes one of another."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_steer.cli.output import check_output
+from vllm_steer.cli.progress import progress
+from vllm_steer.errors import SteerError
+from vllm_steer.files import load_steer, save_steer
+from vllm_steer.inspection import read_output_embedding
+from vllm_steer.models import load_language_model, load_tokenizer
+from vllm_steer.steers import LMSteer
+from vllm_steer.texts import LabelledText, read_labelled
+from vllm_steer.transfer import Effect, Transferred, match_strength, measure_effect, transfer_steer
+from vllm_steer.transfer.bridge import AUTHORS_STEPS
+
+
+@dataclass(frozen=True)
+class _Effects:
+    """The effect of the steer in its own model and of the transferred one in the other."""
+
+    source: Effect
+    target: Effect
+
+    def plain(self) -> dict[str, Any]:
+        source = self.source.evidence_per_text
+        kept = self.target.evidence_per_text / source if source > 0 else None
+        return {"source": asdict(self.source), "target": asdict(self.target), "kept": kept}
+
+
+def transfer(
+    steer: Annotated[Path, typer.Argument(metavar="STEER", help="LM-Steer to transfer.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE_MODEL", help="The steer's own model.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET_MODEL", help="Model to steer by it.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="vllm-steer file to write.")],
+    solver: Annotated[
+        str, typer.Option(help="orthogonal, least-squares or authors.")
+    ] = "orthogonal",
+    seed: Annotated[int, typer.Option(help="Where the solver 'authors' starts.")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled texts: how much of the effect is kept.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
+    label_field: Annotated[str, typer.Option(help="Name of the label in a row.")] = "label",
+    labels: Annotated[
+        str | None, typer.Option(help="Label map: sst2, sst5, ..., or good=1,bad=-1.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="At which the effect is measured.")] = 1.0,
+    match: Annotated[
+        bool, typer.Option("--match-strength", help="Scale epsilon to the source's effect.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Carry an LM-Steer over to another model through the tokens that both vocabularies have."""
+    check_output(output, force)
+    if match and data is None:
+        raise SteerError("--match-strength needs labelled texts to measure by; give --data")
+    texts = (
+        []
+        if data is None
+        else read_labelled(data, text_field=text_field, label_field=label_field, labels=labels)
+    )
+    original = load_steer(steer)
+    found = _transfer(original, source, target, solver, seed)
+    result, effects = found.steer, None
+    if isinstance(original, LMSteer) and texts:
+        result, effects = _measure(original, result, source, target, texts, strength, match)
+    figures = _figures(found, effects)
+    settings = {"source_model": source, "solver": solver, "seed": seed, "match_strength": match}
+    _save(result, output, target, [steer] if data is None else [steer, data], settings, figures)
+    if as_json:
+        print(json.dumps({**figures, "epsilon": result.epsilon, "output": str(output)}, indent=2))
+    else:
+        Console().print(_table(figures, title=str(output)))
+
+
+def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> Transferred:
+    sides = [(read_output_embedding(name), load_tokenizer(name)) for name in (source, target)]
+    with progress("fitting", AUTHORS_STEPS if solver == "authors" else None) as advance:
+        return transfer_steer(
+            steer, sides[0], sides[1], solver=solver, seed=seed, on_step=lambda done: advance(done)
+        )
+
+
+def _measure(
+    original: LMSteer,
+    moved: LMSteer,
+    source: str,
+    target: str,
+    texts: list[LabelledText],
+    strength: float,
+    match: bool,
+) -> tuple[LMSteer, _Effects]:
+    """The effects on the texts, after matching the transferred steer's scale if that is asked."""
+    with progress("reading in the source model", len(texts)) as advance:
+        model = load_language_model(source)
+        before = measure_effect(
+            model, original, texts, strength=strength, on_text=lambda done: advance(done)
+        )
+    model = load_language_model(target)
+    if match:
+        with progress("matching strengths") as advance:
+            moved, after = match_strength(
+                model, moved, texts, before, on_trial=lambda done: advance(done)
+            )
+        return moved, _Effects(before, after)
+    with progress("reading in the target model", len(texts)) as advance:
+        after = measure_effect(
+            model, moved, texts, strength=strength, on_text=lambda done: advance(done)
+        )
+    return moved, _Effects(before, after)
+
+
+def _save(
+    steer: LMSteer,
+    output: Path,
+    target: str,
+    data: list[Path],
+    settings: Mapping[str, Any],
+    figures: Mapping[str, Any],
+) -> None:
+    from vllm_steer.fit.recipe import recipe
+
+    made = recipe("transfer", model=target, data=data, settings=settings, figures=figures)
+    save_steer(replace(steer, base_model=target, recipe=made), output)
+
+
+def _figures(found: Transferred, effects: _Effects | None) -> dict[str, Any]:
+    return {
+        "shared_tokens": len(found.shared),
+        "fit": None if found.fit is None else asdict(found.fit),
+        "effect": None if effects is None else effects.plain(),
+    }
+
+
+def _table(figures: Mapping[str, Any], title: str) -> Table:
+    table = Table(title=Text(title))
+    for heading in ("", "source", "target"):
+        table.add_column(heading)
+    table.add_row("shared tokens", str(figures["shared_tokens"]), "")
+    if figures["fit"]:
+        table.add_row("relative residual", "", f"{figures['fit']['relative_residual']:.3f}")
+        table.add_row("mean cosine", "", f"{figures['fit']['mean_cosine']:.3f}")
+    if figures["effect"]:
+        source, target = figures["effect"]["source"], figures["effect"]["target"]
+        for name in ("evidence_per_text", "evidence_per_token", "accuracy"):
+            row = (f"{side[name]:.3f}" for side in (source, target))
+            table.add_row(name.replace("_", " "), *row)
+        if figures["effect"]["kept"] is not None:
+            table.add_row("effect kept", "", f"{figures['effect']['kept']:.1%}")
+    return table

@@ -1,0 +1,23 @@
+"""What is in a steer: norms, singular values, nearest tokens, and what in a text speaks for it."""
+
+from vllm_steer.inspection.evidence import Evidence, TextSpan, text_evidence, token_evidence
+from vllm_steer.inspection.nearest_tokens import Direction, NearTokens, Token, nearest_tokens
+from vllm_steer.inspection.output_embedding import read_output_embedding
+from vllm_steer.inspection.spans import Span, best_spans
+from vllm_steer.inspection.spectrum import Spectrum, spectrum
+
+__all__ = [
+    "Direction",
+    "Evidence",
+    "NearTokens",
+    "Span",
+    "Spectrum",
+    "TextSpan",
+    "Token",
+    "best_spans",
+    "nearest_tokens",
+    "read_output_embedding",
+    "spectrum",
+    "text_evidence",
+    "token_evidence",
+]

@@ -1,0 +1,95 @@
+"""What a steer file is, in plain values: kind, place, norms, spectra, accuracy, recipe."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_steer.inspection.spectrum import spectrum
+from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+from vllm_steer.steers.layers import format_layers
+
+Description = Mapping[str, Any]
+
+
+def describe(steer: Steer) -> Description:
+    """The description of a steer, JSON values only; norms are those of the tensors as stored.
+
+    By kind: an ``lm_steer`` has ``columns``, each with its norm (of ``W = P1 P2^T``, without
+    epsilon), whether it is fixed and, for ``multiply``, the singular values and each one's share
+    of the sum of squares; a ``vector`` has ``layers``, each with its norm and, where the file says
+    them, its score and its probe's accuracies (a layer that was probed and not kept has no norm);
+    a ``delta`` has ``layers``, each with a norm a step.
+    """
+    facts = {
+        "kind": steer.kind,
+        "site": steer.site,
+        "hidden_size": steer.hidden_size,
+        "default_strength": steer.default_strength,
+        "base_model": steer.base_model,
+        "description": steer.description,
+    }
+    if isinstance(steer, LMSteer):
+        facts |= {"variant": steer.variant, "epsilon": steer.epsilon, "rank": steer.rank}
+        parts = {"columns": [_column(steer, column) for column in range(steer.columns)]}
+    elif isinstance(steer, VectorSteer):
+        facts |= {"mode": steer.mode, "layer_range": format_layers(steer.layers)}
+        parts = {"layers": _vector_layers(steer)}
+    else:
+        facts |= {
+            "schedule": steer.schedule,
+            "steps": steer.steps,
+            "layer_range": format_layers(steer.layers),
+        }
+        parts = {"layers": _delta_layers(steer)}
+    return {**facts, **parts, "recipe": None if steer.recipe is None else dict(steer.recipe)}
+
+
+def _column(steer: LMSteer, column: int) -> dict[str, Any]:
+    said = {"column": column, "fixed": column in steer.fixed_columns}
+    if steer.variant != "multiply":
+        (vectors,) = steer.tensors.values()
+        return {**said, "norm": float(vectors[column].double().norm())}
+    found = spectrum(steer, column)
+    return {
+        **said,
+        "norm": found.norm,
+        "singular_values": found.values.tolist(),
+        "shares": found.shares.tolist(),
+    }
+
+
+def _vector_layers(steer: VectorSteer) -> list[dict[str, Any]]:
+    """A row for each layer of the steer, and for each that was only probed: it has no norm."""
+    rows: dict[int, dict[str, Any]] = {}
+    norms = steer.vectors.double().norm(dim=1).tolist()
+    for row, layer in enumerate(steer.layers):
+        rows[layer] = {"layer": layer, "norm": norms[row]}
+        if steer.layer_scores is not None:
+            rows[layer]["score"] = steer.layer_scores[row]
+    for layer, accuracies in _accuracies(steer.recipe).items():
+        rows.setdefault(layer, {"layer": layer}).update(accuracies)
+    return [rows[layer] for layer in sorted(rows)]
+
+
+def _delta_layers(steer: DeltaSteer) -> list[dict[str, Any]]:
+    norms = steer.delta.double().norm(dim=2).T.tolist()
+    return [
+        {"layer": layer, "norm": max(steps), "norm_per_step": steps}
+        for layer, steps in zip(steer.layers, norms, strict=True)
+    ]
+
+
+def _accuracies(recipe: Mapping[str, Any] | None) -> Mapping[int, dict[str, float]]:
+    """The accuracies of each layer's probe, where a fit has left them in its recipe."""
+    figures = (recipe or {}).get("figures")
+    if not isinstance(figures, Mapping) or not isinstance(figures.get("read_layers"), list):
+        return {}
+    layers = figures["read_layers"]
+    named = {
+        name: values
+        for name, values in figures.items()
+        if name.endswith("_accuracy") and isinstance(values, list) and len(values) == len(layers)
+    }
+    return {
+        layer: {name: values[i] for name, values in named.items() if values[i] is not None}
+        for i, layer in enumerate(layers)
+    }

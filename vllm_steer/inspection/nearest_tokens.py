@@ -1,0 +1,167 @@
+"""The tokens that a steer's directions lead to and away from.
+
+    score = E w [vocab]
+
+with ``E [vocab, hidden_size]`` the output embedding and ``w`` a direction in front of the LM head:
+what one unit of ``w`` adds to each logit. The highest scores are the tokens that it makes likelier,
+the lowest those that it makes less likely; the sign of a singular direction is arbitrary.
+
+Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024 (arXiv 2305.12798),
+section 5: the 20 highest and 20 lowest tokens of the first ten right singular vectors of ``W``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_steer.errors import SteerError
+from vllm_steer.inspection.spectrum import spectrum
+from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+
+_ROWS_AT_ONCE = 8192
+STREAM_SITES = ("resid", "attn_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """One direction of a steer, what it is called, and how strong it is there."""
+
+    label: str
+    weight: float
+    vector: torch.Tensor = field(repr=False)  # [hidden_size], or [vocab] for an offset
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token: its number, its string in the vocabulary, how it reads, and its score."""
+
+    id: int
+    token: str
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class NearTokens:
+    """The tokens at both ends of one direction, the most extreme first."""
+
+    label: str
+    weight: float
+    highest: tuple[Token, ...]
+    lowest: tuple[Token, ...]
+
+
+def nearest_tokens(
+    steer: Steer, embedding: torch.Tensor, tokenizer: Any, *, top: int = 10, count: int = 20
+) -> list[NearTokens]:
+    """The ``count`` highest and lowest tokens of the ``top`` leading directions of a steer.
+
+    Directions are the right singular vectors of each free column's ``W`` (``multiply``), the free
+    columns themselves (``add``, ``offset``), or rows of a vector or delta: those of the highest
+    layer scores where there are some, else of the highest norms. Only tokens that the tokenizer
+    has are listed; an embedding is often padded beyond them.
+
+    Raises ``SteerError`` for a steer at a site that the LM head does not read (``attn_in``,
+    ``heads``) and for one of another width than ``embedding [vocab, hidden_size]``.
+    """
+    reason = why_no_tokens(steer)
+    if reason is not None:
+        raise SteerError(reason)
+    offset = isinstance(steer, LMSteer) and steer.variant == "offset"
+    _check_width(steer, embedding.shape[0 if offset else 1])
+    strings = {i: token for token, i in tokenizer.get_vocab().items() if i < embedding.shape[0]}
+    ids = torch.tensor(sorted(strings))
+    found = []
+    for direction in directions(steer, top):
+        scores = (direction.vector.double() if offset else _scores(embedding, direction.vector))[
+            ids
+        ]
+        highest, lowest = (
+            tuple(
+                Token(i, strings[i], _text(tokenizer, i, strings[i]), float(scores[row]))
+                for row, i in _extreme(scores, ids, count, descending)
+            )
+            for descending in (True, False)
+        )
+        found.append(NearTokens(direction.label, direction.weight, highest, lowest))
+    return found
+
+
+def why_no_tokens(steer: Steer) -> str | None:
+    """Why a steer has no nearest tokens; None where the LM head reads what it changes."""
+    if isinstance(steer, LMSteer) or steer.site in STREAM_SITES:
+        return None
+    return (
+        f"the site {steer.site} is not in the space of the output embedding, so no tokens are near "
+        f"its directions; steers at the LM head, {' and '.join(STREAM_SITES)} have some"
+    )
+
+
+def directions(steer: Steer, top: int) -> Iterator[Direction]:
+    """The leading directions of a steer, ``top`` of each column of an LM-Steer or of all rows."""
+    if isinstance(steer, LMSteer):
+        for column in steer.free_columns:
+            yield from _column_directions(steer, column, top)
+    elif isinstance(steer, VectorSteer):
+        norms = steer.vectors.double().norm(dim=1)
+        weights = norms if steer.layer_scores is None else torch.tensor(steer.layer_scores)
+        for row in _leading(weights, top):
+            label = f"layer {steer.layers[row]}"
+            yield Direction(label, float(weights[row]), steer.vectors[row])
+    else:
+        yield from _delta_directions(steer, top)
+
+
+def _check_width(steer: Steer, wanted: int) -> None:
+    width = steer.width if isinstance(steer, LMSteer) else steer.hidden_size
+    if width != wanted:
+        raise SteerError(
+            f"the steer is {width} wide and the model {wanted}; give the model that the steer is "
+            f"for{f' ({steer.base_model})' if steer.base_model else ''}"
+        )
+
+
+def _column_directions(steer: LMSteer, column: int, top: int) -> Iterator[Direction]:
+    if steer.variant != "multiply":
+        (vectors,) = steer.tensors.values()
+        yield Direction(f"column {column}", float(vectors[column].double().norm()), vectors[column])
+        return
+    found = spectrum(steer, column)
+    for i, value in enumerate(found.values[:top].tolist()):
+        yield Direction(f"column {column}, direction {i}", value, found.right[i])
+
+
+def _delta_directions(steer: DeltaSteer, top: int) -> Iterator[Direction]:
+    norms = steer.delta.double().norm(dim=2)
+    for place in _leading(norms.flatten(), top):
+        step, row = divmod(place, len(steer.layers))
+        label = f"layer {steer.layers[row]}, step {step}"
+        yield Direction(label, float(norms[step, row]), steer.delta[step, row])
+
+
+def _leading(weights: torch.Tensor, top: int) -> Sequence[int]:
+    """The places of the largest weights, the largest first; of equal ones the first."""
+    places: list[int] = weights.argsort(descending=True, stable=True)[:top].tolist()
+    return places
+
+
+def _scores(embedding: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """``E w [vocab]``, float64; part by part, as a large embedding in float64 takes gigabytes."""
+    w = vector.double()
+    return torch.cat([part.double() @ w for part in torch.split(embedding, _ROWS_AT_ONCE)])
+
+
+def _extreme(
+    scores: torch.Tensor, ids: torch.Tensor, count: int, descending: bool
+) -> list[tuple[int, int]]:
+    """The rows and token numbers at one end of the scores; of equal ones the first."""
+    rows = scores.argsort(descending=descending, stable=True)[:count]
+    return list(zip(rows.tolist(), ids[rows].tolist(), strict=True))
+
+
+def _text(tokenizer: Any, number: int, string: str) -> str:
+    """How a token reads; a part of a letter has no text but the vocabulary's."""
+    text = str(tokenizer.decode([number]))
+    return string if not text.strip() or "\ufffd" in text else text

@@ -1,0 +1,95 @@
+"""A model's output embedding alone: one tensor is read from the checkpoint, not the model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+from vllm_steer.models import load_language_model, model_path
+
+_ONE_FILE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def read_output_embedding(name: str) -> torch.Tensor:
+    """``E [vocab, hidden_size]``, the weight of the LM head, in the checkpoint's dtype.
+
+    ``name`` is a folder, a hub id or ``embedded``. Where the tensor is not found as it stands
+    (another file format, a quantised head), the model is loaded.
+
+    Raises ``SteerError`` if there is no such model, or it has no LM head.
+    """
+    skeleton = _skeleton(name)
+    head = skeleton.get_output_embeddings()
+    if head is None:
+        raise SteerError(f"model {name}: {type(skeleton).__name__} has no LM head to read")
+    names = _names(skeleton, head.weight)
+    found = _read(model_path(name), names, tuple(head.weight.shape))
+    if found is None:
+        found = load_language_model(name, device="cpu").model.get_output_embeddings().weight
+    return found.detach()
+
+
+def _skeleton(name: str) -> Any:
+    """The model without its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model_path(name))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
+
+
+def _names(skeleton: Any, weight: torch.Tensor) -> list[str]:
+    """What a checkpoint may call the head's weight.
+
+    Tied to the input embedding, it is that one's. Some checkpoints leave the base model's name
+    away, as GPT-2's own does.
+    """
+    tied = skeleton.get_input_embeddings().weight is weight
+    owner = skeleton.get_input_embeddings().weight if tied else weight
+    names = [n for n, p in skeleton.named_parameters(remove_duplicate=False) if p is owner]
+    prefix = f"{skeleton.base_model_prefix}."
+    return [*names, *(name.removeprefix(prefix) for name in names if name.startswith(prefix))]
+
+
+def _read(folder: str, names: list[str], shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The tensor under the first of the names that has it; None if the checkpoint has none."""
+    for path in _files(folder, names):
+        with safe_open(str(path), framework="pt") as file:
+            for name in names:
+                if name in file.keys():  # noqa: SIM118
+                    tensor: torch.Tensor = file.get_tensor(name)
+                    fits = tuple(tensor.shape) == shape and tensor.is_floating_point()
+                    return tensor if fits else None
+    return None
+
+
+def _files(folder: str, names: list[str]) -> list[Path]:
+    """The safetensors files of a checkpoint that may hold one of the names."""
+    whole = _cached(folder, _ONE_FILE)
+    if whole is not None:
+        return [whole]
+    index = _cached(folder, _INDEX)
+    if index is None:
+        return []
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = {places[name]: None for name in names if name in places}
+    return [path for shard in shards if (path := _cached(folder, shard)) is not None]
+
+
+def _cached(folder: str, file: str) -> Path | None:
+    """A checkpoint's file, fetched from the hub where it is not at hand; None if it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(folder, file)
+    except OSError:
+        return None
+    return None if found is None else Path(found)

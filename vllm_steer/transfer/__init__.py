@@ -1,0 +1,21 @@
+"""LM-Steers from one model to another, over the vocabulary that both have."""
+
+from vllm_steer.transfer.bridge import SOLVERS, Solver, fit_matrix
+from vllm_steer.transfer.effect import Effect, match_strength, measure_effect
+from vllm_steer.transfer.lm_steer import FitError, Transferred, map_columns, transfer_steer
+from vllm_steer.transfer.vocabulary import SharedVocabulary, shared_vocabulary
+
+__all__ = [
+    "SOLVERS",
+    "Effect",
+    "FitError",
+    "SharedVocabulary",
+    "Solver",
+    "Transferred",
+    "fit_matrix",
+    "map_columns",
+    "match_strength",
+    "measure_effect",
+    "shared_vocabulary",
+    "transfer_steer",
+]

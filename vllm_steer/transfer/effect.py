@@ -1,0 +1,94 @@
+"""How much of a steer's effect a transferred one keeps: the evidence of labelled texts.
+
+    effect = mean over texts of sign(label) * sum_t (log p_{+v}(x_t) - log p_{-v}(x_t))
+
+Two tokenizers cut a text into different numbers of tokens, so the models are compared by the
+evidence of whole texts; the figure per token is given beside it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from vllm_steer.errors import SteerError
+from vllm_steer.inspection.evidence import text_evidence
+from vllm_steer.models import LanguageModel
+from vllm_steer.steers import LMSteer
+from vllm_steer.texts import LabelledText
+
+_TRIALS: Final = 12
+_CLOSE_ENOUGH: Final = 0.02
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Evidence for the texts' own labels, in nats, and the share that it labels right."""
+
+    texts: int
+    strength: float
+    evidence_per_text: float
+    evidence_per_token: float
+    accuracy: float
+
+
+def measure_effect(
+    model: LanguageModel,
+    steer: LMSteer,
+    texts: Sequence[LabelledText],
+    *,
+    strength: float = 1.0,
+    on_text: Callable[[int], None] = lambda _: None,
+) -> Effect:
+    """The effect of a steer on labelled texts; those labelled 0 are on no side and left out.
+
+    Raises ``SteerError`` if no text is labelled otherwise, and for what ``text_evidence`` refuses.
+    """
+    sided = [one for one in texts if one.label != 0]
+    if not sided:
+        raise SteerError("every text is labelled 0; texts of both sides are wanted, 1 and -1")
+    total, tokens, right = 0.0, 0, 0
+    for done, (text, label) in enumerate(sided, 1):
+        found = text_evidence(model, steer, text, strength=strength, spans=0)
+        side = 1 if label > 0 else -1
+        total += side * found.total
+        tokens += len(found.tokens)
+        right += found.label == side
+        on_text(done)
+    count = len(sided)
+    return Effect(count, strength, total / count, total / tokens, right / count)
+
+
+def match_strength(
+    model: LanguageModel,
+    steer: LMSteer,
+    texts: Sequence[LabelledText],
+    wanted: Effect,
+    *,
+    on_trial: Callable[[int], None] = lambda _: None,
+) -> tuple[LMSteer, Effect]:
+    """The steer with its epsilon scaled so that the effect per text is the wanted one, within 2%.
+
+    The effect grows with epsilon, at first in proportion: each trial multiplies epsilon by how much
+    is missing, for fixed columns too: one map carried them all. ``on_trial`` counts the trials.
+
+    Raises ``SteerError`` if the steer does not speak for the labels at all, or does not reach the
+    effect at any epsilon tried.
+    """
+    effect = measure_effect(model, steer, texts, strength=wanted.strength)
+    for trial in range(1, _TRIALS + 1):
+        if wanted.evidence_per_text <= 0 or effect.evidence_per_text <= 0:
+            raise SteerError(
+                f"the evidence for the labels is {wanted.evidence_per_text:.3g} nats per text in "
+                f"the source model and {effect.evidence_per_text:.3g} in the target; strengths can "
+                "be matched only where both are above 0"
+            )
+        missing = wanted.evidence_per_text / effect.evidence_per_text
+        if abs(missing - 1) <= _CLOSE_ENOUGH:
+            return steer, effect
+        steer = replace(steer, epsilon=steer.epsilon * missing)
+        effect = measure_effect(model, steer, texts, strength=wanted.strength)
+        on_trial(trial)
+    raise SteerError(
+        f"after {_TRIALS} trials the evidence is {effect.evidence_per_text:.3g} nats per text and "
+        f"not {wanted.evidence_per_text:.3g}; give a smaller --strength, or tune it by hand"
+    )
