@@ -1,0 +1,160 @@
+"""The strength of Dynamic Activation Composition, against loops over one row in float64."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_steer import SteerError
+from vllm_steer.dynamic import KLS, dynamic_strength
+
+
+def softmax(row: list[float]) -> list[float]:
+    top = max(row)
+    total = sum(math.exp(value - top) for value in row)
+    return [math.exp(value - top) / total for value in row]
+
+
+def likeliest(p: list[float], top_p: float) -> set[int]:
+    """Token by token until the cumulative probability exceeds top_p, that token included."""
+    chosen: set[int] = set()
+    total = 0.0
+    for token in sorted(range(len(p)), key=lambda token: -p[token]):
+        chosen.add(token)
+        total += p[token]
+        if total > top_p:
+            break
+    return chosen
+
+
+def expected(base: list[float], probe: list[float], top_p: float, kl: str) -> float:
+    p0, p1 = softmax(base), softmax(probe)
+    union = likeliest(p0, top_p) | likeliest(p1, top_p)
+    mass0, mass1 = sum(p0[v] for v in union), sum(p1[v] for v in union)
+    total = sum(p0[v] / mass0 * math.log((p0[v] / mass0) / (p1[v] / mass1)) for v in union)
+    return total / len(union) if kl == "authors" else total
+
+
+def rows(*shape: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def log(*p: float) -> torch.Tensor:
+    return torch.tensor(p, dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("top_p", [0.4, 0.5, 0.7, 0.95])
+def test_each_row_has_the_divergence_of_the_equation(kl: str, top_p: float) -> None:
+    base, probe = rows(3, 5, 37), rows(3, 5, 37, seed=1)
+    strength, divergence = dynamic_strength(base, probe, top_p=top_p, kl=kl)
+    want = [
+        [expected(b.tolist(), p.tolist(), top_p, kl) for b, p in zip(bs, ps, strict=True)]
+        for bs, ps in zip(base, probe, strict=True)
+    ]
+    torch.testing.assert_close(divergence, torch.tensor(want, dtype=torch.float64))
+    torch.testing.assert_close(strength, torch.tensor(want, dtype=torch.float64).clamp(0, 2))
+
+
+def test_the_divergence_is_of_the_unsteered_from_the_steered_distribution() -> None:
+    p0, p1 = (0.7, 0.3), (0.4, 0.6)
+    _, divergence = dynamic_strength(log(*p0), log(*p1), top_p=0.99)
+    assert divergence.item() == pytest.approx(0.7 * math.log(7 / 4) + 0.3 * math.log(1 / 2))
+
+
+def test_the_authors_divide_by_the_size_of_the_union() -> None:
+    base, probe = log(0.5, 0.3, 0.1, 0.1), log(0.1, 0.2, 0.65, 0.05)
+    plain = dynamic_strength(base, probe, top_p=0.6)[1]
+    authors = dynamic_strength(base, probe, top_p=0.6, kl="authors")[1]
+    assert (plain / authors).item() == pytest.approx(3)  # {0, 1} and {2}
+
+
+def test_the_union_has_the_token_that_crosses_top_p() -> None:
+    # 0.5 does not exceed 0.6: token 1 crosses and belongs to the union, token 2 does not.
+    p0, p1 = (0.5, 0.3, 0.2), (0.3, 0.5, 0.2)
+    _, divergence = dynamic_strength(log(*p0), log(*p1), top_p=0.6)
+    want = 5 / 8 * math.log(5 / 3) + 3 / 8 * math.log(3 / 5)
+    assert divergence.item() == pytest.approx(want)
+
+
+def test_a_sum_that_only_reaches_top_p_takes_one_more_token() -> None:
+    p0, p1 = (0.5, 0.25, 0.25), (0.5, 0.375, 0.125)
+    _, divergence = dynamic_strength(log(*p0), log(*p1), top_p=0.5)
+    want = 2 / 3 * math.log((2 / 3) / (4 / 7)) + 1 / 3 * math.log((1 / 3) / (3 / 7))
+    assert divergence.item() == pytest.approx(want)
+
+
+def test_one_likely_token_on_both_sides_gives_zero() -> None:
+    strength, _ = dynamic_strength(log(0.9, 0.05, 0.05), log(0.8, 0.1, 0.1), top_p=0.5)
+    assert strength.item() == 0
+
+
+def test_equal_distributions_give_zero_and_never_less() -> None:
+    logits = rows(64, 101).float()
+    strength, divergence = dynamic_strength(logits, logits + 3, top_p=0.95)
+    assert divergence.abs().max() < 1e-5
+    assert (strength >= 0).all()
+
+
+def test_the_strength_ends_at_the_maximum_and_the_divergence_does_not() -> None:
+    base, probe = log(0.98, 0.02), log(0.001, 0.999)
+    strength, divergence = dynamic_strength(base, probe, top_p=0.5, maximum=1.5)
+    assert strength.item() == 1.5
+    assert divergence.item() > 5
+
+
+def test_a_token_that_the_probe_rules_out_gives_the_maximum() -> None:
+    base, probe = log(0.5, 0.5), torch.tensor([-torch.inf, 0.0])
+    assert dynamic_strength(base.float(), probe, top_p=0.9)[0].item() == 2
+
+
+def test_a_token_that_the_unsteered_model_rules_out_counts_nothing() -> None:
+    base, probe = torch.tensor([0.0, -torch.inf, -torch.inf]), log(0.5, 0.5, 0.0).float()
+    _, divergence = dynamic_strength(base, probe, top_p=0.9)
+    assert divergence.item() == pytest.approx(math.log(2))
+
+
+def test_bfloat16_logits_are_reckoned_in_float32() -> None:
+    base, probe = rows(4, 61).bfloat16(), rows(4, 61, seed=1).bfloat16()
+    _, found = dynamic_strength(base, probe, top_p=0.7)
+    _, want = dynamic_strength(base.double(), probe.double(), top_p=0.7)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, want.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    base, probe = rows(5, 43), rows(5, 43, seed=1)
+    together = dynamic_strength(base, probe, top_p=0.6)[1]
+    alone = torch.stack(
+        [dynamic_strength(b, p, top_p=0.6)[1] for b, p in zip(base, probe, strict=True)]
+    )
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-15)
+
+
+def test_nothing_is_read_back_from_the_device() -> None:
+    # Tensors without values: whatever needs one, a shape too, fails on them.
+    logits = torch.empty(3, 4, 50, device="meta", dtype=torch.bfloat16)
+    strength, divergence = dynamic_strength(logits, logits, top_p=0.5, kl="authors")
+    assert strength.shape == divergence.shape == (3, 4)
+    assert strength.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
+        ({"maximum": 0.0}, "maximum is 0.0; it must be above 0"),
+        ({"kl": "reverse"}, "kl is 'reverse'; allowed: plain, authors"),
+    ],
+)
+def test_a_wrong_setting_is_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(SteerError) as raised:
+        dynamic_strength(rows(2, 7), rows(2, 7), **{"top_p": 0.5, **fields})
+    assert str(raised.value) == message
+
+
+def test_logits_of_different_shapes_are_refused() -> None:
+    with pytest.raises(SteerError, match=r"are \[2, 7\], the probe's \[2, 8\]; they must be alike"):
+        dynamic_strength(rows(2, 7), rows(2, 8), top_p=0.5)

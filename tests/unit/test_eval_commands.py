@@ -1,0 +1,252 @@
+"""``vllm-steer eval`` and ``sweep`` with a stand-in engine: what it is asked, what is said."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vllm_steer import DeltaSteer, SteerError, VectorSteer, load_steer, save_steer
+from vllm_steer.cli import app
+from vllm_steer.evaluation import evaluating
+from vllm_steer.evaluation.answers import Answers
+from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.sweep import sweeping
+
+
+@dataclass
+class StandIn:
+    """Writes `good` in 10 + 2 * strength of 20 texts; remembers what it is asked."""
+
+    asked: list[Any] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    fails_after: int = 1000
+
+    @contextmanager
+    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["StandIn"]:
+        assert all(path.exists() for path in files.values())
+        self.files = dict(files)
+        yield self
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        steer: Mapping[str, Any] | None = None,
+        *,
+        on_text: Callable[[int], None] | None = None,
+    ) -> list[Answers]:
+        if len(self.asked) == self.fails_after:
+            raise KeyboardInterrupt
+        self.asked.append(steer)
+        strength = 0.0 if steer is None else steer.get("steer", {}).get("strength", 0.0)
+        good = 10 + int(2 * strength)
+        return [
+            Answers(p, tuple(" good" if k < good else " bad" for k in range(20))) for p in prompts
+        ]
+
+
+@dataclass(frozen=True)
+class Price:
+    """A stand-in for perplexity: 4 times 1 + the share of good texts above one half."""
+
+    name: str = "perplexity:m"
+    effect: None = None
+
+    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
+        texts = [text for answer in answers for text in answer.texts]
+        return {"total_perplexity": 4 * (0.5 + max(0.5, texts.count(" good") / len(texts)))}
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    found = StandIn()
+    monkeypatch.setattr(evaluating, "engine", found.engine)
+    monkeypatch.setattr(sweeping, "engine", found.engine)
+    from vllm_steer.evaluation import judges
+
+    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: Price())  # type: ignore[index]
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a steer, prompts and a lexicon."""
+    rows = torch.arange(1.0, 13.0).view(4, 3)
+    save_steer(VectorSteer(vectors=rows, layers=(0, 1, 2, 3)), tmp_path / "v")
+    (tmp_path / "prompts.txt").write_text("It was\nShe was\n")
+    (tmp_path / "words.yaml").write_text("positive: [good]\nnegative: [bad]\n")
+    return tmp_path
+
+
+def call(name: str, place: Path, *options: Any) -> Any:
+    line = [name, "m", place / "v", "--prompts", place / "prompts.txt", *options]
+    result = CliRunner().invoke(app, [str(part) for part in line])
+    if isinstance(result.exception, SteerError):
+        raise result.exception
+    return result
+
+
+def evaluate(place: Path, *options: Any, strengths: str = "-2,2") -> Any:
+    judge = ("--judge", f"lexicon:{place / 'words.yaml'}")
+    return call(
+        *("eval", place, "--strengths", strengths, "--out", place / "run", "--no-plot"),
+        *(*judge, "--samples", 20, *options),
+    )
+
+
+def sweep(place: Path, *options: Any) -> Any:
+    return call("sweep", place, "--judge", f"lexicon:{place / 'words.yaml'}", *options)
+
+
+def test_every_setting_is_asked_for_once(place: Path, stand_in: StandIn) -> None:
+    done = evaluate(place, "--json", "--layers", "1-2", "--phase", "prompt")
+    options = {"layers": "1-2", "phase": "prompt"}
+    assert stand_in.asked == [
+        None,
+        {"steer": {"strength": -2.0, **options}},
+        {"steer": {"strength": 2.0, **options}},
+        {"random": {"strength": -2.0, **options}},
+        {"random": {"strength": 2.0, **options}},
+    ]
+    report = json.loads(done.stdout)
+    assert report["steer"]["layers"] == "1-2"
+    (judge,) = report["judges"]
+    shares = [s["figures"][judge["name"]]["share"] for s in report["settings"]]
+    assert shares == [0.5, 0.3, 0.7, 0.5, 0.5]
+
+
+def test_a_deltas_schedule_is_asked_for_and_decides_the_run(place: Path, stand_in: StandIn) -> None:
+    save_steer(DeltaSteer(delta=torch.ones(3, 2, 4), layers=(0, 1)), place / "v")
+    assert json.loads(evaluate(place, "--json").stdout)["steer"]["schedule"] == "fixed"
+    with pytest.raises(SteerError, match=r"steer\.schedule was 'fixed' and is now 'dim'"):
+        evaluate(place, "--schedule", "dim")
+    evaluate(place, "--schedule", "dim", "--restart")
+    assert stand_in.asked[-1] == {"random": {"strength": 2.0, "schedule": "dim"}}
+
+
+def test_the_control_in_the_folder_is_the_one_that_was_run(place: Path, stand_in: StandIn) -> None:
+    evaluate(place)
+    assert stand_in.files["random"] == place / "run" / "random.safetensors"
+    own, control = load_steer(place / "v"), load_steer(stand_in.files["random"])
+    torch.testing.assert_close(control.vectors.norm(dim=1), own.vectors.norm(dim=1))
+
+
+def test_an_interrupted_run_goes_on_and_strengths_can_be_added(
+    place: Path, stand_in: StandIn
+) -> None:
+    stand_in.fails_after = 2
+    assert evaluate(place).exit_code != 0
+    assert not (place / "run" / "report.json").exists()
+    stand_in.fails_after = 1000
+    evaluate(place)
+    assert len(stand_in.asked) == 5
+    evaluate(place, strengths="-2,2,4")
+    assert stand_in.asked[5:] == [{"steer": {"strength": 4.0}}, {"random": {"strength": 4.0}}]
+    evaluate(place)
+    assert len(stand_in.asked) == 7
+
+
+def test_another_steer_under_the_same_name_is_another_run(place: Path, stand_in: StandIn) -> None:
+    evaluate(place)
+    save_steer(VectorSteer(vectors=torch.ones(4, 3), layers=(0, 1, 2, 3)), place / "v")
+    with pytest.raises(SteerError, match=r"other settings: steer\.sha256 was"):
+        evaluate(place)
+    assert evaluate(place, "--restart").exit_code == 0
+    (place / "prompts.txt").write_text("It is\n")
+    with pytest.raises(SteerError, match=r"prompts\.sha256 was .* prompts\.count was 2 and is now"):
+        evaluate(place)
+
+
+def test_what_is_wrong_is_said_before_anything_is_generated(place: Path, stand_in: StandIn) -> None:
+    with pytest.raises(SteerError, match="judge 'taste' is unknown"):
+        evaluate(place, "--judge", "taste")
+    with pytest.raises(SteerError, match="layers 9 are not in this steer; it has 0-3"):
+        evaluate(place, "--layers", "9")
+    with pytest.raises(SteerError, match="preset is 'best'; allowed: lm-steer"):
+        evaluate(place, "--preset", "best")
+    with pytest.raises(SteerError, match=r"no judge is at hand .perspective: the Perspective API"):
+        call(
+            *("eval", place, "--strengths", "1", "--out", place / "run"),
+            *("--judge", "perspective", "--no-plot"),
+        )
+    assert not stand_in.asked and not (place / "run").exists()
+
+
+def test_a_sweep_writes_the_best_within_the_budget(place: Path, stand_in: StandIn) -> None:
+    # Good texts: 10 + 2 v of 20; perplexity ratio 1 + v / 10: within 1.35 lies v <= 3.5.
+    done = sweep(place, "--strengths", "1:5:1", "--budget", 1.35, "--json", "--write")
+    found = json.loads(done.stdout)
+    assert (found["chosen"]["strength"], found["chosen"]["effect"]) == (3.0, 0.8)
+    assert [p["within_budget"] for p in found["points"]] == [True, True, True, False, False]
+    assert load_steer(place / "v").default_strength == 3.0
+    assert load_steer(place / "v").layers == (0, 1, 2, 3)
+
+
+def test_a_sweep_asks_for_the_layers_of_each_candidate(place: Path, stand_in: StandIn) -> None:
+    sweep(place, "--strengths", "2", "--budget", 1.35, "--layers", "all;1-2", "--write")
+    assert stand_in.asked == [
+        None,
+        {"steer": {"strength": 2.0}},
+        {"steer": {"strength": 2.0, "layers": "1-2"}},
+    ]
+    assert load_steer(place / "v").layers == (0, 1, 2, 3)  # of equal points the first
+
+
+def test_without_a_choice_the_points_are_shown_and_the_file_stays(
+    place: Path, stand_in: StandIn
+) -> None:
+    before = (place / "v").read_bytes()
+    line = ["sweep", "m", place / "v", "--prompts", place / "prompts.txt", "--strengths", "4,5"]
+    line += ["--judge", f"lexicon:{place / 'words.yaml'}", "--json", "--write"]
+    result = CliRunner().invoke(app, [str(part) for part in line])
+    assert isinstance(result.exception, SteerError) and result.exit_code == 1
+    assert "no strength is within the budget: perplexity is 1.4 times" in str(result.exception)
+    found = json.loads(result.stdout)
+    assert (found["chosen"], found["written"], len(found["points"])) == (None, None, 2)
+    assert (place / "v").read_bytes() == before
+
+
+@pytest.mark.parametrize("broken", ["plot", "steer"])
+def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
+    place: Path, stand_in: StandIn, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SteerError("no space left")
+
+    if broken == "steer":
+        monkeypatch.setattr(sweeping, "save_steer", full)
+    plot = place / ("nowhere/sweep.png" if broken == "plot" else "sweep.png")
+    line = ["sweep", "m", place / "v", "--prompts", place / "prompts.txt", "--strengths", "2"]
+    line += ["--judge", f"lexicon:{place / 'words.yaml'}", "--budget", 1.35, "--json", "--write"]
+    result = CliRunner().invoke(app, [str(part) for part in [*line, "--plot", plot]])
+    assert isinstance(result.exception, SteerError)
+    found = json.loads(result.stdout)
+    assert found["chosen"]["strength"] == 2.0
+    assert found["written"] == (str(place / "v") if broken == "plot" else None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--search", "luck"], "search is 'luck'; allowed: grid, bisection"),
+        (["--search", "grid"], "a grid takes strengths such as"),
+        (["--strengths", "1", "--rounds", "3"], "a grid takes .* no range and no rounds"),
+        (["--search", "bisection", "--strengths", "1"], "a bisection takes a range"),
+        (["--range", "5:1"], "from a strength near 0 to one further away"),
+        (["--direction", "left"], "direction is 'left'; allowed: up, down"),
+        (["--judge", "diversity"], "judge diversity measures no effect; a sweep needs one"),
+        (["--layers", "top:1"], "the steer has no layer_scores"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(
+    place: Path, stand_in: StandIn, options: list[str], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message):
+        sweep(place, *options)
+    assert not stand_in.asked

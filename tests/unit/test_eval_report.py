@@ -1,0 +1,177 @@
+"""The report: figures where they belong, unsteered and control beside, nothing in JSON's way."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from vllm_steer import SteerError
+from vllm_steer.evaluation.answers import Answers
+from vllm_steer.evaluation.plot import draw_report
+from vllm_steer.evaluation.report import JudgeEntry, Report, make_report, markdown, tables
+from vllm_steer.evaluation.run import Setting, open_run, settings_of
+from vllm_steer.evaluation.scoring import as_json, score
+
+ABOUT: dict[str, Any] = {
+    "model": "m",
+    "steer": {"file": "s.safetensors"},
+    "prompts": {"file": "p.txt", "count": 1},
+    "sampling": {"samples": 2},
+}
+STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+LEXICON, PERPLEXITY = JudgeEntry("lexicon:mine", "share"), JudgeEntry("perplexity:m", None)
+
+
+@dataclass(frozen=True)
+class Letters:
+    """A stand-in judge: the share of the texts that hold a letter."""
+
+    letter: str
+    effect: str | None = "share"
+
+    @property
+    def name(self) -> str:
+        return f"letters:{self.letter}"
+
+    def scores(self, answers: Sequence[Answers]) -> Mapping[str, float]:
+        texts = [text for answer in answers for text in answer.texts]
+        return {"share": sum(self.letter in text for text in texts) / len(texts)}
+
+
+def report(effect: Any, perplexity: Any, judges: Any = (LEXICON, PERPLEXITY)) -> Report:
+    """A report whose figures are functions of the steer and the strength."""
+    settings = settings_of(STRENGTHS)
+    scores = {
+        LEXICON.name: {s.name: {"share": effect(s)} for s in settings},
+        PERPLEXITY.name: {s.name: {"total_perplexity": perplexity(s)} for s in settings},
+    }
+    kept = {judge.name: scores[judge.name] for judge in judges}
+    return make_report(ABOUT, settings, judges, kept, {"perspective": "no service"})
+
+
+def rising(setting: Setting) -> float:
+    return 0.5 + 0.2 * setting.strength if setting.which == "steer" else 0.5
+
+
+def test_each_setting_is_scored_by_each_judge(tmp_path: Path) -> None:
+    run, settings = open_run(tmp_path, ABOUT), settings_of((0.0, 1.0))
+    written = {"none": "ab", "steer+1": "aa", "random+1": "bb"}
+    for setting in settings:
+        run.write(setting, [Answers("p", tuple(written[setting.name]))])
+    seen: list[tuple[int, str]] = []
+    scores = score(
+        run, settings, [Letters("a"), Letters("b")], on_setting=lambda n, who: seen.append((n, who))
+    )
+    assert {name: figures["share"] for name, figures in scores["letters:a"].items()} == {
+        "none": 0.5,
+        "steer+1": 1.0,
+        "random+1": 0.0,
+    }
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert [n for n, _ in seen] == [1, 2, 3, 4, 5, 6] and seen[3][1] == "letters:b"
+
+
+def test_the_report_has_every_part() -> None:
+    data = report(rising, lambda s: 4.0).data
+    assert data["judges"] == [
+        {"name": "lexicon:mine", "effect": "share"},
+        {"name": "perplexity:m", "effect": None},
+    ]
+    assert data["not_at_hand"] == {"perspective": "no service"}
+    assert [(s["steer"], s["strength"]) for s in data["settings"]] == [
+        ("none", 0.0),
+        *(("steer", v) for v in (-2, -1, 1, 2)),
+        *(("random", v) for v in (-2, -1, 1, 2)),
+    ]
+    assert data["settings"][4]["figures"] == {
+        "lexicon:mine": {"share": pytest.approx(0.9)},
+        "perplexity:m": {"total_perplexity": 4.0},
+    }
+
+
+def test_strength_zero_is_the_unsteered_model_for_steer_and_control() -> None:
+    found = report(rising, lambda s: 7.0 if s.which == "none" else 4.0)
+    for which in ("steer", "random"):
+        assert found.curve("perplexity:m", which, "total_perplexity") == [4, 4, 7, 4, 4]
+
+
+def test_pnes_is_that_of_the_curve_in_the_report() -> None:
+    # y(g) = tanh(g) / exp(g^2 / 10) exactly: ppl = 4 exp(g^2 / 10), effect = 1/2 + tanh(g).
+    def perplexity(s: Setting) -> float:
+        return 4 * math.exp(s.strength**2 / 10)
+
+    def effect(s: Setting) -> float:
+        return 0.5 + (math.tanh(s.strength) if s.which == "steer" else 0.0)
+
+    found = report(effect, perplexity).normalised["lexicon:mine"]
+    grid = [-2 + 4 * i / 199 for i in range(200)]
+    wanted = 2 * max(math.tanh(g) / math.exp(g * g / 10) for g in grid)
+    assert not isinstance(found["steer"], str) and not isinstance(found["random"], str)
+    assert found["steer"].pnes == pytest.approx(wanted, rel=1e-4)
+    assert found["random"].pnes == pytest.approx(0, abs=1e-6)
+
+
+def test_without_perplexity_or_effect_nothing_is_normalised() -> None:
+    assert report(rising, rising, judges=(LEXICON,)).data["normalised_effect"] == {}
+    assert report(rising, lambda s: 4.0, judges=(PERPLEXITY,)).data["normalised_effect"] == {}
+
+
+def test_why_there_is_no_normalised_effect_is_said() -> None:
+    found = report(rising, lambda s: math.nan).data["normalised_effect"]["lexicon:mine"]
+    assert "PNES needs" in found["steer"]["reason"]
+    said = markdown(report(rising, lambda s: math.nan))
+    assert "- lexicon:mine, random: PNES needs an effect" in said
+
+
+def test_a_name_in_brackets_is_shown_as_it_is() -> None:
+    console = Console(width=80)
+    settings = settings_of((1.0,))
+    scores = {"a[/b]": {s.name: {"share": 0.5, "total_perplexity": 4.0} for s in settings}}
+    with console.capture() as shown:
+        for table in tables(
+            make_report(ABOUT, settings, [JudgeEntry("a[/b]", "share")], scores, {})
+        ):
+            console.print(table)
+    assert shown.get().count("a[/b]") == 3  # its table, and its two rows of the last
+
+
+def test_json_has_null_where_there_is_no_number() -> None:
+    text = as_json(report(lambda s: math.nan, lambda s: math.inf).data)
+    first = json.loads(text, parse_constant=lambda name: pytest.fail(name))["settings"][0]
+    assert first["figures"]["lexicon:mine"] == {"share": None}
+    assert first["figures"]["perplexity:m"] == {"total_perplexity": None}
+
+
+def test_tables_show_the_control_beside_the_steer() -> None:
+    found = report(rising, lambda s: 12345.0)
+    console = Console(width=80)
+    with console.capture() as shown:
+        for table in tables(found):
+            console.print(table)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.get().splitlines()]
+    assert [row for row in rows if row and row[0] == "2"] == [
+        ["2", "steer", "0.900"],
+        ["2", "random", "0.500"],
+        ["2", "steer", "1.23e+04"],
+        ["2", "random", "1.23e+04"],
+    ]
+    lines = markdown(found).splitlines()
+    assert "| 0 | none | 0.500 |" in lines
+    assert "- perspective: no service" in lines
+
+
+@pytest.mark.parametrize("judges", [(LEXICON, PERPLEXITY), (LEXICON,), (PERPLEXITY,), ()])
+def test_a_picture_is_drawn_of_what_there_is(tmp_path: Path, judges: Any) -> None:
+    found = report(rising, lambda s: 4 * math.exp(s.strength**2), judges=judges)
+    draw_report(found, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match=r"report\.png: cannot be written"):
+        draw_report(report(rising, lambda s: 4.0), tmp_path / "gone" / "report.png")

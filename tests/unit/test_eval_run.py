@@ -1,0 +1,141 @@
+"""The run folder: finished settings stay, another run's is refused, nothing is half there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_steer import SteerError
+from vllm_steer.evaluation.answers import Answers
+from vllm_steer.evaluation.run import Setting, open_run, settings_of
+
+ASKED: dict[str, Any] = {"model": "m", "sampling": {"seed": 0, "top_p": 0.9}, "layers": (1, 2)}
+ANSWERS = [Answers("Who?", (" It's me.", "\n…")), Answers("Why?", ("", " No."))]
+FIVE = Setting("steer", 5.0)
+
+
+def test_the_unsteered_model_stands_once_beside_steer_and_control() -> None:
+    names = [setting.name for setting in settings_of((-2.0, 0.0, 0.5))]
+    assert names == ["none", "steer-2", "steer+0.5", "random-2", "random+0.5"]
+
+
+def test_texts_come_back_as_they_were_written_in_the_authors_form(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "new" / "run", ASKED)
+    run.write(FIVE, ANSWERS)
+    assert run.read(FIVE) == ANSWERS
+    rows = (tmp_path / "new/run/generations/steer+5.jsonl").read_text().splitlines()
+    assert json.loads(rows[1]) == {
+        "prompt": {"text": "Why?"},
+        "generations": [{"text": ""}, {"text": " No."}],
+        "steer": "steer",
+        "strength": 5.0,
+    }
+
+
+def test_only_what_is_not_there_is_missing(tmp_path: Path) -> None:
+    settings = settings_of((0.0, 5.0))
+    run = open_run(tmp_path, ASKED)
+    assert run.missing(settings) == settings
+    run.write(FIVE, ANSWERS)
+    again = open_run(tmp_path, ASKED)
+    assert [setting.name for setting in again.missing(settings)] == ["none", "random+5"]
+
+
+def test_another_runs_folder_is_refused_naming_the_difference(tmp_path: Path) -> None:
+    open_run(tmp_path, ASKED).write(FIVE, ANSWERS)
+    other = {**ASKED, "sampling": {"seed": 0, "top_p": 1.0}}
+    wanted = (
+        r"other settings: sampling\.top_p was 0\.9 and is now 1\.0; give another folder, or "
+        r"--restart to discard that run"
+    )
+    with pytest.raises(SteerError, match=wanted):
+        open_run(tmp_path, other)
+    with pytest.raises(SteerError, match="phase was None and is now 'prompt'"):
+        open_run(tmp_path, {**ASKED, "phase": "prompt"})
+    with pytest.raises(SteerError, match=r"layers was \[1, 2\] and is now None"):
+        open_run(tmp_path, {k: v for k, v in ASKED.items() if k != "layers"})
+    assert open_run(tmp_path, ASKED).read(FIVE) == ANSWERS
+
+
+def test_a_run_without_texts_gives_its_folder_to_another(tmp_path: Path) -> None:
+    open_run(tmp_path, ASKED)  # the engine did not start, say
+    other = open_run(tmp_path, {**ASKED, "model": "n"})
+    other.write(FIVE, ANSWERS)
+    with pytest.raises(SteerError, match="model was 'n' and is now 'm'"):
+        open_run(tmp_path, ASKED)
+
+
+def test_restart_discards_the_run_and_nothing_else(tmp_path: Path) -> None:
+    run = open_run(tmp_path, ASKED)
+    run.write(FIVE, ANSWERS)
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    again = open_run(tmp_path, {**ASKED, "model": "n"}, restart=True)
+    assert again.missing([FIVE]) == [FIVE]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "generations",
+        "notes.txt",
+        "settings.json",
+    ]
+    assert json.loads((tmp_path / "settings.json").read_text())["model"] == "n"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_with_other_things_is_refused(tmp_path: Path, restart: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / "generations").mkdir()
+    (tmp_path / "generations" / "mine.jsonl").write_text("precious")
+    with pytest.raises(SteerError, match=r"thesis\.tex and is no run's folder; give a new"):
+        open_run(tmp_path, ASKED, restart=restart)
+    assert (tmp_path / "generations" / "mine.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_another_programs_settings_are_no_run(tmp_path: Path, restart: bool) -> None:
+    (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
+    with pytest.raises(SteerError, match=r"holds settings\.json and is no run's folder"):
+        open_run(tmp_path, ASKED, restart=restart)
+    assert (tmp_path / "settings.json").exists()
+
+
+def test_what_a_killed_process_was_writing_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "settings.json.123.unfinished").write_text("{")
+    run = open_run(tmp_path, ASKED)
+    (tmp_path / "generations" / "none.jsonl.77.unfinished").write_text("{")
+    assert open_run(tmp_path, ASKED).missing([Setting("none", 0.0)])
+    assert [p.name for p in tmp_path.rglob("*.unfinished")] == []
+    assert run.missing([FIVE]) == [FIVE]
+
+
+def test_a_changed_file_of_texts_is_named(tmp_path: Path) -> None:
+    run = open_run(tmp_path, ASKED)
+    (tmp_path / "generations" / "steer+5.jsonl").write_text('{"prompt": {"text"')
+    with pytest.raises(SteerError, match=r"steer\+5\.jsonl: not as it was written .*delete it"):
+        run.read(FIVE)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(SteerError, match=r"settings\.json: no JSON .*give another folder"):
+        open_run(tmp_path, ASKED)
+
+
+def test_a_folder_that_cannot_be_is_a_plain_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SteerError, match=r"file/run: cannot be used \(Not a directory\)"):
+        open_run(tmp_path / "file" / "run", ASKED)
+
+
+def test_a_full_disk_leaves_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(tmp_path, ASKED)
+    run.write(FIVE, ANSWERS)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SteerError, match=r"random\+5\.jsonl: cannot be written .*No space left"):
+        run.write(Setting("random", 5.0), ANSWERS)
+    assert run.missing([FIVE, Setting("random", 5.0)]) == [Setting("random", 5.0)]
+    assert [p.name for p in (tmp_path / "generations").iterdir()] == ["steer+5.jsonl"]

@@ -1,0 +1,136 @@
+"""Strengths, sampling and prompts: what a user writes and what it comes to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_steer import SteerError
+from vllm_steer.evaluation.prompts import read_prompts
+from vllm_steer.evaluation.sampling import sampling_of
+from vllm_steer.evaluation.strengths import parse_range, parse_strengths
+
+AUTHORS = Path(__file__).parents[3] / "shared" / "data" / "prompts" / "negative_prompts.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("given", "strengths"),
+    [
+        ("-5,-2,0,2,5", (-5, -2, 0, 2, 5)),
+        ("5", (0, 5)),
+        ("2,-1,2,0.5", (-1, 0, 0.5, 2)),
+        ("-5:5:2.5", (-5, -2.5, 0, 2.5, 5)),
+        ("5:-5:-5", (-5, 0, 5)),
+        ("0:0.3:0.1", (0, 0.1, 0.2, 0.3)),
+        ("1:2:0.4", (0, 1, 1.4, 1.8)),
+        ("1:3:1,-7", (-7, 0, 1, 2, 3)),
+        ("1e2,-0", (0, 100)),
+    ],
+)
+def test_a_list_or_a_range_always_with_zero(given: str, strengths: tuple[float, ...]) -> None:
+    assert parse_strengths(given) == strengths
+    assert "-0.0" not in str(parse_strengths(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "strengths are ''; wanted: numbers such as"),
+        ("1,,2", "strengths are '1,,2'; wanted"),
+        ("a", "strengths are 'a'; wanted"),
+        ("1:2", "strengths are '1:2'; wanted"),
+        ("1:2:0", "strengths are '1:2:0'; wanted"),
+        ("1:2:-1", "strengths are '1:2:-1'; wanted"),
+        ("nan", "strengths are 'nan'; each must be finite"),
+        ("0:inf:1", "each must be finite"),
+        ("0:1:1e-9", "are more than 1000; take a larger step"),
+    ],
+)
+def test_other_strengths_are_refused(given: str, message: str) -> None:
+    with pytest.raises(SteerError, match=message.replace("(", r"\(")):
+        parse_strengths(given)
+
+
+def test_a_range_goes_away_from_zero() -> None:
+    assert parse_range("0:10") == (0, 10)
+    assert parse_range("-1:-10") == (-1, -10)
+    for given in ("10:0", "-1:1", "3:3"):
+        with pytest.raises(SteerError, match="from a strength near 0 to one further away"):
+            parse_range(given)
+    with pytest.raises(SteerError, match="two strengths such as '0:10'"):
+        parse_range("0:5:1")
+
+
+def test_the_authors_preset_is_their_settings() -> None:
+    preset = sampling_of("lm-steer", {}).settings
+    assert preset == {
+        "samples": 25,
+        "max_tokens": 20,
+        "exact_length": True,
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "top_k": 50,
+        "seed": 0,
+    }
+    assert sampling_of("lm-steer", {"top_p": 1.0, "samples": None}).settings == {
+        **preset,
+        "top_p": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "message"),
+    [
+        ("best", {}, "preset is 'best'; allowed: lm-steer"),
+        (None, {"samples": 0}, "samples is 0; allowed: at least 1"),
+        (None, {"max_tokens": 0}, "max_tokens is 0; allowed: at least 1"),
+        (None, {"temperature": -1.0}, "temperature is -1.0; allowed: 0 or more"),
+        (None, {"temperature": float("nan")}, "temperature is nan; allowed: 0 or more"),
+        (None, {"top_p": 0.0}, "top_p is 0.0; allowed: above 0, at most 1"),
+        (None, {"top_k": -1}, "top_k is -1; allowed: 0"),
+        (None, {"seed": -1}, "seed is -1; allowed: 0 or more"),
+        (None, {"temperature": 0.0}, "temperature 0 writes one text again and again"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(
+    preset: str | None, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message):
+        sampling_of(preset, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field"),
+    [
+        ("p.jsonl", '{"prompt": {"text": "The food"}}\n{"prompt": {"text": "A man"}}\n', "prompt"),
+        ("p.jsonl", '{"prompt": "The food"}\n\n{"prompt": "A man"}\n', "prompt"),
+        ("p.json", '[{"begin": "The food"}, {"begin": "A man"}]', "begin"),
+        ("p.txt", "The food\nA man\n", "prompt"),
+    ],
+)
+def test_prompts_are_read_from_each_form(
+    tmp_path: Path, name: str, content: str, field: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    found = read_prompts(tmp_path / name, field=field)
+    assert found.texts == ("The food", "A man")
+    assert read_prompts(tmp_path / name, field=field, count=1).texts == ("The food",)
+
+
+def test_bad_prompts_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n{"text": "no"}\n')
+    with pytest.raises(SteerError, match=r"p\.jsonl:2: there is no 'prompt'; the row has 'text'"):
+        read_prompts(path)
+    path.write_text("")
+    with pytest.raises(SteerError, match="there are no prompts"):
+        read_prompts(path)
+    with pytest.raises(SteerError, match="0 prompts are asked for"):
+        read_prompts(path, count=0)
+
+
+@pytest.mark.skipif(not AUTHORS.exists(), reason="the authors' prompt files are not at hand")
+def test_the_authors_prompt_files_are_read() -> None:
+    rows = [json.loads(line) for line in AUTHORS.read_text().splitlines()]
+    assert read_prompts(AUTHORS).texts == tuple(row["prompt"]["text"] for row in rows)

@@ -1,0 +1,224 @@
+"""The sweep's points and its choice, on curves that are known."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_steer import DeltaSteer, SteerError, VectorSteer, load_steer, save_steer
+from vllm_steer.evaluation.prompts import Prompts
+from vllm_steer.sweep import report
+from vllm_steer.sweep.candidates import Candidate, parse_candidates
+from vllm_steer.sweep.search import Point, bisection, choose, grid
+from vllm_steer.sweep.sweeping import Search, Sweep, Swept, check_writable, write_choice
+
+ALL = Candidate("all", (0, 1, 2, 3))
+BUDGET = 1.2
+PROMPTS = Prompts(("a", "b"), "p.txt", "0" * 64)
+
+
+def point(strength: float, effect: float, ratio: float, candidate: Candidate = ALL) -> Point:
+    return Point(candidate, strength, effect, 4.0 * ratio, ratio)
+
+
+def exploding(candidate: Candidate, strength: float) -> Point:
+    """The effect rises and saturates; perplexity explodes: ratio exp(g^2 / 50)."""
+    return point(strength, math.tanh(abs(strength) / 3), math.exp(strength**2 / 50), candidate)
+
+
+def pick(points: Sequence[Point], unsteered: float = 0.0, **options: Any) -> Point:
+    defaults: dict[str, Any] = {"budget": BUDGET, "direction": "up", "texts": 400}
+    return choose(points, unsteered, **{**defaults, **options})
+
+
+def test_a_grid_measures_every_candidate_at_every_strength_but_zero() -> None:
+    some = Candidate("0-1", (0, 1))
+    points = list(grid(exploding, [ALL, some], (-1.0, 0.0, 2.0)))
+    assert [(p.candidate.name, p.strength) for p in points] == [
+        ("all", -1.0),
+        ("all", 2.0),
+        ("0-1", -1.0),
+        ("0-1", 2.0),
+    ]
+
+
+def test_bisection_closes_in_on_the_budget() -> None:
+    # ratio = 1.2 at g = sqrt(50 ln 1.2) = 3.0193; halving 0..10 six times leaves 10 / 64.
+    points = list(bisection(exploding, [ALL], (0.0, 10.0), rounds=6, budget=BUDGET))
+    assert [p.strength for p in points] == [10, 5, 2.5, 3.75, 3.125, 2.8125, 2.96875]
+    assert pick(points).strength == 2.96875
+
+
+def test_bisection_goes_down_as_well() -> None:
+    points = list(bisection(exploding, [ALL], (0.0, -10.0), rounds=2, budget=BUDGET))
+    assert [p.strength for p in points] == [-10, -5, -2.5]
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 9])
+def test_bisection_is_bounded(rounds: int) -> None:
+    def never(candidate: Candidate, strength: float) -> Point:
+        return point(strength, 0.5, math.nan, candidate)
+
+    points = list(bisection(never, [ALL, ALL], (0.0, 10.0), rounds=rounds, budget=BUDGET))
+    assert len(points) == 2 * (rounds + 1) == Search(rounds=rounds).points(2)
+
+
+def test_a_far_end_within_the_budget_ends_the_bisection() -> None:
+    points = list(bisection(exploding, [ALL], (0.0, 2.0), rounds=6, budget=BUDGET))
+    assert [p.strength for p in points] == [2.0]
+
+
+def test_the_strongest_effect_within_the_budget_is_taken() -> None:
+    points = [point(1, 0.6, 1.01), point(2, 0.8, 1.1), point(3, 0.7, 1.15), point(4, 0.95, 1.3)]
+    assert pick(points, 0.5).strength == 2
+    assert pick(points, 0.5, budget=1.3).strength == 4
+    assert pick(points, 0.5, budget=1.05).strength == 1
+
+
+def test_downwards_the_lowest_effect_is_taken() -> None:
+    points = [point(1, 0.6, 1.0), point(-1, 0.3, 1.1), point(-2, 0.1, 1.5)]
+    assert pick(points, 0.5, direction="down").strength == -1
+
+
+def test_of_equal_effects_the_more_natural_is_taken() -> None:
+    points = [point(3, 1.0, 1.1), point(2, 1.0, 1.05), point(4, 1.0, 1.15)]
+    assert pick(points, 0.5).strength == 2
+
+
+@pytest.mark.parametrize("ratio", [math.nan, math.inf])
+def test_a_perplexity_that_is_no_number_is_over_any_budget(ratio: float) -> None:
+    assert pick([point(1, 0.7, 1.0), point(9, 1.0, ratio)], 0.2).strength == 1
+
+
+def test_nothing_within_the_budget_is_said() -> None:
+    wanted = r"no strength is within the budget: perplexity is 1\.5 times .* 1\.2 is allowed"
+    with pytest.raises(SteerError, match=wanted):
+        pick([point(1, 0.9, 1.5), point(2, 1.0, 4.0)])
+
+
+def test_no_change_within_the_budget_is_said() -> None:
+    wanted = r"nothing within the budget changes the effect: at the most from 0\.500 to 0\.500"
+    with pytest.raises(SteerError, match=wanted):
+        pick([point(1, 0.5, 1.0), point(2, 0.4, 1.1)], 0.5)
+
+
+def test_a_change_that_chance_can_make_is_none() -> None:
+    # Two standard errors of a difference over 100 texts: 2 sqrt((.58 .42 + .5 .5) / 100) = 0.1405.
+    with pytest.raises(SteerError, match="chance alone can do as much over 100 texts"):
+        pick([point(1, 0.58, 1.0)], 0.5, texts=100)
+    assert pick([point(1, 0.58, 1.0)], 0.5, texts=400).strength == 1  # 0.0702
+
+
+def vector(**fields: Any) -> VectorSteer:
+    rows = torch.arange(1.0, 13.0).view(4, 3)
+    return VectorSteer(vectors=rows, layers=(2, 3, 5, 8), **fields)
+
+
+def test_candidates_are_read_in_their_order_and_each_once() -> None:
+    scores = (0.6, 0.9, 0.7, 0.9)
+    found = parse_candidates("top:1,3; all;2-3,8;top:4", vector(layer_scores=scores))
+    assert [(c.name, c.layers) for c in found] == [
+        ("top:1", (3,)),  # the lower of the two that score 0.9
+        ("top:3", (3, 5, 8)),
+        ("all", (2, 3, 5, 8)),
+        ("2-3,8", (2, 3, 8)),
+    ]
+    assert parse_candidates(None, vector()) == [Candidate("all", (2, 3, 5, 8))]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("top:2", "the steer has no layer_scores; name layers"),
+        ("4", "layers 4 are not in this steer; it has 2-3,5,8"),
+        ("all;", "layers is ''"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(given: str, message: str) -> None:
+    with pytest.raises(SteerError, match=message):
+        parse_candidates(given, vector())
+
+
+@pytest.mark.parametrize("given", ["top:0", "top:5", "top:x", "top:"])
+def test_a_number_of_top_layers_out_of_range_is_refused(given: str) -> None:
+    with pytest.raises(SteerError, match="wanted is a number of layers from 1 to 4"):
+        parse_candidates(given, vector(layer_scores=(1.0, 2.0, 3.0, 4.0)))
+
+
+def test_a_steer_without_layers_or_scores_has_no_such_candidates(make_steer: Any) -> None:
+    with pytest.raises(SteerError, match="acts at the LM head: it has none"):
+        parse_candidates("all", make_steer())
+    assert parse_candidates(None, make_steer()) == [Candidate("all", None)]
+    delta = DeltaSteer(delta=torch.ones(2, 3, 4), layers=(0, 1, 2))
+    assert parse_candidates("0-1", delta)[0].layers == (0, 1)
+    with pytest.raises(SteerError, match="no layer_scores"):
+        parse_candidates("top:1", delta)
+
+
+def swept(steer: Path, points: Sequence[Point], layers: str | None = None) -> Swept:
+    asked = Sweep("m", steer, PROMPTS, "lexicon:x", "perplexity:m", layers=layers)
+    return Swept(asked, Point(Candidate("none", None), 0.0, 0.5, 4.0, 1.0), tuple(points), 400)
+
+
+def test_what_is_written_keeps_the_recipe_and_all_layers(tmp_path: Path) -> None:
+    path = tmp_path / "v"
+    save_steer(vector(recipe={"method": "mean"}, description="mine"), path)
+    found = swept(path, [point(2.5, 0.9, 1.1)])
+    write_choice(found, found.choose())
+    written = load_steer(path)
+    assert torch.equal(written.vectors, vector().vectors)
+    assert (written.default_strength, written.description) == (2.5, "mine")
+    assert written.recipe["method"] == "mean"
+    assert written.recipe["sweep"]["chosen"]["strength"] == 2.5
+    assert written.recipe["sweep"]["settings"]["budget"] == 1.2
+
+
+def test_the_chosen_layers_are_written_if_some_were_tried(tmp_path: Path) -> None:
+    path = tmp_path / "v"
+    save_steer(vector(layer_scores=(1.0, 4.0, 2.0, 3.0)), path)
+    top = Candidate("top:2", (3, 8))
+    found = swept(path, [point(2.5, 0.9, 1.1, top)], layers="top:2")
+    write_choice(found, found.choose())
+    written = load_steer(path)
+    assert (written.layers, written.layer_scores) == ((3, 8), (4.0, 3.0))
+    assert torch.equal(written.vectors, vector().vectors[[1, 3]])
+
+
+def test_only_a_file_of_our_own_is_written_to(tmp_path: Path) -> None:
+    save_steer(vector(), tmp_path / "own")
+    check_writable(tmp_path / "own")
+    torch.save(torch.ones(3), tmp_path / "theirs.pt")
+    with pytest.raises(SteerError, match=r"theirs\.pt: only a vllm-steer file .* convert"):
+        check_writable(tmp_path / "theirs.pt")
+
+
+def test_all_points_are_reported_and_the_choice_is_marked(tmp_path: Path) -> None:
+    points = [point(4, 0.95, 1.4), point(2, 0.9, 1.1), point(3, 0.9, math.nan)]
+    found = swept(tmp_path / "v", points)
+    said = report.data(found, found.choose(), None)
+    assert [(p["strength"], p["within_budget"]) for p in said["points"]] == [
+        (4, False),
+        (2, True),
+        (3, False),
+    ]
+    assert (said["chosen"]["strength"], said["unsteered"]["effect"]) == (2, 0.5)
+    notes = list(report.table(found, found.choose()).columns[-1].cells)
+    assert notes == ["", "chosen", "over budget", "over budget"]
+    report.draw(found, found.choose(), tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5, math.inf, math.nan])
+def test_a_budget_is_a_ratio_above_one(budget: float) -> None:
+    with pytest.raises(SteerError, match=r"it is a ratio of perplexities above 1, such as 1\.2"):
+        Sweep("m", Path("s"), PROMPTS, "lexicon:x", "perplexity:m", budget=budget)
+
+
+def test_rounds_are_at_least_one() -> None:
+    with pytest.raises(SteerError, match="rounds is 0; at least 1"):
+        Sweep("m", Path("s"), PROMPTS, "j", "p", search=Search(rounds=0))
+    assert dataclasses.asdict(Search())["ends"] == (0.0, 10.0)

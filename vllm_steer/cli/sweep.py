@@ -1,0 +1,193 @@
+"""``vllm-steer sweep``: the layers and the strength at which a steer works best."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_steer.cli.progress import progress
+from vllm_steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from vllm_steer.sweep.search import Point
+    from vllm_steer.sweep.sweeping import Search, Swept
+
+_GENERATING = "Generating"
+_VLLM = "vLLM"
+
+
+def sweep(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or 'embedded'.")],
+    steer: Annotated[Path, typer.Argument(help="Steer file of any known tool.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts: .jsonl, .json, .csv, .tsv or .txt.")],
+    judge: Annotated[
+        str, typer.Option(help="Of the effect: lexicon:FILE, classifier:MODEL:LABEL, language:fr.")
+    ],
+    perplexity: Annotated[
+        str | None, typer.Option(help="Model that perplexity is taken by; without: MODEL.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Largest perplexity allowed, over the unsteered model's.")
+    ] = 1.2,
+    search: Annotated[
+        str | None, typer.Option(help="grid or bisection; without: grid if there are strengths.")
+    ] = None,
+    strengths: Annotated[
+        str | None, typer.Option(help="Grid: '1,2,5' or first:last:step '1:8:1'.")
+    ] = None,
+    ends: Annotated[
+        str | None, typer.Option("--range", help="Bisection: '0:10' (the default) or '0:-10'.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Bisection: halvings [6].")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to try, such as 'top:1,2,4;all;0-3'.")
+    ] = None,
+    direction: Annotated[str, typer.Option(help="up or down: where the effect is to go.")] = "up",
+    write: Annotated[
+        bool, typer.Option("--write", help="Into the file: default strength, layers if tried.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw the points in.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all points as JSON.")] = False,
+    prompt_field: Annotated[str, typer.Option(help="Name of the prompt in a row.")] = "prompt",
+    first: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many prompts.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="lm-steer: its authors' settings.", rich_help_panel=_GENERATING),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Texts per prompt [25].", rich_help_panel=_GENERATING)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="New tokens at most [20].", rich_help_panel=_GENERATING)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy [1].", rich_help_panel=_GENERATING)
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="[1]", rich_help_panel=_GENERATING)] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="0 for all [50].", rich_help_panel=_GENERATING)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first text [0].", rich_help_panel=_GENERATING)
+    ] = None,
+    dtype: Annotated[str, typer.Option(rich_help_panel=_VLLM)] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(rich_help_panel=_VLLM)] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="The judges' share is left.", rich_help_panel=_VLLM)
+    ] = 0.6,
+    tensor_parallel_size: Annotated[int, typer.Option(rich_help_panel=_VLLM)] = 1,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", rich_help_panel=_VLLM)] = False,
+) -> None:
+    """Find the strongest effect within a budget of perplexity, over strengths and layers.
+
+    Exit code 1 if nothing within the budget changes the effect; the file stays as it was then.
+    """
+    from vllm_steer.evaluation.generating import EngineOptions
+    from vllm_steer.evaluation.judges import make_judge
+    from vllm_steer.evaluation.optional import need
+    from vllm_steer.evaluation.prompts import read_prompts
+    from vllm_steer.evaluation.sampling import sampling_of
+    from vllm_steer.sweep.search import DIRECTIONS
+    from vllm_steer.sweep.sweeping import Sweep, check_writable
+    from vllm_steer.sweep.sweeping import sweep as run_sweep
+
+    if plot is not None:
+        need("matplotlib")
+    if write:
+        check_writable(steer)
+    found = [known for known in DIRECTIONS if known == direction]
+    if not found:
+        raise SteerError(f"direction is {direction!r}; allowed: {', '.join(DIRECTIONS)}")
+    given = {
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    asked = Sweep(
+        model=model,
+        steer=steer,
+        prompts=read_prompts(prompts, field=prompt_field, count=first),
+        judge=judge,
+        perplexity=f"perplexity:{perplexity or model}",
+        budget=budget,
+        search=_search(search, strengths, ends, rounds),
+        layers=layers,
+        direction=found[0],
+        sampling=sampling_of(preset, given),
+        engine=EngineOptions(
+            dtype, max_model_len, gpu_memory_utilization, tensor_parallel_size, enforce_eager
+        ),
+    )
+    with progress("starting vLLM") as advance:
+        swept = run_sweep(
+            asked, make_judge, lambda done, total, said: advance(done, total=total, said=said)
+        )
+    _finish(swept, write=write, plot=plot, as_json=as_json)
+
+
+def _search(
+    search: str | None, strengths: str | None, ends: str | None, rounds: int | None
+) -> "Search":
+    from vllm_steer.evaluation.strengths import parse_range, parse_strengths
+    from vllm_steer.sweep.sweeping import Search
+
+    kind = search or ("bisection" if strengths is None else "grid")
+    if kind not in ("grid", "bisection"):
+        raise SteerError(f"search is {kind!r}; allowed: grid, bisection")
+    if kind == "grid":
+        if strengths is None or ends is not None or rounds is not None:
+            raise SteerError("a grid takes strengths such as '1:8:1', and no range and no rounds")
+        return Search(strengths=parse_strengths(strengths))
+    if strengths is not None:
+        raise SteerError("a bisection takes a range such as '0:10', and no strengths")
+    return Search(
+        ends=Search.ends if ends is None else parse_range(ends),
+        rounds=Search.rounds if rounds is None else rounds,
+    )
+
+
+def _finish(swept: "Swept", *, write: bool, plot: Path | None, as_json: bool) -> None:
+    """Take a point, write it and show them all; only then say what went wrong, if something did."""
+    from vllm_steer.sweep.report import draw
+
+    chosen, written, problem = _taken(swept, write)
+    _show(swept, chosen, written, as_json=as_json)
+    if plot is not None:
+        draw(swept, chosen, plot)
+    if problem is not None:
+        raise problem
+
+
+def _taken(swept: "Swept", write: bool) -> "tuple[Point | None, Path | None, SteerError | None]":
+    """The chosen point, the file that it was written to, and why there is none of the one kind."""
+    from vllm_steer.sweep.sweeping import write_choice
+
+    chosen = None
+    try:
+        chosen = swept.choose()
+        if write:
+            write_choice(swept, chosen)
+    except SteerError as error:  # the points took long to measure: they are shown first
+        return chosen, None, error
+    return chosen, swept.asked.steer if write else None, None
+
+
+def _show(swept: "Swept", chosen: "Point | None", written: Path | None, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from vllm_steer.evaluation.scoring import as_json as json_text
+    from vllm_steer.sweep import report
+
+    if as_json:
+        print(json_text(report.data(swept, chosen, written)))
+        return
+    Console().print(report.table(swept, chosen))
+    if written is not None and chosen is not None:
+        kept = swept.asked.layers is not None
+        layers = f", layers {chosen.candidate.name}" if kept else ""
+        print(f"{written}: default strength {chosen.strength:.5g}{layers}")

@@ -1,0 +1,5 @@
+"""Dynamic Activation Composition: strengths that follow from what a steer does, step by step."""
+
+from vllm_steer.dynamic.strength import KLS, Kl, dynamic_strength
+
+__all__ = ["KLS", "Kl", "dynamic_strength"]

@@ -1,0 +1,59 @@
+"""A random steer of the same norm as another: what a steer's direction is worth beside chance.
+
+Normal random numbers take the place of the steer's, and are scaled so that what follows keeps its
+norm (Frobenius for a matrix):
+
+    lm_steer  multiply: W_s = P1_s P2_s^T of each column s    add, offset: the row of each column
+    vector    the direction of each layer                     delta: of each step and layer
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vllm_steer.steers import LMSteer, Steer
+
+
+def random_steer(steer: Steer, seed: int = 0) -> Steer:
+    """The random steer of equal norm, float32; the same for the same seed.
+
+    All else is the steer's own: epsilon, fixed columns, layers, site, mode, schedule.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    normal = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        for name, tensor in steer.tensors.items()
+    }
+    changed: dict[str, Any] = {name: t.float() for name, t in _scaled(normal, steer).items()}
+    changed["description"] = f"random control of equal norm, seed {seed}"
+    changed["recipe"] = {"method": "random control", "settings": {"seed": seed}}
+    return replace(steer, **changed)
+
+
+def product_norms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """``|P1_s P2_s^T|_F`` of each column, float64, from ``[columns, hidden_size, rank]``.
+
+    ``|P1 P2^T|^2 = sum((P1^T P1) * (P2^T P2))``: two matrices of ``rank x rank``, never one of
+    ``hidden_size x hidden_size``.
+    """
+    grams = [p.double().transpose(1, 2) @ p.double() for p in (first, second)]
+    return (grams[0] * grams[1]).sum((1, 2)).clamp_min(0).sqrt()
+
+
+def _scaled(random: dict[str, torch.Tensor], steer: Steer) -> dict[str, torch.Tensor]:
+    if isinstance(steer, LMSteer) and steer.projector1 is not None:
+        assert steer.projector2 is not None
+        wanted = product_norms(steer.projector1, steer.projector2)
+        found = product_norms(random["projector1"], random["projector2"])
+        # Half of the scale on each factor: both keep a size that float32 holds well.
+        half = (wanted / found).sqrt()[:, None, None]
+        return {name: tensor * half for name, tensor in random.items()}
+    return {name: _like(random[name], tensor) for name, tensor in steer.tensors.items()}
+
+
+def _like(random: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of the norms of ``tensor``'s rows."""
+    wanted = tensor.double().norm(dim=-1, keepdim=True)
+    scaled: torch.Tensor = random * wanted / random.norm(dim=-1, keepdim=True)
+    return scaled

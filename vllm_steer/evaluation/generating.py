@@ -1,0 +1,177 @@
+"""Texts from a real vLLM engine, under a steer or under none."""
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_steer.errors import SteerError
+from vllm_steer.evaluation.answers import Answers
+from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.files.source import cause
+from vllm_steer.models import model_path
+
+# Requests that vLLM is given at once: enough to fill any batch, few enough to hold in memory.
+_AT_ONCE: Final = 2048
+# Figures alone go to standard output.
+_ENVIRONMENT: Final = {
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """vLLM's own engine arguments that matter here; None leaves vLLM's default."""
+
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """Those that can change a text."""
+        return {
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "tensor_parallel_size": self.tensor_parallel_size,
+        }
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``LLM``."""
+        alone = self.tensor_parallel_size == 1
+        given = {**vars(self), "distributed_executor_backend": "uni" if alone else None}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running engine that holds steers by name."""
+
+    llm: Any
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        steer: Mapping[str, Any] | None = None,
+        *,
+        on_text: Callable[[int], None] | None = None,
+    ) -> list[Answers]:
+        """``sampling.samples`` continuations of each prompt; ``steer`` as in a request, or none.
+
+        ``on_text`` is called with the number of texts that are written. Raises ``SteerError`` for
+        a prompt that the model has no room for.
+        """
+        tokens = [self._tokens(prompt, sampling) for prompt in prompts]
+        asked = [(p, k) for p in range(len(prompts)) for k in range(sampling.samples)]
+        texts: list[str] = []
+        for start in range(0, len(asked), _AT_ONCE):
+            chunk = asked[start : start + _AT_ONCE]
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": tokens[p]} for p, _ in chunk],
+                [_parameters(sampling, k, steer) for _, k in chunk],
+                use_tqdm=False,
+            )
+            texts += [output.outputs[0].text for output in outputs]
+            if on_text is not None:
+                on_text(len(texts))
+        return [
+            Answers(prompt, tuple(texts[p * sampling.samples : (p + 1) * sampling.samples]))
+            for p, prompt in enumerate(prompts)
+        ]
+
+    def _tokens(self, prompt: str, sampling: Sampling) -> list[int]:
+        tokens: list[int] = self.llm.get_tokenizer().encode(prompt)
+        room = self.llm.llm_engine.model_config.max_model_len - sampling.max_tokens
+        if not 1 <= len(tokens) <= room:
+            raise SteerError(
+                f"prompt {prompt[:60]!r} has {len(tokens)} tokens; 1 to {room} have room beside "
+                f"the {sampling.max_tokens} to be written; shorten it, or raise max-model-len"
+            )
+        return tokens
+
+
+@contextmanager
+def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> Iterator[Engine]:
+    """vLLM with a model and the steers of some files; its memory is free again after the block.
+
+    Raises ``SteerError`` if vLLM cannot start, if a steer does not fit the model, and if the plugin
+    is switched off, so that nothing would be steered.
+    """
+    for name, value in _ENVIRONMENT.items():  # read when vLLM is first imported
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # Quicker to start. On a GPU the engine's own process gives all memory back as it ends.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        llm = LLM(
+            model_path(model),
+            seed=0,
+            use_tqdm_on_load=False,
+            additional_config={"steer": _steer_config(steers)},
+            **options.arguments,
+        )
+    except SteerError:
+        raise
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise SteerError(f"model {model}: vLLM cannot start ({cause(error)})") from error
+    try:
+        _check_active(llm)
+        yield Engine(llm)
+    finally:
+        _stop(llm)
+        del llm
+        gc.collect()
+
+
+def _steer_config(steers: Mapping[str, Path]) -> dict[str, Any]:
+    from vllm_steer.files import load_steer
+    from vllm_steer.steers import LMSteer
+
+    loaded = [load_steer(path) for path in steers.values()]
+    ranks = [steer.rank for steer in loaded if isinstance(steer, LMSteer)]
+    return {
+        "steers": {name: {"path": str(path)} for name, path in steers.items()},
+        "limits": {"max_rank": max([1, *ranks])},
+    }
+
+
+def _stop(llm: Any) -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def _check_active(llm: Any) -> None:
+    from vllm_steer.serving.engine_config import plan_of
+
+    if plan_of(llm.llm_engine.vllm_config) is None:
+        raise SteerError(
+            "vLLM runs without the plugin, so nothing would be steered; unset VLLM_STEER_DISABLE, "
+            "and let VLLM_PLUGINS, if it is set, name steer"
+        )
+
+
+def _parameters(sampling: Sampling, k: int, steer: Mapping[str, Any] | None) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed + k,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.max_tokens if sampling.exact_length else 0,
+        extra_args={"steer": dict(steer) if steer else "none"},
+    )

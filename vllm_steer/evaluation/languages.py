@@ -1,0 +1,58 @@
+"""Which language texts are in, by langdetect.
+
+Source: Scalena et al., BlackboxNLP 2024 (arXiv 2406.17563): the mean of the probability
+that langdetect gives the wanted language, 0 where it does not name it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_steer.errors import SteerError
+from vllm_steer.evaluation.answers import Answers
+from vllm_steer.evaluation.means import mean_over_prompts
+from vllm_steer.evaluation.optional import need
+
+
+@dataclass(frozen=True)
+class LanguageJudge:
+    """How surely the continuations are in one language; the prompts are not looked at."""
+
+    name: str
+    code: str
+    effect: str = "probability"
+
+    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
+        """``probability``, and ``share``: how often the language is the likeliest one."""
+        found = {text: detected(text) for answer in answers for text in answer.texts}
+
+        def likeliest(text: str) -> float:
+            codes = found[text]
+            return float(bool(codes) and max(codes, key=codes.__getitem__) == self.code)
+
+        return {
+            "probability": mean_over_prompts(answers, lambda text: found[text].get(self.code, 0.0)),
+            "share": mean_over_prompts(answers, likeliest),
+        }
+
+
+def detected(text: str) -> dict[str, float]:
+    """Languages and their probabilities, likeliest first; none for a text without letters.
+
+    langdetect draws at random: its seed is set to 0, so that a text has one answer.
+    """
+    langdetect = need("langdetect")
+    langdetect.DetectorFactory.seed = 0
+    try:
+        return {each.lang: each.prob for each in langdetect.detect_langs(text)}
+    except langdetect.LangDetectException:
+        return {}
+
+
+def check_code(code: str) -> None:
+    """Raise ``SteerError`` for a language that langdetect does not know."""
+    factory = need("langdetect.detector_factory")
+    factory.init_factory()
+    # The public functions make their own detector from this factory; only it knows the list.
+    known = sorted(factory._factory.get_lang_list())
+    if code not in known:
+        raise SteerError(f"language {code!r} is unknown to langdetect; it knows {', '.join(known)}")

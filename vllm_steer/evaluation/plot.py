@@ -1,0 +1,111 @@
+"""Pictures of an evaluation: effect and perplexity over strength, and the one over the other."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_steer.evaluation.optional import need
+from vllm_steer.evaluation.report import PERPLEXITY, STEERS, Report, perplexity_judge
+from vllm_steer.evaluation.run import Which
+from vllm_steer.files.whole import write_whole
+
+Panel = Callable[[Any], None]
+
+_STYLES: Final[dict[str, dict[str, Any]]] = {
+    "steer": {"marker": "o", "linestyle": "-"},
+    "random": {"marker": "s", "linestyle": "--", "alpha": 0.6, "markerfacecolor": "none"},
+}
+_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DPI: Final = 150
+_SMOOTH: Final = 200
+
+
+def draw_report(report: Report, path: Path) -> None:
+    """Write a PNG: a panel for each pair of figures that the report has.
+
+    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    """
+    panels = _panels(report)
+    figure = need("matplotlib.figure").Figure(
+        figsize=(4.6 * max(1, len(panels)), 4.0), layout="constrained"
+    )
+    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=False):
+        panel(axis)
+        axis.grid(color="0.92")
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{report.about['steer']['file']} on {report.about['model']}", fontsize=10)
+    write_whole(path, lambda to: figure.savefig(to, format="png", dpi=_DPI))
+
+
+def _panels(report: Report) -> list[Panel]:
+    effects = [(judge.name, judge.effect) for judge in report.judges if judge.effect is not None]
+    perplexity = perplexity_judge(report)
+    panels: list[Panel] = []
+    if effects:
+        panels.append(lambda axis: _effects(axis, report, effects))
+    if perplexity is not None:
+        panels.append(lambda axis: _perplexity(axis, report, perplexity))
+    if effects and perplexity is not None:
+        panels.append(lambda axis: _trade(axis, report, effects, perplexity))
+        panels.append(lambda axis: _normalised(axis, report))
+    return panels
+
+
+def _effects(axis: Any, report: Report, effects: Sequence[tuple[str, str]]) -> None:
+    for index, (judge, effect) in enumerate(effects):
+        for which in STEERS:
+            _line(axis, report.strengths, report.curve(judge, which, effect), index, which, judge)
+    axis.set(xlabel="strength", ylabel="effect", title="effect")
+
+
+def _perplexity(axis: Any, report: Report, judge: str) -> None:
+    for which in STEERS:
+        _line(axis, report.strengths, report.curve(judge, which, PERPLEXITY), 0, which, "")
+    axis.set(xlabel="strength", ylabel="total perplexity", title=judge)
+    _wide(axis.yaxis, axis.set_yscale)
+
+
+def _trade(axis: Any, report: Report, effects: Sequence[tuple[str, str]], perplexity: str) -> None:
+    for index, (judge, effect) in enumerate(effects):
+        for which in STEERS:
+            across = report.curve(perplexity, which, PERPLEXITY)
+            _line(axis, across, report.curve(judge, which, effect), index, which, judge)
+    axis.set(xlabel="total perplexity", ylabel="effect", title="effect's price")
+    _wide(axis.xaxis, axis.set_xscale)
+
+
+def _normalised(axis: Any, report: Report) -> None:
+    """Points of the effect normalised by perplexity, and the curves fitted to them."""
+    for index, (judge, by_steer) in enumerate(report.normalised.items()):
+        for which, found in by_steer.items():
+            if isinstance(found, str):
+                continue
+            colour, style = _COLOURS[index % len(_COLOURS)], _STYLES[which]
+            label = f"{judge} {which}: {found.pnes:.2f}"
+            points = {**style, "linestyle": "none", "color": colour}
+            axis.plot(found.strengths, found.y, label=label, **points)
+            x = _between(found.strengths)
+            axis.plot(x, found.curve(x), color=colour, linestyle=style["linestyle"], linewidth=1)
+    axis.set(xlabel="strength", ylabel="effect / perplexity ratio", title="normalised, with PNES")
+
+
+def _wide(axis: Any, set_scale: Callable[[str], object]) -> None:
+    """A logarithmic axis where values span a decade or more; else its ticks would not be read."""
+    low, high = axis.get_data_interval()
+    if 0 < 10 * low <= high:
+        set_scale("log")
+
+
+def _between(strengths: Sequence[float]) -> list[float]:
+    """Strengths close enough for a smooth curve."""
+    first, last = strengths[0], strengths[-1]
+    return [first + (last - first) * i / _SMOOTH for i in range(_SMOOTH + 1)]
+
+
+def _line(
+    axis: Any, x: Sequence[float], y: Sequence[float], index: int, which: Which, judge: str
+) -> None:
+    label = f"{judge} {which}".strip()
+    axis.plot(x, y, label=label, color=_COLOURS[index % len(_COLOURS)], **_STYLES[which])

@@ -1,0 +1,208 @@
+"""The report of a run: every figure of the steer, beside the unsteered model and the control."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_steer.errors import SteerError
+from vllm_steer.evaluation.pnes import Pnes, perplexity_normalised_effect
+from vllm_steer.evaluation.run import Setting, Which
+from vllm_steer.evaluation.scoring import Scores
+
+PERPLEXITY: Final = "total_perplexity"
+"""The figure of perplexity that effects are set against: outliers are in it."""
+
+STEERS: Final[tuple[Which, ...]] = ("steer", "random")
+_WORDS: Final = ("judge", "steer")
+
+
+@dataclass(frozen=True)
+class JudgeEntry:
+    """A judge by its name, and the name of its figure that is an effect, if it has one."""
+
+    name: str
+    effect: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of a run's figures.
+
+    ``about`` is what the texts come from, as the run's settings say it; ``missing`` says of judges
+    that are not at hand why; ``normalised`` has the effect normalised by perplexity, by judge and
+    by steer (``steer``, ``random``), where there is an effect and a perplexity, or why it cannot
+    be had.
+    """
+
+    about: Mapping[str, Any]
+    settings: tuple[Setting, ...]
+    judges: tuple[JudgeEntry, ...]
+    scores: Scores
+    missing: Mapping[str, str]
+    normalised: Mapping[str, Mapping[str, Pnes | str]]
+
+    def figure(self, judge: str, which: Which, strength: float, figure: str) -> float:
+        """One figure; at strength 0 the unsteered model's, whichever steer is asked for."""
+        setting = Setting("none" if strength == 0 else which, strength)
+        return self.scores[judge][setting.name].get(figure, math.nan)
+
+    @property
+    def strengths(self) -> list[float]:
+        """All strengths, 0 included, ascending."""
+        return sorted({setting.strength for setting in self.settings})
+
+    def curve(self, judge: str, which: Which, figure: str) -> list[float]:
+        """A figure over the strengths."""
+        return [self.figure(judge, which, strength, figure) for strength in self.strengths]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            **self.about,
+            "judges": [asdict(judge) for judge in self.judges],
+            "not_at_hand": dict(self.missing),
+            "settings": [
+                {
+                    "steer": setting.which,
+                    "strength": setting.strength,
+                    "figures": {j.name: self.scores[j.name][setting.name] for j in self.judges},
+                }
+                for setting in self.settings
+            ],
+            "normalised_effect": {
+                judge: {which: _pnes_data(found) for which, found in by_steer.items()}
+                for judge, by_steer in self.normalised.items()
+            },
+        }
+
+
+def make_report(
+    about: Mapping[str, Any],
+    settings: Sequence[Setting],
+    judges: Sequence[JudgeEntry],
+    scores: Scores,
+    missing: Mapping[str, str],
+) -> Report:
+    """The report, with effects normalised by the first judge that has a perplexity."""
+    bare = Report(about, tuple(settings), tuple(judges), scores, missing, {})
+    perplexity = perplexity_judge(bare)
+    if perplexity is None:
+        return bare
+    found: dict[str, dict[str, Pnes | str]] = {
+        judge.name: {
+            which: _normalised(
+                bare.strengths,
+                bare.curve(judge.name, which, judge.effect),
+                bare.curve(perplexity, which, PERPLEXITY),
+            )
+            for which in STEERS
+        }
+        for judge in judges
+        if judge.effect is not None
+    }
+    return Report(about, bare.settings, bare.judges, scores, missing, found)
+
+
+def perplexity_judge(report: Report) -> str | None:
+    """The first judge whose figures have a perplexity."""
+    for judge in report.judges:
+        if any(PERPLEXITY in figures for figures in report.scores[judge.name].values()):
+            return judge.name
+    return None
+
+
+def tables(report: Report) -> Iterator[Table]:
+    """A table for each judge: at each strength the control's figures beside the steer's."""
+    for title, headings, rows in _grids(report):
+        table = Table(title=escape(title), title_justify="left")
+        for heading in headings:
+            side: Literal["left", "right"] = "left" if heading in _WORDS else "right"
+            table.add_column(heading, justify=side, overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        yield table
+
+
+def markdown(report: Report) -> str:
+    """The same tables in Markdown, after a line on the run."""
+    steer, prompts = report.about["steer"]["file"], report.about["prompts"]
+    lines = [
+        f"# {steer} on {report.about['model']}",
+        "",
+        f"{prompts['count']} prompts of {prompts['file']}, "
+        f"{report.about['sampling']['samples']} texts each. Strength 0 is the unsteered model; "
+        "*random* is a random steer of equal norm.",
+    ]
+    for title, headings, rows in _grids(report):
+        lines += ["", f"## {title}", "", "| " + " | ".join(headings) + " |"]
+        marks = ("---" if heading in _WORDS else "---:" for heading in headings)
+        lines.append("| " + " | ".join(marks) + " |")
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    if reasons := list(without_effect(report)):
+        lines += ["", *(f"- {reason}" for reason in reasons)]
+    if report.missing:
+        lines += ["", "## Judges that are not at hand", ""]
+        lines += [f"- {name}: {reason}" for name, reason in report.missing.items()]
+    return "\n".join(lines) + "\n"
+
+
+def without_effect(report: Report) -> Iterator[str]:
+    """For each effect that is not normalised by perplexity, why."""
+    for judge, by_steer in report.normalised.items():
+        for which, found in by_steer.items():
+            if isinstance(found, str):
+                yield f"{judge}, {which}: {found}"
+
+
+Grid = tuple[str, list[str], list[list[str]]]
+
+
+def _grids(report: Report) -> Iterator[Grid]:
+    """Title, headings and rows of each table."""
+    for judge in report.judges:
+        found = report.scores[judge.name]
+        names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+        rows = [
+            [f"{s.strength:g}", s.which, *(_shown(found[s.name].get(n, math.nan)) for n in names)]
+            for s in sorted(report.settings, key=lambda s: s.strength)
+        ]
+        headings = [name.replace("_", " ") for name in names]
+        yield judge.name, ["strength", "steer", *headings], rows
+    if report.normalised:
+        rows = [
+            [judge, which, *_pnes_cells(found)]
+            for judge, by_steer in report.normalised.items()
+            for which, found in by_steer.items()
+        ]
+        headings = ["judge", "steer", "PNES", "r2", "highest at"]
+        yield "effect normalised by perplexity", headings, rows
+
+
+def _normalised(
+    strengths: Sequence[float], effects: Sequence[float], perplexities: Sequence[float]
+) -> Pnes | str:
+    try:
+        return perplexity_normalised_effect(strengths, effects, perplexities)
+    except SteerError as error:  # too few strengths, say: no reason to lose the other figures
+        return str(error)
+
+
+def _pnes_data(found: Pnes | str) -> dict[str, Any]:
+    return {"reason": found} if isinstance(found, str) else asdict(found)
+
+
+def _pnes_cells(found: Pnes | str) -> list[str]:
+    if isinstance(found, str):
+        return ["-", "-", "-"]
+    return [_shown(found.pnes), _shown(found.r2), f"{found.x_max:.3g}"]
+
+
+def _shown(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"

@@ -1,0 +1,67 @@
+"""Which of a steer's layers to try."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from vllm_steer.errors import SteerError
+from vllm_steer.steers import LMSteer, Steer, VectorSteer
+from vllm_steer.steers.layers import format_layers, parse_layers, positions_of
+
+_TOP: Final = "top:"
+_ALL: Final = "all"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Some of a steer's layers, by the name they were asked for; None where it acts in no layer."""
+
+    name: str
+    layers: tuple[int, ...] | None
+
+
+def parse_candidates(given: str | None, steer: Steer) -> list[Candidate]:
+    """Candidates from ``"top:1,2,4;all;0-3"``; None keeps the steer as it is.
+
+    ``top:k`` are the ``k`` layers of the highest ``layer_scores``, the lower layer first where
+    scores are equal; ``all`` are all that the steer has. Equal candidates are tried once.
+
+    Raises ``SteerError`` for layers that the steer does not have, for an LM-Steer, which has none,
+    and for ``top`` of a steer without scores.
+    """
+    if given is None:
+        return [Candidate(_ALL, steer.layers)]
+    if isinstance(steer, LMSteer):
+        raise SteerError("layers are given and the steer acts at the LM head: it has none; drop it")
+    found: dict[tuple[int, ...] | None, Candidate] = {}
+    for part in given.split(";"):
+        for candidate in _candidates(part.strip(), steer):
+            found.setdefault(candidate.layers, candidate)
+    return list(found.values())
+
+
+def _candidates(part: str, steer: Steer) -> list[Candidate]:
+    assert steer.layers is not None
+    if part == _ALL:
+        return [Candidate(_ALL, tuple(steer.layers))]
+    if part.startswith(_TOP):
+        return [_top(count, steer) for count in part.removeprefix(_TOP).split(",")]
+    layers = parse_layers(part)
+    positions_of(layers, steer.layers)
+    return [Candidate(format_layers(layers), layers)]
+
+
+def _top(given: str, steer: Steer) -> Candidate:
+    assert steer.layers is not None
+    scores = steer.layer_scores if isinstance(steer, VectorSteer) else None
+    if scores is None:
+        raise SteerError(
+            "top layers are asked for and the steer has no layer_scores; name layers such as "
+            "'0-3;4-7'"
+        )
+    count = int(given) if given.strip().isdecimal() and len(given) <= 5 else 0
+    if not 1 <= count <= len(scores):
+        raise SteerError(
+            f"top:{given.strip()}: wanted is a number of layers from 1 to {len(scores)}"
+        )
+    ranked = sorted(zip(scores, steer.layers, strict=True), key=lambda pair: (-pair[0], pair[1]))
+    return Candidate(f"top:{count}", tuple(sorted(layer for _, layer in ranked[:count])))

@@ -1,0 +1,95 @@
+"""What a sweep found: plain data, a table and a picture."""
+
+import math
+from pathlib import Path
+from typing import Any, Final
+
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_steer.evaluation.optional import need
+from vllm_steer.files.whole import write_whole
+from vllm_steer.steers.layers import format_layers
+from vllm_steer.sweep.search import Point, within
+from vllm_steer.sweep.sweeping import Swept
+
+_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DPI: Final = 150
+_DECADE: Final = 10.0
+
+
+def data(swept: Swept, chosen: Point | None, written: Path | None) -> dict[str, Any]:
+    """All points in the order they were measured, and which one was taken, if one was."""
+    return {
+        **swept.settings,
+        "steer": str(swept.asked.steer),
+        "texts": swept.texts,
+        "unsteered": swept.unsteered.data,
+        "points": [
+            {**point.data, "within_budget": within(point, swept.asked.budget)}
+            for point in swept.points
+        ],
+        "chosen": None if chosen is None else chosen.data,
+        "written": None if written is None else str(written),
+    }
+
+
+def table(swept: Swept, chosen: Point | None) -> Table:
+    """A row for each point, by layers and strength; the one that was taken is marked."""
+    title = escape(f"{swept.asked.judge}, budget {swept.asked.budget:g}")
+    found = Table(title=title, title_justify="left")
+    for heading in ("layers", "strength", "effect", "perplexity", "ratio", ""):
+        found.add_column(heading, justify="left" if heading in ("layers", "") else "right")
+    names = list(dict.fromkeys(point.candidate for point in swept.points))
+    points = sorted(swept.points, key=lambda p: (names.index(p.candidate), p.strength))
+    for point in (swept.unsteered, *points):
+        inside = within(point, swept.asked.budget)
+        note = "chosen" if point is chosen else "" if inside else "over budget"
+        found.add_row(
+            _layers(point),
+            f"{point.strength:.5g}",
+            f"{point.effect:.3f}",
+            f"{point.perplexity:.4g}",
+            f"{point.ratio:.3f}",
+            note,
+        )
+    return found
+
+
+def draw(swept: Swept, chosen: Point | None, path: Path) -> None:
+    """Write a PNG: the effect over the ratio of perplexities, a line for each choice of layers.
+
+    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    """
+    figure = need("matplotlib.figure").Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    names = list(dict.fromkeys(point.candidate for point in swept.points))
+    for index, candidate in enumerate(names):
+        points = [p for p in swept.points if p.candidate == candidate and math.isfinite(p.ratio)]
+        points = sorted([swept.unsteered, *points], key=lambda p: abs(p.strength))
+        colour = _COLOURS[index % len(_COLOURS)]
+        style: dict[str, Any] = {"marker": "o", "color": colour, "label": candidate.name}
+        axis.plot([p.ratio for p in points], [p.effect for p in points], **style)
+        for point in points:
+            place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7}
+            axis.annotate(f"{point.strength:.3g}", (point.ratio, point.effect), **place)
+    if chosen is not None:
+        style = {"marker": "*", "markersize": 16, "linestyle": "none", "color": "black"}
+        axis.plot([chosen.ratio], [chosen.effect], label="chosen", zorder=0, **style)
+    axis.axvline(swept.asked.budget, color="0.5", linestyle="--", linewidth=1, label="budget")
+    axis.set(xlabel="perplexity / unsteered", ylabel=f"effect: {swept.asked.judge}")
+    ratios = [p.ratio for p in swept.points if math.isfinite(p.ratio)]
+    if ratios and max(ratios) > _DECADE:
+        axis.set_xscale("log")
+    axis.grid(color="0.92")
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title(f"{swept.asked.steer.name} on {swept.asked.model}", fontsize=10)
+    write_whole(path, lambda to: figure.savefig(to, format="png", dpi=_DPI))
+
+
+def _layers(point: Point) -> str:
+    layers = point.candidate.layers
+    if layers is None:
+        return "-"
+    said = format_layers(layers)
+    return said if point.candidate.name == said else f"{point.candidate.name} ({said})"

@@ -1,0 +1,208 @@
+"""A sweep in one engine: measure points, take the best within the budget, write it down."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_steer.errors import SteerError
+from vllm_steer.evaluation.answers import Answers, Judge
+from vllm_steer.evaluation.generating import Engine, EngineOptions, engine
+from vllm_steer.evaluation.prompts import Prompts
+from vllm_steer.evaluation.report import PERPLEXITY
+from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.files import load_steer, save_steer
+from vllm_steer.files.safetensors_file import is_safetensors, read_header
+from vllm_steer.files.steer_file import FORMAT
+from vllm_steer.steers import LMSteer, Steer
+from vllm_steer.steers.layers import format_layers
+from vllm_steer.sweep.candidates import Candidate, parse_candidates
+from vllm_steer.sweep.search import Direction, Point, bisection, choose, grid
+
+MakeJudge = Callable[[str], Judge]
+OnPoint = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A grid of ``strengths``, or where they are None a bisection between two ``ends``."""
+
+    strengths: tuple[float, ...] | None = None
+    ends: tuple[float, float] = (0.0, 10.0)
+    rounds: int = 6
+
+    def points(self, candidates: int) -> int:
+        """How many points are measured at the most."""
+        if self.strengths is None:
+            return candidates * (self.rounds + 1)
+        return candidates * sum(strength != 0 for strength in self.strengths)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is asked.
+
+    ``budget`` is the largest ratio of perplexity (outliers included) to the unsteered model's;
+    ``layers`` candidates as in ``parse_candidates``; ``judge`` and ``perplexity`` are the names of
+    judges, of an effect and of the perplexity.
+    """
+
+    model: str
+    steer: Path
+    prompts: Prompts
+    judge: str
+    perplexity: str
+    budget: float = 1.2
+    search: Search = field(default_factory=Search)
+    layers: str | None = None
+    direction: Direction = "up"
+    sampling: Sampling = field(default_factory=Sampling)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        if not 1 < self.budget < float("inf"):
+            raise SteerError(
+                f"budget is {self.budget}; it is a ratio of perplexities above 1, such as 1.2"
+            )
+        if self.search.rounds < 1:
+            raise SteerError(f"rounds is {self.search.rounds}; at least 1 is wanted")
+
+
+@dataclass(frozen=True)
+class Swept:
+    """All points of a sweep, the unsteered model's figures, and how many texts each stands on."""
+
+    asked: Sweep
+    unsteered: Point
+    points: tuple[Point, ...]
+    texts: int
+
+    def choose(self) -> Point:
+        """The point to take; ``SteerError`` if there is none, see ``search.choose``."""
+        return choose(
+            self.points,
+            self.unsteered.effect,
+            budget=self.asked.budget,
+            direction=self.asked.direction,
+            texts=self.texts,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the points come from, as plain data."""
+        return {
+            "model": self.asked.model,
+            "prompts": self.asked.prompts.settings,
+            "judge": self.asked.judge,
+            "perplexity": self.asked.perplexity,
+            "budget": self.asked.budget,
+            "direction": self.asked.direction,
+            "sampling": self.asked.sampling.settings,
+        }
+
+
+def sweep(asked: Sweep, make_judge: MakeJudge, on_point: OnPoint) -> Swept:
+    """Measure the unsteered model and all points, in one engine that stays up.
+
+    ``on_point`` is called with the points measured, how many there are at the most, and what is
+    measured next. Raises ``SteerError`` for a steer, a judge or layers that cannot be.
+    """
+    steer = load_steer(asked.steer)
+    candidates = parse_candidates(asked.layers, steer)
+    effect_judge = _effect_judge(make_judge(asked.judge))
+    judges = (effect_judge, make_judge(asked.perplexity))
+    total = 1 + asked.search.points(len(candidates))
+    with engine(asked.model, {"steer": asked.steer.resolve()}, asked.engine) as running:
+        on_point(0, total, "the unsteered model")
+        answers = running.generate(asked.prompts.texts, asked.sampling)
+        unsteered = _point(Candidate("none", None), 0.0, answers, judges, None)
+        points: list[Point] = []
+
+        def measure(candidate: Candidate, strength: float) -> Point:
+            on_point(1 + len(points), total, f"{candidate.name} at {strength:g}")
+            answers = _answers(running, asked, steer, candidate, strength)
+            return _point(candidate, strength, answers, judges, unsteered)
+
+        for point in _search(asked, measure, candidates):
+            points.append(point)
+    texts = len(asked.prompts.texts) * asked.sampling.samples
+    return Swept(asked, unsteered, tuple(points), texts)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``SteerError`` unless a file is vllm-steer's own, which alone holds what is found."""
+    own = is_safetensors(path) and read_header(path)[0].get("format") == FORMAT
+    if not own:
+        raise SteerError(
+            f"{path}: only a vllm-steer file can be given a default strength; make one of it with "
+            "vllm-steer convert"
+        )
+
+
+def write_choice(swept: Swept, chosen: Point) -> Steer:
+    """Put the chosen strength, and the chosen layers if some were tried, into the steer's file.
+
+    The file is replaced at once; its recipe stays and takes up what the sweep found. Layers that
+    were not chosen are gone from it.
+    """
+    steer = load_steer(swept.asked.steer)
+    if swept.asked.layers is not None and chosen.candidate.layers is not None:
+        assert not isinstance(steer, LMSteer)
+        steer = steer.keep_layers(chosen.candidate.layers)
+    found = {
+        "settings": swept.settings,
+        "unsteered": swept.unsteered.data,
+        "chosen": chosen.data,
+    }
+    recipe = {**(steer.recipe or {}), "sweep": found}
+    written = replace(steer, default_strength=chosen.strength, recipe=recipe)
+    save_steer(written, swept.asked.steer)
+    return written
+
+
+def _search(
+    asked: Sweep, measure: Callable[[Candidate, float], Point], candidates: Sequence[Candidate]
+) -> Iterator[Point]:
+    search = asked.search
+    if search.strengths is not None:
+        return grid(measure, candidates, search.strengths)
+    return bisection(measure, candidates, search.ends, rounds=search.rounds, budget=asked.budget)
+
+
+def _answers(
+    running: Engine, asked: Sweep, steer: Steer, candidate: Candidate, strength: float
+) -> list[Answers]:
+    options: dict[str, Any] = {"strength": strength}
+    if candidate.layers is not None and candidate.layers != steer.layers:
+        options["layers"] = format_layers(candidate.layers)
+    return running.generate(asked.prompts.texts, asked.sampling, {"steer": options})
+
+
+def _point(
+    candidate: Candidate,
+    strength: float,
+    answers: Sequence[Answers],
+    judges: tuple[Judge, Judge],
+    unsteered: Point | None,
+) -> Point:
+    effect_judge, perplexity_judge = judges
+    assert effect_judge.effect is not None
+    effect = effect_judge.scores(answers)[effect_judge.effect]
+    perplexity = _perplexity(perplexity_judge.scores(answers), perplexity_judge.name)
+    base = perplexity if unsteered is None else unsteered.perplexity
+    return Point(candidate, strength, effect, perplexity, perplexity / base)
+
+
+def _perplexity(scores: Mapping[str, float], name: str) -> float:
+    if PERPLEXITY not in scores:
+        raise SteerError(f"judge {name} has no perplexity; give perplexity:MODEL")
+    return scores[PERPLEXITY]
+
+
+def _effect_judge(judge: Judge) -> Judge:
+    if judge.effect is None:
+        raise SteerError(
+            f"judge {judge.name} measures no effect; a sweep needs one such as lexicon:FILE, "
+            "classifier:MODEL:LABEL or language:CODE"
+        )
+    return judge
