@@ -133,7 +133,7 @@ PROMPT, LATE = {"phase": "prompt"}, {"phase": "generation"}
         ({"push": 0.0, "word": 1}, lambda prompt_len: LENGTH),
         ("none", lambda prompt_len: LENGTH),
     ],
-    ids=str,
+    ids=lambda given: "" if callable(given) else str(given),
 )
 def test_blocks_before_the_first_token_that_a_steer_changes_stay_shared(
     steer: Any, begins: Any, prompt_len: int, block: int

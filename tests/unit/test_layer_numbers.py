@@ -49,7 +49,7 @@ def test_layers_are_read_in_ascending_order(written: Any, layers: tuple[int, ...
         {"0": 1}, set(), {3}, [3, 3], [3, -1], [True], [None], [3.0], [[3]], ["1-2"], [""], ["3,4"],
         [10_000], object(),
     ],
-    ids=repr,
+    ids=lambda written: "object" if type(written) is object else repr(written),
 )  # fmt: skip
 def test_anything_else_is_answered_with_what_is_wanted(written: Any) -> None:
     with pytest.raises(SteerError, match=r"^layers is .*; wanted: 0-based layers such as '8-31'"):

@@ -116,7 +116,7 @@ def _check_family(plan: SteerPlan, model_config: Any) -> None:
 def _warn_of_version() -> None:
     import vllm
 
-    if not _is_known(vllm.__version__):
+    if not is_known_version(vllm.__version__):
         logger.warning(
             "vLLM %s is outside the range that vllm-steer is made for (%s to %s); "
             "the start-up checks decide whether it can serve.",
@@ -126,7 +126,8 @@ def _warn_of_version() -> None:
         )
 
 
-def _is_known(version: str) -> bool:
+def is_known_version(version: str) -> bool:
+    """Whether this is a vLLM that vllm-steer is made for."""
     try:
         known = Version(version)
     except InvalidVersion:

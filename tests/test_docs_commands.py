@@ -1,0 +1,173 @@
+"""The commands of the documentation run, page by page, as they stand there."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from vllm_steer.cli import app
+
+REPO = Path(__file__).parents[1]
+LIMIT_S = 300
+# Pages to look things up in: they have no commands, or need models that are not here.
+PROSE = {"design", "files", "guidance", "judges"}
+SHOWN = 3000
+# What the tests choose for themselves: a user has none of it.
+OURS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "TRITON_INTERPRET")
+
+PAGES = sorted(path for path in (REPO / "docs").glob("*.md") if path.stem not in PROSE)
+_FENCE = re.compile(r"^(`{3,})(.*)$")
+
+
+def blocks(markdown: str, language: str = "sh") -> list[str]:
+    """The fenced blocks of one language in their order."""
+    found: list[str] = []
+    fence, wanted, lines = "", False, []
+    for line in markdown.splitlines():
+        mark = _FENCE.match(line)
+        if mark and not fence:
+            fence, wanted, lines = mark[1], mark[2].strip() == language, []
+        elif mark and mark[1] == fence and not mark[2].strip():
+            found += ["\n".join(lines)] if wanted else []
+            fence = ""
+        elif fence:
+            lines.append(line)
+    if fence:
+        raise ValueError(f"a block that begins with {fence} does not end")
+    return found
+
+
+def run(commands: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
+    """Run blocks as one script in ``folder``; empty, or what failed with the end of its output."""
+    log = folder.with_name(f"{folder.name}.log")
+    kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    environment = {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "REPO": str(REPO),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            ["bash", "-euxo", "pipefail", "-c", "\n".join(commands)],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit_s)
+            ending = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            ending = f"not done after {limit_s:g} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    said = log.read_text(errors="replace")
+    traced = [line for line in said.splitlines() if re.match(r"\++ ", line)]
+    return f"{ending}\n{traced[-1] if traced else ''}\n{said[-SHOWN:]}" if ending else ""
+
+
+def subcommands(command: object = None, before: str = "vllm-steer") -> list[str]:
+    """Every command of the command line as it is typed."""
+    command = command or typer.main.get_command(app)
+    inner = getattr(command, "commands", {})
+    return [f for name, c in inner.items() for f in subcommands(c, f"{before} {name}")] or [before]
+
+
+@pytest.mark.timeout(LIMIT_S + 30)
+@pytest.mark.matrix
+@pytest.mark.parametrize("page", PAGES, ids=[path.stem for path in PAGES])
+def test_the_commands_of_a_page_run_in_an_empty_folder(page: Path, tmp_path: Path) -> None:
+    commands = blocks(page.read_text(encoding="utf-8"))
+    assert commands, f"{page.name} has no block that begins with ```sh"
+    folder = tmp_path / "work"
+    folder.mkdir()
+    if failure := run(commands, folder):
+        pytest.fail(f"{page.name}: {failure}", pytrace=False)
+
+
+@pytest.mark.parametrize("command", subcommands())
+def test_every_command_is_shown_on_a_page(command: str) -> None:
+    if command in ("vllm-steer demo", "vllm-steer convert"):
+        shown = [path.read_text() for path in (REPO / "README.md", *(REPO / "docs").glob("*.md"))]
+        shown += ["vllm-steer demo"] if "make demo" in shown[0] else []
+    else:
+        shown = [block for path in PAGES for block in blocks(path.read_text(encoding="utf-8"))]
+    assert any(re.search(rf"{command}(?![\w-])", text) for text in shown)
+
+
+MARKDOWN = """\
+# A page
+
+```sh
+echo one > a
+FOLDER=$PWD
+```
+
+```
+echo not a command
+```
+
+~~~~
+````markdown
+```sh
+echo inside another block
+```
+````
+
+```python
+print()
+```
+
+```sh
+cat "$FOLDER/a"
+```
+"""
+
+
+def test_blocks_of_commands_are_found_in_order_and_no_others() -> None:
+    assert blocks(MARKDOWN) == ["echo one > a\nFOLDER=$PWD", 'cat "$FOLDER/a"']
+    assert blocks("```sh\n```") == [""]
+    assert blocks("no block") == []
+    with pytest.raises(ValueError, match="a block that begins with ``` does not end"):
+        blocks("```sh\necho")
+
+
+def test_blocks_share_one_shell_and_stop_at_the_first_failure(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    assert run(blocks(MARKDOWN), folder) == ""
+    failure = run(["echo before", "false | cat", "touch after"], folder)
+    assert failure.startswith("exit code 1\n+ ") and "before" in failure
+    assert not (folder / "after").exists()
+    assert "unbound" in run(["echo $NOT_SET"], folder)
+    assert run(['test "$REPO" = "' + str(REPO) + '"; command -v vllm-steer'], folder) == ""
+
+
+def test_a_command_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    failure = run(["echo $$ > pid; sleep 61 | cat"], folder, limit_s=1)
+    assert failure.startswith("not done after 1 s\n+ ")
+    group = int((folder / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(group, 0)
+            time.sleep(0.02)
+
+
+def test_all_commands_of_the_command_line_are_known() -> None:
+    assert {"vllm-steer fit lm-steer", "vllm-steer eval", "vllm-steer doctor"} <= set(subcommands())

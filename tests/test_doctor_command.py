@@ -1,0 +1,68 @@
+"""``vllm-steer doctor`` as a user runs it, with a real engine of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_steer import embedded
+
+
+def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("vllm-steer")), "doctor", *arguments]
+    return subprocess.run(
+        command,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_the_embedded_model_works_at_every_site() -> None:
+    done = doctor(
+        "embedded", "--json", "--enforce-eager", "--dtype", "float32", "--max-model-len", "128"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert found["engine"]["figures"]["dtype"] == "float32"
+    assert found["zero steers"]["state"] == "ok"
+    names = (
+        *("unsteered", "head-multiply", "head-offset", "resid-add", "resid-rotate"),
+        *("attn_in-rotate", "attn_out-add", "heads-delta"),
+    )
+    for name in names:
+        figures = found[name]["figures"]
+        assert found[name]["state"] == "ok"
+        assert figures["difference"] < 1e-3 and figures["agreement"] == 1
+    assert all(found[name]["figures"]["effect"] > 1 for name in names[1:])
+
+
+def test_without_an_engine_the_memory_of_a_config_is_told() -> None:
+    done = doctor("embedded", "--no-engine", "--steer-config", str(embedded.STEER_CONFIG))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "switched off by --no-engine" in done.stdout
+    assert all(steer.stem in done.stdout for steer in embedded.STEERS.glob("*.safetensors"))
+    assert "all steers" in done.stdout and "max_rank 1024" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("/no/such/model",), "vllm-steer: model /no/such/model: cannot be read ("),
+        (
+            ("embedded", "--steer-config", "/no/steers.yaml"),
+            "vllm-steer: steer config /no/steers.yaml: no such file",
+        ),
+        (("embedded", "--dtype", "int8"), "vllm-steer: dtype is 'int8'; allowed: auto, float32"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_and_exit_code_1(
+    arguments: tuple[str, ...], said: str
+) -> None:
+    done = doctor(*arguments)
+    assert done.returncode == 1
+    assert done.stdout == "" and done.stderr.startswith(said) and done.stderr.count("\n") == 1

@@ -1,0 +1,61 @@
+"""``vllm-steer doctor``: whether and how steering works with a model on this machine."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_steer.errors import SteerError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")],
+    steer_config: Annotated[
+        str | None, typer.Option(help="Steer config whose memory is to be told.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"The engine's dtype: {', '.join(DTYPES)}.")] = "auto",
+    engine: Annotated[
+        bool, typer.Option(help="Start a vLLM engine and compare it with Hugging Face.")
+    ] = True,
+    max_model_len: Annotated[int | None, typer.Option(min=32, help="vLLM's.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="vLLM's.")
+    ] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(min=1, help="vLLM's.")] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="vLLM's.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every finding as JSON.")] = False,
+) -> None:
+    """Say what works with MODEL: environment, sites, parity with Hugging Face, memory."""
+    from vllm_steer.config import SteerConfig
+    from vllm_steer.doctor.architecture import read_architecture
+    from vllm_steer.doctor.report import examine, failed, table
+
+    if dtype not in DTYPES:
+        raise SteerError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    given = {
+        "max_model_len": max_model_len,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "tensor_parallel_size": tensor_parallel_size,
+        "enforce_eager": enforce_eager,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    architecture = read_architecture(model)
+    if steer_config is not None:
+        SteerConfig.load(steer_config)  # what is wrong with it is said before the long trials
+    findings = []
+    with Console(stderr=True).status("looking at what is installed ...") as status:
+        for finding in examine(
+            architecture, dtype=dtype, engine=engine, options=options, steer_config=steer_config
+        ):
+            findings.append(finding)
+            status.update(f"{finding.part}: after {finding.name} ...")
+    if as_json:
+        print(json.dumps({"model": model, "findings": [f.as_json for f in findings]}, indent=2))
+    else:
+        Console().print(table(model, findings))
+    if failed(findings):
+        sys.exit(1)

@@ -1,0 +1,146 @@
+"""What a model is, by its config alone: no weight is read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from vllm_steer.doctor.finding import Finding
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+from vllm_steer.hf import sites
+from vllm_steer.models import model_path
+
+PART = "model"
+SITES: Final = ("resid", "attn_in", "attn_out", "heads")
+_SOFT_CAPS: Final = ("final_logit_softcapping",)
+_SCALES: Final = ("logit_scale", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without weights: ``model`` lies on the meta device, ``widths`` has its sites.
+
+    ``reasons`` says of each site that is not in ``widths`` why it is not.
+    """
+
+    name: str
+    model: Any
+    widths: dict[str, int]
+    reasons: dict[str, str]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the config names; float32 if it names none."""
+        return self.model.config.dtype or torch.float32
+
+    @property
+    def longest(self) -> int:
+        """Number of positions that the model knows; a large number if it does not say."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+
+def read_architecture(name: str) -> Architecture:
+    """The architecture of a model by its config.
+
+    Raises ``SteerError`` if there is no such model, or if it is no causal language model that
+    Transformers knows by itself.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model_path(name))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise SteerError(f"model {name}: cannot be read ({cause(error)})") from error
+    widths, reasons = {}, {}
+    for site in SITES:
+        try:
+            widths[site] = _width(model, site)
+        except SteerError as error:
+            # The rest names every model that works.
+            reasons[site] = str(error).partition("; steers at the LM head work")[0]
+    return Architecture(name, model, widths, reasons)
+
+
+def _width(model: Any, site: str) -> int:
+    names, layers = sites.family(model), sites.layers_of(model)
+    return sites.site_width(model, layers[0], names, site)
+
+
+def describe(architecture: Architecture) -> Iterator[Finding]:
+    """The model's sizes, its head, and which sites it has."""
+    config = architecture.model.config
+    names = config.architectures or [type(architecture.model).__name__]
+    yield Finding(PART, "architecture", "-", ", ".join(names))
+    sizes = {
+        "hidden_size": architecture.hidden_size,
+        "layers": architecture.num_layers,
+        "vocab_size": architecture.vocab_size,
+    }
+    said = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
+    yield Finding(PART, "sizes", "-", f"{said}, {_short(architecture.dtype)}", sizes)
+    yield _head(architecture.model)
+    yield _head_site(architecture)
+    for site in SITES:
+        if site in architecture.widths:
+            width = architecture.widths[site]
+            yield Finding(PART, f"site {site}", "ok", f"{width} wide", {"width": width})
+        else:
+            yield Finding(PART, f"site {site}", "missing", architecture.reasons[site])
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """A model's LM head, None if it has none."""
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Module) else None
+
+
+def _head_site(architecture: Architecture) -> Finding:
+    if head_of(architecture.model) is None:
+        return Finding(PART, "site head", "missing", "the model has no LM head")
+    return Finding(PART, "site head", "ok", f"{architecture.hidden_size} wide")
+
+
+def _head(model: Any) -> Finding:
+    head, config = head_of(model), model.config
+    figures = {
+        "bias": getattr(head, "bias", None) is not None,
+        "tied": bool(getattr(config, "tie_word_embeddings", False)),
+        "soft_cap": _first(config, _SOFT_CAPS),
+        "logit_scale": _first(config, _SCALES),
+    }
+    said = [
+        "tied to the embeddings" if figures["tied"] else "not tied",
+        "with a bias" if figures["bias"] else "no bias",
+        f"soft cap {figures['soft_cap']:g}" if figures["soft_cap"] else "no soft cap",
+        f"logit scale {figures['logit_scale']:g}" if figures["logit_scale"] else "no logit scale",
+    ]
+    return Finding(PART, "LM head", "-", ", ".join(said), figures)
+
+
+def _first(config: Any, names: tuple[str, ...]) -> float | None:
+    values = [getattr(config, name, None) for name in names]
+    return next((float(value) for value in values if value is not None), None)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,70 @@
+"""Runs the trials' engine as a process and says why it ended if it did not end well."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
+from typing import Final
+
+from vllm_steer.doctor.served import Job, Served
+
+_ENVIRONMENT: Final = {
+    # In the frontend's process: requests then come in whole batches, and equal ones run alike.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
+_RAISED: Final = re.compile(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception|Exit): .+)$")
+_TAIL: Final = 1 << 16
+_SHOWN: Final = 500
+
+
+def run_engine(job: Job, folder: Path) -> tuple[Served, str]:
+    """What the engine answered, and why it broke off, empty if it answered everything."""
+    (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
+    log, answers = folder / "log.txt", folder / "answers.json"
+    command = [sys.executable, "-m", "vllm_steer.doctor.served", str(folder / "job.json")]
+    with log.open("wb") as file:
+        done = subprocess.run(
+            [*command, str(answers)],
+            env={**_ENVIRONMENT, **os.environ},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    served = Served.read(answers)
+    if done.returncode == 0:
+        return served, ""
+    return served, _ending(done.returncode, log)
+
+
+def _ending(code: int, log: Path) -> str:
+    """Why a process ended: its signal, or the last error that it named."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"the engine was ended by {name}" + (
+            "; the memory may not have sufficed" if name == "SIGKILL" else ""
+        )
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    if said := _last_error(lines):
+        return f"the engine broke off: {said[:_SHOWN]}"
+    return f"the engine ended with exit code {code}; it said: {' '.join(lines[-3:])[:_SHOWN]}"
+
+
+def _last_error(lines: Sequence[str]) -> str:
+    """The last error that a log names, with the indented lines that go on with it."""
+    named = [(at, found[1]) for at, line in enumerate(lines) if (found := _RAISED.match(line))]
+    if not named:
+        return ""
+    at, first = named[-1]
+    more = takewhile(lambda line: line.startswith(" "), lines[at + 1 :])
+    return " ".join([first, *(line.strip() for line in more)])

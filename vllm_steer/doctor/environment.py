@@ -1,0 +1,73 @@
+"""What is installed here, and whether vLLM will load the plugin."""
+
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+import torch
+
+from vllm_steer.doctor.finding import Finding, State
+from vllm_steer.kernels.dispatch import KernelError, backend
+from vllm_steer.plugin import DISABLE
+from vllm_steer.serving.engine_config import NEWEST, OLDEST, is_known_version
+
+PART = "environment"
+_GROUP = "vllm.general_plugins"
+_ENTRY = "vllm_steer.plugin:register"
+
+
+def environment() -> Iterator[Finding]:
+    """The versions, the plugin, the device, and the kernels that ``auto`` takes on it."""
+    yield _vllm()
+    for package in ("torch", "transformers", "triton"):
+        found = _version(package)
+        yield Finding(PART, package, "-" if found else "missing", found or "not installed")
+    yield _plugin()
+    yield from _device()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _vllm() -> Finding:
+    found = _version("vllm")
+    tested = f"vllm-steer is made for {OLDEST} to {NEWEST}"
+    if found is None:
+        return Finding(PART, "vllm", "FAILED", f"not installed; {tested}")
+    if not is_known_version(found):
+        return Finding(PART, "vllm", "warning", f"{found} is not tested; {tested}")
+    return Finding(PART, "vllm", "ok", f"{found} ({tested})")
+
+
+def _plugin() -> Finding:
+    state, said = _plugin_state()
+    return Finding(PART, "plugin", state, said)
+
+
+def _plugin_state() -> tuple[State, str]:
+    """Whether vLLM's processes will load the plugin; vLLM reads both variables itself."""
+    names = [entry.name for entry in entry_points(group=_GROUP) if entry.value == _ENTRY]
+    if not names:
+        return "FAILED", f"no entry point in {_GROUP}; install vllm-steer beside this vLLM"
+    if os.environ.get(DISABLE) == "1":
+        return "FAILED", f"switched off by {DISABLE}=1; unset it"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and names[0] not in allowed.split(","):
+        return "FAILED", f"VLLM_PLUGINS={allowed} leaves {names[0]} out; add it"
+    return "ok", f"installed and active, entry point {names[0]}"
+
+
+def _device() -> Iterator[Finding]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, no CUDA device"
+    yield Finding(PART, "device", "-", name)
+    try:
+        taken = backend("auto", device)
+    except KernelError as error:
+        yield Finding(PART, "kernels", "FAILED", str(error))
+    else:
+        yield Finding(PART, "kernels", "-", f"auto takes {taken}", {"auto": taken})

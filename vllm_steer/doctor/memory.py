@@ -1,0 +1,177 @@
+"""What steers take on the device: the tables of the real banks, filled on the host.
+
+Not counted is the token map of each guided site, ``4 K (1 + L)`` bytes for each token of the
+largest batch, for up to K steers per request and L steered layers.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from vllm_steer import hf
+from vllm_steer.bank import HeadBank, LayerBank, LayerShelf, Shelf, fill_head_bank, fill_layer_bank
+from vllm_steer.config import Limits, SteerConfig
+from vllm_steer.doctor.architecture import Architecture
+from vllm_steer.doctor.finding import Finding
+from vllm_steer.errors import SteerError
+from vllm_steer.files import load_steer
+from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, Slot
+from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+
+PART = "memory"
+_STEPS: Final = 32
+_RANK: Final = 1000
+_CPU: Final = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Bytes of each steer and of each site; a site's zero direction belongs to no steer."""
+
+    steers: Mapping[str, int]
+    sites: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tables."""
+        return sum(self.sites.values())
+
+
+def config_memory(
+    architecture: Architecture, source: str | Path, dtype: torch.dtype
+) -> Iterator[Finding]:
+    """What the steers of a config take, one finding for each that does not fit the model.
+
+    Raises ``SteerError`` for a config or a steer file that cannot be read.
+    """
+    config = SteerConfig.load(source)
+    steers = {name: load_steer(e.path, **e.facts) for name, e in sorted(config.steers.items())}
+    unfit = {name: reason for name, s in steers.items() if (reason := _unfit(architecture, s))}
+    fitting = {name: steer for name, steer in steers.items() if name not in unfit}
+    found = takes(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
+    for name, steer in steers.items():
+        if name in unfit:
+            yield Finding(PART, name, "FAILED", unfit[name])
+        else:
+            size = found.steers[name]
+            said = f"{_size(size)}, {steer.kind} at {steer.site}"
+            yield Finding(PART, name, "ok", said, {"bytes": size})
+    yield from _sums(found, config.limits)
+
+
+def example_memory(architecture: Architecture, dtype: torch.dtype) -> Iterator[Finding]:
+    """What one steer of each kind would take on this model."""
+    for name, steer in _examples(architecture):
+        size = takes({name: steer}, hidden_size=architecture.hidden_size, dtype=dtype).steers[name]
+        yield Finding(PART, name, "-", _size(size), {"bytes": size})
+
+
+def takes(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) -> Takes:
+    """What the banks of steers take for a model of ``hidden_size`` that runs in ``dtype``."""
+    heads = {name: steer for name, steer in steers.items() if isinstance(steer, LMSteer)}
+    inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
+    head = fill_head_bank(heads, dtype=dtype, device=_CPU)
+    layers = fill_layer_bank(
+        inside,
+        layers=sorted({layer for steer in inside.values() for layer in steer.layers}),
+        device=_CPU,
+        # The attention's projection ends in the hidden size; here only the size counts.
+        project=lambda _layer, rows: rows.new_zeros(rows.shape[0], hidden_size),
+    )
+    return Takes(
+        steers={**_of_head(head), **_of_layers(layers)},
+        sites={
+            **({"head": head.num_bytes} if heads else {}),
+            **{shelf.site: _shelf_bytes(shelf) for shelf in layers.shelves},
+        },
+    )
+
+
+def _of_head(bank: HeadBank) -> dict[str, int]:
+    return {
+        name: _slot_width(shelf.tables.slots[slot], width) * width * shelf.tables.shrink.itemsize
+        for shelf in (bank.hidden, bank.logits)
+        if shelf is not None
+        for width in (_width(shelf),)
+        for name, slot in shelf.slots.items()
+    }
+
+
+def _width(shelf: Shelf) -> int:
+    return shelf.tables.vectors.shape[1]
+
+
+def _slot_width(slot: Slot, width: int) -> int:
+    """Rows of ``width`` numbers that a steer has in its tables."""
+    match slot:
+        case LowRank():
+            return 2 * (slot.end - slot.start)
+        case Dense():
+            return width * (1 if slot.fixed is None else 2)
+        case Constant():
+            return 1 if slot.fixed is None else 2
+
+
+def _of_layers(bank: LayerBank) -> dict[str, int]:
+    return {
+        name: (entry.steps or 1) * _shelf_bytes(shelf) // shelf.directions.vectors.shape[1]
+        for shelf in bank.shelves
+        for name, entry in shelf.entries.items()
+    }
+
+
+def _shelf_bytes(shelf: LayerShelf) -> int:
+    tables = (shelf.directions.vectors, shelf.directions.turns)
+    return sum(table.nbytes for table in tables if table is not None)
+
+
+def _unfit(architecture: Architecture, steer: Steer) -> str:
+    """Why a steer does not fit a model, empty if it does."""
+    try:
+        with hf.steered(architecture.model, {"steer": 1.0}, {"steer": steer}):
+            return ""
+    except SteerError as error:
+        return str(error)
+
+
+def _sums(found: Takes, limits: Limits) -> Iterator[Finding]:
+    by_site = ", ".join(f"{site} {_size(size)}" for site, size in found.sites.items())
+    figures = {"bytes": found.total, "sites": dict(found.sites), "limits": limits.model_dump()}
+    said = f"{_size(found.total)} on each rank, {len(found.steers)} steers: {by_site or 'none'}"
+    yield Finding(PART, "all steers", "-", said, figures)
+    bounds = ", ".join(f"{name} {bound}" for name, bound in limits.model_dump().items())
+    yield Finding(PART, "limits", "-", bounds)
+
+
+def _examples(architecture: Architecture) -> Iterator[tuple[str, Steer]]:
+    width, layers = architecture.hidden_size, tuple(range(architecture.num_layers))
+    projector = torch.zeros(1, width, _RANK)
+    yield (
+        f"one LM-Steer of rank {_RANK}",
+        LMSteer(
+            variant="multiply",
+            projector1=projector,
+            projector2=projector,
+            epsilon=1.0,
+            hidden_size=width,
+        ),
+    )
+    if "resid" in architecture.widths:
+        vectors = torch.zeros(len(layers), width)
+        yield "one vector in all layers", VectorSteer(vectors=vectors, layers=layers)
+    if "heads" in architecture.widths:
+        delta = torch.zeros(_STEPS, len(layers), architecture.widths["heads"])
+        yield f"one delta of {_STEPS} steps", DeltaSteer(delta=delta, layers=layers)
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes in words: whole below a KiB."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,178 @@
+"""Parity: a real engine under random steers beside a Hugging Face forward pass under the same.
+
+The engine answers three batches of the same prompts: without a steer, with every trial steer at
+strength 0, and each trial steer by itself at a large strength. A zero steer has to leave every
+token and log-probability of the first batch as it was, bit for bit. A large one has to give what
+Hugging Face finds on the engine's own tokens, and that has to differ plainly from the unsteered.
+"""
+
+import gc
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from vllm_steer.doctor.architecture import Architecture
+from vllm_steer.doctor.engine import run_engine
+from vllm_steer.doctor.finding import Finding, State
+from vllm_steer.doctor.reference import Likeness, likeness, load_model
+from vllm_steer.doctor.served import Job, Served
+from vllm_steer.doctor.trials import TOKENS, measure_sizes, prompts, trial_steers, trial_strength
+from vllm_steer.errors import SteerError
+from vllm_steer.files import save_steer
+from vllm_steer.models import load_tokenizer, model_path
+from vllm_steer.steers import Steer
+
+PART = "parity"
+TOLERANCE: Final = {"float32": 1e-3}
+"""Largest difference of a log-probability. In a narrower dtype two implementations differ by more,
+as the unsteered model shows: there it is ``WIDER`` times its difference, but at least ``FLOOR`` and
+at most ``CEILING``, which is also what the unsteered model may differ by.
+"""
+WIDER: Final = 4.0
+FLOOR: Final = 0.05
+CEILING: Final = 0.5
+PLAIN: Final = 4.0
+"""So many tolerances a steer has to change log-probabilities by, to be told from rounding."""
+_LONGEST: Final = 256
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The trials' steers and the strength of each."""
+
+    steers: Mapping[str, Steer]
+    strengths: Mapping[str, float]
+    prompts: Sequence[list[int]]
+
+    @property
+    def batches(self) -> dict[str, list[dict[str, float]]]:
+        """The settings of the three batches."""
+        return {
+            "unsteered": [{}],
+            "zero": [dict.fromkeys(self.steers, 0.0)],
+            "large": [{name: strength} for name, strength in self.strengths.items()],
+        }
+
+
+def parity(architecture: Architecture, options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Findings of all trials. ``options`` are vLLM's, ``dtype`` among them.
+
+    The reference is loaded before the engine, to see how large its activations are, and again
+    after it, in the engine's dtype: both need not fit on the device at once.
+    """
+    trial = _prepare(architecture, str(options["dtype"]))
+    with tempfile.TemporaryDirectory(prefix="vllm-steer-doctor-") as folder:
+        job = _job(architecture, trial, options, Path(folder))
+        served, problem = run_engine(job, Path(folder))
+    if served.runner:
+        said = f"model runner {served.runner} on {served.device}, {served.dtype}"
+        figures = {"runner": served.runner, "device": served.device, "dtype": served.dtype}
+        yield Finding(PART, "engine", "FAILED" if problem else "ok", problem or said, figures)
+    else:
+        yield Finding(PART, "engine", "FAILED", problem)
+    yield zero_steers(served)
+    yield from _beside_reference(architecture, trial, served)
+
+
+def _prepare(architecture: Architecture, dtype: str) -> Trial:
+    try:
+        tokenizer = load_tokenizer(architecture.name)
+    except SteerError:
+        tokenizer = None
+    texts = prompts(architecture, tokenizer)
+    model = load_model(architecture.name, dtype)
+    sizes = measure_sizes(model, architecture, texts)
+    del model
+    _free()
+    steers = trial_steers(architecture, sizes)
+    strengths = {name: trial_strength(name, steer, sizes) for name, steer in steers.items()}
+    return Trial(steers, strengths, texts)
+
+
+def _job(architecture: Architecture, trial: Trial, options: Mapping[str, Any], folder: Path) -> Job:
+    paths = {name: folder / f"{name}.safetensors" for name in trial.steers}
+    for name, steer in trial.steers.items():
+        save_steer(steer, paths[name])
+    longest = {"max_model_len": min(_LONGEST, architecture.longest)}
+    return Job(
+        model=model_path(architecture.name),
+        options={**longest, **options},
+        steers={name: str(path) for name, path in paths.items()},
+        prompts=list(trial.prompts),
+        batches=trial.batches,
+        max_tokens=TOKENS,
+    )
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def zero_steers(served: Served) -> Finding:
+    """Whether strength 0 left the tokens and the log-probabilities as they were, bit for bit."""
+    name = "zero steers"
+    if "zero" not in served.batches:
+        return Finding(PART, name, "not tested", "the engine did not answer")
+    pairs = list(zip(served.batches["unsteered"], served.batches["zero"], strict=True))
+    same = sum((a.tokens, a.logprobs) == (b.tokens, b.logprobs) for a, b in pairs)
+    said = "answers at strength 0 equal those without a steer in the same engine, bit for bit"
+    state: State = "ok" if same == len(pairs) else "FAILED"
+    return Finding(PART, name, state, f"{same} of {len(pairs)} {said}", {"equal": same})
+
+
+def _beside_reference(
+    architecture: Architecture, trial: Trial, served: Served
+) -> Iterator[Finding]:
+    if "unsteered" not in served.batches:
+        for name in trial.steers:
+            yield Finding(PART, name, "not tested", "the engine did not answer")
+        return
+    model = load_model(architecture.name, served.dtype)
+    yield from compare(model, trial.steers, served)
+
+
+def compare(model: Any, steers: Mapping[str, Steer], served: Served) -> Iterator[Finding]:
+    """Each batch of an engine beside the reference ``model`` in the same dtype."""
+    unsteered = likeness(model, served.batches["unsteered"], steers)
+    yield _judged("unsteered", unsteered, TOLERANCE.get(served.dtype, CEILING))
+    by_dtype = min(CEILING, max(FLOOR, WIDER * unsteered.difference))
+    tolerance = TOLERANCE.get(served.dtype, by_dtype)
+    answers = served.batches.get("large", [])
+    for name in steers:
+        mine = [answer for answer in answers if name in answer.setting]
+        if not mine:
+            yield Finding(PART, name, "not tested", "the engine did not answer")
+        else:
+            effect = likeness(model, mine, steers, steered=False).difference
+            found = likeness(model, mine, steers)
+            yield _judged(name, found, tolerance, effect=effect)
+
+
+def _judged(
+    name: str, found: Likeness, tolerance: float, *, effect: float | None = None
+) -> Finding:
+    """The finding of one batch or steer; ``effect`` is the difference to the unsteered reference.
+
+    The engine's choice may be another one only where the reference finds it as good: each of the
+    two log-probabilities may be off by the tolerance.
+    """
+    figures = {**asdict(found), "tolerance": tolerance, "effect": effect}
+    said = (
+        f"within {found.difference:.1e} of Hugging Face (allowed {tolerance:.1g}), "
+        f"{found.agreement:.1%} equal choices"
+    )
+    if found.difference > tolerance or found.shortfall > 2 * tolerance:
+        if effect is not None and effect <= tolerance:
+            said = f"not steered: these are the answers of the unsteered model; {said}"
+        return Finding(PART, name, "FAILED", said, figures)
+    if effect is not None:
+        said += f"; {effect:.2g} from the unsteered model"
+        if effect < PLAIN * tolerance:
+            return Finding(PART, name, "not tested", f"{said}: too little to tell", figures)
+    return Finding(PART, name, "ok", said, figures)

@@ -1,0 +1,71 @@
+"""What Hugging Face says to the engine's answers: the same tokens, read in one forward pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_steer import hf
+from vllm_steer.doctor.served import Answer, Setting
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+from vllm_steer.models import model_path
+from vllm_steer.steers import Steer
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How an engine's answers compare with a reference, over all tokens of some answers.
+
+    difference  largest difference of a token's log-probability
+    shortfall   how much less likely than its best choice the reference finds a token at most
+    agreement   share of tokens that are the reference's choice too
+    """
+
+    difference: float
+    shortfall: float
+    agreement: float
+
+
+def load_model(name: str, dtype: str) -> Any:
+    """A model to compare with, on a GPU where there is one; ``SteerError`` if there is none."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@torch.no_grad()
+def choices(
+    model: Any, answer: Answer, setting: Setting, steers: Mapping[str, Steer]
+) -> torch.Tensor:
+    """The reference's log-probabilities ``[tokens, vocab]`` at each token that was written."""
+    ids = torch.tensor([[*answer.prompt, *answer.tokens]], device=model.device)
+    with hf.steered(model, setting, steers, prompt_length=len(answer.prompt)):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits[len(answer.prompt) - 1 : -1].float().log_softmax(-1).cpu()
+
+
+def likeness(
+    model: Any, answers: Sequence[Answer], steers: Mapping[str, Steer], *, steered: bool = True
+) -> Likeness:
+    """How answers compare with the reference under their own settings, or under none."""
+    differences, shortfalls, agreements = [], [], []
+    for answer in answers:
+        wanted = choices(model, answer, answer.setting if steered else {}, steers)
+        tokens = torch.tensor(answer.tokens)
+        mine = wanted.gather(1, tokens[:, None])[:, 0]
+        differences.append((mine - torch.tensor(answer.logprobs)).abs())
+        shortfalls.append(wanted.max(-1).values - mine)
+        agreements.append((wanted.argmax(-1) == tokens).float())
+    return Likeness(
+        difference=float(torch.cat(differences).max()),
+        shortfall=float(torch.cat(shortfalls).max()),
+        agreement=float(torch.cat(agreements).mean()),
+    )

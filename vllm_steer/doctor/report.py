@@ -1,0 +1,97 @@
+"""The whole report: all findings one after the other, and how they are shown."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from rich.table import Table
+
+from vllm_steer.doctor.architecture import Architecture, describe
+from vllm_steer.doctor.environment import environment
+from vllm_steer.doctor.finding import Finding, State
+from vllm_steer.doctor.memory import config_memory, example_memory
+from vllm_steer.doctor.parity import PART as PARITY
+from vllm_steer.doctor.parity import parity
+from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+
+_COLOURS: Final[Mapping[State, str]] = {
+    "ok": "green",
+    "warning": "yellow",
+    "FAILED": "bold red",
+    "not tested": "yellow",
+    "missing": "dim",
+    "-": "dim",
+}
+
+
+def examine(
+    architecture: Architecture,
+    *,
+    dtype: str = "auto",
+    engine: bool = True,
+    options: Mapping[str, Any] | None = None,
+    steer_config: str | None = None,
+) -> Iterator[Finding]:
+    """All findings on a model. ``options`` are vLLM's for the engine of the parity trials.
+
+    Memory is told for the dtype that the engine takes, without one for ``dtype``, where ``auto`` is
+    the config's. Raises ``SteerError`` for a steer config that cannot be read.
+    """
+    here = list(environment())
+    yield from here
+    yield from describe(architecture)
+    runs_in = architecture.dtype if dtype == "auto" else getattr(torch, dtype)
+    for finding in _parity(architecture, {**(options or {}), "dtype": dtype}, here, engine=engine):
+        yield finding
+        runs_in = getattr(torch, finding.figures.get("dtype", ""), runs_in)
+    if steer_config is None:
+        yield from example_memory(architecture, runs_in)
+    else:
+        yield from config_memory(architecture, steer_config, runs_in)
+
+
+def _parity(
+    architecture: Architecture, options: Mapping[str, Any], here: Sequence[Finding], *, engine: bool
+) -> Iterator[Finding]:
+    """The trials' findings, or why there are none; that of the engine has its dtype."""
+    if not engine:
+        yield Finding(PARITY, "engine", "not tested", "switched off by --no-engine")
+        return
+    if problem := next((finding for finding in here if finding.state == "FAILED"), None):
+        yield Finding(PARITY, "engine", "not tested", f"{problem.name}: {problem.said}")
+        return
+    try:
+        yield from parity(architecture, options)
+    except SteerError as error:
+        yield Finding(PARITY, "engine", "FAILED", str(error))
+    except torch.OutOfMemoryError as error:
+        yield Finding(PARITY, "Hugging Face", "not tested", f"no memory for it: {cause(error)}")
+
+
+def failed(findings: Sequence[Finding]) -> bool:
+    """Whether something that should work does not."""
+    return any(finding.state == "FAILED" for finding in findings)
+
+
+def table(model: str, findings: Sequence[Finding]) -> Table:
+    """The findings as a table, in parts."""
+    shown = Table(title=f"vllm-steer on {model}", title_justify="left")
+    for heading in ("", "", "state"):
+        shown.add_column(heading, no_wrap=True)
+    shown.add_column("", overflow="fold")
+    part = ""
+    for finding in findings:
+        if finding.part != part and part:
+            shown.add_section()
+        colour = _COLOURS[finding.state]
+        name = finding.part if finding.part != part else ""
+        shown.add_row(name, finding.name, f"[{colour}]{finding.state}[/]", _plain(finding.said))
+        part = finding.part
+    return shown
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,122 @@
+"""The engine of the parity trials, in a process of its own: ``python -m vllm_steer.doctor.served``.
+
+It reads a job, starts vLLM with the job's steers, and writes what the engine answers after each
+batch, so that an engine that dies leaves what it has answered so far.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_steer.files.whole import write_text
+
+Setting = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the engine is asked: in each batch every setting for every prompt, greedily."""
+
+    model: str
+    options: dict[str, Any]
+    steers: dict[str, str]
+    prompts: list[list[int]]
+    batches: dict[str, list[Setting]]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens that were written, and the log-probability of each."""
+
+    setting: Setting
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass
+class Served:
+    """What is known of the engine, and its answers by the name of their batch."""
+
+    dtype: str = ""
+    runner: str = ""
+    device: str = ""
+    batches: dict[str, list[Answer]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Served":
+        """What the process wrote; empty if it wrote nothing."""
+        if not path.exists():
+            return cls()
+        data = json.loads(path.read_text(encoding="utf-8"))
+        batches = {n: [Answer(**answer) for answer in b] for n, b in data.pop("batches").items()}
+        return cls(**data, batches=batches)
+
+
+def serve(job: Job, answers: Path) -> None:
+    """Start an engine for a job and answer its batches one after the other."""
+    from vllm import LLM
+
+    steer = {
+        "steers": {name: {"path": path} for name, path in job.steers.items()},
+        "limits": {"max_steers_per_request": len(job.steers)},
+    }
+    # Equal batches are computed alike only where nothing is left over from the batch before.
+    llm = LLM(
+        job.model,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        seed=0,
+        additional_config={"steer": steer},
+        **job.options,
+    )
+    config = llm.llm_engine.vllm_config
+    served = Served(
+        dtype=str(config.model_config.dtype).removeprefix("torch."),
+        runner="V2" if getattr(config, "use_v2_model_runner", False) else "V1",
+        device=config.device_config.device_type,
+    )
+    for name, settings in job.batches.items():
+        served.batches[name] = _answers(llm, job, settings)
+        write_text(answers, json.dumps(asdict(served)))
+    llm.llm_engine.engine_core.shutdown()
+
+
+def _answers(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Answer]:
+    pairs = [(setting, prompt) for setting in settings for prompt in job.prompts]
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for _, prompt in pairs],
+        [_greedy(setting, job.max_tokens) for setting, _ in pairs],
+        use_tqdm=False,
+    )
+    return [
+        Answer(dict(setting), prompt, *_written(output.outputs[0]))
+        for (setting, prompt), output in zip(pairs, outputs, strict=True)
+    ]
+
+
+def _greedy(setting: Mapping[str, float], max_tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        extra_args={"steer": dict(setting)} if setting else None,
+    )
+
+
+def _written(completion: Any) -> tuple[list[int], list[float]]:
+    tokens = list(completion.token_ids)
+    steps = zip(tokens, completion.logprobs, strict=True)
+    return tokens, [float(step[token].logprob) for token, step in steps]
+
+
+if __name__ == "__main__":
+    serve(Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), Path(sys.argv[2]))

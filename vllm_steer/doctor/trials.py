@@ -1,0 +1,142 @@
+"""Trial steers: random ones, as large as what they change, one for each way to steer a model."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Final, cast
+
+import torch
+
+from vllm_steer.doctor.architecture import Architecture, head_of
+from vllm_steer.hf import sites
+from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+from vllm_steer.steers.vector import Mode, VectorSite
+
+TOKENS: Final = 8
+"""How many tokens each request writes, and how many steps the delta has."""
+_RANK: Final = 8
+_INSIDE: Final[Mapping[str, tuple[str, Mode]]] = {
+    "resid-add": ("resid", "add"),
+    "resid-rotate": ("resid", "rotate"),
+    "attn_in-rotate": ("attn_in", "rotate"),
+    "attn_out-add": ("attn_out", "add"),
+}
+_TEXTS: Final = (
+    "The first thing that I noticed was",
+    "Paris is a city in",
+    "1, 2, 3, 4,",
+    "She opened the letter and",
+)
+
+Sizes = Mapping[str, torch.Tensor]
+"""Mean norm of what each site holds, ``[layers]``; of the logits less their mean, ``[1]``."""
+
+
+def prompts(architecture: Architecture, tokenizer: Any) -> list[list[int]]:
+    """The trials' prompts as token ids: texts, or random ids where the model has no tokenizer, or
+    has one that is not its own: some are made up of a config alone and know no word.
+    """
+    if tokenizer is not None:
+        texts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
+        if all(len(ids) > 1 and max(ids) < architecture.vocab_size for ids in texts):
+            return texts
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(_TEXTS), TOKENS)
+    ids = torch.randint(architecture.vocab_size, shape, generator=generator)
+    return [[int(token) for token in row] for row in ids]
+
+
+@torch.no_grad()
+def measure_sizes(model: Any, architecture: Architecture, texts: Sequence[list[int]]) -> Sizes:
+    """How large what each site holds is while the model reads the prompts, without its first token,
+    which in many models dwarfs all others.
+    """
+    norms: dict[str, list[torch.Tensor]] = {}
+    with ExitStack() as hooks:
+        for site in architecture.widths:
+            act = _noting(norms.setdefault(site, []))
+            for layer in sites.layers_of(model):
+                handle = sites.attach(layer, sites.family(model), site, act)
+                hooks.callback(handle.remove)
+        for ids in texts:
+            tokens = torch.tensor([ids], device=model.device)
+            logits = _noting(norms.setdefault("logits", []))
+            given = model(input_ids=tokens, use_cache=False).logits.float()
+            logits(given - given.mean(-1, keepdim=True))
+    return {site: torch.stack(found).view(len(texts), -1).mean(0) for site, found in norms.items()}
+
+
+def _noting(norms: list[torch.Tensor]) -> sites.Act:
+    """An act that changes nothing and notes the mean norm of what it sees."""
+
+    def act(x: torch.Tensor) -> torch.Tensor:
+        norms.append(x[0, 1:].float().norm(dim=-1).mean().cpu())
+        return x
+
+    return act
+
+
+def trial_steers(architecture: Architecture, sizes: Sizes) -> dict[str, Steer]:
+    """By name a steer for each way to steer that the model has; what it adds at its strength is
+    about as large as what is there. A random matrix product ``P1 P2^T`` of rank r lengthens a
+    vector of width d by the square root of r d; random vectors in L layers add up in the residual
+    stream to the square root of L times one of them.
+    """
+    normal = _Normal(torch.Generator().manual_seed(17))
+    steers: dict[str, Steer] = {}
+    width, layers = architecture.hidden_size, tuple(range(architecture.num_layers))
+    if head_of(architecture.model) is not None:
+        steers["head-multiply"] = LMSteer(
+            variant="multiply",
+            projector1=normal(1, width, _RANK),
+            projector2=normal(1, width, _RANK),
+            epsilon=(_RANK * width) ** -0.5,
+            hidden_size=width,
+        )
+        offset = normal(1, architecture.vocab_size)
+        steers["head-offset"] = LMSteer(
+            variant="offset",
+            offset=offset / offset.norm() * sizes["logits"],
+            epsilon=1.0,
+            hidden_size=width,
+        )
+    for name, (site, mode) in _INSIDE.items():
+        if site in architecture.widths:
+            size = sizes[site] * _share(site, architecture.num_layers)
+            vectors = normal.sized(size, architecture.widths[site])
+            steers[name] = VectorSteer(
+                vectors=vectors, layers=layers, site=cast(VectorSite, site), mode=mode
+            )
+    if "heads" in architecture.widths:
+        rows = [normal.sized(sizes["heads"], architecture.widths["heads"]) for _ in range(TOKENS)]
+        steers["heads-delta"] = DeltaSteer(delta=torch.stack(rows), layers=layers)
+    return steers
+
+
+def trial_strength(name: str, steer: Steer, sizes: Sizes) -> float:
+    """The strength at which a trial steer is as large as what it changes: of a rotating one, whose
+    direction has norm 1, the mean size over the layers.
+    """
+    if isinstance(steer, VectorSteer) and steer.mode == "rotate":
+        return round(float(sizes[steer.site].mean()) * _share(steer.site, len(steer.layers)), 3)
+    return 1.0
+
+
+def _share(site: str, num_layers: int) -> float:
+    """One layer's part where the layers' changes add up."""
+    return num_layers**-0.5 if site == "resid" else 1.0
+
+
+class _Normal:
+    """Random normal tensors of one seed."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator)
+
+    def sized(self, norms: torch.Tensor, width: int) -> torch.Tensor:
+        """A row of each norm, ``[len(norms), width]``."""
+        rows = self(len(norms), width)
+        sized: torch.Tensor = rows / rows.norm(dim=-1, keepdim=True) * norms[:, None]
+        return sized
