@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
+# Tests without an engine of their own run side by side.
+PARALLEL := -n 2
+V2 := VLLM_STEER_TEST_RUNNER=v2
 
 .PHONY: demo test test-all test-gpu check format clean
 
@@ -12,12 +15,14 @@ demo: $(READY)  ## serve the embedded model and answer one batch under different
 	$(BIN)/vllm-steer demo
 
 test: $(READY)  ## everything but the matrix, on both model runners
-	$(PYTEST) -m "not matrix and not triton and not gpu"
-	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "(engine or triton) and not matrix and not gpu"
+	$(PYTEST) $(PARALLEL) --dist loadfile -m "not engine and not matrix and not triton and not gpu"
+	$(PYTEST) -m "engine and not matrix and not triton and not gpu"
+	$(V2) $(PYTEST) $(PARALLEL) -m "triton and not engine and not matrix and not gpu"
+	$(V2) $(PYTEST) -m "engine and not matrix and not gpu"
 
 test-all: $(READY)  ## the longer matrix, on both model runners
 	$(PYTEST) -m "matrix and not triton and not gpu"
-	VLLM_STEER_TEST_RUNNER=v2 $(PYTEST) -m "(engine or triton) and matrix and not gpu"
+	$(V2) $(PYTEST) -m "(engine or triton) and matrix and not gpu"
 
 test-gpu: $(READY)  ## the kernels on a card
 	$(PYTEST) -m "triton or gpu" tests/triton
