@@ -332,6 +332,7 @@ def test_wrong_texts_and_labels_are_refused(
         ({"learning_rate": float("nan")}, "learning_rate is nan; a positive number"),
         ({"initial_scale": 0.0}, "initial_scale is 0.0; a positive number"),
         ({"regularization": -1.0}, "regularization is -1.0; 0 or more"),
+        ({"seed": 1 << 63}, "seed is 9223372036854775808; a number from 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

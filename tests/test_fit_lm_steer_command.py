@@ -211,6 +211,7 @@ def test_an_output_in_no_folder_is_refused_before_the_training(data: Path, tmp_p
     [
         (["--default-strength", "nan"], "default_strength is nan; it must be finite"),
         (["--checkpoint-every", "0"], "checkpoint_every is 0; at least 1 step is wanted"),
+        (["--cache-gib", "nan"], "cache-gib is nan; 0 or more is wanted"),
         (["--variant", "divide"], "variant is 'divide'; allowed: multiply, add, offset"),
     ],
 )

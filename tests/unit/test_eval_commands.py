@@ -236,6 +236,7 @@ def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
     [
         (["--search", "luck"], "search is 'luck'; allowed: grid, bisection"),
         (["--search", "grid"], "a grid takes strengths such as"),
+        (["--strengths", "0,-0.0"], "strengths are '0,-0.0'; a grid needs one other than 0"),
         (["--strengths", "1", "--rounds", "3"], "a grid takes .* no range and no rounds"),
         (["--search", "bisection", "--strengths", "1"], "a bisection takes a range"),
         (["--range", "5:1"], "from a strength near 0 to one further away"),

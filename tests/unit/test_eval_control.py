@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_steer import DeltaSteer, VectorSteer
+from vllm_steer import DeltaSteer, SteerError, VectorSteer
 from vllm_steer.evaluation.control import product_norms, random_steer
 
 
@@ -68,3 +68,9 @@ def test_a_seed_makes_a_control(make_steer: Any) -> None:
     assert torch.equal(first.projector1, again.projector1)
     assert not torch.equal(first.projector1, other.projector1)
     assert first.recipe == {"method": "random control", "settings": {"seed": 1}}
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63])
+def test_a_seed_out_of_range_is_refused(seed: int, make_steer: Any) -> None:
+    with pytest.raises(SteerError, match=f"control seed is {seed}; a number from 0"):
+        random_steer(make_steer(), seed)

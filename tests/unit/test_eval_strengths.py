@@ -89,7 +89,8 @@ def test_the_authors_preset_is_their_settings() -> None:
         (None, {"temperature": float("nan")}, "temperature is nan; allowed: 0 or more"),
         (None, {"top_p": 0.0}, "top_p is 0.0; allowed: above 0, at most 1"),
         (None, {"top_k": -1}, "top_k is -1; allowed: 0"),
-        (None, {"seed": -1}, "seed is -1; allowed: 0 or more"),
+        (None, {"seed": -1}, "seed is -1; allowed: 0 to"),
+        (None, {"seed": 2**63 - 25}, "seed is 9223372036854775783; allowed: 0 to"),
         (None, {"temperature": 0.0}, "temperature 0 writes one text again and again"),
     ],
 )

@@ -74,6 +74,10 @@ def test_a_label_map_makes_names_zero_and_one(tmp_path: Path) -> None:
             {"messages": [HISTORY[0], {"role": "assistant", "content": ""}], "label": 1},
             "the last message is empty",
         ),
+        (
+            {"messages": [HISTORY[0], {"role": "assistant", "content": "\ud800"}], "label": 1},
+            "messages has letters that are not Unicode",
+        ),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path: Path, row: Any, message: str) -> None:

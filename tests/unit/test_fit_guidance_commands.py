@@ -1,6 +1,7 @@
 """``vllm-steer fit concept``, ``vector`` and ``delta`` on the embedded model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -181,13 +182,43 @@ def test_a_delta_of_prompts_as_they_stand(tmp_path: Path) -> None:
         (["vector"], "give --pairs, or --positive and --negative, or --data"),
         (["vector", "--pairs", "DATA", "--data", "DATA"], "and only one of these"),
         (["vector", "--positive", "DATA"], "give --pairs"),
+        (
+            ["vector", "--positive", "DATA", "--negative", "DATA", "--text-field", "completion"],
+            "the two sides do not differ in any layer, so the vector would be zero",
+        ),
+        (["concept", "--data", "DATA", "--top-k", "5"], "top_k is 5; there are 4 layers"),
         (["vector", "--pairs", "DATA"], "answers.jsonl:1: there is no 'positive'"),
         (["delta", "--wanted", "DATA", "--other", "DATA"], "answers.jsonl:1: there is no 'input'"),
         (
             ["delta", "--wanted", "DATA", "--other", "DATA", "--plain", "--instruction", "Do."],
             "--instruction means nothing with --plain",
         ),
+        (
+            ["delta", "--wanted", "DATA", "--other", "DATA", "--plain", "--icl-examples", "4"],
+            "--icl-examples means nothing with --plain",
+        ),
+        (
+            ["delta", "--wanted", "DATA", "--other", "DATA", "--all", "--support", "3"],
+            "--support means nothing with --all",
+        ),
+        (["concept", "--data", "DATA", "--signed"], "signed means nothing for a dim probe"),
         (["delta", "--wanted", "DATA", "--other", "DATA", "--schedule", "x"], "schedule is 'x'"),
+        (
+            [
+                "delta",
+                "--wanted",
+                "DATA",
+                "--other",
+                "DATA",
+                "--input-field",
+                "prompt",
+                "--output-field",
+                "completion",
+                "--steps",
+                "513",
+            ],
+            "steps is 513; the model reads 512 tokens, prompt and steps together: give fewer",
+        ),
     ],
 )
 def test_a_refusal_writes_nothing(

@@ -194,6 +194,8 @@ def test_only_a_file_of_our_own_is_written_to(tmp_path: Path) -> None:
     torch.save(torch.ones(3), tmp_path / "theirs.pt")
     with pytest.raises(SteerError, match=r"theirs\.pt: only a vllm-steer file .* convert"):
         check_writable(tmp_path / "theirs.pt")
+    with pytest.raises(SteerError, match="none: no such file"):
+        check_writable(tmp_path / "none")
 
 
 def test_all_points_are_reported_and_the_choice_is_marked(tmp_path: Path) -> None:

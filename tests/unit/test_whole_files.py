@@ -3,14 +3,16 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from vllm_steer import SteerError
+from vllm_steer import SteerError, VectorSteer, save_steer
 from vllm_steer.files.whole import write_text, write_whole
 
 
@@ -44,6 +46,33 @@ def test_a_real_full_disk_is_one_error(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"missing/x: cannot be written"):
         write_text(tmp_path / "missing" / "x", "text")
+
+
+def test_what_is_no_plain_file_is_left_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path, Path(), Path("."), Path("/dev/null")):
+        with pytest.raises(SteerError, match="no plain file and cannot be replaced"):
+            write_text(path, "text")
+    assert pipe.is_fifo() and Path("/dev/null").is_char_device()
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+
+
+def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+    steer = VectorSteer(vectors=torch.ones(1, 4), layers=(0,))  # safetensors itself makes it 0600
+    before = os.umask(0o027)
+    try:
+        save_steer(steer, tmp_path / "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
 
 
 def test_the_writers_own_error_is_kept(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The ``vllm-steer`` command."""
 
+import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -33,9 +35,26 @@ app.command()(doctor)
 
 
 def main() -> None:
-    """Run the command line; a ``SteerError`` becomes one line and exit code 1."""
+    """Run the command line; a ``SteerError`` becomes one line and exit code 1.
+
+    So does an output stream that cannot be written to; one that nobody reads any more says nothing.
+    """
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # where a full disk is found out
     except SteerError as error:
-        print("vllm-steer:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
+        _end(" ".join(str(error).split()))
+    except BrokenPipeError:
+        _end("")
+    except OSError as error:
+        _end(f"{error.filename or 'standard output'}: {error.strerror}")
+
+
+def _end(said: str) -> NoReturn:
+    if said:
+        print("vllm-steer:", said, file=sys.stderr)
+    # What is still in the buffer would fail again as Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

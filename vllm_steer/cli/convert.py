@@ -1,7 +1,6 @@
 """``vllm-steer convert``: a steer file of any tool becomes one of vllm-steer's own."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_steer.errors import SteerError
+from vllm_steer.cli.output import check_output
 from vllm_steer.files import Loaded, read_file, save_steer
 from vllm_steer.files.facts import Facts
 from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
@@ -51,8 +50,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was read as JSON.")] = False,
 ) -> None:
     """Read a steer file, say what is in it, and write it as a vllm-steer file."""
-    if os.path.lexists(output) and not force:
-        raise SteerError(f"{output}: exists already; choose another name, or give --force")
+    check_output(output, force)
     loaded = read_file(source, _facts(context.params))
     summary = _summary(loaded)
     save_steer(loaded.steer, output)

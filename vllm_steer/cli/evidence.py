@@ -81,6 +81,8 @@ def _texts(
     if file is None:
         if label_field or labels:
             raise SteerError("--label-field and --labels are for the rows of a --file")
+        if any("\ud800" <= letter <= "\udfff" for letter in str(text)):
+            raise SteerError("--text has bytes that are not UTF-8")
         return [str(text)], []
     first = next(iter(read_rows(file)), None)
     has_labels = first is not None and _DEFAULT_LABEL in first.values

@@ -13,7 +13,7 @@ def check_output(output: Path, force: bool) -> None:
     """
     if os.path.lexists(output) and not force:
         raise SteerError(f"{output}: exists already; choose another name, or give --force")
-    if output.exists() and not output.is_file():
+    if os.path.lexists(output) and not os.path.isfile(output):
         raise SteerError(f"{output}: is no plain file and cannot be replaced; choose another name")
-    if not output.parent.is_dir():
+    if not os.path.isdir(output.parent):
         raise SteerError(f"{output}: there is no folder {output.parent}; make it first")

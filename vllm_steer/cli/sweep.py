@@ -142,7 +142,10 @@ def _search(
     if kind == "grid":
         if strengths is None or ends is not None or rounds is not None:
             raise SteerError("a grid takes strengths such as '1:8:1', and no range and no rounds")
-        return Search(strengths=parse_strengths(strengths))
+        found = parse_strengths(strengths)
+        if not any(found):
+            raise SteerError(f"strengths are {strengths!r}; a grid needs one other than 0")
+        return Search(strengths=found)
     if strengths is not None:
         raise SteerError("a bisection takes a range such as '0:10', and no strengths")
     return Search(

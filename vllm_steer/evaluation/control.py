@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
+from vllm_steer.errors import SteerError
 from vllm_steer.steers import LMSteer, Steer
 
 
 def random_steer(steer: Steer, seed: int = 0) -> Steer:
     """The random steer of equal norm, float32; the same for the same seed.
 
-    All else is the steer's own: epsilon, fixed columns, layers, site, mode, schedule.
+    All else is the steer's own: epsilon, fixed columns, layers, site, mode, schedule. Raises
+    ``SteerError`` for a seed that is negative or too large.
     """
+    if not 0 <= seed < 1 << 63:
+        raise SteerError(f"control seed is {seed}; a number from 0 to 2^63 - 1 is wanted")
     generator = torch.Generator().manual_seed(seed)
     normal = {
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)

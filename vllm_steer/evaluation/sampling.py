@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from vllm_steer.errors import SteerError
 
+_LARGEST_SEED: Final = (1 << 63) - 1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,7 +36,8 @@ class Sampling:
             "temperature": (0 <= self.temperature < math.inf, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
-            "seed": (self.seed >= 0, "0 or more"),
+            # The last text's seed is a signed number of 64 bits as well.
+            "seed": (0 <= self.seed <= _LARGEST_SEED - self.samples, "0 to 2^63 - 1 - samples"),
         }
         for name, (holds, allowed) in wanted.items():
             if not holds:

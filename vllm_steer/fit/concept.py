@@ -104,6 +104,10 @@ def fit_concept(
     check_choice("select", select, SELECTS)
     need("sklearn")  # said before the work, not after it
     chosen = tuple(sorted(all_layers(model) if layers is None else layers))
+    if top_k is not None:
+        _check_top_k(top_k, len(chosen))
+    if signed and probe != "pca":
+        raise SteerError(f"signed means nothing for a {probe} probe: it points to label 1 already")
     train, validation = split(conversations, seed)
     length = context_length(model, max_length)
 
@@ -167,8 +171,7 @@ def split(
 
 def best_layers(probes: Sequence[LayerProbe], top_k: int, select: Select) -> tuple[int, ...]:
     """The layers whose accuracy is at least the ``top_k``-th largest; equal ones are all kept."""
-    if not 1 <= top_k <= len(probes):
-        raise SteerError(f"top_k is {top_k}; there are {len(probes)} layers to choose from")
+    _check_top_k(top_k, len(probes))
     scores = {
         one.layer: one.train_accuracy if select == "train" else one.validation_accuracy
         for one in probes
@@ -212,6 +215,11 @@ def _fit_layer(
         probe = oriented(probe)
     scores = [accuracy(probe, x[part.rows], part.labels, part.lengths) for part in parts]
     return LayerProbe(layer, probe, scores[0] or 0.0, scores[1])
+
+
+def _check_top_k(top_k: int, layers: int) -> None:
+    if not 1 <= top_k <= layers:
+        raise SteerError(f"top_k is {top_k}; there are {layers} layers to choose from")
 
 
 def _check_both_labels(train: _Part) -> None:

@@ -45,8 +45,8 @@ def fit_delta(
     with the number of prompts answered so far.
 
     Raises ``SteerError`` for a side without prompts, a step that no prompt of a side reached, no
-    steps, an unknown site or layer, and a prompt of more than ``max_length`` tokens, which by
-    default are as many as leave room for the answer.
+    steps or more than the model reads, an unknown site or layer, and a prompt of more than
+    ``max_length`` tokens, which by default are as many as leave room for the answer.
     """
     check_choice("site", site, DELTA_SITES)
     if steps < 1:
@@ -54,6 +54,11 @@ def fit_delta(
     chosen = tuple(sorted(all_layers(model) if layers is None else layers))
     done = itertools.count(1)
     room = context_length(model, sys.maxsize) - steps + 1  # the last token is not read again
+    if room < 1:
+        raise SteerError(
+            f"steps is {steps}; the model reads {room + steps - 1} tokens, prompt and steps "
+            "together: give fewer steps"
+        )
     longest = room if max_length is None else min(room, max_length)
 
     def mean(side: str, prompts: Sequence[str]) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Settings:
                 raise SteerError(f"{name} is {getattr(self, name)}; a positive number is wanted")
         if not 0 <= self.regularization < math.inf:
             raise SteerError(f"regularization is {self.regularization}; 0 or more is wanted")
+        if not 0 <= self.seed < 1 << 63:
+            raise SteerError(f"seed is {self.seed}; a number from 0 to 2^63 - 1 is wanted")
 
     @property
     def columns(self) -> int:

@@ -70,8 +70,9 @@ def fit_vector(
     disk, in ``folder`` or where temporary files go. ``on_text`` is called with the number of texts
     read so far, each text twice for ``unit`` and once otherwise.
 
-    Raises ``SteerError`` for an empty side, an unknown direction, mode, site or layer, a text
-    without a token to read, and for ``pca`` two sides of different length or a single pair.
+    Raises ``SteerError`` for an empty side, sides that do not differ in any layer, an unknown
+    direction, mode, site or layer, a text without a token to read, and for ``pca`` two sides of
+    different length or a single pair.
     """
     check_choice("direction", direction, DIRECTIONS)
     check_choice("site", site, VECTOR_SITES)
@@ -95,6 +96,11 @@ def fit_vector(
     else:
         make = mean_difference if direction == "mean" else unit_difference
         vectors = make(read, positive_texts, negative_texts)
+    if not vectors.any():
+        raise SteerError(
+            "the two sides do not differ in any layer, so the vector would be zero; give other "
+            "texts, or take other tokens"
+        )
     return VectorSteer(
         vectors=vectors.float(),
         layers=chosen,

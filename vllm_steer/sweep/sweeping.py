@@ -131,6 +131,8 @@ def sweep(asked: Sweep, make_judge: MakeJudge, on_point: OnPoint) -> Swept:
 
 def check_writable(path: Path) -> None:
     """Raise ``SteerError`` unless a file is vllm-steer's own, which alone holds what is found."""
+    if not path.is_file():
+        raise SteerError(f"{path}: no such file; give the path of a steer file")
     own = is_safetensors(path) and read_header(path)[0].get("format") == FORMAT
     if not own:
         raise SteerError(

@@ -81,6 +81,8 @@ def _messages(row: Row, name: str) -> Messages:
             f"{row.place}: {name} is {row.values[name]!r:.100}; a list of "
             '{"role": ..., "content": ...} is wanted'
         )
+    if any("\ud800" <= letter <= "\udfff" for message in given for letter in message["content"]):
+        raise SteerError(f"{row.place}: {name} has letters that are not Unicode")
     return tuple({"role": message["role"], "content": message["content"]} for message in given)
 
 
@@ -107,4 +109,9 @@ def _label(row: Row, number: LabelMap) -> int:
 
 def _zero_or_one(value: Any) -> float:
     """A label without a map: JSON's true and false count as 1 and 0."""
-    return float(value) if isinstance(value, bool) else label_map(None)(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise SteerError(
+            f"label {value!r:.50} is neither 0 nor 1; give a label map such as good=1,bad=0"
+        ) from None

@@ -7,7 +7,6 @@ import typer
 
 from vllm_steer.cli.fit import guidance_options as options
 from vllm_steer.cli.output import check_output
-from vllm_steer.errors import SteerError
 
 
 def delta(
@@ -61,8 +60,11 @@ def delta(
     from vllm_steer.texts import read_texts
 
     check_choice("schedule", schedule, SCHEDULES)
-    if plain and instruction:
-        raise SteerError("--instruction means nothing with --plain: a row is the whole prompt")
+    if plain:
+        asked = ("instruction", "icl_examples", "input_field", "output_field")
+        options.refuse(context, asked, "with --plain: a row is the whole prompt")
+    if all_prompts:
+        options.refuse(context, ("support", "seed"), "with --all: nothing is drawn")
 
     def prompts_of(path: Path) -> list[str]:
         if plain:

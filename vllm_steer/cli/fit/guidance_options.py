@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_steer.errors import SteerError
 from vllm_steer.steers import DeltaSteer, VectorSteer
 from vllm_steer.steers.layers import format_layers, parse_layers
 
@@ -41,6 +42,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.
 def read_layers(layers: str | None) -> tuple[int, ...] | None:
     """The layers that an option names; None for all."""
     return None if layers is None else parse_layers(layers)
+
+
+def refuse(context: typer.Context, options: Sequence[str], reason: str) -> None:
+    """``SteerError`` for options that were given although they mean nothing, for the reason."""
+    asked = [name for name in options if _given(context, name)]
+    if asked:
+        names = ", ".join("--" + name.replace("_", "-") for name in asked)
+        raise SteerError(f"{names} means nothing {reason}")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def open_model(name: str, dtype: str, device: str | None) -> "LanguageModel":

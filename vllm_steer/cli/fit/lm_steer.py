@@ -1,6 +1,7 @@
 """``vllm-steer fit lm-steer``: an LM-Steer from labelled texts, or from two sets of texts."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -85,6 +86,8 @@ def lm_steer(
 
     _check_output(output, force)
     settings = _settings(context.params)
+    if not 0 <= cache_gib < math.inf:
+        raise SteerError(f"cache-gib is {cache_gib}; 0 or more is wanted")
     check_default_strength(default_strength)
     if plot:
         from vllm_steer.evaluation.optional import need
