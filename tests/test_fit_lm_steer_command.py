@@ -202,7 +202,7 @@ def test_bad_rows_are_errors_with_their_place(tmp_path: Path, rows: Any, message
 
 
 def test_an_output_in_no_folder_is_refused_before_the_training(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match="cannot be written; give a file in a folder"):
+    with pytest.raises(SteerError, match="there is no folder .*nowhere; make it first"):
         run(tmp_path / "nowhere" / "s", "--data", data, *SMALL)
 
 
@@ -212,6 +212,7 @@ def test_an_output_in_no_folder_is_refused_before_the_training(data: Path, tmp_p
         (["--default-strength", "nan"], "default_strength is nan; it must be finite"),
         (["--checkpoint-every", "0"], "checkpoint_every is 0; at least 1 step is wanted"),
         (["--cache-gib", "nan"], "cache-gib is nan; 0 or more is wanted"),
+        (["--rank", "999999999"], "rank 999999999: there is no memory for the parameters"),
         (["--variant", "divide"], "variant is 'divide'; allowed: multiply, add, offset"),
     ],
 )

@@ -130,8 +130,14 @@ def test_a_fit_that_ended_while_it_read_texts_reads_them_anew(
     with pytest.raises(Ended):
         fit(model, tokenizer, tmp_path, watch=Watch(on_text=on_text))
     assert not (tmp_path / "hidden_states.bin").exists()
-    (tmp_path / "hidden_states.bin.1.unfinished").write_text("left by a killed process")
     assert_same(fit(model, tokenizer, None), fit(model, tokenizer, tmp_path))
+
+
+def test_what_a_killed_process_was_writing_is_cleared(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "hidden_states.bin.unfinished").write_text("many gigabytes")
+    fit(model, tokenizer, tmp_path, cache_bytes=0)
     assert not list(tmp_path.glob("*.unfinished"))
 
 

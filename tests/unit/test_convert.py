@@ -184,7 +184,8 @@ def test_a_refused_file_leaves_no_output(tmp_path: Path, options: list[str], mes
 @pytest.mark.parametrize("place", ["no/such/folder/own", "v.gguf/own", "o" * 300])
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
     theirs = write_gguf(tmp_path / "v.gguf", directions([1]))
-    with pytest.raises(SteerError, match=rf"{place[:200]}.*: (cannot be written \(|there is no folder )"):
+    said = rf"{place[:200]}.*: (cannot be written \(|there is no folder )"
+    with pytest.raises(SteerError, match=said):
         convert(theirs, tmp_path / place)
 
 

@@ -16,8 +16,8 @@ _VLLM = "vLLM"
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or 'embedded'.")],
-    steer: Annotated[Path, typer.Argument(help="Steer file of any known tool.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")],
+    steer: Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of any known tool.")],
     strengths: Annotated[
         str, typer.Option(help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always in it.")
     ],

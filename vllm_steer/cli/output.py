@@ -17,3 +17,5 @@ def check_output(output: Path, force: bool) -> None:
         raise SteerError(f"{output}: is no plain file and cannot be replaced; choose another name")
     if not os.path.isdir(output.parent):
         raise SteerError(f"{output}: there is no folder {output.parent}; make it first")
+    if not os.access(output.parent, os.W_OK):
+        raise SteerError(f"{output}: the folder cannot be written to; choose another")

@@ -17,8 +17,8 @@ _VLLM = "vLLM"
 
 
 def sweep(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or 'embedded'.")],
-    steer: Annotated[Path, typer.Argument(help="Steer file of any known tool.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")],
+    steer: Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of any known tool.")],
     prompts: Annotated[Path, typer.Option(help="Prompts: .jsonl, .json, .csv, .tsv or .txt.")],
     judge: Annotated[
         str, typer.Option(help="Of the effect: lexicon:FILE, classifier:MODEL:LABEL, language:fr.")

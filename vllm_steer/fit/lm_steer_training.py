@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
 from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
 from vllm_steer.fit.head_loss import Head
 from vllm_steer.fit.hidden_states import (
@@ -115,15 +116,21 @@ def _tokens(fit: Fit, batch: Batch, hidden_states: torch.Tensor) -> Tokens:
 
 def _begin(fit: Fit) -> Training:
     settings, (vocab_size, hidden_size) = fit.settings, fit.head.weight.shape
-    start = initial_parameters(
-        settings.variant,
-        columns=settings.columns,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        rank=settings.rank,
-        initial_scale=settings.initial_scale,
-        seed=settings.seed,
-    )
+    try:
+        start = initial_parameters(
+            settings.variant,
+            columns=settings.columns,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            rank=settings.rank,
+            initial_scale=settings.initial_scale,
+            seed=settings.seed,
+        )
+    except RuntimeError as error:  # torch's words for an allocation that fails
+        raise SteerError(
+            f"rank {settings.rank}: there is no memory for the parameters ({cause(error)}); give a "
+            "smaller rank"
+        ) from error
     dtype = widened(fit.head.weight[:1]).dtype
     masters = {name: value.to(fit.head.weight.device, dtype) for name, value in start.items()}
     return start_training(masters, settings.learning_rate)

@@ -98,7 +98,7 @@ def open_run(run: Run, training: Training) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (CHECKPOINT, LOSSES, HIDDEN_STATES):
-            for leftover in folder.glob(f"{name}.*.unfinished"):
+            for leftover in folder.glob(f"{name}*.unfinished"):
                 leftover.unlink()
         if run.restart:
             (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_steer.cli.output import check_output
 from vllm_steer.cli.progress import Advance, progress
 from vllm_steer.errors import SteerError
 
@@ -84,7 +84,7 @@ def lm_steer(
     """Train an LM-Steer on texts with labels in [-1, 1]; a killed run goes on where it was."""
     from vllm_steer.steers.checks import check_default_strength
 
-    _check_output(output, force)
+    check_output(output, force)
     settings = _settings(context.params)
     if not 0 <= cache_gib < math.inf:
         raise SteerError(f"cache-gib is {cache_gib}; 0 or more is wanted")
@@ -107,14 +107,6 @@ def lm_steer(
     )
     _finish(steer, output, folder, plot)
     _print(steer, output, folder, as_json)
-
-
-def _check_output(output: Path, force: bool) -> None:
-    """What would only be found out after the training."""
-    if os.path.lexists(output) and not force:
-        raise SteerError(f"{output}: exists already; choose another name, or give --force")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise SteerError(f"{output}: cannot be written; give a file in a folder that you can write")
 
 
 def _texts(
