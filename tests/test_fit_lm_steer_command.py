@@ -202,7 +202,7 @@ def test_bad_rows_are_errors_with_their_place(tmp_path: Path, rows: Any, message
 
 
 def test_an_output_in_no_folder_is_refused_before_the_training(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match="there is no folder .*nowhere; make it first"):
+    with pytest.raises(SteerError, match=r"there is no folder .*nowhere; make it first"):
         run(tmp_path / "nowhere" / "s", "--data", data, *SMALL)
 
 
