@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_steer.cli import generating_options as options
 from vllm_steer.cli.progress import progress
 from vllm_steer.errors import SteerError
 
@@ -12,14 +13,12 @@ if TYPE_CHECKING:
     from vllm_steer.sweep.search import Point
     from vllm_steer.sweep.sweeping import Search, Swept
 
-_GENERATING = "Generating"
-_VLLM = "vLLM"
-
 
 def sweep(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")],
-    steer: Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of any known tool.")],
-    prompts: Annotated[Path, typer.Option(help="Prompts: .jsonl, .json, .csv, .tsv or .txt.")],
+    context: typer.Context,
+    model: options.Model,
+    steer: options.SteerFile,
+    prompts: options.Prompts,
     judge: Annotated[
         str, typer.Option(help="Of the effect: lexicon:FILE, classifier:MODEL:LABEL, language:fr.")
     ],
@@ -48,47 +47,30 @@ def sweep(
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw the points in.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all points as JSON.")] = False,
-    prompt_field: Annotated[str, typer.Option(help="Name of the prompt in a row.")] = "prompt",
-    first: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many prompts.")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="lm-steer: its authors' settings.", rich_help_panel=_GENERATING),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Texts per prompt [25].", rich_help_panel=_GENERATING)
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="New tokens at most [20].", rich_help_panel=_GENERATING)
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy [1].", rich_help_panel=_GENERATING)
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="[1]", rich_help_panel=_GENERATING)] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="0 for all [50].", rich_help_panel=_GENERATING)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the first text [0].", rich_help_panel=_GENERATING)
-    ] = None,
-    dtype: Annotated[str, typer.Option(rich_help_panel=_VLLM)] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(rich_help_panel=_VLLM)] = None,
+    prompt_field: options.PromptField = "prompt",
+    first: options.First = None,
+    preset: options.Preset = None,
+    samples: options.Samples = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = "auto",
+    max_model_len: options.MaxModelLen = None,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(help="The judges' share is left.", rich_help_panel=_VLLM)
+        float, typer.Option(help="The judges' share is left.", rich_help_panel=options.VLLM)
     ] = 0.6,
-    tensor_parallel_size: Annotated[int, typer.Option(rich_help_panel=_VLLM)] = 1,
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", rich_help_panel=_VLLM)] = False,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    enforce_eager: options.EnforceEager = False,
 ) -> None:
     """Find the strongest effect within a budget of perplexity, over strengths and layers.
 
     Exit code 1 if nothing within the budget changes the effect; the file stays as it was then.
     """
-    from vllm_steer.evaluation.generating import EngineOptions
     from vllm_steer.evaluation.judges import make_judge
     from vllm_steer.evaluation.optional import need
     from vllm_steer.evaluation.prompts import read_prompts
-    from vllm_steer.evaluation.sampling import sampling_of
     from vllm_steer.sweep.search import DIRECTIONS
     from vllm_steer.sweep.sweeping import Sweep, check_writable
     from vllm_steer.sweep.sweeping import sweep as run_sweep
@@ -100,14 +82,6 @@ def sweep(
     found = [known for known in DIRECTIONS if known == direction]
     if not found:
         raise SteerError(f"direction is {direction!r}; allowed: {', '.join(DIRECTIONS)}")
-    given = {
-        "samples": samples,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-    }
     asked = Sweep(
         model=model,
         steer=steer,
@@ -118,10 +92,8 @@ def sweep(
         search=_search(search, strengths, ends, rounds),
         layers=layers,
         direction=found[0],
-        sampling=sampling_of(preset, given),
-        engine=EngineOptions(
-            dtype, max_model_len, gpu_memory_utilization, tensor_parallel_size, enforce_eager
-        ),
+        sampling=options.sampling(context.params),
+        engine=options.engine_options(context.params),
     )
     with progress("starting vLLM") as advance:
         swept = run_sweep(

@@ -1,0 +1,71 @@
+"""What ``eval`` and ``sweep`` have in common: model, steer, prompts, sampling, vLLM's options."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+if TYPE_CHECKING:
+    from vllm_steer.evaluation.generating import EngineOptions
+    from vllm_steer.evaluation.sampling import Sampling
+
+GENERATING: Final = "Generating"
+VLLM: Final = "vLLM"
+_SAMPLING: Final = (
+    "samples",
+    "max_tokens",
+    "exact_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+)
+_ENGINE: Final = (
+    "dtype",
+    "max_model_len",
+    "gpu_memory_utilization",
+    "tensor_parallel_size",
+    "enforce_eager",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")]
+SteerFile = Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of any known tool.")]
+Prompts = Annotated[Path, typer.Option(help="Prompts: .jsonl, .json, .csv, .tsv or .txt.")]
+PromptField = Annotated[str, typer.Option(help="Name of the prompt in a row.")]
+First = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
+Preset = Annotated[
+    str | None, typer.Option(help="lm-steer: its authors' settings.", rich_help_panel=GENERATING)
+]
+Samples = Annotated[
+    int | None, typer.Option(help="Texts per prompt [25].", rich_help_panel=GENERATING)
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="New tokens at most [20].", rich_help_panel=GENERATING)
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy [1].", rich_help_panel=GENERATING)
+]
+TopP = Annotated[float | None, typer.Option(help="[1]", rich_help_panel=GENERATING)]
+TopK = Annotated[int | None, typer.Option(help="0 for all [50].", rich_help_panel=GENERATING)]
+Seed = Annotated[
+    int | None, typer.Option(help="Of the first text [0].", rich_help_panel=GENERATING)
+]
+Dtype = Annotated[str, typer.Option(rich_help_panel=VLLM)]
+MaxModelLen = Annotated[int | None, typer.Option(rich_help_panel=VLLM)]
+TensorParallelSize = Annotated[int, typer.Option(rich_help_panel=VLLM)]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", rich_help_panel=VLLM)]
+
+
+def sampling(given: Mapping[str, Any]) -> "Sampling":
+    """The ``Sampling`` that a command's options ask for."""
+    from vllm_steer.evaluation.sampling import sampling_of
+
+    return sampling_of(given["preset"], {name: given.get(name) for name in _SAMPLING})
+
+
+def engine_options(given: Mapping[str, Any]) -> "EngineOptions":
+    """The ``EngineOptions`` that a command's options ask for."""
+    from vllm_steer.evaluation.generating import EngineOptions
+
+    return EngineOptions(**{name: given[name] for name in _ENGINE})
