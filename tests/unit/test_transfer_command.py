@@ -1,13 +1,14 @@
 """``vllm-steer transfer``: the file that it writes and the figures that it prints."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from vllm_steer import SteerError, load_steer
+from vllm_steer import SteerError, load_steer, save_steer
 from vllm_steer.cli import app
 from vllm_steer.embedded import STEERS, corpus
 
@@ -54,6 +55,14 @@ def test_the_effect_is_measured_in_both_models(tmp_path: Path, labelled: Path) -
     assert said["effect"]["kept"] == pytest.approx(kept)
     recipe = load_steer(tmp_path / "out").recipe
     assert [data["file"] for data in recipe["data"]] == [SENTIMENT.name, labelled.name]
+    assert recipe["settings"]["strength"] == 5
+
+
+def test_the_recipe_of_the_steer_itself_is_kept(tmp_path: Path) -> None:
+    made = {"method": "by hand", "settings": {"rank": 32}}
+    save_steer(replace(load_steer(SENTIMENT), recipe=made), tmp_path / "mine")
+    transfer(tmp_path / "out", steer=tmp_path / "mine")
+    assert load_steer(tmp_path / "out").recipe["source"] == made
 
 
 def test_matched_strength_is_written_into_epsilon(tmp_path: Path, labelled: Path) -> None:

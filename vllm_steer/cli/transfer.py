@@ -75,7 +75,10 @@ def transfer(
     if isinstance(original, LMSteer) and texts:
         result, effects = _measure(original, result, source, target, texts, strength, match)
     figures = _figures(found, effects)
-    settings = {"source_model": source, "solver": solver, "seed": seed, "match_strength": match}
+    settings = {"source_model": source, "solver": solver, "seed": seed}
+    if data is not None:
+        fields = {"text_field": text_field, "label_field": label_field, "labels": labels}
+        settings |= {**fields, "strength": strength, "match_strength": match}
     _save(result, output, target, [steer] if data is None else [steer, data], settings, figures)
     if as_json:
         print(json.dumps({**figures, "epsilon": result.epsilon, "output": str(output)}, indent=2))
@@ -131,6 +134,8 @@ def _save(
     from vllm_steer.fit.recipe import recipe
 
     made = recipe("transfer", model=target, data=data, settings=settings, figures=figures)
+    if steer.recipe is not None:  # of the steer in its own model
+        made = {**made, "source": steer.recipe}
     save_steer(replace(steer, base_model=target, recipe=made), output)
 
 
