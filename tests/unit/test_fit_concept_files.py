@@ -65,7 +65,7 @@ def test_a_label_map_makes_names_zero_and_one(tmp_path: Path) -> None:
         ({"prompt": "x", "completion": " ", "label": 1}, "completion is ' '; a text is wanted"),
         ({"prompt": "x", "completion": "y"}, "there is no 'label'"),
         ({**GOOD, "label": -1}, r"label -1 is -1; 0 and 1 are wanted, .* good=1,bad=0"),
-        ({**GOOD, "label": "yes"}, "label 'yes' is no number"),
+        ({**GOOD, "label": "yes"}, "label 'yes' is neither 0 nor 1; give a label map"),
         ({**GOOD, "conversation_history": [1]}, r"conversation_history is \[1\]; a list of"),
         ({**GOOD, "conversation_history": "{"}, r"conversation_history is '{'; a list of"),
         ({"messages": HISTORY[:1], "label": 1}, r"messages are \['user'\]; wanted: two or more"),
