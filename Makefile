@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
-# Tests without an engine of their own run side by side.
-PARALLEL := -n 2
+# Side by side, the tests of a file in one process. Engines come after all that must see Hugging
+# Face's classes as they were made, and so in a process after theirs.
+PARALLEL := -n 2 --dist loadfile
 V2 := VLLM_STEER_TEST_RUNNER=v2
 
 .PHONY: demo test test-all test-gpu check format clean
@@ -15,14 +16,15 @@ demo: $(READY)  ## serve the embedded model and answer one batch under different
 	$(BIN)/vllm-steer demo
 
 test: $(READY)  ## everything but the matrix, on both model runners
-	$(PYTEST) $(PARALLEL) --dist loadfile -m "not engine and not matrix and not triton and not gpu"
-	$(PYTEST) -m "engine and not matrix and not triton and not gpu"
-	$(V2) $(PYTEST) $(PARALLEL) -m "triton and not engine and not matrix and not gpu"
-	$(V2) $(PYTEST) -m "engine and not matrix and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not engine and not matrix and not triton and not gpu"
+	$(PYTEST) $(PARALLEL) -m "engine and not matrix and not triton and not gpu"
+	$(V2) $(PYTEST) -n 2 -m "triton and not engine and not matrix and not gpu"
+	$(V2) $(PYTEST) $(PARALLEL) -m "engine and not matrix and not gpu"
 
 test-all: $(READY)  ## the longer matrix, on both model runners
-	$(PYTEST) -m "matrix and not triton and not gpu"
-	$(V2) $(PYTEST) -m "(engine or triton) and matrix and not gpu"
+	$(PYTEST) $(PARALLEL) -m "matrix and not engine and not triton and not gpu"
+	$(PYTEST) $(PARALLEL) -m "matrix and engine and not triton and not gpu"
+	$(V2) $(PYTEST) $(PARALLEL) -m "(engine or triton) and matrix and not gpu"
 
 test-gpu: $(READY)  ## the kernels on a card
 	$(PYTEST) -m "triton or gpu" tests/triton
