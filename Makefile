@@ -23,8 +23,8 @@ test: $(READY)  ## everything but the matrix, on both model runners
 
 test-all: $(READY)  ## the longer matrix, on both model runners
 	$(PYTEST) $(PARALLEL) -m "matrix and not engine and not triton and not gpu"
-	$(PYTEST) $(PARALLEL) -m "matrix and engine and not triton and not gpu"
-	$(V2) $(PYTEST) $(PARALLEL) -m "(engine or triton) and matrix and not gpu"
+	$(PYTEST) -n 2 -m "matrix and engine and not triton and not gpu"
+	$(V2) $(PYTEST) -n 2 -m "(engine or triton) and matrix and not gpu"
 
 test-gpu: $(READY)  ## the kernels on a card
 	$(PYTEST) -m "triton or gpu" tests/triton
