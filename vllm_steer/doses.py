@@ -1,21 +1,40 @@
 """A dose: one steer as one request takes it."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from vllm_steer.steers.delta import Schedule
 
-Phase = Literal["all", "prompt", "generation"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
+Phase = Literal["all", "prompt", "generation", "answer"]
+PHASES: Final[tuple[Phase, ...]] = ("all", "prompt", "generation")
+"""What a request may ask for; ``answer`` belongs to strengths that change per token."""
+
+Kl = Literal["plain", "authors"]
+KLS: Final[tuple[Kl, ...]] = get_args(Kl)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """How a strength follows from what the steer does, token by token: see ``dynamic.strength``.
+
+    top_p    the share of probability that the compared tokens cover, in (0, 1]
+    kl       ``plain``, or divided by the number of compared tokens as the ``authors`` do
+    """
+
+    top_p: float = 0.5
+    kl: Kl = "plain"
 
 
 @dataclass(frozen=True)
 class Dose:
     """A steer's name and strength, and where in the request and in the model it acts.
 
+    strength  with ``dynamic`` the maximum: strengths lie between 0 and it, whatever its sign
     layers    those of the steer's layers that it acts in; None for all of them
-    phase     ``prompt`` tokens, tokens of the ``generation``, or ``all``: by what a token is
+    phase     ``prompt`` tokens, tokens of the ``generation``, or ``all``: by what a token is;
+              ``answer`` from the last prompt token on
     schedule  of a delta steer; None for the other kinds
+    dynamic   None where the strength is what the request says
     """
 
     steer: str
@@ -23,3 +42,4 @@ class Dose:
     layers: tuple[int, ...] | None = None
     phase: Phase = "all"
     schedule: Schedule | None = None
+    dynamic: Dynamic | None = None

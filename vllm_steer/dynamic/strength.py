@@ -18,15 +18,11 @@ Source: Scalena et al., "Multi-property Steering of Large Language Models with D
 Composition", BlackboxNLP 2024 (arXiv 2406.17563), and the authors' code.
 """
 
-from typing import Final, Literal, get_args
-
 import torch
 
+from vllm_steer.doses import KLS, Kl
 from vllm_steer.errors import SteerError
 from vllm_steer.steers.checks import check_choice
-
-Kl = Literal["plain", "authors"]
-KLS: Final[tuple[Kl, ...]] = get_args(Kl)
 
 
 def dynamic_strength(

@@ -1,0 +1,1 @@
+"""Dynamic strength in the engine: the streams of a request, their turns, their strengths."""
