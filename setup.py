@@ -28,6 +28,7 @@ setup(
         "gguf",
         "triton; platform_system == 'Linux'",
         "numpy",
+        "prometheus-client",
         "pydantic>=2.9",
         "PyYAML",
         "typer",

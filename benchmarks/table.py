@@ -58,6 +58,12 @@ def load(line: dict[str, Any]) -> str:
     return f"{line['rate']:g}/s" if line.get("rate") else str(line["concurrency"])
 
 
+def counted(line: dict[str, Any]) -> str:
+    """What counting steps and rows predicts."""
+    low, high = sorted(line["predicted"])
+    return f"{low:.2f} to {high:.2f}" if high > low else f"{low:.2f}"
+
+
 COLUMNS: dict[str, tuple[tuple[str, Cell], ...]] = {
     "speed_ratio": (
         ("figure", word("name")),
@@ -107,6 +113,18 @@ COLUMNS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("over head", number("speedup", 2)),
         ("p20 to p80", spread("speedup_p20", "speedup_p80", 2)),
         ("memory, MiB", number("memory_mib", 0)),
+    ),
+    "dynamic_cost": (
+        ("model", word("model")),
+        ("figure", word("figure")),
+        ("what", word("what")),
+        ("requests", word("requests")),
+        ("A, ms", number("a_ms")),
+        ("B, ms", number("b_ms")),
+        ("ratio", number("ratio")),
+        ("p20 to p80", spread("ratio_p20", "ratio_p80", 2)),
+        ("by counting", counted),
+        ("goal", word("goal")),
     ),
     "kernel_resources": (
         ("operation", word("operation")),

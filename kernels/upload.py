@@ -10,9 +10,12 @@ ALIGNMENT = 16  # of every array in the copy: what Triton compiles its widest lo
 
 
 def upload(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> list[torch.Tensor]:
-    """The arrays as tensors on ``device``; on a GPU one copy from pinned memory, not waited for."""
+    """The arrays as tensors on ``device`` that may be written to: they share no memory with arrays.
+
+    On a GPU one copy from pinned memory, not waited for.
+    """
     if device.type == "cpu":
-        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        return [torch.from_numpy(np.array(array, order="C")) for array in arrays]
     sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
     host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
     starts = np.cumsum([0, *sizes[:-1]]).tolist()

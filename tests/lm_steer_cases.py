@@ -1,11 +1,12 @@
 """The paper's formula of LM-Steer written out in float64, and steers for the tests to give it.
 
 ``delta = epsilon * sum_c a_c (x P1_c) P2_c^T`` with ``a_c`` the row's strength, or 1 for a fixed
-column (Han et al. 2024, section 3). Steers are given to the formula as the authors store them and
-to the operation as packed tables.
+column (Han et al. 2024, section 3); at strength 0 there is no delta. Steers are given
+to the formula as the authors store them and to the operation as packed tables.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,10 +87,19 @@ def steered(uses: list[Use], steers: list[Weights]) -> SteeredRows:
     )
 
 
+def at_strengths(uses: list[Use], strengths: Sequence[float]) -> list[Use]:
+    """The same rows and slots at strengths in turn, as their pairs lie: by slot, then by row."""
+    ordered = sorted(uses, key=lambda use: (use[1], use[0]))
+    turns = itertools.cycle(strengths)
+    return [(row, slot, next(turns)) for row, slot, _ in ordered]
+
+
 def formula(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torch.Tensor:
     """The steered rows in float64."""
     y = x.double().clone()
     for row, slot, strength in uses:
+        if strength == 0:
+            continue
         steer = steers[slot]
         columns = steer.second.shape[0]
         a = torch.full((columns,), strength, dtype=torch.float64, device=x.device)

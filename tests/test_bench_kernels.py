@@ -91,7 +91,7 @@ def test_bytes_of_guidance_and_of_the_map_in_numbers(module: Any) -> None:
     sizes = {"steered": 5, "doses": 2, "directions": 3, "itemsize": 2}
     assert floors.guidance_bytes(16, residual=True, **sizes) == 5 * 16 * 6 + 4 * 3 * 16 + 8 * 5 * 2
     found = floors.token_map_bytes(tokens=6, requests=3, layers=2, doses=4)
-    written, rules, steps = 4 * 4 * 6 * (1 + 2), 4 * 3 * (40 + 8 + 8), 8 * 6 + 4 * 4
+    written, rules, steps = 4 * 4 * 6 * (1 + 2), 4 * 3 * (48 + 8 + 8), 8 * 6 + 4 * 4
     assert found == written + rules + steps
 
 

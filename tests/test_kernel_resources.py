@@ -142,9 +142,9 @@ def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(
 
 def map_a_batch(tool: ModuleType, requests: int, depth: int, tokens: int, room: TokenMap) -> None:
     """Map tokens as a site does: into the front of its buffers, from rules in one piece."""
-    integers = torch.zeros(5, depth, requests, dtype=torch.int64)
+    *integers, table = torch.zeros(6, depth, requests, dtype=torch.int64)
     floats, layers = torch.zeros(2, depth, requests), torch.zeros(3, depth, requests)
-    rules = Rules(*integers, strength=floats[0], slope=floats[1], layers=layers)
+    rules = Rules(*integers, *floats, layers=layers, table=table, history=torch.zeros(tokens))
     starts = torch.zeros(requests + 2, dtype=torch.int32)[: requests + 1]
     positions = torch.zeros(600, dtype=torch.int64)[:tokens]
     front = TokenMap(room.directions[:depth], room.strengths[:, :depth])

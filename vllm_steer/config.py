@@ -29,17 +29,23 @@ from vllm_steer.kernels.dispatch import Kernels
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 NO_STEER = "none"
+DYNAMIC = "dynamic"
+"""Stands for a strength that follows from the text."""
 
 
 def _in_mix(value: Any) -> Any:
     """A preset's part of a steer: its strength, or its options as in a request."""
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, str) and value.strip().startswith(DYNAMIC):
+        return value
     try:
         if isinstance(value, bool) or not math.isfinite(number := float(value)):
             raise ValueError
     except (TypeError, ValueError):
-        raise ValueError("a finite number or options such as {strength: 8} are wanted") from None
+        raise ValueError(
+            "a finite number, 'dynamic', or options such as {strength: 8} are wanted"
+        ) from None
     return number
 
 

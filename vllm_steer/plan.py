@@ -57,7 +57,7 @@ class SteerPlan(BaseModel):
     version: str
     kernels: Kernels
     steers: dict[str, PlannedSteer]
-    presets: dict[str, dict[str, float | dict[str, Any]]]
+    presets: dict[str, dict[str, float | str | dict[str, Any]]]
     default: str
     limits: Limits
 

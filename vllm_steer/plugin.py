@@ -9,7 +9,11 @@ the engine core and the workers patched, here and in the processes that vLLM sta
 | ``EngineArgs.add_cli_args``              | frontend    | the flag                                |
 | ``EngineArgs.create_engine_config``      | frontend    | config to resolved plan                 |
 | ``InputProcessor._validate_params``      | frontend    | a bad request fails at admission        |
+| ``OutputProcessor.add_request``          | frontend    | who is to be told the strengths         |
+| ``OutputProcessor.process_outputs``      | frontend    | strengths off the engine's outputs      |
+| ``RequestState._new_completion_output``  | frontend    | strengths put on the user's outputs     |
 | ``EngineCore.preprocess_add_request``    | engine core | the same for other frontends; cache key |
+| ``EngineCore.add_request``               | engine core | streams enter the scheduler (instance)  |
 | ``generate_block_hash_extra_keys``       | engine core | keys of the blocks that steers change   |
 | ``WorkerWrapperBase.init_device``        | workers     | bank, model and runner (per instance)   |
 """
@@ -45,9 +49,11 @@ def patch_engine() -> None:
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from vllm_steer.serving.cache_key import with_steer_keys
+    from vllm_steer.serving.reports import outputs
 
     os.environ[ACTIVE] = "1"
     # Imported by name where blocks are hashed for events: one wrapper under every name.
@@ -56,7 +62,11 @@ def patch_engine() -> None:
         if module is not None:
             setattr(module, _EXTRA_KEYS, getattr(kv_cache_utils, _EXTRA_KEYS))
     _wrap(InputProcessor, "_validate_params", _with_admission)
+    _wrap(OutputProcessor, "add_request", outputs.with_record)
+    _wrap(OutputProcessor, "process_outputs", outputs.with_strengths_taken)
+    _wrap(RequestState, "_new_completion_output", outputs.with_strengths_on_completion)
     _wrap(EngineCore, "preprocess_add_request", _with_cache_key)
+    _wrap(EngineCore, "add_request", _with_streams)
     _wrap(WorkerWrapperBase, "init_device", _with_steered_worker)
 
 
@@ -114,12 +124,20 @@ def _with_admission(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_cache_key(original: Callable[..., Any]) -> Callable[..., Any]:
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        from vllm_steer.serving.admission import key_request
+        from vllm_steer.serving.streams.making import preprocess_with_streams
 
-        key_request(request, self.vllm_config)
-        return original(self, request)
+        return preprocess_with_streams(original, self, request)
 
     return preprocess_add_request
+
+
+def _with_streams(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_steer.serving.streams.making import add_with_streams
+
+        return add_with_streams(original, self, request, *args, **kwargs)
+
+    return add_request
 
 
 def _with_steered_worker(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -40,5 +40,5 @@ def guidance_flops(width: int, *, steered: int, doses: int, rotate: bool) -> int
 def token_map_bytes(*, tokens: int, requests: int, layers: int, doses: int) -> int:
     """The map written, the rules, positions and first tokens read."""
     written = 4 * doses * tokens * (1 + layers)
-    rules = doses * requests * (5 * 8 + 2 * 4 + 4 * layers)
+    rules = doses * requests * (6 * 8 + 2 * 4 + 4 * layers)
     return written + rules + 8 * tokens + 4 * (requests + 1)

@@ -1,7 +1,7 @@
 """The map of a step's tokens to what they take, made once per step for all layers of a site."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,7 @@ def host_rules(case: MapCase) -> dict[str, np.ndarray]:
         "last": np.where(delta, 31 + STEPS, FAR),
         "strength": (0.5 + kind).astype(np.float32),
         "slope": np.where(delta, 1 / STEPS, 0).astype(np.float32),
+        "table": np.full(kind.shape, -1),
     }
     on_layer = np.arange(case.layers)[:, None, None] % 2 == kind % 2
     return rules | {"layers": on_layer.astype(np.float32)}
@@ -69,7 +70,8 @@ def host_rules(case: MapCase) -> dict[str, np.ndarray]:
 def step_of(case: MapCase, device: torch.device) -> tuple[Rules, torch.Tensor, torch.Tensor]:
     """The rules, each request's first token, and each token's position."""
     host, each = host_rules(case), _each(case)
-    rules = Rules(**{f.name: torch.from_numpy(host[f.name]).to(device) for f in fields(Rules)})
+    on_device = {name: torch.from_numpy(array).to(device) for name, array in host.items()}
+    rules = Rules(**on_device, history=torch.zeros(1, device=device))
     starts = torch.arange(0, case.tokens + 1, each, dtype=torch.int32, device=device)
     return rules, starts, torch.arange(case.tokens, device=device) % each + _before(case)
 

@@ -17,7 +17,11 @@ class GuidanceForm(Protocol):
         positions: torch.Tensor,
         out: TokenMap,
     ) -> None:
-        """Write the map of the step's tokens into ``out``; see ``Rules``."""
+        """Write the map of the step's tokens into ``out``; see ``Rules``.
+
+        Strengths are read on the device at this call, ``Rules.strength`` and ``Rules.history``
+        alike; nothing waits for it, and no element outside of ``history`` is touched.
+        """
 
     def steer_tokens_(
         self,

@@ -10,12 +10,15 @@ from vllm_steer.kernels.guidance.operands import Rules, TokenMap
 # a decode step has few tokens.
 TOKENS, LAYERS, WARPS = 128, 8, 4
 
-_RULES = ("start", "stride", "origin", "first", "last", "strength", "slope", "layers")
+_RULES = (
+    *("start", "stride", "origin", "first", "last"),
+    *("strength", "slope", "layers", "table", "history"),
+)
 
 # Each differs from step to step: a kernel specialised on one would compile while it serves.
 _VARYING = (
     *_RULES,
-    *("num_rows", "num_layers", "search_steps"),
+    *("history_len", "num_rows", "num_layers", "search_steps"),
     *("query_start_loc", "positions", "num_tokens"),
     *("directions", "directions_dose", "directions_token"),
     *("strengths", "strengths_layer", "strengths_dose", "strengths_token"),
@@ -46,6 +49,9 @@ def _map(
     strength,
     slope,
     layers,
+    table,
+    history,
+    history_len: tl.int64,
     num_rows,
     num_layers,
     search_steps,
@@ -79,6 +85,10 @@ def _map(
     step = tl.where(acts, position - tl.load(origin + rule, mask=acts, other=0), 0)
     fall = tl.load(slope + rule, mask=acts, other=0.0) * step.to(tl.float32)
     size = tl.load(strength + rule, mask=acts, other=0.0) * (1 - fall)
+    begin = tl.load(table + rule, mask=acts, other=-1)
+    own, place = begin >= 0, begin + step
+    inside = own & (place >= 0) & (place < history_len)
+    size = tl.where(own, tl.load(history + place, mask=inside, other=0.0), size)
     token = token.to(tl.int64)
     if tl.program_id(2) == 0:
         direction = tl.load(start + rule, mask=acts, other=0)
@@ -113,7 +123,7 @@ def map_tokens(
     grid = (triton.cdiv(num_tokens, TOKENS), num_doses, triton.cdiv(num_layers, LAYERS))
     _map[grid](
         *(getattr(rules, name).contiguous() for name in _RULES),
-        *(num_rows, num_layers, num_rows.bit_length()),
+        *(rules.history.shape[0], num_rows, num_layers, num_rows.bit_length()),
         *(query_start_loc.contiguous(), positions.contiguous(), num_tokens),
         *(out.directions, *out.directions.stride()),
         *(out.strengths, *out.strengths.stride()),
@@ -126,9 +136,16 @@ def map_tokens(
 
 def warm_up_map(device: torch.device) -> None:
     """Compile what ``map_tokens`` launches: one kernel for each dtype that positions have."""
-    integer, number = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, 1)
-    number = number.to(device)
-    rules = Rules(*(integer,) * 5, strength=number, slope=number, layers=number[None])
+    integer = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    number = torch.zeros(1, 1, device=device)
+    rules = Rules(
+        *(integer,) * 5,
+        strength=number,
+        slope=number,
+        layers=number[None],
+        table=integer,
+        history=number[0],
+    )
     query_start_loc = torch.tensor([0, 1], dtype=torch.int32, device=device)
     for dtype in (torch.int64, torch.int32):
         out = TokenMap(integer.to(torch.int32), number[None])

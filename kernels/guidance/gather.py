@@ -24,6 +24,11 @@ def map_tokens(
     acts = (positions >= rules.first[:, rows]) & (positions < rules.last[:, rows])
     direction = (rules.start[:, rows] + rules.stride[:, rows] * step) * acts
     strength = rules.strength[:, rows] * (1 - rules.slope[:, rows] * step)
+    table, history_len = rules.table[:, rows], rules.history.shape[0]
+    place = table + step
+    inside = (place >= 0) & (place < history_len)
+    own = torch.where(inside, rules.history[place.clamp(0, history_len - 1)], 0.0)
+    strength = torch.where(table < 0, strength, own)
     strength = torch.where(acts, strength, 0.0)  # far from its steps it may be infinite
     out.directions[:, :num_tokens] = direction
     torch.mul(rules.layers[:, :, rows], strength, out=out.strengths[:, :, :num_tokens])

@@ -18,10 +18,17 @@ class Rules:
 
         direction = start + stride * i             if first <= p < last, else 0
         strength  = strength * (1 - slope * i)     if first <= p < last, else 0
+                    history[table + i] instead     where table >= 0
+
+    A dose with a table has a strength of its own at every step: ``strength`` and ``slope`` are not
+    read then, and a step that ``history`` does not reach has strength 0.
 
     start, stride, origin, first, last   ``[K, R]`` int64
     strength, slope                      ``[K, R]`` float32; strength may change on the device
     layers                               ``[L, K, R]`` float32, 1 where the dose acts, else 0
+    table                                ``[K, R]`` int64, the place of step 0; -1 for none
+    history                              ``[N]`` float32, one number or more; may change on the
+                                         device from call to call
     """
 
     start: torch.Tensor
@@ -32,6 +39,8 @@ class Rules:
     strength: torch.Tensor
     slope: torch.Tensor
     layers: torch.Tensor
+    table: torch.Tensor
+    history: torch.Tensor
 
 
 @dataclass(frozen=True)

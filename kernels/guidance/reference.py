@@ -20,9 +20,16 @@ def _map_token(rules: Rules, k: int, row: int, token: int, position: int, out: T
     if rules.first[k, row] <= position < rules.last[k, row]:
         step = position - int(rules.origin[k, row])
         direction = int(rules.start[k, row]) + int(rules.stride[k, row]) * step
-        strength = float(rules.strength[k, row]) * (1 - float(rules.slope[k, row]) * step)
+        strength = _strength(rules, k, row, step)
     out.directions[k, token] = direction
     out.strengths[:, k, token] = strength * rules.layers[:, k, row]
+
+
+def _strength(rules: Rules, k: int, row: int, step: int) -> float:
+    table = int(rules.table[k, row])
+    if table < 0:
+        return float(rules.strength[k, row]) * (1 - float(rules.slope[k, row]) * step)
+    return float(rules.history[table + step]) if 0 <= table + step < len(rules.history) else 0.0
 
 
 def steer_tokens_(

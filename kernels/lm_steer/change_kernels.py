@@ -53,7 +53,9 @@ def constant(
     FUSED: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """``scale * free + epsilon * fixed``; programs ``(tile, block of the width)``."""
+    """``scale * free + epsilon * fixed``, or 0 where ``scale`` is 0; programs ``(tile, block of the
+    width)``.
+    """
     tile = tl.program_id(0)
     pair = tl.load(bounds + 5 * tile)
     if pair < 0:
@@ -63,8 +65,9 @@ def constant(
     columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = columns < width
     vector = tl.load(table + free * width + columns, mask=inside, other=0.0).to(tl.float32)
-    change = tl.load(scales + pair) * vector
-    if fixed >= 0:
+    scale = tl.load(scales + pair)
+    change = scale * vector
+    if (fixed >= 0) & (scale != 0):
         vector = tl.load(table + fixed * width + columns, mask=inside, other=0.0).to(tl.float32)
         change += tl.load(epsilons + tile) * vector
     pairs = pair + tl.arange(0, 1)

@@ -1,6 +1,6 @@
 """LM-Steer's product as one dense matrix, over tiles of rows: where ``2 r > d`` it is fewer bytes.
 
-    change = scale * X M_free^T + epsilon * X M_fixed^T
+    change = scale * X M_free^T + epsilon * X M_fixed^T     where scale is not 0, else 0
 
 with ``M = (P1 P2^T)^T [d, d]``, out by in; products accumulate in float32.
 """
@@ -84,7 +84,8 @@ def dense(
         BLOCK_OUT,
         BLOCK_IN,
     )
-    change *= tl.load(scales + pairs, mask=live, other=0.0)[:, None]
+    scale = tl.load(scales + pairs, mask=live, other=0.0)
+    change *= scale[:, None]
     if fixed >= 0:
         change += tl.load(epsilons + tile) * times_matrix(
             x,
@@ -100,6 +101,7 @@ def dense(
             BLOCK_OUT,
             BLOCK_IN,
         )
+    change = tl.where((scale != 0)[:, None], change, 0.0)
     mask = live[:, None] & (columns < width)[None, :]
     write_change(
         x,

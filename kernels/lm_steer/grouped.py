@@ -21,7 +21,7 @@ class GroupedRows:
     """The P pairs on the device, and the U rows that they touch.
 
     rows     ``[P]`` int64, the row of each pair
-    scales   ``[P]`` float32, epsilon times strength
+    scales   ``[P]`` float32, epsilon times strength; may be written to
     touched  ``[U]`` int64, every row of ``rows`` once, ascending
     places   ``[P]`` int64, where each pair's row stands in ``touched``
     groups   ``(slot, start, end)`` on the host: pairs ``start:end`` use ``slot``
@@ -54,14 +54,13 @@ def steer_rows(x: torch.Tensor, tables: SteerTables, steered: GroupedRows) -> to
     float32, in ascending order of slot. No host synchronisation: group bounds are known on the
     host. Returns a new tensor; rows without a pair are copied unchanged.
     """
-    rows = x.index_select(0, steered.rows)
-    scaled = (rows * steered.scales[:, None]).to(tables.dtype)
+    rows, scales = x.index_select(0, steered.rows), steered.scales[:, None]
+    taken = torch.where(scales != 0, rows, 0.0)  # of a row that is not finite nothing may stay
+    scaled = (taken * scales).to(tables.dtype)
     changes = torch.empty_like(scaled)
     for slot, start, end in steered.groups:
         pairs = slice(start, end)
-        _write_change(
-            changes[pairs], tables, slot, rows[pairs], scaled[pairs], steered.scales[pairs]
-        )
+        _write_change(changes[pairs], tables, slot, taken[pairs], scaled[pairs], scales[pairs])
     if steered.touched.shape == steered.rows.shape:  # one steer per row: no sums to take
         return x.index_copy(0, steered.rows, (rows + changes).to(x.dtype))
     total = x.index_select(0, steered.touched).float()
@@ -77,7 +76,10 @@ def _write_change(
     scaled: torch.Tensor,
     scales: torch.Tensor,
 ) -> None:
-    """One slot's change of its ``n`` rows into ``out [n, width]``; ``scaled`` is rows x scales."""
+    """One slot's change of its ``n`` rows into ``out [n, width]``.
+
+    ``rows`` are zero where ``scales [n, 1]`` are, ``scaled`` is rows x scales.
+    """
     match tables.slots[slot]:
         case LowRank(start, fixed, end, epsilon):
             inner = linear(scaled, tables.shrink[start:fixed])
@@ -90,6 +92,6 @@ def _write_change(
             if fixed is not None:
                 out.addmm_((rows * epsilon).to(tables.dtype), tables.dense[fixed].T)
         case Constant(free, fixed, epsilon):
-            torch.mul(scales[:, None], tables.vectors[free], out=out)
+            torch.mul(scales, tables.vectors[free], out=out)
             if fixed is not None:
-                out.add_(tables.vectors[fixed], alpha=epsilon)
+                out.addcmul_((scales != 0).to(out.dtype), tables.vectors[fixed], value=epsilon)

@@ -6,7 +6,8 @@ For a tile of rows ``X [m, d]`` of one slot with factors ``A, B [r, d]`` (P1^T a
     fold    H = (sum_k partials_k) * scale                  in the order of k, rounded to B's dtype
     expand  change = H B
 
-``scale`` is epsilon times the row's strength, or epsilon alone for fixed columns. Products
+``scale`` is epsilon times the row's strength, or epsilon alone for fixed columns; where the
+strength is 0, ``H`` is 0 in all columns, and so is the change of a row that is not finite. Products
 accumulate in float32; ``H`` has to lie within the dtype's range (65504 in float16), as in torch.
 Chunks and tiles depend on the bank only, so a row's result does not depend on the rows beside it.
 """
@@ -115,6 +116,7 @@ def fold(
     scale = tl.load(scales + pairs, mask=pairs < last, other=0.0)
     epsilon = tl.load(epsilons + tile)
     total *= tl.where((ranks < free)[None, :], scale[:, None], epsilon)
+    total = tl.where((scale != 0)[:, None], total, 0.0)
     tl.store(inner + place, rounded(total, inner.dtype.element_ty), mask=mask)
 
 

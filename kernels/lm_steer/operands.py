@@ -1,7 +1,8 @@
 """What the LM-Steer operation works on: packed tables of steers, and the rows that use them.
 
 ``scale`` is ``epsilon * strength`` of a row under a steer; what is fixed enters with ``epsilon``
-alone (the paper's dummy steer at value 1).
+alone (the paper's dummy steer at value 1), where ``scale`` is not 0: at strength 0 a steer changes
+nothing at all.
 """
 
 from dataclasses import dataclass

@@ -46,7 +46,7 @@ class PlacedRows:
     """P pairs on the device; parts that the batch has no use for are None.
 
     rows      ``[P]`` int32, the row of each pair
-    scales    ``[P]`` float32, epsilon times strength
+    scales    ``[P]`` float32, epsilon times strength; may be written to
     low_rank  tiles of ``LowRank`` slots
     work      ``[W, 2]`` int32: a low-rank tile and the first of the ranks that one program shrinks
     dense     tiles of ``Dense`` slots

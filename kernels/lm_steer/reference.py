@@ -1,26 +1,38 @@
 """The LM-Steer operation written out: one row and one steer at a time."""
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_steer.kernels.lm_steer.operands import (
     Constant,
     Dense,
+    IntArray,
     LowRank,
     SteeredRows,
     SteerTables,
 )
 
 
-def place(steered: SteeredRows, tables: SteerTables, device: torch.device) -> SteeredRows:
+@dataclass(frozen=True, eq=False)
+class ReadRows:
+    """The pairs as they are, but for the scales ``[P]`` float32, which lie on the device."""
+
+    rows: IntArray
+    scales: torch.Tensor
+    groups: tuple[tuple[int, int, int], ...]
+
+
+def place(steered: SteeredRows, tables: SteerTables, device: torch.device) -> ReadRows:
     """The pairs as they are: the reference reads them on the host."""
-    return steered
+    return ReadRows(steered.rows, torch.tensor(steered.scales, device=device), steered.groups)
 
 
 def warm_up(tables: SteerTables, dtype: torch.dtype) -> None:
     """Nothing to compile."""
 
 
-def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> torch.Tensor:
+def steer_rows(x: torch.Tensor, tables: SteerTables, steered: ReadRows) -> torch.Tensor:
     """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
     Computed in float64 whatever the dtypes, rounded once to ``x.dtype``; rows without a pair are
@@ -31,6 +43,8 @@ def steer_rows(x: torch.Tensor, tables: SteerTables, steered: SteeredRows) -> to
     for slot, start, end in steered.groups:
         for pair in range(start, end):
             row, scale = int(steered.rows[pair]), float(steered.scales[pair])
+            if scale == 0:
+                continue
             totals[row] = totals[row] + _change(x[row].double(), tables, slot, scale)
     for row, total in totals.items():
         out[row] = total.to(x.dtype)

@@ -81,6 +81,7 @@ def expand_row(
     free = tl.load(bounds + 5 * tile + 3) - start
     rank = tl.load(bounds + 5 * tile + 4) - start
     scale = tl.load(scales + pair)
+    rank = tl.where(scale != 0, rank, 0)  # no change, and no weights to read
     epsilon = tl.load(epsilons + tile)
     columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = columns < width
@@ -163,13 +164,15 @@ def dense_row(
     row = tl.load(rows + pairs).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mine = x + tl.load(rows + pair).to(tl.int64) * x_row_stride
-    change = tl.load(scales + pair) * row_times_matrix(
+    scale = tl.load(scales + pair)
+    change = scale * row_times_matrix(
         mine, table, free, columns, width, x_column_stride, BLOCK_OUT, BLOCK_IN
     )
     if fixed >= 0:
         change += tl.load(epsilons + tile) * row_times_matrix(
             mine, table, fixed, columns, width, x_column_stride, BLOCK_OUT, BLOCK_IN
         )
+    change = tl.where(scale != 0, change, 0.0)
     write_change(
         x,
         out,

@@ -11,7 +11,7 @@ import torch
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, heads_width
 
 from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer, save_steer
-from vllm_steer.doses import Dose
+from vllm_steer.doses import Dose, Dynamic
 
 Setting = Mapping[str, float | Mapping[str, Any]]
 
@@ -143,10 +143,19 @@ def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:
         options = dict(given) if isinstance(given, Mapping) else {"strength": given}
         if "layers" in options:
             options["layers"] = _layers(options["layers"])
-        if isinstance(steer := steers[name], DeltaSteer):
+        if options["strength"] == "dynamic":
+            options["strength"] = options.pop("max", 2.0)
+            kinds = {key: options.pop(key) for key in ("top_p", "kl") if key in options}
+            options["dynamic"] = Dynamic(**kinds)
+        elif isinstance(steer := steers[name], DeltaSteer):
             options.setdefault("schedule", steer.schedule)
         doses.append(Dose(steer=name, **options))
     return doses
+
+
+def dynamic(maximum: float = 2.0, **options: Any) -> dict[str, Any]:
+    """Options of a steer whose strength follows from the text."""
+    return {"strength": "dynamic", "max": maximum, **options}
 
 
 def _layers(given: str | Sequence[int]) -> tuple[int, ...]:
@@ -211,15 +220,25 @@ def greedy(settings: Sequence[Setting], *, max_tokens: int = 12, **options: Any)
     """Greedy sampling parameters, one per setting; an empty setting does not ask for a steer."""
     from vllm import SamplingParams
 
+    defaults = {"temperature": 0, "ignore_eos": True, "logprobs": 1, "detokenize": False}
     return [
         SamplingParams(
-            temperature=0,
             max_tokens=max_tokens,
-            ignore_eos=True,
-            logprobs=1,
-            detokenize=False,
             extra_args={"steer": dict(setting)} if setting else None,
-            **options,
+            **{**defaults, **options},
         )
         for setting in settings
     ]
+
+
+def is_dynamic(setting: Setting) -> bool:
+    """Whether a setting asks for a strength that follows from the text."""
+    return any(isinstance(o, Mapping) and o["strength"] == "dynamic" for o in setting.values())
+
+
+def reporting(params: Sequence[Any]) -> list[Any]:
+    """Sampling parameters that ask for the strengths of their dynamic steers."""
+    for each in params:
+        if each.extra_args and is_dynamic(each.extra_args["steer"]):
+            each.extra_args["steer_strengths"] = True
+    return list(params)

@@ -165,6 +165,8 @@ def random_rules(num_requests: int, seed: int) -> Rules:
         strength=torch.randn(shape, device="cuda", generator=generator) * 20,
         slope=delta * 0.25,
         layers=integers(0, 2).float().repeat(NUM_LAYERS, 1, 1),
+        table=integers(-200, 200).clamp(min=-1),
+        history=torch.randn(300, device="cuda", generator=generator) * 20,
     )
 
 

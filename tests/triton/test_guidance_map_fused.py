@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ FOREVER = torch.iinfo(torch.int64).max
 def random_rules(
     num_requests: int, depth: int, num_layers: int, device: torch.device, seed: int = 0
 ) -> Rules:
-    """Vectors and deltas, spans from everywhere to empty, falling strengths, a part of layers."""
+    """Vectors and deltas, spans from everywhere to empty, falling strengths, a part of layers.
+
+    About half take their strengths from a history, which ends before some of their steps.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (depth, num_requests)
 
@@ -32,8 +37,20 @@ def random_rules(
         strength=torch.randn(shape, generator=generator) * there,
         slope=torch.rand(shape, generator=generator) * integers(0, 2),
         layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
+        table=integers(-15, 15).clamp(min=-1),
+        history=torch.randn(16, generator=generator),
     )
     return Rules(**{name: tensor.to(device) for name, tensor in vars(rules).items()})
+
+
+def subset(given: Rules, at: Any) -> Rules:
+    """The rules ``at`` an index of the last dimensions; the history is of all."""
+    return Rules(
+        **{
+            name: tensor if name == "history" else tensor[..., *at]
+            for name, tensor in vars(given).items()
+        }
+    )
 
 
 def one_rule(device: torch.device, **fields: float) -> Rules:
@@ -48,7 +65,14 @@ def one_rule(device: torch.device, **fields: float) -> Rules:
         )
         for name in ("start", "stride", "origin", "first", "last", "strength", "slope")
     }
-    return Rules(**tensors, layers=torch.ones(1, 1, 1, device=device))
+    table = torch.full((1, 1), -1, device=device)
+    ones = torch.ones(1, 1, 1, device=device)
+    return Rules(**tensors, layers=ones, table=table, history=ones[0, 0])
+
+
+def with_history(given: Rules, begin: int, history: torch.Tensor) -> Rules:
+    """The same, but for strengths from a history that begins at a place of ``history``."""
+    return replace(given, table=torch.full_like(given.table, begin), history=history)
 
 
 def marked_map(num_layers: int, depth: int, room: int, device: torch.device) -> TokenMap:
@@ -131,6 +155,8 @@ def test_a_token_finds_its_request_among_any_number(
         strength=ones,
         slope=0 * ones,
         layers=ones[None],
+        table=nothing - 1,
+        history=ones[0],
     )
     out = marked_map(1, 1, len(wanted) + 1, device)
     fused.map_tokens(given, *tokens_of(counts, [0] * num_requests, device), out)
@@ -231,7 +257,8 @@ def test_positions_beyond_32_bits_are_told_apart(device: torch.device) -> None:
 
 def test_rules_and_buffers_may_be_views(device: torch.device) -> None:
     given = random_rules(3, 4, 3, device, seed=2)
-    half = Rules(**{name: tensor[..., ::2, :] for name, tensor in vars(given).items()})
+    half = subset(given, (slice(None, None, 2), slice(None)))
+    half = replace(half, history=torch.stack([half.history, -half.history], 1).flatten()[::2])
     whole = marked_map(3, 4, 18, device)
     front = TokenMap(whole.directions[:2, ::2], whole.strengths[:, :2, ::2])
     query_start_loc, positions = tokens_of([2, 3, 1], [0, 5, 2], device)
@@ -245,9 +272,48 @@ def test_rules_and_buffers_may_be_views(device: torch.device) -> None:
 def test_permuted_requests_give_permuted_maps(device: torch.device) -> None:
     given = random_rules(4, 2, 2, device, seed=8)
     order, starts = [2, 0, 3, 1], [0, 6, 2, 9]
-    permuted = Rules(**{name: tensor[..., order] for name, tensor in vars(given).items()})
+    permuted = subset(given, (order,))
     one, other = marked_map(2, 2, 4, device), marked_map(2, 2, 4, device)
     fused.map_tokens(given, *tokens_of([1] * 4, starts, device), one)
     fused.map_tokens(permuted, *tokens_of([1] * 4, [starts[i] for i in order], device), other)
     assert torch.equal(other.directions, one.directions[:, order])
     assert torch.equal(other.strengths, one.strengths[:, :, order])
+
+
+def test_a_chunk_may_span_many_steps_of_a_history(device: torch.device) -> None:
+    """A delta of 9 steps from a prompt of 3, computed again in one go and in parts."""
+    steps = [0.25 * step - 1 for step in range(9)]
+    given = one_rule(device, start=4, stride=1, origin=2, first=2, last=11, strength=9.0, slope=0.1)
+    given = with_history(given, 2, torch.tensor([7, 7, *steps, 7, 7], device=device))
+    whole, parts = marked_map(1, 1, 13, device), marked_map(1, 1, 13, device)
+    fused.map_tokens(given, *tokens_of([13], [0], device), whole)
+    assert whole.directions.tolist() == [[0, 0, *range(4, 13), 0, 0]]
+    assert whole.strengths[0, 0].tolist() == [0, 0, *steps, 0, 0]
+    for start, stop in [(0, 2), (2, 9), (9, 10), (10, 13)]:
+        part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
+        fused.map_tokens(given, *tokens_of([stop - start], [start], device), part)
+    assert torch.equal(parts.strengths, whole.strengths)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_step_beyond_the_history_takes_nothing(length: int, device: torch.device) -> None:
+    """Numbers stand before and behind it in memory, and none of them may be read."""
+    memory = torch.full((length + 8,), math.nan, device=device)
+    memory[4:-4] = torch.arange(1.0, length + 1, device=device)
+    given = one_rule(device, start=1, origin=2, last=FOREVER, strength=3e38, slope=1e30)
+    given = with_history(given, 0, memory[4:-4])
+    out = marked_map(1, 1, 9, device)
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2**40, FOREVER - 1], device=device)
+    query_start_loc = torch.tensor([0, 9], dtype=torch.int32, device=device)
+    fused.map_tokens(given, query_start_loc, positions, out)
+    taken = [float(step) if step <= length else 0.0 for step in range(1, 6)]
+    assert out.strengths[0, 0].tolist() == [0, 0, *taken, 0, 0]
+
+
+def test_what_a_history_holds_counts_when_the_map_is_made(device: torch.device) -> None:
+    given = with_history(one_rule(device, start=1, last=FOREVER), 1, torch.zeros(3, device=device))
+    out = marked_map(1, 1, 2, device)
+    for number in (1.5, -0.25):
+        given.history[1:].fill_(number)
+        fused.map_tokens(given, *tokens_of([2], [0], device), out)
+        assert out.strengths[0, 0].tolist() == [number, number]

@@ -98,23 +98,23 @@ def written_out(x: torch.Tensor, tables: SteerTables, pairs: SteeredRows) -> tor
     for slot, start, end in pairs.groups:
         rows = torch.from_numpy(pairs.rows[start:end]).cuda()
         scale = torch.from_numpy(pairs.scales[start:end]).cuda().double()[:, None]
-        hidden = x[rows].double()
+        hidden, fixed_scale = x[rows].double(), (scale != 0) * tables.slots[slot].epsilon
         match tables.slots[slot]:
-            case LowRank(first, fixed, last, epsilon):
+            case LowRank(first, fixed, last):
                 change = (
                     scale
                     * (hidden @ tables.shrink[first:fixed].double().T)
                     @ tables.expand[first:fixed].double()
-                    + epsilon
+                    + fixed_scale
                     * (hidden @ tables.shrink[fixed:last].double().T)
                     @ tables.expand[fixed:last].double()
                 )
-            case Dense(free, fixed, epsilon):
+            case Dense(free, fixed):
                 change = scale * (hidden @ tables.dense[free].double().T)
-                change += epsilon * (hidden @ tables.dense[fixed].double().T)
-            case Constant(free, fixed, epsilon):
+                change += fixed_scale * (hidden @ tables.dense[fixed].double().T)
+            case Constant(free, fixed):
                 change = scale * tables.vectors[free].double()
-                change = change + epsilon * tables.vectors[fixed].double()
+                change = change + fixed_scale * tables.vectors[fixed].double()
         y.index_add_(0, rows, change)
     return y
 

@@ -3,12 +3,25 @@
 float32 within ``FLOAT32`` of it by norm, 16 bits within twice the error of the torch form.
 """
 
+import numpy as np
 import pytest
 import torch
-from lm_steer import DTYPES, dtypes, forms, in_a_frame, some_steers, steer, uses_of
+from lm_steer import (
+    DTYPES,
+    FORMS,
+    NUM_SLOTS,
+    dtypes,
+    forms,
+    in_a_frame,
+    nan_in_fresh_memory,
+    some_steers,
+    steer,
+    uses_of,
+)
 from lm_steer_cases import (
     Use,
     Weights,
+    at_strengths,
     bits,
     formula,
     random_rows,
@@ -262,3 +275,58 @@ def test_tiny_float16_numbers_are_not_lost_between_the_factors(
     steers = [Weights(first, torch.full_like(first, 80.0), 0, 2.0**-6)]
     found = steer(form, x, tables_of(steers), steers, [(0, 0, 1.0)])
     assert relative_error(found, formula(x, steers, [(0, 0, 1.0)])) <= 1e-3
+
+
+@forms
+@dtypes
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
+def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
+    stored: str, dtype: torch.dtype, form: str, device: torch.device
+) -> None:
+    """Beside rows of the same steers at another strength, whose bits are as without these; rows
+    that are not finite too, and a row under several steers."""
+    steers = some_steers(33, dtype, device)
+    tables, x = tables_of(steers, stored), random_rows(2 * NUM_SLOTS, 33, dtype).to(device)
+    x[0, 3], x[1, 5], x[2] = torch.inf, -torch.inf, torch.nan
+    on = [(NUM_SLOTS + slot, slot, 2.0) for slot in range(NUM_SLOTS)]
+    off = [(slot, slot, 0.0) for slot in range(NUM_SLOTS)]
+    alone = steer(form, x, tables, steers, on)
+    for more in (off, off + [(1, slot, 0.0) for slot in (2, 4, 6, 7)]):
+        found = steer(form, x, tables, steers, on + more)
+        torch.testing.assert_close(found[:NUM_SLOTS], x[:NUM_SLOTS], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(bits(found[NUM_SLOTS:]), bits(alone[NUM_SLOTS:]))
+
+
+@forms
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
+def test_of_several_steers_on_a_row_those_at_strength_zero_are_left_out(
+    stored: str, form: str, device: torch.device
+) -> None:
+    steers = some_steers(17, torch.float32, device)
+    x = random_rows(4, 17, torch.float32).to(device)
+    uses = [(row, slot, 3.0 * ((row + slot) % 2)) for row in range(4) for slot in range(NUM_SLOTS)]
+    found = steer(form, x, tables_of(steers, stored), steers, uses)
+    left = [use for use in uses if use[2] != 0]
+    assert relative_error(found, formula(x, steers, left)) <= FLOAT32
+
+
+@forms
+@pytest.mark.parametrize("layout", ["all-6", "distinct", "one-to-four"])
+def test_placed_scales_may_be_overwritten_from_call_to_call(
+    layout: str, form: str, device: torch.device
+) -> None:
+    """They are the pairs' in their order, and nobody else's memory."""
+    steers, module = some_steers(33, torch.float32, device), FORMS[form]
+    tables, uses = tables_of(steers, "both"), uses_of(layout, 9)
+    x, pairs = random_rows(9, 33, torch.float32).to(device), steered(uses, steers)
+    given = pairs.scales.copy()
+    placed = module.place(pairs, tables, device)
+    assert (placed.scales.dtype, placed.scales.tolist()) == (torch.float32, given.tolist())
+    for strengths in ([0.5, 0.0, -2.0], [0.0], [4.0, 1.5]):
+        now = at_strengths(uses, strengths)
+        placed.scales.copy_(torch.from_numpy(steered(now, steers).scales))
+        with nan_in_fresh_memory(device):
+            found = module.steer_rows(x, tables, placed)
+        assert relative_error(found, formula(x, steers, now)) <= FLOAT32
+        assert torch.equal(bits(found), bits(steer(form, x, tables, steers, now)))
+    assert np.array_equal(pairs.scales, given), "the caller's scales were written to"

@@ -17,8 +17,9 @@ from vllm.v1.request import Request
 
 from vllm_steer.doses import Dose
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.admission import key_request
+from vllm_steer.serving.admission import key_request, key_stream
 from vllm_steer.serving.cache_key import SteeredSalt, with_steer_keys
+from vllm_steer.serving.streams.stream import STREAM, Stream
 
 STEERS: dict[str, Any] = {
     "push": vector((0, 1, 2)),
@@ -72,10 +73,31 @@ def keyed(
     plan: SteerPlan = PLAN,
     **fields: Any,
 ) -> Request:
-    """A request as the engine core makes it, with all of its tokens, generated ones one by one."""
-    hash_function = hashing.get_hash_fn_by_name(algorithm)
+    """A request as it passes the engine core's door."""
     arguments = None if steer is None else {"steer": steer}
-    given = EngineCoreRequest(
+    given = core_request(arguments, prompt_len, salt)
+    for name, value in fields.items():
+        setattr(given, name, value)
+    key_request(given, engine(plan))
+    return scheduled(given, block=block, algorithm=algorithm)
+
+
+def engine(plan: SteerPlan) -> Any:
+    """The config of an engine that can serve dynamic strengths."""
+    return SimpleNamespace(
+        additional_config={"steer": plan.to_json()},
+        speculative_config=None,
+        lora_config=None,
+        kv_transfer_config=None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_seqs=16, async_scheduling=False),
+    )
+
+
+def core_request(
+    arguments: dict[str, Any] | None, prompt_len: int, salt: str | None
+) -> EngineCoreRequest:
+    return EngineCoreRequest(
         request_id="r",
         prompt_token_ids=TOKENS[:prompt_len],
         mm_features=None,
@@ -86,15 +108,28 @@ def keyed(
         cache_salt=salt,
         data_parallel_rank=None,
     )
-    for name, value in fields.items():
-        setattr(given, name, value)
-    key_request(given, SimpleNamespace(additional_config={"steer": plan.to_json()}))
+
+
+def scheduled(given: EngineCoreRequest, *, block: int, algorithm: str) -> Request:
+    """The scheduler's request with all of its tokens, generated ones one by one."""
+    hash_function = hashing.get_hash_fn_by_name(algorithm)
     request = Request.from_engine_core_request(
         given, kv_cache_utils.get_request_block_hasher(block, hash_function)
     )
-    for token in TOKENS[prompt_len:]:
+    for token in TOKENS[request.num_prompt_tokens :]:
         request.append_output_token_ids(token)
     return request
+
+
+def stream_keys(
+    steer: Any, dose: int | None, *, prompt_len: int = 10, salt: str | None = None, block: int = 4
+) -> list[bytes]:
+    """The keys of a dynamic request's base (None), or of the probe of its dose ``dose``."""
+    stream = Stream("r", steer, dose).to_args()
+    given = core_request({STREAM: stream}, prompt_len, salt)
+    given.request_id = f"r-{dose}"
+    key_stream(given, PLAN)
+    return list(scheduled(given, block=block, algorithm="sha256").block_hashes)
 
 
 def keys(steer: Any, **options: Any) -> list[bytes]:
@@ -343,3 +378,86 @@ def test_other_keys_of_a_block_are_kept() -> None:
     plain, steered = keys(None, lora_request=lora), keys({"push": LATE}, lora_request=lora)
     assert shared(plain, steered) == 2
     assert shared(steered, keys({"push": LATE})) == 0
+
+
+PROMPT_LENGTHS = [1, 3, 4, 5, 10, 16, 17, 39]
+DYNAMIC: list[Any] = [
+    "walk:dynamic",
+    "push:dynamic",
+    {"walk": {"strength": "dynamic", "layers": "2"}},
+    {"walk": {"strength": "dynamic"}, "spin": {"strength": "dynamic"}},
+    {"walk": {"strength": "dynamic"}, "word": 3, "push": LATE},
+    {"walk": {"strength": "dynamic"}, "word": {"strength": "dynamic"}},
+]
+
+
+@pytest.mark.parametrize("prompt_len", PROMPT_LENGTHS)
+@pytest.mark.parametrize("steer", DYNAMIC, ids=str)
+def test_a_dynamic_request_owns_its_blocks_from_the_last_prompt_token_on(
+    steer: Any, prompt_len: int, block: int
+) -> None:
+    def of(steer: Any, request_id: str) -> list[bytes]:
+        return keys(steer, prompt_len=prompt_len, block=block, request_id=request_id)
+
+    others = [
+        of(None, "r"),
+        of(steer, "another"),
+        stream_keys(steer, None, prompt_len=prompt_len, block=block),
+        stream_keys(steer, 0, prompt_len=prompt_len, block=block),
+    ]
+    for other in others:
+        assert shared(of(steer, "r"), other) == (prompt_len - 1) // block
+    assert of(steer, "r") == of(steer, "r")  # after a preemption its blocks are found again
+
+
+def test_an_id_that_comes_again_shares_only_where_the_strengths_are_the_same() -> None:
+    own = keys("walk:dynamic", prompt_len=10)
+    for other, prompt_len in [
+        ("walk:dynamic:1", 10),
+        ("walk:dynamic:2:0.6", 10),
+        ({"walk": {"strength": "dynamic", "kl": "authors"}}, 10),
+        ({"walk": {"strength": "dynamic", "layers": "0"}}, 10),
+        ("walk:dynamic", 11),
+        ("step:dynamic", 10),
+        ({"walk": 2}, 10),
+    ]:
+        assert shared(own, keys(other, prompt_len=prompt_len)) == 9 // 4
+
+
+@pytest.mark.parametrize("prompt_len", PROMPT_LENGTHS)
+@pytest.mark.parametrize("salt", [None, "mine"])
+def test_a_base_has_the_keys_of_an_unsteered_request(prompt_len: int, salt: str | None) -> None:
+    steer = {"push": 2, "walk": {"strength": "dynamic"}}
+    base = stream_keys(steer, None, prompt_len=prompt_len, salt=salt)
+    assert base == keys(None, prompt_len=prompt_len, salt=salt)
+
+
+@pytest.mark.parametrize("prompt_len", PROMPT_LENGTHS)
+def test_probes_of_the_like_share_all_their_blocks(prompt_len: int) -> None:
+    """A probe takes its own dose at its maximum: nothing else of its request changes its KV."""
+
+    def probe(steer: Any, dose: int = 0) -> list[bytes]:
+        return stream_keys(steer, dose, prompt_len=prompt_len)
+
+    alone = probe("walk:dynamic:1.5")
+    assert shared(alone, keys(None, prompt_len=prompt_len)) == (prompt_len - 1) // 4
+    for same in (
+        probe("walk:dynamic:1.5:0.9"),
+        probe({"walk": {"schedule": "dynamic", "max": 1.5, "kl": "authors"}}),
+        probe("push:2,walk:dynamic:1.5", 1),
+    ):
+        assert same == alone
+    for other in ("walk:dynamic:2", "walk:dynamic:-1.5", "step:dynamic:1.5", "push:dynamic:1.5"):
+        assert shared(alone, probe(other)) == (prompt_len - 1) // 4
+
+
+def test_the_probe_of_a_vector_shares_with_every_request_that_the_vector_enters_there() -> None:
+    """In phase ``generation`` after a prompt that is one token shorter."""
+    assert stream_keys("push:dynamic:2", 0, prompt_len=11) == keys(
+        {"push": {"strength": 2, **LATE}}
+    )
+
+
+def test_a_dynamic_dose_at_the_head_leaves_the_keys_alone() -> None:
+    assert keys("word:dynamic", salt="mine") == keys(None, salt="mine")
+    assert keys("word:dynamic,push:2") == keys("push:2")

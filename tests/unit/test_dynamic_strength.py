@@ -1,5 +1,6 @@
 """The strength of Dynamic Activation Composition, against loops over one row in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from vllm_steer import SteerError
 from vllm_steer.dynamic import KLS, dynamic_strength
+
+INF, NAN = math.inf, math.nan
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -19,7 +22,7 @@ def likeliest(p: list[float], top_p: float) -> set[int]:
     """Token by token until the cumulative probability exceeds top_p, that token included."""
     chosen: set[int] = set()
     total = 0.0
-    for token in sorted(range(len(p)), key=lambda token: -p[token]):
+    for token in sorted((v for v in range(len(p)) if p[v] > 0), key=lambda token: -p[token]):
         chosen.add(token)
         total += p[token]
         if total > top_p:
@@ -31,7 +34,10 @@ def expected(base: list[float], probe: list[float], top_p: float, kl: str) -> fl
     p0, p1 = softmax(base), softmax(probe)
     union = likeliest(p0, top_p) | likeliest(p1, top_p)
     mass0, mass1 = sum(p0[v] for v in union), sum(p1[v] for v in union)
-    total = sum(p0[v] / mass0 * math.log((p0[v] / mass0) / (p1[v] / mass1)) for v in union)
+    if any(p0[v] > 0 and p1[v] == 0 for v in union):
+        return INF
+    both = [v for v in union if p0[v] > 0]
+    total = sum(p0[v] / mass0 * math.log((p0[v] / mass0) / (p1[v] / mass1)) for v in both)
     return total / len(union) if kl == "authors" else total
 
 
@@ -132,12 +138,146 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-15)
 
 
-def test_nothing_is_read_back_from_the_device() -> None:
+@pytest.mark.parametrize("settings", ["numbers", "tensors"])
+def test_nothing_is_read_back_from_the_device(settings: str) -> None:
     # Tensors without values: whatever needs one, a shape too, fails on them.
     logits = torch.empty(3, 4, 50, device="meta", dtype=torch.bfloat16)
-    strength, divergence = dynamic_strength(logits, logits, top_p=0.5, kl="authors")
+    per_row = torch.empty(3, 4, device="meta")
+    fields: dict[str, object] = {"top_p": 0.5, "kl": "authors"}
+    if settings == "tensors":
+        fields = {"top_p": per_row, "maximum": per_row, "kl": per_row.bool()}
+    strength, divergence = dynamic_strength(logits, logits, **fields)
     assert strength.shape == divergence.shape == (3, 4)
     assert strength.dtype == torch.float32
+
+
+def test_nothing_is_read_back_to_find_a_probes_base() -> None:
+    base, probe = (torch.empty(rows, 50, device="meta") for rows in (2, 5))
+    base_of = torch.empty(5, device="meta", dtype=torch.int64)
+    strength, divergence = dynamic_strength(base, probe, top_p=0.5, base_of=base_of)
+    assert strength.shape == divergence.shape == (5,)
+
+
+def test_every_row_may_have_settings_of_its_own() -> None:
+    base, probe = rows(6, 37), rows(6, 37, seed=1)
+    top_ps, maxima = [0.4, 0.5, 0.95, 1.0, 0.7, 0.2], [0.01, 2.0, 0.5, 9.0, 0.25, 1e-3]
+    authors = [False, True, True, False, True, False]
+    strength, divergence = dynamic_strength(
+        base,
+        probe,
+        top_p=torch.tensor(top_ps, dtype=torch.float64),
+        maximum=torch.tensor(maxima, dtype=torch.float64),
+        kl=torch.tensor(authors),
+    )
+    want = [
+        expected(base[i].tolist(), probe[i].tolist(), top_ps[i], "authors" if divided else "plain")
+        for i, divided in enumerate(authors)
+    ]
+    torch.testing.assert_close(divergence, torch.tensor(want, dtype=torch.float64))
+    clipped = [min(max(kl, 0.0), maximum) for kl, maximum in zip(want, maxima, strict=True)]
+    torch.testing.assert_close(strength, torch.tensor(clipped, dtype=torch.float64))
+    assert {min(c, m) == m for c, m in zip(clipped, maxima, strict=True)} == {True, False}
+
+
+def test_settings_broadcast_to_the_rows() -> None:
+    base, probe = rows(2, 3, 37).float(), rows(2, 3, 37, seed=1).float()
+    by_column, by_row = torch.tensor([0.4, 0.7, 0.9]), torch.tensor([[0.1], [3.0]])
+    strength, divergence = dynamic_strength(
+        base, probe, top_p=by_column, maximum=by_row, kl=torch.tensor(True)
+    )
+    for i, j in itertools.product(range(2), range(3)):
+        kl = expected(base[i, j].tolist(), probe[i, j].tolist(), float(by_column[j]), "authors")
+        assert divergence[i, j].item() == pytest.approx(kl, rel=1e-4)
+        assert strength[i, j].item() == pytest.approx(min(kl, float(by_row[i])), rel=1e-4)
+    assert strength.dtype == divergence.dtype == torch.float32
+
+
+def test_several_probes_of_one_base_have_what_each_has_alone() -> None:
+    base, probe = rows(3, 41), rows(5, 41, seed=1)
+    base_of, top_p = [2, 0, 0, 2, 2], [0.5, 0.9, 0.3, 0.5, 1.0]
+    strength, divergence = dynamic_strength(
+        base,
+        probe,
+        base_of=torch.tensor(base_of),
+        top_p=torch.tensor(top_p, dtype=torch.float64),
+        maximum=torch.full((5,), 0.5, dtype=torch.float64),
+    )
+    want = torch.tensor(
+        [
+            expected(base[row].tolist(), probe[i].tolist(), top_p[i], "plain")
+            for i, row in enumerate(base_of)
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(divergence, want)
+    torch.testing.assert_close(strength, want.clamp(0, 0.5))
+
+
+@pytest.mark.parametrize("num_base", [0, 2])
+def test_no_probe_at_all_is_allowed(num_base: int) -> None:
+    base_of = torch.empty(0, dtype=torch.int64)
+    found = dynamic_strength(rows(num_base, 7), rows(0, 7), top_p=0.5, base_of=base_of)
+    assert [tensor.shape for tensor in found] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("top_p", [0.5, 0.95, 1.0])
+def test_a_padded_vocabulary_gives_what_the_vocabulary_itself_gives(kl: str, top_p: float) -> None:
+    """Also at ``top_p`` 1, where every token counts, and only those that are there."""
+    base, probe = rows(4, 37), rows(4, 37, seed=1)
+    found = dynamic_strength(
+        *(torch.nn.functional.pad(x, (0, 27), value=-INF) for x in (base, probe)),
+        top_p=top_p,
+        kl=kl,
+    )
+    want = dynamic_strength(base, probe, top_p=top_p, kl=kl)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("top_p", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("masked", ["base", "probe", "both", "each-its-own"])
+def test_ruled_out_tokens_are_reckoned_by_the_equation(masked: str, top_p: float, kl: str) -> None:
+    base, probe = rows(5, 23, scale=1.0), rows(5, 23, seed=1, scale=1.0)
+    if masked != "probe":
+        base[:, 2:9] = -INF
+    if masked != "base":
+        probe[:, slice(2, 9) if masked == "both" else slice(7, 15)] = -INF
+    strength, divergence = dynamic_strength(base, probe, top_p=top_p, kl=kl)
+    want = torch.tensor(
+        [expected(b.tolist(), p.tolist(), top_p, kl) for b, p in zip(base, probe, strict=True)],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(divergence, want)
+    torch.testing.assert_close(strength, want.clamp(0, 2))
+    if masked in ("base", "both"):
+        assert want.isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["base", "probe", "both"])
+@pytest.mark.parametrize("spoilt", [[NAN], [INF], [-INF] * 11], ids=["nan", "inf", "no-token"])
+@pytest.mark.parametrize("kl", KLS)
+def test_a_row_that_is_no_distribution_is_nan_and_touches_no_other(
+    kl: str, spoilt: list[float], side: str
+) -> None:
+    base, probe = rows(4, 11).float(), rows(4, 11, seed=1).float()
+    clean = dynamic_strength(base, probe, top_p=0.6, kl=kl)
+    for name, logits in (("base", base), ("probe", probe)):
+        if side in (name, "both"):
+            logits[2, : len(spoilt)] = torch.tensor(spoilt)
+    found = dynamic_strength(base, probe, top_p=0.6, kl=kl)
+    others = [0, 1, 3]
+    for before, after in zip(clean, found, strict=True):
+        assert torch.equal(after[others], before[others])
+        assert after[2].isnan()
+
+
+def test_ties_go_to_the_lower_token() -> None:
+    """Of four alike, two cross 0.3: the first two of each side, whatever the other's order."""
+    base, probe = log(0.25, 0.25, 0.25, 0.25), log(0.4, 0.2, 0.2, 0.2)
+    _, divergence = dynamic_strength(base, probe, top_p=0.3)
+    want = 0.5 * math.log(0.5 / (2 / 3)) + 0.5 * math.log(0.5 / (1 / 3))
+    assert divergence.item() == pytest.approx(want)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +286,11 @@ def test_nothing_is_read_back_from_the_device() -> None:
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
         ({"maximum": 0.0}, "maximum is 0.0; it must be above 0"),
+        ({"maximum": math.nan}, "maximum is nan; it must be above 0"),
+        (
+            {"kl": torch.ones(2)},
+            "kl is a tensor of torch.float32; it must be bool: true divides as authors",
+        ),
         ({"kl": "reverse"}, "kl is 'reverse'; allowed: plain, authors"),
     ],
 )
@@ -158,3 +303,21 @@ def test_a_wrong_setting_is_named(fields: dict[str, object], message: str) -> No
 def test_logits_of_different_shapes_are_refused() -> None:
     with pytest.raises(SteerError, match=r"are \[2, 7\], the probe's \[2, 8\]; they must be alike"):
         dynamic_strength(rows(2, 7), rows(2, 8), top_p=0.5)
+
+
+@pytest.mark.parametrize(
+    ("base", "probe", "base_of"),
+    [((2, 7), (3, 7), (2,)), ((2, 7), (3, 8), (3,)), ((2, 2, 7), (3, 7), (3,))],
+    ids=["another-number", "other-vocabularies", "bases-in-two-dimensions"],
+)
+def test_bases_that_do_not_belong_to_the_probes_are_refused(
+    base: tuple[int, ...], probe: tuple[int, ...], base_of: tuple[int, ...]
+) -> None:
+    with pytest.raises(SteerError) as raised:
+        dynamic_strength(
+            rows(*base), rows(*probe), top_p=0.5, base_of=torch.zeros(base_of, dtype=torch.int64)
+        )
+    assert str(raised.value) == (
+        f"unsteered logits are {list(base)}, the probes' {list(probe)}, base_of {list(base_of)}; "
+        "they must be [R, V], [D, V] and [D]"
+    )

@@ -1,6 +1,7 @@
 """From rules to the map of a step's tokens: both forms against a loop over tokens."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,8 +16,13 @@ EPS = torch.finfo(torch.float32).eps
 forms = pytest.mark.parametrize("form", [reference, gather], ids=["reference", "torch"])
 
 
-def rules(layers: int = 1, **fields: Sequence[Sequence[float]]) -> Rules:
-    """Rules ``[K, R]`` from lists; a field that is not named is zero, layers are all on."""
+def rules(
+    layers: int = 1, history: Sequence[float] = (0.0,), **fields: Sequence[Sequence[float]]
+) -> Rules:
+    """Rules ``[K, R]`` from lists; a field that is not named is zero, layers are all on.
+
+    Tables that are not named are not there.
+    """
     shape = (len(fields["start"]), len(fields["start"][0]))
     floats = {"strength", "slope"}
     names = ("start", "stride", "origin", "first", "last", "strength", "slope")
@@ -28,7 +34,9 @@ def rules(layers: int = 1, **fields: Sequence[Sequence[float]]) -> Rules:
         else torch.zeros(shape, dtype=torch.float32 if name in floats else torch.int64)
         for name in names
     }
-    return Rules(**tensors, layers=torch.ones(layers, *shape))
+    tables = torch.tensor(fields.get("table", [[-1] * shape[1]] * shape[0])).view(shape)
+    ones = torch.ones(layers, *shape)
+    return Rules(**tensors, layers=ones, table=tables, history=torch.tensor(history))
 
 
 def empty_map(num_layers: int, depth: int, room: int) -> TokenMap:
@@ -49,7 +57,10 @@ def tokens_of(
 
 
 def random_rules(seed: int, depth: int, num_requests: int, num_layers: int) -> Rules:
-    """Vectors and deltas in turn, some without a dose, some in a part of the layers."""
+    """Vectors and deltas in turn, some without a dose, some in a part of the layers.
+
+    About half take their strengths from a history, which ends before some of their steps.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (depth, num_requests)
 
@@ -68,6 +79,18 @@ def random_rules(seed: int, depth: int, num_requests: int, num_layers: int) -> R
         strength=torch.randn(shape, generator=generator) * there,
         slope=torch.rand(shape, generator=generator) * integers(0, 2),
         layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
+        table=integers(-15, 15).clamp(min=-1),
+        history=torch.randn(16, generator=generator),
+    )
+
+
+def subset(given: Rules, at: Any) -> Rules:
+    """The rules ``at`` an index of the last dimensions; the history is of all."""
+    return Rules(
+        **{
+            name: tensor if name == "history" else tensor[..., *at]
+            for name, tensor in vars(given).items()
+        }
     )
 
 
@@ -82,12 +105,15 @@ def assert_mapped(
                 at = {
                     name: getattr(given, name)[k, row].item()
                     for name in vars(given)
-                    if name != "layers"
+                    if name not in ("layers", "history")
                 }
                 i = position - at["origin"]
                 acts = at["first"] <= position < at["last"]
                 direction = at["start"] + at["stride"] * i if acts else 0
                 strength = at["strength"] * (1 - at["slope"] * i) if acts else 0.0
+                if at["table"] >= 0 and acts:
+                    inside = 0 <= at["table"] + i < len(given.history)
+                    strength = given.history[at["table"] + i].item() if inside else 0.0
                 assert out.directions[k, token] == direction
                 allowed = 4 * EPS * abs(at["strength"]) * (1 + abs(at["slope"] * i))
                 for layer in range(given.layers.shape[0]):
@@ -209,11 +235,11 @@ def test_a_dose_acts_in_its_layers_only(form: ModuleType) -> None:
 @forms
 def test_rules_and_buffers_may_be_views(form: ModuleType) -> None:
     given = random_rules(2, 4, 3, num_layers=3)
-    half = {name: tensor[..., ::2, :] for name, tensor in vars(given).items()}
+    half = subset(given, (slice(None, None, 2), slice(None)))
     whole = empty_map(3, 4, 9)
     front = TokenMap(whole.directions[:2], whole.strengths[:, :2])
-    form.map_tokens(Rules(**half), *tokens_of([2, 3, 1], [0, 5, 2]), front)
-    assert_mapped(Rules(**half), [2, 3, 1], [0, 5, 2], front)
+    form.map_tokens(half, *tokens_of([2, 3, 1], [0, 5, 2]), front)
+    assert_mapped(half, [2, 3, 1], [0, 5, 2], front)
     assert (whole.directions[2:] == -9).all()
     assert (whole.strengths[:, 2:] == -9).all()
 
@@ -222,10 +248,100 @@ def test_rules_and_buffers_may_be_views(form: ModuleType) -> None:
 def test_permuted_requests_give_permuted_maps(form: ModuleType) -> None:
     given = random_rules(8, 2, 4, num_layers=2)
     order = [2, 0, 3, 1]
-    permuted = Rules(**{name: tensor[..., order] for name, tensor in vars(given).items()})
+    permuted = subset(given, (order,))
     starts = [0, 6, 2, 9]
     one, other = empty_map(2, 2, 4), empty_map(2, 2, 4)
     form.map_tokens(given, *tokens_of([1] * 4, starts), one)
     form.map_tokens(permuted, *tokens_of([1] * 4, [starts[i] for i in order]), other)
     assert torch.equal(other.directions, one.directions[:, order])
     assert torch.equal(other.strengths, one.strengths[:, :, order])
+
+
+@forms
+def test_a_dose_with_a_history_takes_its_own_number_at_every_step(form: ModuleType) -> None:
+    """Prompts of 3 and 2. A delta of 4 steps and a vector from the history, beside fixed ones."""
+    given = rules(
+        start=[[6, 20], [30, 31]],
+        stride=[[1, 0], [0, 0]],
+        origin=[[2, 1], [0, 0]],
+        first=[[2, 1], [0, 0]],
+        last=[[6, FOREVER], [FOREVER, 0]],
+        strength=[[9.0, 9.0], [0.5, 9.0]],
+        slope=[[0.25, 0], [0, 0]],
+        table=[[1, 5], [-1, 0]],
+        history=[99.0, 1.0, 1.5, 0.0, -2.0, 3.0, 4.0, 5.0],
+    )
+    out = empty_map(1, 2, 11)
+    form.map_tokens(given, *tokens_of([7, 4], [0, 0]), out)
+    assert out.directions.tolist() == [[0, 0, 6, 7, 8, 9, 0, 0, 20, 20, 20], [30] * 7 + [0] * 4]
+    assert out.strengths.tolist() == [
+        [[0, 0, 1.0, 1.5, 0.0, -2.0, 0, 0, 3.0, 4.0, 5.0], [0.5] * 7 + [0.0] * 4]
+    ]
+
+
+@forms
+def test_a_chunk_may_span_many_steps_of_a_history(form: ModuleType) -> None:
+    """A request that is computed again from the start takes the strengths that it had."""
+    steps = [0.25 * step - 1 for step in range(12)]
+    given = rules(
+        start=[[1]],
+        origin=[[3]],
+        first=[[3]],
+        last=[[FOREVER]],
+        table=[[2]],
+        history=[7, 7, *steps],
+    )
+    whole, parts = empty_map(1, 1, 15), empty_map(1, 1, 15)
+    form.map_tokens(given, *tokens_of([15], [0]), whole)
+    assert whole.strengths[0, 0].tolist() == [0, 0, 0, *steps]
+    for start, stop in [(0, 2), (2, 9), (9, 10), (10, 15)]:
+        part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
+        form.map_tokens(given, *tokens_of([stop - start], [start]), part)
+    assert torch.equal(parts.strengths, whole.strengths)
+
+
+@forms
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_step_beyond_the_history_takes_nothing(form: ModuleType, length: int) -> None:
+    """Numbers stand before and behind it in memory, and none of them may be read."""
+    memory = torch.full((length + 8,), torch.nan)
+    memory[4:-4] = torch.arange(1.0, length + 1)
+    given = rules(
+        start=[[1]],
+        origin=[[2]],
+        last=[[FOREVER]],
+        table=[[0]],
+        strength=[[3e38]],
+        slope=[[1e30]],
+    )
+    given = replace(given, history=memory[4:-4])
+    out = empty_map(1, 1, 9)
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2**40, FOREVER - 1])
+    form.map_tokens(given, torch.tensor([0, 9]), positions, out)
+    taken = [float(step) if step <= length else 0.0 for step in range(1, 6)]
+    assert out.strengths[0, 0].tolist() == [0, 0, *taken, 0, 0]
+
+
+@forms
+def test_what_a_history_holds_counts_when_the_map_is_made(form: ModuleType) -> None:
+    given = rules(start=[[1]], last=[[FOREVER]], table=[[1]], history=[0.0] * 3)
+    out = empty_map(1, 1, 2)
+    for number in (1.5, -0.25):
+        given.history[1:].fill_(number)
+        form.map_tokens(given, *tokens_of([2], [0]), out)
+        assert out.strengths[0, 0].tolist() == [number, number]
+
+
+@forms
+def test_a_number_that_is_not_finite_reaches_its_own_tokens_only(form: ModuleType) -> None:
+    given = rules(
+        start=[[1, 1]],
+        last=[[2, FOREVER]],
+        strength=[[1.0, 1.0]],
+        table=[[0, -1]],
+        history=[0.5, torch.nan, torch.nan],
+    )
+    out = empty_map(1, 1, 5)
+    form.map_tokens(given, *tokens_of([3, 2], [0, 1]), out)
+    assert out.strengths[0, 0, [0, 2, 3, 4]].tolist() == [0.5, 0, 1, 1]
+    assert out.strengths[0, 0, 1].isnan()

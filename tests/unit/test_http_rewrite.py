@@ -9,12 +9,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_steer.serving.http import SteerMiddleware, preset_of, rewrite
+from vllm_steer.errors import SteerRequestError
+from vllm_steer.serving.admission import asked_strengths
+from vllm_steer.serving.http import SteerMiddleware, preset_of
+from vllm_steer.serving.http import rewrite as rewritten
 
 
 @pytest.fixture
 def plan(make_plan: Any) -> Any:
     return make_plan({"a": 1.0}, presets={"friendly": {"a": 3.0}, "v1": {"a": 1.0}})
+
+
+def rewrite(body: bytes, plan: Any, *, route: str) -> bytes:
+    return rewritten(body, plan, route=route).body
 
 
 def dump(body: Any) -> bytes:
@@ -44,6 +51,68 @@ def test_what_is_asked_arrives_as_an_argument(plan: Any, body: Any, steer: Any) 
     assert found.get("steer") is None
 
 
+@pytest.mark.parametrize(
+    ("body", "arguments", "reports"),
+    [
+        ({"steer_strengths": True}, {"steer_strengths": "true"}, True),
+        ({"steer_strengths": False}, {"steer_strengths": "false"}, False),
+        ({"steer_strengths": 1, "steer": "a"}, {"steer": "a", "steer_strengths": 1}, True),
+        (
+            {"steer_strengths": True, "vllm_xargs": {"steer": "a"}},
+            {"steer": "a", "steer_strengths": "true"},
+            True,
+        ),
+        (
+            {"steer_strengths": True, "model": "base:friendly"},
+            {"steer": "friendly", "steer_strengths": "true"},
+            True,
+        ),
+    ],
+    ids=["alone", "false", "beside-a-steer", "steer-in-arguments", "preset-model"],
+)
+def test_the_wish_for_strengths_arrives_as_an_argument_that_admission_reads(
+    plan: Any, body: dict[str, Any], arguments: dict[str, Any], reports: bool
+) -> None:
+    found = rewritten(dump({"prompt": "x", **body}), plan, route="/v1/completions")
+    assert found.reports is reports
+    data = json.loads(found.body)
+    assert data["vllm_xargs"] == arguments
+    assert "steer_strengths" not in data
+    assert asked_strengths(SimpleNamespace(extra_args=arguments)) is reports
+
+
+@pytest.mark.parametrize("given", [1, 1.0, "true"], ids=repr)
+def test_the_wish_as_an_argument_leaves_the_bytes_and_is_noticed(plan: Any, given: Any) -> None:
+    body = dump({"prompt": "x", "vllm_xargs": {"steer_strengths": given}})
+    found = rewritten(body, plan, route="/v1/completions")
+    assert found.body is body
+    assert found.reports
+
+
+@pytest.mark.parametrize("given", ["yes", 2, [True], {"a": True}], ids=repr)
+def test_a_wish_that_is_no_boolean_goes_to_admission_without_streaming(
+    plan: Any, given: Any
+) -> None:
+    body = dump({"steer_strengths": given, "stream": True, "stream_options": {}})
+    found = rewritten(body, plan, route="/v1/completions")
+    assert not found.reports
+    data = json.loads(found.body)
+    assert data.keys() == {"vllm_xargs"}
+    with pytest.raises(SteerRequestError, match="true or false is wanted"):
+        asked_strengths(SimpleNamespace(extra_args=data["vllm_xargs"]))
+
+
+def test_a_wish_in_both_places_is_refused(plan: Any) -> None:
+    body = {"steer_strengths": True, "vllm_xargs": {"steer_strengths": 1}}
+    with pytest.raises(ValueError, match="steer_strengths is given both as a field and in"):
+        rewrite(dump(body), plan, route="/v1/completions")
+
+
+def test_a_wish_on_a_route_that_generates_nothing_is_refused(plan: Any) -> None:
+    with pytest.raises(ValueError, match="this route cannot carry a steer"):
+        rewrite(dump({"steer_strengths": True}), plan, route="/v1/embeddings")
+
+
 def test_other_arguments_are_kept(plan: Any) -> None:
     body = {"steer": "a:3", "vllm_xargs": {"other": [1, "x"], "n": 2}}
     found = json.loads(rewrite(dump(body), plan, route="/v1/completions"))
@@ -60,6 +129,7 @@ UNTOUCHED = [
     dump({"model": "base", "prompt": "x"}),
     dump({"prompt": 'say "steer" and base:friendly', "model": "base"}),
     dump({"prompt": "x", "steer": None}),
+    dump({"prompt": "x", "steer_strengths": None}),
     dump({"vllm_xargs": {"steer": "a:3"}}),
     dump({"vllm_xargs": {"steer": "a:3"}, "model": "base:friendly"}),
     dump({"model": "base:happy"}),
@@ -164,7 +234,10 @@ json_values = st.recursive(
 
 @given(
     rest=st.dictionaries(
-        st.text().filter(lambda key: key not in ("steer", "vllm_xargs", "model")), json_values
+        st.text().filter(
+            lambda key: key not in ("steer", "steer_strengths", "vllm_xargs", "model")
+        ),
+        json_values,
     )
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

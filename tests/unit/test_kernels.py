@@ -3,12 +3,14 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from lm_steer_cases import (
     SPECIAL,
     Use,
     Weights,
+    at_strengths,
     bits,
     formula,
     random_rows,
@@ -208,6 +210,55 @@ def test_the_same_steer_twice_on_a_row_counts_twice(form: str) -> None:
     uses = [(1, 3, 1.0), (1, 3, 2.0)]
     found = run(form, x, tables_of(steers), steered(uses, steers))
     assert relative_error(found, formula(x, steers, uses)) <= 1e-5
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
+@pytest.mark.parametrize("dtype", list(SPECIAL), ids=str)
+def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
+    form: str, stored: str, dtype: torch.dtype
+) -> None:
+    """Rows under one such steer and under all, beside rows of the same steers at other strengths;
+    rows that are not finite too."""
+    x, steers = random_rows(18, 63, dtype), some_steers(63, dtype)
+    x[6, 3], x[7, 5], x[8] = torch.inf, -torch.inf, torch.nan
+    off = [(row, row % 6, 0.0) for row in range(9)] + [(8, slot, 0.0) for slot in range(6)]
+    on = [(row, row % 6, 2.0) for row in range(9, 18)]
+    found = run(form, x, tables_of(steers, stored), steered(off + on, steers))
+    torch.testing.assert_close(found[:9], x[:9], rtol=0, atol=0, equal_nan=True)
+    alone = run(form, x, tables_of(steers, stored), steered(on, steers))
+    torch.testing.assert_close(found[9:], alone[9:], rtol=1e-5, atol=1e-5)
+    assert (found[9:] != x[9:]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("stored", ["low-rank", "dense"])
+def test_of_several_steers_on_a_row_those_at_strength_zero_are_left_out(
+    form: str, stored: str
+) -> None:
+    x, steers = random_rows(6, 63, torch.float32), some_steers(63, torch.float32)
+    uses = [(row, slot, float(3 * ((row + slot) % 2))) for row in range(6) for slot in range(6)]
+    found = run(form, x, tables_of(steers, stored), steered(uses, steers))
+    left = [use for use in uses if use[2] != 0]
+    assert relative_error(found, formula(x, steers, left)) <= 1e-5
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_placed_scales_may_be_overwritten_from_call_to_call(form: str, layout: str) -> None:
+    """They are the pairs' in their order, and nobody else's memory."""
+    x, steers, module = random_rows(9, 63), some_steers(63), FORMS[form]
+    tables, uses = tables_of(steers), uses_of(layout, 9)
+    pairs = steered(uses, steers)
+    given = pairs.scales.copy()
+    placed = module.place(pairs, tables, x.device)
+    assert (placed.scales.dtype, placed.scales.tolist()) == (torch.float32, given.tolist())
+    for strengths in ([0.5, 0.0, -2.0], [0.0], [4.0, 1.5]):
+        now = at_strengths(uses, strengths)
+        placed.scales.copy_(torch.from_numpy(steered(now, steers).scales))
+        found = module.steer_rows(x, tables, placed)
+        assert relative_error(found, formula(x, steers, now)) <= 1e-5
+    assert np.array_equal(pairs.scales, given), "the caller's scales were written to"
 
 
 def test_the_tables_know_their_size() -> None:

@@ -250,6 +250,13 @@ def test_arrays_of_any_dtype_and_shape_come_back_as_tensors() -> None:
         assert tensor.tolist() == array.tolist()
 
 
+def test_what_is_written_to_an_upload_does_not_reach_the_array() -> None:
+    array = np.arange(5, dtype=np.float32)
+    (tensor,) = upload([array], CPU)
+    tensor.fill_(9)
+    assert array.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_kernels_are_chosen_by_name_and_device() -> None:
     assert backend("auto", CPU) == "torch"
     assert backend("auto", CUDA) == "triton"

@@ -27,6 +27,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 def attributes():
@@ -126,8 +127,12 @@ ALL = sorted(
         *FIRST,
         f"vllm.v1.core.block_pool.{EXTRA_KEYS}",
         f"vllm.v1.core.kv_cache_utils.{EXTRA_KEYS}",
+        "vllm.v1.engine.core.EngineCore.add_request",
         "vllm.v1.engine.core.EngineCore.preprocess_add_request",
         "vllm.v1.engine.input_processor.InputProcessor._validate_params",
+        "vllm.v1.engine.output_processor.OutputProcessor.add_request",
+        "vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
+        "vllm.v1.engine.output_processor.RequestState._new_completion_output",
         "vllm.v1.worker.worker_base.WorkerWrapperBase.init_device",
     ]
 )

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_steer.cli import generating_options as options
+from vllm_steer.cli.compare import PROPERTIES, PROPERTY_SUFFIXES, compare_properties
+from vllm_steer.cli.fit.guidance_options import refuse
 from vllm_steer.cli.progress import progress
+from vllm_steer.errors import SteerError
 
 if TYPE_CHECKING:
     from vllm_steer.evaluation.report import Report
@@ -16,12 +19,21 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     model: options.Model,
-    steer: options.SteerFile,
-    strengths: Annotated[
-        str, typer.Option(help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always in it.")
+    steer: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STEER", help="Steer file of any known tool; or a .yaml of properties."
+        ),
     ],
     prompts: options.Prompts,
     out: Annotated[Path, typer.Option(help="Folder of the run; a killed run goes on there.")],
+    strengths: Annotated[
+        str | None,
+        typer.Option(
+            help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always in it.",
+            show_default="of a steer file: needed",
+        ),
+    ] = None,
     prompt_field: options.PromptField = "prompt",
     first: options.First = None,
     judge: Annotated[
@@ -50,6 +62,20 @@ def evaluate(
         str | None, typer.Option(help="Of a delta: fixed, start or dim; without: the file's.")
     ] = None,
     control_seed: Annotated[int, typer.Option(help="Of the random steer.")] = 0,
+    choose_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts to choose strengths on; without: --prompts.",
+            rich_help_panel=PROPERTIES,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            help="Share below the highest that is given up for perplexity.",
+            rich_help_panel=PROPERTIES,
+        ),
+    ] = 0.02,
     restart: Annotated[bool, typer.Option("--restart", help="Discard the folder's run.")] = False,
     plot: Annotated[bool, typer.Option(help="Draw report.png.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -63,8 +89,19 @@ def evaluate(
 ) -> None:
     """Generate at each strength in vLLM, and judge the texts: JSON, tables and a plot.
 
-    Beside the steer stand the unsteered model and a random steer of equal norm, always.
+    Beside the steer stand the unsteered model and a random steer of equal norm, always. A .yaml
+    of properties compares fixed, scheduled and dynamic strengths of several steers at once.
     """
+    if steer.suffix in PROPERTY_SUFFIXES:
+        compare_properties(context)
+        return
+    refuse(
+        context,
+        ("choose_prompts", "tolerance"),
+        f"beside {steer}: it belongs to a .yaml of properties",
+    )
+    if strengths is None:
+        raise SteerError("strengths are missing; give --strengths such as '-5:5:2.5'")
     from vllm_steer.evaluation.evaluating import Evaluation
     from vllm_steer.evaluation.evaluating import evaluate as run_evaluation
     from vllm_steer.evaluation.judges import make_judges

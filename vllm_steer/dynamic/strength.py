@@ -29,38 +29,77 @@ def dynamic_strength(
     base_logits: torch.Tensor,
     probe_logits: torch.Tensor,
     *,
-    top_p: float,
-    maximum: float = 2.0,
-    kl: Kl = "plain",
+    top_p: float | torch.Tensor,
+    maximum: float | torch.Tensor = 2.0,
+    kl: Kl | torch.Tensor = "plain",
+    base_of: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Strength and KL ``[...]`` of each row of logits ``[..., V]``, unsteered and of the probe.
+    """Strength and KL ``[...]`` of each row of a probe's logits ``[..., V]``.
+
+    ``base_logits`` are the unsteered model's, ``[..., V]`` as well; or ``[R, V]`` for probes
+    ``[D, V]`` with ``base_of [D]`` int64, the base row of each probe, which is sorted once however
+    many probes it has. ``top_p``, ``maximum`` and ``kl`` are one value for all rows or tensors that
+    broadcast to ``[...]``; a ``kl`` tensor is bool, true where the authors' division is wanted.
 
     Float32, or float64 where the logits are; the KL is the one before the clip, so that rounding
     may leave it just below 0. Where several steers are composed, each has a probe of its own and
-    its own ``Q``. Nothing here waits for the device, and no shape depends on the values: it can be
-    captured in a graph.
+    its own ``Q``. A token whose logit is ``-inf`` is not among the likeliest of its side, whatever
+    ``top_p``; where the probe alone rules a token of ``Q`` out, the KL is infinite and the strength
+    the maximum. A row with a NaN or without any token gives NaN, and no row touches another. Ties
+    go to the lower token. Nothing here waits for the device, and no shape depends on the values: it
+    can be captured in a graph. It needs several times the logits' memory while it runs.
 
-    Raises ``SteerError`` for ``top_p`` outside (0, 1], a maximum that is not above 0, an unknown
-    ``kl``, and logits of different shapes.
+    Raises ``SteerError`` for ``top_p`` outside (0, 1] and a maximum that is not above 0, where they
+    are numbers; for an unknown ``kl`` and a ``kl`` tensor that is not bool; and for logits whose
+    shapes do not belong together.
     """
-    _check(base_logits, probe_logits, top_p, maximum, kl)
-    base, probe = _widened(base_logits), _widened(probe_logits)
-    union = _top(base, top_p) | _top(probe, top_p)
-    log_p0 = base.masked_fill(~union, -torch.inf).log_softmax(-1)
-    log_p1 = probe.masked_fill(~union, -torch.inf).log_softmax(-1)
+    _check(top_p, maximum, kl)
+    _check_shapes(base_logits, probe_logits, base_of)
+    leading, vocab_size = probe_logits.shape[:-1], probe_logits.shape[-1]
+    base, probe = base_logits.reshape(-1, vocab_size), probe_logits.reshape(-1, vocab_size)
+    num_base = base.shape[0]
+    rank, before = _ranked(torch.cat([base, probe]))
+    p = top_p.expand(leading).reshape(-1, 1) if isinstance(top_p, torch.Tensor) else top_p
+    of_base = slice(num_base) if base_of is None else base_of
+    base = base[of_base]
+    union = _top(base, rank[of_base], before[of_base], p)
+    union |= _top(probe, rank[num_base:], before[num_base:], p)
+    divergence = _divergence(base, probe, union).reshape(leading)
+    divergence = divergence / _divisor(kl, union.sum(-1).reshape(leading))
+    limit = maximum.to(divergence.dtype) if isinstance(maximum, torch.Tensor) else maximum
+    return divergence.clamp(min=0.0).clamp(max=limit), divergence
+
+
+def _ranked(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's rank ``[N, V]``, 0 for the likeliest, and the probability before each rank."""
+    likeliest, order = logits.sort(dim=-1, descending=True, stable=True)
+    cumulative = _widened(likeliest).softmax(-1).cumsum(-1)
+    before = torch.nn.functional.pad(cumulative[:, :-1], (1, 0))
+    ranks = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    rank = torch.empty_like(order, dtype=torch.int32)
+    return rank.scatter_(-1, order, ranks.expand_as(order)), before
+
+
+def _top(
+    logits: torch.Tensor, rank: torch.Tensor, before: torch.Tensor, top_p: float | torch.Tensor
+) -> torch.Tensor:
+    """Mask ``[D, V]`` of the likeliest tokens up to and with the one that crosses ``top_p``."""
+    size = (before <= top_p).sum(-1, keepdim=True)
+    return (rank < size) & (logits != -torch.inf)
+
+
+def _divergence(base: torch.Tensor, probe: torch.Tensor, union: torch.Tensor) -> torch.Tensor:
+    log_p0 = _widened(base).masked_fill(~union, -torch.inf).log_softmax(-1)
+    log_p1 = _widened(probe).masked_fill(~union, -torch.inf).log_softmax(-1)
     p0 = log_p0.exp()
     # Tokens without probability add nothing, also where both logarithms are infinite.
-    divergence = torch.where(p0 > 0, p0 * (log_p0 - log_p1), 0.0).sum(-1)
-    if kl == "authors":
-        divergence = divergence / union.sum(-1)
-    return divergence.clamp(0.0, maximum), divergence
+    return torch.where(p0 == 0, 0.0, p0 * (log_p0 - log_p1)).sum(-1)
 
 
-def _top(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Mask ``[..., V]`` of the likeliest tokens up to and with the one that crosses ``top_p``."""
-    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = torch.nn.functional.pad(probabilities.cumsum(-1)[..., :-1], (1, 0))
-    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before <= top_p)
+def _divisor(kl: Kl | torch.Tensor, union_size: torch.Tensor) -> torch.Tensor | int:
+    if isinstance(kl, torch.Tensor):
+        return torch.where(kl, union_size, 1)
+    return union_size if kl == "authors" else 1
 
 
 def _widened(logits: torch.Tensor) -> torch.Tensor:
@@ -68,15 +107,27 @@ def _widened(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
-    base_logits: torch.Tensor, probe_logits: torch.Tensor, top_p: float, maximum: float, kl: str
+    top_p: float | torch.Tensor, maximum: float | torch.Tensor, kl: str | torch.Tensor
 ) -> None:
-    check_choice("kl", kl, KLS)
-    if not 0 < top_p <= 1:
+    if not isinstance(kl, torch.Tensor):
+        check_choice("kl", kl, KLS)
+    elif kl.dtype != torch.bool:
+        raise SteerError(f"kl is a tensor of {kl.dtype}; it must be bool: true divides as authors")
+    if not isinstance(top_p, torch.Tensor) and not 0 < top_p <= 1:
         raise SteerError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if not maximum > 0:
+    if not isinstance(maximum, torch.Tensor) and not maximum > 0:
         raise SteerError(f"maximum is {maximum}; it must be above 0")
-    if base_logits.shape != probe_logits.shape:
+
+
+def _check_shapes(base: torch.Tensor, probe: torch.Tensor, base_of: torch.Tensor | None) -> None:
+    if base_of is None:
+        if base.shape != probe.shape:
+            raise SteerError(
+                f"unsteered logits are {list(base.shape)}, the probe's {list(probe.shape)}; they "
+                "must be alike"
+            )
+    elif base.ndim != 2 or base_of.ndim != 1 or probe.shape != (len(base_of), base.shape[1]):
         raise SteerError(
-            f"unsteered logits are {list(base_logits.shape)}, the probe's "
-            f"{list(probe_logits.shape)}; they must be alike"
+            f"unsteered logits are {list(base.shape)}, the probes' {list(probe.shape)}, base_of "
+            f"{list(base_of.shape)}; they must be [R, V], [D, V] and [D]"
         )

@@ -12,10 +12,10 @@ Sources: share and std: the sentiment judge of Han et al., ACL 2024 (arXiv 2305.
 max and any: Gehman et al., 2020 (arXiv 2009.11462), as Han et al. take them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean, spread
 from vllm_steer.files.source import cause
 
+T = TypeVar("T")
 _BATCH: Final = 32
 _TELLS: Final = 0.5
 _NOTHING: Final = "\n"  # what an empty text is given as: some tokenizers make no token of ""
@@ -68,17 +69,22 @@ class ClassifierJudge:
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
         """``share``, ``std``, ``probability``, ``max``, ``any``; NaN where there is no prompt."""
+        found = self._probabilities(answers)
+        return figures(
+            _by_prompt(found[:, self.label].tolist(), answers),
+            _by_prompt(self._told(found).tolist(), answers),
+        )
+
+    def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
+        """1.0 where the wanted label is the likeliest (an independent one above 0.5), else 0.0."""
+        told: list[float | None] = self._told(self._probabilities(answers)).tolist()
+        return _by_prompt(told, answers)
+
+    def _probabilities(self, answers: Sequence[Answers]) -> torch.Tensor:
         place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.classifier.model.to(place)
-        found = probabilities(
+        return probabilities(
             self.classifier, [text for answer in answers for text in self._of(answer)]
-        )
-        probability = iter(found[:, self.label].tolist())
-        told = iter(self._told(found).tolist())
-        counts = [len(answer.texts) for answer in answers]
-        return figures(
-            [list(islice(probability, count)) for count in counts],
-            [list(islice(told, count)) for count in counts],
         )
 
     def _of(self, answer: Answers) -> list[str]:
@@ -89,6 +95,12 @@ class ClassifierJudge:
         if self.classifier.independent:
             return (found[:, self.label] > _TELLS).double()
         return (found.argmax(-1) == self.label).double()
+
+
+def _by_prompt(values: Iterable[T], answers: Sequence[Answers]) -> list[list[T]]:
+    """One value a text, in lists of each prompt's texts."""
+    rest = iter(values)
+    return [list(islice(rest, len(answer.texts))) for answer in answers]
 
 
 def figures(

@@ -66,12 +66,13 @@ class Engine:
     ) -> list[Answers]:
         """``sampling.samples`` continuations of each prompt; ``steer`` as in a request, or none.
 
+        Where one of its strengths is dynamic, the answers have each text's strengths.
         ``on_text`` is called with the number of texts that are written. Raises ``SteerError`` for
         a prompt that the model has no room for.
         """
         tokens = [self._tokens(prompt, sampling) for prompt in prompts]
         asked = [(p, k) for p in range(len(prompts)) for k in range(sampling.samples)]
-        texts: list[str] = []
+        found: list[Any] = []
         for start in range(0, len(asked), _AT_ONCE):
             chunk = asked[start : start + _AT_ONCE]
             outputs = self.llm.generate(
@@ -79,11 +80,12 @@ class Engine:
                 [_parameters(sampling, k, steer) for _, k in chunk],
                 use_tqdm=False,
             )
-            texts += [output.outputs[0].text for output in outputs]
+            found += [output.outputs[0] for output in outputs]
             if on_text is not None:
-                on_text(len(texts))
+                on_text(len(found))
+        dynamic = _is_dynamic(steer)
         return [
-            Answers(prompt, tuple(texts[p * sampling.samples : (p + 1) * sampling.samples]))
+            _answers(prompt, found[p * sampling.samples : (p + 1) * sampling.samples], dynamic)
             for p, prompt in enumerate(prompts)
         ]
 
@@ -135,14 +137,18 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
 
 
 def _steer_config(steers: Mapping[str, Path]) -> dict[str, Any]:
+    from vllm_steer.config import Limits
     from vllm_steer.files import load_steer
     from vllm_steer.steers import LMSteer
 
     loaded = [load_steer(path) for path in steers.values()]
     ranks = [steer.rank for steer in loaded if isinstance(steer, LMSteer)]
+    limits = {"max_rank": max([1, *ranks])}
+    if len(steers) > Limits().max_steers_per_request:
+        limits |= {"max_steers": len(steers), "max_steers_per_request": len(steers)}
     return {
         "steers": {name: {"path": str(path)} for name, path in steers.items()},
-        "limits": {"max_rank": max([1, *ranks])},
+        "limits": limits,
     }
 
 
@@ -163,9 +169,26 @@ def _check_active(llm: Any) -> None:
         )
 
 
+def _answers(prompt: str, outputs: Sequence[Any], dynamic: bool) -> Answers:
+    texts = tuple(output.text for output in outputs)
+    if not dynamic:
+        return Answers(prompt, texts)
+    strengths = tuple(
+        {name: tuple(values) for name, values in output.steer_strengths.items()}
+        for output in outputs
+    )
+    return Answers(prompt, texts, strengths)
+
+
+def _is_dynamic(steer: Mapping[str, Any] | None) -> bool:
+    doses = () if steer is None else steer.values()
+    return any(isinstance(d, Mapping) and d.get("strength") == "dynamic" for d in doses)
+
+
 def _parameters(sampling: Sampling, k: int, steer: Mapping[str, Any] | None) -> Any:
     from vllm import SamplingParams
 
+    wanted = {"steer_strengths": True} if _is_dynamic(steer) else {}
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -173,5 +196,5 @@ def _parameters(sampling: Sampling, k: int, steer: Mapping[str, Any] | None) -> 
         seed=sampling.seed + k,
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.max_tokens if sampling.exact_length else 0,
-        extra_args={"steer": dict(steer) if steer else "none"},
+        extra_args={"steer": dict(steer) if steer else "none", **wanted},
     )

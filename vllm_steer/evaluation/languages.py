@@ -4,7 +4,7 @@ Source: Scalena et al., BlackboxNLP 2024 (arXiv 2406.17563): the mean of the pro
 that langdetect gives the wanted language, 0 where it does not name it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_steer.errors import SteerError
@@ -24,15 +24,17 @@ class LanguageJudge:
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
         """``probability``, and ``share``: how often the language is the likeliest one."""
         found = {text: detected(text) for answer in answers for text in answer.texts}
-
-        def likeliest(text: str) -> float:
-            codes = found[text]
-            return float(bool(codes) and max(codes, key=codes.__getitem__) == self.code)
-
         return {
             "probability": mean_over_prompts(answers, lambda text: found[text].get(self.code, 0.0)),
-            "share": mean_over_prompts(answers, likeliest),
+            "share": mean_over_prompts(answers, lambda text: self._likeliest(found[text])),
         }
+
+    def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
+        """1.0 where the language is the likeliest one; 0.0 else, and for a text without letters."""
+        return [[self._likeliest(detected(text)) for text in answer.texts] for answer in answers]
+
+    def _likeliest(self, codes: Mapping[str, float]) -> float:
+        return float(bool(codes) and max(codes, key=codes.__getitem__) == self.code)
 
 
 def detected(text: str) -> dict[str, float]:

@@ -50,6 +50,10 @@ class LexiconJudge:
             "undecided": mean_over_prompts(answers, lambda text: float(found[text] is None)),
         }
 
+    def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
+        """Each text's verdict; None where nothing tells, or as much on either side."""
+        return [[self.verdict(text) for text in answer.texts] for answer in answers]
+
 
 def by_words(positive: frozenset[str], negative: frozenset[str]) -> Verdict:
     """1.0 where positive words outnumber negative ones, 0.0 the reverse, None for a tie or none."""

@@ -13,19 +13,38 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.files.whole import write_text
 
 Which = Literal["none", "steer", "random"]
+S = TypeVar("S", bound="Named")
 _SETTINGS: Final = "settings.json"
 _MADE_BY: Final = "vllm-steer eval"
 _GENERATIONS: Final = "generations"
-_OWN: Final = ("random.safetensors", "scores.json", "report.json", "report.md", "report.png")
+_OWN: Final = (
+    "random.safetensors",
+    "scores.json",
+    "strengths.json",
+    "report.json",
+    "report.md",
+    "report.png",
+    "strengths.png",
+)
 _SHOWN: Final = 3
 _UNFINISHED: Final = ".unfinished"  # what ``write_whole`` is still writing
+
+
+class Named(Protocol):
+    """Something that texts are written under: the name of its file, and what its rows say of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def about(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,11 @@ class Setting:
 
     which: Which
     strength: float
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the rows of its texts say."""
+        return {"steer": self.which, "strength": self.strength}
 
     @property
     def name(self) -> str:
@@ -59,25 +83,24 @@ class Run:
         """Where the random steer is kept."""
         return self.folder / "random.safetensors"
 
-    def missing(self, settings: Sequence[Setting]) -> list[Setting]:
+    def missing(self, settings: Sequence[S]) -> list[S]:
         """The settings whose texts are not written yet."""
         return [setting for setting in settings if not self._path(setting).exists()]
 
-    def write(self, setting: Setting, answers: Sequence[Answers]) -> None:
+    def write(self, setting: Named, answers: Sequence[Answers]) -> None:
         """Keep the texts of a setting; its file appears whole."""
         rows = (
             {
                 "prompt": {"text": answer.prompt},
-                "generations": [{"text": text} for text in answer.texts],
-                "steer": setting.which,
-                "strength": setting.strength,
+                "generations": _generations(answer),
+                **setting.about,
             }
             for answer in answers
         )
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(self._path(setting), "".join(lines))
 
-    def read(self, setting: Setting) -> list[Answers]:
+    def read(self, setting: Named) -> list[Answers]:
         """The texts of a finished setting; ``SteerError`` if its file is not as it was written."""
         path = self._path(setting)
         try:
@@ -90,7 +113,7 @@ class Run:
                 f"{path}: not as it was written ({error!r:.100}); delete it to generate it again"
             ) from None
 
-    def _path(self, setting: Setting) -> Path:
+    def _path(self, setting: Named) -> Path:
         return self.folder / _GENERATIONS / f"{setting.name}.jsonl"
 
 
@@ -169,7 +192,23 @@ def _discard(folder: Path) -> None:
             (folder / name).unlink()
 
 
+def _generations(answer: Answers) -> list[dict[str, Any]]:
+    texts = [{"text": text} for text in answer.texts]
+    if not answer.strengths:
+        return texts
+    both = zip(texts, answer.strengths, strict=True)
+    return [{**text, "steer_strengths": dict(strengths)} for text, strengths in both]
+
+
 def _answers(row: Any) -> Answers:
+    generations = row["generations"]
+    strengths = [
+        {name: tuple(values) for name, values in generation["steer_strengths"].items()}
+        for generation in generations
+        if "steer_strengths" in generation
+    ]
     return Answers(
-        row["prompt"]["text"], tuple(generation["text"] for generation in row["generations"])
+        row["prompt"]["text"],
+        tuple(generation["text"] for generation in generations),
+        tuple(strengths),
     )

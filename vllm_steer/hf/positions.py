@@ -36,11 +36,26 @@ class Span:
         return self.positions - (self.prompt_length - 1)
 
 
+@dataclass(frozen=True)
+class SteppedDose(Dose):
+    """A dose whose strength at generation step ``i`` is ``history[i]``, and 0 at any other token.
+
+    Its ``strength`` is 1 and says nothing.
+    """
+
+    history: tuple[float, ...] = ()
+
+
 def coefficients(dose: Dose, span: Span, num_steps: int | None) -> torch.Tensor:
     """``a [tokens]``, float64: the strength on each token, 0 where the dose does not act.
 
-    ``num_steps`` is that of a delta steer, None for a vector.
+    ``num_steps`` is that of a delta steer, None for the other kinds.
     """
+    if isinstance(dose, SteppedDose):
+        last = len(dose.history) if num_steps is None else min(num_steps, len(dose.history))
+        given = torch.tensor(dose.history, dtype=torch.float64)
+        inside = (span.steps >= 0) & (span.steps < last)
+        return torch.where(inside, given[span.steps.clamp(0, last - 1)], 0.0)
     a = torch.full(span.positions.shape, dose.strength, dtype=torch.float64)
     if dose.phase != "all":
         a *= (span.steps <= 0) == (dose.phase == "prompt")

@@ -17,10 +17,13 @@ from vllm_steer.bank import Shelf
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.admission import doses_of
 from vllm_steer.serving.guided_site import GuidedSite
 from vllm_steer.serving.pairs import Uses, steered_rows
 from vllm_steer.serving.rows import BatchRows, SteeredRequest, Step
+from vllm_steer.serving.streams.head_pass import HeadPass, first_pass, second_pass
+from vllm_steer.serving.streams.in_batch import DynamicPart
+from vllm_steer.serving.streams.message import Turn
+from vllm_steer.serving.streams.strengths import StepStrengths
 
 
 class SteeredBatch:
@@ -44,25 +47,37 @@ class SteeredBatch:
         self._hidden_states: torch.Tensor | None = None
         self._uses: dict[int, Uses] = {}
         self._placed: dict[int, Any] = {}
+        self.dynamic = DynamicPart(plan, device)
+        self._history = self.dynamic.pool.values
 
     @property
     def has_steered_requests(self) -> bool:
         """Whether any live request of this worker is steered."""
-        return bool(self._requests)
+        return bool(self._requests or self.dynamic.requests)
 
-    def begin(self, new: Iterable[tuple[str, Any, int]], finished: Iterable[str]) -> None:
+    def begin(
+        self,
+        new: Iterable[tuple[str, Any, int]],
+        finished: Iterable[str],
+        turn: Turn | None = None,
+    ) -> None:
         """Start a step: requests ``(req_id, sampling_params, prompt_len)`` that came, ids that
-        ended.
+        ended, and what dynamic requests do in it.
         """
         self._idle = False
+        self.dynamic.begin(turn)
         for req_id in finished:
+            self.dynamic.requests.remove(req_id)
             self._set_request(req_id, None)
         for req_id, sampling_params, prompt_len in new:
-            doses = doses_of(sampling_params, self._plan) if sampling_params else ()
-            self._set_request(req_id, SteeredRequest(doses, prompt_len) if doses else None)
+            self._set_request(req_id, self.dynamic.steered(req_id, sampling_params, prompt_len))
+        if self._history is not self.dynamic.pool.values:
+            self._history = self.dynamic.pool.values
+            for site in self._sites:
+                site.forget()
         self._tokens = None
         for site in self._sites:
-            if self._requests:
+            if self.has_steered_requests:
                 site.expect()
             else:
                 site.idle()
@@ -81,7 +96,8 @@ class SteeredBatch:
             self._sampled = sampled
             self._placed = {}
         for site in self._sites:
-            site.prepare(step, self._requests)
+            site.prepare(step, self._requests, self._history)
+        self.dynamic.announce(step.req_ids)
 
     @contextmanager
     def over_tokens(self, hidden_states: torch.Tensor) -> Iterator[None]:
@@ -115,6 +131,33 @@ class SteeredBatch:
             f"vllm-steer: {x.shape[0]} logits rows, {self._sampled.num_rows} announced"
         )
         return self._placed[id(shelf)]
+
+    def step_of(self, x: torch.Tensor) -> StepStrengths | None:
+        """What the step has to do with the logits of ``x`` to work out strengths, if anything."""
+        step = self.dynamic.step
+        if self._idle or self._hidden_states is not None or step is None:
+            return None
+        assert self._sampled is not None and self._sampled.num_rows == x.shape[0]
+        return step
+
+    def first_pass(self, shelf: Shelf, step: StepStrengths) -> Any:
+        """The pairs of the step's rows and probes, as the form placed them; None without any."""
+        assert self._sampled is not None
+        pairs = first_pass(step, self._sampled, self._uses_of(shelf), shelf, self.dynamic.requests)
+        return self._place_pass(pairs, shelf)
+
+    def second_pass(self, shelf: Shelf, step: StepStrengths) -> Any:
+        """The same for the rows that come again under their strengths."""
+        assert self._sampled is not None
+        pairs = second_pass(step, self._sampled, self._uses_of(shelf), shelf, self.dynamic.requests)
+        return self._place_pass(pairs, shelf)
+
+    def _place_pass(self, head_pass: HeadPass | None, shelf: Shelf) -> Any:
+        if head_pass is None:
+            return None
+        placed = self._place(head_pass.steered, shelf)
+        head_pass.scale_by(self._history, placed.scales)
+        return placed
 
     def _uses_of(self, shelf: Shelf) -> Uses:
         if id(shelf) not in self._uses:

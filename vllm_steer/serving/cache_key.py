@@ -6,6 +6,10 @@ enough to name a dose in the extra keys of the first block that it touches; the 
 stay shared with everybody. What acts from the first token on also joins vLLM's own ``cache_salt``,
 the one part of a key that is seen outside of vLLM's block hashes. A salt alone would not do: a user
 may write any salt, that of a steered request too.
+
+A dynamic dose acts at strengths that were worked out for one request alone: from the last prompt
+token on its blocks are that request's own. The streams that they are worked out from are keyed like
+any request: a base by nothing, a probe by its one dose.
 """
 
 import hashlib
@@ -43,7 +47,7 @@ def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str 
         key
         for dose in doses
         if plan.steers[dose.steer].site != "head"
-        for key in _keys(dose, plan.steers[dose.steer], prompt_len)
+        for key in _keys(dose, plan.steers[dose.steer], prompt_len, request)
     ]
     if not keys:
         own: str | None = request.cache_salt
@@ -85,25 +89,32 @@ def _plain(key: Any) -> Any:
     return str(key) if isinstance(key, SteeredSalt) else key
 
 
-def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int) -> Iterator[BlockKey]:
+def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int, request: Any) -> Iterator[BlockKey]:
     """Where KV begins to depend on a dose, and where it begins to depend on its end."""
     first, last = dose_span(dose, steer.steps, prompt_len)
     if first >= last:
+        return
+    if dose.dynamic:
+        # Ids may come again: then all that the strengths follow from has to be alike.
+        own = (request.request_id, dose.dynamic.top_p, dose.dynamic.kl)
+        yield BlockKey(first, _digest(dose, steer, first, *own))
         return
     yield BlockKey(first, _digest(dose, steer, first))
     if steer.steps is None and last <= prompt_len:
         yield BlockKey(last, _digest(dose, steer, first, last))
 
 
-def _digest(dose: Dose, steer: PlannedSteer, *span: int) -> str:
-    """Everything that decides what a dose does to a token, its span included."""
+def _digest(dose: Dose, steer: PlannedSteer, *more: int | float | str) -> str:
+    """Everything that decides what a dose does to a token: with its span, and with the request that
+    a dynamic one belongs to.
+    """
     acts = [
         steer.content,
         dose.strength,
         dose.layers or steer.layers,
         dose.schedule,
         steer.steps is not None and dose.phase,
-        span,
+        more,
     ]
     return hashlib.sha256(json.dumps(acts).encode()).hexdigest()[:32]
 

@@ -8,10 +8,12 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from vllm_steer.config import SteerConfig
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.families import family_of
 from vllm_steer.kernels.dispatch import KernelError, backend
 from vllm_steer.plan import PlannedSteer, SteerPlan, is_plan
+from vllm_steer.serving.dynamic_admission import check_engine_for
+from vllm_steer.serving.streams.stream import is_dynamic
 from vllm_steer.steers.layers import format_layers
 
 logger = logging.getLogger("vllm.vllm_steer")
@@ -56,6 +58,7 @@ def check_engine(vllm_config: Any) -> None:
         _check_family(plan, vllm_config.model_config)
     for name, steer in plan.steers.items():
         _check_steer(name, steer, vllm_config.model_config)
+    _check_default(plan, vllm_config)
 
 
 def num_layers(model_config: Any) -> int:
@@ -68,6 +71,17 @@ def max_logits_rows(vllm_config: Any) -> int:
     speculative = vllm_config.speculative_config
     drafts = 0 if speculative is None else int(speculative.num_speculative_tokens or 0)
     return int(vllm_config.scheduler_config.max_num_seqs) * (1 + drafts)
+
+
+def _check_default(plan: SteerPlan, vllm_config: Any) -> None:
+    """Raise ``SteerError`` if the default's strengths are dynamic and the engine's cannot be."""
+    doses = plan.doses(None)
+    if not is_dynamic(doses):
+        return
+    try:
+        check_engine_for(doses, plan, vllm_config)
+    except SteerRequestError as error:
+        raise SteerError(f"default: {error}") from None
 
 
 def _check_kernels(plan: SteerPlan, device_type: str) -> None:

@@ -13,6 +13,8 @@ from vllm_steer.kernels.guidance import GuidanceForm, Rules, TokenMap
 from vllm_steer.serving.rows import SteeredRequest, Step
 from vllm_steer.serving.rules import Columns, guidance_rules
 
+_BATCHES_KEPT = 4
+
 
 class GuidedSite:
     """The buffers of a site, written once per step for all of its layers.
@@ -43,6 +45,7 @@ class GuidedSite:
         self._batch: list[str] | None = None
         self._rules: Rules
         self._columns: dict[str, Columns] = {}
+        self._made: dict[tuple[str, ...], Rules] = {}
         self._map = TokenMap(
             directions=torch.zeros(max_doses, max_tokens, dtype=torch.int32, device=device),
             strengths=torch.zeros(len(shelf.layers), max_doses, max_tokens, device=device),
@@ -65,6 +68,7 @@ class GuidedSite:
     def forget(self) -> None:
         """The steered requests have changed: the next step makes its rules anew."""
         self._batch = None
+        self._made.clear()
 
     def expect(self) -> None:
         """A step with steered requests has begun: ``prepare`` has to come before its pass."""
@@ -79,13 +83,16 @@ class GuidedSite:
         # Where no graph can be under capture the op need not even ask.
         self.resting = not self.rehearsing and self._device.type != "cuda"
 
-    def prepare(self, step: Step, requests: Mapping[str, SteeredRequest]) -> None:
-        """Map the step's tokens to the directions that their requests take here."""
+    def prepare(
+        self, step: Step, requests: Mapping[str, SteeredRequest], history: torch.Tensor
+    ) -> None:
+        """Map the step's tokens to the directions that their requests take here.
+
+        ``history`` has the strengths of dynamic doses; another tensor needs ``forget`` first.
+        """
         if step.req_ids != self._batch:
-            self._rules = guidance_rules(
-                step.req_ids, requests, self.shelf, self._device, self._columns
-            )
             self._batch = list(step.req_ids)
+            self._rules = self._rules_of(tuple(self._batch), requests, history)
         depth = self._rules.start.shape[0]
         if depth == 0:
             self.idle()
@@ -121,6 +128,21 @@ class GuidedSite:
             )
         kept = None if residual is None else residual.view(-1, residual.shape[-1])
         self._form.steer_tokens_(rows, kept, self.shelf.directions, layer, self._map, depth)
+
+    def _rules_of(
+        self,
+        req_ids: tuple[str, ...],
+        requests: Mapping[str, SteeredRequest],
+        history: torch.Tensor,
+    ) -> Rules:
+        """The rules of a batch; streams that take turns bring batches back."""
+        if req_ids not in self._made:
+            if len(self._made) == _BATCHES_KEPT:
+                del self._made[next(iter(self._made))]
+            self._made[req_ids] = guidance_rules(
+                req_ids, requests, self.shelf, history, self._columns
+            )
+        return self._made[req_ids]
 
     def _clear(self, num_tokens: int) -> None:
         """No strength beyond the step's tokens: a graph also runs on the padding after them."""

@@ -8,15 +8,19 @@ any soft cap and logit scale, at ``LogitsProcessor._get_logits``.
 
 import functools
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vllm_steer.bank import HeadBank, Shelf
 from vllm_steer.errors import SteerError
+from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.batch import SteeredBatch
+from vllm_steer.serving.streams.strengths import StepStrengths
 
 
 @dataclass
@@ -53,15 +57,58 @@ class SteeredHead:
     def _steered(self, original: Any) -> Any:
         @functools.wraps(original)
         def compute_logits(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            hidden_rows = self._rows(hidden_states, self.bank.hidden)
-            self._logits_rows = self._rows(hidden_states, self.bank.logits)
-            hidden_states = self._apply("hidden", hidden_states, self.bank.hidden, hidden_rows)
-            try:
-                return original(hidden_states, *args, **kwargs)
-            finally:
-                self._logits_rows = None
+            compute = functools.partial(self._compute, original, args, kwargs)
+            step = self.batch.step_of(hidden_states)
+            if step is not None:
+                return self._with_strengths(compute, hidden_states, step)
+            return compute(hidden_states, functools.partial(self._rows, hidden_states))
 
         return compute_logits
+
+    def _compute(
+        self,
+        original: Any,
+        args: Any,
+        kwargs: Any,
+        hidden_states: torch.Tensor,
+        rows: Callable[[Shelf | None], Any],
+    ) -> Any:
+        """The model's logits of ``hidden_states``, whose steered pairs ``rows`` gives by shelf."""
+        hidden_rows, self._logits_rows = rows(self.bank.hidden), rows(self.bank.logits)
+        hidden_states = self._apply("hidden", hidden_states, self.bank.hidden, hidden_rows)
+        try:
+            return original(hidden_states, *args, **kwargs)
+        finally:
+            self._logits_rows = None
+
+    def _with_strengths(
+        self, compute: Callable[..., Any], hidden_states: torch.Tensor, step: StepStrengths
+    ) -> torch.Tensor:
+        """The step's logits, while the strengths of its dynamic requests are worked out.
+
+        Probes at the head are more rows of the one product; a request that is its own base is
+        computed again once its strengths are known.
+        """
+
+        def rows_of(pairs: Callable[..., Any]) -> Callable[[Shelf | None], Any]:
+            return lambda shelf: None if shelf is None else pairs(shelf, step)
+
+        whole = hidden_states
+        if step.probes:
+            whole = torch.cat([whole, _rows_at([p.row for p in step.probes], hidden_states)])
+        logits: torch.Tensor | None = compute(whole, rows_of(self.batch.first_pass))
+        if logits is None:
+            raise RuntimeError(
+                "vllm-steer: this rank has no logits to work out dynamic strengths from: this "
+                "vLLM gathers them in another way than vllm-steer knows"
+            )
+        self.batch.dynamic.strengths.work_out(step, logits)
+        logits = logits[: hidden_states.shape[0]]
+        if step.alone:
+            again = compute(_rows_at(step.alone, hidden_states), rows_of(self.batch.second_pass))
+            (where,) = upload([np.array(step.alone, dtype=np.int64)], logits.device)
+            logits.index_copy_(0, where, again)
+        return logits
 
     def _offset(self, original: Any) -> Any:
         @functools.wraps(original)
@@ -81,6 +128,11 @@ class SteeredHead:
             return x
         self.calls[name] += 1
         return self.batch.form.steer_rows(x, shelf.tables, rows)
+
+
+def _rows_at(rows: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    (where,) = upload([np.array(rows, dtype=np.int64)], x.device)
+    return x.index_select(0, where)
 
 
 def _logits_processor(model: nn.Module) -> Any:

@@ -1,27 +1,31 @@
-"""The HTTP side: a ``steer`` field in the body and ``BASE:preset`` as the model.
+"""The HTTP side: ``steer`` and ``steer_strengths`` in the body, and ``BASE:preset`` as the model.
 
-A plain ASGI middleware, added through vLLM's own ``--middleware``. It rewrites the request body to
-``vllm_xargs.steer``, which vLLM carries to ``SamplingParams``; checks and messages are those of
-admission. A body that mentions neither is passed on as the bytes it came as.
+A plain ASGI middleware, added through vLLM's own ``--middleware``. It moves what the request body
+asks for into ``vllm_xargs``, which vLLM carries to ``SamplingParams``; checks and messages are
+those of admission. A body that mentions none of it is passed on as the bytes it came as, and only
+a response that is to tell its strengths is touched on its way back.
 """
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from vllm_steer.config import NO_STEER
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
+from vllm_steer.serving.admission import STRENGTHS, asked_strengths
 from vllm_steer.serving.engine_config import plan_of
+from vllm_steer.serving.reports.delivered import DELIVERED, Delivered
+from vllm_steer.serving.reports.response import Message, ReportingSend, Send, with_length
 
-Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 STEERABLE = ("/completions", "/completions/batch", "/responses", "/invocations")
 MESSAGES = "/messages"
 
+FIELDS = ("steer", STRENGTHS)
 COUNTING = ("/tokenize", "/detokenize", "/count_tokens")
 
 
@@ -39,57 +43,78 @@ class SteerMiddleware:
             return await self._app(scope, receive, send)
         body = await _read_body(receive)
         try:
-            new_body = rewrite(body, plan, route=scope["path"])
+            new_body, reports = rewrite(body, plan, route=scope["path"])
         except ValueError as error:
             return await _reject(send, str(error))
         if new_body is not body:
-            scope = {**scope, "headers": _with_length(scope["headers"], len(new_body))}
-        return await self._app(scope, _replay(new_body, receive), send)
+            scope = {**scope, "headers": with_length(scope["headers"], len(new_body))}
+        receive = _replay(new_body, receive)
+        if not reports:
+            return await self._app(scope, receive, send)
+        delivered = Delivered()
+        before = DELIVERED.set(delivered)
+        try:
+            await self._app(scope, receive, ReportingSend(send, delivered))
+        finally:
+            DELIVERED.reset(before)
 
 
-def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> bytes:
-    """The body with ``steer`` and the model's preset moved into ``vllm_xargs``.
+class Rewritten(NamedTuple):
+    """A request's body as vLLM is to see it, and whether the response tells the strengths."""
 
-    Returns the same object if there is nothing to move. Raises ``ValueError`` with the message for
-    the client if the body asks twice, or asks on a route that takes no ``vllm_xargs``.
+    body: bytes
+    reports: bool
+
+
+def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> Rewritten:
+    """The body with ``steer``, ``steer_strengths`` and the model's preset in ``vllm_xargs``.
+
+    The body is the same object if there is nothing to move. Raises ``ValueError`` with the message
+    for the client if the body asks twice, or asks on a route that takes no ``vllm_xargs``.
     """
-    if not _may_ask(body, plan):
-        return body
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
-        return body  # vLLM answers it as it answers any malformed body
-    if not isinstance(data, dict):
-        return body
-    field = data.get("steer")
-    arguments = data.get("vllm_xargs")
-    in_arguments = isinstance(arguments, dict) and "steer" in arguments
+    data = _read_json(body, plan)
+    if data is None:
+        return Rewritten(body, False)
+    given = data.get("vllm_xargs")
+    inside = given if isinstance(given, dict) else {}
+    fields = {name: data[name] for name in FIELDS if data.get(name) is not None}
+    asked = {name: inside[name] for name in FIELDS if inside.get(name) is not None} | fields
     preset = preset_of(data.get("model"), plan)
-    only_preset = field is None and not in_arguments
-    if only_preset and (preset is None or route.endswith(COUNTING)):
-        return body
+    if not asked and (preset is None or route.endswith(COUNTING)):
+        return Rewritten(body, False)
     if not _takes_arguments(route):
         raise ValueError(
             "steer: this route cannot carry a steer; remove it and name the base model"
         )
-    if field is not None and in_arguments:
-        raise ValueError("steer is given both as a field and in vllm_xargs; give it once")
-    if not isinstance(arguments, dict | None):
-        raise ValueError(f"vllm_xargs is {type(arguments).__name__}; an object is wanted")
-    data.pop("steer", None)
-    arguments = arguments or {}
-    steer = arguments.get("steer", preset if field is None else field)
-    if data.get("use_beam_search") and steer not in (NO_STEER, "", {}):
+    if twice := [name for name in fields if name in inside]:
+        raise ValueError(f"{twice[0]} is given both as a field and in vllm_xargs; give it once")
+    if not isinstance(given, dict | None):
+        raise ValueError(f"vllm_xargs is {type(given).__name__}; an object is wanted")
+    if preset is not None:
+        asked.setdefault("steer", preset)
+    if data.get("use_beam_search") and asked.get("steer", NO_STEER) not in (NO_STEER, "", {}):
         raise ValueError(
             "steer: beam search cannot carry a steer; sample instead, or remove the steer"
         )
-    argument = _as_argument(steer)
-    if not _is_admitted(steer, plan):
-        data = {k: v for k, v in data.items() if k not in ("stream", "stream_options")}
-    elif in_arguments and argument is steer:
-        return body
-    data["vllm_xargs"] = {**arguments, "steer": argument}
-    return json.dumps(data).encode()
+    arguments = {**inside, **{name: _as_argument(value) for name, value in asked.items()}}
+    is_admitted = _is_admitted(asked, plan)
+    reports = is_admitted and _asks_for_strengths(asked)
+    if is_admitted and arguments == inside:
+        return Rewritten(body, reports)
+    left_out = FIELDS if is_admitted else (*FIELDS, "stream", "stream_options")
+    data = {name: value for name, value in data.items() if name not in left_out}
+    return Rewritten(json.dumps({**data, "vllm_xargs": arguments}).encode(), reports)
+
+
+def _read_json(body: bytes, plan: SteerPlan) -> dict[str, Any] | None:
+    """The body if it may ask for anything of ours, None if it is vLLM's alone."""
+    if not _may_ask(body, plan):
+        return None
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        return None  # vLLM answers it as it answers any malformed body
+    return data if isinstance(data, dict) else None
 
 
 def _takes_arguments(route: str) -> bool:
@@ -101,15 +126,20 @@ def _takes_arguments(route: str) -> bool:
     return route.endswith(STEERABLE)
 
 
-def _is_admitted(steer: Any, plan: SteerPlan) -> bool:
-    """Whether admission will take the value. vLLM would answer a stream with 200 before it asks;
+def _is_admitted(asked: Mapping[str, Any], plan: SteerPlan) -> bool:
+    """Whether admission will take the values. vLLM would answer a stream with 200 before it asks;
     without streaming its answer is the 400, and it comes from behind the check of API keys.
     """
     try:
-        plan.doses(steer)
+        plan.doses(asked.get("steer"))
+        _asks_for_strengths(asked)
     except SteerRequestError:
         return False
     return True
+
+
+def _asks_for_strengths(asked: Mapping[str, Any]) -> bool:
+    return asked_strengths(SimpleNamespace(extra_args=asked))
 
 
 def _may_ask(body: bytes, plan: SteerPlan) -> bool:
@@ -124,10 +154,10 @@ def preset_of(model: Any, plan: SteerPlan) -> str | None:
     return name if name in plan.presets else None
 
 
-def _as_argument(steer: Any) -> Any:
+def _as_argument(value: Any) -> Any:
     """vLLM's extra arguments take no nested objects: those travel as JSON in a string."""
-    plain = isinstance(steer, str | int | float) and not isinstance(steer, bool)
-    return steer if plain else json.dumps(steer)
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return value if plain else json.dumps(value)
 
 
 async def _read_body(receive: Receive) -> bytes:
@@ -152,11 +182,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return replay
-
-
-def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
-    kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-    return [*kept, (b"content-length", str(length).encode())]
 
 
 async def _reject(send: Send, message: str) -> None:

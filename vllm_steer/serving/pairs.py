@@ -20,6 +20,8 @@ _NONE = -1
 class Uses:
     """A line per steered request: the slots it takes, and each one's scale, epsilon times strength.
 
+    For a dynamic dose the scale is epsilon, its strength lies on the device.
+
     Filled when a request comes or goes, so that a batch of any size takes no loop over its
     requests. The last line is nobody's and stays empty: it stands for all requests without a steer.
     """
@@ -48,7 +50,8 @@ class Uses:
         line = self._line_of[req_id] = self._free.pop()
         for place, dose in enumerate(mine):
             self._slots[line, place] = self._shelf.slots[dose.steer]
-            self._scales[line, place] = dose.strength * self._shelf.epsilon(dose.steer)
+            strength = 1.0 if dose.dynamic else dose.strength
+            self._scales[line, place] = strength * self._shelf.epsilon(dose.steer)
 
     def of(self, req_ids: Sequence[str]) -> tuple[IntArray, SlotArray, FloatArray]:
         """The uses of a batch, in its order: whose they are (an index into ``req_ids``), slots,
@@ -86,10 +89,15 @@ def steered_rows(rows: BatchRows, uses: Uses) -> SteeredRows | None:
     if not rows.one_each:
         pair_rows, copies = _rows_of(rows, users)
         slots, scales = np.repeat(slots, copies), np.repeat(scales, copies)
-    if pair_rows.size == 0:
+    return sorted_pairs(pair_rows, slots, scales)
+
+
+def sorted_pairs(rows: IntArray, slots: SlotArray, scales: FloatArray) -> SteeredRows | None:
+    """Pairs whose rows ascend, by slot and then by row; None if there are none."""
+    if rows.size == 0:
         return None
-    order = np.argsort(slots, kind="stable")  # rows ascend within a slot: users ascend
-    return SteeredRows(rows=pair_rows[order], scales=scales[order], groups=_groups(slots))
+    order = np.argsort(slots, kind="stable")
+    return SteeredRows(rows=rows[order], scales=scales[order], groups=_groups(slots))
 
 
 def _rows_of(rows: BatchRows, users: IntArray) -> tuple[IntArray, IntArray]:

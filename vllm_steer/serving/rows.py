@@ -1,7 +1,7 @@
 """A step's requests, rows and tokens, as both model runners tell them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -15,10 +15,14 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SteeredRequest:
-    """A request in flight that takes steers; ``prompt_len`` says which of its tokens are prompt."""
+    """A request in flight that takes steers; ``prompt_len`` says which of its tokens are prompt.
+
+    ``tables`` says by index of a dynamic dose where its strengths begin in the pool.
+    """
 
     doses: tuple[Dose, ...]
     prompt_len: int
+    tables: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

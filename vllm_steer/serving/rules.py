@@ -15,13 +15,14 @@ from vllm_steer.serving.rows import IntArray, SteeredRequest
 
 FloatArray = npt.NDArray[np.float32]
 
+_NO_TABLE = -1
 _END = np.iinfo(np.int64).max
-_INTEGERS = ("start", "stride", "origin", "first", "last")
+_INTEGERS = ("start", "stride", "origin", "first", "last", "table")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """One request's doses at one site, worked out once: ``[5, k]``, ``[2, k]`` and ``[L, k]``."""
+    """One request's doses at one site, worked out once: ``[6, k]``, ``[2, k]`` and ``[L, k]``."""
 
     request: SteeredRequest
     integers: IntArray
@@ -33,12 +34,13 @@ def guidance_rules(
     req_ids: Sequence[str],
     requests: Mapping[str, SteeredRequest],
     shelf: LayerShelf,
-    device: torch.device,
+    history: torch.Tensor,
     known: dict[str, Columns] | None = None,
 ) -> Rules:
     """The rules of a batch at one site, as deep as the most doses that one request takes there.
 
-    ``known`` keeps each request's columns from one batch to the next.
+    ``history`` holds the strengths of dynamic doses, on the device that the rules go to; ``known``
+    keeps each request's columns from one batch to the next.
     """
     known = {} if known is None else known
     for gone in known.keys() - requests.keys():
@@ -51,6 +53,7 @@ def guidance_rules(
     depth = max((column.integers.shape[1] for column in columns.values()), default=0)
     shape = (depth, len(req_ids))
     integers = np.zeros((len(_INTEGERS), *shape), dtype=np.int64)
+    integers[_INTEGERS.index("table")] = _NO_TABLE
     floats = np.zeros((2, *shape), dtype=np.float32)
     layers = np.zeros((len(shelf.layers), *shape), dtype=np.float32)
     for row, column in columns.items():
@@ -58,9 +61,9 @@ def guidance_rules(
         integers[:, :own, row] = column.integers
         floats[:, :own, row] = column.floats
         layers[:, :own, row] = column.layers
-    whole, (strength, slope), acts = upload([integers, floats, layers], device)
+    whole, (strength, slope), acts = upload([integers, floats, layers], history.device)
     named = dict(zip(_INTEGERS, whole, strict=True))
-    return Rules(**named, strength=strength, slope=slope, layers=acts)
+    return Rules(**named, strength=strength, slope=slope, layers=acts, history=history)
 
 
 def dose_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int]:
@@ -70,6 +73,8 @@ def dose_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int]
         last = prompt_len
     elif dose.phase == "generation":
         first = prompt_len
+    elif dose.phase == "answer":
+        first = prompt_len - 1
     if steps is not None:
         taken = 1 if dose.schedule == "start" else steps
         first, last = max(first, prompt_len - 1), min(last, prompt_len - 1 + taken)
@@ -86,10 +91,16 @@ def _known_columns(
 
 
 def _columns(request: SteeredRequest, shelf: LayerShelf) -> Columns:
-    taken = [(d, shelf.entries[d.steer]) for d in request.doses if d.steer in shelf.entries]
-    integers = [_integers(dose, entry, request.prompt_len) for dose, entry in taken]
-    floats = [(dose.strength, _slope(dose, entry)) for dose, entry in taken]
-    acts = [np.isin(shelf.layers, dose.layers or entry.layers) for dose, entry in taken]
+    taken = [
+        (dose, shelf.entries[dose.steer], request.tables.get(index, _NO_TABLE))
+        for index, dose in enumerate(request.doses)
+        if dose.steer in shelf.entries
+    ]
+    integers = [
+        (*_integers(dose, entry, request.prompt_len), table) for dose, entry, table in taken
+    ]
+    floats = [(dose.strength, _slope(dose, entry)) for dose, entry, _ in taken]
+    acts = [np.isin(shelf.layers, dose.layers or entry.layers) for dose, entry, _ in taken]
     return Columns(
         request,
         integers=np.array(integers, dtype=np.int64).reshape(-1, len(_INTEGERS)).T,
@@ -99,8 +110,8 @@ def _columns(request: SteeredRequest, shelf: LayerShelf) -> Columns:
 
 
 def _integers(dose: Dose, entry: Entry, prompt_len: int) -> tuple[int, int, int, int, int]:
-    stride, origin = (0, 0) if entry.steps is None else (1, prompt_len - 1)
-    return (entry.start, stride, origin, *dose_span(dose, entry.steps, prompt_len))
+    stride = 0 if entry.steps is None else 1
+    return (entry.start, stride, prompt_len - 1, *dose_span(dose, entry.steps, prompt_len))
 
 
 def _slope(dose: Dose, entry: Entry) -> float:

@@ -13,21 +13,27 @@ from typing import Any
 import numpy as np
 
 from vllm_steer.errors import SteerError
+from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.rows import Step
+from vllm_steer.serving.streams.strengths import WorkedOut
 
 
 def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool) -> None:
     """Connect a runner. Raises ``SteerError`` if it does not work as this vLLM range does."""
     _wrap(runner, "execute_model", functools.partial(_begin, batch))
+    _wrap(runner, "execute_model", functools.partial(_answer, batch))
+    _wrap(runner, "sample_tokens", functools.partial(_answer, batch))
     if v2:
         _require_calls(runner, "execute_model", "prepare_inputs")
         _require_calls(runner, "sample", "compute_logits")
         _wrap(runner, "prepare_inputs", functools.partial(_announce_v2, batch))
+        _wrap(runner, "prepare_inputs", functools.partial(_force_tokens_v2, runner))
         _wrap_prompt_logprobs_v2(runner, batch)
     else:
         _require_calls(runner, "execute_model", "_prepare_inputs")
         _require_calls(runner, "execute_model", "compute_logits")
+        _wrap(runner, "execute_model", functools.partial(_force_tokens_v1, runner))
         _wrap(runner, "_dummy_run", functools.partial(_rest, batch))
         _wrap(runner, "_prepare_inputs", functools.partial(_announce_v1, batch, runner))
         _wrap(runner, "_get_prompt_logprobs_dict", functools.partial(_prompt_logprobs_v1, batch))
@@ -43,7 +49,53 @@ def _begin(batch: SteeredBatch, original: Any, scheduler_output: Any, *args: Any
                 for new in scheduler_output.scheduled_new_reqs
             ),
             scheduler_output.finished_req_ids,
+            getattr(scheduler_output, "steer_turn", None),
         )
+    return original(scheduler_output, *args, **kw)
+
+
+def _answer(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
+    """Hand the strengths of a step over with its tokens."""
+    output = original(*args, **kw)
+    if not batch.dynamic.requests or output is None:
+        return output
+    answer = batch.dynamic.strengths.take_answer()
+    if answer is None:
+        return output
+    if hasattr(output, "get_output"):
+        read = output.get_output
+        output.get_output = lambda: _with_answer(read(), answer)
+        return output
+    return _with_answer(output, answer)
+
+
+def _with_answer(output: Any, answer: WorkedOut) -> Any:
+    output.steer_strengths = answer.read()
+    return output
+
+
+def _force_tokens_v1(
+    runner: Any, original: Any, scheduler_output: Any, *args: Any, **kw: Any
+) -> Any:
+    """Base and probe streams read the main stream's token, not the one that they sampled."""
+    turn = getattr(scheduler_output, "steer_turn", None)
+    for req_id, (count, token) in turn.tokens.items() if turn is not None else ():
+        runner.requests[req_id].output_token_ids[count - 1 :] = [token]
+    return original(scheduler_output, *args, **kw)
+
+
+def _force_tokens_v2(
+    runner: Any, original: Any, scheduler_output: Any, *args: Any, **kw: Any
+) -> Any:
+    turn = getattr(scheduler_output, "steer_turn", None)
+    if turn is not None and turn.tokens:
+        slots = [runner.req_states.req_id_to_index[req_id] for req_id in turn.tokens]
+        sampled = runner.req_states.last_sampled_tokens
+        where, tokens = upload(
+            [np.array(slots), np.array([token for _, token in turn.tokens.values()])],
+            sampled.device,
+        )
+        sampled[where, 0] = tokens
     return original(scheduler_output, *args, **kw)
 
 

@@ -81,7 +81,7 @@ class _WorkerSteering:
                 max_doses=self._plan.limits.max_steers_per_request,
             )
         bank = None
-        if heads and get_pp_group().is_last_rank:
+        if get_pp_group().is_last_rank:
             bank = fill_head_bank(heads, dtype=config.model_config.dtype, device=device)
         if bank is None and self._layers is None:
             return

@@ -1,0 +1,44 @@
+"""What an engine in this process has in hand: its scheduler, and what it has not let go."""
+
+from pathlib import Path
+from typing import Any
+
+
+def scheduler_of(llm: Any) -> Any:
+    """vLLM's scheduler."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def worker_of(llm: Any) -> Any:
+    """What the plugin keeps in the one worker."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker
+
+
+def preemptions(llm: Any) -> float:
+    """How often a request has lost its blocks."""
+    return float({m.name: m for m in llm.get_metrics()}["vllm:num_preemptions"].value)
+
+
+def leftovers(llm: Any) -> dict[str, int]:
+    """Whatever of finished requests is still held; nothing, where all is well."""
+    scheduler = scheduler_of(llm)
+    running, waiting = scheduler.get_request_counts()
+    pool = scheduler.kv_cache_manager.block_pool
+    held = {
+        "running": running,
+        "waiting": waiting,
+        "requests": len(scheduler.requests),
+        "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is the null block
+    }
+    turns = getattr(scheduler, "vllm_steer_turns", None)
+    if turns is not None:
+        held["groups"] = len(turns.groups)
+        held["members"] = len(turns._group_of)
+    return {name: count for name, count in held.items() if count}
+
+
+def resident_mib() -> float:
+    """Memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20

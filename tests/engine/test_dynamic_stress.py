@@ -1,0 +1,197 @@
+"""Dynamic strengths where blocks and seats are few, and where requests end before their time."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from dynamic_outputs import assert_dynamic
+from engines import Setting, doses_of, dynamic, engine, greedy, is_dynamic, reporting
+from reference import assert_guided, load_reference
+from scheduling import leftovers, preemptions, resident_mib, scheduler_of
+
+from vllm_steer import embedded, load_steer
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+CONFIG = str(embedded.STEER_CONFIG)
+
+FRENCH = {"french-delta": dynamic(top_p=0.6)}
+TWO = {**FRENCH, "german-delta": dynamic(1.5, top_p=0.8)}
+THREE = {**TWO, "formality-vector": dynamic(3.0, top_p=0.9)}
+HEAD = {"sentiment": dynamic(5.0, top_p=0.7)}
+KINDS: tuple[Setting, ...] = (
+    {},
+    FRENCH,
+    HEAD,
+    TWO,
+    {"sentiment": 4.0},
+    {"formality-shift": dynamic(-2.0, top_p=0.9), "german-delta": 1.0},
+    {"french-delta": {"strength": 1.5, "schedule": "dim"}},
+    {**FRENCH, **HEAD},
+)
+REQUESTS: tuple[Setting, ...] = (*KINDS, *KINDS)
+
+
+@pytest.fixture(scope="module")
+def steers() -> dict[str, Any]:
+    return {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return load_reference(embedded.MODEL)
+
+
+def texts(count: int, length: int, *, seed: int = 3) -> list[dict[str, list[int]]]:
+    """Prompts of random tokens, of that length and somewhat less."""
+    rng = random.Random(seed)
+    return [
+        {"prompt_token_ids": [rng.randrange(3, 1500) for _ in range(length - index % 5)]}
+        for index in range(count)
+    ]
+
+
+def check(outputs: Any, settings: Sequence[Setting], reference: Any, steers: Any) -> None:
+    for output, setting in zip(outputs, settings, strict=True):
+        doses = doses_of(setting, steers)
+        if is_dynamic(setting):
+            assert_dynamic(output, reference, doses, steers)
+        else:
+            assert_guided(output, reference, doses, steers)
+
+
+def serve(llm: Any, asked: Any, settings: Sequence[Setting], **options: Any) -> Any:
+    return llm.generate(asked, reporting(greedy(settings, **options)), use_tqdm=False)
+
+
+def test_chunked_prefill_and_preemption(reference: Any, steers: Any) -> None:
+    options = {
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 32,
+        "num_gpu_blocks_override": 40,
+        "block_size": BLOCK,
+    }
+    with engine(embedded.MODEL, CONFIG, **options) as llm:
+        outputs = serve(llm, texts(16, 70), REQUESTS, max_tokens=40)
+        count, held = preemptions(llm), leftovers(llm)
+    assert count > 0
+    assert held == {}
+    check(outputs, REQUESTS, reference, steers)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("seats", [5, 7])
+def test_few_seats(seats: int, reference: Any, steers: Any) -> None:
+    with engine(embedded.MODEL, CONFIG, max_num_seqs=seats) as llm:
+        outputs = serve(llm, texts(16, 12), REQUESTS)
+        held = leftovers(llm)
+    assert held == {}
+    check(outputs, REQUESTS, reference, steers)
+
+
+@pytest.mark.matrix
+def test_without_a_prefix_cache(reference: Any, steers: Any) -> None:
+    with engine(embedded.MODEL, CONFIG, enable_prefix_caching=False) as llm:
+        outputs = serve(llm, texts(16, 70), REQUESTS)
+    check(outputs, REQUESTS, reference, steers)
+
+
+@pytest.mark.matrix
+def test_streams_take_the_prompt_from_the_prefix_cache_and_leave_it_clean(
+    reference: Any, steers: Any
+) -> None:
+    (prompt,) = texts(1, 100)
+    settings = [{}, FRENCH, TWO, {}, HEAD, {"french-delta": 1.5}, TWO, {}]
+    with engine(embedded.MODEL, CONFIG, block_size=BLOCK) as llm:
+        outputs = [serve(llm, prompt, [setting], max_tokens=40)[0] for setting in settings]
+        longer = [
+            {"prompt_token_ids": [*output.prompt_token_ids, *output.outputs[0].token_ids]}
+            for output in outputs
+        ]
+        again = [
+            serve(llm, text, [asked])[0]
+            for text, setting in zip(longer, settings, strict=True)
+            for asked in ({}, setting)
+        ]
+    assert [output.num_cached_tokens for output in outputs] == [0] + [96] * 7
+    check(outputs, settings, reference, steers)
+    check(again, [asked for setting in settings for asked in ({}, setting)], reference, steers)
+
+
+@pytest.fixture(scope="module")
+def llm(reference: Any) -> Iterator[Any]:
+    with engine(embedded.MODEL, CONFIG, max_num_seqs=96, block_size=BLOCK) as llm:
+        yield llm
+
+
+def finished(core: Any, wanted: int) -> list[Any]:
+    """Run an engine until that many requests have ended."""
+    outputs: list[Any] = []
+    while len(outputs) < wanted:
+        outputs += [output for output in core.step() if output.finished]
+    return outputs
+
+
+def test_a_stream_that_dies_takes_its_request_with_it_and_no_other(
+    llm: Any, reference: Any, steers: Any
+) -> None:
+    from vllm.v1.request import RequestStatus
+
+    core, scheduler = llm.llm_engine, scheduler_of(llm)
+    settings: list[Setting] = [TWO, {}, FRENCH, HEAD]
+    asked = zip(texts(4, 12), reporting(greedy(settings, max_tokens=30)), strict=True)
+    ids = [core.add_request(str(index), *request) for index, request in enumerate(asked)]
+    for _ in range(7):
+        assert not any(output.finished for output in core.step())
+    group = scheduler.vllm_steer_turns.groups[ids[0]]
+    scheduler.finish_requests(next(iter(group.streams)), RequestStatus.FINISHED_ABORTED)
+    outputs = sorted(finished(core, 4), key=lambda output: output.request_id)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", *["length"] * 3]
+    assert len(outputs[0].outputs[0].token_ids) < 10
+    assert leftovers(llm) == {}
+    check(outputs[1:], settings[1:], reference, steers)
+
+
+def test_a_request_that_is_aborted_at_any_moment_leaves_nothing(llm: Any) -> None:
+    core = llm.llm_engine
+    for moment in range(8):
+        (request_id,) = [core.add_request("gone", texts(1, 40)[0], *reporting(greedy([THREE])))]
+        for _ in range(moment):
+            core.step()
+        core.abort_request(["gone"])
+        while core.has_unfinished_requests() or scheduler_of(llm).has_requests():
+            core.step()
+        assert leftovers(llm) == {}, f"{request_id} after {moment} steps"
+
+
+@pytest.mark.matrix
+def test_a_thousand_requests_with_aborts_leave_nothing_and_no_memory(llm: Any) -> None:
+    core, rng = llm.llm_engine, random.Random(5)
+    prompts = texts(50, 40)
+    settings = [THREE, FRENCH, HEAD, TWO, {**FRENCH, **HEAD}, {**FRENCH, "formality": 2.0}]
+    memory: dict[int, float] = {}
+    live: set[str] = set()
+    started = ended = aborted = 0
+    while ended < 1000:
+        while len(live) < 16 and started < 1000:
+            (params,) = reporting(greedy([settings[started % 6]], max_tokens=rng.randint(1, 12)))
+            core.add_request(str(started), prompts[started % 50], params)
+            live.add(str(started))
+            started += 1
+        gone = {output.request_id for output in core.step() if output.finished}
+        if live - gone and rng.random() < 0.1:
+            victim = rng.choice(sorted(live - gone))
+            core.abort_request([victim])
+            gone.add(victim)
+            aborted += 1
+        live -= gone
+        ended += len(gone)
+        if ended >= 300:
+            memory.setdefault(300, resident_mib())
+    while scheduler_of(llm).has_requests():
+        core.step()
+    assert aborted > 50
+    assert leftovers(llm) == {}
+    assert resident_mib() - memory[300] < 16

@@ -1,0 +1,319 @@
+"""Which requests with dynamic strength an engine takes in, and how the others are answered."""
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from guidance import delta, head, plan_for, vector
+from vllm import PoolingParams, SamplingParams
+from vllm.config import ParallelConfig, SchedulerConfig, VllmConfig
+
+from vllm_steer import SteerError, SteerRequestError
+from vllm_steer.doses import Dose
+from vllm_steer.serving import engine_config
+from vllm_steer.serving.admission import (
+    RejectedSteer,
+    admit,
+    asked_strengths,
+    doses_of,
+    key_request,
+)
+from vllm_steer.serving.cache_key import SteeredSalt
+from vllm_steer.serving.streams.stream import STREAM, Stream
+
+STEERS: dict[str, Any] = {
+    "fr": delta(3, (0, 2)),
+    "de": delta(3, (0, 2), seed=1),
+    "push": vector((0, 2)),
+    "word": head(),
+}
+PLAN = plan_for(STEERS)
+
+INSIDE, AT_HEAD = "fr:dynamic", "word:dynamic"
+MIXED = "word:dynamic,push:1"
+DYNAMIC = [INSIDE, "push:dynamic", "fr:dynamic,de:dynamic:1", AT_HEAD, MIXED]
+
+
+def engine(default: str = "none", **changed: Any) -> Any:
+    """An engine's config that can serve dynamic strengths, but for what is changed in it."""
+    parts: dict[str, Any] = {
+        "speculative_config": None,
+        "lora_config": None,
+        "kv_transfer_config": None,
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
+        "scheduler_config": SimpleNamespace(max_num_seqs=4, async_scheduling=False),
+    }
+    for path, value in changed.items():
+        part, _, field = path.partition("__")
+        if field:
+            setattr(parts[part], field, value)
+        else:
+            parts[part] = value
+    plan = plan_for(STEERS, default=default)
+    return SimpleNamespace(additional_config={"steer": plan.to_json()}, **parts)
+
+
+def params(steer: Any = None, *, extra: Any = None, **fields: Any) -> SamplingParams:
+    own = {} if steer is None else {"steer": steer}
+    return SamplingParams(extra_args={**own, **(extra or {})} or None, **fields)
+
+
+def request(sampling_params: Any, **fields: Any) -> Any:
+    given = {"request_id": "r", "prompt_token_ids": [1, 2, 3], "prompt_embeds": None} | fields
+    return SimpleNamespace(sampling_params=sampling_params, cache_salt=None, **given)
+
+
+@pytest.mark.parametrize("steer", DYNAMIC)
+@pytest.mark.parametrize("seats", [{}, {"scheduler_config__max_num_active_seqs": None}], ids=str)
+def test_an_ordinary_engine_takes_dynamic_requests(steer: str, seats: Any) -> None:
+    asked = params(steer, temperature=0.7, logprobs=3, n=2, extra={"steer_strengths": True})
+    admit(asked, engine(**seats))
+    key_request(request(asked), engine(**seats))
+    admit(params(), engine(steer, **seats))
+
+
+EVERYWHERE: list[tuple[dict[str, Any], str]] = [
+    (
+        {"speculative_config": SimpleNamespace(method="ngram")},
+        "does not work with speculative decoding: .*; restart without a draft model, or give the "
+        "steers fixed strengths",
+    ),
+    (
+        {"scheduler_config__async_scheduling": True},
+        "does not work with asynchronous scheduling, .*; restart with --no-async-scheduling, or",
+    ),
+]
+IN_STREAMS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"parallel_config__pipeline_parallel_size": 2},
+        "does not work with pipeline parallelism: .*; restart with pipeline_parallel_size 1, or",
+    ),
+    (
+        {"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")},
+        "does not work with a KV connector, .*; restart without kv_transfer_config, or",
+    ),
+    (
+        {"scheduler_config__max_num_seqs": 2},
+        r"need 3 streams side by side and the engine runs 2 requests at once; .* "
+        r"--max-num-seqs 3 or more",
+    ),
+    ({"scheduler_config__max_num_active_seqs": 2}, "the engine runs 2 requests at once"),
+]
+
+
+EVERYWHERE_IDS = ["speculation", "asynchronous"]
+IN_STREAMS_IDS = ["pipeline", "connector", "seats", "active-seats"]
+
+
+def assert_refused(steer: str, changed: dict[str, Any], message: str) -> None:
+    """At both doors, also as the default of a request that does not ask; fixed doses are not."""
+    for call in (
+        lambda: admit(params(steer), engine(**changed)),
+        lambda: key_request(request(params(steer)), engine(**changed)),
+        lambda: admit(params(), engine(steer, **changed)),
+        lambda: key_request(request(params()), engine(steer, **changed)),
+    ):
+        with pytest.raises(RejectedSteer, match=message) as caught:
+            call()
+        assert len(str(caught.value)) < 400
+    for fixed in (None, "none", "fr:1", "word:2,push:1"):
+        admit(params(fixed), engine(**changed))
+    admit(params("none"), engine(steer, **changed))
+
+
+@pytest.mark.parametrize(("changed", "message"), EVERYWHERE, ids=EVERYWHERE_IDS)
+@pytest.mark.parametrize("steer", DYNAMIC)
+def test_an_engine_that_serves_no_dynamic_strength_says_why(
+    steer: str, changed: dict[str, Any], message: str
+) -> None:
+    assert_refused(steer, changed, message)
+
+
+@pytest.mark.parametrize(("changed", "message"), IN_STREAMS, ids=IN_STREAMS_IDS)
+def test_what_only_streams_need_is_asked_only_of_requests_with_streams(
+    changed: dict[str, Any], message: str
+) -> None:
+    assert_refused(INSIDE, changed, message)
+    admit(params(AT_HEAD), engine(**changed))
+
+
+def test_each_probed_steer_needs_a_seat() -> None:
+    two = engine(scheduler_config__max_num_seqs=3)
+    admit(params("fr:dynamic,word:dynamic"), two)
+    admit(params("word:dynamic,push:1"), engine(scheduler_config__max_num_seqs=2))
+    with pytest.raises(RejectedSteer, match="need 4 streams side by side and the engine runs 3"):
+        admit(params("fr:dynamic,de:dynamic"), two)
+
+
+def test_an_engine_with_lora_serves_dynamic_strength_inside_the_layers_only() -> None:
+    lora = {"lora_config": SimpleNamespace(max_loras=1)}
+    admit(params(INSIDE), engine(**lora))
+    admit(params("fr:dynamic,word:1"), engine(**lora))
+    for steer in (AT_HEAD, MIXED, "fr:dynamic,word:dynamic"):
+        assert_refused(steer, lora, "LoRA for a steer at the LM head: .* without the adapter; rest")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda steer: params(steer, prompt_logprobs=2), r"leave prompt_logprobs away, or give"),
+        (lambda steer: params(steer, prompt_logprobs=0), "there are no prompt logprobs under it"),
+        (lambda steer: SimpleNamespace(extra_args=_asking(steer)), "has SimpleNamespace; generate"),
+    ],
+    ids=["prompt-logprobs", "prompt-logprobs-0", "others"],
+)
+@pytest.mark.parametrize("steer", DYNAMIC)
+def test_sampling_parameters_that_do_not_go_with_dynamic_strength(
+    steer: str, given: Callable[[str | None], Any], message: str
+) -> None:
+    with pytest.raises(RejectedSteer, match=r"^dynamic strength \(") as caught:
+        admit(given(steer), engine())
+    assert caught.match(message)
+    with pytest.raises(RejectedSteer, match=message):
+        admit(given(None), engine(steer))
+    admit(given("fr:1"), engine(steer))
+    admit(given("none"), engine(steer))
+
+
+def test_a_dynamic_default_is_not_for_pooling() -> None:
+    with pytest.raises(RejectedSteer, match="the request has PoolingParams; generate with"):
+        admit(PoolingParams(), engine(INSIDE))
+    admit(PoolingParams(), engine("fr:1"))
+
+
+def _asking(steer: str | None) -> dict[str, Any]:
+    return {} if steer is None else {"steer": steer}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_embeds": torch.zeros(3, 5)}, "prompt embeddings; send text or token ids, or"),
+        ({"mm_features": [object()]}, "images, audio or video in the prompt; send text only, or"),
+    ],
+    ids=["embeddings", "images"],
+)
+def test_a_prompt_that_streams_cannot_share(fields: dict[str, Any], message: str) -> None:
+    for asked, config in ((params(INSIDE), engine()), (params(), engine(INSIDE))):
+        with pytest.raises(RejectedSteer, match=message):
+            key_request(request(asked, **fields), config)
+    for fixed in ("fr:1", "none", AT_HEAD):
+        key_request(request(params(fixed), **fields), engine())
+
+
+@pytest.mark.parametrize("steer", DYNAMIC)
+def test_a_prompt_that_grows_has_no_dynamic_strength(steer: str) -> None:
+    with pytest.raises(RejectedSteer, match="streaming input, whose prompt grows; send the whole"):
+        key_request(request(params(steer), resumable=True), engine())
+    key_request(request(params("word:1"), resumable=True), engine(steer))
+
+
+@pytest.mark.parametrize("steer", [None, "none", "fr:1", INSIDE])
+def test_nobody_else_may_say_that_a_request_is_a_stream(steer: str | None) -> None:
+    forged = params(steer, extra={STREAM: Stream("other", INSIDE, 0).to_args()})
+    for call in (
+        lambda: admit(forged, engine()),
+        lambda: key_request(request(forged), engine()),
+        lambda: admit(params(steer, extra={STREAM: 0}), engine()),
+    ):
+        with pytest.raises(RejectedSteer, match=f"{STREAM} is given, .*; leave it away"):
+            call()
+    admit(forged, SimpleNamespace(additional_config=None))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        *((value, True) for value in (True, 1, 1.0, "true", "True", " TRUE ", "1")),
+        *((value, False) for value in (None, False, 0, 0.0, "false", "False", "0")),
+    ],
+    ids=repr,
+)
+def test_strengths_are_asked_for_with_a_boolean_however_it_arrives(
+    given: Any, wanted: bool
+) -> None:
+    asked = params(INSIDE, extra={"steer_strengths": given})
+    assert asked_strengths(asked) is wanted
+    admit(asked, engine())
+    admit(params(extra={"steer_strengths": given}), engine())
+
+
+@pytest.mark.parametrize("given", ["yes", "", 2, -1, 0.5, float("nan"), [], [True], {}], ids=repr)
+@pytest.mark.parametrize("steer", [None, INSIDE])
+def test_what_is_no_boolean_does_not_ask_for_strengths(given: Any, steer: str | None) -> None:
+    asked = params(steer, extra={"steer_strengths": given})
+    with pytest.raises(SteerRequestError, match=r"steer_strengths is .*; true or false is wanted"):
+        asked_strengths(asked)
+    with pytest.raises(RejectedSteer, match=r"steer_strengths is .*; true or false is wanted"):
+        admit(asked, engine())
+
+
+def test_nobody_asks_for_strengths_by_asking_for_nothing() -> None:
+    assert not asked_strengths(None)
+    assert not asked_strengths(SamplingParams())
+    assert not asked_strengths(params(INSIDE))
+
+
+def test_a_stream_takes_what_its_request_lends_it() -> None:
+    steer = {"push": 1, "fr": {"strength": "dynamic", "max": -1.5, "layers": "2"}}
+
+    def of(dose: int | None, steer: Any = steer, default: str = "none") -> tuple[Dose, ...]:
+        stream = Stream("r", steer, dose).to_args()
+        return doses_of(params(extra={STREAM: stream}), plan_for(STEERS, default=default))
+
+    assert of(None) == ()
+    assert of(1) == (Dose("fr", -1.5, (2,), "answer"),)
+    assert of(0, None, "fr:dynamic:3") == (Dose("fr", 3.0, phase="answer"),)
+
+
+def test_a_dynamic_request_inside_the_layers_has_a_salt_that_carries_its_keys() -> None:
+    given = request(params("fr:dynamic,push:1"))
+    key_request(given, engine())
+    assert isinstance(given.cache_salt, SteeredSalt)
+    assert sorted(key.position for key in given.cache_salt.keys) == [0, 2]
+    given = request(params(AT_HEAD))
+    key_request(given, engine())
+    assert given.cache_salt is None
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """The start-up checks, of which the model's own are passed."""
+    for name in ("_check_kernels", "_check_family", "_check_steer"):
+        monkeypatch.setattr(engine_config, name, lambda *args: None)
+    monkeypatch.setattr(engine_config, "_REFUSED", ())
+    monkeypatch.setattr(engine_config, "_REFUSED_INSIDE", ())
+
+    def check(config: Any) -> None:
+        config.device_config = SimpleNamespace(device_type="cpu")
+        config.model_config = None
+        engine_config.check_engine(config)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [*EVERYWHERE, *IN_STREAMS],
+    ids=[*EVERYWHERE_IDS, *IN_STREAMS_IDS],
+)
+def test_an_engine_that_could_serve_no_request_by_default_does_not_start(
+    start: Callable[[Any], None], changed: dict[str, Any], message: str
+) -> None:
+    start(engine(INSIDE))
+    start(engine("fr:1", **changed))
+    with pytest.raises(SteerError, match=f"^default: .*{message}") as caught:
+        start(engine(INSIDE, **changed))
+    assert not isinstance(caught.value, SteerRequestError)
+
+
+def test_the_settings_that_are_asked_for_are_vllms() -> None:
+    for owner, names in [
+        (VllmConfig, ["speculative_config", "lora_config", "kv_transfer_config"]),
+        (ParallelConfig, ["pipeline_parallel_size"]),
+        (SchedulerConfig, ["max_num_seqs", "async_scheduling"]),
+    ]:
+        assert set(names) <= {field.name for field in dataclasses.fields(owner)}

@@ -1,0 +1,258 @@
+"""``vllm-steer eval`` of a file of properties, with a stand-in engine: the run and its report."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from vllm_steer import DeltaSteer, SteerError, VectorSteer, save_steer
+from vllm_steer.cli import app
+from vllm_steer.evaluation.answers import Answers
+from vllm_steer.evaluation.composition import writing
+from vllm_steer.evaluation.sampling import Sampling
+
+TEXTS = 4
+
+
+def value(dose: Mapping[str, Any]) -> float:
+    """How strongly a stand-in engine takes a dose: a dynamic one at half of its maximum."""
+    return dose["max"] / 2 if dose["strength"] == "dynamic" else dose["strength"]
+
+
+@dataclass
+class StandIn:
+    """Of 4 texts as many have `oui` as ``a`` is strong, and `good` as ``b`` is.
+
+    Together they are only as strong as they are dynamic: a fixed ``b`` weakens ``a`` by 1.
+    """
+
+    asked: list[Any] = field(default_factory=list)
+    started: int = 0
+    fails_after: int = 1000
+
+    @contextmanager
+    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["StandIn"]:
+        assert all(path.exists() for path in files.values())
+        self.started += 1
+        yield self
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        steer: Mapping[str, Any] | None = None,
+        *,
+        on_text: Callable[[int], None] | None = None,
+    ) -> list[Answers]:
+        if len(self.asked) == self.fails_after:
+            raise KeyboardInterrupt
+        self.asked.append((tuple(prompts), steer))
+        steer = steer or {}
+        strengths = {name: value(dose) for name, dose in steer.items()}
+        if "a" in steer and "b" in steer and steer["b"]["strength"] != "dynamic":
+            strengths["a"] -= 1
+        texts = tuple(
+            (" oui" if k < strengths.get("a", 0) else " no")
+            + (" good" if k < strengths.get("b", 0) else " bad")
+            for k in range(sampling.samples)
+        )
+        dynamic = {n: (2.0, 1.0) for n, dose in steer.items() if dose["strength"] == "dynamic"}
+        each = tuple(dynamic for _ in texts) if dynamic else ()
+        return [Answers(prompt, texts, each) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Price:
+    """A stand-in for perplexity: 2, and 1 more for each `oui` in four texts."""
+
+    name: str = "perplexity:m"
+    effect: None = None
+
+    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
+        texts = [text for answer in answers for text in answer.texts]
+        number = 2 + 4 * sum("oui" in text for text in texts) / len(texts)
+        return {"total_perplexity": number, "median": number}
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    found = StandIn()
+    monkeypatch.setattr(writing, "engine", found.engine)
+    from vllm_steer.evaluation import judges
+
+    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: Price())  # type: ignore[index]
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a delta ``a``, a vector ``b``, prompts and lexicons."""
+    save_steer(DeltaSteer(delta=torch.ones(4, 1, 3), layers=(0,)), tmp_path / "a")
+    save_steer(VectorSteer(vectors=torch.ones(1, 3), layers=(0,)), tmp_path / "b")
+    (tmp_path / "prompts.txt").write_text("It was\nShe was\n")
+    (tmp_path / "others.txt").write_text("He was\n")
+    (tmp_path / "a.yaml").write_text("positive: [oui]\nnegative: ['no']\n")
+    (tmp_path / "b.yaml").write_text("positive: [good]\nnegative: [bad]\n")
+    write(tmp_path)
+    return tmp_path
+
+
+def write(place: Path, **changed: Any) -> None:
+    properties = {
+        name: {
+            "steer": name,
+            "judge": f"lexicon:{place / f'{name}.yaml'}",
+            "strengths": strengths,
+            "max": [4, 8],
+        }
+        for name, strengths in (("a", [2, 4]), ("b", [4]))
+    }
+    content = {"properties": properties, "seen": ["a", "b"], "unseen": "a+b", **changed}
+    (place / "asked.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def compare(place: Path, *options: Any, plot: bool = False) -> Any:
+    line = ["eval", "m", place / "asked.yaml", "--prompts", place / "prompts.txt"]
+    line += ["--out", place / "run", "--samples", TEXTS, *options]
+    line += [] if plot else ["--no-plot"]
+    result = CliRunner().invoke(app, [str(part) for part in line])
+    if isinstance(result.exception, SteerError):
+        raise result.exception
+    return result
+
+
+def rows(report: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    return {(row["combination"], row["method"]): row for row in report["rows"]}
+
+
+def test_strengths_are_chosen_on_the_seen_and_taken_over_for_the_unseen(
+    place: Path, stand_in: StandIn
+) -> None:
+    done = compare(place, "--json", "--choose-prompts", place / "others.txt")
+    report = json.loads(done.stdout)
+    fixed = {"a": {"strength": 4.0, "schedule": "fixed"}, "b": {"strength": 4.0}}
+    assert report["chosen"]["fixed"] == fixed
+    assert {dose["max"] for dose in report["chosen"]["dynamic"].values()} == {8.0}
+    found = rows(report)
+    assert found["a", "fixed"]["all"] == 1.0 and found["a", "fixed"]["share"] == {"a": 1.0}
+    assert found["a+b", "fixed"]["all"] == 0.75 and not found["a+b", "fixed"]["seen"]
+    assert found["a+b", "dynamic"]["all"] == 1.0
+    assert found["a+b", "none"]["all"] == 0.0
+    # Chosen on the other prompts alone, reported on these alone.
+    shown = {steer and tuple(steer): set() for _, steer in stand_in.asked}
+    for prompts, steer in stand_in.asked:
+        shown[steer and tuple(steer)].add(prompts)
+    assert shown["a", "b"] == {("It was", "She was")}
+    assert shown[None] == {("It was", "She was")}
+    assert shown[("a",)] == {("He was",), ("It was", "She was")}
+
+
+def test_figures_are_those_of_the_texts(place: Path, stand_in: StandIn) -> None:
+    found = rows(json.loads(compare(place, "--json").stdout))
+    figures = found["a+b", "fixed"]["figures"]
+    assert figures["perplexity:m"]["total_perplexity"] == 2 + 3
+    # Two words, the first one empty, and two more, in each of four texts: " oui good" three
+    # times and " no good": 2-grams are ("", oui), (oui, good), ("", no), (no, good).
+    assert figures["diversity"]["dist-2"] == pytest.approx(4 / 12)
+
+
+def test_a_row_that_a_kind_does_not_have_is_named(place: Path, stand_in: StandIn) -> None:
+    done = compare(place, "--json")
+    report = json.loads(done.stdout)
+    assert [(a["combination"], a["method"]) for a in report["absent"]] == [
+        ("b", "start"),
+        ("b", "dim"),
+    ]
+    assert "not there: b, start: not for this kind: start and dim are schedules" in done.stderr
+    assert "not there: a, dPPL: no prompts with demonstrations were given" in done.stderr
+    assert set(rows(report)) == {
+        *((c, m) for c in ("a", "b", "a+b") for m in ("none", "fixed", "dynamic")),
+        *((c, m) for c in ("a", "a+b") for m in ("start", "dim")),
+        *((c, "best fixed") for c in ("a", "b")),
+    }
+
+
+def test_strengths_come_back_with_the_texts_and_as_curves(place: Path, stand_in: StandIn) -> None:
+    compare(place, plot=True)
+    run = place / "run"
+    strengths = json.loads((run / "strengths.json").read_text())
+    assert strengths["a+b"]["b"] == [[[2.0, 1.0]] * TEXTS] * 2
+    row = rows(json.loads((run / "report.json").read_text()))["a+b", "dynamic"]
+    curve = {"mean": [2, 1], "lower": [2, 1], "upper": [2, 1], "texts": [8, 8]}
+    assert row["strength_over_tokens"] == {"a": curve, "b": curve}
+    (path,) = (run / "generations").glob("test.a+b.dynamic.*.jsonl")
+    written = json.loads(path.read_text().splitlines()[0])
+    assert written["generations"][0]["steer_strengths"] == {"a": [2.0, 1.0], "b": [2.0, 1.0]}
+    for name in ("report.png", "strengths.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert "## a+b (unseen)" in (run / "report.md").read_text()
+
+
+def test_an_interrupted_comparison_goes_on_and_may_be_asked_for_more(
+    place: Path, stand_in: StandIn
+) -> None:
+    stand_in.fails_after = 3
+    assert compare(place).exit_code != 0
+    assert not (place / "run" / "report.json").exists()
+    stand_in.fails_after = 1000
+    compare(place)
+    asked = len(stand_in.asked)
+    compare(place)
+    assert len(stand_in.asked) == asked
+    write(place, unseen=[], seen=["a", "b", "a+b"])
+    compare(place, "--tolerance", "0.1")
+    new = [steer for _, steer in stand_in.asked[asked:]]
+    assert new and all(set(steer) == {"a", "b"} for steer in new)
+
+
+def test_other_prompts_are_another_comparison(place: Path, stand_in: StandIn) -> None:
+    compare(place)
+    with pytest.raises(SteerError, match=r"choosing_prompts was None and is now \{'file'"):
+        compare(place, "--choose-prompts", place / "others.txt")
+    save_steer(VectorSteer(vectors=-torch.ones(1, 3), layers=(0,)), place / "b")
+    with pytest.raises(SteerError, match=r"steers\.b\.sha256 was"):
+        compare(place)
+    assert compare(place, "--restart").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strengths", "1"], "--strengths means nothing beside a .yaml of properties"),
+        (["--schedule", "dim"], "--schedule means nothing beside a .yaml of properties"),
+        (["--tolerance", "-1"], "tolerance is -1.0; a share of the texts is wanted"),
+        (["--judge", "taste"], "judge 'taste' is unknown"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    place: Path, stand_in: StandIn, options: list[str], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message):
+        compare(place, *options)
+    assert not stand_in.asked and not (place / "run").exists()
+
+
+def test_a_dose_that_no_request_could_have_is_refused_first(place: Path, stand_in: StandIn) -> None:
+    content = yaml.safe_load((place / "asked.yaml").read_text())
+    content["properties"]["a"]["layers"] = "7"
+    (place / "asked.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SteerError, match="layers 7 are not in this steer"):
+        compare(place)
+    assert not (place / "run").exists()
+
+
+def test_options_of_a_comparison_mean_nothing_for_one_steer(place: Path) -> None:
+    line = ["eval", "m", str(place / "b"), "--prompts", "p.txt", "--out", "run"]
+    for more, message in (
+        (["--tolerance", "0.1", "--strengths", "1"], "--tolerance means nothing beside"),
+        ([], "strengths are missing; give --strengths such as"),
+    ):
+        result = CliRunner().invoke(app, [*line, *more])
+        assert isinstance(result.exception, SteerError) and message in str(result.exception)

@@ -1,0 +1,124 @@
+"""What each method gives to each property, as a request has it, and the texts written so."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from vllm_steer.evaluation.composition.asked import Combination, Composition, Method, label
+from vllm_steer.steers import DeltaSteer, Steer
+
+Doses = Mapping[str, Mapping[str, Any]]
+"""By property, which is the steer's name in the engine as well."""
+
+Part = Literal["choosing", "test", "examples"]
+
+NOT_FOR_THIS_KIND: Final = (
+    "not for this kind: start and dim are schedules of a delta, and none of these steers is one"
+)
+NOTHING_DYNAMIC: Final = "not asked for: none of these properties is dynamic"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with a dose for every property of the file."""
+
+    method: Method
+    doses: Doses
+
+    def of(self, combination: Combination) -> dict[str, Any]:
+        """The ``steer`` value of a request for some of the properties."""
+        return {name: dict(self.doses[name]) for name in combination if name in self.doses}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Texts to write: which part of the comparison they are for, and under which steers."""
+
+    part: Part
+    combination: Combination
+    method: Method
+    steer: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Such as ``test.fr+cheer.fixed.1b2c3d4e``: the same for the same request."""
+        if self.method == "none":  # the same texts for every combination
+            where = f".{label(self.combination)}" if self.part == "examples" else ""
+            return f"{self.part}{where}.none"
+        digest = hashlib.sha256(json.dumps(self.steer, sort_keys=True).encode()).hexdigest()
+        return f"{self.part}.{label(self.combination)}.{self.method}.{digest[:8]}"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the rows of its texts say."""
+        return {
+            "part": self.part,
+            "combination": None if self.method == "none" else label(self.combination),
+            "method": self.method,
+            "steer": dict(self.steer),
+        }
+
+
+def candidate(part: Part, combination: Combination, choice: Choice) -> Candidate:
+    """The texts of a combination under a choice.
+
+    Where none of its doses follows the choice's schedule or is dynamic, they are those of fixed
+    strengths, and are written once.
+    """
+    steer = choice.of(combination)
+    follows = choice.method in ("none", "fixed") or any(
+        choice.method in (dose.get("schedule"), dose["strength"]) for dose in steer.values()
+    )
+    return Candidate(part, combination, choice.method if follows else "fixed", steer)
+
+
+def choices(method: Method, asked: Composition, steers: Mapping[str, Steer]) -> list[Choice]:
+    """Every choice that a method has: the product of what each property has to try.
+
+    On the schedules ``start`` and ``dim`` the deltas follow the schedule; steers of other kinds
+    have none and stay at their fixed strengths. Dynamic strengths share ``top_p`` and ``kl``.
+    """
+    if method == "none":
+        return [Choice(method, {})]
+    if method == "dynamic":
+        options = [{"top_p": p, "kl": kl} for p in asked.top_p for kl in asked.kl]
+    else:
+        options = [{}]
+    return [
+        Choice(method, dict(zip(asked.properties, doses, strict=True)))
+        for common in options
+        for doses in itertools.product(
+            *(list(_doses(name, method, common, asked, steers[name])) for name in asked.properties)
+        )
+    ]
+
+
+def why_not(
+    method: Method, combination: Combination, asked: Composition, steers: Mapping[str, Steer]
+) -> str | None:
+    """Why a combination has no row of a method; None where it has one."""
+    deltas = any(isinstance(steers[name], DeltaSteer) for name in combination)
+    if method in ("start", "dim") and not deltas:
+        return NOT_FOR_THIS_KIND
+    if method == "dynamic" and not any(asked.properties[name].dynamic for name in combination):
+        return NOTHING_DYNAMIC
+    return None
+
+
+def _doses(
+    name: str, method: Method, common: Mapping[str, Any], asked: Composition, steer: Steer
+) -> Iterator[dict[str, Any]]:
+    wanted = asked.properties[name]
+    layers = {} if wanted.layers is None else {"layers": wanted.layers}
+    if method == "dynamic" and wanted.dynamic:
+        for maximum in wanted.max:
+            yield {"strength": "dynamic", "max": maximum, **common, **layers}
+        return
+    phase = {} if wanted.phase is None else {"phase": wanted.phase}
+    scheduled = method if method in ("start", "dim") else "fixed"
+    schedule = {"schedule": scheduled} if isinstance(steer, DeltaSteer) else {}
+    for strength in wanted.strengths:
+        yield {"strength": strength, **layers, **phase, **schedule}

@@ -1,0 +1,235 @@
+"""A comparison from the prompts to the report: choose, generate, judge; each part resumes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_steer.errors import SteerError
+from vllm_steer.evaluation.answers import Judge
+from vllm_steer.evaluation.composition.asked import Combination, Composition, label
+from vllm_steer.evaluation.composition.candidates import (
+    Candidate,
+    Part,
+    candidate,
+    choices,
+    why_not,
+)
+from vllm_steer.evaluation.composition.choosing import Choosing, Chosen, Figures
+from vllm_steer.evaluation.composition.dppl import Example, read_icl
+from vllm_steer.evaluation.composition.judging import PropertyJudges, property_judges, share
+from vllm_steer.evaluation.composition.measuring import (
+    Measured,
+    Row,
+    free_candidate,
+    measure,
+    read_golds,
+)
+from vllm_steer.evaluation.composition.report import BEST, ComparisonReport, markdown
+from vllm_steer.evaluation.composition.writing import Writer
+from vllm_steer.evaluation.evaluating import MakeJudges, Progress
+from vllm_steer.evaluation.generating import EngineOptions
+from vllm_steer.evaluation.prompts import Prompts
+from vllm_steer.evaluation.report import PERPLEXITY
+from vllm_steer.evaluation.run import Run, open_run
+from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.evaluation.scoring import write_json
+from vllm_steer.files import load_steer
+from vllm_steer.files.whole import write_text
+from vllm_steer.fit.recipe import file_digest
+from vllm_steer.models import load_language_model
+from vllm_steer.request import read_dose
+from vllm_steer.steers import Steer
+from vllm_steer.steers.content import content_digest
+
+_VERSIONS: Final = ("torch", "vllm")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is asked: a model, the file of properties, prompts, and how to sample.
+
+    Strengths and options are chosen on the ``choosing`` prompts, without them on the same prompts
+    that are reported. ``tolerance`` is that of ``choose``. ``judges`` are judges of the texts as a
+    whole; perplexity by the model itself and diversity stand for those kinds where none is given.
+    """
+
+    model: str
+    file: Path
+    prompts: Prompts
+    folder: Path
+    choosing: Prompts | None = None
+    judges: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    tolerance: float = 0.02
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    restart: bool = False
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """Perplexity and diversity first, then the judges given beside them."""
+        kinds = {spec.partition(":")[0] for spec in self.judges}
+        usual = {"perplexity": f"perplexity:{self.model}", "diversity": "diversity"}
+        return (*(spec for kind, spec in usual.items() if kind not in kinds), *self.judges)
+
+
+def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> ComparisonReport:
+    """Run a comparison, or the rest of it, and write its report into the run's folder.
+
+    The engine is gone whenever judges are asked; texts that are finished in the folder are not
+    generated again. Raises ``SteerError`` for a file, a steer, a judge or a folder that cannot be.
+    """
+    if not given.tolerance >= 0:
+        raise SteerError(f"tolerance is {given.tolerance}; a share of the texts is wanted, 0 to 1")
+    asked = Composition.load(given.file)
+    steers = {name: load_steer(each.steer) for name, each in asked.properties.items()}
+    _check_doses(asked, steers)
+    examples = {
+        combination: read_icl(path, asked.demonstrations, asked.instruction)
+        for combination, path in asked.examples.items()
+    }
+    properties = PropertyJudges(asked, property_judges(asked))
+    judges, missing = make_judges(given.specs)
+    perplexity = _perplexity(judges, missing)
+    about = _about(given, asked, steers)
+    run = open_run(given.folder, about, restart=given.restart)
+    writer = Writer(
+        given.model,
+        asked,
+        given.prompts,
+        given.choosing or given.prompts,
+        examples,
+        given.sampling,
+        given.engine,
+        run,
+        progress,
+    )
+    part: Part = "test" if given.choosing is None else "choosing"
+    choosing = Choosing(asked, steers, given.tolerance, part)
+    chosen = _choose(choosing, writer, properties, perplexity)
+    rows = list(_rows(asked, steers, chosen))
+    writer.write(list(_to_write(rows, examples)))
+    measured = _measure(given, rows, run, properties, judges, examples, steers, progress)
+    report = ComparisonReport(
+        about, asked, steers, chosen, measured, _absences(asked, steers), missing
+    )
+    _write_report(run, report)
+    return report
+
+
+def _choose(
+    choosing: Choosing, writer: Writer, properties: PropertyJudges, perplexity: Judge
+) -> Chosen:
+    wanted = choosing.candidates
+    writer.write(wanted)
+    tried: list[tuple[Candidate, Figures]] = []
+    with writer.progress("choosing", len(wanted)) as advance:
+        for each in wanted:
+            answers = writer.run.read(each)
+            told = properties.has_all(each.combination, each.name, answers)
+            tried.append((each, Figures(share(told), perplexity.scores(answers)[PERPLEXITY])))
+            advance(len(tried))
+    return choosing.chosen(tried)
+
+
+def _rows(asked: Composition, steers: Mapping[str, Steer], chosen: Chosen) -> Iterator[Row]:
+    """The rows of each combination in the order of the methods, the best fixed one after them."""
+    for combination in asked.combinations:
+        seen = combination in asked.seen
+        for method, choice in chosen.methods.items():
+            if why_not(method, combination, asked, steers) is None:
+                yield Row(method, candidate("test", combination, choice), seen)
+        if combination in chosen.best:
+            yield Row(BEST, candidate("test", combination, chosen.best[combination]), seen)
+
+
+def _to_write(
+    rows: Sequence[Row], examples: Mapping[Combination, Sequence[Example]]
+) -> Iterator[Candidate]:
+    for row in rows:
+        yield row.candidate
+        if row.candidate.method == "dynamic" and row.candidate.combination in examples:
+            yield free_candidate(row.candidate)
+
+
+def _measure(
+    given: Comparison,
+    rows: Sequence[Row],
+    run: Run,
+    properties: PropertyJudges,
+    judges: Sequence[Judge],
+    examples: Mapping[Combination, Sequence[Example]],
+    steers: Mapping[str, Steer],
+    progress: Progress,
+) -> list[Measured]:
+    readings = {}
+    if examples:
+        language = load_language_model(given.model)
+        readings = read_golds(language, examples, properties, given.sampling.max_tokens)
+    found: list[Measured] = []
+    with progress("judging", len(rows)) as advance:
+        for row in rows:
+            reading = readings.get(row.candidate.combination)
+            found.append(measure(row, run, properties, judges, reading, steers))
+            advance(len(found), said=row.candidate.name)
+    return found
+
+
+def _absences(
+    asked: Composition, steers: Mapping[str, Steer]
+) -> list[tuple[Combination, str, str]]:
+    """Combination, method and reason of each row that there is not."""
+    return [
+        (combination, method, reason)
+        for combination in asked.combinations
+        for method in asked.methods
+        if (reason := why_not(method, combination, asked, steers)) is not None
+    ]
+
+
+def _write_report(run: Run, report: ComparisonReport) -> None:
+    write_json(run.folder / "report.json", report.data)
+    write_json(run.folder / "strengths.json", report.strengths)
+    write_text(run.folder / "report.md", markdown(report))
+
+
+def _perplexity(judges: Sequence[Judge], missing: Mapping[str, str]) -> Judge:
+    for judge in judges:
+        if judge.name.startswith("perplexity:"):
+            return judge
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+    raise SteerError(f"no judge of perplexity is at hand ({reasons})")
+
+
+def _check_doses(asked: Composition, steers: Mapping[str, Steer]) -> None:
+    """Raise ``SteerError`` for a dose that a request could not have."""
+    for method in asked.methods:
+        for choice in choices(method, asked, steers):
+            for name, dose in choice.doses.items():
+                read_dose(name, dose, steers[name])
+
+
+def _about(given: Comparison, asked: Composition, steers: Mapping[str, Steer]) -> dict[str, Any]:
+    """All that decides the texts of a request; combinations and strengths may be added."""
+    from vllm_steer import __version__
+
+    return {
+        "model": given.model,
+        "steers": {
+            name: {
+                "file": asked.properties[name].steer.name,
+                "kind": steer.kind,
+                "sha256": content_digest(steer),
+            }
+            for name, steer in steers.items()
+        },
+        "prompts": given.prompts.settings,
+        "choosing_prompts": None if given.choosing is None else given.choosing.settings,
+        "examples": {label(c): file_digest(path) for c, path in asked.examples.items()},
+        "demonstrations": asked.demonstrations,
+        "instruction": asked.instruction,
+        "sampling": given.sampling.settings,
+        "engine": given.engine.decisive,
+        "versions": {"vllm-steer": __version__, **{name: version(name) for name in _VERSIONS}},
+    }

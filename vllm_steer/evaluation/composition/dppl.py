@@ -1,0 +1,157 @@
+"""dPPL: what steering costs against the model's own answers to prompts with demonstrations.
+
+With ``g`` the model's greedy answer to a prompt with demonstrations (ICL), its end-of-text token
+included, ``q`` the same prompt without them, and ``a`` the strengths under which ``q`` is read:
+
+    PPL_icl     = exp(mean_t -ln p(g_t | icl prompt, g_<t))               not steered
+    PPL_steered = exp(mean_t -ln p_a(g_t | q, g_<t))                      teacher forcing
+    dPPL        = PPL_steered - PPL_icl
+
+A dynamic steer's ``a`` are the strengths of its own free generation after ``q``, and its mean is
+over the first ``min(|g|, |a|)`` tokens. Mean and median are over the examples whose ``g`` has all
+the properties, as the authors plot them: against another answer the difference says nothing. A few
+answers that a steer finds impossible rule the mean; read the median.
+
+Source: Scalena et al., "Multi-property Steering of Large Language Models with Dynamic Activation
+Composition", BlackboxNLP 2024 (arXiv 2406.17563), section 4, and the authors' code.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from vllm_steer import hf
+from vllm_steer.errors import SteerError
+from vllm_steer.evaluation.answers import Strengths
+from vllm_steer.evaluation.means import mean
+from vllm_steer.fit.icl import icl_prompts, read_examples
+from vllm_steer.models import LanguageModel
+from vllm_steer.steers import Steer
+from vllm_steer.texts import read_rows, take, text_of
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with demonstrations of the properties, and the same one without."""
+
+    icl: str
+    plain: str
+
+
+@dataclass(frozen=True)
+class Gold:
+    """The model's own answer to an example's prompt with demonstrations."""
+
+    tokens: tuple[int, ...]
+    text: str
+    perplexity: float
+
+
+def read_icl(path: Path, demonstrations: int, instruction: str) -> list[Example]:
+    """Examples from rows of ``input`` and ``output``, or of ``icl`` and ``prompt`` as they stand.
+
+    Inputs and outputs are grouped as ``fit.icl`` does it; without its demonstrations a prompt is
+    ``Q:{input}\\nA:``, with no instruction. Raises ``SteerError`` for bad rows and for too few.
+    """
+    first = next(iter(read_rows(path)), None)
+    if first is None:
+        raise SteerError(f"{path}: there are no rows")
+    if "icl" in first.values:
+        rows = read_rows(path)
+        return list(take(rows, lambda row: Example(text_of(row, "icl"), text_of(row, "prompt"))))
+    found = read_examples(path)
+    asked = found[demonstrations :: demonstrations + 1]
+    prompts = icl_prompts(found, demonstrations, instruction=instruction)
+    return [Example(icl, f"Q:{one.input}\nA:") for icl, one in zip(prompts, asked, strict=True)]
+
+
+@torch.no_grad()
+def gold_of(language: LanguageModel, example: Example, max_tokens: int) -> Gold:
+    """The greedy answer of at most so many tokens; ``SteerError`` for a prompt without room."""
+    model = language.model
+    tokens = torch.tensor([_encode(language, example.icl, max_tokens)], device=model.device)
+    settings = {"max_new_tokens": max_tokens, "do_sample": False, "num_beams": 1}
+    row = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)[0]
+    answer = tuple(row[tokens.shape[1] :].tolist())
+    text = language.tokenizer.decode(answer, skip_special_tokens=True)
+    return Gold(answer, text, _perplexity(nll(language, example.icl, answer)))
+
+
+@torch.no_grad()
+def nll(language: LanguageModel, prompt: str, answer: Sequence[int]) -> torch.Tensor:
+    """``-ln p`` of each token of an answer after a prompt, ``[tokens]`` float64, one forward pass.
+
+    The log-softmax is taken in float32, or in float64 for a float64 model.
+    """
+    before = _encode(language, prompt, len(answer))
+    tokens = torch.tensor([[*before, *answer]], device=language.model.device)
+    logits = language.model(input_ids=tokens, use_cache=False).logits[0, len(before) - 1 : -1]
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    found: torch.Tensor = wide.log_softmax(-1).gather(-1, tokens[0, len(before) :, None])[:, 0]
+    return found.double().neg().cpu()
+
+
+def steered_perplexity(
+    language: LanguageModel,
+    example: Example,
+    gold: Gold,
+    steer: Mapping[str, Any],
+    steers: Mapping[str, Steer],
+    strengths: Strengths | None = None,
+) -> float:
+    """``PPL_steered`` of one example; ``strengths`` are the dynamic ones of its free generation.
+
+    NaN for an answer, or a free generation, without a token.
+    """
+    known = strengths or {}
+    length = min([len(gold.tokens), *map(len, known.values())])
+    if not length:
+        return math.nan
+    given = {name: _given(dose, known.get(name)) for name, dose in steer.items()}
+    prompt_length = len(_encode(language, example.plain, length))
+    with hf.steered(language.model, given, steers, prompt_length=prompt_length):
+        return _perplexity(nll(language, example.plain, gold.tokens[:length]))
+
+
+def figures(
+    steered: Sequence[float], golds: Sequence[Gold], kept: Sequence[bool]
+) -> dict[str, Any]:
+    """``mean`` and ``median`` of dPPL over the examples that are kept; NaN where none is."""
+    pairs = zip(steered, golds, kept, strict=True)
+    found = [value - gold.perplexity for value, gold, keep in pairs if keep]
+    numbers = [value for value in found if not math.isnan(value)]
+    return {
+        "mean": mean(numbers),
+        "median": median(numbers) if numbers else math.nan,
+        "examples": len(numbers),
+        "of": len(golds),
+    }
+
+
+def _given(dose: Mapping[str, Any], strengths: Sequence[float] | None) -> dict[str, Any]:
+    """A dose for ``hf.steered``: a dynamic strength becomes the list of what it was."""
+    if strengths is None:
+        return dict(dose)
+    layers = {"layers": dose["layers"]} if "layers" in dose else {}
+    return {"strength": list(strengths), **layers}
+
+
+def _encode(language: LanguageModel, prompt: str, room: int) -> list[int]:
+    tokens: list[int] = language.tokenizer(prompt)["input_ids"]
+    longest = getattr(language.model.config, "max_position_embeddings", None)
+    if not tokens or (longest is not None and len(tokens) + room > longest):
+        raise SteerError(
+            f"prompt {prompt[:60]!r} has {len(tokens)} tokens; with {room} of an answer "
+            f"{language.name} reads at most {longest}: give fewer demonstrations"
+        )
+    return tokens
+
+
+def _perplexity(costs: torch.Tensor) -> float:
+    value = float(costs.mean()) if len(costs) else math.nan
+    return math.inf if value > 700 else math.exp(value)

@@ -1,0 +1,112 @@
+"""The figures of one row of a comparison: a combination under a method."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_steer.evaluation.answers import Answers, Judge
+from vllm_steer.evaluation.composition import dppl
+from vllm_steer.evaluation.composition.asked import Combination
+from vllm_steer.evaluation.composition.candidates import Candidate
+from vllm_steer.evaluation.composition.curves import Curve, dynamic_curves
+from vllm_steer.evaluation.composition.dppl import Example, Gold
+from vllm_steer.evaluation.composition.judging import PropertyJudges, share
+from vllm_steer.evaluation.run import Run
+from vllm_steer.models import LanguageModel
+from vllm_steer.steers import Steer
+
+NO_EXAMPLES = "no prompts with demonstrations were given for this combination (examples)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A combination under a method; ``title`` is what the report calls the method."""
+
+    title: str
+    candidate: Candidate
+    seen: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row's figures.
+
+    ``accuracy`` is the share of the texts that have all the properties at once, ``shares`` that of
+    each by itself, ``judges`` the figures of the further judges; ``dppl`` says why where it has no
+    figures. ``curves`` are the dynamic strengths over tokens.
+    """
+
+    row: Row
+    accuracy: float
+    shares: Mapping[str, float]
+    judges: Mapping[str, Mapping[str, float]]
+    dppl: Mapping[str, Any] | str
+    curves: Mapping[str, Curve]
+    answers: Sequence[Answers]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What dPPL is taken with: the model, the examples and the model's own answers to them."""
+
+    language: LanguageModel
+    examples: Sequence[Example]
+    golds: Sequence[Gold]
+    kept: Sequence[bool]
+
+
+def measure(
+    row: Row,
+    run: Run,
+    properties: PropertyJudges,
+    judges: Sequence[Judge],
+    reading: Reading | None,
+    steers: Mapping[str, Steer],
+) -> Measured:
+    """The figures of a row whose texts are written."""
+    each = row.candidate
+    answers = run.read(each)
+    names = each.combination
+    return Measured(
+        row,
+        share(properties.has_all(names, each.name, answers)),
+        {name: share(properties.has(name, each.name, answers)) for name in names},
+        {judge.name: dict(judge.scores(answers)) for judge in judges},
+        NO_EXAMPLES if reading is None else _dppl(each, run, reading, steers),
+        dynamic_curves(answers),
+        answers,
+    )
+
+
+def read_golds(
+    language: LanguageModel,
+    examples: Mapping[Combination, Sequence[Example]],
+    properties: PropertyJudges,
+    max_tokens: int,
+) -> dict[Combination, Reading]:
+    """The model's own answers to each combination's examples, and which have the properties."""
+    found = {}
+    for combination, rows in examples.items():
+        golds = [dppl.gold_of(language, row, max_tokens) for row in rows]
+        answers = [Answers(row.plain, (gold.text,)) for row, gold in zip(rows, golds, strict=True)]
+        told = properties.has_all(combination, f"examples.{'+'.join(combination)}", answers)
+        found[combination] = Reading(language, rows, golds, [row[0] for row in told])
+    return found
+
+
+def free_candidate(each: Candidate) -> Candidate:
+    """The free generation whose dynamic strengths dPPL reads the answers under."""
+    return Candidate("examples", each.combination, each.method, each.steer)
+
+
+def _dppl(
+    each: Candidate, run: Run, reading: Reading, steers: Mapping[str, Steer]
+) -> dict[str, Any]:
+    strengths: list[Any] = [None] * len(reading.examples)
+    if each.method == "dynamic":
+        strengths = [answer.strengths[0] for answer in run.read(free_candidate(each))]
+    steered = [
+        dppl.steered_perplexity(reading.language, example, gold, each.steer, steers, known)
+        for example, gold, known in zip(reading.examples, reading.golds, strengths, strict=True)
+    ]
+    return dppl.figures(steered, reading.golds, reading.kept)

@@ -1,0 +1,103 @@
+"""Pictures of a comparison: strength over tokens, and what the properties cost."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_steer.evaluation.composition.asked import Combination, label
+from vllm_steer.evaluation.composition.curves import stated_curve
+from vllm_steer.evaluation.composition.measuring import Measured
+from vllm_steer.evaluation.composition.report import ComparisonReport
+from vllm_steer.evaluation.optional import need
+from vllm_steer.evaluation.report import PERPLEXITY
+from vllm_steer.files.whole import write_whole
+
+_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_THIN: Final = {"fixed": ":", "start": "-.", "dim": "--"}
+_MARKS: Final = {"none": "x", "fixed": "s", "start": "v", "dim": "D", "dynamic": "o"}
+_DPI: Final = 150
+
+
+def draw_strengths(report: ComparisonReport, path: Path) -> None:
+    """Write a PNG with a panel per property: its strength at each token.
+
+    Of a dynamic strength the mean over texts and the band between the quartiles, for each
+    combination that has the property; thin lines for the strengths of the other methods.
+
+    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    """
+    names = list(report.asked.properties)
+    figure, axes = _figure(len(names))
+    for axis, name in zip(axes, names, strict=True):
+        rows = [each for each in report.rows if name in each.curves]
+        for place, each in enumerate(rows):
+            _band(axis, each, name, _COLOURS[place % len(_COLOURS)])
+        length = report.about["sampling"]["max_tokens"]
+        _stated(axis, report, name, length)
+        axis.axhline(0, color="0.8", linewidth=0.6)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set(xlabel="token", ylabel="strength", title=name)
+    _finish(figure, axes, path)
+
+
+def draw_prices(report: ComparisonReport, path: Path) -> None:
+    """Write a PNG with a panel per combination: share with all properties over perplexity.
+
+    Raises ``SteerError`` as ``draw_strengths`` does.
+    """
+    combinations = report.asked.combinations
+    figure, axes = _figure(len(combinations))
+    for axis, combination in zip(axes, combinations, strict=True):
+        _prices(axis, report.of(combination), combination, combination in report.asked.seen)
+    _finish(figure, axes, path)
+
+
+def _band(axis: Any, each: Measured, name: str, colour: str) -> None:
+    curve = each.curves[name]
+    tokens = range(len(curve.mean))
+    said = f"dynamic, {label(each.row.candidate.combination)}"
+    axis.plot(tokens, curve.mean, color=colour, label=said)
+    axis.fill_between(tokens, curve.lower, curve.upper, color=colour, alpha=0.2, linewidth=0)
+
+
+def _stated(axis: Any, report: ComparisonReport, name: str, length: int) -> None:
+    for method, line in _THIN.items():
+        choice = next((c for m, c in report.chosen.methods.items() if m == method), None)
+        if choice is None:
+            continue
+        dose, steer = choice.doses[name], report.steers[name]
+        if method != "fixed" and dose.get("schedule") != method:
+            continue
+        values = stated_curve(dose, steer, length)
+        axis.plot(range(length), values, line, color="0.3", linewidth=0.9, label=method)
+
+
+def _prices(axis: Any, rows: Sequence[Measured], combination: Combination, seen: bool) -> None:
+    for place, each in enumerate(rows):
+        figures = next(f for f in each.judges.values() if PERPLEXITY in f)
+        method = each.row.candidate.method
+        hollow = {"markerfacecolor": "none"} if each.row.title != method else {}
+        axis.plot(
+            [figures[PERPLEXITY]],
+            [each.accuracy],
+            _MARKS[method],
+            color=_COLOURS[place % len(_COLOURS)],
+            label=each.row.title,
+            **hollow,
+        )
+    title = f"{label(combination)} ({'seen' if seen else 'unseen'})"
+    axis.set(xlabel="total perplexity", ylabel="share with all", title=title, ylim=(-0.05, 1.05))
+
+
+def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
+    size = (4.6 * panels, 4.0)
+    figure = need("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _finish(figure: Any, axes: Sequence[Any], path: Path) -> None:
+    for axis in axes:
+        axis.grid(color="0.92")
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False, fontsize=7)
+    write_whole(path, lambda to: figure.savefig(to, format="png", dpi=_DPI))

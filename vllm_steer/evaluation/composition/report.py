@@ -1,0 +1,194 @@
+"""The report of a comparison: a table for each combination, and what was chosen."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_steer.evaluation.composition.asked import Combination, Composition, label
+from vllm_steer.evaluation.composition.choosing import Chosen
+from vllm_steer.evaluation.composition.curves import raw
+from vllm_steer.evaluation.composition.measuring import Measured
+from vllm_steer.evaluation.report import PERPLEXITY
+from vllm_steer.steers import Steer
+
+ALL: Final = "all"
+BEST: Final = "best fixed"
+"""The fixed strengths that are best for one seen combination alone: no unseen one can have them."""
+
+_FIGURES: Final = {PERPLEXITY: "perplexity", "median": "median", "dist-2": "dist-2"}
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """All of a comparison's figures.
+
+    ``about`` is what the texts come from, ``absences`` names combination, method and reason of the
+    rows that there are not, ``missing`` the judges that are not at hand.
+    """
+
+    about: Mapping[str, Any]
+    asked: Composition
+    steers: Mapping[str, Steer]
+    chosen: Chosen
+    rows: Sequence[Measured]
+    absences: Sequence[tuple[Combination, str, str]]
+    missing: Mapping[str, str]
+
+    def of(self, combination: Combination) -> list[Measured]:
+        """The rows of a combination."""
+        return [each for each in self.rows if each.row.candidate.combination == combination]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            **self.about,
+            "properties": {
+                name: each.model_dump(mode="json", exclude={"steer"})
+                for name, each in self.asked.properties.items()
+            },
+            "seen": list(map(label, self.asked.seen)),
+            "unseen": list(map(label, self.asked.unseen)),
+            "chosen": {method: dict(c.doses) for method, c in self.chosen.methods.items()},
+            "choosing": [{**each.about, **asdict(figures)} for each, figures in self.chosen.tried],
+            "not_at_hand": dict(self.missing),
+            "rows": [_row_data(each) for each in self.rows],
+            "absent": [
+                {"combination": label(combination), "method": method, "reason": reason}
+                for combination, method, reason in self.absences
+            ],
+        }
+
+    @property
+    def strengths(self) -> dict[str, Any]:
+        """Every dynamic strength by combination and property: by prompt, text and token."""
+        return {
+            label(each.row.candidate.combination): raw(each.answers)
+            for each in self.rows
+            if each.curves
+        }
+
+
+def tables(report: ComparisonReport) -> Iterator[Table]:
+    """A table for each combination."""
+    for title, headings, rows in _grids(report):
+        table = Table(title=escape(title), title_justify="left")
+        for heading in headings:
+            side: Literal["left", "right"] = "left" if heading == "method" else "right"
+            table.add_column(heading, justify=side, overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        yield table
+
+
+def markdown(report: ComparisonReport) -> str:
+    """The same tables in Markdown, after a line on the run."""
+    prompts, choosing = report.about["prompts"], report.about["choosing_prompts"]
+    on = f"{choosing['count']} others of {choosing['file']}" if choosing else "the same ones"
+    lines = [
+        f"# {', '.join(report.asked.properties)} on {report.about['model']}",
+        "",
+        f"{prompts['count']} prompts of {prompts['file']}, "
+        f"{report.about['sampling']['samples']} texts each; strengths and options are chosen on "
+        f"{on}, on the seen combinations.",
+    ]
+    for title, headings, rows in _grids(report):
+        marks = ("---" if heading == "method" else "---:" for heading in headings)
+        lines += ["", f"## {title}", "", f"| {' | '.join(headings)} |", f"| {' | '.join(marks)} |"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    if found := list(notes(report)):
+        lines += ["", "## Not there", "", *(f"- {note}" for note in found)]
+    return "\n".join(lines) + "\n"
+
+
+def notes(report: ComparisonReport) -> Iterator[str]:
+    """What is not there, and why: rows, dPPL, judges."""
+    for combination, method, reason in report.absences:
+        yield f"{label(combination)}, {method}: {reason}"
+    without = {
+        label(each.row.candidate.combination): each.dppl
+        for each in report.rows
+        if isinstance(each.dppl, str)
+    }
+    for combination_label, reason in without.items():
+        yield f"{combination_label}, dPPL: {reason}"
+    for name, reason in report.missing.items():
+        yield f"{name}: {reason}"
+
+
+Grid = tuple[str, list[str], list[list[str]]]
+
+
+def _grids(report: ComparisonReport) -> Iterator[Grid]:
+    """Title, headings and rows of each table; dPPL where there is any."""
+    yield "strengths", ["method", *report.asked.properties], list(_strengths(report))
+    judged = any(not isinstance(each.dppl, str) for each in report.rows)
+    dppl = ["dPPL", "median dPPL"] if judged else []
+    for combination in report.asked.combinations:
+        seen = "seen" if combination in report.asked.seen else "unseen"
+        several = [ALL] if len(combination) > 1 else []
+        yield (
+            f"{label(combination)} ({seen})",
+            ["method", *several, *combination, *_FIGURES.values(), *dppl],
+            [_cells(each, bool(several), judged) for each in report.of(combination)],
+        )
+
+
+def _strengths(report: ComparisonReport) -> Iterator[list[str]]:
+    """What each method gives to each property, and the best fixed strengths where they differ."""
+    names = list(report.asked.properties)
+    for method, choice in report.chosen.methods.items():
+        yield [method, *(_said(choice.doses.get(name)) for name in names)]
+    for combination, choice in report.chosen.best.items():
+        own = choice.of(combination)
+        if own != report.chosen.methods["fixed"].of(combination):
+            yield [f"{BEST}: {label(combination)}", *(_said(own.get(name)) for name in names)]
+
+
+def _cells(each: Measured, several: bool, judged: bool) -> list[str]:
+    dppl = {} if isinstance(each.dppl, str) else each.dppl
+    numbers = [
+        *([each.accuracy] if several else []),
+        *each.shares.values(),
+        *(_first(each, figure) for figure in _FIGURES),
+        *([dppl.get(figure, math.nan) for figure in ("mean", "median")] if judged else []),
+    ]
+    return [each.row.title, *map(_shown, numbers)]
+
+
+def _first(each: Measured, figure: str) -> float:
+    """A figure by the first judge that has it."""
+    return next((f[figure] for f in each.judges.values() if figure in f), math.nan)
+
+
+def _said(dose: Mapping[str, Any] | None) -> str:
+    if dose is None:
+        return "-"
+    if dose["strength"] != "dynamic":
+        return f"{dose['strength']:g}"
+    divided = " / |Q|" if dose["kl"] == "authors" else ""
+    return f"to {dose['max']:g}, top-p {dose['top_p']:g}{divided}"
+
+
+def _row_data(each: Measured) -> dict[str, Any]:
+    return {
+        "combination": label(each.row.candidate.combination),
+        "seen": each.row.seen,
+        "method": each.row.title,
+        "steer": dict(each.row.candidate.steer),
+        "all": each.accuracy,
+        "share": dict(each.shares),
+        "figures": {name: dict(figures) for name, figures in each.judges.items()},
+        "dppl": {"reason": each.dppl} if isinstance(each.dppl, str) else dict(each.dppl),
+        "strength_over_tokens": {name: asdict(curve) for name, curve in each.curves.items()},
+    }
+
+
+def _shown(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"

@@ -1,0 +1,91 @@
+"""Dynamic strength in a request: its maximum, and how it is worked out."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from vllm_steer.config import DYNAMIC
+from vllm_steer.doses import KLS, Dynamic
+from vllm_steer.errors import SteerRequestError
+from vllm_steer.request.values import choice, number, shown
+
+DYNAMIC_OPTIONS: Final = ("max", "top_p", "kl")
+DEFAULT_MAX: Final = 2.0
+
+
+def dynamic_options(name: str, given: Any) -> dict[str, str] | None:
+    """The options that ``dynamic``, ``dynamic:MAX`` or ``dynamic:MAX:TOP_P`` is short for.
+
+    None for anything else, which may be a number.
+    """
+    pieces = [piece.strip() for piece in given.split(":")] if isinstance(given, str) else []
+    if DYNAMIC not in pieces[:1]:
+        return None
+    if len(pieces) > 3 or "" in pieces:
+        raise SteerRequestError(
+            f"steer {name} has strength {shown(given)}; after 'dynamic' a maximum may follow, and "
+            f"after that a top_p, such as {name}:dynamic:1.5:0.6"
+        )
+    return dict(zip(("strength", "max", "top_p"), pieces, strict=False))
+
+
+def is_asked(name: str, options: Mapping[Any, Any]) -> bool:
+    """Whether the strength is to follow from the text.
+
+    Raises ``SteerRequestError`` for options that do not go together with that, or without it.
+    """
+    if options.get("schedule") == DYNAMIC:
+        if "strength" in options:
+            raise SteerRequestError(
+                f"steer {name} has schedule 'dynamic' and a strength: the schedule stands for "
+                "strength 'dynamic'; drop it, and give the largest strength as max"
+            )
+    elif options.get("strength") != DYNAMIC:
+        given = [option for option in DYNAMIC_OPTIONS if options.get(option) is not None]
+        if given:
+            raise SteerRequestError(
+                f"steer {name} has {', '.join(given)}, which only a dynamic strength has; ask for "
+                f"strength 'dynamic', or drop {'it' if len(given) == 1 else 'them'}"
+            )
+        return False
+    elif options.get("schedule") is not None:
+        raise SteerRequestError(
+            f"steer {name} has schedule {shown(options['schedule'])} and strength 'dynamic', which "
+            "is worked out anew at every step; drop one"
+        )
+    if options.get("phase") is not None:
+        raise SteerRequestError(
+            f"steer {name} has phase {shown(options['phase'])} and a dynamic strength, which "
+            "begins at the last prompt token, with the first token to be chosen; drop one"
+        )
+    return True
+
+
+def read_dynamic(name: str, options: Mapping[Any, Any]) -> tuple[float, Dynamic]:
+    """The maximum, whose sign is the direction, and the rest of what was asked for."""
+    return _maximum(name, options.get("max")), Dynamic(
+        top_p=_top_p(name, options.get("top_p")),
+        kl=Dynamic.kl if options.get("kl") is None else choice(name, "kl", options["kl"], KLS),
+    )
+
+
+def _maximum(name: str, given: Any) -> float:
+    if given is None:
+        return DEFAULT_MAX
+    maximum = number(name, "max", given, wanted="such as 2, or -2 for the opposite direction")
+    if maximum == 0:
+        raise SteerRequestError(
+            f"steer {name} has max {shown(given)}: its strengths would all be 0; give another, "
+            "or leave the steer away"
+        )
+    return maximum
+
+
+def _top_p(name: str, given: Any) -> float:
+    if given is None:
+        return Dynamic.top_p
+    top_p = number(name, "top_p", given, wanted="above 0 and at most 1")
+    if not 0 < top_p <= 1:
+        raise SteerRequestError(
+            f"steer {name} has top_p {shown(given)}; it must be above 0 and at most 1"
+        )
+    return top_p

@@ -1,0 +1,112 @@
+"""One steer's options in a request, and the dose that they come to."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from vllm_steer.config import DYNAMIC
+from vllm_steer.doses import PHASES, Dose, Phase
+from vllm_steer.errors import SteerError, SteerRequestError
+from vllm_steer.request.dynamic import DYNAMIC_OPTIONS, is_asked, read_dynamic
+from vllm_steer.request.parsing import options_of
+from vllm_steer.request.values import choice, key_name, number
+from vllm_steer.steers.delta import SCHEDULES, Schedule
+from vllm_steer.steers.layers import parse_layers, positions_of
+
+_OPTIONS = ("strength", "layers", "phase", "schedule", *DYNAMIC_OPTIONS)
+
+
+class Dosable(Protocol):
+    """What a dose has to fit: a steer, or what a plan says of one."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def schedule(self) -> Schedule | None: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def default_strength(self) -> float | None: ...
+
+
+def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
+    """One steer's dose from a strength, from its options, or from None for its default strength.
+
+    Raises ``SteerRequestError`` for an option that is unknown or that the steer does not have.
+    """
+    options = {} if given is None else options_of(name, given)
+    _check_options(name, options, steer)
+    layers = _layers(name, options.get("layers"), steer)
+    if is_asked(name, options):
+        maximum, dynamic = read_dynamic(name, options)
+        phase: Phase = "all" if steer.site == "head" else "answer"
+        return Dose(name, maximum, layers, phase, dynamic=dynamic)
+    default = 1.0 if steer.default_strength is None else steer.default_strength
+    dose = Dose(
+        steer=name,
+        strength=read_strength(name, options.get("strength", default)),
+        layers=layers,
+        phase=_phase(name, options.get("phase")),
+        schedule=_schedule(name, options.get("schedule"), steer),
+    )
+    if dose.phase == "generation" and (dose.schedule == "start" or steer.steps == 1):
+        raise SteerRequestError(
+            f"steer {name}: with schedule 'start' or a single step it acts at the last prompt "
+            "token only, in phase 'generation' after it: together they do nothing; drop one"
+        )
+    return dose
+
+
+def read_strength(name: str, given: Any) -> float:
+    """A strength that is a number."""
+    return number(name, "strength", given, wanted=f"such as {name}:1.5, or 'dynamic'")
+
+
+def _check_options(name: str, options: Mapping[Any, Any], steer: Dosable) -> None:
+    unknown = sorted(set(map(key_name, options)) - set(_OPTIONS))
+    if unknown:
+        raise SteerRequestError(
+            f"steer {name} has unknown options {', '.join(unknown)}; allowed: {', '.join(_OPTIONS)}"
+        )
+    if steer.site == "head" and (
+        {"layers", "schedule"} & set(options) or options.get("phase") not in (None, "all")
+    ):
+        raise SteerRequestError(
+            f"steer {name} acts at the LM head: it has no layers, no schedule and no phase but "
+            "'all'; give it a strength only"
+        )
+    if options.get("schedule") == DYNAMIC:
+        _check_has_schedule(name, steer, "ask for strength 'dynamic' instead")
+
+
+def _layers(name: str, given: Any, steer: Dosable) -> tuple[int, ...] | None:
+    """The layers asked for; None where they are all that the steer has."""
+    if given is None or steer.layers is None:
+        return None
+    try:
+        layers = parse_layers(given)
+        positions_of(layers, steer.layers)
+    except SteerError as error:
+        raise SteerRequestError(f"steer {name}: {error}") from None
+    return None if layers == tuple(steer.layers) else layers
+
+
+def _phase(name: str, given: Any) -> Phase:
+    return "all" if given is None else choice(name, "phase", given, PHASES)
+
+
+def _schedule(name: str, given: Any, steer: Dosable) -> Schedule | None:
+    if given is None:
+        return steer.schedule
+    _check_has_schedule(name, steer)
+    return choice(name, "schedule", given, SCHEDULES)
+
+
+def _check_has_schedule(name: str, steer: Dosable, way_out: str = "drop it") -> None:
+    if steer.schedule is None:
+        raise SteerRequestError(
+            f"steer {name} is of kind {steer.kind}: only a delta steer has a schedule; {way_out}"
+        )

@@ -1,0 +1,102 @@
+"""What stands in the way of a request with dynamic strength: in the engine, and in the request."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm_steer.doses import Dose
+from vllm_steer.errors import SteerRequestError
+from vllm_steer.plan import SteerPlan
+from vllm_steer.serving.streams.stream import needs_streams, num_streams
+
+_INSTEAD = "or give the steers fixed strengths"
+
+
+def check_engine_for(doses: Sequence[Dose], plan: SteerPlan, vllm_config: Any) -> None:
+    """Raise ``SteerRequestError`` if an engine cannot serve doses some of which are dynamic."""
+    in_streams = needs_streams(doses, plan)
+    for is_on, name, way_out in (*_REFUSED, *(_REFUSED_IN_STREAMS if in_streams else ())):
+        if is_on(vllm_config):
+            raise _not_with(name, f"{way_out}, {_INSTEAD}")
+    if vllm_config.lora_config is not None and _any_at_head(doses, plan):
+        raise _not_with(
+            "LoRA for a steer at the LM head: its unsteered and probing rows there are none of a "
+            "request's own and would go without the adapter",
+            "restart without enable_lora, ask for a steer inside the layers, " + _INSTEAD,
+        )
+    wanted, seats = num_streams(doses, plan), _seats(vllm_config.scheduler_config)
+    if wanted > seats:
+        raise SteerRequestError(
+            f"the dynamic strengths need {wanted} streams side by side and the engine runs "
+            f"{seats} requests at once; ask for fewer dynamic steers, or restart with "
+            f"--max-num-seqs {wanted} or more"
+        )
+
+
+def check_params_for(doses: Sequence[Dose], params: Any) -> None:
+    """Raise ``SteerRequestError`` if sampling parameters do not go together with dynamic doses."""
+    from vllm import SamplingParams
+
+    names = ", ".join(dose.steer for dose in doses if dose.dynamic)
+    if not isinstance(params, SamplingParams):
+        raise SteerRequestError(
+            f"dynamic strength ({names}) belongs to generated text and the request has "
+            f"{type(params).__name__}; generate with SamplingParams, or ask for steer 'none'"
+        )
+    if params.prompt_logprobs is not None:
+        raise SteerRequestError(
+            f"dynamic strength ({names}) begins with the first token after the prompt, hence there "
+            f"are no prompt logprobs under it; leave prompt_logprobs away, {_INSTEAD}"
+        )
+
+
+def check_input_for(doses: Sequence[Dose], plan: SteerPlan, request: Any) -> None:
+    """Raise ``SteerRequestError`` for a prompt that a request's streams cannot share."""
+    if getattr(request, "resumable", False):
+        raise _not_with("streaming input, whose prompt grows", "send the whole prompt")
+    if not needs_streams(doses, plan):
+        return
+    if getattr(request, "prompt_embeds", None) is not None:
+        raise _not_with("prompt embeddings", "send text or token ids, " + _INSTEAD)
+    if getattr(request, "mm_features", None):
+        raise _not_with("images, audio or video in the prompt", "send text only, " + _INSTEAD)
+
+
+def _not_with(name: str, way_out: str) -> SteerRequestError:
+    return SteerRequestError(f"dynamic strength does not work with {name}; {way_out}")
+
+
+def _any_at_head(doses: Sequence[Dose], plan: SteerPlan) -> bool:
+    return any(dose.dynamic and plan.steers[dose.steer].site == "head" for dose in doses)
+
+
+def _seats(scheduler_config: Any) -> int:
+    """Requests that the scheduler runs at once; older vLLM versions have only one limit."""
+    active = getattr(scheduler_config, "max_num_active_seqs", None)
+    return int(scheduler_config.max_num_seqs if active is None else active)
+
+
+_REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (
+        lambda c: c.speculative_config is not None,
+        "speculative decoding: a strength is known only once the token before it is",
+        "restart without a draft model",
+    ),
+    (
+        lambda c: bool(c.scheduler_config.async_scheduling),
+        "asynchronous scheduling, which plans a step before the last one's token is known",
+        "restart with --no-async-scheduling",
+    ),
+)
+
+_REFUSED_IN_STREAMS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        "pipeline parallelism: only the last stage would know the strengths",
+        "restart with pipeline_parallel_size 1",
+    ),
+    (
+        lambda c: c.kv_transfer_config is not None,
+        "a KV connector, which knows nothing of a request's streams",
+        "restart without kv_transfer_config",
+    ),
+)

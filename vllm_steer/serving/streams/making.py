@@ -1,0 +1,94 @@
+"""From a user's request to the requests that serve it: base and probes, made in the engine core."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from vllm_steer.plan import SteerPlan
+from vllm_steer.serving.admission import RejectedSteer, asked_steer, key_request, key_stream
+from vllm_steer.serving.engine_config import plan_of
+from vllm_steer.serving.streams.group import Group
+from vllm_steer.serving.streams.stream import (
+    STREAM,
+    Stream,
+    is_dynamic,
+    needs_streams,
+    probed_doses,
+)
+from vllm_steer.serving.streams.turns import missing_names, turns_of
+
+
+def preprocess_with_streams(original: Callable[..., Any], core: Any, request: Any) -> Any:
+    """``EngineCore.preprocess_add_request`` for a request and for its streams.
+
+    Raises ``RejectedSteer`` for a request that cannot be served: it alone fails.
+    """
+    plan = plan_of(core.vllm_config)
+    params = request.sampling_params
+    if plan is None or params is None:
+        return original(core, request)
+    salt = request.cache_salt
+    key_request(request, core.vllm_config)
+    doses = plan.doses(asked_steer(params))
+    made = _streams(request, salt, doses, plan) if needs_streams(doses, plan) else []
+    preprocessed = original(core, request)
+    if is_dynamic(doses):
+        _check_scheduler(core.scheduler)
+        streams = [original(core, stream)[0] for stream in made]
+        preprocessed[0].steer_group = _group(preprocessed[0], doses, streams, plan)
+    return preprocessed
+
+
+def add_with_streams(
+    original: Callable[..., Any], core: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """``EngineCore.add_request``: the streams enter with their request."""
+    group: Group | None = getattr(request, "steer_group", None)
+    if group is None:
+        return original(core, request, *args, **kwargs)
+    turns = turns_of(core.scheduler)
+    turns.enter(group)
+    try:
+        return original(core, request, *args, **kwargs)
+    except BaseException:
+        turns.leave(request.request_id)
+        raise
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Raise ``RejectedSteer`` where streams cannot take turns."""
+    if missing := missing_names(scheduler):
+        raise RejectedSteer(
+            f"dynamic strength is not served by this vLLM: its scheduler has no "
+            f"{', '.join(missing)}; give the steers fixed strengths, or use another version"
+        )
+
+
+def _streams(request: Any, salt: str | None, doses: Any, plan: SteerPlan) -> list[Any]:
+    """The base's request and one per dose that is probed, all of the user's own prompt."""
+    from vllm import SamplingParams
+
+    params = request.sampling_params
+    made = []
+    for dose in (None, *probed_doses(doses, plan)):
+        stream = Stream(request.request_id, asked_steer(params), dose)
+        own = copy.copy(request)
+        own.request_id = f"{request.request_id}-{'base' if dose is None else f'probe-{dose}'}"
+        own.sampling_params = SamplingParams(
+            temperature=0.0,
+            max_tokens=params.max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            skip_reading_prefix_cache=params.skip_reading_prefix_cache,
+            extra_args={STREAM: stream.to_args()},
+        )
+        own.cache_salt = salt
+        key_stream(own, plan)
+        made.append(own)
+    return made
+
+
+def _group(main: Any, doses: Any, streams: list[Any], plan: SteerPlan) -> Group:
+    steps = {i: plan.steers[d.steer].steps for i, d in enumerate(doses) if d.dynamic}
+    probes = dict(zip(probed_doses(doses, plan), (s.request_id for s in streams[1:]), strict=True))
+    return Group(main, doses, steps, {s.request_id: s for s in streams}, probes)

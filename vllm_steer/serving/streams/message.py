@@ -1,0 +1,20 @@
+"""What scheduler and workers tell each other about dynamic requests, step by step."""
+
+from dataclasses import dataclass, field
+
+Answer = dict[str, dict[int, float]]
+"""By request and by index of its dose: the strengths that a step has worked out."""
+
+
+@dataclass
+class Turn:
+    """What the requests and streams of a step read.
+
+    steps   by id of those that read their last token: the generation step, which is the number of
+            tokens generated so far
+    tokens  by id of a base or probe: how many tokens it has generated, and the last of them, which
+            the main stream has chosen; also where only a part of the text is read
+    """
+
+    steps: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
