@@ -124,6 +124,7 @@ COLUMNS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("ratio", number("ratio")),
         ("p20 to p80", spread("ratio_p20", "ratio_p80", 2)),
         ("by counting", counted),
+        ("over floor", number("over_floor")),
         ("goal", word("goal")),
     ),
     "kernel_resources": (

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_steer import hf, load_steer
 from vllm_steer.embedded import MODEL, STEERS
 
+pytestmark = pytest.mark.matrix
+
 PROMPTS = ("Hotel Astoria:", "Film Nova:", "Yoga Flora:", "Boutique Vega:")
 OTHERS = ("Hotel Regina:", "Film Orion:")
 # What a text begins with is what it goes on in: a French sentence in the place of an English one.

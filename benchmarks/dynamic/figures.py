@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -61,10 +62,8 @@ def cost(bench: Bench, requests: int) -> Iterator[dict[str, Any]]:
     """
     batches = {kind: [steer] * requests for kind, steer in STRENGTHS.items()}
     batches[FLOOR] = [None] * (counting.STREAMS * requests)
-    legs: dict[str, Callable[[], Leg]] = {
-        kind: (lambda steers=steers: bench.leg(steers)) for kind, steers in batches.items()
-    }
-    unsteered, others = _interleaved(lambda: bench.leg([None] * requests), legs, bench.rounds)
+    legs = {kind: partial(bench.leg, steers) for kind, steers in batches.items()}
+    unsteered, others = interleaved(lambda: bench.leg([None] * requests), legs, bench.rounds)
     beside = {kind: [mean for mean, _ in pairs] for kind, pairs in others.items()}
     times = {kind: [leg.token_ms for _, leg in pairs] for kind, pairs in others.items()}
     times[FLOOR] = [a + b for a, b in zip(beside[FLOOR], times[FLOOR], strict=True)]
@@ -101,7 +100,7 @@ def loop(bench: Bench, requests: int, loop_requests: int) -> dict[str, Any]:
         start = perf_counter()
         written = [authors.write(bench.prompts[row], bench.tokens) for row in range(loop_requests)]
         theirs.append((perf_counter() - start) * 1e3 / (loop_requests * bench.tokens))
-        same += [_same(*pair) for pair in zip(before.tokens, written, strict=False)]
+        same += [same_share(*pair) for pair in zip(before.tokens, written, strict=False)]
         after = bench.leg([DYNAMIC] * requests)
         seconds = (before.seconds + after.seconds) / 2
         ours.append(seconds * 1e3 / (requests * bench.tokens))
@@ -124,7 +123,7 @@ def ordinary(bench: Bench, dynamic: int) -> dict[str, Any]:
     """``ORDINARY`` ordinary requests beside ``dynamic`` ones, and beside as many streams."""
     beside_ordinary = [None] * (ORDINARY + STREAMS * dynamic)
     beside_dynamic = [None] * ORDINARY + [DYNAMIC] * dynamic
-    unsteered, others = _interleaved(
+    unsteered, others = interleaved(
         lambda: bench.leg(beside_ordinary, counted=ORDINARY),
         {"dynamic": lambda: bench.leg(beside_dynamic, counted=ORDINARY)},
         bench.rounds,
@@ -158,12 +157,12 @@ def check_steered(bench: Bench) -> None:
             sys.exit(f"{bench.name}: {kind} changed nothing")
 
 
-def _interleaved(
+def interleaved(
     plain: Callable[[], Leg], others: Mapping[str, Callable[[], Leg]], rounds: int
 ) -> tuple[list[float], dict[str, list[tuple[float, Leg]]]]:
     """The times of the plain legs, and by kind its legs with the mean of the plain ones around."""
-    for leg in (plain, *others.values()):  # warm up
-        leg()
+    for warm_up in (plain, *others.values()):
+        warm_up()
     times = [plain().token_ms]
     found: dict[str, list[tuple[float, Leg]]] = {kind: [] for kind in others}
     for _ in range(rounds):
@@ -174,7 +173,7 @@ def _interleaved(
     return times, found
 
 
-def _same(engine: Sequence[int], loop: Written) -> float:
+def same_share(engine: Sequence[int], loop: Written) -> float:
     """The share of a text before the two part; they may where two tokens are as likely."""
     for step, (mine, theirs) in enumerate(zip(engine, loop.tokens, strict=True)):
         if mine != theirs:

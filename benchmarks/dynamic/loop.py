@@ -62,7 +62,8 @@ class AuthorsLoop:
             steps = self._delta.delta[: len(strengths)]
             self._added = (steps * torch.tensor(strengths)[:, None, None]).transpose(0, 1)
         output = self._model(torch.tensor([text]), use_cache=False, logits_to_keep=1)
-        return output.logits[0, -1]
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
 
     def _add(self, row: int, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._added is None:

@@ -16,6 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401 (sets the environment, in worker processes too)
+import dynamic_settings
+from dynamic_outputs import assert_dynamic
 from engines import (
     GUIDED,
     MIXED,
@@ -27,6 +29,7 @@ from engines import (
     guided_family,
     prompts,
     random_steers,
+    reporting,
     steer_config,
 )
 from reference import assert_guided, load_reference
@@ -139,6 +142,21 @@ def tensor_parallel(folder: Path) -> None:
     parallel(folder, tensor_parallel_size=2)
 
 
+def dynamic_tensor_parallel(folder: Path) -> None:
+    """Strengths that follow from the text, worked out by two tensor-parallel ranks."""
+    settings = dynamic_settings.SETTINGS
+    model = save_tiny_model("llama", folder / "model", num_layers=GUIDED_LAYERS)
+    reference = load_reference(model)
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    config = steer_config(STEERS, folder / "steers")
+    with engine(model, config, async_scheduling=False, max_num_seqs=128, **options) as llm:
+        params = reporting(greedy(settings))
+        outputs = llm.generate(prompts(len(settings)), params, use_tqdm=False)
+    for output, setting in zip(outputs, settings, strict=True):
+        assert_dynamic(output, reference, doses_of(setting, STEERS), STEERS)
+    print(f"{len(outputs)} outputs equal the reference")
+
+
 def pipeline_parallel(folder: Path) -> None:
     """Two pipeline stages: each has its own layers, only the last one has a head."""
     parallel(folder, pipeline_parallel_size=2)
@@ -179,6 +197,7 @@ def check(outputs: list[Any], reference: Any) -> None:
 SCENARIOS: dict[str, Callable[[Path], None]] = {
     "ngram-speculation": ngram_speculation,
     "tensor-parallel": tensor_parallel,
+    "dynamic-tensor-parallel": dynamic_tensor_parallel,
     "pipeline-parallel": pipeline_parallel,
     "transformers-backend": transformers_backend,
     "compiled-in-pieces": compiled_in_pieces,

@@ -1,18 +1,15 @@
 """What an engine in this process has in hand: its scheduler, and what it has not let go."""
 
+import gc
 from pathlib import Path
 from typing import Any
+
+from engines import greedy
 
 
 def scheduler_of(llm: Any) -> Any:
     """vLLM's scheduler."""
     return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def worker_of(llm: Any) -> Any:
-    """What the plugin keeps in the one worker."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker
 
 
 def preemptions(llm: Any) -> float:
@@ -36,6 +33,15 @@ def leftovers(llm: Any) -> dict[str, int]:
         held["groups"] = len(turns.groups)
         held["members"] = len(turns._group_of)
     return {name: count for name, count in held.items() if count}
+
+
+def pooled_strengths(llm: Any) -> int:
+    """Numbers that the worker keeps for strengths, after a step that tells it who has ended."""
+    from vllm_steer.serving.streams.pool import StrengthPool
+
+    llm.generate({"prompt_token_ids": [5]}, greedy([{}], max_tokens=1), use_tqdm=False)
+    gc.collect()
+    return sum(each.num_taken for each in gc.get_objects() if type(each) is StrengthPool)
 
 
 def resident_mib() -> float:

@@ -8,7 +8,7 @@ import pytest
 from dynamic_outputs import assert_dynamic
 from engines import Setting, doses_of, dynamic, engine, greedy, is_dynamic, reporting
 from reference import assert_guided, load_reference
-from scheduling import leftovers, preemptions, resident_mib, scheduler_of
+from scheduling import leftovers, pooled_strengths, preemptions, resident_mib, scheduler_of
 
 from vllm_steer import embedded, load_steer
 
@@ -92,6 +92,21 @@ def test_few_seats(seats: int, reference: Any, steers: Any) -> None:
 
 
 @pytest.mark.matrix
+def test_streams_that_do_not_fit_together_end_their_request_and_no_other(
+    reference: Any, steers: Any
+) -> None:
+    settings: list[Setting] = [THREE, {}, FRENCH]
+    options = {"num_gpu_blocks_override": 8, "block_size": BLOCK, "max_model_len": 128}
+    with engine(embedded.MODEL, CONFIG, **options) as llm:
+        outputs = serve(llm, texts(3, 70), settings, max_tokens=40)
+        held = leftovers(llm)
+    assert held == {}
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length", "length"]
+    assert "do not fit into the engine together" in outputs[0].outputs[0].stop_reason
+    check(outputs[1:], settings[1:], reference, steers)
+
+
+@pytest.mark.matrix
 def test_without_a_prefix_cache(reference: Any, steers: Any) -> None:
     with engine(embedded.MODEL, CONFIG, enable_prefix_caching=False) as llm:
         outputs = serve(llm, texts(16, 70), REQUESTS)
@@ -150,7 +165,7 @@ def test_a_stream_that_dies_takes_its_request_with_it_and_no_other(
     outputs = sorted(finished(core, 4), key=lambda output: output.request_id)
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", *["length"] * 3]
     assert len(outputs[0].outputs[0].token_ids) < 10
-    assert leftovers(llm) == {}
+    assert leftovers(llm) == {} and pooled_strengths(llm) == 0
     check(outputs[1:], settings[1:], reference, steers)
 
 
@@ -164,6 +179,7 @@ def test_a_request_that_is_aborted_at_any_moment_leaves_nothing(llm: Any) -> Non
         while core.has_unfinished_requests() or scheduler_of(llm).has_requests():
             core.step()
         assert leftovers(llm) == {}, f"{request_id} after {moment} steps"
+        assert pooled_strengths(llm) == 0, f"{request_id} after {moment} steps"
 
 
 @pytest.mark.matrix
@@ -193,5 +209,5 @@ def test_a_thousand_requests_with_aborts_leave_nothing_and_no_memory(llm: Any) -
     while scheduler_of(llm).has_requests():
         core.step()
     assert aborted > 50
-    assert leftovers(llm) == {}
+    assert leftovers(llm) == {} and pooled_strengths(llm) == 0
     assert resident_mib() - memory[300] < 16

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dynamic_settings import SETTINGS as DYNAMIC_SETTINGS
 from engines import RUNNER, doses_of, engine, greedy, prompts, steer_config
 from own_process import SETTINGS, STEERS, TOKENS, exact
 from tiny_models import GUIDED_FAMILIES, GUIDED_LAYERS, save_tiny_model
@@ -40,6 +41,13 @@ def test_ngram_speculation_with_several_logits_rows_per_request() -> None:
 def test_two_worker_processes(scenario: str) -> None:
     said = run_scenario(scenario, VLLM_CPU_OMP_THREADS_BIND="0|1")
     assert f"{len(SETTINGS)} outputs equal" in said
+
+
+@v1_only
+@pytest.mark.matrix
+def test_dynamic_strengths_on_two_worker_processes() -> None:
+    said = run_scenario("dynamic-tensor-parallel", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert f"{len(DYNAMIC_SETTINGS)} outputs equal" in said
 
 
 @pytest.mark.matrix

@@ -44,7 +44,7 @@ def engine(default: str = "none", **changed: Any) -> Any:
         "lora_config": None,
         "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
-        "scheduler_config": SimpleNamespace(max_num_seqs=4, async_scheduling=False),
+        "scheduler_config": SimpleNamespace(max_num_seqs=4),
     }
     for path, value in changed.items():
         part, _, field = path.partition("__")
@@ -81,10 +81,6 @@ EVERYWHERE: list[tuple[dict[str, Any], str]] = [
         "does not work with speculative decoding: .*; restart without a draft model, or give the "
         "steers fixed strengths",
     ),
-    (
-        {"scheduler_config__async_scheduling": True},
-        "does not work with asynchronous scheduling, .*; restart with --no-async-scheduling, or",
-    ),
 ]
 IN_STREAMS: list[tuple[dict[str, Any], str]] = [
     (
@@ -104,7 +100,7 @@ IN_STREAMS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-EVERYWHERE_IDS = ["speculation", "asynchronous"]
+EVERYWHERE_IDS = ["speculation"]
 IN_STREAMS_IDS = ["pipeline", "connector", "seats", "active-seats"]
 
 
@@ -314,6 +310,6 @@ def test_the_settings_that_are_asked_for_are_vllms() -> None:
     for owner, names in [
         (VllmConfig, ["speculative_config", "lora_config", "kv_transfer_config"]),
         (ParallelConfig, ["pipeline_parallel_size"]),
-        (SchedulerConfig, ["max_num_seqs", "async_scheduling"]),
+        (SchedulerConfig, ["max_num_seqs"]),
     ]:
         assert set(names) <= {field.name for field in dataclasses.fields(owner)}

@@ -41,6 +41,7 @@ class StandIn:
     def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["StandIn"]:
         assert all(path.exists() for path in files.values())
         self.started += 1
+        assert options.async_scheduling is False
         yield self
 
     def generate(
@@ -170,8 +171,8 @@ def test_a_row_that_a_kind_does_not_have_is_named(place: Path, stand_in: StandIn
         ("b", "start"),
         ("b", "dim"),
     ]
-    assert "not there: b, start: not for this kind: start and dim are schedules" in done.stderr
-    assert "not there: a, dPPL: no prompts with demonstrations were given" in done.stderr
+    assert "not there: start of b: not for this kind: start and dim are schedules" in done.stderr
+    assert "not there: dPPL of a, b, a+b: no prompts with demonstrations were given" in done.stderr
     assert set(rows(report)) == {
         *((c, m) for c in ("a", "b", "a+b") for m in ("none", "fixed", "dynamic")),
         *((c, m) for c in ("a", "a+b") for m in ("start", "dim")),

@@ -99,7 +99,7 @@ def test_a_property_may_stay_fixed_among_dynamic_ones(tmp_path: Path) -> None:
     found = [choice.doses["cheer"] for choice in choices("dynamic", asked, STEERS)]
     assert found == [{"strength": v, "layers": "0", "phase": "generation"} for v in (2, 4)]
     assert why_not("dynamic", ("cheer",), asked, STEERS) == (
-        "not asked for: none of these properties is dynamic"
+        "not asked for: no property here is dynamic"
     )
 
 

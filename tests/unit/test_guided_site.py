@@ -24,6 +24,7 @@ from vllm_steer.serving.rows import SteeredRequest, Step
 
 CPU = torch.device("cpu")
 MAX_DOSES, MAX_TOKENS = 3, 13
+NO_HISTORY = torch.zeros(1)
 LAYERS = (0, 2)
 STEERS = {
     "push": vector((0, 2)),
@@ -143,7 +144,7 @@ def serve(
 ) -> None:
     """One step; a graph's replay and an eager pass give what the requests ask for."""
     site.expect()
-    site.prepare(step_of(parts), requests)
+    site.prepare(step_of(parts), requests, NO_HISTORY)
     replayed = replay(site, monkeypatch)
     assert_steered(replayed, parts, requests)
     num_tokens = sum(part.count for part in parts)
@@ -282,14 +283,14 @@ def test_a_graph_finds_its_buffers_where_it_was_captured(
     before = places()
     for parts, requests, _ in walks:
         site.forget()
-        site.prepare(step_of(parts), requests)
+        site.prepare(step_of(parts), requests, NO_HISTORY)
         assert places() == before
     site.idle()
     assert places() == before
 
 
 def test_a_place_steers_its_own_layer(site: GuidedSite) -> None:
-    site.prepare(step_of([Part("b", 0, 3)]), {"b": B})
+    site.prepare(step_of([Part("b", 0, 3)]), {"b": B}, NO_HISTORY)
     rows = [BASE[:3].clone(), BASE[:3].clone()]
     for layer in (0, 1):
         SteeredPlace(site, layer).steer_(rows[layer], None)

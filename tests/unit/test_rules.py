@@ -18,6 +18,7 @@ from vllm_steer.steers.delta import SCHEDULES
 
 CPU = torch.device("cpu")
 FOREVER = torch.iinfo(torch.int64).max
+NO_HISTORY = torch.zeros(1)
 STEERS = {
     "push": vector((0, 1, 3), site="attn_in"),
     "spin": vector((1,), site="attn_in", mode="rotate", seed=1),
@@ -35,7 +36,7 @@ def shelf(*layers: int) -> LayerShelf:
 
 def rules_of(doses: dict[str, tuple[Dose, ...]], on: LayerShelf, prompt_len: int = 3) -> Any:
     requests = {r: SteeredRequest(d, prompt_len) for r, d in doses.items() if d}
-    return guidance_rules(list(doses), requests, on, CPU)
+    return guidance_rules(list(doses), requests, on, NO_HISTORY)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_rules_lie_by_dose_and_row() -> None:
     )
     assert found.start.tolist() == [[4, 0, 1], [1, 0, 0]]
     assert found.stride.tolist() == [[1, 0, 0], [0, 0, 0]]
-    assert found.origin.tolist() == [[2, 0, 0], [0, 0, 0]]
+    assert found.origin.tolist() == [[2, 0, 2], [2, 0, 0]]
     assert found.first.tolist() == [[2, 0, 3], [0, 0, 0]]
     assert found.last.tolist() == [[6, 0, FOREVER], [FOREVER, 0, 0]]
     assert found.strength.tolist() == [[2.0, 0, 0.5], [-1.5, 0, 0]]
@@ -137,7 +138,7 @@ def test_doses_of_other_sites_and_of_requests_that_wait_take_no_depth() -> None:
         "here": SteeredRequest((Dose("elsewhere", 9.0), Dose("push", 2.0)), 3),
         "waits": SteeredRequest(many, 3),
     }
-    found = guidance_rules(["other", "here"], requests, on, CPU)
+    found = guidance_rules(["other", "here"], requests, on, NO_HISTORY)
     assert found.start.tolist() == [[0, 1]]
     assert found.strength.tolist() == [[0, 2.0]]
 
@@ -157,8 +158,8 @@ def test_what_is_kept_from_batch_to_batch_changes_no_rule() -> None:
     ]
     for req_ids, requests in batches:
         for _ in range(2):
-            kept = guidance_rules(req_ids, requests, on, CPU, known)
-            anew = guidance_rules(req_ids, requests, on, CPU)
+            kept = guidance_rules(req_ids, requests, on, NO_HISTORY, known)
+            anew = guidance_rules(req_ids, requests, on, NO_HISTORY)
             assert all(torch.equal(getattr(kept, name), getattr(anew, name)) for name in vars(anew))
             assert known.keys() <= requests.keys()
 
@@ -218,7 +219,7 @@ def test_every_token_of_every_request_takes_what_its_doses_say(
     counts = [prompt_len + generated for _, prompt_len, generated in batch]
     starts = torch.tensor([0, *counts]).cumsum(0)
     positions = torch.cat([torch.arange(n) for n in counts])
-    found = guidance_rules([str(i) for i in range(len(batch))], requests, on, CPU)
+    found = guidance_rules([str(i) for i in range(len(batch))], requests, on, NO_HISTORY)
     depth = found.start.shape[0]
     assert depth == max(len(d) for d, _, _ in batch)
     if depth == 0:

@@ -19,6 +19,7 @@ from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.rows import SteeredRequest, Step
 
 CPU = torch.device("cpu")
+NO_HISTORY = torch.zeros(1)
 TOKENS = 3
 PAIR, TENSOR = Family(), Family(stream="tensor")
 
@@ -88,7 +89,7 @@ def prepare(found: SteeredLayers, *doses: Dose) -> None:
     ones = np.array([1], dtype=np.int64)
     step = Step(["a"], ones, ones * TOKENS, torch.tensor([0, TOKENS]), torch.arange(TOKENS))
     for site in found.sites:
-        site.prepare(step, {"a": SteeredRequest(doses, prompt_len=TOKENS)})
+        site.prepare(step, {"a": SteeredRequest(doses, prompt_len=TOKENS)}, NO_HISTORY)
 
 
 def rows(seed: int) -> torch.Tensor:
@@ -181,7 +182,7 @@ def test_two_sites_of_one_module_act_one_after_the_other(monkeypatch: pytest.Mon
     step = Step(["a"], ones, ones * TOKENS, torch.tensor([0, TOKENS]), torch.arange(TOKENS))
     doses = (Dose("bend", 3.0), Dose("walk", 2.0, schedule="fixed"))
     for site in found.sites:
-        site.prepare(step, {"a": SteeredRequest(doses, prompt_len=1)})
+        site.prepare(step, {"a": SteeredRequest(doses, prompt_len=1)}, NO_HISTORY)
     output = model.layers[1].self_attn(H)
     with torch.no_grad():
         inner = H * 2 + 2 * model.layers[1].self_attn.o_proj(steers["walk"].delta[:, 0])

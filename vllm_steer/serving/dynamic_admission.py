@@ -81,11 +81,6 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "speculative decoding: a strength is known only once the token before it is",
         "restart without a draft model",
     ),
-    (
-        lambda c: bool(c.scheduler_config.async_scheduling),
-        "asynchronous scheduling, which plans a step before the last one's token is known",
-        "restart with --no-async-scheduling",
-    ),
 )
 
 _REFUSED_IN_STREAMS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (

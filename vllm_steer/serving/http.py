@@ -15,9 +15,11 @@ from vllm_steer.config import NO_STEER
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.admission import STRENGTHS, asked_strengths
+from vllm_steer.serving.dynamic_admission import check_engine_for
 from vllm_steer.serving.engine_config import plan_of
 from vllm_steer.serving.reports.delivered import DELIVERED, Delivered
 from vllm_steer.serving.reports.response import Message, ReportingSend, Send, with_length
+from vllm_steer.serving.streams.stream import STREAM, is_dynamic
 
 Receive = Callable[[], Awaitable[Message]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
@@ -38,12 +40,13 @@ class SteerMiddleware:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self._app(scope, receive, send)
-        plan = plan_of(scope["app"].state.vllm_config)
+        vllm_config = scope["app"].state.vllm_config
+        plan = plan_of(vllm_config)
         if plan is None:
             return await self._app(scope, receive, send)
         body = await _read_body(receive)
         try:
-            new_body, reports = rewrite(body, plan, route=scope["path"])
+            new_body, reports = rewrite(body, plan, route=scope["path"], vllm_config=vllm_config)
         except ValueError as error:
             return await _reject(send, str(error))
         if new_body is not body:
@@ -66,11 +69,12 @@ class Rewritten(NamedTuple):
     reports: bool
 
 
-def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> Rewritten:
+def rewrite(body: bytes, plan: SteerPlan, *, route: str, vllm_config: Any = None) -> Rewritten:
     """The body with ``steer``, ``steer_strengths`` and the model's preset in ``vllm_xargs``.
 
-    The body is the same object if there is nothing to move. Raises ``ValueError`` with the message
-    for the client if the body asks twice, or asks on a route that takes no ``vllm_xargs``.
+    ``vllm_config`` is the engine's, where it is known. The body is the same object if there is
+    nothing to move. Raises ``ValueError`` with the message for the client if the body asks twice,
+    or asks on a route that takes no ``vllm_xargs``.
     """
     data = _read_json(body, plan)
     if data is None:
@@ -97,7 +101,7 @@ def rewrite(body: bytes, plan: SteerPlan, *, route: str) -> Rewritten:
             "steer: beam search cannot carry a steer; sample instead, or remove the steer"
         )
     arguments = {**inside, **{name: _as_argument(value) for name, value in asked.items()}}
-    is_admitted = _is_admitted(asked, plan)
+    is_admitted = STREAM not in inside and _is_admitted(asked, plan, vllm_config)
     reports = is_admitted and _asks_for_strengths(asked)
     if is_admitted and arguments == inside:
         return Rewritten(body, reports)
@@ -126,13 +130,15 @@ def _takes_arguments(route: str) -> bool:
     return route.endswith(STEERABLE)
 
 
-def _is_admitted(asked: Mapping[str, Any], plan: SteerPlan) -> bool:
+def _is_admitted(asked: Mapping[str, Any], plan: SteerPlan, vllm_config: Any) -> bool:
     """Whether admission will take the values. vLLM would answer a stream with 200 before it asks;
     without streaming its answer is the 400, and it comes from behind the check of API keys.
     """
     try:
-        plan.doses(asked.get("steer"))
+        doses = plan.doses(asked.get("steer"))
         _asks_for_strengths(asked)
+        if vllm_config is not None and is_dynamic(doses):
+            check_engine_for(doses, plan, vllm_config)
     except SteerRequestError:
         return False
     return True

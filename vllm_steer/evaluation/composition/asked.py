@@ -33,8 +33,6 @@ METHODS: Final[tuple[Method, ...]] = get_args(Method)
 Combination = tuple[str, ...]
 """Names of properties, in the order of the file."""
 
-SUFFIXES: Final = (".yaml", ".yml")
-
 
 def _listed(value: Any) -> Any:
     """One value stands for a list of it."""

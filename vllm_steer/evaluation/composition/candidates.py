@@ -16,9 +16,9 @@ Doses = Mapping[str, Mapping[str, Any]]
 Part = Literal["choosing", "test", "examples"]
 
 NOT_FOR_THIS_KIND: Final = (
-    "not for this kind: start and dim are schedules of a delta, and none of these steers is one"
+    "not for this kind: start and dim are schedules of a delta, and no steer here is one"
 )
-NOTHING_DYNAMIC: Final = "not asked for: none of these properties is dynamic"
+NOTHING_DYNAMIC: Final = "not asked for: no property here is dynamic"
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Judge
-from vllm_steer.evaluation.composition.asked import Combination, Composition, label
+from vllm_steer.evaluation.composition.asked import Combination, Composition
 from vllm_steer.evaluation.composition.candidates import (
     Candidate,
     Part,
     candidate,
-    choices,
     why_not,
 )
 from vllm_steer.evaluation.composition.choosing import Choosing, Chosen, Figures
@@ -27,6 +24,7 @@ from vllm_steer.evaluation.composition.measuring import (
     read_golds,
 )
 from vllm_steer.evaluation.composition.report import BEST, ComparisonReport, markdown
+from vllm_steer.evaluation.composition.settling import about_comparison, check_doses
 from vllm_steer.evaluation.composition.writing import Writer
 from vllm_steer.evaluation.evaluating import MakeJudges, Progress
 from vllm_steer.evaluation.generating import EngineOptions
@@ -37,13 +35,8 @@ from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.evaluation.scoring import write_json
 from vllm_steer.files import load_steer
 from vllm_steer.files.whole import write_text
-from vllm_steer.fit.recipe import file_digest
 from vllm_steer.models import load_language_model
-from vllm_steer.request import read_dose
 from vllm_steer.steers import Steer
-from vllm_steer.steers.content import content_digest
-
-_VERSIONS: Final = ("torch", "vllm")
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> C
         raise SteerError(f"tolerance is {given.tolerance}; a share of the texts is wanted, 0 to 1")
     asked = Composition.load(given.file)
     steers = {name: load_steer(each.steer) for name, each in asked.properties.items()}
-    _check_doses(asked, steers)
+    check_doses(asked, steers)
     examples = {
         combination: read_icl(path, asked.demonstrations, asked.instruction)
         for combination, path in asked.examples.items()
@@ -92,7 +85,7 @@ def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> C
     properties = PropertyJudges(asked, property_judges(asked))
     judges, missing = make_judges(given.specs)
     perplexity = _perplexity(judges, missing)
-    about = _about(given, asked, steers)
+    about = about_comparison(given, asked, steers)
     run = open_run(given.folder, about, restart=given.restart)
     writer = Writer(
         given.model,
@@ -200,36 +193,3 @@ def _perplexity(judges: Sequence[Judge], missing: Mapping[str, str]) -> Judge:
             return judge
     reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
     raise SteerError(f"no judge of perplexity is at hand ({reasons})")
-
-
-def _check_doses(asked: Composition, steers: Mapping[str, Steer]) -> None:
-    """Raise ``SteerError`` for a dose that a request could not have."""
-    for method in asked.methods:
-        for choice in choices(method, asked, steers):
-            for name, dose in choice.doses.items():
-                read_dose(name, dose, steers[name])
-
-
-def _about(given: Comparison, asked: Composition, steers: Mapping[str, Steer]) -> dict[str, Any]:
-    """All that decides the texts of a request; combinations and strengths may be added."""
-    from vllm_steer import __version__
-
-    return {
-        "model": given.model,
-        "steers": {
-            name: {
-                "file": asked.properties[name].steer.name,
-                "kind": steer.kind,
-                "sha256": content_digest(steer),
-            }
-            for name, steer in steers.items()
-        },
-        "prompts": given.prompts.settings,
-        "choosing_prompts": None if given.choosing is None else given.choosing.settings,
-        "examples": {label(c): file_digest(path) for c, path in asked.examples.items()},
-        "demonstrations": asked.demonstrations,
-        "instruction": asked.instruction,
-        "sampling": given.sampling.settings,
-        "engine": given.engine.decisive,
-        "versions": {"vllm-steer": __version__, **{name: version(name) for name in _VERSIONS}},
-    }

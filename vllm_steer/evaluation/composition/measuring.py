@@ -15,7 +15,7 @@ from vllm_steer.evaluation.run import Run
 from vllm_steer.models import LanguageModel
 from vllm_steer.steers import Steer
 
-NO_EXAMPLES = "no prompts with demonstrations were given for this combination (examples)"
+NO_EXAMPLES = "no prompts with demonstrations were given (examples)"
 
 
 @dataclass(frozen=True)

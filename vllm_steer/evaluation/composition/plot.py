@@ -16,6 +16,7 @@ _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4
 _THIN: Final = {"fixed": ":", "start": "-.", "dim": "--"}
 _MARKS: Final = {"none": "x", "fixed": "s", "start": "v", "dim": "D", "dynamic": "o"}
 _DPI: Final = 150
+_COLUMNS: Final = 4
 
 
 def draw_strengths(report: ComparisonReport, path: Path) -> None:
@@ -90,9 +91,16 @@ def _prices(axis: Any, rows: Sequence[Measured], combination: Combination, seen:
 
 
 def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
-    size = (4.6 * panels, 4.0)
-    figure = need("matplotlib.figure").Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    """A figure of so many panels, at most four in a row."""
+    columns = min(panels, _COLUMNS)
+    rows = -(-panels // columns)
+    figure = need("matplotlib.figure").Figure(
+        figsize=(4.6 * columns, 4.0 * rows), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for unused in axes[panels:]:
+        unused.set_axis_off()
+    return figure, axes[:panels]
 
 
 def _finish(figure: Any, axes: Sequence[Any], path: Path) -> None:

@@ -107,15 +107,16 @@ def markdown(report: ComparisonReport) -> str:
 
 def notes(report: ComparisonReport) -> Iterator[str]:
     """What is not there, and why: rows, dPPL, judges."""
+    lacking: dict[tuple[str, str], list[str]] = {}
     for combination, method, reason in report.absences:
-        yield f"{label(combination)}, {method}: {reason}"
-    without = {
-        label(each.row.candidate.combination): each.dppl
-        for each in report.rows
-        if isinstance(each.dppl, str)
-    }
-    for combination_label, reason in without.items():
-        yield f"{combination_label}, dPPL: {reason}"
+        lacking.setdefault((method, reason), []).append(label(combination))
+    for each in report.rows:
+        if isinstance(each.dppl, str):
+            names = lacking.setdefault(("dPPL", each.dppl), [])
+            if (name := label(each.row.candidate.combination)) not in names:
+                names.append(name)
+    for (what, reason), names in lacking.items():
+        yield f"{what} of {', '.join(names)}: {reason}"
     for name, reason in report.missing.items():
         yield f"{name}: {reason}"
 
@@ -126,15 +127,16 @@ Grid = tuple[str, list[str], list[list[str]]]
 def _grids(report: ComparisonReport) -> Iterator[Grid]:
     """Title, headings and rows of each table; dPPL where there is any."""
     yield "strengths", ["method", *report.asked.properties], list(_strengths(report))
-    judged = any(not isinstance(each.dppl, str) for each in report.rows)
-    dppl = ["dPPL", "median dPPL"] if judged else []
     for combination in report.asked.combinations:
+        rows = report.of(combination)
+        judged = any(not isinstance(each.dppl, str) for each in rows)
+        dppl = ["dPPL", "median dPPL"] if judged else []
         seen = "seen" if combination in report.asked.seen else "unseen"
         several = [ALL] if len(combination) > 1 else []
         yield (
             f"{label(combination)} ({seen})",
             ["method", *several, *combination, *_FIGURES.values(), *dppl],
-            [_cells(each, bool(several), judged) for each in report.of(combination)],
+            [_cells(each, bool(several), judged) for each in rows],
         )
 
 

@@ -70,6 +70,23 @@ class Group:
         now = self.strengths or {}
         return {self.doses[index].steer: now.get(index, 0.0) for index in self.steps}
 
+    def wait_for_token(self, member: Any) -> int:
+        """Hold a member whose step has been scheduled until its token is known.
+
+        Asynchronous scheduling has counted the token already, to go on without it; that many
+        tokens are returned, for ``expect_token``. A request without streams may go on.
+        """
+        if not self.streams:
+            return 0
+        ahead = int(member.num_output_placeholders)
+        member.num_output_placeholders = 0
+        return ahead
+
+    def expect_token(self, ahead: int) -> None:
+        """The main stream's token is about to be told: count again what was counted ahead."""
+        if not getattr(self.main, "num_stale_output_tokens", 0):
+            self.main.num_output_placeholders += ahead
+
     def release(self) -> None:
         """The strengths are there: the main stream may go on."""
         if self.main.status == RequestStatus.RUNNING:
@@ -98,3 +115,10 @@ class Group:
 
     def _is_over(self, steps: int | None) -> bool:
         return steps is not None and self.num_tokens >= steps
+
+
+def generation_step(request: Any) -> int:
+    """How many tokens a request that has just been scheduled will have generated before the step's
+    own: those that are known, and those that earlier steps are still computing.
+    """
+    return int(request.num_output_tokens) + max(int(request.num_output_placeholders) - 1, 0)

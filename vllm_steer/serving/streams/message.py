@@ -14,7 +14,9 @@ class Turn:
             tokens generated so far
     tokens  by id of a base or probe: how many tokens it has generated, and the last of them, which
             the main stream has chosen; also where only a part of the text is read
+    ahead   by id, as ``steps``: the tokens that asynchronous scheduling counted ahead of the step
     """
 
     steps: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ahead: dict[str, int] = field(default_factory=dict)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vllm_steer.serving.streams.group import Group
+from vllm_steer.serving.streams.group import Group, generation_step
 from vllm_steer.serving.streams.message import Answer, Turn
 
 logger = logging.getLogger("vllm.vllm_steer")
@@ -26,7 +26,14 @@ _WRAPPED = (
     "finish_requests",
     "_handle_blocked_waiting_request",
 )
-_NEEDED = (*_WRAPPED, "_preempt_request", "running", "waiting", "max_num_running_reqs")
+_NEEDED = (
+    *_WRAPPED,
+    "_preempt_request",
+    "requests",
+    "running",
+    "pause_state",
+    "max_num_running_reqs",
+)
 
 
 def missing_names(scheduler: Any) -> list[str]:
@@ -50,6 +57,7 @@ class Turns:
         self._scheduler = scheduler
         self._group_of: dict[str, Group] = {}
         self._failed: dict[str, str] = {}
+        self._next: Group | None = None
         self._finish = scheduler.finish_requests
         wrappers: tuple[Callable[..., Any], ...] = (
             self._schedule,
@@ -74,6 +82,7 @@ class Turns:
         group = self.groups.pop(main, None)
         if group is None:
             return
+        self._failed.pop(main, None)
         for member in group.members:
             self._group_of.pop(member.request_id, None)
         self._end(group.streams)
@@ -81,6 +90,7 @@ class Turns:
         self._admit_one()
 
     def _schedule(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._next = None
         output = original(*args, **kwargs)
         if self.groups:
             output.steer_turn = self._turn(output.num_scheduled_tokens)
@@ -99,7 +109,8 @@ class Turns:
             if req_id in group.streams and request.num_output_tokens:
                 turn.tokens[req_id] = (request.num_output_tokens, request.output_token_ids[-1])
             if request.num_computed_tokens >= request.num_tokens:
-                turn.steps[req_id] = request.num_output_tokens
+                turn.steps[req_id] = generation_step(request)
+                turn.ahead[req_id] = group.wait_for_token(request)
         return turn
 
     def _update(
@@ -111,8 +122,12 @@ class Turns:
         answer: Answer = getattr(runner_output, "steer_strengths", None) or {}
         for req_id in turn.steps:
             group = self._group_of.get(req_id)
-            if group is not None and req_id in group.streams:
+            if group is None:
+                continue
+            if req_id in group.streams:
                 runner_output.sampled_token_ids[runner_output.req_id_to_index[req_id]] = []
+            else:
+                group.expect_token(turn.ahead.get(req_id, 0))
         outputs = original(scheduler_output, runner_output)
         for main, strengths in answer.items():
             if main in self.groups:
@@ -160,7 +175,10 @@ class Turns:
         for by_client in outputs.values():
             for output in by_client.outputs:
                 group = self.groups.get(output.request_id)
-                if group is not None and output.new_token_ids:
+                if group is None:
+                    if output.finish_reason is not None:
+                        self._admit_one()
+                elif output.new_token_ids:
                     told = {REPORT: {"strengths": group.named_strengths()}}
                     output.kv_transfer_params = (output.kv_transfer_params or {}) | told
 
@@ -172,8 +190,8 @@ class Turns:
         for request in ended:
             group = self._group_of.get(request.request_id)
             if group is None:
-                continue
-            if request is group.main:
+                self._admit_one()
+            elif request is group.main:
                 self.leave(request.request_id)
             elif not group.main.is_finished():
                 self._fail(group, f"its stream {request.request_id} ended before it")
@@ -220,44 +238,80 @@ class Turns:
             )
 
     def _may_go(self, original: Callable[..., Any], request: Any) -> Any:
-        """Whether a waiting request may be scheduled."""
+        """Whether a waiting request may be scheduled: none overtakes a group that waits for seats,
+        or it would wait as long as others come.
+        """
         group = self._group_of.get(request.request_id)
-        if group is not None and not self._has_turn(group, request):
+        if group is None or not (group.streams or group.parked):
+            if self._next is not None:
+                return False
+        elif not self._has_turn(group, request):
             return False
         return original(request)
 
     def _has_turn(self, group: Group, request: Any) -> bool:
         if group.parked or not group.is_due(request):
             return False
-        if group.streams and not group.started:
-            reserved = sum(other.num_absent for other in self.groups.values() if other.started)
-            free = self._scheduler.max_num_running_reqs - len(self._scheduler.running) - reserved
-            group.started = free >= len(group.members)
-            return group.started
-        return True
+        if group.started:
+            return True
+        if self._next is None and self._num_free_seats() >= len(group.members):
+            group.started = True
+        elif self._next is None:
+            self._next = group
+        return group.started
+
+    def _num_free_seats(self) -> int:
+        """Seats that neither a request nor a group under way will need."""
+        scheduler = self._scheduler
+        seats = getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs)
+        sessions = getattr(scheduler, "num_waiting_for_streaming_input", 0)
+        reserved = sum(group.num_absent for group in self.groups.values() if group.started)
+        return int(seats) - len(scheduler.running) - sessions - reserved
 
     def _make_room(self) -> None:
         """Nobody could go: the streams hold all blocks or seats while each waits for another.
 
         The youngest group gives way to the others until one of them has ended. A group that is
-        alone and still finds no room never will.
+        alone and still finds no room never will. In a pause that lets running requests come to
+        their end, groups with a member that has not got in wait as a whole.
         """
-        if getattr(self._scheduler, "pause_state", 0):
+        from vllm.v1.core.sched.interface import PauseState
+
+        if any(map(_is_in_flight, self._scheduler.running)):
             return
         active = [group for group in self.groups.values() if group.streams and not group.parked]
-        if not any(group.wants_room for group in active):
+        if self._scheduler.pause_state == PauseState.PAUSED_NEW:
+            for group in active:
+                self._take_back(group)
+        if self._scheduler.pause_state or not any(group.wants_room for group in active):
             return
-        if len(active) == 1:
+        if len(active) == 1 and not self._has_others(active[0]):
             self._fail(active[0], "its streams do not fit into the engine together")
             return
         victim = max(active, key=lambda group: (group.num_running > 0, group.main.arrival_time))
-        victim.parked, victim.started = True, False
-        for member in reversed([m for m in victim.members if m in self._scheduler.running]):
-            self._scheduler.running.remove(member)
+        victim.parked = True
+        self._take_back(victim)
+
+    def _take_back(self, group: Group) -> None:
+        """All of a group's members wait, and start together."""
+        group.started = False
+        running = self._scheduler.running
+        for member in reversed([m for m in group.members if m in running]):
+            running.remove(member)
             self._scheduler._preempt_request(member, time.monotonic())
 
+    def _has_others(self, group: Group) -> bool:
+        """Whether there are requests outside of a group that may go before it."""
+        of = (self._group_of.get(req_id) for req_id in self._scheduler.requests)
+        return any(other is None or not (other is group or other.parked) for other in of)
+
     def _admit_one(self) -> None:
-        """A group has ended: the one that gave way first is next."""
+        """A request or a group has ended: the oldest group that gave way is next."""
         parked = [group for group in self.groups.values() if group.parked]
         if parked:
             min(parked, key=lambda group: group.main.arrival_time).parked = False
+
+
+def _is_in_flight(request: Any) -> bool:
+    """Whether a step of the request is still being computed: asynchronous scheduling."""
+    return bool(getattr(request, "num_in_flight_tokens", 0))

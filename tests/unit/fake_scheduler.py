@@ -1,0 +1,293 @@
+"""A scheduler that queues, allocates and preempts as vLLM's does, and a worker that is told turns.
+
+Room is counted in tokens. A waiting request that finds none ends the step's admissions, one that is
+running takes the room of the last to come: vLLM's own rules.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
+
+from vllm_steer.doses import Dose, Dynamic
+from vllm_steer.serving.streams.group import Group
+from vllm_steer.serving.streams.turns import Turns
+
+JUNK = 999_999
+
+
+class FakeRequest:
+    """The part of vLLM's request that scheduling is about."""
+
+    def __init__(self, request_id: str, prompt: int, max_tokens: int, arrival_time: float) -> None:
+        self.request_id = request_id
+        self.num_prompt_tokens = prompt
+        self.max_tokens = max_tokens
+        self.arrival_time = arrival_time
+        self.status = RequestStatus.WAITING
+        self.output_token_ids: list[int] = []
+        self.num_computed_tokens = self.num_output_placeholders = self.num_in_flight_tokens = 0
+        self.client_index = 0
+        self.trace_headers = None
+        self.grammar_is_ready = True
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    def append_output_token_ids(self, token: int) -> None:
+        self.output_token_ids.append(token)
+
+    def is_finished(self) -> bool:
+        return RequestStatus.is_finished(self.status)
+
+    def take_events(self) -> None:
+        return None
+
+
+class FakeScheduler:
+    """``seats`` requests at once, ``room`` tokens of KV, ``budget`` tokens a step."""
+
+    def __init__(self, seats: int = 16, room: int = 10_000, budget: int = 1_000) -> None:
+        self.max_num_running_reqs = seats
+        self.room, self.budget = room, budget
+        self.pause_state = PauseState.UNPAUSED
+        self.running: list[FakeRequest] = []
+        self.waiting: list[FakeRequest] = []
+        self.requests: dict[str, FakeRequest] = {}
+        self.num_preempted = 0
+
+    def add_request(self, request: FakeRequest) -> None:
+        assert request.request_id not in self.requests, "duplicate request id"
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def schedule(self) -> Any:
+        scheduled: dict[str, int] = {}
+        left = 0 if self.pause_state == PauseState.PAUSED_ALL else self.budget
+        preempted = False
+        place = 0
+        while place < len(self.running) and left:
+            request = self.running[place]
+            wanted = (
+                request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+            )
+            count = min(wanted, left)
+            assert count >= 0
+            while count and self._free() < count:
+                victim = self.running.pop()
+                assert victim.request_id not in scheduled
+                self._preempt_request(victim, 0.0)
+                preempted = True
+                if victim is request:
+                    break
+            if request.status != RequestStatus.RUNNING:
+                break
+            place += 1
+            left -= self._take(request, count, scheduled)
+        if not preempted and self.pause_state == PauseState.UNPAUSED:
+            self._admit(left, scheduled)
+        return SimpleNamespace(
+            num_scheduled_tokens=scheduled, total_num_scheduled_tokens=sum(scheduled.values())
+        )
+
+    def _admit(self, left: int, scheduled: dict[str, int]) -> None:
+        skipped: list[FakeRequest] = []
+        while self.waiting and left and len(self.running) < self.max_num_running_reqs:
+            request = self.waiting[0]
+            if not self._handle_blocked_waiting_request(request):
+                skipped.append(self.waiting.pop(0))
+                continue
+            count = min(request.num_tokens, left)
+            if self._free() < count:
+                break
+            self.running.append(self.waiting.pop(0))
+            request.status = RequestStatus.RUNNING
+            left -= self._take(request, count, scheduled)
+        self.waiting[:0] = skipped
+
+    def _free(self) -> int:
+        return self.room - sum(request.num_computed_tokens for request in self.running)
+
+    @staticmethod
+    def _take(request: FakeRequest, count: int, scheduled: dict[str, int]) -> int:
+        if count:
+            scheduled[request.request_id] = count
+            request.num_computed_tokens += count
+        return count
+
+    def _handle_blocked_waiting_request(self, request: FakeRequest) -> bool:
+        if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+            if not request.grammar_is_ready:
+                return False
+            request.status = RequestStatus.WAITING
+        return True
+
+    def _preempt_request(self, request: FakeRequest, timestamp: float) -> None:
+        assert request.status == RequestStatus.RUNNING
+        assert request not in self.running
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = request.num_output_placeholders = 0
+        self.num_preempted += 1
+        self.waiting.insert(0, request)
+
+    def update_from_output(self, scheduler_output: Any, runner_output: Any) -> Any:
+        outputs: dict[int, EngineCoreOutputs] = {}
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(req_id)
+            if request is None:
+                continue
+            tokens = runner_output.sampled_token_ids[runner_output.req_id_to_index[req_id]]
+            for token in tokens:
+                request.append_output_token_ids(token)
+            if not tokens:
+                continue
+            if len(request.output_token_ids) >= request.max_tokens:
+                request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+                self.running.remove(request)
+                del self.requests[req_id]
+            client = outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[]))
+            reason = RequestStatus.get_finished_reason(request.status)
+            client.outputs.append(EngineCoreOutput(req_id, list(tokens), finish_reason=reason))
+        return outputs
+
+    def finish_requests(self, request_ids: Any, finished_status: Any) -> list[FakeRequest]:
+        ids: Iterable[str] = (request_ids,) if isinstance(request_ids, str) else request_ids
+        ended = [
+            self.requests.pop(i)
+            for i in (list(self.requests) if ids is None else ids)
+            if i in self.requests
+        ]
+        for request in ended:
+            queue = self.running if request in self.running else self.waiting
+            queue.remove(request)
+            request.status = finished_status
+        return ended
+
+    def reset_prefix_cache(self) -> None:
+        while self.running:
+            self._preempt_request(self.running.pop(), 0.0)
+
+
+class FakeEngine:
+    """Steps of a scheduler and of a worker that knows the groups by itself.
+
+    reads   the steps: by request the positions that it has read, ``(first, last)``
+    told    by request the tokens and what was reported with each
+    """
+
+    def __init__(self, **limits: int) -> None:
+        self.scheduler = FakeScheduler(**limits)
+        self.turns = Turns(self.scheduler)
+        self.reads: list[dict[str, tuple[int, int]]] = []
+        self.told: dict[str, list[tuple[int, Any]]] = {}
+        self.ends: dict[str, tuple[Any, Any]] = {}
+        self.during: Callable[[], None] | None = None
+        self.answers = True
+        self._groups: dict[str, Group] = {}
+        self._here: dict[str, set[str]] = {}
+        self._token = 0
+
+    def plain(self, req_id: str, prompt: int = 3, max_tokens: int = 4) -> FakeRequest:
+        """An ordinary request."""
+        request = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.told))
+        self.scheduler.add_request(request)
+        self.told[req_id] = []
+        return request
+
+    def dynamic(
+        self,
+        req_id: str,
+        prompt: int = 3,
+        max_tokens: int = 4,
+        *,
+        steps: Sequence[int | None] = (None,),
+        at_head: int = 0,
+    ) -> Group:
+        """A request of dynamic doses: those of ``steps`` have probes, ``at_head`` more have none;
+        without ``steps`` it is its own base.
+        """
+        main = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.told))
+        doses = tuple(
+            Dose(f"steer{i}", 2.0, dynamic=Dynamic()) for i in range(len(steps) + at_head)
+        )
+        lengths = dict(enumerate([*steps, *(at_head * [None])]))
+        names = [f"{req_id}-base", *(f"{req_id}-probe-{i}" for i in range(len(steps)))]
+        streams = {
+            name: FakeRequest(name, prompt, max_tokens, main.arrival_time)
+            for name in (names if steps else [])
+        }
+        group = Group(main, doses, lengths, streams, dict(enumerate(names[1:])))
+        self._groups[req_id] = group
+        self._here = {k: v for k, v in self._here.items() if k.split()[0] != req_id}
+        self.told[req_id] = []
+        self.turns.enter(group)
+        self.scheduler.add_request(main)
+        return group
+
+    def step(self) -> dict[str, int]:
+        """One step; the tokens that each request has read in it."""
+        scheduler = self.scheduler
+        before = {r.request_id: r.num_computed_tokens for r in scheduler.running}
+        output = scheduler.schedule()
+        scheduled = output.num_scheduled_tokens
+        requests = {r: scheduler.requests[r] for r in scheduled}
+        assert len(scheduler.running) <= scheduler.max_num_running_reqs
+        turn = getattr(output, "steer_turn", None)
+        self.reads.append({})
+        sampled = []
+        for req_id, request in requests.items():
+            first = before.get(req_id, 0)
+            self.reads[-1][req_id] = (first, first + scheduled[req_id] - 1)
+            whole = request.num_computed_tokens == request.num_tokens
+            self._token += 1
+            sampled.append([self._token] if whole else [])
+        answer = {} if turn is None else self._strengths(turn)
+        if self.during is not None:
+            self.during()
+            self.during = None
+        runner_output = SimpleNamespace(
+            sampled_token_ids=sampled,
+            req_id_to_index={req_id: row for row, req_id in enumerate(scheduled)},
+            steer_strengths=answer if self.answers else None,
+        )
+        self._tell(scheduler.update_from_output(output, runner_output))
+        return scheduled
+
+    def run(self, limit: int = 400) -> None:
+        """Steps until nothing is left."""
+        for _ in range(limit):
+            if not self.scheduler.requests:
+                return
+            self.step()
+        raise AssertionError(f"still there: {sorted(self.scheduler.requests)}")
+
+    def _strengths(self, turn: Any) -> dict[str, dict[int, float]]:
+        """Strength 10 * step + dose, once base and all probes have read the same text."""
+        answer: dict[str, dict[int, float]] = {}
+        for main, group in self._groups.items():
+            step = group.main.num_output_tokens
+            acting = [i for i, n in group.steps.items() if n is None or step < n]
+            probes = {group.probes[i] for i in acting if i in group.probes}
+            wanted = {f"{main}-base", *probes} if probes or group.streams else {main}
+            arrived = self._here.setdefault(f"{main} {step}", set())
+            fresh = {r for r in turn.steps if r in wanted and turn.steps[r] == step} - arrived
+            arrived |= fresh
+            if fresh and arrived == wanted:
+                answer[main] = {i: 10.0 * step + i for i in acting}
+        return answer
+
+    def _tell(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        for output in (o for of_client in outputs.values() for o in of_client.outputs):
+            for token in output.new_token_ids:
+                self.told[output.request_id].append((token, output.kv_transfer_params))
+            if output.finish_reason is not None:
+                assert output.request_id not in self.ends
+                self.ends[output.request_id] = (output.finish_reason, output.stop_reason)
