@@ -37,6 +37,7 @@ from dynamic.models import NAMES, Served, write_served  # noqa: E402
 from rich.console import Console  # noqa: E402
 from table import rich_table  # noqa: E402
 
+ROUNDS = {"embedded": 15, "llama": 5, "tiny": 2}  # legs of a fast model are short, and noisier
 LOOP_REQUESTS = {"embedded": 16, "llama": 1, "tiny": 2}  # of 16; the loop's pace is that of one
 
 
@@ -50,7 +51,6 @@ def main() -> None:
         threads=None,
         prompt_tokens=PROMPT_TOKENS,
         tokens=args.tokens,
-        rounds=args.rounds,
         rows=[],
     )
     with tempfile.TemporaryDirectory(prefix="dynamic-cost-") as folder:
@@ -71,7 +71,8 @@ def measure(name: str, served: Served, args: argparse.Namespace) -> Iterator[dic
     """The lines of one model, its texts checked before and after."""
     rows = max(STREAMS * args.requests, ORDINARY + STREAMS * max(args.dynamic))
     llm = make_engine(served, rows)
-    bench = Bench(name, llm, served, Prompts(served.vocab_size), args.tokens, args.rounds)
+    rounds = args.rounds or ROUNDS[name]
+    bench = Bench(name, llm, served, Prompts(served.vocab_size), args.tokens, rounds)
     check_steered(bench)
     for requests in (1, args.requests):
         yield from cost(bench, requests)
@@ -109,7 +110,7 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME,...",
         help=f"some of {', '.join(NAMES)}",
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="of each figure; by the model without it")
     parser.add_argument("--tokens", type=int, default=30, help="that each request writes")
     parser.add_argument("--requests", type=int, default=16, help="dynamic requests together")
     parser.add_argument(

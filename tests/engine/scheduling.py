@@ -1,6 +1,7 @@
 """What an engine in this process has in hand: its scheduler, and what it has not let go."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,4 +48,10 @@ def pooled_strengths(llm: Any) -> int:
 def resident_mib() -> float:
     """Memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def num_objects() -> int:
+    """Python's objects that refer to others, garbage excluded."""
+    gc.collect()
+    return len(gc.get_objects())

@@ -17,6 +17,7 @@ from engines import (
     dynamic,
     engine,
     greedy,
+    guidance_steers,
     guided_family,
     prompts,
     random_steers,
@@ -24,7 +25,8 @@ from engines import (
     steer_config,
 )
 from reference import load_reference
-from tiny_models import GUIDED_LAYERS, save_tiny_model
+from test_sharing import merge_adapter, save_adapter
+from tiny_models import GUIDED_LAYERS, HIDDEN, save_tiny_model
 
 from vllm_steer import Steer
 from vllm_steer.fit import fit_delta
@@ -73,6 +75,27 @@ def test_every_kind_site_and_mode_on_each_family(family: str, tmp_path: Path) ->
         for strength in strengths
     ]
     assert len(set(found)) > len(found) // 4
+
+
+@pytest.mark.matrix
+def test_all_streams_of_a_request_have_its_adapter(tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    model = save_tiny_model("llama", tmp_path / "model")
+    steers = guidance_steers(HIDDEN, 2, HIDDEN)
+    adapter = save_adapter(tmp_path / "adapter")
+    plain, merged = load_reference(model), merge_adapter(load_reference(model), adapter)
+    pairs = [{"steps": dynamic(top_p=0.8)}, {"push": dynamic(1.0, top_p=0.9), "turn": dynamic(4.0)}]
+    settings = [setting for setting in pairs for _ in range(2)]
+    lora = LoRARequest("adapter", 1, str(adapter))
+    requests = [lora, None] * 2
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    with engine(model, steer_config(steers, tmp_path / "steers"), **options) as llm:
+        outputs = llm.generate(
+            prompts(4), reporting(greedy(settings)), lora_request=requests, use_tqdm=False
+        )
+    for output, setting, request in zip(outputs, settings, requests, strict=True):
+        assert_dynamic(output, merged if request else plain, doses_of(setting, steers), steers)
 
 
 @v1_only

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_steer.bank import LayerShelf
 from vllm_steer.bank.layers import fill_layer_bank
-from vllm_steer.doses import PHASES, Dose
+from vllm_steer.doses import PHASES, Dose, Dynamic
 from vllm_steer.kernels.guidance import GuidanceForm, TokenMap, gather, reference
 from vllm_steer.serving.rows import SteeredRequest
 from vllm_steer.serving.rules import dose_span, guidance_rules
@@ -41,7 +41,12 @@ def rules_of(doses: dict[str, tuple[Dose, ...]], on: LayerShelf, prompt_len: int
 
 @pytest.mark.parametrize(
     ("phase", "span"),
-    [("all", (0, FOREVER)), ("prompt", (0, 7)), ("generation", (7, FOREVER))],
+    [
+        ("all", (0, FOREVER)),
+        ("prompt", (0, 7)),
+        ("generation", (7, FOREVER)),
+        ("answer", (6, FOREVER)),
+    ],
 )
 def test_a_vector_acts_in_its_phase(phase: Any, span: tuple[int, int]) -> None:
     assert dose_span(Dose("v", 1.0, phase=phase), None, 7) == span
@@ -162,6 +167,37 @@ def test_what_is_kept_from_batch_to_batch_changes_no_rule() -> None:
             anew = guidance_rules(req_ids, requests, on, NO_HISTORY)
             assert all(torch.equal(getattr(kept, name), getattr(anew, name)) for name in vars(anew))
             assert known.keys() <= requests.keys()
+
+
+@pytest.mark.parametrize("form", [reference, gather], ids=["reference", "torch"])
+def test_a_dynamic_dose_takes_the_strength_of_its_tokens_step(form: GuidanceForm) -> None:
+    """A vector and a delta of four steps from the last prompt token on, beside a fixed dose."""
+    on = shelf(0, 1, 2, 3)
+    dynamic: Any = {"phase": "answer", "dynamic": Dynamic()}
+    doses = (
+        Dose("push", 2.0, **dynamic),
+        Dose("walk", -2.0, layers=(3,), schedule="dim", **dynamic),
+        Dose("spin", 0.5),
+    )
+    history = torch.arange(100, 160, dtype=torch.float32)
+    requests = {"a": SteeredRequest(doses, 3, {0: 10, 1: 40})}
+    found = guidance_rules(["x", "a"], requests, on, history)
+    assert found.history is history
+    assert found.table.tolist() == [[-1, 10], [-1, 40], [-1, -1]]
+    positions = torch.tensor([0, 1, 0, 1, 2, 3, 4, 5, 6, 7])
+    out = TokenMap(torch.zeros(3, 10, dtype=torch.int32), torch.zeros(3, 3, 10))
+    form.map_tokens(found, torch.tensor([0, 2, 10]), positions, out)
+    pushed = [0.0] * 4 + [110.0, 111.0, 112.0, 113.0, 114.0, 115.0]
+    walked = [0.0] * 4 + [140.0, 141.0, 142.0, 143.0, 0.0, 0.0]
+    spun = [0.0] * 2 + [0.5] * 8
+    none = [0.0] * 10
+    assert out.strengths.tolist() == [
+        [pushed, none, none],
+        [pushed, none, spun],
+        [pushed, walked, none],
+    ]
+    start = on.entries["walk"].start
+    assert out.directions[1, 4:8].tolist() == [start, start + 1, start + 2, start + 3]
 
 
 @pytest.mark.parametrize("strength", [3.4028234e38, -1e-45, 1e-60])

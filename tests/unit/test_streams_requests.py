@@ -39,7 +39,7 @@ def part() -> DynamicPart:
     return DynamicPart(PLAN, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("order", permutations(["a", "a-base", "a-0", "a-1"]), ids="+".join)
+@pytest.mark.parametrize("order", [*permutations(["a", "a-base", "a-0", "a-1"])], ids="+".join)
 def test_main_and_streams_come_and_go_in_any_order(
     part: DynamicPart, order: tuple[str, ...]
 ) -> None:

@@ -31,6 +31,7 @@ class Request:
 
 
 FIRST_STEP = {"french-delta": {"strength": 2, "schedule": "start"}}
+COMPOSED = {"french-delta": "dynamic", "sentiment": {"strength": "dynamic", "max": 5}}
 FORMAL_ANSWER = {"formality-vector": {"strength": 3, "layers": "2-3", "phase": "generation"}}
 
 REQUESTS: tuple[Request, ...] = (
@@ -51,6 +52,9 @@ REQUESTS: tuple[Request, ...] = (
     Request("body field", "formality-vector +3, answer, layers 2-3", {"steer": FORMAL_ANSWER}),
     Request("vllm_xargs", "german-delta +1.5", {"vllm_xargs": {"steer": "german-delta:1.5"}}),
     Request("body field", "french-delta +2, first step", {"steer": FIRST_STEP}),
+    # As much of each as it would change the next token.
+    Request("body field", "german-delta, dynamic", {"steer": "german-delta:dynamic"}),
+    Request("body field", "french-delta, sentiment, dynamic", {"steer": COMPOSED}),
     # Both at once.
     Request("body field", "german-vector, sentiment +5", {"steer": "german-vector,sentiment:5"}),
     Request(

@@ -21,6 +21,7 @@ Composition", BlackboxNLP 2024 (arXiv 2406.17563), and the authors' code.
 import torch
 
 from vllm_steer.doses import KLS, Kl
+from vllm_steer.dynamic.selection import divergence_by_selection
 from vllm_steer.errors import SteerError
 from vllm_steer.steers.checks import check_choice
 
@@ -57,17 +58,42 @@ def dynamic_strength(
     _check_shapes(base_logits, probe_logits, base_of)
     leading, vocab_size = probe_logits.shape[:-1], probe_logits.shape[-1]
     base, probe = base_logits.reshape(-1, vocab_size), probe_logits.reshape(-1, vocab_size)
-    num_base = base.shape[0]
-    rank, before = _ranked(torch.cat([base, probe]))
+    if base_of is None:
+        base_of = torch.arange(base.shape[0], device=base.device)
     p = top_p.expand(leading).reshape(-1, 1) if isinstance(top_p, torch.Tensor) else top_p
-    of_base = slice(num_base) if base_of is None else base_of
-    base = base[of_base]
-    union = _top(base, rank[of_base], before[of_base], p)
-    union |= _top(probe, rank[num_base:], before[num_base:], p)
-    divergence = _divergence(base, probe, union).reshape(leading)
-    divergence = divergence / _divisor(kl, union.sum(-1).reshape(leading))
+    of_rows = _divergence_on_cpu if base.device.type == "cpu" else _divergence_by_sort
+    divergence, size = of_rows(base, probe, base_of, p)
+    divergence = divergence.reshape(leading) / _divisor(kl, size.reshape(leading))
     limit = maximum.to(divergence.dtype) if isinstance(maximum, torch.Tensor) else maximum
     return divergence.clamp(min=0.0).clamp(max=limit), divergence
+
+
+def _divergence_on_cpu(
+    base: torch.Tensor, probe: torch.Tensor, base_of: torch.Tensor, top_p: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as by sort, which takes those rows only that a selection does not decide."""
+    base, probe = _widened(base), _widened(probe)
+    divergence, size, decided = divergence_by_selection(base, probe, base_of, top_p)
+    rest = (~decided).nonzero()[:, 0]
+    if rest.numel():
+        p = top_p[rest] if isinstance(top_p, torch.Tensor) else top_p
+        one_each = torch.arange(rest.numel())
+        divergence[rest], size[rest] = _divergence_by_sort(
+            base[base_of[rest]], probe[rest], one_each, p
+        )
+    return divergence, size
+
+
+def _divergence_by_sort(
+    base: torch.Tensor, probe: torch.Tensor, base_of: torch.Tensor, top_p: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL and size of ``Q``, each ``[D]``, with nothing read back from the device."""
+    num_base = base.shape[0]
+    rank, before = _ranked(torch.cat([base, probe]))
+    base = base[base_of]
+    union = _top(base, rank[base_of], before[base_of], top_p)
+    union |= _top(probe, rank[num_base:], before[num_base:], top_p)
+    return _divergence(base, probe, union), union.sum(-1)
 
 
 def _ranked(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

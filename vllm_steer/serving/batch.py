@@ -137,7 +137,8 @@ class SteeredBatch:
         step = self.dynamic.step
         if self._idle or self._hidden_states is not None or step is None:
             return None
-        assert self._sampled is not None and self._sampled.num_rows == x.shape[0]
+        assert self._sampled is not None and self._sampled.one_each
+        assert self._sampled.num_rows == x.shape[0]
         return step
 
     def first_pass(self, shelf: Shelf, step: StepStrengths) -> Any:

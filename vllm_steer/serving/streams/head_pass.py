@@ -42,12 +42,16 @@ def first_pass(
 ) -> HeadPass | None:
     """All rows but those that come again, and the probes."""
     users, slots, scales = uses.of(rows.req_ids)
-    stays = ~np.isin(users, step.alone)
+    comes_again = np.zeros(rows.num_rows, dtype=bool)
+    comes_again[step.alone] = True
+    stays = ~comes_again[users]
     probes = [
         (rows.num_rows + k, shelf.slots[probe.steer], probe.strength * shelf.epsilon(probe.steer))
         for k, probe in enumerate(step.probes)
         if probe.steer in shelf.slots
     ]
+    if not (probes or users.size):
+        return None
     more = np.array(probes, dtype=np.float64).reshape(-1, 3).T
     steered = sorted_pairs(
         np.concatenate([users[stays], more[0].astype(np.int64)]),

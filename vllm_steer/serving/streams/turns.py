@@ -10,12 +10,12 @@ A scheduler is wrapped, on the instance, when its engine gets its first dynamic 
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_steer.serving.streams.group import Group, generation_step
 from vllm_steer.serving.streams.message import Answer, Turn
+from vllm_steer.serving.streams.room import Room
 
 logger = logging.getLogger("vllm.vllm_steer")
 
@@ -57,7 +57,7 @@ class Turns:
         self._scheduler = scheduler
         self._group_of: dict[str, Group] = {}
         self._failed: dict[str, str] = {}
-        self._next: Group | None = None
+        self._room = Room(scheduler, self.groups)
         self._finish = scheduler.finish_requests
         wrappers: tuple[Callable[..., Any], ...] = (
             self._schedule,
@@ -87,15 +87,18 @@ class Turns:
             self._group_of.pop(member.request_id, None)
         self._end(group.streams)
         group.streams = {}
-        self._admit_one()
+        self._room.admit_one()
 
     def _schedule(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._next = None
+        self._room.new_step()
         output = original(*args, **kwargs)
         if self.groups:
             output.steer_turn = self._turn(output.num_scheduled_tokens)
-            if output.total_num_scheduled_tokens == 0:
-                self._make_room()
+            deferring = kwargs.get("throttle_prefills") or any(args)
+            if output.total_num_scheduled_tokens == 0 and not deferring:
+                stuck = self._room.make()
+                if stuck is not None:
+                    self._fail(stuck, "its streams do not fit into the engine together")
         return output
 
     def _turn(self, scheduled: Iterable[str]) -> Turn:
@@ -167,7 +170,7 @@ class Turns:
             exhausted = group.take_exhausted()
             if exhausted:
                 self._end(exhausted)
-                self._admit_one()
+                self._room.admit_one()
             group.go_on()
 
     def _report(self, outputs: dict[int, Any]) -> None:
@@ -177,7 +180,7 @@ class Turns:
                 group = self.groups.get(output.request_id)
                 if group is None:
                     if output.finish_reason is not None:
-                        self._admit_one()
+                        self._room.admit_one()
                 elif output.new_token_ids:
                     told = {REPORT: {"strengths": group.named_strengths()}}
                     output.kv_transfer_params = (output.kv_transfer_params or {}) | told
@@ -190,7 +193,7 @@ class Turns:
         for request in ended:
             group = self._group_of.get(request.request_id)
             if group is None:
-                self._admit_one()
+                self._room.admit_one()
             elif request is group.main:
                 self.leave(request.request_id)
             elif not group.main.is_finished():
@@ -238,80 +241,6 @@ class Turns:
             )
 
     def _may_go(self, original: Callable[..., Any], request: Any) -> Any:
-        """Whether a waiting request may be scheduled: none overtakes a group that waits for seats,
-        or it would wait as long as others come.
-        """
+        """Whether a waiting request may be scheduled."""
         group = self._group_of.get(request.request_id)
-        if group is None or not (group.streams or group.parked):
-            if self._next is not None:
-                return False
-        elif not self._has_turn(group, request):
-            return False
-        return original(request)
-
-    def _has_turn(self, group: Group, request: Any) -> bool:
-        if group.parked or not group.is_due(request):
-            return False
-        if group.started:
-            return True
-        if self._next is None and self._num_free_seats() >= len(group.members):
-            group.started = True
-        elif self._next is None:
-            self._next = group
-        return group.started
-
-    def _num_free_seats(self) -> int:
-        """Seats that neither a request nor a group under way will need."""
-        scheduler = self._scheduler
-        seats = getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs)
-        sessions = getattr(scheduler, "num_waiting_for_streaming_input", 0)
-        reserved = sum(group.num_absent for group in self.groups.values() if group.started)
-        return int(seats) - len(scheduler.running) - sessions - reserved
-
-    def _make_room(self) -> None:
-        """Nobody could go: the streams hold all blocks or seats while each waits for another.
-
-        The youngest group gives way to the others until one of them has ended. A group that is
-        alone and still finds no room never will. In a pause that lets running requests come to
-        their end, groups with a member that has not got in wait as a whole.
-        """
-        from vllm.v1.core.sched.interface import PauseState
-
-        if any(map(_is_in_flight, self._scheduler.running)):
-            return
-        active = [group for group in self.groups.values() if group.streams and not group.parked]
-        if self._scheduler.pause_state == PauseState.PAUSED_NEW:
-            for group in active:
-                self._take_back(group)
-        if self._scheduler.pause_state or not any(group.wants_room for group in active):
-            return
-        if len(active) == 1 and not self._has_others(active[0]):
-            self._fail(active[0], "its streams do not fit into the engine together")
-            return
-        victim = max(active, key=lambda group: (group.num_running > 0, group.main.arrival_time))
-        victim.parked = True
-        self._take_back(victim)
-
-    def _take_back(self, group: Group) -> None:
-        """All of a group's members wait, and start together."""
-        group.started = False
-        running = self._scheduler.running
-        for member in reversed([m for m in group.members if m in running]):
-            running.remove(member)
-            self._scheduler._preempt_request(member, time.monotonic())
-
-    def _has_others(self, group: Group) -> bool:
-        """Whether there are requests outside of a group that may go before it."""
-        of = (self._group_of.get(req_id) for req_id in self._scheduler.requests)
-        return any(other is None or not (other is group or other.parked) for other in of)
-
-    def _admit_one(self) -> None:
-        """A request or a group has ended: the oldest group that gave way is next."""
-        parked = [group for group in self.groups.values() if group.parked]
-        if parked:
-            min(parked, key=lambda group: group.main.arrival_time).parked = False
-
-
-def _is_in_flight(request: Any) -> bool:
-    """Whether a step of the request is still being computed: asynchronous scheduling."""
-    return bool(getattr(request, "num_in_flight_tokens", 0))
+        return self._room.is_open(group, request) and original(request)
