@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from dynamic_outputs import assert_dynamic
-from engines import Setting, doses_of, dynamic, engine, greedy, is_dynamic, reporting
+from engines import RUNNER, Setting, doses_of, dynamic, engine, greedy, is_dynamic, reporting
 from reference import assert_guided, load_reference
 from scheduling import (
     leftovers,
@@ -23,6 +23,9 @@ pytestmark = pytest.mark.engine
 
 BLOCK = 32
 CONFIG = str(embedded.STEER_CONFIG)
+# How many requests in all, and after how many memory is at rest; the V2 runner's own kernels are
+# interpreted on a CPU.
+MANY, SETTLED = (1000, 300) if RUNNER == "v1" else (160, 60)
 
 FRENCH = {"french-delta": dynamic(top_p=0.6)}
 TWO = {**FRENCH, "german-delta": dynamic(1.5, top_p=0.8)}
@@ -190,15 +193,15 @@ def test_a_request_that_is_aborted_at_any_moment_leaves_nothing(llm: Any) -> Non
 
 
 @pytest.mark.matrix
-def test_a_thousand_requests_with_aborts_leave_nothing_and_no_memory(llm: Any) -> None:
+def test_many_requests_with_aborts_leave_nothing_and_no_memory(llm: Any) -> None:
     core, rng = llm.llm_engine, random.Random(5)
     prompts = texts(50, 40)
     settings = [THREE, FRENCH, HEAD, TWO, {**FRENCH, **HEAD}, {**FRENCH, "formality": 2.0}]
     memory, objects = 0.0, 0
     live: set[str] = set()
     started = ended = aborted = 0
-    while ended < 1000:
-        while len(live) < 16 and started < 1000:
+    while ended < MANY:
+        while len(live) < 16 and started < MANY:
             (params,) = reporting(greedy([settings[started % 6]], max_tokens=rng.randint(1, 12)))
             core.add_request(str(started), prompts[started % 50], params)
             live.add(str(started))
@@ -211,11 +214,11 @@ def test_a_thousand_requests_with_aborts_leave_nothing_and_no_memory(llm: Any) -
             aborted += 1
         live -= gone
         ended += len(gone)
-        if ended >= 300 and not memory:
+        if ended >= SETTLED and not memory:
             memory, objects = resident_mib(), num_objects()
     while scheduler_of(llm).has_requests():
         core.step()
-    assert aborted > 50
+    assert aborted > MANY // 20
     assert leftovers(llm) == {} and pooled_strengths(llm) == 0
-    assert num_objects() - objects < 700  # one for each request since
+    assert num_objects() - objects < MANY - SETTLED  # one for each request since
     assert resident_mib() - memory < 32  # of vLLM's KV cache, which is touched bit by bit

@@ -25,6 +25,8 @@ from vllm_steer.serving.streams.in_batch import DynamicPart
 from vllm_steer.serving.streams.message import Turn
 from vllm_steer.serving.streams.strengths import StepStrengths
 
+_BATCHES_KEPT = 4
+
 
 class SteeredBatch:
     """Steered requests and rows of one worker. Between steps of real requests it is idle."""
@@ -47,6 +49,7 @@ class SteeredBatch:
         self._hidden_states: torch.Tensor | None = None
         self._uses: dict[int, Uses] = {}
         self._placed: dict[int, Any] = {}
+        self._batches: dict[tuple[tuple[str, ...], bytes], dict[int, Any]] = {}
         self.dynamic = DynamicPart(plan, device)
         self._history = self.dynamic.pool.values
 
@@ -94,7 +97,7 @@ class SteeredBatch:
         sampled = BatchRows(step.req_ids, step.logits)
         if not sampled.same_as(self._sampled):
             self._sampled = sampled
-            self._placed = {}
+            self._placed = self._placed_for(sampled)
         for site in self._sites:
             site.prepare(step, self._requests, self._history)
         self.dynamic.announce(step.req_ids)
@@ -160,6 +163,13 @@ class SteeredBatch:
         head_pass.scale_by(self._history, placed.scales)
         return placed
 
+    def _placed_for(self, rows: BatchRows) -> dict[int, Any]:
+        """What is placed for these rows; streams that take turns bring batches back."""
+        key = (tuple(rows.req_ids), rows.counts.tobytes())
+        if key not in self._batches and len(self._batches) == _BATCHES_KEPT:
+            del self._batches[next(iter(self._batches))]
+        return self._batches.setdefault(key, {})
+
     def _uses_of(self, shelf: Shelf) -> Uses:
         if id(shelf) not in self._uses:
             self._uses[id(shelf)] = Uses(shelf, self._requests)
@@ -181,7 +191,8 @@ class SteeredBatch:
             self._requests[req_id] = request
         elif self._requests.pop(req_id, None) is None:
             return
-        self._placed = {}
+        self._sampled = None
+        self._batches.clear()
         for uses in self._uses.values():
             uses.set(req_id, request)
         for site in self._sites:

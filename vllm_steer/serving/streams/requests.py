@@ -36,6 +36,11 @@ class DynamicRequest:
     known: int = -1
     kept: dict[Role, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def at_head(self) -> bool:
+        """Whether a dynamic dose acts at the LM head."""
+        return len(self.probed) < len(self.steps)
+
     def active(self, step: int) -> list[int]:
         """The dynamic doses that act at a generation step."""
         return [dose for dose, steps in self.steps.items() if step < steps]

@@ -49,7 +49,8 @@ class StepStrengths:
     probes     the rows that the head's product has more, after the R of the batch
     arrivals   by request
     alone      rows of requests that are their own base, to be computed again under their strengths
-    steps      by id of a user's dynamic request that reads its last token: the generation step
+    steps      by id of a user's request with dynamic doses at the head that reads its last token:
+               the generation step
     """
 
     probes: list[HeadProbe]
@@ -73,7 +74,8 @@ class Strengths:
         steps: dict[str, int] = {}
         for req_id, step in turn.steps.items():
             role = self.requests.role(req_id)
-            if self.requests.get(req_id) is not None:
+            own = self.requests.get(req_id)
+            if own is not None and own.at_head:
                 steps[req_id] = step
             if role is None:
                 continue

@@ -1,0 +1,51 @@
+"""Dynamic strengths while vLLM schedules a step before the last one's tokens are known.
+
+vLLM turns asynchronous scheduling off on a CPU, where nothing is gained by it; here it is forced.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from engines import engine
+from reference import load_reference
+from scheduling import leftovers, preemptions, scheduler_of
+from test_dynamic_stress import BLOCK, CONFIG, KINDS, check, serve, texts
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from vllm_steer import embedded, load_steer
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(autouse=True)
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(
+        CpuPlatform, "check_and_update_config", classmethod(check_and_update_config)
+    )
+    yield
+
+
+@pytest.mark.parametrize(
+    ("blocks", "length"),
+    [(256, 8), pytest.param(20, 40, marks=pytest.mark.matrix)],
+    ids=["roomy", "preempting"],
+)
+def test_strengths_and_tokens_are_those_of_the_texts(blocks: int, length: int) -> None:
+    steers = {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
+    options = {"max_num_seqs": 16, "num_gpu_blocks_override": blocks, "block_size": BLOCK}
+    with engine(embedded.MODEL, CONFIG, **options) as llm:
+        assert isinstance(scheduler_of(llm), AsyncScheduler)
+        assert llm.llm_engine.engine_core.engine_core.batch_queue is not None
+        outputs = serve(llm, texts(len(KINDS), 50), KINDS, max_tokens=length)
+        count, held = preemptions(llm), leftovers(llm)
+    assert (count > 0) == (blocks < 100)
+    assert held == {}
+    check(outputs, KINDS, load_reference(embedded.MODEL), steers)
