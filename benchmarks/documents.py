@@ -11,7 +11,11 @@ from pathlib import Path
 from table import markdown, summary
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "compose.md",
+)
 MAKERS = {"table": markdown, "summary": summary}
 BLOCK = re.compile(r"(<!-- (table|summary): (\S+) -->\n).*?(<!-- end -->)", re.S)
 

@@ -64,6 +64,21 @@ def counted(line: dict[str, Any]) -> str:
     return f"{low:.2f} to {high:.2f}" if high > low else f"{low:.2f}"
 
 
+def unseen(line: dict[str, Any]) -> str:
+    """The combination, marked where nothing was chosen on it."""
+    return line["combination"] + ("" if line["seen"] else " (unseen)")
+
+
+def with_error(key: str) -> Cell:
+    """A share and its standard error; a dash for what is compared with itself."""
+
+    def cell(line: dict[str, Any]) -> str:
+        value, error = line[key], line[f"{key}_error"]
+        return "-" if value == error == 0 else f"{value:.2f} ± {error:.2f}"
+
+    return cell
+
+
 COLUMNS: dict[str, tuple[tuple[str, Cell], ...]] = {
     "speed_ratio": (
         ("figure", word("name")),
@@ -126,6 +141,16 @@ COLUMNS: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("by counting", counted),
         ("over floor", number("over_floor")),
         ("goal", word("goal")),
+    ),
+    "composition": (
+        ("combination", unseen),
+        ("method", word("method")),
+        ("strengths", word("strengths")),
+        ("all", with_error("all")),
+        ("beside fixed", with_error("beside")),
+        ("perplexity", number("perplexity")),
+        ("median", number("median")),
+        ("dist-2", number("dist_2")),
     ),
     "kernel_resources": (
         ("operation", word("operation")),
@@ -202,8 +227,12 @@ def summary(result: dict[str, Any]) -> str:
         "speed_ratio": _over_batch_sizes,
         "kernels": _over_forms,
         "kernel_resources": _at_most,
+        "composition": _of_the_pair,
     }
-    heads, lines = makers[result["benchmark"]](result["rows"])
+    rows = result["rows"]
+    if result["benchmark"] == "composition":
+        rows = [*result["tried"], *rows]
+    heads, lines = makers[result["benchmark"]](rows)
     return "\n".join([f"**{title(result)}**", "", *_grid(heads, lines), "", origin(result)])
 
 
@@ -265,6 +294,22 @@ def _at_most(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return heads, [
         [*name, str(len(found)), *(str(max(line[key] for line in found)) for key in keys)]
         for name, found in sorted(kernels.items())
+    ]
+
+
+def _of_the_pair(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What was tried for language and sentiment, and what was chosen: share, and its price."""
+    heads = ["prompts", "method", "strengths", "all", "perplexity"]
+    of_pair = [line for line in rows if line.get("combination", "fr+cheer") == "fr+cheer"]
+    return heads, [
+        [
+            "reported" if "combination" in line else "choosing",
+            line["method"],
+            line["strengths"] or "-",
+            (with_error("all") if "all_error" in line else number("all"))(line),
+            number("perplexity")(line),
+        ]
+        for line in of_pair
     ]
 
 

@@ -1,5 +1,6 @@
 """What an engine in this process has in hand: its scheduler, and what it has not let go."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -46,7 +47,8 @@ def pooled_strengths(llm: Any) -> int:
 
 
 def resident_mib() -> float:
-    """Memory of this process."""
+    """Memory of this process, without what the allocator keeps for later."""
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

@@ -1,0 +1,173 @@
+"""Two and three properties at once on the embedded model: dynamic beside fixed strengths.
+
+    python benchmarks/composition_report.py --json OUT [--samples 200] [--folder FOLDER]
+
+``vllm-steer eval`` of ``composition/properties.yaml``: strengths are chosen on ``choosing.txt``
+and reported on ``prompts.txt``. The embedded LM-Steers are written with ``RAISED`` times their
+epsilon first, for a dynamic strength is in nats and theirs have units where 5 is strong.
+
+``rows`` has a line for each combination and method, and ``tried`` every choice for the pair
+of language and sentiment on the prompts that it was chosen on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+for name, value in DEFAULTS.items():
+    os.environ.setdefault(name, value)
+
+import machine  # noqa: E402
+from rich.console import Console  # noqa: E402
+from table import rich_table  # noqa: E402
+
+GIVEN = Path(__file__).parent / "composition"
+RAISED = 8
+PAIR = "fr+cheer"
+
+
+def main() -> None:
+    """Compare, write, print."""
+    args = _arguments()
+    result = machine.describe_run("composition")
+    result.update(dtype="float32", max_tokens=30, samples=args.samples, raised=RAISED)
+    with tempfile.TemporaryDirectory(prefix="composition-") as folder:
+        result.update(compare(Path(folder), args.folder or Path(folder) / "run", args.samples))
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Console().print(rich_table(result))
+
+
+def compare(folder: Path, run: Path, samples: int) -> dict[str, Any]:
+    """The chosen strengths, the lines of the table, and what was tried for ``PAIR``."""
+    from vllm_steer.cli.progress import progress
+    from vllm_steer.evaluation.composition import comparing
+    from vllm_steer.evaluation.generating import EngineOptions
+    from vllm_steer.evaluation.judges import make_judges
+    from vllm_steer.evaluation.prompts import read_prompts
+    from vllm_steer.evaluation.sampling import Sampling
+
+    write_steers(folder)
+    shutil.copy(GIVEN / "properties.yaml", folder)
+    asked = comparing.Comparison(
+        model="embedded",
+        file=folder / "properties.yaml",
+        prompts=read_prompts(GIVEN / "prompts.txt"),
+        choosing=read_prompts(GIVEN / "choosing.txt"),
+        folder=run,
+        sampling=Sampling(samples=samples, max_tokens=30),
+        engine=EngineOptions(dtype="float32", enforce_eager=True),
+    )
+    report = comparing.compare(asked, make_judges, progress)
+    tried = [each for each in report.data["choosing"] if each["combination"] == PAIR]
+    return {
+        "chosen": report.data["chosen"],
+        "rows": list(lines(report)),
+        "tried": [
+            {
+                "method": each["method"],
+                "strengths": in_words(each["steer"]),
+                "all": each["accuracy"],
+                "perplexity": each["perplexity"],
+            }
+            for each in tried
+        ],
+    }
+
+
+def write_steers(folder: Path) -> None:
+    """The French delta as it is shipped, the LM-Steers in units that suit nats."""
+    from vllm_steer.embedded import STEERS
+    from vllm_steer.files import load_steer, save_steer
+
+    shutil.copy(STEERS / "french-delta.safetensors", folder)
+    for name in ("sentiment", "formality"):
+        path = STEERS / f"{name}.safetensors"
+        shipped: Any = load_steer(path)
+        raised = load_steer(path, epsilon=RAISED * shipped.epsilon)
+        save_steer(raised, folder / f"{name}-x{RAISED}.safetensors")
+
+
+def lines(report: Any) -> Iterator[dict[str, Any]]:
+    """A line per combination and method, with standard errors over the seeds.
+
+    Text ``k`` of every prompt has the same seed, and headings so alike that their texts often are
+    the same: texts of one seed are one observation, not as many as there are prompts.
+    ``beside`` is the share less that of the best fixed strengths on the same prompts, or of the
+    fixed strengths taken over where the combination was not seen.
+    """
+    from vllm_steer.evaluation.composition.judging import PropertyJudges, property_judges
+
+    judges = PropertyJudges(report.asked, property_judges(report.asked))
+    for combination in report.asked.combinations:
+        rows = report.of(combination)
+        shares = {
+            each.row.title: [
+                statistics.fmean(texts)
+                for texts in zip(
+                    *judges.has_all(combination, each.row.candidate.name, each.answers),
+                    strict=True,
+                )
+            ]
+            for each in rows
+        }
+        other = shares.get("best fixed", shares.get("fixed"))
+        for each in rows:
+            own = shares[each.row.title]
+            beside, error = mean_and_error([a - b for a, b in zip(own, other, strict=True)])
+            figures = {name: of for judge in each.judges.values() for name, of in judge.items()}
+            yield {
+                "combination": "+".join(combination),
+                "seen": each.row.seen,
+                "method": each.row.title,
+                "strengths": in_words(dict(each.row.candidate.steer)),
+                "all": each.accuracy,
+                "all_error": mean_and_error(own)[1],
+                "beside": beside,
+                "beside_error": error,
+                "shares": dict(each.shares),
+                "perplexity": figures["total_perplexity"],
+                "median": figures["median"],
+                "dist_2": figures["dist-2"],
+            }
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+def in_words(steer: dict[str, Any]) -> str:
+    """Strengths as the table has them: ``fr 1.25, cheer to 0.75 (top-p 0.5)``."""
+    said = []
+    for name, dose in steer.items():
+        if dose["strength"] == "dynamic":
+            said.append(f"{name} to {dose['max']:g} (top-p {dose['top_p']:g})")
+        else:
+            said.append(f"{name} {dose['strength']:g}")
+    return ", ".join(said)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
+    parser.add_argument("--samples", type=int, default=200, help="texts per prompt")
+    parser.add_argument("--folder", type=Path, help="of the run, to keep its texts and go on")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
