@@ -6,24 +6,25 @@ says which rows they decide.
 
 import torch
 
-_TOKENS = 64
-
 
 def divergence_by_selection(
-    base: torch.Tensor, probe: torch.Tensor, base_of: torch.Tensor, top_p: float | torch.Tensor
+    base: torch.Tensor,
+    probe: torch.Tensor,
+    base_of: torch.Tensor,
+    top_p: float | torch.Tensor,
+    num_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """KL and size of ``Q`` of probes ``[D, V]`` and their rows of ``base [R, V]``, each ``[D]``,
     and whether they are decided.
 
-    ``top_p`` is a number or ``[D, 1]``. A row is not decided where a distribution is so broad that
-    its first tokens do not cover ``top_p``, where logits are equal at the border, and where a row
-    is no distribution.
+    ``top_p`` is a number or ``[D, 1]``, ``num_tokens`` how many are looked at. A row is not decided
+    where a distribution is so broad that they do not cover ``top_p``, where logits are equal at the
+    border, and where a row is no distribution.
     """
-    size = min(_TOKENS, base.shape[1])
-    base_first = _first(base, size)
+    base_first = _first(base, num_tokens)
     base_tokens = base_first[2][base_of]
     base_inside, base_decided = _inside(base_first[0][base_of], base_first[1][base_of], top_p)
-    first, cumulative, tokens = _first(probe, size)
+    first, cumulative, tokens = _first(probe, num_tokens)
     inside, decided = _inside(first, cumulative, top_p)
     chosen = torch.zeros(probe.shape, dtype=torch.bool)
     chosen.scatter_(-1, base_tokens, base_inside)

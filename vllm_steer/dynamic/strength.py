@@ -25,6 +25,8 @@ from vllm_steer.dynamic.selection import divergence_by_selection
 from vllm_steer.errors import SteerError
 from vllm_steer.steers.checks import check_choice
 
+_SELECTIONS = (64, 1024)  # likeliest tokens to look at, before a quarter of them and then all
+
 
 def dynamic_strength(
     base_logits: torch.Tensor,
@@ -71,16 +73,22 @@ def dynamic_strength(
 def _divergence_on_cpu(
     base: torch.Tensor, probe: torch.Tensor, base_of: torch.Tensor, top_p: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as by sort, which takes those rows only that a selection does not decide."""
+    """The same as by sort, which takes only those rows that no selection decides."""
     base, probe = _widened(base), _widened(probe)
-    divergence, size, decided = divergence_by_selection(base, probe, base_of, top_p)
-    rest = (~decided).nonzero()[:, 0]
-    if rest.numel():
-        p = top_p[rest] if isinstance(top_p, torch.Tensor) else top_p
-        one_each = torch.arange(rest.numel())
-        divergence[rest], size[rest] = _divergence_by_sort(
-            base[base_of[rest]], probe[rest], one_each, p
-        )
+    divergence = torch.empty(probe.shape[0], dtype=probe.dtype)
+    size = torch.empty(probe.shape[0], dtype=torch.int64)
+    rest = torch.arange(probe.shape[0])
+    vocab_size = probe.shape[1]
+    for num_tokens in sorted({n for n in (*_SELECTIONS, vocab_size // 4) if 64 <= n < vocab_size}):
+        found, count, decided = divergence_by_selection(base, probe, base_of, top_p, num_tokens)
+        divergence[rest[decided]], size[rest[decided]] = found[decided], count[decided]
+        rest = rest[~decided]
+        if not rest.numel():
+            return divergence, size
+        base, probe = base[base_of[~decided]], probe[~decided]
+        base_of = torch.arange(rest.numel())
+        top_p = top_p[~decided] if isinstance(top_p, torch.Tensor) else top_p
+    divergence[rest], size[rest] = _divergence_by_sort(base, probe, base_of, top_p)
     return divergence, size
 
 
