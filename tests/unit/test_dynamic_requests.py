@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from guidance import delta, head, plan_for, vector
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_steer import SteerError, SteerRequestError, save_steer
@@ -283,6 +283,7 @@ requests = st.dictionaries(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(asked=requests, as_text=st.booleans())
 def test_no_value_raises_anything_but_a_request_error(asked: Any, as_text: bool) -> None:
     try:

@@ -176,7 +176,14 @@ def post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
         )
         assert EXPECTATION.plan is not None
         additional = {"steer": EXPECTATION.plan.to_json()}
-        app.state.vllm_config = SimpleNamespace(additional_config=additional)
+        app.state.vllm_config = SimpleNamespace(
+            additional_config=additional,
+            speculative_config=None,
+            lora_config=None,
+            kv_transfer_config=None,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+            scheduler_config=SimpleNamespace(max_num_seqs=16),
+        )
         app.add_middleware(SteerMiddleware)
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
