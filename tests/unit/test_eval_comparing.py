@@ -41,7 +41,6 @@ class StandIn:
     def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["StandIn"]:
         assert all(path.exists() for path in files.values())
         self.started += 1
-        assert options.async_scheduling is False
         yield self
 
     def generate(

@@ -25,17 +25,13 @@ _ENVIRONMENT: Final = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """vLLM's own engine arguments that matter here; None leaves vLLM's default.
-
-    An engine with asynchronous scheduling serves no dynamic strengths.
-    """
+    """vLLM's own engine arguments that matter here; None leaves vLLM's default."""
 
     dtype: str = "auto"
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
-    async_scheduling: bool | None = None
 
     @property
     def decisive(self) -> dict[str, Any]:

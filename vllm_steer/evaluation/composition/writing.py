@@ -1,7 +1,7 @@
 """The texts of candidates, by vLLM, into the run's folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from vllm_steer.evaluation.composition.asked import Combination, Composition
@@ -39,13 +39,10 @@ class Writer:
             return
         sizes = [len(self._prompts(each)) * self._sampling(each.part).samples for each in missing]
         files = {name: each.steer.resolve() for name, each in self.asked.properties.items()}
-        options = self.engine
-        if any(each.method == "dynamic" for each in missing):
-            options = replace(options, async_scheduling=False)
         done = 0
         with (
             self.progress("starting vLLM", sum(sizes)) as advance,
-            engine(self.model, files, options) as running,
+            engine(self.model, files, self.engine) as running,
         ):
             for each, size in zip(missing, sizes, strict=True):
                 advance(done, said=f"writing {each.name}")
