@@ -11,8 +11,8 @@ from vllm_steer.serving.admission import STRENGTHS
 from vllm_steer.serving.reports.counters import count_token
 from vllm_steer.serving.reports.expectation import EXPECTATION
 from vllm_steer.serving.reports.record import Record, record_for
+from vllm_steer.serving.streams.message import REPORT
 
-KEY = "vllm_steer"
 RECORD = "steer_record"
 
 
@@ -62,13 +62,13 @@ def take_strengths(outputs: Iterable[Any], request_states: Mapping[str, Any]) ->
     """Move the strengths of all ``outputs`` into the records of their requests."""
     for output in outputs:
         params = output.kv_transfer_params
-        if params is None or KEY not in params:
+        if params is None or REPORT not in params:
             continue
         # A new dict: an engine core in this process still holds the one that it sent.
-        output.kv_transfer_params = {k: v for k, v in params.items() if k != KEY} or None
+        output.kv_transfer_params = {k: v for k, v in params.items() if k != REPORT} or None
         record: Record | None = getattr(request_states.get(output.request_id), RECORD, None)
         if record is not None and output.new_token_ids:
-            strengths = params[KEY]["strengths"]
+            strengths = params[REPORT]["strengths"]
             count_token(strengths, record)
             record.add(strengths)
 

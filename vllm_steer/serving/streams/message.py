@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+REPORT = "vllm_steer"
+"""Where an engine output's ``kv_transfer_params`` carries strengths on to the frontend."""
+
 Answer = dict[str, dict[int, float]]
 """By request and by index of its dose: the strengths that a step has worked out."""
 

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_steer.serving.streams.group import Group, generation_step
-from vllm_steer.serving.streams.message import Answer, Turn
+from vllm_steer.serving.streams.message import REPORT, Answer, Turn
 from vllm_steer.serving.streams.room import Room
 
 logger = logging.getLogger("vllm.vllm_steer")
 
-REPORT = "vllm_steer"
 _WRAPPED = (
     "schedule",
     "update_from_output",
