@@ -45,9 +45,9 @@ def lm_steer_form(kernels: str, device: torch.device, *, max_rows: int) -> LMSte
 def guidance_form(kernels: str, device: torch.device) -> GuidanceForm:
     """The form of activation guidance. Raises ``KernelError`` as ``backend`` does."""
     if backend(kernels, device) == "torch":
-        from vllm_steer.kernels.guidance import gather
+        from vllm_steer.kernels.guidance import gather, host
 
-        return gather
+        return host if device.type == "cpu" else gather
     from vllm_steer.kernels.guidance import fused
 
     return fused

@@ -18,6 +18,7 @@ SIZES = {  # hidden, inner, layers, heads, vocabulary
     "llama": (768, 2048, 8, 12, 32000),
     "tiny": (64, 128, 2, 2, 512),
 }
+LOGITS_STD = 4.0  # next-token distributions of about 4 nats, as trained models of that size have
 NAMES = ("embedded", *SIZES)
 
 
@@ -78,12 +79,14 @@ def _write_random(sizes: tuple[int, ...], folder: Path) -> Path:
         head_dim=hidden // heads,
         vocab_size=vocab,
         max_position_embeddings=1024,
-        initializer_range=hidden**-0.5,  # next tokens are likely or not, as a trained model's are
+        initializer_range=hidden**-0.5,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.model.norm.weight.data.fill_(LOGITS_STD)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -5,6 +5,7 @@
 """
 
 from vllm_steer.kernels.guidance.form import GuidanceForm
+from vllm_steer.kernels.guidance.host import HostChanges
 from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
 
-__all__ = ["Directions", "GuidanceForm", "Rules", "TokenMap"]
+__all__ = ["Directions", "GuidanceForm", "HostChanges", "Rules", "TokenMap"]

@@ -4,11 +4,24 @@ from typing import Protocol
 
 import torch
 
+from vllm_steer.kernels.guidance.host import HostChanges
 from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
 
 
 class GuidanceForm(Protocol):
     """A module with these functions."""
+
+    def changes_of(
+        self,
+        rules: Rules,
+        query_start_loc: torch.Tensor,
+        positions: torch.Tensor,
+        directions: Directions,
+    ) -> HostChanges | None:
+        """What the step adds in all layers, where that can be known before them.
+
+        None leaves the step to ``map_tokens`` and, in each layer, to ``steer_tokens_``.
+        """
 
     def map_tokens(
         self,

@@ -10,13 +10,22 @@ import triton
 
 from vllm_steer.kernels.guidance.fused_kernels import add, rotate
 from vllm_steer.kernels.guidance.fused_map import map_tokens, warm_up_map
-from vllm_steer.kernels.guidance.operands import Directions, TokenMap
+from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
 
-__all__ = ["map_tokens", "steer_tokens_", "warm_up"]
+__all__ = ["changes_of", "map_tokens", "steer_tokens_", "warm_up"]
 
 # An addition splits a row among programs, so that a decode step of few tokens fills the card; a
 # turn needs the norms of the whole row, so its one program takes as much of it at once as it can.
 ADD_BLOCK, ROTATE_BLOCK = 1024, 4096
+
+
+def changes_of(
+    rules: Rules,
+    query_start_loc: torch.Tensor,
+    positions: torch.Tensor,
+    directions: Directions,
+) -> None:
+    """Nothing ahead of the layers: what a step adds depends on its map, which is on the device."""
 
 
 def steer_tokens_(

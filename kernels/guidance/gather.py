@@ -34,6 +34,15 @@ def map_tokens(
     torch.mul(rules.layers[:, :, rows], strength, out=out.strengths[:, :, :num_tokens])
 
 
+def changes_of(
+    rules: Rules,
+    query_start_loc: torch.Tensor,
+    positions: torch.Tensor,
+    directions: Directions,
+) -> None:
+    """Nothing ahead of the layers: what a step adds depends on its map, which is on the device."""
+
+
 def steer_tokens_(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,

@@ -6,8 +6,14 @@ rules of the R requests in the batch become the map of its T tokens, once for al
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Rules:
     read then, and a step that ``history`` does not reach has strength 0.
 
     start, stride, origin, first, last   ``[K, R]`` int64
-    strength, slope                      ``[K, R]`` float32; strength may change on the device
+    strength, slope                      ``[K, R]`` float32
     layers                               ``[L, K, R]`` float32, 1 where the dose acts, else 0
     table                                ``[K, R]`` int64, the place of step 0; -1 for none
     history                              ``[N]`` float32, one number or more; may change on the
@@ -41,6 +47,44 @@ class Rules:
     layers: torch.Tensor
     table: torch.Tensor
     history: torch.Tensor
+
+    @cached_property
+    def takers(self) -> "Takers":
+        """The requests that take anything, of rules in the host's memory."""
+        takes = self.layers.numpy().any((0, 1))
+        rows = np.flatnonzero(takes)
+        names = ("start", "stride", "origin", "first", "last", "strength", "slope", "table")
+        own = {name: getattr(self, name).numpy()[:, rows] for name in names}
+        layers = self.layers.numpy()[:, :, rows]
+        return Takers(
+            rows=rows,
+            column_of=np.where(takes, takes.cumsum() - 1, -1),
+            **own,
+            layers=layers,
+            history=self.history.numpy(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Takers:
+    """The S of R requests that take anything, with their columns of ``Rules``.
+
+    rows       ``[S]`` which of the R requests
+    column_of  ``[R]`` the column of each request, -1 for none
+    """
+
+    rows: IntArray
+    column_of: IntArray
+    start: IntArray
+    stride: IntArray
+    origin: IntArray
+    first: IntArray
+    last: IntArray
+    strength: FloatArray
+    slope: FloatArray
+    table: IntArray
+    layers: FloatArray
+    history: FloatArray
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,15 @@ import pytest
 import torch
 
 from vllm_steer import SteerError
-from vllm_steer.dynamic import KLS, dynamic_strength
+from vllm_steer.dynamic import KLS, by_sort, dynamic_strength, on_host, strength
 
 INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True, params=[on_host, by_sort], ids=["host", "device"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms on the host: the device's is plain torch."""
+    monkeypatch.setattr(strength, "on_host", request.param)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -270,6 +276,32 @@ def test_a_row_that_is_no_distribution_is_nan_and_touches_no_other(
     for before, after in zip(clean, found, strict=True):
         assert torch.equal(after[others], before[others])
         assert after[2].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_where_one_token_is_all_that_is_likely_the_divergence_is_exactly_zero(
+    dtype: torch.dtype,
+) -> None:
+    base, probe = rows(50, 99), rows(50, 99, seed=1)
+    base[:, 7], probe[:, 7] = 12 + base[:, 7], 12 + probe[:, 7]
+    strength, divergence = dynamic_strength(base.to(dtype), probe.to(dtype), top_p=0.5)
+    assert (strength == 0).all() and (divergence == 0).all()
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.3, 3.0])
+@pytest.mark.parametrize("vocab_size", [64, 65, 700])
+def test_however_broad_a_distribution_is(vocab_size: int, scale: float, top_p: float) -> None:
+    """Equal logits too, at the border of what is likely and everywhere."""
+    base, probe = (rows(3, vocab_size, seed=seed, scale=scale) for seed in (0, 1))
+    base[1] = (base[1] * 3).round() / 3
+    probe[2] = probe[2].round()
+    probe[0, ::7] = -INF
+    _, divergence = dynamic_strength(base, probe, top_p=top_p, kl="authors")
+    want = [
+        expected(b.tolist(), p.tolist(), top_p, "authors") for b, p in zip(base, probe, strict=True)
+    ]
+    torch.testing.assert_close(divergence, torch.tensor(want, dtype=torch.float64))
 
 
 def test_ties_go_to_the_lower_token() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_steer.kernels.guidance import Rules, TokenMap, gather, reference
+from vllm_steer.kernels.guidance import Directions, Rules, TokenMap, gather, host, reference
 
 FOREVER = torch.iinfo(torch.int64).max
 EPS = torch.finfo(torch.float32).eps
@@ -345,3 +345,87 @@ def test_a_number_that_is_not_finite_reaches_its_own_tokens_only(form: ModuleTyp
     form.map_tokens(given, *tokens_of([3, 2], [0, 1]), out)
     assert out.strengths[0, 0, [0, 2, 3, 4]].tolist() == [0.5, 0, 1, 1]
     assert out.strengths[0, 0, 1].isnan()
+
+
+def random_directions(num_layers: int, turns: float | None = None) -> Directions:
+    vectors = torch.randn(num_layers, 80, 6, generator=torch.Generator().manual_seed(3))
+    vectors[:, 0] = 0
+    return Directions(vectors, None if turns is None else torch.full((80,), turns))
+
+
+def by_reference(
+    given: Rules, step: tuple[torch.Tensor, torch.Tensor], directions: Directions
+) -> list[torch.Tensor]:
+    """What the step adds to zeros in each layer, mapped and steered one token at a time."""
+    num_layers, depth = given.layers.shape[:2]
+    num_tokens = len(step[1])
+    out = empty_map(num_layers, depth, num_tokens)
+    reference.map_tokens(given, *step, out)
+    added = [torch.zeros(num_tokens, 6, dtype=torch.float64) for _ in range(num_layers)]
+    for layer, hidden in enumerate(added):
+        reference.steer_tokens_(hidden, None, directions, layer, out, depth)
+    return added
+
+
+@pytest.mark.parametrize(
+    ("counts", "starts"),
+    [
+        ([1], [0]),
+        ([1, 1, 1], [0, 7, 3]),
+        ([1] * 12, [0, 7, 3, 12, 4, 9, 30, 2, 1, 5, 6, 11]),
+        ([13], [0]),
+        ([5, 1, 7], [0, 9, 4]),
+        ([0, 2, 0, 1], [4, 1, 0, 9]),
+    ],
+    ids=["one", "decodes", "many-decodes", "prefill", "mixed", "without-tokens"],
+)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_host_adds_in_every_layer_what_a_map_would(
+    counts: list[int], starts: list[int], depth: int, dtype: torch.dtype
+) -> None:
+    directions, step = random_directions(3), tokens_of(counts, starts)
+    size = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}[dtype]
+    for seed in range(4):
+        given = random_rules(seed, depth, len(counts), num_layers=3)
+        changes = host.changes_of(given, *step, directions)
+        assert changes is not None
+        for layer, added in enumerate(by_reference(given, step, directions)):
+            before = torch.randn(len(added), 6, generator=torch.Generator().manual_seed(7))
+            hidden = before.to(dtype)
+            wanted = hidden.double() + added
+            changes.add_(hidden, layer)
+            room = size * (wanted.abs() + 40)
+            assert ((hidden.double() - wanted).abs() <= room).all()
+            still = (added == 0).all(1)
+            assert torch.equal(hidden[still], before.to(dtype)[still])
+
+
+def test_the_host_knows_a_step_that_changes_nothing() -> None:
+    given = rules(start=[[1, 5]], first=[[4, 0]], last=[[9, FOREVER]], strength=[[1.0, 0.0]])
+    changes = host.changes_of(given, *tokens_of([1, 1], [3, 3]), random_directions(1))
+    assert changes is not None and not changes
+    changes = host.changes_of(given, *tokens_of([1, 1], [4, 3]), random_directions(1))
+    assert changes
+
+
+def test_the_host_reads_the_strengths_that_are_there_when_a_step_begins() -> None:
+    given = rules(start=[[2]], last=[[FOREVER]], table=[[0]], history=[0.5, 0.25])
+    directions, hidden = random_directions(1), torch.zeros(1, 6)
+    for strength in (0.25, -3.0):
+        given.history[1] = strength
+        changes = host.changes_of(given, *tokens_of([1], [1]), directions)
+        assert changes is not None
+        changes.add_(hidden.zero_(), 0)
+        torch.testing.assert_close(hidden[0], strength * directions.vectors[0, 2])
+
+
+def test_the_host_leaves_turns_and_large_steps_to_the_map() -> None:
+    given = rules(start=[[2]], last=[[5]], strength=[[1.0]])
+    turning = random_directions(1, turns=1.0)
+    assert host.changes_of(given, *tokens_of([1], [4]), turning) is None
+    assert host.changes_of(given, *tokens_of([1], [5]), turning) is not None  # takes nothing
+    assert host.changes_of(given, *tokens_of([1], [4]), random_directions(1, turns=0.0)) is not None
+    wide = Directions(torch.zeros(1, 80, 2**18), None)
+    assert host.changes_of(given, *tokens_of([4], [0]), wide) is not None
+    assert host.changes_of(given, *tokens_of([5], [0]), wide) is None

@@ -10,7 +10,7 @@ from guidance import WIDTH, delta, head, params, plan_for, vector
 
 from vllm_steer.bank import Shelf, fill_head_bank
 from vllm_steer.bank.layers import fill_layer_bank
-from vllm_steer.kernels.guidance import gather
+from vllm_steer.kernels.guidance import gather, host
 from vllm_steer.kernels.lm_steer import reference
 from vllm_steer.serving import guided_site, runners
 from vllm_steer.serving.batch import SteeredBatch
@@ -29,13 +29,13 @@ STEERS: dict[str, Any] = {
 BASE = torch.randn(ROOM, WIDTH, generator=torch.Generator().manual_seed(4))
 
 
-@pytest.fixture
-def sites() -> dict[str, GuidedSite]:
+@pytest.fixture(params=[gather, host], ids=["map", "host"])
+def sites(request: pytest.FixtureRequest) -> dict[str, GuidedSite]:
     """Both sites of an engine in service."""
     inside = {name: steer for name, steer in STEERS.items() if steer.kind != "lm_steer"}
     bank = fill_layer_bank(inside, layers=[0], device=CPU, project=lambda _, rows: rows)
     found = {
-        shelf.site: GuidedSite(shelf, gather, max_doses=4, max_tokens=ROOM, device=CPU)
+        shelf.site: GuidedSite(shelf, request.param, max_doses=4, max_tokens=ROOM, device=CPU)
         for shelf in bank.shelves
     }
     for site in found.values():
@@ -229,7 +229,8 @@ def test_the_configs_default_steers_those_that_do_not_ask(sites: dict[str, Guide
     torch.testing.assert_close(passed(sites["resid"])[5], -2 * added("push"))
 
 
-def test_more_tokens_than_there_is_room_for_are_an_error(
+@pytest.mark.parametrize("sites", [gather], indirect=True)
+def test_more_tokens_than_the_map_has_room_for_are_an_error(
     batch: SteeredBatch, sites: dict[str, GuidedSite]
 ) -> None:
     begin(batch, ("a", "push:2", 1))

@@ -17,7 +17,7 @@ from guidance import WIDTH, delta, vector
 from vllm_steer.bank import LayerShelf
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import Dose
-from vllm_steer.kernels.guidance import gather
+from vllm_steer.kernels.guidance import gather, host
 from vllm_steer.serving import guided_site
 from vllm_steer.serving.guided_site import GuidedSite, SteeredPlace
 from vllm_steer.serving.rows import SteeredRequest, Step
@@ -41,10 +41,11 @@ def shelf_of(steers: Mapping[str, Any] = STEERS) -> LayerShelf:
     return shelf
 
 
-@pytest.fixture
-def site() -> GuidedSite:
+@pytest.fixture(params=[gather, host], ids=["map", "host"])
+def site(request: pytest.FixtureRequest) -> GuidedSite:
     """A site in service."""
-    site = GuidedSite(shelf_of(), gather, max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
+    form = request.param
+    site = GuidedSite(shelf_of(), form, max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
     site.rehearsing = False
     return site
 
@@ -142,9 +143,15 @@ def serve(
     parts: Sequence[Part],
     requests: Mapping[str, SteeredRequest],
 ) -> None:
-    """One step; a graph's replay and an eager pass give what the requests ask for."""
+    """One step; a graph's replay and an eager pass give what the requests ask for.
+
+    The host has no graphs.
+    """
     site.expect()
     site.prepare(step_of(parts), requests, NO_HISTORY)
+    if site._form is host:
+        assert_steered(eager(site, sum(part.count for part in parts)), parts, requests)
+        return
     replayed = replay(site, monkeypatch)
     assert_steered(replayed, parts, requests)
     num_tokens = sum(part.count for part in parts)

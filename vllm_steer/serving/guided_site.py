@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_steer.bank import LayerShelf
-from vllm_steer.kernels.guidance import GuidanceForm, Rules, TokenMap
+from vllm_steer.kernels.guidance import GuidanceForm, HostChanges, Rules, TokenMap
 from vllm_steer.serving.rows import SteeredRequest, Step
 from vllm_steer.serving.rules import Columns, guidance_rules
 
@@ -41,6 +41,7 @@ class GuidedSite:
         self._max_doses = max_doses
         self._depth = 0
         self._filled = 0
+        self._changes: HostChanges | None = None
         self._expecting = False
         self._batch: list[str] | None = None
         self._rules: Rules
@@ -78,6 +79,7 @@ class GuidedSite:
     def idle(self) -> None:
         """The next forward pass takes nothing from this site."""
         self._expecting = False
+        self._changes = None
         self._depth = 0
         self._clear(0)
         # Where no graph can be under capture the op need not even ask.
@@ -97,7 +99,18 @@ class GuidedSite:
         if depth == 0:
             self.idle()
             return
+        changes = self._form.changes_of(
+            self._rules, step.query_start_loc, step.positions, self.shelf.directions
+        )
+        if changes is not None and not changes:
+            self.idle()
+            return
+        self._changes = changes
         self._expecting = self.resting = False
+        if changes is None:
+            self._map_tokens(step, depth)
+
+    def _map_tokens(self, step: Step, depth: int) -> None:
         if self._depth > depth:  # a captured graph reads them all, whatever the step's depth
             self._map.strengths[:, depth : self._depth].zero_()
         front = TokenMap(self._map.directions[:depth], self._map.strengths[:, :depth])
@@ -114,6 +127,9 @@ class GuidedSite:
                 "prepares its batches in another way than vllm-steer knows; use a version it is "
                 "made for"
             )
+        if self._changes is not None:
+            self._changes.add_(hidden.view(-1, hidden.shape[-1]), layer)
+            return
         depth = self._depth
         if _capturing(self._device) or (self.rehearsing and depth == 0):
             depth = self._max_doses

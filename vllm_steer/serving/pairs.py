@@ -35,6 +35,9 @@ class Uses:
         for req_id, request in requests.items():
             self.set(req_id, request)
 
+    def __len__(self) -> int:
+        return len(self._line_of)
+
     def set(self, req_id: str, request: SteeredRequest | None) -> None:
         """A request came, came again with other steers, or went (None)."""
         if req_id in self._line_of:

@@ -41,6 +41,8 @@ def first_pass(
     step: StepStrengths, rows: BatchRows, uses: Uses, shelf: Shelf, requests: DynamicRequests
 ) -> HeadPass | None:
     """All rows but those that come again, and the probes."""
+    if not (step.probes or uses):
+        return None
     users, slots, scales = uses.of(rows.req_ids)
     comes_again = np.zeros(rows.num_rows, dtype=bool)
     comes_again[step.alone] = True

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_steer.dynamic import dynamic_strength
+from vllm_steer.dynamic import strength_of_rows
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.streams.message import Answer, Turn
 from vllm_steer.serving.streams.requests import DynamicRequest, DynamicRequests, Role
@@ -143,18 +143,18 @@ class Strengths:
         if kept:
             logits = torch.cat([logits, torch.stack(kept)])
         device = logits.device
-        whole = [np.array(a, dtype=np.int64) for a in (base_rows, base_of, probe_rows, places)]
-        floats = np.array(numbers, dtype=np.float32).T
-        rows, bases, probes, where, (top_p, maximum, sign), divided = upload(
-            [*whole, np.ascontiguousarray(floats), np.array(authors)], device
+        probe_of = range(len(base_rows), len(base_rows) + len(probe_rows))
+        rows, (bases, probes, where), (top_p, maximum, sign), divided = upload(
+            [
+                np.array([*base_rows, *probe_rows], dtype=np.int64),
+                np.array([base_of, probe_of, places], dtype=np.int64),
+                np.array(numbers, dtype=np.float32).T,
+                np.array(authors),
+            ],
+            device,
         )
-        strengths, _ = dynamic_strength(
-            logits.index_select(0, rows),
-            logits.index_select(0, probes),
-            base_of=bases,
-            top_p=top_p,
-            maximum=maximum,
-            kl=divided,
+        strengths, _ = strength_of_rows(
+            logits.index_select(0, rows), bases, probes, top_p=top_p, maximum=maximum, kl=divided
         )
         strengths = (strengths * sign).float()
         self.requests.pool.values.index_copy_(0, where, strengths)

@@ -214,6 +214,8 @@ class Turns:
 
     def _send_failures(self, outputs: dict[int, Any]) -> None:
         """End the requests that cannot go on, and tell their clients."""
+        if not self._failed:
+            return
         from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
         from vllm.v1.request import RequestStatus
 

@@ -1,0 +1,97 @@
+"""Activation guidance in the host's memory: what a step adds is worked out once for all layers.
+
+There a step of decoding is many small operations, not many numbers: the tokens that take nothing
+are left out, and each layer is one addition. A step too large for that, or with a direction that
+turns, goes through ``gather``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_steer.kernels.guidance.gather import map_tokens, steer_tokens_, warm_up
+from vllm_steer.kernels.guidance.operands import (
+    Directions,
+    FloatArray,
+    IntArray,
+    Rules,
+    Takers,
+)
+
+__all__ = ["HostChanges", "changes_of", "map_tokens", "steer_tokens_", "warm_up"]
+
+_MOST = 2**20  # numbers that a step may add in all layers together: 4 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class HostChanges:
+    """What a step adds: ``by_layer [L, S, width]`` float32 to its ``tokens [S]`` int64."""
+
+    tokens: IntArray
+    by_layer: FloatArray
+
+    def __bool__(self) -> bool:
+        """Whether any token is changed."""
+        return bool(self.tokens.size)
+
+    def add_(self, hidden: torch.Tensor, layer: int) -> None:
+        """Add the layer's change to ``hidden [T, width]``; sums in float32, rounded once."""
+        change = self.by_layer[layer]
+        if hidden.dtype == torch.float32:
+            hidden.numpy()[self.tokens] += change
+            return
+        tokens = torch.from_numpy(self.tokens)
+        rows = hidden.index_select(0, tokens).add_(torch.from_numpy(change))
+        hidden.index_copy_(0, tokens, rows)
+
+
+def changes_of(
+    rules: Rules,
+    query_start_loc: torch.Tensor,
+    positions: torch.Tensor,
+    directions: Directions,
+) -> HostChanges | None:
+    """What the step's tokens take, by the equations of ``Rules``; None for a step to be mapped."""
+    takers, counts = rules.takers, np.diff(query_start_loc.numpy())
+    if (counts == 1).all():  # decoding
+        tokens, columns = takers.rows, None
+    else:
+        column_of = np.repeat(takers.column_of, counts)
+        tokens = np.flatnonzero(column_of >= 0)
+        columns = column_of[tokens]
+    vectors = directions.vectors.numpy()
+    if len(vectors) * len(tokens) * vectors.shape[2] > _MOST:
+        return None
+    which, strengths = _doses(takers, columns, positions.numpy()[tokens])
+    by_layer = (takers.layers if columns is None else takers.layers[:, :, columns]) * strengths
+    touched = strengths.any(0)
+    if not touched.all():
+        tokens, which, by_layer = tokens[touched], which[:, touched], by_layer[:, :, touched]
+    if directions.turns is not None and (directions.turns.numpy()[which] * by_layer).any():
+        return None
+    change = vectors[:, which[0]] * by_layer[:, 0, :, None]
+    for k in range(1, len(which)):
+        change += vectors[:, which[k]] * by_layer[:, k, :, None]
+    return HostChanges(tokens, change)
+
+
+def _doses(
+    takers: Takers, columns: IntArray | None, positions: IntArray
+) -> tuple[IntArray, FloatArray]:
+    """Direction and strength ``[K, S]`` of tokens at these positions of requests in ``columns``;
+    None: of all takers, one token of each.
+    """
+
+    def of(rule: Any) -> Any:
+        return rule if columns is None else rule[:, columns]
+
+    step = positions - of(takers.origin)
+    acts = (positions >= of(takers.first)) & (positions < of(takers.last))
+    strength = of(takers.strength) * (1 - of(takers.slope) * step.astype(np.float32))
+    table, history = of(takers.table), takers.history
+    place = table + step
+    own = np.where((place >= 0) & (place < len(history)), history.take(place, mode="clip"), 0)
+    strength = np.where(table < 0, strength, own)
+    return (of(takers.start) + of(takers.stride) * step) * acts, np.where(acts, strength, 0)

@@ -1,0 +1,144 @@
+"""The KL over the likeliest tokens for rows in the host's memory, without sorting a vocabulary.
+
+A distribution's likeliest tokens are nearly always a few: they are read off its first 64. Rows that
+these do not decide are counted into bins by their distance from the likeliest token; the bin that
+crosses ``top_p`` is the only one that is sorted. All arithmetic behind the logits is in float64.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+_FIRST = 64  # likeliest tokens to look at before a row is binned
+_BINS = 1024
+_SPAN = 20.0  # nats from the likeliest token to the last bin, which takes all that is beyond
+
+
+@dataclass(frozen=True, eq=False)
+class _First:
+    """The likeliest tokens of N rows, each ``[N, k]`` in falling order, and the weight of all.
+
+    before  the probability of the tokens before each one
+    total   ``[N]`` the logarithm of the sum of the exponentials: finite for a distribution only
+    """
+
+    values: FloatArray
+    tokens: IntArray
+    before: FloatArray
+    total: FloatArray
+
+
+def divergence(
+    logits: torch.Tensor,
+    base_of: torch.Tensor,
+    probe_of: torch.Tensor,
+    top_p: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL and size of ``Q`` of D doses, each ``[D]``.
+
+    ``base_of`` and ``probe_of [D]`` are their rows of ``logits [N, V]``; ``top_p`` is a number or
+    ``[D]``.
+    """
+    x, num_doses = logits.numpy(), len(base_of)
+    if num_doses == 0:
+        return logits.new_zeros(0), base_of
+    rows = np.array([base_of.numpy(), probe_of.numpy()])
+    p = np.empty((2, num_doses))
+    p[:] = top_p.numpy() if isinstance(top_p, torch.Tensor) else top_p
+    with np.errstate(all="ignore"):
+        first = _first(logits)
+        sides, tokens = _likeliest(x, first, rows.ravel(), p.ravel())
+        union = np.zeros((num_doses, x.shape[1]), dtype=bool)
+        union[sides % num_doses, tokens] = True
+        doses, tokens = _places(union)
+        found = _divergence(x, first.values[:, 0], rows, doses, tokens)
+    size = np.bincount(doses, minlength=num_doses)
+    return torch.from_numpy(found.astype(x.dtype)), torch.from_numpy(size)
+
+
+def _divergence(
+    x: FloatArray, highest: FloatArray, rows: IntArray, doses: IntArray, tokens: IntArray
+) -> FloatArray:
+    """``[D]`` from the pairs of a dose and a token of its ``Q``: with ``w`` the weights over that
+    of the likeliest token, and ``m`` their sums, ``sum w0 (ln w0 - ln w1) / m0 - ln m0 + ln m1``.
+
+    Exactly 0 where the two are alike and for a ``Q`` of one token; NaN where a side is no
+    distribution.
+    """
+    num_doses = rows.shape[1]
+    row_of = rows[:, doses]
+    logs = x[row_of, tokens].astype(np.float64) - highest[row_of]
+    w0, w1 = np.exp(logs)
+    # Tokens without probability add nothing, also where both logarithms are infinite.
+    terms = np.where(w0 == 0, 0.0, w0 * (logs[0] - logs[1]))
+    sums, m0, m1 = (np.bincount(doses, each, num_doses) for each in (terms, w0, w1))
+    found: FloatArray = sums / m0 - np.log(m0) + np.log(m1)
+    return found
+
+
+def _first(logits: torch.Tensor) -> _First:
+    values, tokens = (part.numpy() for part in logits.topk(min(_FIRST, logits.shape[1]), dim=-1))
+    sums = np.exp(logits.numpy() - values[:, :1]).sum(-1, dtype=np.float64)
+    total = values[:, 0] + np.log(sums)
+    weights = np.exp(values - total[:, None])
+    return _First(values, tokens, weights.cumsum(-1) - weights, total)
+
+
+def _likeliest(
+    x: FloatArray, first: _First, rows: IntArray, top_p: FloatArray
+) -> tuple[IntArray, IntArray]:
+    """Pairs of a place in ``rows`` and one of that row's likeliest tokens up to and with the one
+    that crosses ``top_p``; none for a row that is no distribution.
+    """
+    inside = first.before[rows] <= top_p[:, None]
+    count = inside.sum(-1)
+    # The first tokens decide where the next one is less likely; equal ones go by their number.
+    next_one = np.minimum(count, inside.shape[1] - 1)
+    decided = first.values[rows, count - 1] > first.values[rows, next_one]
+    if decided.all():
+        sides, nth = _places(inside)
+        return sides, first.tokens[rows[sides], nth]
+    inside &= decided[:, None]
+    sides, nth = _places(inside)
+    broad = np.flatnonzero(~decided & np.isfinite(first.total[rows]))
+    more, tokens = _places(_binned(x[rows[broad]], top_p[broad]))
+    return (
+        np.concatenate([sides, broad[more]]),
+        np.concatenate([first.tokens[rows[sides], nth], tokens]),
+    )
+
+
+def _binned(x: FloatArray, top_p: FloatArray) -> BoolArray:
+    """Mask ``[U, V]`` of the likeliest tokens of distributions, however broad."""
+    depth = x.max(-1, keepdims=True) - x
+    weights = np.exp(-depth)
+    bins = np.minimum(depth, _SPAN) * ((_BINS - 1) / _SPAN)
+    bins = bins.astype(np.int32) + np.arange(len(x), dtype=np.int32)[:, None] * _BINS
+    sums = np.bincount(bins.ravel(), weights.ravel(), len(x) * _BINS).reshape(-1, _BINS)
+    before = np.cumsum(sums, axis=-1) - sums
+    limit = top_p * sums.sum(-1)
+    crossing = (before <= limit[:, None]).sum(-1) - 1
+    crossing_bins = (crossing + np.arange(len(x)) * _BINS)[:, None]
+    mask: BoolArray = bins < crossing_bins
+    rows, tokens = _places(bins == crossing_bins)
+    order = np.lexsort((tokens, depth[rows, tokens], rows))
+    rows, tokens = rows[order], tokens[order]
+    inside = weights[rows, tokens].astype(np.float64)
+    so_far = np.cumsum(inside) - inside
+    start = so_far[np.searchsorted(rows, rows)]
+    mask[rows, tokens] = before[rows, crossing[rows]] + so_far - start <= limit[rows]
+    mask &= x != -np.inf
+    return mask
+
+
+def _places(mask: BoolArray) -> tuple[IntArray, IntArray]:
+    """Row and column of what is true, row by row: numpy's own is slow with two dimensions."""
+    places = np.flatnonzero(mask)
+    rows = places // mask.shape[1]
+    return rows, places - rows * mask.shape[1]
