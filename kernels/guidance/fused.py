@@ -25,7 +25,7 @@ def changes_of(
     positions: torch.Tensor,
     directions: Directions,
 ) -> None:
-    """Nothing ahead of the layers: what a step adds depends on its map, which is on the device."""
+    """None: every step is mapped, and nothing read back from the device."""
 
 
 def steer_tokens_(

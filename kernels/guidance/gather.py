@@ -40,7 +40,7 @@ def changes_of(
     positions: torch.Tensor,
     directions: Directions,
 ) -> None:
-    """Nothing ahead of the layers: what a step adds depends on its map, which is on the device."""
+    """None: every step is mapped, and nothing read back from the device."""
 
 
 def steer_tokens_(
@@ -84,8 +84,11 @@ def warm_up(
 
 
 def _change(vectors: torch.Tensor, which: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-    """``sum_k strengths[k, t] * vectors[which[k, t]]`` as ``[T, width]`` float32."""
+    """``sum_k strengths[k, t] * vectors[which[k, t]]`` as ``[T, width]`` float32.
+
+    Each product is rounded before it is added, as all forms do: bit for bit the same.
+    """
     change = vectors.index_select(0, which[0]).mul_(strengths[0, :, None])
     for k in range(1, which.shape[0]):
-        change.addcmul_(vectors.index_select(0, which[k]), strengths[k, :, None])
+        change.add_(vectors.index_select(0, which[k]).mul_(strengths[k, :, None]))
     return change

@@ -53,7 +53,10 @@ def changes_of(
     positions: torch.Tensor,
     directions: Directions,
 ) -> HostChanges | None:
-    """What the step's tokens take, by the equations of ``Rules``; None for a step to be mapped."""
+    """What the step's tokens take, by the equations of ``Rules`` for one dose or more.
+
+    None for a step to be mapped. Either way a token's result has the same bits.
+    """
     takers, counts = rules.takers, np.diff(query_start_loc.numpy())
     if (counts == 1).all():  # decoding
         tokens, columns = takers.rows, None
@@ -71,9 +74,10 @@ def changes_of(
         tokens, which, by_layer = tokens[touched], which[:, touched], by_layer[:, :, touched]
     if directions.turns is not None and (directions.turns.numpy()[which] * by_layer).any():
         return None
-    change = vectors[:, which[0]] * by_layer[:, 0, :, None]
+    change = vectors.take(which[0], axis=1)
+    change *= by_layer[:, 0, :, None]
     for k in range(1, len(which)):
-        change += vectors[:, which[k]] * by_layer[:, k, :, None]
+        change += vectors.take(which[k], axis=1) * by_layer[:, k, :, None]
     return HostChanges(tokens, change)
 
 
@@ -87,8 +91,8 @@ def _doses(
     def of(rule: Any) -> Any:
         return rule if columns is None else rule[:, columns]
 
-    step = positions - of(takers.origin)
     acts = (positions >= of(takers.first)) & (positions < of(takers.last))
+    step = np.where(acts, positions - of(takers.origin), 0)  # far from its steps all overflows
     strength = of(takers.strength) * (1 - of(takers.slope) * step.astype(np.float32))
     table, history = of(takers.table), takers.history
     place = table + step

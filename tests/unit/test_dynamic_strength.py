@@ -304,6 +304,17 @@ def test_however_broad_a_distribution_is(vocab_size: int, scale: float, top_p: f
     torch.testing.assert_close(divergence, torch.tensor(want, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_top_p_1_is_every_token_however_sharp_the_distribution_is(dtype: torch.dtype) -> None:
+    base, probe = (rows(20, 3000, seed=seed, scale=20.0).to(dtype) for seed in (0, 1))
+    base[:, ::3] = probe[:, ::3] = -INF
+    for top_p in (1.0, torch.ones(20)):
+        plain, divided = (
+            dynamic_strength(base, probe, top_p=top_p, kl=kl)[1] for kl in ("plain", "authors")
+        )
+        torch.testing.assert_close(plain / divided, torch.full_like(plain, 2000.0))
+
+
 def test_ties_go_to_the_lower_token() -> None:
     """Of four alike, two cross 0.3: the first two of each side, whatever the other's order."""
     base, probe = log(0.25, 0.25, 0.25, 0.25), log(0.4, 0.2, 0.2, 0.2)

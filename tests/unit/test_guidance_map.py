@@ -380,25 +380,27 @@ def by_reference(
     ids=["one", "decodes", "many-decodes", "prefill", "mixed", "without-tokens"],
 )
 @pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_host_adds_in_every_layer_what_a_map_would(
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_host_adds_in_every_layer_what_the_map_would(
     counts: list[int], starts: list[int], depth: int, dtype: torch.dtype
 ) -> None:
+    """Bit for bit: whether a step is mapped depends on who else is in it."""
     directions, step = random_directions(3), tokens_of(counts, starts)
-    size = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}[dtype]
+    before = torch.randn(sum(counts), 6, generator=torch.Generator().manual_seed(7)).to(dtype)
     for seed in range(4):
         given = random_rules(seed, depth, len(counts), num_layers=3)
         changes = host.changes_of(given, *step, directions)
         assert changes is not None
+        out = empty_map(3, depth, len(before))
+        gather.map_tokens(given, *step, out)
         for layer, added in enumerate(by_reference(given, step, directions)):
-            before = torch.randn(len(added), 6, generator=torch.Generator().manual_seed(7))
-            hidden = before.to(dtype)
-            wanted = hidden.double() + added
-            changes.add_(hidden, layer)
-            room = size * (wanted.abs() + 40)
-            assert ((hidden.double() - wanted).abs() <= room).all()
-            still = (added == 0).all(1)
-            assert torch.equal(hidden[still], before.to(dtype)[still])
+            found, mapped = before.clone(), before.clone()
+            changes.add_(found, layer)
+            gather.steer_tokens_(mapped, None, directions, layer, out, depth)
+            assert torch.equal(found, mapped)
+            if dtype == torch.float32:
+                wanted = before.double() + added
+                assert ((found.double() - wanted).abs() <= 2.0**-22 * (wanted.abs() + 40)).all()
 
 
 def test_the_host_knows_a_step_that_changes_nothing() -> None:

@@ -16,7 +16,11 @@ def divergence(
     ``base_of`` and ``probe_of [D]`` are their rows of ``logits [N, V]``, each of which is sorted
     once; ``top_p`` is a number or ``[D]``.
     """
-    p = top_p[:, None] if isinstance(top_p, torch.Tensor) else top_p
+    p: float | torch.Tensor = torch.inf  # at 1 every token, however the sums are rounded
+    if isinstance(top_p, torch.Tensor):
+        p = top_p.masked_fill(top_p >= 1, torch.inf)[:, None]
+    elif top_p < 1:
+        p = top_p
     rank, before = _ranked(logits)
     base, probe = logits[base_of], logits[probe_of]
     union = _top(base, rank[base_of], before[base_of], p)

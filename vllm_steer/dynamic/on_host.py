@@ -2,7 +2,7 @@
 
 A distribution's likeliest tokens are nearly always a few: they are read off its first 64. Rows that
 these do not decide are counted into bins by their distance from the likeliest token; the bin that
-crosses ``top_p`` is the only one that is sorted. All arithmetic behind the logits is in float64.
+crosses ``top_p`` is the only one that is sorted. Sums and the KL are in float64.
 """
 
 from dataclasses import dataclass
@@ -45,12 +45,14 @@ def divergence(
     ``base_of`` and ``probe_of [D]`` are their rows of ``logits [N, V]``; ``top_p`` is a number or
     ``[D]``.
     """
+    logits = logits.detach()
     x, num_doses = logits.numpy(), len(base_of)
     if num_doses == 0:
         return logits.new_zeros(0), base_of
     rows = np.array([base_of.numpy(), probe_of.numpy()])
     p = np.empty((2, num_doses))
-    p[:] = top_p.numpy() if isinstance(top_p, torch.Tensor) else top_p
+    p[:] = top_p.detach().double().numpy() if isinstance(top_p, torch.Tensor) else top_p
+    p[p >= 1] = np.inf  # every token, however the sums are rounded
     with np.errstate(all="ignore"):
         first = _first(logits)
         sides, tokens = _likeliest(x, first, rows.ravel(), p.ravel())
