@@ -27,24 +27,33 @@ _MOST = 2**20  # numbers that a step may add in all layers together: 4 MiB
 
 @dataclass(frozen=True, eq=False)
 class HostChanges:
-    """What a step adds: ``by_layer [L, S, width]`` float32 to its ``tokens [S]`` int64."""
+    """What a step adds: ``by_layer [L, S, width]`` float32 to S ``tokens``, or a stretch."""
 
-    tokens: IntArray
+    tokens: IntArray | slice
     by_layer: FloatArray
+
+    @classmethod
+    def of(cls, tokens: IntArray, by_layer: FloatArray) -> "HostChanges":
+        """Changes of tokens that ascend."""
+        if len(tokens) and tokens[-1] - tokens[0] + 1 == len(tokens):
+            return cls(slice(int(tokens[0]), int(tokens[-1]) + 1), by_layer)
+        return cls(tokens, by_layer)
 
     def __bool__(self) -> bool:
         """Whether any token is changed."""
-        return bool(self.tokens.size)
+        return bool(self.by_layer.shape[1])
 
     def add_(self, hidden: torch.Tensor, layer: int) -> None:
         """Add the layer's change to ``hidden [T, width]``; sums in float32, rounded once."""
         change = self.by_layer[layer]
         if hidden.dtype == torch.float32:
             hidden.numpy()[self.tokens] += change
-            return
-        tokens = torch.from_numpy(self.tokens)
-        rows = hidden.index_select(0, tokens).add_(torch.from_numpy(change))
-        hidden.index_copy_(0, tokens, rows)
+        elif isinstance(self.tokens, slice):
+            hidden[self.tokens].add_(torch.from_numpy(change))
+        else:
+            tokens = torch.from_numpy(self.tokens)
+            rows = hidden.index_select(0, tokens).add_(torch.from_numpy(change))
+            hidden.index_copy_(0, tokens, rows)
 
 
 def changes_of(
@@ -78,7 +87,7 @@ def changes_of(
     change *= by_layer[:, 0, :, None]
     for k in range(1, len(which)):
         change += vectors.take(which[k], axis=1) * by_layer[:, k, :, None]
-    return HostChanges(tokens, change)
+    return HostChanges.of(tokens, change)
 
 
 def _doses(

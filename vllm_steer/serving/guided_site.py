@@ -74,6 +74,7 @@ class GuidedSite:
     def expect(self) -> None:
         """A step with steered requests has begun: ``prepare`` has to come before its pass."""
         self._expecting = True
+        self._changes = None
         self.resting = False
 
     def idle(self) -> None:
@@ -120,6 +121,9 @@ class GuidedSite:
 
     def steer_(self, hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
         """Steer the tensor of the ``layer``-th hooked layer in place, or leave it at once."""
+        if self._changes is not None:
+            self._changes.add_(hidden.view(-1, hidden.shape[-1]), layer)
+            return
         self.reached.add(layer)
         if self._expecting:
             raise RuntimeError(
@@ -127,9 +131,6 @@ class GuidedSite:
                 "prepares its batches in another way than vllm-steer knows; use a version it is "
                 "made for"
             )
-        if self._changes is not None:
-            self._changes.add_(hidden.view(-1, hidden.shape[-1]), layer)
-            return
         depth = self._depth
         if _capturing(self._device) or (self.rehearsing and depth == 0):
             depth = self._max_doses
