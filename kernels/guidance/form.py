@@ -32,8 +32,8 @@ class GuidanceForm(Protocol):
     ) -> None:
         """Write the map of the step's tokens into ``out``; see ``Rules``.
 
-        Strengths are read on the device at this call, ``Rules.strength`` and ``Rules.history``
-        alike; nothing waits for it, and no element outside of ``history`` is touched.
+        ``Rules.history`` is read on the device at this call; nothing waits for it, and no element
+        outside of it is touched.
         """
 
     def steer_tokens_(

@@ -10,22 +10,14 @@ import triton
 
 from vllm_steer.kernels.guidance.fused_kernels import add, rotate
 from vllm_steer.kernels.guidance.fused_map import map_tokens, warm_up_map
-from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
+from vllm_steer.kernels.guidance.gather import changes_of
+from vllm_steer.kernels.guidance.operands import Directions, TokenMap
 
 __all__ = ["changes_of", "map_tokens", "steer_tokens_", "warm_up"]
 
 # An addition splits a row among programs, so that a decode step of few tokens fills the card; a
 # turn needs the norms of the whole row, so its one program takes as much of it at once as it can.
 ADD_BLOCK, ROTATE_BLOCK = 1024, 4096
-
-
-def changes_of(
-    rules: Rules,
-    query_start_loc: torch.Tensor,
-    positions: torch.Tensor,
-    directions: Directions,
-) -> None:
-    """None: every step is mapped, and nothing read back from the device."""
 
 
 def steer_tokens_(

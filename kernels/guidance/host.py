@@ -47,13 +47,9 @@ class HostChanges:
         """Add the layer's change to ``hidden [T, width]``; sums in float32, rounded once."""
         change = self.by_layer[layer]
         if hidden.dtype == torch.float32:
-            hidden.numpy()[self.tokens] += change
-        elif isinstance(self.tokens, slice):
-            hidden[self.tokens].add_(torch.from_numpy(change))
+            hidden.numpy()[self.tokens] += change  # torch would wake its threads for a row
         else:
-            tokens = torch.from_numpy(self.tokens)
-            rows = hidden.index_select(0, tokens).add_(torch.from_numpy(change))
-            hidden.index_copy_(0, tokens, rows)
+            hidden[self.tokens] += torch.from_numpy(change)
 
 
 def changes_of(

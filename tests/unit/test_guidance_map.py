@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_steer.kernels.dispatch import guidance_form
 from vllm_steer.kernels.guidance import Directions, Rules, TokenMap, gather, host, reference
 
 FOREVER = torch.iinfo(torch.int64).max
@@ -376,8 +377,12 @@ def by_reference(
         ([13], [0]),
         ([5, 1, 7], [0, 9, 4]),
         ([0, 2, 0, 1], [4, 1, 0, 9]),
+        ([2, 0, 1], [6, 4, 9]),
     ],
-    ids=["one", "decodes", "many-decodes", "prefill", "mixed", "without-tokens"],
+    ids=[
+        *("one", "decodes", "many-decodes", "prefill", "mixed", "without-tokens"),
+        "as-many-tokens-as-requests",
+    ],
 )
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -431,3 +436,9 @@ def test_the_host_leaves_turns_and_large_steps_to_the_map() -> None:
     wide = Directions(torch.zeros(1, 80, 2**18), None)
     assert host.changes_of(given, *tokens_of([4], [0]), wide) is not None
     assert host.changes_of(given, *tokens_of([5], [0]), wide) is None
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_the_host_has_a_form_of_its_own(kernels: str) -> None:
+    assert guidance_form(kernels, torch.device("cpu")) is host
+    assert guidance_form("torch", torch.device("cuda")) is gather
