@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
+from vllm_steer.kernels.divergence.form import DivergenceForm
 from vllm_steer.kernels.guidance.form import GuidanceForm
 from vllm_steer.kernels.lm_steer.form import LMSteerForm
 
@@ -49,6 +50,20 @@ def guidance_form(kernels: str, device: torch.device) -> GuidanceForm:
 
         return host if device.type == "cpu" else gather
     from vllm_steer.kernels.guidance import fused
+
+    return fused
+
+
+def divergence_form(kernels: str, device: torch.device) -> DivergenceForm:
+    """The form of the divergence behind a dynamic strength.
+
+    Raises ``KernelError`` as ``backend`` does.
+    """
+    if backend(kernels, device) == "torch":
+        from vllm_steer.kernels.divergence import by_sort, on_host
+
+        return on_host if device.type == "cpu" else by_sort
+    from vllm_steer.kernels.divergence import fused
 
     return fused
 

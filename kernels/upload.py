@@ -16,6 +16,8 @@ def upload(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> l
     """
     if device.type == "cpu":
         return [torch.from_numpy(np.array(array, order="C")) for array in arrays]
+    if not arrays:
+        return []
     sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
     host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
     starts = np.cumsum([0, *sizes[:-1]]).tolist()

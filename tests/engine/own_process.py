@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401 (sets the environment, in worker processes too)
 import dynamic_settings
+import torch
 from dynamic_outputs import assert_dynamic
 from engines import (
     GUIDED,
@@ -34,6 +35,8 @@ from engines import (
 )
 from reference import assert_guided, load_reference
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, save_tiny_model
+
+from vllm_steer import VectorSteer
 
 TOKENS = 8
 SETTINGS: tuple[Setting, ...] = (*MIXED, *GUIDED)
@@ -120,6 +123,29 @@ def compiled_in_pieces(folder: Path) -> None:
         mixed_batch(kept, enforce_eager=False)
 
 
+def pieces_compiled(folder: Path) -> None:
+    """How many different pieces an engine compiles, without a steer and with a vector everywhere.
+
+    vLLM keeps an artifact for each piece that differs from those before it.
+    """
+    from vllm.compilation.counter import compilation_counter
+
+    compile_in_pieces()
+    layers = 8
+    model = save_tiny_model("llama", folder / "model", num_layers=layers)
+    everywhere = tuple(range(layers))
+    push = VectorSteer(vectors=torch.ones(layers, HIDDEN), layers=everywhere, site="resid")
+    config = steer_config({"push": push}, folder / "steers")
+    saved = []
+    for steer in (None, config):
+        before = compilation_counter.num_compiled_artifacts_saved
+        with engine(model, steer, enforce_eager=False) as llm:
+            asks = {"push": 1.0} if steer else {}
+            llm.generate(prompts(1), greedy([asks]), use_tqdm=False)
+        saved.append(compilation_counter.num_compiled_artifacts_saved - before)
+    print(json.dumps({"layers": layers, "stock": saved[0], "hooked": saved[1]}))
+
+
 def compiled_families(folder: Path) -> None:
     """Each family named on the command line twice: compiled and saved, then loaded again."""
     compile_in_pieces()
@@ -202,6 +228,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "transformers-backend": transformers_backend,
     "compiled-in-pieces": compiled_in_pieces,
     "compiled-families": compiled_families,
+    "pieces-compiled": pieces_compiled,
     "stock-logprobs": stock_logprobs,
 }
 

@@ -75,6 +75,19 @@ def test_a_compile_cache_made_without_steers_is_not_taken_and_one_made_with_them
     assert loaded in again
 
 
+@v1_only
+@pytest.mark.matrix
+def test_hooked_layers_compile_no_more_pieces_than_a_model_without_hooks(tmp_path: Path) -> None:
+    """Equal layers are one piece: the name of a place is an input of its graph, not a part of it.
+
+    A hook in the first and the last layer may make these two differ from the others.
+    """
+    said = run_scenario("pieces-compiled", VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    pieces = json.loads(said.splitlines()[-1])
+    assert 0 < pieces["stock"] < pieces["layers"]
+    assert pieces["hooked"] == pieces["stock"]
+
+
 FAMILIES = sorted(set(GUIDED_FAMILIES) - {"llama"})
 BACKEND = {name for name in FAMILIES if name.endswith("backend")} | {"olmo2-no-input-norm"}
 

@@ -131,9 +131,12 @@ def test_a_steer_is_stored_as_whole_matrices_where_that_is_fewer_bytes(
     assert (tables.shrink.shape[0] == 0) == bool(matrices)
 
 
-def test_the_widest_steer_is_the_one_with_the_largest_rank(make_steer: Any) -> None:
+def test_the_widest_steers_are_those_with_the_largest_ranks(make_steer: Any) -> None:
     steers = {"a": make_steer(rank=1), "b": make_steer(rank=3), "c": make_steer("add")}
-    assert fill(steers).hidden.widest == "b"
+    shelf = fill(steers).hidden
+    assert shelf.widest(1) == ["b"]
+    assert shelf.widest(2) == ["b", "a"]
+    assert shelf.widest(9) == ["b", "a", "c"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -163,10 +163,10 @@ def test_other_rows_than_announced_are_an_error(batch: SteeredBatch, shelf: Shel
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 63])
-def test_a_dummy_run_exercises_the_first_steer_on_every_row(
+def test_a_dummy_run_exercises_as_many_steers_on_every_row_as_a_request_may_take(
     batch: SteeredBatch, shelf: Shelf, num_rows: int
 ) -> None:
-    wanted = {row: {"a": 1.0} for row in range(num_rows)}
+    wanted = {row: {"a": 1.0, "b": 1.0} for row in range(num_rows)}
     assert strengths(batch, shelf, num_rows) == wanted
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     batch.rest()
@@ -216,3 +216,34 @@ def test_leaving_the_prompt_tokens_by_an_error_leaves_them(
     with pytest.raises(KeyError), batch.over_tokens(torch.zeros(5, 6)):
         raise KeyError
     assert strengths(batch, shelf, 1) == {0: {"a": 2}}
+
+
+@pytest.mark.parametrize("allowed", [1, 2, 3])
+def test_a_dummy_run_takes_no_more_steers_per_row_than_a_request_may(
+    make_plan: Any, shelf: Shelf, allowed: int
+) -> None:
+    plan = make_plan({"a": 1.0, "b": 1.0, "c": 1.0}, max_steers_per_request=allowed)
+    found = strengths(SteeredBatch(plan, CPU, reference), shelf, 5)
+    assert {len(steers) for steers in found.values()} == {min(allowed, len(shelf.slots))}
+
+
+def test_a_step_that_ends_unannounced_is_an_error_where_requests_are_steered(
+    batch: SteeredBatch,
+) -> None:
+    batch.begin([("r1", params(), 1)], ())
+    batch.require_announced()
+    step(batch, {"r1": 1, "r2": 1}, new={"r2": "a:2"})
+    batch.require_announced()
+    batch.begin([], ())
+    with pytest.raises(RuntimeError, match="a step with steered requests ran without its rows"):
+        batch.require_announced()
+
+
+def test_only_prompt_tokens_come_in_parts(make_plan: Any) -> None:
+    batch = SteeredBatch(make_plan({"a": 1.0}), CPU, reference, max_rows=4)
+    step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 9})
+    hidden_states = torch.zeros(9, 6)
+    assert batch.parts_of(hidden_states) == [slice(0, 9)]
+    with batch.over_tokens(hidden_states):
+        assert batch.parts_of(hidden_states) == [slice(0, 4), slice(4, 8), slice(8, 12)]
+        assert batch.parts_of(hidden_states[:4]) == [slice(0, 4)]

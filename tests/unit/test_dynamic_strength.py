@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vllm_steer import SteerError
-from vllm_steer.dynamic import KLS, by_sort, dynamic_strength, on_host, strength
+from vllm_steer.dynamic import KLS, dynamic_strength, strength
+from vllm_steer.kernels.divergence import by_sort, on_host
 
 INF, NAN = math.inf, math.nan
 
@@ -15,7 +16,7 @@ INF, NAN = math.inf, math.nan
 @pytest.fixture(autouse=True, params=[on_host, by_sort], ids=["host", "device"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both forms on the host: the device's is plain torch."""
-    monkeypatch.setattr(strength, "on_host", request.param)
+    monkeypatch.setattr(strength, "divergence_form", lambda kernels, device: request.param)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -145,23 +146,27 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 
 
 @pytest.mark.parametrize("settings", ["numbers", "tensors"])
-def test_nothing_is_read_back_from_the_device(settings: str) -> None:
+def test_nothing_is_read_back_from_the_device(
+    settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strength, "divergence_form", lambda kernels, device: by_sort)
     # Tensors without values: whatever needs one, a shape too, fails on them.
     logits = torch.empty(3, 4, 50, device="meta", dtype=torch.bfloat16)
     per_row = torch.empty(3, 4, device="meta")
     fields: dict[str, object] = {"top_p": 0.5, "kl": "authors"}
     if settings == "tensors":
         fields = {"top_p": per_row, "maximum": per_row, "kl": per_row.bool()}
-    strength, divergence = dynamic_strength(logits, logits, **fields)
-    assert strength.shape == divergence.shape == (3, 4)
-    assert strength.dtype == torch.float32
+    found, divergence = dynamic_strength(logits, logits, **fields)
+    assert found.shape == divergence.shape == (3, 4)
+    assert found.dtype == torch.float32
 
 
-def test_nothing_is_read_back_to_find_a_probes_base() -> None:
+def test_nothing_is_read_back_to_find_a_probes_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strength, "divergence_form", lambda kernels, device: by_sort)
     base, probe = (torch.empty(rows, 50, device="meta") for rows in (2, 5))
     base_of = torch.empty(5, device="meta", dtype=torch.int64)
-    strength, divergence = dynamic_strength(base, probe, top_p=0.5, base_of=base_of)
-    assert strength.shape == divergence.shape == (5,)
+    found, divergence = dynamic_strength(base, probe, top_p=0.5, base_of=base_of)
+    assert found.shape == divergence.shape == (5,)
 
 
 def test_every_row_may_have_settings_of_its_own() -> None:

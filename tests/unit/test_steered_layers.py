@@ -230,3 +230,12 @@ def test_there_is_room_for_the_largest_batch_and_graph(
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=captured),
     )
     assert serving_layers._max_tokens(config) == room
+
+
+def test_the_name_of_a_place_is_an_input_of_the_graph_as_those_of_vllms_own_layers_are() -> None:
+    """Else each hooked layer would be a piece of its own for the compiler."""
+    from vllm.utils.torch_utils import _USE_LAYERNAME
+
+    hidden, _, place = steer_op._op._schema.arguments
+    assert str(place.type) == ("PyObject" if _USE_LAYERNAME else "str")
+    assert hidden.alias_info is not None and hidden.alias_info.is_write

@@ -64,12 +64,13 @@ class Model(nn.Module):
 class Head:
     """A steered head and its batch."""
 
-    def __init__(self, form: Any) -> None:
+    def __init__(self, form: Any, max_rows: int | None = None) -> None:
         inside = {name: steer for name, steer in STEERS.items() if name != "push"}
         self.bank: HeadBank = fill_head_bank(inside, dtype=torch.float32, device=CPU)
-        self.batch = SteeredBatch(PLAN, CPU, form)
+        self.batch = SteeredBatch(PLAN, CPU, form, max_rows=max_rows)
         self.model = Model()
-        SteeredHead(self.bank, self.batch).attach(self.model)
+        self.head = SteeredHead(self.bank, self.batch)
+        self.head.attach(self.model)
 
     def step(
         self,
@@ -253,3 +254,72 @@ def test_a_request_that_reads_a_part_of_its_prompt_is_not_worked_out(head: Head)
     assert answer == {}
     close(logits["x"], steered(x["x"], add=1))
     assert head.model.calls == [2]
+
+
+@pytest.mark.parametrize("max_rows", [3, 4, 5, 6])
+def test_more_probes_than_a_step_has_rows_come_in_several_products(
+    head: Head, max_rows: int
+) -> None:
+    """Strengths and logits are those of one product, and no product is wider than a step."""
+    x = hidden_of("x", "a", "b")
+    new = {
+        "a": "mul:dynamic:1.5,off:dynamic:2,add:dynamic:1",
+        "b": "off:dynamic:-2,mul:1",
+        "x": None,
+    }
+    wanted, strengths = head.step(x, new, a=0, b=0)
+    assert head.model.calls == [3 + 4, 2]
+    parts = Head(head.batch.form, max_rows)
+    logits, found = parts.step(x, new, a=0, b=0)
+    assert sum(parts.model.calls) == 3 + 4 + 2
+    assert max(parts.model.calls) <= max_rows and len(parts.model.calls) > 2
+    for main, values in strengths.items():
+        assert found[main] == pytest.approx(values, abs=1e-6)
+    for name, row in wanted.items():
+        torch.testing.assert_close(logits[name], row, rtol=1e-6, atol=1e-6)
+
+
+def test_prompt_tokens_are_steered_a_steps_rows_at_a_time(head: Head) -> None:
+    """Memory for a chunk of a prompt is that of a step: no more pairs at once than it can have."""
+    parts = Head(head.batch.form, max_rows=4)
+    tokens = np.array([5, 3, 6])
+    hidden_states = torch.randn(14, WIDTH, generator=torch.Generator().manual_seed(0))
+    given = hidden_states.clone()
+    found = []
+    for each in (head, parts):
+        new = [
+            (r, params(r, s), 9)
+            for r, s in (("a", "mul:2,add:1,off:3"), ("b", None), ("c", "off:2"))
+        ]
+        each.batch.begin(new, ())
+        each.batch.announce(
+            Step(list("abc"), np.ones(3, dtype=np.int64), tokens, torch.arange(4), torch.arange(14))
+        )
+        with each.batch.over_tokens(hidden_states):
+            found.append(each.model.compute_logits(hidden_states[1:]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(hidden_states, given)
+    close(found[1][0], steered(given[1], mul=2, add=1, off=3))
+    close(found[1][4], steered(given[5]))
+    close(found[1][12], steered(given[13], off=2))
+    assert parts.model.calls == [13]
+
+
+def test_a_dummy_run_at_start_up_steers_as_many_rows_as_speculation_can_have() -> None:
+    rows: list[tuple[int, int]] = []
+    form = SimpleNamespace(**{name: getattr(grouped, name) for name in ("place", "warm_up")})
+    form.steer_rows = lambda x, tables, placed: (
+        rows.append((x.shape[0], placed.rows.shape[0])),
+        grouped.steer_rows(x, tables, placed),
+    )[1]
+    head = Head(form, max_rows=12)
+    dummy = torch.zeros(3, WIDTH)
+    head.model.compute_logits(dummy)
+    hidden, logits = head.bank.hidden, head.bank.logits
+    assert hidden is not None and logits is not None
+    a_row = (len(hidden.slots), len(logits.slots))
+    assert rows == [(3, 3 * a_row[0]), (3, 3 * a_row[1]), (12, 12 * a_row[0]), (12, 12 * a_row[1])]
+    rows.clear()
+    head.head.start_serving()
+    head.model.compute_logits(dummy)
+    assert [n for n, _ in rows] == [3, 3]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from guidance import delta, head, plan_for, vector
 
+from vllm_steer.serving.streams import strengths as strengths_module
 from vllm_steer.serving.streams.in_batch import DynamicPart
 from vllm_steer.serving.streams.message import Turn
 from vllm_steer.serving.streams.stream import STREAM, Stream
@@ -221,3 +222,51 @@ def test_a_request_that_is_gone_is_nobodys_base(part: DynamicPart) -> None:
     add(part, "a", "push:dynamic")
     part.requests.remove("a")
     assert work(part, rows(8, "a-base", "a-0"), "a-base", "a-0") == {}
+
+
+def test_many_doses_are_worked_out_some_at_a_time(
+    part: DynamicPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies side by side is bounded, however many requests meet in a step."""
+    names = [f"r{i}" for i in range(150)]
+    for name in names:
+        add(part, name, "push:dynamic:2:0.6")
+    shapes: list[int] = []
+    inner = strengths_module.strength_of_rows
+
+    def seen(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        shapes.append(logits.shape[0])
+        return inner(logits, *args, **kw)
+
+    monkeypatch.setattr(strengths_module, "strength_of_rows", seen)
+    x = rows(9, *(f"{name}-{role}" for name in names for role in ("base", "0")))
+    turn = Turn(steps=dict.fromkeys(x, 0))
+    part.begin(turn)
+    part.announce(list(x))
+    assert part.step is not None
+    part.strengths.work_out(part.step, torch.stack(list(x.values())))
+    answer = part.strengths.take_answer()
+    assert answer is not None
+    found = answer.read()
+    assert len(shapes) == 3 and max(shapes) <= 128
+    for name in names:
+        wanted = strength(x[f"{name}-base"], x[f"{name}-0"], maximum=2, top_p=0.6)
+        assert found[name][0] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_rehearsal_takes_as_much_as_a_step_can_and_leaves_nothing(
+    part: DynamicPart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[torch.Size, torch.dtype]] = []
+    inner = strengths_module.strength_of_rows
+
+    def seen(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        shapes.append((logits.shape, logits.dtype))
+        return inner(logits, *args, **kw)
+
+    monkeypatch.setattr(strengths_module, "strength_of_rows", seen)
+    before = part.pool.values.clone()
+    part.strengths.rehearse(torch.zeros(3, VOCAB, dtype=torch.bfloat16))
+    assert shapes == [((128, VOCAB), torch.bfloat16)]
+    assert torch.equal(part.pool.values, before)
+    assert part.strengths.take_answer() is None

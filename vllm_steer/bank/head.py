@@ -21,10 +21,12 @@ class Shelf:
         """A steer's epsilon: the unit of its strength."""
         return self.tables.slots[self.slots[name]].epsilon
 
-    @property
-    def widest(self) -> str:
-        """The steer whose inner activation takes the most memory."""
-        return max(self.slots, key=lambda name: _inner_width(self.tables.slots[self.slots[name]]))
+    def widest(self, count: int) -> list[str]:
+        """The ``count`` steers whose inner activations take the most memory, or all there are."""
+        by_width = sorted(
+            self.slots, key=lambda name: -_inner_width(self.tables.slots[self.slots[name]])
+        )
+        return by_width[:count]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from vllm_steer.doses import KLS, Kl
-from vllm_steer.dynamic import by_sort, on_host
 from vllm_steer.errors import SteerError
+from vllm_steer.kernels.dispatch import divergence_form
+from vllm_steer.kernels.divergence import DivergenceForm
 from vllm_steer.steers.checks import check_choice
 
 
@@ -81,14 +82,15 @@ def strength_of_rows(
     top_p: float | torch.Tensor,
     maximum: float | torch.Tensor,
     kl: Kl | torch.Tensor,
+    form: DivergenceForm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Strength and KL ``[D]`` of doses whose base and probe are these rows of ``logits [N, V]``.
 
-    Each of these is a row of some dose. Unchecked, otherwise as ``dynamic_strength``.
+    Each of these is a row of some dose. ``form`` computes the KL; None takes the device's own.
+    Unchecked, otherwise as ``dynamic_strength``.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    form = on_host if logits.device.type == "cpu" else by_sort
-    divergence, size = form.divergence(wide, base_of, probe_of, top_p)
+    form = divergence_form("auto", logits.device) if form is None else form
+    divergence, size = form.divergence(logits, base_of, probe_of, top_p)
     if isinstance(kl, torch.Tensor):
         divergence = divergence / torch.where(kl, size, 1)
     elif kl == "authors":

@@ -29,7 +29,11 @@ _BATCHES_KEPT = 4
 
 
 class SteeredBatch:
-    """Steered requests and rows of one worker. Between steps of real requests it is idle."""
+    """Steered requests and rows of one worker. Between steps of real requests it is idle.
+
+    ``max_rows`` bounds the logits rows of a step, and so the rows that the head steers at once;
+    None: there is no bound.
+    """
 
     def __init__(
         self,
@@ -37,13 +41,17 @@ class SteeredBatch:
         device: torch.device,
         form: LMSteerForm,
         sites: Sequence[GuidedSite] = (),
+        *,
+        max_rows: int | None = None,
     ) -> None:
         self.form = form
+        self.max_rows = max_rows
         self._plan = plan
         self._device = device
         self._sites = sites
         self._requests: dict[str, SteeredRequest] = {}
         self._idle = True
+        self._announced = False
         self._sampled: BatchRows | None = None
         self._tokens: BatchRows | None = None
         self._hidden_states: torch.Tensor | None = None
@@ -68,6 +76,7 @@ class SteeredBatch:
         ended, and what dynamic requests do in it.
         """
         self._idle = False
+        self._announced = False
         self.dynamic.begin(turn)
         for req_id in finished:
             self.dynamic.requests.remove(req_id)
@@ -93,6 +102,7 @@ class SteeredBatch:
 
     def announce(self, step: Step) -> None:
         """The rows and tokens of the step that has begun."""
+        self._announced = True
         self._tokens = BatchRows(step.req_ids, step.tokens)
         sampled = BatchRows(step.req_ids, step.logits)
         if not sampled.same_as(self._sampled):
@@ -102,6 +112,17 @@ class SteeredBatch:
             site.prepare(step, self._requests, self._history)
         self.dynamic.announce(step.req_ids)
 
+    def require_announced(self) -> None:
+        """Raise if the step that has begun has ended without ``announce``, with steered requests.
+
+        Its layers then ran on the doses of another step, or on none.
+        """
+        if self.has_steered_requests and not self._announced:
+            raise RuntimeError(
+                "vllm-steer: a step with steered requests ran without its rows: this vLLM prepares "
+                "its batches in another way than vllm-steer knows; use a version it is made for"
+            )
+
     @contextmanager
     def over_tokens(self, hidden_states: torch.Tensor) -> Iterator[None]:
         """Within it the head is given rows of ``hidden_states``, one per token: prompt logprobs."""
@@ -110,6 +131,23 @@ class SteeredBatch:
             yield
         finally:
             self._hidden_states = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the pass in flight is a dummy run."""
+        return self._idle
+
+    def parts_of(self, x: torch.Tensor) -> list[slice]:
+        """The rows of ``x`` that the head steers at once: all, or ``max_rows`` after ``max_rows``.
+
+        A step's logits rows are within the bound. Prompt logprobs may come for a whole chunk of a
+        prompt, whose changes would take many times the memory that vLLM's profile has seen. A row's
+        result does not depend on the rows beside it, so the parts give what the whole would.
+        """
+        num_rows = x.shape[0]
+        if self._hidden_states is None or not self.max_rows:
+            return [slice(0, num_rows)]
+        return [slice(at, at + self.max_rows) for at in range(0, num_rows, self.max_rows)]
 
     def rows_of(self, x: torch.Tensor, shelf: Shelf) -> Any:
         """The pairs of ``x`` and a shelf's slots, as the form placed them; None if no row of ``x``
@@ -144,19 +182,18 @@ class SteeredBatch:
         assert self._sampled.num_rows == x.shape[0]
         return step
 
-    def first_pass(self, shelf: Shelf, step: StepStrengths) -> Any:
-        """The pairs of the step's rows and probes, as the form placed them; None without any."""
+    def first_pass(self, shelf: Shelf, step: StepStrengths) -> HeadPass | None:
+        """The pairs of the step's rows and probes; None without any."""
         assert self._sampled is not None
-        pairs = first_pass(step, self._sampled, self._uses_of(shelf), shelf, self.dynamic.requests)
-        return self._place_pass(pairs, shelf)
+        return first_pass(step, self._sampled, self._uses_of(shelf), shelf, self.dynamic.requests)
 
-    def second_pass(self, shelf: Shelf, step: StepStrengths) -> Any:
+    def second_pass(self, shelf: Shelf, step: StepStrengths) -> HeadPass | None:
         """The same for the rows that come again under their strengths."""
         assert self._sampled is not None
-        pairs = second_pass(step, self._sampled, self._uses_of(shelf), shelf, self.dynamic.requests)
-        return self._place_pass(pairs, shelf)
+        return second_pass(step, self._sampled, self._uses_of(shelf), shelf, self.dynamic.requests)
 
-    def _place_pass(self, head_pass: HeadPass | None, shelf: Shelf) -> Any:
+    def place_pass(self, head_pass: HeadPass | None, shelf: Shelf) -> Any:
+        """A pass's pairs as the form places them, under the strengths that are known by now."""
         if head_pass is None:
             return None
         placed = self._place(head_pass.steered, shelf)
@@ -179,11 +216,12 @@ class SteeredBatch:
         return None if pairs is None else self.form.place(pairs, shelf.tables, self._device)
 
     def _rehearsal(self, num_rows: int, shelf: Shelf) -> Any:
-        """All rows under the widest steer: in dummy runs, so that vLLM's memory profile counts the
-        operation at its largest and its warm-up reaches it.
+        """All rows under as many steers as a request may take, the widest: in dummy runs, so that
+        vLLM's memory profile counts the operation at its largest and its warm-up reaches it.
         """
         rows = BatchRows(("dummy",), np.array([num_rows]))
-        request = SteeredRequest((Dose(shelf.widest, 1.0),), prompt_len=1)
+        steers = shelf.widest(self._plan.limits.max_steers_per_request)
+        request = SteeredRequest(tuple(Dose(name, 1.0) for name in steers), prompt_len=1)
         return self._place(steered_rows(rows, Uses(shelf, {"dummy": request})), shelf)
 
     def _set_request(self, req_id: str, request: SteeredRequest | None) -> None:

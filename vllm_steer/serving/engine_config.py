@@ -73,6 +73,12 @@ def max_logits_rows(vllm_config: Any) -> int:
     return int(vllm_config.scheduler_config.max_num_seqs) * (1 + drafts)
 
 
+def encodes_only(vllm_config: Any) -> bool:
+    """Whether the engine only encodes images or audio for other engines and runs no decoder."""
+    transfer = getattr(vllm_config, "ec_transfer_config", None)
+    return bool(transfer is not None and transfer.is_ec_producer and not transfer.is_ec_consumer)
+
+
 def _check_default(plan: SteerPlan, vllm_config: Any) -> None:
     """Raise ``SteerError`` if the default's strengths are dynamic and the engine's cannot be."""
     doses = plan.doses(None)

@@ -7,6 +7,7 @@ any soft cap and logit scale, at ``LogitsProcessor._get_logits``.
 """
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,17 +21,26 @@ from vllm_steer.bank import HeadBank, Shelf
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.batch import SteeredBatch
+from vllm_steer.serving.streams.head_pass import HeadPass
 from vllm_steer.serving.streams.strengths import StepStrengths
+
+Parts = list[tuple[slice, Any]]
+"""Rows that are steered at once, and their pairs as the form placed them."""
 
 
 @dataclass
 class SteeredHead:
-    """A model's head with a bank in front of it; ``calls`` counts passes that steered rows."""
+    """A model's head with a bank in front of it; ``calls`` counts passes that steered rows.
+
+    ``may_be_dynamic`` says whether the engine serves dynamic strengths.
+    """
 
     bank: HeadBank
     batch: SteeredBatch
+    may_be_dynamic: bool = True
     calls: Counter[str] = field(default_factory=Counter)
-    _logits_rows: Any = field(default=None, repr=False)
+    _logits_parts: Parts = field(default_factory=list, repr=False)
+    _starting: bool = True
 
     def attach(self, model: nn.Module) -> None:
         """Wrap the instance's methods. Raises ``SteerError`` if the model has no such head."""
@@ -54,6 +64,10 @@ class SteeredHead:
         shelves = {"hidden": self.bank.hidden, "logits": self.bank.logits}
         return [name for name, shelf in shelves.items() if shelf and not self.calls[name]]
 
+    def start_serving(self) -> None:
+        """Start-up is over: dummy runs rehearse the widest steps no longer."""
+        self._starting = False
+
     def _steered(self, original: Any) -> Any:
         @functools.wraps(original)
         def compute_logits(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +75,10 @@ class SteeredHead:
             step = self.batch.step_of(hidden_states)
             if step is not None:
                 return self._with_strengths(compute, hidden_states, step)
-            return compute(hidden_states, functools.partial(self._rows, hidden_states))
+            logits = compute(hidden_states, functools.partial(self._parts, hidden_states))
+            if self._starting and self.batch.is_idle and logits is not None:
+                self._rehearse(hidden_states, logits)
+            return logits
 
         return compute_logits
 
@@ -71,43 +88,90 @@ class SteeredHead:
         args: Any,
         kwargs: Any,
         hidden_states: torch.Tensor,
-        rows: Callable[[Shelf | None], Any],
+        parts: Callable[[Shelf | None], Parts],
     ) -> Any:
-        """The model's logits of ``hidden_states``, whose steered pairs ``rows`` gives by shelf."""
-        hidden_rows, self._logits_rows = rows(self.bank.hidden), rows(self.bank.logits)
-        hidden_states = self._apply("hidden", hidden_states, self.bank.hidden, hidden_rows)
+        """The model's logits of ``hidden_states``, whose steered pairs ``parts`` gives by shelf."""
+        hidden_parts, self._logits_parts = parts(self.bank.hidden), parts(self.bank.logits)
+        if hidden_parts and _is_whole(hidden_parts, hidden_states):
+            hidden_states = self._apply("hidden", hidden_states, hidden_parts[0][1])
+        elif hidden_parts:
+            given, hidden_states = hidden_states, hidden_states.clone()
+            for rows, placed in hidden_parts:
+                hidden_states[rows] = self._apply("hidden", given[rows], placed)
         try:
             return original(hidden_states, *args, **kwargs)
         finally:
-            self._logits_rows = None
+            self._logits_parts = []
+
+    def _rehearse(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> None:
+        """Run what a step can ask for at most, so that vLLM's memory profile sees it.
+
+        A dummy run has a row per request: speculation has more of them. Its own rows have taken as
+        many steers as a request may.
+        """
+        most = self.batch.max_rows or 0
+        for name, x in (("hidden", hidden_states), ("logits", logits)):
+            shelf = getattr(self.bank, name)
+            if shelf is not None and most > x.shape[0]:
+                wide = x.new_zeros(most, x.shape[1])
+                self._apply(name, wide, self.batch.rows_of(wide, shelf))
+        if self.may_be_dynamic and logits.device.type != "cpu":  # the host's memory has no profile
+            self.batch.dynamic.strengths.rehearse(logits)
 
     def _with_strengths(
         self, compute: Callable[..., Any], hidden_states: torch.Tensor, step: StepStrengths
     ) -> torch.Tensor:
         """The step's logits, while the strengths of its dynamic requests are worked out.
 
-        Probes at the head are more rows of the one product; a request that is its own base is
-        computed again once its strengths are known.
+        Probes at the head are more rows of the product: of one product as long as the rows are no
+        more than those of the widest step, else of several, whose logits are let go one after the
+        other. A request that is its own base is computed again once its strengths are known.
         """
-
-        def rows_of(pairs: Callable[..., Any]) -> Callable[[Shelf | None], Any]:
-            return lambda shelf: None if shelf is None else pairs(shelf, step)
-
-        whole = hidden_states
+        num_rows, whole = hidden_states.shape[0], hidden_states
         if step.probes:
             whole = torch.cat([whole, _rows_at([p.row for p in step.probes], hidden_states)])
-        logits: torch.Tensor | None = compute(whole, rows_of(self.batch.first_pass))
+        pairs = self._pairs(self.batch.first_pass, step)
+        logits: torch.Tensor | None = None
+        for first, last in _spans(num_rows, whole.shape[0], self.batch.max_rows):
+            part = [each.part(first, last) if each is not None else None for each in pairs]
+            found = self._pass(compute, whole[first:last], part)
+            logits = found if logits is None else logits
+            self.batch.dynamic.strengths.work_out_part(step, logits, found, first)
+        assert logits is not None
+        self.batch.dynamic.strengths.settle(step, logits)
+        logits = logits[:num_rows]
+        if step.alone:
+            rows = _rows_at(step.alone, hidden_states)
+            again = self._pass(compute, rows, self._pairs(self.batch.second_pass, step))
+            (where,) = upload([np.array(step.alone, dtype=np.int64)], logits.device)
+            logits.index_copy_(0, where, again)
+        return logits
+
+    def _pairs(
+        self, of: Callable[..., HeadPass | None], step: StepStrengths
+    ) -> list[HeadPass | None]:
+        """The pairs of a step's pass, by shelf."""
+        return [of(shelf, step) for shelf in self._shelves]
+
+    def _pass(
+        self, compute: Callable[..., Any], rows: torch.Tensor, pairs: Sequence[HeadPass | None]
+    ) -> torch.Tensor:
+        """The logits of ``rows`` under these pairs, by shelf."""
+        placed = {
+            id(shelf): self.batch.place_pass(found, shelf)
+            for shelf, found in zip(self._shelves, pairs, strict=True)
+        }
+
+        def parts(shelf: Shelf | None) -> Parts:
+            found = placed.get(id(shelf))
+            return [] if found is None else [(slice(0, rows.shape[0]), found)]
+
+        logits: torch.Tensor | None = compute(rows, parts)
         if logits is None:
             raise RuntimeError(
                 "vllm-steer: this rank has no logits to work out dynamic strengths from: this "
                 "vLLM gathers them in another way than vllm-steer knows"
             )
-        self.batch.dynamic.strengths.work_out(step, logits)
-        logits = logits[: hidden_states.shape[0]]
-        if step.alone:
-            again = compute(_rows_at(step.alone, hidden_states), rows_of(self.batch.second_pass))
-            (where,) = upload([np.array(step.alone, dtype=np.int64)], logits.device)
-            logits.index_copy_(0, where, again)
         return logits
 
     def _offset(self, original: Any) -> Any:
@@ -116,18 +180,41 @@ class SteeredHead:
             logits = original(*args, **kwargs)
             if logits is None:
                 return None
-            return self._apply("logits", logits, self.bank.logits, self._logits_rows)
+            parts = self._logits_parts
+            if parts and _is_whole(parts, logits):
+                return self._apply("logits", logits, parts[0][1])
+            for rows, placed in parts:
+                logits[rows] = self._apply("logits", logits[rows], placed)
+            return logits
 
         return get_logits
 
-    def _rows(self, x: torch.Tensor, shelf: Shelf | None) -> Any:
-        return None if shelf is None else self.batch.rows_of(x, shelf)
+    def _parts(self, x: torch.Tensor, shelf: Shelf | None) -> Parts:
+        """The rows of ``x`` that are steered at once, and their pairs."""
+        if shelf is None:
+            return []
+        found = [(rows, self.batch.rows_of(x[rows], shelf)) for rows in self.batch.parts_of(x)]
+        return [(rows, placed) for rows, placed in found if placed is not None]
 
-    def _apply(self, name: str, x: torch.Tensor, shelf: Shelf | None, rows: Any) -> torch.Tensor:
-        if shelf is None or rows is None:
-            return x
+    @property
+    def _shelves(self) -> list[Shelf]:
+        return [shelf for shelf in (self.bank.hidden, self.bank.logits) if shelf is not None]
+
+    def _apply(self, name: str, x: torch.Tensor, placed: Any) -> torch.Tensor:
         self.calls[name] += 1
-        return self.batch.form.steer_rows(x, shelf.tables, rows)
+        return self.batch.form.steer_rows(x, getattr(self.bank, name).tables, placed)
+
+
+def _is_whole(parts: Parts, x: torch.Tensor) -> bool:
+    """Whether there is one part, of all rows."""
+    return len(parts) == 1 and parts[0][0].start == 0 and parts[0][0].stop >= x.shape[0]
+
+
+def _spans(num_rows: int, num_all: int, most: int | None) -> list[tuple[int, int]]:
+    """Where the products of a step begin and end: the batch's rows in the first of them."""
+    first = num_all if most is None else min(num_all, max(num_rows, most))
+    starts = [0, *range(first, num_all, most or 1)]
+    return list(itertools.pairwise([*starts, num_all]))
 
 
 def _rows_at(rows: Sequence[int], x: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,10 @@ over its tokens. V1: ``execute_model``, ``_prepare_inputs``, ``_get_prompt_logpr
 ``execute_model``, ``prepare_inputs``, the two methods of ``prompt_logprobs_worker``.
 """
 
+import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,39 +21,58 @@ from vllm_steer.serving.rows import Step
 from vllm_steer.serving.streams.strengths import WorkedOut
 
 
-def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool) -> None:
-    """Connect a runner. Raises ``SteerError`` if it does not work as this vLLM range does."""
-    _wrap(runner, "execute_model", functools.partial(_begin, batch))
+def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool, runs_decoder: bool = True) -> None:
+    """Connect a runner. Raises ``SteerError`` if it does not work as this vLLM range does.
+
+    ``runs_decoder`` is false for a worker that only encodes images or audio for other workers: its
+    steps take scheduled tokens and run no decoder.
+    """
+    _wrap(runner, "execute_model", functools.partial(_begin, batch, runs_decoder))
     _wrap(runner, "execute_model", functools.partial(_answer, batch))
     _wrap(runner, "sample_tokens", functools.partial(_answer, batch))
     if v2:
-        _require_calls(runner, "execute_model", "prepare_inputs")
-        _require_calls(runner, "sample", "compute_logits")
+        _require_calls(runner, "execute_model", "self.prepare_inputs")
+        _require_calls(runner, "sample", "model.compute_logits")
         _wrap(runner, "prepare_inputs", functools.partial(_announce_v2, batch))
         _wrap(runner, "prepare_inputs", functools.partial(_force_tokens_v2, runner))
         _wrap_prompt_logprobs_v2(runner, batch)
     else:
-        _require_calls(runner, "execute_model", "_prepare_inputs")
-        _require_calls(runner, "execute_model", "compute_logits")
+        _require_calls(runner, "execute_model", "self._prepare_inputs")
+        _require_calls(runner, "execute_model", "model.compute_logits")
         _wrap(runner, "execute_model", functools.partial(_force_tokens_v1, runner))
         _wrap(runner, "_dummy_run", functools.partial(_rest, batch))
         _wrap(runner, "_prepare_inputs", functools.partial(_announce_v1, batch, runner))
         _wrap(runner, "_get_prompt_logprobs_dict", functools.partial(_prompt_logprobs_v1, batch))
 
 
-def _begin(batch: SteeredBatch, original: Any, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
+def _begin(
+    batch: SteeredBatch,
+    runs_decoder: bool,
+    original: Any,
+    scheduler_output: Any,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """Start a step, and see after it that its rows were announced.
+
+    A replayed CUDA graph runs no Python of the sites: nothing inside it could notice that it
+    replays on the doses of another step.
+    """
     if kw.get("dummy_run"):
         batch.rest()
-    else:
-        batch.begin(
-            (
-                (new.req_id, new.sampling_params, _prompt_len(new))
-                for new in scheduler_output.scheduled_new_reqs
-            ),
-            scheduler_output.finished_req_ids,
-            getattr(scheduler_output, "steer_turn", None),
-        )
-    return original(scheduler_output, *args, **kw)
+        return original(scheduler_output, *args, **kw)
+    batch.begin(
+        (
+            (new.req_id, new.sampling_params, _prompt_len(new))
+            for new in scheduler_output.scheduled_new_reqs
+        ),
+        scheduler_output.finished_req_ids,
+        getattr(scheduler_output, "steer_turn", None),
+    )
+    output = original(scheduler_output, *args, **kw)
+    if runs_decoder and scheduler_output.total_num_scheduled_tokens:
+        batch.require_announced()
+    return output
 
 
 def _answer(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
@@ -188,10 +209,25 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def _require_calls(runner: Any, method: str, wanted: str) -> None:
-    """Check that the runner's code still goes through what is wrapped."""
-    code = inspect.unwrap(getattr(type(runner), method)).__code__
-    if wanted not in code.co_names:
+    """Check that the runner's code still goes through what is wrapped.
+
+    ``wanted`` is an attribute and what it is read from: ``self.prepare_inputs`` is not the method
+    of that name of another object.
+    """
+    owner, name = wanted.split(".")
+    code = list(dis.get_instructions(inspect.unwrap(getattr(type(runner), method))))
+    reads = ((_read(before), _read(after)) for before, after in itertools.pairwise(code))
+    if (owner, name) not in reads:
         raise SteerError(
             f"{type(runner).__name__}.{method} does not call {wanted}: this vLLM works in another "
             "way than vllm-steer knows; use a version it is made for"
         )
+
+
+def _read(instruction: dis.Instruction) -> str | None:
+    """The variable or attribute that an instruction reads last, if it reads one."""
+    read = instruction.argval if instruction.opname.startswith("LOAD_") else None
+    last = (
+        read[-1] if isinstance(read, tuple) and read else read
+    )  # two variables in one instruction
+    return last if isinstance(last, str) else None

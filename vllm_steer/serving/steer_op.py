@@ -3,26 +3,53 @@
 A graph holds nothing but the op and the name of its place, so it is the same whatever steers are
 loaded, can be saved and loaded again in another process, and finds its buffers through vLLM's
 forward context as attention does.
+
+The name is an input of the graph and not a constant in it, as the names of vLLM's own attention
+layers are (``LayerName``): the graphs of equal layers are equal, and one compilation serves them
+all. With a torch that has no such type (before 2.11), and where ``VLLM_USE_LAYERNAME=0``, it is a
+string, and each hooked layer is compiled by itself.
 """
 
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
 
 _LIBRARY = torch.library.Library("vllm_steer", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("steer_tokens_(Tensor(a!) hidden, Tensor? residual, str place) -> ()")  # type: ignore[no-untyped-call]
 
 
-def _steer_tokens_(hidden: torch.Tensor, residual: torch.Tensor | None, place: str) -> None:
-    steered = get_forward_context().no_compile_layers[place]
+def _steer_tokens_(
+    hidden: torch.Tensor, residual: torch.Tensor | None, place: LayerNameType
+) -> None:
+    steered = get_forward_context().no_compile_layers[_resolve_layer_name(place)]
     if not steered.site.resting:
         steered.steer_(hidden, residual)
 
 
-def _traced(hidden: torch.Tensor, residual: torch.Tensor | None, place: str) -> None:
+def _traced(hidden: torch.Tensor, residual: torch.Tensor | None, place: LayerNameType) -> None:
     """Nothing to compute while a graph is traced: the op returns nothing."""
 
 
-_LIBRARY.impl("steer_tokens_", _steer_tokens_, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("vllm_steer::steer_tokens_", _traced, lib=_LIBRARY)
+direct_register_custom_op(
+    "steer_tokens_",
+    _steer_tokens_,
+    mutates_args=["hidden"],
+    fake_impl=_traced,
+    target_lib=_LIBRARY,
+    dispatch_key="CompositeExplicitAutograd",
+)
 
-steer_tokens_ = torch.ops.vllm_steer.steer_tokens_.default
+_op = torch.ops.vllm_steer.steer_tokens_.default
+
+
+def steer_tokens_(hidden: torch.Tensor, residual: torch.Tensor | None, place: str) -> None:
+    """Steer ``hidden`` ``[tokens, width]`` in place, as the named place of this engine says.
+
+    ``residual`` is the other half of the residual stream where the place needs its norm, else None.
+    Traced by torch.compile together with the module whose hook calls it.
+    """
+    _op(hidden, residual, _encode_layer_name(place))

@@ -11,7 +11,12 @@ from vllm_steer.errors import SteerError
 from vllm_steer.kernels.dispatch import guidance_form, lm_steer_form
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.engine_config import max_logits_rows, num_layers, plan_of
+from vllm_steer.serving.engine_config import (
+    encodes_only,
+    max_logits_rows,
+    num_layers,
+    plan_of,
+)
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.runners import attach_runner
@@ -46,16 +51,28 @@ class _WorkerSteering:
         self._batch: SteeredBatch | None = None
         self._head: SteeredHead | None = None
         self._layers: SteeredLayers | None = None
+        self._num_bytes = 0
 
     def after_load(self) -> None:
-        """Fill the banks and attach runner, head and layers: what this rank has of them."""
+        """Fill the banks and attach runner, head and layers: what this rank has of them.
+
+        The banks' bytes are added to what the runner says that the model takes. Up to 0.26 vLLM
+        sizes its KV cache by that number and by growth after this point, so it would give the
+        banks' memory away a second time; later versions read the number for a log line only.
+        """
         runner, config = self._worker.model_runner, self._worker.vllm_config
         model = runner.get_model()
         if self._batch is None:
             self._make(model)
             if self._batch is None:
                 return
-            attach_runner(runner, self._batch, v2=getattr(config, "use_v2_model_runner", False))
+            attach_runner(
+                runner,
+                self._batch,
+                v2=getattr(config, "use_v2_model_runner", False),
+                runs_decoder=not encodes_only(config),
+            )
+        runner.model_memory_usage = getattr(runner, "model_memory_usage", 0) + self._num_bytes
         if self._head is not None:
             self._head.attach(model)
         if self._layers is not None:
@@ -90,14 +107,16 @@ class _WorkerSteering:
             device,
             lm_steer_form(self._plan.kernels, device, max_rows=max_logits_rows(config)),
             () if self._layers is None else self._layers.sites,
+            max_rows=max_logits_rows(config),
         )
         if bank is not None:
-            self._head = SteeredHead(bank, self._batch)
+            speculates = config.speculative_config is not None
+            self._head = SteeredHead(bank, self._batch, may_be_dynamic=not speculates)
         for part in (self._head, self._layers):
             if part is not None:
                 part.warm_up(config.model_config.dtype)
-        num_bytes = [b.num_bytes for b in (bank, self._layers) if b is not None]
-        logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), sum(num_bytes) / 2**20)
+        self._num_bytes = sum(b.num_bytes for b in (bank, self._layers) if b is not None)
+        logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), self._num_bytes / 2**20)
 
     def prove(self) -> None:
         """See that every site was reached as the runner calls the model.
@@ -113,6 +132,7 @@ class _WorkerSteering:
                     f"the model computes its logits past the steers of its {', '.join(passed)}: "
                     f"{_UNSTEERED}"
                 )
+            self._head.start_serving()
         if self._layers is not None:
             if self._layers.passed_places():
                 self._rehearse_layers()

@@ -30,6 +30,28 @@ class HeadPass:
     pairs: IntArray
     places: IntArray
 
+    def part(self, first: int, last: int) -> "HeadPass | None":
+        """The pairs of the rows from ``first`` to ``last``, as rows 0 and on; None without any."""
+        inside = (self.steered.rows >= first) & (self.steered.rows < last)
+        if first == 0 and inside.all():
+            return self
+        if not inside.any():
+            return None
+        place = np.cumsum(inside) - 1  # of each pair that stays
+        groups: list[tuple[int, int, int]] = []
+        for slot, start, end in self.steered.groups:
+            count = int(inside[start:end].sum())
+            if count:
+                begin = groups[-1][2] if groups else 0
+                groups.append((slot, begin, begin + count))
+        steered = SteeredRows(
+            rows=self.steered.rows[inside] - first,
+            scales=self.steered.scales[inside],
+            groups=tuple(groups),
+        )
+        stays = inside[self.pairs]
+        return HeadPass(steered, place[self.pairs[stays]], self.places[stays])
+
     def scale_by(self, values: torch.Tensor, scales: torch.Tensor) -> None:
         """Multiply the placed scales by the strengths in ``values``, on the device."""
         if self.pairs.size:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from vllm_steer.kernels.dispatch import divergence_form
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.admission import doses_of
 from vllm_steer.serving.rows import SteeredRequest
@@ -21,7 +22,7 @@ class DynamicPart:
     def __init__(self, plan: SteerPlan, device: torch.device) -> None:
         self.pool = StrengthPool(device)
         self.requests = DynamicRequests(plan, self.pool)
-        self.strengths = Strengths(self.requests)
+        self.strengths = Strengths(self.requests, divergence_form(plan.kernels, device))
         self.step: StepStrengths | None = None
         self._plan = plan
         self._turn: Turn | None = None

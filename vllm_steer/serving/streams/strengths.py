@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vllm_steer.dynamic import strength_of_rows
+from vllm_steer.kernels.divergence import DivergenceForm
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.streams.message import Answer, Turn
 from vllm_steer.serving.streams.requests import DynamicRequest, DynamicRequests, Role
@@ -59,11 +60,30 @@ class StepStrengths:
     steps: dict[str, int]
 
 
+_DOSES_AT_ONCE = 64
+"""Bounds the rows of logits that are copied side by side: two per dose."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A dose whose strength a step can work out: where its base and probe are.
+
+    A row is a number, of the batch's logits or the probes' after them, or the logits ``[V]``
+    themselves where an earlier step left them.
+    """
+
+    arrival: Arrival
+    index: int
+    base: int | torch.Tensor
+    probe: int | torch.Tensor
+
+
 class Strengths:
     """Works out strengths and keeps them: in the pool, and for the scheduler's process."""
 
-    def __init__(self, requests: DynamicRequests) -> None:
+    def __init__(self, requests: DynamicRequests, form: DivergenceForm | None = None) -> None:
         self.requests = requests
+        self._form = form
         self._worked_out: list[tuple[str, int]] = []
         self._on_host: list[HostCopy] = []
 
@@ -104,67 +124,125 @@ class Strengths:
                 probes.append(HeadProbe(arrival.rows[None], dose.steer, dose.strength))
 
     def work_out(self, step: StepStrengths, logits: torch.Tensor) -> None:
-        """Write the strengths of all requests whose rows are complete; keep the other rows."""
-        complete = [arrival for arrival in step.arrivals if arrival.is_complete]
-        if complete:
-            self._write(complete, logits)
-        for arrival in step.arrivals:
-            if arrival.request.known < arrival.step:
-                for role, row in arrival.rows.items():
-                    arrival.request.kept[role] = logits[row].clone()
+        """Write the strengths of all requests whose rows are complete; keep the other rows.
 
-    def _write(self, arrivals: Sequence[Arrival], logits: torch.Tensor) -> None:
-        kept: list[torch.Tensor] = []
-        base_rows: list[int] = []
-        base_of: list[int] = []
-        probe_rows: list[int] = []
-        places: list[int] = []
-        numbers: list[tuple[float, float, float]] = []
-        authors: list[bool] = []
-        for arrival in arrivals:
+        ``logits`` are the batch's rows and all probes after them.
+        """
+        self.work_out_part(step, logits, logits, first=0)
+        self.settle(step, logits)
+
+    def work_out_part(
+        self, step: StepStrengths, batch: torch.Tensor, logits: torch.Tensor, first: int
+    ) -> None:
+        """Write the strengths of the doses whose probes have their logits in this part.
+
+        ``logits`` are the rows from ``first`` on, ``batch`` those from 0 on, at least the batch's.
+        What earlier steps left goes with the part that begins at 0.
+        """
+        rows = range(first, first + logits.shape[0])
+        jobs = [
+            job
+            for arrival in step.arrivals
+            if arrival.is_complete
+            for job in _jobs(arrival)
+            if (job.probe in rows if isinstance(job.probe, int) else first == 0)
+        ]
+        for start in range(0, len(jobs), _DOSES_AT_ONCE):
+            self._write(jobs[start : start + _DOSES_AT_ONCE], batch, logits, first)
+
+    def settle(self, step: StepStrengths, logits: torch.Tensor) -> None:
+        """Every part has been worked out: note what is known, keep the rows of those that wait."""
+        for arrival in step.arrivals:
             request = arrival.request
-            for role, row in request.kept.items():
-                arrival.rows.setdefault(role, logits.shape[0] + len(kept))
-                kept.append(row)
-            base_rows.append(arrival.rows[None])
-            for index in request.active(arrival.step):
-                dose = request.doses[index]
-                assert dose.dynamic is not None
-                base_of.append(len(base_rows) - 1)
-                probe_rows.append(arrival.rows[index])
-                places.append(request.starts[index] + arrival.step)
-                numbers.append((dose.dynamic.top_p, abs(dose.strength), np.sign(dose.strength)))
-                authors.append(dose.dynamic.kl == "authors")
-                self._worked_out.append((arrival.main, index))
-            request.known = arrival.step
-            request.kept = {}
-        if not places:
-            return
-        if kept:
-            logits = torch.cat([logits, torch.stack(kept)])
-        device = logits.device
-        probe_of = range(len(base_rows), len(base_rows) + len(probe_rows))
-        rows, (bases, probes, where), (top_p, maximum, sign), divided = upload(
+            if arrival.is_complete:
+                request.known, request.kept = arrival.step, {}
+                continue
+            for role, row in arrival.rows.items():
+                request.kept[role] = logits[row].clone()
+
+    def _write(
+        self, jobs: Sequence[_Job], batch: torch.Tensor, logits: torch.Tensor, first: int
+    ) -> None:
+        """The strengths of some doses into the pool, and on their way to the host."""
+        kept = {
+            id(row): row
+            for job in jobs
+            for row in (job.base, job.probe)
+            if not isinstance(row, int)
+        }
+        bases = sorted({job.base for job in jobs if isinstance(job.base, int)})
+        probes = sorted({job.probe for job in jobs if isinstance(job.probe, int)})
+        places = {
+            key: place
+            for place, key in enumerate(
+                [*(("base", row) for row in bases), *(("probe", row) for row in probes), *kept]
+            )
+        }
+        table, numbers, authors = [], [], []
+        for job in jobs:
+            request = job.arrival.request
+            dose = request.doses[job.index]
+            assert dose.dynamic is not None
+            base = ("base", job.base) if isinstance(job.base, int) else id(job.base)
+            probe = ("probe", job.probe) if isinstance(job.probe, int) else id(job.probe)
+            where = request.starts[job.index] + job.arrival.step
+            table.append((places[base], places[probe], where))
+            numbers.append((dose.dynamic.top_p, abs(dose.strength), np.sign(dose.strength)))
+            authors.append(dose.dynamic.kl == "authors")
+            self._worked_out.append((job.arrival.main, job.index))
+        bases_at, probes_at, (base_of, probe_of, pool_at), (top_p, maximum, sign), divided = upload(
             [
-                np.array([*base_rows, *probe_rows], dtype=np.int64),
-                np.array([base_of, probe_of, places], dtype=np.int64),
+                np.array(bases, dtype=np.int64),
+                np.array(probes, dtype=np.int64) - first,
+                np.array(table, dtype=np.int64).T,
                 np.array(numbers, dtype=np.float32).T,
                 np.array(authors),
             ],
-            device,
+            logits.device,
         )
+        rows = logits.new_empty(len(places), logits.shape[1])
+        torch.index_select(batch, 0, bases_at, out=rows[: len(bases)])
+        torch.index_select(logits, 0, probes_at, out=rows[len(bases) : len(bases) + len(probes)])
+        for place, row in enumerate(kept.values(), start=len(bases) + len(probes)):
+            rows[place].copy_(row)
         strengths, _ = strength_of_rows(
-            logits.index_select(0, rows), bases, probes, top_p=top_p, maximum=maximum, kl=divided
+            rows, base_of, probe_of, top_p=top_p, maximum=maximum, kl=divided, form=self._form
         )
         strengths = (strengths * sign).float()
-        self.requests.pool.values.index_copy_(0, where, strengths)
+        self.requests.pool.values.index_copy_(0, pool_at, strengths)
         self._on_host.append(HostCopy.of(strengths))
+
+    def rehearse(self, logits: torch.Tensor) -> None:
+        """Work strengths out of ``logits`` at the largest that a step does at once, for nobody.
+
+        Compiles what it runs on for such logits, and shows vLLM's memory profile what it takes.
+        """
+        rows = logits.new_zeros(2 * _DOSES_AT_ONCE, logits.shape[1])
+        (doses,) = upload([np.arange(_DOSES_AT_ONCE, dtype=np.int64)], logits.device)
+        top_p, maximum = torch.ones(2, _DOSES_AT_ONCE, device=logits.device)
+        strength_of_rows(
+            rows,
+            doses,
+            doses + _DOSES_AT_ONCE,
+            top_p=top_p * 0.5,
+            maximum=maximum,
+            kl=top_p > 1,
+            form=self._form,
+        )
 
     def take_answer(self) -> "WorkedOut | None":
         """The strengths worked out since the last answer, on their way to the host."""
         answer = WorkedOut(self._worked_out, self._on_host) if self._worked_out else None
         self._worked_out, self._on_host = [], []
         return answer
+
+
+def _jobs(arrival: Arrival) -> list[_Job]:
+    """The doses of a complete arrival that act at its step."""
+    of: dict[Role, int | torch.Tensor] = {**arrival.request.kept, **arrival.rows}
+    return [
+        _Job(arrival, index, of[None], of[index]) for index in arrival.request.active(arrival.step)
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The KL over the likeliest tokens for rows in the host's memory, without sorting a vocabulary.
+"""The divergence for rows in the host's memory, without sorting a vocabulary.
 
 A distribution's likeliest tokens are nearly always a few: they are read off its first 64. Rows that
 these do not decide are counted into bins by their distance from the likeliest token; the bin that
@@ -40,11 +40,9 @@ def divergence(
     probe_of: torch.Tensor,
     top_p: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL and size of ``Q`` of D doses, each ``[D]``.
-
-    ``base_of`` and ``probe_of [D]`` are their rows of ``logits [N, V]``; ``top_p`` is a number or
-    ``[D]``.
-    """
+    """KL and size of ``Q``, as ``form`` says. All rows of ``logits`` are worked on."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
     logits = logits.detach()
     x, num_doses = logits.numpy(), len(base_of)
     if num_doses == 0:

@@ -1,0 +1,15 @@
+"""The divergence behind a dynamic strength, for pairs of rows of logits.
+
+With ``p0`` and ``p1`` the distributions of a dose's two rows of logits, base and probe:
+
+    Q   = top(p0) | top(p1), top(p) the likeliest tokens up to and with the one whose cumulative
+          probability exceeds top_p; ties go to the lower token
+    KL  = sum_{v in Q} P0(v) (ln P0(v) - ln P1(v)),  P0 and P1 = p0 and p1 renormalised over Q
+
+``on_host`` is numpy, ``by_sort`` plain torch on any device, ``fused`` Triton; all offer what
+``form`` says, ``dispatch`` beside this folder chooses. Source: Scalena et al., BlackboxNLP 2024.
+"""
+
+from vllm_steer.kernels.divergence.form import DivergenceForm
+
+__all__ = ["DivergenceForm"]

@@ -1,0 +1,231 @@
+"""What a worker does when its model is loaded, and what its runner is held to from then on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import vllm.distributed
+from guidance import vector
+from torch import nn
+
+from vllm_steer import SteerConfig, SteerError, save_steer
+from vllm_steer.plan import SteerPlan
+from vllm_steer.serving import layers as serving_layers
+from vllm_steer.serving.engine_config import encodes_only
+from vllm_steer.serving.runners import attach_runner
+from vllm_steer.serving.worker import steer_worker
+
+WIDTH, VOCAB, LAYERS = 16, 11, 2
+
+
+class Model(nn.Module):
+    """A head, and layers that nobody runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states @ torch.ones(WIDTH, VOCAB)
+
+
+class ModelState:
+    """Of another object, a method of the name that the V2 runner's own has."""
+
+    def prepare_inputs(self, batch: Any) -> None:
+        pass
+
+
+class V2Runner:
+    """The methods of vLLM's V2 runner that are wrapped, calling each other as there."""
+
+    prompt_logprobs_worker = None
+    device = torch.device("cpu")
+    model_memory_usage = 0
+
+    def __init__(self) -> None:
+        self.model = Model()
+        self.model_state = ModelState()
+        self.req_states = SimpleNamespace(req_id_to_index={}, last_sampled_tokens=None)
+
+    def get_model(self) -> Model:
+        return self.model
+
+    def load_model(self) -> None:
+        self.model_memory_usage = 100
+
+    def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> Any:
+        batch = self.prepare_inputs(scheduler_output)
+        self.model_state.prepare_inputs(batch)
+        return batch
+
+    def prepare_inputs(self, scheduler_output: Any) -> Any:
+        ids = list(scheduler_output.num_scheduled_tokens)
+        counts = np.array(list(scheduler_output.num_scheduled_tokens.values()))
+        return SimpleNamespace(
+            req_ids=ids,
+            cu_num_logits_np=np.arange(len(ids) + 1),
+            num_scheduled_tokens=counts,
+            num_tokens=int(counts.sum()),
+            query_start_loc=torch.from_numpy(np.cumsum([0, *counts])),
+            positions=torch.arange(int(counts.sum())),
+        )
+
+    def sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.model.compute_logits(hidden_states)
+
+    def sample_tokens(self) -> None:
+        pass
+
+
+class PreparesElsewhere(V2Runner):
+    """Only the model's state is asked: the runner's own method is not called any more."""
+
+    def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> Any:
+        self.model_state.prepare_inputs(scheduler_output)
+
+
+class SometimesPreparesElsewhere(V2Runner):
+    """The call is still there and not always made, as a later vLLM might do under graph replay."""
+
+    prepares = True
+
+    def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> Any:
+        return self.prepare_inputs(scheduler_output) if self.prepares else None
+
+
+@pytest.fixture
+def plan(tmp_path: Path, make_steer: Any) -> SteerPlan:
+    """An LM-Steer and a vector in every layer, in files."""
+    steers = {
+        "word": make_steer(rank=3, columns=1, hidden_size=WIDTH),
+        "push": vector((0, 1), width=WIDTH),
+    }
+    for name, steer in steers.items():
+        save_steer(steer, tmp_path / f"{name}.safetensors")
+    paths = {name: {"path": str(tmp_path / f"{name}.safetensors")} for name in steers}
+    return SteerPlan.of(SteerConfig.load({"steers": paths}))
+
+
+def worker_of(plan: SteerPlan, runner: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker with a plan, wrapped as the plugin wraps it."""
+    stage = SimpleNamespace(is_last_rank=True)
+    monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: stage)
+    monkeypatch.setattr(serving_layers.SteeredLayers, "attach", lambda *args: None)
+    config = SimpleNamespace(
+        additional_config={"steer": plan.to_json()},
+        use_v2_model_runner=True,
+        speculative_config=None,
+        scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32),
+        compilation_config=SimpleNamespace(
+            static_forward_context={}, max_cudagraph_capture_size=None
+        ),
+        model_config=SimpleNamespace(
+            dtype=torch.float32,
+            hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
+            hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
+        ),
+    )
+    worker = SimpleNamespace(
+        vllm_config=config,
+        model_runner=runner,
+        load_model=runner.load_model,
+        compile_or_warm_up_model=lambda: None,
+    )
+    steer_worker(worker)
+    return worker
+
+
+def scheduled(**tokens: int) -> Any:
+    """A step of these requests, all of them new and steered."""
+    params = SimpleNamespace(extra_args={"steer": "word:2"})
+    new = [
+        SimpleNamespace(req_id=name, sampling_params=params, prompt_token_ids=[0] * count)
+        for name, count in tokens.items()
+    ]
+    return SimpleNamespace(
+        scheduled_new_reqs=new,
+        finished_req_ids=set(),
+        num_scheduled_tokens=tokens,
+        total_num_scheduled_tokens=sum(tokens.values()),
+    )
+
+
+def test_the_banks_count_as_the_models_memory_whenever_it_is_loaded(
+    plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = V2Runner()
+    worker = worker_of(plan, runner, monkeypatch)
+    padded = 512  # tokens of the site's map
+    low_rank = 2 * 3 * WIDTH * 4
+    directions = LAYERS * 2 * WIDTH * 4
+    token_map = 4 * padded * 4 + LAYERS * 4 * padded * 4
+    for _ in range(2):
+        worker.load_model()
+        assert runner.model_memory_usage == 100 + low_rank + directions + token_map
+
+
+def test_a_step_that_no_longer_prepares_its_inputs_where_it_is_wrapped_is_an_error(
+    plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replayed graph runs no site's Python: only the runner's own step can tell."""
+    runner = SometimesPreparesElsewhere()
+    worker_of(plan, runner, monkeypatch).load_model()
+    runner.execute_model(scheduled(a=3))
+    runner.prepares = False
+    runner.execute_model(scheduled())  # a step without tokens prepares nothing
+    with pytest.raises(RuntimeError, match="a step with steered requests ran without its rows"):
+        runner.execute_model(scheduled(b=2))
+    runner.prepares = True
+    runner.execute_model(scheduled(c=2))
+    runner.prepares = False
+    runner.execute_model(scheduled(d=1), dummy_run=True)
+
+
+def test_another_objects_method_of_the_same_name_is_not_the_runners_own(
+    plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_of(plan, PreparesElsewhere(), monkeypatch)
+    with pytest.raises(
+        SteerError, match=r"PreparesElsewhere.execute_model does not call self.prepare_inputs"
+    ):
+        worker.load_model()
+
+
+def test_a_worker_that_only_encodes_for_others_need_not_announce_its_steps(
+    plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = SometimesPreparesElsewhere()
+    worker = worker_of(plan, runner, monkeypatch)
+    worker.vllm_config.ec_transfer_config = SimpleNamespace(
+        is_ec_producer=True, is_ec_consumer=False
+    )
+    assert encodes_only(worker.vllm_config)
+    worker.load_model()
+    runner.prepares = False
+    runner.execute_model(scheduled(a=2))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_an_engine_that_decodes_as_well_is_no_encoder_only(both: bool) -> None:
+    transfer = SimpleNamespace(is_ec_producer=both, is_ec_consumer=True)
+    assert not encodes_only(SimpleNamespace(ec_transfer_config=transfer))
+    assert not encodes_only(SimpleNamespace(ec_transfer_config=None))
+    assert not encodes_only(SimpleNamespace())
+
+
+def test_the_runners_of_this_vllm_call_what_is_wrapped() -> None:
+    """Their own classes, at the installed version: attaching reads their code."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
+
+    batch: Any = SimpleNamespace()
+    for runner_class, v2 in ((V1, False), (V2, True)):
+        runner = object.__new__(runner_class)
+        runner.prompt_logprobs_worker = None
+        attach_runner(runner, batch, v2=v2)
+        assert "prepare_inputs" in runner.__dict__ or "_prepare_inputs" in runner.__dict__
