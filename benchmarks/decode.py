@@ -99,6 +99,43 @@ def run_leg(
     )
 
 
+def profile_steps(
+    llm: Any, steers: Sequence[str | None], steps: int, vocab_size: int
+) -> list[dict[str, Any]]:
+    """What runs in some decode steps of a batch: device time (on a CPU the host's) by kernel.
+
+    A line has the kernel's name, its calls and microseconds per step; the longest come first.
+    Under the profiler steps are slower: read shares and kernels, not step times.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    engine, on_card = llm.llm_engine, torch.cuda.is_available()
+    for row, steer in enumerate(steers):
+        params = _params(LEAD_STEPS + steps + TAIL_STEPS, steer, logprobs=False)
+        engine.add_request(str(row), _prompt(row, vocab_size), params)
+    for _ in range(LEAD_STEPS):
+        engine.step()
+    activities = [ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            engine.step()
+        if on_card:
+            torch.cuda.synchronize()
+    while engine.has_unfinished_requests():
+        engine.step()
+    kind = "self_device_time_total" if on_card else "self_cpu_time_total"
+    lines = [
+        {
+            "kernel": event.key[:120],
+            "calls": round(event.count / steps, 2),
+            "us": round(getattr(event, kind) / steps, 2),
+        }
+        for event in profiler.key_averages()
+    ]
+    return sorted(lines, key=lambda line: -line["us"])[:40]
+
+
 def _prompt(row: int, vocab_size: int) -> dict[str, list[int]]:
     return {
         "prompt_token_ids": [1 + (97 * row + i) % (vocab_size - 2) for i in range(PROMPT_TOKENS)]

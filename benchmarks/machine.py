@@ -1,6 +1,7 @@
 """What a figure must be read with: the machine, the versions, the commit, the command."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -57,7 +58,14 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def describe_commit() -> dict[str, Any]:
-    """The repository's commit and whether files differ from it; None outside of git."""
+    """The repository's commit and whether files differ from it; None outside of git.
+
+    A copy that was packed for another machine has them in ``commit.json``.
+    """
+    packed = Path(__file__).with_name("commit.json")
+    if packed.exists():
+        found: dict[str, Any] = json.loads(packed.read_text())
+        return found
     commit = _output("git", "rev-parse", "HEAD")
     status = _output("git", "status", "--porcelain")
     return {"commit": commit, "dirty": None if commit is None else bool(status)}

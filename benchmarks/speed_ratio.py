@@ -19,13 +19,16 @@ a step's time is the median of steps timed one by one):
     unused    ``unused`` over ``bare``
     loaded    unsteered requests on ``steered`` over the same on ``bare``
     idle      unsteered requests on ``guided`` over the same on ``bare``
+
+The result is written after every case, so that a run which is ended early keeps what it has.
 """
 
 import argparse
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +46,14 @@ for name, value in DEFAULTS.items():
 
 import machine  # noqa: E402
 import torch  # noqa: E402
-from decode import LEAD_STEPS, PROMPT_TOKENS, Comparison, compare, run_leg  # noqa: E402
+from decode import (  # noqa: E402
+    LEAD_STEPS,
+    PROMPT_TOKENS,
+    Comparison,
+    compare,
+    profile_steps,
+    run_leg,
+)
 from dummy_model import (  # noqa: E402
     SHAPES,
     STRENGTH,
@@ -100,13 +110,14 @@ def main() -> None:
     """Parse, measure, write, print."""
     args = _arguments()
     console = Console(stderr=True)
-    result = describe_run(args)
-    with tempfile.TemporaryDirectory(prefix="speed-ratio-") as folder:
-        dtype, lines = measure(args, Path(folder), console)
-    result.update(dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads())
-    result["rows"] = lines
+    result = describe_run(args) | {"rows": [], "left_out": []}
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    def write() -> None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory(prefix="speed-ratio-") as folder:
+        measure(args, Path(folder), console, result, write)
     Console().print(rich_table(result))
 
 
@@ -121,26 +132,41 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    args: argparse.Namespace, folder: Path, console: Console
-) -> tuple[torch.dtype, list[dict[str, Any]]]:
-    """The engines' dtype and one line per case."""
+    args: argparse.Namespace,
+    folder: Path,
+    console: Console,
+    result: dict[str, Any],
+    write: Callable[[], None],
+) -> None:
+    """Add one line per case to ``result``, and write it after each."""
+    begun = time.monotonic()
     shape = SHAPES[args.shape]
-    paths = write_steers(shape, folder / "steers", count=max(args.distinct), rank=args.rank)
+    cases = [case for figure in args.figures for case in _cases(figure, args)]
+    count = max([case.distinct for case in cases if case.name == "steered"], default=1)
+    paths = write_steers(shape, folder / "steers", count=count, rank=args.rank)
     vectors = write_vectors(shape, folder / "steers")
     configs = {"steered": steer_config(paths, args.rank)}
     configs |= {name: steer_config({name: path}, rank=1) for name, path in vectors.items()}
     bench = Bench(args, shape, write_model(shape, folder / "model"), configs)
-    lines = []
-    cases = [case for figure in args.figures for case in _cases(figure, args)]
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=2 * args.repeats * len(cases))
         for case in cases:
+            if time.monotonic() - begun > args.seconds:
+                result["left_out"].append(vars(case))
+                continue
             progress.update(task, description=f"{case.name} {case.rows} rows, {case.distinct}")
             comparison = _checked_run(bench, case, paths | vectors, partial(progress.advance, task))
-            lines.append(_line(case, comparison, args, bench.dtype))
-            progress.console.print(f"{case.name} {case.rows} {case.distinct}", lines[-1])
-    return bench.dtype, lines
+            line = _line(case, comparison, args, bench.dtype)
+            if args.profile and case.name in STEERING:
+                line["profile"] = bench.profile(case, args.profile)
+            result["rows"].append(line)
+            result.update(
+                dtype=str(bench.dtype).removeprefix("torch."), threads=torch.get_num_threads()
+            )
+            write()
+            progress.console.print(f"{case.name} {case.rows} {case.distinct}", line)
+    write()
 
 
 def _checked_run(bench: "Bench", case: Case, paths: dict[str, Path], tick: Any) -> Comparison:
@@ -189,7 +215,7 @@ class Bench:
     @property
     def max_rows(self) -> int:
         """The largest batch that the engines take."""
-        return max(self._args.rows)
+        return max(self._args.rows + [rows for rows, _ in self._args.cases or ()])
 
     def run(self, case: Case, tick: Any) -> Comparison:
         """The legs of a case."""
@@ -200,6 +226,11 @@ class Bench:
         ]
         return compare(*legs, rounds=self._args.repeats, tick=tick)
 
+    def profile(self, case: Case, steps: int) -> list[dict[str, Any]]:
+        """What the device did in some steps of a case's B legs, the longest first."""
+        engine = self.engine(ENGINES[case.name][1])
+        return profile_steps(engine, case.steers, steps, self.shape.vocab_size)
+
     def _make(self, name: str) -> Any:
         os.environ["VLLM_STEER_DISABLE"] = "1" if name == "bare" else "0"
         from vllm import LLM
@@ -208,7 +239,12 @@ class Bench:
             from vllm_steer.plugin import register
 
             register()
-        on_gpu = {"gpu_memory_utilization": 0.25} if torch.cuda.is_available() else {}
+        options: dict[str, Any] = {}
+        if torch.cuda.is_available():
+            options["gpu_memory_utilization"] = self._args.gpu_memory
+        if self._args.capture_sizes:
+            sizes = {"cudagraph_capture_sizes": self._args.capture_sizes}
+            options["compilation_config"] = sizes
         return LLM(
             str(self._model),
             load_format="dummy",
@@ -219,11 +255,17 @@ class Bench:
             distributed_executor_backend="uni",
             enable_prefix_caching=False,
             additional_config={"steer": self._configs[name]} if name in self._configs else {},
-            **on_gpu,
+            **options,
         )
 
 
 def _cases(figure: str, args: argparse.Namespace) -> Iterator[Case]:
+    if args.cases:
+        wanted = [(rows, distinct) for rows, distinct in args.cases if figure == "steered"]
+        wanted += [(rows, 0) for rows in args.rows if figure not in STEERING]
+        wanted += [(rows, rows) for rows in args.rows if figure in ("guided", "rotated")]
+        yield from (Case(figure, rows, distinct) for rows, distinct in wanted)
+        return
     for rows in args.rows:
         shared = [rows] if figure in STEERING else [0]
         if figure == "steered":
@@ -273,6 +315,31 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME,...",
         help=f"some of {', '.join(FIGURES)}",
     )
+    parser.add_argument(
+        "--cases",
+        type=_pairs,
+        metavar="ROWS:STEERS,...",
+        help="of the figure steered: these and not every --rows with every --distinct",
+    )
+    parser.add_argument(
+        "--capture-sizes",
+        type=_numbers,
+        metavar="N,N,...",
+        help="batch sizes of the engines' CUDA graphs; default: vLLM's own",
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=0.25, metavar="SHARE", help="of the card, per engine"
+    )
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="profile N steps of each steered case"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="begin no case later than this; what is left out stands in the result",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds: does it run at all")
     args = parser.parse_args()
     if args.quick:
@@ -285,6 +352,18 @@ def _numbers(text: str) -> list[int]:
     if numbers[0] < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: whole numbers from 1 are wanted, as in 1,4,32")
     return numbers
+
+
+def _pairs(text: str) -> list[tuple[int, int]]:
+    pairs = []
+    for part in text.split(","):
+        rows, _, distinct = part.partition(":")
+        if not (rows.isdecimal() and distinct.isdecimal() and 1 <= int(distinct) <= int(rows)):
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: rows and a number of steers that is no larger, as in 64:4"
+            )
+        pairs.append((int(rows), int(distinct)))
+    return pairs
 
 
 if __name__ == "__main__":

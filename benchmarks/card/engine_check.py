@@ -1,0 +1,319 @@
+"""A real engine on this machine against references from another: see ``references.py``.
+
+    python engine_check.py DATA --json OUT [--runner v1|v2] [--eager]
+
+In one process: an engine that has no steers, then one with all of them. Every request of the whole
+batch, and of batches that need padding and get smaller, has to be what the references say; requests
+without a steer what the engine without steers gave, number for number.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SURE = 1e-3
+"""Two tokens that lie closer, or two sets of likeliest ones, may change places in float32."""
+TOLERANCE = 1e-4
+CAPTURED = [1, 2, 4, 8, 16, 32, 64]
+
+
+def main() -> int:
+    """Run every check, write what each found; 0 if all hold."""
+    args = _arguments()
+    _prepare(args)
+    result: dict[str, Any] = {"runner": args.runner, "eager": args.eager, "checks": []}
+    try:
+        _check_all(args, result)
+    except Exception:
+        result["error"] = traceback.format_exc()[-4000:]
+    checks = result["checks"]
+    failed = [check["name"] for check in checks if not check["ok"]]
+    result["ok"] = bool(checks) and not failed and "error" not in result
+    result["summary"] = (
+        f"{len(checks) - len(failed)} of {len(checks)} checks hold"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+        + (f"; {result['error'].splitlines()[-1][:300]}" if "error" in result else "")
+    )
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(result["summary"], flush=True)
+    return 0 if result["ok"] else 1
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """The environment, before vLLM is imported."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # vLLM's attention would take TF32
+    for name, value in (
+        ("HF_HUB_OFFLINE", "1"),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("VLLM_CPU_KVCACHE_SPACE", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    import torch
+
+    if args.runner == "v2" and not torch.cuda.is_available():
+        # vLLM's own Triton kernels, in Triton's interpreter.
+        from types import SimpleNamespace
+
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton.backends
+
+        driver = SimpleNamespace(is_active=lambda: True)
+        triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+class _Engine:
+    """An engine with or without steers; closed at the end of its block."""
+
+    def __init__(self, args: argparse.Namespace, steer: Any, num_requests: int) -> None:
+        import torch
+        from vllm import LLM
+
+        os.environ["VLLM_STEER_DISABLE"] = "0" if steer else "1"
+        if steer:  # vLLM loads plugins once per process: the first engine's was turned off
+            from vllm_steer.plugin import register
+
+            register()
+        options: dict[str, Any] = {}
+        if torch.cuda.is_available():
+            options |= {"gpu_memory_utilization": 0.12, "attention_backend": "TRITON_ATTN"}
+            if not args.eager:
+                options["compilation_config"] = {"cudagraph_capture_sizes": CAPTURED}
+                options["jit_monitor_mode"] = "error"
+        if steer:
+            options["additional_config"] = {"steer": steer}
+        self.llm = LLM(
+            str(args.data / "model"),
+            dtype="float32",
+            max_model_len=256,
+            max_num_seqs=max(64, 3 * num_requests),
+            seed=0,
+            enforce_eager=args.eager,
+            skip_tokenizer_init=True,
+            distributed_executor_backend="uni",
+            enable_prefix_caching=False,
+            **options,
+        )
+
+    def __enter__(self) -> "_Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+    def ask(self, requests: Sequence[dict[str, Any]], tokens: int, **options: Any) -> list[Any]:
+        """Greedy texts of a batch."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=1,
+                extra_args=(
+                    {"steer": r["steer"], "steer_strengths": r["dynamic"]} if r["steer"] else None
+                ),
+                **options,
+            )
+            for r in requests
+        ]
+        given = [{"prompt_token_ids": r["prompt"]} for r in requests]
+        outputs: list[Any] = self.llm.generate(given, params, use_tqdm=False)
+        return outputs
+
+
+def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    requests = json.loads((args.data / "requests.json").read_text())
+    references = dict(np.load(args.data / "references.npz"))
+    fixed = [i for i, request in enumerate(requests) if not request["dynamic"]]
+    dynamic = [i for i, request in enumerate(requests) if request["dynamic"]]
+    plain = [{**requests[i], "steer": {}} for i in fixed]
+    tokens = len(references[f"tokens_{fixed[0]}"])
+    paths = sorted((args.data / "steers").glob("*.safetensors"))
+    steers = {"steers": {path.stem: {"path": str(path)} for path in paths}}
+    run = _Checks(result["checks"])
+
+    with _Engine(args, None, len(requests)) as stock:
+        unsteered = [_exact(output) for output in stock.ask(plain, tokens)]
+    with _Engine(args, steers, len(requests)) as engine:
+        result["engine"] = _facts(engine.llm)
+        whole: list[Any] = []
+
+        def all_together() -> str:
+            whole[:] = engine.ask([requests[i] for i in fixed], tokens, prompt_logprobs=1)
+            return _compare(fixed, whole, references)
+
+        def in_sizes(*sizes: int) -> str:
+            """Padded and shrinking batches, with other neighbours each time."""
+            said = []
+            for size in sizes:
+                some = fixed[-size:]
+                said.append(
+                    _compare(some, engine.ask([requests[i] for i in some], tokens), references)
+                )
+            return "; ".join(said)
+
+        def without_steers() -> str:
+            found = [_exact(output) for output in engine.ask(plain, tokens)]
+            different = [
+                i for i, pair in enumerate(zip(found, unsteered, strict=True)) if pair[0] != pair[1]
+            ]
+            assert not different, f"requests {different} differ from an engine without steers"
+            return f"{len(found)} requests, number for number"
+
+        run("all together, prompt logprobs", all_together)
+        run("batches of 13, 3 and 1", lambda: in_sizes(13, 3, 1))
+        run("unsteered as without steers", without_steers)
+        run("all together again", all_together)
+        run("graphs were captured", lambda: _graphs(args, result))
+        if dynamic:
+            asked = [requests[i] for i in dynamic]
+            most = len(references[f"tokens_{dynamic[0]}"])
+            run(
+                "dynamic strengths",
+                lambda: _compare_dynamic(dynamic, engine.ask(asked, most), requests, references),
+            )
+
+
+class _Checks:
+    """Checks that do not stop each other."""
+
+    def __init__(self, checks: list[dict[str, Any]]) -> None:
+        self._checks = checks
+
+    def __call__(self, name: str, check: Callable[[], str]) -> None:
+        try:
+            ok, said = True, check()
+        except Exception:
+            ok, said = False, traceback.format_exc()[-2000:]
+        self._checks.append({"name": name, "ok": ok, "said": said})
+        print(f"{name}: {'holds' if ok else 'FAILS'}: {said.splitlines()[-1][:200]}", flush=True)
+
+
+def _compare(
+    indices: Sequence[int], outputs: Sequence[Any], references: dict[str, np.ndarray]
+) -> str:
+    """Tokens and logprobs of a batch; the largest difference of a logprob."""
+    worst = 0.0
+    for index, output in zip(indices, outputs, strict=True):
+        worst = max(worst, _compare_text(index, output, references, TOLERANCE))
+        of_prompt = references[f"prompt_{index}"]
+        for position, entry in enumerate(output.prompt_logprobs or []):
+            if entry is not None:
+                token = output.prompt_token_ids[position]
+                error = abs(entry[token].logprob - of_prompt[position - 1])
+                assert error <= TOLERANCE, f"request {index}, prompt token {position}: {error:.2e}"
+                worst = max(worst, error)
+    return f"{len(indices)} requests, largest difference of a logprob {worst:.1e}"
+
+
+def _compare_text(
+    index: int, output: Any, references: dict[str, np.ndarray], tolerance: float
+) -> float:
+    """Up to the first choice that float32 may make otherwise."""
+    completion, worst = output.outputs[0], 0.0
+    wanted, logprobs = references[f"tokens_{index}"], references[f"logprobs_{index}"]
+    for step, (token, margin) in enumerate(
+        zip(wanted, references[f"margins_{index}"], strict=True)
+    ):
+        found = completion.token_ids[step]
+        if found != token:
+            assert margin < SURE, f"request {index}, step {step}: token {found}, not {token}"
+            break
+        error = abs(completion.logprobs[step][found].logprob - logprobs[step])
+        assert error <= tolerance, f"request {index}, step {step}: logprob differs by {error:.2e}"
+        worst = max(worst, error)
+    return worst
+
+
+def _compare_dynamic(
+    indices: Sequence[int],
+    outputs: Sequence[Any],
+    requests: Sequence[dict[str, Any]],
+    references: dict[str, np.ndarray],
+) -> str:
+    """Strengths and texts, up to the first step whose likeliest tokens rounding may choose."""
+    worst, steps = 0.0, 0
+    for index, output in zip(indices, outputs, strict=True):
+        given = output.outputs[0].steer_strengths
+        names = [
+            name
+            for name, dose in requests[index]["steer"].items()
+            if isinstance(dose, dict) and dose["strength"] == "dynamic"
+        ]
+        wanted, borders = references[f"strengths_{index}"], references[f"borders_{index}"]
+        sure = (borders > SURE).all(0) & (references[f"margins_{index}"] > SURE)
+        for step in range(len(sure) if sure.all() else int(sure.argmin())):
+            for row, name in enumerate(names):
+                error = abs(given[name][step] - wanted[row, step])
+                assert error <= 1e-3, f"request {index}, {name}, step {step}: {error:.2e}"
+                worst, steps = max(worst, error), steps + 1
+            token = int(references[f"tokens_{index}"][step])
+            assert output.outputs[0].token_ids[step] == token, f"request {index}, step {step}"
+    assert steps, "no step is sure enough to be compared"
+    return f"{len(indices)} requests, {steps} strengths, largest difference {worst:.1e}"
+
+
+def _exact(output: Any) -> list[Any]:
+    completion = output.outputs[0]
+    return [
+        [token, step[token].logprob.hex()]
+        for token, step in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
+
+
+def _facts(llm: Any) -> dict[str, Any]:
+    """What vLLM made of the configuration."""
+    import torch
+    import triton
+    import vllm
+
+    config = llm.llm_engine.vllm_config
+    return {
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "runner": "v2" if config.use_v2_model_runner else "v1",
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "compilation_mode": str(config.compilation_config.mode),
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+    }
+
+
+def _graphs(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    """On a card with graphs on, some must have been captured; elsewhere there are none."""
+    import torch
+    from vllm.compilation.counter import compilation_counter
+
+    captured = compilation_counter.num_cudagraph_captured
+    result["engine"]["graphs_captured"] = captured
+    if torch.cuda.is_available() and not args.eager:
+        assert captured > 0, "no CUDA graph was captured"
+    return f"{captured} graphs, mode {result['engine']['cudagraph_mode']}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder that references.py has written")
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--runner", choices=("v1", "v2"), default="v2")
+    parser.add_argument("--eager", action="store_true", help="without graphs and compilation")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

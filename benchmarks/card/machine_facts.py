@@ -1,0 +1,69 @@
+"""The machine, its card and its software; unpacks vLLM where the pack brings it.
+
+python machine_facts.py PACK OUT JSON
+"""
+
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Unpack, look, write."""
+    pack, out, path = map(Path, sys.argv[1:4])
+    begun = time.monotonic()
+    piece = pack / "vllm.tar.xz"
+    if piece.exists():
+        with tarfile.open(piece) as archive:
+            archive.extractall(out / "vllm", filter="data")
+    found: dict[str, Any] = {"unpacked_s": round(time.monotonic() - begun, 1)}
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import machine
+    import torch
+
+    found |= machine.describe_run("card")
+    found["cards"] = _nvidia_smi()
+    if torch.cuda.is_available():
+        found["copy_tb_per_s"] = copy_rate()
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    name = found["machine"]["gpu"] or "no card"
+    found["summary"] = (
+        f"{name}, driver {found['machine']['driver']}, torch {torch.__version__}, "
+        f"copies {found.get('copy_tb_per_s', '-')} TB/s, unpacked in {found['unpacked_s']} s"
+    )
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def copy_rate() -> float:
+    """Bytes read and written per second by a copy of 2 GiB, in TB/s: what a floor is counted by."""
+    import torch
+
+    source = torch.empty(1 << 30, dtype=torch.int16, device="cuda")
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(10):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    return round(2 * source.nbytes * 10 / start.elapsed_time(end) / 1e9, 2)
+
+
+def _nvidia_smi() -> list[str]:
+    fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.strip().splitlines()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Make a folder with everything that ``run.py`` needs on a machine that reaches no network.
+
+    python benchmarks/card/pack.py PACK [--vllm FILE]
+
+In it: the package as a wheel installs it, with its entry points; the benchmarks and the card's
+tests; a tiny model, its steers and references in float64; pytest and rich, which such a machine may
+lack; and with ``--vllm`` an archive of vLLM with what it needs, unpacked there (``tar.xz``). The
+whole stays under 60 MiB. The machine brings Python 3.11 or newer, torch, triton, transformers, and
+vLLM where no archive is given.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_MIB = 60
+EXTRA = (
+    *("pytest", "pytest-timeout", "pytest-xdist", "pluggy", "iniconfig", "execnet"),
+    *("rich", "markdown-it-py", "mdurl", "pygments"),
+)
+TESTS = ("conftest.py", "lm_steer_cases.py", "triton")
+
+
+def main() -> None:
+    """Make the pack; refuse one that is too large to carry."""
+    args = _arguments()
+    pack: Path = args.pack
+    if pack.exists() and any(pack.iterdir()):
+        sys.exit(f"{pack} is not empty; name a folder that is, or is not there yet")
+    pack.mkdir(parents=True, exist_ok=True)
+    _install("--no-build-isolation", "--target", str(pack / "site"), str(ROOT))
+    if not args.dry:
+        _install("--target", str(pack / "extra"), *EXTRA)
+    for name in TESTS:
+        _copy(ROOT / "tests" / name, pack / "tests" / name)
+    _copy(ROOT / "benchmarks", pack / "benchmarks")
+    _write_references(pack, dry=args.dry)
+    if args.vllm is not None:
+        shutil.copyfile(args.vllm, pack / "vllm.tar.xz")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import machine
+
+    made = {
+        "git": machine.describe_commit(),
+        "versions": machine.describe_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "vllm_archive": args.vllm is not None,
+    }
+    (pack / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    (pack / "benchmarks" / "commit.json").write_text(json.dumps(made["git"]) + "\n")
+    size = sum(path.stat().st_size for path in pack.rglob("*") if path.is_file()) / 2**20
+    if size > LIMIT_MIB:
+        sys.exit(f"{pack} has {size:.1f} MiB; {LIMIT_MIB} can be carried")
+    print(f"{pack}: {size:.1f} MiB")
+
+
+def _install(*options: str) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    done = subprocess.run([*pip, "--no-deps", "--no-compile", *options], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        shutil.copyfile(source, target)
+        return
+    ignored = shutil.ignore_patterns("__pycache__", "results")
+    shutil.copytree(source, target, ignore=ignored)
+
+
+def _write_references(pack: Path, *, dry: bool) -> None:
+    """In a process of its own, on one thread: tiny products wait for each other on several."""
+    code = (
+        "import sys, torch; from pathlib import Path; torch.set_num_threads(1); "
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks' / 'card')!r}); import references; "
+        f"references.write(Path({str(pack / 'few')!r}), few=True)"
+    )
+    if not dry:
+        code += f"; references.write(Path({str(pack / 'data')!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pack", type=Path, metavar="PACK", help="folder to make")
+    parser.add_argument("--vllm", type=Path, metavar="FILE", help="archive of vLLM, tar.xz")
+    parser.add_argument(
+        "--dry", action="store_true", help="for a dry run here: few references, no extra packages"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

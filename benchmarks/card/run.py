@@ -1,0 +1,180 @@
+"""All that one short stay on a machine with a card is to find out, the most telling first.
+
+    python run.py PACK OUT [--seconds 570] [--dry]
+
+``PACK`` is the folder that ``pack.py`` has made, ``OUT`` an empty one. Nothing but the standard
+library runs here: phases are processes of their own with limits of their own, and no phase stops a
+later one. Each leaves its JSON and its log in ``OUT``; the summary is in ``summary.json`` and is
+printed last. ``--dry`` is for a machine without a card: the same phases at tiny sizes.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from phases import Phase, phases
+
+GRACE_S = 5
+POLL_S = 0.2
+
+
+class Running:
+    """A phase under way."""
+
+    def __init__(self, phase: Phase, pack: Path, out: Path, limit_s: float) -> None:
+        self.phase = phase
+        self.limit_s = limit_s
+        self._json = out / f"{phase.name}.json"
+        self._log = out / f"{phase.name}.log"
+        self._begun = time.monotonic()
+        places = {"{out}": out, "{pack}": pack, "{json}": self._json}
+        command = [_filled(part, places) for part in phase.command]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=pack / phase.folder,
+                env={**os.environ, **_environment(pack, out, phase)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def ended(self) -> dict[str, Any] | None:
+        """What came of it once it has ended, by itself or at its limit; None until then."""
+        seconds = time.monotonic() - self._begun
+        code = self._process.poll()
+        if code is None and seconds < self.limit_s:
+            return None
+        state = "ok" if code == 0 else f"exit {code}"
+        if code is None:
+            state = f"stopped at its limit of {self.limit_s:.0f} s"
+            self._end()
+        return {
+            "phase": self.phase.name,
+            "state": state,
+            "seconds": round(seconds, 1),
+            "said": self._said(),
+        }
+
+    def _end(self) -> None:
+        """The process and all that it started."""
+        for sign, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+            try:
+                os.killpg(self._process.pid, sign)
+            except ProcessLookupError:
+                return
+            try:
+                self._process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+            if sign == signal.SIGKILL:
+                return
+
+    def _said(self) -> str:
+        """The summary of its JSON, else the last line of its log."""
+        try:
+            found = json.loads(self._json.read_text())
+            if isinstance(found, dict) and "summary" in found:
+                return str(found["summary"])[:400]
+            if isinstance(found, dict) and "rows" in found:
+                left_out = len(found.get("left_out") or ())
+                return f"{len(found['rows'])} lines" + (f", {left_out} left out" * bool(left_out))
+        except (OSError, ValueError):
+            pass
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
+
+
+def main() -> int:
+    """Run the phases, group after group; print the summary. 0 if all of them are ok."""
+    args = _arguments()
+    pack, out = args.pack.resolve(), args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + args.seconds
+    results: list[dict[str, Any]] = []
+    _write(out, args, pack, results)
+    groups = phases(dry=args.dry)
+    for group in groups:
+        running = []
+        for phase in group:
+            limit = min(phase.limit_s, deadline - time.monotonic() - GRACE_S)
+            if limit < phase.least_s or (args.only and phase.name not in args.only):
+                results.append({"phase": phase.name, "state": "left out", "seconds": 0, "said": ""})
+                continue
+            print(f"{phase.name}: begins, at most {limit:.0f} s", flush=True)
+            try:
+                running.append(Running(phase, pack, out, limit))
+            except OSError as error:
+                state = f"did not start: {error}"
+                results.append({"phase": phase.name, "state": state, "seconds": 0, "said": ""})
+        while running:
+            time.sleep(POLL_S)
+            for each in list(running):
+                result = each.ended()
+                if result is not None:
+                    running.remove(each)
+                    results.append(result)
+                    _print(result)
+                    _write(out, args, pack, results)
+    _write(out, args, pack, results)
+    print("\nSUMMARY", flush=True)
+    for result in results:
+        _print(result)
+    return 0 if all(result["state"] == "ok" for result in results) else 1
+
+
+def _filled(part: str, places: dict[str, Path]) -> str:
+    for name, path in places.items():
+        part = part.replace(name, str(path))
+    return part
+
+
+def _environment(pack: Path, out: Path, phase: Phase) -> dict[str, str]:
+    """The package and what the machine lacks come first; every process has caches of its own."""
+    places = [pack / "site", out / "vllm", pack / "tests", pack / "extra"]
+    given = os.environ.get("PYTHONPATH")
+    return {
+        "PYTHONPATH": os.pathsep.join([*map(str, places), *([given] if given else [])]),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(out / "caches" / phase.name),
+        **phase.environment,
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(
+        f"{result['phase']:<18} {result['state']:<10} {result['seconds']:>6} s  {result['said']}",
+        flush=True,
+    )
+
+
+def _write(out: Path, args: argparse.Namespace, pack: Path, results: list[dict[str, Any]]) -> None:
+    made = json.loads((pack / "made.json").read_text())
+    summary = {"dry": args.dry, "seconds": args.seconds, "pack": made, "phases": results}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=570.0, help="for all phases together")
+    parser.add_argument("--dry", action="store_true", help="tiny, on a CPU")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), metavar="NAME,...", help="these phases only"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The run on a card from start to end, at tiny sizes and without one, as it is carried there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PHASES = ["machine", "kernels", "engine-v2", "engine-v1", "steered", "operations", "guided"]
+
+pytestmark = pytest.mark.matrix
+
+
+@pytest.mark.timeout(900)
+def test_every_phase_of_a_dry_run_says_ok(tmp_path: Path) -> None:
+    """The package as a wheel installs it, the references, the script: nothing of the checkout."""
+    pack, out = tmp_path / "pack", tmp_path / "out"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TRITON_"))}
+    card = ROOT / "benchmarks" / "card"
+    for command in (
+        [card / "pack.py", pack, "--dry"],
+        [pack / "benchmarks" / "card" / "run.py", pack, out, "--dry", "--seconds", "800"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=850,
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    summary = json.loads((out / "summary.json").read_text())
+    assert [each["phase"] for each in summary["phases"]] == PHASES
+    assert {each["state"] for each in summary["phases"]} == {"ok"}
+    assert done.stdout.rindex("SUMMARY") < done.stdout.rindex("guided")
+    assert summary["pack"]["git"]["commit"]
+    for runner in ("v1", "v2"):
+        found = json.loads((out / f"engine-{runner}.json").read_text())
+        assert found["engine"]["runner"] == runner
+        assert len(found["checks"]) == 6 and all(check["ok"] for check in found["checks"])
+    (line,) = json.loads((out / "steered.json").read_text())["rows"]
+    assert (line["rows"], line["distinct"]) == (4, 2) and line["profile"][0]["us"] > 0
+    assert json.loads((out / "operations.json").read_text())["rows"]
