@@ -26,8 +26,11 @@ test-all: $(READY)  ## the longer matrix, on both model runners
 	$(PYTEST) -n 2 -m "matrix and engine and not triton and not gpu"
 	$(V2) $(PYTEST) -n 2 -m "(engine or triton) and matrix and not gpu"
 
-test-gpu: $(READY)  ## the kernels on a card
+test-gpu: $(READY)  ## the kernels on a card, and engines with CUDA graphs against references
 	$(PYTEST) -m "triton or gpu" tests/triton
+	rm -rf build/card
+	$(BIN)/python benchmarks/card/pack.py build/card/pack
+	$(BIN)/python benchmarks/card/run.py build/card/pack build/card/out --only machine,kernels,engine-v2,engine-v1
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -31,5 +31,21 @@ def upload(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> l
     ]
 
 
+def warm_up(device: torch.device) -> None:
+    """Have pinned memory ready for what a batch uploads: 512 bytes to 1 MiB, two blocks a size.
+
+    PyTorch pins a block of each power of two when it is first asked for and keeps it; the first
+    requests would wait for that otherwise.
+    """
+    if device.type != "cuda":
+        return
+    blocks = [
+        torch.empty(1 << power, dtype=torch.uint8, pin_memory=True)
+        for power in range(9, 21)
+        for _ in range(2)
+    ]
+    del blocks
+
+
 def _dtype(array: npt.NDArray[np.generic]) -> torch.dtype:
     return torch.from_numpy(np.empty(0, array.dtype)).dtype

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from dynamic_outputs import assert_dynamic
+from dynamic_settings import SETTINGS as DYNAMIC
 from engines import (
     GUIDED,
     MIXED,
@@ -19,10 +21,12 @@ from engines import (
     greedy,
     guided_family,
     prompts,
+    random_steers,
+    reporting,
     steer_config,
 )
 from reference import assert_greedy, assert_guided, load_reference
-from tiny_models import GUIDED_LAYERS, save_tiny_model
+from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, save_tiny_model
 
 from vllm_steer import LMSteer, Steer, SteerError
 
@@ -108,6 +112,29 @@ def test_guidance_kernels_serve_every_kind_site_mode_schedule_and_phase(
     assert len(calls) >= 6 * GUIDED_LAYERS
     for output, setting in zip(outputs, GUIDED, strict=True):
         assert_guided(output, reference, doses_of(setting, steers), steers)
+
+
+@has_triton
+def test_the_divergence_kernels_give_the_strengths_that_the_text_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside the layers and at the head, both forms of the KL, beside fixed doses."""
+    from vllm_steer.kernels.divergence import fused
+
+    model = save_tiny_model("llama", tmp_path / "model", num_layers=GUIDED_LAYERS)
+    steers = {**random_steers(HIDDEN, VOCAB), **guided_family("llama")[1]}
+    settings = [DYNAMIC[index] for index in (0, 5, 9, 11, 14, 16, 18)]
+    reference = load_reference(model)
+    with (
+        called_on(fused, "divergence", monkeypatch) as calls,
+        engine(model, triton_config(steers, tmp_path / "steers"), max_num_seqs=32) as llm,
+    ):
+        calls.clear()
+        params = reporting(greedy(settings, max_tokens=4))
+        outputs = llm.generate(prompts(len(settings)), params, use_tqdm=False)
+    assert len(calls) >= 4
+    for output, setting in zip(outputs, settings, strict=True):
+        assert_dynamic(output, reference, doses_of(setting, steers), steers)
 
 
 @pytest.mark.skipif(

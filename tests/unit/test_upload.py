@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_steer.kernels.upload import upload
+from vllm_steer.kernels.upload import upload, warm_up
 
 
 @pytest.fixture
@@ -32,3 +32,19 @@ def test_empty_arrays_and_arrays_of_any_dtype_keep_shape_and_dtype(device: torch
         found = upload(arrays, where)
         assert [tuple(t.shape) for t in found] == [a.shape for a in arrays]
         assert [t.dtype for t in found] == [torch.from_numpy(np.array(a)).dtype for a in arrays]
+
+
+def test_pinned_memory_is_ready_for_every_size_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+    empty = torch.empty
+
+    def allocate(size: int, *, pin_memory: bool, **kw: torch.dtype) -> torch.Tensor:
+        pinned.append(size)
+        return empty(0)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    warm_up(torch.device("cpu"))
+    assert pinned == []
+    warm_up(torch.device("cuda"))
+    assert sorted(set(pinned)) == [1 << power for power in range(9, 21)]
+    assert len(pinned) == 2 * len(set(pinned))

@@ -8,6 +8,7 @@ import torch
 
 from vllm_steer.bank import fill_head_bank
 from vllm_steer.errors import SteerError
+from vllm_steer.kernels import upload
 from vllm_steer.kernels.dispatch import guidance_form, lm_steer_form
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
@@ -115,6 +116,7 @@ class _WorkerSteering:
         for part in (self._head, self._layers):
             if part is not None:
                 part.warm_up(config.model_config.dtype)
+        upload.warm_up(device)
         self._num_bytes = sum(b.num_bytes for b in (bank, self._layers) if b is not None)
         logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), self._num_bytes / 2**20)
 
