@@ -110,9 +110,9 @@ def tile_sizes(
             dense_stages=2,
             expand_folds=folds,
         )
-    most = few_chunks if max_rank <= FEW_RANKS and few_chunks else None
-    chunk, chunks = _chunk(width, max_rank, 64, block=64, programs=PROCESSORS, most=most)
-    folds = chunks <= few_chunks and max_rank <= FEW_RANKS
+    few = min(few_chunks, 256 // rows) if max_rank <= FEW_RANKS else 0  # in registers all at once
+    chunk, chunks = _chunk(width, max_rank, 64, block=64, programs=PROCESSORS, most=few)
+    folds = chunks <= few
     columns, stages = _columns_and_stages(width, rows, columns)
     return BlockSizes(
         rows=rows,
@@ -121,14 +121,14 @@ def tile_sizes(
         chunk=chunk,
         chunks=chunks,
         expand_ranks=64,
-        expand_width=columns,
+        expand_width=64 if folds else columns,
         dense_out=columns,
         dense_in=64,
         shrink_stages=6,
         expand_stages=1 if folds else stages,
         dense_stages=stages,
         expand_folds=folds,
-        expand_parts=64 // columns,
+        expand_parts=1 if folds else 64 // columns,
         dense_parts=64 // columns,
     )
 
@@ -155,10 +155,10 @@ def row_sizes(width: int, max_rank: int) -> BlockSizes:
 
 
 def _chunk(
-    width: int, max_rank: int, ranks: int, *, block: int, programs: int, most: int | None = None
+    width: int, max_rank: int, ranks: int, *, block: int, programs: int, most: int = 0
 ) -> tuple[int, int]:
     """Chunk of the width and their number: the longest with ``programs`` programs or more, but of
-    two blocks or more, and no more than ``most`` chunks.
+    two blocks or more, and no more than ``most`` chunks where that is not 0.
     """
     wanted = max(1, -(-programs // max(1, -(-max_rank // ranks))))
     blocks = -(-width // block)
