@@ -4,25 +4,27 @@ Nothing is tuned while serving, and nothing depends on the batch: a row's result
 whatever rows come with it, and the sum over the width is cut where this says.
 
 The arithmetic of tiles in 16 bits, for d = 4096, r = 1000 (8.2 MB a factor) on a card with 132
-multiprocessors; none of it is measured:
+multiprocessors at 1.75 GHz and 5.5 TB/s out of its second cache; none of it is measured:
 
-- **Bytes in flight.** 4.3 TB/s at 0.8 us of latency need 3.4 MB (an H100 2.7 MB). A block of
+- **Bytes in flight.** 4.3 TB/s at 0.8 us of latency need 3.4 MB (3.0 TB/s: 2.4 MB). A block of
   weights is 64 x 64, 8 KB, and 7 of 8 stages are on their way: 56 KB a program, so 60 programs are
-  enough, and with 96 KB of shared memory two of them share a multiprocessor.
-- **Shrink** cuts the width into chunks until a tile has 132 programs or more (160: 16 blocks of
-  ranks, 10 chunks). A chunk more is a partial sum more to write and to fold.
-- **Expand** has no chunks, for these would take another launch to sum (2.5 to 4 us, and at most
-  0.6 us to gain); it has more programs only by making fewer columns in each, and every program
-  reads the whole of what is between the factors. With 64 columns, 64 programs and 25 MB out of the
-  second cache for 64 rows of one steer, 4.5 us at 5.5 TB/s; with 16 columns, 256 programs and
-  50 MB, 9 us. So: the widest block with programs enough for the bytes in flight. The same for dense.
-- **Rows.** Weights are the first factor (64 at a time), so a block of ``rows`` rows costs
-  ``64 + rows`` numbers written to and read from shared memory, at 128 bytes a cycle: 9.9 TB/s of
-  weights with 32 rows, 11.8 with 16, 7.4 with 64 (4.9 with rows first, 64 of them, and 32 ranks).
-  Rows that a tile does not have cost no memory traffic, but each tile reads its weights anew: 64
-  rows of one steer take 33, 50 or 82 MB of the second cache with tiles of 64, 32 or 16.
-- **Folding in expand** saves a launch, and each program of expand then reads all partial sums:
-  8 chunks of 64 ranks for 32 rows are 4 MB, 0.8 us. At r = 1000 it would be 84 MB.
+  enough (31 bytes a cycle each, of 64 that a multiprocessor can take), and with 96 KB of shared
+  memory two of them share a multiprocessor, one reading while the other begins or ends.
+- **Shrink** cuts the width into chunks until a tile has 132 programs or more: here 160, 16 blocks
+  of ranks by 10 chunks. Each chunk is a partial sum more to write and to fold.
+- **Expand** has no chunks. Their sum would be a launch more, 2.5 to 4 us, for 1 us to gain at
+  most. More programs without chunks make fewer columns each, and every program reads all that is
+  between the factors: for 64 rows of one steer, 64 programs of 64 columns read 25 MB (4.5 us), 256
+  programs of 16 columns 49 MB (9 us). So it takes the widest block that has bytes enough in flight,
+  and so does the dense product.
+- **Rows.** Weights come first in a product, 64 at a time, so for every 64 weights ``64 + rows``
+  numbers are written to and read from shared memory, at 128 bytes a cycle: it keeps up with
+  11.8, 9.9 or 7.4 TB/s of weights in tiles of 16, 32 or 64 rows (with 64 rows first and 32 ranks
+  second it was 4.9). Rows that a tile does not have cost no memory traffic, but each tile reads its
+  weights anew: 64 rows of one steer take 82, 49 or 33 MB out of the second cache. 32 is between.
+- **Folding in expand** saves a launch, but each of its programs then reads all partial sums: 8 of
+  64 ranks and 32 rows are 4 MB a tile, 0.8 us; at r = 1000 they would be 82 MB. For the sake of that
+  a low rank is shrunk by few programs: 8 of 64 KB take about 0.3 us longer than 16.
 """
 
 from dataclasses import dataclass

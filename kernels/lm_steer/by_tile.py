@@ -68,9 +68,7 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
     )
 
 
-def _folded(
-    batch: Batch, tiles: Tiles, work: torch.Tensor, partials: torch.Tensor
-) -> torch.Tensor:
+def _folded(batch: Batch, tiles: Tiles, work: torch.Tensor, partials: torch.Tensor) -> torch.Tensor:
     """What is between the factors, ``[pairs, rank_stride]`` in the tables' dtype."""
     tables, sizes, (_, pairs, rank_stride) = batch.tables, batch.sizes, partials.shape
     inner = torch.empty(pairs, rank_stride, dtype=tables.dtype, device=partials.device)
