@@ -23,7 +23,7 @@ multiprocessors at 1.75 GHz and 5.5 TB/s out of its second cache; none of it is 
   second it was 4.9). Rows that a tile does not have cost no memory traffic, but each tile reads its
   weights anew: 64 rows of one steer take 82, 49 or 33 MB out of the second cache. 32 is between.
 - **Folding in expand** saves a launch, but each of its programs then reads all partial sums: 8 of
-  64 ranks and 32 rows are 4 MB a tile, 0.8 us; at r = 1000 they would be 82 MB. For the sake of that
+  64 ranks and 32 rows are 4 MB a tile, 0.8 us; at r = 1000 they would be 82 MB. For that
   a low rank is shrunk by few programs: 8 of 64 KB take about 0.3 us longer than 16.
 """
 

@@ -298,7 +298,7 @@ def test_in_16_bits_every_product_takes_64_weights_at_once_as_tensor_cores_do(
     assert sizes.shrink_ranks == 64
     assert sizes.expand_width * sizes.expand_parts == 64
     assert sizes.dense_out * sizes.dense_parts == 64
-    assert sizes.rows == rows and sizes.expand_width <= columns
+    assert sizes.rows == rows and sizes.dense_out <= columns
 
 
 @pytest.mark.parametrize("width", [512, 4096, 8192])
