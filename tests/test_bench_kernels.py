@@ -325,6 +325,20 @@ def test_every_variant_is_another_choice_of_blocks_for_a_bank_of_the_short_grid(
     assert {f"tiles_{name}" for name in forms.VARIED} == set(forms.VARIANTS)
 
 
+def test_a_form_beside_another_says_whether_it_gives_its_bits(module: Any, bench: Any) -> None:
+    forms, run = module("operations.lm_steer_forms"), module("operations.lm_steer").run
+    groups = forms.FORMS["torch_groups"]
+    given = {
+        "same": replace(groups, beside=groups.prepare),
+        "other": replace(groups, beside=lambda inputs: lambda: inputs.x),
+        "usual": groups,
+    }
+    found = {
+        line["form"]: line.get("same_bits") for line in run([lm_steer_case(module)], bench, given)
+    }
+    assert found == {"same": True, "other": False, "usual": None}
+
+
 @pytest.mark.matrix
 def test_the_short_grid_runs_from_start_to_end(tmp_path: Path) -> None:
     path = tmp_path / "result.json"

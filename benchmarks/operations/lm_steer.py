@@ -56,6 +56,8 @@ def _case_lines(
         works = partial(_works, form, sets)
         found = form_line(bench, works, **size, matrix=True, repeatable=form.repeatable)
         forget_weights()
+        if form.beside is not None and "us" in found:
+            found["same_bits"] = torch.equal(form.prepare(sets[0])(), form.beside(sets[0])())
         yield head | {"form": name} | found
 
 

@@ -24,11 +24,13 @@ class Form:
 
     even        it knows one strength for all rows only, and is given and checked with that
     repeatable  the same inputs give the same bits
+    beside      a form to compare its bits with: the line then has ``same_bits``
     """
 
     prepare: Callable[[Inputs], Call]
     even: bool = False
     repeatable: bool = True
+    beside: Callable[[Inputs], Call] | None = None
 
     def inputs(self, given: Inputs) -> Inputs:
         """The set as this form takes it."""
@@ -108,7 +110,7 @@ def varied(options: dict[str, int]) -> Form:
         placed = form.place(inputs.steered, inputs.tables, inputs.device)
         return lambda: form.steer_rows(inputs.x, inputs.tables, placed)
 
-    return Form(prepare)
+    return Form(prepare, beside=triton_tiles)
 
 
 VARIED: dict[str, dict[str, int]] = {
