@@ -139,7 +139,8 @@ def row_sizes(width: int, max_rank: int) -> BlockSizes:
     """For programs of one row.
 
     Without tensor cores nothing is pipelined, so each program takes as much at once as registers
-    hold, 8 to 16 KiB of 16-bit weights, and there are many: 500 to shrink a row at rank 1000.
+    hold, 8 KB of 16-bit weights to shrink and 32 KB to expand, and there are many: at d = 4096,
+    r = 1000 a row is shrunk by 500 and expanded by 128, either way 4 MB in flight.
     """
     ranks = min(16, _power_of_two(max_rank))
     chunk, chunks = _chunk(width, max_rank, ranks, block=256, programs=512)

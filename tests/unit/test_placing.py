@@ -271,6 +271,15 @@ def test_one_tile_has_weights_enough_in_flight_for_the_fastest_memory(width: int
 
 
 @pytest.mark.parametrize("width", [4096, 8192])
+def test_one_row_has_weights_enough_in_flight_for_the_fastest_memory(width: int) -> None:
+    """What each program takes at once, for nothing is pipelined."""
+    sizes = row_sizes(width, 1000)
+    programs = programs_of_one_tile(sizes, width, 1000)
+    assert programs["shrink"] * sizes.shrink_ranks * sizes.shrink_width * 2 >= IN_FLIGHT
+    assert programs["expand"] * sizes.expand_ranks * sizes.expand_width * 2 >= IN_FLIGHT
+
+
+@pytest.mark.parametrize("width", [4096, 8192])
 def test_in_32_bits_every_product_of_one_tile_has_a_program_per_multiprocessor(width: int) -> None:
     sizes = tile_sizes(width, 1000, 4)
     assert min(programs_of_one_tile(sizes, width, 1000).values()) >= PROCESSORS
