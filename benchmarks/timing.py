@@ -4,7 +4,8 @@ Several sets of inputs are called in turn, more than a cache holds, so that weig
 memory. A *sample* is the mean of many calls; reported are median, 20th and 80th percentile of the
 samples. On a CUDA device a sample lies between two events, around launches from Python
 (``launched``) or around replays of a CUDA graph that holds one call of each set (``replayed``),
-which leaves out the host's share. Elsewhere the host's clock is read.
+which leaves out the host's share. Elsewhere the host's clock is read, and for what a call costs the
+host while the device works (``issued``).
 """
 
 import statistics
@@ -21,6 +22,7 @@ from decode import quantile
 Call = Callable[[], Any]
 
 SAMPLE_S = 2e-3
+ISSUED = 20
 CACHE_FILES = "/sys/devices/system/cpu/cpu0/cache"
 
 
@@ -44,6 +46,16 @@ def launched(calls: Sequence[Call], repeats: int, device: torch.device) -> Times
     """Calls from Python in turn, each result dropped at once."""
     turns = cycle(calls)
     return _times(lambda: next(turns)(), 1, repeats, device)
+
+
+def issued(calls: Sequence[Call], repeats: int, device: torch.device) -> Times:
+    """What issuing a call costs the host: few at a time, so that it never waits for the device."""
+    turns, samples = cycle(calls), []
+    for _ in range(repeats):
+        sync(device)
+        samples.append(on_clock(lambda: next(turns)(), ISSUED) / ISSUED)
+    sync(device)
+    return summarise(samples)
 
 
 def replayed(graph: "torch.cuda.CUDAGraph", calls: int, repeats: int) -> Times:

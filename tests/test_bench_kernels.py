@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from vllm_steer.kernels.guidance import TokenMap
 from vllm_steer.kernels.guidance import reference as guidance_reference
 from vllm_steer.kernels.lm_steer import reference as lm_steer_reference
+from vllm_steer.kernels.lm_steer.block_sizes import tile_sizes
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -260,6 +263,106 @@ def test_median_and_spread_are_in_microseconds(module: Any) -> None:
     timing = module("timing")
     found = timing.summarise([3e-6, 1e-6, 6e-6, 2e-6, 4e-6, 5e-6])
     assert (found.median, found.p20, found.p80, found.fastest) == pytest.approx((3.5, 2, 5, 1))
+
+
+def test_after_its_time_a_run_begins_nothing_more_and_says_what_it_left_out(
+    module: Any, bench: Any
+) -> None:
+    measure, late = module("operations.measure"), replace(bench, until=0.0)
+    grid = module("bench_kernels").QUICK
+    lines = [
+        *module("operations.lm_steer").run(grid.lm_steer_cases(), late),
+        *module("operations.guidance").run(grid.guidance_cases(), late),
+        *module("operations.token_map").run(grid.map_cases(), late),
+        *module("operations.routing").run(grid.routing_cases(), late),
+    ]
+    assert {line["section"] for line in lines} == {"lm_steer", "guidance", "map", "host"}
+    assert {line["skipped"] for line in lines} == {measure.NO_TIME}
+    assert {"torch_groups", "addmm"} < {line["form"] for line in lines}
+
+
+def test_a_run_that_is_ended_has_written_every_line(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script, path = module("bench_kernels"), tmp_path / "new" / "result.json"
+
+    def interrupted(args: Any, bench: Any) -> Iterator[dict[str, Any]]:
+        for number in range(3):
+            yield {"section": "map", "number": number}
+            found = json.loads(path.read_text())
+            assert [line["number"] for line in found["rows"]] == list(range(number + 1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "_lines", interrupted)
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--quick", "--json", str(path)])
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    found = json.loads(path.read_text())
+    assert (len(found["rows"]), found["complete"]) == (3, False)
+    assert found["bandwidth_gb_s"] > 0
+
+
+def test_the_short_grid_is_what_decides_about_the_kernels(module: Any) -> None:
+    grid = module("bench_kernels").SHORT
+    sizes = [(1, 1), (64, 1), (64, 4), (64, 32), (256, 1), (256, 4), (256, 32)]
+    found = [(case.width, case.ranks, case.rows, case.distinct) for case in grid.lm_steer_cases()]
+    assert found == [(4096, (rank,), *size) for rank in (1000, 64) for size in sizes]
+    guided = [(case.mode, case.tokens) for case in grid.guidance_cases()]
+    assert guided == [("add", 64), ("add", 8192), ("rotate", 64), ("rotate", 8192)]
+    assert [(case.name, case.tokens) for case in grid.map_cases()] == [("decode", 256)]
+    assert grid.routing_cases() == []
+
+
+def test_every_variant_is_another_choice_of_blocks_for_a_bank_of_the_short_grid(
+    module: Any,
+) -> None:
+    forms = module("operations.lm_steer_forms")
+    for name, options in forms.VARIED.items():
+        usual, other = (
+            [tile_sizes(4096, rank, 2, **varied) for rank in (64, 1000)] for varied in ({}, options)
+        )
+        assert usual != other, name
+    assert {f"tiles_{name}" for name in forms.VARIED} == set(forms.VARIANTS)
+
+
+def test_a_form_beside_another_says_whether_it_gives_its_bits(module: Any, bench: Any) -> None:
+    forms, run = module("operations.lm_steer_forms"), module("operations.lm_steer").run
+    groups = forms.FORMS["torch_groups"]
+    given = {
+        "same": replace(groups, beside=groups.prepare),
+        "other": replace(groups, beside=lambda inputs: lambda: inputs.x),
+        "usual": groups,
+    }
+    found = {
+        line["form"]: line.get("same_bits") for line in run([lm_steer_case(module)], bench, given)
+    }
+    assert found == {"same": True, "other": False, "usual": None}
+
+
+@pytest.mark.matrix
+def test_the_short_grid_runs_from_start_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    options = ["--grid", "short", "--quick", "--variants", "--repeats", "2", "--seconds", "300"]
+    command = [sys.executable, "benchmarks/bench_kernels.py", *options, "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = json.loads(path.read_text())
+    assert found["complete"]
+    timed = {(line["section"], line["form"]) for line in found["rows"] if "us" in line}
+    on_card = torch.cuda.is_available()
+    tiles, ours = ("triton_tiles", "triton") if on_card else ("torch_groups", "torch")
+    assert {
+        ("lm_steer", tiles),
+        ("lm_steer", "addmm"),
+        ("guidance", ours),
+        ("map", ours),
+    } <= timed
+    for line in found["rows"]:
+        assert ("us" in line) != ("skipped" in line), line
+        assert "us" not in line or {"floor_us", "share_of_floor"} <= set(line)
+        assert "us" not in line or not on_card or {"eager_us", "host_us"} <= set(line)
+    variants = [line for line in found["rows"] if line["form"].startswith("tiles_")]
+    assert len(variants) == 6 * 3
 
 
 @pytest.fixture(scope="module")

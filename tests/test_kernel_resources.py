@@ -1,6 +1,7 @@
 """Every Triton kernel as Hopper's assembler sees it: compiled here for sm_90, with no card."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from vllm_steer.kernels.guidance import Directions, Rules, TokenMap
 from vllm_steer.kernels.lm_steer import SteeredRows
+from vllm_steer.kernels.lm_steer.by_tile import tiled
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -58,6 +60,66 @@ def test_lm_steer_kernels_fit_a_hopper_card_without_spilling(
     for (name, _), kernel in compiled.items():
         uses_tensor_cores = name in PRODUCTS and dtype != torch.float32
         assert tool.resources(kernel).tensor_cores == uses_tensor_cores, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("width", "rank"), [(4096, 1000), pytest.param(1280, 640, marks=pytest.mark.matrix)]
+)
+def test_in_16_bits_products_run_on_hoppers_own_tensor_cores_with_weights_first(
+    tool: ModuleType, width: int, rank: int, dtype: torch.dtype
+) -> None:
+    """64 rows of weights by a tile's rows, both out of shared memory, loaded 16 bytes at a time."""
+    with tool.compiling() as compiled:
+        tool.BY_TILE.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
+    products = [kernel for (name, _), kernel in compiled.items() if name in PRODUCTS]
+    assert len(products) == 5
+    for kernel in products:
+        ptx = kernel.asm["ptx"]
+        sizes = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+)k16", ptx))
+        assert len(sizes) == 1 and sizes <= {"m64n32", "m64n128"}
+        assert re.search(r"wgmma\.mma_async[^{]*\{[^}]*\}, %rd\d+, %rd\d+,", ptx)
+        assert "cp.async.cg.shared.global" in ptx and "cp.async.ca" not in ptx
+        assert "mma.sync" not in ptx
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "varied",
+    [
+        {"rows": 16},
+        {"rows": 64},
+        {"columns": 32},
+        {"columns": 16},
+        {"few_chunks": 4},
+        {"few_chunks": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.matrix
+def test_what_a_benchmark_varies_fits_a_hopper_card_too(
+    tool: ModuleType, varied: dict[str, int], dtype: torch.dtype
+) -> None:
+    for width, rank in ((4096, 1000), (4096, 64)):
+        with tool.compiling() as compiled:
+            tiled(**varied).warm_up(tool.lm_steer_tables(width, rank // 2, dtype), dtype)
+        assert_fit(tool, compiled)
+
+
+@pytest.mark.parametrize(
+    ("rank", "launched"),
+    [(64, ["shrink", "expand"]), (1000, ["shrink", "fold", "expand"])],
+    ids=["low rank", "high rank"],
+)
+@pytest.mark.parametrize("rows", [1, 2, 32, 33, 300])
+def test_a_batch_of_a_low_rank_is_two_launches_whatever_its_rows(
+    tool: ModuleType, rank: int, launched: list[str], rows: int
+) -> None:
+    tables = tool.lm_steer_tables(4096, rank // 2, torch.bfloat16)
+    x, steered = torch.zeros(rows, 4096, dtype=torch.bfloat16), next(batches(rows))
+    with tool.compiling() as compiled:
+        tool.BY_TILE.steer_rows(x, tables, tool.BY_TILE.place(steered, tables, x.device))
+    assert [name for name, _ in compiled] == launched
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -93,12 +93,14 @@ def guidance_cases(
                 yield GuidanceCase("share", count, width, mode, share=share)
 
 
-def run(cases: Sequence[GuidanceCase], bench: Bench) -> Iterator[dict[str, Any]]:
+def run(
+    cases: Sequence[GuidanceCase], bench: Bench, forms: Sequence[str] = FORMS
+) -> Iterator[dict[str, Any]]:
     """A line per case and form."""
     for case in cases:
         size = {"floor_bytes": case.floor_bytes(bench.dtype.itemsize), "flops": case.flops}
-        sets = _input_sets(case, bench)
-        for form in FORMS:
+        sets = [] if bench.out_of_time else _input_sets(case, bench)
+        for form in forms:
             found = form_line(bench, partial(_works, form, sets), **size, matrix=False)
             dtype = str(bench.dtype).removeprefix("torch.")
             yield _columns(case) | {"dtype": dtype, "form": form} | found

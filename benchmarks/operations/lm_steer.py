@@ -1,6 +1,6 @@
 """LM-Steer on the device: every form on every case."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,7 +17,7 @@ from operations.lm_steer_inputs import (
     make_bank,
     slots_for,
 )
-from operations.measure import Bench, Tensors, Work, form_line, relative_error
+from operations.measure import NO_TIME, Bench, Tensors, Work, form_line, relative_error
 from operations.vllm_lora import forget_weights
 from vllm_steer.bank import Shelf
 from vllm_steer.serving.pairs import Uses, steered_rows
@@ -25,18 +25,26 @@ from vllm_steer.serving.pairs import Uses, steered_rows
 NOTHING = "no row is steered: nothing is launched"
 
 
-def run(cases: list[LMSteerCase], bench: Bench) -> Iterator[dict[str, Any]]:
+def run(
+    cases: list[LMSteerCase], bench: Bench, forms: Mapping[str, Form] = FORMS
+) -> Iterator[dict[str, Any]]:
     """A line per case and form; cases with the same steers share one bank."""
     for (width, ranks), group in groupby(cases, key=lambda case: (case.width, case.ranks)):
-        mine = list(group)
-        slots = slots_for(mine, bench.dtype.itemsize, bench.reach)
-        shelf = make_bank(width, ranks, slots, bench.dtype, bench.device)
+        mine, shelf = list(group), None
         for case in mine:
-            yield from _case_lines(case, shelf, bench)
+            if shelf is None and not bench.out_of_time:
+                slots = slots_for(mine, bench.dtype.itemsize, bench.reach)
+                shelf = make_bank(width, ranks, slots, bench.dtype, bench.device)
+            yield from _case_lines(case, shelf, bench, forms)
 
 
-def _case_lines(case: LMSteerCase, shelf: Shelf, bench: Bench) -> Iterator[dict[str, Any]]:
+def _case_lines(
+    case: LMSteerCase, shelf: Shelf | None, bench: Bench, forms: Mapping[str, Form]
+) -> Iterator[dict[str, Any]]:
     head = _columns(case) | {"dtype": str(bench.dtype).removeprefix("torch.")}
+    if shelf is None or bench.out_of_time:
+        yield from (head | {"form": name, "skipped": NO_TIME} for name in forms)
+        return
     if not any(case.steers):
         rows, requests = batch(case)
         assert steered_rows(rows, Uses(shelf, requests)) is None
@@ -44,10 +52,12 @@ def _case_lines(case: LMSteerCase, shelf: Shelf, bench: Bench) -> Iterator[dict[
         return
     sets = list(input_sets(case, shelf, bench))
     size = {"floor_bytes": case.floor_bytes(bench.dtype.itemsize), "flops": case.flops}
-    for name, form in FORMS.items():
+    for name, form in forms.items():
         works = partial(_works, form, sets)
         found = form_line(bench, works, **size, matrix=True, repeatable=form.repeatable)
         forget_weights()
+        if form.beside is not None and "us" in found:
+            found["same_bits"] = torch.equal(form.prepare(sets[0])(), form.beside(sets[0])())
         yield head | {"form": name} | found
 
 

@@ -101,13 +101,14 @@ def zipf_turns(rows: int, distinct: int) -> list[int]:
 def lm_steer_cases(
     shapes: Sequence[Shape], rows: Sequence[int], distinct: Sequence[int], special_rows: int
 ) -> Iterator[LMSteerCase]:
-    """The grid of every shape, then the special cases at ``special_rows`` rows."""
+    """The grid of every shape, then the special cases at ``special_rows`` rows, if any."""
     for shape in shapes:
         size = (shape.width, (shape.rank,))
         for count in rows:
             for steers in sorted({min(steers, count) for steers in distinct}):
                 yield LMSteerCase("grid", *size, count, steers)
-        yield from _special_cases(shape, special_rows, max(distinct))
+        if special_rows:
+            yield from _special_cases(shape, special_rows, max(distinct))
 
 
 def _special_cases(shape: Shape, rows: int, most: int) -> Iterator[LMSteerCase]:

@@ -24,11 +24,13 @@ class Form:
 
     even        it knows one strength for all rows only, and is given and checked with that
     repeatable  the same inputs give the same bits
+    beside      a form to compare its bits with: the line then has ``same_bits``
     """
 
     prepare: Callable[[Inputs], Call]
     even: bool = False
     repeatable: bool = True
+    beside: Callable[[Inputs], Call] | None = None
 
     def inputs(self, given: Inputs) -> Inputs:
         """The set as this form takes it."""
@@ -94,6 +96,34 @@ def addmm(inputs: Inputs) -> Call:
     return lambda: torch.addmm(x, (x @ down).mul_(scales), up)
 
 
+def varied(options: dict[str, int]) -> Form:
+    """``triton_tiles`` with some choices of ``tile_sizes`` varied."""
+
+    def prepare(inputs: Inputs) -> Call:
+        if inputs.device.type != "cuda":
+            raise Skipped(no_triton(inputs.device))
+        from vllm_steer.kernels.lm_steer.by_tile import BY_TILE, tiled
+
+        form = tiled(**options)
+        if form.sizes(inputs.tables) == BY_TILE.sizes(inputs.tables):
+            raise Skipped("the same blocks as an engine takes, for this bank")
+        placed = form.place(inputs.steered, inputs.tables, inputs.device)
+        return lambda: form.steer_rows(inputs.x, inputs.tables, placed)
+
+    return Form(prepare, beside=triton_tiles)
+
+
+VARIED: dict[str, dict[str, int]] = {
+    "rows16": {"rows": 16},
+    "rows64": {"rows": 64},
+    "columns32": {"columns": 32},
+    "columns16": {"columns": 16},
+    "chunks4": {"few_chunks": 4},
+    "fold_apart": {"few_chunks": 0},
+}
+"""What arithmetic alone does not settle: rows of a tile, columns of a program, and who folds."""
+
+VARIANTS: dict[str, Form] = {f"tiles_{name}": varied(VARIED[name]) for name in VARIED}
 FORMS: dict[str, Form] = {
     "triton_tiles": Form(triton_tiles),
     "triton_rows": Form(triton_rows),

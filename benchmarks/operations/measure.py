@@ -1,7 +1,9 @@
 """One form on one case: equal first, then timed, then seen to have done the same while timed."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import timing
@@ -11,6 +13,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 SETS = 256
+NO_TIME = "no time was left for it"
 
 
 class Skipped(Exception):
@@ -39,6 +42,7 @@ class Bench:
     reach      bytes that the sets of inputs of a case fill together
     bandwidth  bytes per second of a large copy on this machine
     matmul     floating-point operations per second of a large matrix product on it
+    until      when to begin nothing more, in seconds of ``time.monotonic``
     """
 
     device: torch.device
@@ -47,6 +51,12 @@ class Bench:
     reach: int
     bandwidth: float
     matmul: float
+    until: float = math.inf
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether to begin nothing more."""
+        return monotonic() >= self.until
 
 
 def form_line(
@@ -64,6 +74,8 @@ def form_line(
     same bits.
     """
     line: dict[str, Any] = {"floor_bytes": floor_bytes, "flops": flops}
+    if bench.out_of_time:
+        return line | {"skipped": NO_TIME}
     try:
         line |= measure(works(), bench, repeatable=repeatable)
     except Skipped as reason:
@@ -74,8 +86,9 @@ def form_line(
 
 
 def measure(works: Sequence[Work], bench: Bench, *, repeatable: bool) -> dict[str, Any]:
-    """Times in microseconds: ``us`` by graph replay on CUDA (launches from Python beside it as
-    ``eager_us``), by the clock elsewhere.
+    """Times in microseconds: ``us`` by graph replay on CUDA, by the clock elsewhere. On CUDA beside
+    it launches from Python, the device waited for (``eager_us``) or not (``host_us``: what a call
+    costs the host).
     """
     expected = [_fresh(work) for work in works]
     error = max(work.check(found) for work, found in zip(works, expected, strict=True))
@@ -88,16 +101,22 @@ def measure(works: Sequence[Work], bench: Bench, *, repeatable: bool) -> dict[st
             else:
                 work.check(found)
 
-    eager = timing.launched([work.run for work in works], bench.repeats, bench.device)
+    calls = [work.run for work in works]
+    eager = timing.launched(calls, bench.repeats, bench.device)
     confirm([_fresh(work) for work in works])
     line = {"error": float(f"{error:.2g}"), "sets": len(works), "samples": bench.repeats}
     if bench.device.type != "cuda":
         return line | {"method": "clock", **_columns("us", eager)}
-    graph, results = timing.capture([work.run for work in works])
+    host = timing.issued(calls, bench.repeats, bench.device)
+    graph, results = timing.capture(calls)
     replayed = timing.replayed(graph, len(works), bench.repeats)
     _replay(graph, works, results)
     confirm(results)
-    return line | {"method": "graph", **_columns("us", replayed), **_columns("eager_us", eager)}
+    times = {"us": replayed, "eager_us": eager, "host_us": host}
+    line |= {"method": "graph"}
+    for name, found in times.items():
+        line |= _columns(name, found)
+    return line
 
 
 def against_floor(

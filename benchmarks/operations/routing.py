@@ -10,7 +10,7 @@ import timing
 
 from operations.lm_steer_cases import LMSteerCase
 from operations.lm_steer_inputs import batch, make_bank
-from operations.measure import Bench
+from operations.measure import NO_TIME, Bench
 from vllm_steer.bank import Shelf
 from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows
 from vllm_steer.serving.pairs import Uses, steered_rows
@@ -33,9 +33,14 @@ def routing_cases(rows: Sequence[int], distinct: Sequence[int]) -> Iterator[LMSt
 
 def run(cases: Sequence[LMSteerCase], bench: Bench) -> Iterator[dict[str, Any]]:
     """A line per case and form."""
+    if not cases:
+        return
     slots = max(case.distinct for case in cases)
     shelf = make_bank(WIDTH, (RANK,), slots, bench.dtype, bench.device)
     for case in cases:
+        if bench.out_of_time:
+            yield from (_columns(case) | {"form": name, "skipped": NO_TIME} for name in _forms())
+            continue
         rows, requests = batch(case)
         _check(case, steered_rows(rows, Uses(shelf, requests)))
         for name, form in _forms().items():

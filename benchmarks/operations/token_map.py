@@ -36,11 +36,13 @@ class MapCase:
         )
 
 
-def run(cases: Sequence[MapCase], bench: Bench) -> Iterator[dict[str, Any]]:
+def run(
+    cases: Sequence[MapCase], bench: Bench, forms: Sequence[str] = FORMS
+) -> Iterator[dict[str, Any]]:
     """A line per case and form."""
     for case in cases:
         floor = case.floor_bytes()
-        for form in FORMS:
+        for form in forms:
             works = partial(_works, form, case, bench)
             found = form_line(bench, works, floor_bytes=floor, flops=0, matrix=False)
             yield _columns(case) | {"form": form} | found

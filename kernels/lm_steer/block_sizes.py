@@ -2,12 +2,45 @@
 
 Nothing is tuned while serving, and nothing depends on the batch: a row's result has to be the same
 whatever rows come with it, and the sum over the width is cut where this says.
+
+The arithmetic of tiles in 16 bits, for d = 4096, r = 1000 (8.2 MB a factor) on a card with 132
+multiprocessors at 1.75 GHz and 5.5 TB/s out of its second cache; none of it is measured:
+
+- **Bytes in flight.** 4.3 TB/s at 0.8 us of latency need 3.4 MB (3.0 TB/s: 2.4 MB). A block of
+  weights is 64 x 64, 8 KB, and 7 of 8 stages are on their way: 56 KB a program, so 60 programs are
+  enough (31 bytes a cycle each, of 64 that a multiprocessor can take), and with 96 KB of shared
+  memory two of them share a multiprocessor, one reading while the other begins or ends.
+- **Shrink** cuts the width into chunks until a tile has 132 programs or more: here 160, 16 blocks
+  of ranks by 10 chunks. Each chunk is a partial sum more to write and to fold.
+- **Expand** has no chunks. Their sum would be a launch more, 2.5 to 4 us, for 1 us to gain at
+  most. More programs without chunks make fewer columns each, and every program reads all that is
+  between the factors: for 64 rows of one steer, 64 programs of 64 columns read 25 MB (4.5 us), 256
+  programs of 16 columns 49 MB (9 us). So it takes the widest block that has bytes enough in flight,
+  and so does the dense product.
+- **Rows.** Weights come first in a product, 64 at a time, so for every 64 weights ``64 + rows``
+  numbers are written to and read from shared memory, at 128 bytes a cycle: it keeps up with
+  11.8, 9.9 or 7.4 TB/s of weights in tiles of 16, 32 or 64 rows (with 64 rows first and 32 ranks
+  second it was 4.9). Rows that a tile does not have cost no memory traffic, but each tile reads its
+  weights anew: 64 rows of one steer take 82, 49 or 33 MB out of the second cache. 32 is between.
+- **Folding in expand** saves a launch, but each of its programs then reads all partial sums: 8 of
+  64 ranks and 32 rows are 4 MB a tile, 0.8 us; at r = 1000 they would be 82 MB. For that
+  a low rank is shrunk by few programs: 8 of 64 KB take about 0.3 us longer than 16.
 """
 
 from dataclasses import dataclass
 
-WIDE = 4096
-"""From this width on, wider blocks still make programs enough."""
+PROCESSORS = 132
+"""Multiprocessors of an H100 or H200."""
+IN_FLIGHT = 3_440_000
+"""Bytes that have to be on their way for 4.3 TB/s at 0.8 us of latency."""
+SHARED_BYTES = 96 * 1024
+"""Shared memory of one program: two of them fit a multiprocessor's 227 KiB."""
+WEIGHT_BYTES = 64 * 64 * 2
+"""A block of 16-bit weights: what tensor cores take at once, by 128 bytes."""
+FEW_CHUNKS = 8
+"""Partial sums that expand folds itself at most,"""
+FEW_RANKS = 128
+"""of as many ranks at most."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +52,10 @@ class BlockSizes:
     chunk          columns that one program shrinks in all; the width has ``chunks`` of them
     expand_width   columns of the result that one program makes, ``expand_ranks`` ranks at a time
     dense_out      columns of the dense product that one program makes, ``dense_in`` at a time
-    stages         blocks in flight where a loop feeds tensor cores
+    ..._stages     blocks of a loop that are in shared memory at once, all but one on their way
+    expand_folds   whether expand adds up the partial sums itself, instead of a kernel before it
+    expand_parts   blocks of ranks that one program of expand multiplies at once (``packing``)
+    dense_parts    blocks of columns that one program of the dense product multiplies at once
     """
 
     rows: int
@@ -31,47 +67,125 @@ class BlockSizes:
     expand_width: int
     dense_out: int
     dense_in: int
-    stages: int
+    shrink_stages: int = 1
+    expand_stages: int = 1
+    dense_stages: int = 1
+    expand_folds: bool = True
+    expand_parts: int = 1
+    dense_parts: int = 1
 
 
-def tile_sizes(width: int, max_rank: int, itemsize: int) -> BlockSizes:
+def tile_sizes(
+    width: int,
+    max_rank: int,
+    itemsize: int,
+    *,
+    rows: int = 32,
+    columns: int = 64,
+    few_chunks: int = FEW_CHUNKS,
+) -> BlockSizes:
     """For tiles of rows.
 
-    16-bit: 64 rows, the fewest that Hopper's tensor cores take as one, so a steer shared by the
-    batch is read once per 64 rows; rows that a tile does not have cost no memory traffic. Split-K
-    makes about 128 programs of a single tile at rank 1000, one per multiprocessor, each with three
-    blocks of weights in flight: 3 MB in all, what 4 TB/s at 0.8 us of latency need. 32-bit products
-    run on ordinary cores out of registers, and rows that do not begin at 16 bytes pass through
-    registers too (no model of use has such): blocks are small there.
+    ``rows`` (16 to 64), the most ``columns`` of a program (16 to 64) and ``few_chunks`` are the
+    benchmark's to vary in 16 bits; an engine takes what is set here, for the reasons above.
+
+    32-bit products run on ordinary cores out of registers, and rows that do not begin at 16 bytes
+    pass through registers too (no model of use has such): blocks are small there.
     """
     if itemsize == 4 or width % 16:
         ranks = min(16, _power_of_two(max_rank))
-        chunk = _chunk(width, max_rank, ranks, block=32, programs=128)
-        return BlockSizes(16, ranks, 32, *chunk, 16, 32, 16, 32, stages=2)
-    ranks = min(32, _power_of_two(max_rank))
-    chunk = _chunk(width, max_rank, ranks, block=128, programs=128)
-    expand_width = 64 if width >= WIDE else 32
-    return BlockSizes(64, ranks, 128, *chunk, 64, expand_width, 16, 128, stages=4)
+        chunk, chunks = _chunk(width, max_rank, ranks, block=32, programs=PROCESSORS)
+        narrow = _narrow(width)
+        folds = chunks <= FEW_CHUNKS and max_rank <= FEW_RANKS
+        return BlockSizes(
+            rows=16,
+            shrink_ranks=ranks,
+            shrink_width=32,
+            chunk=chunk,
+            chunks=chunks,
+            expand_ranks=16,
+            expand_width=narrow,
+            dense_out=narrow,
+            dense_in=32,
+            shrink_stages=2,
+            expand_stages=2,
+            dense_stages=2,
+            expand_folds=folds,
+        )
+    few = min(few_chunks, 256 // rows) if max_rank <= FEW_RANKS else 0  # in registers all at once
+    chunk, chunks = _chunk(width, max_rank, 64, block=64, programs=PROCESSORS, most=few)
+    folds = chunks <= few
+    columns, stages = _columns_and_stages(width, rows, columns)
+    return BlockSizes(
+        rows=rows,
+        shrink_ranks=64,
+        shrink_width=64,
+        chunk=chunk,
+        chunks=chunks,
+        expand_ranks=64,
+        expand_width=64 if folds else columns,
+        dense_out=columns,
+        dense_in=64,
+        shrink_stages=6,
+        expand_stages=1 if folds else stages,
+        dense_stages=stages,
+        expand_folds=folds,
+        expand_parts=1 if folds else 64 // columns,
+        dense_parts=64 // columns,
+    )
 
 
 def row_sizes(width: int, max_rank: int) -> BlockSizes:
     """For programs of one row.
 
     Without tensor cores nothing is pipelined, so each program takes as much at once as registers
-    hold, 8 to 16 KiB of 16-bit weights, and there are many: 500 to shrink a row at rank 1000.
+    hold, 8 KB of 16-bit weights to shrink and 32 KB to expand, and there are many: at d = 4096,
+    r = 1000 a row is shrunk by 500 and expanded by 128, either way 4 MB in flight.
     """
     ranks = min(16, _power_of_two(max_rank))
-    chunk = _chunk(width, max_rank, ranks, block=256, programs=512)
-    expand_ranks = min(256, _power_of_two(max_rank))
-    return BlockSizes(1, ranks, 256, *chunk, expand_ranks, 32, 16, 256, stages=1)
+    chunk, chunks = _chunk(width, max_rank, ranks, block=256, programs=512)
+    return BlockSizes(
+        rows=1,
+        shrink_ranks=ranks,
+        shrink_width=256,
+        chunk=chunk,
+        chunks=chunks,
+        expand_ranks=min(512, _power_of_two(max_rank)),
+        expand_width=32,
+        dense_out=16,
+        dense_in=256,
+    )
 
 
-def _chunk(width: int, max_rank: int, ranks: int, *, block: int, programs: int) -> tuple[int, int]:
-    """Chunk of the width and their number: about ``programs`` programs, two blocks each or more."""
-    wanted = max(1, round(programs * ranks / max(1, max_rank)))
-    most = max(1, width // (2 * block))
-    chunk = -(-width // (min(wanted, most) * block)) * block
+def _chunk(
+    width: int, max_rank: int, ranks: int, *, block: int, programs: int, most: int = 0
+) -> tuple[int, int]:
+    """Chunk of the width and their number: the longest with ``programs`` programs or more, but of
+    two blocks or more, and no more than ``most`` chunks where that is not 0.
+    """
+    wanted = max(1, -(-programs // max(1, -(-max_rank // ranks))))
+    blocks = -(-width // block)
+    each = max(min(2, blocks), blocks // wanted, -(-blocks // most) if most else 1)
+    chunk = each * block
     return chunk, -(-width // chunk)
+
+
+def _columns_and_stages(width: int, rows: int, most: int) -> tuple[int, int]:
+    """The widest block of columns that has bytes enough in flight for one tile, or else 16, and the
+    stages that fit ``SHARED_BYTES``, of 64 columns in parts by 64 numbers, and of rows as many.
+    """
+    columns = most
+    while True:
+        stages = SHARED_BYTES // (WEIGHT_BYTES + 2 * 64 * rows * 64 // columns)
+        programs = -(-width // columns)
+        if columns == 16 or programs * (stages - 1) * WEIGHT_BYTES >= IN_FLIGHT:
+            return columns, stages
+        columns //= 2
+
+
+def _narrow(width: int) -> int:
+    """32 columns, or 16 where these do not make a program per multiprocessor."""
+    return 32 if width >= 32 * PROCESSORS else 16
 
 
 def _power_of_two(number: int) -> int:

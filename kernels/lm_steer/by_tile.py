@@ -14,6 +14,9 @@ from vllm_steer.kernels.lm_steer.operands import SteerTables
 from vllm_steer.kernels.lm_steer.placing import Tiles
 from vllm_steer.kernels.lm_steer.triton_form import Batch, TritonForm
 
+FOLD_ROWS = 8
+"""Rows that one program folds: few, so that all partial sums of these are read at once."""
+
 
 def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
     target, tables, placed, sizes = batch.target, batch.tables, batch.placed, batch.sizes
@@ -35,13 +38,43 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
         BLOCK_ROWS=sizes.rows,
         BLOCK_RANKS=sizes.shrink_ranks,
         BLOCK_WIDTH=sizes.shrink_width,
-        num_stages=sizes.stages,
+        num_stages=sizes.shrink_stages,
         **EXACT,
     )
-    inner = torch.empty(pairs, rank_stride, dtype=tables.dtype, device=x.device)
-    fold[(work.shape[0],)](
-        partials,
+    inner = partials if sizes.expand_folds else _folded(batch, tiles, work, partials)
+    expand[(tiles.bounds.shape[0], triton.cdiv(width, sizes.expand_width))](
+        x,
+        inner,
+        tables.expand,
+        placed.rows,
         placed.scales,
+        tiles.bounds,
+        tiles.epsilons,
+        target.out,
+        target.changes,
+        pairs,
+        width,
+        rank_stride,
+        *x.stride(),
+        FUSED=target.fused,
+        CHUNKS=sizes.chunks if sizes.expand_folds else 0,
+        WRITTEN=sizes.shrink_ranks,
+        PARTS=sizes.expand_parts,
+        BLOCK_ROWS=sizes.rows,
+        BLOCK_RANKS=sizes.expand_ranks,
+        BLOCK_WIDTH=sizes.expand_width,
+        num_stages=sizes.expand_stages,
+        **EXACT,
+    )
+
+
+def _folded(batch: Batch, tiles: Tiles, work: torch.Tensor, partials: torch.Tensor) -> torch.Tensor:
+    """What is between the factors, ``[pairs, rank_stride]`` in the tables' dtype."""
+    tables, sizes, (_, pairs, rank_stride) = batch.tables, batch.sizes, partials.shape
+    inner = torch.empty(pairs, rank_stride, dtype=tables.dtype, device=partials.device)
+    fold[(work.shape[0], triton.cdiv(sizes.rows, FOLD_ROWS))](
+        partials,
+        batch.placed.scales,
         tiles.bounds,
         tiles.epsilons,
         work,
@@ -49,29 +82,11 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
         pairs,
         rank_stride,
         CHUNKS=sizes.chunks,
-        BLOCK_ROWS=sizes.rows,
+        BLOCK_ROWS=FOLD_ROWS,
         BLOCK_RANKS=sizes.shrink_ranks,
         **EXACT,
     )
-    expand[(tiles.bounds.shape[0], triton.cdiv(width, sizes.expand_width))](
-        x,
-        inner,
-        tables.expand,
-        placed.rows,
-        tiles.bounds,
-        target.out,
-        target.changes,
-        width,
-        rank_stride,
-        *x.stride(),
-        FUSED=target.fused,
-        FOLDED=sizes.shrink_ranks,
-        BLOCK_ROWS=sizes.rows,
-        BLOCK_RANKS=sizes.expand_ranks,
-        BLOCK_WIDTH=sizes.expand_width,
-        num_stages=sizes.stages,
-        **EXACT,
-    )
+    return inner
 
 
 def _dense(batch: Batch, tiles: Tiles) -> None:
@@ -89,16 +104,23 @@ def _dense(batch: Batch, tiles: Tiles) -> None:
         width,
         *x.stride(),
         FUSED=target.fused,
+        PARTS=sizes.dense_parts,
         BLOCK_ROWS=sizes.rows,
         BLOCK_OUT=sizes.dense_out,
         BLOCK_IN=sizes.dense_in,
-        num_stages=sizes.stages,
+        num_stages=sizes.dense_stages,
         **EXACT,
     )
 
 
-def _sizes(tables: SteerTables) -> BlockSizes:
-    return tile_sizes(tables.width, tables.columns.max_rank, tables.dtype.itemsize)
+def tiled(**varied: int) -> TritonForm:
+    """The form, with some choices of ``tile_sizes`` varied: by benchmarks, never by an engine."""
+
+    def sizes(tables: SteerTables) -> BlockSizes:
+        rank, itemsize = tables.columns.max_rank, tables.dtype.itemsize
+        return tile_sizes(tables.width, rank, itemsize, **varied)
+
+    return TritonForm(sizes, _low_rank, _dense)
 
 
-BY_TILE = TritonForm(_sizes, _low_rank, _dense)
+BY_TILE = tiled()

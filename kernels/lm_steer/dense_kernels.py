@@ -2,14 +2,15 @@
 
     change = scale * X M_free^T + epsilon * X M_fixed^T     where scale is not 0, else 0
 
-with ``M = (P1 P2^T)^T [d, d]``, out by in; products accumulate in float32.
+with ``M = (P1 P2^T)^T [d, d]``, out by in; products accumulate in float32, matrices are their first
+factor as weights are over low ranks (``low_rank_kernels``, ``packing``).
 """
 
 import triton
 import triton.language as tl
 
 from vllm_steer.kernels.lm_steer.change_kernels import write_change
-from vllm_steer.kernels.lm_steer.low_rank_kernels import dot, load_x
+from vllm_steer.kernels.lm_steer.packing import dot, load_x, summed_parts
 
 
 @triton.jit
@@ -17,28 +18,37 @@ def times_matrix(
     x,
     table,
     matrix,
-    row,
-    live,
-    columns,
+    rows,
+    first,
+    last,
+    block,
     width,
     x_row_stride,
     x_column_stride,
+    PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """``X M^T`` for some of the columns of the result."""
-    inside = columns < width
-    weights = table + (matrix.to(tl.int64) * width + columns)[:, None] * width
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for offset in range(0, width, BLOCK_IN):
-        inner = offset + tl.arange(0, BLOCK_IN)
-        mask = live[:, None] & (inner < width)[None, :]
-        a = load_x(x, row, inner, x_row_stride, x_column_stride, mask, table.dtype.element_ty)
-        mask = inside[:, None] & (inner < width)[None, :]
-        b = tl.load(weights + inner[None, :], mask=mask, other=0.0)
+    """``X M^T`` for one block of the columns of the result."""
+    m = tl.arange(0, PARTS * BLOCK_OUT)
+    column = block * BLOCK_OUT + m % BLOCK_OUT
+    weights = table + (matrix.to(tl.int64) * width + column)[:, None] * width
+    n = tl.arange(0, PARTS * BLOCK_ROWS)
+    pair = first + n % BLOCK_ROWS
+    row = tl.load(rows + pair, mask=pair < last, other=0).to(tl.int64)[:, None]
+    k = tl.arange(0, BLOCK_IN)[None, :]
+    acc = tl.zeros((PARTS * BLOCK_OUT, PARTS * BLOCK_ROWS), tl.float32)
+    for offset in range(0, width, PARTS * BLOCK_IN):
+        inner = offset + (m // BLOCK_OUT * BLOCK_IN)[:, None] + k
+        mask = (column < width)[:, None] & (inner < width)
+        a = tl.load(weights + inner, mask=mask, other=0.0)
+        inner = offset + (n // BLOCK_ROWS * BLOCK_IN)[:, None] + k
+        mask = (pair < last)[:, None] & (inner < width)
+        at = row * x_row_stride + inner * x_column_stride
+        b = load_x(x, at, mask, table.dtype.element_ty)
         acc = dot(a, tl.trans(b), acc)
-    return acc
+    return tl.trans(summed_parts(acc, PARTS, BLOCK_OUT, BLOCK_ROWS))
 
 
 @triton.jit
@@ -55,6 +65,7 @@ def dense(
     x_row_stride,
     x_column_stride,
     FUSED: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -64,26 +75,28 @@ def dense(
     first = tl.load(bounds + 5 * tile)
     if first < 0:
         return
-    pairs = first + tl.arange(0, BLOCK_ROWS)
-    live = pairs < tl.load(bounds + 5 * tile + 1)
+    last = tl.load(bounds + 5 * tile + 1)
     free = tl.load(bounds + 5 * tile + 2)
     fixed = tl.load(bounds + 5 * tile + 3)
-    row = tl.load(rows + pairs, mask=live, other=0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    block = tl.program_id(1)
     change = times_matrix(
         x,
         table,
         free,
-        row,
-        live,
-        columns,
+        rows,
+        first,
+        last,
+        block,
         width,
         x_row_stride,
         x_column_stride,
+        PARTS,
         BLOCK_ROWS,
         BLOCK_OUT,
         BLOCK_IN,
     )
+    pairs = first + tl.arange(0, BLOCK_ROWS)
+    live = pairs < last
     scale = tl.load(scales + pairs, mask=live, other=0.0)
     change *= scale[:, None]
     if fixed >= 0:
@@ -91,17 +104,21 @@ def dense(
             x,
             table,
             fixed,
-            row,
-            live,
-            columns,
+            rows,
+            first,
+            last,
+            block,
             width,
             x_row_stride,
             x_column_stride,
+            PARTS,
             BLOCK_ROWS,
             BLOCK_OUT,
             BLOCK_IN,
         )
     change = tl.where((scale != 0)[:, None], change, 0.0)
+    row = tl.load(rows + pairs, mask=live, other=0).to(tl.int64)
+    columns = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask = live[:, None] & (columns < width)[None, :]
     write_change(
         x,

@@ -2,40 +2,26 @@
 
 For a tile of rows ``X [m, d]`` of one slot with factors ``A, B [r, d]`` (P1^T and P2^T):
 
-    shrink  partials_k = X[:, chunk k] A[:, chunk k]^T      split-K: chunks of the width
+    shrink  partials_k = A[:, chunk k] X[:, chunk k]^T      split-K: chunks of the width
     fold    H = (sum_k partials_k) * scale                  in the order of k, rounded to B's dtype
-    expand  change = H B
+    expand  change = B^T H                                  ``H [r, m]``
 
 ``scale`` is epsilon times the row's strength, or epsilon alone for fixed columns; where the
 strength is 0, ``H`` is 0 in all columns, and so is the change of a row that is not finite. Products
 accumulate in float32; ``H`` has to lie within the dtype's range (65504 in float16), as in torch.
-Chunks and tiles depend on the bank only, so a row's result does not depend on the rows beside it.
+
+Weights are the first factor of every product, 64 ranks or columns as Hopper's tensor cores take
+them, and rows are the second: a tile may have few, and rows that are not there cost little. In
+memory what is between the factors lies by pair: ``partials [k, pair, rank]``. Chunks, tiles and who
+folds depend on the bank only, so a row's result does not depend on the rows beside it.
 """
 
 import triton
 import triton.language as tl
 
 from vllm_steer.kernels.lm_steer.change_kernels import write_change
-from vllm_steer.kernels.rounding import INTERPRETED, rounded
-
-
-@triton.jit
-def dot(a, b, acc):
-    """``a b + acc`` in float32; the interpreter has no products of bfloat16."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def load_x(x, rows, columns, row_stride, column_stride, mask, dtype: tl.constexpr):
-    """A tile of ``x`` in the dtype of the weights."""
-    at = rows[:, None] * row_stride + columns[None, :] * column_stride
-    tile = tl.load(x + at, mask=mask, other=0.0)
-    if x.dtype.element_ty != dtype:
-        tile = rounded(tile.to(tl.float32), dtype)
-    return tile
+from vllm_steer.kernels.lm_steer.packing import dot, load_x, summed_parts
+from vllm_steer.kernels.rounding import rounded
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -68,19 +54,37 @@ def shrink(
     pairs = first + tl.arange(0, BLOCK_ROWS)
     live = pairs < last
     row = tl.load(rows + pairs, mask=live, other=0).to(tl.int64)
-    ranks = tl.load(work + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK_RANKS)
+    block = tl.multiple_of(tl.load(work + 2 * tl.program_id(0) + 1), BLOCK_RANKS)
+    ranks = block + tl.arange(0, BLOCK_RANKS)
     weights = table + (start + ranks).to(tl.int64)[:, None] * width
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_RANKS), tl.float32)
+    acc = tl.zeros((BLOCK_RANKS, BLOCK_ROWS), tl.float32)
     for offset in range(0, CHUNK, BLOCK_WIDTH):
-        columns = chunk * CHUNK + offset + tl.arange(0, BLOCK_WIDTH)
+        columns = chunk * CHUNK + offset + tl.arange(0, BLOCK_WIDTH)[None, :]
         inside = columns < width
-        mask = live[:, None] & inside[None, :]
-        a = load_x(x, row, columns, x_row_stride, x_column_stride, mask, table.dtype.element_ty)
-        mask = (ranks < rank)[:, None] & inside[None, :]
-        b = tl.load(weights + columns[None, :], mask=mask, other=0.0)
+        a = tl.load(weights + columns, mask=(ranks < rank)[:, None] & inside, other=0.0)
+        at = row[:, None] * x_row_stride + columns * x_column_stride
+        b = load_x(x, at, live[:, None] & inside, table.dtype.element_ty)
         acc = dot(a, tl.trans(b), acc)
-    place = (chunk.to(tl.int64) * num_pairs + pairs)[:, None] * rank_stride + ranks[None, :]
-    tl.store(partials + place, acc, mask=live[:, None])  # zeros in ranks that are not there
+    place = (chunk.to(tl.int64) * num_pairs + pairs)[None, :] * rank_stride + ranks[:, None]
+    tl.store(partials + place, acc, mask=live[None, :])  # zeros in ranks that are not there
+
+
+@triton.jit
+def folded(
+    partials,
+    at,
+    mask,
+    step,
+    scale,
+    factor,
+    CHUNKS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """``H`` at some places: partial sums ``step`` numbers apart added up, scaled, rounded."""
+    total = tl.load(partials + at, mask=mask, other=0.0)
+    for chunk in tl.static_range(1, CHUNKS):
+        total += tl.load(partials + chunk * step + at, mask=mask, other=0.0)
+    return rounded(tl.where(scale != 0, total * factor, 0.0), dtype)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -97,73 +101,109 @@ def fold(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
 ):
-    """``inner[pair, rank]``; programs are the work items."""
+    """``inner[pair, rank]``; programs ``(work item, some of the tile's rows)``."""
     tile = tl.load(work + 2 * tl.program_id(0))
     if tile < 0:
         return
-    first = tl.load(bounds + 5 * tile)
+    first = tl.load(bounds + 5 * tile) + tl.program_id(1) * BLOCK_ROWS
     last = tl.load(bounds + 5 * tile + 1)
+    if first >= last:
+        return
     start = tl.load(bounds + 5 * tile + 2)
     free = tl.load(bounds + 5 * tile + 3) - start
     pairs = first + tl.arange(0, BLOCK_ROWS)
-    ranks = tl.load(work + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK_RANKS)
-    mask = (pairs < last)[:, None]
-    place = pairs.to(tl.int64)[:, None] * rank_stride + ranks[None, :]
-    total = tl.load(partials + place, mask=mask, other=0.0)
-    for chunk in range(1, CHUNKS):
-        at = chunk * num_pairs.to(tl.int64) * rank_stride + place
-        total += tl.load(partials + at, mask=mask, other=0.0)
-    scale = tl.load(scales + pairs, mask=pairs < last, other=0.0)
-    epsilon = tl.load(epsilons + tile)
-    total *= tl.where((ranks < free)[None, :], scale[:, None], epsilon)
-    total = tl.where((scale != 0)[:, None], total, 0.0)
-    tl.store(inner + place, rounded(total, inner.dtype.element_ty), mask=mask)
+    live = pairs < last
+    block = tl.multiple_of(tl.load(work + 2 * tl.program_id(0) + 1), BLOCK_RANKS)
+    ranks = block + tl.arange(0, BLOCK_RANKS)
+    at = pairs.to(tl.int64)[:, None] * rank_stride + ranks[None, :]
+    step = num_pairs.to(tl.int64) * rank_stride
+    scale = tl.load(scales + pairs, mask=live, other=0.0)[:, None]
+    factor = tl.where((ranks < free)[None, :], scale, tl.load(epsilons + tile))
+    dtype = inner.dtype.element_ty
+    mask = live[:, None]
+    tl.store(inner + at, folded(partials, at, mask, step, scale, factor, CHUNKS, dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def expand(
     x,
     inner,
     table,
     rows,
+    scales,
     bounds,
+    epsilons,
     out,
     changes,
+    num_pairs,
     width,
     rank_stride,
     x_row_stride,
     x_column_stride,
     FUSED: tl.constexpr,
-    FOLDED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WRITTEN: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """The change of a tile's rows; programs ``(tile, block of the width)``."""
+    """The change of a tile's rows; programs ``(tile, block of the width)``.
+
+    ``inner`` is what fold has written where CHUNKS is 0, else what shrink has. A block of the width
+    is multiplied in PARTS blocks of ranks at once (``packing``).
+    """
     tile = tl.program_id(0)
     first = tl.load(bounds + 5 * tile)
     if first < 0:
         return
     last = tl.load(bounds + 5 * tile + 1)
     start = tl.load(bounds + 5 * tile + 2)
+    free = tl.load(bounds + 5 * tile + 3) - start
     rank = tl.load(bounds + 5 * tile + 4) - start
+    epsilon = tl.load(epsilons + tile)
+    written = tl.cdiv(rank, WRITTEN) * WRITTEN  # zeros from rank on: an even end for wide loads
+    step = num_pairs.to(tl.int64) * rank_stride
+
+    m = tl.arange(0, PARTS * BLOCK_WIDTH)
+    columns = tl.program_id(1) * BLOCK_WIDTH + m % BLOCK_WIDTH
+    inside = columns < width
+    n = tl.arange(0, PARTS * BLOCK_ROWS)
+    pair = first + n % BLOCK_ROWS
+    live = (pair < last)[:, None]
+    scale = tl.load(scales + pair, mask=pair < last, other=0.0)[:, None]
+    k = tl.arange(0, BLOCK_RANKS)
+    acc = tl.zeros((PARTS * BLOCK_WIDTH, PARTS * BLOCK_ROWS), tl.float32)
+    for offset in range(0, rank, PARTS * BLOCK_RANKS):
+        ranks = offset + k[:, None] + (m // BLOCK_WIDTH * BLOCK_RANKS)[None, :]
+        at = (start + ranks).to(tl.int64) * width + columns[None, :]
+        a = tl.load(table + at, mask=(ranks < rank) & inside[None, :], other=0.0)
+        ranks = offset + (n // BLOCK_ROWS * BLOCK_RANKS)[:, None] + k[None, :]
+        at = pair.to(tl.int64)[:, None] * rank_stride + ranks
+        mask = live & (ranks < written)
+        if CHUNKS == 0:
+            b = tl.load(inner + at, mask=mask, other=0.0)
+        else:
+            factor = tl.where(ranks < free, scale, epsilon)
+            b = folded(inner, at, mask, step, scale, factor, CHUNKS, table.dtype.element_ty)
+        acc = dot(tl.trans(a), tl.trans(b), acc)
+    change = tl.trans(summed_parts(acc, PARTS, BLOCK_WIDTH, BLOCK_ROWS))
+    columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     pairs = first + tl.arange(0, BLOCK_ROWS)
     live = pairs < last
-    columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    inside = columns < width
-    written = tl.cdiv(rank, FOLDED) * FOLDED  # zeros from rank on: an even end for wide loads
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-    for offset in range(0, rank, BLOCK_RANKS):
-        ranks = offset + tl.arange(0, BLOCK_RANKS)
-        mask = live[:, None] & (ranks < written)[None, :]
-        at = pairs.to(tl.int64)[:, None] * rank_stride + ranks[None, :]
-        a = tl.load(inner + at, mask=mask, other=0.0)
-        mask = (ranks < rank)[:, None] & inside[None, :]
-        at = (start + ranks).to(tl.int64)[:, None] * width + columns[None, :]
-        b = tl.load(table + at, mask=mask, other=0.0)
-        acc = dot(a, b, acc)
     row = tl.load(rows + pairs, mask=live, other=0).to(tl.int64)
-    mask = live[:, None] & inside[None, :]
+    mask = live[:, None] & (columns < width)[None, :]
     write_change(
-        x, out, changes, acc, pairs, row, columns, mask, width, x_row_stride, x_column_stride, FUSED
+        x,
+        out,
+        changes,
+        change,
+        pairs,
+        row,
+        columns,
+        mask,
+        width,
+        x_row_stride,
+        x_column_stride,
+        FUSED,
     )

@@ -66,8 +66,8 @@ class SlotColumns:
 
     @property
     def rank_stride(self) -> int:
-        """Length of a pair's row between the two factors: aligned for the widest loads."""
-        return -(-self.max_rank // 32) * 32
+        """Length of a pair's row between the two factors: whole blocks of ranks."""
+        return -(-self.max_rank // 64) * 64
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def expand_row(
     for offset in range(0, rank, BLOCK_RANKS):
         ranks = offset + tl.arange(0, BLOCK_RANKS)
         total = tl.zeros((BLOCK_RANKS,), tl.float32)
-        for chunk in range(CHUNKS):
+        for chunk in tl.static_range(CHUNKS):
             at = (chunk * num_pairs.to(tl.int64) + pair) * rank_stride + ranks
             total += tl.load(partials + at, mask=ranks < rank, other=0.0)
         total *= tl.where(ranks < free, scale, epsilon)

@@ -30,6 +30,7 @@ ROWS = {"by_tile": CROWD_FROM + 70, "by_row": CROWD_FROM + 2}  # of one slot mor
 
 layouts = pytest.mark.parametrize("layout", ["off", "all-6", "distinct", "zipf", "one-to-four"])
 stores = pytest.mark.parametrize("stored", ["low-rank", "dense"])
+widths = pytest.mark.parametrize("width", [17, 48], ids=["odd", "for-tensor-cores"])
 
 
 @forms
@@ -141,12 +142,13 @@ def test_steers_of_a_row_are_added_in_ascending_order_of_slot(
 @forms
 @dtypes
 @stores
+@widths
 def test_what_other_slots_hold_reaches_no_row(
-    stored: str, dtype: torch.dtype, form: str, device: torch.device
+    width: int, stored: str, dtype: torch.dtype, form: str, device: torch.device
 ) -> None:
     """NaN in all tables but for one slot's own entries, and beside every row of ``x``."""
-    steers = some_steers(17, dtype, device)
-    tables, x = tables_of(steers, stored), random_rows(2, 17, dtype).to(device)
+    steers = some_steers(width, dtype, device)
+    tables, x = tables_of(steers, stored), random_rows(2, width, dtype).to(device)
     for slot in range(NUM_SLOTS):
         uses = [(0, slot, 1.5)]
         wanted = steer(form, x, tables, steers, uses)
@@ -172,12 +174,13 @@ def test_a_row_of_nan_spoils_no_other_row(stored: str, form: str, device: torch.
 @forms
 @dtypes
 @pytest.mark.parametrize("layout", ["off", "all-2", "distinct", "one-to-four"])
+@widths
 def test_longer_tables_give_the_same_bits(
-    layout: str, dtype: torch.dtype, form: str, device: torch.device
+    width: int, layout: str, dtype: torch.dtype, form: str, device: torch.device
 ) -> None:
     """As a CUDA graph's buffers have them, with nonsense in what is not there."""
-    steers = some_steers(17, dtype, device)
-    tables, x = tables_of(steers, "both"), random_rows(6, 17, dtype).to(device)
+    steers = some_steers(width, dtype, device)
+    tables, x = tables_of(steers, "both"), random_rows(6, width, dtype).to(device)
     module, rows = FORMS[form], steered(uses_of(layout, 6), steers)
     placed = module.place(rows, tables, device)
     longer = padded(placed, pairs=40, tiles=40, work=90, rows=12)
@@ -193,8 +196,9 @@ FENCE = 8192
 @forms
 @dtypes
 @pytest.mark.parametrize("layout", ["distinct", "one-to-four"])
+@widths
 def test_nothing_is_written_or_read_beside_the_memory_asked_for(
-    layout: str, dtype: torch.dtype, form: str, device: torch.device, monkeypatch
+    width: int, layout: str, dtype: torch.dtype, form: str, device: torch.device, monkeypatch
 ) -> None:
     frames: list[tuple[torch.Tensor, int]] = []
 
@@ -204,8 +208,8 @@ def test_nothing_is_written_or_read_beside_the_memory_asked_for(
         frames.append((frame, shape.numel()))
         return frame[FENCE : FENCE + shape.numel()].view(shape)
 
-    steers = some_steers(33, dtype, device)
-    tables, x = tables_of(steers, "both"), random_rows(5, 33, dtype).to(device)
+    steers = some_steers(width, dtype, device)
+    tables, x = tables_of(steers, "both"), random_rows(5, width, dtype).to(device)
     placed = FORMS[form].place(steered(uses_of(layout, 5), steers), tables, device)
     wanted = FORMS[form].steer_rows(x, tables, placed)
     with monkeypatch.context() as patched:
