@@ -27,6 +27,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
+from vllm_steer.kernels.divergence import fused as divergence
 from vllm_steer.kernels.guidance import Directions, fused
 from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteerTables
 from vllm_steer.kernels.lm_steer.by_row import BY_ROW
@@ -34,6 +35,7 @@ from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
 
 SM_90 = GPUTarget("cuda", 90, 32)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+VOCAB = 128256
 SHAPES = ((1280, 640), (4096, 64), (4096, 1000), (8192, 1000))
 
 
@@ -140,6 +142,11 @@ def warm_ups(dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Callable[[], 
                     num_doses=4,
                 ),
             )
+
+    logits = torch.empty(2, VOCAB, dtype=dtype)
+    one = torch.zeros(1, dtype=torch.int64)
+    case = {"operation": "divergence", "width": VOCAB, "rank": 0}
+    yield case, partial(divergence.divergence, logits, one, one + 1, 0.5)
 
 
 def report() -> Iterator[dict[str, Any]]:

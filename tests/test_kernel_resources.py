@@ -134,6 +134,33 @@ def test_guidance_kernels_fit_a_hopper_card_without_spilling(
     assert_fit(tool, compiled)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [128256, 50257])
+def test_divergence_kernels_fit_a_hopper_card_without_spilling(
+    tool: ModuleType, vocab_size: int, dtype: torch.dtype
+) -> None:
+    with tool.compiling() as compiled:
+        divergence_of(tool, 1, vocab_size, dtype)
+    assert {name for name, _ in compiled} == {"likeliest", "divergence"}
+    assert_fit(tool, compiled)
+
+
+def test_no_number_of_doses_compiles_what_the_first_has_not(tool: ModuleType) -> None:
+    with tool.compiling() as at_start:
+        divergence_of(tool, 64, 128256, torch.bfloat16)
+    with tool.compiling() as while_serving:
+        for doses in (1, 2, 3, 16, 17, 63):
+            divergence_of(tool, doses, 128256, torch.bfloat16)
+    assert while_serving and set(while_serving) <= set(at_start)
+
+
+def divergence_of(tool: ModuleType, doses: int, vocab_size: int, dtype: torch.dtype) -> None:
+    """As a step calls it: logits, rows and p of so many doses, each in memory of its own."""
+    logits = torch.zeros(2 * doses, vocab_size, dtype=dtype)
+    rows = torch.arange(doses)
+    tool.divergence.divergence(logits, rows, rows + doses, torch.full((doses,), 0.5))
+
+
 def assert_fit(tool: ModuleType, compiled: dict[tuple[str, str], Any]) -> None:
     """No kernel spills, and at least one block of each fits a multiprocessor."""
     for (name, _), kernel in compiled.items():
