@@ -1,13 +1,14 @@
 """Every form of every steering operation by itself: time, floor, and share of the floor reached.
 
     python benchmarks/bench_kernels.py --json OUT [--grid full|short] [--quick] [--variants]
-        [--only lm_steer,guidance,map,host] [--seconds N] ...
+        [--only lm_steer,guidance,map,divergence,host] [--seconds N] ...
 
 Sections: ``lm_steer`` the change of a batch's logits rows, ``guidance`` one layer's change of a
-step's tokens, ``map`` which token takes what, ``host`` the host's tables for ``lm_steer``. On a
-CUDA device the whole grid, by graph replay and by launches; on a CPU the forms in plain torch on
-fewer rows. A form that cannot run a case has a line with the reason instead of a time; one that
-fails has a line with the error, and the run then ends with code 1.
+step's tokens, ``map`` which token takes what, ``divergence`` the KL of a dynamic strength, ``host``
+the host's tables for ``lm_steer``. On a CUDA device the whole grid, by graph replay and by
+launches; on a CPU the forms in plain torch on fewer rows. A form that cannot run a case has a line
+with the reason instead of a time; one that fails has a line with the error, and the run then ends
+with code 1.
 
 ``--grid short`` is for a few minutes on a card: our form for the device and a plain product beside
 it. ``--variants`` adds LM-Steer in Triton with other block sizes than an engine takes. The file is
@@ -28,7 +29,8 @@ from typing import Any
 import machine
 import timing
 import torch
-from operations import guidance, lm_steer, routing, token_map
+from operations import divergence, guidance, lm_steer, routing, token_map
+from operations.divergence import DivergenceCase
 from operations.guidance import GuidanceCase, guidance_cases
 from operations.lm_steer_cases import LMSteerCase, Shape, lm_steer_cases
 from operations.lm_steer_forms import FORMS, VARIANTS
@@ -36,7 +38,7 @@ from operations.measure import NO_TIME, Bench
 from operations.routing import routing_cases
 from operations.token_map import MapCase
 
-SECTIONS = ("lm_steer", "guidance", "map", "host")
+SECTIONS = ("lm_steer", "guidance", "map", "divergence", "host")
 REACH = 4  # sets of inputs fill the last cache so many times
 
 
@@ -57,6 +59,8 @@ class Grid:
     decode: int
     prefill: int
     host_rows: tuple[int, ...]
+    vocab: int
+    probes: tuple[int, ...]
     repeats: int
     ours: bool = False
 
@@ -72,6 +76,10 @@ class Grid:
         """A decode step of as many requests as tokens, and a prefill of eight requests."""
         steps = (("decode", self.decode, self.decode), ("prefill", self.prefill, 8))
         return [MapCase(*step, 32, k) for step in steps if step[1] for k in self.doses]
+
+    def divergence_cases(self) -> list[DivergenceCase]:
+        """Steps of so many dynamic doses."""
+        return [DivergenceCase(doses, self.vocab) for doses in self.probes]
 
     def routing_cases(self) -> list[LMSteerCase]:
         """Batches for the host's part."""
@@ -91,6 +99,8 @@ GPU = Grid(
     decode=256,
     prefill=8192,
     host_rows=(64, 256, 1024),
+    vocab=128256,
+    probes=(1, 16, 64),
     repeats=20,
 )
 CPU = Grid(
@@ -105,6 +115,8 @@ CPU = Grid(
     decode=256,
     prefill=2048,
     host_rows=(64, 256, 1024),
+    vocab=128256,
+    probes=(1, 16),
     repeats=7,
 )
 QUICK = Grid(
@@ -119,6 +131,8 @@ QUICK = Grid(
     decode=16,
     prefill=256,
     host_rows=(64,),
+    vocab=500,
+    probes=(1, 4),
     repeats=3,
 )
 SHORT = Grid(
@@ -133,6 +147,8 @@ SHORT = Grid(
     decode=256,
     prefill=0,
     host_rows=(),
+    vocab=128256,
+    probes=(1, 64),
     repeats=10,
     ours=True,
 )
@@ -144,6 +160,8 @@ QUICK_SHORT = replace(
     width=64,
     tokens=(16,),
     decode=16,
+    vocab=500,
+    probes=(1, 4),
     repeats=3,
 )
 
@@ -212,11 +230,13 @@ def _unseen_lines(args: argparse.Namespace, bench: Bench) -> Iterator[dict[str, 
         ours = ("triton_tiles", "triton_rows") if on_card else ("torch_groups",)
         forms = {name: FORMS[name] for name in (*ours, "addmm")}
         layers = maps = ("triton" if on_card else "torch",)
+    kls = ("triton", "torch") if on_card else ("torch",)
     cases = grid.lm_steer_cases()
     sections = {
         "lm_steer": lambda: lm_steer.run(cases, bench, forms),
         "guidance": lambda: guidance.run(grid.guidance_cases(), bench, layers),
         "map": lambda: token_map.run(grid.map_cases(), bench, maps),
+        "divergence": lambda: divergence.run(grid.divergence_cases(), bench, kls),
         "host": lambda: routing.run(grid.routing_cases(), bench),
     }
     for name in args.only:

@@ -385,7 +385,7 @@ def test_a_result_says_where_and_with_what_it_was_measured(result: dict[str, Any
 @pytest.mark.matrix
 def test_every_section_has_times_or_reasons(result: dict[str, Any]) -> None:
     timed = Counter(row["section"] for row in result["rows"] if "us" in row)
-    assert set(timed) == {"lm_steer", "guidance", "map", "host"}
+    assert set(timed) == {"lm_steer", "guidance", "map", "divergence", "host"}
     for row in result["rows"]:
         assert ("us" in row) != bool(row.get("skipped")), row
         assert "failed" not in row

@@ -68,7 +68,7 @@ def _on_a_card() -> list[list[Phase]]:
                 "operations",
                 (
                     *("bench_kernels.py", "--json", "{json}", "--grid", "short"),
-                    *("--seconds", "80"),
+                    *("--seconds", "80", "--variants"),
                 ),
                 100,
             )
@@ -142,7 +142,7 @@ def _dry() -> list[list[Phase]]:
         [
             Phase(
                 "operations",
-                ("bench_kernels.py", "--json", "{json}", "--tiny", "--seconds", "60"),
+                ("bench_kernels.py", "--json", "{json}", "--quick", "--grid", "short"),
                 180,
             )
         ],
