@@ -19,13 +19,13 @@ from vllm_steer.doses import Dose, Dynamic
 Setting = Mapping[str, float | Mapping[str, Any]]
 
 RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
-VLLM = Version(importlib.metadata.version("vllm"))
+vllm_version = Version(importlib.metadata.version("vllm"))
 
 # What a vLLM cannot do by itself, with the plugin turned off too.
 samples = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1" and VLLM < Version("0.31"),
-    reason=f"vLLM {VLLM.base_version} cannot sample at a temperature here: its kernel gumbel_sample "
-    "fails in Triton's interpreter",
+    os.environ.get("TRITON_INTERPRET") == "1" and vllm_version < Version("0.31"),
+    reason=f"vLLM {vllm_version.base_version} cannot sample at a temperature here: its kernel "
+    "gumbel_sample fails in Triton's interpreter",
 )
 
 # At least 8 requests with at least 6 settings: every variant, mixes, zero and none.
