@@ -22,6 +22,11 @@ RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
 vllm_version = Version(importlib.metadata.version("vllm"))
 
 # What a vLLM cannot do by itself, with the plugin turned off too.
+ties_gemma = vllm_version < Version("0.29")
+unties_gemma = pytest.mark.skipif(
+    ties_gemma,
+    reason=f"vLLM {vllm_version.base_version} asserts that a Gemma's head is tied",
+)
 samples = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" and vllm_version < Version("0.31"),
     reason=f"vLLM {vllm_version.base_version} cannot sample at a temperature here: its kernel "
