@@ -27,6 +27,7 @@ class Gate:
     """
 
     def __init__(self, scheduler: Any, may_go: Callable[..., bool]) -> None:
+        self._scheduler = scheduler
         self._scheduling = False
         if hasattr(scheduler, _ASKED):
             is_ready = getattr(scheduler, _ASKED)
@@ -46,6 +47,14 @@ class Gate:
             yield
         finally:
             self._scheduling = False
+
+    def forget(self, request: Any) -> None:
+        """Let go of a request that has ended. Before 0.27 vLLM does not look among those that were
+        skipped, where one is that lost its blocks while its last step was being computed.
+        """
+        skipped = getattr(self._scheduler, "skipped_waiting", None)
+        if skipped:
+            skipped.remove_requests([request])
 
     def _is_asked(self, status: Any) -> bool:
         return self._scheduling or bool(self._is_blocked(status))

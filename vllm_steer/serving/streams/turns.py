@@ -159,6 +159,7 @@ class Turns:
         """The main stream has had its turn: with a token the others go on, at its end they end."""
         main = group.main
         if main.is_finished():
+            self._gate.forget(main)
             self.leave(main.request_id)
         elif main.num_output_tokens > group.num_tokens:
             group.num_tokens = main.num_output_tokens
