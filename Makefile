@@ -9,8 +9,11 @@ PYTEST := $(BIN)/python -m pytest
 # Face's classes as they were made, and so in a process after theirs.
 PARALLEL := -n 2 --dist loadfile
 V2 := VLLM_STEER_TEST_RUNNER=v2
+# Of test-version: the vLLM, and the runs (v1-matrix and v2-matrix are the longer ones).
+VERSION ?= 0.32.0
+RUNS ?= v1,v2,http,kernels
 
-.PHONY: demo test test-all test-gpu check format clean
+.PHONY: demo test test-all test-gpu test-version check format clean
 
 demo: $(READY)  ## serve the embedded model and answer one batch under different steers
 	$(BIN)/vllm-steer demo
@@ -32,6 +35,9 @@ test-gpu: $(READY)  ## the kernels on a card, and engines with CUDA graphs again
 	$(BIN)/python benchmarks/card/pack.py build/card/pack
 	$(BIN)/python benchmarks/card/run.py build/card/pack build/card/out --only machine,kernels,engine-v2,engine-v1
 
+test-version: .venv-$(VERSION)/.ready  ## both model runners on another vLLM: VERSION=0.25.1
+	.venv-$(VERSION)/bin/python scripts/test_version.py $(VERSION) --runs $(RUNS)
+
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,8 +48,12 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-* build dist *.egg-info
 
 $(READY): setup.py requirements-cpu.txt scripts/make_environment.py $(wildcard stubs/*/pyproject.toml)
 	$(PYTHON) scripts/make_environment.py $(VENV)
+	touch $@
+
+.venv-%/.ready: setup.py scripts/make_environment.py $(wildcard stubs/*/pyproject.toml)
+	$(PYTHON) scripts/make_environment.py .venv-$* $*
 	touch $@

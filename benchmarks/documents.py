@@ -1,14 +1,16 @@
 """The tables in the documents, made from the result files: ``python benchmarks/documents.py``.
 
 A document holds a table between two comments, ``<!-- table: NAME -->`` (or ``summary``) and
-``<!-- end -->``, where NAME is a file in ``benchmarks/results``.
+``<!-- end -->``, where NAME is a file in ``benchmarks/results``; for ``versions`` it is a folder.
 """
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from table import markdown, summary
+from versions import versions
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
@@ -16,8 +18,9 @@ DOCUMENTS = (
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "compose.md",
 )
-MAKERS = {"table": markdown, "summary": summary}
-BLOCK = re.compile(r"(<!-- (table|summary): (\S+) -->\n).*?(<!-- end -->)", re.S)
+RESULTS = ROOT / "benchmarks" / "results"
+MAKERS = {"table": markdown, "summary": summary, "versions": versions}
+BLOCK = re.compile(r"(<!-- (table|summary|versions): (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def filled(text: str) -> str:
@@ -25,10 +28,16 @@ def filled(text: str) -> str:
 
     def fill(block: re.Match[str]) -> str:
         start, kind, name, end = block.groups()
-        result = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
-        return f"{start}\n{MAKERS[kind](result)}\n\n{end}"
+        return f"{start}\n{MAKERS[kind](_read(RESULTS / name))}\n\n{end}"
 
     return BLOCK.sub(fill, text)
+
+
+def _read(path: Path) -> Any:
+    """A result file, or all of a folder."""
+    if path.is_dir():
+        return [_read(file) for file in path.glob("*.json")]
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main() -> None:

@@ -58,7 +58,8 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def describe_commit() -> dict[str, Any]:
-    """The repository's commit and whether files differ from it; None outside of git.
+    """The repository's commit and whether files differ from it, other than results; None outside
+    of git.
 
     A copy that was packed for another machine has them in ``commit.json``.
     """
@@ -67,7 +68,7 @@ def describe_commit() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(packed.read_text())
         return found
     commit = _output("git", "rev-parse", "HEAD")
-    status = _output("git", "status", "--porcelain")
+    status = _output("git", "status", "--porcelain", ":/", ":(exclude,top)benchmarks/results")
     return {"commit": commit, "dirty": None if commit is None else bool(status)}
 
 

@@ -217,7 +217,7 @@ def markdown(result: dict[str, Any]) -> str:
     """A result as a markdown table under its title, with the command that made it."""
     lines = [cells(result, line) for line in result["rows"]]
     return "\n".join(
-        [f"**{title(result)}**", "", *_grid(headings(result), lines), "", origin(result)]
+        [f"**{title(result)}**", "", *grid(headings(result), lines), "", origin(result)]
     )
 
 
@@ -233,7 +233,7 @@ def summary(result: dict[str, Any]) -> str:
     if result["benchmark"] == "composition":
         rows = [*result["tried"], *rows]
     heads, lines = makers[result["benchmark"]](rows)
-    return "\n".join([f"**{title(result)}**", "", *_grid(heads, lines), "", origin(result)])
+    return "\n".join([f"**{title(result)}**", "", *grid(heads, lines), "", origin(result)])
 
 
 def _over_batch_sizes(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -324,7 +324,8 @@ def origin(result: dict[str, Any]) -> str:
     )
 
 
-def _grid(heads: list[str], lines: list[list[str]]) -> list[str]:
+def grid(heads: list[str], lines: list[list[str]]) -> list[str]:
+    """The lines of a markdown table."""
     return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *lines)]
 
 

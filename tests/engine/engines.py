@@ -1,13 +1,16 @@
 """Real vLLM engines in this process, and the steers and requests that the tests give them."""
 
 import gc
+import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, heads_width
 
 from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer, save_steer
@@ -16,6 +19,19 @@ from vllm_steer.doses import Dose, Dynamic
 Setting = Mapping[str, float | Mapping[str, Any]]
 
 RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
+vllm_version = Version(importlib.metadata.version("vllm"))
+
+# What a vLLM cannot do by itself, with the plugin turned off too.
+ties_gemma = vllm_version < Version("0.29")
+unties_gemma = pytest.mark.skipif(
+    ties_gemma,
+    reason=f"vLLM {vllm_version.base_version} asserts that a Gemma's head is tied",
+)
+samples = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1" and vllm_version < Version("0.31"),
+    reason=f"vLLM {vllm_version.base_version} cannot sample at a temperature here: its kernel "
+    "gumbel_sample fails in Triton's interpreter",
+)
 
 # At least 8 requests with at least 6 settings: every variant, mixes, zero and none.
 MIXED: tuple[dict[str, float], ...] = (

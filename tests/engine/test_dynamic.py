@@ -8,7 +8,17 @@ import pytest
 import transformers
 from dynamic_outputs import assert_dynamic
 from dynamic_reference import reference_generate
-from engines import RUNNER, Setting, doses_of, dynamic, engine, greedy, is_dynamic, reporting
+from engines import (
+    RUNNER,
+    Setting,
+    doses_of,
+    dynamic,
+    engine,
+    greedy,
+    is_dynamic,
+    reporting,
+    samples,
+)
 from reference import assert_guided, load_reference
 from scheduling import leftovers, scheduler_of
 
@@ -210,6 +220,7 @@ def sampled(setting: Setting, **options: Any) -> list[Any]:
     return reporting(greedy([setting], max_tokens=16, temperature=1.0, **options))
 
 
+@samples
 @slow_on_v2
 @pytest.mark.parametrize("setting", [FRENCH, GLAD, MIXED[7]], ids=["delta", "head", "three"])
 def test_two_samples_of_a_request_each_have_the_strengths_of_their_own_text(
@@ -225,6 +236,7 @@ def test_two_samples_of_a_request_each_have_the_strengths_of_their_own_text(
             assert strengths == pytest.approx(completion.steer_strengths[name], abs=1e-4)
 
 
+@samples
 @slow_on_v2
 @pytest.mark.parametrize("setting", [FRENCH, GLAD], ids=["delta", "head"])
 def test_penalties_and_truncation_are_the_main_streams_alone(

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engines import engine
+from engines import engine, greedy, reporting
 from reference import load_reference
 from scheduling import leftovers, preemptions, scheduler_of
-from test_dynamic_stress import BLOCK, CONFIG, KINDS, check, serve, texts
+from test_dynamic_stress import BLOCK, CONFIG, FRENCH, HEAD, KINDS, check, finished, serve, texts
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
@@ -49,3 +49,21 @@ def test_strengths_and_tokens_are_those_of_the_texts(blocks: int, length: int) -
     assert (count > 0) == (blocks < 100)
     assert held == {}
     check(outputs, KINDS, load_reference(embedded.MODEL), steers)
+
+
+def test_all_blocks_may_be_taken_back_while_a_step_is_computed() -> None:
+    """As for new weights: at any moment of a text, its last token too."""
+    steers = {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
+    settings, outputs = [FRENCH, HEAD, {}], []
+    with engine(embedded.MODEL, CONFIG, max_num_seqs=16, block_size=BLOCK) as llm:
+        core, scheduler = llm.llm_engine, scheduler_of(llm)
+        for moment in range(1, 9):
+            asked = zip(texts(3, 20), reporting(greedy(settings, max_tokens=3)), strict=True)
+            for index, request in enumerate(asked):
+                core.add_request(f"{moment}-{index}", *request)
+            ended = [output for _ in range(moment) for output in core.step() if output.finished]
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+            ended += finished(core, 3 - len(ended))
+            outputs += sorted(ended, key=lambda output: output.request_id)
+            assert leftovers(llm) == {}, f"after {moment} steps"
+    check(outputs, settings * 8, load_reference(embedded.MODEL), steers)

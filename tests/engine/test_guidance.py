@@ -16,6 +16,7 @@ from engines import (
     guided_family,
     prompts,
     steer_config,
+    unties_gemma,
 )
 from reference import assert_guided, load_reference
 from tiny_models import (
@@ -79,12 +80,15 @@ CORE = (
 )
 
 
+def marks(family: str) -> list[pytest.MarkDecorator]:
+    return [
+        *([] if family in CORE else [pytest.mark.matrix]),
+        *([unties_gemma] if family == "gemma" else []),
+    ]
+
+
 @pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=() if family in CORE else pytest.mark.matrix)
-        for family in GUIDED_FAMILIES
-    ],
+    "family", [pytest.param(family, marks=marks(family)) for family in GUIDED_FAMILIES]
 )
 def test_every_kind_site_mode_schedule_and_phase_on_each_family(
     family: str, tmp_path: Path

@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import MIXED, RUNNER, engine, greedy, prompts, random_steers, steer_config
+from engines import (
+    MIXED,
+    RUNNER,
+    engine,
+    greedy,
+    prompts,
+    random_steers,
+    samples,
+    steer_config,
+)
 from reference import assert_greedy, load_reference, steered_logprobs
 from tiny_models import FAMILIES, VOCAB, save_tiny_model
 
@@ -98,6 +107,7 @@ def test_compiled_model(llama: Path, steers: dict[str, Any], tmp_path: Path) -> 
     assert_mixed_batch(llama, steers, tmp_path, enforce_eager=False)
 
 
+@samples
 def test_several_samples_of_one_request_are_all_steered(
     llama: Path, steers: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -102,12 +102,13 @@ class FakeScheduler:
         skipped: list[FakeRequest] = []
         while self.waiting and left and len(self.running) < self.max_num_running_reqs:
             request = self.waiting[0]
-            if not self._handle_blocked_waiting_request(request):
+            if not self._may_be_admitted(request):
                 skipped.append(self.waiting.pop(0))
                 continue
             count = min(request.num_tokens, left)
             if self._free() < count:
                 break
+            assert request.num_output_placeholders == 0
             self.running.append(self.waiting.pop(0))
             request.status = RequestStatus.RUNNING
             left -= self._take(request, count, scheduled)
@@ -123,18 +124,14 @@ class FakeScheduler:
             request.num_computed_tokens += count
         return count
 
-    def _handle_blocked_waiting_request(self, request: FakeRequest) -> bool:
-        if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
-            if not request.grammar_is_ready:
-                return False
-            request.status = RequestStatus.WAITING
-        return True
+    def _may_be_admitted(self, request: FakeRequest) -> bool:
+        raise NotImplementedError
 
     def _preempt_request(self, request: FakeRequest, timestamp: float) -> None:
         assert request.status == RequestStatus.RUNNING
         assert request not in self.running
         request.status = RequestStatus.PREEMPTED
-        request.num_computed_tokens = request.num_output_placeholders = 0
+        request.num_computed_tokens = 0
         self.num_preempted += 1
         self.waiting.insert(0, request)
 
@@ -158,7 +155,7 @@ class FakeScheduler:
             client.outputs.append(EngineCoreOutput(req_id, list(tokens), finish_reason=reason))
         return outputs
 
-    def finish_requests(self, request_ids: Any, finished_status: Any) -> list[FakeRequest]:
+    def finish_requests(self, request_ids: Any, finished_status: Any) -> list[Any]:
         ids: Iterable[str] = (request_ids,) if isinstance(request_ids, str) else request_ids
         ended = [
             self.requests.pop(i)
@@ -176,6 +173,48 @@ class FakeScheduler:
             self._preempt_request(self.running.pop(), 0.0)
 
 
+class NewScheduler(FakeScheduler):
+    """As from vLLM 0.31 on: one method is asked about every waiting request."""
+
+    def _may_be_admitted(self, request: FakeRequest) -> bool:
+        return self._handle_blocked_waiting_request(request)
+
+    def _handle_blocked_waiting_request(self, request: FakeRequest) -> bool:
+        if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+            if not request.grammar_is_ready:
+                return False
+            request.status = RequestStatus.WAITING
+        return True
+
+    def _preempt_request(self, request: FakeRequest, timestamp: float) -> None:
+        super()._preempt_request(request, timestamp)
+        request.num_output_placeholders = 0
+
+
+class OldScheduler(FakeScheduler):
+    """As vLLM 0.25.1: only a request whose status blocks is asked about, placeholders outlive a
+    preemption, and those that were ended are told by id and client.
+    """
+
+    def _may_be_admitted(self, request: FakeRequest) -> bool:
+        blocked = self._is_blocked_waiting_status(request.status)
+        return not blocked or self._try_promote_blocked_waiting_request(request)
+
+    @staticmethod
+    def _is_blocked_waiting_status(status: RequestStatus) -> bool:
+        return status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+
+    def _try_promote_blocked_waiting_request(self, request: FakeRequest) -> bool:
+        assert self._is_blocked_waiting_status(request.status), request.status
+        if request.grammar_is_ready:
+            request.status = RequestStatus.WAITING
+        return request.grammar_is_ready
+
+    def finish_requests(self, request_ids: Any, finished_status: Any) -> list[Any]:
+        ended = super().finish_requests(request_ids, finished_status)
+        return [(request.request_id, request.client_index) for request in ended]
+
+
 class FakeEngine:
     """Steps of a scheduler and of a worker that knows the groups by itself.
 
@@ -183,8 +222,10 @@ class FakeEngine:
     told    by request the tokens and what was reported with each
     """
 
+    kind: type[FakeScheduler] = NewScheduler
+
     def __init__(self, **limits: int) -> None:
-        self.scheduler = FakeScheduler(**limits)
+        self.scheduler = self.kind(**limits)
         self.turns = Turns(self.scheduler)
         self.reads: list[dict[str, tuple[int, int]]] = []
         self.told: dict[str, list[tuple[int, Any]]] = {}

@@ -122,7 +122,7 @@ def test_a_config_that_cannot_be_read(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "state"),
-    [("0.25.0", "warning"), ("0.25.1", "ok"), ("0.32.7+cpu", "ok"), ("0.33.0", "warning")],
+    [("0.25.0", "warning"), ("0.25.1", "ok"), ("0.33.7+cpu", "ok"), ("0.34.0", "warning")],
 )
 def test_vllm_outside_the_tested_versions_is_a_warning(
     version: str, state: str, monkeypatch: pytest.MonkeyPatch

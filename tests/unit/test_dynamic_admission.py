@@ -43,7 +43,7 @@ def engine(default: str = "none", **changed: Any) -> Any:
         "speculative_config": None,
         "lora_config": None,
         "kv_transfer_config": None,
-        "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
         "scheduler_config": SimpleNamespace(max_num_seqs=4),
     }
     for path, value in changed.items():
@@ -92,6 +92,10 @@ IN_STREAMS: list[tuple[dict[str, Any], str]] = [
         "does not work with a KV connector, .*; restart without kv_transfer_config, or",
     ),
     (
+        {"scheduler_config__prefill_schedule_interval": 4},
+        "wait for each other's prompts; restart with prefill_schedule_interval 1, or",
+    ),
+    (
         {"scheduler_config__max_num_seqs": 2},
         r"need 3 streams side by side and the engine runs 2 requests at once; .* "
         r"--max-num-seqs 3 or more",
@@ -101,7 +105,7 @@ IN_STREAMS: list[tuple[dict[str, Any], str]] = [
 
 
 EVERYWHERE_IDS = ["speculation"]
-IN_STREAMS_IDS = ["pipeline", "connector", "seats", "active-seats"]
+IN_STREAMS_IDS = ["pipeline", "connector", "interval", "seats", "active-seats"]
 
 
 def assert_refused(steer: str, changed: dict[str, Any], message: str) -> None:
@@ -309,7 +313,7 @@ def test_an_engine_that_could_serve_no_request_by_default_does_not_start(
 def test_the_settings_that_are_asked_for_are_vllms() -> None:
     for owner, names in [
         (VllmConfig, ["speculative_config", "lora_config", "kv_transfer_config"]),
-        (ParallelConfig, ["pipeline_parallel_size"]),
-        (SchedulerConfig, ["max_num_seqs"]),
+        (ParallelConfig, ["pipeline_parallel_size", "data_parallel_size"]),
+        (SchedulerConfig, ["max_num_seqs", "prefill_schedule_interval"]),
     ]:
         assert set(names) <= {field.name for field in dataclasses.fields(owner)}

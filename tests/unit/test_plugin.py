@@ -435,7 +435,7 @@ def warnings_of_ours() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "version", ["0.25.0", "0.24.9", "0.33.0", "1.0.0", "0.1.dev1+g123", "0.25.1rc1", "dev"]
+    "version", ["0.25.0", "0.24.9", "0.34.0", "1.0.0", "0.1.dev1+g123", "0.25.1rc1", "dev"]
 )
 def test_a_vllm_outside_the_range_is_warned_of_once(
     check: Any, monkeypatch: pytest.MonkeyPatch, warnings_of_ours: list[str], version: str
@@ -444,11 +444,11 @@ def test_a_vllm_outside_the_range_is_warned_of_once(
     check()
     assert len(warnings_of_ours) == 1
     assert f"vLLM {version} is outside the range" in warnings_of_ours[0]
-    assert "0.25.1 to 0.32" in warnings_of_ours[0]
+    assert "0.25.1 to 0.33" in warnings_of_ours[0]
 
 
 @pytest.mark.parametrize(
-    "version", ["0.25.1", "0.28.0", "0.32.0", "0.32.0+cpu", "0.32.9", "0.31.1"]
+    "version", ["0.25.1", "0.28.0", "0.32.0", "0.32.0+cpu", "0.33.9", "0.31.1"]
 )
 def test_a_vllm_inside_the_range_is_not_warned_of(
     check: Any, monkeypatch: pytest.MonkeyPatch, warnings_of_ours: list[str], version: str

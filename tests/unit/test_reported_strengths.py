@@ -114,6 +114,23 @@ def test_outputs_merged_for_a_slow_consumer_keep_all_strengths(processor: Output
     assert [c.steer_strengths["a"] for c in found] == [FOUR[:1], FOUR[1:3], FOUR[3:]]
 
 
+def test_a_queue_of_another_kind_stays_what_it_is(processor: OutputProcessor) -> None:
+    """As vLLM 0.33 has one for streaming input."""
+
+    class OtherQueue(RequestOutputCollector):
+        pass
+
+    async def consume() -> OtherQueue:
+        queue = OtherQueue(DELTA, "r-internal")
+        (name,) = add(processor, params(DELTA), queue=queue)
+        step(processor, {name: (10, 1.5)}, last=[name])
+        return queue
+
+    queue = asyncio.run(consume())
+    assert type(queue) is OtherQueue
+    assert completions([queue.output])[0].token_ids == [10]
+
+
 @pytest.mark.parametrize("kind", [FINAL, CUMULATIVE, DELTA], ids=lambda kind: kind.name.lower())
 def test_each_of_several_sequences_has_its_own_strengths(
     processor: OutputProcessor, kind: RequestOutputKind

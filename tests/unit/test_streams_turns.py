@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from fake_scheduler import FakeEngine, FakeRequest
+from fake_scheduler import FakeEngine, FakeRequest, FakeScheduler, NewScheduler, OldScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
@@ -12,9 +12,17 @@ ABORTED = RequestStatus.FINISHED_ABORTED
 DONE = (FinishReason.LENGTH, None)
 
 
+@pytest.fixture(autouse=True, params=[NewScheduler, OldScheduler], ids=["0.31", "0.25"])
+def _scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with the schedulers of both."""
+    kind: type[FakeScheduler] = request.param
+    monkeypatch.setattr(FakeEngine, "kind", kind)
+
+
 def assert_nothing_is_left(engine: FakeEngine) -> None:
     turns = engine.turns
     assert (turns.groups, turns._group_of, turns._failed) == ({}, {}, {})
+    assert turns._under_way == []
     scheduler = engine.scheduler
     assert (scheduler.requests, scheduler.running, scheduler.waiting) == ({}, [], [])
 

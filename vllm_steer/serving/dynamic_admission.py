@@ -69,6 +69,12 @@ def _any_at_head(doses: Sequence[Dose], plan: SteerPlan) -> bool:
     return any(dose.dynamic and plan.steers[dose.steer].site == "head" for dose in doses)
 
 
+def _prefills_are_spaced(vllm_config: Any) -> bool:
+    """Whether a scheduler without data parallelism admits prompts in some of its steps only."""
+    interval = getattr(vllm_config.scheduler_config, "prefill_schedule_interval", 1)
+    return interval > 1 and vllm_config.parallel_config.data_parallel_size == 1
+
+
 def _seats(scheduler_config: Any) -> int:
     """Requests that the scheduler runs at once; older vLLM versions have only one limit."""
     active = getattr(scheduler_config, "max_num_active_seqs", None)
@@ -93,5 +99,12 @@ _REFUSED_IN_STREAMS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         lambda c: c.kv_transfer_config is not None,
         "a KV connector, which knows nothing of a request's streams",
         "restart without kv_transfer_config",
+    ),
+    (
+        # From 0.33 on the scheduler counts the steps between prompts by itself, and only those in
+        # which something runs. None does where streams wait for one that has lost its blocks.
+        _prefills_are_spaced,
+        "prompts that wait for other steps, for streams wait for each other's prompts",
+        "restart with prefill_schedule_interval 1",
     ),
 )

@@ -19,7 +19,7 @@ from vllm_steer.steers.layers import format_layers
 logger = logging.getLogger("vllm.vllm_steer")
 
 OLDEST = Version("0.25.1")
-NEWEST = Version("0.32")
+NEWEST = Version("0.33")
 _plans: dict[int, tuple[Any, SteerPlan]] = {}
 
 

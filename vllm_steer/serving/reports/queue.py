@@ -43,9 +43,12 @@ class ReportingQueue(RequestOutputCollector):  # type: ignore[misc]
 
 
 def report_deliveries(state: Any) -> None:
-    """Make a request state's queue report. The sequences of one prompt share it."""
+    """Make a request state's queue report. The sequences of one prompt share it.
+
+    Streaming input, which has a queue of its own from vLLM 0.33 on, has no strengths to report.
+    """
     queue = state.queue
-    if isinstance(queue, ReportingQueue):
+    if type(queue) is not RequestOutputCollector:
         return
     queue.__class__ = ReportingQueue
     queue.steer_request_id = state.external_req_id

@@ -88,9 +88,10 @@ class Group:
             self.main.num_output_placeholders += ahead
 
     def release(self) -> None:
-        """The strengths are there: the main stream may go on."""
-        if self.main.status == RequestStatus.RUNNING:
-            self.main.num_output_placeholders = 0
+        """The strengths are there: the main stream may go on. One that has lost its blocks may be
+        held still, for vLLM resets the count only from 0.27 on.
+        """
+        self.main.num_output_placeholders = 0
 
     def go_on(self) -> None:
         """The main stream has a new token: base and probes read it first."""

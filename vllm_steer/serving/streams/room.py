@@ -37,7 +37,8 @@ class Room:
         return group.started
 
     def make(self) -> Group | None:
-        """Nobody could go: the streams hold all blocks or seats while each waits for another.
+        """Nobody could go, and no step is being computed: the streams hold all blocks or seats
+        while each waits for another.
 
         The youngest group gives way to the others until one of them has ended. A group that is
         alone and still finds no room never will: it is returned. In a pause that lets running
@@ -46,8 +47,7 @@ class Room:
         from vllm.v1.core.sched.interface import PauseState
 
         scheduler = self._scheduler
-        blocks_to_come = getattr(scheduler, "deferred_frees", None)
-        if blocks_to_come or any(map(_is_in_flight, scheduler.running)):
+        if getattr(scheduler, "deferred_frees", None):  # blocks to come
             return None
         active = [group for group in self._groups.values() if group.streams and not group.parked]
         if scheduler.pause_state == PauseState.PAUSED_NEW:
@@ -93,8 +93,3 @@ class Room:
             for member in other.members
         }
         return any(req_id not in parked for req_id in self._scheduler.requests)
-
-
-def _is_in_flight(request: Any) -> bool:
-    """Whether a step of the request is still being computed: asynchronous scheduling."""
-    return bool(getattr(request, "num_in_flight_tokens", 0))

@@ -13,18 +13,14 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vllm_steer.serving.streams.gate import Gate, missing_gate
 from vllm_steer.serving.streams.group import Group, generation_step
 from vllm_steer.serving.streams.message import REPORT, Answer, Turn
 from vllm_steer.serving.streams.room import Room
 
 logger = logging.getLogger("vllm.vllm_steer")
 
-_WRAPPED = (
-    "schedule",
-    "update_from_output",
-    "finish_requests",
-    "_handle_blocked_waiting_request",
-)
+_WRAPPED = ("schedule", "update_from_output", "finish_requests")
 _NEEDED = (
     *_WRAPPED,
     "_preempt_request",
@@ -37,7 +33,7 @@ _NEEDED = (
 
 def missing_names(scheduler: Any) -> list[str]:
     """What turns need of a scheduler and this one has not."""
-    return [name for name in _NEEDED if not hasattr(scheduler, name)]
+    return [name for name in _NEEDED if not hasattr(scheduler, name)] + missing_gate(scheduler)
 
 
 def turns_of(scheduler: Any) -> "Turns":
@@ -56,14 +52,11 @@ class Turns:
         self._scheduler = scheduler
         self._group_of: dict[str, Group] = {}
         self._failed: dict[str, str] = {}
+        self._under_way: list[Turn] = []
         self._room = Room(scheduler, self.groups)
+        self._gate = Gate(scheduler, self._may_go)
         self._finish = scheduler.finish_requests
-        wrappers: tuple[Callable[..., Any], ...] = (
-            self._schedule,
-            self._update,
-            self._finished,
-            self._may_go,
-        )
+        wrappers: tuple[Callable[..., Any], ...] = (self._schedule, self._update, self._finished)
         for name, around in zip(_WRAPPED, wrappers, strict=True):
             original = getattr(scheduler, name)
             setattr(scheduler, name, functools.wraps(original)(functools.partial(around, original)))
@@ -90,11 +83,14 @@ class Turns:
 
     def _schedule(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._room.new_step()
-        output = original(*args, **kwargs)
+        with self._gate.scheduling():
+            output = original(*args, **kwargs)
         if self.groups:
             output.steer_turn = self._turn(output.num_scheduled_tokens)
             deferring = kwargs.get("throttle_prefills") or any(args)
-            if output.total_num_scheduled_tokens == 0 and not deferring:
+            if output.total_num_scheduled_tokens:
+                self._under_way.append(output.steer_turn)
+            elif not deferring and not self._under_way:
                 stuck = self._room.make()
                 if stuck is not None:
                     self._fail(stuck, "its streams do not fit into the engine together")
@@ -121,6 +117,7 @@ class Turns:
         turn: Turn | None = getattr(scheduler_output, "steer_turn", None)
         if turn is None:
             return original(scheduler_output, runner_output)
+        self._under_way = [each for each in self._under_way if each is not turn]
         answer: Answer = getattr(runner_output, "steer_strengths", None) or {}
         for req_id in turn.steps:
             group = self._group_of.get(req_id)
@@ -162,6 +159,7 @@ class Turns:
         """The main stream has had its turn: with a token the others go on, at its end they end."""
         main = group.main
         if main.is_finished():
+            self._gate.forget(main)
             self.leave(main.request_id)
         elif main.num_output_tokens > group.num_tokens:
             group.num_tokens = main.num_output_tokens
@@ -189,14 +187,14 @@ class Turns:
     ) -> Any:
         """A request that is ended ends its streams; a stream that is ended takes its request."""
         ended = original(request_ids, finished_status)
-        for request in ended:
-            group = self._group_of.get(request.request_id)
+        for req_id in map(_id_of, ended):
+            group = self._group_of.get(req_id)
             if group is None:
                 self._room.admit_one()
-            elif request is group.main:
-                self.leave(request.request_id)
+            elif req_id == group.main.request_id:
+                self.leave(req_id)
             elif not group.main.is_finished():
-                self._fail(group, f"its stream {request.request_id} ended before it")
+                self._fail(group, f"its stream {req_id} ended before it")
         return ended
 
     def _end(self, streams: Iterable[str]) -> None:
@@ -241,7 +239,16 @@ class Turns:
                 )
             )
 
-    def _may_go(self, original: Callable[..., Any], request: Any) -> Any:
-        """Whether a waiting request may be scheduled."""
+    def _may_go(self, is_ready: Callable[[Any], bool], request: Any) -> bool:
+        """Whether a waiting request may be scheduled: no member whose last step, from before it
+        lost its blocks, is still being computed (asynchronous scheduling).
+        """
         group = self._group_of.get(request.request_id)
-        return self._room.is_open(group, request) and original(request)
+        if group is not None and any(request.request_id in turn.steps for turn in self._under_way):
+            return False
+        return self._room.is_open(group, request) and is_ready(request)
+
+
+def _id_of(ended: Any) -> str:
+    """The id of a request that has been ended; vLLM 0.25 tells the id and the client instead."""
+    return str(ended[0] if isinstance(ended, tuple) else ended.request_id)
