@@ -6,10 +6,10 @@ from packaging.version import Version
 from table import grid
 
 RUNS = {
-    "v1": "engine, V1",
-    "v2": "engine, V2",
-    "v1-matrix": "longer matrix, V1",
-    "v2-matrix": "longer matrix, V2",
+    "v1": "engine V1",
+    "v2": "engine V2",
+    "v1-matrix": "matrix V1",
+    "v2-matrix": "matrix V2",
     "http": "servers",
     "kernels": "kernels alone",
 }
@@ -30,9 +30,8 @@ def versions(results: list[dict[str, Any]]) -> str:
         ]
         for result in results
     ]
-    table = "\n".join(grid(heads, lines))
-    notes = [note for result in results for note in _notes(result)]
-    return "\n\n".join([table, "\n".join(notes)]) if notes else table
+    notes = [*_skipped(results), *_failed(results)]
+    return "\n".join([*grid(heads, lines), *(["", *notes] if notes else [])])
 
 
 def _counts(run: dict[str, Any] | None) -> str:
@@ -63,13 +62,27 @@ def _origin(result: dict[str, Any]) -> str:
     return f"{', '.join(sorted(commits))}{changed}, {max(run['date'] for run in runs)[:10]}"
 
 
-def _notes(result: dict[str, Any]) -> list[str]:
-    """Every reason for which tests were skipped, and the name of each that failed."""
-    notes = []
-    for name, run in result["runs"].items():
-        where = f"{result['vllm']}, {RUNS[name]}"
-        notes += [
-            f"- {where}: {len(tests)} skipped: {reason}." for reason, tests in run["skips"].items()
-        ]
-        notes += [f"- {where}: failed: `{test}`." for test in run["failures"]]
-    return notes
+def _skipped(results: list[dict[str, Any]]) -> list[str]:
+    """Every reason for which tests were skipped, with where and how many."""
+    places: dict[str, list[str]] = {}
+    for result in results:
+        for name, run in _in_order(result):
+            for reason, tests in run["skips"].items():
+                place = f"{result['vllm']} {RUNS[name]} ({len(tests)})"
+                places.setdefault(reason, []).append(place)
+    return [f"- skipped, {reason}: {'; '.join(where)}" for reason, where in places.items()]
+
+
+def _failed(results: list[dict[str, Any]]) -> list[str]:
+    """The name of every test that failed."""
+    return [
+        f"- failed, {result['vllm']} {RUNS[name]}: `{test}`"
+        for result in results
+        for name, run in _in_order(result)
+        for test in run["failures"]
+    ]
+
+
+def _in_order(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A version's runs, in the order of the columns."""
+    return [(name, result["runs"][name]) for name in RUNS if name in result["runs"]]

@@ -33,6 +33,10 @@ class FakeRequest:
         self.client_index = 0
         self.trace_headers = None
         self.grammar_is_ready = True
+        self.prefill_stats: object | None = object()
+
+    def take_prefill_stats(self) -> None:
+        self.prefill_stats = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -109,6 +113,7 @@ class FakeScheduler:
             if self._free() < count:
                 break
             assert request.num_output_placeholders == 0
+            assert request.prefill_stats is None or not request.num_output_tokens
             self.running.append(self.waiting.pop(0))
             request.status = RequestStatus.RUNNING
             left -= self._take(request, count, scheduled)
@@ -144,6 +149,7 @@ class FakeScheduler:
             tokens = runner_output.sampled_token_ids[runner_output.req_id_to_index[req_id]]
             for token in tokens:
                 request.append_output_token_ids(token)
+                request.take_prefill_stats()
             if not tokens:
                 continue
             if len(request.output_token_ids) >= request.max_tokens:

@@ -65,7 +65,9 @@ def run_of(**changed: Any) -> dict[str, Any]:
 
 
 def test_the_table_has_a_row_per_version_and_names_what_did_not_pass(scripts: None) -> None:
-    broken = run_of(failed=1, failures=["t::b"], exit_code=124)
+    broken = run_of(
+        failed=1, skipped=1, failures=["t::b"], skips={"no card": ["t::a"]}, exit_code=124
+    )
     skipped = run_of(skipped=2, skips={"no card": ["t::a", "t::b"]})
     results = [
         {"vllm": "0.31.0", "runs": {"v1": broken}},
@@ -75,13 +77,14 @@ def test_the_table_has_a_row_per_version_and_names_what_did_not_pass(scripts: No
     packages = "torch 2, triton 3, transformers 5, python 3.11"
     origin = "0123456789ab, 2026-11-28"
     assert table.splitlines() == [
-        "| vLLM | engine, V1 | engine, V2 | with | commit, date |",
+        "| vLLM | engine V1 | engine V2 | with | commit, date |",
         "| --- | --- | --- | --- | --- |",
         f"| 0.9.0 | 7 passed | 7 passed, 2 skipped | {packages} | {origin} |",
-        f"| 0.31.0 | 7 passed, 1 failed, broken off (124) | not run | {packages} | {origin} |",
+        "| 0.31.0 | 7 passed, 1 failed, 1 skipped, broken off (124) | not run "
+        f"| {packages} | {origin} |",
         "",
-        "- 0.9.0, engine, V2: 2 skipped: no card.",
-        "- 0.31.0, engine, V1: failed: `t::b`.",
+        "- skipped, no card: 0.9.0 engine V2 (2); 0.31.0 engine V1 (1)",
+        "- failed, 0.31.0 engine V1: `t::b`",
     ]
 
 

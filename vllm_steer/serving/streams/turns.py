@@ -67,6 +67,8 @@ class Turns:
         for member in group.members:
             self._group_of[member.request_id] = group
         for stream in group.streams.values():
+            # Nobody is told them, and before 0.27 vLLM fails on ones that outlive a preemption.
+            stream.take_prefill_stats()
             self._scheduler.add_request(stream)
 
     def leave(self, main: str) -> None:
