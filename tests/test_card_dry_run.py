@@ -41,7 +41,7 @@ def test_every_phase_of_a_dry_run_says_ok(tmp_path: Path) -> None:
     for runner in ("v1", "v2"):
         found = json.loads((out / f"engine-{runner}.json").read_text())
         assert found["engine"]["runner"] == runner
-        assert len(found["checks"]) == 6 and all(check["ok"] for check in found["checks"])
+        assert len(found["checks"]) == 7 and all(check["ok"] for check in found["checks"])
     (line,) = json.loads((out / "steered.json").read_text())["rows"]
     assert (line["rows"], line["distinct"]) == (4, 2) and line["profile"][0]["us"] > 0
     assert json.loads((out / "operations.json").read_text())["rows"]

@@ -85,10 +85,11 @@ class _Engine:
             register()
         options: dict[str, Any] = {}
         if torch.cuda.is_available():
-            options |= {"gpu_memory_utilization": 0.12, "attention_backend": "TRITON_ATTN"}
+            # A fixed cache: a memory profile beside other processes would see theirs.
+            options |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
+            options["attention_backend"] = "TRITON_ATTN"
             if not args.eager:
                 options["compilation_config"] = {"cudagraph_capture_sizes": CAPTURED}
-                options["jit_monitor_mode"] = "error"
         if steer:
             options["additional_config"] = {"steer": steer}
         self.llm = LLM(
@@ -150,6 +151,7 @@ def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
         unsteered = [_exact(output) for output in stock.ask(plain, tokens)]
     with _Engine(args, steers, len(requests)) as engine:
         result["engine"] = _facts(engine.llm)
+        compiled = _compiled_from_now_on()
         whole: list[Any] = []
 
         def all_together() -> str:
@@ -168,10 +170,13 @@ def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
         def without_steers() -> str:
             found = [_exact(output) for output in engine.ask(plain, tokens)]
+            worst = max(map(_difference, found, unsteered))
             different = [
                 i for i, pair in enumerate(zip(found, unsteered, strict=True)) if pair[0] != pair[1]
             ]
-            assert not different, f"requests {different} differ from an engine without steers"
+            assert not different, (
+                f"requests {different} are not as without steers, logprobs differ by {worst:.1e}"
+            )
             return f"{len(found)} requests, number for number"
 
         run("all together, prompt logprobs", all_together)
@@ -186,6 +191,7 @@ def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
                 "dynamic strengths",
                 lambda: _compare_dynamic(dynamic, engine.ask(asked, most), requests, references),
             )
+        run("nothing of ours compiled", lambda: _nothing_of_ours(compiled, result))
 
 
 class _Checks:
@@ -273,6 +279,38 @@ def _exact(output: Any) -> list[Any]:
         [token, step[token].logprob.hex()]
         for token, step in zip(completion.token_ids, completion.logprobs, strict=True)
     ]
+
+
+def _difference(found: list[Any], wanted: list[Any]) -> float:
+    """The largest difference of a logprob; infinite where the tokens are others."""
+    if [token for token, _ in found] != [token for token, _ in wanted]:
+        return float("inf")
+    pairs = zip(found, wanted, strict=True)
+    return max(abs(float.fromhex(a) - float.fromhex(b)) for (_, a), (_, b) in pairs)
+
+
+def _compiled_from_now_on() -> list[str]:
+    """The Triton kernels that are compiled while the engine serves, as they come."""
+    import triton
+
+    compiled: list[str] = []
+    before = triton.knobs.runtime.jit_post_compile_hook
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        function = kwargs.get("fn")
+        compiled.append(f"{getattr(function, 'module', '')}.{getattr(function, 'name', function)}")
+        return before(*args, **kwargs) if before is not None else None
+
+    triton.knobs.runtime.jit_post_compile_hook = seen
+    return compiled
+
+
+def _nothing_of_ours(compiled: list[str], result: dict[str, Any]) -> str:
+    """vLLM's own kernels may compile at their first prompts; those of the plugin are ready."""
+    result["compiled_while_serving"] = compiled
+    ours = [name for name in compiled if "vllm_steer" in name]
+    assert not ours, f"compiled while serving: {', '.join(ours)}"
+    return f"{len(compiled)} kernels of others"
 
 
 def _facts(llm: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The machine, its card and its software; unpacks vLLM where the pack brings it.
 
-python machine_facts.py PACK OUT JSON
+python machine_facts.py PACK SCRATCH JSON
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any
 
 def main() -> None:
     """Unpack, look, write."""
-    pack, out, path = map(Path, sys.argv[1:4])
+    pack, scratch, path = map(Path, sys.argv[1:4])
     begun = time.monotonic()
     piece = pack / "vllm.tar.xz"
     if piece.exists():
         with tarfile.open(piece) as archive:
-            archive.extractall(out / "vllm", filter="data")
+            archive.extractall(scratch / "vllm", filter="data")
     found: dict[str, Any] = {"unpacked_s": round(time.monotonic() - begun, 1)}
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import machine

@@ -8,12 +8,15 @@ with graphs on both runners, what does a steer cost in a step, how near is each 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=")
+PYTEST = (
+    *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
+    *("-o", "addopts=", "-o", "filterwarnings="),
+)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A Python process: ``{json}``, ``{out}`` and ``{pack}`` in its command stand for paths.
+    """A Python process; ``{json}``, ``{out}``, ``{pack}``, ``{scratch}`` in its command are paths.
 
     name      of its JSON and its log
     limit_s   after which it is ended with all that it started
@@ -40,7 +43,7 @@ def phases(*, dry: bool) -> list[list[Phase]]:
 def _on_a_card() -> list[list[Phase]]:
     kernels = (*PYTEST, "-n", "6", "--timeout", "90", "--junitxml", "{out}/kernels.xml")
     return [
-        [Phase("machine", ("card/machine_facts.py", "{pack}", "{out}", "{json}"), 60)],
+        [Phase("machine", ("card/machine_facts.py", "{pack}", "{scratch}", "{json}"), 60)],
         [
             Phase(
                 "kernels",
@@ -52,6 +55,7 @@ def _on_a_card() -> list[list[Phase]]:
                 ),
                 130,
                 folder="tests",
+                environment={"OMP_NUM_THREADS": "2"},
             ),
             _engine("engine-v2", "--runner", "v2", limit_s=130),
             _engine("engine-v1", "--runner", "v1", limit_s=130),
@@ -76,8 +80,8 @@ def _on_a_card() -> list[list[Phase]]:
         [
             _speed(
                 "guided",
-                ("--figures", "idle,guided", "--rows", "1,64", "--cases", "1:1"),
-                limit_s=170,
+                ("--figures", "guided,idle", "--rows", "1,64", "--cases", "1:1"),
+                limit_s=200,
             )
         ],
     ]
@@ -113,7 +117,7 @@ def _dry() -> list[list[Phase]]:
     pytest = (*PYTEST, "--timeout", "120", "--junitxml", "{out}/kernels.xml")
     speed = ("speed_ratio.py", "--json", "{json}", "--shape", "tiny", "--rank", "16")
     return [
-        [Phase("machine", ("card/machine_facts.py", "{pack}", "{out}", "{json}"), 60)],
+        [Phase("machine", ("card/machine_facts.py", "{pack}", "{scratch}", "{json}"), 60)],
         [
             Phase(
                 "kernels",

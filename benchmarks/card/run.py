@@ -1,11 +1,12 @@
 """All that one short stay on a machine with a card is to find out, the most telling first.
 
-    python run.py PACK OUT [--seconds 570] [--dry]
+    python run.py PACK OUT [--seconds 570] [--scratch FOLDER] [--dry]
 
 ``PACK`` is the folder that ``pack.py`` has made, ``OUT`` an empty one. Nothing but the standard
 library runs here: phases are processes of their own with limits of their own, and no phase stops a
 later one. Each leaves its JSON and its log in ``OUT``; the summary is in ``summary.json`` and is
-printed last. ``--dry`` is for a machine without a card: the same phases at tiny sizes.
+printed last. An unpacked vLLM and all caches go to ``--scratch``, else to a temporary folder.
+``--dry`` is for a machine without a card: the same phases at tiny sizes.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +27,32 @@ GRACE_S = 5
 POLL_S = 0.2
 
 
+@dataclass(frozen=True)
+class Places:
+    """Folders: what was carried, what comes back, what does not."""
+
+    pack: Path
+    out: Path
+    scratch: Path
+
+
 class Running:
     """A phase under way."""
 
-    def __init__(self, phase: Phase, pack: Path, out: Path, limit_s: float) -> None:
+    def __init__(self, phase: Phase, places: Places, limit_s: float) -> None:
         self.phase = phase
         self.limit_s = limit_s
-        self._json = out / f"{phase.name}.json"
-        self._log = out / f"{phase.name}.log"
+        self._json = places.out / f"{phase.name}.json"
+        self._log = places.out / f"{phase.name}.log"
         self._begun = time.monotonic()
-        places = {"{out}": out, "{pack}": pack, "{json}": self._json}
-        command = [_filled(part, places) for part in phase.command]
+        named = {f"{{{name}}}": path for name, path in vars(places).items()}
+        named["{json}"] = self._json
+        command = [_filled(part, named) for part in phase.command]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *command],
-                cwd=pack / phase.folder,
-                env={**os.environ, **_environment(pack, out, phase)},
+                cwd=places.pack / phase.folder,
+                env={**os.environ, **_environment(places, phase)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -95,7 +108,13 @@ class Running:
 def main() -> int:
     """Run the phases, group after group; print the summary. 0 if all of them are ok."""
     args = _arguments()
-    pack, out = args.pack.resolve(), args.out.resolve()
+    with tempfile.TemporaryDirectory(prefix="card-") as temporary:
+        scratch = args.scratch or Path(temporary)
+        return _run(args, Places(args.pack.resolve(), args.out.resolve(), scratch.resolve()))
+
+
+def _run(args: argparse.Namespace, places: Places) -> int:
+    pack, out = places.pack, places.out
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.seconds
     results: list[dict[str, Any]] = []
@@ -112,7 +131,7 @@ def main() -> int:
                 continue
             print(f"{phase.name}: begins, at most {limit:.0f} s", flush=True)
             try:
-                running.append(Running(phase, pack, out, limit))
+                running.append(Running(phase, places, limit))
             except OSError as error:
                 state = f"did not start: {error}"
                 results.append({"phase": phase.name, "state": state, "seconds": 0, "said": ""})
@@ -138,17 +157,18 @@ def _filled(part: str, places: dict[str, Path]) -> str:
     return part
 
 
-def _environment(pack: Path, out: Path, phase: Phase) -> dict[str, str]:
+def _environment(places: Places, phase: Phase) -> dict[str, str]:
     """The package and what the machine lacks come first; every process has caches of its own."""
-    places = [pack / "site", out / "vllm", pack / "tests", pack / "extra"]
+    pack, scratch = places.pack, places.scratch
+    found = [pack / "site", scratch / "vllm", pack / "tests", pack / "extra"]
     given = os.environ.get("PYTHONPATH")
     return {
-        "PYTHONPATH": os.pathsep.join([*map(str, places), *([given] if given else [])]),
+        "PYTHONPATH": os.pathsep.join([*map(str, found), *([given] if given else [])]),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(out / "caches" / phase.name),
+        "VLLM_CACHE_ROOT": str(scratch / "caches" / phase.name),
         **phase.environment,
     }
 
@@ -171,6 +191,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("pack", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=570.0, help="for all phases together")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="for vLLM and caches")
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), metavar="NAME,...", help="these phases only"

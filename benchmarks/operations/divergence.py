@@ -15,8 +15,8 @@ from vllm_steer.kernels.divergence import by_sort
 
 FORMS = ("triton", "torch")
 TOP_P = 0.9
-SPREAD = 2.5
-"""Deviation of the logits, in nats: a few hundred of 128,256 tokens make 0.9."""
+SPREAD = 4.0
+"""Deviation of the logits, in nats: some 550 of 128,256 tokens make 0.9."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def _work(form: str, case: DivergenceCase, bench: Bench, seed: int) -> Work:
         """A few doses against a sort in float64."""
         few = torch.arange(min(2, case.doses))
         rows = torch.cat([few, few + case.doses]).to(bench.device)
-        exact = logits[rows].cpu().double()
-        wanted, _ = by_sort.divergence(exact, few, few + len(few), float(top_p[0]))
-        found = results[0][: len(few)].cpu().double()
+        few = few.to(bench.device)
+        wanted, _ = by_sort.divergence(logits[rows].double(), few, few + len(few), float(top_p[0]))
+        found = results[0][: len(few)].double()
         error = float(((found - wanted).abs() / wanted.abs().clamp(min=1e-3)).max())
         assert error <= 1e-3, f"a KL is wrong by {error:.2g}"
         return error

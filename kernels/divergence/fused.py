@@ -1,7 +1,7 @@
 """The divergence in Triton: each row is read a few times, nothing is sorted, nothing is copied.
 
-One program finds a row's likeliest tokens, one more per dose sums over them. They take 16 bytes of
-memory per dose beside the logits, whatever the vocabulary. No host synchronisation.
+One program finds a row's likeliest tokens, one more per dose sums over them. They take some 60
+bytes of memory per dose beside the logits, whatever the vocabulary. No host synchronisation.
 """
 
 import torch

@@ -240,10 +240,16 @@ def test_a_step_that_ends_unannounced_is_an_error_where_requests_are_steered(
 
 
 def test_only_prompt_tokens_come_in_parts(make_plan: Any) -> None:
-    batch = SteeredBatch(make_plan({"a": 1.0}), CPU, reference, max_rows=4)
-    step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 9})
-    hidden_states = torch.zeros(9, 6)
-    assert batch.parts_of(hidden_states) == [slice(0, 9)]
+    batch = SteeredBatch(make_plan({"a": 1.0}), CPU, reference, max_rows=200)
+    step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 450})
+    hidden_states = torch.zeros(450, 6)
+    assert batch.parts_of(hidden_states) == [slice(0, 450)]
     with batch.over_tokens(hidden_states):
-        assert batch.parts_of(hidden_states) == [slice(0, 4), slice(4, 8), slice(8, 12)]
-        assert batch.parts_of(hidden_states[:4]) == [slice(0, 4)]
+        assert batch.parts_of(hidden_states) == [slice(0, 200), slice(200, 400), slice(400, 600)]
+        assert batch.parts_of(hidden_states[:200]) == [slice(0, 200)]
+
+
+@pytest.mark.parametrize("max_rows", [1, 8, 128])
+def test_the_parts_of_a_small_engine_are_not_small(make_plan: Any, max_rows: int) -> None:
+    batch = SteeredBatch(make_plan({"a": 1.0}), CPU, reference, max_rows=max_rows)
+    assert batch.rows_at_once == 128

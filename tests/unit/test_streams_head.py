@@ -67,7 +67,8 @@ class Head:
     def __init__(self, form: Any, max_rows: int | None = None) -> None:
         inside = {name: steer for name, steer in STEERS.items() if name != "push"}
         self.bank: HeadBank = fill_head_bank(inside, dtype=torch.float32, device=CPU)
-        self.batch = SteeredBatch(PLAN, CPU, form, max_rows=max_rows)
+        self.batch = SteeredBatch(PLAN, CPU, form)
+        self.batch.rows_at_once = max_rows
         self.model = Model()
         self.head = SteeredHead(self.bank, self.batch)
         self.head.attach(self.model)
@@ -279,6 +280,30 @@ def test_more_probes_than_a_step_has_rows_come_in_several_products(
         torch.testing.assert_close(logits[name], row, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_rows", [None, 2, 3, 5])
+def test_probes_of_a_later_product_are_kept_for_streams_that_come_in_another_step(
+    head: Head, max_rows: int | None
+) -> None:
+    """Bases first, with their probes at the head in several products; the layers' probes after."""
+    each = Head(head.batch.form, max_rows)
+    steer = "push:dynamic:2,add:dynamic:1.5,mul:dynamic:2"
+    streams = ("a_base", "b_base", "a", "b", "a_0", "b_0")
+    x, y = hidden_of("a_base", "b_base"), hidden_of("b_0", "x", "a_0")
+    _, nothing = each.step(x, dict.fromkeys(streams, steer), a_base=0, b_base=0)
+    assert nothing == {}
+    _, found = each.step(y, {"x": "mul:2"}, a_0=0, b_0=0)
+    for name in ("a", "b"):
+        base = steered(x[f"{name}_base"])
+        assert found[name] == pytest.approx(
+            {
+                0: strength(base, steered(y[f"{name}_0"]), 2.0),
+                1: strength(base, steered(x[f"{name}_base"], add=1.5), 1.5),
+                2: strength(base, steered(x[f"{name}_base"], mul=2.0), 2.0),
+            },
+            abs=1e-5,
+        )
+
+
 def test_prompt_tokens_are_steered_a_steps_rows_at_a_time(head: Head) -> None:
     """Memory for a chunk of a prompt is that of a step: no more pairs at once than it can have."""
     parts = Head(head.batch.form, max_rows=4)
@@ -313,6 +338,7 @@ def test_a_dummy_run_at_start_up_steers_as_many_rows_as_speculation_can_have() -
         grouped.steer_rows(x, tables, placed),
     )[1]
     head = Head(form, max_rows=12)
+    head.head.is_profiled = True
     dummy = torch.zeros(3, WIDTH)
     head.model.compute_logits(dummy)
     hidden, logits = head.bank.hidden, head.bank.logits

@@ -196,6 +196,18 @@ def test_another_objects_method_of_the_same_name_is_not_the_runners_own(
         worker.load_model()
 
 
+def test_a_method_with_many_names_calls_what_it_calls(
+    plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the 128th name on Python puts an instruction between the two that are looked for."""
+    lines = [f"    self.n{i} = {i}" for i in range(300)]
+    made: dict[str, Any] = {}
+    head = "def method(self, given, dummy_run=False):"
+    exec("\n".join([head, *lines, "    return self.prepare_inputs(given)"]), made)
+    many = type("Many", (V2Runner,), {"execute_model": made["method"]})
+    worker_of(plan, many(), monkeypatch).load_model()
+
+
 def test_a_worker_that_only_encodes_for_others_need_not_announce_its_steps(
     plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:

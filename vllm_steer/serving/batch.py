@@ -2,8 +2,8 @@
 
 A runner adapter calls ``begin`` when a step starts and ``announce`` once the step's rows are known;
 the sites in the layers are prepared then, and the head asks ``rows_of`` for the tensor it is given.
-A step that was begun but not announced means
-that vLLM no longer calls what the adapter wrapped: that raises, so nothing runs unsteered unseen.
+A step that was begun but not announced means that vLLM no longer calls what the
+adapter wrapped: that raises, so nothing runs unsteered unseen.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,12 +27,15 @@ from vllm_steer.serving.streams.strengths import StepStrengths
 
 _BATCHES_KEPT = 4
 
+FEW = 128
+"""Rows that a product of the LM head takes in about the time of one: its weights set the pace."""
+
 
 class SteeredBatch:
     """Steered requests and rows of one worker. Between steps of real requests it is idle.
 
-    ``max_rows`` bounds the logits rows of a step, and so the rows that the head steers at once;
-    None: there is no bound.
+    ``max_rows`` bounds the logits rows of a step, None: nothing does. ``rows_at_once`` is how many
+    rows the head takes at once where there are more: ``max_rows``, or ``FEW`` in a small engine.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class SteeredBatch:
         max_rows: int | None = None,
     ) -> None:
         self.form = form
-        self.max_rows = max_rows
+        self.rows_at_once = None if max_rows is None else max(max_rows, FEW)
         self._plan = plan
         self._device = device
         self._sites = sites
@@ -138,16 +141,17 @@ class SteeredBatch:
         return self._idle
 
     def parts_of(self, x: torch.Tensor) -> list[slice]:
-        """The rows of ``x`` that the head steers at once: all, or ``max_rows`` after ``max_rows``.
+        """The rows of ``x`` that the head steers at once: all of a step's, of a prompt's some.
 
         A step's logits rows are within the bound. Prompt logprobs may come for a whole chunk of a
         prompt, whose changes would take many times the memory that vLLM's profile has seen. A row's
         result does not depend on the rows beside it, so the parts give what the whole would.
         """
         num_rows = x.shape[0]
-        if self._hidden_states is None or not self.max_rows:
+        if self._hidden_states is None or self.rows_at_once is None:
             return [slice(0, num_rows)]
-        return [slice(at, at + self.max_rows) for at in range(0, num_rows, self.max_rows)]
+        most = self.rows_at_once
+        return [slice(at, at + most) for at in range(0, num_rows, most)]
 
     def rows_of(self, x: torch.Tensor, shelf: Shelf) -> Any:
         """The pairs of ``x`` and a shelf's slots, as the form placed them; None if no row of ``x``

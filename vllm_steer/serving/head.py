@@ -32,11 +32,13 @@ Parts = list[tuple[slice, Any]]
 class SteeredHead:
     """A model's head with a bank in front of it; ``calls`` counts passes that steered rows.
 
-    ``may_be_dynamic`` says whether the engine serves dynamic strengths.
+    ``is_profiled``: the memory profile of start-up is to see the widest step. ``may_be_dynamic``:
+    the engine serves dynamic strengths.
     """
 
     bank: HeadBank
     batch: SteeredBatch
+    is_profiled: bool = False
     may_be_dynamic: bool = True
     calls: Counter[str] = field(default_factory=Counter)
     _logits_parts: Parts = field(default_factory=list, repr=False)
@@ -76,7 +78,7 @@ class SteeredHead:
             if step is not None:
                 return self._with_strengths(compute, hidden_states, step)
             logits = compute(hidden_states, functools.partial(self._parts, hidden_states))
-            if self._starting and self.batch.is_idle and logits is not None:
+            if self._rehearses and self.batch.is_idle and logits is not None:
                 self._rehearse(hidden_states, logits)
             return logits
 
@@ -106,39 +108,43 @@ class SteeredHead:
     def _rehearse(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> None:
         """Run what a step can ask for at most, so that vLLM's memory profile sees it.
 
-        A dummy run has a row per request: speculation has more of them. Its own rows have taken as
-        many steers as a request may.
+        A dummy run has one row per request; a step with speculation has more, and so may a part of
+        a prompt. The dummy run's own rows have already been steered.
         """
-        most = self.batch.max_rows or 0
+        most = self.batch.rows_at_once or 0
         for name, x in (("hidden", hidden_states), ("logits", logits)):
             shelf = getattr(self.bank, name)
             if shelf is not None and most > x.shape[0]:
                 wide = x.new_zeros(most, x.shape[1])
                 self._apply(name, wide, self.batch.rows_of(wide, shelf))
-        if self.may_be_dynamic and logits.device.type != "cpu":  # the host's memory has no profile
+        if self.may_be_dynamic:
             self.batch.dynamic.strengths.rehearse(logits)
+
+    @property
+    def _rehearses(self) -> bool:
+        return self.is_profiled and self._starting
 
     def _with_strengths(
         self, compute: Callable[..., Any], hidden_states: torch.Tensor, step: StepStrengths
     ) -> torch.Tensor:
         """The step's logits, while the strengths of its dynamic requests are worked out.
 
-        Probes at the head are more rows of the product: of one product as long as the rows are no
-        more than those of the widest step, else of several, whose logits are let go one after the
-        other. A request that is its own base is computed again once its strengths are known.
+        Probes at the head are more rows of the product: of one product up to ``rows_at_once``
+        rows, beyond that of several, whose logits are let go one after the other. A request that is
+        its own base is computed again once its strengths are known.
         """
         num_rows, whole = hidden_states.shape[0], hidden_states
         if step.probes:
             whole = torch.cat([whole, _rows_at([p.row for p in step.probes], hidden_states)])
         pairs = self._pairs(self.batch.first_pass, step)
         logits: torch.Tensor | None = None
-        for first, last in _spans(num_rows, whole.shape[0], self.batch.max_rows):
+        for first, last in _spans(num_rows, whole.shape[0], self.batch.rows_at_once):
             part = [each.part(first, last) if each is not None else None for each in pairs]
             found = self._pass(compute, whole[first:last], part)
             logits = found if logits is None else logits
             self.batch.dynamic.strengths.work_out_part(step, logits, found, first)
         assert logits is not None
-        self.batch.dynamic.strengths.settle(step, logits)
+        self.batch.dynamic.strengths.settle(step)
         logits = logits[:num_rows]
         if step.alone:
             rows = _rows_at(step.alone, hidden_states)

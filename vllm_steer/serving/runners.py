@@ -215,7 +215,8 @@ def _require_calls(runner: Any, method: str, wanted: str) -> None:
     of that name of another object.
     """
     owner, name = wanted.split(".")
-    code = list(dis.get_instructions(inspect.unwrap(getattr(type(runner), method))))
+    code = dis.get_instructions(inspect.unwrap(getattr(type(runner), method)))
+    code = (each for each in code if each.opname != "EXTENDED_ARG")  # a part of the one after it
     reads = ((_read(before), _read(after)) for before, after in itertools.pairwise(code))
     if (owner, name) not in reads:
         raise SteerError(
@@ -225,9 +226,7 @@ def _require_calls(runner: Any, method: str, wanted: str) -> None:
 
 
 def _read(instruction: dis.Instruction) -> str | None:
-    """The variable or attribute that an instruction reads last, if it reads one."""
+    """The variable or attribute that an instruction reads, of two variables the last one."""
     read = instruction.argval if instruction.opname.startswith("LOAD_") else None
-    last = (
-        read[-1] if isinstance(read, tuple) and read else read
-    )  # two variables in one instruction
+    last = read[-1] if isinstance(read, tuple) and read else read
     return last if isinstance(last, str) else None

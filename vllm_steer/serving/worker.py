@@ -111,8 +111,12 @@ class _WorkerSteering:
             max_rows=max_logits_rows(config),
         )
         if bank is not None:
-            speculates = config.speculative_config is not None
-            self._head = SteeredHead(bank, self._batch, may_be_dynamic=not speculates)
+            self._head = SteeredHead(
+                bank,
+                self._batch,
+                is_profiled=device.type != "cpu",
+                may_be_dynamic=config.speculative_config is None,
+            )
         for part in (self._head, self._layers):
             if part is not None:
                 part.warm_up(config.model_config.dtype)

@@ -129,12 +129,13 @@ class Strengths:
         ``logits`` are the batch's rows and all probes after them.
         """
         self.work_out_part(step, logits, logits, first=0)
-        self.settle(step, logits)
+        self.settle(step)
 
     def work_out_part(
         self, step: StepStrengths, batch: torch.Tensor, logits: torch.Tensor, first: int
     ) -> None:
-        """Write the strengths of the doses whose probes have their logits in this part.
+        """Write the strengths of the doses whose probes have their logits in this part, and keep
+        the part's rows of requests that still wait for others.
 
         ``logits`` are the rows from ``first`` on, ``batch`` those from 0 on, at least the batch's.
         What earlier steps left goes with the part that begins at 0.
@@ -149,16 +150,17 @@ class Strengths:
         ]
         for start in range(0, len(jobs), _DOSES_AT_ONCE):
             self._write(jobs[start : start + _DOSES_AT_ONCE], batch, logits, first)
-
-    def settle(self, step: StepStrengths, logits: torch.Tensor) -> None:
-        """Every part has been worked out: note what is known, keep the rows of those that wait."""
         for arrival in step.arrivals:
-            request = arrival.request
+            if not arrival.is_complete:
+                for role, row in arrival.rows.items():
+                    if row in rows:
+                        arrival.request.kept[role] = logits[row - first].clone()
+
+    def settle(self, step: StepStrengths) -> None:
+        """Every part has been worked out: note what is known, let go of what was kept for it."""
+        for arrival in step.arrivals:
             if arrival.is_complete:
-                request.known, request.kept = arrival.step, {}
-                continue
-            for role, row in arrival.rows.items():
-                request.kept[role] = logits[row].clone()
+                arrival.request.known, arrival.request.kept = arrival.step, {}
 
     def _write(
         self, jobs: Sequence[_Job], batch: torch.Tensor, logits: torch.Tensor, first: int
