@@ -3,6 +3,7 @@
 vLLM turns asynchronous scheduling off on a CPU, where nothing is gained by it; here it is forced.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_strengths_and_tokens_are_those_of_the_texts(blocks: int, length: int) -
 
 
 def test_all_blocks_may_be_taken_back_while_a_step_is_computed() -> None:
-    """As for new weights: at any moment of a text, its last token too."""
+    """As for new weights: between a step and its outcome, that of a last token too."""
     steers = {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
     settings, outputs = [FRENCH, HEAD, {}], []
     with engine(embedded.MODEL, CONFIG, max_num_seqs=16, block_size=BLOCK) as llm:
@@ -61,9 +62,16 @@ def test_all_blocks_may_be_taken_back_while_a_step_is_computed() -> None:
             asked = zip(texts(3, 20), reporting(greedy(settings, max_tokens=3)), strict=True)
             for index, request in enumerate(asked):
                 core.add_request(f"{moment}-{index}", *request)
-            ended = [output for _ in range(moment) for output in core.step() if output.finished]
-            scheduler.reset_prefix_cache(reset_running_requests=True)
-            ended += finished(core, 3 - len(ended))
+            update, steps = scheduler.update_from_output, itertools.count(1)
+
+            def taking_back(*step: Any, at: int = moment, update: Any = update, steps: Any = steps):
+                if next(steps) == at:
+                    scheduler.reset_prefix_cache(reset_running_requests=True)
+                return update(*step)
+
+            scheduler.update_from_output = taking_back
+            ended = finished(core, 3)
+            scheduler.update_from_output = update
             outputs += sorted(ended, key=lambda output: output.request_id)
             assert leftovers(llm) == {}, f"after {moment} steps"
     check(outputs, settings * 8, load_reference(embedded.MODEL), steers)

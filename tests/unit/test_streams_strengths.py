@@ -212,6 +212,19 @@ def test_a_request_that_is_its_own_base_comes_again(part: DynamicPart) -> None:
     assert (part.step.alone, part.step.probes, part.step.arrivals) == ([], [], [])
 
 
+def test_a_step_before_the_last_is_worked_out_again(part: DynamicPart) -> None:
+    """vLLM has dropped the tokens that came after it, and chooses others."""
+    add(part, "a", "word:dynamic:1.5")
+    for number in (0, 1, 0, 1):
+        part.begin(Turn(steps={"a": number}))
+        part.announce(["a"])
+        step = part.step
+        assert step is not None and len(step.arrivals) == 1
+        part.strengths.work_out(step, torch.stack(list(rows(number, "a", "probe").values())))
+        answer = part.strengths.take_answer()
+        assert answer is not None and answer.read().keys() == {"a"}
+
+
 def test_an_answer_is_given_once(part: DynamicPart) -> None:
     add(part, "a", "push:dynamic")
     assert work(part, rows(7, "a-base", "a-0"), "a-base", "a-0").keys() == {"a"}

@@ -100,7 +100,8 @@ class Strengths:
             if role is None:
                 continue
             main, request, dose = role
-            if step > request.known:
+            # An earlier step comes again where vLLM has dropped the tokens that came after it.
+            if step != request.known:
                 arrival = arrivals.setdefault(main, Arrival(main, request, step))
                 arrival.rows[dose] = row_of[req_id]
         if not arrivals and not steps:
