@@ -81,6 +81,8 @@ class Turns:
             self._group_of.pop(member.request_id, None)
         self._end(group.streams)
         group.streams = {}
+        if not self.groups:
+            self._under_way = []  # nobody waits for them, and a step that failed is never updated
         self._room.admit_one()
 
     def _schedule(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
