@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def main() -> None:
     if pack.exists() and any(pack.iterdir()):
         sys.exit(f"{pack} is not empty; name a folder that is, or is not there yet")
     pack.mkdir(parents=True, exist_ok=True)
-    _install("--no-build-isolation", "--target", str(pack / "site"), str(ROOT))
+    with tempfile.TemporaryDirectory(prefix="pack-") as folder:
+        _install(
+            "--no-build-isolation", "--target", str(pack / "site"), str(_sources(Path(folder)))
+        )
     if not args.dry:
         _install("--target", str(pack / "extra"), *EXTRA)
     for name in TESTS:
@@ -57,6 +61,15 @@ def main() -> None:
     if size > LIMIT_MIB:
         sys.exit(f"{pack} has {size:.1f} MiB; {LIMIT_MIB} can be carried")
     print(f"{pack}: {size:.1f} MiB")
+
+
+def _sources(folder: Path) -> Path:
+    """A copy of what the wheel is built from: building leaves files beside its sources, and takes
+    those of an earlier build for its own.
+    """
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vllm_steer"):
+        _copy(ROOT / name, folder / name)
+    return folder
 
 
 def _install(*options: str) -> None:
