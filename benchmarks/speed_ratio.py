@@ -360,7 +360,9 @@ def _numbers(text: str) -> list[int]:
 def _figures(text: str) -> list[str]:
     names = text.split(",")
     if unknown := set(names) - set(FIGURES):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: some of {FIGURES} are wanted")
+        raise argparse.ArgumentTypeError(
+            f"unknown figures {', '.join(sorted(unknown))}; known: {', '.join(FIGURES)}"
+        )
     return names
 
 

@@ -56,9 +56,9 @@ def has_gpu() -> bool:
 def install_version(pip: list[str], version: str) -> None:
     """Install one version's CPU build beside the packages that it asks for.
 
-    A build for a torch that is had as a CPU build nowhere gets PyPI's torch of that version, which
-    is for CUDA and runs on a CPU too. pip would refuse it, so the build itself comes without its
-    dependencies, after them.
+    Some versions need a torch whose CPU build is not available. They get PyPI's torch of that
+    version, which is built for CUDA and runs on a CPU too. pip would reject that pair, so vLLM is
+    installed last, without its dependencies.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -90,7 +90,7 @@ def torch_for(pip: list[str], wanted: str) -> tuple[str, list[str]]:
         return wanted, []
     if finds(pip, wanted, *index, "--timeout", "10", "--retries", "0"):
         return wanted, index
-    say(f"{wanted} is not to be had: PyPI's build for CUDA takes its place")
+    say(f"{wanted} is not available: installing PyPI's build for CUDA instead")
     return wanted.partition("+")[0], []
 
 

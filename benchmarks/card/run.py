@@ -91,16 +91,16 @@ class Running:
                 return
 
     def _said(self) -> str:
-        """The summary of its JSON, else the last line of its log."""
+        """The summary of its JSON; of a phase that left none or a half, its log's last line."""
         try:
             found = json.loads(self._json.read_text())
-            if isinstance(found, dict) and "summary" in found:
-                return str(found["summary"])[:400]
-            if isinstance(found, dict) and "rows" in found:
-                left_out = len(found.get("left_out") or ())
-                return f"{len(found['rows'])} lines" + (f", {left_out} left out" * bool(left_out))
         except (OSError, ValueError):
-            pass
+            found = {}
+        if "summary" in found:
+            return str(found["summary"])[:400]
+        if "rows" in found:
+            left_out = len(found.get("left_out") or ())
+            return f"{len(found['rows'])} lines" + (f", {left_out} left out" * bool(left_out))
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else ""
 

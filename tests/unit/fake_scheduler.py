@@ -199,7 +199,7 @@ class NewScheduler(FakeScheduler):
 
 class OldScheduler(FakeScheduler):
     """As vLLM 0.25.1: only a request whose status blocks is asked about, placeholders outlive a
-    preemption, and those that were ended are told by id and client.
+    preemption, and ``finish_requests`` returns pairs of id and client.
     """
 
     def _may_be_admitted(self, request: FakeRequest) -> bool:

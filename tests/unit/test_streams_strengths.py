@@ -67,9 +67,15 @@ def work(part: DynamicPart, logits: dict[str, torch.Tensor], *reading: str, **st
     part.begin(turn)
     part.announce(list(logits))
     if part.step is not None:
-        part.strengths.work_out(part.step, torch.stack(list(logits.values())))
+        work_out(part, part.step, torch.stack(list(logits.values())))
     answer = part.strengths.take_answer()
     return {} if answer is None else answer.read()
+
+
+def work_out(part: DynamicPart, step: Any, logits: torch.Tensor) -> None:
+    """All rows of a step in one part, as the head hands them over."""
+    part.strengths.work_out(step, logits, logits, first=0)
+    part.strengths.settle(step)
 
 
 def rows(seed: int, *req_ids: str) -> dict[str, torch.Tensor]:
@@ -143,7 +149,7 @@ def test_a_kept_row_is_not_the_one_that_later_lies_there(part: DynamicPart) -> N
     part.begin(Turn(steps={"a-base": 0}))
     part.announce(["a-base"])
     assert part.step is not None
-    part.strengths.work_out(part.step, buffer)
+    work_out(part, part.step, buffer)
     buffer.fill_(3.0)
     found = work(part, {"a-0": x["a-0"]}, "a-0")
     wanted = strength(x["a-base"], x["a-0"], maximum=9, top_p=0.6)
@@ -185,7 +191,7 @@ def test_probes_at_the_head_are_more_rows_on_the_bases_hidden_state(part: Dynami
     ]  # fmt: skip
     assert step.alone == []
     x = rows(5, "x", "a-0", "a-base", "word", "other")
-    part.strengths.work_out(step, torch.stack(list(x.values())))
+    work_out(part, step, torch.stack(list(x.values())))
     answer = part.strengths.take_answer()
     assert answer is not None
     assert answer.read()["a"] == pytest.approx(
@@ -205,7 +211,7 @@ def test_a_request_that_is_its_own_base_comes_again(part: DynamicPart) -> None:
     assert (step.alone, step.steps) == ([1], {"a": 0})
     assert [(p.row, p.steer) for p in step.probes] == [(1, "word")]
     x = rows(6, "x", "a", "probe")
-    part.strengths.work_out(step, torch.stack(list(x.values())))
+    work_out(part, step, torch.stack(list(x.values())))
     part.begin(Turn(steps={"a": 0}))
     part.announce(["a", "x"])
     assert part.step is not None
@@ -220,7 +226,7 @@ def test_a_step_before_the_last_is_worked_out_again(part: DynamicPart) -> None:
         part.announce(["a"])
         step = part.step
         assert step is not None and len(step.arrivals) == 1
-        part.strengths.work_out(step, torch.stack(list(rows(number, "a", "probe").values())))
+        work_out(part, step, torch.stack(list(rows(number, "a", "probe").values())))
         answer = part.strengths.take_answer()
         assert answer is not None and answer.read().keys() == {"a"}
 
@@ -257,7 +263,7 @@ def test_many_doses_are_worked_out_some_at_a_time(
     part.begin(turn)
     part.announce(list(x))
     assert part.step is not None
-    part.strengths.work_out(part.step, torch.stack(list(x.values())))
+    work_out(part, part.step, torch.stack(list(x.values())))
     answer = part.strengths.take_answer()
     assert answer is not None
     found = answer.read()

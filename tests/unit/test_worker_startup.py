@@ -204,8 +204,9 @@ def test_a_method_with_many_names_calls_what_it_calls(
     made: dict[str, Any] = {}
     head = "def method(self, given, dummy_run=False):"
     exec("\n".join([head, *lines, "    return self.prepare_inputs(given)"]), made)
-    many = type("Many", (V2Runner,), {"execute_model": made["method"]})
-    worker_of(plan, many(), monkeypatch).load_model()
+    runner = type("Many", (V2Runner,), {"execute_model": made["method"]})()
+    worker_of(plan, runner, monkeypatch).load_model()
+    assert "prepare_inputs" in vars(runner)
 
 
 def test_a_worker_that_only_encodes_for_others_need_not_announce_its_steps(

@@ -142,7 +142,7 @@ class SteeredHead:
             part = [each.part(first, last) if each is not None else None for each in pairs]
             found = self._pass(compute, whole[first:last], part)
             logits = found if logits is None else logits
-            self.batch.dynamic.strengths.work_out_part(step, logits, found, first)
+            self.batch.dynamic.strengths.work_out(step, logits, found, first)
         assert logits is not None
         self.batch.dynamic.strengths.settle(step)
         logits = logits[:num_rows]

@@ -124,15 +124,7 @@ class Strengths:
                 arrival.rows[index] = num_rows + len(probes)
                 probes.append(HeadProbe(arrival.rows[None], dose.steer, dose.strength))
 
-    def work_out(self, step: StepStrengths, logits: torch.Tensor) -> None:
-        """Write the strengths of all requests whose rows are complete; keep the other rows.
-
-        ``logits`` are the batch's rows and all probes after them.
-        """
-        self.work_out_part(step, logits, logits, first=0)
-        self.settle(step)
-
-    def work_out_part(
+    def work_out(
         self, step: StepStrengths, batch: torch.Tensor, logits: torch.Tensor, first: int
     ) -> None:
         """Write the strengths of the doses whose probes have their logits in this part, and keep

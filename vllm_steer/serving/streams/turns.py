@@ -67,7 +67,7 @@ class Turns:
         for member in group.members:
             self._group_of[member.request_id] = group
         for stream in group.streams.values():
-            # Nobody is told them, and before 0.27 vLLM fails on ones that outlive a preemption.
+            # No client asks for them, and vLLM before 0.27 fails on a preempted request with them.
             stream.take_prefill_stats()
             self._scheduler.add_request(stream)
 
