@@ -5,9 +5,17 @@ ValueError
     └── SteerRequestError a request's ``steer`` value is wrong
 """
 
+from vllm_steer.foreign import LONGEST_MESSAGE, printable
+
 
 class SteerError(ValueError):
-    """A steer file, a steer config or a request that cannot be served as it stands."""
+    """A steer file, a steer config or a request that cannot be served as it stands.
+
+    Its message is one printable line of at most 1,000 characters, whatever it quotes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, LONGEST_MESSAGE))
 
 
 class SteerRequestError(SteerError):

@@ -1,0 +1,101 @@
+"""Foreign values as text: bounded, printable, on one line."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_steer.errors import SteerError
+from vllm_steer.foreign import LONGEST_MESSAGE, cut, listed, name, printable, shown
+
+
+def shared(container: type, depth: int = 60) -> Any:
+    value: Any = container()
+    for _ in range(depth):
+        value = container([value, value])
+    return value
+
+
+def endless(container: type) -> Any:
+    value: Any = container()
+    for _ in range(20_000):
+        value = container([value])
+    return value
+
+
+class Hostile:
+    def __repr__(self) -> str:
+        raise AssertionError("a foreign repr was called")
+
+    __str__ = __repr__
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "None"),
+        (True, "True"),
+        (-3, "-3"),
+        (1.5, "1.5"),
+        (float("nan"), "nan"),
+        ("it's", '"it\'s"'),
+        ("a\x1b[31m\u202e\n", "'a\\x1b[31m\\u202e\\n'"),
+        (b"\x00", "b'\\x00'"),
+        (10**400, "a whole number of 401 digits"),
+        (-(10**20), "a whole number of 21 digits"),
+        (10**5000, "a whole number of about 5001 digits"),
+        ([1, [2, [3]]], "[1, [2, [...]]]"),
+        ({"a": {"b": {}}}, "{'a': {'b': {}}}"),
+        (list(range(9)), "[0, 1, 2, 3, 4, 5, ...]"),
+        (Path("/a\x07"), "'/a\\x07'"),
+        (Hostile(), "a Hostile"),
+        ([Hostile()], "[a Hostile]"),
+        (torch.zeros(2, 3), "a tensor [2, 3] in torch.float32"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_value_is_shown_as_python_writes_it_or_named(value: Any, text: str) -> None:
+    assert shown(value) == text
+
+
+@pytest.mark.parametrize("value", [shared(tuple), shared(list), endless(tuple), "x" * 10**7])
+def test_endless_values_are_shown_at_once(value: Any) -> None:
+    begun = time.monotonic()
+    assert len(shown(value)) <= 100
+    assert time.monotonic() - begun < 0.1
+
+
+def test_letters_of_every_script_stay_and_controls_are_escaped() -> None:
+    assert printable("Grüße, 日本語 😀") == "Grüße, 日本語 😀"
+    assert printable("\x1b]8;;x\x07\u200b\ud800\x9b\r") == "\\x1b]8;;x\\x07\\u200b\\ud800\\x9b\\r"
+    assert printable("a\nb\x07", lines=True) == "a\nb\\x07"
+    assert printable("abcdef", 5) == "ab..."
+
+
+@given(st.text(max_size=50))
+def test_what_is_printable_was_not_changed(text: str) -> None:
+    assert printable(text).isprintable()
+    assert printable(printable(text)) == printable(text)
+    if text.isprintable():
+        assert printable(text) == text
+
+
+def test_names_are_listed_as_far_as_they_fit() -> None:
+    assert listed(["a", 3, None]) == "a, 3, None"
+    assert listed([]) == "none"
+    assert listed([], none="nothing") == "nothing"
+    assert listed((f"n{i}" for i in range(1000)), 10) == "n0, n1, n2 and 997 more"
+    assert listed(["b" * 300, "c"], 50) == f"{cut('b' * 300, 100)} and 1 more"
+    assert name("a\x07") == "a\\x07"
+    assert name((1,)) == "(1)"
+
+
+def test_an_errors_message_is_one_printable_line_of_bounded_length() -> None:
+    error = SteerError("found " + "\x1b[2J\n" * sys.maxunicode)
+    assert len(str(error)) == LONGEST_MESSAGE
+    assert str(error).isprintable()
