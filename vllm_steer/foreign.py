@@ -7,6 +7,7 @@ Every message, table and log line takes such values from here: bounded, on one l
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, Final
@@ -20,6 +21,7 @@ _MOST_ITEMS: Final = 6
 _DEEPEST: Final = 2
 _PLAIN_DIGITS: Final = 20
 _MOST_DIGITS: Final = 4000
+_NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def shown(value: Any, longest: int = LONGEST) -> str:
@@ -64,6 +66,11 @@ def listed(values: Iterable[Any], longest: int = LONGEST_LIST, *, none: str = "n
     if not names:
         return none
     return ", ".join(names) + (f" and {left} more" if left else "")
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a decimal number in ASCII: Python would take '1_0' and others' digits."""
+    return _NUMBER.fullmatch(text.strip(" ")) is not None
 
 
 def cut(text: str, longest: int) -> str:

@@ -70,8 +70,56 @@ def test_a_trained_checkpoint_brings_its_facts(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_a_dummy_column_fixes_none(tmp_path: Path) -> None:
-    path = save(tmp_path / "cheer.pt", training_arguments(dummy_steer=None), projectors())
+    one = {name: tensor[:1] for name, tensor in projectors().items()}
+    path = save(tmp_path / "cheer.pt", training_arguments(dummy_steer=None), one)
     assert load_steer(path).fixed_columns == ()
+
+
+TEN = {"projector1": torch.ones(10, HIDDEN, RANK), "projector2": torch.ones(10, HIDDEN, RANK)}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({}, "it has 10 columns, of which training_steer 0 was trained; .* columns: [0, 1]"),
+        ({"dummy_steer": None}, "training_steer 0 was trained; .* such as columns: [0]"),
+        ({"training_steer": 2}, "training_steer 2 was trained; .* such as columns: [1, 2]"),
+        (None, "10 columns, and does not say which of them were trained; .* columns: [0]"),
+    ],
+    ids=["with-dummy", "without", "another", "transferred"],
+)
+def test_columns_that_were_not_trained_are_asked_about(
+    tmp_path: Path, said: dict[str, Any] | None, message: str
+) -> None:
+    args = None if said is None else training_arguments(num_steers=10, **said)
+    path = save(tmp_path / "ten.pt", args, TEN)
+    with pytest.raises(SteerError, match=message.replace("[", r"\[")):
+        load_steer(path, epsilon=0.001)
+    steer = load_steer(path, epsilon=0.001, columns=[0, 1], fixed_columns=[1])
+    assert (steer.columns, steer.free_columns) == (2, (0,))
+
+
+@pytest.mark.parametrize(
+    ("model", "state", "method"),
+    [
+        ("lora-gpt2-large", {"x": torch.ones(2)}, "LoRA"),
+        ("embedding_tuning-gpt2", {"x": torch.ones(2)}, "embedding tuning"),
+        ("gpt2", {"transformer.wte.weight": torch.ones(2, 2)}, "embedding tuning"),
+        ("gpt2", {"h.0.lora_A": torch.ones(2, 2)}, "LoRA"),
+        ("gpt2", {"prefix.control_trans.0.weight": torch.ones(2, 2)}, "prefix tuning"),
+    ],
+)
+def test_checkpoints_of_the_authors_baselines_are_refused_by_name(
+    tmp_path: Path, model: str, state: Any, method: str
+) -> None:
+    path = save(tmp_path / "base.pt", training_arguments(model_name=model), state)
+    with pytest.raises(SteerError, match=f"a checkpoint of {method}, a baseline"):
+        load_steer(path)
+
+
+def test_a_models_path_may_contain_a_methods_name(tmp_path: Path) -> None:
+    args = training_arguments(model_name="/home/flora/prefix-free/gpt2")
+    assert load_steer(save(tmp_path / "a.pt", args, projectors())).columns == 2
 
 
 def test_the_file_name_does_not_matter(tmp_path: Path) -> None:
@@ -312,7 +360,7 @@ def test_an_old_style_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     path = tmp_path / "old.pt"
     torch.save([None, shell(marker), 1], path, _use_new_zipfile_serialization=False)
-    with pytest.raises(SteerError, match=r"old.pt: neither a safetensors file nor"):
+    with pytest.raises(SteerError, match=r"old.pt: torch.save's form before PyTorch 1.6, a pickle"):
         load_steer(path)
     assert not marker.exists()
 
@@ -320,7 +368,7 @@ def test_an_old_style_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
     huge = torch.zeros(1).as_strided((1, 2**20, 2**20), (0, 0, 0))
     path = save(tmp_path / "huge.pt", None, {"projector1": huge, "projector2": huge})
-    with pytest.raises(SteerError, match=r"projector1 claims more values \(1099511627776\)"):
+    with pytest.raises(SteerError, match=r"1048576\] claims more values \(1099511627776\)"):
         load_steer(path, epsilon=1.0)
 
 
@@ -328,13 +376,16 @@ def test_two_pickles_in_one_archive_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "whole.pt", training_arguments(), projectors())
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/data.pkl", b"\x80\x02N.")
-    with pytest.raises(SteerError, match=r"whole.pt: one pickle of at most .* is wanted"):
+    with pytest.raises(
+        SteerError,
+        match=r"whole.pt: one pickle .*; found whole/data.pkl, other/",
+    ):
         load_steer(path)
 
 
 def test_a_large_pickle_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = save(tmp_path / "large.pt", "x" * 1_000_001, projectors())
-    with pytest.raises(SteerError, match="one pickle of at most 1000000 bytes is wanted"):
+    with pytest.raises(SteerError, match="a pickle of at most 1000000 bytes is wanted"):
         load_steer(path)
 
 
@@ -364,7 +415,7 @@ def test_a_checkpoint_with_a_missing_tensor_record_is_refused(tmp_path: Path) ->
         tmp_path / "part.pt",
         {"data/0": None},
     )
-    with pytest.raises(SteerError, match=r"part.pt: not a readable checkpoint"):
+    with pytest.raises(SteerError, match=r"part.pt: its record 'whole/data/0' is missing"):
         load_steer(path)
 
 

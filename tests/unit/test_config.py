@@ -246,8 +246,8 @@ def test_a_steer_file_that_changes_during_the_start_is_noticed(
     [
         ("steers: {x: {path: gone.pt}}", r"steer x: .*gone\.pt: no such file"),
         ("steers: {x: {path: steers.yaml}}", r"steer x: .*steers\.yaml: neither a safetensors"),
-        ("steers: {x: {path: .}}", r"steer x: .*no such file"),
-        ("steers: {x: {path: ''}}", r"steer x: .*no such file"),
+        ("steers: {x: {path: .}}", r"steer x: .*: is a folder; give one: a\.safetensors, b"),
+        ("steers: {x: {path: ''}}", r"steer x: .*: is a folder; give one: a\.safetensors, b"),
         ("steers: {x: {path: ~no-such-user-anywhere/x.pt}}", "steer x"),
         (
             A + "limits: {max_rank: 2}",

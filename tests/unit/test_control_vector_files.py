@@ -125,7 +125,7 @@ def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None
     [
         ('{"model_type": "llama"}', "directions: Field required; wanted: a JSON object"),
         ('{"model_type": 1, "directions": {}}', "model_type: Input should be a valid string"),
-        ('{"model_type": "l", "directions": []}', "directions: Input should be a valid dict"),
+        ('{"model_type": "l", "directions": []}', "directions: Input should be an object"),
         ('{"model_type": "l", "directions": {}}', "it holds no vectors"),
         ('{"model_type": "l", "directions": {"0": [1]}}', "it holds no vectors"),
         ('{"model_type": "l", "directions": {"a": [1]}}', "layer 'a': a 0-based layer"),

@@ -1,5 +1,6 @@
 """Steer files: what is saved comes back, and what is wrong is named."""
 
+import gzip
 import json
 import struct
 from pathlib import Path
@@ -238,14 +239,30 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"\x08", b"hello, this is no steer", b"\x80\x02]q\x00.", b"PK\x05\x06" + bytes(18)],
-    ids=["empty", "one-byte", "text", "bare-pickle", "empty-zip"],
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"\x08", "neither a safetensors file nor"),
+        (b"hello, this is no steer", "neither a safetensors file nor"),
+        (b"\x80\x02]q\x00.", "a Python pickle, which has to be run to be read"),
+        (b"\x80\x04\x95", "a Python pickle"),
+        (b"PK\x05\x06" + bytes(18), "a zip archive of none; wanted: what torch.save or NumPy"),
+        (gzip.compress(b"x"), "a gzip file; unpack it first"),
+        ('{"a": 1}'.encode("utf-16"), "a text in UTF-16; save it as UTF-8"),
+        (b"\xef\xbb\xbf{}", "a text with a byte-order mark"),
+        (b"\x93NUMPY\x01\x00", "a single NumPy array"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, not the file"),
+        (b"<!DOCTYPE html>", "a web page or XML"),
+        ((1 << 26).to_bytes(8, "little") + b"{", "its header has 67108864 bytes; a steer's has at"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_a_file_of_another_kind_is_told_for_what_it_is(
+    tmp_path: Path, data: bytes, message: str
+) -> None:
     path = tmp_path / "steer.safetensors"
     path.write_bytes(data)
-    with pytest.raises(SteerError, match=f"{path.name}: neither a safetensors file nor"):
+    with pytest.raises(SteerError, match=f"{path.name}: {message}"):
         load_steer(path)
 
 

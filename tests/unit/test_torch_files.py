@@ -179,9 +179,9 @@ def test_a_3d_tensor_is_asked_whether_it_is_a_delta(tmp_path: Path) -> None:
         ("vector", {}, "it holds a str; wanted: a tensor"),
         (7, {}, "it holds a int; wanted: a tensor"),
         ({1: torch.ones(6), "2": torch.ones(6)}, {}, "layer '2': a 0-based layer such as 16"),
-        ({True: torch.ones(6)}, {}, "layer 'True': a 0-based layer"),
-        ({-1: torch.ones(6)}, {}, "layer '-1': .* counted from the end has to be written"),
-        ({10**9: torch.ones(6)}, {}, "layer '1000000000'"),
+        ({True: torch.ones(6)}, {}, "layer True: a 0-based layer"),
+        ({-1: torch.ones(6)}, {}, "layer -1: .* counted from the end has to be written"),
+        ({10**9: torch.ones(6)}, {}, "layer 1000000000"),
         ({1: [1.0, 2.0]}, {}, "layer 1 holds a list; a tensor is wanted"),
         ({1: torch.ones(1, 6)}, {}, r"layer 1 is \[1, 6\] .*one dimension"),
         ({1: torch.ones(6), 2: torch.ones(7)}, {}, r"layer 2 is \[7\].* they must agree"),
@@ -254,7 +254,7 @@ def test_steering_vectors_of_one_row_are_flattened_as_the_library_does(
         ({"layer_type": ["mlp"]}, "layer_type is"),
         ({"layer_activations": {}}, "it holds no vectors"),
         ({"layer_activations": torch.ones(6)}, "layer_activations, a dict of tensors by layer"),
-        ({"layer_activations": {-1: torch.ones(6)}}, "layer '-1'"),
+        ({"layer_activations": {-1: torch.ones(6)}}, "layer -1"),
         ({"layer_activations": {"1": torch.ones(6)}}, "layer '1'"),
         ({"layer_activations": {1: torch.ones(2, 6)}}, r"layer 1 is \[2, 6\]"),
         ({"layer_activations": {1: torch.tensor(2.0)}}, r"layer 1 is \[\]"),
@@ -328,14 +328,17 @@ def test_numpy_arrays_in_a_pickle_are_refused_with_what_to_do(tmp_path: Path) ->
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
     huge = torch.zeros(1).as_strided((2**20, 2**20), (0, 0))
     for content in (huge, {3: huge}, {"layer_activations": {3: huge}}):
-        with pytest.raises(SteerError, match=r"claims more values \(1099511627776\) than"):
+        with pytest.raises(
+            SteerError,
+            match=r"more values \(1099511627776\) than the file holds for it \(1",
+        ):
             load_steer(save(tmp_path / "huge.pt", content), layers="1-2")
 
 
 def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
     content: dict[Any, Any] = {}
     content["self"] = content
-    with pytest.raises(SteerError, match="it holds a dict with the keys self"):
+    with pytest.raises(SteerError, match="its pickle is nested more than 32 deep"):
         load_steer(save(tmp_path / "loop.pt", content))
 
 

@@ -9,6 +9,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import read_facts
 from vllm_steer.files.identify import identify
 from vllm_steer.files.steer_file import save_steer
+from vllm_steer.files.strange import no_file
 from vllm_steer.steers import Steer
 
 __all__ = ["Loaded", "load_steer", "read_file", "save_steer"]
@@ -47,7 +48,7 @@ def read_file(path: str | Path, facts: Mapping[str, Any]) -> Loaded:
     """Like ``load_steer``, and says which format the file has."""
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file no error for a name that is too long
-        raise SteerError(f"{path}: no such file; give the path of a steer file")
+        raise no_file(path)
     try:
         known = read_facts(facts, origin="facts")
         source = identify(path)
@@ -56,3 +57,5 @@ def read_file(path: str | Path, facts: Mapping[str, Any]) -> Loaded:
         raise SteerError(f"{path}: {error}") from error
     except OSError as error:
         raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
+    except MemoryError as error:
+        raise SteerError(f"{path}: there is not enough memory to read it") from error

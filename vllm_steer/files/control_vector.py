@@ -20,6 +20,7 @@ from vllm_steer.files.directions import read_layer, stack_directions
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_vector
 from vllm_steer.files.source import cause
+from vllm_steer.foreign import shown
 from vllm_steer.steers import VectorSteer
 
 NAME = "a GGUF control vector"
@@ -34,7 +35,7 @@ def read(path: Path, facts: Facts) -> VectorSteer:
         architecture = _text(reader, "general.architecture")
         if architecture != _ARCHITECTURE:
             raise SteerError(
-                f"a GGUF file of architecture {architecture!r}; wanted: {_ARCHITECTURE!r}, a "
+                f"a GGUF file of architecture {shown(architecture)}; wanted: {_ARCHITECTURE!r}, a "
                 "control vector"
             )
         directions = dict(_direction(tensor) for tensor in reader.tensors)
@@ -73,14 +74,14 @@ def _text(reader: Any, key: str) -> str | None:
         return None
     text = field.contents()
     if not isinstance(text, str):
-        raise SteerError(f"{key} is {str(text)[:50]}; a text is wanted")
+        raise SteerError(f"{key} is {shown(text)}; a text is wanted")
     return text
 
 
 def _direction(tensor: Any) -> tuple[int, torch.Tensor]:
     named = re.fullmatch(r"direction\.(.+)", tensor.name)
     if named is None:
-        raise SteerError(f"tensor {tensor.name[:100]!r}; only direction.1, direction.2 ... may be")
+        raise SteerError(f"tensor {shown(tensor.name)}; only direction.1, direction.2 ... may be")
     if not np.issubdtype(tensor.data.dtype, np.floating):
         raise SteerError(f"{tensor.name} is {tensor.tensor_type.name}; F32 is wanted")
     values = tensor.data.astype(tensor.data.dtype.newbyteorder("="))

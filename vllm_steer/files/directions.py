@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import shown
 from vllm_steer.steers.layers import parse_layers
 
 _LAYER = re.compile(r"0|[1-9][0-9]{0,3}")
+_MOST_LAYERS = 10_000
 
 
 def stack_directions(directions: Mapping[int, Any]) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -38,15 +40,15 @@ def stack_directions(directions: Mapping[int, Any]) -> tuple[torch.Tensor, tuple
 def read_layer(text: str) -> int:
     """A layer from a name in a file; ``SteerError`` unless it is a plain whole number."""
     if not _LAYER.fullmatch(text):
-        raise SteerError(f"layer {text[:50]!r}: a 0-based layer such as '16' is wanted")
+        raise SteerError(f"layer {shown(text)}: a 0-based layer such as '16' is wanted")
     return int(text)
 
 
 def check_layer(layer: Any) -> int:
     """A layer from a key of a dict, which must be an integer from 0 on."""
-    if type(layer) is not int or not _LAYER.fullmatch(str(layer)):
+    if type(layer) is not int or not 0 <= layer < _MOST_LAYERS:
         raise SteerError(
-            f"layer {str(layer)[:50]!r}: a 0-based layer such as 16 is wanted; one counted from "
+            f"layer {shown(layer)}: a 0-based layer such as 16 is wanted; one counted from "
             "the end has to be written as its number from the start"
         )
     return layer

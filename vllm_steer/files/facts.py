@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import LONGEST, is_number, printable, shown
 from vllm_steer.steers import Mode, Schedule, Variant
 from vllm_steer.steers.layers import parse_layers
 
 _LONGEST_LAYERS = 1000
+_MOST_ERRORS = 4
 
 
 def _column_list(value: Any) -> Any:
@@ -19,9 +21,9 @@ def _column_list(value: Any) -> Any:
     return value
 
 
-def _no_bool(value: Any) -> Any:
-    """YAML reads 'yes' and 'on' as true, which is no number."""
-    if isinstance(value, bool):
+def _number(value: Any) -> Any:
+    """YAML reads 'yes' and 'on' as true, which is no number; Python reads '1_0' as 10."""
+    if isinstance(value, bool) or (isinstance(value, str) and not is_number(value)):
         raise ValueError("a number is wanted")
     return value
 
@@ -40,14 +42,14 @@ def _rows(value: Any) -> tuple[int, ...]:
         raise ValueError("0-based rows such as '1-32', '0,8' or 17 are wanted") from None
 
 
-NoBool = BeforeValidator(_no_bool)
-Columns = Annotated[tuple[Annotated[int, NoBool], ...], BeforeValidator(_column_list)]
+Number = BeforeValidator(_number)
+Columns = Annotated[tuple[Annotated[int, Number], ...], BeforeValidator(_column_list)]
 Layers = Annotated[tuple[int, ...], BeforeValidator(_layers)]
 Rows = Annotated[tuple[int, ...], BeforeValidator(_rows)]
-FiniteFloat = Annotated[float, NoBool, Field(allow_inf_nan=False)]
-PositiveFloat = Annotated[float, NoBool, Field(gt=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, NoBool, Field(ge=1)]
-Index = Annotated[int, NoBool, Field(ge=0)]
+FiniteFloat = Annotated[float, Number, Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Number, Field(ge=1)]
+Index = Annotated[int, Number, Field(ge=0)]
 
 
 FORMAT_FACTS = ("orient", "rows", "feature", "hook")
@@ -94,10 +96,11 @@ def read_facts(given: Mapping[str, Any], *, origin: str) -> Facts:
 
 
 def describe_errors(error: ValidationError, origin: str) -> str:
-    """One line per wrong value: where it is, what was given, what is wanted."""
+    """Each wrong value, where it is, what was given, what is wanted; the first few of them."""
     lines = []
-    for item in error.errors():
-        place = ".".join(map(str, item["loc"])) or origin
+    wrong = error.errors(include_url=False)
+    for item in wrong[:_MOST_ERRORS]:
+        place = printable(".".join(map(str, item["loc"])), LONGEST) or origin
         if item["type"] == "extra_forbidden":
             lines.append(f"{origin}: unknown key {place!r}")
         elif item["type"] == "missing":
@@ -105,5 +108,7 @@ def describe_errors(error: ValidationError, origin: str) -> str:
         elif item["type"] == "value_error" and not item["loc"]:
             lines.append(f"{origin}: {item['ctx']['error']}")
         else:
-            lines.append(f"{origin}: {place} is {item['input']!r:.200}: {item['msg']}")
+            lines.append(f"{origin}: {place} is {shown(item['input'])}: {item['msg']}")
+    if len(wrong) > _MOST_ERRORS:
+        lines.append(f"and {len(wrong) - _MOST_ERRORS} more")
     return "; ".join(lines)

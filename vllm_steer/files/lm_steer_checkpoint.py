@@ -13,6 +13,7 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import Facts, read_facts
 from vllm_steer.files.make import make_lm_steer
+from vllm_steer.foreign import listed, shown
 from vllm_steer.steers import LMSteer
 
 NAME = "an LM-Steer checkpoint"
@@ -23,6 +24,12 @@ _TENSOR_NAMES = {
     "add_vec": "add",
     "offset_vec": "offset",
 }
+_BASELINES = {
+    "lora": "LoRA",
+    "prefix": "prefix tuning",
+    "embedding_tuning": "embedding tuning",
+    "wte": "embedding tuning",
+}
 
 
 def read(loaded: Sequence[Any], facts: Facts) -> LMSteer:
@@ -31,7 +38,11 @@ def read(loaded: Sequence[Any], facts: Facts) -> LMSteer:
     Raises ``SteerError`` if it is not the list that the authors' trainer writes.
     """
     args, state = _split(loaded)
-    return make_lm_steer(_tensors(state), facts.over(_facts_of(args)))
+    _refuse_baselines(args, state)
+    steer = make_lm_steer(_tensors(state), facts.over(_facts_of(args)))
+    if facts.columns is None:
+        _check_trained(args, steer)
+    return steer
 
 
 def _split(loaded: Sequence[Any]) -> tuple[argparse.Namespace | None, Mapping[str, Any]]:
@@ -47,11 +58,45 @@ def _split(loaded: Sequence[Any]) -> tuple[argparse.Namespace | None, Mapping[st
     return loaded[0], loaded[1]
 
 
+def _refuse_baselines(args: argparse.Namespace | None, state: Mapping[str, Any]) -> None:
+    """Raise ``SteerError`` for what the authors' trainer saves of methods that are no steers."""
+    model = getattr(args, "model_name", None)
+    for part, method in _BASELINES.items():
+        found = next((key for key in state if isinstance(key, str) and part in key), None)
+        if isinstance(model, str) and model.startswith(f"{part}-"):
+            found = model
+        if found is not None:
+            raise SteerError(
+                f"it holds {shown(found)}: a checkpoint of {method}, a baseline of LM-Steer's "
+                "authors and no steer"
+            )
+
+
+def _check_trained(args: argparse.Namespace | None, steer: LMSteer) -> None:
+    """Raise ``SteerError`` if some columns hold the random values that they began with.
+
+    The authors' trainer makes ``num_steers`` columns, 10 by default, and trains one of them and
+    the dummy; a strength would add the others' noise.
+    """
+    one = getattr(args, "training_steer", None)
+    if type(one) is int:
+        said = f"of which training_steer {one} was trained"
+        untrained = {*steer.free_columns} - {one}
+    else:
+        one, said = 0, "and does not say which of them were trained"
+        untrained = {*steer.free_columns} - {0, 1}
+    if untrained:
+        raise SteerError(
+            f"it has {steer.columns} columns, {said}; give columns, those to keep, such as "
+            f"columns: {sorted({one, *steer.fixed_columns})}"
+        )
+
+
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    unknown = sorted(set(map(str, state)) - set(_TENSOR_NAMES))
+    unknown = set(state) - set(_TENSOR_NAMES)
     if unknown or not state:
         raise SteerError(
-            f"its state holds {', '.join(map(str, state)) or 'nothing'}; "
+            f"its state holds {listed(state, none='nothing')}; "
             "wanted: projector1 and projector2, or add_vec, or offset_vec"
         )
     tensors = {}

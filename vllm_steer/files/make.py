@@ -1,6 +1,5 @@
 """Steers from tensors and facts: where what a file holds meets what is known about it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -9,6 +8,8 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import Facts
+from vllm_steer.files.json_text import read_json
+from vllm_steer.foreign import shown
 from vllm_steer.steers import DeltaSteer, LMSteer, Variant, VectorSteer
 
 Layered = TypeVar("Layered", VectorSteer, DeltaSteer)
@@ -84,7 +85,7 @@ def _keep_columns(steer: LMSteer, columns: tuple[int, ...] | None) -> LMSteer:
     outside = [c for c in columns if not 0 <= c < steer.columns]
     if outside or not columns or len(set(columns)) != len(columns):
         raise SteerError(
-            f"columns {list(columns)}: this steer has columns 0 to {steer.columns - 1}; "
+            f"columns {shown(list(columns))}: this steer has columns 0 to {steer.columns - 1}; "
             "name each one wanted once"
         )
     tensors: dict[str, Any] = {name: t[list(columns)] for name, t in steer.tensors.items()}
@@ -133,12 +134,9 @@ def read_scores(text: str | None) -> tuple[float, ...] | None:
     """The metadata's ``layer_scores``, a JSON list of finite numbers."""
     if text is None:
         return None
-    try:
-        scores = json.loads(text)
-    except (ValueError, RecursionError):
-        scores = None
+    scores = read_json(text, "metadata: layer_scores")
     if not isinstance(scores, list) or not all(map(_is_finite, scores)):
-        raise SteerError(f"layer_scores is {text[:100]!r}; a JSON list of finite numbers is wanted")
+        raise SteerError(f"layer_scores is {shown(text)}; a JSON list of finite numbers is wanted")
     return tuple(map(float, scores))
 
 

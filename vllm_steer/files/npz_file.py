@@ -1,7 +1,6 @@
 """NumPy archives (``.npz``): names, shapes and single rows, without unpickling anything."""
 
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import SEEK_CUR
@@ -14,37 +13,28 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.archive import Archive, open_archive
+from vllm_steer.files.bounds import check_memory
 from vllm_steer.files.source import cause
 
 _FORMAT: Any = np.lib.format  # it has no type annotations
+_ENDING = ".npy"
 
 
-def is_npz(path: Path) -> bool:
-    """Whether a zip archive holds NumPy arrays and not what ``torch.save`` writes."""
-    return bool(names(path))
+def arrays_in(records: Iterable[str]) -> list[str]:
+    """The arrays among the records of an archive."""
+    return [name.removesuffix(_ENDING) for name in records if name.endswith(_ENDING)]
 
 
-def names(path: Path) -> list[str]:
-    """The arrays in an archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-    except Exception as error:  # a damaged directory can fail in any way
-        raise SteerError(f"not a readable archive ({cause(error)})") from error
-    if any(name.endswith("data.pkl") for name in members):
-        return []
-    return [name.removesuffix(".npy") for name in members if name.endswith(".npy")]
-
-
-def read_shape(path: Path, name: str) -> list[int]:
+def read_shape(archive: Archive, name: str) -> list[int]:
     """The shape of an array."""
-    with _opened(path, name) as array:
+    with _opened(archive, name) as array:
         return list(array.shape)
 
 
 def read_row(path: Path, name: str, row: int) -> torch.Tensor:
     """One row of a floating array, in memory of its own."""
-    with _opened(path, name) as array:
+    with open_archive(path) as archive, _opened(archive, name) as array:
         if array.dtype.kind != "f":
             raise SteerError(f"tensor {name} is {array.dtype}; a floating dtype is wanted")
         values = array.whole()[row] if array.by_columns else array.row(row)
@@ -60,31 +50,36 @@ class _Array:
     by_columns: bool
     dtype: np.dtype[Any]
 
+    @property
+    def size(self) -> int:
+        """Bytes of all values."""
+        return prod(self.shape) * self.dtype.itemsize
+
     def row(self, row: int) -> NDArray[Any]:
         width = prod(self.shape[1:])
         self.file.seek(row * width * self.dtype.itemsize, SEEK_CUR)
         return np.frombuffer(self.file.read(width * self.dtype.itemsize), self.dtype, width)
 
     def whole(self) -> NDArray[Any]:
-        count = prod(self.shape)
-        values = np.frombuffer(self.file.read(count * self.dtype.itemsize), self.dtype, count)
+        values = np.frombuffer(self.file.read(self.size), self.dtype, prod(self.shape))
         return values.reshape(self.shape, order="F")
 
 
 @contextmanager
-def _opened(path: Path, name: str) -> Iterator[_Array]:
+def _opened(archive: Archive, name: str) -> Iterator[_Array]:
+    record = name + _ENDING
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        with archive.open(record) as file:
             array = _Array(file, *_read_header(file))
-            claimed = prod(array.shape) * array.dtype.itemsize
-            info = archive.getinfo(f"{name}.npy")
-            # Deflate reaches a ratio of 1032 at most: a record cannot hold what it claims beyond.
-            if claimed > min(info.file_size, 1100 * path.stat().st_size):
+            if min(array.shape, default=0) < 0:
+                raise SteerError(f"tensor {name} is {list(array.shape)}; sizes from 0 are wanted")
+            if array.size > archive.records[record].file_size:
                 raise SteerError(f"tensor {name} claims more values than the file holds")
+            check_memory(array.size, archive.size, f"tensor {name}")
             yield array
     except SteerError:
         raise
-    except Exception as error:  # a damaged archive or header can fail in any way
+    except Exception as error:  # a damaged record or header can fail in any way
         raise SteerError(f"tensor {name} cannot be read ({cause(error)})") from error
 
 

@@ -25,6 +25,7 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_vector
+from vllm_steer.foreign import shown
 from vllm_steer.steers import VectorSteer
 
 NAME = "the weights of an SAE"
@@ -92,7 +93,7 @@ def _of_hook(hook: str) -> tuple[tuple[int, ...], str]:
     named = _HOOK.fullmatch(hook)
     if named is None:
         raise SteerError(
-            f"hook is {hook[:100]!r}; allowed: blocks.N.hook_resid_post, blocks.N.hook_resid_pre, "
+            f"hook is {shown(hook)}; allowed: blocks.N.hook_resid_post, blocks.N.hook_resid_pre, "
             "blocks.N.hook_attn_out: the others have no site"
         )
     block, point = int(named[1]), named[2]
@@ -100,6 +101,6 @@ def _of_hook(hook: str) -> tuple[tuple[int, ...], str]:
         return (block,), "attn_out"
     if point == "resid_pre" and block == 0:
         raise SteerError(
-            f"hook is {hook!r}: before block 0 there is no block whose output could be steered"
+            f"hook is {shown(hook)}: before block 0 there is no block whose output could be steered"
         )
     return (block - 1 if point == "resid_pre" else block,), "resid"

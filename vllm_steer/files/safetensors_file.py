@@ -7,9 +7,10 @@ import torch
 from safetensors import safe_open
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.bounds import LARGEST_HEADER, MOST_TENSORS
 from vllm_steer.files.source import cause
 
-_LARGEST_HEADER = 100_000_000
+_LARGEST_PLAUSIBLE = 100_000_000
 
 
 def is_safetensors(path: Path) -> bool:
@@ -19,11 +20,29 @@ def is_safetensors(path: Path) -> bool:
     if len(head) < 9:
         return False
     length: int = struct.unpack("<Q", head[:8])[0]
-    return 0 < length <= _LARGEST_HEADER and head[8:9] == b"{"
+    return 0 < length <= _LARGEST_PLAUSIBLE and head[8:9] == b"{"
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """The metadata, and the shape of each tensor by its name; no tensor is read."""
+    """The metadata, and the shape of each tensor by its name; no tensor is read.
+
+    Raises ``SteerError`` for a damaged header, and for one that is larger than a steer's.
+    """
+    with path.open("rb") as file:
+        length: int = struct.unpack("<Q", file.read(8))[0]
+    if length > LARGEST_HEADER:
+        raise SteerError(
+            f"its header has {length} bytes; a steer's has at most {LARGEST_HEADER}: is it a model?"
+        )
+    metadata, shapes = _read_header(path)
+    if len(shapes) > MOST_TENSORS:
+        raise SteerError(
+            f"it holds {len(shapes)} tensors; a steer at most {MOST_TENSORS}: is it a model?"
+        )
+    return metadata, shapes
+
+
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import FORMAT_FACTS, Facts
+from vllm_steer.foreign import printable
 from vllm_steer.steers import Steer
 
 _LONGEST_CAUSE = 200
@@ -39,4 +40,4 @@ class Source:
 def cause(error: BaseException) -> str:
     """Why a reader failed, in one line: some libraries answer with advice of a page."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:_LONGEST_CAUSE]
+    return printable(text.splitlines()[0], _LONGEST_CAUSE)

@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import Facts, read_facts
+from vllm_steer.files.json_text import read_json
 from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_scores
 from vllm_steer.files.safetensors_file import read_tensors
 from vllm_steer.files.whole import write_whole
+from vllm_steer.foreign import listed, shown
 from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer
 from vllm_steer.steers.layers import format_layers
 
@@ -83,7 +85,7 @@ def _read(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
     tensors = read_tensors(path)
     kind = metadata["kind"]
     if kind not in KINDS:
-        raise SteerError(f"kind is {kind!r}; this release reads {', '.join(KINDS)}")
+        raise SteerError(f"kind is {shown(kind)}; this release reads {', '.join(KINDS)}")
     if facts.kind not in (None, kind):
         raise SteerError(f"kind is {kind} in the file but given as {facts.kind}; drop the key")
     _check_tensors(kind, tensors)
@@ -103,12 +105,9 @@ def _read(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
 def _read_recipe(text: str | None) -> Mapping[str, Any] | None:
     if text is None:
         return None
-    try:
-        recipe = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SteerError(f"metadata: recipe is no JSON ({error})") from None
+    recipe = read_json(text, "metadata: recipe")
     if not isinstance(recipe, dict):
-        raise SteerError(f"metadata: recipe is {text!r:.100}; a JSON object is wanted")
+        raise SteerError(f"metadata: recipe is {shown(recipe)}; a JSON object is wanted")
     return recipe
 
 
@@ -132,7 +131,7 @@ def _check_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
     unknown = sorted(set(tensors) - wanted)
     if unknown or not tensors:
         raise SteerError(
-            f"unknown tensors {', '.join(unknown) or '(none)'}; a file of kind {kind} holds "
+            f"unknown tensors {listed(unknown, none='(none)')}; a file of kind {kind} holds "
             f"{_LAYOUT[kind]}"
         )
 
@@ -140,12 +139,13 @@ def _check_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
 def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise SteerError(
-            f"metadata format is {metadata.get('format')!r}, wanted {FORMAT!r}; of other tools' "
-            "safetensors files, concept-guidance's (W, b, a) and SAE weights (W_dec) are read"
+            f"metadata format is {shown(metadata.get('format'))}, wanted {FORMAT!r}; of other "
+            "tools' safetensors files, concept-guidance's (W, b, a) and SAE weights (W_dec) are "
+            "read"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise SteerError(
-            f"format_version is {metadata.get('format_version')!r}; this release reads "
+            f"format_version is {shown(metadata.get('format_version'))}; this release reads "
             f"{FORMAT_VERSION!r}"
         )
     missing = [key for key in ("kind", "hidden_size") if key not in metadata]

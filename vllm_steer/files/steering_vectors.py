@@ -23,6 +23,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files.directions import stack_directions
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_vector
+from vllm_steer.foreign import listed, shown
 from vllm_steer.steers import VectorSteer
 
 NAME = "a vector of the steering-vectors library"
@@ -51,18 +52,18 @@ def fits(loaded: Any) -> bool:
 def read(loaded: Any, facts: Facts) -> VectorSteer:
     """Add at the site of the layer type. Raises ``SteerError`` for fields of other shapes."""
     said = loaded if isinstance(loaded, dict) else vars(loaded)
-    unknown = sorted(map(str, set(said) - _FIELDS))
+    unknown = set(said) - _FIELDS
     activations = said.get("layer_activations")
     if unknown or not isinstance(activations, Mapping):
         raise SteerError(
-            f"it holds {', '.join(map(str, said))[:200] or 'nothing'}; wanted: layer_activations, "
+            f"it holds {listed(said, none='nothing')}; wanted: layer_activations, "
             "a dict of tensors by layer, and layer_type"
         )
     vectors, layers = stack_directions({n: _flat(v) for n, v in activations.items()})
     layer_type = said.get("layer_type", "decoder_block")
     if not isinstance(layer_type, str) or layer_type not in _SITES:
         raise SteerError(
-            f"layer_type is {str(layer_type)[:50]!r}; allowed: {', '.join(_SITES)}: the others "
+            f"layer_type is {shown(layer_type)}; allowed: {', '.join(_SITES)}: the others "
             "have no site"
         )
     return make_vector(vectors, layers, facts.over(Facts(site=_SITES[layer_type])))

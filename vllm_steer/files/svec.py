@@ -10,7 +10,6 @@ what counts.) Direction 0 acts on the embeddings, before any block, and cannot b
 A condition vector of the same library looks the same in a file; it is not meant to be added.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +21,12 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files.directions import read_layer, stack_directions
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_vector
-from vllm_steer.files.source import cause
+from vllm_steer.foreign import LONGEST, printable
 from vllm_steer.steers import VectorSteer
 from vllm_steer.steers.layers import format_layers
 
 NAME = "an activation-steering file (.svec)"
-_LARGEST = 1_000_000_000
+_LARGEST = 64 * 2**20
 
 
 class _Svec(BaseModel):
@@ -51,16 +50,16 @@ def _parse(path: Path) -> _Svec:
     if path.stat().st_size > _LARGEST:
         raise SteerError(f"a JSON file of more than {_LARGEST} bytes is not read")
     try:
-        return _Svec.model_validate(json.loads(path.read_bytes()))
+        return _Svec.model_validate_json(path.read_bytes())
     except ValidationError as error:
         wrong = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, wrong["loc"]))[:100]
+        if wrong["type"] == "json_invalid":
+            raise SteerError(f"not readable as JSON ({printable(wrong['msg'], LONGEST)})") from None
+        place = printable(".".join(map(str, wrong["loc"])), LONGEST)
         raise SteerError(
             f"{place}: {wrong['msg']}; wanted: a JSON object with model_type and "
             'directions {"1": [numbers], ...}'
         ) from None
-    except Exception as error:  # not UTF-8, not JSON, nested without end, numbers without end
-        raise SteerError(f"not readable as JSON ({cause(error)})") from error
 
 
 def _choose(layers: Sequence[int]) -> str:

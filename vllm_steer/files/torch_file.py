@@ -1,108 +1,197 @@
-"""Files of ``torch.save``, read without trust.
+"""Files of ``torch.save``, read without trust and without unpickling.
 
-A pickle can name any callable, so every name in it is checked against the short list of its format
-before PyTorch's own weights-only reader sees it.
+The archive is read here, its pickle as data (``pickled``), and a tensor is a view of the bytes of
+its own record. PyTorch's reader is not used: it looks names up without regard to case, so that the
+pickle that it reads need not be the one that was checked, and it allocates what a pickle asks for.
 """
 
-import pickletools
-import zipfile
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Final
 
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
-
-_TENSORS = frozenset(
-    {
-        "collections.OrderedDict",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_tensor_v2",
-        "torch.BFloat16Storage",
-        "torch.DoubleStorage",
-        "torch.FloatStorage",
-        "torch.HalfStorage",
-        "torch.IntStorage",
-        "torch.LongStorage",
-    }
+from vllm_steer.files.archive import Archive
+from vllm_steer.files.bounds import (
+    LARGEST_HEADER,
+    MOST_TENSORS,
+    check_memory,
+    check_nesting,
 )
-_LARGEST_PICKLE = 1_000_000
+from vllm_steer.files.pickled import Name, names_in, read_pickle
+from vllm_steer.files.source import cause
+from vllm_steer.foreign import listed, shown
+
+_DTYPES: Final = {
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.IntStorage": torch.int32,
+    "torch.LongStorage": torch.int64,
+}
+_TENSOR: Final = "torch._utils._rebuild_tensor_v2"
+_PARAMETER: Final = "torch._utils._rebuild_parameter"
+_ORDERED: Final = "collections.OrderedDict"
+_KNOWN: Final = frozenset({_TENSOR, _PARAMETER, _ORDERED, *_DTYPES})
+_PICKLE: Final = "data.pkl"
 
 
-def named_in(path: Path) -> frozenset[str]:
-    """Every ``module.name`` that the file's pickle would import; nothing is imported."""
+@dataclass(frozen=True)
+class Pickle:
+    """A file's one pickle: its bytes, and every ``module.name`` in it."""
+
+    archive: Archive
+    folder: str
+    data: bytes
+    names: frozenset[str]
+
+
+def is_torch(names: Collection[str]) -> bool:
+    """Whether the records of an archive are those of ``torch.save``."""
+    return any(name.casefold().endswith(_PICKLE) for name in names)
+
+
+def read_names(archive: Archive) -> Pickle:
+    """The pickle of an archive, of which nothing is imported or called.
+
+    Raises ``SteerError`` for an archive without exactly one, and for what only looks like one.
+    """
+    if any(info.compress_type for info in archive.records.values()):
+        raise SteerError("its records are compressed; torch.save writes them as they are")
+    if any(name.endswith("/constants.pkl") for name in archive.records):
+        raise SteerError("a TorchScript archive, which is a program; save its tensors instead")
+    pickles = [name for name in archive.records if name.casefold().endswith(_PICKLE)]
+    folder, _, name = pickles[0].rpartition("/")
+    if len(pickles) != 1 or name != _PICKLE or not folder or "/" in folder:
+        raise SteerError(f"one pickle is wanted in it, FOLDER/data.pkl; found {listed(pickles)}")
+    if archive.records[pickles[0]].file_size > LARGEST_HEADER:
+        raise SteerError(f"a pickle of at most {LARGEST_HEADER} bytes is wanted in it")
+    order = f"{folder}/byteorder"
+    if order in archive.records and archive.read(order) != b"little":
+        raise SteerError("its numbers are not little-endian; save it again on another machine")
+    data = archive.read(pickles[0])
     try:
-        return _named_in(path)
+        return Pickle(archive, folder, data, names_in(data))
     except SteerError:
         raise
-    except Exception as error:  # a damaged archive or pickle can fail in any way
+    except Exception as error:  # a damaged pickle can fail in any way
         raise SteerError(f"not a readable checkpoint ({cause(error)})") from error
 
 
-def load(path: Path, named: Collection[str], classes: Mapping[str, type]) -> Any:
-    """What was saved. ``classes`` are those its format uses, or stand-ins, by their full names.
+def load(pickle: Pickle, classes: Mapping[str, type]) -> Any:
+    """What was saved. ``classes`` are those that its format uses, or stand-ins, by full name.
 
-    Raises ``SteerError`` if the pickle names anything but these and tensors, if it is damaged, or
-    if a tensor claims more values than the file holds.
+    Raises ``SteerError`` if the pickle names anything but these and tensors, if it is damaged, if
+    it holds more than a steer does, or if a tensor claims more values than its record holds.
     """
-    forbidden = sorted(set(named) - _TENSORS - set(classes))
+    forbidden = sorted(pickle.names - _KNOWN - set(classes))
     if forbidden:
         raise SteerError(
-            f"it names {', '.join(forbidden)[:300]}, which a steer file has no use for; nothing of "
-            "it was loaded. Save tensors, in a dict if need be"
+            f"it names {listed(forbidden)}, which a steer file has no use for; nothing of it was "
+            "loaded. Save tensors, in a dict if need be"
         )
-    allowed: list[Any] = [(cls, name) for name, cls in classes.items()]
+    storages = _Storages(pickle)
+    calls = {
+        _TENSOR: storages.tensor,
+        _PARAMETER: lambda given: given[0],
+        _ORDERED: _empty_dict,
+    }
     try:
-        # As an open file: torch.load tells a path by its ending.
-        with torch.serialization.safe_globals(allowed), path.open("rb") as file:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive or pickle can fail in any way
+        loaded = read_pickle(pickle.data, calls=calls, classes=classes, persistent=storages.storage)
+    except SteerError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
         raise SteerError(f"not a readable checkpoint ({cause(error)})") from error
-    size = path.stat().st_size
-    for name, tensor in _tensors_in(loaded):
-        if tensor.numel() * tensor.element_size() > size:
-            raise SteerError(f"{name} claims more values ({tensor.numel()}) than the file holds")
+    check_nesting(loaded, "its pickle")
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(loaded))
+    check_memory(needed, pickle.archive.size, "what it holds")
     return loaded
 
 
-def _tensors_in(loaded: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor and the key that it stands under, however deep."""
-    waiting, seen = deque([("the tensor", loaded)]), set()
-    while waiting:
-        name, item = waiting.popleft()
-        if id(item) in seen:  # a pickle may hold itself
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            yield name, item
-        elif isinstance(item, Mapping):
-            waiting.extend((str(key)[:100], value) for key, value in item.items())
-        elif isinstance(item, list | tuple):
-            waiting.extend((name, value) for value in item)
-        elif hasattr(item, "__dict__"):
-            waiting.append((name, vars(item)))
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    count: int
+    key: str
 
 
-def _named_in(path: Path) -> frozenset[str]:
-    with zipfile.ZipFile(path) as archive:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-            raise SteerError("its records are compressed; torch.save writes them as they are")
-        pickles = [i for i in archive.infolist() if i.filename.endswith("/data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > _LARGEST_PICKLE:
-            raise SteerError(f"one pickle of at most {_LARGEST_PICKLE} bytes is wanted in it")
-        return frozenset(_globals(archive.read(pickles[0])))
+@dataclass
+class _Storages:
+    """The records of a file as memory, each read once, for the tensors that are views of it."""
 
+    pickle: Pickle
+    _read: dict[str, torch.Tensor] = field(default_factory=dict)
+    _made: int = 0
 
-def _globals(data: bytes) -> Iterator[str]:
-    """Every ``module.name`` that the pickle would import; refuses what cannot be told."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name == "GLOBAL":
-            yield str(argument).replace(" ", ".", 1)
-        elif opcode.name in {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}:
+    def storage(self, given: tuple[Any, ...]) -> _Storage:
+        """Of a persistent id: ``('storage', class, key, device, number of values)``."""
+        word, cls, key, _, count = given
+        if word != "storage" or not isinstance(cls, Name) or cls.name not in _DTYPES:
+            raise SteerError(f"its pickle has the persistent id {shown(given)}")
+        if not isinstance(key, str) or type(count) is not int or count < 0:
+            raise SteerError(f"its pickle has the persistent id {shown(given)}")
+        return _Storage(_DTYPES[cls.name], count, key)
+
+    def tensor(self, given: tuple[Any, ...]) -> torch.Tensor:
+        """``(storage, offset, size, stride, requires_grad, hooks)``, as a view of its record."""
+        storage, offset, size, stride = given[:4]
+        if not isinstance(storage, _Storage) or not _is_shape(offset, size, stride):
+            raise SteerError(f"its pickle has a tensor of {shown(given[:4])}")
+        self._made += 1
+        if self._made > MOST_TENSORS:
+            raise SteerError(f"more than {MOST_TENSORS} tensors; is it a model?")
+        values = self._values(storage)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        claimed = prod(size)
+        if claimed > len(values) or (claimed and last >= len(values)):
             raise SteerError(
-                f"its pickle uses {opcode.name}, which torch.save does not write; "
-                "nothing of it was loaded"
+                f"a tensor {shown(list(size))} claims more values ({claimed}) than the file holds "
+                f"for it ({len(values)}); save it contiguous"
             )
+        return values.as_strided(size, stride, offset if claimed else 0)
+
+    def _values(self, storage: _Storage) -> torch.Tensor:
+        record = f"{self.pickle.folder}/data/{storage.key}"
+        info = self.pickle.archive.records.get(record)
+        if info is None:
+            raise SteerError(f"its record {shown(record)} is missing")
+        if storage.count * storage.dtype.itemsize > info.file_size:
+            raise SteerError(
+                f"a tensor claims more values ({storage.count}) than its record holds "
+                f"({info.file_size} bytes)"
+            )
+        if record not in self._read:
+            data = bytearray(self.pickle.archive.read(record))
+            self._read[record] = torch.frombuffer(data or bytearray(1), dtype=torch.uint8)
+        read = self._read[record]
+        return read[: storage.count * storage.dtype.itemsize].view(storage.dtype)
+
+
+def _is_shape(offset: Any, size: Any, stride: Any) -> bool:
+    if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride):
+        return False
+    return len(size) <= 8 and all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
+
+
+def _empty_dict(given: tuple[Any, ...]) -> dict[Any, Any]:
+    if given:
+        raise SteerError(f"its pickle makes an OrderedDict of {shown(given)}")
+    return {}
+
+
+def _tensors_in(loaded: Any) -> Iterator[torch.Tensor]:
+    """Every tensor, as often as it is held."""
+    waiting = [loaded]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, list | tuple):
+            waiting.extend(item)
+        elif hasattr(item, "__dict__"):
+            waiting.extend(vars(item).values())

@@ -5,6 +5,7 @@ from numbers import Integral
 from typing import Any
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import shown
 
 _MOST = 10_000
 
@@ -43,7 +44,9 @@ def format_layers(layers: Iterable[int]) -> str:
 def check_layers(layers: Sequence[int], count: int, tensor: str) -> None:
     """Raise ``SteerError`` unless there are ``count`` ascending layers, one per row of a tensor."""
     if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
-        raise SteerError(f"layers {list(layers)}: ascending 0-based layers are wanted, each once")
+        raise SteerError(
+            f"layers {shown(list(layers))}: ascending 0-based layers are wanted, each once"
+        )
     if len(layers) != count:
         raise SteerError(
             f"tensor {tensor} has {count} layers and layers names {len(layers)} "
@@ -53,12 +56,13 @@ def check_layers(layers: Sequence[int], count: int, tensor: str) -> None:
 
 def positions_of(kept: Sequence[int], layers: Sequence[int]) -> list[int]:
     """Where each of ``kept`` stands in ``layers``; ``SteerError`` for one that does not."""
-    missing = sorted(set(kept) - set(layers))
+    places = {layer: place for place, layer in enumerate(layers)}
+    missing = sorted(set(kept) - set(places))
     if missing:
         raise SteerError(
             f"layers {format_layers(missing)} are not in this steer; it has {format_layers(layers)}"
         )
-    return [layers.index(layer) for layer in kept]
+    return [places[layer] for layer in kept]
 
 
 def _span(part: str, given: Any) -> range:
@@ -80,10 +84,6 @@ def _number(item: Any, given: Any) -> int:
 
 
 def _malformed(given: Any) -> SteerError:
-    try:
-        shown = str(given)[:100]
-    except (ValueError, RecursionError):  # an integer of too many digits, a list too deep
-        shown = f"a monstrous {type(given).__name__}"
     return SteerError(
-        f"layers is {shown!r}; wanted: 0-based layers such as '8-31', '3,7,9' or [3, 7]"
+        f"layers is {shown(given)}; wanted: 0-based layers such as '8-31', '3,7,9' or [3, 7]"
     )

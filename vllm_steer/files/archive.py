@@ -1,0 +1,117 @@
+"""Zip archives of tensors, read strictly: what is checked is what is read.
+
+Zip readers differ in what they make of an archive that contradicts itself: names that differ in
+case only, records that overlap, two directories. Such an archive is refused as a whole.
+"""
+
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.bounds import LARGEST_HEADER
+from vllm_steer.files.source import cause
+from vllm_steer.foreign import shown
+
+_END: Final = b"PK\x05\x06"
+_END_LENGTH: Final = 22
+_LOCATOR: Final = b"PK\x06\x07"
+_LOCATOR_LENGTH: Final = 20
+_END64: Final = b"PK\x06\x06"
+_LOCAL_HEADER: Final = 30
+_LONGEST_COMMENT: Final = 1 << 16
+_ENCRYPTED: Final = 1
+_READ: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others can ask for gigabytes
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open archive and its records by their names; ``size`` of the file in bytes."""
+
+    records: Mapping[str, zipfile.ZipInfo]
+    size: int
+    _zip: zipfile.ZipFile
+
+    def read(self, name: str) -> bytes:
+        """A whole record, whose checksum is checked."""
+        return self._zip.read(self.records[name])
+
+    def open(self, name: str) -> IO[bytes]:
+        """A record as a file."""
+        return self._zip.open(self.records[name])
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[Archive]:
+    """Open an archive. Raises ``SteerError`` for one that is damaged or that contradicts itself.
+
+    What fails inside of the block is a ``SteerError`` too: a damaged record can fail in any way.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            _check_directory(file, size)
+            with zipfile.ZipFile(file) as archive:
+                yield Archive(_records(archive), size, archive)
+    except SteerError:
+        raise
+    except Exception as error:
+        raise SteerError(f"not a readable archive ({cause(error)})") from error
+
+
+def _records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    records = {info.filename: info for info in archive.infolist()}
+    if len({name.casefold() for name in records}) != len(archive.infolist()):
+        raise SteerError("two of its records have one name, but for upper and lower case")
+    for info in records.values():
+        if info.flag_bits & _ENCRYPTED:
+            raise SteerError(f"its record {shown(info.filename)} is encrypted")
+        if info.compress_type not in _READ:
+            raise SteerError(f"its record {shown(info.filename)} is compressed, not by deflate")
+    _check_apart(archive)
+    return records
+
+
+def _check_apart(archive: zipfile.ZipFile) -> None:
+    """Raise ``SteerError`` for records that overlap: few bytes would stand for many."""
+    by_place = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    starts = [info.header_offset for info in by_place]
+    for info, end in zip(by_place, [*starts[1:], archive.start_dir], strict=bool(starts)):
+        if info.header_offset + _LOCAL_HEADER + info.compress_size > end:
+            raise SteerError(f"its record {shown(info.filename)} reaches into the next one")
+
+
+def _check_directory(file: IO[bytes], size: int) -> None:
+    """Raise ``SteerError`` for a directory of more bytes than a steer's, before it is read."""
+    first = max(0, size - _END_LENGTH - _LONGEST_COMMENT)
+    file.seek(first)
+    tail = file.read()
+    end = len(tail) - _END_LENGTH
+    if end < 0 or not (tail.startswith(_END, end) and tail.endswith(b"\0\0")):
+        end = tail.rfind(_END)
+    if end < 0 or len(tail) < end + _END_LENGTH:
+        raise SteerError("not a readable archive (it has no end: was it cut short?)")
+    length = struct.unpack_from("<L", tail, end + 12)[0]
+    locator = end - _LOCATOR_LENGTH
+    if locator >= 0 and tail.startswith(_LOCATOR, locator):
+        length = _length64(file, size, struct.unpack_from("<Q", tail, locator + 8)[0])
+    file.seek(0)
+    if length > LARGEST_HEADER:
+        raise SteerError(
+            f"its directory has {length} bytes; at most {LARGEST_HEADER} are read: is it a model?"
+        )
+
+
+def _length64(file: IO[bytes], size: int, at: int) -> int:
+    if at > size:
+        raise SteerError("not a readable archive (its end points outside of it)")
+    file.seek(at)
+    record = file.read(56)
+    if len(record) < 56 or not record.startswith(_END64):
+        raise SteerError("not a readable archive (its two ends disagree)")
+    length: int = struct.unpack_from("<Q", record, 40)[0]
+    return length

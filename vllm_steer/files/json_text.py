@@ -1,0 +1,47 @@
+"""JSON out of a foreign file: bounded, and of one meaning."""
+
+import json
+from typing import Any
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.bounds import check_nesting
+from vllm_steer.files.source import cause
+from vllm_steer.foreign import shown
+
+
+def read_json(text: str, what: str) -> Any:
+    """The value of a JSON text.
+
+    Raises ``SteerError``, with ``what`` as its name, for a text that is no JSON, that is nested too
+    deep or holds too much, that names a key twice, or that holds NaN, an infinity or a whole number
+    of more than 64 bits, which are not JSON's or not what readers agree on.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_each_once, parse_constant=_no_constant, parse_int=_whole_number
+        )
+    except SteerError as error:
+        raise SteerError(f"{what}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise SteerError(f"{what} is no JSON ({cause(error)})") from None
+    check_nesting(value, what)
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise SteerError(f"the key {shown(key)} is given twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise SteerError(f"{text} is no JSON number")
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 20:
+        raise SteerError(f"a whole number of {len(text)} digits; at most 20 are read")
+    return int(text)
