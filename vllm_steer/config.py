@@ -1,6 +1,5 @@
 """``--steer-config``: which steers an engine holds, under which names, within which limits."""
 
-import json
 import math
 import os
 import re
@@ -8,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -18,16 +16,22 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_steer.config_text import read_config_file
 from vllm_steer.errors import SteerError
+from vllm_steer.files.bounds import check_nesting
 from vllm_steer.files.facts import (
     Facts,
     PositiveFloat,
     PositiveInt,
     describe_errors,
 )
+from vllm_steer.files.json_text import read_json
+from vllm_steer.foreign import is_number, listed, printable, shown
 from vllm_steer.kernels.dispatch import Kernels
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+LONGEST_NAME = 200
+_LONGEST_PATH = 200
 NO_STEER = "none"
 DYNAMIC = "dynamic"
 """Stands for a strength that follows from the text."""
@@ -40,9 +44,11 @@ def _in_mix(value: Any) -> Any:
     if isinstance(value, str) and value.strip().startswith(DYNAMIC):
         return value
     try:
-        if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        if isinstance(value, bool) or (isinstance(value, str) and not is_number(value)):
             raise ValueError
-    except (TypeError, ValueError):
+        if not math.isfinite(number := float(value)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             "a finite number, 'dynamic', or options such as {strength: 8} are wanted"
         ) from None
@@ -111,10 +117,10 @@ class SteerConfig(BaseModel):
     @classmethod
     def _names_fit_the_grammar(cls, named: dict[str, Any]) -> dict[str, Any]:
         for name in named:
-            if not NAME.fullmatch(name) or name == NO_STEER:
+            if not NAME.fullmatch(name) or len(name) > LONGEST_NAME or name == NO_STEER:
                 raise ValueError(
-                    f"{name!r} cannot be a name: letters, digits, '_', '.', '-' are allowed, "
-                    f"and {NO_STEER!r} means no steer"
+                    f"{shown(name)} cannot be a name: letters, digits, '_', '.', '-' are allowed, "
+                    f"at most {LONGEST_NAME}, and {NO_STEER!r} means no steer"
                 )
         return named
 
@@ -129,13 +135,13 @@ class SteerConfig(BaseModel):
             )
         both = sorted(set(self.steers) & set(self.presets))
         if both:
-            raise ValueError(f"{', '.join(both)} names a steer and a preset; choose two names")
+            raise ValueError(f"{listed(both)} names a steer and a preset; choose two names")
         for preset, mix in self.presets.items():
             unknown = sorted(set(mix) - set(self.steers))
             if unknown:
                 raise ValueError(
-                    f"preset {preset} names {', '.join(unknown)}; steers: "
-                    f"{', '.join(sorted(self.steers))}"
+                    f"preset {preset} names {listed(unknown)}; steers: "
+                    f"{listed(sorted(self.steers))}"
                 )
         return self
 
@@ -151,31 +157,30 @@ def _absolute(folder: Path, path: Path, place: str) -> Path:
     try:
         return (folder / path.expanduser()).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise SteerError(f"{place}: {str(path)[:200]!r} cannot be a path: {error}") from None
+        raise SteerError(f"{place}: {shown(path)} cannot be a path: {error}") from None
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
     """The config's data, the folder its paths start from, and its name in messages."""
     if isinstance(source, Mapping):
+        check_nesting(source, "steer config")
         return dict(source), Path.cwd(), "steer config"
     if not isinstance(source, str | Path):
         raise SteerError(
-            f"steer config is {source!r}; wanted: a path to YAML or JSON, inline JSON, or a dict"
+            f"steer config is {shown(source)}; wanted: a path to YAML or JSON, inline JSON, or a "
+            "dict"
         )
     if isinstance(source, str) and source.lstrip().startswith("{"):
-        try:
-            return json.loads(source), Path.cwd(), "steer config"
-        except (ValueError, RecursionError) as error:
-            raise SteerError(f"inline steer config is not JSON: {error}") from None
+        return read_json(source, "inline steer config"), Path.cwd(), "steer config"
     path = _absolute(Path.cwd(), Path(source), "steer config")
+    origin = f"steer config {printable(str(source), _LONGEST_PATH)}"
     if not os.path.isfile(path):  # unlike Path.is_file no error for a name that is too long
-        raise SteerError(f"steer config {str(source)[:200]}: no such file")
+        found = "is a folder" if os.path.isdir(path) else "no such file"
+        raise SteerError(f"{origin}: {found}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_config_file(path, f"steer config {path}")
     except OSError as error:
-        raise SteerError(f"steer config {source} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SteerError(f"steer config {path} is neither YAML nor JSON: {error}") from None
+        raise SteerError(f"{origin} cannot be read: {error.strerror}") from None
     if not isinstance(data, Mapping):
         raise SteerError(f"steer config {path} holds no mapping; wanted at least the key 'steers'")
     return data, path.parent, str(path)

@@ -9,12 +9,16 @@ from vllm_steer.files.source import cause
 from vllm_steer.foreign import shown
 
 
+class NotJSONError(SteerError):
+    """A text that is no JSON at all."""
+
+
 def read_json(text: str, what: str) -> Any:
     """The value of a JSON text.
 
-    Raises ``SteerError``, with ``what`` as its name, for a text that is no JSON, that is nested too
-    deep or holds too much, that names a key twice, or that holds NaN, an infinity or a whole number
-    of more than 64 bits, which are not JSON's or not what readers agree on.
+    Raises ``NotJSONError`` for a text that is no JSON, and ``SteerError``, with ``what`` as its
+    name, for one that is nested too deep or holds too much, that names a key twice, or that holds
+    NaN, an infinity or a whole number of more than 20 digits: readers do not agree on those.
     """
     try:
         value = json.loads(
@@ -23,7 +27,7 @@ def read_json(text: str, what: str) -> Any:
     except SteerError as error:
         raise SteerError(f"{what}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise SteerError(f"{what} is no JSON ({cause(error)})") from None
+        raise NotJSONError(f"{what} is no JSON ({cause(error)})") from None
     check_nesting(value, what)
     return value
 

@@ -1,0 +1,143 @@
+"""The text of a steer config, YAML or JSON, as plain values: bounded, and of one meaning.
+
+YAML lets a few bytes stand for very many values (aliases), lets a later key replace an earlier one
+without a word, and reads ``1_0`` and ``1:30`` as numbers. Here aliases are followed only as far as
+the whole stays small, a key that is given twice is an error, and numbers are those of YAML 1.2.
+"""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.bounds import DEEPEST, MOST_VALUES, check_nesting
+from vllm_steer.files.json_text import NotJSONError, read_json
+from vllm_steer.files.source import cause
+from vllm_steer.foreign import shown
+
+LARGEST: Final = 256 * 1024
+"""Bytes of a config. PyYAML reads some 100 kB a second."""
+_NUMBERS: Final = (
+    ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+)
+
+
+def read_config_file(path: Path, origin: str) -> Any:
+    """The values of a YAML or JSON file. Raises ``SteerError`` that names ``origin``."""
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise SteerError(f"{origin} is larger than {LARGEST} bytes; give a config of steers")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SteerError(
+            f"{origin} is neither YAML nor JSON: it is not UTF-8 ({cause(error)}); save it as UTF-8"
+        ) from None
+    return read_config_text(text, origin)
+
+
+def read_config_text(text: str, origin: str) -> Any:
+    """The values of a YAML or JSON text. Raises ``SteerError`` that names ``origin``."""
+    if text.lstrip().startswith("{"):
+        with suppress(NotJSONError):  # it may be YAML's flow style
+            return read_json(text, origin)
+    try:
+        return _read_yaml(text, origin)
+    except SteerError:
+        raise
+    except RecursionError:
+        raise SteerError(f"{origin} is nested more than {DEEPEST} deep") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SteerError(f"{origin} is neither YAML nor JSON: {_cause(error)}") from None
+
+
+def _read_yaml(text: str, origin: str) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _Measure(origin).of(node, 0)
+        value = loader.construct_document(node)
+    finally:
+        loader.dispose()
+    check_nesting(value, origin)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the numbers of YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in {n[0] for n in _NUMBERS}]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _regexp, _first in _NUMBERS:
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_regexp})$"), list(_first))
+
+
+class _Measure:
+    """How many values a node stands for, before any is made. Shared nodes are measured once."""
+
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+        self._known: dict[int, int] = {}
+        self._open: set[int] = set()
+
+    def of(self, node: yaml.Node, depth: int) -> int:
+        key = id(node)
+        if key in self._open:
+            raise SteerError(f"{self._origin}: line {_line(node)}: an alias holds itself")
+        if key in self._known:
+            return self._known[key]
+        if depth > DEEPEST:
+            raise SteerError(f"{self._origin} is nested more than {DEEPEST} deep")
+        self._open.add(key)
+        total = 1 + sum(self.of(inner, depth + 1) for inner in self._inner(node))
+        self._open.discard(key)
+        if total > MOST_VALUES:
+            raise SteerError(
+                f"{self._origin}: line {_line(node)}: more than {MOST_VALUES} values, those that "
+                "aliases stand for counted each time"
+            )
+        self._known[key] = total
+        return total
+
+    def _inner(self, node: yaml.Node) -> list[yaml.Node]:
+        if isinstance(node, yaml.SequenceNode):
+            return list(node.value)
+        if not isinstance(node, yaml.MappingNode):
+            return []
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise SteerError(f"{self._origin}: line {_line(key)}: a key must be a text")
+            if key.value in seen:
+                raise SteerError(
+                    f"{self._origin}: line {_line(key)}: the key {shown(key.value)} is given twice"
+                )
+            seen.add(key.value)
+        return [part for pair in node.value for part in pair]
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _cause(error: Exception) -> str:
+    """PyYAML's problem and its place, in one line."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return cause(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
