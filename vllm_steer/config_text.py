@@ -30,6 +30,12 @@ _NUMBERS: Final = (
     ),
 )
 
+_TAG: Final = "tag:yaml.org,2002:"
+_REPLACED: Final = frozenset({_TAG + name for name in ("int", "float", "timestamp")})
+_TAGS: Final = frozenset(
+    {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
+)
+
 
 def read_config_file(path: Path, origin: str) -> Any:
     """The values of a YAML or JSON file. Raises ``SteerError`` that names ``origin``."""
@@ -57,7 +63,7 @@ def read_config_text(text: str, origin: str) -> Any:
         raise
     except RecursionError:
         raise SteerError(f"{origin} is nested more than {DEEPEST} deep") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except Exception as error:  # PyYAML's own, and whatever its constructors meet
         raise SteerError(f"{origin} is neither YAML nor JSON: {_cause(error)}") from None
 
 
@@ -76,11 +82,11 @@ def _read_yaml(text: str, origin: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the numbers of YAML 1.2."""
+    """PyYAML's safe loader with the numbers of YAML 1.2, and dates as texts."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in {n[0] for n in _NUMBERS}]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _regexp, _first in _NUMBERS:
@@ -115,6 +121,11 @@ class _Measure:
         return total
 
     def _inner(self, node: yaml.Node) -> list[yaml.Node]:
+        if node.tag not in _TAGS:
+            raise SteerError(
+                f"{self._origin}: line {_line(node)}: the tag {shown(node.tag)}; plain values are "
+                "wanted"
+            )
         if isinstance(node, yaml.SequenceNode):
             return list(node.value)
         if not isinstance(node, yaml.MappingNode):

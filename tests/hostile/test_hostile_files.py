@@ -189,6 +189,8 @@ def test_hostile_files_in_a_config_stop_the_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["convert", "inspect", "eval"])
 def test_hostile_files_end_a_command_in_one_line(tmp_path: Path, command: str) -> None:
     corpus = checkpoint_files(tmp_path, WHOLE)
+    if command == "eval":  # a steer that loads would have its texts generated
+        corpus = {k: path for k, path in corpus.items() if k.rpartition("-")[0] in NEVER_LOADED}
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n')
     for_each = {

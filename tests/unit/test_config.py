@@ -95,7 +95,7 @@ A = "steers: {a: {path: a.safetensors}}\n"
         ("", "holds no mapping; wanted at least the key 'steers'"),
         ("- a\n", "holds no mapping"),
         ("steers: [", "is neither YAML nor JSON"),
-        ("steers: !!python/object/apply:os.system ['true']\n", "is neither YAML nor JSON"),
+        ("steers: !!python/object/apply:os.system ['true']\n", "line 1: the tag .*os.system'"),
         ("presets: {}\n", "key 'steers' is missing"),
         ("steers: {}\n", "steers is empty"),
         ("steers: {a: {}}\n", "key 'steers.a.path' is missing"),

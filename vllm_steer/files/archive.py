@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.bounds import LARGEST_HEADER
+from vllm_steer.files.bounds import LARGEST_HEADER, check_memory
 from vllm_steer.files.source import cause
 from vllm_steer.foreign import shown
 
@@ -37,11 +37,13 @@ class Archive:
     _zip: zipfile.ZipFile
 
     def read(self, name: str) -> bytes:
-        """A whole record, whose checksum is checked."""
-        return self._zip.read(self.records[name])
+        """A whole record, whose checksum is checked; ``SteerError`` as ``open`` raises it."""
+        with self.open(name) as record:
+            return record.read()
 
     def open(self, name: str) -> IO[bytes]:
-        """A record as a file."""
+        """A record as a file. Raises ``SteerError`` if it unpacks to far more than the archive."""
+        check_memory(self.records[name].file_size, self.size, f"its record {shown(name)}")
         return self._zip.open(self.records[name])
 
 

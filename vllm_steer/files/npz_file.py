@@ -1,5 +1,6 @@
 """NumPy archives (``.npz``): names, shapes and single rows, without unpickling anything."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.archive import Archive, open_archive
-from vllm_steer.files.bounds import check_memory
 from vllm_steer.files.source import cause
 
 _FORMAT: Any = np.lib.format  # it has no type annotations
+_HEADERS = {(1, 0): _FORMAT.read_array_header_1_0, (2, 0): _FORMAT.read_array_header_2_0}
 _ENDING = ".npy"
 
 
@@ -75,7 +76,6 @@ def _opened(archive: Archive, name: str) -> Iterator[_Array]:
                 raise SteerError(f"tensor {name} is {list(array.shape)}; sizes from 0 are wanted")
             if array.size > archive.records[record].file_size:
                 raise SteerError(f"tensor {name} claims more values than the file holds")
-            check_memory(array.size, archive.size, f"tensor {name}")
             yield array
     except SteerError:
         raise
@@ -85,10 +85,9 @@ def _opened(archive: Archive, name: str) -> Iterator[_Array]:
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = _FORMAT.read_magic(file)
-    if version == (1, 0):
-        shape, by_columns, dtype = _FORMAT.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, by_columns, dtype = _FORMAT.read_array_header_2_0(file)
-    else:
+    if version not in _HEADERS:
         raise SteerError(f"arrays of version {version} are not read; wanted: (1, 0) or (2, 0)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's, of the header's text, go to the terminal
+        shape, by_columns, dtype = _HEADERS[version](file)
     return shape, by_columns, dtype
