@@ -26,6 +26,7 @@ setup(
         "transformers",
         "safetensors",
         "gguf",
+        "msgspec",
         "triton; platform_system == 'Linux'",
         "numpy",
         "prometheus-client",

@@ -10,29 +10,30 @@ what counts.) Direction 0 acts on the embeddings, before any block, and cannot b
 A condition vector of the same library looks the same in a file; it is not meant to be added.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
+import msgspec
 import torch
-from pydantic import BaseModel, Field, ValidationError
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.directions import read_layer, stack_directions
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_vector
+from vllm_steer.files.source import cause
 from vllm_steer.foreign import LONGEST, printable
 from vllm_steer.steers import VectorSteer
 from vllm_steer.steers.layers import format_layers
 
 NAME = "an activation-steering file (.svec)"
-_LARGEST = 64 * 2**20
+_LARGEST = 32 * 2**20
+_NO_NUMBER = re.compile(rb"-?\b(?:NaN|Infinity)\b")
 
 
-class _Svec(BaseModel):
+class _Svec(msgspec.Struct):
     model_type: str
-    directions: dict[str, list[Annotated[float, Field(strict=True)]]]
-    explained_variances: Any = None
+    directions: dict[str, list[float]]
 
 
 def read(path: Path, facts: Facts) -> VectorSteer:
@@ -49,17 +50,25 @@ def read(path: Path, facts: Facts) -> VectorSteer:
 def _parse(path: Path) -> _Svec:
     if path.stat().st_size > _LARGEST:
         raise SteerError(f"a JSON file of more than {_LARGEST} bytes is not read")
+    data = path.read_bytes()
     try:
-        return _Svec.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        wrong = error.errors(include_input=False, include_url=False)[0]
-        if wrong["type"] == "json_invalid":
-            raise SteerError(f"not readable as JSON ({printable(wrong['msg'], LONGEST)})") from None
-        place = printable(".".join(map(str, wrong["loc"])), LONGEST)
+        return _decode(data)
+    except msgspec.ValidationError as error:
         raise SteerError(
-            f"{place}: {wrong['msg']}; wanted: a JSON object with model_type and "
+            f"{printable(str(error), LONGEST)}; wanted: a JSON object with model_type and "
             'directions {"1": [numbers], ...}'
         ) from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise SteerError(f"not readable as JSON ({cause(error)})") from None
+
+
+def _decode(data: bytes) -> _Svec:
+    try:
+        return msgspec.json.decode(data, type=_Svec)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:  # Python's json, which wrote the file, may have written NaN
+        return msgspec.json.decode(_NO_NUMBER.sub(b"null", data), type=_Svec)
 
 
 def _choose(layers: Sequence[int]) -> str:
