@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import read_facts
@@ -13,6 +13,8 @@ from vllm_steer.files.strange import no_file
 from vllm_steer.steers import Steer
 
 __all__ = ["Loaded", "load_steer", "read_file", "save_steer"]
+
+_LONGEST_PATH: Final = 300
 
 
 class Loaded(NamedTuple):
@@ -54,8 +56,14 @@ def read_file(path: str | Path, facts: Mapping[str, Any]) -> Loaded:
         source = identify(path)
         return Loaded(source.steer(known), source.format)
     except SteerError as error:
-        raise SteerError(f"{path}: {error}") from error
+        raise SteerError(f"{_shown(path)}: {error}") from error
     except OSError as error:
-        raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
+        raise SteerError(f"{_shown(path)}: cannot be read ({error.strerror})") from error
     except MemoryError as error:
-        raise SteerError(f"{path}: there is not enough memory to read it") from error
+        raise SteerError(f"{_shown(path)}: there is not enough memory to read it") from error
+
+
+def _shown(path: Path) -> str:
+    """A path for a message, without its beginning where that leaves no room for the rest."""
+    text = str(path)
+    return text if len(text) <= _LONGEST_PATH else "..." + text[-_LONGEST_PATH:]

@@ -1,0 +1,144 @@
+"""What ``torch.save`` writes, read as data: the same values as PyTorch's own reader gives."""
+
+import argparse
+import collections
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_steer import SteerError, load_steer
+from vllm_steer.files import torch_file
+from vllm_steer.files.archive import open_archive
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+)
+CLASSES = {"argparse.Namespace": argparse.Namespace}
+
+
+def read(path: Path) -> Any:
+    with open_archive(path) as archive:
+        return torch_file.load(torch_file.read_names(archive), CLASSES)
+
+
+def theirs(path: Path) -> Any:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other.detach())
+    if isinstance(other, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in other)
+    if isinstance(other, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(other, argparse.Namespace):
+        return type(one) is argparse.Namespace and same(vars(one), vars(other))
+    return type(one) is type(other) and one == other
+
+
+def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    base = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    return {
+        "whole": base,
+        "transposed": base.transpose(0, 2),
+        "row": base[1, 2],
+        "strided": base[:, ::2, 1::2],
+        "scalar": base[1, 1, 1],
+        "none": base[:0],
+        "nowhere": torch.empty(0, 5, dtype=dtype),
+        "alone": base[0].clone(),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_every_dtype_and_stride_are_views_of_their_records(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "t.pt"
+    torch.save(tensors(dtype), path)
+    found = read(path)
+    assert same(found, theirs(path))
+    for name in ("transposed", "row", "strided"):  # as they were saved: one storage for all
+        assert (
+            found[name].untyped_storage().data_ptr() == found["whole"].untyped_storage().data_ptr()
+        )
+
+
+def test_a_modules_state_and_its_parameters_are_read(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    path = tmp_path / "m.pt"
+    torch.save([module.state_dict(), dict(module.named_parameters())], path)
+    found, expected = read(path), theirs(path)
+    assert same(found[0], dict(expected[0]))
+    assert same(found[1], expected[1])
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=10),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=5) | st.integers(-9, 300), inner, max_size=4)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3).map(collections.OrderedDict)
+        | st.dictionaries(st.sampled_from("abc"), inner).map(lambda d: argparse.Namespace(**d))
+    ),
+    max_leaves=15,
+)
+
+
+@given(value=VALUES)
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_plain_values_are_those_of_pytorchs_reader(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "v.pt"
+    torch.save(value, path)
+    found, expected = read(path), theirs(path)
+    assert same(found, expected) or same(found, _plain(expected))
+
+
+def _plain(value: Any) -> Any:
+    """The same with dicts for OrderedDicts."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_plain(vars(value)))
+    return value
+
+
+def test_more_values_than_a_byte_can_number_are_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "v.pt"
+    words = [f"word {i}" for i in range(400)]
+    torch.save([words, words[::-1], {word: [word] for word in words}], path)
+    assert same(read(path), theirs(path))
+
+
+def test_a_tensor_under_many_layers_is_read_as_far_as_memory_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "v.pt"
+    one = torch.ones(4096)
+    torch.save({layer: one for layer in range(80)}, path)
+    assert load_steer(path).layers == tuple(range(80))
+    torch.save({layer: torch.ones(2**20) if not layer else one for layer in range(2)}, path)
+    with pytest.raises(SteerError, match="they must agree"):
+        load_steer(path)
+    large = torch.ones(2**20)
+    torch.save({layer: large for layer in range(80)}, path)
+    with pytest.raises(SteerError, match=r"what it holds would take 335544320 bytes of memory"):
+        load_steer(path)
