@@ -25,12 +25,12 @@ from vllm_steer import VectorSteer, save_steer
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "cases" / "files"
-SEED = 15
+SEED = 7
 MEMORY = 600 * 2**20
 """What a file of some bytes may take beside what the process had: 4 * 64 MiB, and libraries."""
 SECONDS = 15.0
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-WHOLE = 20
+WHOLE, CONFIGS = 14, 18
 NEVER_LOADED = {
     "calls",
     "text_protocol",
@@ -50,9 +50,14 @@ NEVER_LOADED = {
     "one_tensor_often",
     "not_torch",
 }
-every_size = pytest.mark.parametrize(
-    "each", [2, pytest.param(WHOLE, marks=pytest.mark.matrix)], ids=["some", "all"]
-)
+
+
+def some_and_all(of_each_kind: int) -> Any:
+    """Two files of every kind in ``make test``, all in the matrix."""
+    whole = pytest.param(of_each_kind, marks=pytest.mark.matrix)
+    return pytest.mark.parametrize("each", [2, whole], ids=["some", "all"])
+
+
 FACTS: tuple[dict[str, Any], ...] = (
     {},
     {"layers": "1"},
@@ -137,12 +142,12 @@ def checkpoint_files(folder: Path, each: int) -> dict[str, Path]:
 def test_the_corpus_is_as_large_as_it_is_said_to_be() -> None:
     assert len(FILE_KINDS) >= 40
     assert sum(1 for _ in checkpoints(SEED, WHOLE)) >= 500
-    assert sum(1 for _ in configs(SEED, WHOLE)) >= 300
+    assert sum(1 for _ in configs(SEED, CONFIGS)) >= 300
     first, again = (dict(checkpoints(SEED, 1)) for _ in range(2))
     assert first == again
 
 
-@every_size
+@some_and_all(WHOLE)
 def test_hostile_checkpoints_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
     jobs = [
         {"does": "load", "name": f"{name} {facts}", "path": str(path), "facts": facts}
@@ -154,7 +159,7 @@ def test_hostile_checkpoints_are_refused_or_harmless(tmp_path: Path, each: int) 
     assert not loaded & NEVER_LOADED
 
 
-@every_size
+@some_and_all(CONFIGS)
 def test_hostile_configs_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
     steer = VectorSteer(vectors=torch.ones(4, 4), layers=(0, 1, 2, 3))
     for name in ("a", "b"):
@@ -180,7 +185,7 @@ def test_hostile_files_in_a_config_stop_the_start(tmp_path: Path) -> None:
             "config": {"steers": {"a": {"path": str(path)}}},
             "folder": str(tmp_path),
         }
-        for name, path in checkpoint_files(tmp_path, WHOLE).items()
+        for name, path in checkpoint_files(tmp_path, 5).items()
     ]
     check(jobs)
 
@@ -188,7 +193,7 @@ def test_hostile_files_in_a_config_stop_the_start(tmp_path: Path) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("command", ["convert", "inspect", "eval"])
 def test_hostile_files_end_a_command_in_one_line(tmp_path: Path, command: str) -> None:
-    corpus = checkpoint_files(tmp_path, WHOLE)
+    corpus = checkpoint_files(tmp_path, 5)
     if command == "eval":  # a steer that loads would have its texts generated
         corpus = {k: path for k, path in corpus.items() if k.rpartition("-")[0] in NEVER_LOADED}
     prompts = tmp_path / "prompts.jsonl"
