@@ -10,6 +10,7 @@ import pytest
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.run import Setting, open_run, settings_of
+from vllm_steer.files.whole import unfinished_name
 
 ASKED: dict[str, Any] = {"model": "m", "sampling": {"seed": 0, "top_p": 0.9}, "layers": (1, 2)}
 ANSWERS = [Answers("Who?", (" It's me.", "\n…")), Answers("Why?", ("", " No."))]
@@ -101,11 +102,14 @@ def test_another_programs_settings_are_no_run(tmp_path: Path, restart: bool) -> 
 
 
 def test_what_a_killed_process_was_writing_is_cleared(tmp_path: Path) -> None:
-    (tmp_path / "settings.json.123.unfinished").write_text("{")
+    (tmp_path / unfinished_name("settings.json")).write_text("{")
     run = open_run(tmp_path, ASKED)
-    (tmp_path / "generations" / "none.jsonl.77.unfinished").write_text("{")
+    (tmp_path / "generations" / unfinished_name("none.jsonl")).write_text("{")
+    mine = [tmp_path / "thesis.unfinished", tmp_path / "generations" / "mine.unfinished"]
+    for path in mine:
+        path.write_text("precious")
     assert open_run(tmp_path, ASKED).missing([Setting("none", 0.0)])
-    assert [p.name for p in tmp_path.rglob("*.unfinished")] == []
+    assert sorted(tmp_path.rglob("*.unfinished")) == sorted(mine)
     assert run.missing([FIVE]) == [FIVE]
 
 

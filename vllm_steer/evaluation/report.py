@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from rich.markup import escape
 from rich.table import Table
 
 from vllm_steer.errors import SteerError
@@ -119,12 +118,12 @@ def perplexity_judge(report: Report) -> str | None:
 def tables(report: Report) -> Iterator[Table]:
     """A table for each judge: at each strength the control's figures beside the steer's."""
     for title, headings, rows in _grids(report):
-        table = Table(title=escape(title), title_justify="left")
+        table = Table(title=title, title_justify="left")
         for heading in headings:
             side: Literal["left", "right"] = "left" if heading in _WORDS else "right"
             table.add_column(heading, justify=side, overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         yield table
 
 

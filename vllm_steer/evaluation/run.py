@@ -9,7 +9,6 @@ Killed at any time, a run goes on where it was: a setting whose file is there is
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.files.whole import write_text
+from vllm_steer.evaluation.json_files import json_text
+from vllm_steer.files.folder_lock import LOCK
+from vllm_steer.files.whole import clear_unfinished, finished_name, write_text
 
 Which = Literal["none", "steer", "random"]
 S = TypeVar("S", bound="Named")
@@ -33,8 +34,8 @@ _OWN: Final = (
     "report.png",
     "strengths.png",
 )
+_TEXTS: Final = ".jsonl"
 _SHOWN: Final = 3
-_UNFINISHED: Final = ".unfinished"  # what ``write_whole`` is still writing
 
 
 class Named(Protocol):
@@ -97,7 +98,7 @@ class Run:
             }
             for answer in answers
         )
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        lines = [json_text(row) + "\n" for row in rows]
         write_text(self._path(setting), "".join(lines))
 
     def read(self, setting: Named) -> list[Answers]:
@@ -114,7 +115,7 @@ class Run:
             ) from None
 
     def _path(self, setting: Named) -> Path:
-        return self.folder / _GENERATIONS / f"{setting.name}.jsonl"
+        return self.folder / _GENERATIONS / f"{setting.name}{_TEXTS}"
 
 
 def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool = False) -> Run:
@@ -130,7 +131,7 @@ def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool =
         folder.mkdir(parents=True, exist_ok=True)
         written = {"made_by": _MADE_BY, **settings}
         differences = _differences(_found(folder), json.loads(json.dumps(written)))
-        begun = any((folder / _GENERATIONS).glob("*.jsonl"))
+        begun = any((folder / _GENERATIONS).glob(f"*{_TEXTS}"))
         if path.exists() and (restart or (differences and not begun)):
             _discard(folder)  # without texts there is nothing to lose
         elif differences and path.exists():
@@ -139,7 +140,7 @@ def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool =
                 "give another folder, or --restart to discard that run"
             )
         if not path.exists():
-            write_text(path, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+            write_text(path, json_text(written, indent=2) + "\n")
         (folder / _GENERATIONS).mkdir(exist_ok=True)
         _clear_unfinished(folder)
     except OSError as error:
@@ -154,7 +155,7 @@ def _found(folder: Path) -> Any:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
         raise SteerError(f"{path}: no JSON ({error}); give another folder") from None
-    strange = sorted(e.name for e in folder.iterdir() if e.suffix != _UNFINISHED)
+    strange = sorted(entry.name for entry in folder.iterdir() if not _in_passing(entry.name))
     if strange and (not isinstance(found, dict) or found.get("made_by") != _MADE_BY):
         raise SteerError(
             f"{folder}: holds {', '.join(strange[:_SHOWN])} and is no run's folder; give a new "
@@ -179,14 +180,19 @@ def _differences(found: Any, asked: Any, place: str = "") -> list[str]:
 
 def _clear_unfinished(folder: Path) -> None:
     """Remove what a killed process was writing."""
-    for part in (folder, folder / _GENERATIONS):
-        for path in part.glob(f"*{_UNFINISHED}"):
-            path.unlink()
+    clear_unfinished(folder, (*_OWN, _SETTINGS).__contains__)
+    clear_unfinished(folder / _GENERATIONS, lambda name: name.endswith(_TEXTS))
+
+
+def _in_passing(name: str) -> bool:
+    """Whether a file is there only while a run writes, or because one was killed."""
+    return name == LOCK or finished_name(name) in (*_OWN, _SETTINGS)
 
 
 def _discard(folder: Path) -> None:
     # The settings last: what is left of a run that was killed here is still a run's folder.
-    shutil.rmtree(folder / _GENERATIONS, ignore_errors=True)
+    for path in (folder / _GENERATIONS).glob(f"*{_TEXTS}"):
+        path.unlink()
     for name in (*_OWN, _SETTINGS):
         if os.path.lexists(folder / name):
             (folder / name).unlink()

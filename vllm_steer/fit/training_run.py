@@ -16,15 +16,16 @@ from typing import Any, Final
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.safetensors_bytes import write_safetensors
 from vllm_steer.files.source import cause
-from vllm_steer.files.whole import write_text, write_whole
+from vllm_steer.files.whole import clear_unfinished, write_text, write_whole
 
 CHECKPOINT: Final = "checkpoint.safetensors"
 LOSSES: Final = "loss.csv"
 HIDDEN_STATES: Final = "hidden_states.bin"
+LOSS_PLOT: Final = "loss.png"
 _CHECKPOINT_SECONDS: Final = 60.0
 _FINGERPRINT_VALUES: Final = 1 << 16
 _DIGESTS: Final = ("texts", "model")
@@ -97,9 +98,7 @@ def open_run(run: Run, training: Training) -> None:
     folder = run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (CHECKPOINT, LOSSES, HIDDEN_STATES):
-            for leftover in folder.glob(f"{name}*.unfinished"):
-                leftover.unlink()
+        clear_unfinished(folder, (CHECKPOINT, LOSSES, HIDDEN_STATES, LOSS_PLOT).__contains__)
         if run.restart:
             (folder / CHECKPOINT).unlink(missing_ok=True)
     except OSError as error:
@@ -119,9 +118,7 @@ def save_checkpoint(run: Run, training: Training) -> None:
         state = training.optimizer.state.get(parameter, {})
         tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS if state}
     metadata = {"step": str(training.step), "settings": json.dumps(run.made_with)}
-    held = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    path = run.folder / CHECKPOINT
-    write_whole(path, lambda unfinished: save_file(held, str(unfinished), metadata=metadata))
+    write_whole(run.folder / CHECKPOINT, lambda file: write_safetensors(file, tensors, metadata))
 
 
 def write_losses(folder: Path, losses: Sequence[float]) -> None:

@@ -47,7 +47,7 @@ def delta(
     as_json: options.AsJson = False,
 ) -> None:
     """Fit step deltas: what differs, step by step, while two kinds of prompt are answered."""
-    check_output(output, force)
+    check_output(output, force, inputs=[wanted, other])
     chosen = options.read_layers(layers)
     from dataclasses import replace
 

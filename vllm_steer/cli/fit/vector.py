@@ -47,7 +47,7 @@ def vector(
     as_json: options.AsJson = False,
 ) -> None:
     """Fit a steering vector: the difference of two sides of texts, layer by layer."""
-    check_output(output, force)
+    check_output(output, force, inputs=[pairs, positive, negative, data])
     wanted = options.read_layers(layers)
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.recipe import recipe

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from rich.markup import escape
 from rich.table import Table
 
 from vllm_steer.evaluation.composition.asked import Combination, Composition, label
@@ -76,12 +75,12 @@ class ComparisonReport:
 def tables(report: ComparisonReport) -> Iterator[Table]:
     """A table for each combination."""
     for title, headings, rows in _grids(report):
-        table = Table(title=escape(title), title_justify="left")
+        table = Table(title=title, title_justify="left")
         for heading in headings:
             side: Literal["left", "right"] = "left" if heading == "method" else "right"
             table.add_column(heading, justify=side, overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         yield table
 
 
