@@ -5,12 +5,14 @@ shown as they are and never obeyed: no markup, no emoji codes, no control charac
 that turn the direction of what follows, and none that the stream cannot carry.
 """
 
+import io
 import json
 import sys
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from rich.console import Console as RichConsole
-from rich.console import JustifyMethod, OverflowMethod
+from rich.console import JustifyMethod, OverflowMethod, RenderableType
+from rich.status import Status
 from rich.style import Style
 from rich.text import Text
 
@@ -25,6 +27,7 @@ class Console(RichConsole):
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
+        protect(self.file)  # Rich itself shortens by a letter that not every encoding has
 
     def render_str(
         self,
@@ -37,6 +40,12 @@ class Console(RichConsole):
     ) -> Text:
         """The text that stands for a string wherever one is printed."""
         return Text(self.shown(plain(text)), style=style, justify=justify, overflow=overflow)
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        """A line that turns while a block runs."""
+        shown = self.text(status) if isinstance(status, str) else status
+        spinner = "dots" if self.encoding.startswith("utf") else "line"
+        return super().status(shown, **{"spinner": spinner, **options})
 
     def text(self, text: str, style: str = "", longest: int | None = LONGEST) -> Text:
         """A foreign text in a style of our own, for what Rich would else read markup in."""
@@ -73,8 +82,7 @@ def say_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def protect_streams() -> None:
-    """Let no text fail or get through raw because of a stream's encoding, whoever prints it."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+def protect(stream: IO[str]) -> None:
+    """Let no text fail, or get through raw, because of the stream's encoding."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")

@@ -12,6 +12,7 @@ from vllm_steer.evaluation.composition.choosing import Chosen
 from vllm_steer.evaluation.composition.curves import raw
 from vllm_steer.evaluation.composition.measuring import Measured
 from vllm_steer.evaluation.report import PERPLEXITY
+from vllm_steer.markdown import markdown_row, markdown_text
 from vllm_steer.steers import Steer
 
 ALL: Final = "all"
@@ -87,20 +88,23 @@ def tables(report: ComparisonReport) -> Iterator[Table]:
 def markdown(report: ComparisonReport) -> str:
     """The same tables in Markdown, after a line on the run."""
     prompts, choosing = report.about["prompts"], report.about["choosing_prompts"]
-    on = f"{choosing['count']} others of {choosing['file']}" if choosing else "the same ones"
+    on = "the same ones"
+    if choosing:
+        on = f"{choosing['count']} others of {markdown_text(choosing['file'])}"
+    title = f"{', '.join(report.asked.properties)} on {report.about['model']}"
     lines = [
-        f"# {', '.join(report.asked.properties)} on {report.about['model']}",
+        f"# {markdown_text(title)}",
         "",
-        f"{prompts['count']} prompts of {prompts['file']}, "
+        f"{prompts['count']} prompts of {markdown_text(prompts['file'])}, "
         f"{report.about['sampling']['samples']} texts each; strengths and options are chosen on "
         f"{on}, on the seen combinations.",
     ]
     for title, headings, rows in _grids(report):
         marks = ("---" if heading == "method" else "---:" for heading in headings)
-        lines += ["", f"## {title}", "", f"| {' | '.join(headings)} |", f"| {' | '.join(marks)} |"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["", f"## {markdown_text(title)}", ""]
+        lines += [markdown_row(headings), f"| {' | '.join(marks)} |", *map(markdown_row, rows)]
     if found := list(notes(report)):
-        lines += ["", "## Not there", "", *(f"- {note}" for note in found)]
+        lines += ["", "## Not there", "", *(f"- {markdown_text(note)}" for note in found)]
     return "\n".join(lines) + "\n"
 
 
