@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.safetensors_bytes import check_metadata
 from vllm_steer.files.whole import check_replaceable
 
 
@@ -26,6 +27,11 @@ def check_output(output: Path, force: bool, *, inputs: Iterable[str | Path | Non
         raise SteerError(f"{output}: there is no folder {output.parent}; make it first")
     if not os.access(output.parent, os.W_OK):
         raise SteerError(f"{output}: the folder cannot be written to; choose another")
+
+
+def check_named(model: str, description: str = "") -> None:
+    """``SteerError`` for a model's name or a description that no steer file can hold."""
+    check_metadata({"base_model": model, "description": description})
 
 
 def _is_there(path: Path) -> bool:

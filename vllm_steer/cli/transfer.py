@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vllm_steer.cli.output import check_output
+from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.errors import SteerError
@@ -60,6 +60,7 @@ def transfer(
 ) -> None:
     """Carry an LM-Steer over to another model through the tokens that both vocabularies have."""
     check_output(output, force, inputs=[data])
+    check_named(target)
     if match and data is None:
         raise SteerError("--match-strength needs labelled texts to measure by; give --data")
     texts = (

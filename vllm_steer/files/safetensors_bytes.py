@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import shown
 
 LARGEST_METADATA: Final = 900_000
 """Bytes of a steer's metadata: with the tensors' names it stays below what readers allow."""
@@ -41,10 +42,7 @@ def write_safetensors(
 def check_metadata(metadata: Mapping[str, str]) -> None:
     """Raise ``SteerError`` for metadata that the file cannot hold, or no reader would take."""
     for name, text in metadata.items():
-        if not isinstance(text, str):
-            raise SteerError(f"{name} is a {type(text).__name__}; a text is wanted")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise SteerError(f"{name} has bytes that are not UTF-8; leave them out")
+        check_text(name, text)
     size = len(_json(metadata))
     if size > LARGEST_METADATA:
         longest = max(metadata, key=lambda name: len(metadata[name]))
@@ -52,6 +50,14 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
             f"the metadata takes {size} bytes of at most {LARGEST_METADATA}, most of them the "
             f"{longest}; shorten it"
         )
+
+
+def check_text(name: str, text: Any) -> None:
+    """Raise ``SteerError`` for what is no text, or none that UTF-8 has."""
+    if not isinstance(text, str):
+        raise SteerError(f"{name} is {shown(text)}; a text is wanted")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise SteerError(f"{name} {shown(text)} has bytes that are not UTF-8; leave them out")
 
 
 def _json(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from vllm_steer.files.bounds import check_nesting
 from vllm_steer.files.facts import Facts, read_facts
 from vllm_steer.files.json_text import read_json
 from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_scores
-from vllm_steer.files.safetensors_bytes import check_metadata, write_safetensors
+from vllm_steer.files.safetensors_bytes import check_metadata, check_text, write_safetensors
 from vllm_steer.files.safetensors_file import read_tensors
 from vllm_steer.files.source import cause
 from vllm_steer.files.whole import write_whole
@@ -116,7 +116,7 @@ def _read_recipe(text: str | None) -> Mapping[str, Any] | None:
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
     """A recipe as JSON; ``SteerError`` unless it is a JSON object that is read back as it is."""
     check_nesting(recipe, "recipe")  # first: it can stand for more than there is time to write
-    _check_keys(recipe)
+    _check_texts(recipe)
     try:
         text = json.dumps(recipe, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -125,16 +125,19 @@ def _recipe_text(recipe: Mapping[str, Any]) -> str:
     return text
 
 
-def _check_keys(value: Any) -> None:
-    """Raise ``SteerError`` for a key that JSON would turn into a text."""
-    if isinstance(value, Mapping):
+def _check_texts(value: Any) -> None:
+    """Raise ``SteerError`` for a key that JSON would turn into a text, and for no UTF-8."""
+    if isinstance(value, str):
+        check_text("recipe", value)
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
                 raise SteerError(f"recipe has the key {shown(key)}; JSON's keys are texts")
-            _check_keys(inner)
+            check_text("recipe", key)
+            _check_texts(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            _check_keys(inner)
+            _check_texts(inner)
 
 
 def _check_facts(metadata: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
-from vllm_steer.cli.output import check_output
+from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def concept(
 ) -> None:
     """Fit a concept vector: a probe per layer, and how well it tells the answers apart."""
     check_output(output, force, inputs=[data])
+    check_named(model, description)
     wanted = options.read_layers(layers)
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.activations import all_layers

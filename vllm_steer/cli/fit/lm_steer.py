@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from vllm_steer.cli.output import check_output
+from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import Advance, progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
@@ -86,6 +86,7 @@ def lm_steer(
     from vllm_steer.steers.checks import check_default_strength
 
     check_output(output, force, inputs=[data, positive, negative])
+    check_named(model, description)
     settings = _settings(context.params)
     if not 0 <= cache_gib < math.inf:
         raise SteerError(f"cache-gib is {cache_gib}; 0 or more is wanted")
@@ -123,6 +124,7 @@ def _texts(
 ) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
     """The files by name and SHA-256, and what is in them."""
     from vllm_steer.fit.recipe import file_digest
+    from vllm_steer.foreign import printable
     from vllm_steer.texts import read_labelled, read_two_sides
 
     if data is not None and positive is None and negative is None:
@@ -133,7 +135,7 @@ def _texts(
         found = read_two_sides(positive, negative, text_field=text_field)
     else:
         raise SteerError("give the texts as --data FILE, or as --positive FILE and --negative FILE")
-    return [{"file": path.name, "sha256": file_digest(path)} for path in files], found
+    return [{"file": printable(path.name), "sha256": file_digest(path)} for path in files], found
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
