@@ -88,10 +88,9 @@ def names() -> list[str]:
     return [text.replace("/", "-") for text in HOSTILE.values() if len(text) < 200]
 
 
-@pytest.mark.parametrize("name", [*names(), "\udc9b\udcff"])
+@pytest.mark.parametrize("name", names())
 def test_file_names_are_shown(tmp_path: Path, name: str) -> None:
     steer, out = tmp_path / f"i{name}", tmp_path / f"o{name}"
-    (tmp_path / "in").write_bytes(b"")
     steer_of(tmp_path / "plain", "x").rename(steer)
     for line in (["convert", steer, out], ["inspect", out], ["convert", out, out, "--force"]):
         done = call(*line)
