@@ -1,12 +1,13 @@
 """Vectors by layer, as most tools keep them, made one tensor."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.bounds import check_memory
 from vllm_steer.foreign import shown
 from vllm_steer.steers.layers import parse_layers
 
@@ -35,6 +36,12 @@ def stack_directions(directions: Mapping[int, Any]) -> tuple[torch.Tensor, tuple
     for row, vector in zip(stacked, vectors, strict=True):
         row.copy_(vector)
     return stacked, layers
+
+
+def repeated(vector: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    """``[len(layers), width]``, the same vector for each of the layers."""
+    check_memory(len(layers) * vector.nbytes, vector.nbytes, f"a vector in {len(layers)} layers")
+    return vector.expand(len(layers), -1).contiguous()
 
 
 def read_layer(text: str) -> int:

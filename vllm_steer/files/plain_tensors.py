@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.directions import stack_directions
+from vllm_steer.files.directions import repeated, stack_directions
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_delta, make_vector
 from vllm_steer.steers import DeltaSteer, VectorSteer
@@ -54,8 +54,7 @@ def _same_vector(vector: torch.Tensor, facts: Facts) -> VectorSteer:
             "decoder blocks (from 0) whose output it is for, such as layers: 16; several get the "
             "same vector each"
         )
-    vectors = vector.expand(len(facts.layers), -1).contiguous()
-    return make_vector(vectors, facts.layers, _settled(facts))
+    return make_vector(repeated(vector, facts.layers), facts.layers, _settled(facts))
 
 
 def _vectors(tensor: torch.Tensor, facts: Facts) -> VectorSteer:

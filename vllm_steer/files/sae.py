@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.directions import repeated
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_vector
 from vllm_steer.foreign import shown
@@ -60,7 +61,7 @@ def read(decoder: Decoder, facts: Facts) -> VectorSteer:
     layers, site = _place(facts)
     row = decoder.read_row(decoder.path, decoder.name, facts.feature)
     known = facts.model_copy(update={"layers": None, "site": site})
-    return make_vector(row.expand(len(layers), -1).contiguous(), layers, known)
+    return make_vector(repeated(row, layers), layers, known)
 
 
 def _features(decoder: Decoder) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import shown
 from vllm_steer.hf import sites
 
 Pick = Callable[[torch.Tensor], torch.Tensor]
@@ -127,5 +128,5 @@ def encode(tokenizer: Any, text: str, max_length: int) -> Encoded:
     special = set(tokenizer.all_special_ids)
     kept = [position for position, token in enumerate(ids) if token not in special]
     if not kept:
-        raise SteerError(f"text {text[:100]!r} has no token but special ones")
+        raise SteerError(f"text {shown(text)} has no token but special ones")
     return Encoded(ids, kept)

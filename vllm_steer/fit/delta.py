@@ -19,6 +19,7 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.fit.activations import all_layers, context_length, recorded
+from vllm_steer.foreign import shown
 from vllm_steer.steers import DeltaSteer
 from vllm_steer.steers.checks import check_choice
 from vllm_steer.steers.delta import DELTA_SITES, DeltaSite
@@ -121,7 +122,7 @@ def _encode(tokenizer: Any, prompt: str, longest: int) -> list[int]:
     ids: list[int] = tokenizer(prompt)["input_ids"]
     if not 0 < len(ids) <= longest:
         raise SteerError(
-            f"prompt {prompt[:100]!r} has {len(ids)} tokens; 1 to {longest} are allowed, as many "
+            f"prompt {shown(prompt)} has {len(ids)} tokens; 1 to {longest} are allowed, as many "
             "as leave room for the steps: give shorter prompts, or fewer demonstrations or steps"
         )
     return ids

@@ -30,6 +30,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.fit.activations import Encoded, all_layers, context_length, encode, read_tokens
 from vllm_steer.fit.answer_tokens import answer_start
 from vllm_steer.fit.token_store import TokenStore, token_store
+from vllm_steer.foreign import shown
 from vllm_steer.steers import Mode, VectorSteer
 from vllm_steer.steers.checks import check_choice
 from vllm_steer.steers.vector import MODES, VECTOR_SITES, VectorSite
@@ -124,7 +125,7 @@ def _of_answer(tokenizer: Any, text: Text, whole: Encoded) -> list[int]:
     """The kept positions from where the tokens part from those of the prompt."""
     if isinstance(text, str):
         raise SteerError(
-            f"text {text[:100]!r} has no prompt, so its answer is not known; give prompts, or take "
+            f"text {shown(text)} has no prompt, so its answer is not known; give prompts, or take "
             "the tokens all or last"
         )
     prompt, answer = text
@@ -132,7 +133,7 @@ def _of_answer(tokenizer: Any, text: Text, whole: Encoded) -> list[int]:
     kept = [position for position in whole.kept if position >= start]
     if not kept:
         raise SteerError(
-            f"the answer {answer[:100]!r} has no token among the {len(whole.ids)} that are read; "
+            f"the answer {shown(answer)} has no token among the {len(whole.ids)} that are read; "
             "shorten its prompt, or read more"
         )
     return kept

@@ -5,6 +5,7 @@ import math
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import shown
 
 
 def check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
@@ -30,4 +31,4 @@ def check_default_strength(strength: float | None) -> None:
 def check_choice(name: str, given: str, allowed: tuple[str, ...]) -> None:
     """Raise ``SteerError`` for a word that is not one of the allowed."""
     if given not in allowed:
-        raise SteerError(f"{name} is {given!r}; allowed: {', '.join(allowed)}")
+        raise SteerError(f"{name} is {shown(given)}; allowed: {', '.join(allowed)}")

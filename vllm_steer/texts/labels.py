@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import shown
 
 LabelMap = Callable[[Any], float]
 
@@ -30,7 +31,7 @@ def label_map(given: str | None) -> LabelMap:
         for key in _keys(value):
             if key in table:
                 return table[key]
-        raise SteerError(f"label {value!r:.50} is not in the label map; it has {_all(table)}")
+        raise SteerError(f"label {shown(value)} is not in the label map; it has {_all(table)}")
 
     return mapped
 
@@ -47,11 +48,13 @@ def _pairs(given: str) -> dict[str, float]:
         name, _, value = (part.strip() for part in pair.rpartition("="))
         if not name:
             raise SteerError(
-                f"label map {given!r}: wanted one of {', '.join(LABEL_MAPS)}, or pairs such as "
-                "good=1,bad=-1"
+                f"label map {shown(given)}: wanted one of {', '.join(LABEL_MAPS)}, or pairs such "
+                "as good=1,bad=-1"
             )
         if name in table:
-            raise SteerError(f"label map {given!r}: {name} is there twice; give each label once")
+            raise SteerError(
+                f"label map {shown(given)}: {name} is there twice; give each label once"
+            )
         table[name] = _number(value)
     return table
 
@@ -67,6 +70,6 @@ def _number(value: Any) -> float:
         number = float("nan")
     if not -1 <= number <= 1:
         raise SteerError(
-            f"label {value!r:.50} is no number in [-1, 1]; give a label map such as good=1,bad=-1"
+            f"label {shown(value)} is no number in [-1, 1]; give a label map such as good=1,bad=-1"
         )
     return number

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import shown
 from vllm_steer.texts.labels import LabelMap, label_map
 from vllm_steer.texts.rows import Row, read_rows, take, text_of
 
@@ -74,11 +75,11 @@ def _messages(row: Row, name: str) -> Messages:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
     if not isinstance(given, list) or not all(map(_is_message, given)):
         raise SteerError(
-            f"{row.place}: {name} is {row.values[name]!r:.100}; a list of "
+            f"{row.place}: {name} is {shown(row.values[name])}; a list of "
             '{"role": ..., "content": ...} is wanted'
         )
     if any("\ud800" <= letter <= "\udfff" for message in given for letter in message["content"]):
@@ -101,7 +102,7 @@ def _label(row: Row, number: LabelMap) -> int:
         raise SteerError(f"{row.place}: {error}") from None
     if label not in (0.0, 1.0):
         raise SteerError(
-            f"{row.place}: label {row.values['label']!r:.50} is {label:g}; 0 and 1 are wanted, or "
+            f"{row.place}: label {shown(row.values['label'])} is {label:g}; 0 and 1 are wanted, or "
             "a label map such as good=1,bad=0"
         )
     return int(label)
@@ -113,5 +114,5 @@ def _zero_or_one(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise SteerError(
-            f"label {value!r:.50} is neither 0 nor 1; give a label map such as good=1,bad=0"
+            f"label {shown(value)} is neither 0 nor 1; give a label map such as good=1,bad=0"
         ) from None

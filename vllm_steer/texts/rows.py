@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import shown
 
 T = TypeVar("T")
 _CHUNK: Final = 1 << 16
@@ -81,7 +82,7 @@ def text_of(row: Row, name: str) -> str:
     if name not in row.values:
         raise SteerError(
             f"{row.place}: there is no {name!r}; the row has "
-            f"{', '.join(map(repr, row.values)) or 'nothing'}"
+            f"{', '.join(map(shown, row.values)) or 'nothing'}"
         )
     value = row.values[name]
     if isinstance(value, Mapping) and isinstance(value.get("text"), str):
@@ -89,7 +90,7 @@ def text_of(row: Row, name: str) -> str:
         if _broken(value):
             raise SteerError(f"{row.place}: {_BROKEN}")
     if not isinstance(value, str) or not value.strip():
-        raise SteerError(f"{row.place}: {name} is {value!r:.100}; a text is wanted")
+        raise SteerError(f"{row.place}: {name} is {shown(value)}; a text is wanted")
     return value
 
 
@@ -97,7 +98,7 @@ def _row(place: str, values: Any) -> Row:
     if isinstance(values, _Bad):
         return Row(place, problem=values.reason)
     if not isinstance(values, Mapping):
-        return Row(place, problem=f"the row is {values!r:.100}; an object is wanted")
+        return Row(place, problem=f"the row is {shown(values)}; an object is wanted")
     if any(_broken(value) for value in values.values()):
         return Row(place, problem=_BROKEN)
     return Row(place, values)
@@ -238,7 +239,9 @@ def _names(line: int, names: list[str]) -> list[str]:
     if any(map(_broken, names)):
         raise _Malformed(f"{line}: {_BROKEN}")
     if len(set(names)) < len(names) or not all(names):
-        raise _Malformed(f"{line}: the first line must name each column once; it is {names!r:.200}")
+        raise _Malformed(
+            f"{line}: the first line must name each column once; it is {shown(names, 200)}"
+        )
     return names
 
 

@@ -1,0 +1,144 @@
+"""Runs jobs on hostile files, each in a process of its own with limits of memory and time.
+
+Read as a program: jobs as JSON lines on standard input, outcomes as JSON lines on standard output.
+It imports what the jobs need once and forks, so that a job costs milliseconds.
+"""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+MEMORY = 4 * 2**30
+SECONDS = 20.0
+LONGEST = 4000
+
+
+def load(job: dict[str, Any]) -> str:
+    """``load_steer``, and what a server's start makes of the steer."""
+    from vllm_steer import load_steer
+    from vllm_steer.steers.content import content_digest
+
+    steer = load_steer(job["path"], **job.get("facts", {}))
+    content_digest(steer)
+    return f"loaded {steer!r}"
+
+
+def start(job: dict[str, Any]) -> str:
+    """What a server does with a config before it starts: read it, load its steers, plan."""
+    from vllm_steer import SteerConfig
+    from vllm_steer.plan import SteerPlan
+
+    plan = SteerPlan.of(SteerConfig.load(job["path"] if "path" in job else job["config"]))
+    return f"planned {len(plan.to_json()['steers'])} steers"
+
+
+def command(job: dict[str, Any]) -> str:
+    """A command of ``vllm-steer``, as its process would run it."""
+    from vllm_steer.cli import main
+
+    sys.argv = ["vllm-steer", *job["command"]]
+    try:
+        main()
+    except SystemExit as end:
+        return f"exit {end.code or 0}"
+    return "exit 0"
+
+
+DOES = {"load": load, "start": start, "command": command}
+
+
+def child(job: dict[str, Any], to: int) -> None:
+    """Does the job within its limits and writes the outcome; never returns."""
+    begun = status("VmSize")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.chdir(job["folder"])
+    out, err = Path(job["folder"], "stdout"), Path(job["folder"], "stderr")
+    for place, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8")
+    clock = time.monotonic()
+    outcome: dict[str, Any] = {}
+    try:
+        outcome["said"] = DOES[job["does"]](job)
+    except ValueError as error:
+        outcome |= {"refused": str(error), "error": type(error).__name__}
+    except BaseException:
+        outcome["traceback"] = traceback.format_exc()[-LONGEST:]
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    outcome |= {
+        "seconds": time.monotonic() - clock,
+        "memory": status("VmPeak") - begun,
+        "stdout": read(out),
+        "stderr": read(err),
+    }
+    os.write(to, json.dumps(outcome).encode())
+    os._exit(0)
+
+
+def read(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(1 << 16).decode("latin-1")
+
+
+def status(name: str) -> int:
+    """One of the kernel's figures of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of one job; ``signal`` or ``too_long`` where it did not end by itself."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(ours)
+        os.setsid()
+        child(job, theirs)
+    os.close(theirs)
+    data, end = b"", time.monotonic() + SECONDS
+    while True:
+        ready, _, _ = select.select([ours], [], [], max(0, end - time.monotonic()))
+        if not ready:
+            os.kill(pid, signal.SIGKILL)
+            break
+        part = os.read(ours, 1 << 16)
+        if not part:
+            break
+        data += part
+    os.close(ours)
+    _, ended = os.waitpid(pid, 0)
+    if data:
+        return dict(json.loads(data))
+    return {"too_long": True} if not ready else {"signal": ended}
+
+
+def main() -> None:
+    sys.path[:0] = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    import torch
+
+    torch.set_num_threads(1)
+
+    with contextlib.suppress(ImportError):
+        import gguf  # noqa: F401
+    for line in sys.stdin:
+        job = json.loads(line)
+        print(json.dumps({**run(job), "name": job["name"]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

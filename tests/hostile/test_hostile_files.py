@@ -1,0 +1,245 @@
+"""Files and configs from strangers: refused in one line or harmless, whichever way they come in.
+
+Each is read in a process of its own with 4 GiB of memory and 20 seconds. Nothing of a file may run
+(``CANARY`` would come to be), and no process may end by a signal, by a traceback or by its limits.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import KINDS as FILE_KINDS
+from checkpoints import checkpoints
+from configs import KINDS as CONFIG_KINDS
+from configs import configs
+from formats import FORMATS, variants
+
+from vllm_steer import VectorSteer, save_steer
+
+HERE = Path(__file__).parent
+SHARED = HERE.parents[2] / "shared" / "cases" / "files"
+SEED = 15
+MEMORY = 600 * 2**20
+"""What a file of some bytes may take beside what the process had: 4 * 64 MiB, and libraries."""
+SECONDS = 15.0
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+WHOLE = 20
+NEVER_LOADED = {
+    "calls",
+    "text_protocol",
+    "extensions",
+    "other_case",
+    "two_pickles",
+    "same_name_twice",
+    "odd_folder",
+    "encrypted",
+    "compressed",
+    "odd_persistent",
+    "shared_lists",
+    "holds_itself",
+    "odd_machine",
+    "noise",
+    "many_tensors",
+    "one_tensor_often",
+    "not_torch",
+}
+every_size = pytest.mark.parametrize(
+    "each", [2, pytest.param(WHOLE, marks=pytest.mark.matrix)], ids=["some", "all"]
+)
+FACTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"layers": "1"},
+    {"epsilon": 0.1, "columns": [0]},
+    {"feature": 0, "hook": "blocks.1.hook_resid_post"},
+)
+
+
+def outcomes(jobs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What became of each job, in their order."""
+    lines = "".join(json.dumps(job) + "\n" for job in jobs)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "children.py")],
+        input=lines,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=560,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == lines.count("\n"), done.stderr[-3000:]
+    return found
+
+
+def faults(outcome: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with an outcome."""
+    for ended in ("signal", "too_long", "traceback"):
+        if ended in outcome:
+            yield f"{ended} {outcome[ended]}"
+            return
+    if outcome["seconds"] > SECONDS:
+        yield f"{outcome['seconds']:.1f} s"
+    if outcome["memory"] > MEMORY:
+        yield f"{outcome['memory'] / 2**20:.0f} MiB"
+    refused = outcome.get("refused")
+    if refused is not None:
+        if outcome["error"] != "SteerError" or not refused.isprintable():
+            yield f"{outcome['error']}: {refused!r}"
+        if len(refused) > 1000 or "weights_only" in refused:
+            yield f"says {refused!r}"
+    yield from _faults_of_command(outcome)
+
+
+def _faults_of_command(outcome: dict[str, Any]) -> Iterator[str]:
+    for stream in ("stdout", "stderr"):
+        text = outcome[stream].encode("latin-1").decode("utf-8", "replace")
+        if CONTROL.search(text) or "Traceback" in text:
+            yield f"{stream}: {text[-1500:]!r}"
+    said = outcome.get("said", "")
+    if said.startswith("exit") and said not in ("exit 0", "exit 1"):
+        yield said
+    if said == "exit 1" and (
+        not outcome["stderr"].startswith("vllm-steer: ") or outcome["stderr"].count("\n") != 1
+    ):
+        yield f"stderr: {outcome['stderr']!r}"
+
+
+def check(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run the jobs; fails with each fault, and with each canary."""
+    found = outcomes(jobs)
+    wrong = [f"{one['name']}: {fault}" for one in found for fault in faults(one)]
+    folders = {job["folder"] for job in jobs}
+    wrong += [f"executed in {folder}" for folder in folders if Path(folder, "CANARY").exists()]
+    assert not wrong, f"{len(wrong)} of {len(jobs)}\n" + "\n".join(wrong[:20])
+    return found
+
+
+def written(folder: Path, files: Iterable[tuple[str, bytes]], ending: str) -> dict[str, Path]:
+    paths = {}
+    for name, data in files:
+        paths[name] = folder / f"{name}{ending}"
+        paths[name].write_bytes(data)
+    return paths
+
+
+def checkpoint_files(folder: Path, each: int) -> dict[str, Path]:
+    (folder / "files").mkdir()
+    return written(folder / "files", checkpoints(SEED, each), ".pt")
+
+
+def test_the_corpus_is_as_large_as_it_is_said_to_be() -> None:
+    assert len(FILE_KINDS) >= 40
+    assert sum(1 for _ in checkpoints(SEED, WHOLE)) >= 500
+    assert sum(1 for _ in configs(SEED, WHOLE)) >= 300
+    first, again = (dict(checkpoints(SEED, 1)) for _ in range(2))
+    assert first == again
+
+
+@every_size
+def test_hostile_checkpoints_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
+    jobs = [
+        {"does": "load", "name": f"{name} {facts}", "path": str(path), "facts": facts}
+        for number, (name, path) in enumerate(checkpoint_files(tmp_path, each).items())
+        for facts in ({}, FACTS[number % len(FACTS)])
+    ]
+    found = check([job | {"folder": str(tmp_path)} for job in jobs])
+    loaded = {one["name"].split("-")[0] for one in found if "said" in one}
+    assert not loaded & NEVER_LOADED
+
+
+@every_size
+def test_hostile_configs_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
+    steer = VectorSteer(vectors=torch.ones(4, 4), layers=(0, 1, 2, 3))
+    for name in ("a", "b"):
+        save_steer(steer, tmp_path / f"{name}.safetensors")
+    paths = written(tmp_path, configs(SEED, each), ".yaml")
+    assert len(paths) == each * len(CONFIG_KINDS)
+    jobs = [
+        {"does": "start", "name": name, "path": str(path), "folder": str(tmp_path)}
+        for name, path in paths.items()
+    ]
+    found = check(jobs)
+    assert sum("refused" in one for one in found) > 0.6 * len(found)
+    planned = {one["name"].split("-")[0] for one in found if "said" in one}
+    assert not planned & {"bomb", "merge_bomb", "holds_itself", "twice"}
+
+
+@pytest.mark.matrix
+def test_hostile_files_in_a_config_stop_the_start(tmp_path: Path) -> None:
+    jobs = [
+        {
+            "does": "start",
+            "name": name,
+            "config": {"steers": {"a": {"path": str(path)}}},
+            "folder": str(tmp_path),
+        }
+        for name, path in checkpoint_files(tmp_path, WHOLE).items()
+    ]
+    check(jobs)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("command", ["convert", "inspect", "eval"])
+def test_hostile_files_end_a_command_in_one_line(tmp_path: Path, command: str) -> None:
+    corpus = checkpoint_files(tmp_path, WHOLE)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "x"}\n')
+    for_each = {
+        "convert": lambda path, to: ["convert", path, f"{to}.safetensors"],
+        "inspect": lambda path, to: ["inspect", path],
+        "eval": lambda path, to: [
+            *("eval", "embedded", path, "--prompts", str(prompts), "--out", to),
+            *("--strengths", "1", "--no-plot"),
+        ],
+    }[command]
+    jobs = [
+        {
+            "does": "command",
+            "name": f"{command} {name}",
+            "command": for_each(str(path), str(tmp_path / f"out-{name}")),
+            "folder": str(tmp_path),
+        }
+        for name, path in corpus.items()
+    ]
+    found = check(jobs)
+    if command == "convert":
+        for name, one in zip(corpus, found, strict=True):
+            assert (tmp_path / f"out-{name}.safetensors").exists() == (one["said"] == "exit 0")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("of", FORMATS)
+def test_changed_files_of_every_format_give_a_steer_or_one_line(of: str, tmp_path: Path) -> None:
+    whole, facts = FORMATS[of](tmp_path)
+    paths = written(tmp_path, variants(whole, SEED, 300), ".changed")
+    jobs = [
+        {"does": "load", "name": name, "path": str(path), "facts": facts, "folder": str(tmp_path)}
+        for name, path in paths.items()
+    ]
+    found = check(jobs)
+    assert sum("refused" in one for one in found) > 30
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the sample files are not here")
+def test_the_sample_files_are_refused_or_harmless(tmp_path: Path) -> None:
+    jobs = [
+        {
+            "does": "start" if path.suffix == ".yaml" else "load",
+            "name": path.name,
+            "path": str(path),
+            "facts": {"feature": 0, "hook": "blocks.1.hook_resid_post"}
+            if "npz" in path.name
+            else {},
+            "folder": str(tmp_path),
+        }
+        for path in sorted(SHARED.iterdir())
+    ]
+    found = check(jobs)
+    assert {one["name"] for one in found if "said" in one} == {"m_markup.st"}

@@ -1,0 +1,135 @@
+"""A config's text: one meaning, bounded size, YAML 1.2's numbers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_steer import SteerConfig, SteerError
+from vllm_steer.config_text import LARGEST, read_config_file, read_config_text
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**18), 10**18)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: 1_0", "1_0"),
+        ("a: 0x10", "0x10"),
+        ("a: 1:30", "1:30"),
+        ("a: 010", "010"),
+        ("a: 0", 0),
+        ("a: -12", -12),
+        ("a: 1e3", 1000.0),
+        ("a: 1.5e-3", 0.0015),
+        ("a: .5", 0.5),
+        ("a: 7.", 7.0),
+        ("a: .inf", math.inf),
+        ("a: '1'", "1"),
+        ("\ufeffa: 1", 1),
+        ("x: &x {b: 1}\na: {<<: *x}", {"b": 1}),
+        ("x: &x [1, 2]\na: [*x, *x]", [[1, 2], [1, 2]]),
+    ],
+)
+def test_values_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert read_config_file(path, "c")["a"] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", r"c: line 3: the key 'a' is given twice"),
+        ("a: {b: 1, 'b': 2}", r"c: line 1: the key 'b' is given twice"),
+        ('{"a": 1, "\\u0061": 2}', "c: the key 'a' is given twice"),
+        ("{a: 1, a: 2}", "c: line 1: the key 'a' is given twice"),
+        ("a: &x [*x]", "c: line 1: an alias holds itself"),
+        ("[" * 40 + "]" * 40, "c is nested more than 32 deep"),
+        ("[" * 9000, "c is nested more than 32 deep"),
+        ('{"a": ' + "[" * 40 + "]" * 40 + "}", "c is nested more than 32 deep"),
+        ("? [1]\n: 2", "c: line 1: a key must be a text"),
+        ("a: [", "c is neither YAML nor JSON: line 1, column 5: expected the node content"),
+        ("a: !!python/name:os.system x", "c is neither YAML nor JSON: line 1, column 4: could"),
+        ('{"a": NaN}', "c: NaN is no JSON number"),
+        ('{"a": 1' + "0" * 400 + "}", "c: a whole number of 401 digits; at most 20 are read"),
+    ],
+    ids=range(13),
+)
+def test_a_text_of_two_meanings_or_without_end_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SteerError, match=message):
+        read_config_text(text, "c")
+
+
+def test_aliases_count_as_often_as_they_stand() -> None:
+    lines = ["x0: &x0 [lol, lol]"]
+    lines += [f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)]
+    with pytest.raises(SteerError, match="c: line 16: more than 100000 values"):
+        read_config_text("\n".join(lines), "c")
+    few = read_config_text("\n".join(lines[:10]), "c")
+    assert few["x1"] == [["lol", "lol"], ["lol", "lol"]]
+
+
+def test_a_large_file_and_other_encodings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("#" * (LARGEST + 1))
+    with pytest.raises(SteerError, match=f"is larger than {LARGEST} bytes"):
+        SteerConfig.load(path)
+    path.write_bytes("steers: {}".encode("utf-16"))
+    with pytest.raises(SteerError, match=r"it is not UTF-8 .*save it as UTF-8"):
+        SteerConfig.load(path)
+
+
+def test_a_config_given_as_a_dict_is_bounded_too() -> None:
+    shared: Any = ("a",)
+    for _ in range(60):
+        shared = (shared, shared)
+    itself: dict[str, Any] = {}
+    itself["steers"] = itself
+    for config in ({"steers": {"a": {"path": "x", "description": shared}}}, itself):
+        with pytest.raises(SteerError, match=r"steer config (holds more|is nested)"):
+            SteerConfig.load(config)
+
+
+@given(st.dictionaries(st.text(max_size=8), PLAIN, max_size=4))
+def test_json_is_read_as_json(value: Any) -> None:
+    assert read_config_text(json.dumps(value), "c") == value
+    assert read_config_text(" \n" + json.dumps(value, ensure_ascii=False, indent=1), "c") == value
+
+
+@given(PLAIN)
+def test_what_yaml_writes_is_read_back(value: Any) -> None:
+    assert read_config_text(yaml.safe_dump(value, allow_unicode=True), "c") == value
+
+
+@given(st.text(max_size=200) | st.text(alphabet="a:{}[],&*!|>'\"%@#-? \n\t01.<\\", max_size=60))
+@settings(max_examples=500)
+def test_any_text_is_values_or_one_line(text: str) -> None:
+    try:
+        read_config_text(text, "c")
+    except SteerError as error:
+        assert str(error).isprintable()
+
+
+@given(st.dictionaries(st.sampled_from(["steers", "presets", "default", "limits", "x"]), PLAIN))
+@settings(max_examples=300)
+def test_any_values_are_a_config_or_one_line(value: Any) -> None:
+    try:
+        SteerConfig.load(value)
+    except SteerError as error:
+        assert str(error).isprintable()
