@@ -60,6 +60,36 @@ def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
         assert since[:2] == "20" and str(tmp_path) in command
 
 
+@pytest.mark.parametrize("command", ["fit", "eval", "compare"])
+def test_a_command_leaves_a_folder_that_is_used_as_it_is(tmp_path: Path, command: str) -> None:
+    run, data = tmp_path / "run", tmp_path / "data.jsonl"
+    data.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": -1}\n')
+    (tmp_path / "asked.yaml").write_text("properties: {}\nseen: []\n")
+    prompts = ["--prompts", str(data), "--prompt-field", "text", "--out", str(run), "--no-plot"]
+    line = {
+        "fit": ["fit", "lm-steer", "m", str(tmp_path / "out"), "--data", str(data)],
+        "eval": ["eval", "m", "steer", *prompts, "--strengths", "1"],
+        "compare": ["eval", "m", str(tmp_path / "asked.yaml"), *prompts],
+    }[command]
+    if command == "fit":
+        line += ["--run-folder", str(run), "--restart"]
+    with holder(run) as process:
+        before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
+        done = subprocess.run(
+            [sys.executable, "-c", "from vllm_steer.cli import main; main()", *line],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(
+            f"vllm-steer: run folder {run} is used by process {process.pid}"
+        )
+        assert done.stderr.count("\n") == 1
+        assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_that_ends_leaves_no_lock(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         process.communicate("end\n")

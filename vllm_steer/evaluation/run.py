@@ -18,7 +18,10 @@ from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.json_files import json_text
 from vllm_steer.files.folder_lock import LOCK
+from vllm_steer.files.source import cause
 from vllm_steer.files.whole import clear_unfinished, finished_name, write_text
+from vllm_steer.foreign import listed, shown
+from vllm_steer.foreign import name as named
 
 Which = Literal["none", "steer", "random"]
 S = TypeVar("S", bound="Named")
@@ -86,7 +89,7 @@ class Run:
 
     def missing(self, settings: Sequence[S]) -> list[S]:
         """The settings whose texts are not written yet."""
-        return [setting for setting in settings if not self._path(setting).exists()]
+        return [setting for setting in settings if not self._path(setting).is_file()]
 
     def write(self, setting: Named, answers: Sequence[Answers]) -> None:
         """Keep the texts of a setting; its file appears whole."""
@@ -109,7 +112,7 @@ class Run:
                 return [_answers(json.loads(line)) for line in file]
         except OSError as error:
             raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SteerError(
                 f"{path}: not as it was written ({error!r:.100}); delete it to generate it again"
             ) from None
@@ -152,13 +155,13 @@ def _found(folder: Path) -> Any:
     """The settings of the run in a folder, None in an empty one; ``SteerError`` for any other."""
     path = folder / _SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise SteerError(f"{path}: no JSON ({error}); give another folder") from None
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise SteerError(f"{path}: no JSON ({cause(error)}); give another folder") from None
     strange = sorted(entry.name for entry in folder.iterdir() if not _in_passing(entry.name))
     if strange and (not isinstance(found, dict) or found.get("made_by") != _MADE_BY):
         raise SteerError(
-            f"{folder}: holds {', '.join(strange[:_SHOWN])} and is no run's folder; give a new "
+            f"{folder}: holds {listed(strange[:_SHOWN])} and is no run's folder; give a new "
             "one, or an empty one"
         )
     return found
@@ -175,7 +178,9 @@ def _differences(found: Any, asked: Any, place: str = "") -> list[str]:
                 found.get(key), asked.get(key), f"{place}.{key}" if place else key
             )
         ]
-    return [] if found == asked else [f"{place} was {found!r:.80} and is now {asked!r:.80}"]
+    return (
+        [] if found == asked else [f"{named(place)} was {shown(found)} and is now {shown(asked)}"]
+    )
 
 
 def _clear_unfinished(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 
+from vllm_steer import foreign
 from vllm_steer.errors import SteerError
 from vllm_steer.files.safetensors_bytes import write_safetensors
 from vllm_steer.files.source import cause
@@ -103,7 +104,7 @@ def open_run(run: Run, training: Training) -> None:
             (folder / CHECKPOINT).unlink(missing_ok=True)
     except OSError as error:
         raise SteerError(f"run folder {folder}: cannot be used ({cause(error)})") from error
-    if (folder / CHECKPOINT).exists():
+    if (folder / CHECKPOINT).is_file():
         _load(run, training)
     else:
         (folder / HIDDEN_STATES).unlink(missing_ok=True)  # of a run that is over
@@ -147,6 +148,7 @@ def _load(run: Run, training: Training) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found, step = json.loads(metadata["settings"]), int(metadata["step"])
         losses = _losses_until(run.folder, step)
+        _check_tensors(training, tensors, found, step)
     except Exception as error:  # of safetensors, of JSON, of the disk
         raise SteerError(
             f"{path}: cannot be read ({cause(error)}); give --restart (restart=True) to begin anew"
@@ -154,11 +156,35 @@ def _load(run: Run, training: Training) -> None:
     _check_settings(run.folder, found, run.made_with)
     training.losses[:] = losses
     for name, parameter in training.parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise SteerError(f"{path}: {name} is {foreign.shown(tensors[name])}; give --restart")
         parameter.data.copy_(tensors[name])
         if step:
             moments = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in _MOMENTS}
             done = torch.tensor(float(step), device=parameter.device)
             training.optimizer.state[parameter] = {"step": done, **moments}
+
+
+def _check_tensors(
+    training: Training, tensors: Mapping[str, torch.Tensor], settings: Any, step: int
+) -> None:
+    """Raise ``ValueError`` for what no checkpoint of this training can hold.
+
+    Other settings are told apart later, by name: with them the tensors may well have other shapes.
+    """
+    if not isinstance(settings, dict):
+        raise ValueError("its settings are no JSON object")
+    moments = _MOMENTS if step else ()
+    for name in training.parameters:
+        shapes = {tensors[each].shape for each in (name, *(f"{name}.{m}" for m in moments))}
+        if len(shapes) != 1:
+            raise ValueError(f"the moments of {name} have other shapes than it has")
+
+
+def _difference(name: str, found: Any, now: Any) -> str:
+    if name in _DIGESTS:
+        return f"other {name}"
+    return f"{foreign.name(name)} {foreign.name(found)} (now {foreign.name(now)})"
 
 
 def _losses_until(folder: Path, step: int) -> list[float]:
@@ -172,13 +198,14 @@ def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
     # Through JSON, as what was found came: a tuple is a list there.
     now = json.loads(json.dumps(wanted))
     other = [
-        f"other {name}" if name in _DIGESTS else f"{name} {found.get(name)} (now {now.get(name)})"
+        _difference(name, found.get(name), now.get(name))
         for name in {**found, **now}
         if found.get(name) != now.get(name)
     ]
     if other:
+        differences = foreign.listed(other, longest=600)
         raise SteerError(
-            f"run folder {folder} holds an unfinished run with {', '.join(other)}; give the same "
+            f"run folder {folder} holds an unfinished run with {differences}; give the same "
             "settings and texts to go on with it, another run folder, or --restart (restart=True) "
             "to discard it"
         )
