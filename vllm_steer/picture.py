@@ -24,7 +24,8 @@ def picture(path: str | Path, *, dpi: int, **options: Any) -> Iterator[Any]:
     # A figure of its own draws with Agg and needs no display; pyplot would keep it.
     make = need("matplotlib.figure").Figure
     with need("matplotlib").rc_context(_PLAIN), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        for about_texts in ("Glyph .* missing from", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", message=about_texts)
         figure = make(**options)
         yield figure
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))

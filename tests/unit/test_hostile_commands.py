@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hostile import HOSTILE, assert_shown
+from hostile_texts import HOSTILE, assert_shown
 from safetensors.torch import save_file
 from test_eval_commands import StandIn, place, stand_in  # noqa: F401  # fixtures
 from typer.testing import CliRunner

@@ -1,7 +1,7 @@
 """Foreign text in Markdown comes out of a renderer as the text that it is."""
 
 import pytest
-from hostile import HOSTILE
+from hostile_texts import HOSTILE
 from markdown_it import MarkdownIt
 
 from vllm_steer.foreign import printable

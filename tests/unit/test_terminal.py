@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hostile import HOSTILE, SURROGATE, assert_shown
+from hostile_texts import HOSTILE, SURROGATE, assert_shown
 from rich.table import Table
 
 from vllm_steer.cli import doctor, evidence, inspect, transfer
