@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_steer import SteerError, load_steer
 from vllm_steer.embedded import MODEL, corpus
+from vllm_steer.files.whole import unfinished_name
 from vllm_steer.fit import fit_lm_steer, training_run
 from vllm_steer.fit.lm_steer_settings import Watch
 
@@ -136,9 +137,10 @@ def test_a_fit_that_ended_while_it_read_texts_reads_them_anew(
 def test_what_a_killed_process_was_writing_is_cleared(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "hidden_states.bin.unfinished").write_text("many gigabytes")
+    (tmp_path / unfinished_name("hidden_states.bin")).write_text("many gigabytes")
+    (tmp_path / "hidden_states.bin.unfinished").write_text("the user's own")
     fit(model, tokenizer, tmp_path, cache_bytes=0)
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert [p.name for p in tmp_path.glob("*.unfinished")] == ["hidden_states.bin.unfinished"]
 
 
 def test_a_finished_run_keeps_the_loss_curve_only(

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from rich.console import Console
 
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, embedded, save_steer
 from vllm_steer.bank import fill_head_bank, fill_layer_bank
+from vllm_steer.cli.terminal import Console
 from vllm_steer.doctor import Finding, environment
 from vllm_steer.doctor.architecture import describe, read_architecture
 from vllm_steer.doctor.engine import run_engine

@@ -221,7 +221,9 @@ def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
 
     if broken == "steer":
         monkeypatch.setattr(sweeping, "save_steer", full)
-    plot = place / ("nowhere/sweep.png" if broken == "plot" else "sweep.png")
+    else:
+        monkeypatch.setattr("vllm_steer.sweep.report.draw", full)
+    plot = place / "sweep.png"
     line = ["sweep", "m", place / "v", "--prompts", place / "prompts.txt", "--strengths", "2"]
     line += ["--judge", f"lexicon:{place / 'words.yaml'}", "--budget", 1.35, "--json", "--write"]
     result = CliRunner().invoke(app, [str(part) for part in [*line, "--plot", plot]])

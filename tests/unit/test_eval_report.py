@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from vllm_steer import SteerError
+from vllm_steer.cli.terminal import Console
 from vllm_steer.evaluation.answers import Answers
+from vllm_steer.evaluation.json_files import as_json
 from vllm_steer.evaluation.plot import draw_report
 from vllm_steer.evaluation.report import JudgeEntry, Report, make_report, markdown, tables
 from vllm_steer.evaluation.run import Setting, open_run, settings_of
-from vllm_steer.evaluation.scoring import as_json, score
+from vllm_steer.evaluation.scoring import score
 
 ABOUT: dict[str, Any] = {
     "model": "m",

@@ -10,6 +10,7 @@ import pytest
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.run import Setting, open_run, settings_of
+from vllm_steer.files.whole import unfinished_name
 
 ASKED: dict[str, Any] = {"model": "m", "sampling": {"seed": 0, "top_p": 0.9}, "layers": (1, 2)}
 ANSWERS = [Answers("Who?", (" It's me.", "\n…")), Answers("Why?", ("", " No."))]
@@ -101,11 +102,14 @@ def test_another_programs_settings_are_no_run(tmp_path: Path, restart: bool) -> 
 
 
 def test_what_a_killed_process_was_writing_is_cleared(tmp_path: Path) -> None:
-    (tmp_path / "settings.json.123.unfinished").write_text("{")
+    (tmp_path / unfinished_name("settings.json")).write_text("{")
     run = open_run(tmp_path, ASKED)
-    (tmp_path / "generations" / "none.jsonl.77.unfinished").write_text("{")
+    (tmp_path / "generations" / unfinished_name("none.jsonl")).write_text("{")
+    mine = [tmp_path / "thesis.unfinished", tmp_path / "generations" / "mine.unfinished"]
+    for path in mine:
+        path.write_text("precious")
     assert open_run(tmp_path, ASKED).missing([Setting("none", 0.0)])
-    assert [p.name for p in tmp_path.rglob("*.unfinished")] == []
+    assert sorted(tmp_path.rglob("*.unfinished")) == sorted(mine)
     assert run.missing([FIVE]) == [FIVE]
 
 
@@ -139,3 +143,44 @@ def test_a_full_disk_leaves_what_was_written(
         run.write(Setting("random", 5.0), ANSWERS)
     assert run.missing([FIVE, Setting("random", 5.0)]) == [Setting("random", 5.0)]
     assert [p.name for p in (tmp_path / "generations").iterdir()] == ["steer+5.jsonl"]
+
+
+def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
+    run = open_run(tmp_path, {"model": "m\udcff"})
+    answers = [Answers("Who\ud800?", ("\udcff é \x9b",))]
+    run.write(FIVE, answers)
+    assert open_run(tmp_path, {"model": "m\udcff"}).read(FIVE) == answers
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *("[" * 100_000, "[1]", "{}", '{"prompt": 1, "generations": 1}', "null", "\x00"),
+        '{"prompt": {"text": "a"}, "generations": [{"text": "b", "steer_strengths": [1]}]}',
+    ],
+    ids=range(7),
+)
+def test_a_hostile_file_of_texts_is_one_error(tmp_path: Path, row: str) -> None:
+    run = open_run(tmp_path, ASKED)
+    (tmp_path / "generations" / "steer+5.jsonl").write_text(row)
+    with pytest.raises(SteerError, match=r"steer\+5\.jsonl: not as it was written"):
+        run.read(FIVE)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"made_by": "x"}', "\x00"])
+def test_hostile_settings_are_one_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(SteerError, match=r"no JSON|is no run's folder"):
+        open_run(tmp_path, ASKED)
+    (tmp_path / "settings.json").unlink()
+    os.mkfifo(tmp_path / "settings.json")
+    with pytest.raises(SteerError, match=r"holds settings\.json and is no run's folder"):
+        open_run(tmp_path, ASKED)
+
+
+def test_discarding_a_run_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    run = open_run(tmp_path, ASKED)
+    run.write(FIVE, ANSWERS)
+    (tmp_path / "generations" / "notes.txt").write_text("mine")
+    open_run(tmp_path, {**ASKED, "model": "n"}, restart=True)
+    assert [p.name for p in (tmp_path / "generations").iterdir()] == ["notes.txt"]

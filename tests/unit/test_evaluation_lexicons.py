@@ -81,7 +81,7 @@ def test_a_text_of_no_one_language_is_not_in_the_language() -> None:
         ("{positive: [no], negative: [sad]}", "positive has False; a single word is wanted"),
         ("{positive: [very glad], negative: [sad]}", "positive has 'very glad'; a single word"),
         ("{positive: [glad, sad], negative: [Sad]}", "sad on both sides; a word tells one"),
-        ("{positive: [", "cannot be read"),
+        ("{positive: [", "is neither YAML nor JSON"),
     ],
 )
 def test_a_lexicon_of_another_shape_is_an_error(tmp_path: Path, content: str, message: str) -> None:

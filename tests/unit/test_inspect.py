@@ -170,7 +170,7 @@ def test_plot_is_written_beside_the_table(tmp_path: Path) -> None:
 
 def test_a_plot_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(SteerError, match=r"nowhere/a\.png: cannot be written"):
+    with pytest.raises(SteerError, match=r"nowhere/a\.png: there is no folder"):
         inspect(SENTIMENT, "--plot", tmp_path / "nowhere" / "a.png")
 
 

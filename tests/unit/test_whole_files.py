@@ -8,12 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
 from vllm_steer import SteerError, VectorSteer, save_steer
-from vllm_steer.files.whole import write_text, write_whole
+from vllm_steer.files.whole import (
+    clear_unfinished,
+    finished_name,
+    unfinished_name,
+    write_text,
+    write_whole,
+)
 
 
 def test_what_was_written_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
@@ -28,8 +35,8 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> N
     path = tmp_path / "figures.json"
     path.write_text("old")
 
-    def half(unfinished: Path) -> None:
-        unfinished.write_text("ne")
+    def half(file: IO[bytes]) -> None:
+        file.write(b"ne")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(SteerError, match=r"figures\.json: cannot be written .*No space left"):
@@ -41,6 +48,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> N
 def test_a_real_full_disk_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match="cannot be written"):
         write_whole(tmp_path / "x", lambda _: Path("/dev/full").write_text("x" * 10_000))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path) -> None:
@@ -57,12 +65,98 @@ def test_what_is_no_plain_file_is_left_alone(tmp_path: Path) -> None:
     assert pipe.is_fifo() and Path("/dev/null").is_char_device()
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
-    target, link = tmp_path / "target", tmp_path / "link"
-    target.write_text("old")
-    link.symlink_to(target)
+@pytest.mark.parametrize("target", ["target", "no-such-file"])
+def test_a_link_is_replaced_and_its_file_stays(tmp_path: Path, target: str) -> None:
+    (tmp_path / "target").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
     write_text(link, "new")
-    assert link.is_symlink() and target.read_text() == "new"
+    assert not link.is_symlink() and link.read_text() == "new"
+    assert (tmp_path / "target").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["link", "target"]
+
+
+def test_a_link_to_an_open_file_of_a_process_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "stdout"
+    link.symlink_to("/proc/self/fd/1")
+    with pytest.raises(SteerError, match=r"no plain file|an open file of a process"):
+        write_text(link, "new")
+    assert link.is_symlink()
+
+
+def test_a_hard_link_leaves_the_other_name_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "first").write_text("old")
+    os.link(tmp_path / "first", tmp_path / "second")
+    write_text(tmp_path / "second", "new")
+    assert (tmp_path / "first").read_text() == "old"
+
+
+def test_what_others_left_beside_it_is_not_touched(tmp_path: Path) -> None:
+    mine = {"x.unfinished": "mine", ".x.unfinished": "mine", ".x.0123456789abcdef.unfinished": "m"}
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    write_text(tmp_path / "x", "new")
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_two_writers_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+
+    def outer(file: IO[bytes]) -> None:
+        file.write(b"outer, ")
+        write_text(path, "inner")
+        assert path.read_text() == "inner"
+        file.write(b"whole")
+
+    write_whole(path, outer)
+    assert path.read_text() == "outer, whole"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127, "\udcff" * 250, "-", "a\nb"])
+def test_any_name_that_a_file_can_have_is_written(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "new")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_name_that_is_too_long_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match="cannot be written"):
+        write_text(tmp_path / ("x" * 256), "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_text_that_is_no_utf_8_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match=r"cannot be written .*surrogates not allowed"):
+        write_text(tmp_path / "x", "\ud800")
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_what_a_killed_process_left_of_our_names_is_cleared(tmp_path: Path) -> None:
+    ours = unfinished_name("report.json")
+    assert finished_name(ours) == "report.json"
+    others = [
+        "report.json.unfinished",
+        "thesis.unfinished",
+        ".report.json.123.unfinished",
+        unfinished_name("thesis"),
+    ]
+    for name in (ours, *others):
+        (tmp_path / name).write_text("")
+    (tmp_path / unfinished_name("report.json")).symlink_to(tmp_path / "thesis.unfinished")
+    clear_unfinished(tmp_path, {"report.json"}.__contains__)
+    left = os.listdir(tmp_path)
+    assert ours not in left and set(others) < set(left) and len(left) == len(others) + 1
+
+
+def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "x", interrupted)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
@@ -76,7 +170,7 @@ def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
 
 
 def test_the_writers_own_error_is_kept(tmp_path: Path) -> None:
-    def refuse(_: Path) -> None:
+    def refuse(_: IO[bytes]) -> None:
         raise SteerError("row 3 is bad")
 
     with pytest.raises(SteerError, match=r"^row 3 is bad$"):
@@ -89,8 +183,9 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
     program = (
         "import sys, time; from pathlib import Path\n"
         "from vllm_steer.files.whole import write_whole\n"
-        "def write(path):\n"
-        "    path.write_text('half')\n"
+        "def write(file):\n"
+        "    file.write(b'half')\n"
+        "    file.flush()\n"
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"
         "write_whole(Path(sys.argv[1]), write)\n"

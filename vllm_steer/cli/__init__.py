@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import typer
 
@@ -14,8 +14,12 @@ from vllm_steer.cli.evidence import evidence
 from vllm_steer.cli.fit import fit
 from vllm_steer.cli.inspect import inspect
 from vllm_steer.cli.sweep import sweep
+from vllm_steer.cli.terminal import one_line, protect
 from vllm_steer.cli.transfer import transfer
 from vllm_steer.errors import SteerError
+from vllm_steer.files.source import cause
+
+_INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="vllm-steer",
@@ -38,23 +42,31 @@ def main() -> None:
     """Run the command line; a ``SteerError`` becomes one line and exit code 1.
 
     So does an output stream that cannot be written to; one that nobody reads any more says nothing.
+    An interruption ends with 130, as a shell's.
     """
+    protect(sys.stdout)
+    protect(sys.stderr)
     try:
         try:
             app()
         finally:
             sys.stdout.flush()  # where a full disk is found out
     except SteerError as error:
-        _end(" ".join(str(error).split()))
+        _end(str(error))
     except BrokenPipeError:
         _end("")
     except OSError as error:
         _end(f"{error.filename or 'standard output'}: {error.strerror}")
+    except (RecursionError, MemoryError, OverflowError, UnicodeError) as error:
+        # What no reader has foreseen of a foreign file: its traceback can have thousands of lines.
+        _end(f"{type(error).__name__}: {cause(error)}")
+    except KeyboardInterrupt:
+        _end("interrupted", code=_INTERRUPTED)
 
 
-def _end(said: str) -> NoReturn:
+def _end(said: str, code: int = 1) -> NoReturn:
     if said:
-        print("vllm-steer:", said, file=sys.stderr)
+        print("vllm-steer:", one_line(" ".join(said.split())), file=sys.stderr)
     # What is still in the buffer would fail again as Python ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
+    sys.exit(code)

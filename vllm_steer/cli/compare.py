@@ -1,6 +1,5 @@
 """``vllm-steer eval`` of a file of properties: fixed, scheduled and dynamic strengths compared."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +8,8 @@ import typer
 from vllm_steer.cli import generating_options as options
 from vllm_steer.cli.fit.guidance_options import refuse
 from vllm_steer.cli.progress import progress
+from vllm_steer.cli.terminal import Console, say, say_json
+from vllm_steer.files.folder_lock import locked
 
 if TYPE_CHECKING:
     from vllm_steer.evaluation.composition.report import ComparisonReport
@@ -42,26 +43,26 @@ def compare_properties(context: typer.Context) -> None:
         engine=options.engine_options(given),
         restart=given["restart"],
     )
-    _show(compare(asked, make_judges, progress), asked.folder, given["plot"], given["as_json"])
+    with locked(asked.folder):
+        report = compare(asked, make_judges, progress)
+        _show(report, asked.folder, given["plot"], given["as_json"])
 
 
 def _show(report: "ComparisonReport", out: Path, plot: bool, as_json: bool) -> None:
-    from rich.console import Console
-
     from vllm_steer.evaluation.composition.plot import draw_prices, draw_strengths
     from vllm_steer.evaluation.composition.report import notes, tables
-    from vllm_steer.evaluation.scoring import as_json as json_text
+    from vllm_steer.evaluation.json_files import finite
 
     if plot:
         draw_strengths(report, out / "strengths.png")
         draw_prices(report, out / "report.png")
     for note in notes(report):
-        print(f"not there: {note}", file=sys.stderr)
+        say(f"not there: {note}", stderr=True)
     if as_json:
-        print(json_text(report.data))
+        say_json(finite(report.data))
         return
     console = Console()
     for table in tables(report):
         console.print(table)
     files = ["report.json", "report.md", "strengths.json"]
-    print(f"{out}: {', '.join([*files, 'report.png', 'strengths.png'] if plot else files)}")
+    say(f"{out}: {', '.join([*files, 'report.png', 'strengths.png'] if plot else files)}")

@@ -1,15 +1,15 @@
 """``vllm-steer convert``: a steer file of any tool becomes one of vllm-steer's own."""
 
-import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vllm_steer.cli.output import check_output
+from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.files import Loaded, read_file, save_steer
 from vllm_steer.files.facts import Facts
 from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
@@ -53,11 +53,12 @@ def convert(
     check_output(output, force)
     loaded = read_file(source, _facts(context.params))
     summary = _summary(loaded)
-    save_steer(loaded.steer, output)
     if as_json:
-        print(json.dumps({**summary, "output": str(output)}, indent=2))
+        say_json({**summary, "output": str(output)})
     else:
         Console().print(_table(summary, title=str(output)))
+    sys.stdout.flush()  # what fails, fails before the file is there
+    save_steer(loaded.steer, output)
 
 
 def _facts(options: Mapping[str, Any]) -> dict[str, Any]:

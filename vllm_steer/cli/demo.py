@@ -1,15 +1,14 @@
 """``vllm-steer demo``: a real server, one batch, a different steer for every request."""
 
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.demo.batch import PROMPT, Answer, ask_all
 from vllm_steer.demo.server import serve_embedded_model
 
@@ -25,7 +24,9 @@ def demo(
     with console.status("starting vllm serve with --steer-config ...") as status:
         started = time.monotonic()
         with serve_embedded_model(
-            on_wait=lambda seconds: status.update(f"waiting for the server ... {seconds:.0f} s")
+            on_wait=lambda seconds: status.update(
+                console.text(f"waiting for the server ... {seconds:.0f} s")
+            )
         ) as url:
             console.print(f"server ready after {time.monotonic() - started:.0f} s at {url}")
             status.update("one batch of concurrent requests ...")
@@ -35,7 +36,7 @@ def demo(
         status.update("stopped the server")
     console.print(f"{len(answers)} requests of {samples} texts in one batch: {seconds:.1f} s")
     if as_json:
-        print(json.dumps([answer.figures for answer in answers], indent=2))
+        say_json([answer.figures for answer in answers])
     else:
         console.print(_table(answers))
 

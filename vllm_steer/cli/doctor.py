@@ -1,14 +1,14 @@
 """``vllm-steer doctor``: whether and how steering works with a model on this machine."""
 
-import json
 import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.errors import SteerError
 
+_LONGEST = 100
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -47,14 +47,16 @@ def doctor(
     if steer_config is not None:
         SteerConfig.load(steer_config)  # what is wrong with it is said before the long trials
     findings = []
-    with Console(stderr=True).status("looking at what is installed ...") as status:
+    console = Console(stderr=True)
+    with console.status("looking at what is installed ...") as status:
         for finding in examine(
             architecture, dtype=dtype, engine=engine, options=options, steer_config=steer_config
         ):
             findings.append(finding)
-            status.update(f"{finding.part}: after {finding.name} ...")
+            said = f"{finding.part}: after {finding.name} ..."
+            status.update(console.text(said, longest=_LONGEST))
     if as_json:
-        print(json.dumps({"model": model, "findings": [f.as_json for f in findings]}, indent=2))
+        say_json({"model": model, "findings": [f.as_json for f in findings]})
     else:
         Console().print(table(model, findings))
     if failed(findings):

@@ -1,6 +1,5 @@
 """``vllm-steer eval``: what a steer does at each strength, beside no steer and a random one."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,9 @@ from vllm_steer.cli import generating_options as options
 from vllm_steer.cli.compare import PROPERTIES, PROPERTY_SUFFIXES, compare_properties
 from vllm_steer.cli.fit.guidance_options import refuse
 from vllm_steer.cli.progress import progress
+from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
+from vllm_steer.files.folder_lock import locked
 
 if TYPE_CHECKING:
     from vllm_steer.evaluation.report import Report
@@ -125,27 +126,26 @@ def evaluate(
         engine=options.engine_options(context.params),
         restart=restart,
     )
-    report = run_evaluation(asked, make_judges, progress)
-    _show(report, out, plot=plot, as_json=as_json)
+    with locked(out):
+        report = run_evaluation(asked, make_judges, progress)
+        _show(report, out, plot=plot, as_json=as_json)
 
 
 def _show(report: "Report", out: Path, *, plot: bool, as_json: bool) -> None:
-    from rich.console import Console
-
+    from vllm_steer.evaluation.json_files import finite
     from vllm_steer.evaluation.plot import draw_report
     from vllm_steer.evaluation.report import tables, without_effect
-    from vllm_steer.evaluation.scoring import as_json as json_text
 
     if plot:
         draw_report(report, out / "report.png")
     for name, reason in report.missing.items():
-        print(f"not at hand: {name}: {reason}", file=sys.stderr)
+        say(f"not at hand: {name}: {reason}", stderr=True)
     for reason in without_effect(report):
-        print(f"not normalised: {reason}", file=sys.stderr)
+        say(f"not normalised: {reason}", stderr=True)
     if as_json:
-        print(json_text(report.data))
+        say_json(finite(report.data))
         return
     console = Console()
     for table in tables(report):
         console.print(table)
-    print(f"{out}: report.json, report.md{', report.png' if plot else ''}")
+    say(f"{out}: report.json, report.md{', report.png' if plot else ''}")

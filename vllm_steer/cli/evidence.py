@@ -1,17 +1,16 @@
 """``vllm-steer evidence``: which parts of a text speak for a steer, and which against it."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vllm_steer.cli.progress import progress
+from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.inspection import Evidence, TextSpan, text_evidence
@@ -59,7 +58,7 @@ def evidence(
     accuracy = _accuracy(found, known)
     if as_json:
         said = {"steer": str(steer), "model": model, "strength": strength, "accuracy": accuracy}
-        print(json.dumps({**said, "texts": [_plain(one) for one in found]}, indent=2))
+        say_json({**said, "texts": [_plain(one) for one in found]})
         return
     console = Console()
     for one in found:
@@ -107,21 +106,31 @@ def _plain(one: Evidence) -> dict[str, Any]:
 
 
 def _show(console: Console, one: Evidence) -> None:
-    marked = Text(one.text)
-    for style, spans in ((_FOR, one.spans_for), (_AGAINST, one.spans_against)):
-        for span in spans:
-            marked.stylize(style, span.begin, span.end)
-    console.print(marked)
+    console.print(_marked(console, one))
     per_token = one.total / len(one.tokens)
     console.print(f"evidence {one.total:+.3f} nats, {per_token:+.4f} a token: label {one.label:+d}")
     table = Table()
     for heading in ("evidence", "characters", "span"):
         table.add_column(heading, justify="left" if heading == "span" else "right")
-    for style, spans in ((_FOR, one.spans_for), (_AGAINST, one.spans_against)):
-        for span in spans:
-            table.add_row(*_cells(span, style))
+    for span, style in _spans(one):
+        place = f"{span.begin}-{span.end}"
+        table.add_row(f"{span.evidence:+.3f}", place, console.text(span.text, style))
     console.print(table)
 
 
-def _cells(span: TextSpan, style: str) -> tuple[str, str, Text]:
-    return f"{span.evidence:+.3f}", f"{span.begin}-{span.end}", Text(span.text, style=style)
+def _spans(one: Evidence) -> Iterator[tuple[TextSpan, str]]:
+    """The spans, each with its style: those for the steer first."""
+    for style, spans in ((_FOR, one.spans_for), (_AGAINST, one.spans_against)):
+        for span in spans:
+            yield span, style
+
+
+def _marked(console: Console, one: Evidence) -> Text:
+    """The whole text with its spans in their styles."""
+    marked, done = Text(), 0
+    for span, style in sorted(_spans(one), key=lambda pair: pair[0].begin):
+        begin = max(done, span.begin)
+        marked.append_text(console.text(one.text[done:begin], longest=None))
+        marked.append_text(console.text(one.text[begin : span.end], style, longest=None))
+        done = max(done, span.end)
+    return marked.append_text(console.text(one.text[done:], longest=None))

@@ -1,16 +1,18 @@
 """``vllm-steer inspect``: what is in a steer file."""
 
-import json
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vllm_steer.cli.output import check_output
+from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.files import read_file
 from vllm_steer.inspection import NearTokens, nearest_tokens, read_output_embedding
 from vllm_steer.inspection.description import Description, describe
@@ -20,6 +22,7 @@ from vllm_steer.models import load_tokenizer
 from vllm_steer.steers import LMSteer, Steer
 
 _LONGEST_LIST = 6
+_MOST_LINES = 200
 _FIRST = ("layer", "norm", "score")
 _PARTS = ("columns", "layers", "recipe")
 _STREAM_NOTE = (
@@ -35,11 +38,16 @@ def inspect(
         str | None, typer.Option(help="Folder, hub id or 'embedded': shows the nearest tokens.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw norms into.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the PNG file if it exists.")
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="Leading directions to show.")] = 10,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens at each end of one.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what a steer file is: norms, singular values, accuracies, and the nearest tokens."""
+    if plot is not None:
+        check_output(plot, force, inputs=[steer])
     loaded = read_file(steer, {})
     description = {"format": loaded.format, **describe(loaded.steer)}
     reason = None if model is None else why_no_tokens(loaded.steer)
@@ -48,7 +56,7 @@ def inspect(
         write_plot(description, plot)
     if as_json:
         said = {"tokens": [asdict(one) for one in near], "tokens_left_out": reason}
-        print(json.dumps({**description, **(said if model is not None else {})}, indent=2))
+        say_json({**description, **(said if model is not None else {})})
         return
     console = Console()
     for part in _shown(description, top, title=str(steer)):
@@ -66,11 +74,10 @@ def _near(steer: Steer, model: str, top: int, tokens: int) -> list[NearTokens]:
 
 
 def _shown(description: Description, top: int, title: str) -> Iterator[RenderableType]:
-    # Text of the file's own: brackets in it are no markup.
-    facts = Table(title=Text(title), show_header=False)
+    facts = Table(title=title, show_header=False)
     for name, value in description.items():
         if name not in _PARTS and value not in (None, ""):
-            facts.add_row(name.replace("_", " "), Text(str(value)))
+            facts.add_row(name.replace("_", " "), str(value))
     yield facts
     for column in description.get("columns", ()):
         yield _column_table(column, top) if "shares" in column else _column_line(column)
@@ -78,7 +85,7 @@ def _shown(description: Description, top: int, title: str) -> Iterator[Renderabl
         yield _layer_table(description["layers"])
     if description["recipe"]:
         yield Text("recipe", style="bold")
-        yield Text("\n".join(_lines(description["recipe"], "  ")))
+        yield from _first(_lines(description["recipe"], "  "))
 
 
 def _column_line(column: Mapping[str, Any]) -> str:
@@ -117,10 +124,16 @@ def _token_table(near: Sequence[NearTokens]) -> Table:
     for heading in ("direction", "weight", "highest", "lowest"):
         table.add_column(heading)
     for one in near:
-        # Tokens are text of the model's: brackets in them are no markup.
-        sides = (Text("  ".join(t.text.strip() for t in s)) for s in (one.highest, one.lowest))
+        sides = ("  ".join(t.text.strip() for t in s) for s in (one.highest, one.lowest))
         table.add_row(one.label, f"{one.weight:.4g}", *sides)
     return table
+
+
+def _first(lines: Iterator[str]) -> Iterator[str]:
+    """As many lines as are read; ``--json`` has the others."""
+    yield from itertools.islice(lines, _MOST_LINES)
+    if left := sum(1 for _ in lines):
+        yield f"  ... {left} more lines ..."
 
 
 def _lines(value: Mapping[str, Any], indent: str) -> Iterator[str]:

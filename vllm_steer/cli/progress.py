@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -12,6 +11,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from vllm_steer.cli.terminal import Console, one_line
+
+_LONGEST: Final = 60
 
 
 class Advance(Protocol):
@@ -24,7 +27,7 @@ class Advance(Protocol):
 def progress(said: str, total: int | None = None) -> Iterator[Advance]:
     """A bar while the block runs; where standard error is no terminal, nothing is drawn."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -32,9 +35,10 @@ def progress(said: str, total: int | None = None) -> Iterator[Advance]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
-        task = bars.add_task(said, total=total)
+        task = bars.add_task(console.shown(one_line(said, _LONGEST)), total=total)
 
         def advance(done: int, *, total: int | None = None, said: str | None = None) -> None:
-            bars.update(task, completed=done, total=total, description=said)
+            text = None if said is None else console.shown(one_line(said, _LONGEST))
+            bars.update(task, completed=done, total=total, description=text)
 
         yield advance

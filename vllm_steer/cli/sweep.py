@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_steer.cli import generating_options as options
+from vllm_steer.cli.output import check_output
 from vllm_steer.cli.progress import progress
+from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def sweep(
         bool, typer.Option("--write", help="Into the file: default strength, layers if tried.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw the points in.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the PNG if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all points as JSON.")] = False,
     prompt_field: options.PromptField = "prompt",
     first: options.First = None,
@@ -77,6 +80,8 @@ def sweep(
 
     if plot is not None:
         need("matplotlib")
+        read_by_judges = (spec.rpartition(":")[2] for spec in (judge, perplexity or ""))
+        check_output(plot, force, inputs=[steer, prompts, *read_by_judges])
     if write:
         check_writable(steer)
     found = [known for known in DIRECTIONS if known == direction]
@@ -153,16 +158,14 @@ def _taken(swept: "Swept", write: bool) -> "tuple[Point | None, Path | None, Ste
 
 
 def _show(swept: "Swept", chosen: "Point | None", written: Path | None, *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from vllm_steer.evaluation.scoring import as_json as json_text
+    from vllm_steer.evaluation.json_files import finite
     from vllm_steer.sweep import report
 
     if as_json:
-        print(json_text(report.data(swept, chosen, written)))
+        say_json(finite(report.data(swept, chosen, written)))
         return
     Console().print(report.table(swept, chosen))
     if written is not None and chosen is not None:
         kept = swept.asked.layers is not None
         layers = f", layers {chosen.candidate.name}" if kept else ""
-        print(f"{written}: default strength {chosen.strength:.5g}{layers}")
+        say(f"{written}: default strength {chosen.strength:.5g}{layers}")

@@ -1,18 +1,16 @@
 """``vllm-steer transfer``: an LM-Steer of one model becomes one of another."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from vllm_steer.cli.output import check_output
+from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import progress
+from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.inspection import read_output_embedding
@@ -61,7 +59,8 @@ def transfer(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Carry an LM-Steer over to another model through the tokens that both vocabularies have."""
-    check_output(output, force)
+    check_output(output, force, inputs=[data])
+    check_named(target)
     if match and data is None:
         raise SteerError("--match-strength needs labelled texts to measure by; give --data")
     texts = (
@@ -81,7 +80,7 @@ def transfer(
         settings |= {**fields, "strength": strength, "match_strength": match}
     _save(result, output, target, [steer] if data is None else [steer, data], settings, figures)
     if as_json:
-        print(json.dumps({**figures, "epsilon": result.epsilon, "output": str(output)}, indent=2))
+        say_json({**figures, "epsilon": result.epsilon, "output": str(output)})
     else:
         Console().print(_table(figures, title=str(output)))
 
@@ -148,7 +147,7 @@ def _figures(found: Transferred, effects: _Effects | None) -> dict[str, Any]:
 
 
 def _table(figures: Mapping[str, Any], title: str) -> Table:
-    table = Table(title=Text(title))
+    table = Table(title=title)
     for heading in ("", "source", "target"):
         table.add_column(heading)
     table.add_row("shared tokens", str(figures["shared_tokens"]), "")

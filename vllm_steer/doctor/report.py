@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from vllm_steer.doctor.architecture import Architecture, describe
 from vllm_steer.doctor.environment import environment
@@ -86,12 +87,6 @@ def table(model: str, findings: Sequence[Finding]) -> Table:
             shown.add_section()
         colour = _COLOURS[finding.state]
         name = finding.part if finding.part != part else ""
-        shown.add_row(name, finding.name, f"[{colour}]{finding.state}[/]", _plain(finding.said))
+        shown.add_row(name, finding.name, Text(finding.state, style=colour), finding.said)
         part = finding.part
     return shown
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

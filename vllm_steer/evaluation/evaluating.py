@@ -12,12 +12,14 @@ from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers, Judge
 from vllm_steer.evaluation.control import random_steer
 from vllm_steer.evaluation.generating import Engine, EngineOptions, engine
+from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import JudgeEntry, Report, make_report, markdown
 from vllm_steer.evaluation.run import Run, Setting, open_run, settings_of
 from vllm_steer.evaluation.sampling import Sampling
-from vllm_steer.evaluation.scoring import score, write_json
+from vllm_steer.evaluation.scoring import score
 from vllm_steer.files import load_steer, save_steer
+from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.whole import write_text
 from vllm_steer.request import read_dose
 from vllm_steer.steers import DeltaSteer, Steer
@@ -72,7 +74,8 @@ def evaluate(asked: Evaluation, make_judges: MakeJudges, progress: Progress) -> 
     figures are always taken anew.
 
     Raises ``SteerError`` for a steer or a judge that cannot be, a folder of another run, no judge
-    at hand, and a file that cannot be written: what was written before stays.
+    at hand, a folder that another process is using, and a file that cannot be written: what was
+    written before stays.
     """
     steer = load_steer(asked.steer)
     read_dose("steer", {"strength": 1.0, **asked.options}, steer)
@@ -81,6 +84,18 @@ def evaluate(asked: Evaluation, make_judges: MakeJudges, progress: Progress) -> 
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise SteerError(f"no judge is at hand ({reasons})")
     about = about_run(asked, steer)
+    with locked(asked.folder):
+        return _evaluate(asked, steer, about, judges, missing, progress)
+
+
+def _evaluate(
+    asked: Evaluation,
+    steer: Steer,
+    about: Mapping[str, Any],
+    judges: Sequence[Judge],
+    missing: Mapping[str, str],
+    progress: Progress,
+) -> Report:
     run = open_run(asked.folder, about, restart=asked.restart)
     settings = settings_of(asked.strengths)
     _generate(run, settings, asked, steer, progress)

@@ -1,6 +1,5 @@
 """Lists of telling words as judges: a text is what most of its telling words say it is."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -8,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
+from vllm_steer.config_text import read_config_text
 from vllm_steer.embedded import lexicon as embedded
 from vllm_steer.embedded.corpus import LANGUAGES
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean_over_prompts
 from vllm_steer.files.source import cause
+from vllm_steer.foreign import listed, shown
 
 Verdict = Callable[[str], float | None]
 """1.0 or 0.0 for a text; None where nothing tells."""
@@ -90,27 +89,29 @@ def read_lexicon(path: str | Path) -> Verdict:
     path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise SteerError(f"lexicon {path}: a .yaml, .yml or .json file is wanted")
+    if path.exists() and not path.is_file():
+        raise SteerError(f"lexicon {path}: is no file")
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise SteerError(f"lexicon {path}: cannot be read ({cause(error)})") from error
+    content = read_config_text(text, f"lexicon {path}")
     if not isinstance(content, Mapping) or set(content) != set(_SIDES):
         raise SteerError(f"lexicon {path}: two lists are wanted, named positive and negative")
     positive, negative = (_words(path, side, content[side]) for side in _SIDES)
     if both := sorted(positive & negative):
-        raise SteerError(f"lexicon {path}: {', '.join(both[:5])} on both sides; a word tells one")
+        raise SteerError(f"lexicon {path}: {listed(both)} on both sides; a word tells one")
     return by_words(positive, negative)
 
 
 def _words(path: Path, side: str, found: Any) -> frozenset[str]:
     if not isinstance(found, list) or not found:
-        raise SteerError(f"lexicon {path}: {side} is {found!r:.80}; a list of words is wanted")
+        raise SteerError(f"lexicon {path}: {side} is {shown(found)}; a list of words is wanted")
     for word in found:
         if not isinstance(word, str) or not _WORD.fullmatch(word):
             # YAML reads an unquoted no or yes as a truth value.
             raise SteerError(
-                f"lexicon {path}: {side} has {word!r:.80}; a single word is wanted, in quotes "
+                f"lexicon {path}: {side} has {shown(word)}; a single word is wanted, in quotes "
                 "where YAML reads it as something else"
             )
     return frozenset(word.lower() for word in found)

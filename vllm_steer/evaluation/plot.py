@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.evaluation.optional import need
 from vllm_steer.evaluation.report import PERPLEXITY, STEERS, Report, perplexity_judge
 from vllm_steer.evaluation.run import Which
-from vllm_steer.files.whole import write_whole
+from vllm_steer.picture import label, picture
 
 Panel = Callable[[Any], None]
 
@@ -26,17 +25,16 @@ def draw_report(report: Report, path: Path) -> None:
     Raises ``SteerError`` without matplotlib and where the file cannot be written.
     """
     panels = _panels(report)
-    figure = need("matplotlib.figure").Figure(
-        figsize=(4.6 * max(1, len(panels)), 4.0), layout="constrained"
-    )
-    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=False):
-        panel(axis)
-        axis.grid(color="0.92")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{report.about['steer']['file']} on {report.about['model']}", fontsize=10)
-    write_whole(path, lambda to: figure.savefig(to, format="png", dpi=_DPI))
+    size = (4.6 * max(1, len(panels)), 4.0)
+    title = label(f"{report.about['steer']['file']} on {report.about['model']}")
+    with picture(path, dpi=_DPI, figsize=size, layout="constrained") as figure:
+        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        for axis, panel in zip(axes, panels, strict=False):
+            panel(axis)
+            axis.grid(color="0.92")
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(frameon=False, fontsize=8)
+        figure.suptitle(title, fontsize=10)
 
 
 def _panels(report: Report) -> list[Panel]:
@@ -63,7 +61,7 @@ def _effects(axis: Any, report: Report, effects: Sequence[tuple[str, str]]) -> N
 def _perplexity(axis: Any, report: Report, judge: str) -> None:
     for which in STEERS:
         _line(axis, report.strengths, report.curve(judge, which, PERPLEXITY), 0, which, "")
-    axis.set(xlabel="strength", ylabel="total perplexity", title=judge)
+    axis.set(xlabel="strength", ylabel="total perplexity", title=label(judge))
     _wide(axis.yaxis, axis.set_yscale)
 
 
@@ -83,9 +81,9 @@ def _normalised(axis: Any, report: Report) -> None:
             if isinstance(found, str):
                 continue
             colour, style = _COLOURS[index % len(_COLOURS)], _STYLES[which]
-            label = f"{judge} {which}: {found.pnes:.2f}"
+            said = label(f"{judge} {which}: {found.pnes:.2f}")
             points = {**style, "linestyle": "none", "color": colour}
-            axis.plot(found.strengths, found.y, label=label, **points)
+            axis.plot(found.strengths, found.y, label=said, **points)
             x = _between(found.strengths)
             axis.plot(x, found.curve(x), color=colour, linestyle=style["linestyle"], linewidth=1)
     axis.set(xlabel="strength", ylabel="effect / perplexity ratio", title="normalised, with PNES")
@@ -107,5 +105,5 @@ def _between(strengths: Sequence[float]) -> list[float]:
 def _line(
     axis: Any, x: Sequence[float], y: Sequence[float], index: int, which: Which, judge: str
 ) -> None:
-    label = f"{judge} {which}".strip()
-    axis.plot(x, y, label=label, color=_COLOURS[index % len(_COLOURS)], **_STYLES[which])
+    said = label(f"{judge} {which}".strip())
+    axis.plot(x, y, label=said, color=_COLOURS[index % len(_COLOURS)], **_STYLES[which])

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from rich.markup import escape
 from rich.table import Table
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.pnes import Pnes, perplexity_normalised_effect
 from vllm_steer.evaluation.run import Setting, Which
 from vllm_steer.evaluation.scoring import Scores
+from vllm_steer.markdown import markdown_row, markdown_text
 
 PERPLEXITY: Final = "total_perplexity"
 """The figure of perplexity that effects are set against: outliers are in it."""
@@ -119,35 +119,37 @@ def perplexity_judge(report: Report) -> str | None:
 def tables(report: Report) -> Iterator[Table]:
     """A table for each judge: at each strength the control's figures beside the steer's."""
     for title, headings, rows in _grids(report):
-        table = Table(title=escape(title), title_justify="left")
+        table = Table(title=title, title_justify="left")
         for heading in headings:
             side: Literal["left", "right"] = "left" if heading in _WORDS else "right"
             table.add_column(heading, justify=side, overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         yield table
 
 
 def markdown(report: Report) -> str:
     """The same tables in Markdown, after a line on the run."""
-    steer, prompts = report.about["steer"]["file"], report.about["prompts"]
+    prompts = report.about["prompts"]
+    title = f"{report.about['steer']['file']} on {report.about['model']}"
     lines = [
-        f"# {steer} on {report.about['model']}",
+        f"# {markdown_text(title)}",
         "",
-        f"{prompts['count']} prompts of {prompts['file']}, "
+        f"{prompts['count']} prompts of {markdown_text(prompts['file'])}, "
         f"{report.about['sampling']['samples']} texts each. Strength 0 is the unsteered model; "
         "*random* is a random steer of equal norm.",
     ]
     for title, headings, rows in _grids(report):
-        lines += ["", f"## {title}", "", "| " + " | ".join(headings) + " |"]
+        lines += ["", f"## {markdown_text(title)}", "", markdown_row(headings)]
         marks = ("---" if heading in _WORDS else "---:" for heading in headings)
         lines.append("| " + " | ".join(marks) + " |")
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += map(markdown_row, rows)
     if reasons := list(without_effect(report)):
-        lines += ["", *(f"- {reason}" for reason in reasons)]
+        lines += ["", *(f"- {markdown_text(reason)}" for reason in reasons)]
     if report.missing:
         lines += ["", "## Judges that are not at hand", ""]
-        lines += [f"- {name}: {reason}" for name, reason in report.missing.items()]
+        found = (f"{name}: {reason}" for name, reason in report.missing.items())
+        lines += [f"- {markdown_text(each)}" for each in found]
     return "\n".join(lines) + "\n"
 
 

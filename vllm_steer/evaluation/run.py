@@ -9,7 +9,6 @@ Killed at any time, a run goes on where it was: a setting whose file is there is
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,12 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.files.whole import write_text
+from vllm_steer.evaluation.json_files import json_text
+from vllm_steer.files.folder_lock import LOCK
+from vllm_steer.files.source import cause
+from vllm_steer.files.whole import clear_unfinished, finished_name, write_text
+from vllm_steer.foreign import listed, shown
+from vllm_steer.foreign import name as named
 
 Which = Literal["none", "steer", "random"]
 S = TypeVar("S", bound="Named")
@@ -33,8 +37,8 @@ _OWN: Final = (
     "report.png",
     "strengths.png",
 )
+_TEXTS: Final = ".jsonl"
 _SHOWN: Final = 3
-_UNFINISHED: Final = ".unfinished"  # what ``write_whole`` is still writing
 
 
 class Named(Protocol):
@@ -85,7 +89,7 @@ class Run:
 
     def missing(self, settings: Sequence[S]) -> list[S]:
         """The settings whose texts are not written yet."""
-        return [setting for setting in settings if not self._path(setting).exists()]
+        return [setting for setting in settings if not self._path(setting).is_file()]
 
     def write(self, setting: Named, answers: Sequence[Answers]) -> None:
         """Keep the texts of a setting; its file appears whole."""
@@ -97,7 +101,7 @@ class Run:
             }
             for answer in answers
         )
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        lines = [json_text(row) + "\n" for row in rows]
         write_text(self._path(setting), "".join(lines))
 
     def read(self, setting: Named) -> list[Answers]:
@@ -108,13 +112,13 @@ class Run:
                 return [_answers(json.loads(line)) for line in file]
         except OSError as error:
             raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SteerError(
                 f"{path}: not as it was written ({error!r:.100}); delete it to generate it again"
             ) from None
 
     def _path(self, setting: Named) -> Path:
-        return self.folder / _GENERATIONS / f"{setting.name}.jsonl"
+        return self.folder / _GENERATIONS / f"{setting.name}{_TEXTS}"
 
 
 def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool = False) -> Run:
@@ -130,7 +134,7 @@ def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool =
         folder.mkdir(parents=True, exist_ok=True)
         written = {"made_by": _MADE_BY, **settings}
         differences = _differences(_found(folder), json.loads(json.dumps(written)))
-        begun = any((folder / _GENERATIONS).glob("*.jsonl"))
+        begun = any((folder / _GENERATIONS).glob(f"*{_TEXTS}"))
         if path.exists() and (restart or (differences and not begun)):
             _discard(folder)  # without texts there is nothing to lose
         elif differences and path.exists():
@@ -139,7 +143,7 @@ def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool =
                 "give another folder, or --restart to discard that run"
             )
         if not path.exists():
-            write_text(path, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+            write_text(path, json_text(written, indent=2) + "\n")
         (folder / _GENERATIONS).mkdir(exist_ok=True)
         _clear_unfinished(folder)
     except OSError as error:
@@ -151,13 +155,13 @@ def _found(folder: Path) -> Any:
     """The settings of the run in a folder, None in an empty one; ``SteerError`` for any other."""
     path = folder / _SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise SteerError(f"{path}: no JSON ({error}); give another folder") from None
-    strange = sorted(e.name for e in folder.iterdir() if e.suffix != _UNFINISHED)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise SteerError(f"{path}: no JSON ({cause(error)}); give another folder") from None
+    strange = sorted(entry.name for entry in folder.iterdir() if not _in_passing(entry.name))
     if strange and (not isinstance(found, dict) or found.get("made_by") != _MADE_BY):
         raise SteerError(
-            f"{folder}: holds {', '.join(strange[:_SHOWN])} and is no run's folder; give a new "
+            f"{folder}: holds {listed(strange[:_SHOWN])} and is no run's folder; give a new "
             "one, or an empty one"
         )
     return found
@@ -174,19 +178,26 @@ def _differences(found: Any, asked: Any, place: str = "") -> list[str]:
                 found.get(key), asked.get(key), f"{place}.{key}" if place else key
             )
         ]
-    return [] if found == asked else [f"{place} was {found!r:.80} and is now {asked!r:.80}"]
+    return (
+        [] if found == asked else [f"{named(place)} was {shown(found)} and is now {shown(asked)}"]
+    )
 
 
 def _clear_unfinished(folder: Path) -> None:
     """Remove what a killed process was writing."""
-    for part in (folder, folder / _GENERATIONS):
-        for path in part.glob(f"*{_UNFINISHED}"):
-            path.unlink()
+    clear_unfinished(folder, (*_OWN, _SETTINGS).__contains__)
+    clear_unfinished(folder / _GENERATIONS, lambda name: name.endswith(_TEXTS))
+
+
+def _in_passing(name: str) -> bool:
+    """Whether a file is there only while a run writes, or because one was killed."""
+    return name == LOCK or finished_name(name) in (*_OWN, _SETTINGS)
 
 
 def _discard(folder: Path) -> None:
     # The settings last: what is left of a run that was killed here is still a run's folder.
-    shutil.rmtree(folder / _GENERATIONS, ignore_errors=True)
+    for path in (folder / _GENERATIONS).glob(f"*{_TEXTS}"):
+        path.unlink()
     for name in (*_OWN, _SETTINGS):
         if os.path.lexists(folder / name):
             (folder / name).unlink()

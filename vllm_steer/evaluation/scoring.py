@@ -1,14 +1,10 @@
 """What the judges say of every setting."""
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from vllm_steer.evaluation.answers import Judge
+from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.run import Run, Setting
-from vllm_steer.files.whole import write_text
 
 Figures = Mapping[str, float]
 Scores = Mapping[str, Mapping[str, Figures]]
@@ -37,21 +33,3 @@ def score(
                 on_setting(done, judge.name)
         write_json(run.folder / "scores.json", scores)
     return scores
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain data whole, with null where a number is not finite: JSON has no NaN."""
-    write_text(path, as_json(value) + "\n")
-
-
-def as_json(value: Any) -> str:
-    """Plain data as JSON of two spaces' indent, with null where a number is not finite."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.bounds import check_nesting
 from vllm_steer.files.facts import Facts, read_facts
 from vllm_steer.files.json_text import read_json
 from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_scores
+from vllm_steer.files.safetensors_bytes import check_metadata, check_text, write_safetensors
 from vllm_steer.files.safetensors_file import read_tensors
+from vllm_steer.files.source import cause
 from vllm_steer.files.whole import write_whole
 from vllm_steer.foreign import listed, shown
 from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer
@@ -50,8 +52,11 @@ _FACTS = (
 def save_steer(steer: Steer, path: str | Path) -> None:
     """Write a steer as one safetensors file that ``load_steer`` reads back unchanged.
 
-    A file that is there already is replaced at once and whole, or stays as it is. Raises
-    ``SteerError`` if it cannot be written.
+    The same steer gives the same bytes. A file that is there already is replaced at once and whole,
+    or stays as it is; a symbolic link is replaced, and what it names is left alone.
+
+    Raises ``SteerError`` if it cannot be written, and before anything is written for what could not
+    be read back: a recipe that is no JSON, texts that are no UTF-8, more metadata than is read.
     """
     metadata = {
         "format": FORMAT,
@@ -65,13 +70,10 @@ def save_steer(steer: Steer, path: str | Path) -> None:
     if steer.default_strength is not None:
         metadata["default_strength"] = repr(float(steer.default_strength))
     if steer.recipe is not None:
-        metadata["recipe"] = json.dumps(steer.recipe)
-    # Each tensor in memory of its own: safetensors refuses to write shared memory.
-    tensors = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in steer.tensors.items()
-    }
-    write_whole(path, lambda unfinished: save_file(tensors, str(unfinished), metadata=metadata))
+        metadata["recipe"] = _recipe_text(steer.recipe)
+    check_metadata(metadata)
+    _check_facts(metadata)
+    write_whole(path, lambda file: write_safetensors(file, steer.tensors, metadata))
 
 
 def read_steer_file(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
@@ -111,6 +113,39 @@ def _read_recipe(text: str | None) -> Mapping[str, Any] | None:
     return recipe
 
 
+def _recipe_text(recipe: Mapping[str, Any]) -> str:
+    """A recipe as JSON; ``SteerError`` unless it is a JSON object that is read back as it is."""
+    check_nesting(recipe, "recipe")  # first: it can stand for more than there is time to write
+    _check_texts(recipe)
+    try:
+        text = json.dumps(recipe, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SteerError(f"recipe is no JSON ({cause(error)}); give plain values") from None
+    _read_recipe(text)
+    return text
+
+
+def _check_texts(value: Any) -> None:
+    """Raise ``SteerError`` for a key that JSON would turn into a text, and for no UTF-8."""
+    if isinstance(value, str):
+        check_text("recipe", value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise SteerError(f"recipe has the key {shown(key)}; JSON's keys are texts")
+            check_text("recipe", key)
+            _check_texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_texts(inner)
+
+
+def _check_facts(metadata: Mapping[str, str]) -> None:
+    """Raise ``SteerError`` for facts that could not be read back, such as too many layers."""
+    read_facts({k: metadata[k] for k in _FACTS if k in metadata}, origin="metadata")
+    read_scores(metadata.get("layer_scores"))
+
+
 def _metadata_of(steer: Steer) -> dict[str, str]:
     """What only this kind of steer says."""
     if isinstance(steer, LMSteer):
@@ -122,8 +157,10 @@ def _metadata_of(steer: Steer) -> dict[str, str]:
     layered = {"layers": format_layers(steer.layers), "site": steer.site}
     if isinstance(steer, DeltaSteer):
         return {**layered, "schedule": steer.schedule}
-    scores = {} if steer.layer_scores is None else {"layer_scores": json.dumps(steer.layer_scores)}
-    return {**layered, "mode": steer.mode, **scores}
+    said = {**layered, "mode": steer.mode}
+    if steer.layer_scores is not None:
+        said["layer_scores"] = json.dumps(list(map(float, steer.layer_scores)))
+    return said
 
 
 def _check_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> None:

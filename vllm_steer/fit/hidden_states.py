@@ -69,13 +69,12 @@ def write_hidden_states(
     if stored.path.exists() and stored.path.stat().st_size == stored.bytes:
         return
 
-    def write(unfinished: Path) -> None:
-        with unfinished.open("wb") as file:
-            texts = [encoded.inputs(row, count) for row, count in stored.counts.items()]
-            for done, found in enumerate(_read(model, texts), 1):
-                file.write(_bytes_of(found.cpu()))
-                if on_text is not None:
-                    on_text(done, len(texts))
+    def write(file: IO[bytes]) -> None:
+        texts = [encoded.inputs(row, count) for row, count in stored.counts.items()]
+        for done, found in enumerate(_read(model, texts), 1):
+            file.write(_bytes_of(found.cpu()))
+            if on_text is not None:
+                on_text(done, len(texts))
 
     write_whole(stored.path, write)
 

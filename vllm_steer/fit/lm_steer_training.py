@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.source import cause
 from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
 from vllm_steer.fit.head_loss import Head
@@ -55,7 +56,11 @@ def train(fit: Fit, run: Run | None, *, cache_bytes: int, watch: Watch) -> Train
     """
     training = _begin(fit)
     with ExitStack() as stack:
-        folder = run.folder if run else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if run is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = run.folder
+            stack.enter_context(locked(folder))
         hidden_size = fit.head.weight.shape[1]
         stored = plan_storage(fit.model, fit.batches, folder / HIDDEN_STATES, hidden_size)
         cached = stored.bytes <= cache_bytes

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vllm_steer.evaluation.optional import need
-from vllm_steer.files.whole import write_whole
+from vllm_steer.picture import picture
 
 _DECAY: Final = 0.95
 
@@ -15,14 +14,13 @@ def plot_losses(losses: Sequence[float], path: Path) -> None:
 
     Raises ``SteerError`` without matplotlib, and if the file cannot be written.
     """
-    figure = need("matplotlib.figure").Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(losses, color="0.75", linewidth=0.8, label="step")
-    axes.plot(_smooth(losses), label="mean")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend()
-    write_whole(path, lambda unfinished: figure.savefig(unfinished, format="png", dpi=120))
+    with picture(path, dpi=120, figsize=(7, 4), layout="constrained") as figure:
+        axes = figure.add_subplot()
+        axes.plot(losses, color="0.75", linewidth=0.8, label="step")
+        axes.plot(_smooth(losses), label="mean")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.legend()
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import printable
 
 Recipe = Mapping[str, Any]
 _READ_AT_ONCE = 1 << 20
@@ -30,7 +31,9 @@ def recipe(
     return {
         "method": method,
         "model": model,
-        "data": [{"file": Path(path).name, "sha256": file_digest(path)} for path in data],
+        "data": [
+            {"file": printable(Path(path).name), "sha256": file_digest(path)} for path in data
+        ],
         "settings": dict(settings),
         "figures": dict(figures),
         "versions": {
@@ -38,6 +41,11 @@ def recipe(
             **{name: version(name) for name in ("torch", "transformers")},
         },
     }
+
+
+def _entry(path: Path) -> dict[str, str]:
+    # A name need not be UTF-8, which a steer file is.
+    return {"file": printable(path.name), "sha256": file_digest(path)}
 
 
 def file_digest(path: str | Path) -> str:

@@ -16,15 +16,17 @@ from typing import Any, Final
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from vllm_steer import foreign
 from vllm_steer.errors import SteerError
+from vllm_steer.files.safetensors_bytes import write_safetensors
 from vllm_steer.files.source import cause
-from vllm_steer.files.whole import write_text, write_whole
+from vllm_steer.files.whole import clear_unfinished, write_text, write_whole
 
 CHECKPOINT: Final = "checkpoint.safetensors"
 LOSSES: Final = "loss.csv"
 HIDDEN_STATES: Final = "hidden_states.bin"
+LOSS_PLOT: Final = "loss.png"
 _CHECKPOINT_SECONDS: Final = 60.0
 _FINGERPRINT_VALUES: Final = 1 << 16
 _DIGESTS: Final = ("texts", "model")
@@ -97,14 +99,12 @@ def open_run(run: Run, training: Training) -> None:
     folder = run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (CHECKPOINT, LOSSES, HIDDEN_STATES):
-            for leftover in folder.glob(f"{name}*.unfinished"):
-                leftover.unlink()
+        clear_unfinished(folder, (CHECKPOINT, LOSSES, HIDDEN_STATES, LOSS_PLOT).__contains__)
         if run.restart:
             (folder / CHECKPOINT).unlink(missing_ok=True)
     except OSError as error:
         raise SteerError(f"run folder {folder}: cannot be used ({cause(error)})") from error
-    if (folder / CHECKPOINT).exists():
+    if (folder / CHECKPOINT).is_file():
         _load(run, training)
     else:
         (folder / HIDDEN_STATES).unlink(missing_ok=True)  # of a run that is over
@@ -119,9 +119,7 @@ def save_checkpoint(run: Run, training: Training) -> None:
         state = training.optimizer.state.get(parameter, {})
         tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS if state}
     metadata = {"step": str(training.step), "settings": json.dumps(run.made_with)}
-    held = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    path = run.folder / CHECKPOINT
-    write_whole(path, lambda unfinished: save_file(held, str(unfinished), metadata=metadata))
+    write_whole(run.folder / CHECKPOINT, lambda file: write_safetensors(file, tensors, metadata))
 
 
 def write_losses(folder: Path, losses: Sequence[float]) -> None:
@@ -150,6 +148,7 @@ def _load(run: Run, training: Training) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found, step = json.loads(metadata["settings"]), int(metadata["step"])
         losses = _losses_until(run.folder, step)
+        _check_tensors(training, tensors, found, step)
     except Exception as error:  # of safetensors, of JSON, of the disk
         raise SteerError(
             f"{path}: cannot be read ({cause(error)}); give --restart (restart=True) to begin anew"
@@ -157,11 +156,35 @@ def _load(run: Run, training: Training) -> None:
     _check_settings(run.folder, found, run.made_with)
     training.losses[:] = losses
     for name, parameter in training.parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise SteerError(f"{path}: {name} is {foreign.shown(tensors[name])}; give --restart")
         parameter.data.copy_(tensors[name])
         if step:
             moments = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in _MOMENTS}
             done = torch.tensor(float(step), device=parameter.device)
             training.optimizer.state[parameter] = {"step": done, **moments}
+
+
+def _check_tensors(
+    training: Training, tensors: Mapping[str, torch.Tensor], settings: Any, step: int
+) -> None:
+    """Raise ``ValueError`` for what no checkpoint of this training can hold.
+
+    Other settings are told apart later, by name: with them the tensors may well have other shapes.
+    """
+    if not isinstance(settings, dict):
+        raise ValueError("its settings are no JSON object")
+    moments = _MOMENTS if step else ()
+    for name in training.parameters:
+        shapes = {tensors[each].shape for each in (name, *(f"{name}.{m}" for m in moments))}
+        if len(shapes) != 1:
+            raise ValueError(f"the moments of {name} have other shapes than it has")
+
+
+def _difference(name: str, found: Any, now: Any) -> str:
+    if name in _DIGESTS:
+        return f"other {name}"
+    return f"{foreign.name(name)} {foreign.name(found)} (now {foreign.name(now)})"
 
 
 def _losses_until(folder: Path, step: int) -> list[float]:
@@ -175,13 +198,14 @@ def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
     # Through JSON, as what was found came: a tuple is a list there.
     now = json.loads(json.dumps(wanted))
     other = [
-        f"other {name}" if name in _DIGESTS else f"{name} {found.get(name)} (now {now.get(name)})"
+        _difference(name, found.get(name), now.get(name))
         for name in {**found, **now}
         if found.get(name) != now.get(name)
     ]
     if other:
+        differences = foreign.listed(other, longest=600)
         raise SteerError(
-            f"run folder {folder} holds an unfinished run with {', '.join(other)}; give the same "
+            f"run folder {folder} holds an unfinished run with {differences}; give the same "
             "settings and texts to go on with it, another run folder, or --restart (restart=True) "
             "to discard it"
         )

@@ -8,6 +8,7 @@ from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
 from vllm_steer.steers.layers import format_layers
 
 Description = Mapping[str, Any]
+_ACCURACIES = ("train_accuracy", "validation_accuracy")
 
 
 def describe(steer: Steer) -> Description:
@@ -79,17 +80,22 @@ def _delta_layers(steer: DeltaSteer) -> list[dict[str, Any]]:
 
 
 def _accuracies(recipe: Mapping[str, Any] | None) -> Mapping[int, dict[str, float]]:
-    """The accuracies of each layer's probe, where a fit has left them in its recipe."""
+    """The accuracies of each layer's probe, where a fit has left them in its recipe.
+
+    A recipe is foreign: what is no list of layers and numbers is left out.
+    """
     figures = (recipe or {}).get("figures")
-    if not isinstance(figures, Mapping) or not isinstance(figures.get("read_layers"), list):
+    layers = figures.get("read_layers") if isinstance(figures, Mapping) else None
+    if not isinstance(figures, Mapping) or not isinstance(layers, list):
         return {}
-    layers = figures["read_layers"]
+    if not all(type(layer) is int and layer >= 0 for layer in layers):
+        return {}
     named = {
         name: values
-        for name, values in figures.items()
-        if name.endswith("_accuracy") and isinstance(values, list) and len(values) == len(layers)
+        for name in _ACCURACIES
+        if isinstance(values := figures.get(name), list) and len(values) == len(layers)
     }
     return {
-        layer: {name: values[i] for name, values in named.items() if values[i] is not None}
+        layer: {name: v[i] for name, v in named.items() if isinstance(v[i], int | float)}
         for i, layer in enumerate(layers)
     }

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_steer.evaluation.optional import need
-from vllm_steer.files.whole import write_whole
 from vllm_steer.inspection.description import Description
+from vllm_steer.picture import label, picture
 
 _WIDTH, _HEIGHT, _DOTS = 7.0, 3.2, 150
 
@@ -21,18 +20,21 @@ def write_plot(description: Description, path: str | Path) -> None:
     Raises ``SteerError`` if matplotlib is not installed or the file cannot be written.
     """
     panels = _panels(description)
-    # A figure of its own draws with Agg and needs no display; pyplot would keep it.
-    figure = need("matplotlib.figure").Figure(figsize=(_WIDTH, _HEIGHT * len(panels)))
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        for label, (places, values) in panel["lines"].items():
-            axes.plot(places, values, marker="o", markersize=3, label=label)
-        axes.set_xlabel(panel["across"])
-        axes.set_ylabel(panel["up"])
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(panel["lines"]) > 1:
-            axes.legend(fontsize="x-small", ncols=2)
-    figure.tight_layout()
-    write_whole(path, lambda unfinished: figure.savefig(unfinished, format="png", dpi=_DOTS))
+    with picture(path, dpi=_DOTS, figsize=(_WIDTH, _HEIGHT * len(panels))) as figure:
+        rows = figure.subplots(len(panels), squeeze=False)[:, 0]
+        for axes, panel in zip(rows, panels, strict=True):
+            _draw(axes, panel)
+        figure.tight_layout()
+
+
+def _draw(axes: Any, panel: Mapping[str, Any]) -> None:
+    for name, (places, values) in panel["lines"].items():
+        axes.plot(places, values, marker="o", markersize=3, label=label(name))
+    axes.set_xlabel(panel["across"])
+    axes.set_ylabel(panel["up"])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(panel["lines"]) > 1:
+        axes.legend(fontsize="x-small", ncols=2)
 
 
 def _panels(description: Description) -> list[Mapping[str, Any]]:

@@ -4,11 +4,9 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-from rich.markup import escape
 from rich.table import Table
 
-from vllm_steer.evaluation.optional import need
-from vllm_steer.files.whole import write_whole
+from vllm_steer.picture import label, picture
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.sweep.search import Point, within
 from vllm_steer.sweep.sweeping import Swept
@@ -36,7 +34,7 @@ def data(swept: Swept, chosen: Point | None, written: Path | None) -> dict[str, 
 
 def table(swept: Swept, chosen: Point | None) -> Table:
     """A row for each point, by layers and strength; the one that was taken is marked."""
-    title = escape(f"{swept.asked.judge}, budget {swept.asked.budget:g}")
+    title = f"{swept.asked.judge}, budget {swept.asked.budget:g}"
     found = Table(title=title, title_justify="left")
     for heading in ("layers", "strength", "effect", "perplexity", "ratio", ""):
         found.add_column(heading, justify="left" if heading in ("layers", "") else "right")
@@ -61,30 +59,37 @@ def draw(swept: Swept, chosen: Point | None, path: Path) -> None:
 
     Raises ``SteerError`` without matplotlib and where the file cannot be written.
     """
-    figure = need("matplotlib.figure").Figure(figsize=(6.4, 4.4), layout="constrained")
-    axis = figure.subplots()
+    with picture(path, dpi=_DPI, figsize=(6.4, 4.4), layout="constrained") as figure:
+        axis = figure.subplots()
+        _draw_points(axis, swept)
+        _draw_frame(axis, swept, chosen)
+
+
+def _draw_points(axis: Any, swept: Swept) -> None:
     names = list(dict.fromkeys(point.candidate for point in swept.points))
     for index, candidate in enumerate(names):
         points = [p for p in swept.points if p.candidate == candidate and math.isfinite(p.ratio)]
         points = sorted([swept.unsteered, *points], key=lambda p: abs(p.strength))
         colour = _COLOURS[index % len(_COLOURS)]
-        style: dict[str, Any] = {"marker": "o", "color": colour, "label": candidate.name}
+        style: dict[str, Any] = {"marker": "o", "color": colour, "label": label(candidate.name)}
         axis.plot([p.ratio for p in points], [p.effect for p in points], **style)
         for point in points:
             place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7}
             axis.annotate(f"{point.strength:.3g}", (point.ratio, point.effect), **place)
+
+
+def _draw_frame(axis: Any, swept: Swept, chosen: Point | None) -> None:
     if chosen is not None:
         style = {"marker": "*", "markersize": 16, "linestyle": "none", "color": "black"}
         axis.plot([chosen.ratio], [chosen.effect], label="chosen", zorder=0, **style)
     axis.axvline(swept.asked.budget, color="0.5", linestyle="--", linewidth=1, label="budget")
-    axis.set(xlabel="perplexity / unsteered", ylabel=f"effect: {swept.asked.judge}")
+    axis.set(xlabel="perplexity / unsteered", ylabel=label(f"effect: {swept.asked.judge}"))
     ratios = [p.ratio for p in swept.points if math.isfinite(p.ratio)]
     if ratios and max(ratios) > _DECADE:
         axis.set_xscale("log")
     axis.grid(color="0.92")
     axis.legend(frameon=False, fontsize=8)
-    axis.set_title(f"{swept.asked.steer.name} on {swept.asked.model}", fontsize=10)
-    write_whole(path, lambda to: figure.savefig(to, format="png", dpi=_DPI))
+    axis.set_title(label(f"{swept.asked.steer.name} on {swept.asked.model}"), fontsize=10)
 
 
 def _layers(point: Point) -> str:

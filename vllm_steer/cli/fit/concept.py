@@ -1,13 +1,13 @@
 """``vllm-steer fit concept``: a concept vector from answers with and without the concept."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
-from vllm_steer.cli.output import check_output
+from vllm_steer.cli.output import check_named, check_output
+from vllm_steer.cli.terminal import say
 
 if TYPE_CHECKING:
     from vllm_steer.fit.concept import ConceptFit
@@ -57,7 +57,8 @@ def concept(
     as_json: options.AsJson = False,
 ) -> None:
     """Fit a concept vector: a probe per layer, and how well it tells the answers apart."""
-    check_output(output, force)
+    check_output(output, force, inputs=[data])
+    check_named(model, description)
     wanted = options.read_layers(layers)
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.activations import all_layers
@@ -128,8 +129,8 @@ def _show_first(
         chat_template=chat_template,
     )
     counted = tokenizer.decode([encoded.ids[position] for position in encoded.kept])
-    print(f"first row as the model reads it: {rendered.text!r}", file=sys.stderr)
-    print(f"what counts of it: {counted!r} ({len(encoded.kept)} tokens)", file=sys.stderr)
+    say(f"first row as the model reads it: {rendered.text!r}", stderr=True, longest=None)
+    say(f"what counts of it: {counted!r} ({len(encoded.kept)} tokens)", stderr=True, longest=None)
 
 
 def _by_layer(found: "ConceptFit") -> dict[str, dict[int, float | None]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
-from vllm_steer.cli.output import check_output
+from vllm_steer.cli.output import check_named, check_output
 
 
 def delta(
@@ -47,7 +47,8 @@ def delta(
     as_json: options.AsJson = False,
 ) -> None:
     """Fit step deltas: what differs, step by step, while two kinds of prompt are answered."""
-    check_output(output, force)
+    check_output(output, force, inputs=[wanted, other])
+    check_named(model, description)
     chosen = options.read_layers(layers)
     from dataclasses import replace
 

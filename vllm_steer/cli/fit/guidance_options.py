@@ -1,15 +1,14 @@
 """What ``fit concept``, ``fit vector`` and ``fit delta`` have in common: options, and the end."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.steers import DeltaSteer, VectorSteer
 from vllm_steer.steers.layers import format_layers, parse_layers
@@ -110,7 +109,7 @@ def report(
     if as_json:
         tables = {name: {str(layer): x for layer, x in t.items()} for name, t in by_layer.items()}
         said = {"kind": steer.kind, "site": steer.site, "layers": format_layers(steer.layers)}
-        print(json.dumps({"output": str(output), **said, **more, **tables}, indent=2))
+        say_json({"output": str(output), **said, **more, **tables})
         return
     table = Table()
     for name in ("layer", *by_layer):
@@ -118,5 +117,5 @@ def report(
     for layer in sorted({layer for values in by_layer.values() for layer in values}):
         cells = [values.get(layer) for values in by_layer.values()]
         table.add_row(str(layer), *("" if cell is None else f"{cell:.4g}" for cell in cells))
-    print(f"{output}: {steer.kind} at {steer.site}, layers {format_layers(steer.layers)}")
+    say(f"{output}: {steer.kind} at {steer.site}, layers {format_layers(steer.layers)}")
     Console().print(table)

@@ -1,20 +1,20 @@
 """``vllm-steer fit lm-steer``: an LM-Steer from labelled texts, or from two sets of texts."""
 
-import json
 import math
-import sys
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from vllm_steer.cli.output import check_output
+from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import Advance, progress
+from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
+from vllm_steer.files.folder_lock import locked
 
 if TYPE_CHECKING:
     from vllm_steer.steers import LMSteer
@@ -82,9 +82,11 @@ def lm_steer(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Train an LM-Steer on texts with labels in [-1, 1]; a killed run goes on where it was."""
+    from vllm_steer.fit.training_run import LOSS_PLOT
     from vllm_steer.steers.checks import check_default_strength
 
-    check_output(output, force)
+    check_output(output, force, inputs=[data, positive, negative])
+    check_named(model, description)
     settings = _settings(context.params)
     if not 0 <= cache_gib < math.inf:
         raise SteerError(f"cache-gib is {cache_gib}; 0 or more is wanted")
@@ -95,17 +97,20 @@ def lm_steer(
         need("matplotlib")
     files, found = _texts(data, positive, negative, text_field, label_field, labels)
     folder = run_folder or output.with_name(output.name + ".run")
-    with progress("loading the model") as advance:
-        steer = _fit(context.params, settings, found, folder, advance)
-    made = {**(steer.recipe or {}), "model": model, "data": files}
-    steer = replace(
-        steer,
-        base_model=model,
-        description=description,
-        default_strength=default_strength,
-        recipe=made,
-    )
-    _finish(steer, output, folder, plot)
+    if plot and os.path.lexists(folder / LOSS_PLOT):
+        check_output(folder / LOSS_PLOT, force)
+    with locked(folder):
+        with progress("loading the model") as advance:
+            steer = _fit(context.params, settings, found, folder, advance)
+        made = {**(steer.recipe or {}), "model": model, "data": files}
+        steer = replace(
+            steer,
+            base_model=model,
+            description=description,
+            default_strength=default_strength,
+            recipe=made,
+        )
+        _finish(steer, output, folder, plot)
     _print(steer, output, folder, as_json)
 
 
@@ -119,6 +124,7 @@ def _texts(
 ) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
     """The files by name and SHA-256, and what is in them."""
     from vllm_steer.fit.recipe import file_digest
+    from vllm_steer.foreign import printable
     from vllm_steer.texts import read_labelled, read_two_sides
 
     if data is not None and positive is None and negative is None:
@@ -129,7 +135,7 @@ def _texts(
         found = read_two_sides(positive, negative, text_field=text_field)
     else:
         raise SteerError("give the texts as --data FILE, or as --positive FILE and --negative FILE")
-    return [{"file": path.name, "sha256": file_digest(path)} for path in files], found
+    return [{"file": printable(path.name), "sha256": file_digest(path)} for path in files], found
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _fit(
     watch = Watch(
         on_text=lambda done, total: advance(done, total=total, said="reading the texts"),
         on_step=lambda step, loss: advance(step + 1, total=steps, said=f"fitting, loss {loss:.3f}"),
-        say=lambda text: print("vllm-steer:", text, file=sys.stderr),
+        say=lambda text: say(f"vllm-steer: {text}", stderr=True),
     )
     return fit_lm_steer(
         loaded.model,
@@ -176,11 +182,11 @@ def _finish(steer: "LMSteer", output: Path, folder: Path, plot: bool) -> None:
     """The steer first: until it is written the run can be gone on with."""
     from vllm_steer.files import save_steer
     from vllm_steer.fit.loss_plot import plot_losses
-    from vllm_steer.fit.training_run import finish_run, read_losses
+    from vllm_steer.fit.training_run import LOSS_PLOT, finish_run, read_losses
 
     save_steer(steer, output)
     if plot:
-        plot_losses(read_losses(folder), folder / "loss.png")
+        plot_losses(read_losses(folder), folder / LOSS_PLOT)
     finish_run(folder)
 
 
@@ -195,7 +201,7 @@ def _print(steer: "LMSteer", output: Path, folder: Path, as_json: bool) -> None:
         **figures,
     }
     if as_json:
-        print(json.dumps(summary, indent=2))
+        say_json(summary)
         return
     table = Table(title=str(output), show_header=False)
     for name, value in list(summary.items())[1:]:

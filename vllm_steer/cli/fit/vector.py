@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
-from vllm_steer.cli.output import check_output
+from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def vector(
     as_json: options.AsJson = False,
 ) -> None:
     """Fit a steering vector: the difference of two sides of texts, layer by layer."""
-    check_output(output, force)
+    check_output(output, force, inputs=[pairs, positive, negative, data])
+    check_named(model, description)
     wanted = options.read_layers(layers)
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.recipe import recipe

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,9 +23,11 @@ from pydantic import (
 )
 
 from vllm_steer.config import NAME, NO_STEER
+from vllm_steer.config_text import read_config_file
 from vllm_steer.doses import Kl
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import describe_errors
+from vllm_steer.foreign import listed, shown
 
 Method = Literal["none", "fixed", "start", "dim", "dynamic"]
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
@@ -100,12 +101,12 @@ class Composition(BaseModel):
     def load(cls, path: str | Path) -> "Composition":
         """Read the file. Raises ``SteerError`` that names each wrong value, and what is wanted."""
         path = Path(path)
+        if path.exists() and not path.is_file():
+            raise SteerError(f"{path}: is no file; give a .yaml of properties")
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = read_config_file(path, str(path))
         except OSError as error:
             raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, yaml.YAMLError) as error:
-            raise SteerError(f"{path}: is not YAML ({error})") from error
         if not isinstance(data, Mapping):
             raise SteerError(f"{path}: holds no mapping; wanted at least 'properties' and 'seen'")
         try:
@@ -124,7 +125,7 @@ class Composition(BaseModel):
     def _names(cls, named: dict[str, Property]) -> dict[str, Property]:
         for name in named:
             if not NAME.fullmatch(name) or name == NO_STEER:
-                raise ValueError(f"{name!r} cannot be a name: letters, digits, '_', '.', '-'")
+                raise ValueError(f"{shown(name)} cannot be a name: letters, digits, '_', '.', '-'")
         return named
 
     @field_validator("seen", "unseen", mode="before")
@@ -150,8 +151,7 @@ class Composition(BaseModel):
             unknown = [name for name in combination if name not in self.properties]
             if unknown:
                 raise ValueError(
-                    f"property {', '.join(unknown)} is unknown; properties: "
-                    f"{', '.join(self.properties)}"
+                    f"property {listed(unknown)} is unknown; properties: {listed(self.properties)}"
                 )
             if len(set(combination)) < len(combination):
                 raise ValueError(f"{label(combination)} names a property twice")

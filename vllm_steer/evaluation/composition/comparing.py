@@ -28,12 +28,13 @@ from vllm_steer.evaluation.composition.settling import about_comparison, check_d
 from vllm_steer.evaluation.composition.writing import Writer
 from vllm_steer.evaluation.evaluating import MakeJudges, Progress
 from vllm_steer.evaluation.generating import EngineOptions
+from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.run import Run, open_run
 from vllm_steer.evaluation.sampling import Sampling
-from vllm_steer.evaluation.scoring import write_json
 from vllm_steer.files import load_steer
+from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.whole import write_text
 from vllm_steer.models import load_language_model
 from vllm_steer.steers import Steer
@@ -86,8 +87,30 @@ def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> C
     judges, missing = make_judges(given.specs)
     perplexity = _perplexity(judges, missing)
     about = about_comparison(given, asked, steers)
-    run = open_run(given.folder, about, restart=given.restart)
-    writer = Writer(
+    with locked(given.folder):
+        run = open_run(given.folder, about, restart=given.restart)
+        writer = _writer(given, asked, examples, run, progress)
+        part: Part = "test" if given.choosing is None else "choosing"
+        chosen = _choose(
+            Choosing(asked, steers, given.tolerance, part), writer, properties, perplexity
+        )
+        rows = list(_rows(asked, steers, chosen))
+        writer.write(list(_to_write(rows, examples)))
+        measured = _measure(given, rows, run, properties, judges, examples, steers, progress)
+        absences = _absences(asked, steers)
+        report = ComparisonReport(about, asked, steers, chosen, measured, absences, missing)
+        _write_report(run, report)
+    return report
+
+
+def _writer(
+    given: Comparison,
+    asked: Composition,
+    examples: Mapping[Combination, Sequence[Example]],
+    run: Run,
+    progress: Progress,
+) -> Writer:
+    return Writer(
         given.model,
         asked,
         given.prompts,
@@ -98,17 +121,6 @@ def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> C
         run,
         progress,
     )
-    part: Part = "test" if given.choosing is None else "choosing"
-    choosing = Choosing(asked, steers, given.tolerance, part)
-    chosen = _choose(choosing, writer, properties, perplexity)
-    rows = list(_rows(asked, steers, chosen))
-    writer.write(list(_to_write(rows, examples)))
-    measured = _measure(given, rows, run, properties, judges, examples, steers, progress)
-    report = ComparisonReport(
-        about, asked, steers, chosen, measured, _absences(asked, steers), missing
-    )
-    _write_report(run, report)
-    return report
 
 
 def _choose(

@@ -1,16 +1,17 @@
 """Pictures of a comparison: strength over tokens, and what the properties cost."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.evaluation.composition.asked import Combination, label
+from vllm_steer.evaluation.composition.asked import Combination
+from vllm_steer.evaluation.composition.asked import label as name_of
 from vllm_steer.evaluation.composition.curves import stated_curve
 from vllm_steer.evaluation.composition.measuring import Measured
 from vllm_steer.evaluation.composition.report import ComparisonReport
-from vllm_steer.evaluation.optional import need
 from vllm_steer.evaluation.report import PERPLEXITY
-from vllm_steer.files.whole import write_whole
+from vllm_steer.picture import label, picture
 
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _THIN: Final = {"fixed": ":", "start": "-.", "dim": "--"}
@@ -28,17 +29,9 @@ def draw_strengths(report: ComparisonReport, path: Path) -> None:
     Raises ``SteerError`` without matplotlib and where the file cannot be written.
     """
     names = list(report.asked.properties)
-    figure, axes = _figure(len(names))
-    for axis, name in zip(axes, names, strict=True):
-        rows = [each for each in report.rows if name in each.curves]
-        for place, each in enumerate(rows):
-            _band(axis, each, name, _COLOURS[place % len(_COLOURS)])
-        length = report.about["sampling"]["max_tokens"]
-        _stated(axis, report, name, length)
-        axis.axhline(0, color="0.8", linewidth=0.6)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set(xlabel="token", ylabel="strength", title=name)
-    _finish(figure, axes, path)
+    with _panels(len(names), path) as axes:
+        for axis, name in zip(axes, names, strict=True):
+            _strengths(axis, report, name)
 
 
 def draw_prices(report: ComparisonReport, path: Path) -> None:
@@ -47,17 +40,26 @@ def draw_prices(report: ComparisonReport, path: Path) -> None:
     Raises ``SteerError`` as ``draw_strengths`` does.
     """
     combinations = report.asked.combinations
-    figure, axes = _figure(len(combinations))
-    for axis, combination in zip(axes, combinations, strict=True):
-        _prices(axis, report.of(combination), combination, combination in report.asked.seen)
-    _finish(figure, axes, path)
+    with _panels(len(combinations), path) as axes:
+        for axis, combination in zip(axes, combinations, strict=True):
+            _prices(axis, report.of(combination), combination, combination in report.asked.seen)
+
+
+def _strengths(axis: Any, report: ComparisonReport, name: str) -> None:
+    rows = [each for each in report.rows if name in each.curves]
+    for place, each in enumerate(rows):
+        _band(axis, each, name, _COLOURS[place % len(_COLOURS)])
+    _stated(axis, report, name, report.about["sampling"]["max_tokens"])
+    axis.axhline(0, color="0.8", linewidth=0.6)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="token", ylabel="strength", title=label(name))
 
 
 def _band(axis: Any, each: Measured, name: str, colour: str) -> None:
     curve = each.curves[name]
     tokens = range(len(curve.mean))
-    said = f"dynamic, {label(each.row.candidate.combination)}"
-    axis.plot(tokens, curve.mean, color=colour, label=said)
+    said = f"dynamic, {name_of(each.row.candidate.combination)}"
+    axis.plot(tokens, curve.mean, color=colour, label=label(said))
     axis.fill_between(tokens, curve.lower, curve.upper, color=colour, alpha=0.2, linewidth=0)
 
 
@@ -83,29 +85,25 @@ def _prices(axis: Any, rows: Sequence[Measured], combination: Combination, seen:
             [each.accuracy],
             _MARKS[method],
             color=_COLOURS[place % len(_COLOURS)],
-            label=each.row.title,
+            label=label(each.row.title),
             **hollow,
         )
-    title = f"{label(combination)} ({'seen' if seen else 'unseen'})"
+    title = label(f"{name_of(combination)} ({'seen' if seen else 'unseen'})")
     axis.set(xlabel="total perplexity", ylabel="share with all", title=title, ylim=(-0.05, 1.05))
 
 
-def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
-    """A figure of so many panels, at most four in a row."""
-    columns = min(panels, _COLUMNS)
-    rows = -(-panels // columns)
-    figure = need("matplotlib.figure").Figure(
-        figsize=(4.6 * columns, 4.0 * rows), layout="constrained"
-    )
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for unused in axes[panels:]:
-        unused.set_axis_off()
-    return figure, axes[:panels]
-
-
-def _finish(figure: Any, axes: Sequence[Any], path: Path) -> None:
-    for axis in axes:
-        axis.grid(color="0.92")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(frameon=False, fontsize=7)
-    write_whole(path, lambda to: figure.savefig(to, format="png", dpi=_DPI))
+@contextmanager
+def _panels(count: int, path: Path) -> Iterator[Sequence[Any]]:
+    """The axes of so many panels, at most four in a row; written as a PNG when the block ends."""
+    columns = min(count, _COLUMNS)
+    rows = -(-count // columns)
+    size = (4.6 * columns, 4.0 * rows)
+    with picture(path, dpi=_DPI, figsize=size, layout="constrained") as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+        for unused in axes[count:]:
+            unused.set_axis_off()
+        yield axes[:count]
+        for axis in axes[:count]:
+            axis.grid(color="0.92")
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(frameon=False, fontsize=7)

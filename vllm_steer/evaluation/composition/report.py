@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from rich.markup import escape
 from rich.table import Table
 
 from vllm_steer.evaluation.composition.asked import Combination, Composition, label
@@ -13,6 +12,7 @@ from vllm_steer.evaluation.composition.choosing import Chosen
 from vllm_steer.evaluation.composition.curves import raw
 from vllm_steer.evaluation.composition.measuring import Measured
 from vllm_steer.evaluation.report import PERPLEXITY
+from vllm_steer.markdown import markdown_row, markdown_text
 from vllm_steer.steers import Steer
 
 ALL: Final = "all"
@@ -76,32 +76,35 @@ class ComparisonReport:
 def tables(report: ComparisonReport) -> Iterator[Table]:
     """A table for each combination."""
     for title, headings, rows in _grids(report):
-        table = Table(title=escape(title), title_justify="left")
+        table = Table(title=title, title_justify="left")
         for heading in headings:
             side: Literal["left", "right"] = "left" if heading == "method" else "right"
             table.add_column(heading, justify=side, overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         yield table
 
 
 def markdown(report: ComparisonReport) -> str:
     """The same tables in Markdown, after a line on the run."""
     prompts, choosing = report.about["prompts"], report.about["choosing_prompts"]
-    on = f"{choosing['count']} others of {choosing['file']}" if choosing else "the same ones"
+    on = "the same ones"
+    if choosing:
+        on = f"{choosing['count']} others of {markdown_text(choosing['file'])}"
+    title = f"{', '.join(report.asked.properties)} on {report.about['model']}"
     lines = [
-        f"# {', '.join(report.asked.properties)} on {report.about['model']}",
+        f"# {markdown_text(title)}",
         "",
-        f"{prompts['count']} prompts of {prompts['file']}, "
+        f"{prompts['count']} prompts of {markdown_text(prompts['file'])}, "
         f"{report.about['sampling']['samples']} texts each; strengths and options are chosen on "
         f"{on}, on the seen combinations.",
     ]
     for title, headings, rows in _grids(report):
         marks = ("---" if heading == "method" else "---:" for heading in headings)
-        lines += ["", f"## {title}", "", f"| {' | '.join(headings)} |", f"| {' | '.join(marks)} |"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["", f"## {markdown_text(title)}", ""]
+        lines += [markdown_row(headings), f"| {' | '.join(marks)} |", *map(markdown_row, rows)]
     if found := list(notes(report)):
-        lines += ["", "## Not there", "", *(f"- {note}" for note in found)]
+        lines += ["", "## Not there", "", *(f"- {markdown_text(note)}" for note in found)]
     return "\n".join(lines) + "\n"
 
 

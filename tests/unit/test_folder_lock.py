@@ -1,0 +1,207 @@
+"""A run folder is one process's at a time: named, left alone by others, free when it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from vllm_steer import SteerError
+from vllm_steer.evaluation.run import open_run
+from vllm_steer.files.folder_lock import LOCK, locked
+
+HOLD = """
+import os, sys, time
+from vllm_steer.files.folder_lock import locked
+with locked(sys.argv[1]):
+    if "fork" in sys.argv and os.fork() == 0:
+        time.sleep(60)
+    print("locked", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def holder(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the folder until the block ends."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), *more],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "locked\n"
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+        name = rf"process {process.pid} \(\S+, since 2\S+\); wait for it"
+        said = rf"^run folder {re.escape(str(tmp_path))} is used by {name}"
+        with pytest.raises(SteerError, match=said), locked(tmp_path):
+            pytest.fail("two at once")
+        assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+        assert list(before) == [LOCK]
+        pid, host, since, command = before[LOCK].decode().split(" ", 3)
+        assert (int(pid), host) == (process.pid, os.uname().nodename)
+        assert since[:2] == "20" and str(tmp_path) in command
+
+
+@pytest.mark.parametrize("command", ["fit", "eval", "compare"])
+def test_a_command_leaves_a_folder_that_is_used_as_it_is(tmp_path: Path, command: str) -> None:
+    run, data = tmp_path / "run", tmp_path / "data.jsonl"
+    data.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": -1}\n')
+    (tmp_path / "asked.yaml").write_text("properties: {}\nseen: []\n")
+    prompts = ["--prompts", str(data), "--prompt-field", "text", "--out", str(run), "--no-plot"]
+    line = {
+        "fit": ["fit", "lm-steer", "m", str(tmp_path / "out"), "--data", str(data)],
+        "eval": ["eval", "m", "steer", *prompts, "--strengths", "1"],
+        "compare": ["eval", "m", str(tmp_path / "asked.yaml"), *prompts],
+    }[command]
+    if command == "fit":
+        line += ["--run-folder", str(run), "--restart"]
+    with holder(run) as process:
+        before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
+        done = subprocess.run(
+            [sys.executable, "-c", "from vllm_steer.cli import main; main()", *line],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(
+            f"vllm-steer: run folder {run} is used by process {process.pid}"
+        )
+        assert done.stderr.count("\n") == 1
+        assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_ends_leaves_no_lock(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        process.communicate("end\n")
+        assert process.returncode == 0
+        assert os.listdir(tmp_path) == []
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("more", [(), ("fork",)], ids=["alone", "with-a-child-that-lives-on"])
+def test_a_killed_process_leaves_no_lock(tmp_path: Path, more: tuple[str, ...]) -> None:
+    with holder(tmp_path, *more) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert os.listdir(tmp_path) == [LOCK]
+        deadline = time.monotonic() + 5
+        with locked(tmp_path):
+            assert (tmp_path / LOCK).read_text().startswith(f"{os.getpid()} ")
+        assert time.monotonic() < deadline
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_block_within_a_block_is_let_through(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        with locked(tmp_path / ".." / tmp_path.name):
+            assert (tmp_path / LOCK).exists()
+        assert (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_another_thread_is_not_let_through(tmp_path: Path) -> None:
+    found: list[Exception] = []
+
+    def second() -> None:
+        try:
+            with locked(tmp_path):
+                pass
+        except SteerError as error:
+            found.append(error)
+
+    with locked(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert f"process {os.getpid()}" in str(found[0])
+
+
+def test_one_after_the_other_many_times(tmp_path: Path) -> None:
+    """Removing the file never lets two in."""
+    program = (
+        "import os, sys, time\n"
+        "from vllm_steer import SteerError\n"
+        "from vllm_steer.files.folder_lock import locked\n"
+        "mark, got = os.path.join(sys.argv[1], 'mark'), 0\n"
+        "end = time.monotonic() + 20\n"
+        "while got < 200 and time.monotonic() < end:\n"
+        "    try:\n"
+        "        with locked(sys.argv[1]):\n"
+        "            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))\n"
+        "            os.unlink(mark)\n"
+        "            got += 1\n"
+        "    except SteerError as error:\n"
+        "        assert 'is used by' in str(error), error\n"
+        "print(got)\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all(int(output) > 0 for output in outputs)
+
+
+def test_a_folder_that_was_made_and_not_used_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match="no such model"), locked(tmp_path / "run"):
+        raise SteerError("no such model")
+    assert os.listdir(tmp_path) == []
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "loss.csv").write_text("")
+    assert os.listdir(tmp_path / "run") == ["loss.csv"]
+
+
+def test_a_planted_lock_file_is_not_written_to(tmp_path: Path) -> None:
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("precious")
+    run.mkdir()
+    for plant in (
+        lambda: (run / LOCK).symlink_to(mine),
+        lambda: os.link(mine, run / LOCK),
+        lambda: os.mkfifo(run / LOCK),
+        lambda: (run / LOCK).mkdir(),
+        lambda: (run / LOCK).write_text("notes"),
+    ):
+        plant()
+        said = r"^run folder .*run: (cannot be used|.* not a run's)"
+        with pytest.raises(SteerError, match=said), locked(run):
+            pass
+        assert mine.read_text() == "precious" and os.path.lexists(run / LOCK)
+        (run / LOCK).rmdir() if (run / LOCK).is_dir() else (run / LOCK).unlink()
+
+
+def test_the_lock_is_the_runs_own_file(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        run = open_run(tmp_path, {"model": "m"})
+        assert open_run(tmp_path, {"model": "n"}).folder == run.folder
+
+
+def test_a_folder_that_cannot_be_used_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SteerError, match=r"^run folder .*: cannot be used \("), locked(folder):
+            pass

@@ -1,0 +1,275 @@
+"""Commands on a terminal, given foreign texts: nothing is obeyed, and no file is half done."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hostile_texts import HOSTILE, assert_shown
+from safetensors.torch import save_file
+from test_eval_commands import StandIn, place, stand_in  # noqa: F401  # fixtures
+from typer.testing import CliRunner
+
+from vllm_steer import SteerError, VectorSteer, load_steer, save_steer
+from vllm_steer.cli import app, main
+
+ALL = "".join(text for text in HOSTILE.values() if len(text) < 1000)
+MAIN = "from vllm_steer.cli import main; main()"
+
+
+def call(*line: Any) -> Any:
+    """A command in this process, its streams taken for terminals."""
+    environment = {"FORCE_COLOR": "1", "COLUMNS": "100"}
+    return CliRunner().invoke(app, [str(part) for part in line], env=environment)
+
+
+def on_a_terminal(*line: Any, **environment: str) -> tuple[int, str]:
+    """Exit code and output of a command in a process of its own on a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    given = {**os.environ, "COLUMNS": "100", **environment}
+    command = [sys.executable, "-c", MAIN, *(os.fspath(part) for part in line)]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=given) as process:
+        os.close(theirs)
+        read, end = b"", time.monotonic() + 120
+        while time.monotonic() < end and select.select([ours], [], [], 120)[0]:
+            try:
+                part = os.read(ours, 1 << 16)
+            except OSError:  # nobody has the other end any more
+                break
+            if not part:
+                break
+            read += part
+        os.close(ours)
+    return process.returncode, read.decode("utf-8", "surrogateescape")
+
+
+def steer_of(path: Path, text: str) -> Path:
+    """A vector whose every text is foreign, as any tool could have written it."""
+    recipe = {"method": text, text[:1000]: {text[:1000]: [text, {text[:1000]: text}]}}
+    recipe["figures"] = {"read_layers": [[text]], "train_accuracy": [text], text[:99]: text}
+    metadata = {
+        **{"format": "vllm-steer", "format_version": "1", "kind": "vector"},
+        **{"hidden_size": "4", "layers": "0-1", "site": "resid", "mode": "add"},
+        **{"description": text, "base_model": text[:1000], "recipe": json.dumps(recipe)},
+    }
+    if len(text) > 100_000:
+        metadata["recipe"] = "{}"
+    save_file({"vectors": torch.ones(2, 4)}, str(path), metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_convert_and_inspect_show_what_a_file_says(tmp_path: Path, text: str) -> None:
+    steer = steer_of(tmp_path / "in", text)
+    done = call("convert", steer, tmp_path / "out")
+    assert (done.exit_code, done.exception) == (0, None)
+    assert_shown(done.output)
+    assert load_steer(tmp_path / "out").description == text
+    done = call("inspect", tmp_path / "out")
+    assert (done.exit_code, done.exception) == (0, None)
+    assert_shown(done.output)
+    for command in (["convert", steer, tmp_path / "again"], ["inspect", steer]):
+        done = call(*command, "--json")
+        assert_shown(done.stdout)
+        assert json.loads(done.stdout)["description"] == text
+
+
+def names() -> list[str]:
+    return [text.replace("/", "-") for text in HOSTILE.values() if len(text) < 200]
+
+
+@pytest.mark.parametrize("name", names())
+def test_file_names_are_shown(tmp_path: Path, name: str) -> None:
+    steer, out = tmp_path / f"i{name}", tmp_path / f"o{name}"
+    steer_of(tmp_path / "plain", "x").rename(steer)
+    for line in (["convert", steer, out], ["inspect", out], ["convert", out, out, "--force"]):
+        done = call(*line)
+        assert (done.exit_code, done.exception) == (0, None)
+        assert_shown(done.output)
+    done = call("convert", steer, out)
+    assert isinstance(done.exception, SteerError)
+    assert_shown(str(done.exception))
+
+
+def test_a_picture_takes_any_name(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    steer = steer_of(tmp_path / "in", ALL)
+    for name in names():
+        done = call("inspect", steer, "--plot", tmp_path / f"{name}.png")
+        assert (done.exit_code, done.exception) == (0, None)
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def foreign_names(place: Path) -> Mapping[str, Any]:  # noqa: F811
+    """The stand-in's folder again, with foreign names of everything in it."""
+    name = ALL.replace("/", "-")[:120]
+    words, prompts = place / f"w{name}.yaml", place / f"p{name}.txt"
+    (place / "words.yaml").rename(words)
+    (place / "prompts.txt").rename(prompts)
+    (place / "v").rename(place / f"v{name}")
+    return {"words": words, "prompts": prompts, "steer": place / f"v{name}", "name": name}
+
+
+@pytest.mark.parametrize("shown_as", ["tables", "json"])
+def test_eval_shows_foreign_names(place: Path, stand_in: StandIn, shown_as: str) -> None:  # noqa: F811
+    pytest.importorskip("matplotlib")
+    foreign, run = foreign_names(place), place / "run"
+    line = ["eval", f"m{ALL}", foreign["steer"], "--prompts", foreign["prompts"], "--out", run]
+    line += ["--strengths", "-2,2", "--judge", f"lexicon:{foreign['words']}"]
+    line += ["--judge", "perplexity:m", "--samples", 20]
+    done = call(*line, *(["--json"] if shown_as == "json" else []))
+    assert (done.exit_code, done.exception) == (0, None)
+    assert_shown(done.output)
+    assert_shown((run / "report.md").read_text())
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "report.json").read_text())["model"] == f"m{ALL}"
+
+
+def test_sweep_shows_foreign_names(place: Path, stand_in: StandIn) -> None:  # noqa: F811
+    pytest.importorskip("matplotlib")
+    foreign = foreign_names(place)
+    line = ["sweep", f"m{ALL}", foreign["steer"], "--prompts", foreign["prompts"]]
+    line += ["--judge", f"lexicon:{foreign['words']}", "--strengths", "2", "--budget", 1.35]
+    done = call(*line, "--plot", place / "a$x$.png", "--write")
+    assert (done.exit_code, done.exception) == (0, None)
+    assert_shown(done.output)
+    assert (place / "a$x$.png").read_bytes().startswith(b"\x89PNG")
+    assert load_steer(foreign["steer"]).default_strength == 2.0
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}],
+    ids=["utf-8", "ascii", "C"],
+)
+def test_a_real_terminal_shows_it_whatever_its_encoding(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    name = "o\x1b[38;5;199m\x9b中[red]é".encode() + b"\xff\x9b"
+    steer = steer_of(tmp_path / "in", f"{ALL} naïve 中文")
+    out = os.fsencode(tmp_path) + b"/" + name
+    code, output = on_a_terminal("convert", steer, out, **environment)
+    assert code == 0, output
+    assert_shown(output)
+    assert os.path.isfile(out)
+    code, output = on_a_terminal("convert", steer, out, **environment)
+    assert code == 1 and "exists already" in output and output.count("\n") == 1
+    assert_shown(output)
+    bad = os.fsencode(tmp_path) + b"/bad"
+    code, output = on_a_terminal("convert", steer, bad, "--description", b"x\xff", **environment)
+    assert code == 1 and not os.path.exists(bad)
+    assert_shown(output)
+
+
+def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import test_eval_comparing as comparing
+
+    from vllm_steer.evaluation import judges
+    from vllm_steer.evaluation.composition import writing
+
+    pytest.importorskip("matplotlib")
+    found = comparing.StandIn()
+    monkeypatch.setattr(writing, "engine", found.engine)
+    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: comparing.Price())  # type: ignore[index]
+    name = ALL.replace("/", "-")[:100]
+    (tmp_path / f"w{name}.yaml").write_text("positive: [good]\nnegative: [bad]\n")
+    (tmp_path / f"p{name}.txt").write_text("It was\n")
+    save_steer(VectorSteer(vectors=torch.ones(1, 3), layers=(0,)), tmp_path / f"v{name}")
+    judge = f"lexicon:{tmp_path / f'w{name}.yaml'}"
+    asked = {"steer": f"v{name}", "judge": judge, "strengths": [2], "max": [4]}
+    content = {"properties": {"b": asked}, "seen": ["b"]}
+    (tmp_path / "asked.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    line = ["eval", f"m{ALL}", tmp_path / "asked.yaml", "--prompts", tmp_path / f"p{name}.txt"]
+    done = call(*line, "--out", tmp_path / "run", "--samples", comparing.TEXTS)
+    assert (done.exit_code, done.exception) == (0, None)
+    assert_shown(done.output)
+    assert_shown((tmp_path / "run" / "report.md").read_text())
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "device", "gone", "-", "unreadable", "empty"])
+def test_what_is_no_steer_file_is_one_line(tmp_path: Path, what: str) -> None:
+    given: dict[str, Any] = {"folder": tmp_path, "device": "/dev/zero", "-": "-"}
+    path = given.get(what, tmp_path / what)
+    if what == "pipe":
+        os.mkfifo(path)
+    if what in ("unreadable", "empty"):
+        Path(path).write_bytes(b"")
+        Path(path).chmod(0o000 if what == "unreadable" else 0o600)
+    done = call("convert", path, tmp_path / "out")
+    assert isinstance(done.exception, SteerError) and done.output == ""
+    assert str(done.exception).startswith(f"{path}: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (SteerError("a\nb"), 1, "vllm-steer: a\\nb\n"),
+        (RecursionError("deep"), 1, "vllm-steer: RecursionError: deep\n"),
+        (MemoryError(), 1, "vllm-steer: MemoryError: MemoryError\n"),
+        (OverflowError("big"), 1, "vllm-steer: OverflowError: big\n"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad\x1b"), 1, None),
+        (OSError(28, "No space left on device", "a\x1b[31m"), 1, None),
+        (KeyboardInterrupt(), 130, "vllm-steer: interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_goes_wrong_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    raised: BaseException,
+    code: int,
+    said: str | None,
+) -> None:
+    def fails() -> None:
+        raise raised
+
+    monkeypatch.setattr("vllm_steer.cli.app", fails)
+    kept = os.dup(1)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert caught.value.code == code
+    found = capfd.readouterr().err
+    assert found.count("\n") == 1
+    assert_shown(found)
+    assert said in (None, found)
+
+
+def test_an_interrupted_command_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
+    program = (
+        "import time\nfrom vllm_steer import cli\n"
+        "def wait(*_):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
+        "cli.convert.__globals__['read_file'] = wait\ncli.main()\n"
+    )
+    line = [sys.executable, "-c", program, "convert", "in", str(tmp_path / "out")]
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_standard_output_leaves_no_file(tmp_path: Path) -> None:
+    steer = steer_of(tmp_path / "in", "x")
+    line = [sys.executable, "-c", MAIN, "convert", str(steer), str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,183 @@
+"""Foreign text on a terminal: shown, bounded, never obeyed; in tables, titles, bars and lines."""
+
+import io
+import json
+from typing import Any
+
+import pytest
+from hostile_texts import HOSTILE, SURROGATE, assert_shown
+from rich.table import Table
+
+from vllm_steer.cli import doctor, evidence, inspect, transfer
+from vllm_steer.cli import progress as progress_module
+from vllm_steer.cli.progress import progress
+from vllm_steer.cli.terminal import LONGEST, Console, say, say_json
+from vllm_steer.doctor.finding import Finding
+from vllm_steer.doctor.report import table as doctor_table
+from vllm_steer.evaluation.report import JudgeEntry, make_report, markdown, tables
+from vllm_steer.evaluation.run import settings_of
+from vllm_steer.inspection import Evidence, NearTokens, TextSpan
+
+TEXTS = [*HOSTILE.values(), SURROGATE]
+IDS = [*HOSTILE, "surrogate"]
+hostile = pytest.mark.parametrize("text", TEXTS, ids=IDS)
+
+
+class Stream(io.TextIOWrapper):
+    """A terminal of some encoding that fails at what it does not have."""
+
+    def __init__(self, encoding: str = "utf-8") -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict")
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def written(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
+
+
+def terminal(stream: Stream, width: int = 80) -> Console:
+    return Console(file=stream, force_terminal=True, width=width)
+
+
+@hostile
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_a_text_is_shown_wherever_rich_takes_one(text: str, encoding: str) -> None:
+    stream = Stream(encoding)
+    console = terminal(stream)
+    table = Table(title=text, caption=text)
+    table.add_column(text)
+    table.add_column(text, style="bold", overflow="fold")
+    table.add_row(text, console.text(text, "green"))
+    console.print(table)
+    console.print(text)
+    console.print(text, text, sep="\n")
+    with console.status(console.text(text)) as status:
+        status.update(console.text(text))
+    assert_shown(stream.written)
+
+
+@hostile
+def test_what_is_shown_is_the_text_itself(text: str) -> None:
+    stream = Stream()
+    terminal(stream, width=2000).print(text)
+    wanted = text.encode("unicode_escape").decode()
+    if text.isascii() and text.isprintable():
+        wanted = text
+    if text.isprintable():
+        assert stream.written.startswith(text[:900])
+    else:
+        assert wanted[:10].replace("\\\\", "\\")[:2] in stream.written
+
+
+def test_a_text_is_bounded() -> None:
+    stream = Stream()
+    terminal(stream, width=5000).print("x" * 1_000_000)
+    assert len(stream.written) == LONGEST + 1 and stream.written.endswith("...\n")
+
+
+@hostile
+def test_a_line_is_shown(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding in ("utf-8", "ascii"):
+        out, err = Stream(encoding), Stream(encoding)
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr("sys.stderr", err)
+        say(text)
+        say(text, stderr=True)
+        assert_shown(out.written)
+        assert out.written == err.written
+
+
+@hostile
+def test_json_is_read_back_and_shows_nothing_else(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Stream("ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    say_json({text: [text]})
+    assert_shown(out.written)
+    assert json.loads(out.written) == {text: [text]}
+
+
+@hostile
+def test_a_bar_shows_its_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream()
+    made = lambda **_: terminal(stream)  # noqa: E731
+    monkeypatch.setattr(progress_module, "Console", made)
+    with progress(text, 3) as advance:
+        advance(1, said=text)
+        advance(2)
+    assert stream.written
+    assert_shown(stream.written)
+
+
+@hostile
+def test_evidence_shows_text_and_spans(text: str) -> None:
+    stream = Stream()
+    whole = f"before {text[:5000]} after"
+    spans = [
+        TextSpan(begin, end, whole[begin:end], 0, 1, value)
+        for begin, end, value in ((0, 9, 1.0), (len(whole) - 9, len(whole), -2.0), (4, 8, -1.0))
+    ]
+    one = Evidence(whole, 1.0, (1.0, 2.0), tuple(spans[:1]), tuple(spans[1:]))
+    evidence.__globals__["_show"](terminal(stream), one)
+    assert_shown(stream.written)
+    assert stream.written.count("before") >= 1 and "+3.000 nats" in stream.written
+
+
+@hostile
+def test_transfer_shows_the_outputs_name(text: str) -> None:
+    stream = Stream()
+    figures = {"shared_tokens": 3, "fit": None, "effect": None}
+    terminal(stream).print(transfer.__globals__["_table"](figures, title=text))
+    assert_shown(stream.written)
+
+
+@hostile
+def test_doctor_shows_what_was_found(text: str) -> None:
+    stream = Stream()
+    findings: list[Any] = [Finding(text, text, "FAILED", text), Finding("memory", text, "ok", text)]
+    terminal(stream).print(doctor_table(text, findings))
+    assert_shown(stream.written)
+    assert doctor.__name__ == "doctor"
+
+
+@hostile
+def test_nearest_tokens_are_shown(text: str) -> None:
+    stream = Stream()
+    token = type("Token", (), {"text": text})()
+    near = NearTokens.__new__(NearTokens)
+    for name, value in {"label": text, "weight": 1.0, "highest": [token], "lowest": []}.items():
+        object.__setattr__(near, name, value)
+    terminal(stream).print(inspect.__globals__["_token_table"]([near]))
+    assert_shown(stream.written)
+
+
+def eval_report(text: str) -> Any:
+    about = {
+        "model": text,
+        "steer": {"file": text},
+        "prompts": {"file": text, "count": 1},
+        "sampling": {"samples": 2},
+    }
+    settings = settings_of((1.0,))
+    figures = {s.name: {text: 0.5, "share": 0.5, "total_perplexity": 4.0} for s in settings}
+    return make_report(about, settings, [JudgeEntry(text, "share")], {text: figures}, {text: text})
+
+
+@hostile
+def test_the_tables_of_a_report_are_shown(text: str) -> None:
+    stream = Stream()
+    for table in tables(eval_report(text)):
+        terminal(stream).print(table)
+    assert_shown(stream.written)
+
+
+@hostile
+def test_a_report_in_markdown_is_printable(text: str) -> None:
+    written = markdown(eval_report(text))
+    assert_shown(written)
+    assert len(written) < 20_000
+    written.encode()

@@ -1,0 +1,34 @@
+"""Foreign text in a Markdown file: shown as it is, never obeyed."""
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from vllm_steer.foreign import printable
+
+_LONGEST: Final = 1000
+_MARKS: Final = re.compile(r"([\\`*_\[\]<>|&~#$])")
+_BEGINNING: Final = re.compile(r"^(\d*)([-+.)=])(?=[-+=\s]|$)")
+_ADDRESS: Final = re.compile(r"(https?|ftp)://|(www)\.", re.IGNORECASE)
+
+
+def markdown_text(text: str) -> str:
+    """One printable line in which every mark of Markdown, HTML or a formula stands for itself.
+
+    That holds wherever it stands, also where a list or a line would begin.
+    """
+    return _BEGINNING.sub(r"\1\\\2", _inline(text))
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(map(_inline, cells))} |"
+
+
+def _inline(text: str) -> str:
+    marked = _MARKS.sub(r"\\\1", printable(text, _LONGEST).strip())
+    return _ADDRESS.sub(_not_linked, marked)
+
+
+def _not_linked(found: re.Match[str]) -> str:
+    return f"{found[1]}\\://" if found[1] else f"{found[2]}\\."

@@ -1,0 +1,40 @@
+"""Pictures: figures of matplotlib that are written whole, in which every text is shown as it is."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_steer.evaluation.optional import need
+from vllm_steer.files.whole import write_whole
+from vllm_steer.foreign import printable
+
+_LONGEST: Final = 100
+_PLAIN: Final = {"text.usetex": False}
+"""Whatever the user's settings say: TeX would obey a file's name."""
+
+
+@contextmanager
+def picture(path: str | Path, *, dpi: int, **options: Any) -> Iterator[Any]:
+    """A figure to draw on, with matplotlib's ``options``; a PNG at ``path`` when the block ends.
+
+    Raises ``SteerError`` without matplotlib, and if the file cannot be written.
+    """
+    # A figure of its own draws with Agg and needs no display; pyplot would keep it.
+    make = need("matplotlib.figure").Figure
+    with need("matplotlib").rc_context(_PLAIN), warnings.catch_warnings():
+        for about_texts in ("Glyph .* missing from", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", message=about_texts)
+        figure = make(**options)
+        yield figure
+        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
+def label(text: str) -> str:
+    """A text for a title, an axis or a legend: printable, and no formula where it has dollars.
+
+    (The parsing of formulas cannot be turned off as a whole: logarithmic axes are labelled by it.)
+    """
+    shown = printable(text, _LONGEST).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown  # a legend leaves out what begins so
