@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -273,3 +274,13 @@ def test_a_full_standard_output_leaves_no_file(tmp_path: Path) -> None:
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_is_closed_is_no_reason_to_fail(tmp_path: Path, closed: str) -> None:
+    steer = steer_of(tmp_path / "in", "x")
+    line = [sys.executable, "-c", MAIN, "convert", str(steer), str(tmp_path / "out")]
+    done = subprocess.run(["bash", "-c", f"{shlex.join(line)} {closed}"], timeout=60)
+    assert done.returncode == 0 and load_steer(tmp_path / "out").layers == (0, 1)
+    again = subprocess.run(["bash", "-c", f"{shlex.join(line)} {closed}"], timeout=60)
+    assert again.returncode == 1

@@ -14,7 +14,7 @@ from vllm_steer.cli.evidence import evidence
 from vllm_steer.cli.fit import fit
 from vllm_steer.cli.inspect import inspect
 from vllm_steer.cli.sweep import sweep
-from vllm_steer.cli.terminal import one_line, protect
+from vllm_steer.cli.terminal import one_line, protect_streams
 from vllm_steer.cli.transfer import transfer
 from vllm_steer.errors import SteerError
 from vllm_steer.files.source import cause
@@ -44,8 +44,7 @@ def main() -> None:
     So does an output stream that cannot be written to; one that nobody reads any more says nothing.
     An interruption ends with 130, as a shell's.
     """
-    protect(sys.stdout)
-    protect(sys.stderr)
+    protect_streams()
     try:
         try:
             app()

@@ -7,6 +7,7 @@ that turn the direction of what follows, and none that the stream cannot carry.
 
 import io
 import json
+import os
 import sys
 from typing import IO, Any, Final
 
@@ -80,6 +81,14 @@ def say(text: str, *, stderr: bool = False, longest: int | None = LONGEST) -> No
 def say_json(value: Any) -> None:
     """Print a value as JSON, in ASCII: a terminal shows all of it and obeys none."""
     print(json.dumps(value, indent=2))
+
+
+def protect_streams() -> None:
+    """``protect`` both, and let what is written to one that was closed go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        protect(getattr(sys, name))
 
 
 def protect(stream: IO[str]) -> None:

@@ -1,7 +1,7 @@
 """``vllm-steer fit concept``: a concept vector from answers with and without the concept."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vllm_steer.fit.concept import ConceptFit
     from vllm_steer.models import LanguageModel
     from vllm_steer.texts.messages import Conversation
+
+_LONGEST: Final = 10_000
+"""Characters of a conversation that are shown."""
 
 
 def concept(
@@ -129,8 +132,12 @@ def _show_first(
         chat_template=chat_template,
     )
     counted = tokenizer.decode([encoded.ids[position] for position in encoded.kept])
-    say(f"first row as the model reads it: {rendered.text!r}", stderr=True, longest=None)
-    say(f"what counts of it: {counted!r} ({len(encoded.kept)} tokens)", stderr=True, longest=None)
+    say(f"first row as the model reads it: {rendered.text!r}", stderr=True, longest=_LONGEST)
+    say(
+        f"what counts of it: {counted!r} ({len(encoded.kept)} tokens)",
+        stderr=True,
+        longest=_LONGEST,
+    )
 
 
 def _by_layer(found: "ConceptFit") -> dict[str, dict[int, float | None]]:
