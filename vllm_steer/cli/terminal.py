@@ -87,7 +87,7 @@ def protect_streams() -> None:
     """``protect`` both, and let what is written to one that was closed go nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         protect(getattr(sys, name))
 
 
