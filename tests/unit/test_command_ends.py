@@ -1,0 +1,105 @@
+"""How a command ends: one line and an exit code, whatever goes wrong."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile_texts import assert_shown
+from test_hostile_commands import MAIN, call, steer_of
+
+from vllm_steer import SteerError, load_steer
+from vllm_steer.cli import main
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "device", "gone", "-", "unreadable", "empty"])
+def test_what_is_no_steer_file_is_one_line(tmp_path: Path, what: str) -> None:
+    given: dict[str, Any] = {"folder": tmp_path, "device": "/dev/zero", "-": "-"}
+    path = given.get(what, tmp_path / what)
+    if what == "pipe":
+        os.mkfifo(path)
+    if what in ("unreadable", "empty"):
+        Path(path).write_bytes(b"")
+        Path(path).chmod(0o000 if what == "unreadable" else 0o600)
+    done = call("convert", path, tmp_path / "out")
+    assert isinstance(done.exception, SteerError) and done.output == ""
+    assert str(done.exception).startswith(f"{path}: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (SteerError("a\nb"), 1, "vllm-steer: a\\nb\n"),
+        (RecursionError("deep"), 1, "vllm-steer: RecursionError: deep\n"),
+        (MemoryError(), 1, "vllm-steer: MemoryError: MemoryError\n"),
+        (OverflowError("big"), 1, "vllm-steer: OverflowError: big\n"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad\x1b"), 1, None),
+        (OSError(28, "No space left on device", "a\x1b[31m"), 1, None),
+        (KeyboardInterrupt(), 130, "vllm-steer: interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_goes_wrong_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    raised: BaseException,
+    code: int,
+    said: str | None,
+) -> None:
+    def fails() -> None:
+        raise raised
+
+    monkeypatch.setattr("vllm_steer.cli.app", fails)
+    kept = os.dup(1)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert caught.value.code == code
+    found = capfd.readouterr().err
+    assert found.count("\n") == 1
+    assert_shown(found)
+    assert said in (None, found)
+
+
+def test_an_interrupted_command_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
+    program = (
+        "import time\nfrom vllm_steer import cli\n"
+        "def wait(*_):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
+        "cli.convert.__globals__['read_file'] = wait\ncli.main()\n"
+    )
+    line = [sys.executable, "-c", program, "convert", "in", str(tmp_path / "out")]
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_standard_output_leaves_no_file(tmp_path: Path) -> None:
+    steer = steer_of(tmp_path / "in", "x")
+    line = [sys.executable, "-c", MAIN, "convert", str(steer), str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_is_closed_is_no_reason_to_fail(tmp_path: Path, closed: str) -> None:
+    steer = steer_of(tmp_path / "in", "x")
+    line = [sys.executable, "-c", MAIN, "convert", str(steer), str(tmp_path / "out")]
+    done = subprocess.run(["bash", "-c", f"{shlex.join(line)} {closed}"], timeout=60)
+    assert done.returncode == 0 and load_steer(tmp_path / "out").layers == (0, 1)
+    again = subprocess.run(["bash", "-c", f"{shlex.join(line)} {closed}"], timeout=60)
+    assert again.returncode == 1
