@@ -5,6 +5,7 @@ from numbers import Integral
 from typing import Any
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import LONGEST_LIST, printable, shown
 
 _MOST = 10_000
 
@@ -55,10 +56,12 @@ def positions_of(kept: Sequence[int], layers: Sequence[int]) -> list[int]:
     """Where each of ``kept`` stands in ``layers``; ``SteerError`` for one that does not."""
     missing = sorted(set(kept) - set(layers))
     if missing:
-        raise SteerError(
-            f"layers {format_layers(missing)} are not in this steer; it has {format_layers(layers)}"
-        )
+        raise SteerError(f"layers {_short(missing)} are not in this steer; it has {_short(layers)}")
     return [layers.index(layer) for layer in kept]
+
+
+def _short(layers: Iterable[int]) -> str:
+    return printable(format_layers(layers), LONGEST_LIST)
 
 
 def _span(part: str, given: Any) -> range:
@@ -72,7 +75,7 @@ def _span(part: str, given: Any) -> range:
 
 def _number(item: Any, given: Any) -> int:
     if isinstance(item, str):
-        text = item.strip()
+        text = item.strip(" \t\r\n")
         item = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else None
     if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= int(item) < _MOST:
         raise _malformed(given)
@@ -80,10 +83,6 @@ def _number(item: Any, given: Any) -> int:
 
 
 def _malformed(given: Any) -> SteerError:
-    try:
-        shown = str(given)[:100]
-    except (ValueError, RecursionError):  # an integer of too many digits, a list too deep
-        shown = f"a monstrous {type(given).__name__}"
     return SteerError(
-        f"layers is {shown!r}; wanted: 0-based layers such as '8-31', '3,7,9' or [3, 7]"
+        f"layers is {shown(given)}; wanted: 0-based layers such as '8-31', '3,7,9' or [3, 7]"
     )
