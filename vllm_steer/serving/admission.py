@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 
@@ -72,17 +72,22 @@ def admit(params: Any, vllm_config: Any) -> None:
     plan = plan_of(vllm_config)
     if plan is None:
         return
-    if _argument(params, STREAM) is not None:
-        raise RejectedSteer(
-            f"{STREAM} is given, which belongs to vllm-steer's own requests; leave it away"
-        )
     with _rejecting():
+        if _argument(params, STREAM) is not None:
+            refuse_stream()
         asked_strengths(params)
         doses = doses_of(params, plan)
         if is_dynamic(doses):
             check_engine_for(doses, plan, vllm_config)
             check_params_for(doses, params)
             expect_strengths(plan)
+
+
+def refuse_stream() -> NoReturn:
+    """Raise ``SteerRequestError`` for an argument that only requests of our own have."""
+    raise SteerRequestError(
+        f"{STREAM} is given, which belongs to vllm-steer's own requests; leave it away"
+    )
 
 
 def key_request(request: Any, vllm_config: Any) -> None:
