@@ -10,7 +10,7 @@ import sys
 import time
 from urllib.parse import urlsplit
 
-PAUSE_S = 0.02
+PAUSE_S = 0.03
 
 
 def poll(url: str) -> list[float]:
