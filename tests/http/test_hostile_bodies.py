@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.matrix, pytest.mark.timeout(1500)]
 KEY = "sk-hostile"
 RIGHT = {"authorization": f"Bearer {KEY}"}
 MARGIN_MS = 50.0
-"""What the steered server's worst ``/health`` may take, and what it may take beyond the other's."""
+"""What the steered server's ``/health`` may take beyond the unsteered one's, or twice its worst."""
 GROWTH_MIB = 64
 ZEROS_MIB = 300
 LARGE = 100_000
@@ -243,11 +243,12 @@ def test_streams_ran_to_their_end_beside_all_of_it(answers: Answers) -> None:
 
 def test_health_answers_as_fast_as_the_unsteered_servers(answers: Answers) -> None:
     """The machines are noisy, so the unsteered server in the same run is the measure."""
-    worst = {name: max(values) for name, values in answers.latencies.items()}
+    worst, high = {}, {}
     for name, values in answers.latencies.items():
-        high = statistics.quantiles(values, n=1000)[-1]
-        print(f"/health, {name}: worst {worst[name]:.1f} ms, 99.9 % below {high:.1f} ms")
-    assert worst["steered"] <= max(MARGIN_MS, worst["unsteered"] + MARGIN_MS)
+        worst[name], high[name] = max(values), statistics.quantiles(values, n=100)[-1]
+        print(f"/health, {name}: worst {worst[name]:.1f} ms, 99 % below {high[name]:.1f} ms")
+    assert high["steered"] <= high["unsteered"] + MARGIN_MS
+    assert worst["steered"] <= 2 * worst["unsteered"] + MARGIN_MS
 
 
 def test_the_memory_stays_flat_and_nothing_is_read_without_the_key(answers: Answers) -> None:

@@ -22,7 +22,7 @@ from vllm_steer.serving.reports.response import ReportingSend, Send, with_length
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _LARGE: Final = 1 << 20
-"""Bytes; joining more than these releases the GIL, and waits in a thread."""
+"""Bytes; a larger body is joined without the GIL, and read, in a thread."""
 
 
 class SteerMiddleware:
@@ -91,7 +91,8 @@ class Steering:
 
 async def _rewrite(body: ReceivedBody, plan: SteerPlan, route: Route, vllm_config: Any) -> bool:
     """Append to the body what it needs to; whether the response tells the strengths."""
-    read = await _read(body)
+    large = body.length > _LARGE
+    read = await asyncio.to_thread(_read, body) if large else _read(body)
     if read.members is None:
         return False
     try:
@@ -103,10 +104,10 @@ async def _rewrite(body: ReceivedBody, plan: SteerPlan, route: Route, vllm_confi
     return wanted.reports
 
 
-async def _read(body: ReceivedBody) -> Read:
+def _read(body: ReceivedBody) -> Read:
     """The members of the body that matter; none if it is no JSON object."""
-    text = await asyncio.to_thread(body.whole) if body.length > _LARGE else body.whole()
+    text = body.whole()
     try:
         return Read(BODY.read_fast(text))
     except Slow:
-        return await asyncio.to_thread(BODY.read_slowly, text)
+        return BODY.read_slowly(text)
