@@ -1,8 +1,9 @@
 """Where the middleware stands: inside the check of API keys and inside everybody's middlewares."""
 
 import asyncio
+import importlib
+import inspect
 import json
-from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from vllm_steer.serving.http import Steering, SteerMiddleware
@@ -63,28 +65,34 @@ def empty() -> None:
 
 
 def application(plan: Any, middleware: list[str], api_key: list[str] | None) -> FastAPI:
-    """An application with vLLM's own middlewares and the given ones, added by vLLM."""
-    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
-
+    """An application with vLLM's check of API keys and the given middlewares, in vLLM's order."""
     app = FastAPI()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
         return {"body": await request.json(), "served": "x" * 500}
 
-    args = Namespace(
-        allowed_origins=["*"],
-        allow_credentials=False,
-        allowed_methods=["*"],
-        allowed_headers=["*"],
-        api_key=api_key,
-        enable_request_id_headers=True,
-        middleware=middleware,
-    )
-    init_entrypoints_middleware(args, app, ("generate",))
-    config = SimpleNamespace(additional_config={"steer": plan.to_json()})
-    app.state.vllm_config = config
+    app.add_middleware(CORSMiddleware, allow_origins=["*"])
+    if api_key:
+        app.add_middleware(authentication(), tokens=api_key)
+    for name in middleware:
+        module, _, attribute = name.rpartition(".")
+        imported = getattr(importlib.import_module(module), attribute)
+        if inspect.isclass(imported):
+            app.add_middleware(imported)
+        else:
+            app.middleware("http")(imported)
+    app.state.vllm_config = SimpleNamespace(additional_config={"steer": plan.to_json()})
     return app
+
+
+def authentication() -> Any:
+    """vLLM's own check of API keys."""
+    try:
+        from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+    except ImportError:  # where older versions have it
+        from vllm.entrypoints.serve.utils.server_utils import AuthenticationMiddleware
+    return AuthenticationMiddleware
 
 
 def post(app: FastAPI, *keys: str, body: Any) -> list[httpx.Response]:

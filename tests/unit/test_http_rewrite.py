@@ -47,6 +47,11 @@ def rewrite(body: bytes, plan: Any, *, route: str) -> bytes:
     return rewritten(body, plan, route=route).body
 
 
+def carries(path: str) -> bool:
+    route = route_at(path)
+    return route is not None and route.carries
+
+
 def load(body: bytes) -> Any:
     """A body as vLLM reads it, without fields of ours that are empty."""
     data = json.loads(body)
@@ -379,7 +384,10 @@ def test_an_engine_without_steers_sees_every_body_as_it_came() -> None:
     ],
 )
 def test_routes_that_generate_take_a_steer(plan: Any, path: str) -> None:
-    inside, _ = run(plan, [dump({"steer": "a:3"})], path=path)
+    inside, sent = run(plan, [dump({"steer": "a:3"})], path=path)
+    if not carries(path):  # Anthropic's, in older vLLM versions
+        assert sent[0]["status"] == 400
+        return
     assert load(inside.body) == {"vllm_xargs": {"steer": "a:3"}}
 
 
@@ -429,7 +437,8 @@ def test_a_refusal_on_anthropics_route_has_its_form(plan: Any) -> None:
     message = found["error"]["message"]
     error = AnthropicError(type="BadRequestError", message=message)
     assert found == AnthropicErrorResponse(error=error).model_dump()
-    assert message == "steer 'b' is unknown; steers: a; presets: friendly, v1"
+    unknown = "steer 'b' is unknown; steers: a; presets: friendly, v1"
+    assert message == (unknown if carries("/v1/messages") else REFUSAL)
 
 
 @pytest.mark.parametrize(
