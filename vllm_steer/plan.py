@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from vllm_steer.config import Limits, SteerConfig, SteerEntry
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.kernels.dispatch import Kernels
-from vllm_steer.request import check_request, resolve
+from vllm_steer.request import DoseMemo, check_request, resolve
 from vllm_steer.steers import DeltaSteer, LMSteer, Schedule, Steer
 from vllm_steer.steers.content import content_digest
 
@@ -60,6 +60,7 @@ class SteerPlan(BaseModel):
     presets: dict[str, dict[str, float | str | dict[str, Any]]]
     default: str
     limits: Limits
+    _resolved: DoseMemo = PrivateAttr(default_factory=DoseMemo)
 
     @classmethod
     def of(cls, config: SteerConfig) -> "SteerPlan":
@@ -97,8 +98,9 @@ class SteerPlan(BaseModel):
         return frozenset(steer.site for steer in self.steers.values())
 
     def doses(self, asked: Any) -> tuple[Dose, ...]:
-        """The doses for a request's ``steer`` value; None takes the default."""
-        return resolve(self.default if asked is None else asked, self)
+        """The doses for a request's ``steer`` value, resolved once; None takes the default."""
+        asked = self.default if asked is None else asked
+        return self._resolved.get(asked, lambda: resolve(asked, self))
 
 
 def is_plan(data: Any) -> bool:

@@ -32,7 +32,7 @@ _EXTRA_KEYS = "generate_block_hash_extra_keys"
 
 def register() -> None:
     """Entry point of the ``vllm.general_plugins`` group; calling it again changes nothing."""
-    if os.environ.get(DISABLE) == "1":
+    if os.environ.get(DISABLE, "").strip().lower() not in ("", "0", "false"):
         return
     from vllm.engine.arg_utils import EngineArgs
 

@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,6 +168,18 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.fixture(scope="module")
+def serve_with() -> Callable[[Path, Sequence[str]], AbstractContextManager[str]]:
+    """``serving``, for tests that start servers with options of their own."""
+    return serving
+
+
+@pytest.fixture(scope="module")
+def steer_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A steer config with random steers, beside their files."""
+    return write_config(tmp_path_factory.mktemp("steers"), random_steers())
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def fr(**options: Any) -> dict[str, Any]:
         (fr(max=[2]), r"steer fr has max \[2\]; a number is wanted"),
         (fr(max=math.nan), "steer fr has max nan; it must be finite"),
         (fr(max=-math.inf), "steer fr has max -inf; it must be finite"),
-        (fr(max=10**5000), "steer fr has max a int too long to print; a number is wanted"),
+        (fr(max=10**5000), "steer fr has max a whole number of about 5001 digits; a num"),
         (fr(max=1e39), r"steer fr adds up to max 1e\+39; it must be finite"),
         (fr(max=0), "steer fr has max 0: its strengths would all be 0; give another, or leave"),
         (fr(max="-0.0"), "steer fr has max '-0.0': its strengths would all be 0"),

@@ -129,13 +129,13 @@ WANTED = "wanted: 0-based layers such as '8-31'"
         ({"push": {"layers": []}}, f"steer push: layers is .*; {WANTED}"),
         ({"push": {"layers": ""}}, f"steer push: layers is ''; {WANTED}"),
         ({"push": {"layers": {"4": 1}}}, f"steer push: layers is .*; {WANTED}"),
-        ({"push": {"layers": True}}, f"steer push: layers is 'True'; {WANTED}"),
-        ({"push": {"layers": 4.0}}, f"steer push: layers is '4.0'; {WANTED}"),
+        ({"push": {"layers": True}}, f"steer push: layers is True; {WANTED}"),
+        ({"push": {"layers": 4.0}}, f"steer push: layers is 4.0; {WANTED}"),
         ({"push": {"layers": 10**5000}}, f"steer push: layers is .*; {WANTED}"),
         ({"push": {"layers": [10**5000]}}, f"steer push: layers is .*; {WANTED}"),
         ({"push": {"phase": "decode"}}, "push has phase 'decode'; allowed: all, prompt, gene"),
         ({"push": {"phase": ["all"]}}, r"steer push has phase \['all'\]; allowed: all"),
-        ({"push": {"phase": 10**5000}}, "steer push has phase a int too long to print; allowed"),
+        ({"push": {"phase": 10**5000}}, "steer push has phase a whole number of about 5001 d"),
         ({"walk": {"schedule": "none"}}, "walk has schedule 'none'; allowed: fixed, start, dim"),
         ({"walk": {"schedule": 0}}, "steer walk has schedule 0; allowed: fixed"),
         ({"push": {"schedule": "fixed"}}, "push is of kind vector: only a delta steer has"),
@@ -183,7 +183,7 @@ def _is_huge(value: Any) -> bool:
 
 def test_a_short_text_of_many_layers_is_refused_at_once() -> None:
     with pytest.raises(SteerRequestError, match=WANTED):
-        resolve({"push": {"layers": "0-9999," * 20_000 + "0"}}, PLAN)
+        resolve({"push": {"layers": "0-9999," * 2_000 + "0"}}, PLAN)
 
 
 def test_unlike_doses_of_one_steer_each_count_for_the_limit() -> None:

@@ -246,6 +246,24 @@ def test_a_disabled_plugin_changes_nothing(processes: dict[str, Callable[[], Any
     assert processes["disabled"]()["changed"] == []
 
 
+@pytest.mark.parametrize(
+    ("word", "disables"),
+    [("1", True), ("true", True), ("yes", True), ("TRUE", True), ("off", True), ("2", True),
+     ("0", False), ("false", False), ("False", False), ("FALSE", False), ("", False), (" ", False)],
+)  # fmt: skip
+def test_any_word_but_0_and_false_disables_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, word: str, disables: bool
+) -> None:
+    from vllm_steer import plugin
+
+    wrapped: list[str] = []
+    monkeypatch.setattr(plugin, "_wrap", lambda owner, name, *args, **kwargs: wrapped.append(name))
+    monkeypatch.setenv(plugin.DISABLE, word)
+    monkeypatch.delenv(plugin.ACTIVE, raising=False)
+    plugin.register()
+    assert (wrapped == []) is disables
+
+
 def test_the_distribution_enters_vllm_as_a_general_plugin_only() -> None:
     ours = {
         (point.group, point.name, point.value)

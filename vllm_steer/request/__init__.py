@@ -11,11 +11,13 @@
                                      the same with all of its options
     "none", "" or {}                 no steer, whatever the config's default says
 
-Strengths of one steer that is named more than once with like options add up; a dynamic one is
-named once.
+A number is ASCII digits with a sign, a fraction and an exponent at most; ``ceilings`` says how
+large a value may be. Strengths of one steer that is
+named more than once with like options add up; a dynamic one is named once.
 """
 
+from vllm_steer.request.memo import DoseMemo
 from vllm_steer.request.options import Dosable, read_dose
 from vllm_steer.request.resolution import check_request, resolve
 
-__all__ = ["Dosable", "check_request", "read_dose", "resolve"]
+__all__ = ["Dosable", "DoseMemo", "check_request", "read_dose", "resolve"]

@@ -6,7 +6,10 @@ from typing import Any, Final
 from vllm_steer.config import DYNAMIC
 from vllm_steer.doses import KLS, Dynamic
 from vllm_steer.errors import SteerRequestError
-from vllm_steer.request.values import choice, number, shown
+from vllm_steer.foreign import name as named
+from vllm_steer.foreign import shown
+from vllm_steer.request.ceilings import SPACES
+from vllm_steer.request.values import choice, number
 
 DYNAMIC_OPTIONS: Final = ("max", "top_p", "kl")
 DEFAULT_MAX: Final = 2.0
@@ -17,13 +20,13 @@ def dynamic_options(name: str, given: Any) -> dict[str, str] | None:
 
     None for anything else, which may be a number.
     """
-    pieces = [piece.strip() for piece in given.split(":")] if isinstance(given, str) else []
+    pieces = [piece.strip(SPACES) for piece in given.split(":")] if isinstance(given, str) else []
     if DYNAMIC not in pieces[:1]:
         return None
     if len(pieces) > 3 or "" in pieces:
         raise SteerRequestError(
-            f"steer {name} has strength {shown(given)}; after 'dynamic' a maximum may follow, and "
-            f"after that a top_p, such as {name}:dynamic:1.5:0.6"
+            f"steer {named(name)} has strength {shown(given)}; after 'dynamic' a maximum may "
+            f"follow, and after that a top_p, such as {named(name)}:dynamic:1.5:0.6"
         )
     return dict(zip(("strength", "max", "top_p"), pieces, strict=False))
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from vllm_steer.config import DYNAMIC
 from vllm_steer.doses import PHASES, Dose, Phase
 from vllm_steer.errors import SteerError, SteerRequestError
+from vllm_steer.foreign import listed
 from vllm_steer.request.dynamic import DYNAMIC_OPTIONS, is_asked, read_dynamic
 from vllm_steer.request.parsing import options_of
 from vllm_steer.request.values import choice, key_name, number
@@ -69,7 +70,7 @@ def _check_options(name: str, options: Mapping[Any, Any], steer: Dosable) -> Non
     unknown = sorted(set(map(key_name, options)) - set(_OPTIONS))
     if unknown:
         raise SteerRequestError(
-            f"steer {name} has unknown options {', '.join(unknown)}; allowed: {', '.join(_OPTIONS)}"
+            f"steer {name} has unknown options {listed(unknown)}; allowed: {', '.join(_OPTIONS)}"
         )
     if steer.site == "head" and (
         {"layers", "schedule"} & set(options) or options.get("phase") not in (None, "all")

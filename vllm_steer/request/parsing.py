@@ -6,30 +6,31 @@ from typing import Any
 
 from vllm_steer.config import NO_STEER
 from vllm_steer.errors import SteerRequestError
+from vllm_steer.foreign import shown
+from vllm_steer.request.ceilings import SPACES, check_object, check_text
 from vllm_steer.request.dynamic import dynamic_options
-from vllm_steer.request.values import key_name, shown
+from vllm_steer.request.values import key_name
 
 Options = Mapping[Any, Any]
 
-_ALLOWED = (
+ALLOWED = (
     "a string such as 'detox:5,humor', a JSON object in a string, or a dict such as {'detox': 5}"
 )
 
 
 def parse(asked: Any) -> Iterator[tuple[str, Options]]:
-    """Each name with the options given, none where it stands alone."""
+    """Each name with the options given, none where it stands alone.
+
+    Raises ``SteerRequestError``, before it reads any of it, for a value above the ceilings.
+    """
     if isinstance(asked, str):
-        text = asked.strip()
-        if text.startswith("{"):
-            yield from _parse_dict(_from_json(text))
-        elif text.startswith("["):
-            raise SteerRequestError(f"steer is {shown(text)}; allowed: {_ALLOWED}")
-        elif text not in ("", NO_STEER):
-            yield from map(_parse_part, text.split(","))
+        check_text(asked)
+        yield from _parse_text(asked.strip(SPACES))
     elif isinstance(asked, Mapping):
+        check_object(asked)
         yield from _parse_dict(asked)
     else:
-        raise SteerRequestError(f"steer is {shown(asked)}; allowed: {_ALLOWED}")
+        raise SteerRequestError(f"steer is {shown(asked)}; allowed: {ALLOWED}")
 
 
 def options_of(name: str, given: Any) -> Options:
@@ -38,6 +39,17 @@ def options_of(name: str, given: Any) -> Options:
         return given
     dynamic = dynamic_options(name, given)
     return {"strength": given} if dynamic is None else dynamic
+
+
+def _parse_text(text: str) -> Iterator[tuple[str, Options]]:
+    if text.startswith("{"):
+        asked = _from_json(text)
+        check_object(asked)
+        yield from _parse_dict(asked)
+    elif text.startswith("["):
+        raise SteerRequestError(f"steer is {shown(text)}; allowed: {ALLOWED}")
+    elif text not in ("", NO_STEER):
+        yield from map(_parse_part, text.split(","))
 
 
 def _from_json(text: str) -> Options:
@@ -49,9 +61,9 @@ def _from_json(text: str) -> Options:
 
 
 def _parse_part(part: str) -> tuple[str, Options]:
-    name, colon, strength = (piece.strip() for piece in part.partition(":"))
+    name, colon, strength = (piece.strip(SPACES) for piece in part.partition(":"))
     if not name or (colon and not strength):
-        raise SteerRequestError(f"steer has an incomplete part {shown(part)}; allowed: {_ALLOWED}")
+        raise SteerRequestError(f"steer has an incomplete part {shown(part)}; allowed: {ALLOWED}")
     return name, options_of(name, strength) if colon else {}
 
 

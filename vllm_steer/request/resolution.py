@@ -10,9 +10,10 @@ import numpy as np
 from vllm_steer.config import DYNAMIC
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError, SteerRequestError
+from vllm_steer.foreign import listed, shown
+from vllm_steer.request.ceilings import check_plain
 from vllm_steer.request.options import read_dose, read_strength
 from vllm_steer.request.parsing import Options, parse
-from vllm_steer.request.values import shown
 
 if TYPE_CHECKING:
     from vllm_steer.plan import SteerPlan
@@ -33,6 +34,7 @@ def resolve(asked: Any, plan: "SteerPlan") -> tuple[Dose, ...]:
         strengths[like] = strengths.get(like, 0.0) + dose.strength
     doses = tuple(replace(like, strength=v) for like, v in strengths.items() if v != 0)
     _check_limits(doses, plan)
+    check_plain(asked)
     return doses
 
 
@@ -53,9 +55,9 @@ def _open_name(name: str, options: Options, plan: "SteerPlan") -> Iterator[Dose]
     elif name in plan.steers:
         yield read_dose(name, options, plan.steers[name])
     else:
-        known = f"steers: {', '.join(sorted(plan.steers))}"
+        known = f"steers: {listed(sorted(plan.steers))}"
         if plan.presets:
-            known += f"; presets: {', '.join(sorted(plan.presets))}"
+            known += f"; presets: {listed(sorted(plan.presets))}"
         raise SteerRequestError(f"steer {shown(name)} is unknown; {known}")
 
 

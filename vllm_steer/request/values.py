@@ -1,13 +1,15 @@
-"""Single values of a request: numbers, words, and how they are shown in a message."""
+"""Single values of a request: numbers and words."""
 
 import math
-import reprlib
-from typing import Any, TypeVar
+import re
+from typing import Any, Final, TypeVar
 
 from vllm_steer.errors import SteerRequestError
+from vllm_steer.foreign import shown
+from vllm_steer.request.ceilings import SPACES
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
+_NUMBER: Final = re.compile(r"[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+"""What is a number in every language that a client may be written in."""
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -15,9 +17,7 @@ Choice = TypeVar("Choice", bound=str)
 def number(name: str, option: str, given: Any, *, wanted: str) -> float:
     """A finite number, also from a string; ``SteerRequestError`` says what is ``wanted``."""
     try:
-        if isinstance(given, bool) or not isinstance(given, str | int | float):
-            raise ValueError
-        value = float(given)
+        value = _float(given)
     except (ValueError, OverflowError):
         raise SteerRequestError(
             f"steer {name} has {option} {shown(given)}; a number is wanted, {wanted}"
@@ -30,7 +30,7 @@ def number(name: str, option: str, given: Any, *, wanted: str) -> float:
 def choice(name: str, option: str, given: Any, allowed: tuple[Choice, ...]) -> Choice:
     """The one of the allowed words that was given."""
     for word in allowed:
-        if given == word:
+        if isinstance(given, str) and given == word:
             return word
     raise SteerRequestError(
         f"steer {name} has {option} {shown(given)}; allowed: {', '.join(allowed)}"
@@ -42,9 +42,9 @@ def key_name(key: Any) -> str:
     return key if isinstance(key, str) else shown(key)
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut short: what is wrong with it may be its size."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        return f"a {type(value).__name__} too long to print"
+def _float(given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise ValueError
+    if isinstance(given, str) and not _NUMBER.fullmatch(given.strip(SPACES)):
+        raise ValueError
+    return float(given)

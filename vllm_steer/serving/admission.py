@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerRequestError
+from vllm_steer.foreign import shown
 from vllm_steer.plan import SteerPlan
-from vllm_steer.request.values import shown
 from vllm_steer.serving.cache_key import SteeredSalt, steered_salt
 from vllm_steer.serving.dynamic_admission import (
     check_engine_for,
@@ -22,6 +22,8 @@ from vllm_steer.serving.streams.stream import STREAM, is_dynamic, stream_of
 
 PARAMETER = "vllm_xargs.steer"
 STRENGTHS = "steer_strengths"
+_NO = (False, "false", "0")
+_YES = (True, "true", "1")
 
 
 class RejectedSteer(VLLMValidationError, SteerRequestError):
@@ -42,11 +44,15 @@ def asked_strengths(sampling_params: Any) -> bool:
     Raises ``SteerRequestError`` for a ``steer_strengths`` that is no boolean, in any of the ways
     that one may arrive: a server makes a number of JSON's ``true`` in ``vllm_xargs``.
     """
-    given = _argument(sampling_params, STRENGTHS)
+    return as_wish(_argument(sampling_params, STRENGTHS))
+
+
+def as_wish(given: Any) -> bool:
+    """A ``steer_strengths`` value as a boolean; ``SteerRequestError`` if it is none."""
     word = given.strip().lower() if isinstance(given, str) else given
-    if word is None or word in (False, "false", "0"):
+    if word is None or word in _NO:
         return False
-    if word in (True, "true", "1"):
+    if word in _YES:
         return True
     raise SteerRequestError(f"{STRENGTHS} is {shown(given)}; true or false is wanted")
 
@@ -66,17 +72,22 @@ def admit(params: Any, vllm_config: Any) -> None:
     plan = plan_of(vllm_config)
     if plan is None:
         return
-    if _argument(params, STREAM) is not None:
-        raise RejectedSteer(
-            f"{STREAM} is given, which belongs to vllm-steer's own requests; leave it away"
-        )
     with _rejecting():
+        if _argument(params, STREAM) is not None:
+            refuse_stream()
         asked_strengths(params)
         doses = doses_of(params, plan)
         if is_dynamic(doses):
             check_engine_for(doses, plan, vllm_config)
             check_params_for(doses, params)
             expect_strengths(plan)
+
+
+def refuse_stream() -> NoReturn:
+    """Raise ``SteerRequestError`` for an argument that only requests of our own have."""
+    raise SteerRequestError(
+        f"{STREAM} is given, which belongs to vllm-steer's own requests; leave it away"
+    )
 
 
 def key_request(request: Any, vllm_config: Any) -> None:

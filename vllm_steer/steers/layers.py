@@ -5,7 +5,7 @@ from numbers import Integral
 from typing import Any
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import shown
+from vllm_steer.foreign import LONGEST_LIST, printable, shown
 
 _MOST = 10_000
 
@@ -59,10 +59,12 @@ def positions_of(kept: Sequence[int], layers: Sequence[int]) -> list[int]:
     places = {layer: place for place, layer in enumerate(layers)}
     missing = sorted(set(kept) - set(places))
     if missing:
-        raise SteerError(
-            f"layers {format_layers(missing)} are not in this steer; it has {format_layers(layers)}"
-        )
+        raise SteerError(f"layers {_short(missing)} are not in this steer; it has {_short(layers)}")
     return [places[layer] for layer in kept]
+
+
+def _short(layers: Iterable[int]) -> str:
+    return printable(format_layers(layers), LONGEST_LIST)
 
 
 def _span(part: str, given: Any) -> range:
@@ -76,7 +78,7 @@ def _span(part: str, given: Any) -> range:
 
 def _number(item: Any, given: Any) -> int:
     if isinstance(item, str):
-        text = item.strip()
+        text = item.strip(" \t\r\n")
         item = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else None
     if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= int(item) < _MOST:
         raise _malformed(given)

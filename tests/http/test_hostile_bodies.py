@@ -1,0 +1,259 @@
+"""A steered server with an API key beside an unsteered one, under bodies that nobody should send.
+
+Each kind gets the answer that is due to it, no server error among them; meanwhile streams run to
+their end, ``/health`` answers as fast as the unsteered server's, and the memory does not grow.
+"""
+
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from hostile_bodies import BASE, DENIED, REFUSED, SAME, SERVED, Kind, kinds
+
+pytestmark = [pytest.mark.engine, pytest.mark.matrix, pytest.mark.timeout(1500)]
+
+KEY = "sk-hostile"
+RIGHT = {"authorization": f"Bearer {KEY}"}
+MARGIN_MS = 50.0
+"""What the steered server's ``/health`` may take beyond the unsteered one's, or twice its worst."""
+GROWTH_MIB = 64
+ZEROS_MIB = 300
+LARGE = 100_000
+
+
+@dataclass
+class Answers:
+    """Statuses by kind, and the bodies of the steered server's errors."""
+
+    steered: dict[str, int] = field(default_factory=dict)
+    unsteered: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, Any] = field(default_factory=dict)
+    latencies: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    streams: list[str] = field(default_factory=list)
+    log: str = ""
+
+
+def request(client: httpx.Client, kind: Kind) -> httpx.Response:
+    headers = {}
+    if kind.content_type is not None:
+        headers["content-type"] = kind.content_type
+    if kind.key is not None:
+        headers["authorization"] = RIGHT["authorization"] if kind.key == "right" else kind.key
+    return client.request(kind.method, kind.path, content=kind.body, headers=headers)
+
+
+def process_of(url: str) -> int:
+    """The server process that was started for an address, found by its port."""
+    port = f"--port={urlsplit(url).port}"
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if port in words:
+            return int(folder.name)
+    raise AssertionError(f"no process with {port}")
+
+
+def mebibytes(pid: int, what: str) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError(what)
+
+
+@contextmanager
+def polled(url: str, latencies: list[float]) -> Iterator[None]:
+    """Poll ``/health`` from another process meanwhile."""
+    script = Path(__file__).with_name("health_poll.py")
+    command = [sys.executable, str(script), url]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield
+        output, _ = process.communicate("end\n", timeout=120)
+        assert process.returncode == 0
+        latencies += json.loads(output)
+
+
+@contextmanager
+def streaming(url: str, streams: list[str]) -> Iterator[None]:
+    """Keep one stream running meanwhile, and note the last line of each."""
+    over = threading.Event()
+    body = {**BASE, "max_tokens": 100, "ignore_eos": True, "stream": True, "steer": "a:1"}
+
+    def stream() -> None:
+        with httpx.Client(base_url=url, headers=RIGHT, timeout=120) as client:
+            while not over.is_set():
+                with client.stream("POST", "/v1/completions", json=body) as reply:
+                    lines = [line for line in reply.iter_lines() if line]
+                streams.append(lines[-1])
+                over.wait(1)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+def send_zeros_without_key(url: str) -> bytes:
+    """The head of the answer to a body of zeros, as much of which is sent as is taken."""
+    address = urlsplit(url)
+    zeros = bytes(1 << 20)
+    with socket.create_connection((address.hostname or "", address.port or 0), 60) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % (ZEROS_MIB << 20)
+        )
+        try:
+            for _ in range(ZEROS_MIB):
+                connection.sendall(zeros)
+        except OSError:
+            pass  # the server has hung up
+        return connection.recv(1000)
+
+
+def send_cut_bodies(url: str) -> None:
+    """Chunked and plain bodies whose client leaves in the middle."""
+    address = urlsplit(url)
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Authorization: " + RIGHT["authorization"].encode() + b"\r\n"
+    )
+    bodies = (
+        b'Transfer-Encoding: chunked\r\n\r\n10\r\n{"steer": "a:1",\r\n',
+        b'Transfer-Encoding: chunked\r\n\r\n10\r\n{"steer": "a:1"',
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n",
+        b'Content-Length: 500\r\n\r\n{"steer": ',
+        b"Content-Length: 9000000\r\n\r\n" + b"a:1," * 100_000,
+    )
+    for body in bodies * 5:
+        with socket.create_connection((address.hostname or "", address.port or 0), 60) as sent:
+            sent.sendall(head + body)
+
+
+@pytest.fixture(scope="module")
+def answers(
+    tmp_path_factory: pytest.TempPathFactory, serve_with: Any, steer_config: Path
+) -> Answers:
+    """Both servers under all kinds, once; the statuses and what was measured meanwhile."""
+    folder = tmp_path_factory.mktemp("hostile")
+    options = ["--served-model-name=base", f"--api-key={KEY}"]
+    found = Answers(latencies={"steered": [], "unsteered": []})
+    logs = {name: folder / f"{name}.log" for name in ("steered", "unsteered")}
+    with ExitStack() as stack:
+        steered = stack.enter_context(
+            serve_with(logs["steered"], [*options, f"--steer-config={steer_config}"])
+        )
+        unsteered = stack.enter_context(serve_with(logs["unsteered"], options))
+        pid = process_of(steered)
+        clients = [
+            stack.enter_context(httpx.Client(base_url=url, timeout=120))
+            for url in (steered, unsteered)
+        ]
+        all_kinds = kinds()
+        for kind in all_kinds[::7]:  # warms up
+            for client in clients:
+                request(client, kind)
+        found.memory["before"] = mebibytes(pid, "VmRSS")
+        with (
+            polled(steered, found.latencies["steered"]),
+            polled(unsteered, found.latencies["unsteered"]),
+            streaming(steered, found.streams),
+        ):
+            for kind in all_kinds:
+                reply = request(clients[0], kind)
+                found.steered[kind.name] = reply.status_code
+                if kind.due == REFUSED and reply.status_code == 400:
+                    found.errors[kind.name] = reply.json()
+                if kind.due == SAME or len(kind.body) > LARGE:  # others would only cost time
+                    found.unsteered[kind.name] = request(clients[1], kind).status_code
+        found.memory["after"] = mebibytes(pid, "VmRSS")
+        peak = mebibytes(pid, "VmHWM")
+        found.memory["zeros"] = float(b" 401 " in send_zeros_without_key(steered))
+        found.memory["peak-by-zeros"] = mebibytes(pid, "VmHWM") - peak
+        found.memory["after-zeros"] = mebibytes(pid, "VmRSS")
+        send_cut_bodies(steered)
+        reply = httpx.post(f"{steered}/v1/completions", json=BASE, headers=RIGHT, timeout=60)
+        found.steered["after all"] = reply.status_code
+        found.log = logs["steered"].read_text(errors="replace")
+    return found
+
+
+def by_due(due: str) -> list[Kind]:
+    return [kind for kind in kinds() if kind.due == due]
+
+
+def test_there_are_enough_kinds() -> None:
+    assert len(kinds()) >= 700
+
+
+def test_no_body_is_answered_with_a_server_error(answers: Answers) -> None:
+    """Where the unsteered server answers with one, for reasons of its own, the body is vLLM's."""
+    found = {name: status for name, status in answers.steered.items() if status >= 500}
+    assert {n: s for n, s in found.items() if answers.unsteered.get(n) != s} == {}
+
+
+@pytest.mark.parametrize(
+    ("due", "status"), [(REFUSED, 400), (DENIED, 401), (SERVED, 200)], ids=[REFUSED, DENIED, SERVED]
+)
+def test_every_kind_gets_the_answer_that_is_due(answers: Answers, due: str, status: int) -> None:
+    found = {kind.name: answers.steered[kind.name] for kind in by_due(due)}
+    assert {name: each for name, each in found.items() if each != status} == {}
+
+
+def test_bodies_that_are_vllms_alone_get_the_unsteered_servers_status(answers: Answers) -> None:
+    unlike = {
+        kind.name: (answers.steered[kind.name], answers.unsteered[kind.name])
+        for kind in by_due(SAME)
+        if answers.steered[kind.name] != answers.unsteered[kind.name]
+    }
+    assert unlike == {}
+
+
+def test_every_refusal_is_short_and_names_a_field(answers: Answers) -> None:
+    for name, body in answers.errors.items():
+        message = body["error"]["message"]
+        assert 0 < len(message) <= 1000, name
+        assert message.isprintable(), name
+        assert body["error"]["type"] == "BadRequestError", name
+        assert (body.get("type") == "error") != ("param" in body["error"]), name
+
+
+def test_streams_ran_to_their_end_beside_all_of_it(answers: Answers) -> None:
+    assert answers.streams
+    assert set(answers.streams) == {"data: [DONE]"}
+    assert answers.steered["after all"] == 200
+    assert "Traceback" not in answers.log
+
+
+def test_health_answers_as_fast_as_the_unsteered_servers(answers: Answers) -> None:
+    """The machines are noisy, so the unsteered server in the same run is the measure."""
+    worst, high = {}, {}
+    for name, values in answers.latencies.items():
+        worst[name], high[name] = max(values), statistics.quantiles(values, n=100)[-1]
+        print(f"/health, {name}: worst {worst[name]:.1f} ms, 99 % below {high[name]:.1f} ms")
+    assert high["steered"] <= high["unsteered"] + MARGIN_MS
+    assert worst["steered"] <= 2 * worst["unsteered"] + MARGIN_MS
+
+
+def test_the_memory_stays_flat_and_nothing_is_read_without_the_key(answers: Answers) -> None:
+    print(answers.memory)
+    assert answers.memory["after"] - answers.memory["before"] < GROWTH_MIB
+    assert answers.memory["zeros"] == 1.0
+    assert answers.memory["peak-by-zeros"] < GROWTH_MIB
+    assert answers.memory["after-zeros"] - answers.memory["before"] < GROWTH_MIB

@@ -1,0 +1,75 @@
+"""Names that are nearly ours, and requests that have nothing of them."""
+
+import json
+from typing import Any
+
+import pytest
+from test_http_bodies import send_chunks
+
+NEAR = [
+    ({"steers": "a:3"}, "steers", '"steer": "detox:5,humor"'),
+    ({"Steer": {"a": 3}}, "Steer", '"steer":'),
+    ({"STEER": "a"}, "STEER", '"steer":'),
+    ({"steering": "a"}, "steering", '"steer":'),
+    ({"steer_config": {}}, "steer_config", '"steer":'),
+    ({"steer_strength": True}, "steer_strength", '"steer_strengths": true'),
+    ({"steer": "a:3", "steers": "b"}, "steers", '"steer":'),
+    ({"extra_body": {"steer": "a"}}, "extra_body.steer", '"steer":'),
+    ({"extra_body": {"steer_strengths": True}}, "extra_body.steer_strengths", "_strengths"),
+    ({"extra_body": {"vllm_xargs": {"steer": "a"}}}, "extra_body.vllm_xargs.steer", "vllm_xargs"),
+    ({"extra_args": {"steer": "a"}}, "extra_args.steer", "vllm_xargs"),
+    ({"extra_args": {"Steer": "a"}}, "extra_args.Steer", "vllm_xargs"),
+    ({"vllm_xargs": {"steers": "a"}}, "vllm_xargs.steers", '"steer":'),
+    ({"vllm_xargs": {"Steer": "a"}}, "vllm_xargs.Steer", '"steer":'),
+    ({"sampling_params": {"steer": "a"}}, "sampling_params.steer", '"steer":'),
+    (
+        {"sampling_params": {"extra_args": {"steer": "a"}}},
+        "sampling_params.extra_args.steer",
+        '"steer":',
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "place", "example"), NEAR, ids=lambda value: str(value)[:50])
+def test_a_name_that_is_nearly_ours_is_answered_with_the_right_one(
+    body: Any, place: str, example: str
+) -> None:
+    status, _, _, answer = send_chunks([json.dumps({"prompt": "x", **body}).encode()])
+    assert status == 400
+    error = json.loads(answer)["error"]
+    assert error["param"] == place
+    assert error["message"].startswith(f"{place} is not read by this server")
+    assert example in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"steers": None, "Steer": None},
+        {"steerable": 1, "steer-config": 2, "my_steer": 3, "steers_": 4, "sTEER": 5},
+        {"extra_body": {"other": "steer"}},
+        {"extra_body": "steer"},
+        {"extra_body": ["steer"]},
+        {"extra_args": {"mine": {"steer": 1}}},
+        {"sampling_params": {"temperature": 0, "stop": "steer"}},
+        {"metadata": {"steer": "a", "steers": "b"}},
+        {"vllm_xargs": {"steering": "left", "steer_config": "x"}},
+        {"messages": [{"role": "user", "content": "steer", "steer": "a:3"}]},
+        {"tools": [{"type": "function", "function": {"name": "steer", "steering": {}}}]},
+    ],
+    ids=str,
+)
+def test_other_peoples_fields_pass_byte_for_byte(body: Any) -> None:
+    text = json.dumps({"prompt": "x", **body}).encode()
+    status, passed, _, _ = send_chunks([text])
+    assert status == 200
+    assert passed.chunks == [text]
+
+
+def test_the_token_route_keeps_extra_args_which_it_reads() -> None:
+    body = json.dumps({"sampling_params": {"extra_args": {"steer": "a:3"}}}).encode()
+    status, passed, _, _ = send_chunks([body], path="/inference/v1/generate")
+    assert status == 200
+    assert passed.chunks == [body]
+    body = json.dumps({"sampling_params": {"steer": "a:3"}}).encode()
+    assert send_chunks([body], path="/inference/v1/generate")[0] == 400

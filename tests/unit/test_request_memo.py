@@ -1,0 +1,111 @@
+"""Values that were resolved before are not resolved again, and the plan stays the plan."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_steer import SteerRequestError
+from vllm_steer.plan import SteerPlan
+from vllm_steer.request import DoseMemo, resolution
+from vllm_steer.request.memo import SIZE, frozen
+from vllm_steer.serving.admission import admit, doses_of
+from vllm_steer.serving.engine_config import plan_of
+from vllm_steer.serving.reports.expectation import EXPECTATION
+from vllm_steer.serving.reports.record import record_for
+
+
+@pytest.fixture
+def plan(make_plan: Any) -> SteerPlan:
+    made: SteerPlan = make_plan({"a": 1.0, "b": 2.0})
+    return made
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The values that the parser was called with."""
+    calls: list[Any] = []
+    parse = resolution.parse
+
+    def counting(asked: Any) -> Any:
+        calls.append(asked)
+        return parse(asked)
+
+    monkeypatch.setattr(resolution, "parse", counting)
+    return calls
+
+
+@pytest.mark.parametrize("asked", ["a:3", {"a": 3, "b": {"strength": 1.5}}, None], ids=str)
+def test_a_value_is_parsed_once_however_often_it_is_asked_for(
+    plan: SteerPlan, parsed: list[Any], asked: Any
+) -> None:
+    first = plan.doses(copy.deepcopy(asked))
+    for _ in range(5):
+        assert plan.doses(copy.deepcopy(asked)) is first
+    assert len(parsed) == 1
+
+
+def test_a_request_is_parsed_once_on_its_whole_way(
+    plan: SteerPlan, parsed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_http_rewrite import load, rewritten
+
+    config = SimpleNamespace(additional_config={"steer": plan.to_json()})
+    shared = plan_of(config)
+    assert shared is not None
+    monkeypatch.setattr(EXPECTATION, "plan", shared)
+    body = rewritten(b'{"steer": {"a": 2}}', shared, route="/v1/completions").body
+    params = SimpleNamespace(extra_args=load(body)["vllm_xargs"])
+    admit(params, config)
+    record_for(params)
+    assert doses_of(params, shared)[0].strength == 2
+    assert len(parsed) == 1
+
+
+def test_errors_are_not_kept(plan: SteerPlan, parsed: list[Any]) -> None:
+    for _ in range(3):
+        with pytest.raises(SteerRequestError):
+            plan.doses("c")
+    assert len(parsed) == 3
+
+
+def test_the_memo_is_bounded_and_forgets_the_oldest(plan: SteerPlan, parsed: list[Any]) -> None:
+    for n in range(SIZE + 1):
+        plan.doses(f"a:{n}.5")
+    plan.doses(f"a:{SIZE}.5")
+    assert len(parsed) == SIZE + 1
+    plan.doses("a:0.5")
+    assert len(parsed) == SIZE + 2
+    assert len(plan._resolved._doses) == SIZE
+
+
+def test_values_that_are_equal_and_unlike_are_told_apart(plan: SteerPlan) -> None:
+    assert len({frozen({"a": value}) for value in (1, 1.0, True, "1")}) == 4
+    assert frozen({"a": 1, "b": 2}) != frozen({"b": 2, "a": 1})
+    assert frozen([1]) is frozen(5) is frozen(None) is frozen({"a": object()}) is None
+    plan.doses({"a": 1})
+    for value in (True, [1]):
+        with pytest.raises(SteerRequestError):
+            plan.doses({"a": value})
+    assert plan.doses({"a": 1.0}) == plan.doses({"a": 1})
+
+
+def test_the_plan_serialises_compares_and_copies_as_before(plan: SteerPlan) -> None:
+    other = SteerPlan.from_json(plan.to_json())
+    plan.doses("a:3")
+    assert "resolved" not in str(plan.to_json())
+    assert plan == other == copy.deepcopy(plan) == pickle.loads(pickle.dumps(plan))
+    assert len(copy.deepcopy(plan)._resolved._doses) == 0
+    with pytest.raises(ValueError, match="frozen"):
+        plan.default = "a"  # type: ignore[misc]
+
+
+def test_threads_share_a_memo() -> None:
+    memo = DoseMemo()
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda n: memo.get(f"a:{n % 300}", tuple), range(6000)))
+    assert set(results) == {()}
+    assert len(memo._doses) == SIZE

@@ -1,0 +1,74 @@
+"""Values of requests that were resolved before: each process resolves a value once."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from threading import Lock
+from typing import Any, Final
+
+from vllm_steer.doses import Dose
+from vllm_steer.request.ceilings import LONGEST, check_object
+
+SIZE: Final = 256
+
+Doses = tuple[Dose, ...]
+
+
+class DoseMemo:
+    """The doses of the values that were asked for last, at most ``SIZE`` of them.
+
+    Errors are not kept. All memos are equal and a copied one is empty: a plan with one compares
+    and travels as if it had none.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._doses: OrderedDict[Any, Doses] = OrderedDict()
+
+    def get(self, asked: Any, resolve: Callable[[], Doses]) -> Doses:
+        """The doses of a value, from ``resolve`` where they are not known yet."""
+        key = frozen(asked)
+        if key is None:
+            return resolve()
+        with self._lock:
+            if key in self._doses:
+                self._doses.move_to_end(key)
+                return self._doses[key]
+        doses = resolve()
+        with self._lock:
+            self._doses[key] = doses
+            if len(self._doses) > SIZE:
+                self._doses.popitem(last=False)
+        return doses
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DoseMemo)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type["DoseMemo"], tuple[()]]:
+        return DoseMemo, ()
+
+
+def frozen(asked: Any) -> Any:
+    """A hashable form of a value, which tells 1, 1.0 and True apart; None if it has none.
+
+    Raises ``SteerRequestError`` for an object above the ceilings.
+    """
+    if isinstance(asked, Mapping):
+        check_object(asked)
+    elif type(asked) is not str or len(asked) > LONGEST:
+        return None
+    try:
+        return _frozen(asked)
+    except TypeError:
+        return None
+
+
+def _frozen(value: Any) -> Any:
+    if type(value) is dict:
+        return dict, tuple((_frozen(key), _frozen(inner)) for key, inner in value.items())
+    if type(value) in (list, tuple):
+        return type(value), tuple(map(_frozen, value))
+    if type(value) in (str, int, float, bool, type(None)):
+        return type(value), value
+    raise TypeError

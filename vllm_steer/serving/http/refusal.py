@@ -1,0 +1,35 @@
+"""The 400 that the middleware answers, in the form of the route's own errors."""
+
+import json
+
+from vllm_steer.foreign import LONGEST_MESSAGE, printable
+from vllm_steer.serving.http.routes import Route
+from vllm_steer.serving.reports.response import Send
+
+_TYPE = "BadRequestError"
+
+
+class Refused(ValueError):
+    """A body that cannot be served; ``parameter`` is the field that says so."""
+
+    def __init__(self, message: str, parameter: str) -> None:
+        super().__init__(printable(message, LONGEST_MESSAGE))
+        self.parameter = parameter
+
+
+async def refuse(send: Send, refused: Refused, route: Route) -> None:
+    """Send the response."""
+    body = json.dumps(error_body(refused, route)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def error_body(refused: Refused, route: Route) -> dict[str, object]:
+    """The error as vLLM's routers write it: Anthropic's of its own form, all others OpenAI's."""
+    message = str(refused)
+    if route.is_anthropic:
+        return {"type": "error", "error": {"type": _TYPE, "message": message}}
+    return {
+        "error": {"message": message, "type": _TYPE, "param": refused.parameter, "code": 400},
+    }

@@ -1,0 +1,85 @@
+"""Which requests are read: those for generated text, as JSON. All others are none of our business.
+
+The lists hold vLLM's routes from 0.25.1 to 0.33. They are compared with the end of the path: an
+application may be served under a root path.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+MESSAGES: Final = "/v1/messages"
+STEERABLE: Final = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/responses",
+    "/invocations",
+    MESSAGES,
+)
+"""Their bodies have ``vllm_xargs``."""
+TOKENS_IN: Final = "/inference/v1/generate"
+UNSTEERABLE: Final = (
+    TOKENS_IN,
+    "/generative_scoring",
+    "/v1/systemone",
+    "/cohere/v2/chat",
+    "/cohere/v2/chat/render",
+    "/v1/completions/render",
+    "/v1/chat/completions/render",
+    "/v1/responses/render",
+    "/v1/messages/render",
+)
+"""They generate, or write down a request that will, and a steer in their body would be lost."""
+
+
+class Route(NamedTuple):
+    """What a route of the application makes of a body.
+
+    carries         whether its ``vllm_xargs`` reach the engine
+    is_anthropic    whether errors have Anthropic's form
+    has_extra_args  whether the body holds ``sampling_params`` with ``extra_args`` of their own
+    """
+
+    carries: bool
+    is_anthropic: bool = False
+    has_extra_args: bool = False
+
+
+def route_of(scope: Mapping[str, Any]) -> Route | None:
+    """The route of a request whose body is to be read; None for every other request."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return None
+    route = route_at(scope["path"])
+    return route if route is not None and _is_json(scope["headers"]) else None
+
+
+def route_at(path: str) -> Route | None:
+    """The route of a path; None for one that generates nothing."""
+    if path.endswith(MESSAGES):
+        return Route(carries=_messages_carry(), is_anthropic=True)
+    if path.endswith(STEERABLE):
+        return Route(carries=True)
+    if path.endswith(UNSTEERABLE):
+        return Route(
+            carries=False,
+            is_anthropic=MESSAGES in path,
+            has_extra_args=path.endswith(TOKENS_IN),
+        )
+    return None
+
+
+def _is_json(headers: Any) -> bool:
+    """Whether vLLM takes the body for JSON: nothing but ``application/json`` passes its check."""
+    for name, value in headers:
+        if name.lower() == b"content-type":
+            return bool(value.lower().split(b";", 1)[0] == b"application/json")
+    return False
+
+
+@cache
+def _messages_carry() -> bool:
+    """Whether Anthropic's route has ``vllm_xargs``, which it has in newer vLLM versions only."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+
+    return "vllm_xargs" in AnthropicMessagesRequest.model_fields
