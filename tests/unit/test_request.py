@@ -162,6 +162,7 @@ ALLOWED = "a string such as 'detox:5,humor'"
         ({"detox": {"phase": "prompt"}}, "steer detox acts at the LM head"),
         ({"": 5}, "'' is unknown"),
         ({5: 5}, "'5' is unknown"),
+        ('{"detox": 5, "detox": 6}', "the key 'detox' is given twice"),
         ('{"detox": 5', "is not JSON"),
         ('{"detox": NaN}', "steer detox has strength nan; it must be finite"),
         ('{"detox": Infinity}', "steer detox has strength inf; it must be finite"),

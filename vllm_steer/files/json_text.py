@@ -22,7 +22,7 @@ def read_json(text: str, what: str) -> Any:
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_each_once, parse_constant=_no_constant, parse_int=_whole_number
+            text, object_pairs_hook=each_once, parse_constant=_no_constant, parse_int=_whole_number
         )
     except SteerError as error:
         raise SteerError(f"{what}: {error}") from None
@@ -32,7 +32,8 @@ def read_json(text: str, what: str) -> Any:
     return value
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members as a dict; ``SteerError`` for a key that is given twice."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_steer.config import NO_STEER
-from vllm_steer.errors import SteerRequestError
+from vllm_steer.errors import SteerError, SteerRequestError
+from vllm_steer.files.json_text import each_once
 from vllm_steer.foreign import shown
 from vllm_steer.request.ceilings import SPACES, check_object, check_text
 from vllm_steer.request.dynamic import dynamic_options
@@ -54,7 +55,9 @@ def _parse_text(text: str) -> Iterator[tuple[str, Options]]:
 
 def _from_json(text: str) -> Options:
     try:
-        value: Options = json.loads(text)
+        value: Options = json.loads(text, object_pairs_hook=each_once)
+    except SteerError as error:
+        raise SteerRequestError(f"steer {shown(text)}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise SteerRequestError(f"steer {shown(text)} is not JSON: {error}") from None
     return value

@@ -1,15 +1,11 @@
 """Single values of a request: numbers and words."""
 
 import math
-import re
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from vllm_steer.errors import SteerRequestError
-from vllm_steer.foreign import shown
+from vllm_steer.foreign import is_number, shown
 from vllm_steer.request.ceilings import SPACES
-
-_NUMBER: Final = re.compile(r"[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-"""What is a number in every language that a client may be written in."""
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -45,6 +41,6 @@ def key_name(key: Any) -> str:
 def _float(given: Any) -> float:
     if isinstance(given, bool) or not isinstance(given, str | int | float):
         raise ValueError
-    if isinstance(given, str) and not _NUMBER.fullmatch(given.strip(SPACES)):
+    if isinstance(given, str) and not is_number(given.strip(SPACES)):
         raise ValueError
     return float(given)
