@@ -4,6 +4,7 @@ Most cases go through vLLM's own ``serve`` parser and engine configuration in th
 through a real ``vllm serve``.
 """
 
+import io
 import json
 import os
 import re
@@ -55,7 +56,27 @@ def folder(tmp_path: Path) -> Path:
     nan = torch.full((1, HIDDEN), torch.nan)
     save_file({"add": nan}, str(tmp_path / "nan.safetensors"), metadata=metadata)
     (tmp_path / "text.safetensors").write_text("not a steer")
+    (tmp_path / "calls.pt").write_bytes(pickled_call(tmp_path / "executed"))
     return tmp_path
+
+
+def pickled_call(marker: Path) -> bytes:
+    """A checkpoint that would run a command if it were unpickled."""
+
+    class Call:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {marker}",)
+
+    file = io.BytesIO()
+    torch.save([None, {"add_vec": Call()}, 1], file)
+    return file.getvalue()
+
+
+def alias_bomb() -> str:
+    """A config of 3 kB whose one description stands for 2**60 words."""
+    lines = ["x0: &x0 [lol, lol]"]
+    lines += [f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 60)]
+    return "\n".join([*lines, "steers: {a: {path: a.safetensors, description: *x59}}", ""])
 
 
 @pytest.fixture
@@ -110,6 +131,15 @@ AT_PARSING: dict[str, tuple[Any, str]] = {
         r"steers\.yaml.*preset p names b; steers: a",
     ),
     "bad-limit": ({**A, "limits": {"max_rank": 0}}, r"steers\.yaml: limits\.max_rank is 0"),
+    "alias-bomb": (alias_bomb(), r"steers\.yaml: line 16: more than 100000 values"),
+    "key-twice": (
+        "steers: {a: {path: a.safetensors}}\nsteers: {b: {path: a.safetensors}}\n",
+        r"steers\.yaml: line 2: the key 'steers' is given twice",
+    ),
+    "escape-sequence": (
+        'steers: {a: {path: a.safetensors, "\\e[31m": 1}}\n',
+        r"steers\.yaml: unknown key .*x1b\[31m",
+    ),
 }
 
 
@@ -176,6 +206,7 @@ AT_CONFIGURATION: dict[str, tuple[Any, str]] = {
         {**A, "default": "a:9", "limits": {"max_strength": 8}},
         r"default: steer a has strength 9; allowed: -8 to 8",
     ),
+    "code": (steer("calls.pt"), r"steer x: .*/calls\.pt: it names posix\.system, which a steer"),
     "preset-above-the-limit": (
         {**A, "presets": {"p": {"a": -9}}, "limits": {"max_strength": 8}},
         r"preset p: steer a has strength -9; allowed: -8 to 8",
@@ -191,6 +222,7 @@ def test_a_steer_that_cannot_be_served_stops_the_engine(
     arguments = parse(f"--steer-config={written(folder, config)}")
     with pytest.raises(SteerError, match=message):
         create_engine_config(arguments)
+    assert not (folder / "executed").exists()
 
 
 @pytest.mark.parametrize("case", ["missing-file", "wrong-hidden-size"])
@@ -271,7 +303,7 @@ def serve(request: pytest.FixtureRequest) -> Callable[[Path], tuple[int, str]]:
     return run
 
 
-@pytest.mark.parametrize("case", ["unknown-key", "wrong-hidden-size"])
+@pytest.mark.parametrize("case", ["unknown-key", "wrong-hidden-size", "alias-bomb", "code"])
 def test_a_real_server_ends_with_an_error_code_and_the_message(
     serve: Any, folder: Path, case: str
 ) -> None:
@@ -279,3 +311,4 @@ def test_a_real_server_ends_with_an_error_code_and_the_message(
     code, output = serve(written(folder, config))
     assert code != 0
     assert re.search(message, output), output[-3000:]
+    assert not (folder / "executed").exists()
