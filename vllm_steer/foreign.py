@@ -92,7 +92,8 @@ def _shown(value: Any, longest: int, depth: int) -> str:
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and hasattr(value, "dtype"):
         return f"a tensor {list(shape)[:_MOST_ITEMS]} in {value.dtype}"
-    return f"a {printable(type(value).__name__, LONGEST)}"
+    kind = printable(type(value).__name__, LONGEST)
+    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 
 
 def _whole_number(value: int) -> str:
