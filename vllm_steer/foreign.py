@@ -21,7 +21,7 @@ _MOST_ITEMS: Final = 6
 _DEEPEST: Final = 2
 _PLAIN_DIGITS: Final = 20
 _MOST_DIGITS: Final = 4000
-_NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_NUMBER: Final = re.compile(r"[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def shown(value: Any, longest: int = LONGEST) -> str:
