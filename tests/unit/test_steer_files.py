@@ -227,6 +227,20 @@ def test_a_nan_in_the_file_is_refused(tmp_path: Path) -> None:
         load_steer(path)
 
 
+@pytest.mark.parametrize("twice", ['"layers": "0", "layers": "1"', '"a": 1, "a": 1'])
+def test_a_key_that_stands_twice_in_the_header_is_refused(tmp_path: Path, twice: str) -> None:
+    whole = write(tmp_path / "steer", {}).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + length].replace(
+        b'{"__metadata__":{', b'{"__metadata__":{%s,' % twice.encode()
+    )
+    (tmp_path / "twice").write_bytes(
+        len(header).to_bytes(8, "little") + header + whole[8 + length :]
+    )
+    with pytest.raises(SteerError, match=r"its header: the key '(layers|a)' is given twice"):
+        load_steer(tmp_path / "twice")
+
+
 def test_an_unknown_fact_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "steer", {})
     with pytest.raises(SteerError, match="unknown key 'epsilom'"):

@@ -1,6 +1,7 @@
 """Safetensors files, of whatever tool: names, shapes and tensors."""
 
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from safetensors import safe_open
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.bounds import LARGEST_HEADER, MOST_TENSORS
+from vllm_steer.files.json_text import NotJSONError, read_json
 from vllm_steer.files.source import cause
 
 _LARGEST_PLAUSIBLE = 100_000_000
@@ -28,18 +30,27 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
     Raises ``SteerError`` for a damaged header, and for one that is larger than a steer's.
     """
-    with path.open("rb") as file:
-        length: int = struct.unpack("<Q", file.read(8))[0]
-    if length > LARGEST_HEADER:
-        raise SteerError(
-            f"its header has {length} bytes; a steer's has at most {LARGEST_HEADER}: is it a model?"
-        )
+    _check_header(path)
     metadata, shapes = _read_header(path)
     if len(shapes) > MOST_TENSORS:
         raise SteerError(
             f"it holds {len(shapes)} tensors; a steer at most {MOST_TENSORS}: is it a model?"
         )
     return metadata, shapes
+
+
+def _check_header(path: Path) -> None:
+    """Raise ``SteerError`` for a header that is too large, or in which a key stands twice."""
+    with path.open("rb") as file:
+        length: int = struct.unpack("<Q", file.read(8))[0]
+        if length > LARGEST_HEADER:
+            raise SteerError(
+                f"its header has {length} bytes; a steer's has at most {LARGEST_HEADER}: is it a "
+                "model?"
+            )
+        text = file.read(length).decode(errors="surrogateescape")
+    with suppress(NotJSONError):  # the library says what is wrong with it
+        read_json(text, "its header")
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
