@@ -21,7 +21,7 @@ import httpx
 import pytest
 from hostile_bodies import BASE, DENIED, REFUSED, SAME, SERVED, Kind, kinds
 
-pytestmark = [pytest.mark.engine, pytest.mark.matrix, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1500)]
 
 KEY = "sk-hostile"
 RIGHT = {"authorization": f"Bearer {KEY}"}
