@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_steer.config_text import read_config_file
+from vllm_steer.config_text import LARGEST, read_config_file
 from vllm_steer.errors import SteerError
 from vllm_steer.files.bounds import check_nesting
 from vllm_steer.files.facts import (
@@ -171,6 +171,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
             "dict"
         )
     if isinstance(source, str) and source.lstrip().startswith("{"):
+        if len(source) > LARGEST:
+            raise SteerError(f"inline steer config is longer than {LARGEST} characters")
         return read_json(source, "inline steer config"), Path.cwd(), "steer config"
     path = _absolute(Path.cwd(), Path(source), "steer config")
     origin = f"steer config {printable(str(source), _LONGEST_PATH)}"

@@ -2,7 +2,8 @@
 
 YAML lets a few bytes stand for very many values (aliases), lets a later key replace an earlier one
 without a word, and reads ``1_0`` and ``1:30`` as numbers. Here aliases are followed only as far as
-the whole stays small, a key that is given twice is an error, and numbers are those of YAML 1.2.
+the whole stays small, a key that is given twice is an error, and numbers are decimal, as in JSON.
+(``yes`` and ``no`` are truth values, as in YAML 1.1.)
 """
 
 import re

@@ -21,6 +21,10 @@ _MOST_ITEMS: Final = 6
 _DEEPEST: Final = 2
 _PLAIN_DIGITS: Final = 20
 _MOST_DIGITS: Final = 4000
+_HIDDEN: Final = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+"""Printable for Unicode and seen by nobody: fillers, and selectors of a letter's variant."""
 _NUMBER: Final = re.compile(r"[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -40,12 +44,18 @@ def printable(text: str, longest: int | None = None, *, lines: bool = False) -> 
     invisible characters and lone surrogates; letters of every script stay.
     """
     text = text if longest is None else cut(text, longest)
-    if text.isprintable():
+    if text.isprintable() and not _HIDDEN.search(text):
         return text
-    escaped = "".join(
-        c if c.isprintable() or (lines and c == "\n") else repr(c)[1:-1] for c in text
-    )
+    escaped = "".join(c if _is_seen(c) or (lines and c == "\n") else _escape(c) for c in text)
     return escaped if longest is None else cut(escaped, longest)
+
+
+def _is_seen(letter: str) -> bool:
+    return letter.isprintable() and not _HIDDEN.match(letter)
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
 
 
 def name(value: Any, longest: int = LONGEST) -> str:
@@ -84,7 +94,8 @@ def _shown(value: Any, longest: int, depth: int) -> str:
     if isinstance(value, int):
         return _whole_number(value)
     if isinstance(value, str | bytes | bytearray):
-        return repr(value[:longest]) + (_CUT if len(value) > longest else "")
+        text = repr(value[:longest]) + (_CUT if len(value) > longest else "")
+        return printable(text) if isinstance(value, str) else text
     if isinstance(value, PurePath):
         return _shown(str(value), longest, depth)
     if isinstance(value, Mapping | list | tuple | set | frozenset):

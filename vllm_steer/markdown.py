@@ -7,7 +7,7 @@ from typing import Final
 from vllm_steer.foreign import printable
 
 _LONGEST: Final = 1000
-_MARKS: Final = re.compile(r"([\\`*_\[\]<>|&~#$])")
+_MARKS: Final = re.compile(r"([\\`*_\[\]<>|&~#$@]|:(?=[\w+-]+:))")
 _BEGINNING: Final = re.compile(r"^(\d*)([-+.)=])(?=[-+=\s]|$)")
 _ADDRESS: Final = re.compile(r"(https?|ftp)://|(www)\.", re.IGNORECASE)
 

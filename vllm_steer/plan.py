@@ -100,7 +100,7 @@ class SteerPlan(BaseModel):
     def doses(self, asked: Any) -> tuple[Dose, ...]:
         """The doses for a request's ``steer`` value, resolved once; None takes the default."""
         asked = self.default if asked is None else asked
-        return self._resolved.get(asked, lambda: resolve(asked, self))
+        return self._resolved.get(asked, lambda value: resolve(value, self))
 
 
 def is_plan(data: Any) -> bool:

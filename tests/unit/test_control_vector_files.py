@@ -123,11 +123,11 @@ def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ('{"model_type": "llama"}', "missing required field `directions`; wanted: a JSON object"),
-        ('{"model_type": 1, "directions": {}}', "Expected `str`, got `int`"),
+        ('{"model_type": "llama"}', "directions is None; wanted: a JSON object"),
+        ('{"model_type": 1, "directions": {}}', "model_type is 1.0; wanted"),
         (
             '{"model_type": "l", "directions": []}',
-            "Expected `object`, got `array`",
+            "directions is \\[\\]; wanted",
         ),
         ('{"model_type": "l", "directions": {}}', "it holds no vectors"),
         ('{"model_type": "l", "directions": {"0": [1]}}', "it holds no vectors"),
@@ -137,21 +137,21 @@ def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None
         ('{"model_type": "l", "directions": {"\u0661": [1]}}', "layer '\u0661'"),
         (
             '{"model_type": "l", "directions": {"1": [1, "2"]}}',
-            "Expected `float`, got `str`",
+            "direction '1' is .*; wanted",
         ),
         (
             '{"model_type": "l", "directions": {"1": [[1]]}}',
-            "Expected `float`, got `array`",
+            "direction '1' is .*; wanted",
         ),
         ('{"model_type": "l", "directions": {"1": []}}', r"layer 1 is \[0\]"),
         ('{"model_type": "l", "directions": {"1": [1], "2": [1, 2]}}', "they must agree"),
-        ('{"model_type": "l", "directions": {"1": [NaN]}}', "Expected `float`, got `null`"),
+        ('{"model_type": "l", "directions": {"1": [NaN]}}', "1 values that are NaN or infinite"),
         ('{"model_type": "l", "directions": {"1": [1e300]}}', "1 values that are NaN or infinite"),
         ('{"model_type": "l", "directions": {"1": [1' + "0" * 5000 + "]}}", r"v\.svec: "),
         ('{"model_type": "l", "directions": {"1": [1' + "0" * 400 + "]}}", r"v\.svec: "),
         ("{", "not readable as JSON"),
         ('{"a": ' + "[" * 100_000, "not readable as JSON"),
-        ('{"steers": {}}', "missing required field `model_type`"),
+        ('{"steers": {}}', "model_type is None"),
     ],
     ids=lambda value: value[:60] if value.startswith("{") else "",
 )
@@ -161,6 +161,17 @@ def test_json_that_is_no_svec_file_is_refused(tmp_path: Path, data: str, message
     with pytest.raises(SteerError, match=message) as caught:
         load_steer(path)
     assert len(str(caught.value)) < 1000
+
+
+def test_an_svec_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.svec"
+    for twice in (
+        '"directions": {"1": [1], "1": [2]}',
+        '"directions": {}, "directions": {"1": [1]}',
+    ):
+        path.write_text('{"model_type": "llama", ' + twice + "}")
+        with pytest.raises(SteerError, match=r"the key '(1|directions)' is given twice"):
+            load_steer(path)
 
 
 def test_an_svec_file_may_hold_nan_where_it_means_nothing(tmp_path: Path) -> None:

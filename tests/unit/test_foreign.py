@@ -81,8 +81,14 @@ def test_letters_of_every_script_stay_and_controls_are_escaped() -> None:
 def test_what_is_printable_was_not_changed(text: str) -> None:
     assert printable(text).isprintable()
     assert printable(printable(text)) == printable(text)
-    if text.isprintable():
+    if text.isascii() and text.isprintable():
         assert printable(text) == text
+
+
+@pytest.mark.parametrize("hidden", ["\u3164", "\u115f", "\u2800", "\u034f", "\ufe0f", "\U000e0101"])
+def test_letters_that_nobody_sees_are_escaped(hidden: str) -> None:
+    assert printable(f"a{hidden}b") == f"a{hidden.encode('unicode_escape').decode()}b"
+    assert shown(f"a{hidden}b") == repr(printable(f"a{hidden}b")).replace("\\\\", "\\")
 
 
 def test_names_are_listed_as_far_as_they_fit() -> None:

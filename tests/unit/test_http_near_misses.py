@@ -73,3 +73,53 @@ def test_the_token_route_keeps_extra_args_which_it_reads() -> None:
     assert passed.chunks == [body]
     body = json.dumps({"sampling_params": {"steer": "a:3"}}).encode()
     assert send_chunks([body], path="/inference/v1/generate")[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param", "message"),
+    [
+        ({"steer": "gone:3"}, "steer", "steer 'gone' is unknown"),
+        ({"steer": 5}, "steer", "steer is 5; allowed: a string"),
+        ({"steer_strengths": "maybe"}, "steer_strengths", "true or false is wanted"),
+        ({"steers": "a:3"}, "steers", "steer is, as a field of the body"),
+        ({"Steer": "a:3"}, "Steer", "is not read by this server"),
+    ],
+)
+def test_the_token_routes_arguments_are_checked_before_a_stream_begins(
+    arguments: Any, param: str, message: str
+) -> None:
+    body = json.dumps({"stream": True, "sampling_params": {"extra_args": arguments}}).encode()
+    status, _, _, answer = send_chunks([body], path="/inference/v1/generate")
+    assert status == 400
+    error = json.loads(answer)["error"]
+    assert error["param"] == f"sampling_params.extra_args.{param}"
+    assert message in error["message"]
+
+
+TWICE = '"steer": {"a": {"strength": 1, "strength": 2}}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{" + TWICE + "}",
+        "{" + TWICE + ', "temperature": NaN}',
+        '{"vllm_xargs": {' + TWICE + '}, "temperature": NaN}',
+    ],
+    ids=["strict", "nan", "nan-in-arguments"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_key_of_a_steer_given_twice_is_refused_however_the_body_is_written(
+    body: str, encoding: str
+) -> None:
+    status, _, _, answer = send_chunks([body.encode(encoding)])
+    assert status == 400
+    assert "given twice" in json.loads(answer)["error"]["message"]
+
+
+def test_a_preset_behind_a_long_models_name_is_found() -> None:
+    for base in ("m" * 2000, "\u6f22" * 300):
+        body = json.dumps({"prompt": "x", "model": f"{base}:friendly"}).encode()
+        status, passed, _, _ = send_chunks([body])
+        assert status == 200
+        assert json.loads(b"".join(passed.chunks))["vllm_xargs"] == {"steer": "friendly"}

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_steer import SteerRequestError
 from vllm_steer.plan import SteerPlan
-from vllm_steer.request import DoseMemo, resolution
+from vllm_steer.request import DoseMemo, resolution, resolve
 from vllm_steer.request.memo import SIZE, frozen
 from vllm_steer.serving.admission import admit, doses_of
 from vllm_steer.serving.engine_config import plan_of
@@ -103,9 +103,22 @@ def test_the_plan_serialises_compares_and_copies_as_before(plan: SteerPlan) -> N
         plan.default = "a"  # type: ignore[misc]
 
 
+def test_a_dict_that_changes_while_it_is_resolved_does_not_stay_in_the_memo(make_plan: Any) -> None:
+    plan = make_plan({"a": 1.0})
+    asked = {"a": 1}
+    memo = DoseMemo()
+
+    def resolve_late(value: Any) -> Any:
+        asked["a"] = 7  # as another thread may, after the value was looked up
+        return resolve(value, plan)
+
+    assert [dose.strength for dose in memo.get(asked, resolve_late)] == [1.0]
+    assert [dose.strength for dose in memo.get({"a": 1}, resolve_late)] == [1.0]
+
+
 def test_threads_share_a_memo() -> None:
     memo = DoseMemo()
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda n: memo.get(f"a:{n % 300}", tuple), range(6000)))
+        results = list(pool.map(lambda n: memo.get(f"a:{n % 300}", lambda _: ()), range(6000)))
     assert set(results) == {()}
     assert len(memo._doses) == SIZE

@@ -17,6 +17,7 @@ Call = Callable[[tuple[Any, ...]], Any]
 
 _MARK: Final = object()
 _LARGEST: Final = 1 << 63
+_PROTOCOL: Final = 2
 _PLAIN: Final[Mapping[str, Callable[[Any], Any]]] = {
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,
@@ -41,12 +42,19 @@ class Name:
 
 
 def names_in(data: bytes) -> frozenset[str]:
-    """Every ``module.name`` in a pickle. Raises ``SteerError`` where one cannot be told."""
+    """Every ``module.name`` in a pickle. Raises ``SteerError`` where one cannot be told, and for a
+    protocol that ``torch.save`` writes only when asked to.
+    """
     return frozenset(_names(data))
 
 
 def _names(data: bytes) -> Iterator[str]:
     for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "PROTO" and int(argument or 0) > _PROTOCOL:
+            raise SteerError(
+                f"its pickle has protocol {argument}; save it anew with torch.save's own, "
+                f"{_PROTOCOL} (without pickle_protocol)"
+            )
         if opcode.name == "GLOBAL":
             yield str(argument).replace(" ", ".", 1)
         elif opcode.name in _UNREADABLE_NAMES:
@@ -112,15 +120,11 @@ class _Machine:
             taken.append(item)
         return taken[::-1]
 
-    def _do_proto(self, argument: int) -> None:
-        if argument > 2:
-            raise SteerError(
-                f"its pickle has protocol {argument}; torch.save writes 2, save it anew without "
-                "pickle_protocol"
-            )
+    def _do_proto(self, _: int) -> None:
+        """Checked where the names are read."""
 
     def _do_stop(self, _: None) -> None:
-        pass
+        """Nothing is left to do."""
 
     def _do_binput(self, argument: int) -> None:
         self._memo[argument] = self._take(1)[0]

@@ -10,65 +10,57 @@ what counts.) Direction 0 acts on the embeddings, before any block, and cannot b
 A condition vector of the same library looks the same in a file; it is not meant to be added.
 """
 
-import re
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.directions import read_layer, stack_directions
 from vllm_steer.files.facts import Facts
+from vllm_steer.files.json_text import each_once
 from vllm_steer.files.make import make_vector
 from vllm_steer.files.source import cause
-from vllm_steer.foreign import LONGEST, printable
+from vllm_steer.foreign import shown
 from vllm_steer.steers import VectorSteer
 from vllm_steer.steers.layers import format_layers
 
 NAME = "an activation-steering file (.svec)"
-_LARGEST = 32 * 2**20
-_NO_NUMBER = re.compile(rb"-?\b(?:NaN|Infinity)\b")
-
-
-class _Svec(msgspec.Struct):
-    model_type: str
-    directions: dict[str, list[float]]
+_LARGEST = 16 * 2**20
+_WANTED = 'wanted: a JSON object with model_type and directions {"1": [numbers], ...}'
 
 
 def read(path: Path, facts: Facts) -> VectorSteer:
     """Add at the output of the block before each direction's."""
-    found = _parse(path)
-    directions = {read_layer(n): torch.tensor(v) for n, v in found.directions.items()}
+    model, found = _parse(path)
+    directions = {read_layer(n): torch.tensor(v, dtype=torch.float32) for n, v in found.items()}
     vectors, blocks = stack_directions({n: v for n, v in directions.items() if n > 0})
     layers = [block - 1 for block in blocks]
     if 0 in directions and facts.layers is None:
         raise SteerError(_choose(layers))
-    return make_vector(vectors, layers, facts.over(Facts(base_model=found.model_type)))
+    return make_vector(vectors, layers, facts.over(Facts(base_model=model)))
 
 
-def _parse(path: Path) -> _Svec:
+def _parse(path: Path) -> tuple[str, dict[str, list[float]]]:
+    """``model_type`` and ``directions``, checked to be what they should be."""
     if path.stat().st_size > _LARGEST:
         raise SteerError(f"a JSON file of more than {_LARGEST} bytes is not read")
-    data = path.read_bytes()
     try:
-        return _decode(data)
-    except msgspec.ValidationError as error:
-        raise SteerError(
-            f"{printable(str(error), LONGEST)}; wanted: a JSON object with model_type and "
-            'directions {"1": [numbers], ...}'
-        ) from None
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise SteerError(f"not readable as JSON ({cause(error)})") from None
-
-
-def _decode(data: bytes) -> _Svec:
-    try:
-        return msgspec.json.decode(data, type=_Svec)
-    except msgspec.ValidationError:
+        found = json.loads(path.read_bytes(), object_pairs_hook=each_once, parse_int=float)
+    except SteerError:
         raise
-    except msgspec.DecodeError:  # Python's json, which wrote the file, may have written NaN
-        return msgspec.json.decode(_NO_NUMBER.sub(b"null", data), type=_Svec)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
+        raise SteerError(f"not readable as JSON ({cause(error)})") from None
+    model, directions = (found.get(name) for name in ("model_type", "directions"))
+    if not isinstance(model, str):
+        raise SteerError(f"model_type is {shown(model)}; {_WANTED}")
+    if not isinstance(directions, dict):
+        raise SteerError(f"directions is {shown(directions)}; {_WANTED}")
+    for layer, direction in directions.items():
+        if not isinstance(direction, list) or not set(map(type, direction)) <= {float}:
+            raise SteerError(f"direction {shown(layer)} is {shown(direction)}; {_WANTED}")
+    return model, directions
 
 
 def _choose(layers: Sequence[int]) -> str:

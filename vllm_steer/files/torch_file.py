@@ -91,7 +91,8 @@ def load(pickle: Pickle, classes: Mapping[str, type]) -> Any:
     if forbidden:
         raise SteerError(
             f"it names {listed(forbidden)}, which a steer file has no use for; nothing of it was "
-            "loaded. Save tensors, in a dict if need be"
+            "loaded. Save tensors, in a dict if need be; of an LM-Steer [None, state, step], and "
+            "give epsilon"
         )
     storages = _Storages(pickle)
     calls = {

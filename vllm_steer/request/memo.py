@@ -16,7 +16,7 @@ Doses = tuple[Dose, ...]
 class DoseMemo:
     """The doses of the values that were asked for last, at most ``SIZE`` of them.
 
-    Errors are not kept. All memos are equal and a copied one is empty: a plan with one compares
+    Errors are not kept. All memos are equal and a pickled one is empty: a plan with one compares
     and travels as if it had none.
     """
 
@@ -24,16 +24,22 @@ class DoseMemo:
         self._lock = Lock()
         self._doses: OrderedDict[Any, Doses] = OrderedDict()
 
-    def get(self, asked: Any, resolve: Callable[[], Doses]) -> Doses:
-        """The doses of a value, from ``resolve`` where they are not known yet."""
+    def get(self, asked: Any, resolve: Callable[[Any], Doses]) -> Doses:
+        """The doses of a value, from ``resolve`` where they are not known yet.
+
+        What is resolved is a copy: another thread may change the caller's dict meanwhile.
+        """
+        if isinstance(asked, Mapping):
+            check_object(asked)
+            asked = _copied(asked)
         key = frozen(asked)
         if key is None:
-            return resolve()
+            return resolve(asked)
         with self._lock:
             if key in self._doses:
                 self._doses.move_to_end(key)
                 return self._doses[key]
-        doses = resolve()
+        doses = resolve(asked)
         with self._lock:
             self._doses[key] = doses
             if len(self._doses) > SIZE:
@@ -49,14 +55,16 @@ class DoseMemo:
         return DoseMemo, ()
 
 
-def frozen(asked: Any) -> Any:
-    """A hashable form of a value, which tells 1, 1.0 and True apart; None if it has none.
+def _copied(value: Any) -> Any:
+    """Mappings as dicts, and all that is in them; for values under the ceilings."""
+    if isinstance(value, Mapping):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
-    Raises ``SteerRequestError`` for an object above the ceilings.
-    """
-    if isinstance(asked, Mapping):
-        check_object(asked)
-    elif type(asked) is not str or len(asked) > LONGEST:
+
+def frozen(asked: Any) -> Any:
+    """A hashable form of a value, which tells 1, 1.0 and True apart; None if it has none."""
+    if type(asked) is not dict and (type(asked) is not str or len(asked) > LONGEST):
         return None
     try:
         return _frozen(asked)

@@ -48,7 +48,7 @@ def asked_strengths(sampling_params: Any) -> bool:
 
 
 def as_wish(given: Any) -> bool:
-    """A ``steer_strengths`` value as a boolean; ``SteerRequestError`` if it is none."""
+    """A ``steer_strengths`` value as a boolean; ``SteerRequestError`` if it is not one."""
     word = given.strip().lower() if isinstance(given, str) else given
     if word is None or word in _NO:
         return False

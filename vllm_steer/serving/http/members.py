@@ -62,7 +62,7 @@ class Reader:
         Raises ``Refused`` for one of the members that is too deep to be written.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError):
             return Read(None)
         if not isinstance(data, dict):
@@ -75,8 +75,27 @@ class Reader:
         return Read(members, recoded)
 
 
+class _Twice(dict[str, Any]):
+    """An object in which a key was given twice; the last one counts, as in ``json``."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    return made if len(made) == len(pairs) else _Twice(made)
+
+
+def _has_twice(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value, _Twice) or any(map(_has_twice, value.values()))
+    return isinstance(value, list) and any(map(_has_twice, value))
+
+
 def _written(name: str, value: Any) -> bytes:
+    """A member in ``json``'s notation, which tells no more of a key that was given twice."""
+    steer = value if name == "steer" else value.get("steer") if isinstance(value, dict) else None
     try:
+        if _has_twice(steer):
+            raise Refused(f"{name}: a key of the steer is given twice; give it once", name)
         return json.dumps(value).encode()
     except RecursionError:
         raise Refused(f"{name} is nested too deep", name) from None

@@ -5,12 +5,14 @@ and ``extra_args`` and ``sampling_params`` are those of ``LLM``: none of vLLM's 
 reads them, and they are answered only if a steer is in them.
 """
 
+from collections.abc import Iterable
 from typing import Final
 
 from vllm_steer.serving.admission import STRENGTHS
 from vllm_steer.serving.http.members import NULL, Members, Reader
 from vllm_steer.serving.http.refusal import Refused
 from vllm_steer.serving.http.routes import Route
+from vllm_steer.serving.streams.stream import STREAM
 
 MEANT_INSIDE: Final = {
     **dict.fromkeys(("steers", "Steer", "STEER", "Steers", "STEERS"), "steer"),
@@ -23,7 +25,9 @@ MEANT: Final = {
 HOLDERS: Final = ("extra_body", "extra_args", "sampling_params")
 _ARGUMENTS: Final = ("vllm_xargs", "extra_args")
 _EXAMPLE: Final = {"steer": '"steer": "detox:5,humor"', STRENGTHS: f'"{STRENGTHS}": true'}
-_INNER: Final = Reader(("steer", STRENGTHS, *MEANT, *_ARGUMENTS))
+_OURS: Final = ("steer", STRENGTHS, *MEANT)
+_INNER: Final = Reader((*_OURS, STREAM, *_ARGUMENTS))
+EXTRA_ARGS: Final = "sampling_params.extra_args"
 
 
 def check_names(body: Members, arguments: Members, route: Route) -> None:
@@ -39,17 +43,22 @@ def check_names(body: Members, arguments: Members, route: Route) -> None:
 
 def _check_holder(holder: str, text: bytes, route: Route) -> None:
     inner = _INNER.read(text)
-    if found := _first_of_ours(inner):
+    if found := _first_of(_OURS, inner):
         raise _meant(f"{holder}.{found}", MEANT.get(found, found))
     for arguments in _ARGUMENTS:
-        if arguments == "extra_args" and holder == "sampling_params" and route.has_extra_args:
-            continue
-        if arguments in inner and (found := _first_of_ours(_INNER.read(inner[arguments]))):
+        is_read = f"{holder}.{arguments}" == EXTRA_ARGS and route.has_extra_args
+        names = tuple(MEANT_INSIDE) if is_read else _OURS
+        if found := _first_of(names, _INNER.read(inner.get(arguments, NULL))):
             raise _meant(f"{holder}.{arguments}.{found}", MEANT.get(found, found))
 
 
-def _first_of_ours(members: Members) -> str | None:
-    names = ("steer", STRENGTHS, *MEANT)
+def extra_args_of(body: Members) -> Members:
+    """The members of ``sampling_params.extra_args``, on the route that has them."""
+    params = _INNER.read(body.get("sampling_params", NULL))
+    return _INNER.read(params.get("extra_args", NULL))
+
+
+def _first_of(names: Iterable[str], members: Members) -> str | None:
     return next((name for name in names if _is_given(members, name)), None)
 
 

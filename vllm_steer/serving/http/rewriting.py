@@ -11,7 +11,14 @@ from vllm_steer.request.parsing import ALLOWED
 from vllm_steer.serving.admission import STRENGTHS, as_wish, refuse_stream
 from vllm_steer.serving.dynamic_admission import check_engine_for
 from vllm_steer.serving.http.members import NULL, Members, Reader
-from vllm_steer.serving.http.near_misses import HOLDERS, MEANT, MEANT_INSIDE, check_names
+from vllm_steer.serving.http.near_misses import (
+    EXTRA_ARGS,
+    HOLDERS,
+    MEANT,
+    MEANT_INSIDE,
+    check_names,
+    extra_args_of,
+)
 from vllm_steer.serving.http.refusal import Refused
 from vllm_steer.serving.http.routes import Route
 from vllm_steer.serving.streams.stream import STREAM, is_dynamic
@@ -21,10 +28,12 @@ ARGUMENTS: Final = "vllm_xargs"
 BEAMS: Final = "use_beam_search"
 BODY: Final = Reader((*FIELDS, ARGUMENTS, "model", BEAMS, *MEANT, *HOLDERS))
 _INSIDE: Final = Reader((*FIELDS, STREAM, *MEANT_INSIDE))
-_YES: Final = (True, 1, "1", "true", "on", "t", "y", "yes")
+_PYDANTIC_YES: Final = (True, 1, "1", "true", "on", "t", "y", "yes")
 _LONGEST_RAW: Final = 12 * LONGEST + 2
 """Bytes of a text's JSON: a character is two escapes at most."""
 _LONGEST_WORD: Final = 1000
+_LONGEST_MODEL: Final = 1 << 16
+"""Bytes of a model's name: a served one is an argument of the server's command line."""
 
 
 class Rewrite(NamedTuple):
@@ -51,6 +60,8 @@ def rewrite(body: Members, plan: SteerPlan, route: Route, vllm_config: Any = Non
     given = body.get(ARGUMENTS, NULL)
     inside = _INSIDE.read(given)
     check_names(body, inside, route)
+    if route.has_extra_args:
+        _check_extra_args(extra_args_of(body), plan, vllm_config)
     asked = _asked(body, inside, plan)
     if not asked and inside.get(STREAM, NULL) == NULL:
         return Rewrite()
@@ -60,6 +71,17 @@ def rewrite(body: Members, plan: SteerPlan, route: Route, vllm_config: Any = Non
     if all(map(_is_in_place, asked, asked.values())):
         return Rewrite(reports=reports)
     return Rewrite(_members(given, arguments, asked), reports)
+
+
+def _check_extra_args(members: Members, plan: SteerPlan, vllm_config: Any) -> None:
+    """Raise ``Refused`` for arguments that vLLM takes as they stand and admission would refuse."""
+    places = {name: f"{EXTRA_ARGS}.{name}" for name in FIELDS}
+    asked = {
+        name: Asked(place, members[name])
+        for name, place in places.items()
+        if members.get(name, NULL) != NULL
+    }
+    _checked(asked, {}, members, plan, vllm_config)
 
 
 def preset_of(model: Any, plan: SteerPlan) -> str | None:
@@ -75,7 +97,7 @@ def _asked(body: Members, inside: Members, plan: SteerPlan) -> dict[str, Asked]:
             asked[name] = Asked(f"{ARGUMENTS}.{name}", inside[name])
         if body.get(name, NULL) != NULL:
             asked[name] = Asked(name, body[name])
-    preset = preset_of(_word(body.get("model", NULL)), plan)
+    preset = preset_of(_word(body.get("model", NULL), _LONGEST_MODEL), plan)
     if preset is not None and "steer" not in asked:
         asked["steer"] = Asked("model", json.dumps(preset).encode())
     return asked
@@ -129,7 +151,8 @@ def _check_steer(steer: str, body: Members, plan: SteerPlan, vllm_config: Any) -
     if vllm_config is not None and is_dynamic(doses):
         check_engine_for(doses, plan, vllm_config)
     beams = _word(body.get(BEAMS, NULL))
-    if (beams.lower() if isinstance(beams, str) else beams) in _YES and doses != plan.doses(None):
+    is_beam_search = (beams.lower() if isinstance(beams, str) else beams) in _PYDANTIC_YES
+    if is_beam_search and doses != plan.doses(None):
         raise SteerRequestError(
             "steer: beam search cannot carry a steer; sample instead, or remove the steer"
         )
@@ -167,10 +190,10 @@ def _members(given: bytes, arguments: dict[str, Any], asked: dict[str, Asked]) -
     return fields + b', "%s": ' % ARGUMENTS.encode() + written
 
 
-def _word(raw: bytes) -> Any:
+def _word(raw: bytes, longest: int = _LONGEST_WORD) -> Any:
     """A short value; None for one that is longer than any word, or deeper."""
     try:
-        return json.loads(raw) if len(raw) <= _LONGEST_WORD else None
+        return json.loads(raw) if len(raw) <= longest else None
     except RecursionError:
         return None
 
