@@ -57,9 +57,11 @@ class Steering:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         route = route_of(scope)
-        vllm_config = None if route is None else getattr(scope["app"].state, "vllm_config", None)
-        plan = None if vllm_config is None else plan_of(vllm_config)
-        if route is None or plan is None:
+        if route is None:
+            return await self._app(scope, receive, send)
+        vllm_config = scope["app"].state.vllm_config  # without one a steer would be lost: an error
+        plan = plan_of(vllm_config)
+        if plan is None:
             return await self._app(scope, receive, send)
         body = ReceivedBody(self._hints_of(plan))
         reports = False
