@@ -1,0 +1,116 @@
+"""Zip archives: what contradicts itself, or would unpack to far more than it is, is refused."""
+
+import io
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vllm_steer import SteerError
+from vllm_steer.files.archive import open_archive
+from vllm_steer.files.bounds import LARGEST_HEADER
+
+DATA = b"0123456789abcdef"
+
+
+def zipped(*names: str, compression: int = zipfile.ZIP_STORED, data: bytes = DATA) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as written:
+        for name in names:
+            written.writestr(zipfile.ZipInfo(name), data, compression)
+    return file.getvalue()
+
+
+def entry(data: bytes, number: int) -> int:
+    """Where an entry of the directory begins."""
+    at = -1
+    for _ in range(number + 1):
+        at = data.index(b"PK\x01\x02", at + 1)
+    return at
+
+
+def changed(data: bytes, at: int, value: bytes) -> bytes:
+    return data[:at] + value + data[at + len(value) :]
+
+
+def with_end64(data: bytes, directory: int, at: int | None = None) -> bytes:
+    """The same with a zip64 end that says how long the directory is."""
+    end = data.rindex(b"PK\x05\x06")
+    start = struct.unpack_from("<L", data, end + 16)[0]
+    record = b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, directory, start)
+    locator = b"PK\x06\x07" + struct.pack("<IQI", 0, end if at is None else at, 1)
+    return data[:end] + record + locator + data[end:]
+
+
+def read_all(path: Path) -> dict[str, bytes]:
+    with open_archive(path) as archive:
+        return {name: archive.read(name) for name in archive.records}
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_is_read(tmp_path: Path, compression: int) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(zipped("a", "b/c", compression=compression))
+    assert read_all(path) == {"a": DATA, "b/c": DATA}
+
+
+TWO = zipped("a", "b")
+BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
+    "case": (lambda: zipped("a/x", "A/X"), "two of its records have one name"),
+    "fold": (lambda: zipped("stra\u00dfe", "STRASSE"), "two of its records have one name"),
+    "one-place": (
+        lambda: changed(TWO, entry(TWO, 1) + 42, struct.pack("<L", 0)),
+        "reaches into the next one",
+    ),
+    "too-long": (
+        lambda: changed(TWO, entry(TWO, 0) + 20, struct.pack("<LL", 60, 60)),
+        "its record 'a' reaches into the next one",
+    ),
+    "encrypted": (
+        lambda: changed(TWO, entry(TWO, 1) + 8, b"\x01\x00"),
+        "its record 'b' is encrypted",
+    ),
+    "lzma": (
+        lambda: zipped("a", compression=zipfile.ZIP_LZMA),
+        "its record 'a' is compressed, not by deflate",
+    ),
+    "checksum": (lambda: TWO.replace(DATA, DATA[::-1], 1), "not a readable archive"),
+    "other-name": (lambda: TWO.replace(b"a" + DATA, b"c" + DATA, 1), "not a readable archive"),
+    "cut": (lambda: TWO[:-1], "it has no end: was it cut short"),
+    "empty": (lambda: b"", "it has no end"),
+    "large-directory": (
+        lambda: changed(TWO, TWO.rindex(b"PK\x05\x06") + 12, struct.pack("<L", LARGEST_HEADER + 1)),
+        "its directory has 1000001 bytes",
+    ),
+    "large-directory-64": (
+        lambda: with_end64(TWO, 1 << 60),
+        "its directory has 11529215046",
+    ),
+    "end-outside": (lambda: with_end64(TWO, 10, at=1 << 40), "its end points outside of it"),
+    "end-elsewhere": (lambda: with_end64(TWO, 10, at=3), "its two ends disagree"),
+    "bomb": (
+        lambda: zipped("a", compression=zipfile.ZIP_DEFLATED, data=bytes(65 << 20)),
+        "its record 'a' would take 68157440 bytes of memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_archive_that_contradicts_itself_is_refused(tmp_path: Path, case: str) -> None:
+    make, message = BROKEN[case]
+    path = tmp_path / "a.zip"
+    path.write_bytes(make())
+    with pytest.raises(SteerError, match=message):
+        read_all(path)
+
+
+def test_a_directory_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(BROKEN["large-directory"][0]())
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(SteerError, match="its directory has"):
+        read_all(path)
