@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pickles import saved, storage, tensor
 
 from vllm_steer import SteerError, load_steer
 from vllm_steer.files import torch_file
@@ -142,3 +143,23 @@ def test_a_tensor_under_many_layers_is_read_as_far_as_memory_is_bounded(tmp_path
     torch.save({layer: large for layer in range(80)}, path)
     with pytest.raises(SteerError, match=r"what it holds would take 335544320 bytes of memory"):
         load_steer(path)
+
+
+def hand_made(path: Path, *, held: int, said: int, offset: int, size: int) -> Path:
+    """A tensor of a storage of ``said`` floats, whose record holds ``held``."""
+    path.write_bytes(
+        saved(
+            tensor((size,), (1,), offset, of=storage("0", said)),
+            records={"0": torch.arange(float(held)).numpy().tobytes()},
+        )
+    )
+    return path
+
+
+def test_a_tensor_lies_within_its_storage_and_a_storage_within_its_record(tmp_path: Path) -> None:
+    path = tmp_path / "t.pt"
+    assert read(hand_made(path, held=8, said=4, offset=1, size=3)).tolist() == [1, 2, 3]
+    with pytest.raises(SteerError, match=r"claims more values \(3\) than the file holds for it"):
+        read(hand_made(path, held=8, said=4, offset=2, size=3))
+    with pytest.raises(SteerError, match=r"claims more values \(5\) than its record holds \(16"):
+        read(hand_made(path, held=4, said=5, offset=0, size=4))

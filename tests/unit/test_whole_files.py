@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import signal
 import stat
 import subprocess
@@ -197,3 +198,20 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
         time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("planted", ["link", "file"])
+def test_what_stands_under_the_new_files_name_is_neither_followed_nor_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0" * 16)  # as if it could be guessed
+    victim, there = tmp_path / "victim", tmp_path / f".out.{'0' * 16}.unfinished"
+    victim.write_text("mine")
+    if planted == "link":
+        there.symlink_to(victim)
+    else:
+        there.write_text("mine")
+    with pytest.raises(SteerError, match="out: cannot be written"):
+        write_text(tmp_path / "out", "theirs")
+    assert victim.read_text() == there.read_text() == "mine"
+    assert not (tmp_path / "out").exists()
