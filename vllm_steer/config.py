@@ -40,6 +40,8 @@ DYNAMIC = "dynamic"
 def _in_mix(value: Any) -> Any:
     """A preset's part of a steer: its strength, or its options as in a request."""
     if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("options such as {strength: 8} are wanted, their names as texts")
         return dict(value)
     if isinstance(value, str) and value.strip().startswith(DYNAMIC):
         return value

@@ -33,9 +33,8 @@ _NUMBERS: Final = (
 
 _TAG: Final = "tag:yaml.org,2002:"
 _REPLACED: Final = frozenset({_TAG + name for name in ("int", "float", "timestamp")})
-_TAGS: Final = frozenset(
-    {_TAG + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
-)
+_TEXT: Final = _TAG + "str"
+_MERGE: Final = _TAG + "merge"
 
 
 def read_config_file(path: Path, origin: str) -> Any:
@@ -74,7 +73,7 @@ def _read_yaml(text: str, origin: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _Measure(origin).of(node, 0)
+        _Check(loader, origin).count(node)
         value = loader.construct_document(node)
     finally:
         loader.dispose()
@@ -94,57 +93,75 @@ for _tag, _regexp, _first in _NUMBERS:
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_regexp})$"), list(_first))
 
 
-class _Measure:
-    """How many values a node stands for, before any is made. Shared nodes are measured once."""
+class _Check:
+    """What a document's nodes stand for, checked before any value is made of them.
 
-    def __init__(self, origin: str) -> None:
+    Each node is checked once, however many aliases lead to it, and counted as often as they do.
+    """
+
+    def __init__(self, loader: yaml.SafeLoader, origin: str) -> None:
+        self._loader = loader
         self._origin = origin
         self._known: dict[int, int] = {}
         self._open: set[int] = set()
 
-    def of(self, node: yaml.Node, depth: int) -> int:
+    def count(self, node: yaml.Node, depth: int = 0) -> int:
+        """The values that a node stands for. Raises ``SteerError`` for what may not be."""
         key = id(node)
         if key in self._open:
-            raise SteerError(f"{self._origin}: line {_line(node)}: an alias holds itself")
+            raise self._wrong(node, "an alias holds itself")
         if key in self._known:
             return self._known[key]
         if depth > DEEPEST:
             raise SteerError(f"{self._origin} is nested more than {DEEPEST} deep")
+        self._check_tag(node)
         self._open.add(key)
-        total = 1 + sum(self.of(inner, depth + 1) for inner in self._inner(node))
+        total = 1 + sum(self.count(inner, depth + 1) for inner in self._inner(node))
         self._open.discard(key)
         if total > MOST_VALUES:
-            raise SteerError(
-                f"{self._origin}: line {_line(node)}: more than {MOST_VALUES} values, those that "
-                "aliases stand for counted each time"
-            )
+            said = f"more than {MOST_VALUES} values, those that aliases stand for counted each time"
+            raise self._wrong(node, said)
         self._known[key] = total
         return total
 
     def _inner(self, node: yaml.Node) -> list[yaml.Node]:
-        if node.tag not in _TAGS:
-            raise SteerError(
-                f"{self._origin}: line {_line(node)}: the tag {shown(node.tag)}; plain values are "
-                "wanted"
-            )
         if isinstance(node, yaml.SequenceNode):
             return list(node.value)
         if not isinstance(node, yaml.MappingNode):
             return []
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise SteerError(f"{self._origin}: line {_line(key)}: a key must be a text")
-            if key.value in seen:
-                raise SteerError(
-                    f"{self._origin}: line {_line(key)}: the key {shown(key.value)} is given twice"
-                )
-            seen.add(key.value)
+        self._check_keys([key for key, _ in node.value])
+        for key, value in node.value:
+            if key.tag == _MERGE and isinstance(value, yaml.SequenceNode):
+                # PyYAML's releases do not agree on which one counts.
+                mappings = [m for m in value.value if isinstance(m, yaml.MappingNode)]
+                self._check_keys([inner for mapping in mappings for inner, _ in mapping.value])
         return [part for pair in node.value for part in pair]
 
+    def _check_keys(self, keys: list[yaml.Node]) -> None:
+        seen = set()
+        for key in keys:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
+                if isinstance(key, yaml.ScalarNode):
+                    said = f"the key {shown(key.value)} is no text; put it in quotes"
+                else:
+                    said = "a key is a list or a mapping; a text is wanted"
+                raise self._wrong(key, said)
+            if key.value in seen:
+                raise self._wrong(key, f"the key {shown(key.value)} is given twice")
+            seen.add(key.value)
 
-def _line(node: yaml.Node) -> int:
-    return int(node.start_mark.line) + 1
+    def _check_tag(self, node: yaml.Node) -> None:
+        """A value's type is what its text says: a tag beside it may only say the same."""
+        if isinstance(node, yaml.ScalarNode):
+            own = self._loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
+        else:
+            own = _TAG + ("seq" if isinstance(node, yaml.SequenceNode) else "map")
+        as_text = isinstance(node, yaml.ScalarNode) and node.tag == _TEXT
+        if node.tag != own and not as_text:
+            raise self._wrong(node, f"the tag {shown(node.tag)}; plain values are wanted")
+
+    def _wrong(self, node: yaml.Node, said: str) -> SteerError:
+        return SteerError(f"{self._origin}: line {node.start_mark.line + 1}: {said}")
 
 
 def _cause(error: Exception) -> str:

@@ -5,7 +5,7 @@ ValueError
     └── SteerRequestError a request's ``steer`` value is wrong
 """
 
-from vllm_steer.foreign import LONGEST_MESSAGE, printable
+from vllm_steer.foreign import message as shown_message
 
 
 class SteerError(ValueError):
@@ -15,7 +15,7 @@ class SteerError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message, LONGEST_MESSAGE))
+        super().__init__(shown_message(message))
 
 
 class SteerRequestError(SteerError):

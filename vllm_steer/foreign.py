@@ -25,7 +25,8 @@ _HIDDEN: Final = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 """Printable for Unicode and seen by nobody: fillers, and selectors of a letter's variant."""
-_NUMBER: Final = re.compile(r"[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_TENSORS: Final = ("Tensor", "ndarray")
+_NUMBER: Final = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def shown(value: Any, longest: int = LONGEST) -> str:
@@ -83,6 +84,21 @@ def is_number(text: str) -> bool:
     return _NUMBER.fullmatch(text.strip(" ")) is not None
 
 
+def message(text: str) -> str:
+    """A message in one printable line of at most ``LONGEST_MESSAGE`` characters.
+
+    Of a longer one the beginning and the end are kept: the end says what to do.
+    """
+    return _ends(printable(_ends(text)))
+
+
+def _ends(text: str) -> str:
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    tail = LONGEST_MESSAGE // 3
+    return cut(text, LONGEST_MESSAGE - tail) + text[-tail:]
+
+
 def cut(text: str, longest: int) -> str:
     """The text, or its beginning where it is longer."""
     return text if len(text) <= longest else text[: max(0, longest - len(_CUT))] + _CUT
@@ -100,11 +116,18 @@ def _shown(value: Any, longest: int, depth: int) -> str:
         return _shown(str(value), longest, depth)
     if isinstance(value, Mapping | list | tuple | set | frozenset):
         return _container(value, longest, depth)
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and hasattr(value, "dtype"):
-        return f"a tensor {list(shape)[:_MOST_ITEMS]} in {value.dtype}"
+    if _is_tensor(value):
+        return f"a tensor {list(value.shape)[:_MOST_ITEMS]} in {value.dtype}"
     kind = printable(type(value).__name__, LONGEST)
     return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def _is_tensor(value: Any) -> bool:
+    """By its class: an object out of a file may have any attributes."""
+    return any(
+        cls.__module__.partition(".")[0] in ("torch", "numpy") and cls.__name__ in _TENSORS
+        for cls in type(value).__mro__
+    )
 
 
 def _whole_number(value: int) -> str:

@@ -53,7 +53,35 @@ def command(job: dict[str, Any]) -> str:
     return "exit 0"
 
 
-DOES = {"load": load, "start": start, "command": command}
+def rows(job: dict[str, Any]) -> str:
+    """What a fit or an evaluation reads texts and labels with."""
+    from vllm_steer.texts import read_labelled
+
+    return f"{len(list(read_labelled(job['path'])))} texts"
+
+
+def conversations(job: dict[str, Any]) -> str:
+    """What a fit reads pairs of messages with."""
+    from vllm_steer.texts.messages import read_conversations
+
+    return f"{len(list(read_conversations(job['path'])))} conversations"
+
+
+def lexicon(job: dict[str, Any]) -> str:
+    from vllm_steer.evaluation.lexicons import read_lexicon
+
+    return f"{read_lexicon(job['path'])}"
+
+
+def properties(job: dict[str, Any]) -> str:
+    from vllm_steer.evaluation.composition.asked import Composition
+
+    return f"{len(Composition.load(job['path']).seen)} combinations"
+
+
+DOES = {
+    each.__name__: each for each in (load, start, command, rows, conversations, lexicon, properties)
+}
 
 
 def child(job: dict[str, Any], to: int) -> None:

@@ -1,11 +1,11 @@
-"""Hostile, damaged and mistaken steer configs: kinds by name, each with as many as are wanted."""
+"""Hostile, damaged and mistaken steer configs."""
 
 import json
 import random
-from collections.abc import Callable, Iterator
 
-from checkpoints import TERMINAL
+from kinds import TERMINAL, Kinds
 
+CONFIGS = Kinds()
 KEYS = (
     "path",
     "kind",
@@ -50,6 +50,7 @@ def place(rng: random.Random) -> str:
     return rng.choice(PLACES).replace("KEY", rng.choice(KEYS))
 
 
+@CONFIGS.add
 def bomb(rng: random.Random) -> str:
     """Aliases that stand for very many values, in every key."""
     depth = rng.choice([18, 30, 60])
@@ -59,6 +60,7 @@ def bomb(rng: random.Random) -> str:
     return "\n".join(lines) + "\n" + place(rng) % f"*x{depth - 1}"
 
 
+@CONFIGS.add
 def merge_bomb(rng: random.Random) -> str:
     depth = rng.choice([18, 30])
     lines = ["x0: &x0 {a: 1}"]
@@ -66,10 +68,12 @@ def merge_bomb(rng: random.Random) -> str:
     return "\n".join(lines) + "\n" + place(rng) % f"{{<<: *x{depth - 1}}}"
 
 
+@CONFIGS.add
 def holds_itself(rng: random.Random) -> str:
     return place(rng) % rng.choice(["&x [*x]", "&x {a: *x}", "&x [[*x, *x]]", "&x {<<: *x}"])
 
 
+@CONFIGS.add
 def nested(rng: random.Random) -> str:
     depth = rng.choice([33, 500, 5000, 100_000])
     pair = rng.choice(["[]", "{}"])
@@ -78,6 +82,7 @@ def nested(rng: random.Random) -> str:
     return place(rng) % (opened + closed)
 
 
+@CONFIGS.add
 def tags(rng: random.Random) -> str:
     tag = rng.choice(
         [
@@ -107,6 +112,7 @@ def tags(rng: random.Random) -> str:
     return place(rng) % tag
 
 
+@CONFIGS.add
 def twice(rng: random.Random) -> str:
     key = rng.choice(["steers", "presets", "default", "limits"])
     doubled = rng.choice(
@@ -124,6 +130,7 @@ def twice(rng: random.Random) -> str:
     return doubled
 
 
+@CONFIGS.add
 def odd_numbers(rng: random.Random) -> str:
     number = rng.choice(
         [
@@ -155,6 +162,7 @@ def odd_numbers(rng: random.Random) -> str:
     return place(rng) % number
 
 
+@CONFIGS.add
 def odd_types(rng: random.Random) -> str:
     value = rng.choice(
         ["[]", "{}", "[1, 2]", "{a: 1}", "null", "x", "2026-01-01", "[[]]", "''", "~"]
@@ -162,6 +170,7 @@ def odd_types(rng: random.Random) -> str:
     return place(rng) % value
 
 
+@CONFIGS.add
 def odd_paths(rng: random.Random) -> str:
     path = rng.choice(
         [
@@ -188,17 +197,20 @@ def odd_paths(rng: random.Random) -> str:
     return f'steers: {{a: {{path: "{path}"}}}}\n'
 
 
+@CONFIGS.add
 def terminal_texts(rng: random.Random) -> str:
     text = json.dumps(rng.choice(TERMINAL))
     return place(rng) % text
 
 
+@CONFIGS.add
 def long_texts(rng: random.Random) -> str:
     return place(rng) % (
         rng.choice(["x", "a:1,", "0-9,", "é"]) * rng.choice([500, 50_000, 400_000])
     )
 
 
+@CONFIGS.add
 def many(rng: random.Random) -> str:
     count = rng.choice([33, 500, 5000])
     names = ", ".join(f"n{i}: {{path: a.safetensors}}" for i in range(count))
@@ -206,6 +218,7 @@ def many(rng: random.Random) -> str:
     return rng.choice([f"steers: {{{names}}}\n", STEER + f"presets: {{{mixes}}}\n"])
 
 
+@CONFIGS.add
 def misspelt(rng: random.Random) -> str:
     key = rng.choice(
         ["steer", "Steers", "preset", "limit", "defaults", "kernel", "runtimes", "x" * 3000]
@@ -215,6 +228,7 @@ def misspelt(rng: random.Random) -> str:
     )
 
 
+@CONFIGS.add
 def broken(rng: random.Random) -> str:
     return rng.choice(
         [
@@ -249,11 +263,13 @@ def broken(rng: random.Random) -> str:
     )
 
 
+@CONFIGS.add
 def noise(rng: random.Random) -> str:
     letters = "abst:{}[],&*!|>'\"%@`#-? \n\t0123456789.<\\e"
     return "".join(rng.choice(letters) for _ in range(rng.randrange(1, 300)))
 
 
+@CONFIGS.add
 def changed(rng: random.Random) -> str:
     text = "steers:\n  a: {path: a.safetensors, layers: 0-3}\npresets: {p: {a: 2}}\ndefault: p\n"
     at = rng.randrange(len(text))
@@ -267,41 +283,9 @@ def changed(rng: random.Random) -> str:
 ENCODINGS = ("utf-8", "utf-16", "utf-32", "latin-1", "utf-8-sig", "utf-7")
 
 
+@CONFIGS.add
 def encodings(rng: random.Random) -> bytes:
     text = "steers: {a: {path: é.safetensors}}\n"
     return text.encode(rng.choice(ENCODINGS)) + rng.choice(
         [b"", b"\xff", b"\xed\xa0\x80", b"\xc0\x80"]
     )
-
-
-KINDS: dict[str, Callable[[random.Random], str | bytes]] = {
-    made_by.__name__: made_by
-    for made_by in (
-        bomb,
-        merge_bomb,
-        holds_itself,
-        nested,
-        tags,
-        twice,
-        odd_numbers,
-        odd_types,
-        odd_paths,
-        terminal_texts,
-        long_texts,
-        many,
-        misspelt,
-        broken,
-        noise,
-        changed,
-        encodings,
-    )
-}
-
-
-def configs(seed: int, each: int = 20) -> Iterator[tuple[str, bytes]]:
-    """``each`` configs of every kind, by name."""
-    for kind, make in KINDS.items():
-        for number in range(each):
-            text = make(random.Random(f"{seed} {kind} {number}"))
-            data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-            yield f"{kind}-{number}", data

@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import KINDS as FILE_KINDS
-from checkpoints import checkpoints
-from configs import KINDS as CONFIG_KINDS
-from configs import configs
+from configs import CONFIGS
 from formats import FORMATS, variants
+from steer_files import STEER_FILES
+from text_files import TEXT_FILES
 
 from vllm_steer import VectorSteer, save_steer
 
@@ -30,7 +29,7 @@ MEMORY = 600 * 2**20
 """What a file of some bytes may take beside what the process had: 4 * 64 MiB, and libraries."""
 SECONDS = 15.0
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-WHOLE, CONFIGS = 14, 18
+FILES_OF_A_KIND, CONFIGS_OF_A_KIND, TEXTS_OF_A_KIND = 14, 18, 10
 NEVER_LOADED = {
     "calls",
     "text_protocol",
@@ -49,6 +48,9 @@ NEVER_LOADED = {
     "many_tensors",
     "one_tensor_often",
     "not_torch",
+    "overlapping_gguf",
+    "views_with_metadata",
+    "without_values",
 }
 
 
@@ -134,24 +136,24 @@ def written(folder: Path, files: Iterable[tuple[str, bytes]], ending: str) -> di
     return paths
 
 
-def checkpoint_files(folder: Path, each: int) -> dict[str, Path]:
+def steer_files(folder: Path, each: int) -> dict[str, Path]:
     (folder / "files").mkdir()
-    return written(folder / "files", checkpoints(SEED, each), ".pt")
+    return written(folder / "files", STEER_FILES.files(SEED, each), ".pt")
 
 
 def test_the_corpus_is_as_large_as_it_is_said_to_be() -> None:
-    assert len(FILE_KINDS) >= 40
-    assert sum(1 for _ in checkpoints(SEED, WHOLE)) >= 500
-    assert sum(1 for _ in configs(SEED, CONFIGS)) >= 300
-    first, again = (dict(checkpoints(SEED, 1)) for _ in range(2))
+    assert len(STEER_FILES.makers) >= 40
+    assert sum(1 for _ in STEER_FILES.files(SEED, FILES_OF_A_KIND)) >= 500
+    assert sum(1 for _ in CONFIGS.files(SEED, CONFIGS_OF_A_KIND)) >= 300
+    first, again = (dict(STEER_FILES.files(SEED, 1)) for _ in range(2))
     assert first == again
 
 
-@some_and_all(WHOLE)
-def test_hostile_checkpoints_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
+@some_and_all(FILES_OF_A_KIND)
+def test_hostile_steer_files_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
     jobs = [
         {"does": "load", "name": f"{name} {facts}", "path": str(path), "facts": facts}
-        for number, (name, path) in enumerate(checkpoint_files(tmp_path, each).items())
+        for number, (name, path) in enumerate(steer_files(tmp_path, each).items())
         for facts in ({}, FACTS[number % len(FACTS)])
     ]
     found = check([job | {"folder": str(tmp_path)} for job in jobs])
@@ -159,13 +161,13 @@ def test_hostile_checkpoints_are_refused_or_harmless(tmp_path: Path, each: int) 
     assert not loaded & NEVER_LOADED
 
 
-@some_and_all(CONFIGS)
+@some_and_all(CONFIGS_OF_A_KIND)
 def test_hostile_configs_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
     steer = VectorSteer(vectors=torch.ones(4, 4), layers=(0, 1, 2, 3))
     for name in ("a", "b"):
         save_steer(steer, tmp_path / f"{name}.safetensors")
-    paths = written(tmp_path, configs(SEED, each), ".yaml")
-    assert len(paths) == each * len(CONFIG_KINDS)
+    paths = written(tmp_path, CONFIGS.files(SEED, each), ".yaml")
+    assert len(paths) == each * len(CONFIGS.makers)
     jobs = [
         {"does": "start", "name": name, "path": str(path), "folder": str(tmp_path)}
         for name, path in paths.items()
@@ -174,6 +176,23 @@ def test_hostile_configs_are_refused_or_harmless(tmp_path: Path, each: int) -> N
     assert sum("refused" in one for one in found) > 0.6 * len(found)
     planned = {one["name"].split("-")[0] for one in found if "said" in one}
     assert not planned & {"bomb", "merge_bomb", "holds_itself", "twice"}
+
+
+@some_and_all(TEXTS_OF_A_KIND)
+@pytest.mark.parametrize("ending", [".txt", ".csv", ".json", ".jsonl", ".yaml"])
+def test_hostile_texts_are_refused_or_harmless(tmp_path: Path, ending: str, each: int) -> None:
+    paths = written(tmp_path, TEXT_FILES.files(SEED, each), ending)
+    os.mkfifo(tmp_path / f"pipe{ending}")
+    (tmp_path / f"zeros{ending}").symlink_to("/dev/zero")
+    paths |= {name: tmp_path / f"{name}{ending}" for name in ("pipe", "zeros")}
+    readers = ("lexicon", "properties") if ending == ".yaml" else ("rows", "conversations")
+    jobs = [
+        {"does": reader, "name": f"{reader} {name}", "path": str(path), "folder": str(tmp_path)}
+        for name, path in paths.items()
+        for reader in readers
+    ]
+    found = check(jobs)
+    assert {one["name"].split()[1] for one in found if "said" in one}.isdisjoint({"pipe", "zeros"})
 
 
 @pytest.mark.matrix
@@ -185,7 +204,7 @@ def test_hostile_files_in_a_config_stop_the_start(tmp_path: Path) -> None:
             "config": {"steers": {"a": {"path": str(path)}}},
             "folder": str(tmp_path),
         }
-        for name, path in checkpoint_files(tmp_path, 5).items()
+        for name, path in steer_files(tmp_path, 5).items()
     ]
     check(jobs)
 
@@ -193,7 +212,7 @@ def test_hostile_files_in_a_config_stop_the_start(tmp_path: Path) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("command", ["convert", "inspect", "eval"])
 def test_hostile_files_end_a_command_in_one_line(tmp_path: Path, command: str) -> None:
-    corpus = checkpoint_files(tmp_path, 5)
+    corpus = steer_files(tmp_path, 5)
     if command == "eval":  # a steer that loads would have its texts generated
         corpus = {k: path for k, path in corpus.items() if k.rpartition("-")[0] in NEVER_LOADED}
     prompts = tmp_path / "prompts.jsonl"

@@ -1,17 +1,17 @@
 """A steered server with an API key beside an unsteered one, under bodies that nobody should send.
 
 Each kind gets the answer that is due to it, no server error among them; meanwhile streams run to
-their end, ``/health`` answers as fast as the unsteered server's, and the memory does not grow.
+their end, no kind makes ``/health`` wait, and the memory does not grow.
 """
 
 import json
 import socket
-import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1500)]
 
 KEY = "sk-hostile"
 RIGHT = {"authorization": f"Bearer {KEY}"}
-MARGIN_MS = 50.0
-"""What the steered server's ``/health`` may take beyond the unsteered one's, or twice its worst."""
+LIMIT_MS = 50.0
+ROUNDS = 6
+"""How often a kind is sent again while ``/health`` takes longer than the limit beside it."""
 GROWTH_MIB = 64
 ZEROS_MIB = 300
 LARGE = 100_000
@@ -39,7 +40,8 @@ class Answers:
     steered: dict[str, int] = field(default_factory=dict)
     unsteered: dict[str, int] = field(default_factory=dict)
     errors: dict[str, Any] = field(default_factory=dict)
-    latencies: dict[str, list[float]] = field(default_factory=dict)
+    health: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By server and kind: ``/health``'s longest time beside it in ms, the least of all rounds."""
     memory: dict[str, float] = field(default_factory=dict)
     streams: list[str] = field(default_factory=list)
     log: str = ""
@@ -74,18 +76,48 @@ def mebibytes(pid: int, what: str) -> float:
     raise AssertionError(what)
 
 
+Spans = list[tuple[float, float]]
+"""Begin and end, of the monotonic clock."""
+
+
 @contextmanager
-def polled(url: str, latencies: list[float]) -> Iterator[None]:
+def polled(url: str, polls: Spans) -> Iterator[None]:
     """Poll ``/health`` from another process meanwhile."""
     script = Path(__file__).with_name("health_poll.py")
     command = [sys.executable, str(script), url]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
         yield
         output, _ = process.communicate("end\n", timeout=120)
         assert process.returncode == 0
-        latencies += json.loads(output)
+        polls += map(tuple, json.loads(output))
+
+
+@contextmanager
+def timed(spans: dict[str, tuple[float, float]], kind: Kind) -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    spans[kind.name] = (begin, time.monotonic())
+
+
+def longest_beside(polls: Spans, span: tuple[float, float]) -> float:
+    """Of the polls that were under way at some time of a span, the longest, in ms."""
+    begin, end = span
+    return max((1000 * (b - a) for a, b in polls if a < end and b > begin), default=0.0)
+
+
+def round_of(url: str, client: httpx.Client, kinds: Iterable[Kind]) -> dict[str, float]:
+    """By kind: the longest ``/health`` beside it."""
+    polls: Spans = []
+    spans: dict[str, tuple[float, float]] = {}
+    with polled(url, polls):
+        for kind in kinds:
+            with timed(spans, kind):
+                request(client, kind)
+    return {name: longest_beside(polls, span) for name, span in spans.items()}
 
 
 @contextmanager
@@ -118,11 +150,9 @@ def send_zeros_without_key(url: str) -> bytes:
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % (ZEROS_MIB << 20)
         )
-        try:
+        with suppress(OSError):  # a server that has answered may hang up
             for _ in range(ZEROS_MIB):
                 connection.sendall(zeros)
-        except OSError:
-            pass  # the server has hung up
         return connection.recv(1000)
 
 
@@ -153,7 +183,9 @@ def answers(
     """Both servers under all kinds, once; the statuses and what was measured meanwhile."""
     folder = tmp_path_factory.mktemp("hostile")
     options = ["--served-model-name=base", f"--api-key={KEY}"]
-    found = Answers(latencies={"steered": [], "unsteered": []})
+    found = Answers()
+    polls: Spans = []
+    spans: dict[str, tuple[float, float]] = {}
     logs = {name: folder / f"{name}.log" for name in ("steered", "unsteered")}
     with ExitStack() as stack:
         steered = stack.enter_context(
@@ -170,18 +202,24 @@ def answers(
             for client in clients:
                 request(client, kind)
         found.memory["before"] = mebibytes(pid, "VmRSS")
-        with (
-            polled(steered, found.latencies["steered"]),
-            polled(unsteered, found.latencies["unsteered"]),
-            streaming(steered, found.streams),
-        ):
+        with polled(steered, polls), streaming(steered, found.streams):
             for kind in all_kinds:
-                reply = request(clients[0], kind)
+                with timed(spans, kind):
+                    reply = request(clients[0], kind)
                 found.steered[kind.name] = reply.status_code
                 if kind.due == REFUSED and reply.status_code == 400:
                     found.errors[kind.name] = reply.json()
                 if kind.due == SAME or len(kind.body) > LARGE:  # others would only cost time
                     found.unsteered[kind.name] = request(clients[1], kind).status_code
+            health = {name: longest_beside(polls, span) for name, span in spans.items()}
+            found.health = {"steered": health, "unsteered": {}}
+            urls = {"steered": steered, "unsteered": unsteered}
+            for _ in range(ROUNDS):
+                again = [kind for kind in all_kinds if health[kind.name] > LIMIT_MS]
+                for (server, url), client in zip(urls.items(), clients, strict=True):
+                    least = found.health[server]
+                    for name, longest in round_of(url, client, again).items():
+                        least[name] = min(longest, least.get(name, longest))
         found.memory["after"] = mebibytes(pid, "VmRSS")
         peak = mebibytes(pid, "VmHWM")
         found.memory["zeros"] = float(b" 401 " in send_zeros_without_key(steered))
@@ -241,14 +279,20 @@ def test_streams_ran_to_their_end_beside_all_of_it(answers: Answers) -> None:
     assert "Traceback" not in answers.log
 
 
-def test_health_answers_as_fast_as_the_unsteered_servers(answers: Answers) -> None:
-    """The machines are noisy, so the unsteered server in the same run is the measure."""
-    worst, high = {}, {}
-    for name, values in answers.latencies.items():
-        worst[name], high[name] = max(values), statistics.quantiles(values, n=100)[-1]
-        print(f"/health, {name}: worst {worst[name]:.1f} ms, 99 % below {high[name]:.1f} ms")
-    assert high["steered"] <= high["unsteered"] + MARGIN_MS
-    assert worst["steered"] <= 2 * worst["unsteered"] + MARGIN_MS
+def test_no_kind_makes_health_wait(answers: Answers) -> None:
+    """Other work of the machine may make it wait at any time; a body would each time it is sent.
+
+    Where the unsteered server waits each time too, vLLM's own reading of the body is the cause.
+    """
+    waits = {
+        name: (longest, answers.health["unsteered"][name])
+        for name, longest in answers.health["steered"].items()
+        if longest > LIMIT_MS
+    }
+    print(
+        f"/health beside a body: at most {max(answers.health['steered'].values()):.1f} ms; {waits}"
+    )
+    assert {n: each for n, each in waits.items() if each[0] > each[1] + LIMIT_MS} == {}
 
 
 def test_the_memory_stays_flat_and_nothing_is_read_without_the_key(answers: Answers) -> None:

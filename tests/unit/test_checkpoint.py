@@ -81,12 +81,20 @@ TEN = {"projector1": torch.ones(10, HIDDEN, RANK), "projector2": torch.ones(10, 
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({}, "it has 10 columns, of which training_steer 0 was trained; .* columns: [0, 1]"),
-        ({"dummy_steer": None}, "training_steer 0 was trained; .* such as columns: [0]"),
-        ({"training_steer": 2}, "training_steer 2 was trained; .* such as columns: [1, 2]"),
+        ({}, "it has 10 columns, of which training_steer 0 and dummy_steer 1 were .*: [0, 1]"),
+        ({"dummy_steer": None}, "training_steer 0 and dummy_steer None were .* columns: [0]"),
+        ({"training_steer": 2}, "training_steer 2 and dummy_steer 1 were .* columns: [1, 2]"),
+        ({"training_steer": 3.0}, "training_steer 3.0 and dummy_steer 1 were .* columns: [1]"),
+        ({"training_steer": "3"}, "training_steer '3' and dummy_steer 1 were .* columns: [1]"),
+        ({"training_steer": True}, "training_steer True and dummy_steer 1 were .* columns: [1]"),
+        ({"training_steer": -1}, "training_steer -1 and dummy_steer 1 were .* columns: [1]"),
+        ({"training_steer": 12, "dummy_steer": None}, "12 and .* were trained; give .* keep$"),
         (None, "10 columns, and does not say which of them were trained; .* columns: [0]"),
     ],
-    ids=["with-dummy", "without", "another", "transferred"],
+    ids=[
+        *("with-dummy", "without", "another", "float", "text", "bool", "negative", "beyond"),
+        "transferred",
+    ],
 )
 def test_columns_that_were_not_trained_are_asked_about(
     tmp_path: Path, said: dict[str, Any] | None, message: str

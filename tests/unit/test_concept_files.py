@@ -40,7 +40,10 @@ def test_orient_turns_the_rows_whose_a_is_negative(tmp_path: Path) -> None:
 def test_orient_without_a_sign_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match="orient needs the tensor a, which this file lacks"):
         load_steer(write_concept(tmp_path / "logistic"), orient=True)
-    unclear = torch.tensor([[1.0], [0.0], [-1.0], [torch.nan]])
+    broken = torch.tensor([[1.0], [0.0], [-1.0], [torch.nan]])
+    with pytest.raises(SteerError, match="tensor a has 1 values that are NaN or infinite"):
+        load_steer(write_concept(tmp_path / "broken", a=broken), orient=True)
+    unclear = torch.tensor([[1.0], [0.0], [-1.0], [0.0]])
     with pytest.raises(SteerError, match="tensor a has no sign for layer 1,3"):
         load_steer(write_concept(tmp_path / "unclear", a=unclear), orient=True)
 

@@ -100,7 +100,7 @@ A = "steers: {a: {path: a.safetensors}}\n"
         ("steers: {}\n", "steers is empty"),
         ("steers: {a: {}}\n", "key 'steers.a.path' is missing"),
         ("steers: {a: a.safetensors}\n", "steers.a is 'a.safetensors'"),
-        ("steers: {1: {path: x}}\n", "steers.1.* is 1"),
+        ("steers: {1: {path: x}}\n", "the key '1' is no text; put it in quotes"),
         ("steers: {a b: {path: x}}\n", "'a b' cannot be a name: letters, digits"),
         ("steers: {none: {path: x}}\n", "'none' cannot be a name"),
         ("steers: {'': {path: x}}\n", "'' cannot be a name"),

@@ -90,6 +90,35 @@ HUGE = {
 }
 
 
+def over_each_other(count: int, width: int) -> bytes:
+    """A file of directions that all stand at the same place."""
+    named = [
+        text(f"direction.{layer}") + struct.pack("<IQIQ", 1, width, 0, 0)
+        for layer in range(1, count + 1)
+    ]
+    key = text("general.architecture") + struct.pack("<I", 8) + text("controlvector")
+    head = b"GGUF" + struct.pack("<IQQ", 3, count, 1) + key + b"".join(named)
+    return head + bytes(-len(head) % 32) + struct.pack("<f", 1) * width
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "message"),
+    [
+        (2000, 8, "it holds 2000 tensors; a steer at most 1000"),
+        (1000, 2**16, "would take 262144000 bytes of memory"),
+    ],
+)
+def test_directions_over_each_other_do_not_fill_the_memory(
+    tmp_path: Path, count: int, width: int, message: str
+) -> None:
+    path = tmp_path / "v.gguf"
+    path.write_bytes(over_each_other(count, width))
+    with pytest.raises(SteerError, match=message):
+        load_steer(path)
+    path.write_bytes(over_each_other(3, 8))
+    assert torch.equal(load_steer(path).vectors, torch.ones(3, 8))
+
+
 @pytest.mark.parametrize("claim", HUGE)
 @pytest.mark.timeout(20)
 def test_a_gguf_file_with_huge_claims_is_refused_soon(tmp_path: Path, claim: str) -> None:
@@ -150,7 +179,7 @@ def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None
         ('{"model_type": "l", "directions": {"1": [1' + "0" * 5000 + "]}}", r"v\.svec: "),
         ('{"model_type": "l", "directions": {"1": [1' + "0" * 400 + "]}}", r"v\.svec: "),
         ("{", "not readable as JSON"),
-        ('{"a": ' + "[" * 100_000, "not readable as JSON"),
+        ('{"a": ' + "[" * 90_000, "not readable as JSON"),
         ('{"steers": {}}', "model_type is None"),
     ],
     ids=lambda value: value[:60] if value.startswith("{") else "",
@@ -161,6 +190,15 @@ def test_json_that_is_no_svec_file_is_refused(tmp_path: Path, data: str, message
     with pytest.raises(SteerError, match=message) as caught:
         load_steer(path)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("small", ["[]", '{"":0}'])
+def test_an_svec_file_of_very_many_small_values_is_refused(tmp_path: Path, small: str) -> None:
+    path = tmp_path / "v.svec"
+    values = ", ".join([small] * 100_001)
+    path.write_text(f'{{"model_type": "x", "directions": {{"1": [1.0]}}, "z": [{values}]}}')
+    with pytest.raises(SteerError, match="JSON file of more than 100000 lists, objects and keys"):
+        load_steer(path)
 
 
 def test_an_svec_key_that_stands_twice_is_refused(tmp_path: Path) -> None:

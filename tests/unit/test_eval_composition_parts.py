@@ -69,8 +69,17 @@ def test_what_is_wrong_in_a_file_is_named(
         load(tmp_path, **changed)
 
 
+@pytest.mark.parametrize("changed", [{"properties": {"fr": {**FR, "steer": "~nobody_here/x"}}}])
+def test_the_folder_of_somebody_who_is_not_here_is_named(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    changed |= {"seen": ["fr"], "unseen": []}
+    with pytest.raises(SteerError, match="~nobody_here/x: cannot be a path"):
+        load(tmp_path, **changed)
+
+
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match=r"none\.yaml: cannot be read \(No such file"):
+    with pytest.raises(SteerError, match=r"none\.yaml: no such file; give a \.yaml of properties"):
         Composition.load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(SteerError, match="holds no mapping; wanted at least 'properties'"):

@@ -91,8 +91,19 @@ def test_a_lexicon_of_another_shape_is_an_error(tmp_path: Path, content: str, me
         make_judge(f"lexicon:{path}")
 
 
+def test_a_large_lexicon_and_one_of_many_aliases_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mood.yaml"
+    path.write_text("positive: [" + "a, " * 200_000 + "a]\nnegative: [b]\n")
+    with pytest.raises(SteerError, match=r"mood\.yaml is larger than [0-9]+ bytes"):
+        make_judge(f"lexicon:{path}")
+    lines = ["x0: &x0 [a, a]", *(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 60))]
+    path.write_text("\n".join(lines) + "\npositive: *x59\nnegative: [b]\n")
+    with pytest.raises(SteerError, match=r"more than [0-9]+ values"):
+        make_judge(f"lexicon:{path}")
+
+
 def test_a_lexicon_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match=r"mood\.yaml: cannot be read"):
+    with pytest.raises(SteerError, match=r"mood\.yaml: no such file"):
         make_judge(f"lexicon:{tmp_path / 'mood.yaml'}")
     with pytest.raises(SteerError, match=r"mood\.txt: a \.yaml, \.yml or \.json file is wanted"):
         make_judge(f"lexicon:{tmp_path / 'mood.txt'}")

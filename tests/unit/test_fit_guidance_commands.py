@@ -178,7 +178,7 @@ def test_a_delta_of_prompts_as_they_stand(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["concept", "--data", "DATA", "--layers", "9"], "layer 9 does not exist"),
-        (["concept", "--data", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["concept", "--data", "none.jsonl"], "none.jsonl: no such file"),
         (["vector"], "give --pairs, or --positive and --negative, or --data"),
         (["vector", "--pairs", "DATA", "--data", "DATA"], "and only one of these"),
         (["vector", "--positive", "DATA"], "give --pairs"),

@@ -202,6 +202,7 @@ def test_the_lock_is_the_runs_own_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_used_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+    names = ("file", "file/run", "a\0b", "x" * 300)
+    for folder in (tmp_path / name for name in names):
         with pytest.raises(SteerError, match=r"^run folder .*: cannot be used \("), locked(folder):
             pass

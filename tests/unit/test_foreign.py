@@ -3,8 +3,10 @@
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -105,3 +107,17 @@ def test_an_errors_message_is_one_printable_line_of_bounded_length() -> None:
     error = SteerError("found " + "\x1b[2J\n" * sys.maxunicode)
     assert len(str(error)) == LONGEST_MESSAGE
     assert str(error).isprintable()
+
+
+def test_a_long_message_keeps_what_to_do() -> None:
+    said = str(SteerError("x" * 5000 + "\n: no such file; give another"))
+    assert len(said) == LONGEST_MESSAGE
+    assert said.startswith("xxx")
+    assert said.endswith("\\n: no such file; give another")
+
+
+@pytest.mark.parametrize("attributes", [{"shape": (2,), "dtype": "x" * 9000}, {"dtype": 1}])
+def test_what_only_looks_like_a_tensor_is_named_by_its_type(attributes: dict[str, Any]) -> None:
+    assert shown(SimpleNamespace(**attributes)) == "a SimpleNamespace"
+    assert shown(torch.nn.Parameter(torch.ones(2, 3))) == "a tensor [2, 3] in torch.float32"
+    assert shown(np.ones((2, 3))) == "a tensor [2, 3] in float64"

@@ -163,3 +163,11 @@ def test_a_tensor_lies_within_its_storage_and_a_storage_within_its_record(tmp_pa
         read(hand_made(path, held=8, said=4, offset=2, size=3))
     with pytest.raises(SteerError, match=r"claims more values \(5\) than its record holds \(16"):
         read(hand_made(path, held=4, said=5, offset=0, size=4))
+
+
+def test_a_view_of_the_negative_is_read_as_pytorch_reads_it(tmp_path: Path) -> None:
+    imaginary = torch.tensor([1 + 2j, 3 - 4j, 5 + 6j]).conj().imag
+    assert imaginary.is_neg()
+    torch.save({1: imaginary, 2: torch._neg_view(torch.arange(3.0))}, tmp_path / "f")
+    assert same(read(tmp_path / "f"), theirs(tmp_path / "f"))
+    assert load_steer(tmp_path / "f").vectors.tolist() == [[-2, 4, -6], [0, -1, -2]]

@@ -144,7 +144,7 @@ def test_only_ascii_numbers_are_numbers(plan: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1", 1), ("+1", 1), ("-1.50", -1.5), (".5", 0.5), ("-.5", -0.5), ("1e3", 1000),
-     ("1E+3", 1000), ("25e-1", 2.5), (" 1 ", 1), ("\t1\n", 1), ("007", 7)],
+     ("1E+3", 1000), ("25e-1", 2.5), (" 1 ", 1), ("\t1\n", 1)],
 )  # fmt: skip
 def test_every_ascii_number_is_one(plan: Any, text: str, value: float) -> None:
     for asked in ({"a": text}, f"a:{text}", json.dumps({"a": text})):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_tools import DECODER, WIDTH, steered, streams, write_npz, write_saelens
+from safetensors.torch import save_file
 
 from vllm_steer import SteerError, load_steer
 
@@ -129,9 +130,25 @@ def npy_header(shape: str, kind: str = "<f4", version: int = 1) -> bytes:
         (b"\x93NUMPY\x01\x00\xff\xff", "W_dec cannot be read"),
         (b"", "W_dec cannot be read"),
         (npy_header("(8, 6)", "|O"), "W_dec"),
+        (npy_header("(8, 6), 'descr': '<f8'"), "a key of an array's header is given twice"),
+        (npy_header("(8, 6), " + " " * 10_000), "header has more than 10000 bytes"),
         (npy_header("(8, 6)", "|V2"), "W_dec"),
     ],
-    ids=["huge", "short", "negative", "version", "code", "cut", "empty", "object", "void"],
+    ids=[
+        *(
+            "huge",
+            "short",
+            "negative",
+            "version",
+            "code",
+            "cut",
+            "empty",
+            "object",
+            "twice",
+            "long",
+        ),
+        "void",
+    ],
 )
 def test_npz_headers_that_cannot_be_are_refused(
     tmp_path: Path, header: bytes, message: str
@@ -149,6 +166,13 @@ class TouchesAFile:
 
     def __reduce__(self) -> Any:
         return (Path.touch, (self.marker,))
+
+
+def test_a_file_of_two_decoders_is_refused(tmp_path: Path) -> None:
+    two = {"W_dec": torch.ones(2, 3), "w_dec": torch.ones(2, 3)}
+    save_file(two, tmp_path / "two")
+    with pytest.raises(SteerError, match="it holds W_dec and w_dec; one decoder is wanted"):
+        load_steer(tmp_path / "two", feature=0, hook="blocks.1.hook_resid_post")
 
 
 def test_an_npz_file_of_pickled_objects_is_refused_and_not_run(tmp_path: Path) -> None:

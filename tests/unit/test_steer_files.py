@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import math
+import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +307,60 @@ def test_a_flipped_byte_gives_a_steer_or_a_steer_error(
         assert isinstance(load_steer(tmp_path / "flipped"), LMSteer)
     except SteerError as error:
         assert str(tmp_path / "flipped") in str(error)
+
+
+@pytest.mark.parametrize("change", ["overwritten", "truncated", "removed"])
+def test_a_loaded_steer_stays_as_it_is_when_its_file_changes(tmp_path: Path, change: str) -> None:
+    path = write(tmp_path / "steer", {}, {"add": torch.ones(1, 6)})
+    steer = load_steer(path)
+    with path.open("r+b") as file:
+        if change == "overwritten":
+            file.seek(-4, 2)
+            file.write(struct.pack("<f", math.nan))
+        elif change == "truncated":
+            file.truncate(8)
+        else:
+            path.unlink()
+    assert torch.equal(steer.tensors["add"], torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("form", ["1 2", "1,,2", ",", "1;2", "1-2", "1_0", "01", "\u0661"])
+@pytest.mark.parametrize("fact", ["columns", "fixed_columns"])
+def test_a_list_of_columns_of_two_meanings_is_refused(tmp_path: Path, fact: str, form: str) -> None:
+    path = write(tmp_path / "steer", {}, {"add": torch.ones(13, 6)})
+    with pytest.raises(SteerError, match=f"{fact}.* is '"):
+        load_steer(path, **{fact: form})
+
+
+def test_spaces_around_columns_mean_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "steer", {"fixed_columns": " 1 , 3"}, {"add": torch.ones(4, 6)})
+    assert load_steer(path).fixed_columns == (1, 3)
+    assert load_steer(path, fixed_columns=" ").fixed_columns == ()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ['{"a": 1e999}', '{"a": [-1e999]}', '{"a": NaN}', '{"a": Infinity}', '{"a": 1, "a": 2}'],
+)
+def test_a_recipe_that_is_no_json_is_refused(tmp_path: Path, recipe: str) -> None:
+    with pytest.raises(SteerError, match="recipe"):
+        load_steer(write(tmp_path / "steer", {"recipe": recipe}))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its files' names are UTF-8")
+def test_a_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.safetensors"))
+    path.write_bytes(write(tmp_path / "steer", {}).read_bytes())
+    assert load_steer(path).hidden_size == 6
+
+
+def test_memory_that_is_out_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has no class of its own for it."""
+    path = write(tmp_path / "steer", {})
+
+    def allocate(*_: Any, **__: Any) -> None:
+        torch.empty(2**55)
+
+    monkeypatch.setattr("vllm_steer.files.read_facts", allocate)
+    with pytest.raises(SteerError, match=r"steer: cannot be read \(.*memory"):
+        load_steer(path)

@@ -1,6 +1,7 @@
 """Texts from files: every format's rows with their places, and what is said of bad ones."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -208,11 +209,45 @@ def test_what_is_said_of_bad_files_and_rows(name: str, content: str, said: str, 
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match=r"gone.txt: cannot be read \(No such file"):
+    with pytest.raises(SteerError, match=r"gone.txt: no such file; give a file of texts"):
         read_texts(tmp_path / "gone.txt")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(SteerError, match=r"folder.txt: cannot be read \(Is a directory"):
+    with pytest.raises(SteerError, match=r"folder.txt: is no plain file; give a file of texts"):
         read_texts(tmp_path / "folder.txt")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt"])
+@pytest.mark.timeout(20)
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path, ending: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{ending}")
+    (tmp_path / f"zeros{ending}").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(SteerError, match=f"{name}{ending}: is no plain file"):
+            read_texts(tmp_path / f"{name}{ending}")
+
+
+@pytest.mark.parametrize("name", ["a\0b.txt", "\ud800.txt", "x" * 5000 + ".txt"])
+def test_a_name_that_no_file_has_is_one_error(name: str) -> None:
+    with pytest.raises(SteerError, match="no such file"):
+        read_texts(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "x", "label": 1, "label": -1}\n'),
+        ("a.json", '[{"text": "x", "label": 1, "label": -1}]'),
+    ],
+)
+def test_a_key_that_stands_twice_in_a_row_is_refused(name: str, content: str, put: Any) -> None:
+    with pytest.raises(SteerError, match=r"a\.jsonl?:1: the key 'label' is given twice"):
+        read_labelled(put(name, content))
+
+
+def test_a_line_without_end_is_not_read_whole(put: Any) -> None:
+    for name in ("a.txt", "a.jsonl"):
+        with pytest.raises(SteerError, match=f"{name}:2: a line of more than 1[0-9]* letters"):
+            read_texts(put(name, '"a"\n' + "a" * (17 << 20)))
 
 
 def test_bad_rows_are_named_together_after_the_good_ones(put: Any) -> None:
@@ -256,7 +291,11 @@ def test_a_label_without_a_map_is_its_number(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [True, False, None, "good", "nan", float("nan"), 1.01, "inf", [1], {}, 10**400]
+    "value",
+    [
+        *(True, False, None, "good", "nan", float("nan"), 1.01, "inf", [1], {}, 10**400),
+        *("0_1", "\u0661", "\uff11", "0x1", "01"),
+    ],
 )
 def test_a_label_that_is_no_number_between_the_sides(value: Any) -> None:
     with pytest.raises(SteerError, match=r"is no number in \[-1, 1\]; give a label map such as"):

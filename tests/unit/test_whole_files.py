@@ -121,9 +121,10 @@ def test_any_name_that_a_file_can_have_is_written(tmp_path: Path, name: str) -> 
     assert os.listdir(tmp_path) == [name]
 
 
-def test_a_name_that_is_too_long_is_one_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["x" * 256, "a\0b", "\ud800", "x/" * 3000 + "x"])
+def test_a_name_that_no_file_can_have_is_one_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(SteerError, match="cannot be written"):
-        write_text(tmp_path / ("x" * 256), "new")
+        write_text(tmp_path / name, "new")
     assert os.listdir(tmp_path) == []
 
 

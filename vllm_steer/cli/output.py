@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.safetensors_bytes import check_metadata
+from vllm_steer.files.source import cause
 from vllm_steer.files.whole import check_replaceable
 
 
@@ -39,8 +40,8 @@ def _is_there(path: Path) -> bool:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError as error:  # such as a name that is too long
-        raise SteerError(f"{path}: cannot be written ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # such as a name that is too long
+        raise SteerError(f"{path}: cannot be written ({cause(error)})") from error
     return True
 
 

@@ -1,5 +1,6 @@
 """Lists of telling words as judges: a text is what most of its telling words say it is."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.config_text import read_config_text
+from vllm_steer.config_text import read_config_file
 from vllm_steer.embedded import lexicon as embedded
 from vllm_steer.embedded.corpus import LANGUAGES
 from vllm_steer.errors import SteerError
@@ -89,13 +90,13 @@ def read_lexicon(path: str | Path) -> Verdict:
     path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise SteerError(f"lexicon {path}: a .yaml, .yml or .json file is wanted")
-    if path.exists() and not path.is_file():
-        raise SteerError(f"lexicon {path}: is no file")
+    if not os.path.isfile(path):
+        found = "is no file" if os.path.lexists(path) else "no such file"
+        raise SteerError(f"lexicon {path}: {found}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        content = read_config_file(path, f"lexicon {path}")
+    except OSError as error:
         raise SteerError(f"lexicon {path}: cannot be read ({cause(error)})") from error
-    content = read_config_text(text, f"lexicon {path}")
     if not isinstance(content, Mapping) or set(content) != set(_SIDES):
         raise SteerError(f"lexicon {path}: two lists are wanted, named positive and negative")
     positive, negative = (_words(path, side, content[side]) for side in _SIDES)

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import read_facts
 from vllm_steer.files.identify import identify
+from vllm_steer.files.source import cause
 from vllm_steer.files.steer_file import save_steer
 from vllm_steer.files.strange import no_file
 from vllm_steer.steers import Steer
@@ -59,8 +60,8 @@ def read_file(path: str | Path, facts: Mapping[str, Any]) -> Loaded:
         raise SteerError(f"{_shown(path)}: {error}") from error
     except OSError as error:
         raise SteerError(f"{_shown(path)}: cannot be read ({error.strerror})") from error
-    except MemoryError as error:
-        raise SteerError(f"{_shown(path)}: there is not enough memory to read it") from error
+    except (MemoryError, RuntimeError) as error:  # torch says with the latter that memory is out
+        raise SteerError(f"{_shown(path)}: cannot be read ({cause(error)})") from error
 
 
 def _shown(path: Path) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
+
 from vllm_steer.errors import SteerError
 
 LARGEST_HEADER: Final = 1_000_000
@@ -52,6 +54,6 @@ def _held(item: Any) -> Any:
         return [*item.keys(), *item.values()]
     if isinstance(item, list | tuple | set | frozenset):
         return item
-    if type(item).__module__ == "builtins" or not hasattr(item, "__dict__"):
+    if isinstance(item, torch.Tensor) or not hasattr(item, "__dict__"):
         return ()
-    return () if hasattr(item, "dtype") else list(vars(item).values())
+    return list(vars(item).values())

@@ -40,7 +40,7 @@ def read(path: Path, facts: Facts) -> VectorSteer:
     vectors = tensors["W"]
     check_tensor("W", vectors, dims=2)
     if facts.orient:  # in float64, where every dtype can be multiplied
-        vectors = (vectors.double() * _signs(tensors).double()).to(vectors.dtype)
+        vectors = (vectors.double() * _signs(tensors)).to(vectors.dtype)
     return make_vector(vectors, range(len(vectors)), facts.over(_FOUND))
 
 
@@ -50,7 +50,9 @@ def _signs(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
             "orient needs the tensor a, which this file lacks (a logistic probe already points to "
             "the concept); drop the key"
         )
-    signs = tensors["a"].reshape(-1, 1).sign()
+    slopes = tensors["a"]
+    check_tensor("a", slopes, dims=slopes.ndim)
+    signs = slopes.double().reshape(-1, 1).sign()
     unclear = [layer for layer, sign in enumerate(signs) if sign.abs() != 1]
     if unclear:
         raise SteerError(

@@ -9,6 +9,7 @@ adds it, as all others, after block ``L``: the place of use is what counts here.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.bounds import MOST_TENSORS, check_memory
 from vllm_steer.files.directions import read_layer, stack_directions
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_vector
@@ -38,6 +40,7 @@ def read(path: Path, facts: Facts) -> VectorSteer:
                 f"a GGUF file of architecture {shown(architecture)}; wanted: {_ARCHITECTURE!r}, a "
                 "control vector"
             )
+        _check_size(reader.tensors, path.stat().st_size)
         directions = dict(_direction(tensor) for tensor in reader.tensors)
         found = Facts(base_model=_text(reader, "controlvector.model_hint"))
     except SteerError:
@@ -66,6 +69,13 @@ def _open(path: Path) -> Any:
             return array
 
     return Bounded(path)
+
+
+def _check_size(tensors: Sequence[Any], file_size: int) -> None:
+    """Raise ``SteerError`` before values are copied: a file's tensors may lie over each other."""
+    if len(tensors) > MOST_TENSORS:
+        raise SteerError(f"it holds {len(tensors)} tensors; a steer at most {MOST_TENSORS}")
+    check_memory(sum(int(tensor.n_bytes) for tensor in tensors), file_size, "what it holds")
 
 
 def _text(reader: Any, key: str) -> str | None:

@@ -13,11 +13,13 @@ import torch
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_delta
 from vllm_steer.steers import DeltaSteer
+from vllm_steer.steers.checks import check_tensor
 
 NAME = "a delta of Dynamic Activation Composition"
 DIMENSIONS = 4
 
 
 def read(delta: torch.Tensor, facts: Facts) -> DeltaSteer:
-    """The delta with its heads side by side."""
+    """The delta with its heads side by side. Raises ``SteerError`` for one without values."""
+    check_tensor("delta", delta, dims=DIMENSIONS)
     return make_delta(delta.flatten(2), range(delta.shape[1]), facts)

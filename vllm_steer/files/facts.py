@@ -17,7 +17,7 @@ _MOST_ERRORS = 4
 def _column_list(value: Any) -> Any:
     """Accept '1' and '1,2', the metadata form, beside a list of numbers."""
     if isinstance(value, str):
-        return [part for part in value.replace(" ", "").split(",") if part]
+        return [part.strip(" ") for part in value.split(",")] if value.strip(" ") else []
     return value
 
 

@@ -37,7 +37,10 @@ def locked(folder: str | Path) -> Iterator[None]:
     A block within one that has the same folder is let through. Raises ``SteerError`` naming the
     process that has it, and for a folder that cannot be used.
     """
-    path = os.path.realpath(folder)
+    try:
+        path = os.path.realpath(folder)
+    except ValueError as error:
+        raise _unusable(Path(folder), error) from error
     if path in _held.get():
         yield
         return
@@ -56,7 +59,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 def _make(folder: Path) -> bool:
     """Whether the folder had to be made."""
-    there = folder.is_dir()
+    there = os.path.isdir(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -124,8 +127,8 @@ def _give_back(folder: Path, descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _unusable(folder: Path, error: OSError) -> SteerError:
-    return SteerError(f"run folder {folder}: cannot be used ({error.strerror or cause(error)})")
+def _unusable(folder: Path, error: OSError | ValueError) -> SteerError:
+    return SteerError(f"run folder {folder}: cannot be used ({cause(error)})")
 
 
 def _close_in_child() -> None:

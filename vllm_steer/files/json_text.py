@@ -1,6 +1,7 @@
 """JSON out of a foreign file: bounded, and of one meaning."""
 
 import json
+import math
 from typing import Any
 
 from vllm_steer.errors import SteerError
@@ -22,7 +23,11 @@ def read_json(text: str, what: str) -> Any:
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=each_once, parse_constant=_no_constant, parse_int=_whole_number
+            text,
+            object_pairs_hook=each_once,
+            parse_constant=_no_constant,
+            parse_int=_whole_number,
+            parse_float=_number,
         )
     except SteerError as error:
         raise SteerError(f"{what}: {error}") from None
@@ -44,6 +49,13 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise SteerError(f"{text} is no JSON number")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise SteerError(f"the number {shown(text)} is too large")
+    return number
 
 
 def _whole_number(text: str) -> int:

@@ -76,19 +76,22 @@ def _check_trained(args: argparse.Namespace | None, steer: LMSteer) -> None:
     """Raise ``SteerError`` if some columns hold the random values that they began with.
 
     The authors' trainer makes ``num_steers`` columns, 10 by default, and trains one of them and
-    the dummy; a strength would add the others' noise.
+    the dummy; the others would add noise, with a strength or as fixed ones.
     """
-    one = getattr(args, "training_steer", None)
-    if type(one) is int:
-        said = f"of which training_steer {one} was trained"
-        untrained = {*steer.free_columns} - {one}
-    else:
-        one, said = 0, "and does not say which of them were trained"
+    every = range(steer.columns)
+    one, dummy = (getattr(args, name, None) for name in ("training_steer", "dummy_steer"))
+    if one is None:
+        said = "and does not say which of them were trained"
         untrained = {*steer.free_columns} - {0, 1}
+        trained = sorted({0, *steer.fixed_columns})
+    else:
+        said = f"of which training_steer {shown(one)} and dummy_steer {shown(dummy)} were trained"
+        trained = [c for c in every if any(type(t) is int and c == t for t in (one, dummy))]
+        untrained = {*every} - {*trained} if type(one) is int and one in every else {*every}
     if untrained:
+        example = f", such as columns: {trained}" if trained else ""
         raise SteerError(
-            f"it has {steer.columns} columns, {said}; give columns, those to keep, such as "
-            f"columns: {sorted({one, *steer.fixed_columns})}"
+            f"it has {steer.columns} columns, {said}; give columns, those to keep{example}"
         )
 
 

@@ -1,10 +1,11 @@
 """NumPy archives (``.npz``): names, shapes and single rows, without unpickling anything."""
 
+import ast
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import SEEK_CUR
+from io import SEEK_CUR, BytesIO
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,7 @@ from vllm_steer.files.source import cause
 _FORMAT: Any = np.lib.format  # it has no type annotations
 _HEADERS = {(1, 0): _FORMAT.read_array_header_1_0, (2, 0): _FORMAT.read_array_header_2_0}
 _ENDING = ".npy"
+_LONGEST_HEADER = 10_000
 
 
 def arrays_in(records: Iterable[str]) -> list[str]:
@@ -87,7 +89,16 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     version = _FORMAT.read_magic(file)
     if version not in _HEADERS:
         raise SteerError(f"arrays of version {version} are not read; wanted: (1, 0) or (2, 0)")
+    length_size = 2 if version == (1, 0) else 4
+    length = file.read(length_size)
+    text = file.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER + 1))
+    if len(text) > _LONGEST_HEADER:
+        raise SteerError(f"an array's header has more than {_LONGEST_HEADER} bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python's, of the header's text, go to the terminal
-        shape, by_columns, dtype = _HEADERS[version](file)
+        written = ast.parse(text.decode("latin1").strip(), mode="eval").body
+        keys = [ast.dump(key) for key in getattr(written, "keys", ()) if key is not None]
+        if len(keys) != len(set(keys)):
+            raise SteerError("a key of an array's header is given twice")
+        shape, by_columns, dtype = _HEADERS[version](BytesIO(length + text))
     return shape, by_columns, dtype

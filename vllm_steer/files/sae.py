@@ -45,8 +45,11 @@ class Decoder:
 
 
 def decoder_in(names: Iterable[str]) -> str | None:
-    """The decoder's name among a file's tensors; None if there is none."""
-    return next((name for name in names if name in ("W_dec", "w_dec")), None)
+    """The decoder's name among a file's tensors; None if there is none, an error if two are."""
+    found = [name for name in names if name in ("W_dec", "w_dec")]
+    if len(found) > 1:
+        raise SteerError("it holds W_dec and w_dec; one decoder is wanted")
+    return found[0] if found else None
 
 
 def read(decoder: Decoder, facts: Facts) -> VectorSteer:

@@ -1,11 +1,14 @@
 """Safetensors files, of whatever tool: names, shapes and tensors."""
 
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.bounds import LARGEST_HEADER, MOST_TENSORS
@@ -55,7 +58,7 @@ def _check_header(path: Path) -> None:
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(path) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             return file.metadata() or {}, shapes
     except Exception as error:  # a damaged header can fail in any way
@@ -63,10 +66,11 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor by its name."""
+    """Every tensor by its name, in memory of its own: what was checked stays as it is, whatever
+    becomes of the file.
+    """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: _usable(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        return {name: _usable(tensor) for name, tensor in load(path.read_bytes()).items()}
     except Exception as error:  # a dtype that this PyTorch lacks, a tensor cut short
         raise SteerError(f"not a readable safetensors file ({cause(error)})") from error
 
@@ -74,10 +78,17 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def read_row(path: Path, name: str, row: int) -> torch.Tensor:
     """One row of a tensor, in memory of its own; the other rows are not read."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(path) as file:
             return _usable(file.get_slice(name)[row]).clone()
     except Exception as error:  # a dtype that this PyTorch lacks, a tensor cut short
         raise SteerError(f"tensor {name} cannot be read ({cause(error)})") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The library's reader, which would not take a name that is no UTF-8."""
+    with path.open("rb") as file, safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as reader:
+        yield reader
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,5 +39,6 @@ class Source:
 
 def cause(error: BaseException) -> str:
     """Why a reader failed, in one line: some libraries answer with advice of a page."""
-    text = str(error).strip() or type(error).__name__
+    said = error.strerror if isinstance(error, OSError) else None
+    text = (said or str(error)).strip() or type(error).__name__
     return printable(text.splitlines()[0], _LONGEST_CAUSE)

@@ -28,6 +28,7 @@ from vllm_steer.steers.layers import format_layers
 
 NAME = "an activation-steering file (.svec)"
 _LARGEST = 16 * 2**20
+_MOST_CONTAINERS = 100_000
 _WANTED = 'wanted: a JSON object with model_type and directions {"1": [numbers], ...}'
 
 
@@ -46,8 +47,11 @@ def _parse(path: Path) -> tuple[str, dict[str, list[float]]]:
     """``model_type`` and ``directions``, checked to be what they should be."""
     if path.stat().st_size > _LARGEST:
         raise SteerError(f"a JSON file of more than {_LARGEST} bytes is not read")
+    text = path.read_bytes()
+    if sum(map(text.count, (b"[", b"{", b":"))) > _MOST_CONTAINERS:  # in memory far larger
+        raise SteerError(f"a JSON file of more than {_MOST_CONTAINERS} lists, objects and keys")
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=each_once, parse_int=float)
+        found = json.loads(text, object_pairs_hook=each_once, parse_int=float)
     except SteerError:
         raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end

@@ -137,8 +137,15 @@ class _Storages:
         return _Storage(_DTYPES[cls.name], count, key)
 
     def tensor(self, given: tuple[Any, ...]) -> torch.Tensor:
-        """``(storage, offset, size, stride, requires_grad, hooks)``, as a view of its record."""
+        """``(storage, offset, size, stride, requires_grad, hooks)``, as a view of its record.
+
+        Behind these may be the metadata ``{"neg": True}`` of a view whose values are the negative
+        of the record's.
+        """
         storage, offset, size, stride = given[:4]
+        metadata = given[6] if len(given) > 6 else None
+        if len(given) > 7 or not (metadata is None or _is_negation(metadata)):
+            raise SteerError(f"its pickle has a tensor with {shown(given[6:])}; save a clone of it")
         if not isinstance(storage, _Storage) or not _is_shape(offset, size, stride):
             raise SteerError(f"its pickle has a tensor of {shown(given[:4])}")
         self._made += 1
@@ -152,7 +159,8 @@ class _Storages:
                 f"a tensor {shown(list(size))} claims more values ({claimed}) than the file holds "
                 f"for it ({len(values)}); save it contiguous"
             )
-        return values.as_strided(size, stride, offset if claimed else 0)
+        view = values.as_strided(size, stride, offset if claimed else 0)
+        return -view if metadata and metadata.get("neg") else view
 
     def _values(self, storage: _Storage) -> torch.Tensor:
         record = f"{self.pickle.folder}/data/{storage.key}"
@@ -169,6 +177,13 @@ class _Storages:
             self._read[record] = torch.frombuffer(data or bytearray(1), dtype=torch.uint8)
         read = self._read[record]
         return read[: storage.count * storage.dtype.itemsize].view(storage.dtype)
+
+
+def _is_negation(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(
+        type(value) is bool and (key == "neg" or (key == "conj" and not value))
+        for key, value in {"neg": False, **metadata}.items()
+    )
 
 
 def _is_shape(offset: Any, size: Any, stride: Any) -> bool:

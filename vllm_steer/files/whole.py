@@ -30,9 +30,9 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     replaced, and a device must not be.
     """
     path = Path(path)
-    check_replaceable(path)
-    unfinished = path.with_name(unfinished_name(path.name))
     try:
+        check_replaceable(path)
+        unfinished = path.with_name(unfinished_name(path.name))
         _write(unfinished, path, write)
     except SteerError:
         raise

@@ -1,11 +1,15 @@
 """Checks that steers of every kind share."""
 
 import math
+from collections.abc import Iterator
+from typing import Final
 
 import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.foreign import shown
+
+_PIECE: Final = 1 << 20
 
 
 def check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
@@ -16,10 +20,15 @@ def check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
         raise SteerError(
             f"tensor {name} is {list(tensor.shape)}; wanted: {dims} dimensions, none of size 0"
         )
-    finite = torch.isfinite(tensor.float())
-    if not finite.all():
-        bad = int((~finite).sum())
+    bad = sum(int((~torch.isfinite(piece.float())).sum()) for piece in pieces(tensor))
+    if bad:
         raise SteerError(f"tensor {name} has {bad} values that are NaN or infinite")
+
+
+def pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The values in their order, a few at a time: what is worked out of them takes little room."""
+    for row in tensor if tensor.ndim > 1 else (tensor,):
+        yield from row.detach().reshape(-1).split(_PIECE)
 
 
 def check_default_strength(strength: float | None) -> None:

@@ -6,6 +6,7 @@ import json
 import torch
 
 from vllm_steer.steers import DeltaSteer, Steer, VectorSteer
+from vllm_steer.steers.checks import pieces
 
 
 def content_digest(steer: Steer) -> str:
@@ -21,7 +22,7 @@ def content_digest(steer: Steer) -> str:
         acts |= {"epsilon": steer.epsilon, "fixed_columns": steer.fixed_columns}
     digest = hashlib.sha256(json.dumps(acts, sort_keys=True).encode())
     for name, tensor in sorted(steer.tensors.items()):
-        values = tensor.detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name}{list(values.shape)}".encode())
-        digest.update(values.numpy().tobytes())
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        for piece in pieces(tensor):
+            digest.update(piece.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()

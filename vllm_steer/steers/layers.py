@@ -1,5 +1,6 @@
 """Layer numbers: decoder blocks of a model, counted from 0."""
 
+import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
@@ -8,6 +9,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.foreign import LONGEST_LIST, printable, shown
 
 _MOST = 10_000
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,4}")
 
 
 def parse_layers(given: Any) -> tuple[int, ...]:
@@ -79,7 +81,7 @@ def _span(part: str, given: Any) -> range:
 def _number(item: Any, given: Any) -> int:
     if isinstance(item, str):
         text = item.strip(" \t\r\n")
-        item = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else None
+        item = int(text) if _NUMBER.fullmatch(text) else None
     if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= int(item) < _MOST:
         raise _malformed(given)
     return int(item)

@@ -64,9 +64,9 @@ class VectorSteer:
             raise SteerError(
                 f"layer_scores has {len(self.layer_scores)} numbers for {len(self.layers)} layers"
             )
-        norms = self.vectors.double().norm(dim=1)
-        if self.mode == "rotate" and not norms.all():
-            zero = [layer for layer, norm in zip(self.layers, norms, strict=True) if norm == 0]
+        rows = zip(self.layers, self.vectors, strict=True)
+        zero = [layer for layer, row in rows if not row.float().any()]
+        if self.mode == "rotate" and zero:
             raise SteerError(
                 f"the vector of layer {format_layers(zero)} is zero: there is no direction to "
                 "rotate to; leave the layer out"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import shown
+from vllm_steer.foreign import is_number, shown
 
 LabelMap = Callable[[Any], float]
 
@@ -65,7 +65,8 @@ def _all(table: Mapping[str, float]) -> str:
 
 def _number(value: Any) -> float:
     try:
-        number = float("nan") if isinstance(value, bool) else float(value)
+        is_none = isinstance(value, bool) or (isinstance(value, str) and not is_number(value))
+        number = float("nan") if is_none else float(value)
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not -1 <= number <= 1:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import shown
+from vllm_steer.files.json_text import each_once
+from vllm_steer.foreign import is_number, shown
 from vllm_steer.texts.labels import LabelMap, label_map
 from vllm_steer.texts.rows import Row, read_rows, take, text_of
 
@@ -71,10 +72,12 @@ def _conversation(row: Row, number: LabelMap) -> Conversation:
 
 
 def _messages(row: Row, name: str) -> Messages:
-    given = row.values.get(name) or []
+    given = row.values.get(name)
+    if given is None or given == "":
+        given = []
     if isinstance(given, str):
         try:
-            given = json.loads(given)
+            given = json.loads(given, object_pairs_hook=each_once)
         except (ValueError, RecursionError):
             given = None
     if not isinstance(given, list) or not all(map(_is_message, given)):
@@ -82,7 +85,8 @@ def _messages(row: Row, name: str) -> Messages:
             f"{row.place}: {name} is {shown(row.values[name])}; a list of "
             '{"role": ..., "content": ...} is wanted'
         )
-    if any("\ud800" <= letter <= "\udfff" for message in given for letter in message["content"]):
+    texts = (message[part] for message in given for part in ("role", "content"))
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
         raise SteerError(f"{row.place}: {name} has letters that are not Unicode")
     return tuple({"role": message["role"], "content": message["content"]} for message in given)
 
@@ -111,6 +115,8 @@ def _label(row: Row, number: LabelMap) -> int:
 def _zero_or_one(value: Any) -> float:
     """A label without a map: JSON's true and false count as 1 and 0."""
     try:
+        if isinstance(value, str) and not is_number(value):
+            raise ValueError
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise SteerError(

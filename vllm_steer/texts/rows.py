@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.json_text import each_once
 from vllm_steer.foreign import shown
 
 T = TypeVar("T")
@@ -45,6 +47,9 @@ def read_rows(path: str | Path) -> Iterator[Row]:
             f"{path}: the ending is {path.suffix or 'missing'}; texts are read from "
             f"{', '.join(SUFFIXES)}"
         )
+    if not os.path.isfile(path):
+        found = "is no plain file" if os.path.lexists(path) else "no such file"
+        raise SteerError(f"{path}: {found}; give a file of texts")
     try:
         # A byte that is no UTF-8 becomes a lone surrogate, so that its row can be named.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -117,15 +122,27 @@ class _Bad:
     reason: str
 
 
+def _lines(file: IO[str]) -> Iterator[tuple[int, str]]:
+    """The lines with their numbers; none is longer than a row may be."""
+    line = 1
+    while text := file.readline(_LONGEST + 1):
+        if len(text) > _LONGEST:
+            raise _Malformed(f"{line}: a line of more than {_LONGEST} letters")
+        yield line, text
+        line += 1
+
+
 def _jsonl(file: IO[str]) -> Iterator[tuple[int, Any]]:
-    for line, text in enumerate(file, 1):
+    for line, text in _lines(file):
         if text.strip():
             yield line, _parsed(text)
 
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_once)
+    except SteerError as error:
+        return _Bad(str(error))
     except (ValueError, RecursionError) as error:
         return _Bad(f"no JSON ({_cause(error)})")
 
@@ -165,7 +182,7 @@ class _Ahead:
 
     def __init__(self, file: IO[str]) -> None:
         self._file, self._text, self._at = file, "", 0
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=each_once)
         self.line = 1
 
     def next_letter(self) -> str:
@@ -190,6 +207,8 @@ class _Ahead:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
                 problem = "the list does not end"
+            except SteerError as error:
+                raise _Malformed(f"{self.line}: {error}") from None
             except (ValueError, RecursionError) as error:
                 end, problem = len(self._text), _cause(error)
             # At the end of what was read, a number may go on in the next chunk.
@@ -246,7 +265,7 @@ def _names(line: int, names: list[str]) -> list[str]:
 
 
 def _txt(file: IO[str]) -> Iterator[tuple[int, Any]]:
-    for line, text in enumerate(file, 1):
+    for line, text in _lines(file):
         if text.strip():
             yield line, {"text": text.rstrip("\r\n")}
 

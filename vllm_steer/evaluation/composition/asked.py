@@ -7,6 +7,7 @@ seen: [fr, cheer]
 unseen: [fr+cheer]
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -16,7 +17,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    FiniteFloat,
     ValidationError,
     field_validator,
     model_validator,
@@ -26,7 +26,7 @@ from vllm_steer.config import NAME, NO_STEER
 from vllm_steer.config_text import read_config_file
 from vllm_steer.doses import Kl
 from vllm_steer.errors import SteerError
-from vllm_steer.files.facts import describe_errors
+from vllm_steer.files.facts import FiniteFloat, Number, describe_errors
 from vllm_steer.foreign import listed, shown
 
 Method = Literal["none", "fixed", "start", "dim", "dynamic"]
@@ -42,7 +42,9 @@ def _listed(value: Any) -> Any:
 
 Strengths = Annotated[tuple[FiniteFloat, ...], BeforeValidator(_listed), Field(min_length=1)]
 Shares = Annotated[
-    tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_listed), Field(min_length=1)
+    tuple[Annotated[float, Number, Field(gt=0, le=1)], ...],
+    BeforeValidator(_listed),
+    Field(min_length=1),
 ]
 Kls = Annotated[tuple[Kl, ...], BeforeValidator(_listed), Field(min_length=1)]
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True)
@@ -94,15 +96,16 @@ class Composition(BaseModel):
     top_p: Shares = (0.5,)
     kl: Kls = ("plain",)
     examples: dict[Combination, Path] = {}
-    demonstrations: int = Field(4, ge=0)
+    demonstrations: Annotated[int, Number, Field(ge=0)] = 4
     instruction: str = ""
 
     @classmethod
     def load(cls, path: str | Path) -> "Composition":
         """Read the file. Raises ``SteerError`` that names each wrong value, and what is wanted."""
         path = Path(path)
-        if path.exists() and not path.is_file():
-            raise SteerError(f"{path}: is no file; give a .yaml of properties")
+        if not os.path.isfile(path):
+            problem = "is no file" if os.path.lexists(path) else "no such file"
+            raise SteerError(f"{path}: {problem}; give a .yaml of properties")
         try:
             data = read_config_file(path, str(path))
         except OSError as error:
@@ -181,16 +184,23 @@ class Composition(BaseModel):
             return tuple(sorted(combination, key=order.index))
 
         properties = {
-            name: each.model_copy(update={"steer": folder / each.steer.expanduser()})
+            name: each.model_copy(update={"steer": _absolute(folder, each.steer)})
             for name, each in self.properties.items()
         }
         changed = {
             "properties": properties,
             "seen": tuple(dict.fromkeys(map(ordered, self.seen))),
             "unseen": tuple(dict.fromkeys(map(ordered, self.unseen))),
-            "examples": {ordered(c): folder / p.expanduser() for c, p in self.examples.items()},
+            "examples": {ordered(c): _absolute(folder, p) for c, p in self.examples.items()},
         }
         return self.model_copy(update=changed)
+
+
+def _absolute(folder: Path, path: Path) -> Path:
+    try:
+        return folder / path.expanduser()
+    except RuntimeError as error:  # ~ of somebody who is not known here
+        raise SteerError(f"{path}: cannot be a path ({error})") from None
 
 
 def label(combination: Combination) -> str:

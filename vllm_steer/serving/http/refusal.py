@@ -2,7 +2,7 @@
 
 import json
 
-from vllm_steer.foreign import LONGEST_MESSAGE, printable
+from vllm_steer.foreign import message as shown_message
 from vllm_steer.serving.http.routes import Route
 from vllm_steer.serving.reports.response import Send
 
@@ -13,7 +13,7 @@ class Refused(ValueError):
     """A body that cannot be served; ``parameter`` is the field that says so."""
 
     def __init__(self, message: str, parameter: str) -> None:
-        super().__init__(printable(message, LONGEST_MESSAGE))
+        super().__init__(shown_message(message))
         self.parameter = parameter
 
 
