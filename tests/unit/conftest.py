@@ -1,7 +1,10 @@
 """Small steers, and the plan that an engine would make of them, for all unit tests."""
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -74,3 +77,23 @@ def planned(name: str, default_strength: float) -> PlannedSteer:
         default_strength=default_strength,
         content=name,
     )
+
+
+@dataclasses.dataclass
+class SteeringVector:
+    """The class of the library steering-vectors, under its name there."""
+
+    layer_activations: dict[int, torch.Tensor]
+    layer_type: str = "decoder_block"
+
+
+@pytest.fixture
+def steering_vectors(monkeypatch: pytest.MonkeyPatch) -> type[SteeringVector]:
+    """The library steering-vectors, as an installed one is while it pickles."""
+    name = "steering_vectors.steering_vector"
+    module: Any = ModuleType(name)
+    module.SteeringVector = SteeringVector
+    monkeypatch.setitem(sys.modules, name.partition(".")[0], ModuleType("steering_vectors"))
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(SteeringVector, "__module__", name)
+    return SteeringVector

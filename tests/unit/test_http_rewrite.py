@@ -1,16 +1,15 @@
-"""The middleware: which bodies it rewrites, to what, and which bytes it leaves alone."""
+"""Bodies as the middleware rewrites them: to what, and which bytes it leaves alone."""
 
-import asyncio
 import json
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from http_tools import dump, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_steer.serving.admission import asked_strengths
-from vllm_steer.serving.http import Steering
 from vllm_steer.serving.http.near_misses import HOLDERS, MEANT
 from vllm_steer.serving.http.received import Hints, ReceivedBody
 from vllm_steer.serving.http.rewriting import BODY, preset_of
@@ -45,21 +44,6 @@ def rewritten(body: bytes, plan: Any, *, route: str) -> Rewritten:
 
 def rewrite(body: bytes, plan: Any, *, route: str) -> bytes:
     return rewritten(body, plan, route=route).body
-
-
-def carries(path: str) -> bool:
-    route = route_at(path)
-    return route is not None and route.carries
-
-
-def load(body: bytes) -> Any:
-    """A body as vLLM reads it, without fields of ours that are empty."""
-    data = json.loads(body)
-    return {k: v for k, v in data.items() if v is not None or k not in ("steer", "steer_strengths")}
-
-
-def dump(body: Any) -> bytes:
-    return json.dumps(body).encode()
 
 
 @pytest.mark.parametrize(
@@ -266,193 +250,3 @@ json_values = st.recursive(
 def test_everything_else_in_a_body_survives_rewriting(plan: Any, rest: dict[str, Any]) -> None:
     found = load(rewrite(dump({**rest, "steer": "a:3"}), plan, route="/v1/completions"))
     assert found == {**rest, "vllm_xargs": {"steer": "a:3"}}
-
-
-HEADERS = [(b"Content-Length", b"1"), (b"x-other", b"kept")]
-
-
-class Inside:
-    """The application behind the middleware: keeps the scope and the whole body it was given."""
-
-    def __init__(self) -> None:
-        self.scope: Any = None
-        self.body = b""
-        self.afterwards: Any = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.scope = scope
-        if scope["type"] != "http":
-            return
-        while True:
-            message = await receive()
-            self.body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        self.afterwards = await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"{}"})
-
-
-def run(
-    plan: Any,
-    parts: list[bytes],
-    *,
-    path: str = "/v1/completions",
-    method: str = "POST",
-    kind: str = "http",
-    content_type: bytes = b"application/json",
-) -> tuple[Inside, list[Any]]:
-    """Send one request through the middleware; returns the application and what was sent."""
-    additional = {"steer": plan.to_json()} if plan is not None else {}
-    config = SimpleNamespace(additional_config=additional)
-    messages: list[Any] = [
-        {"type": "http.request", "body": part, "more_body": at + 1 < len(parts)}
-        for at, part in enumerate(parts)
-    ] + [{"type": "http.disconnect"}]
-    scope = {
-        "type": kind,
-        "method": method,
-        "path": path,
-        "headers": [(b"Content-Type", content_type), *HEADERS],
-        "app": SimpleNamespace(state=SimpleNamespace(vllm_config=config)),
-    }
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        return messages.pop(0)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    inside = Inside()
-    asyncio.run(Steering(inside)(scope, receive, send))
-    return inside, sent
-
-
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_a_body_in_parts_is_rewritten_with_its_new_length(plan: Any, size: int) -> None:
-    body = dump({"prompt": "x", "steer": "a:3"})
-    inside, sent = run(plan, [body[at : at + size] for at in range(0, len(body), size)])
-    assert load(inside.body) == {"prompt": "x", "vllm_xargs": {"steer": "a:3"}}
-    headers = dict(inside.scope["headers"])
-    lengths = [
-        value for name, value in inside.scope["headers"] if name.lower() == b"content-length"
-    ]
-    assert lengths == [str(len(inside.body)).encode()]
-    assert headers[b"x-other"] == b"kept"
-    assert sent[0]["status"] == 200
-
-
-def test_a_disconnect_still_reaches_the_application(plan: Any) -> None:
-    inside, _ = run(plan, [dump({"steer": "a:3"})])
-    assert inside.afterwards == {"type": "http.disconnect"}
-
-
-def test_an_untouched_body_keeps_its_bytes_and_its_headers(plan: Any) -> None:
-    body = b'{ "prompt":\t"x" }'
-    inside, _ = run(plan, [body[:3], body[3:]])
-    assert inside.body == body
-    assert inside.scope["headers"] == [(b"Content-Type", b"application/json"), *HEADERS]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"method": "GET"}, {"kind": "websocket"}, {"kind": "lifespan"}],
-    ids=["get", "websocket", "lifespan"],
-)
-def test_what_is_no_post_passes_through(plan: Any, options: dict[str, str]) -> None:
-    inside, _ = run(plan, [dump({"steer": "a:3"})], **options)
-    assert inside.body in (b"", dump({"steer": "a:3"}))
-    assert inside.scope["type"] == options.get("kind", "http")
-
-
-def test_an_engine_without_steers_sees_every_body_as_it_came() -> None:
-    body = dump({"steer": "a:3"})
-    assert run(None, [body])[0].body == body
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/completions",
-        "/v1/chat/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/chat/completions/batch",
-        "/invocations",
-        "/prefix/v1/completions",
-    ],
-)
-def test_routes_that_generate_take_a_steer(plan: Any, path: str) -> None:
-    inside, sent = run(plan, [dump({"steer": "a:3"})], path=path)
-    if not carries(path):  # Anthropic's, in older vLLM versions
-        assert sent[0]["status"] == 400
-        return
-    assert load(inside.body) == {"vllm_xargs": {"steer": "a:3"}}
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [{"steer": "a:3"}, {"vllm_xargs": {"steer": "a:3"}}, {"model": "base:friendly"}],
-    ids=["field", "argument", "preset-model"],
-)
-def test_a_route_that_cannot_carry_a_steer_refuses_every_way_to_ask(
-    plan: Any, asked: dict[str, Any]
-) -> None:
-    """vLLM's token route generates and has no ``vllm_xargs``: a steer would be lost."""
-    inside, sent = run(plan, [dump(asked)], path="/inference/v1/generate")
-    assert inside.scope is None
-    assert sent[0]["status"] == 400
-
-
-REFUSAL = "steer: this route cannot carry a steer; remove it and name the base model"
-
-
-@pytest.mark.parametrize(
-    "path", ["/inference/v1/generate", "/generative_scoring", "/prefix/v1/chat/completions/render"]
-)
-def test_a_refusal_is_an_openai_error_and_does_not_reach_the_application(
-    plan: Any, path: str
-) -> None:
-    inside, sent = run(plan, [dump({"steer": "a:3"})], path=path)
-    assert inside.scope is None
-    start, body = sent
-    assert start["status"] == 400
-    assert dict(start["headers"])[b"content-type"] == b"application/json"
-    assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
-    assert json.loads(body["body"])["error"] == {
-        "message": REFUSAL,
-        "type": "BadRequestError",
-        "param": "steer",
-        "code": 400,
-    }
-
-
-def test_a_refusal_on_anthropics_route_has_its_form(plan: Any) -> None:
-    from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
-
-    _, (start, body) = run(plan, [dump({"steer": "b:3"})], path="/v1/messages")
-    assert start["status"] == 400
-    found = json.loads(body["body"])
-    message = found["error"]["message"]
-    error = AnthropicError(type="BadRequestError", message=message)
-    assert found == AnthropicErrorResponse(error=error).model_dump()
-    unknown = "steer 'b' is unknown; steers: a; presets: friendly, v1"
-    assert message == (unknown if carries("/v1/messages") else REFUSAL)
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"steer": "b"}, "steer"),
-        ({"vllm_xargs": {"steer": "b"}}, "vllm_xargs.steer"),
-        ({"steer_strengths": 5}, "steer_strengths"),
-        ({"steer": "a", "vllm_xargs": 5}, "vllm_xargs"),
-        ({"steers": "a"}, "steers"),
-        ({"vllm_xargs": {"vllm_steer_stream": {}}}, "vllm_xargs.vllm_steer_stream"),
-    ],
-    ids=str,
-)
-def test_a_refusal_names_the_field_that_was_sent(plan: Any, body: Any, param: str) -> None:
-    _, (_, sent) = run(plan, [dump(body)])
-    assert json.loads(sent["body"])["error"]["param"] == param

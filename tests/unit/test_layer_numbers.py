@@ -43,10 +43,10 @@ def test_layers_are_read_in_ascending_order(written: Any, layers: tuple[int, ...
     "written",
     [
         "", " ", ",", "3,", ",3", "3,,4", "-3", "3-", "-", "3-1", "1-2-3", "1--2", "+3", "3.0",
-        "0x3", "1_0", "007", "010", "three", "\uff13", "\u00b2", "10000", "99999", "0-10000", "3,3", "0-3,2",
-        "5-6,6-7", -1, 10_000, 3.0, 1e3, float("nan"), float("inf"), True, False, None, [], (), {},
-        {"0": 1}, set(), {3}, [3, 3], [3, -1], [True], [None], [3.0], [[3]], ["1-2"], [""], ["3,4"],
-        [10_000], object(),
+        "0x3", "1_0", "007", "010", "three", "\uff13", "\u00b2", "10000", "99999", "0-10000", "3,3",
+        "0-3,2", "5-6,6-7", -1, 10_000, 3.0, 1e3, float("nan"), float("inf"), True, False,
+        None, [], (), {}, {"0": 1}, set(), {3}, [3, 3], [3, -1], [True], [None], [3.0],
+        [[3]], ["1-2"], [""], ["3,4"], [10_000], object(),
     ],
     ids=lambda written: "object" if type(written) is object else repr(written),
 )  # fmt: skip

@@ -1,34 +1,15 @@
-"""Vectors and deltas of ``torch.save``: what a tensor leaves open is asked for, code never runs."""
+"""Vectors and deltas of ``torch.save``: what a tensor leaves open is asked for."""
 
-import argparse
 import collections
-import dataclasses
-import os
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from foreign_tools import BLOCKS, WIDTH, directions, steered, streams
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from torch_tools import save, tensors
 
 from vllm_steer import DeltaSteer, SteerError, load_steer, save_steer
-
-
-def save(path: Path, content: Any, **options: Any) -> Path:
-    torch.save(content, path, **options)
-    return path
-
-
-def tensors(layers: Any) -> dict[int, torch.Tensor]:
-    return {layer: torch.from_numpy(vector) for layer, vector in directions(layers).items()}
-
-
-# Dynamic Activation Composition
 
 
 def test_a_4d_tensor_is_a_delta_with_its_heads_side_by_side(tmp_path: Path) -> None:
@@ -65,9 +46,6 @@ def test_facts_that_do_not_fit_a_delta_are_refused(
 ) -> None:
     with pytest.raises(SteerError, match=message):
         load_steer(save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4)), **facts)
-
-
-# plain tensors
 
 
 def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
@@ -196,174 +174,3 @@ def test_tensors_that_cannot_be_are_refused_with_what_was_found(
     with pytest.raises(SteerError, match=message) as caught:
         load_steer(save(tmp_path / "v.pt", content), **facts)
     assert str(tmp_path / "v.pt") in str(caught.value)
-
-
-# steering-vectors
-
-
-@dataclasses.dataclass
-class SteeringVector:
-    """The library's class, under its name there."""
-
-    layer_activations: dict[int, torch.Tensor]
-    layer_type: str = "decoder_block"
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> type[SteeringVector]:
-    """The library as an installed one is while it pickles."""
-    name = "steering_vectors.steering_vector"
-    module: Any = ModuleType(name)
-    module.SteeringVector = SteeringVector
-    monkeypatch.setitem(sys.modules, name.partition(".")[0], ModuleType("steering_vectors"))
-    monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(SteeringVector, "__module__", name)
-    return SteeringVector
-
-
-def test_a_steering_vector_is_added_to_its_blocks_outputs(tmp_path: Path, library: Any) -> None:
-    path = save(tmp_path / "v.pt", library(tensors([0, 3])))
-    steer = load_steer(path)
-    assert torch.equal(steered(steer), streams(out_of=directions([0, 3]))[-1])
-    assert load_steer(path, layers=3, mode="rotate").layers == (3,)
-
-
-@pytest.mark.parametrize(
-    ("layer_type", "site"),
-    [("decoder_block", "resid"), ("self_attn", "attn_out"), ("input_layernorm", "attn_in")],
-)
-def test_a_layer_type_is_a_site(tmp_path: Path, library: Any, layer_type: str, site: str) -> None:
-    as_class = library(tensors([1]), layer_type)
-    as_dict = dataclasses.asdict(as_class)
-    for content in (as_class, as_dict):
-        steer = load_steer(save(tmp_path / "v.pt", content))
-        assert (steer.site, steer.mode, steer.layers) == (site, "add", (1,))
-
-
-def test_steering_vectors_of_one_row_are_flattened_as_the_library_does(
-    tmp_path: Path, library: Any
-) -> None:
-    path = save(tmp_path / "v.pt", library({1: torch.ones(1, 6), 2: torch.ones(1, 1, 6)}))
-    assert load_steer(path).vectors.shape == (2, 6)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"layer_type": "mlp"}, "layer_type is 'mlp'; allowed: decoder_block, self_attn, input_l"),
-        ({"layer_type": ["mlp"]}, "layer_type is"),
-        ({"layer_activations": {}}, "it holds no vectors"),
-        ({"layer_activations": torch.ones(6)}, "layer_activations, a dict of tensors by layer"),
-        ({"layer_activations": {-1: torch.ones(6)}}, "layer -1"),
-        ({"layer_activations": {"1": torch.ones(6)}}, "layer '1'"),
-        ({"layer_activations": {1: torch.ones(2, 6)}}, r"layer 1 is \[2, 6\]"),
-        ({"layer_activations": {1: torch.tensor(2.0)}}, r"layer 1 is \[\]"),
-        ({"layer_activations": {1: 5}}, "layer 1 holds a int"),
-        ({"multiplier": 2.0}, "it holds layer_activations, layer_type, multiplier; wanted"),
-    ],
-    ids=range(10),
-)
-def test_steering_vectors_that_cannot_be_are_refused(
-    tmp_path: Path, library: Any, fields: dict[str, Any], message: str
-) -> None:
-    content = library(tensors([1]))
-    vars(content).update(fields)
-    for saved in (content, vars(content)):
-        with pytest.raises(SteerError, match=message):
-            load_steer(save(tmp_path / "v.pt", saved))
-
-
-def test_an_empty_steering_vector_is_refused(tmp_path: Path, library: Any) -> None:
-    content = library({})
-    vars(content).clear()
-    with pytest.raises(SteerError, match="it holds nothing; wanted: layer_activations"):
-        load_steer(save(tmp_path / "v.pt", content))
-
-
-# trust
-
-
-class Shell:
-    """Pickles to a command."""
-
-    def __init__(self, marker: Path) -> None:
-        self.command = f"touch {marker}"
-
-    def __reduce__(self) -> Any:
-        return (os.system, (self.command,))
-
-
-@pytest.mark.parametrize("place", ["bare", "value", "key", "field", "attribute"])
-def test_a_file_that_names_code_is_refused_and_not_run(
-    tmp_path: Path, library: Any, place: str
-) -> None:
-    marker = tmp_path / "executed"
-    evil: Any = Shell(marker)
-    if place == "value":
-        evil = {1: evil}
-    elif place == "key":
-        evil = {evil: torch.ones(6)}
-    elif place == "field":
-        evil = library({1: evil})
-    elif place == "attribute":
-        evil = {"layer_activations": {1: torch.ones(6)}, "layer_type": evil}
-    path = save(tmp_path / "evil.pt", evil)
-    with pytest.raises(SteerError, match=r"evil\.pt: it names posix\.system, .*nothing of it was"):
-        load_steer(path, layers=1)
-    assert not marker.exists()
-
-
-def test_each_format_may_name_only_its_own_classes(tmp_path: Path, library: Any) -> None:
-    content = library({1: torch.ones(6)}, argparse.Namespace())
-    with pytest.raises(SteerError, match=r"it names steering_vectors\..*SteeringVector, which"):
-        load_steer(save(tmp_path / "v.pt", content))
-
-
-def test_numpy_arrays_in_a_pickle_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    path = save(tmp_path / "v.pt", {1: np.ones(6)})
-    with pytest.raises(SteerError, match=r"it names .*numpy.*Save tensors, in a dict if need be"):
-        load_steer(path)
-
-
-def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
-    huge = torch.zeros(1).as_strided((2**20, 2**20), (0, 0))
-    for content in (huge, {3: huge}, {"layer_activations": {3: huge}}):
-        with pytest.raises(
-            SteerError,
-            match=r"more values \(1099511627776\) than the file holds for it \(1",
-        ):
-            load_steer(save(tmp_path / "huge.pt", content), layers="1-2")
-
-
-def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
-    content: dict[Any, Any] = {}
-    content["self"] = content
-    with pytest.raises(SteerError, match="its pickle is nested more than 32 deep"):
-        load_steer(save(tmp_path / "loop.pt", content))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("fuzz") / "v.pt"
-    return save(
-        path, {"layer_activations": tensors([1, 2]), "layer_type": "self_attn"}
-    ).read_bytes()
-
-
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@pytest.mark.filterwarnings("ignore:invalid escape sequence")
-@given(position=st.integers(0, 100_000), value=st.binary(min_size=1, max_size=3))
-def test_changed_bytes_give_a_steer_or_a_steer_error(
-    tmp_path: Path, whole: bytes, position: int, value: bytes
-) -> None:
-    data = bytearray(whole)
-    at = position % len(data)
-    data[at : at + len(value)] = value
-    path = tmp_path / "changed.pt"
-    path.write_bytes(data)
-    try:
-        assert load_steer(path).kind == "vector"
-    except SteerError as error:
-        assert str(path) in str(error)

@@ -1,0 +1,86 @@
+"""A request in the engine: admitted or refused, and its cache key."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engine_tools import fake_config
+
+
+@pytest.fixture
+def engine(make_plan: Any) -> Any:
+    return fake_config(make_plan({"a": 1.0}, default="a:2", max_strength=5))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        None,
+        SimpleNamespace(extra_args=None),
+        SimpleNamespace(extra_args={}),
+        SimpleNamespace(extra_args={"other": 1}),
+        SimpleNamespace(extra_args={"steer": "a:1"}),
+        SimpleNamespace(extra_args={"steer": "none"}),
+        SimpleNamespace(),
+    ],
+    ids=repr,
+)
+def test_a_request_that_can_be_served_is_admitted_unchanged(engine: Any, params: Any) -> None:
+    from vllm_steer.serving.admission import admit
+
+    before = repr(params)
+    admit(params, engine)
+    assert repr(params) == before
+
+
+def test_a_request_that_cannot_be_served_is_vllms_validation_error_and_ours(engine: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_steer import SteerRequestError
+    from vllm_steer.serving.admission import admit
+
+    with pytest.raises(VLLMValidationError, match="strength 6; allowed: -5 to 5") as caught:
+        admit(SimpleNamespace(extra_args={"steer": "a:6"}), engine)
+    assert isinstance(caught.value, SteerRequestError)
+    assert caught.value.parameter == "vllm_xargs.steer"
+
+
+def test_a_rejection_survives_the_way_between_processes() -> None:
+    import pickle
+
+    from vllm_steer.serving.admission import RejectedSteer
+
+    error = pickle.loads(pickle.dumps(RejectedSteer("a is unknown")))
+    assert (type(error), str(error)) == (RejectedSteer, str(RejectedSteer("a is unknown")))
+    assert error.parameter == "vllm_xargs.steer"
+
+
+@pytest.mark.parametrize("steer", [None, "a:1", "none"], ids=repr)
+@pytest.mark.parametrize("salt", [None, "mine"], ids=repr)
+def test_a_steer_at_the_head_leaves_the_cache_key_alone(
+    engine: Any, steer: Any, salt: str | None
+) -> None:
+    from vllm_steer.serving.admission import key_request
+
+    params = SimpleNamespace(extra_args={"steer": steer} if steer else None)
+    request = SimpleNamespace(
+        sampling_params=params, cache_salt=salt, prompt_token_ids=[1, 2], prompt_embeds=None
+    )
+    key_request(request, engine)
+    assert request.cache_salt == salt
+
+
+def test_the_engine_core_refuses_what_the_frontend_did_not(engine: Any) -> None:
+    from vllm_steer.serving.admission import RejectedSteer, key_request
+
+    params = SimpleNamespace(extra_args={"steer": "b:1"})
+    with pytest.raises(RejectedSteer, match="'b' is unknown; steers: a"):
+        key_request(SimpleNamespace(sampling_params=params, cache_salt=None), engine)
+
+
+def test_a_pooling_request_has_no_cache_key_of_ours(engine: Any) -> None:
+    from vllm_steer.serving.admission import key_request
+
+    request = SimpleNamespace(sampling_params=None, cache_salt=None, prompt_token_ids=[1])
+    key_request(request, engine)
+    assert request.cache_salt is None
