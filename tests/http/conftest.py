@@ -202,3 +202,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     running = getattr(item, "funcargs", {}).get("server")
     if report.failed and isinstance(running, Server):
         report.sections.append(("vllm serve", tail(running.log)))
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    """A client of the server."""
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client

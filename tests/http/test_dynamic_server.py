@@ -48,12 +48,6 @@ ASKS: dict[str, tuple[Dose, ...]] = {
 each_ask = pytest.mark.parametrize("steer", ASKS)
 
 
-@pytest.fixture(scope="module")
-def http(server: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=120) as client:
-        yield client
-
-
 @cache
 def model() -> Any:
     torch.set_num_threads(1)

@@ -1,0 +1,8 @@
+"""What tests of a served model ask it."""
+
+from typing import Any
+
+BASE = "base"
+PROMPT = "Once upon a time"
+NEW_TOKENS = 12
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": NEW_TOKENS}
