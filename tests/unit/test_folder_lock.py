@@ -1,4 +1,4 @@
-"""A run folder is one process's at a time: named, left alone by others, free when it ends."""
+"""One process at a time uses a run folder: others are told its name, and the lock ends with it."""
 
 import os
 import re
