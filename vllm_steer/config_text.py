@@ -17,7 +17,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files.bounds import DEEPEST, MOST_VALUES, check_nesting
 from vllm_steer.files.json_text import NotJSONError, read_json
 from vllm_steer.files.source import cause
-from vllm_steer.foreign import shown
+from vllm_steer.foreign import printable, shown
 
 LARGEST: Final = 256 * 1024
 """Bytes of a config. PyYAML reads some 100 kB a second."""
@@ -34,6 +34,7 @@ _NUMBERS: Final = (
 _TAG: Final = "tag:yaml.org,2002:"
 _REPLACED: Final = frozenset({_TAG + name for name in ("int", "float", "timestamp")})
 _TEXT: Final = _TAG + "str"
+_OLD_BREAKS: Final = re.compile("[\x85\u2028\u2029]")
 _MERGE: Final = _TAG + "merge"
 
 
@@ -57,6 +58,7 @@ def read_config_text(text: str, origin: str) -> Any:
     if text.lstrip().startswith("{"):
         with suppress(NotJSONError):  # it may be YAML's flow style
             return read_json(text, origin)
+    _check_lines(text, origin)
     try:
         return _read_yaml(text, origin)
     except SteerError:
@@ -65,6 +67,16 @@ def read_config_text(text: str, origin: str) -> Any:
         raise SteerError(f"{origin} is nested more than {DEEPEST} deep") from None
     except Exception as error:  # PyYAML's own, and whatever its constructors meet
         raise SteerError(f"{origin} is neither YAML nor JSON: {_cause(error)}") from None
+
+
+def _check_lines(text: str, origin: str) -> None:
+    """Raise ``SteerError`` for what only YAML before 1.2 takes for the end of a line."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if found := _OLD_BREAKS.search(line):
+            raise SteerError(
+                f"{origin}: line {number}: the character {printable(found[0])}, which ends a line "
+                "for some readers; write it as an escape, in quotes"
+            )
 
 
 def _read_yaml(text: str, origin: str) -> Any:
@@ -104,6 +116,7 @@ class _Check:
         self._origin = origin
         self._known: dict[int, int] = {}
         self._open: set[int] = set()
+        self._merged: dict[int, list[yaml.Node]] = {}
 
     def count(self, node: yaml.Node, depth: int = 0) -> int:
         """The values that a node stands for. Raises ``SteerError`` for what may not be."""
@@ -134,8 +147,23 @@ class _Check:
             if key.tag == _MERGE and isinstance(value, yaml.SequenceNode):
                 # PyYAML's releases do not agree on which one counts.
                 mappings = [m for m in value.value if isinstance(m, yaml.MappingNode)]
-                self._check_keys([inner for mapping in mappings for inner, _ in mapping.value])
+                self._check_keys([k for mapping in mappings for k in self._all_keys(mapping)])
         return [part for pair in node.value for part in pair]
+
+    def _all_keys(self, node: yaml.MappingNode) -> list[yaml.Node]:
+        """A mapping's keys, those that it merges too; a merge that holds itself was refused."""
+        if id(node) not in self._merged:
+            self._merged[id(node)] = keys = []
+            for key, value in node.value:
+                merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                if key.tag != _MERGE:
+                    keys.append(key)
+                for inner in merged if key.tag == _MERGE else ():
+                    if isinstance(inner, yaml.MappingNode):
+                        keys += self._all_keys(inner)
+            named = {key.value: key for key in reversed(keys)}
+            self._merged[id(node)] = list(named.values())
+        return self._merged[id(node)]
 
     def _check_keys(self, keys: list[yaml.Node]) -> None:
         seen = set()
@@ -153,6 +181,8 @@ class _Check:
     def _check_tag(self, node: yaml.Node) -> None:
         """A value's type is what its text says: a tag beside it may only say the same."""
         if isinstance(node, yaml.ScalarNode):
+            if any("\ud800" <= letter <= "\udfff" for letter in node.value):
+                raise self._wrong(node, f"{shown(node.value)} has letters that are not Unicode")
             own = self._loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
         else:
             own = _TAG + ("seq" if isinstance(node, yaml.SequenceNode) else "map")

@@ -53,9 +53,12 @@ def load_language_model(
 def _device(given: str | None) -> torch.device:
     place = given or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=place).device
+        found = torch.empty(0, device=place).device
     except (RuntimeError, AssertionError) as error:  # torch says both of a device that is not there
         raise SteerError(f"device {place}: cannot be used ({cause(error)})") from error
+    if found.type == "meta":
+        raise SteerError(f"device {place}: holds no values; give cpu or cuda")
+    return found
 
 
 def load_tokenizer(name: str) -> Any:

@@ -36,12 +36,14 @@ def changed(data: bytes, at: int, value: bytes) -> bytes:
 
 
 def with_end64(data: bytes, directory: int, at: int | None = None) -> bytes:
-    """The same with a zip64 end that says how long the directory is."""
+    """The same with a zip64 end, to which the other leaves the directory's length."""
     end = data.rindex(b"PK\x05\x06")
-    start = struct.unpack_from("<L", data, end + 16)[0]
-    record = b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, directory, start)
+    count, _, start = struct.unpack_from("<HLL", data, end + 10)
+    numbers = (44, 45, 45, 0, 0, count, count, directory, start)
+    record = b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", *numbers)
     locator = b"PK\x06\x07" + struct.pack("<IQI", 0, end if at is None else at, 1)
-    return data[:end] + record + locator + data[end:]
+    unsaid = changed(data[end:], 12, b"\xff" * 4)
+    return data[:end] + record + locator + unsaid
 
 
 def read_all(path: Path) -> dict[str, bytes]:
@@ -57,6 +59,17 @@ def test_an_archive_is_read(tmp_path: Path, compression: int) -> None:
 
 
 TWO = zipped("a", "b")
+LENGTH = TWO.rindex(b"PK\x05\x06") - TWO.index(b"PK\x01\x02")
+
+
+def two_directories() -> bytes:
+    """The locator leads to one directory; Python's own reader takes the one before the locator."""
+    one, other = with_end64(zipped("a"), LENGTH // 2), zipped("b")
+    end64 = one.index(b"PK\x06\x06")
+    directory = other[other.index(b"PK\x01\x02") : other.index(b"PK\x05\x06")]
+    return one[: end64 + 56] + directory + one[end64 : end64 + 56] + one[end64 + 56 :]
+
+
 BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "case": (lambda: zipped("a/x", "A/X"), "two of its records have one name"),
     "fold": (lambda: zipped("stra\u00dfe", "STRASSE"), "two of its records have one name"),
@@ -88,7 +101,20 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: with_end64(TWO, 1 << 60),
         "its directory has 11529215046",
     ),
-    "end-outside": (lambda: with_end64(TWO, 10, at=1 << 40), "its end points outside of it"),
+    "end-outside": (lambda: with_end64(TWO, 10, at=1 << 40), "its two ends disagree"),
+    "short-directory": (lambda: with_end64(TWO, 10), "its directory is not where its end says"),
+    "two-archives": (lambda: zipped("a") + zipped("b"), "its directory is not where its end says"),
+    "junk-before": (lambda: b"PK\x03\x04junk" + TWO, "its directory is not where its end says"),
+    "junk-behind": (lambda: TWO + b"junk", "its directory is not where its end says"),
+    "two-directories": (lambda: two_directories(), "its two ends disagree"),
+    "other-count": (
+        lambda: changed(with_end64(TWO, LENGTH), -12, b"\x07\x00"),
+        "its two ends disagree",
+    ),
+    "folder": (
+        lambda: changed(TWO, entry(TWO, 1) + 38, b"\x10\0\0\0"),
+        "its record 'b' is marked as a folder",
+    ),
     "end-elsewhere": (lambda: with_end64(TWO, 10, at=3), "its two ends disagree"),
     "bomb": (
         lambda: zipped("a", compression=zipfile.ZIP_DEFLATED, data=bytes(65 << 20)),
@@ -104,6 +130,12 @@ def test_an_archive_that_contradicts_itself_is_refused(tmp_path: Path, case: str
     path.write_bytes(make())
     with pytest.raises(SteerError, match=message):
         read_all(path)
+
+
+def test_an_archive_with_both_kinds_of_end_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(with_end64(TWO, LENGTH))
+    assert read_all(path) == {"a": DATA, "b": DATA}
 
 
 def test_a_directory_is_refused_before_it_is_read(

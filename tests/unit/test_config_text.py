@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from vllm_steer import SteerConfig, SteerError
 from vllm_steer.config_text import LARGEST, read_config_file, read_config_text
 
+NESTED_MERGE = "a: &a {y: 3}\nm: &m {<<: *a, x: 1}\nn: &n {y: 2}\nc: {<<: [*m, *n]}"
+
 
 def values(texts: Any) -> Any:
     return st.recursive(
@@ -27,8 +29,8 @@ def values(texts: Any) -> Any:
 
 
 PLAIN = values(st.text(max_size=8))
-WORDS = values(st.text(st.characters(exclude_characters="0123456789"), max_size=8))
-"""Without digits: YAML 1.1 and 1.2 do not agree on what is a number."""
+WORDS = values(st.text(st.characters(exclude_characters="0123456789\x85\u2028\u2029"), max_size=8))
+"""Without digits and other breaks: YAML 1.1 and 1.2 do not agree on what is a number, or a line."""
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,8 @@ WORDS = values(st.text(st.characters(exclude_characters="0123456789"), max_size=
         ("x: &x {b: 1, c: 1}\na: {<<: *x, c: 2}", {"b": 1, "c": 2}),
         ("x: &x {b: 1}\ny: &y {c: 2}\na: {<<: [*x, *y]}", {"b": 1, "c": 2}),
         ("a: !!str 1", "1"),
+        ('a: "\\N\\L\\P"', "\x85\u2028\u2029"),
+        ('{"a": "\\ud83d\\ude00"}', "\U0001f600"),
         ("a: !!int 1", 1),
         ("a: !!map {b: 1}", {"b": 1}),
         ("'yes': 1\na: 2", 2),
@@ -90,11 +94,21 @@ def test_values_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> 
         ("a: 1\n? 2\n: 3", "c: line 2: the key '2' is no text; put it in quotes"),
         ("~: 1", "c: line 1: the key '~' is no text; put it in quotes"),
         ("x: &x {b: 1}\ny: &y {b: 2}\na:\n  <<: [*x, *y]", "line 2: the key 'b' is given twice"),
+        (
+            "a: 1\n# b\x85c: 2",
+            r"c: line 2: the character \\x85, which ends a line for some readers",
+        ),
+        ("a: 1 # \u2028b: 2", r"c: line 1: the character \\u2028"),
+        ("a: x\u2029b: 2", r"c: line 1: the character \\u2029"),
+        ('a: "\\ud83d\\ude00"', "c: line 1: .* has letters that are not Unicode"),
+        ('{"a": "\\ud83d"}', "c: a text has letters that are not Unicode"),
+        (NESTED_MERGE, "c: line 3: the key 'y' is given twice"),
+        ('{"a": 1e999}', "c: the number '1e999' is too large"),
         ("a: {<<: {b: 1}, <<: {c: 1}}", "c: line 1: the key '<<' is given twice"),
         ('{"a": NaN}', "c: NaN is no JSON number"),
         ('{"a": 1' + "0" * 400 + "}", "c: a whole number of 401 digits; at most 20 are read"),
     ],
-    ids=range(26),
+    ids=range(33),
 )
 def test_a_text_of_two_meanings_or_without_end_is_refused(text: str, message: str) -> None:
     with pytest.raises(SteerError, match=message):

@@ -101,6 +101,18 @@ def over_each_other(count: int, width: int) -> bytes:
     return head + bytes(-len(head) % 32) + struct.pack("<f", 1) * width
 
 
+def placed(*offsets: int) -> bytes:
+    """A file of directions of four values at these places."""
+    named = [
+        text(f"direction.{layer}") + struct.pack("<IQIQ", 1, 4, 0, offset)
+        for layer, offset in enumerate(offsets, 1)
+    ]
+    key = text("general.architecture") + struct.pack("<I", 8) + text("controlvector")
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(offsets), 1) + key + b"".join(named)
+    one, two = struct.pack("<4f", 1, 2, 3, 4), struct.pack("<4f", 5, 6, 7, 8)
+    return head + bytes(-len(head) % 32) + one + bytes(16) + two + bytes(64)
+
+
 @pytest.mark.parametrize(
     ("count", "width", "message"),
     [
@@ -115,8 +127,24 @@ def test_directions_over_each_other_do_not_fill_the_memory(
     path.write_bytes(over_each_other(count, width))
     with pytest.raises(SteerError, match=message):
         load_steer(path)
-    path.write_bytes(over_each_other(3, 8))
-    assert torch.equal(load_steer(path).vectors, torch.ones(3, 8))
+    path.write_bytes(over_each_other(1, 8))
+    assert torch.equal(load_steer(path).vectors, torch.ones(1, 8))
+
+
+@pytest.mark.parametrize(
+    "offsets", [(0, 0), (0, 32 + 4), (4, 64), (2**64 - 96, 32), (0, 2**40)], ids=str
+)
+@pytest.mark.filterwarnings("error")
+def test_a_direction_lies_where_a_gguf_file_may_have_one(
+    tmp_path: Path, offsets: tuple[int, int]
+) -> None:
+    """Aligned, within the file, beside the others; one near 2^64 wraps around to the header."""
+    path = tmp_path / "v.gguf"
+    path.write_bytes(placed(*offsets))
+    with pytest.raises(SteerError, match=r"is where none can be|not a readable GGUF|past its end"):
+        load_steer(path)
+    path.write_bytes(placed(0, 32))
+    assert load_steer(path).vectors.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 @pytest.mark.parametrize("claim", HUGE)
@@ -199,6 +227,13 @@ def test_an_svec_file_of_very_many_small_values_is_refused(tmp_path: Path, small
     path.write_text(f'{{"model_type": "x", "directions": {{"1": [1.0]}}, "z": [{values}]}}')
     with pytest.raises(SteerError, match="JSON file of more than 100000 lists, objects and keys"):
         load_steer(path)
+
+
+def test_an_svec_file_is_utf_8(tmp_path: Path) -> None:
+    text = '{"model_type": "x", "directions": {"1": [1.0]}}'
+    (tmp_path / "v.svec").write_bytes(text.encode("utf-16-le"))
+    with pytest.raises(SteerError):
+        load_steer(tmp_path / "v.svec")
 
 
 def test_an_svec_key_that_stands_twice_is_refused(tmp_path: Path) -> None:

@@ -78,6 +78,26 @@ def test_the_folder_of_somebody_who_is_not_here_is_named(
         load(tmp_path, **changed)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"examples": {"fr+cheer": "a", "cheer+fr": "b"}}, "a combination is given twice"),
+        ({"examples": {"fr+cheer": "a", "fr + cheer": "b"}}, "a combination is given twice"),
+        ({"seen": [True]}, "True is no text; give names joined by"),
+        ({"seen": None}, "None is no text"),
+        ({"seen": [1.5]}, "1.5 is no text"),
+        ({"properties": {"fr": {**FR, "dynamic": "off"}}}, r"properties\.fr\.dynamic is 'off'"),
+        ({"properties": {"fr": {**FR, "strengths": ["1_0"]}}}, "a number is wanted"),
+    ],
+    ids=str,
+)
+def test_names_and_numbers_of_two_meanings_are_refused(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message):
+        load(tmp_path, **changed)
+
+
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"none\.yaml: no such file; give a \.yaml of properties"):
         Composition.load(tmp_path / "none.yaml")

@@ -68,6 +68,7 @@ def test_a_label_map_makes_names_zero_and_one(tmp_path: Path) -> None:
         ({**GOOD, "label": "yes"}, "label 'yes' is neither 0 nor 1; give a label map"),
         ({**GOOD, "conversation_history": [1]}, r"conversation_history is \[1\]; a list of"),
         ({**GOOD, "conversation_history": "{"}, r"conversation_history is '{'; a list of"),
+        ({**GOOD, "messages": HISTORY}, "messages and completion, prompt; give one of them"),
         ({"messages": HISTORY[:1], "label": 1}, r"messages are \['user'\]; wanted: two or more"),
         ({"messages": HISTORY[1:], "label": 1}, r"messages are \['assistant'\]; wanted: two"),
         (

@@ -9,7 +9,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pickles import saved, storage, tensor
+from pickles import (
+    FLOATS,
+    Raw,
+    archive,
+    call,
+    code,
+    namespace,
+    pickled,
+    saved,
+    storage,
+    tensor,
+)
 
 from vllm_steer import SteerError, load_steer
 from vllm_steer.files import torch_file
@@ -158,11 +169,12 @@ def hand_made(path: Path, *, held: int, said: int, offset: int, size: int) -> Pa
 
 def test_a_tensor_lies_within_its_storage_and_a_storage_within_its_record(tmp_path: Path) -> None:
     path = tmp_path / "t.pt"
-    assert read(hand_made(path, held=8, said=4, offset=1, size=3)).tolist() == [1, 2, 3]
+    assert read(hand_made(path, held=4, said=4, offset=1, size=3)).tolist() == [1, 2, 3]
     with pytest.raises(SteerError, match=r"claims more values \(3\) than the file holds for it"):
-        read(hand_made(path, held=8, said=4, offset=2, size=3))
-    with pytest.raises(SteerError, match=r"claims more values \(5\) than its record holds \(16"):
-        read(hand_made(path, held=4, said=5, offset=0, size=4))
+        read(hand_made(path, held=4, said=4, offset=2, size=3))
+    for said in (3, 5):  # PyTorch reads neither
+        with pytest.raises(SteerError, match=rf"claims {said} values in torch.float32; .* 16 byte"):
+            read(hand_made(path, held=4, said=said, offset=0, size=3))
 
 
 def test_a_view_of_the_negative_is_read_as_pytorch_reads_it(tmp_path: Path) -> None:
@@ -171,3 +183,53 @@ def test_a_view_of_the_negative_is_read_as_pytorch_reads_it(tmp_path: Path) -> N
     torch.save({1: imaginary, 2: torch._neg_view(torch.arange(3.0))}, tmp_path / "f")
     assert same(read(tmp_path / "f"), theirs(tmp_path / "f"))
     assert load_steer(tmp_path / "f").vectors.tolist() == [[-2, 4, -6], [0, -1, -2]]
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"neg": False}, {"neg": True, "conj": False}, {"x": 1}, 5, "neg"], ids=str
+)
+def test_other_metadata_is_refused(tmp_path: Path, metadata: Any) -> None:
+    """PyTorch acts on a key whatever it says, or fails."""
+    given = (storage(), 0, (4,), (1,), False, call("collections.OrderedDict"), metadata)
+    (tmp_path / "f").write_bytes(saved({1: call("torch._utils._rebuild_tensor_v2", *given)}))
+    with pytest.raises(SteerError, match=r"its pickle has a tensor with .*; save a clone of it"):
+        load_steer(tmp_path / "f")
+
+
+def test_one_storage_has_one_type_and_one_size(tmp_path: Path) -> None:
+    """PyTorch reads all tensors by the first one's."""
+    for other in (storage("0", 8, "torch.HalfStorage"), storage("0", 3)):
+        (tmp_path / "f").write_bytes(saved({1: tensor(), 2: tensor((2,), (1,), of=other)}))
+        with pytest.raises(SteerError, match="its record '0' is said to be two kinds of storage"):
+            load_steer(tmp_path / "f")
+
+
+@pytest.mark.parametrize("name", ["archive/byteorder", "archive/BYTEORDER", "Archive/byteorder"])
+def test_numbers_of_the_other_order_are_refused(tmp_path: Path, name: str) -> None:
+    """PyTorch looks names up without regard to case."""
+    (tmp_path / "f").write_bytes(saved(tensor(), more=[(name, b"big")]))
+    with pytest.raises(SteerError, match="its numbers are not little-endian"):
+        load_steer(tmp_path / "f", layers=1)
+
+
+@pytest.mark.parametrize("keys", [(0, 0), (1, True), ("a", "a"), (1, 1.0)], ids=str)
+def test_a_dict_that_has_a_key_twice_is_refused(tmp_path: Path, keys: tuple[Any, Any]) -> None:
+    pairs = b"".join(code(key) + tensor() for key in keys)
+    (tmp_path / "f").write_bytes(saved(Raw(b"}(" + pairs + b"u")))
+    with pytest.raises(SteerError, match=r"a dict has the key .* twice"):
+        load_steer(tmp_path / "f")
+
+
+def test_a_state_that_is_set_twice_is_refused(tmp_path: Path) -> None:
+    said = Raw(namespace(epsilon=0.1) + code({"epsilon": 0.5}) + b"b")
+    (tmp_path / "f").write_bytes(saved([said, {"add_vec": tensor((1, 4), (4, 1))}, 1]))
+    with pytest.raises(SteerError, match=r"sets the state of .* twice"):
+        load_steer(tmp_path / "f")
+
+
+def test_a_first_record_elsewhere_is_refused(tmp_path: Path) -> None:
+    """PyTorch looks for all others beside it."""
+    more = [("zzz/x", b""), ("archive/data.pkl", pickled(tensor())), ("archive/data/0", FLOATS)]
+    (tmp_path / "f").write_bytes(archive(None, records={}, more=more))
+    with pytest.raises(SteerError, match="its first record is not in archive/"):
+        load_steer(tmp_path / "f", layers=1)

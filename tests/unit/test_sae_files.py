@@ -130,24 +130,15 @@ def npy_header(shape: str, kind: str = "<f4", version: int = 1) -> bytes:
         (b"\x93NUMPY\x01\x00\xff\xff", "W_dec cannot be read"),
         (b"", "W_dec cannot be read"),
         (npy_header("(8, 6)", "|O"), "W_dec"),
+        (npy_header("(8, 6), u'descr': '<f8'"), "a key of an array's header is given twice"),
+        (npy_header("(16, 5)") + bytes(256), "W_dec claims more values than the file holds"),
         (npy_header("(8, 6), 'descr': '<f8'"), "a key of an array's header is given twice"),
         (npy_header("(8, 6), " + " " * 10_000), "header has more than 10000 bytes"),
         (npy_header("(8, 6)", "|V2"), "W_dec"),
     ],
     ids=[
-        *(
-            "huge",
-            "short",
-            "negative",
-            "version",
-            "code",
-            "cut",
-            "empty",
-            "object",
-            "twice",
-            "long",
-        ),
-        "void",
+        *("huge", "short", "negative", "version", "code", "cut", "empty", "object"),
+        *("u-twice", "with-header", "twice", "long", "void"),
     ],
 )
 def test_npz_headers_that_cannot_be_are_refused(
@@ -166,6 +157,25 @@ class TouchesAFile:
 
     def __reduce__(self) -> Any:
         return (Path.touch, (self.marker,))
+
+
+def test_a_damaged_row_of_an_npz_file_is_refused(tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).normal(size=(4096, 32)).astype(np.float32)
+    np.savez(tmp_path / "sae.npz", W_dec=whole)
+    data = bytearray((tmp_path / "sae.npz").read_bytes())
+    at = data.index(whole[1].tobytes())
+    data[at : at + 4] = struct.pack("<f", 999)
+    (tmp_path / "sae.npz").write_bytes(data)
+    with pytest.raises(SteerError, match="CRC"):
+        load_steer(tmp_path / "sae.npz", feature=1, layers="1", site="resid")
+
+
+def test_two_records_for_one_array_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "sae.npz", "w") as archive:
+        for name in ("W_dec.npy", "W_dec"):
+            archive.writestr(name, npy_header("(2, 3)") + bytes(24))
+    with pytest.raises(SteerError, match=r"it holds W_dec and W_dec\.npy, which readers take for"):
+        load_steer(tmp_path / "sae.npz", feature=1, layers="1", site="resid")
 
 
 def test_a_file_of_two_decoders_is_refused(tmp_path: Path) -> None:

@@ -244,6 +244,13 @@ def test_a_key_that_stands_twice_in_a_row_is_refused(name: str, content: str, pu
         read_labelled(put(name, content))
 
 
+def test_a_quoted_value_of_a_tsv_file_stays_in_its_cell(put: Any) -> None:
+    """Tab-separated files are mostly written without quotes: rows would go into one."""
+    path = put("a.tsv", 'text\tlabel\n"a b\t1\nc"\t-1\nd\t1\n')
+    with pytest.raises(SteerError, match=r"a\.tsv:2: a quoted value with a tab or a line break"):
+        read_labelled(path)
+
+
 def test_a_line_without_end_is_not_read_whole(put: Any) -> None:
     for name in ("a.txt", "a.jsonl"):
         with pytest.raises(SteerError, match=f"{name}:2: a line of more than 1[0-9]* letters"):

@@ -61,6 +61,10 @@ def main() -> None:
         _end(f"{type(error).__name__}: {cause(error)}")
     except KeyboardInterrupt:
         _end("interrupted", code=_INTERRUPTED)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        _end(cause(error))  # PyTorch's, of which only some have a class of their own
 
 
 def _end(said: str, code: int = 1) -> NoReturn:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say_json
@@ -42,7 +43,9 @@ def transfer(
     solver: Annotated[
         str, typer.Option(help="orthogonal, least-squares or authors.")
     ] = "orthogonal",
-    seed: Annotated[int, typer.Option(help="Where the solver 'authors' starts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-MOST, max=MOST, help="Where the solver 'authors' starts.")
+    ] = 0,
     data: Annotated[
         Path | None, typer.Option(help="Labelled texts: how much of the effect is kept.")
     ] = None,

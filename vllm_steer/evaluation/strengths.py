@@ -4,6 +4,7 @@ import math
 from typing import Final
 
 from vllm_steer.errors import SteerError
+from vllm_steer.foreign import is_number
 
 _MOST: Final = 1000
 _ALLOWED: Final = "wanted: numbers such as '-5,-2,2,5', or first:last:step such as '-5:5:2.5'"
@@ -50,10 +51,9 @@ def _range(part: str, given: str) -> list[float]:
 
 
 def _number(text: str, given: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise _malformed(given) from None
+    if not is_number(text):
+        raise _malformed(given)
+    number = float(text)
     if not math.isfinite(number):
         raise SteerError(f"strengths are {given!r:.100}; each must be finite")
     return number + 0.0  # -0.0 is 0.0

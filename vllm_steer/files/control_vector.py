@@ -41,6 +41,7 @@ def read(path: Path, facts: Facts) -> VectorSteer:
                 "control vector"
             )
         _check_size(reader.tensors, path.stat().st_size)
+        _check_apart(reader, path.stat().st_size)
         directions = dict(_direction(tensor) for tensor in reader.tensors)
         found = Facts(base_model=_text(reader, "controlvector.model_hint"))
     except SteerError:
@@ -76,6 +77,21 @@ def _check_size(tensors: Sequence[Any], file_size: int) -> None:
     if len(tensors) > MOST_TENSORS:
         raise SteerError(f"it holds {len(tensors)} tensors; a steer at most {MOST_TENSORS}")
     check_memory(sum(int(tensor.n_bytes) for tensor in tensors), file_size, "what it holds")
+
+
+def _check_apart(reader: Any, file_size: int) -> None:
+    """Raise ``SteerError`` for tensors that lie over each other, or elsewhere than they may.
+
+    An offset that is too large wraps around in the library.
+    """
+    before = int(reader.data_offset)
+    for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+        start = int(tensor.data_offset)
+        end = start + int(tensor.n_bytes)
+        aligned = (start - int(reader.data_offset)) % int(reader.alignment) == 0
+        if start < before or end > file_size or not aligned:
+            raise SteerError(f"its tensor {shown(tensor.name)} is where none can be")
+        before = end
 
 
 def _text(reader: Any, key: str) -> str | None:

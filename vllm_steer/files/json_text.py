@@ -34,7 +34,17 @@ def read_json(text: str, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise NotJSONError(f"{what} is no JSON ({cause(error)})") from None
     check_nesting(value, what)
+    if "\\u" in text and not _is_unicode(value):
+        raise SteerError(f"{what}: a text has letters that are not Unicode")
     return value
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

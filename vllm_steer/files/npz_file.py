@@ -22,6 +22,7 @@ _FORMAT: Any = np.lib.format  # it has no type annotations
 _HEADERS = {(1, 0): _FORMAT.read_array_header_1_0, (2, 0): _FORMAT.read_array_header_2_0}
 _ENDING = ".npy"
 _LONGEST_HEADER = 10_000
+_CHUNK = 1 << 20
 
 
 def arrays_in(records: Iterable[str]) -> list[str]:
@@ -41,6 +42,7 @@ def read_row(path: Path, name: str, row: int) -> torch.Tensor:
         if array.dtype.kind != "f":
             raise SteerError(f"tensor {name} is {array.dtype}; a floating dtype is wanted")
         values = array.whole()[row] if array.by_columns else array.row(row)
+        array.check()
         return torch.from_numpy(values.astype(array.dtype.newbyteorder("=")))
 
 
@@ -67,16 +69,23 @@ class _Array:
         values = np.frombuffer(self.file.read(self.size), self.dtype, prod(self.shape))
         return values.reshape(self.shape, order="F")
 
+    def check(self) -> None:
+        """Read to the record's end, where its checksum is looked at."""
+        while self.file.read(_CHUNK):
+            pass
+
 
 @contextmanager
 def _opened(archive: Archive, name: str) -> Iterator[_Array]:
     record = name + _ENDING
+    if name in archive.records:
+        raise SteerError(f"it holds {name} and {record}, which readers take for one another")
     try:
         with archive.open(record) as file:
             array = _Array(file, *_read_header(file))
             if min(array.shape, default=0) < 0:
                 raise SteerError(f"tensor {name} is {list(array.shape)}; sizes from 0 are wanted")
-            if array.size > archive.records[record].file_size:
+            if array.size > archive.records[record].file_size - file.tell():
                 raise SteerError(f"tensor {name} claims more values than the file holds")
             yield array
     except SteerError:
@@ -97,7 +106,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python's, of the header's text, go to the terminal
         written = ast.parse(text.decode("latin1").strip(), mode="eval").body
-        keys = [ast.dump(key) for key in getattr(written, "keys", ()) if key is not None]
+        keys = [repr(getattr(key, "value", key)) for key in getattr(written, "keys", ())]
         if len(keys) != len(set(keys)):
             raise SteerError("a key of an array's header is given twice")
         shape, by_columns, dtype = _HEADERS[version](BytesIO(length + text))

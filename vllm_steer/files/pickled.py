@@ -173,6 +173,8 @@ class _Machine:
             return self._stack.append(target)  # attributes of an OrderedDict mean nothing here
         if type(target) not in self._classes.values() or not _is_state(state):
             raise SteerError(f"its pickle sets the state of {_name(target)}")
+        if vars(target):
+            raise SteerError(f"its pickle sets the state of {_name(target)} twice")
         vars(target).update(state)
         self._stack.append(target)
 
@@ -192,6 +194,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str | int | float | None):
                 raise SteerError(f"a dict has the key {_name(key)}; texts and numbers are read")
+            if key in target:
+                raise SteerError(f"a dict has the key {_name(key)} twice")
             target[key] = value
 
 

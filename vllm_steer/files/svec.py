@@ -51,7 +51,7 @@ def _parse(path: Path) -> tuple[str, dict[str, list[float]]]:
     if sum(map(text.count, (b"[", b"{", b":"))) > _MOST_CONTAINERS:  # in memory far larger
         raise SteerError(f"a JSON file of more than {_MOST_CONTAINERS} lists, objects and keys")
     try:
-        found = json.loads(text, object_pairs_hook=each_once, parse_int=float)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=each_once, parse_int=float)
     except SteerError:
         raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end

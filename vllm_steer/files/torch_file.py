@@ -67,10 +67,12 @@ def read_names(archive: Archive) -> Pickle:
     folder, _, name = pickles[0].rpartition("/")
     if len(pickles) != 1 or name != _PICKLE or not folder or "/" in folder:
         raise SteerError(f"one pickle is wanted in it, FOLDER/data.pkl; found {listed(pickles)}")
+    if not next(iter(archive.records)).startswith(f"{folder}/"):
+        raise SteerError(f"its first record is not in {folder}/, where its pickle is")
     if archive.records[pickles[0]].file_size > LARGEST_HEADER:
         raise SteerError(f"a pickle of at most {LARGEST_HEADER} bytes is wanted in it")
-    order = f"{folder}/byteorder"
-    if order in archive.records and archive.read(order) != b"little":
+    order = next((n for n in archive.records if n.casefold().endswith("/byteorder")), None)
+    if order is not None and archive.read(order) != b"little":
         raise SteerError("its numbers are not little-endian; save it again on another machine")
     data = archive.read(pickles[0])
     try:
@@ -124,6 +126,7 @@ class _Storages:
     """The records of a file as memory, each read once, for the tensors that are views of it."""
 
     pickle: Pickle
+    _known: dict[str, _Storage] = field(default_factory=dict)
     _read: dict[str, torch.Tensor] = field(default_factory=dict)
     _made: int = 0
 
@@ -134,7 +137,10 @@ class _Storages:
             raise SteerError(f"its pickle has the persistent id {shown(given)}")
         if not isinstance(key, str) or type(count) is not int or count < 0:
             raise SteerError(f"its pickle has the persistent id {shown(given)}")
-        return _Storage(_DTYPES[cls.name], count, key)
+        storage = _Storage(_DTYPES[cls.name], count, key)
+        if self._known.setdefault(key, storage) != storage:
+            raise SteerError(f"its record {shown(key)} is said to be two kinds of storage")
+        return storage
 
     def tensor(self, given: tuple[Any, ...]) -> torch.Tensor:
         """``(storage, offset, size, stride, requires_grad, hooks)``, as a view of its record.
@@ -144,7 +150,7 @@ class _Storages:
         """
         storage, offset, size, stride = given[:4]
         metadata = given[6] if len(given) > 6 else None
-        if len(given) > 7 or not (metadata is None or _is_negation(metadata)):
+        if len(given) > 7 or not _is_read(metadata):
             raise SteerError(f"its pickle has a tensor with {shown(given[6:])}; save a clone of it")
         if not isinstance(storage, _Storage) or not _is_shape(offset, size, stride):
             raise SteerError(f"its pickle has a tensor of {shown(given[:4])}")
@@ -160,17 +166,17 @@ class _Storages:
                 f"for it ({len(values)}); save it contiguous"
             )
         view = values.as_strided(size, stride, offset if claimed else 0)
-        return -view if metadata and metadata.get("neg") else view
+        return -view if metadata else view
 
     def _values(self, storage: _Storage) -> torch.Tensor:
         record = f"{self.pickle.folder}/data/{storage.key}"
         info = self.pickle.archive.records.get(record)
         if info is None:
             raise SteerError(f"its record {shown(record)} is missing")
-        if storage.count * storage.dtype.itemsize > info.file_size:
+        if storage.count * storage.dtype.itemsize != info.file_size:
             raise SteerError(
-                f"a tensor claims more values ({storage.count}) than its record holds "
-                f"({info.file_size} bytes)"
+                f"a storage claims {storage.count} values in {storage.dtype}; its record holds "
+                f"{info.file_size} bytes"
             )
         if record not in self._read:
             data = bytearray(self.pickle.archive.read(record))
@@ -179,11 +185,11 @@ class _Storages:
         return read[: storage.count * storage.dtype.itemsize].view(storage.dtype)
 
 
-def _is_negation(metadata: Any) -> bool:
-    return isinstance(metadata, dict) and all(
-        type(value) is bool and (key == "neg" or (key == "conj" and not value))
-        for key, value in {"neg": False, **metadata}.items()
-    )
+def _is_read(metadata: Any) -> bool:
+    """Of metadata PyTorch acts on each key that is there, whatever it says."""
+    if metadata is None:
+        return True
+    return type(metadata) is dict and list(metadata.items()) in ([], [("neg", True)])
 
 
 def _is_shape(offset: Any, size: Any, stride: Any) -> bool:

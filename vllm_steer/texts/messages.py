@@ -54,6 +54,10 @@ def read_conversations(path: str | Path, *, labels: str | None = None) -> list[C
 
 def _conversation(row: Row, number: LabelMap) -> Conversation:
     if "messages" in row.values:
+        if both := {"prompt", "completion", "conversation_history"} & set(row.values):
+            raise SteerError(
+                f"{row.place}: messages and {', '.join(sorted(both))}; give one of them"
+            )
         messages = _messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise SteerError(

@@ -234,7 +234,12 @@ def _csv(file: IO[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _tsv(file: IO[str]) -> Iterator[tuple[int, Any]]:
-    return _table(file, "\t")
+    for line, values in _table(file, "\t"):
+        if isinstance(values, dict) and any(set("\t\r\n") & set(v) for v in values.values()):
+            values = _Bad(
+                "a quoted value with a tab or a line break; write \\t or \\n, or give a .csv"
+            )
+        yield line, values
 
 
 def _table(file: IO[str], delimiter: str) -> Iterator[tuple[int, Any]]:

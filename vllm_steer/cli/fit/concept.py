@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
+from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.terminal import say
 
@@ -42,16 +43,20 @@ def concept(
     signed: Annotated[
         bool, typer.Option("--signed", help="Turn each layer of a pca probe towards label 1.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens taken of an answer.")] = 16,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Tokens taken of an answer.")
+    ] = 16,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a conversation, cut off on the left.")
+        int, typer.Option(min=2, max=MOST, help="Tokens of a conversation, cut off on the left.")
     ] = 1024,
     chat_template: Annotated[
         bool,
         typer.Option("--chat-template/--no-chat-template", help="Use the tokenizer's template."),
     ] = True,
     batch_size: options.BatchSize = 16,
-    seed: Annotated[int, typer.Option(help="Of the split and of the probe.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-MOST, max=MOST, help="Of the split and of the probe.")
+    ] = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     default_strength: options.DefaultStrength = None,

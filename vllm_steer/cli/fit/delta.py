@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
+from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
 
 
@@ -25,9 +26,11 @@ def delta(
     input_field: Annotated[str, typer.Option(help="Name of the question in a row.")] = "input",
     output_field: Annotated[str, typer.Option(help="Name of the answer in a row.")] = "output",
     text_field: Annotated[str, typer.Option(help="Name of the prompt, with --plain.")] = "text",
-    support: Annotated[int, typer.Option(min=1, help="Prompts drawn, with replacement.")] = 30,
+    support: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Prompts drawn, with replacement.")
+    ] = 30,
     all_prompts: Annotated[bool, typer.Option("--all", help="Every prompt once instead.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens generated, and deltas.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens generated, and deltas.")] = 30,
     site: Annotated[str, typer.Option(help="heads, resid, attn_in or attn_out.")] = "heads",
     schedule: Annotated[
         str, typer.Option(help="Of a request that gives none: fixed, start or dim.")
@@ -35,10 +38,12 @@ def delta(
     layers: options.Layers = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a prompt at most.", show_default="the context"),
+        typer.Option(
+            min=1, max=MOST, help="Tokens of a prompt at most.", show_default="the context"
+        ),
     ] = None,
     batch_size: options.BatchSize = 16,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 32,
+    seed: Annotated[int, typer.Option(min=-MOST, max=MOST, help="Of the drawing.")] = 32,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     default_strength: options.DefaultStrength = None,

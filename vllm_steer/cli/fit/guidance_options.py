@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.table import Table
 
+from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.steers import DeltaSteer, VectorSteer
@@ -25,7 +26,7 @@ Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Steer file to wr
 Layers = Annotated[
     str | None, typer.Option(help="0-based decoder blocks: '8-31', '3,7,9'.", show_default="all")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Texts read at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Texts read at a time.")]
 Dtype = Annotated[str, typer.Option(help="The model's dtype, or auto for the checkpoint's own.")]
 Device = Annotated[
     str | None, typer.Option(help="Where the model runs.", show_default="a GPU if there is one")

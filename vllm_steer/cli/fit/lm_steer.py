@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import Advance, progress
 from vllm_steer.cli.terminal import Console, say, say_json
@@ -38,25 +39,31 @@ def lm_steer(
         str | None, typer.Option(help="sst2, sst5, yelp, toxicity, or pairs 'good=1,bad=-1'.")
     ] = None,
     variant: Annotated[str, typer.Option(help="multiply, add or offset.")] = "multiply",
-    rank: Annotated[int, typer.Option(help="Rank of the transform; multiply only.")] = 1000,
+    rank: Annotated[
+        int, typer.Option(max=MOST, help="Rank of the transform; multiply only.")
+    ] = 1000,
     epsilon: Annotated[float, typer.Option(help="Factor of the change at strength 1.")] = 1e-3,
     initial_scale: Annotated[
         float, typer.Option(help="Deviation of the first projectors; multiply only.")
     ] = 1e-2,
-    steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Texts per step.")] = 32,
+    steps: Annotated[int, typer.Option(max=MOST, help="Steps of Adam.")] = 1000,
+    batch_size: Annotated[int, typer.Option(max=MOST, help="Texts per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, without a schedule.")] = 1e-2,
     regularization: Annotated[
         float, typer.Option(help="Factor of the sum of the parameters' squares.")
     ] = 0.0,
-    max_length: Annotated[int, typer.Option(help="Tokens of a text that are read.")] = 256,
+    max_length: Annotated[
+        int, typer.Option(max=MOST, help="Tokens of a text that are read.")
+    ] = 256,
     dummy: Annotated[
         bool, typer.Option("--dummy/--no-dummy", help="A column for what all texts share.")
     ] = True,
     train_on_padding: Annotated[
         bool, typer.Option("--train-on-padding", help="As the authors' script does.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the first parameters and of the order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-MOST, max=MOST, help="Of the first parameters and of the order.")
+    ] = 0,
     dtype: Annotated[
         str, typer.Option(help="The model's: auto, float32, bfloat16, float16, float64.")
     ] = "auto",
@@ -71,9 +78,9 @@ def lm_steer(
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an unfinished run in the run folder.")
     ] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps from checkpoint to checkpoint.")] = (
-        100
-    ),
+    checkpoint_every: Annotated[
+        int, typer.Option(max=MOST, help="Steps from checkpoint to checkpoint.")
+    ] = (100),
     cache_gib: Annotated[
         float, typer.Option(help="Disk for the hidden states; more are computed each time.")
     ] = 16.0,

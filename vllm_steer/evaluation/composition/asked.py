@@ -65,8 +65,8 @@ class Property(BaseModel):
     judge: str
     strengths: Strengths
     max: Strengths = (2.0,)
-    dynamic: bool = True
-    opposite: bool = False
+    dynamic: Annotated[bool, Field(strict=True)] = True
+    opposite: Annotated[bool, Field(strict=True)] = False
     layers: str | None = None
     phase: Literal["all", "prompt", "generation"] | None = None
 
@@ -141,7 +141,10 @@ class Composition(BaseModel):
     def _examples(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        return {tuple(_parts(key)): value for key, value in given.items()}
+        found = {tuple(_parts(key)): value for key, value in given.items()}
+        if len(set(map(frozenset, found))) < len(given):
+            raise ValueError("a combination is given twice")
+        return found
 
     @field_validator("methods")
     @classmethod
@@ -209,4 +212,6 @@ def label(combination: Combination) -> str:
 
 
 def _parts(given: Any) -> list[str]:
-    return [part.strip() for part in str(given).split("+")]
+    if not isinstance(given, str):
+        raise ValueError(f"{shown(given)} is no text; give names joined by +, in quotes if need be")
+    return [part.strip(" ") for part in given.split("+")]

@@ -1,0 +1,6 @@
+"""What numbers on the command line are at most."""
+
+from typing import Final
+
+MOST: Final = 2**31 - 1
+"""Of counts and seeds: what every library underneath can count to."""
