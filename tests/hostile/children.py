@@ -53,6 +53,47 @@ def command(job: dict[str, Any]) -> str:
     return "exit 0"
 
 
+def agree(job: dict[str, Any]) -> str:
+    """What is read of a ``torch.save`` file, where PyTorch reads it too: the same."""
+    from argparse import Namespace
+
+    import torch
+
+    from vllm_steer.files import torch_file
+    from vllm_steer.files.archive import open_archive
+
+    with open_archive(Path(job["path"])) as archive:
+        ours = torch_file.load(torch_file.read_names(archive), {"argparse.Namespace": Namespace})
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            theirs = torch.load(job["path"], weights_only=True)
+    except Exception as error:
+        return f"PyTorch refuses it: {type(error).__name__}"
+    assert _same(ours, theirs), (ours, theirs)
+    return "the same"
+
+
+def _same(one: Any, other: Any) -> bool:
+    import torch
+
+    if isinstance(other, torch.Tensor):
+        alike = isinstance(one, torch.Tensor) and one.dtype == other.dtype
+        return alike and one.shape == other.shape and _bits(one) == _bits(other)
+    if isinstance(other, dict):
+        return list(one) == list(other) and all(_same(one[key], other[key]) for key in other)
+    if isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if hasattr(other, "__dict__"):
+        return _same(vars(one), vars(other))
+    return type(one) is type(other) and (one == other or one != one)
+
+
+def _bits(tensor: Any) -> bytes:
+    import torch
+
+    return bytes(tensor.detach().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy())
+
+
 def rows(job: dict[str, Any]) -> str:
     """What a fit or an evaluation reads texts and labels with."""
     from vllm_steer.texts import read_labelled
@@ -80,7 +121,8 @@ def properties(job: dict[str, Any]) -> str:
 
 
 DOES = {
-    each.__name__: each for each in (load, start, command, rows, conversations, lexicon, properties)
+    each.__name__: each
+    for each in (load, agree, start, command, rows, conversations, lexicon, properties)
 }
 
 

@@ -47,6 +47,7 @@ NEVER_LOADED = {
     "noise",
     "many_tensors",
     "one_tensor_often",
+    "junk_around",
     "not_torch",
     "overlapping_gguf",
     "views_with_metadata",
@@ -251,6 +252,20 @@ def test_changed_files_of_every_format_give_a_steer_or_one_line(of: str, tmp_pat
     ]
     found = check(jobs)
     assert sum("refused" in one for one in found) > 30
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("of", ["checkpoint", "by_layer", "plain_tensor"])
+def test_changed_files_are_read_as_pytorch_reads_them(of: str, tmp_path: Path) -> None:
+    whole, _ = FORMATS[of](tmp_path)
+    files = {**dict(variants(whole, SEED, 1000)), "whole": whole}
+    jobs = [
+        {"does": "agree", "name": name, "path": str(path), "folder": str(tmp_path)}
+        for name, path in written(tmp_path, files.items(), ".changed").items()
+    ]
+    found = {one["name"]: one.get("said") for one in check(jobs)}
+    assert found["whole"] == "the same"
+    assert sum(said == "the same" for said in found.values()) > 20
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the sample files are not here")
