@@ -62,7 +62,7 @@ def transfer(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Carry an LM-Steer over to another model through the tokens that both vocabularies have."""
-    check_output(output, force, inputs=[data])
+    check_output(output, force, inputs=[steer, data])
     check_named(target)
     if match and data is None:
         raise SteerError("--match-strength needs labelled texts to measure by; give --data")
