@@ -4,12 +4,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_tools import fake_config
+from engine_tools import engine_config
 
 
 @pytest.fixture
 def engine(make_plan: Any) -> Any:
-    return fake_config(make_plan({"a": 1.0}, default="a:2", max_strength=5))
+    return engine_config(make_plan({"a": 1.0}, default="a:2", max_strength=5))
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,12 @@ def engine(plan: SteerPlan) -> Any:
         lora_config=None,
         kv_transfer_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-        scheduler_config=SimpleNamespace(max_num_seqs=16, async_scheduling=False),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=16,
+            max_num_active_seqs=None,
+            prefill_schedule_interval=1,
+            async_scheduling=False,
+        ),
     )
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from engine_tools import connector, engine_config, speculative
 from guidance import delta, head, plan_for, vector
 from vllm import PoolingParams, SamplingParams
 from vllm.config import ParallelConfig, SchedulerConfig, VllmConfig
 
 from vllm_steer import SteerError, SteerRequestError
 from vllm_steer.doses import Dose
-from vllm_steer.serving import engine_config
+from vllm_steer.serving import engine_config as startup
 from vllm_steer.serving.admission import (
     RejectedSteer,
     admit,
@@ -39,21 +40,8 @@ DYNAMIC = [INSIDE, "push:dynamic", "fr:dynamic,de:dynamic:1", AT_HEAD, MIXED]
 
 def engine(default: str = "none", **changed: Any) -> Any:
     """An engine's config that can serve dynamic strengths, but for what is changed in it."""
-    parts: dict[str, Any] = {
-        "speculative_config": None,
-        "lora_config": None,
-        "kv_transfer_config": None,
-        "parallel_config": SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
-        "scheduler_config": SimpleNamespace(max_num_seqs=4),
-    }
-    for path, value in changed.items():
-        part, _, field = path.partition("__")
-        if field:
-            setattr(parts[part], field, value)
-        else:
-            parts[part] = value
-    plan = plan_for(STEERS, default=default)
-    return SimpleNamespace(additional_config={"steer": plan.to_json()}, **parts)
+    few = {"scheduler_config__max_num_seqs": 4}
+    return engine_config(plan_for(STEERS, default=default), **few | changed)
 
 
 def params(steer: Any = None, *, extra: Any = None, **fields: Any) -> SamplingParams:
@@ -77,7 +65,7 @@ def test_an_ordinary_engine_takes_dynamic_requests(steer: str, seats: Any) -> No
 
 EVERYWHERE: list[tuple[dict[str, Any], str]] = [
     (
-        {"speculative_config": SimpleNamespace(method="ngram")},
+        {"speculative_config": speculative()},
         "does not work with speculative decoding: .*; restart without a draft model, or give the "
         "steers fixed strengths",
     ),
@@ -88,7 +76,7 @@ IN_STREAMS: list[tuple[dict[str, Any], str]] = [
         "does not work with pipeline parallelism: .*; restart with pipeline_parallel_size 1, or",
     ),
     (
-        {"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")},
+        {"kv_transfer_config": connector("NixlConnector")},
         "does not work with a KV connector, .*; restart without kv_transfer_config, or",
     ),
     (
@@ -281,18 +269,9 @@ def test_a_dynamic_request_inside_the_layers_has_a_salt_that_carries_its_keys() 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """The start-up checks, of which the model's own are passed."""
-    for name in ("_check_kernels", "_check_family", "_check_steer"):
-        monkeypatch.setattr(engine_config, name, lambda *args: None)
-    monkeypatch.setattr(engine_config, "_REFUSED", ())
-    monkeypatch.setattr(engine_config, "_REFUSED_INSIDE", ())
-
-    def check(config: Any) -> None:
-        config.device_config = SimpleNamespace(device_type="cpu")
-        config.model_config = None
-        engine_config.check_engine(config)
-
-    return check
+    """The start-up checks, of which the steers' sizes are passed."""
+    monkeypatch.setattr(startup, "_check_steer", lambda *args: None)
+    return startup.check_engine
 
 
 @pytest.mark.parametrize(

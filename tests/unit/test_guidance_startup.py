@@ -1,57 +1,25 @@
 """What stops an engine with steers inside its layers, and does not stop one with others."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from engine_tools import HEAD_SIZE, HEADS, HIDDEN, LAYERS, connector, engine_config, speculative
 from guidance import delta, head, plan_for, vector
 
 from vllm_steer import SteerError
-from vllm_steer.serving.engine_config import check_engine, num_layers
+from vllm_steer.compat import options
+from vllm_steer.compat.versions import installed_version
+from vllm_steer.serving.engine_config import check_engine
 
-HIDDEN, HEADS, HEAD_SIZE, LAYERS = 6, 4, 2, 3
 
-
-def fake_config(steers: dict[str, Any], **changed: Any) -> Any:
-    """A Llama of 3 layers whose heads are wider than its hidden states."""
-    text_config = SimpleNamespace(num_hidden_layers=LAYERS, num_attention_heads=HEADS)
-    parts: dict[str, Any] = {
-        "model_config": SimpleNamespace(
-            runner_type="generate",
-            model="org/model",
-            hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
-            hf_text_config=text_config,
-            get_hidden_size=lambda: HIDDEN,
-            get_vocab_size=lambda: 11,
-            get_head_size=lambda: HEAD_SIZE,
-        ),
-        "device_config": SimpleNamespace(device_type="cpu"),
-        "parallel_config": SimpleNamespace(use_sequence_parallel_moe=False),
-        "cache_config": SimpleNamespace(),
-        "compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
-        "kv_transfer_config": None,
-        "speculative_config": None,
-    }
-    for path, value in changed.items():
-        part, _, field = path.partition("__")
-        target = parts[part] if "__" not in field else getattr(parts[part], field.split("__")[0])
-        if field:
-            setattr(target, field.split("__")[-1], value)
-        else:
-            parts[part] = value
-    plan = plan_for(steers).to_json()
-    return SimpleNamespace(additional_config={"steer": plan}, **parts)
+def config_for(steers: dict[str, Any], **changed: Any) -> Any:
+    return engine_config(plan_for(steers), **changed)
 
 
 def check(steer: Any, **changed: Any) -> None:
-    check_engine(fake_config({"a": steer}, **changed))
-
-
-def connector(name: str | None, *inner: str) -> Any:
-    children = [{"kv_connector": child, "kv_connector_extra_config": {}} for child in inner]
-    return SimpleNamespace(
-        kv_connector=name, kv_connector_extra_config={"connectors": children} if inner else {}
-    )
+    check_engine(config_for({"a": steer}, **changed))
 
 
 INSIDE = [
@@ -67,25 +35,36 @@ AT_HEAD = head(width=HIDDEN)
 def test_an_ordinary_engine_is_accepted(steer: Any) -> None:
     check(steer)
     check(steer, kv_transfer_config=connector(None))
-    check(steer, speculative_config=SimpleNamespace(method="eagle"))
+    check(steer, speculative_config=speculative())
 
 
-FEATURES: list[tuple[str, Any, str]] = [
+SEQUENCE_PARALLEL = [
+    (option.field, f"{option.section.replace('.', '__')}__{option.field}", of)
+    for option, of in ((options.enable_sp, ""), (options.enable_hc_sp, " of hyper-connections"))
+    if option.name.is_in(installed_version())
+]
+"""Each vLLM version has one of the two."""
+
+FEATURES: list[tuple[dict[str, Any], str]] = [
     (
-        "parallel_config__use_sequence_parallel_moe",
-        True,
+        {
+            "parallel_config__enable_expert_parallel": True,
+            "parallel_config__tensor_parallel_size": 2,
+            "parallel_config__data_parallel_size": 2,
+        },
         "sequence-parallel mixture of experts: its ranks hold different tokens; turn expert "
         "parallelism or data parallelism off, or steer at the LM head only",
     ),
-    (
-        "compilation_config__pass_config__enable_sp",
-        True,
-        "sequence parallelism: its ranks hold different tokens; leave enable_sp off, or steer at",
+    *(
+        (
+            {path: True},
+            f"sequence parallelism{of}: its ranks hold different tokens; leave {name} off",
+        )
+        for name, path, of in SEQUENCE_PARALLEL
     ),
     *(
         (
-            "kv_transfer_config",
-            connector(*names),
+            {"kv_transfer_config": connector(*names)},
             "a KV connector that makes its own keys from tokens: it would mix steered and "
             "unsteered KV; use one that takes vLLM's block hashes, or steer at the LM head only",
         )
@@ -102,20 +81,29 @@ FEATURES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "message"),
+    ("changed", "message"),
     FEATURES,
-    ids=["sp-moe", "sp", "lmcache", "lmcache-mp", "flexkv", "hf3fs", "example", "inside-multi"],
+    ids=[
+        "sp-moe",
+        *(name for name, *_ in SEQUENCE_PARALLEL),
+        "lmcache",
+        "lmcache-mp",
+        "flexkv",
+        "hf3fs",
+        "example",
+        "inside-multi",
+    ],
 )
 def test_a_feature_that_steers_inside_cannot_live_with_stops_them_only(
-    path: str, value: Any, message: str
+    changed: dict[str, Any], message: str
 ) -> None:
-    check(AT_HEAD, **{path: value})
+    check(AT_HEAD, **changed)
     for case in INSIDE:
         with pytest.raises(SteerError) as caught:
-            check(case.values[0], **{path: value})
+            check(case.values[0], **changed)
         assert str(caught.value).startswith(f"steering does not work with {message}")
     with pytest.raises(SteerError, match="steering does not work with"):
-        check_engine(fake_config({"a": AT_HEAD, "b": INSIDE[0].values[0]}, **{path: value}))
+        check_engine(config_for({"a": AT_HEAD, "b": INSIDE[0].values[0]}, **changed))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +192,8 @@ def test_a_steer_of_another_size_stops_the_start(steer: Any, message: str) -> No
 
 def test_the_sizes_are_those_of_the_language_model() -> None:
     """A multimodal model's own configuration holds that of its text model."""
-    config = fake_config({"a": AT_HEAD}).model_config
-    assert num_layers(config) == LAYERS
-    config.hf_config.num_hidden_layers = 99
-    assert num_layers(config) == LAYERS
+    config = config_for({"a": AT_HEAD})
+    assert options.num_layers(config) == LAYERS
+    config.model_config = copy.copy(config.model_config)
+    config.model_config.hf_config = SimpleNamespace(num_hidden_layers=99)
+    assert options.num_layers(config) == LAYERS

@@ -249,12 +249,13 @@ def test_a_disabled_plugin_changes_nothing(processes: dict[str, Callable[[], Any
 def test_any_word_but_0_and_false_disables_the_plugin(
     monkeypatch: pytest.MonkeyPatch, word: str, disables: bool
 ) -> None:
-    from vllm_steer import plugin
+    from vllm_steer import environment, plugin
+    from vllm_steer.compat import patching
 
     wrapped: list[str] = []
-    monkeypatch.setattr(plugin, "_wrap", lambda owner, name, *args, **kwargs: wrapped.append(name))
-    monkeypatch.setenv(plugin.DISABLE, word)
-    monkeypatch.delenv(plugin.ACTIVE, raising=False)
+    monkeypatch.setattr(patching, "wrap", lambda owner, name, *args, **kwargs: wrapped.append(name))
+    monkeypatch.setenv(environment.DISABLE, word)
+    monkeypatch.delenv(environment.ACTIVE, raising=False)
     plugin.register()
     assert (wrapped == []) is disables
 

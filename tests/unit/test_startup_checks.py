@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_tools import fake_config
+from engine_tools import engine_config, speculative
 
 from vllm_steer import SteerError, save_steer
 
@@ -16,12 +16,12 @@ from vllm_steer import SteerError, save_steer
 def check(make_plan: Any) -> Callable[..., None]:
     from vllm_steer.serving.engine_config import check_engine
 
-    return lambda **changed: check_engine(fake_config(make_plan({"a": 1.0}), **changed))
+    return lambda **changed: check_engine(engine_config(make_plan({"a": 1.0}), **changed))
 
 
 def test_an_ordinary_engine_is_accepted(check: Any) -> None:
     check()
-    check(speculative_config=SimpleNamespace(method="ngram"))
+    check(speculative_config=speculative())
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_an_ordinary_engine_is_accepted(check: Any) -> None:
             {"parallel_config__prefill_context_parallel_size": 2},
             "prefill context parallelism; set prefill_context_parallel_size to 1",
         ),
-        ({"parallel_config__use_ubatching": True}, r"\(DBO\); leave enable_dbo off"),
+        ({"parallel_config__enable_dbo": True}, r"\(DBO\); leave enable_dbo off"),
         (
             {"parallel_config__enable_batch_sharded_sampling": True},
             "batch-sharded sampling; leave enable_batch_sharded_sampling off",
@@ -42,7 +42,7 @@ def test_an_ordinary_engine_is_accepted(check: Any) -> None:
             "KV-sharing fast prefill; leave kv_sharing_fast_prefill off",
         ),
         (
-            {"speculative_config": SimpleNamespace(enable_adaptive_verification=True)},
+            {"speculative_config": speculative(enable_adaptive_verification=True)},
             "adaptive verification of draft tokens; leave enable_adaptive_verification off",
         ),
         (
@@ -66,9 +66,9 @@ def test_an_offset_of_another_vocabulary_stops_the_start(tmp_path: Path, make_st
 
     save_steer(make_steer("offset"), tmp_path / "tilt")
     plan = SteerPlan.of(SteerConfig.load({"steers": {"t": {"path": str(tmp_path / "tilt")}}}))
-    check_engine(fake_config(plan))
+    check_engine(engine_config(plan))
     with pytest.raises(SteerError, match="tilt: vocabulary size is 11; the model org/model has 12"):
-        check_engine(fake_config(plan, model_config__get_vocab_size=lambda: 12))
+        check_engine(engine_config(plan, model_config__get_vocab_size=lambda: 12))
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import vllm.distributed
+import vllm.distributed.parallel_state
 from guidance import vector
 from torch import nn
 
 from vllm_steer import SteerConfig, SteerError, save_steer
+from vllm_steer.compat.options import encodes_only
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving import layers as serving_layers
-from vllm_steer.serving.engine_config import encodes_only
 from vllm_steer.serving.runners import attach_runner
 from vllm_steer.serving.worker import steer_worker
 
@@ -114,12 +114,13 @@ def plan(tmp_path: Path, make_steer: Any) -> SteerPlan:
 def worker_of(plan: SteerPlan, runner: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A worker with a plan, wrapped as the plugin wraps it."""
     stage = SimpleNamespace(is_last_rank=True)
-    monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: stage)
+    monkeypatch.setattr(vllm.distributed.parallel_state, "get_pp_group", lambda: stage)
     monkeypatch.setattr(serving_layers.SteeredLayers, "attach", lambda *args: None)
     config = SimpleNamespace(
         additional_config={"steer": plan.to_json()},
         use_v2_model_runner=True,
         speculative_config=None,
+        ec_transfer_config=None,
         scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32),
         compilation_config=SimpleNamespace(
             static_forward_context={}, max_cudagraph_capture_size=None
@@ -228,7 +229,6 @@ def test_an_engine_that_decodes_as_well_is_no_encoder_only(both: bool) -> None:
     transfer = SimpleNamespace(is_ec_producer=both, is_ec_consumer=True)
     assert not encodes_only(SimpleNamespace(ec_transfer_config=transfer))
     assert not encodes_only(SimpleNamespace(ec_transfer_config=None))
-    assert not encodes_only(SimpleNamespace())
 
 
 def test_the_runners_of_this_vllm_call_what_is_wrapped() -> None:

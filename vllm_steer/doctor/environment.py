@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import torch
 
+from vllm_steer.compat.versions import TESTED, is_tested
 from vllm_steer.doctor.finding import Finding, State
+from vllm_steer.environment import DISABLE, is_disabled
 from vllm_steer.kernels.dispatch import KernelError, backend
-from vllm_steer.plugin import DISABLE
-from vllm_steer.serving.engine_config import NEWEST, OLDEST, is_known_version
 
 PART = "environment"
 _GROUP = "vllm.general_plugins"
@@ -35,10 +35,10 @@ def _version(package: str) -> str | None:
 
 def _vllm() -> Finding:
     found = _version("vllm")
-    tested = f"vllm-steer is made for {OLDEST} to {NEWEST}"
+    tested = f"vllm-steer is tested with {TESTED}"
     if found is None:
         return Finding(PART, "vllm", "FAILED", f"not installed; {tested}")
-    if not is_known_version(found):
+    if not is_tested(found):
         return Finding(PART, "vllm", "warning", f"{found} is not tested; {tested}")
     return Finding(PART, "vllm", "ok", f"{found} ({tested})")
 
@@ -53,8 +53,8 @@ def _plugin_state() -> tuple[State, str]:
     names = [entry.name for entry in entry_points(group=_GROUP) if entry.value == _ENTRY]
     if not names:
         return "FAILED", f"no entry point in {_GROUP}; install vllm-steer beside this vLLM"
-    if os.environ.get(DISABLE) == "1":
-        return "FAILED", f"switched off by {DISABLE}=1; unset it"
+    if is_disabled():
+        return "FAILED", f"switched off by {DISABLE}={os.environ[DISABLE]}; unset it"
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and names[0] not in allowed.split(","):
         return "FAILED", f"VLLM_PLUGINS={allowed} leaves {names[0]} out; add it"

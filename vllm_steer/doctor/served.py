@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_steer.compat import options
 from vllm_steer.files.whole import write_text
 
 Setting = dict[str, float]
@@ -76,9 +77,9 @@ def serve(job: Job, answers: Path) -> None:
     )
     config = llm.llm_engine.vllm_config
     served = Served(
-        dtype=str(config.model_config.dtype).removeprefix("torch."),
-        runner="V2" if getattr(config, "use_v2_model_runner", False) else "V1",
-        device=config.device_config.device_type,
+        dtype=str(options.dtype(config)).removeprefix("torch."),
+        runner="V2" if options.use_v2_model_runner(config) else "V1",
+        device=options.device_type(config),
     )
     for name, settings in job.batches.items():
         served.batches[name] = _answers(llm, job, settings)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vllm_steer.bank import Shelf
+from vllm_steer.compat.patching import works_otherwise
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows
 from vllm_steer.plan import SteerPlan
@@ -121,10 +122,7 @@ class SteeredBatch:
         Its layers then ran on the doses of another step, or on none.
         """
         if self.has_steered_requests and not self._announced:
-            raise RuntimeError(
-                "vllm-steer: a step with steered requests ran without its rows: this vLLM prepares "
-                "its batches in another way than vllm-steer knows; use a version it is made for"
-            )
+            raise RuntimeError(works_otherwise("a step with steered requests ran without its rows"))
 
     @contextmanager
     def over_tokens(self, hidden_states: torch.Tensor) -> Iterator[None]:
@@ -162,10 +160,7 @@ class SteeredBatch:
         if not self._requests:
             return None
         if self._tokens is None or self._sampled is None:
-            raise RuntimeError(
-                "vllm-steer: a step reached the LM head without its rows: this vLLM prepares its "
-                "batches in another way than vllm-steer knows; use a version it is made for"
-            )
+            raise RuntimeError(works_otherwise("a step reached the LM head without its rows"))
         if self._hidden_states is not None:
             window = self._tokens.window(self._first_token(x, self._hidden_states), x.shape[0])
             return self._place(steered_rows(window, self._uses_of(shelf)), shelf)
@@ -245,7 +240,8 @@ class SteeredBatch:
         """The row of ``hidden_states`` that its slice ``x`` begins with."""
         if x.untyped_storage().data_ptr() != hidden_states.untyped_storage().data_ptr():
             raise RuntimeError(
-                "vllm-steer: prompt logprobs are computed from rows that are no slice of the "
-                "model's output; use a vLLM version that vllm-steer is made for"
+                works_otherwise(
+                    "prompt logprobs are of rows that are no slice of the model's output"
+                )
             )
         return (x.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm_steer.compat import options
+from vllm_steer.compat.features import why_unavailable
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
@@ -13,23 +15,30 @@ _INSTEAD = "or give the steers fixed strengths"
 
 def check_engine_for(doses: Sequence[Dose], plan: SteerPlan, vllm_config: Any) -> None:
     """Raise ``SteerRequestError`` if an engine cannot serve doses some of which are dynamic."""
+    check_served()
     in_streams = needs_streams(doses, plan)
     for is_on, name, way_out in (*_REFUSED, *(_REFUSED_IN_STREAMS if in_streams else ())):
         if is_on(vllm_config):
             raise _not_with(name, f"{way_out}, {_INSTEAD}")
-    if vllm_config.lora_config is not None and _any_at_head(doses, plan):
+    if options.lora_config(vllm_config) is not None and _any_at_head(doses, plan):
         raise _not_with(
             "LoRA for a steer at the LM head: its unsteered and probing rows there are none of a "
             "request's own and would go without the adapter",
             "restart without enable_lora, ask for a steer inside the layers, " + _INSTEAD,
         )
-    wanted, seats = num_streams(doses, plan), _seats(vllm_config.scheduler_config)
+    wanted, seats = num_streams(doses, plan), options.max_requests_at_once(vllm_config)
     if wanted > seats:
         raise SteerRequestError(
             f"the dynamic strengths need {wanted} streams side by side and the engine runs "
             f"{seats} requests at once; ask for fewer dynamic steers, or restart with "
             f"--max-num-seqs {wanted} or more"
         )
+
+
+def check_served() -> None:
+    """Raise ``SteerRequestError`` if the installed vLLM cannot serve dynamic strength at all."""
+    if reason := why_unavailable("dynamic strength"):
+        raise SteerRequestError(f"dynamic strength is not available: {reason}, {_INSTEAD}")
 
 
 def check_params_for(doses: Sequence[Dose], params: Any) -> None:
@@ -71,19 +80,13 @@ def _any_at_head(doses: Sequence[Dose], plan: SteerPlan) -> bool:
 
 def _prefills_are_spaced(vllm_config: Any) -> bool:
     """Whether a scheduler without data parallelism admits prompts in some of its steps only."""
-    interval = getattr(vllm_config.scheduler_config, "prefill_schedule_interval", 1)
-    return interval > 1 and vllm_config.parallel_config.data_parallel_size == 1
-
-
-def _seats(scheduler_config: Any) -> int:
-    """Requests that the scheduler runs at once; older vLLM versions have only one limit."""
-    active = getattr(scheduler_config, "max_num_active_seqs", None)
-    return int(scheduler_config.max_num_seqs if active is None else active)
+    interval = int(options.prefill_schedule_interval(vllm_config))
+    return interval > 1 and options.data_parallel_size(vllm_config) == 1
 
 
 _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
-        lambda c: c.speculative_config is not None,
+        lambda c: options.speculative_config(c) is not None,
         "speculative decoding: a strength is known only once the token before it is",
         "restart without a draft model",
     ),
@@ -91,12 +94,12 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
 
 _REFUSED_IN_STREAMS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
-        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        lambda c: options.pipeline_parallel_size(c) > 1,
         "pipeline parallelism: only the last stage would know the strengths",
         "restart with pipeline_parallel_size 1",
     ),
     (
-        lambda c: c.kv_transfer_config is not None,
+        lambda c: options.kv_transfer_config(c) is not None,
         "a KV connector, which knows nothing of a request's streams",
         "restart without kv_transfer_config",
     ),

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from packaging.version import InvalidVersion, Version
 
+from vllm_steer.compat import options
+from vllm_steer.compat.versions import TESTED, installed_version, is_tested
 from vllm_steer.config import SteerConfig
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.families import family_of
@@ -18,8 +19,6 @@ from vllm_steer.steers.layers import format_layers
 
 logger = logging.getLogger("vllm.vllm_steer")
 
-OLDEST = Version("0.25.1")
-NEWEST = Version("0.33")
 _plans: dict[int, tuple[Any, SteerPlan]] = {}
 
 
@@ -34,7 +33,7 @@ def resolved_additional_config(additional_config: Any) -> dict[str, Any] | None:
 
 def plan_of(vllm_config: Any) -> SteerPlan | None:
     """The plan that an engine was started with, None for an engine without steers."""
-    additional_config = vllm_config.additional_config
+    additional_config = options.additional_config(vllm_config)
     if not isinstance(additional_config, Mapping) or not is_plan(additional_config.get("steer")):
         return None
     data = additional_config["steer"]
@@ -48,35 +47,22 @@ def check_engine(vllm_config: Any) -> None:
     plan = plan_of(vllm_config)
     assert plan is not None
     _warn_of_version()
-    _check_kernels(plan, vllm_config.device_config.device_type)
+    _check_kernels(plan, options.device_type(vllm_config))
     inside = plan.sites != {"head"}
     refused = (*_REFUSED, *(_REFUSED_INSIDE if inside else ()))
     for is_on, name, way_out in refused:
         if is_on(vllm_config):
             raise SteerError(f"steering does not work with {name}; {way_out}")
     if inside:
-        _check_family(plan, vllm_config.model_config)
+        _check_family(plan, vllm_config)
     for name, steer in plan.steers.items():
-        _check_steer(name, steer, vllm_config.model_config)
+        _check_steer(name, steer, vllm_config)
     _check_default(plan, vllm_config)
 
 
-def num_layers(model_config: Any) -> int:
-    """Decoder layers of the language model, over all pipeline stages."""
-    return int(model_config.hf_text_config.num_hidden_layers)
-
-
-def max_logits_rows(vllm_config: Any) -> int:
-    """Rows that the LM head sees in one step at most: each request's next token and its drafts."""
-    speculative = vllm_config.speculative_config
-    drafts = 0 if speculative is None else int(speculative.num_speculative_tokens or 0)
-    return int(vllm_config.scheduler_config.max_num_seqs) * (1 + drafts)
-
-
-def encodes_only(vllm_config: Any) -> bool:
-    """Whether the engine only encodes images or audio for other engines and runs no decoder."""
-    transfer = getattr(vllm_config, "ec_transfer_config", None)
-    return bool(transfer is not None and transfer.is_ec_producer and not transfer.is_ec_consumer)
+def can_be_dynamic(vllm_config: Any) -> bool:
+    """Whether requests of this engine may ask for dynamic strength."""
+    return options.speculative_config(vllm_config) is None
 
 
 def _check_default(plan: SteerPlan, vllm_config: Any) -> None:
@@ -98,66 +84,46 @@ def _check_kernels(plan: SteerPlan, device_type: str) -> None:
         raise SteerError(str(error)) from error
 
 
-def _check_steer(name: str, steer: PlannedSteer, model_config: Any) -> None:
+def _check_steer(name: str, steer: PlannedSteer, vllm_config: Any) -> None:
     """Raise ``SteerError`` for a steer whose sizes are not the model's."""
-    place, model = f"steer {name}: {steer.path}", f"the model {model_config.model}"
-    vocab_size = model_config.get_vocab_size()
+    place, model = f"steer {name}: {steer.path}", f"the model {options.model(vllm_config)}"
+    vocab_size = options.vocab_size(vllm_config)
     if steer.vocab_size not in (None, vocab_size):
         raise SteerError(
             f"{place}: vocabulary size is {steer.vocab_size}; {model} has {vocab_size}"
         )
-    what, wanted = "hidden size", model_config.get_hidden_size()
+    what, wanted = "hidden size", options.hidden_size(vllm_config)
     if steer.site == "heads":
-        what, wanted = "width of the heads", _heads_width(model_config)
+        what, wanted = "width of the heads", options.heads_width(vllm_config)
     if steer.hidden_size not in (None, wanted):
         raise SteerError(f"{place}: {what} is {steer.hidden_size}; {model} has {wanted}")
-    if steer.layers is not None and steer.layers[-1] >= num_layers(model_config):
+    num_layers = options.num_layers(vllm_config)
+    if steer.layers is not None and steer.layers[-1] >= num_layers:
         raise SteerError(
             f"{place}: layers are {format_layers(steer.layers)}; {model} has layers "
-            f"0-{num_layers(model_config) - 1}; choose some with the key layers"
+            f"0-{num_layers - 1}; choose some with the key layers"
         )
 
 
-def _heads_width(model_config: Any) -> int:
-    """Width of all attention heads side by side, over all tensor-parallel ranks."""
-    return int(model_config.hf_text_config.num_attention_heads * model_config.get_head_size())
-
-
-def _check_family(plan: SteerPlan, model_config: Any) -> None:
+def _check_family(plan: SteerPlan, vllm_config: Any) -> None:
     """Raise ``SteerError`` if the model has no known place for a site inside its layers."""
-    family = family_of(model_config.hf_config.architectures or [])
+    family = family_of(options.architectures(vllm_config))
     if family.input_norm is None and "attn_in" in plan.sites:
         raise SteerError(
-            f"the model {model_config.model} has no norm before its attention: the site attn_in "
-            "does not exist in it; resid, attn_out and heads do"
+            f"the model {options.model(vllm_config)} has no norm before its attention: the site "
+            "attn_in does not exist in it; resid, attn_out and heads do"
         )
 
 
 def _warn_of_version() -> None:
-    import vllm
-
-    if not is_known_version(vllm.__version__):
+    version = installed_version()
+    if not is_tested(version):
         logger.warning(
-            "vLLM %s is outside the range that vllm-steer is made for (%s to %s); "
-            "the start-up checks decide whether it can serve.",
-            vllm.__version__,
-            OLDEST,
-            NEWEST,
+            "vLLM %s is outside the range that vllm-steer is tested with (%s); the start-up checks "
+            "decide whether it can serve.",
+            version,
+            TESTED,
         )
-
-
-def is_known_version(version: str) -> bool:
-    """Whether this is a vLLM that vllm-steer is made for."""
-    try:
-        known = Version(version)
-    except InvalidVersion:
-        return False
-    return known >= OLDEST and (known.major, known.minor) <= (NEWEST.major, NEWEST.minor)
-
-
-def _adaptive_verification(vllm_config: Any) -> bool:
-    speculative = vllm_config.speculative_config
-    return bool(getattr(speculative, "enable_adaptive_verification", False))
 
 
 # They see a request's tokens and its salt at most, never the keys of its blocks.
@@ -165,42 +131,39 @@ _TOKEN_HASHING = ("ExampleConnector", "FlexKV", "HF3FS", "LMCache")
 
 
 def _token_hashing_connector(vllm_config: Any) -> bool:
-    transfer = vllm_config.kv_transfer_config
-    if transfer is None:
-        return False
-    inner = (transfer.kv_connector_extra_config or {}).get("connectors", ())
-    names = [transfer.kv_connector, *(child.get("kv_connector") for child in inner)]
+    inner = (options.kv_connector_extra_config(vllm_config) or {}).get("connectors", ())
+    names = [options.kv_connector(vllm_config), *(child.get("kv_connector") for child in inner)]
     return any(str(name).startswith(_TOKEN_HASHING) for name in names)
 
 
 _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
-        lambda c: c.model_config.runner_type != "generate",
+        lambda c: options.runner_type(c) != "generate",
         "pooling models",
         "a steer changes generated text only",
     ),
     (
-        lambda c: getattr(c.parallel_config, "prefill_context_parallel_size", 1) > 1,
+        lambda c: options.prefill_context_parallel_size(c) > 1,
         "prefill context parallelism",
         "set prefill_context_parallel_size to 1",
     ),
     (
-        lambda c: bool(getattr(c.parallel_config, "use_ubatching", False)),
+        options.use_ubatching,
         "micro-batch overlap (DBO)",
         "leave enable_dbo off",
     ),
     (
-        lambda c: bool(getattr(c.parallel_config, "enable_batch_sharded_sampling", False)),
+        options.enable_batch_sharded_sampling,
         "batch-sharded sampling",
         "leave enable_batch_sharded_sampling off",
     ),
     (
-        lambda c: bool(getattr(c.cache_config, "kv_sharing_fast_prefill", False)),
+        options.kv_sharing_fast_prefill,
         "KV-sharing fast prefill",
         "leave kv_sharing_fast_prefill off",
     ),
     (
-        _adaptive_verification,
+        options.enable_adaptive_verification,
         "adaptive verification of draft tokens",
         "leave enable_adaptive_verification off",
     ),
@@ -208,14 +171,19 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
 
 _REFUSED_INSIDE: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
-        lambda c: bool(getattr(c.parallel_config, "use_sequence_parallel_moe", False)),
+        options.use_sequence_parallel_moe,
         "sequence-parallel mixture of experts: its ranks hold different tokens",
         "turn expert parallelism or data parallelism off, or steer at the LM head only",
     ),
     (
-        lambda c: bool(getattr(c.compilation_config.pass_config, "enable_sp", False)),
+        options.enable_sp,
         "sequence parallelism: its ranks hold different tokens",
         "leave enable_sp off, or steer at the LM head only",
+    ),
+    (
+        options.enable_hc_sp,
+        "sequence parallelism of hyper-connections: its ranks hold different tokens",
+        "leave enable_hc_sp off, or steer at the LM head only",
     ),
     (
         _token_hashing_connector,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_steer.bank import LayerShelf
+from vllm_steer.compat.patching import works_otherwise
 from vllm_steer.kernels.guidance import GuidanceForm, HostChanges, Rules, TokenMap
 from vllm_steer.serving.rows import SteeredRequest, Step
 from vllm_steer.serving.rules import Columns, guidance_rules
@@ -127,9 +128,7 @@ class GuidedSite:
         self.reached.add(layer)
         if self._expecting:
             raise RuntimeError(
-                f"vllm-steer: a step reached {self.shelf.site} without its tokens: this vLLM "
-                "prepares its batches in another way than vllm-steer knows; use a version it is "
-                "made for"
+                works_otherwise(f"a step reached {self.shelf.site} without its tokens")
             )
         depth = self._depth
         if _capturing(self._device) or (self.rehearsing and depth == 0):
@@ -139,9 +138,10 @@ class GuidedSite:
         rows = hidden.view(-1, hidden.shape[-1])
         if rows.shape[0] > self._map.directions.shape[1]:
             raise RuntimeError(
-                f"vllm-steer: {rows.shape[0]} tokens at {self.shelf.site}, room for "
-                f"{self._map.directions.shape[1]}: this vLLM pads its batches in another way than "
-                "vllm-steer knows; use a version it is made for"
+                works_otherwise(
+                    f"{rows.shape[0]} tokens at {self.shelf.site}, room for "
+                    f"{self._map.directions.shape[1]}"
+                )
             )
         kept = None if residual is None else residual.view(-1, residual.shape[-1])
         self._form.steer_tokens_(rows, kept, self.shelf.directions, layer, self._map, depth)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from vllm_steer.bank import HeadBank, Shelf
+from vllm_steer.compat.patching import works_otherwise, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.batch import SteeredBatch
@@ -50,10 +51,9 @@ class SteeredHead:
             raise SteerError(
                 f"{type(model).__name__} has no compute_logits: there is no LM head to steer"
             )
-        model.compute_logits = self._steered(model.compute_logits)
+        wrap(model, "compute_logits", self._steered)
         if self.bank.logits is not None:
-            processor = _logits_processor(model)
-            processor._get_logits = self._offset(processor._get_logits)
+            wrap(_logits_processor(model), "_get_logits", self._offset)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the steers run on, for hidden states and logits in ``dtype``."""
@@ -70,19 +70,17 @@ class SteeredHead:
         """Start-up is over: dummy runs rehearse the widest steps no longer."""
         self._starting = False
 
-    def _steered(self, original: Any) -> Any:
-        @functools.wraps(original)
-        def compute_logits(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            compute = functools.partial(self._compute, original, args, kwargs)
-            step = self.batch.step_of(hidden_states)
-            if step is not None:
-                return self._with_strengths(compute, hidden_states, step)
-            logits = compute(hidden_states, functools.partial(self._parts, hidden_states))
-            if self._rehearses and self.batch.is_idle and logits is not None:
-                self._rehearse(hidden_states, logits)
-            return logits
-
-        return compute_logits
+    def _steered(
+        self, original: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        compute = functools.partial(self._compute, original, args, kwargs)
+        step = self.batch.step_of(hidden_states)
+        if step is not None:
+            return self._with_strengths(compute, hidden_states, step)
+        logits = compute(hidden_states, functools.partial(self._parts, hidden_states))
+        if self._rehearses and self.batch.is_idle and logits is not None:
+            self._rehearse(hidden_states, logits)
+        return logits
 
     def _compute(
         self,
@@ -175,25 +173,20 @@ class SteeredHead:
         logits: torch.Tensor | None = compute(rows, parts)
         if logits is None:
             raise RuntimeError(
-                "vllm-steer: this rank has no logits to work out dynamic strengths from: this "
-                "vLLM gathers them in another way than vllm-steer knows"
+                works_otherwise("this rank has no logits to work out dynamic strengths from")
             )
         return logits
 
-    def _offset(self, original: Any) -> Any:
-        @functools.wraps(original)
-        def get_logits(*args: Any, **kwargs: Any) -> Any:
-            logits = original(*args, **kwargs)
-            if logits is None:
-                return None
-            parts = self._logits_parts
-            if parts and _is_whole(parts, logits):
-                return self._apply("logits", logits, parts[0][1])
-            for rows, placed in parts:
-                logits[rows] = self._apply("logits", logits[rows], placed)
-            return logits
-
-        return get_logits
+    def _offset(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = original(*args, **kwargs)
+        if logits is None:
+            return None
+        parts = self._logits_parts
+        if parts and _is_whole(parts, logits):
+            return self._apply("logits", logits, parts[0][1])
+        for rows, placed in parts:
+            logits[rows] = self._apply("logits", logits[rows], placed)
+        return logits
 
     def _parts(self, x: torch.Tensor, shelf: Shelf | None) -> Parts:
         """The rows of ``x`` that are steered at once, and their pairs."""

@@ -13,10 +13,11 @@ from torch import nn
 
 from vllm_steer.bank import LayerShelf, fill_layer_bank
 from vllm_steer.bank.layers import GuidanceSteer
+from vllm_steer.compat import options
+from vllm_steer.compat.patching import advice
 from vllm_steer.errors import SteerError
 from vllm_steer.families import Family, decoder_layers, family_of, submodule
 from vllm_steer.kernels.guidance import GuidanceForm
-from vllm_steer.serving.engine_config import num_layers
 from vllm_steer.serving.guided_site import GuidedSite, SteeredPlace
 
 _PADDING = 512  # more than vLLM pads a batch by
@@ -79,10 +80,10 @@ def steered_layers(
     max_doses: int,
 ) -> SteeredLayers | None:
     """The sites of the steers in the layers of this rank; None if they touch none of them."""
-    family = family_of(vllm_config.model_config.hf_config.architectures or [])
-    count = num_layers(vllm_config.model_config)
+    family = family_of(options.architectures(vllm_config))
+    count = options.num_layers(vllm_config)
     here = [i for i, layer in enumerate(decoder_layers(model, count)) if not _is_elsewhere(layer)]
-    project = projections(model, family, count, vllm_config.model_config.dtype)
+    project = projections(model, family, count, options.dtype(vllm_config))
     bank = fill_layer_bank(steers, layers=here, device=device, project=project)
     tokens = _max_tokens(vllm_config)
     sites = tuple(
@@ -122,8 +123,8 @@ def on_transformers_backend(model: nn.Module) -> bool:
 
 def _max_tokens(vllm_config: Any) -> int:
     """Rows of the widest hidden state: the largest batch, padded for tensor parallelism."""
-    captured: int = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    most = max(int(vllm_config.scheduler_config.max_num_batched_tokens), captured)
+    captured = int(options.max_cudagraph_capture_size(vllm_config) or 0)
+    most = max(int(options.max_num_batched_tokens(vllm_config)), captured)
     return -(-most // _PADDING) * _PADDING
 
 
@@ -162,8 +163,8 @@ def _hook(name: str, shelf: LayerShelf, *, pair: bool) -> Callable[[Any, Any, An
     def steer(_module: Any, _args: Any, output: Any) -> None:
         if is_stream and not (isinstance(output, tuple) and len(output) == 2):
             raise RuntimeError(
-                f"vllm-steer: {name} returned no pair of hidden states and residual: this model "
-                "works in another way than vllm-steer knows; use a version it is made for"
+                f"vllm-steer: {name} returned no pair of hidden states and residual, as this model "
+                f"should; {advice()}"
             )
         steer_tokens_(_first(output), output[1] if needs_residual else None, name)
 

@@ -9,11 +9,11 @@ import dis
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from vllm_steer.compat.patching import works_otherwise, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.batch import SteeredBatch
@@ -27,22 +27,22 @@ def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool, runs_decoder: b
     ``runs_decoder`` is false for a worker that only encodes images or audio for other workers: its
     steps take scheduled tokens and run no decoder.
     """
-    _wrap(runner, "execute_model", functools.partial(_begin, batch, runs_decoder))
-    _wrap(runner, "execute_model", functools.partial(_answer, batch))
-    _wrap(runner, "sample_tokens", functools.partial(_answer, batch))
+    wrap(runner, "execute_model", functools.partial(_begin, batch, runs_decoder))
+    wrap(runner, "execute_model", functools.partial(_answer, batch))
+    wrap(runner, "sample_tokens", functools.partial(_answer, batch))
     if v2:
         _require_calls(runner, "execute_model", "self.prepare_inputs")
         _require_calls(runner, "sample", "model.compute_logits")
-        _wrap(runner, "prepare_inputs", functools.partial(_announce_v2, batch))
-        _wrap(runner, "prepare_inputs", functools.partial(_force_tokens_v2, runner))
+        wrap(runner, "prepare_inputs", functools.partial(_announce_v2, batch))
+        wrap(runner, "prepare_inputs", functools.partial(_force_tokens_v2, runner))
         _wrap_prompt_logprobs_v2(runner, batch)
     else:
         _require_calls(runner, "execute_model", "self._prepare_inputs")
         _require_calls(runner, "execute_model", "model.compute_logits")
-        _wrap(runner, "execute_model", functools.partial(_force_tokens_v1, runner))
-        _wrap(runner, "_dummy_run", functools.partial(_rest, batch))
-        _wrap(runner, "_prepare_inputs", functools.partial(_announce_v1, batch, runner))
-        _wrap(runner, "_get_prompt_logprobs_dict", functools.partial(_prompt_logprobs_v1, batch))
+        wrap(runner, "execute_model", functools.partial(_force_tokens_v1, runner))
+        wrap(runner, "_dummy_run", functools.partial(_rest, batch))
+        wrap(runner, "_prepare_inputs", functools.partial(_announce_v1, batch, runner))
+        wrap(runner, "_get_prompt_logprobs_dict", functools.partial(_prompt_logprobs_v1, batch))
 
 
 def _begin(
@@ -84,10 +84,13 @@ def _answer(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
     if answer is None:
         return output
     if hasattr(output, "get_output"):
-        read = output.get_output
-        output.get_output = lambda: _with_answer(read(), answer)
+        wrap(output, "get_output", functools.partial(_read_with_answer, answer))
         return output
     return _with_answer(output, answer)
+
+
+def _read_with_answer(answer: WorkedOut, original: Any) -> Any:
+    return _with_answer(original(), answer)
 
 
 def _with_answer(output: Any, answer: WorkedOut) -> Any:
@@ -188,7 +191,7 @@ def _wrap_prompt_logprobs_v2(runner: Any, batch: SteeredBatch) -> None:
         return
     names = ["compute_prompt_logprobs", "compute_prompt_token_id_logprobs"]
     for name in filter(functools.partial(hasattr, worker), names):
-        _wrap(worker, name, functools.partial(_prompt_logprobs_v2, batch))
+        wrap(worker, name, functools.partial(_prompt_logprobs_v2, batch))
 
 
 def _prompt_logprobs_v2(
@@ -196,16 +199,6 @@ def _prompt_logprobs_v2(
 ) -> Any:
     with batch.over_tokens(hidden_states):
         return original(logits_fn, hidden_states, *args, **kw)
-
-
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    original = getattr(owner, name, None)
-    if original is None:
-        raise SteerError(
-            f"{type(owner).__name__} has no {name}: this vLLM works in another way than "
-            "vllm-steer knows; use a version it is made for"
-        )
-    setattr(owner, name, functools.wraps(original)(functools.partial(around, original)))
 
 
 def _require_calls(runner: Any, method: str, wanted: str) -> None:
@@ -219,10 +212,7 @@ def _require_calls(runner: Any, method: str, wanted: str) -> None:
     code = (each for each in code if each.opname != "EXTENDED_ARG")  # a part of the one after it
     reads = ((_read(before), _read(after)) for before, after in itertools.pairwise(code))
     if (owner, name) not in reads:
-        raise SteerError(
-            f"{type(runner).__name__}.{method} does not call {wanted}: this vLLM works in another "
-            "way than vllm-steer knows; use a version it is made for"
-        )
+        raise SteerError(works_otherwise(f"{type(runner).__name__}.{method} calls no {wanted}"))
 
 
 def _read(instruction: dis.Instruction) -> str | None:

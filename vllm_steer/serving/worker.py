@@ -2,22 +2,20 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vllm_steer.bank import fill_head_bank
+from vllm_steer.compat import options
+from vllm_steer.compat.patching import advice, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels import upload
 from vllm_steer.kernels.dispatch import guidance_form, lm_steer_form
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.engine_config import (
-    encodes_only,
-    max_logits_rows,
-    num_layers,
-    plan_of,
-)
+from vllm_steer.serving.engine_config import can_be_dynamic, plan_of
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.runners import attach_runner
@@ -25,7 +23,7 @@ from vllm_steer.steers import LMSteer
 
 logger = logging.getLogger("vllm.vllm_steer")
 
-_UNSTEERED = "requests would run unsteered; use a vLLM version that vllm-steer is made for"
+_UNSTEERED = f"requests would run unsteered; {advice()}"
 
 
 def steer_worker(worker: Any) -> None:
@@ -38,11 +36,8 @@ def steer_worker(worker: Any) -> None:
     if plan is None:
         return
     steering = _WorkerSteering(worker, plan)
-    for name, then in (
-        ("load_model", steering.after_load),
-        ("compile_or_warm_up_model", steering.prove),
-    ):
-        setattr(worker, name, _followed_by(getattr(worker, name), then))
+    wrap(worker, "load_model", functools.partial(_then, steering.after_load))
+    wrap(worker, "compile_or_warm_up_model", functools.partial(_then, steering.prove))
 
 
 class _WorkerSteering:
@@ -70,19 +65,19 @@ class _WorkerSteering:
             attach_runner(
                 runner,
                 self._batch,
-                v2=getattr(config, "use_v2_model_runner", False),
-                runs_decoder=not encodes_only(config),
+                v2=options.use_v2_model_runner(config),
+                runs_decoder=not options.encodes_only(config),
             )
         runner.model_memory_usage = getattr(runner, "model_memory_usage", 0) + self._num_bytes
         if self._head is not None:
             self._head.attach(model)
         if self._layers is not None:
-            places = config.compilation_config.static_forward_context
-            self._layers.attach(model, places, num_layers(config.model_config))
+            places = options.static_forward_context(config)
+            self._layers.attach(model, places, options.num_layers(config))
 
     def _make(self, model: Any) -> None:
         """Banks and batch, if this rank has a site that some steer acts at."""
-        from vllm.distributed import get_pp_group
+        from vllm.distributed.parallel_state import get_pp_group
 
         config, device = self._worker.vllm_config, self._worker.model_runner.device
         steers = {name: planned.load() for name, planned in self._plan.steers.items()}
@@ -100,26 +95,26 @@ class _WorkerSteering:
             )
         bank = None
         if get_pp_group().is_last_rank:
-            bank = fill_head_bank(heads, dtype=config.model_config.dtype, device=device)
+            bank = fill_head_bank(heads, dtype=options.dtype(config), device=device)
         if bank is None and self._layers is None:
             return
         self._batch = SteeredBatch(
             self._plan,
             device,
-            lm_steer_form(self._plan.kernels, device, max_rows=max_logits_rows(config)),
+            lm_steer_form(self._plan.kernels, device, max_rows=options.max_logits_rows(config)),
             () if self._layers is None else self._layers.sites,
-            max_rows=max_logits_rows(config),
+            max_rows=options.max_logits_rows(config),
         )
         if bank is not None:
             self._head = SteeredHead(
                 bank,
                 self._batch,
                 is_profiled=device.type != "cpu",
-                may_be_dynamic=config.speculative_config is None,
+                may_be_dynamic=can_be_dynamic(config),
             )
         for part in (self._head, self._layers):
             if part is not None:
-                part.warm_up(config.model_config.dtype)
+                part.warm_up(options.dtype(config))
         upload.warm_up(device)
         self._num_bytes = sum(b.num_bytes for b in (bank, self._layers) if b is not None)
         logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), self._num_bytes / 2**20)
@@ -151,7 +146,7 @@ class _WorkerSteering:
     def _rehearse_layers(self) -> None:
         """A dummy run of one token; vLLM has none of its own for an eager model on a CPU."""
         runner = self._worker.model_runner
-        if getattr(self._worker.vllm_config, "use_v2_model_runner", False):
+        if options.use_v2_model_runner(self._worker.vllm_config):
             runner._dummy_run(1, skip_attn=True, is_profile=True)
         else:
             runner._dummy_run(1)
@@ -159,10 +154,9 @@ class _WorkerSteering:
     def _rehearse_head(self) -> None:
         assert self._head is not None
         config, runner = self._worker.vllm_config, self._worker.model_runner
-        if config.lora_config is not None:
+        if options.lora_config(config) is not None:
             _select_no_adapter(runner, num_rows=2)
-        size = (2, config.model_config.get_hidden_size())
-        dtype = config.model_config.dtype
+        size, dtype = (2, options.hidden_size(config)), options.dtype(config)
         self._head.batch.rest()
         with torch.inference_mode():
             runner.model.compute_logits(torch.ones(size, dtype=dtype, device=runner.device))
@@ -176,11 +170,7 @@ def _select_no_adapter(runner: Any, num_rows: int) -> None:
     runner.lora_manager.set_active_adapters(set(), LoRAMapping(none, none, is_prefill=True))
 
 
-def _followed_by(original: Any, then: Any) -> Any:
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        then()
-        return result
-
-    return method
+def _then(act: Callable[[], None], original: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    act()
+    return result

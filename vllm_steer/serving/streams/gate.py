@@ -5,10 +5,11 @@ From 0.31 on vLLM's scheduler asks one method about each waiting request. Before
 status is taken for blocked while a step is scheduled, so that the second is asked about each.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from vllm_steer.compat.patching import wrap
 
 _ASKED = "_handle_blocked_waiting_request"
 _ASKED_BEFORE_0_31 = ("_is_blocked_waiting_status", "_try_promote_blocked_waiting_request")
@@ -30,14 +31,13 @@ class Gate:
         self._scheduler = scheduler
         self._scheduling = False
         if hasattr(scheduler, _ASKED):
-            is_ready = getattr(scheduler, _ASKED)
-            setattr(scheduler, _ASKED, functools.partial(may_go, is_ready))
+            wrap(scheduler, _ASKED, may_go)
             return
         is_asked, promote = _ASKED_BEFORE_0_31
         self._is_blocked = getattr(scheduler, is_asked)
-        self._promote = getattr(scheduler, promote)
-        setattr(scheduler, is_asked, self._is_asked)
-        setattr(scheduler, promote, functools.partial(may_go, self._is_ready))
+        self._may_go = may_go
+        wrap(scheduler, is_asked, self._is_asked)
+        wrap(scheduler, promote, self._promoted)
 
     @contextmanager
     def scheduling(self) -> Iterator[None]:
@@ -56,8 +56,11 @@ class Gate:
         if skipped:
             skipped.remove_requests([request])
 
-    def _is_asked(self, status: Any) -> bool:
-        return self._scheduling or bool(self._is_blocked(status))
+    def _is_asked(self, is_blocked: Callable[[Any], Any], status: Any) -> bool:
+        return self._scheduling or bool(is_blocked(status))
 
-    def _is_ready(self, request: Any) -> bool:
-        return not self._is_blocked(request.status) or bool(self._promote(request))
+    def _promoted(self, promote: Callable[[Any], Any], request: Any) -> bool:
+        def is_ready(request: Any) -> bool:
+            return not self._is_blocked(request.status) or bool(promote(request))
+
+        return self._may_go(is_ready, request)

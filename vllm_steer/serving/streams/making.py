@@ -4,9 +4,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from vllm_steer.compat.patching import advice
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.admission import RejectedSteer, asked_steer, key_request, key_stream
-from vllm_steer.serving.engine_config import NEWEST, OLDEST, plan_of
+from vllm_steer.serving.engine_config import plan_of
 from vllm_steer.serving.streams.group import Group
 from vllm_steer.serving.streams.stream import (
     STREAM,
@@ -59,9 +60,8 @@ def _check_scheduler(scheduler: Any) -> None:
     """Raise ``RejectedSteer`` where streams cannot take turns."""
     if missing := missing_names(scheduler):
         raise RejectedSteer(
-            f"dynamic strength is not served by this vLLM: its scheduler has no "
-            f"{', '.join(missing)}; give the steers fixed strengths, or use a version from "
-            f"{OLDEST} to {NEWEST}"
+            f"dynamic strength is not available: this engine's scheduler has no "
+            f"{', '.join(missing)}; {advice()}, or give the steers fixed strengths"
         )
 
 

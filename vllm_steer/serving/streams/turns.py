@@ -8,11 +8,11 @@ because it is *held*. Everything else is vLLM's own: queues, blocks, prefix cach
 A scheduler is wrapped, on the instance, when its engine gets its first dynamic request.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vllm_steer.compat.patching import wrap
 from vllm_steer.serving.streams.gate import Gate, missing_gate
 from vllm_steer.serving.streams.group import Group, generation_step
 from vllm_steer.serving.streams.message import REPORT, Answer, Turn
@@ -58,8 +58,7 @@ class Turns:
         self._finish = scheduler.finish_requests
         wrappers: tuple[Callable[..., Any], ...] = (self._schedule, self._update, self._finished)
         for name, around in zip(_WRAPPED, wrappers, strict=True):
-            original = getattr(scheduler, name)
-            setattr(scheduler, name, functools.wraps(original)(functools.partial(around, original)))
+            wrap(scheduler, name, around)
 
     def enter(self, group: Group) -> None:
         """Take a request's streams in; the request itself follows."""

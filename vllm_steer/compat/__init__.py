@@ -1,0 +1,13 @@
+"""The seam to vLLM: every name of vLLM that this project relies on, in one place.
+
+    versions    the vLLM versions that are tested
+    names       all names, with what each is used for and which feature needs it
+    features    which features the installed vLLM can serve
+    options     fields of vLLM's configuration, read strictly
+    patching    how functions and methods of vLLM are wrapped
+    source      definitions in the files of an installed or an unpacked vLLM, without importing it
+    difference  what changed in these definitions between two versions
+
+``python -m vllm_steer.compat`` prints the names by feature and which of them the installed vLLM
+lacks; with two versions it prints what changed between them. An upgrade begins there.
+"""

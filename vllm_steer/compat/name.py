@@ -1,0 +1,66 @@
+"""One name of vLLM that vllm-steer relies on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from packaging.version import Version
+
+Use = Literal["wrapped", "subclassed", "called", "read", "written"]
+Feature = Literal[
+    "steering",
+    "guidance",
+    "offset steers",
+    "prompt logprobs",
+    "dynamic strength",
+    "HTTP",
+    "LoRA",
+    "command line tools",
+]
+"""What is lost without a name. ``steering`` is what every steered engine needs."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """One name: ``path`` is ``function``, ``Class`` or ``Class.member`` in ``module``.
+
+    since    the first version that has it, None: the oldest tested one
+    until    the first version that has it no longer, None: there is none
+    process  where a wrapped name acts
+    """
+
+    module: str
+    path: str
+    use: Use
+    feature: Feature
+    why: str = ""
+    process: str = ""
+    since: str | None = None
+    until: str | None = None
+
+    @property
+    def owner(self) -> str:
+        """The class, or the module of a function."""
+        return self.path.partition(".")[0] if "." in self.path else self.module.rpartition(".")[2]
+
+    @property
+    def member(self) -> str:
+        """The last part of the name."""
+        return self.path.rpartition(".")[2]
+
+    def is_in(self, version: str) -> bool:
+        """Whether a vLLM of that version should have it."""
+        found = Version(version)
+        after = self.since is None or found >= Version(self.since)
+        return after and (self.until is None or found < Version(self.until))
+
+
+def names(
+    place: str, members: str, use: Use, feature: Feature, why: str = "", **more: Any
+) -> Iterator[Name]:
+    """Names that are used alike: ``members``, separated by spaces, of ``module`` or
+    ``module:Class``.
+    """
+    module, _, owner = place.partition(":")
+    for member in members.split():
+        yield Name(module, f"{owner}.{member}" if owner else member, use, feature, why, **more)

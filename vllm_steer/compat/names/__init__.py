@@ -1,0 +1,24 @@
+"""Every name of vLLM that vllm-steer relies on, with its use and the feature that needs it.
+
+The table of docs/design.md is made from these, ``patching.wrap`` takes nothing that is not among
+them, and the tests see that each exists in the installed vLLM and that no file uses another.
+"""
+
+from typing import Final
+
+from vllm_steer.compat.name import Feature, Name
+from vllm_steer.compat.names import dynamic_strength, others, steering
+
+GLOBAL: Final[tuple[Name, ...]] = (*steering.GLOBAL, *dynamic_strength.GLOBAL)
+"""Wrapped on classes and in modules, for all engines of a process."""
+NAMES: Final[tuple[Name, ...]] = (
+    *GLOBAL,
+    *steering.REST,
+    *dynamic_strength.REST,
+    *others.REST,
+)
+
+
+def names_of(feature: Feature) -> tuple[Name, ...]:
+    """The names that a feature needs."""
+    return tuple(name for name in NAMES if name.feature == feature)

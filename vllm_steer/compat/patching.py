@@ -1,0 +1,57 @@
+"""How vLLM's functions and methods are wrapped: one way, for classes, modules and instances."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Final
+
+from vllm_steer.compat.name import Name
+from vllm_steer.compat.names import NAMES
+from vllm_steer.compat.versions import TESTED, installed_version
+from vllm_steer.errors import SteerError
+
+_MARK: Final = "__vllm_steer__"
+_WRAPPED: Final = {name.member: name for name in NAMES if name.use == "wrapped"}
+
+
+def wrap(
+    owner: Any, member: str, around: Callable[..., Any], *, once: bool = False, static: bool = False
+) -> None:
+    """Replace ``owner.member`` by a function that calls ``around(original, *args, **kwargs)``.
+
+    With ``once`` a member that was wrapped so before stays as it is; ``static`` makes a static
+    method of it. Raises ``SteerError`` if the owner has no such member.
+    """
+    name = _WRAPPED[member]  # what is not declared is not wrapped
+    original = getattr(owner, member, None)
+    if original is None:
+        raise SteerError(lacks(name, owner))
+    if once and hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    if once:
+        setattr(wrapper, _MARK, True)
+    setattr(owner, member, staticmethod(wrapper) if static else wrapper)
+
+
+def lacks(name: Name, owner: Any = None) -> str:
+    """The message for a name that this vLLM has not."""
+    kind = type(owner).__name__ if owner is not None and not hasattr(owner, "__name__") else ""
+    path = f"{kind}.{name.member}" if kind else name.path
+    return (
+        f"vLLM {installed_version()} has no {path}, which vllm-steer needs for {name.feature}"
+        f"{f' ({name.why})' if name.why else ''}; {advice()}"
+    )
+
+
+def works_otherwise(found: str) -> str:
+    """The message for a vLLM that has all names and does something else with them."""
+    return f"vllm-steer: {found}: vLLM {installed_version()} works in an unknown way; {advice()}"
+
+
+def advice() -> str:
+    """What to do about a vLLM that is not known."""
+    return f"vllm-steer is tested with vLLM {TESTED}: install one of these versions"

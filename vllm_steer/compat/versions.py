@@ -1,0 +1,31 @@
+"""The vLLM versions that are tested, and the one that is installed."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+from packaging.version import InvalidVersion, Version
+
+OLDEST: Final = Version("0.25.1")
+NEWEST: Final = Version("0.33")
+TESTED: Final = f"{OLDEST} to {NEWEST}"
+
+
+def is_tested(version: str) -> bool:
+    """Whether this is a vLLM version that vllm-steer is tested with."""
+    try:
+        known = Version(version)
+    except InvalidVersion:
+        return False
+    return known >= OLDEST and (known.major, known.minor) <= (NEWEST.major, NEWEST.minor)
+
+
+def installed_version() -> str:
+    """The version of the installed vLLM, as it says itself; ``unknown`` without one."""
+    said = getattr(sys.modules.get("vllm"), "__version__", None)
+    if isinstance(said, str):
+        return said
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return "unknown"
