@@ -1,5 +1,6 @@
 """A dose: one steer as one request takes it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -43,3 +44,8 @@ class Dose:
     phase: Phase = "all"
     schedule: Schedule | None = None
     dynamic: Dynamic | None = None
+
+
+def is_dynamic(doses: Iterable[Dose]) -> bool:
+    """Whether any strength follows from the text."""
+    return any(dose.dynamic for dose in doses)

@@ -93,11 +93,8 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     given = self.additional_config
     if not isinstance(given, Mapping) or given.get("steer") is None:
         return original(self, *args, **kwargs)
-    from vllm_steer.serving.engine_config import (
-        can_be_dynamic,
-        check_engine,
-        resolved_additional_config,
-    )
+    from vllm_steer.serving.plan_transport import resolved_additional_config
+    from vllm_steer.serving.startup_checks import can_be_dynamic, check_engine
 
     resolved = resolved_additional_config(given)
     patch_engine()
@@ -120,9 +117,9 @@ def _with_admission(original: Any, self: Any, params: Any, *args: Any, **kwargs:
 
 
 def _with_cache_key(original: Any, self: Any, request: Any) -> Any:
-    from vllm_steer.serving.streams.making import preprocess_with_streams
+    from vllm_steer.serving.engine_core import preprocess_request
 
-    return preprocess_with_streams(original, self, request)
+    return preprocess_request(original, self, request)
 
 
 def _with_streams(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

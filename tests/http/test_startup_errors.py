@@ -106,7 +106,7 @@ def written(folder: Path, config: Any) -> Path:
 
 
 def test_a_config_that_fits_reaches_the_engine_configuration(parse: Any, folder: Path) -> None:
-    from vllm_steer.serving.engine_config import plan_of
+    from vllm_steer.serving.plan_transport import plan_of
 
     config = create_engine_config(parse(f"--steer-config={written(folder, A)}"))
     plan = plan_of(config)

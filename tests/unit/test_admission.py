@@ -48,7 +48,7 @@ def test_a_request_that_cannot_be_served_is_vllms_validation_error_and_ours(engi
 def test_a_rejection_survives_the_way_between_processes() -> None:
     import pickle
 
-    from vllm_steer.serving.admission import RejectedSteer
+    from vllm_steer.serving.request_args import RejectedSteer
 
     error = pickle.loads(pickle.dumps(RejectedSteer("a is unknown")))
     assert (type(error), str(error)) == (RejectedSteer, str(RejectedSteer("a is unknown")))
@@ -71,7 +71,8 @@ def test_a_steer_at_the_head_leaves_the_cache_key_alone(
 
 
 def test_the_engine_core_refuses_what_the_frontend_did_not(engine: Any) -> None:
-    from vllm_steer.serving.admission import RejectedSteer, key_request
+    from vllm_steer.serving.admission import key_request
+    from vllm_steer.serving.request_args import RejectedSteer
 
     params = SimpleNamespace(extra_args={"steer": "b:1"})
     with pytest.raises(RejectedSteer, match="'b' is unknown; steers: a"):

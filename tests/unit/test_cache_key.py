@@ -3,11 +3,11 @@
 import inspect
 import itertools
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from engine_tools import engine_config
 from guidance import delta, head, plan_for, vector
 from vllm import SamplingParams
 from vllm.utils import hashing
@@ -17,9 +17,9 @@ from vllm.v1.request import Request
 
 from vllm_steer.doses import Dose
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.admission import key_request, key_stream
-from vllm_steer.serving.cache_key import SteeredSalt, with_steer_keys
-from vllm_steer.serving.streams.stream import STREAM, Stream
+from vllm_steer.serving.admission import key_request
+from vllm_steer.serving.cache_key import SteeredSalt, steered_salt, with_steer_keys
+from vllm_steer.serving.request_args import STREAM, Stream, doses_of
 
 STEERS: dict[str, Any] = {
     "push": vector((0, 1, 2)),
@@ -84,19 +84,7 @@ def keyed(
 
 def engine(plan: SteerPlan) -> Any:
     """The config of an engine that can serve dynamic strengths."""
-    return SimpleNamespace(
-        additional_config={"steer": plan.to_json()},
-        speculative_config=None,
-        lora_config=None,
-        kv_transfer_config=None,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-        scheduler_config=SimpleNamespace(
-            max_num_seqs=16,
-            max_num_active_seqs=None,
-            prefill_schedule_interval=1,
-            async_scheduling=False,
-        ),
-    )
+    return engine_config(plan, scheduler_config__async_scheduling=False)
 
 
 def core_request(
@@ -133,7 +121,7 @@ def stream_keys(
     stream = Stream("r", steer, dose).to_args()
     given = core_request({STREAM: stream}, prompt_len, salt)
     given.request_id = f"r-{dose}"
-    key_stream(given, PLAN)
+    given.cache_salt = steered_salt(given, doses_of(given.sampling_params, PLAN), PLAN)
     return list(scheduled(given, block=block, algorithm="sha256").block_hashes)
 
 

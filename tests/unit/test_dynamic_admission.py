@@ -14,16 +14,10 @@ from vllm.config import ParallelConfig, SchedulerConfig, VllmConfig
 
 from vllm_steer import SteerError, SteerRequestError
 from vllm_steer.doses import Dose
-from vllm_steer.serving import engine_config as startup
-from vllm_steer.serving.admission import (
-    RejectedSteer,
-    admit,
-    asked_strengths,
-    doses_of,
-    key_request,
-)
+from vllm_steer.serving import startup_checks as startup
+from vllm_steer.serving.admission import admit, key_request
 from vllm_steer.serving.cache_key import SteeredSalt
-from vllm_steer.serving.streams.stream import STREAM, Stream
+from vllm_steer.serving.request_args import STREAM, RejectedSteer, Stream, asked_strengths, doses_of
 
 STEERS: dict[str, Any] = {
     "fr": delta(3, (0, 2)),

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from guidance import delta, head, params, plan_for, vector
 
-from vllm_steer.serving.admission import RejectedSteer, key_request
+from vllm_steer.serving.admission import key_request
 from vllm_steer.serving.cache_key import SteeredSalt
+from vllm_steer.serving.request_args import RejectedSteer
 
 STEERS: dict[str, Any] = {"push": vector((0, 2)), "walk": delta(3, (0,)), "word": head()}
 

@@ -11,7 +11,7 @@ from guidance import delta, head, plan_for, vector
 from vllm_steer import SteerError
 from vllm_steer.compat import options
 from vllm_steer.compat.versions import installed_version
-from vllm_steer.serving.engine_config import check_engine
+from vllm_steer.serving.startup_checks import check_engine
 
 
 def config_for(steers: dict[str, Any], **changed: Any) -> Any:

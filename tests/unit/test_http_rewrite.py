@@ -9,12 +9,12 @@ from http_tools import dump, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_steer.serving.admission import asked_strengths
 from vllm_steer.serving.http.near_misses import HOLDERS, MEANT
 from vllm_steer.serving.http.received import Hints, ReceivedBody
 from vllm_steer.serving.http.rewriting import BODY, preset_of
 from vllm_steer.serving.http.rewriting import rewrite as wanted
 from vllm_steer.serving.http.routes import route_at
+from vllm_steer.serving.request_args import asked_strengths
 
 
 @pytest.fixture

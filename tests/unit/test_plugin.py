@@ -83,7 +83,7 @@ plain = config({}).create_engine_config()
 stock = EngineArgs.create_engine_config.__wrapped__(config({}))
 facts["hashes"] = {"plain": plain.compute_hash(), "stock": stock.compute_hash()}
 facts["changed_by_a_plain_engine"] = changed(before)
-from vllm_steer.serving.engine_config import plan_of
+from vllm_steer.serving.plan_transport import plan_of
 facts["plain_plan"] = plan_of(plain) is None
 for path in STEERS:
     args = config({"steer": {"steers": {"a": {"path": path}}}, "other": {"kept": 1}})

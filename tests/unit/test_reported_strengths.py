@@ -30,8 +30,8 @@ from vllm.v1.engine.output_processor import (
 )
 
 from vllm_steer import embedded
+from vllm_steer.serving.expected_strengths import EXPECTATION, expect_strengths
 from vllm_steer.serving.reports import outputs
-from vllm_steer.serving.reports.expectation import EXPECTATION, expect_strengths
 
 PATCHES = (
     (OutputProcessor, "add_request", outputs.with_record),

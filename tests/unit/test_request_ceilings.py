@@ -14,7 +14,8 @@ from test_http_bodies import PLAN
 from vllm_steer import SteerRequestError
 from vllm_steer.request import resolve
 from vllm_steer.request.ceilings import LONGEST, MOST_OPTIONS, MOST_PARTS
-from vllm_steer.serving.admission import RejectedSteer, admit, key_request
+from vllm_steer.serving.admission import admit, key_request
+from vllm_steer.serving.request_args import RejectedSteer
 
 
 @pytest.fixture

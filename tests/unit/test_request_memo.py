@@ -12,10 +12,11 @@ from vllm_steer import SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.request import DoseMemo, resolution, resolve
 from vllm_steer.request.memo import SIZE, frozen
-from vllm_steer.serving.admission import admit, doses_of
-from vllm_steer.serving.engine_config import plan_of
-from vllm_steer.serving.reports.expectation import EXPECTATION
+from vllm_steer.serving.admission import admit
+from vllm_steer.serving.expected_strengths import EXPECTATION
+from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.reports.record import record_for
+from vllm_steer.serving.request_args import doses_of
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import asyncio
 import inspect
 import json
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from engine_tools import engine_config
 from reported import DELTA, FINAL, add, params, step
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
@@ -24,10 +24,10 @@ from vllm.v1.engine.output_processor import (
     RequestState,
 )
 
+from vllm_steer.serving.expected_strengths import EXPECTATION
 from vllm_steer.serving.http import SteerMiddleware
 from vllm_steer.serving.reports import outputs
 from vllm_steer.serving.reports.delivered import DELIVERED, Delivered
-from vllm_steer.serving.reports.expectation import EXPECTATION
 from vllm_steer.serving.reports.response import ReportingSend
 
 PATCHES = (
@@ -175,15 +175,7 @@ def post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
             ]
         )
         assert EXPECTATION.plan is not None
-        additional = {"steer": EXPECTATION.plan.to_json()}
-        app.state.vllm_config = SimpleNamespace(
-            additional_config=additional,
-            speculative_config=None,
-            lora_config=None,
-            kv_transfer_config=None,
-            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-            scheduler_config=SimpleNamespace(max_num_seqs=16),
-        )
+        app.state.vllm_config = engine_config(EXPECTATION.plan)
         app.add_middleware(SteerMiddleware)
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:

@@ -14,7 +14,7 @@ from vllm_steer import SteerError, save_steer
 
 @pytest.fixture
 def check(make_plan: Any) -> Callable[..., None]:
-    from vllm_steer.serving.engine_config import check_engine
+    from vllm_steer.serving.startup_checks import check_engine
 
     return lambda **changed: check_engine(engine_config(make_plan({"a": 1.0}), **changed))
 
@@ -62,7 +62,7 @@ def test_a_feature_in_the_way_stops_the_start_with_its_reason(
 def test_an_offset_of_another_vocabulary_stops_the_start(tmp_path: Path, make_steer: Any) -> None:
     from vllm_steer import SteerConfig
     from vllm_steer.plan import SteerPlan
-    from vllm_steer.serving.engine_config import check_engine
+    from vllm_steer.serving.startup_checks import check_engine
 
     save_steer(make_steer("offset"), tmp_path / "tilt")
     plan = SteerPlan.of(SteerConfig.load({"steers": {"t": {"path": str(tmp_path / "tilt")}}}))
@@ -109,7 +109,7 @@ def test_a_vllm_inside_the_range_is_not_warned_of(
 
 @pytest.mark.parametrize("additional", [None, {}, {"x": 1}, {"steer": None}, "text"], ids=repr)
 def test_an_additional_config_without_a_steer_is_no_concern_of_ours(additional: Any) -> None:
-    from vllm_steer.serving.engine_config import plan_of, resolved_additional_config
+    from vllm_steer.serving.plan_transport import plan_of, resolved_additional_config
 
     assert resolved_additional_config(additional) is None
     assert plan_of(SimpleNamespace(additional_config=additional)) is None

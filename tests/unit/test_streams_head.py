@@ -16,9 +16,9 @@ from vllm_steer.bank import HeadBank, fill_head_bank
 from vllm_steer.kernels.lm_steer import grouped, reference
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.head import SteeredHead
+from vllm_steer.serving.request_args import STREAM, Stream
 from vllm_steer.serving.rows import Step
 from vllm_steer.serving.streams.message import Turn
-from vllm_steer.serving.streams.stream import STREAM, Stream
 
 CPU = torch.device("cpu")
 VOCAB = 11

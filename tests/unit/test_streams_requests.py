@@ -8,8 +8,8 @@ import pytest
 import torch
 from guidance import delta, head, plan_for, vector
 
+from vllm_steer.serving.request_args import STREAM, Stream
 from vllm_steer.serving.streams.in_batch import DynamicPart
-from vllm_steer.serving.streams.stream import STREAM, Stream
 
 STEERS: dict[str, Any] = {
     "walk": delta(3, (0,)),

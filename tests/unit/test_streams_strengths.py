@@ -11,10 +11,10 @@ import pytest
 import torch
 from guidance import delta, head, plan_for, vector
 
+from vllm_steer.serving.request_args import STREAM, Stream
 from vllm_steer.serving.streams import strengths as strengths_module
 from vllm_steer.serving.streams.in_batch import DynamicPart
 from vllm_steer.serving.streams.message import Turn
-from vllm_steer.serving.streams.stream import STREAM, Stream
 
 CPU = torch.device("cpu")
 VOCAB = 13

@@ -192,7 +192,7 @@ def test_another_objects_method_of_the_same_name_is_not_the_runners_own(
 ) -> None:
     worker = worker_of(plan, PreparesElsewhere(), monkeypatch)
     with pytest.raises(
-        SteerError, match=r"PreparesElsewhere.execute_model does not call self.prepare_inputs"
+        SteerError, match=r"PreparesElsewhere.execute_model calls no self.prepare_inputs"
     ):
         worker.load_model()
 

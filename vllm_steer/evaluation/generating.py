@@ -160,7 +160,7 @@ def _stop(llm: Any) -> None:
 
 
 def _check_active(llm: Any) -> None:
-    from vllm_steer.serving.engine_config import plan_of
+    from vllm_steer.serving.plan_transport import plan_of
 
     if plan_of(llm.llm_engine.vllm_config) is None:
         raise SteerError(

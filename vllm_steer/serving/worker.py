@@ -15,10 +15,11 @@ from vllm_steer.kernels import upload
 from vllm_steer.kernels.dispatch import guidance_form, lm_steer_form
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.engine_config import can_be_dynamic, plan_of
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
+from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.runners import attach_runner
+from vllm_steer.serving.startup_checks import can_be_dynamic
 from vllm_steer.steers import LMSteer
 
 logger = logging.getLogger("vllm.vllm_steer")

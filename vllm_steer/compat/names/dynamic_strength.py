@@ -213,4 +213,5 @@ REST = (
     ),
     *names("vllm.outputs:RequestOutput", "outputs", "read", "dynamic strength"),
     *names("vllm.outputs:CompletionOutput", "index token_ids", "read", "dynamic strength"),
+    *names("vllm.sampling_params:SamplingParams", "n", "read", "dynamic strength"),
 )

@@ -3,6 +3,7 @@
 from vllm_steer.compat.name import names
 
 REST = (
+    *names("vllm", "LLM SamplingParams", "called", "command line tools"),
     *names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "_get_prompt_logprobs_dict",

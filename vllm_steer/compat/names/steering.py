@@ -234,4 +234,8 @@ REST = (
         "steering",
     ),
     *names("vllm.v1.engine:EngineCoreRequest", "cache_salt", "written", "steering"),
+    *names(
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata", "num_draft_tokens", "read", "steering"
+    ),
+    *names("vllm.engine.arg_utils:EngineArgs", "model served_model_name", "written", "steering"),
 )

@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.engine_config import plan_of
 from vllm_steer.serving.http.members import Read, Slow
 from vllm_steer.serving.http.received import Hints, Message, Receive, ReceivedBody
 from vllm_steer.serving.http.refusal import Refused, refuse
 from vllm_steer.serving.http.rewriting import BODY, rewrite
 from vllm_steer.serving.http.routes import Route, route_of
+from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.reports.delivered import DELIVERED, Delivered
 from vllm_steer.serving.reports.response import ReportingSend, Send, with_length
 

@@ -8,11 +8,10 @@ reads them, and they are answered only if a steer is in them.
 from collections.abc import Iterable
 from typing import Final
 
-from vllm_steer.serving.admission import STRENGTHS
 from vllm_steer.serving.http.members import NULL, Members, Reader
 from vllm_steer.serving.http.refusal import Refused
 from vllm_steer.serving.http.routes import Route
-from vllm_steer.serving.streams.stream import STREAM
+from vllm_steer.serving.request_args import STREAM, STRENGTHS
 
 MEANT_INSIDE: Final = {
     **dict.fromkeys(("steers", "Steer", "STEER", "Steers", "STEERS"), "steer"),

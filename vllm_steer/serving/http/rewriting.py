@@ -3,12 +3,12 @@
 import json
 from typing import Any, Final, NamedTuple
 
+from vllm_steer.doses import is_dynamic
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.foreign import shown
 from vllm_steer.plan import SteerPlan
 from vllm_steer.request.ceilings import LONGEST, too_long
 from vllm_steer.request.parsing import ALLOWED
-from vllm_steer.serving.admission import STRENGTHS, as_wish, refuse_stream
 from vllm_steer.serving.dynamic_admission import check_engine_for
 from vllm_steer.serving.http.members import NULL, Members, Reader
 from vllm_steer.serving.http.near_misses import (
@@ -21,7 +21,7 @@ from vllm_steer.serving.http.near_misses import (
 )
 from vllm_steer.serving.http.refusal import Refused
 from vllm_steer.serving.http.routes import Route
-from vllm_steer.serving.streams.stream import STREAM, is_dynamic
+from vllm_steer.serving.request_args import STREAM, STRENGTHS, as_wish, refuse_stream
 
 FIELDS: Final = ("steer", STRENGTHS)
 ARGUMENTS: Final = "vllm_xargs"

@@ -7,10 +7,10 @@ steer, for its one new token. vLLM's own code sees the output as if this had nev
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vllm_steer.serving.admission import STRENGTHS
+from vllm_steer.serving.expected_strengths import EXPECTATION
 from vllm_steer.serving.reports.counters import count_token
-from vllm_steer.serving.reports.expectation import EXPECTATION
 from vllm_steer.serving.reports.record import Record, record_for
+from vllm_steer.serving.request_args import STRENGTHS
 from vllm_steer.serving.streams.message import REPORT
 
 RECORD = "steer_record"

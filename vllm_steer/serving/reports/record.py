@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_steer.errors import SteerRequestError
-from vllm_steer.serving.admission import asked_steer, asked_strengths
-from vllm_steer.serving.reports.expectation import EXPECTATION, expect_strengths
+from vllm_steer.serving.expected_strengths import EXPECTATION, expect_strengths
+from vllm_steer.serving.request_args import asked_steer, asked_strengths
 
 Strengths = dict[str, list[float]]
 """By steer, one number per token."""

@@ -4,8 +4,8 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from vllm_steer.serving.admission import STRENGTHS
 from vllm_steer.serving.reports.delivered import Delivered
+from vllm_steer.serving.request_args import STRENGTHS
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]

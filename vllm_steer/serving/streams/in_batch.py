@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
+from vllm_steer.doses import is_dynamic
 from vllm_steer.kernels.dispatch import divergence_form
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.admission import doses_of
+from vllm_steer.serving.request_args import doses_of, stream_of
 from vllm_steer.serving.rows import SteeredRequest
 from vllm_steer.serving.streams.message import Turn
 from vllm_steer.serving.streams.pool import StrengthPool
 from vllm_steer.serving.streams.requests import DynamicRequests
-from vllm_steer.serving.streams.stream import is_dynamic, stream_of
 from vllm_steer.serving.streams.strengths import StepStrengths, Strengths
 
 

@@ -5,38 +5,33 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.compat.patching import advice
+from vllm_steer.doses import Dose
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.admission import RejectedSteer, asked_steer, key_request, key_stream
-from vllm_steer.serving.engine_config import plan_of
+from vllm_steer.serving.cache_key import steered_salt
+from vllm_steer.serving.request_args import STREAM, RejectedSteer, Stream, asked_steer, doses_of
 from vllm_steer.serving.streams.group import Group
-from vllm_steer.serving.streams.stream import (
-    STREAM,
-    Stream,
-    is_dynamic,
-    needs_streams,
-    probed_doses,
-)
+from vllm_steer.serving.streams.stream import needs_streams, probed_doses
 from vllm_steer.serving.streams.turns import missing_names, turns_of
 
 
-def preprocess_with_streams(original: Callable[..., Any], core: Any, request: Any) -> Any:
-    """``EngineCore.preprocess_add_request`` for a request and for its streams.
+def preprocess_dynamic(
+    original: Callable[..., Any],
+    core: Any,
+    request: Any,
+    salt: str | None,
+    doses: tuple[Dose, ...],
+    plan: SteerPlan,
+) -> Any:
+    """``EngineCore.preprocess_add_request`` for a dynamic request and its streams.
 
-    Raises ``RejectedSteer`` for a request that cannot be served: it alone fails.
+    ``salt`` is the user's own, which the streams have before they are keyed. Raises
+    ``RejectedSteer`` where the scheduler cannot serve streams.
     """
-    plan = plan_of(core.vllm_config)
-    params = request.sampling_params
-    if plan is None or params is None:
-        return original(core, request)
-    salt = request.cache_salt
-    key_request(request, core.vllm_config)
-    doses = plan.doses(asked_steer(params))
+    _check_scheduler(core.scheduler)
     made = _streams(request, salt, doses, plan) if needs_streams(doses, plan) else []
     preprocessed = original(core, request)
-    if is_dynamic(doses):
-        _check_scheduler(core.scheduler)
-        streams = [original(core, stream)[0] for stream in made]
-        preprocessed[0].steer_group = _group(preprocessed[0], doses, streams, plan)
+    streams = [original(core, stream)[0] for stream in made]
+    preprocessed[0].steer_group = _group(preprocessed[0], doses, streams, plan)
     return preprocessed
 
 
@@ -83,8 +78,8 @@ def _streams(request: Any, salt: str | None, doses: Any, plan: SteerPlan) -> lis
             skip_reading_prefix_cache=params.skip_reading_prefix_cache,
             extra_args={STREAM: stream.to_args()},
         )
-        own.cache_salt = salt
-        key_stream(own, plan)
+        own.cache_salt = salt  # the base shares its blocks with everybody, probes with their like
+        own.cache_salt = steered_salt(own, doses_of(own.sampling_params, plan), plan)
         made.append(own)
     return made
 

@@ -1,45 +1,23 @@
-"""From a user's steer config to the plan inside ``VllmConfig``, and whether vLLM can carry it."""
+"""What stops an engine's start: a plan that does not fit the model, a feature in its way."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vllm_steer.compat import options
 from vllm_steer.compat.versions import TESTED, installed_version, is_tested
-from vllm_steer.config import SteerConfig
+from vllm_steer.doses import is_dynamic
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.families import family_of
 from vllm_steer.kernels.dispatch import KernelError, backend
-from vllm_steer.plan import PlannedSteer, SteerPlan, is_plan
+from vllm_steer.plan import PlannedSteer, SteerPlan
 from vllm_steer.serving.dynamic_admission import check_engine_for
-from vllm_steer.serving.streams.stream import is_dynamic
+from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.steers.layers import format_layers
 
 logger = logging.getLogger("vllm.vllm_steer")
-
-_plans: dict[int, tuple[Any, SteerPlan]] = {}
-
-
-def resolved_additional_config(additional_config: Any) -> dict[str, Any] | None:
-    """``additional_config`` with its ``steer`` value resolved to a plan; None without one."""
-    if not isinstance(additional_config, Mapping) or additional_config.get("steer") is None:
-        return None
-    steer = additional_config["steer"]
-    plan = steer if is_plan(steer) else SteerPlan.of(SteerConfig.load(steer)).to_json()
-    return {**additional_config, "steer": plan}
-
-
-def plan_of(vllm_config: Any) -> SteerPlan | None:
-    """The plan that an engine was started with, None for an engine without steers."""
-    additional_config = options.additional_config(vllm_config)
-    if not isinstance(additional_config, Mapping) or not is_plan(additional_config.get("steer")):
-        return None
-    data = additional_config["steer"]
-    if id(data) not in _plans:
-        _plans[id(data)] = (data, SteerPlan.from_json(data))
-    return _plans[id(data)][1]
 
 
 def check_engine(vllm_config: Any) -> None:

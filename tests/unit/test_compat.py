@@ -1,0 +1,295 @@
+"""The seam to vLLM: every name that is relied on exists, is declared, and is reached in one way."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import vllm_steer
+from vllm_steer import SteerError
+from vllm_steer.compat import names, options
+from vllm_steer.compat.__main__ import main
+from vllm_steer.compat.difference import differences
+from vllm_steer.compat.features import all_names, missing_in, why_unavailable
+from vllm_steer.compat.name import Name
+from vllm_steer.compat.patching import lacks, works_otherwise, wrap
+from vllm_steer.compat.source import INSTALLED, Source
+from vllm_steer.compat.versions import installed_version
+
+PACKAGE = Path(vllm_steer.__file__).parent
+SEAM = [PACKAGE / "plugin.py", *sorted((PACKAGE / "serving").rglob("*.py"))]
+"""The files in which vLLM's objects are handled."""
+
+
+def test_this_vllm_has_every_name_and_that_is_known_soon() -> None:
+    begin = time.process_time()
+    missing = missing_in(Source.of(INSTALLED), installed_version(), all_names())
+    assert [f"{name.module}:{name.path} ({name.feature})" for name in missing] == []
+    assert time.process_time() - begin < 2
+
+
+def test_every_name_is_declared_once() -> None:
+    found = [(name.module, name.path, name.use, name.process) for name in all_names()]
+    assert len(found) == len(set(found))
+
+
+def test_no_file_imports_anything_else_of_vllm() -> None:
+    declared = {(name.module, name.path.partition(".")[0]) for name in all_names()}
+    modules = {name.module for name in all_names()}
+    undeclared = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                undeclared += [
+                    (file.name, alias.name)
+                    for alias in node.names
+                    if alias.name.partition(".")[0] == "vllm"
+                ]
+            if not (isinstance(node, ast.ImportFrom) and node.module):
+                continue
+            if node.module.partition(".")[0] == "vllm":
+                undeclared += [
+                    (file.name, node.module, alias.name)
+                    for alias in node.names
+                    if (node.module, alias.name) not in declared
+                    and f"{node.module}.{alias.name}" not in modules
+                ]
+    assert undeclared == []
+
+
+VLLMS = {
+    *(
+        "scheduler",
+        "_scheduler",
+        "runner",
+        "core",
+        "worker",
+        "_worker",
+        "model_runner",
+        "processor",
+    ),
+    *("request", "stream", "member", "main", "new", "own", "client", "ended", "state", "queue"),
+    *("scheduler_output", "runner_output", "output", "outputs", "completion", "input_batch"),
+    *("params", "sampling_params", "vllm_config", "config", "drafts"),
+}
+"""Variables that hold objects of vLLM; some of them hold ours elsewhere."""
+
+
+def test_no_file_reads_anything_else_of_vllms_objects() -> None:
+    ours = {"steer_turn", "steer_group", "steer_strengths", "vllm_steer_turns", "steer_config"}
+    ours |= {"model_tag", "middleware"}  # of the parsed command line
+    ours |= {attribute for kind in (dict, list, set, str, object) for attribute in dir(kind)}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                ours.add(node.name)
+            elif isinstance(node, ast.AnnAssign):
+                ours.add(getattr(node.target, "id", getattr(node.target, "attr", "")))
+    declared = {name.member for name in all_names()}
+    undeclared = [
+        (file.name, name)
+        for file in SEAM
+        for name in _reads(ast.parse(file.read_text()))
+        if name not in declared | ours
+    ]
+    assert undeclared == []
+
+
+def _reads(tree: ast.AST) -> list[str]:
+    """Attributes of the variables above, and names that are looked up as texts."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            of = getattr(node.value, "id", getattr(node.value, "attr", None))
+            found += [node.attr] if of in VLLMS else []
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+            found += [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
+    return found
+
+
+def test_the_configuration_is_read_through_options_only() -> None:
+    """``getattr`` with a default would hide an option that vLLM has renamed."""
+    parts = {option.section.partition(".")[0] for option in options.OPTIONS} - {""}
+    read = [
+        (file.name, node.lineno)
+        for file in SEAM
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in parts
+        if getattr(node.value, "id", None) != "options"
+    ]
+    assert read == []
+
+
+@pytest.mark.parametrize("option", options.OPTIONS, ids=lambda option: option.field)
+def test_an_option_that_is_gone_is_an_error(
+    option: options.Option, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "installed_version", lambda: "0.32.0")
+    value: Any = SimpleNamespace()
+    for part in reversed([part for part in option.section.split(".") if part]):
+        value = SimpleNamespace(**{part: value})
+    if option.name.is_in("0.32.0"):
+        message = f"vLLM 0.32.0 has no {option.cls}.{option.field}, .* tested with vLLM 0.25.1 to"
+        with pytest.raises(SteerError, match=message):
+            option(value)
+    else:
+        assert option(value) == option.default
+    monkeypatch.setattr(options, "installed_version", lambda: "9.0")
+    if option.until is None:
+        with pytest.raises(SteerError, match=r"vLLM 9\.0 has no"):
+            option(value)
+
+
+def test_a_part_that_an_engine_has_not_leaves_the_default() -> None:
+    config = SimpleNamespace(speculative_config=None, kv_transfer_config=None)
+    assert options.enable_adaptive_verification(config) is False
+    assert options.kv_connector(config) is None
+
+
+class Wrapped:
+    """Has one of the methods that are wrapped."""
+
+    def execute_model(self, step: int) -> int:
+        return step + 1
+
+
+def test_a_method_is_wrapped_on_a_class_and_on_an_instance() -> None:
+    def twice(original: Any, *args: Any) -> Any:
+        return 2 * original(*args)
+
+    class Own(Wrapped):
+        execute_model = Wrapped.execute_model
+
+    one, other = Own(), Own()
+    wrap(one, "execute_model", twice)
+    assert (one.execute_model(3), other.execute_model(3)) == (8, 4)
+    for _ in range(2):
+        wrap(Own, "execute_model", twice, once=True)
+    assert other.execute_model(3) == 8
+    assert Own.execute_model.__wrapped__ is Wrapped.execute_model  # type: ignore[attr-defined]
+
+
+def test_what_is_not_declared_is_not_wrapped() -> None:
+    with pytest.raises(KeyError):
+        wrap(Wrapped(), "something_else", lambda original: original())
+
+
+def test_a_method_that_is_gone_is_named_with_what_it_is_for() -> None:
+    with pytest.raises(SteerError) as caught:
+        wrap(Wrapped(), "sample_tokens", lambda original: original())
+    assert str(caught.value) == (
+        f"vLLM {installed_version()} has no Wrapped.sample_tokens, which vllm-steer needs for "
+        "steering (a step begins, and ends); vllm-steer is tested with vLLM 0.25.1 to 0.33: "
+        "install one of these versions"
+    )
+    assert "EngineCore.add_request" in lacks(names.names_of("dynamic strength")[0])
+    assert f"vLLM {installed_version()} works in an unknown way" in works_otherwise("a step")
+
+
+OLD = """
+class Base:
+    held = 1
+class Engine(Base):
+    def __init__(self):
+        self.queue, self.count = [], 0
+    def run(self, steps):
+        '''Old words.'''
+        return steps + 1
+    def gone(self): ...
+def free(x): return x
+"""
+NEW = """
+from vllm.other import free
+class Base:
+    held: int = 1
+class Engine(Base):
+    def __init__(self):
+        self.queue, self.count = [], 0
+    # New words.
+    def run(self, steps):
+        return steps + 2
+"""
+
+
+def package(folder: Path, **modules: str) -> Source:
+    (folder / "vllm").mkdir(parents=True)
+    (folder / "vllm" / "__init__.py").write_text("")
+    for name, text in modules.items():
+        (folder / "vllm" / f"{name}.py").write_text(textwrap.dedent(text))
+    return Source.of(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        *((path, True) for path in ("Engine", "Engine.run", "Engine.queue", "Engine.count")),
+        *((path, True) for path in ("Engine.held", "free", "Base.held")),
+        *((path, False) for path in ("Engine.gone", "Engine.steps", "x", "free.y", "Other.run")),
+    ],
+)
+def test_definitions_are_found_without_importing(tmp_path: Path, path: str, found: bool) -> None:
+    source = package(tmp_path, engine=NEW, other="def free(x): return x\nraise RuntimeError\n")
+    assert (source.definition("vllm.engine", path) is not None) is found
+
+
+def test_the_difference_of_two_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = package(tmp_path / "old", engine=OLD)
+    new = package(tmp_path / "new", engine=NEW, other="def free(x): return x\n")
+    paths = ("Engine.run", "Engine.gone", "Engine.queue", "free")
+    wanted = tuple(Name("vllm.engine", path, "called", "steering") for path in paths)
+    monkeypatch.setattr("vllm_steer.compat.difference.all_names", lambda: wanted)
+    found = {name.path: text for name, text in differences(old, new)}
+    assert found == {
+        "Engine.run": "@@ -1,2 +1,2 @@\n def run(self, steps):\n-    return steps + 1\n"
+        "+    return steps + 2",
+        "Engine.gone": "gone",
+    }
+
+
+def test_the_command_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([]) == 0
+    assert "missing" not in capsys.readouterr().out
+    empty = package(tmp_path)
+    monkeypatch.setattr("vllm_steer.compat.__main__.Source.of", lambda given: empty)
+    assert main([]) == 1
+    said = capsys.readouterr().out
+    assert "missing: vllm.v1.engine.core:EngineCore.add_request (wrapped)" in said
+
+
+@pytest.mark.parametrize("arguments", [["one"], ["one", "two", "three"], ["/nowhere", "/nowhere"]])
+def test_the_command_says_what_it_wants(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_the_seam_is_read_without_vllm() -> None:
+    modules = "vllm_steer.compat.options, vllm_steer.compat.patching"
+    code = f"import sys, {modules}; print('vllm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_feature_that_this_vllm_lacks_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why_unavailable("dynamic strength") is None
+    empty = package(tmp_path)
+    monkeypatch.setattr("vllm_steer.compat.features.Source.of", lambda given: empty)
+    why_unavailable.cache_clear()
+    try:
+        reason = why_unavailable("LoRA")
+    finally:
+        why_unavailable.cache_clear()
+    assert reason is not None
+    assert reason.startswith(f"vLLM {installed_version()} has no ")
+    assert "LoRAMapping" in reason

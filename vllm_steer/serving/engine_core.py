@@ -1,0 +1,25 @@
+"""A request as it enters the engine core: admitted, keyed, and with its streams if it needs any."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_steer.doses import is_dynamic
+from vllm_steer.serving.admission import key_request
+from vllm_steer.serving.plan_transport import plan_of
+
+
+def preprocess_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
+    """``EngineCore.preprocess_add_request`` for a request that may be steered.
+
+    Raises ``RejectedSteer`` for a request that cannot be served: it alone fails.
+    """
+    plan = plan_of(core.vllm_config)
+    if plan is None or request.sampling_params is None:
+        return original(core, request)
+    salt = request.cache_salt
+    doses = key_request(request, core.vllm_config)
+    if not is_dynamic(doses):
+        return original(core, request)
+    from vllm_steer.serving.streams.making import preprocess_dynamic
+
+    return preprocess_dynamic(original, core, request, salt, doses, plan)
