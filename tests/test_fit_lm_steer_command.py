@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from vllm_steer import LMSteer, SteerError, load_steer
 from vllm_steer.cli import app
+from vllm_steer.digest import file_digest
 from vllm_steer.embedded import corpus, lexicon, measure
-from vllm_steer.fit.recipe import file_digest
 from vllm_steer.models import load_language_model
 
 STRENGTHS = (-5, -2, 0, 2, 5)

@@ -4,14 +4,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from vllm_steer.steers.delta import Schedule
+from vllm_steer.steers.schedules import Schedule, course
 
-Phase = Literal["all", "prompt", "generation", "answer"]
-PHASES: Final[tuple[Phase, ...]] = ("all", "prompt", "generation")
+RequestPhase = Literal["all", "prompt", "generation"]
 """What a request may ask for; ``answer`` belongs to strengths that change per token."""
+Phase = Literal[RequestPhase, "answer"]
+PHASES: Final[tuple[RequestPhase, ...]] = get_args(RequestPhase)
 
 Kl = Literal["plain", "authors"]
 KLS: Final[tuple[Kl, ...]] = get_args(Kl)
+
+
+END: Final = 2**63 - 1
+"""Behind the last token of every text."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,21 @@ class Dose:
 def is_dynamic(doses: Iterable[Dose]) -> bool:
     """Whether any strength follows from the text."""
     return any(dose.dynamic for dose in doses)
+
+
+def token_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int]:
+    """The positions ``first <= p < last`` of the tokens that a dose touches, by phase and schedule.
+
+    ``steps`` is that of a delta, None for the other kinds.
+    """
+    first, last = 0, END
+    if dose.phase == "prompt":
+        last = prompt_len
+    elif dose.phase == "generation":
+        first = prompt_len
+    elif dose.phase == "answer":
+        first = prompt_len - 1
+    if steps is not None:
+        taken = course(dose.schedule, steps).last
+        first, last = max(first, prompt_len - 1), min(last, prompt_len - 1 + taken)
+    return first, last

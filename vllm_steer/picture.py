@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.evaluation.optional import need
 from vllm_steer.files.whole import write_whole
 from vllm_steer.foreign import printable
+from vllm_steer.optional import need
 
 _LONGEST: Final = 100
 _PLAIN: Final = {"text.usetex": False}

@@ -25,8 +25,9 @@ from tiny_models import (
 
 from vllm_steer import DeltaSteer, LMSteer, VectorSteer
 from vllm_steer.doses import PHASES, Dose
-from vllm_steer.steers.delta import DELTA_SITES, SCHEDULES
-from vllm_steer.steers.vector import MODES, VECTOR_SITES
+from vllm_steer.steers.schedules import SCHEDULES
+from vllm_steer.steers.sites import DELTA_SITES, VECTOR_SITES
+from vllm_steer.steers.vector import MODES
 
 P = 4
 IDS = [7, 300, 41, 7, 96, 12, 255, 130, 3, 99]

@@ -10,7 +10,7 @@ from fit_model import HIDDEN, tiny_model, tiny_tokenizer
 
 from vllm_steer import SteerError
 from vllm_steer.fit import fit_delta
-from vllm_steer.fit.icl import Example, icl_prompts, read_examples, support
+from vllm_steer.texts.icl import Example, icl_prompts, read_examples, support
 
 ROWS = [Example(f"q{i}", f"a{i}") for i in range(8)]
 

@@ -13,7 +13,7 @@ from vllm_steer import SteerError, SteerRequestError
 from vllm_steer.doses import PHASES, Dose
 from vllm_steer.plan import SteerPlan
 from vllm_steer.request import check_request, read_dose, resolve
-from vllm_steer.steers.delta import SCHEDULES
+from vllm_steer.steers.schedules import SCHEDULES
 
 STEERS: dict[str, Any] = {
     "push": vector((4, 5, 6, 9), default_strength=8.0),

@@ -10,8 +10,7 @@ from guidance import delta, head, vector
 
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer
 from vllm_steer.steers.content import content_digest
-from vllm_steer.steers.delta import DELTA_SITES
-from vllm_steer.steers.vector import VECTOR_SITES
+from vllm_steer.steers.sites import DELTA_SITES, VECTOR_SITES
 
 NAN, INF = math.nan, math.inf
 

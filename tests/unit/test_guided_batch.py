@@ -39,7 +39,7 @@ def sites(request: pytest.FixtureRequest) -> dict[str, GuidedSite]:
         for shelf in bank.shelves
     }
     for site in found.values():
-        site.rehearsing = False
+        site.start_serving()
     return found
 
 
@@ -266,7 +266,7 @@ def test_a_dummy_run_at_start_up_takes_the_deepest_form_and_changes_nothing() ->
     )
     assert rows(site) == []
     assert (depths, site.reached) == ([3], {0})
-    site.rehearsing = False
+    site.start_serving()
     assert rows(site) == []
     assert depths == [3]
 

@@ -46,7 +46,7 @@ def site(request: pytest.FixtureRequest) -> GuidedSite:
     """A site in service."""
     form = request.param
     site = GuidedSite(shelf_of(), form, max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
-    site.rehearsing = False
+    site.start_serving()
     return site
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from vllm_steer.bank import LayerShelf
 from vllm_steer.bank.layers import fill_layer_bank
-from vllm_steer.doses import PHASES, Dose, Dynamic
+from vllm_steer.doses import PHASES, Dose, Dynamic, token_span
 from vllm_steer.kernels.guidance import GuidanceForm, TokenMap, gather, reference
 from vllm_steer.serving.rows import SteeredRequest
-from vllm_steer.serving.rules import dose_span, guidance_rules
-from vllm_steer.steers.delta import SCHEDULES
+from vllm_steer.serving.rules import guidance_rules
+from vllm_steer.steers.schedules import SCHEDULES
 
 CPU = torch.device("cpu")
 FOREVER = torch.iinfo(torch.int64).max
@@ -49,7 +49,7 @@ def rules_of(doses: dict[str, tuple[Dose, ...]], on: LayerShelf, prompt_len: int
     ],
 )
 def test_a_vector_acts_in_its_phase(phase: Any, span: tuple[int, int]) -> None:
-    assert dose_span(Dose("v", 1.0, phase=phase), None, 7) == span
+    assert token_span(Dose("v", 1.0, phase=phase), None, 7) == span
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_vector_acts_in_its_phase(phase: Any, span: tuple[int, int]) -> None:
 def test_a_delta_begins_at_the_last_prompt_token(
     schedule: Any, phase: Any, span: tuple[int, int]
 ) -> None:
-    assert dose_span(Dose("d", 1.0, phase=phase, schedule=schedule), 5, 7) == span
+    assert token_span(Dose("d", 1.0, phase=phase, schedule=schedule), 5, 7) == span
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_prompt_of_one_token_is_its_own_last(
     phase: Any, steps: int | None, span: tuple[int, int]
 ) -> None:
     schedule: Any = None if steps is None else "fixed"
-    assert dose_span(Dose("x", 1.0, phase=phase, schedule=schedule), steps, 1) == span
+    assert token_span(Dose("x", 1.0, phase=phase, schedule=schedule), steps, 1) == span
 
 
 def test_rules_lie_by_dose_and_row() -> None:

@@ -8,13 +8,13 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.guidance import Directions
 from vllm_steer.steers import DeltaSteer, VectorSteer
+from vllm_steer.steers.sites import LAYER_SITES
 
 GuidanceSteer = VectorSteer | DeltaSteer
 Project = Callable[[int, torch.Tensor], torch.Tensor]
 """From a layer and tensors at the input of its attention's projection to those at its output."""
 
 # A module's output is changed at most by two sites, the inner one first.
-SITES = ("attn_in", "heads", "attn_out", "resid")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def fill_layer_bank(
     """
     by_site = {
         site: {name: steer for name, steer in sorted(steers.items()) if steer.site == site}
-        for site in SITES
+        for site in LAYER_SITES
     }
     shelves = [
         shelf

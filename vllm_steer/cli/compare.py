@@ -24,8 +24,8 @@ def compare_properties(context: typer.Context) -> None:
     refuse(context, _OF_ONE_STEER, "beside a .yaml of properties, which says it of each")
     from vllm_steer.evaluation.composition.comparing import Comparison, compare
     from vllm_steer.evaluation.judges import make_judges
-    from vllm_steer.evaluation.optional import need
     from vllm_steer.evaluation.prompts import read_prompts
+    from vllm_steer.optional import need
 
     given = context.params
     if given["plot"]:

@@ -106,9 +106,9 @@ def evaluate(
     from vllm_steer.evaluation.evaluating import Evaluation
     from vllm_steer.evaluation.evaluating import evaluate as run_evaluation
     from vllm_steer.evaluation.judges import make_judges
-    from vllm_steer.evaluation.optional import need
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.evaluation.strengths import parse_strengths
+    from vllm_steer.optional import need
 
     if plot:
         need("matplotlib")  # now, not after hours of generating

@@ -72,8 +72,8 @@ def sweep(
     Exit code 1 if nothing within the budget changes the effect; the file stays as it was then.
     """
     from vllm_steer.evaluation.judges import make_judge
-    from vllm_steer.evaluation.optional import need
     from vllm_steer.evaluation.prompts import read_prompts
+    from vllm_steer.optional import need
     from vllm_steer.sweep.search import DIRECTIONS
     from vllm_steer.sweep.sweeping import Sweep, check_writable
     from vllm_steer.sweep.sweeping import sweep as run_sweep

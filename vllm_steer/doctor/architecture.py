@@ -12,9 +12,9 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files.source import cause
 from vllm_steer.hf import sites
 from vllm_steer.models import model_path
+from vllm_steer.steers.sites import LAYER_SITES
 
 PART = "model"
-SITES: Final = ("resid", "attn_in", "attn_out", "heads")
 _SOFT_CAPS: Final = ("final_logit_softcapping",)
 _SCALES: Final = ("logit_scale", "logits_scaling")
 
@@ -71,8 +71,9 @@ def read_architecture(name: str) -> Architecture:
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise SteerError(f"model {name}: cannot be read ({cause(error)})") from error
-    widths, reasons = {}, {}
-    for site in SITES:
+    widths: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    for site in LAYER_SITES:
         try:
             widths[site] = _width(model, site)
         except SteerError as error:
@@ -100,7 +101,7 @@ def describe(architecture: Architecture) -> Iterator[Finding]:
     yield Finding(PART, "sizes", "-", f"{said}, {_short(architecture.dtype)}", sizes)
     yield _head(architecture.model)
     yield _head_site(architecture)
-    for site in SITES:
+    for site in LAYER_SITES:
         if site in architecture.widths:
             width = architecture.widths[site]
             yield Finding(PART, f"site {site}", "ok", f"{width} wide", {"width": width})

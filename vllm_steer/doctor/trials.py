@@ -9,7 +9,8 @@ import torch
 from vllm_steer.doctor.architecture import Architecture, head_of
 from vllm_steer.hf import sites
 from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
-from vllm_steer.steers.vector import Mode, VectorSite
+from vllm_steer.steers.sites import VectorSite
+from vllm_steer.steers.vector import Mode
 
 TOKENS: Final = 8
 """How many tokens each request writes, and how many steps the delta has."""

@@ -19,7 +19,7 @@ from vllm_steer.embedded.corpus import Sample
 from vllm_steer.fit import fit_delta, fit_vector, fit_vector_by_likelihood
 from vllm_steer.fit.vector import Direction
 from vllm_steer.steers import Mode
-from vllm_steer.steers.vector import VectorSite
+from vllm_steer.steers.sites import VectorSite
 
 # A seed of its own: the steers never see the model's training samples.
 SEED: Final = 3_000_017

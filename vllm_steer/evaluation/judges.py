@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Judge
-from vllm_steer.evaluation.optional import need
+from vllm_steer.optional import need
 
 T = TypeVar("T")
 

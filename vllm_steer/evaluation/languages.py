@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean_over_prompts
-from vllm_steer.evaluation.optional import need
+from vllm_steer.optional import need
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_steer.errors import SteerError
-from vllm_steer.evaluation.optional import need
 from vllm_steer.files.source import cause
+from vllm_steer.optional import need
 
 Array = npt.NDArray[np.float64]
 

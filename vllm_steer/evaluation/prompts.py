@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_steer.digest import file_digest
 from vllm_steer.errors import SteerError
-from vllm_steer.fit.recipe import file_digest
 from vllm_steer.texts import read_rows, take, text_of
 
 

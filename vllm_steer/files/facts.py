@@ -9,6 +9,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.foreign import LONGEST, is_number, printable, shown
 from vllm_steer.steers import Mode, Schedule, Variant
 from vllm_steer.steers.layers import parse_layers
+from vllm_steer.steers.sites import Site
 
 _LONGEST_LAYERS = 1000
 _MOST_ERRORS = 4
@@ -70,7 +71,7 @@ class Facts(BaseModel):
     fixed_columns: Columns | None = None
     columns: Columns | None = None
     layers: Layers | None = None
-    site: Literal["head", "resid", "attn_in", "attn_out", "heads"] | None = None
+    site: Site | None = None
     mode: Mode | None = None
     schedule: Schedule | None = None
     orient: Annotated[bool, Field(strict=True)] | None = None

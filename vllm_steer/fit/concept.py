@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.evaluation.optional import need
 from vllm_steer.fit.activations import all_layers, context_length, read_tokens
 from vllm_steer.fit.answer_tokens import answer_tokens
 from vllm_steer.fit.probes import FIT, PROBES, Labels, Probe, ProbeKind, accuracy, oriented
 from vllm_steer.fit.token_store import TokenStore, token_store
+from vllm_steer.optional import need
 from vllm_steer.steers import VectorSteer
 from vllm_steer.steers.checks import check_choice
-from vllm_steer.steers.vector import VECTOR_SITES, VectorSite
+from vllm_steer.steers.sites import VECTOR_SITES, VectorSite
 from vllm_steer.texts.messages import Conversation
 
 Select = Literal["train", "validation"]

@@ -22,7 +22,7 @@ from vllm_steer.fit.activations import all_layers, context_length, recorded
 from vllm_steer.foreign import shown
 from vllm_steer.steers import DeltaSteer
 from vllm_steer.steers.checks import check_choice
-from vllm_steer.steers.delta import DELTA_SITES, DeltaSite
+from vllm_steer.steers.sites import DELTA_SITES, DeltaSite
 
 
 def fit_delta(

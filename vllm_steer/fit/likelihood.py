@@ -24,7 +24,7 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.hf import sites
 from vllm_steer.steers import VectorSteer
-from vllm_steer.steers.vector import VectorSite
+from vllm_steer.steers.sites import VectorSite
 
 Spans = Sequence[tuple[int, int]]
 

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_steer.errors import SteerError
-from vllm_steer.evaluation.optional import need
 from vllm_steer.fit.token_store import Rows
+from vllm_steer.optional import need
 
 ProbeKind = Literal["dim", "logistic", "pca"]
 PROBES: tuple[ProbeKind, ...] = get_args(ProbeKind)

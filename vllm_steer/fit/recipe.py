@@ -1,16 +1,14 @@
 """How a steer was made, for its file: enough to make it again."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_steer.errors import SteerError
+from vllm_steer.digest import file_digest
 from vllm_steer.foreign import printable
 
 Recipe = Mapping[str, Any]
-_READ_AT_ONCE = 1 << 20
 
 
 def recipe(
@@ -46,15 +44,3 @@ def recipe(
 def _entry(path: Path) -> dict[str, str]:
     # A name need not be UTF-8, which a steer file is.
     return {"file": printable(path.name), "sha256": file_digest(path)}
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file; ``SteerError`` if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            while block := file.read(_READ_AT_ONCE):
-                digest.update(block)
-    except OSError as error:
-        raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()

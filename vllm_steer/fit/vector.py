@@ -33,7 +33,8 @@ from vllm_steer.fit.token_store import TokenStore, token_store
 from vllm_steer.foreign import shown
 from vllm_steer.steers import Mode, VectorSteer
 from vllm_steer.steers.checks import check_choice
-from vllm_steer.steers.vector import MODES, VECTOR_SITES, VectorSite
+from vllm_steer.steers.sites import VECTOR_SITES, VectorSite
+from vllm_steer.steers.vector import MODES
 
 Direction = Literal["mean", "unit", "pca"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)

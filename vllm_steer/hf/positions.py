@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_steer.doses import Dose
+from vllm_steer.doses import Dose, token_span
 from vllm_steer.errors import SteerError
 from vllm_steer.hf.sites import layers_of
+from vllm_steer.steers.schedules import course
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,17 @@ class Span:
 
         Raises ``SteerError`` if nothing said where the prompt ends.
         """
+        return self.positions - (self.prompt - 1)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt; ``SteerError`` if nothing said how many."""
         if self.prompt_length is None:
             raise SteerError(
                 "the model goes on from a KV cache that was filled before this block: where the "
                 "prompt ends is not known; give prompt_length"
             )
-        return self.positions - (self.prompt_length - 1)
+        return self.prompt_length
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,13 @@ def coefficients(dose: Dose, span: Span, num_steps: int | None) -> torch.Tensor:
         inside = (span.steps >= 0) & (span.steps < last)
         return torch.where(inside, given[span.steps.clamp(0, last - 1)], 0.0)
     a = torch.full(span.positions.shape, dose.strength, dtype=torch.float64)
-    if dose.phase != "all":
-        a *= (span.steps <= 0) == (dose.phase == "prompt")
+    if dose.phase == "all" and num_steps is None:
+        return a
+    first, last = token_span(dose, num_steps, span.prompt)
+    a *= (span.positions >= first) & (span.positions < last)
     if num_steps is None:
         return a
-    last = 1 if dose.schedule == "start" else num_steps
-    a *= (span.steps >= 0) & (span.steps < last)
-    return a * (1 - span.steps.double() / num_steps) if dose.schedule == "dim" else a
+    return a * (1 - course(dose.schedule, num_steps).slope * span.steps.double())
 
 
 class Reading:

@@ -10,8 +10,9 @@ from vllm_steer.foreign import listed
 from vllm_steer.request.dynamic import DYNAMIC_OPTIONS, is_asked, read_dynamic
 from vllm_steer.request.parsing import options_of
 from vllm_steer.request.values import choice, key_name, number
-from vllm_steer.steers.delta import SCHEDULES, Schedule
 from vllm_steer.steers.layers import parse_layers, positions_of
+from vllm_steer.steers.schedules import SCHEDULES, Schedule
+from vllm_steer.steers.sites import acts_at_head
 
 _OPTIONS = ("strength", "layers", "phase", "schedule", *DYNAMIC_OPTIONS)
 
@@ -43,7 +44,7 @@ def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
     layers = _layers(name, options.get("layers"), steer)
     if is_asked(name, options):
         maximum, dynamic = read_dynamic(name, options)
-        phase: Phase = "all" if steer.site == "head" else "answer"
+        phase: Phase = "all" if acts_at_head(steer) else "answer"
         return Dose(name, maximum, layers, phase, dynamic=dynamic)
     default = 1.0 if steer.default_strength is None else steer.default_strength
     dose = Dose(
@@ -72,7 +73,7 @@ def _check_options(name: str, options: Mapping[Any, Any], steer: Dosable) -> Non
         raise SteerRequestError(
             f"steer {name} has unknown options {listed(unknown)}; allowed: {', '.join(_OPTIONS)}"
         )
-    if steer.site == "head" and (
+    if acts_at_head(steer) and (
         {"layers", "schedule"} & set(options) or options.get("phase") not in (None, "all")
     ):
         raise SteerRequestError(

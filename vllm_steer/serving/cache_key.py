@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_steer.doses import Dose
+from vllm_steer.doses import Dose, token_span
 from vllm_steer.plan import PlannedSteer, SteerPlan
-from vllm_steer.serving.rules import dose_span
+from vllm_steer.steers.sites import acts_at_head
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str 
     keys = [
         key
         for dose in doses
-        if plan.steers[dose.steer].site != "head"
+        if not acts_at_head(plan.steers[dose.steer])
         for key in _keys(dose, plan.steers[dose.steer], prompt_len, request)
     ]
     if not keys:
@@ -91,7 +91,7 @@ def _plain(key: Any) -> Any:
 
 def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int, request: Any) -> Iterator[BlockKey]:
     """Where KV begins to depend on a dose, and where it begins to depend on its end."""
-    first, last = dose_span(dose, steer.steps, prompt_len)
+    first, last = token_span(dose, steer.steps, prompt_len)
     if first >= last:
         return
     if dose.dynamic:

@@ -9,6 +9,7 @@ from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.streams.stream import needs_streams, num_streams
+from vllm_steer.steers.sites import acts_at_head
 
 _INSTEAD = "or give the steers fixed strengths"
 
@@ -75,7 +76,7 @@ def _not_with(name: str, way_out: str) -> SteerRequestError:
 
 
 def _any_at_head(doses: Sequence[Dose], plan: SteerPlan) -> bool:
-    return any(dose.dynamic and plan.steers[dose.steer].site == "head" for dose in doses)
+    return any(dose.dynamic and acts_at_head(plan.steers[dose.steer]) for dose in doses)
 
 
 def _prefills_are_spaced(vllm_config: Any) -> bool:

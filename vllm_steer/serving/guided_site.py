@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 
@@ -15,6 +16,21 @@ from vllm_steer.serving.rows import SteeredRequest, Step
 from vllm_steer.serving.rules import Columns, guidance_rules
 
 _BATCHES_KEPT = 4
+
+
+class SiteState(Enum):
+    """What the next forward pass finds at a site.
+
+    WARMUP         a dummy run of start-up: the widest step, for nobody
+    IDLE           nothing to do
+    AWAITING_STEP  steered requests whose tokens are not known yet: a pass would be an error
+    READY          the step's tokens, mapped to what their requests take
+    """
+
+    WARMUP = auto()
+    IDLE = auto()
+    AWAITING_STEP = auto()
+    READY = auto()
 
 
 class GuidedSite:
@@ -35,7 +51,6 @@ class GuidedSite:
     ) -> None:
         self.shelf = shelf
         self.resting = False
-        self.rehearsing = True
         self.reached: set[int] = set()
         self._device = device
         self._form = form
@@ -43,7 +58,7 @@ class GuidedSite:
         self._depth = 0
         self._filled = 0
         self._changes: HostChanges | None = None
-        self._expecting = False
+        self._state = self._at_rest = SiteState.WARMUP
         self._batch: list[str] | None = None
         self._rules: Rules
         self._columns: dict[str, Columns] = {}
@@ -74,18 +89,26 @@ class GuidedSite:
 
     def expect(self) -> None:
         """A step with steered requests has begun: ``prepare`` has to come before its pass."""
-        self._expecting = True
         self._changes = None
-        self.resting = False
+        self._enter(SiteState.AWAITING_STEP)
 
     def idle(self) -> None:
         """The next forward pass takes nothing from this site."""
-        self._expecting = False
         self._changes = None
         self._depth = 0
         self._clear(0)
+        self._enter(self._at_rest)
+
+    def start_serving(self) -> None:
+        """Warm-up is over: passes without steered requests leave at once from now on."""
+        self._at_rest = SiteState.IDLE
+        if self._state is SiteState.WARMUP:
+            self._enter(SiteState.IDLE)
+
+    def _enter(self, state: "SiteState") -> None:
+        self._state = state
         # Where no graph can be under capture the op need not even ask.
-        self.resting = not self.rehearsing and self._device.type != "cuda"
+        self.resting = state is SiteState.IDLE and self._device.type != "cuda"
 
     def prepare(
         self, step: Step, requests: Mapping[str, SteeredRequest], history: torch.Tensor
@@ -108,7 +131,7 @@ class GuidedSite:
             self.idle()
             return
         self._changes = changes
-        self._expecting = self.resting = False
+        self._enter(SiteState.READY)
         if changes is None:
             self._map_tokens(step, depth)
 
@@ -126,12 +149,12 @@ class GuidedSite:
             self._changes.add_(hidden.view(-1, hidden.shape[-1]), layer)
             return
         self.reached.add(layer)
-        if self._expecting:
+        if self._state is SiteState.AWAITING_STEP:
             raise RuntimeError(
                 works_otherwise(f"a step reached {self.shelf.site} without its tokens")
             )
         depth = self._depth
-        if _capturing(self._device) or (self.rehearsing and depth == 0):
+        if _capturing(self._device) or self._state is SiteState.WARMUP:
             depth = self._max_doses
         if depth == 0:
             return

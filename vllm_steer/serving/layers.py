@@ -67,7 +67,7 @@ class SteeredLayers:
     def rest(self) -> None:
         """Start-up is over: passes without steered requests leave at once from now on."""
         for site in self.sites:
-            site.rehearsing = False
+            site.start_serving()
 
 
 def steered_layers(

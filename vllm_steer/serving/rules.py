@@ -8,15 +8,15 @@ import numpy.typing as npt
 import torch
 
 from vllm_steer.bank import Entry, LayerShelf
-from vllm_steer.doses import Dose
+from vllm_steer.doses import Dose, token_span
 from vllm_steer.kernels.guidance import Rules
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.rows import IntArray, SteeredRequest
+from vllm_steer.steers.schedules import course
 
 FloatArray = npt.NDArray[np.float32]
 
 _NO_TABLE = -1
-_END = np.iinfo(np.int64).max
 _INTEGERS = ("start", "stride", "origin", "first", "last", "table")
 
 
@@ -66,21 +66,6 @@ def guidance_rules(
     return Rules(**named, strength=strength, slope=slope, layers=acts, history=history)
 
 
-def dose_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int]:
-    """The positions ``first <= p < last`` of the tokens that a dose touches."""
-    first, last = 0, _END
-    if dose.phase == "prompt":
-        last = prompt_len
-    elif dose.phase == "generation":
-        first = prompt_len
-    elif dose.phase == "answer":
-        first = prompt_len - 1
-    if steps is not None:
-        taken = 1 if dose.schedule == "start" else steps
-        first, last = max(first, prompt_len - 1), min(last, prompt_len - 1 + taken)
-    return first, last
-
-
 def _known_columns(
     req_id: str, request: SteeredRequest, shelf: LayerShelf, known: dict[str, Columns]
 ) -> Columns:
@@ -111,8 +96,8 @@ def _columns(request: SteeredRequest, shelf: LayerShelf) -> Columns:
 
 def _integers(dose: Dose, entry: Entry, prompt_len: int) -> tuple[int, int, int, int, int]:
     stride = 0 if entry.steps is None else 1
-    return (entry.start, stride, prompt_len - 1, *dose_span(dose, entry.steps, prompt_len))
+    return (entry.start, stride, prompt_len - 1, *token_span(dose, entry.steps, prompt_len))
 
 
 def _slope(dose: Dose, entry: Entry) -> float:
-    return 1 / entry.steps if dose.schedule == "dim" and entry.steps else 0.0
+    return 0.0 if entry.steps is None else course(dose.schedule, entry.steps).slope

@@ -82,7 +82,7 @@ class _WorkerSteering:
 
         config, device = self._worker.vllm_config, self._worker.model_runner.device
         steers = {name: planned.load() for name, planned in self._plan.steers.items()}
-        heads = {name: steer for name, steer in steers.items() if isinstance(steer, LMSteer)}
+        heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
         inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
         if inside:
             form = guidance_form(self._plan.kernels, device)

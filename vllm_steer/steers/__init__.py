@@ -2,8 +2,9 @@
 
 from typing import get_args
 
-from vllm_steer.steers.delta import DeltaSteer, Schedule
+from vllm_steer.steers.delta import DeltaSteer
 from vllm_steer.steers.lm_steer import LMSteer, Variant
+from vllm_steer.steers.schedules import Schedule
 from vllm_steer.steers.vector import Mode, VectorSteer
 
 Steer = LMSteer | VectorSteer | DeltaSteer

@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from vllm_steer.steers.checks import check_choice, check_default_strength, check_tensor
 from vllm_steer.steers.layers import check_layers, positions_of
-
-Schedule = Literal["fixed", "start", "dim"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
-DeltaSite = Literal["heads", "resid", "attn_in", "attn_out"]
-DELTA_SITES: tuple[DeltaSite, ...] = get_args(DeltaSite)
+from vllm_steer.steers.schedules import SCHEDULES, Schedule
+from vllm_steer.steers.sites import DELTA_SITES, DeltaSite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

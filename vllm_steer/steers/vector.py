@@ -9,11 +9,10 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.steers.checks import check_choice, check_default_strength, check_tensor
 from vllm_steer.steers.layers import check_layers, format_layers, positions_of
+from vllm_steer.steers.sites import VECTOR_SITES, VectorSite
 
 Mode = Literal["add", "rotate"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-VectorSite = Literal["resid", "attn_in", "attn_out"]
-VECTOR_SITES: tuple[VectorSite, ...] = get_args(VectorSite)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -58,12 +58,11 @@ def delta(
     from dataclasses import replace
 
     from vllm_steer.cli.progress import progress
-    from vllm_steer.fit import icl
     from vllm_steer.fit.delta import fit_delta
     from vllm_steer.fit.recipe import recipe
     from vllm_steer.steers.checks import check_choice
-    from vllm_steer.steers.delta import SCHEDULES
-    from vllm_steer.texts import read_texts
+    from vllm_steer.steers.schedules import SCHEDULES
+    from vllm_steer.texts import icl, read_texts
 
     check_choice("schedule", schedule, SCHEDULES)
     if plain:

@@ -99,7 +99,7 @@ def lm_steer(
         raise SteerError(f"cache-gib is {cache_gib}; 0 or more is wanted")
     check_default_strength(default_strength)
     if plot:
-        from vllm_steer.evaluation.optional import need
+        from vllm_steer.optional import need
 
         need("matplotlib")
     files, found = _texts(data, positive, negative, text_field, label_field, labels)
@@ -130,7 +130,7 @@ def _texts(
     labels: str | None,
 ) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
     """The files by name and SHA-256, and what is in them."""
-    from vllm_steer.fit.recipe import file_digest
+    from vllm_steer.digest import file_digest
     from vllm_steer.foreign import printable
     from vllm_steer.texts import read_labelled, read_two_sides
 

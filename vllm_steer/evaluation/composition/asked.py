@@ -10,7 +10,7 @@ unseen: [fr+cheer]
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -24,13 +24,14 @@ from pydantic import (
 
 from vllm_steer.config import NAME, NO_STEER
 from vllm_steer.config_text import read_config_file
-from vllm_steer.doses import Kl
+from vllm_steer.doses import Kl, RequestPhase
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import FiniteFloat, Number, describe_errors
 from vllm_steer.foreign import listed, shown
+from vllm_steer.steers.schedules import SCHEDULES, Schedule
 
-Method = Literal["none", "fixed", "start", "dim", "dynamic"]
-METHODS: Final[tuple[Method, ...]] = get_args(Method)
+Method = Literal["none", Schedule, "dynamic"]
+METHODS: Final[tuple[Method, ...]] = ("none", *SCHEDULES, "dynamic")
 Combination = tuple[str, ...]
 """Names of properties, in the order of the file."""
 
@@ -68,7 +69,7 @@ class Property(BaseModel):
     dynamic: Annotated[bool, Field(strict=True)] = True
     opposite: Annotated[bool, Field(strict=True)] = False
     layers: str | None = None
-    phase: Literal["all", "prompt", "generation"] | None = None
+    phase: RequestPhase | None = None
 
     @field_validator("strengths", "max")
     @classmethod

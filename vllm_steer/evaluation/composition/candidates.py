@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from vllm_steer.evaluation.composition.asked import Combination, Composition, Method, label
 from vllm_steer.steers import DeltaSteer, Steer
+from vllm_steer.steers.schedules import SCHEDULES
 
 Doses = Mapping[str, Mapping[str, Any]]
 """By property, which is the steer's name in the engine as well."""
@@ -101,7 +102,7 @@ def why_not(
 ) -> str | None:
     """Why a combination has no row of a method; None where it has one."""
     deltas = any(isinstance(steers[name], DeltaSteer) for name in combination)
-    if method in ("start", "dim") and not deltas:
+    if method in SCHEDULES[1:] and not deltas:
         return NOT_FOR_THIS_KIND
     if method == "dynamic" and not any(asked.properties[name].dynamic for name in combination):
         return NOTHING_DYNAMIC
@@ -118,7 +119,7 @@ def _doses(
             yield {"strength": "dynamic", "max": maximum, **common, **layers}
         return
     phase = {} if wanted.phase is None else {"phase": wanted.phase}
-    scheduled = method if method in ("start", "dim") else "fixed"
+    scheduled = method if method in SCHEDULES else SCHEDULES[0]
     schedule = {"schedule": scheduled} if isinstance(steer, DeltaSteer) else {}
     for strength in wanted.strengths:
         yield {"strength": strength, **layers, **phase, **schedule}

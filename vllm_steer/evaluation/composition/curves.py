@@ -9,6 +9,7 @@ from typing import Any
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean
 from vllm_steer.steers import DeltaSteer, Steer
+from vllm_steer.steers.schedules import course
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,8 @@ def stated_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> tupl
     strength = float(dose["strength"])
     if not isinstance(steer, DeltaSteer):
         return (strength,) * num_tokens
-    schedule = dose.get("schedule", steer.schedule)
-    last = 1 if schedule == "start" else steer.steps
-    falls = schedule == "dim"
-    return tuple(
-        (strength * (1 - i / steer.steps) if falls else strength) if i < last else 0.0
-        for i in range(num_tokens)
-    )
+    over = course(dose.get("schedule", steer.schedule), steer.steps)
+    return tuple(over.strength(strength, i) for i in range(num_tokens))
 
 
 def raw(answers: Sequence[Answers]) -> dict[str, list[list[list[float]]]]:

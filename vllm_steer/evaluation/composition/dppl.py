@@ -29,10 +29,10 @@ from vllm_steer import hf
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Strengths
 from vllm_steer.evaluation.means import mean
-from vllm_steer.fit.icl import icl_prompts, read_examples
 from vllm_steer.models import LanguageModel
 from vllm_steer.steers import Steer
 from vllm_steer.texts import read_rows, take, text_of
+from vllm_steer.texts.icl import icl_prompts, read_examples
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm_steer.digest import file_digest
 from vllm_steer.evaluation.composition.asked import Composition, label
 from vllm_steer.evaluation.composition.candidates import choices
-from vllm_steer.fit.recipe import file_digest
 from vllm_steer.request import read_dose
 from vllm_steer.steers import Steer
 from vllm_steer.steers.content import content_digest

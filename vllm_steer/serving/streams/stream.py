@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_steer.doses import Dose, is_dynamic
+from vllm_steer.steers.sites import acts_at_head
 
 if TYPE_CHECKING:
     from vllm_steer.plan import SteerPlan
@@ -18,13 +19,13 @@ def probed_doses(doses: Sequence[Dose], plan: "SteerPlan") -> tuple[int, ...]:
     return tuple(
         index
         for index, dose in enumerate(doses)
-        if dose.dynamic and plan.steers[dose.steer].site != "head"
+        if dose.dynamic and not acts_at_head(plan.steers[dose.steer])
     )
 
 
 def needs_streams(doses: Sequence[Dose], plan: "SteerPlan") -> bool:
     """Whether base and probe logits cannot be had from the request's own hidden state."""
-    inside = any(plan.steers[dose.steer].site != "head" for dose in doses)
+    inside = not all(acts_at_head(plan.steers[dose.steer]) for dose in doses)
     return inside and is_dynamic(doses)
 
 
