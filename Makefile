@@ -38,10 +38,11 @@ test-gpu: $(READY)  ## the kernels on a card, and engines with CUDA graphs again
 test-version: .venv-$(VERSION)/.ready  ## both model runners on another vLLM: VERSION=0.25.1
 	.venv-$(VERSION)/bin/python scripts/test_version.py $(VERSION) --runs $(RUNS)
 
-check: $(READY)  ## lint, format, types
+check: $(READY)  ## lint, format, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "vllm_steer/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "vllm_steer/version.py").read_text())[1]
 # Fitting probes, judging texts and plotting: nothing that serves needs them.
 EVAL = ["scikit-learn", "scipy", "matplotlib", "langdetect"]
 
@@ -50,6 +50,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "import-linter",
         ],
     },
     entry_points={

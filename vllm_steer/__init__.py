@@ -5,8 +5,7 @@ from vllm_steer.config import SteerConfig
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
-
-__version__ = "0.1.0"
+from vllm_steer.version import __version__ as __version__
 
 __all__ = [
     "DeltaSteer",

@@ -65,7 +65,7 @@ class SteerPlan(BaseModel):
     @classmethod
     def of(cls, config: SteerConfig) -> "SteerPlan":
         """Load and check every steer of a config once, and keep what requests and workers need."""
-        from vllm_steer import __version__
+        from vllm_steer.version import __version__
 
         plan = cls(
             version=__version__,

@@ -22,7 +22,8 @@ _OF_ONE_STEER: Final = ("strengths", "layers", "phase", "schedule", "control_see
 def compare_properties(context: typer.Context) -> None:
     """Run the command whose options ``context`` holds."""
     refuse(context, _OF_ONE_STEER, "beside a .yaml of properties, which says it of each")
-    from vllm_steer.evaluation.composition.comparing import Comparison, compare
+    from vllm_steer.evaluation.composition.comparing import compare
+    from vllm_steer.evaluation.composition.comparison import Comparison
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.optional import need

@@ -110,7 +110,7 @@ def _evaluate(
 
 def about_run(asked: Evaluation, steer: Steer) -> dict[str, Any]:
     """All that decides the texts of a setting, in plain data; strengths and judges may be added."""
-    from vllm_steer import __version__
+    from vllm_steer.version import __version__
 
     # The digest leaves the schedule out: a request chooses it, and this one takes the file's.
     schedule = {"schedule": steer.schedule} if isinstance(steer, DeltaSteer) else {}

@@ -24,7 +24,7 @@ def recipe(
     ``settings`` are what the user chose or left at its default, ``figures`` what came out beside
     the steer (losses, accuracies). Data files enter by name and SHA-256.
     """
-    from vllm_steer import __version__
+    from vllm_steer.version import __version__
 
     return {
         "method": method,

@@ -1,27 +1,38 @@
 """What a ``steer`` value comes to under an engine's plan: presets opened, limits kept."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from vllm_steer.config import DYNAMIC
+from vllm_steer.config import DYNAMIC, Limits
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.foreign import listed, shown
 from vllm_steer.request.ceilings import check_plain
-from vllm_steer.request.options import read_dose, read_strength
+from vllm_steer.request.options import Dosable, read_dose, read_strength
 from vllm_steer.request.parsing import Options, parse
 
-if TYPE_CHECKING:
-    from vllm_steer.plan import SteerPlan
+
+class Admitting(Protocol):
+    """What decides on a request: steers and presets by name, and limits. A ``SteerPlan`` is one."""
+
+    @property
+    def steers(self) -> Mapping[str, Dosable]: ...
+
+    @property
+    def presets(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
 
 _LARGEST = float(np.finfo(np.float32).max)  # strengths are float32 on the device
 
 
-def resolve(asked: Any, plan: "SteerPlan") -> tuple[Dose, ...]:
+def resolve(asked: Any, plan: Admitting) -> tuple[Dose, ...]:
     """The doses of a request: presets opened, like doses added up, zeros dropped.
 
     Raises ``SteerRequestError`` for anything that the plan does not know or does not admit.
@@ -38,7 +49,7 @@ def resolve(asked: Any, plan: "SteerPlan") -> tuple[Dose, ...]:
     return doses
 
 
-def check_request(asked: Any, plan: "SteerPlan", *, place: str) -> None:
+def check_request(asked: Any, plan: Admitting, *, place: str) -> None:
     """Raise a start-up error if a value written in a config would not be admitted."""
     try:
         resolve(asked, plan)
@@ -46,7 +57,7 @@ def check_request(asked: Any, plan: "SteerPlan", *, place: str) -> None:
         raise SteerError(f"{place}: {error}") from None
 
 
-def _open_name(name: str, options: Options, plan: "SteerPlan") -> Iterator[Dose]:
+def _open_name(name: str, options: Options, plan: Admitting) -> Iterator[Dose]:
     if name in plan.presets:
         factor = _factor(name, options)
         for steer, in_mix in plan.presets[name].items():
@@ -86,7 +97,7 @@ def _check_dynamic_alone(doses: Sequence[Dose]) -> None:
             )
 
 
-def _check_limits(doses: Sequence[Dose], plan: "SteerPlan") -> None:
+def _check_limits(doses: Sequence[Dose], plan: Admitting) -> None:
     limits = plan.limits
     if len(doses) > limits.max_steers_per_request:
         raise SteerRequestError(

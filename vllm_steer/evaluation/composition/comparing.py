@@ -1,8 +1,6 @@
 """A comparison from the prompts to the report: choose, generate, judge; each part resumes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Judge
@@ -14,6 +12,7 @@ from vllm_steer.evaluation.composition.candidates import (
     why_not,
 )
 from vllm_steer.evaluation.composition.choosing import Choosing, Chosen, Figures
+from vllm_steer.evaluation.composition.comparison import Comparison
 from vllm_steer.evaluation.composition.dppl import Example, read_icl
 from vllm_steer.evaluation.composition.judging import PropertyJudges, property_judges, share
 from vllm_steer.evaluation.composition.measuring import (
@@ -27,45 +26,14 @@ from vllm_steer.evaluation.composition.report import BEST, ComparisonReport, mar
 from vllm_steer.evaluation.composition.settling import about_comparison, check_doses
 from vllm_steer.evaluation.composition.writing import Writer
 from vllm_steer.evaluation.evaluating import MakeJudges, Progress
-from vllm_steer.evaluation.generating import EngineOptions
 from vllm_steer.evaluation.json_files import write_json
-from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.run import Run, open_run
-from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.files import load_steer
 from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.whole import write_text
 from vllm_steer.models import load_language_model
 from vllm_steer.steers import Steer
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is asked: a model, the file of properties, prompts, and how to sample.
-
-    Strengths and options are chosen on the ``choosing`` prompts, without them on the same prompts
-    that are reported. ``tolerance`` is that of ``choose``. ``judges`` are judges of the texts as a
-    whole; perplexity by the model itself and diversity stand for those kinds where none is given.
-    """
-
-    model: str
-    file: Path
-    prompts: Prompts
-    folder: Path
-    choosing: Prompts | None = None
-    judges: tuple[str, ...] = ()
-    sampling: Sampling = field(default_factory=Sampling)
-    tolerance: float = 0.02
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    restart: bool = False
-
-    @property
-    def specs(self) -> tuple[str, ...]:
-        """Perplexity and diversity first, then the judges given beside them."""
-        kinds = {spec.partition(":")[0] for spec in self.judges}
-        usual = {"perplexity": f"perplexity:{self.model}", "diversity": "diversity"}
-        return (*(spec for kind, spec in usual.items() if kind not in kinds), *self.judges)
 
 
 def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> ComparisonReport:

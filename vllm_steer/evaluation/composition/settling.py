@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from vllm_steer.digest import file_digest
 from vllm_steer.evaluation.composition.asked import Composition, label
 from vllm_steer.evaluation.composition.candidates import choices
+from vllm_steer.evaluation.composition.comparison import Comparison
 from vllm_steer.request import read_dose
 from vllm_steer.steers import Steer
 from vllm_steer.steers.content import content_digest
-
-if TYPE_CHECKING:
-    from vllm_steer.evaluation.composition.comparing import Comparison
 
 _VERSIONS: Final = ("torch", "vllm")
 
@@ -26,10 +24,10 @@ def check_doses(asked: Composition, steers: Mapping[str, Steer]) -> None:
 
 
 def about_comparison(
-    given: "Comparison", asked: Composition, steers: Mapping[str, Steer]
+    given: Comparison, asked: Composition, steers: Mapping[str, Steer]
 ) -> dict[str, Any]:
     """All that decides the texts of a request; combinations and strengths may be added."""
-    from vllm_steer import __version__
+    from vllm_steer.version import __version__
 
     return {
         "model": given.model,
