@@ -2,6 +2,7 @@
 
 A document holds a table between two comments, ``<!-- table: NAME -->`` (or ``summary``) and
 ``<!-- end -->``, where NAME is a file in ``benchmarks/results``; for ``versions`` it is a folder.
+``<!-- names: wrapped -->`` holds what is wrapped in vLLM.
 """
 
 import json
@@ -11,16 +12,19 @@ from typing import Any
 
 from table import markdown, summary
 from versions import versions
+from vllm_names import wrapped
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "compose.md",
+    ROOT / "docs" / "design.md",
 )
 RESULTS = ROOT / "benchmarks" / "results"
 MAKERS = {"table": markdown, "summary": summary, "versions": versions}
-BLOCK = re.compile(r"(<!-- (table|summary|versions): (\S+) -->\n).*?(<!-- end -->)", re.S)
+NAMES = {"wrapped": wrapped}
+BLOCK = re.compile(r"(<!-- (table|summary|versions|names): (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def filled(text: str) -> str:
@@ -28,7 +32,8 @@ def filled(text: str) -> str:
 
     def fill(block: re.Match[str]) -> str:
         start, kind, name, end = block.groups()
-        return f"{start}\n{MAKERS[kind](_read(RESULTS / name))}\n\n{end}"
+        made = NAMES[name]() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
+        return f"{start}\n{made}\n\n{end}"
 
     return BLOCK.sub(fill, text)
 

@@ -6,10 +6,13 @@ working backend once one named "cpu" is registered.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from outside import REASON
 
 RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
 
@@ -33,3 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     serves, for good, and other tests use these classes as Hugging Face made them.
     """
     items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name what was left out for want of files that are not in the repository."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(
+        str(report.longrepr[2]) for report in skipped if type(report.longrepr) is tuple
+    )
+    for reason, count in sorted(reasons.items()):
+        if REASON in reason:
+            terminalreporter.write_line(
+                f"left out {count} tests: {reason.partition('Skipped: ')[2]}"
+            )

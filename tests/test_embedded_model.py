@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import measure
 import pytest
 import torch
+from fit_steers import NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_steer import LMSteer, SteerConfig, load_steer
-from vllm_steer.embedded import MODEL, STEER_CONFIG, STEERS, corpus, lexicon, measure
-from vllm_steer.embedded.fit_steers import NAMES
+from vllm_steer.embedded import MODEL, STEER_CONFIG, STEERS, corpus, lexicon
 from vllm_steer.plan import SteerPlan
 
 SAMPLES_PER_PROMPT = 20

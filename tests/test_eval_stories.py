@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import STORIES, needs
 from stories import write
 
 from vllm_steer import load_steer
-
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 
 
 def command(*arguments: Any) -> Any:
@@ -29,7 +28,7 @@ def command(*arguments: Any) -> Any:
 
 
 @pytest.mark.matrix
-@pytest.mark.skipif(not STORIES.exists(), reason="the pretrained stories260K is not at hand")
+@needs(STORIES)
 def test_happy_stories_from_texts_to_a_strength_that_works(tmp_path: Path) -> None:
     write(tmp_path)
     steer, judge = tmp_path / "happy.safetensors", f"lexicon:{tmp_path / 'lexicon.yaml'}"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import measure
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from vllm_steer import LMSteer, SteerError, load_steer
 from vllm_steer.cli import app
 from vllm_steer.digest import file_digest
-from vllm_steer.embedded import corpus, lexicon, measure
+from vllm_steer.embedded import corpus, lexicon
 from vllm_steer.models import load_language_model
 
 STRENGTHS = (-5, -2, 0, 2, 5)

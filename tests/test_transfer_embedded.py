@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from measure import sample
 
 from vllm_steer import LMSteer, load_steer
 from vllm_steer.embedded import STEERS, corpus, lexicon
-from vllm_steer.embedded.measure import sample
 from vllm_steer.inspection import read_output_embedding
 from vllm_steer.models import load_language_model
 from vllm_steer.texts import LabelledText

@@ -24,6 +24,7 @@ from engines import (
     reporting,
     steer_config,
 )
+from outside import STORIES, needs
 from reference import load_reference
 from test_sharing import merge_adapter, save_adapter
 from tiny_models import GUIDED_LAYERS, HIDDEN, save_tiny_model
@@ -33,7 +34,6 @@ from vllm_steer.fit import fit_delta
 
 pytestmark = pytest.mark.engine
 
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 v1_only = pytest.mark.skipif(RUNNER != "v1", reason="runs on the V1 runner only on a CPU")
 
 
@@ -107,7 +107,7 @@ def test_compiled_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.skipif(not STORIES.exists(), reason="the pretrained stories260K is not at hand")
+@needs(STORIES)
 def test_deltas_fitted_to_happy_and_sad_stories_on_a_pretrained_model(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(STORIES)
     model = transformers.AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)

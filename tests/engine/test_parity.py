@@ -14,6 +14,7 @@ from engines import (
     samples,
     steer_config,
 )
+from outside import STORIES, needs
 from reference import assert_greedy, load_reference, steered_logprobs
 from tiny_models import FAMILIES, VOCAB, save_tiny_model
 
@@ -21,7 +22,6 @@ from vllm_steer import LMSteer, embedded, load_steer
 
 pytestmark = pytest.mark.engine
 
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 v1_only = pytest.mark.skipif(RUNNER != "v1", reason="runs on the V1 runner only on a CPU")
 
 
@@ -55,7 +55,7 @@ def test_mixed_batch_on_each_family_with_prompt_logprobs(
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) >= 6
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the pretrained stories260K is not at hand")
+@needs(STORIES)
 def test_mixed_batch_on_a_pretrained_model(tmp_path: Path) -> None:
     steers = random_steers(64, 512)
     assert_mixed_batch(STORIES, steers, tmp_path, vocab_size=512, max_tokens=24)

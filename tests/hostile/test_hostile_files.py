@@ -17,13 +17,13 @@ import pytest
 import torch
 from configs import CONFIGS
 from formats import FORMATS, variants
+from outside import HOSTILE_SAMPLES, needs
 from steer_files import STEER_FILES
 from text_files import TEXT_FILES
 
 from vllm_steer import VectorSteer, save_steer
 
 HERE = Path(__file__).parent
-SHARED = HERE.parents[2] / "shared" / "cases" / "files"
 SEED = 7
 MEMORY = 600 * 2**20
 """What a file of some bytes may take beside what the process had: 4 * 64 MiB, and libraries."""
@@ -268,7 +268,7 @@ def test_changed_files_are_read_as_pytorch_reads_them(of: str, tmp_path: Path) -
     assert sum(said == "the same" for said in found.values()) > 20
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the sample files are not here")
+@needs(HOSTILE_SAMPLES)
 def test_the_sample_files_are_refused_or_harmless(tmp_path: Path) -> None:
     jobs = [
         {
@@ -280,7 +280,7 @@ def test_the_sample_files_are_refused_or_harmless(tmp_path: Path) -> None:
             else {},
             "folder": str(tmp_path),
         }
-        for path in sorted(SHARED.iterdir())
+        for path in sorted(HOSTILE_SAMPLES.iterdir())
     ]
     found = check(jobs)
     assert {one["name"] for one in found if "said" in one} == {"m_markup.st"}

@@ -1,23 +1,18 @@
 """concept-guidance's files: a probe per layer, rotated to at the input norm."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from foreign_tools import SIGNED, WIDTH, write_concept
+from outside import CONCEPT_VECTORS, needs
 from safetensors.torch import load_file
 from torch import nn
 
 from vllm_steer import SteerError, hf, load_steer, save_steer
 
-HERE = Path(__file__).parents[3] / "shared/data/concept_vectors"
-CONCEPTS = Path(os.environ.get("VLLM_STEER_CONCEPT_VECTORS", HERE))
-with_the_authors_files = pytest.mark.skipif(
-    not CONCEPTS.is_dir(),
-    reason="VLLM_STEER_CONCEPT_VECTORS does not name a folder of published concept vectors",
-)
+with_the_authors_files = needs(CONCEPT_VECTORS)
 
 
 def test_concept_vectors_rotate_at_the_input_norm_of_every_layer(tmp_path: Path) -> None:
@@ -89,7 +84,7 @@ def test_files_that_only_look_like_concept_vectors_are_refused(
 def test_the_authors_own_concept_vectors_survive_a_conversion(
     tmp_path: Path, name: str, norms: tuple[float, float]
 ) -> None:
-    path = CONCEPTS / f"{name}.safetensors"
+    path = CONCEPT_VECTORS / f"{name}.safetensors"
     save_steer(load_steer(path), tmp_path / "own")
     steer = load_steer(tmp_path / "own")
     assert (steer.layers, steer.hidden_size) == (tuple(range(32)), 4096)
@@ -130,7 +125,7 @@ class InputNorms(nn.Module):
 @with_the_authors_files
 @pytest.mark.parametrize("strength", [-16.0, 8.0])
 def test_the_authors_humor_vectors_rotate_as_their_formula_does(strength: float) -> None:
-    path = CONCEPTS / "Llama-2-7b-chat-hf/humor.safetensors"
+    path = CONCEPT_VECTORS / "Llama-2-7b-chat-hf/humor.safetensors"
     x = torch.randn(1, 3, 4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = InputNorms()
     with hf.steered(model, {"humor": strength}, {"humor": load_steer(path)}):

@@ -37,7 +37,9 @@ def documents(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("documents")
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "docs/compose.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "benchmarks/README.md", "docs/compose.md", "docs/design.md"]
+)
 def test_every_table_of_figures_is_made_from_its_result_file(
     name: str, documents: ModuleType
 ) -> None:

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from vllm_steer import SteerError, SteerRequestError, save_steer
 from vllm_steer.config import SteerConfig
-from vllm_steer.doses import PHASES, Dose, Dynamic
+from vllm_steer.doses import PHASES, Dose, Dynamic, token_span
 from vllm_steer.plan import SteerPlan
 from vllm_steer.request import check_request, read_dose, resolve
-from vllm_steer.serving.rules import dose_span
 
 STEERS: dict[str, Any] = {
     "fr": delta(3, (4, 6), schedule="dim", default_strength=-8.0),
@@ -267,7 +266,7 @@ def test_every_request_and_preset_of_the_page_is_one() -> None:
 def test_a_dose_and_its_probe_begin_at_the_last_prompt_token(
     dynamic: Dynamic | None, steps: int | None, prompt_len: int, span: tuple[int, int]
 ) -> None:
-    assert dose_span(Dose("x", 1.0, phase="answer", dynamic=dynamic), steps, prompt_len) == span
+    assert token_span(Dose("x", 1.0, phase="answer", dynamic=dynamic), steps, prompt_len) == span
 
 
 scalars: Any = (

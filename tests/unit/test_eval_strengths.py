@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import AUTHORS_PROMPTS, needs
 
 from vllm_steer import SteerError
 from vllm_steer.evaluation.prompts import read_prompts
 from vllm_steer.evaluation.sampling import sampling_of
 from vllm_steer.evaluation.strengths import parse_range, parse_strengths
-
-AUTHORS = Path(__file__).parents[3] / "shared" / "data" / "prompts" / "negative_prompts.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_bad_prompts_are_named(tmp_path: Path) -> None:
         read_prompts(path, count=0)
 
 
-@pytest.mark.skipif(not AUTHORS.exists(), reason="the authors' prompt files are not at hand")
+@needs(AUTHORS_PROMPTS)
 def test_the_authors_prompt_files_are_read() -> None:
-    rows = [json.loads(line) for line in AUTHORS.read_text().splitlines()]
-    assert read_prompts(AUTHORS).texts == tuple(row["prompt"]["text"] for row in rows)
+    rows = [json.loads(line) for line in AUTHORS_PROMPTS.read_text().splitlines()]
+    assert read_prompts(AUTHORS_PROMPTS).texts == tuple(row["prompt"]["text"] for row in rows)

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from vllm_steer import SteerError
-from vllm_steer.evaluation import optional
+from vllm_steer import SteerError, optional
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.judges import FORMS, JudgeNotAtHandError, make_judge, make_judges
 

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from outside import STORIES, needs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -18,7 +18,6 @@ from vllm_steer.evaluation.judges import make_judge
 from vllm_steer.evaluation.perplexity import Likelihood, PerplexityJudge, likelihoods, summary
 from vllm_steer.models import LanguageModel, load_language_model
 
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 WORDS = ("<s>", "the", "hotel", "was", "good", "bad", "very", "and", "clean", "loud")
 ANSWERS = (
     Answers("the hotel was", (" very good", " bad", " loud and very very bad and loud")),
@@ -80,7 +79,7 @@ def test_a_tokenizer_that_begins_texts_is_used_as_it_is() -> None:
     assert found == pytest.approx(flat(judge, answers), rel=1e-4)
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the pretrained stories260K is not at hand")
+@needs(STORIES)
 def test_a_real_model_finds_its_own_stories_likelier() -> None:
     judge = make_judge(f"perplexity:{STORIES}", device="cpu")
     story = judge.scores([Answers("Once upon a time, there was a", (" little girl named Lily.",))])

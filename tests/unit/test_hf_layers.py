@@ -1,16 +1,15 @@
 """Vectors and deltas on Hugging Face models, against one token at a time written out here."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from outside import CONCEPT_VECTORS, needs
 from safetensors.torch import load_file
 
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, hf
@@ -297,14 +296,10 @@ class StandIn(torch.nn.Module):
         return inputs_embeds
 
 
-@pytest.mark.skipif(
-    "VLLM_STEER_CONCEPT_VECTORS" not in os.environ,
-    reason="VLLM_STEER_CONCEPT_VECTORS does not name a folder of published concept vectors",
-)
+@needs(CONCEPT_VECTORS)
 @pytest.mark.parametrize("strength", [-16.0, 8.0, 32.0])
 def test_published_concept_vectors_act_as_their_authors_formula(strength: float) -> None:
-    folder = Path(os.environ["VLLM_STEER_CONCEPT_VECTORS"])
-    weights = load_file(folder / "Llama-2-7b-chat-hf" / "humor.safetensors")["W"]
+    weights = load_file(CONCEPT_VECTORS / "Llama-2-7b-chat-hf" / "humor.safetensors")["W"]
     concept = VectorSteer(vectors=weights, layers=tuple(range(32)), site="attn_in", mode="rotate")
     wanted = x = normal(2, 5, 4096)
     for w in weights:

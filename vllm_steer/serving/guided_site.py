@@ -100,10 +100,12 @@ class GuidedSite:
         self._enter(self._at_rest)
 
     def start_serving(self) -> None:
-        """Warm-up is over: passes without steered requests leave at once from now on."""
+        """Warm-up is over: passes without steered requests do nothing, and from the next step on
+        the op does not even ask.
+        """
         self._at_rest = SiteState.IDLE
         if self._state is SiteState.WARMUP:
-            self._enter(SiteState.IDLE)
+            self._state = SiteState.IDLE
 
     def _enter(self, state: "SiteState") -> None:
         self._state = state

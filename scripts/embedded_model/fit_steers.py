@@ -1,4 +1,4 @@
-"""Fit the embedded model's steers: `python -m vllm_steer.embedded.fit_steers [NAME ...]`.
+"""Fit the embedded model's steers: `python scripts/embedded_model/fit_steers.py [NAME ...]`.
 
 LM-Steers are fitted here, vectors and deltas by `fit_guidance`. A fit of an LM-Steer makes
 strength +-1 the likeliest for its texts. What is written has a smaller epsilon, so that this
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import fit_guidance
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_steer import LMSteer, Steer, save_steer
-from vllm_steer.embedded import MODEL, STEERS, corpus, fit_guidance
+from vllm_steer.embedded import MODEL, STEERS, corpus
 from vllm_steer.embedded.corpus import Sample
 from vllm_steer.fit import fit_lm_steer
 from vllm_steer.fit.lm_steer_settings import Watch

@@ -1,0 +1,26 @@
+"""The table of what is wrapped in vLLM, from the list that the code uses."""
+
+from itertools import groupby
+
+from vllm_steer.compat.name import Name
+from vllm_steer.compat.names import GLOBAL, NAMES
+
+
+def wrapped() -> str:
+    """In Markdown: first what is wrapped on classes and in modules, then what is on instances."""
+    names = [*GLOBAL, *(n for n in NAMES if n.use in ("wrapped", "subclassed") and n not in GLOBAL)]
+    lines = ["| wrapped | where | feature | why |", "| --- | --- | --- | --- |"]
+    for (feature, why, where), group in groupby(names, lambda n: (n.feature, n.why, _where(n))):
+        paths = ", ".join(dict.fromkeys(f"`{_shown(name)}`" for name in group))
+        lines.append(f"| {paths} | {where} | {feature} | {why} |")
+    return "\n".join(lines)
+
+
+def _where(name: Name) -> str:
+    return name.process or ("a subclass" if name.use == "subclassed" else "the instance")
+
+
+def _shown(name: Name) -> str:
+    if name.since:
+        return f"{name.path} (from {name.since} on)"
+    return f"{name.path} (before {name.until})" if name.until else name.path

@@ -1,0 +1,26 @@
+"""Files that tests use where they are there, and that are not in the repository.
+
+Set ``VLLM_STEER_TEST_FILES`` to a folder that has them. A run names at its end how many tests it
+left out for want of which.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REASON = "needs a file that is not in the repository: "
+FOLDER = Path(os.environ.get("VLLM_STEER_TEST_FILES", Path(__file__).parents[2] / "shared"))
+STORIES = FOLDER / "models" / "stories260K"
+"""A pretrained Llama of 260 thousand parameters."""
+AUTHORS_PROMPTS = FOLDER / "data" / "prompts" / "negative_prompts.jsonl"
+"""The prompts of LM-Steer's authors."""
+CONCEPT_VECTORS = FOLDER / "data" / "concept_vectors"
+"""The published vectors of concept guidance."""
+HOSTILE_SAMPLES = FOLDER / "cases" / "files"
+
+
+def needs(path: Path) -> pytest.MarkDecorator:
+    """Leave a test out where a file is missing, by its name."""
+    name = path.relative_to(FOLDER)
+    return pytest.mark.skipif(not path.exists(), reason=f"{REASON}{name}")
