@@ -1,7 +1,7 @@
 """A scheduler that queues, allocates and preempts as vLLM's does, and a worker that is told turns.
 
-Room is counted in tokens. A waiting request that finds none ends the step's admissions, one that is
-running takes the room of the last to come: vLLM's own rules.
+Room is counted in tokens. A waiting request that does not find enough for its whole text ends the
+step's admissions, one that is running takes the room of the last to come: vLLM's own rules.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -110,7 +110,7 @@ class FakeScheduler:
                 skipped.append(self.waiting.pop(0))
                 continue
             count = min(request.num_tokens, left)
-            if self._free() < count:
+            if self._free() < request.num_tokens:  # room for the whole text, not for this part alone
                 break
             assert request.num_output_placeholders == 0
             assert request.prefill_stats is None or not request.num_output_tokens

@@ -1,0 +1,99 @@
+"""The scheduler of other tests beside vLLM's own: the same requests, step by step."""
+
+import inspect
+import random
+from typing import Any
+
+import pytest
+import torch
+from engine_tools import engine_config
+from fake_scheduler import FakeRequest, NewScheduler
+from vllm import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+STEPS = 400
+
+
+def vllms(seats: int, room: int, budget: int) -> Scheduler:
+    """vLLM's scheduler with blocks of one token, in which room is counted as in the other one."""
+    config = engine_config(
+        {},
+        scheduler_config__max_num_seqs=seats,
+        scheduler_config__max_num_batched_tokens=budget,
+        scheduler_config__async_scheduling=False,
+        cache_config__block_size=1,
+        cache_config__enable_prefix_caching=False,
+        cache_config__num_gpu_blocks=room + 1,
+    )
+    spec = FullAttentionSpec(block_size=1, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    kv = KVCacheConfig(
+        num_blocks=room + 1,  # one is the null block
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+    )
+    given: dict[str, Any] = {
+        "vllm_config": config,
+        "kv_cache_config": kv,
+        "structured_output_manager": StructuredOutputManager(config),
+        "block_size": 1,
+        "hash_block_size": 1,
+        "log_stats": False,
+    }
+    known = inspect.signature(Scheduler.__init__).parameters
+    return Scheduler(**{name: value for name, value in given.items() if name in known})
+
+
+def step(scheduler: Any, requests: dict[str, Any]) -> dict[str, int]:
+    """One step, in which each request that has read all of its text writes a token."""
+    output = scheduler.schedule()
+    scheduled = dict(output.num_scheduled_tokens)
+    ids = list(scheduled)
+    told: list[list[int]] = [
+        [7] if requests[each].num_computed_tokens >= requests[each].num_tokens else []
+        for each in ids
+    ]
+    if ids:
+        runner_output = ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={each: index for index, each in enumerate(ids)},
+            sampled_token_ids=told,
+        )
+        scheduler.update_from_output(output, runner_output)
+    return scheduled
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_plain_requests_are_scheduled_as_vllm_schedules_them(seed: int) -> None:
+    rng = random.Random(seed)
+    limits = {
+        "seats": rng.choice([2, 3, 8]),
+        "room": rng.choice([24, 40, 400]),
+        "budget": rng.choice([6, 16, 100]),
+    }
+    ours, theirs = NewScheduler(**limits), vllms(**limits)
+    mine: dict[str, Any] = {}
+    other: dict[str, Any] = {}
+    waiting = [(rng.randrange(1, 12), rng.randrange(1, 9)) for _ in range(14)]
+    for number in range(STEPS):
+        while waiting and rng.random() < 0.5:
+            prompt, max_tokens = waiting.pop()
+            name = f"r{len(mine)}"
+            mine[name] = FakeRequest(name, prompt, max_tokens, arrival_time=float(len(mine)))
+            other[name] = Request(
+                name,
+                prompt_token_ids=[1] * prompt,
+                sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+                pooling_params=None,
+                arrival_time=float(len(mine)),
+            )
+            ours.add_request(mine[name])
+            theirs.add_request(other[name])
+        assert step(ours, mine) == step(theirs, other), (number, limits)
+        assert {n: r.status for n, r in mine.items()} == {n: r.status for n, r in other.items()}
+        if not (waiting or ours.requests):
+            return
+    raise AssertionError("requests are left")
