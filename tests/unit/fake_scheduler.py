@@ -110,7 +110,7 @@ class FakeScheduler:
                 skipped.append(self.waiting.pop(0))
                 continue
             count = min(request.num_tokens, left)
-            if self._free() < request.num_tokens:  # room for the whole text, not for this part alone
+            if self._free() < request.num_tokens:  # room for the whole text, not for a part
                 break
             assert request.num_output_placeholders == 0
             assert request.prefill_stats is None or not request.num_output_tokens

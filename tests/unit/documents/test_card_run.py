@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-CARD = Path(__file__).parents[2] / "benchmarks" / "card"
+CARD = Path(__file__).parents[3] / "benchmarks" / "card"
 
 
 @pytest.fixture

@@ -2,48 +2,21 @@
 
 import json
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from http_tools import dump, load
+from http_tools import dump, load, rewrite, rewritten
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_steer.serving.http.near_misses import HOLDERS, MEANT
-from vllm_steer.serving.http.received import Hints, ReceivedBody
-from vllm_steer.serving.http.rewriting import BODY, preset_of
-from vllm_steer.serving.http.rewriting import rewrite as wanted
-from vllm_steer.serving.http.routes import route_at
+from vllm_steer.serving.http.rewriting import preset_of
 from vllm_steer.serving.request_args import asked_strengths
 
 
 @pytest.fixture
 def plan(make_plan: Any) -> Any:
     return make_plan({"a": 1.0}, presets={"friendly": {"a": 3.0}, "v1": {"a": 1.0}})
-
-
-class Rewritten(NamedTuple):
-    body: bytes
-    reports: bool
-
-
-def rewritten(body: bytes, plan: Any, *, route: str) -> Rewritten:
-    """What the middleware makes of a body; the same object where it has nothing to do."""
-    members, text = BODY.read_slowly(body)
-    if members is None:
-        return Rewritten(body, False)
-    place = route_at(route)
-    assert place is not None
-    found = wanted(members, plan, place)
-    if not found.members:
-        return Rewritten(body, found.reports)
-    received = ReceivedBody(Hints())
-    received.append(found.members, to=text or body)
-    return Rewritten(received.whole(), found.reports)
-
-
-def rewrite(body: bytes, plan: Any, *, route: str) -> bytes:
-    return rewritten(body, plan, route=route).body
 
 
 @pytest.mark.parametrize(

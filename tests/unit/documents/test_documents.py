@@ -9,7 +9,7 @@ import pytest
 
 from vllm_steer.families import FAMILIES, UNSUPPORTED
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 

@@ -103,7 +103,7 @@ def test_several_requests_in_a_step_each_with_its_own_settings(part: DynamicPart
 
 
 def test_the_formula_here_is_the_engine_tests_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "engine"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "engine"))
     from dynamic_reference import divergence_over_likeliest
 
     for seed in range(20):

@@ -233,7 +233,7 @@ def test_a_config_may_have_dynamic_parts_and_says_where_they_are_wrong(tmp_path:
         check_request("w:dynamic:0", plan({}), place="x")
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "dynamic.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "dynamic.md").read_text(encoding="utf-8")
 
 
 def shown(language: str) -> list[str]:

@@ -52,7 +52,7 @@ def test_a_value_is_parsed_once_however_often_it_is_asked_for(
 def test_a_request_is_parsed_once_on_its_whole_way(
     plan: SteerPlan, parsed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_http_rewrite import load, rewritten
+    from http_tools import load, rewritten
 
     config = SimpleNamespace(additional_config={"steer": plan.to_json()})
     shared = plan_of(config)

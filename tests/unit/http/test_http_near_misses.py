@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from test_http_bodies import send_chunks
+from http_tools import send_chunks
 
 NEAR = [
     ({"steers": "a:3"}, "steers", '"steer": "detox:5,humor"'),

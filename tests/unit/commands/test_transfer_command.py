@@ -12,7 +12,7 @@ from vllm_steer import SteerError, load_steer, save_steer
 from vllm_steer.cli import app
 from vllm_steer.embedded import STEERS, corpus
 
-SISTER = Path(__file__).parents[1] / "models" / "sister"
+SISTER = Path(__file__).parents[2] / "models" / "sister"
 SENTIMENT = STEERS / "sentiment.safetensors"
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_tools import MAIN, call, steer_of
 from hostile_texts import assert_shown
-from test_hostile_commands import MAIN, call, steer_of
 
 from vllm_steer import SteerError, load_steer
 from vllm_steer.cli import main

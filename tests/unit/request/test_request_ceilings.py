@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from http_tools import PLAN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_http_bodies import PLAN
 
 from vllm_steer import SteerRequestError
 from vllm_steer.request import resolve

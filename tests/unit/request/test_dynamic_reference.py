@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
+sys.path.append(str(Path(__file__).parents[2] / "engine"))
 import reference
 from dynamic_reference import divergence_over_likeliest, reference_generate
 from engines import guidance_steers, random_steers

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
+sys.path.append(str(Path(__file__).parents[2] / "engine"))
 from engines import GUIDED, doses_of, guidance_steers, random_steers, settings_without
 from reference import Change, guide, guided_logprobs, load_reference, steered_logprobs
 from tiny_models import (

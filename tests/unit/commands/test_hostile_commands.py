@@ -14,22 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_tools import MAIN, call, steer_of
+from eval_tools import StandIn, place, stand_in  # noqa: F401  # fixtures
 from hostile_texts import HOSTILE, assert_shown
-from safetensors.torch import save_file
-from test_eval_commands import StandIn, place, stand_in  # noqa: F401  # fixtures
-from typer.testing import CliRunner
 
 from vllm_steer import SteerError, VectorSteer, load_steer, save_steer
-from vllm_steer.cli import app
 
 ALL = "".join(text for text in HOSTILE.values() if len(text) < 1000)
-MAIN = "from vllm_steer.cli import main; main()"
-
-
-def call(*line: Any) -> Any:
-    """A command in this process, its streams taken for terminals."""
-    environment = {"FORCE_COLOR": "1", "COLUMNS": "100"}
-    return CliRunner().invoke(app, [str(part) for part in line], env=environment)
 
 
 def on_a_terminal(*line: Any, **environment: str) -> tuple[int, str]:
@@ -50,21 +41,6 @@ def on_a_terminal(*line: Any, **environment: str) -> tuple[int, str]:
             read += part
         os.close(ours)
     return process.returncode, read.decode("utf-8", "surrogateescape")
-
-
-def steer_of(path: Path, text: str) -> Path:
-    """A vector whose every text is foreign, as any tool could have written it."""
-    recipe = {"method": text, text[:1000]: {text[:1000]: [text, {text[:1000]: text}]}}
-    recipe["figures"] = {"read_layers": [[text]], "train_accuracy": [text], text[:99]: text}
-    metadata = {
-        **{"format": "vllm-steer", "format_version": "1", "kind": "vector"},
-        **{"hidden_size": "4", "layers": "0-1", "site": "resid", "mode": "add"},
-        **{"description": text, "base_model": text[:1000], "recipe": json.dumps(recipe)},
-    }
-    if len(text) > 100_000:
-        metadata["recipe"] = "{}"
-    save_file({"vectors": torch.ones(2, 4)}, str(path), metadata=metadata)
-    return path
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
@@ -171,7 +147,7 @@ def test_a_real_terminal_shows_it_whatever_its_encoding(
 
 
 def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import test_eval_comparing as comparing
+    import comparing_tools as comparing
 
     from vllm_steer.evaluation import judges
     from vllm_steer.evaluation.composition import writing

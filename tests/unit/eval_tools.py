@@ -1,0 +1,81 @@
+"""An engine and a judge that stand in for real ones, for tests of evaluations."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_steer import VectorSteer, save_steer
+from vllm_steer.evaluation import evaluating
+from vllm_steer.evaluation.answers import Answers
+from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.sweep import sweeping
+
+
+@dataclass
+class StandIn:
+    """Writes `good` in 10 + 2 * strength of 20 texts; remembers what it is asked."""
+
+    asked: list[Any] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    fails_after: int = 1000
+
+    @contextmanager
+    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["StandIn"]:
+        assert all(path.exists() for path in files.values())
+        self.files = dict(files)
+        yield self
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        steer: Mapping[str, Any] | None = None,
+        *,
+        on_text: Callable[[int], None] | None = None,
+    ) -> list[Answers]:
+        if len(self.asked) == self.fails_after:
+            raise KeyboardInterrupt
+        self.asked.append(steer)
+        strength = 0.0 if steer is None else steer.get("steer", {}).get("strength", 0.0)
+        good = 10 + int(2 * strength)
+        return [
+            Answers(p, tuple(" good" if k < good else " bad" for k in range(20))) for p in prompts
+        ]
+
+
+@dataclass(frozen=True)
+class Price:
+    """A stand-in for perplexity: 4 times 1 + the share of good texts above one half."""
+
+    name: str = "perplexity:m"
+    effect: None = None
+
+    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
+        texts = [text for answer in answers for text in answer.texts]
+        return {"total_perplexity": 4 * (0.5 + max(0.5, texts.count(" good") / len(texts)))}
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    found = StandIn()
+    monkeypatch.setattr(evaluating, "engine", found.engine)
+    monkeypatch.setattr(sweeping, "engine", found.engine)
+    from vllm_steer.evaluation import judges
+
+    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: Price())  # type: ignore[index]
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a steer, prompts and a lexicon."""
+    rows = torch.arange(1.0, 13.0).view(4, 3)
+    save_steer(VectorSteer(vectors=rows, layers=(0, 1, 2, 3)), tmp_path / "v")
+    (tmp_path / "prompts.txt").write_text("It was\nShe was\n")
+    (tmp_path / "words.yaml").write_text("positive: [good]\nnegative: [bad]\n")
+    return tmp_path
