@@ -5,6 +5,7 @@ an option that vLLM has renamed would never refuse anything again.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from packaging.version import InvalidVersion
@@ -32,6 +33,10 @@ class Option:
     since: str | None = None
     until: str | None = None
 
+    @cached_property
+    def _parts(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.section.split(".")))
+
     @property
     def name(self) -> Name:
         """The field among vLLM's names."""
@@ -41,7 +46,7 @@ class Option:
     def __call__(self, vllm_config: Any) -> Any:
         """The field's value. Raises ``SteerError`` where it should be and is not."""
         part = vllm_config
-        for name in filter(None, self.section.split(".")):
+        for name in self._parts:
             part = getattr(part, name)
             if part is None:
                 return self.default

@@ -62,24 +62,25 @@ def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str 
     return salt
 
 
-def with_steer_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+def with_steer_keys(
+    original: Callable[..., Any],
+    request: Any,
+    start_token_idx: int,
+    end_token_idx: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """vLLM's function from a block to its extra keys, with those of ``SteeredSalt.keys``."""
-
-    def generate_block_hash_extra_keys(
-        request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        keys, next_mm_idx = original(request, start_token_idx, end_token_idx, *args, **kwargs)
-        salt = request.cache_salt
-        if not isinstance(salt, SteeredSalt):
-            return keys, next_mm_idx
-        mine = (
-            ("steer", key.digest)
-            for key in salt.keys
-            if start_token_idx <= key.position < end_token_idx
-        )
-        return (*map(_plain, keys or ()), *mine) or None, next_mm_idx
-
-    return generate_block_hash_extra_keys
+    keys, next_mm_idx = original(request, start_token_idx, end_token_idx, *args, **kwargs)
+    salt = request.cache_salt
+    if not isinstance(salt, SteeredSalt):
+        return keys, next_mm_idx
+    mine = (
+        ("steer", key.digest)
+        for key in salt.keys
+        if start_token_idx <= key.position < end_token_idx
+    )
+    return (*map(_plain, keys or ()), *mine) or None, next_mm_idx
 
 
 def _plain(key: Any) -> Any:

@@ -15,6 +15,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
+from vllm_steer.compat.patching import wrap
 from vllm_steer.doses import Dose
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.admission import key_request
@@ -46,8 +47,8 @@ ALGORITHMS = ["sha256", "sha256_cbor"] + (
 def extra_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own function under the plugin's wrapper, as in an engine core with a plan."""
     original = inspect.unwrap(kv_cache_utils.generate_block_hash_extra_keys)
-    wrapped = with_steer_keys(original)
-    monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", wrapped)
+    monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", original)
+    wrap(kv_cache_utils, "generate_block_hash_extra_keys", with_steer_keys)
     monkeypatch.setattr(kv_cache_utils, "NONE_HASH", b"the first block's parent", raising=False)
 
 

@@ -290,3 +290,26 @@ def test_the_settings_that_are_asked_for_are_vllms() -> None:
         (SchedulerConfig, ["max_num_seqs", "prefill_schedule_interval"]),
     ]:
         assert set(names) <= {field.name for field in dataclasses.fields(owner)}
+
+
+def test_a_vllm_without_what_dynamic_strength_needs_serves_everything_else(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[Any], None]
+) -> None:
+    from vllm_steer import plugin
+    from vllm_steer.compat import features, patching
+    from vllm_steer.serving import dynamic_admission
+
+    reason = "vLLM 9.0 has no OutputProcessor.process_outputs; install another"
+    for module in (dynamic_admission, features):
+        monkeypatch.setattr(module, "why_unavailable", lambda feature: reason)
+    wrapped: list[str] = []
+    monkeypatch.setattr(patching, "wrap", lambda owner, name, *args, **kwargs: wrapped.append(name))
+    plugin.patch_dynamic_strength()
+    assert wrapped == []
+    for fixed in (None, "none", "fr:1", "word:2,push:1"):
+        assert len(admit(params(fixed), engine())) == (fixed or "").count(":")
+    for asked in (*map(params, DYNAMIC), params("fr:1", extra={"steer_strengths": True})):
+        with pytest.raises(RejectedSteer, match="dynamic strength is not available: vLLM 9"):
+            admit(asked, engine())
+    with pytest.raises(SteerError, match="^default: dynamic strength is not available"):
+        start(engine(AT_HEAD))

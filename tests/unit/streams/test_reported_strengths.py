@@ -30,6 +30,7 @@ from vllm.v1.engine.output_processor import (
 )
 
 from vllm_steer import embedded
+from vllm_steer.compat.patching import wrap
 from vllm_steer.serving.expected_strengths import EXPECTATION, expect_strengths
 from vllm_steer.serving.reports import outputs
 
@@ -44,8 +45,9 @@ FOUR = [1.5, 0.25, 0.0, 0.5]
 @pytest.fixture(autouse=True)
 def patched(monkeypatch: pytest.MonkeyPatch, make_plan: Any) -> None:
     """The three wrappers in place, once, in a process that has admitted a dynamic request."""
-    for owner, name, make in PATCHES:
-        monkeypatch.setattr(owner, name, make(inspect.unwrap(getattr(owner, name))))
+    for owner, name, around in PATCHES:
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+        wrap(owner, name, around)
     monkeypatch.setattr(EXPECTATION, "strengths", False)
     monkeypatch.setattr(EXPECTATION, "plan", None)
     expect_strengths(make_plan({"a": 1.0, "b": 1.0}))

@@ -24,6 +24,7 @@ from vllm.v1.engine.output_processor import (
     RequestState,
 )
 
+from vllm_steer.compat.patching import wrap
 from vllm_steer.serving.expected_strengths import EXPECTATION
 from vllm_steer.serving.http import SteerMiddleware
 from vllm_steer.serving.reports import outputs
@@ -157,8 +158,9 @@ def server(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, make_plan: Any
 ) -> Server:
     """With an engine that waits for the consumer, or one that is done before it begins."""
-    for owner, name, make in PATCHES:
-        monkeypatch.setattr(owner, name, make(inspect.unwrap(getattr(owner, name))))
+    for owner, name, around in PATCHES:
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+        wrap(owner, name, around)
     monkeypatch.setattr(EXPECTATION, "strengths", False)
     monkeypatch.setattr(EXPECTATION, "plan", make_plan({"a": 1.0}))
     return Server(hurry=request.param)

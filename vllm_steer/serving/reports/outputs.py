@@ -16,46 +16,41 @@ from vllm_steer.serving.streams.message import REPORT
 RECORD = "steer_record"
 
 
-def with_record(original: Callable[..., Any]) -> Callable[..., Any]:
+def with_record(
+    original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
     """``OutputProcessor.add_request``, which also opens the sequence's record."""
-
-    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, request, *args, **kwargs)
-        state = self.request_states.get(request.request_id)
-        if state is not None and request.sampling_params is not None:
-            _open_record(state, request.sampling_params)
-        return result
-
-    return add_request
+    result = original(self, request, *args, **kwargs)
+    state = self.request_states.get(request.request_id)
+    if state is not None and request.sampling_params is not None:
+        _open_record(state, request.sampling_params)
+    return result
 
 
-def with_strengths_taken(original: Callable[..., Any]) -> Callable[..., Any]:
+def with_strengths_taken(
+    original: Callable[..., Any], self: Any, outputs: Any, *args: Any, **kwargs: Any
+) -> Any:
     """``OutputProcessor.process_outputs`` on outputs without strengths, which are recorded."""
-
-    def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if EXPECTATION.strengths:
-            take_strengths(outputs, self.request_states)
-        return original(self, outputs, *args, **kwargs)
-
-    return process_outputs
+    if EXPECTATION.strengths:
+        take_strengths(outputs, self.request_states)
+    return original(self, outputs, *args, **kwargs)
 
 
-def with_strengths_on_completion(original: Callable[..., Any]) -> Callable[..., Any]:
+def with_strengths_on_completion(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
     """``RequestState._new_completion_output`` with ``steer_strengths``, if they were asked for.
 
     As many numbers per steer as the output has ``token_ids``, whatever kind of output it is.
     """
 
-    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-        completion = original(self, *args, **kwargs)
-        record = getattr(self, RECORD, None) if EXPECTATION.strengths else None
-        if record is not None and record.asked:
-            delta = self.output_kind.name == "DELTA"
-            num_tokens = len(completion.token_ids)
-            setattr(completion, STRENGTHS, record.of_output(num_tokens, delta=delta))
-        return completion
-
-    return new_completion_output
+    completion = original(self, *args, **kwargs)
+    record = getattr(self, RECORD, None) if EXPECTATION.strengths else None
+    if record is not None and record.asked:
+        delta = self.output_kind.name == "DELTA"
+        num_tokens = len(completion.token_ids)
+        setattr(completion, STRENGTHS, record.of_output(num_tokens, delta=delta))
+    return completion
 
 
 def take_strengths(outputs: Iterable[Any], request_states: Mapping[str, Any]) -> None:
