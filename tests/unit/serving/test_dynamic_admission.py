@@ -303,13 +303,15 @@ def test_a_vllm_without_what_dynamic_strength_needs_serves_everything_else(
     for module in (dynamic_admission, features):
         monkeypatch.setattr(module, "why_unavailable", lambda feature: reason)
     wrapped: list[str] = []
-    monkeypatch.setattr(patching, "wrap", lambda owner, name, *args, **kwargs: wrapped.append(name))
+    monkeypatch.setattr(patching, "wrap", lambda owner, name, *_, **__: wrapped.append(name))
     plugin.patch_dynamic_strength()
     assert wrapped == []
     for fixed in (None, "none", "fr:1", "word:2,push:1"):
         assert len(admit(params(fixed), engine())) == (fixed or "").count(":")
     for asked in (*map(params, DYNAMIC), params("fr:1", extra={"steer_strengths": True})):
-        with pytest.raises(RejectedSteer, match=r"dynamic strength is not available: vLLM 9\.0 has"):
+        with pytest.raises(
+            RejectedSteer, match=r"dynamic strength is not available: vLLM 9\.0 has"
+        ):
             admit(asked, engine())
     with pytest.raises(SteerError, match=r"^default: dynamic strength is not available"):
         start(engine(AT_HEAD))
