@@ -174,7 +174,7 @@ def test_an_existing_file_is_only_replaced_by_force(data: Path, tmp_path: Path) 
     [
         ([], "give the texts as --data FILE, or as --positive FILE and --negative FILE"),
         (["--positive", "a.txt"], "give the texts as --data FILE"),
-        (["--data", "missing.jsonl"], r"missing.jsonl: cannot be read \(No such file"),
+        (["--data", "missing.jsonl"], r"missing\.jsonl: no such file"),
     ],
 )
 def test_texts_that_are_not_given_are_an_error(

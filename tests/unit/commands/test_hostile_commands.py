@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from command_tools import MAIN, call, steer_of
-from eval_tools import StandIn, place, stand_in  # noqa: F401  # fixtures
+from eval_tools import StandIn
 from hostile_texts import HOSTILE, assert_shown
 
 from vllm_steer import SteerError, VectorSteer, load_steer, save_steer
@@ -85,7 +85,7 @@ def test_a_picture_takes_any_name(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def foreign_names(place: Path) -> Mapping[str, Any]:  # noqa: F811
+def foreign_names(place: Path) -> Mapping[str, Any]:
     """The stand-in's folder again, with foreign names of everything in it."""
     name = ALL.replace("/", "-")[:120]
     words, prompts = place / f"w{name}.yaml", place / f"p{name}.txt"
@@ -96,7 +96,7 @@ def foreign_names(place: Path) -> Mapping[str, Any]:  # noqa: F811
 
 
 @pytest.mark.parametrize("shown_as", ["tables", "json"])
-def test_eval_shows_foreign_names(place: Path, stand_in: StandIn, shown_as: str) -> None:  # noqa: F811
+def test_eval_shows_foreign_names(place: Path, stand_in: StandIn, shown_as: str) -> None:
     pytest.importorskip("matplotlib")
     foreign, run = foreign_names(place), place / "run"
     line = ["eval", f"m{ALL}", foreign["steer"], "--prompts", foreign["prompts"], "--out", run]
@@ -110,7 +110,7 @@ def test_eval_shows_foreign_names(place: Path, stand_in: StandIn, shown_as: str)
     assert json.loads((run / "report.json").read_text())["model"] == f"m{ALL}"
 
 
-def test_sweep_shows_foreign_names(place: Path, stand_in: StandIn) -> None:  # noqa: F811
+def test_sweep_shows_foreign_names(place: Path, stand_in: StandIn) -> None:
     pytest.importorskip("matplotlib")
     foreign = foreign_names(place)
     line = ["sweep", f"m{ALL}", foreign["steer"], "--prompts", foreign["prompts"]]
