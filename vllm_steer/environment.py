@@ -5,7 +5,23 @@ from typing import Final
 
 DISABLE: Final = "VLLM_STEER_DISABLE"
 ACTIVE: Final = "VLLM_STEER_ACTIVE"
-"""What the processes that vLLM starts are to patch: features, separated by commas."""
+"""What the processes that vLLM starts are to wrap, words separated by commas."""
+STEERING: Final = "steering"
+REPORTS: Final = "reports"
+"""The way of strengths to the user, which every request may ask for."""
+STREAMS: Final = "streams"
+"""The streams of dynamic requests."""
+
+
+def is_active(word: str) -> bool:
+    """Whether this process is to wrap what the word stands for."""
+    return word in os.environ.get(ACTIVE, "").split(",")
+
+
+def activate(word: str) -> None:
+    """Have this process and those started from it wrap what the word stands for."""
+    if not is_active(word):
+        os.environ[ACTIVE] = ",".join(filter(None, [os.environ.get(ACTIVE, ""), word]))
 
 
 def is_disabled() -> bool:

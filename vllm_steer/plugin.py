@@ -7,15 +7,11 @@ What is wrapped, in which process and why is declared in ``compat.names``; dynam
 feature of its own, whose functions are wrapped only where an engine can be asked for it.
 """
 
-import os
 import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
-from vllm_steer.environment import ACTIVE, is_disabled
-
-STEERING: Final = "steering"
-DYNAMIC: Final = "dynamic"
+from vllm_steer.environment import REPORTS, STEERING, STREAMS, is_active, is_disabled
 
 
 def register() -> None:
@@ -28,15 +24,20 @@ def register() -> None:
 
     wrap(EngineArgs, "add_cli_args", _with_flag, once=True, static=True)
     wrap(EngineArgs, "create_engine_config", _with_plan, once=True)
-    active = os.environ.get(ACTIVE, "").split(",")
-    if STEERING in active:
-        patch_engine()
-    if DYNAMIC in active:
-        patch_dynamic_strength()
+    patch_active()
 
 
-def patch_engine() -> None:
-    """Patch what a steered engine needs, in this process and in those started from it."""
+def patch_active() -> None:
+    """Wrap what is active in this process, once."""
+    if is_active(STEERING):
+        _patch_steering()
+    if is_active(REPORTS):
+        _patch_reports()
+    if is_active(STREAMS):
+        _patch_streams()
+
+
+def _patch_steering() -> None:
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
@@ -45,7 +46,6 @@ def patch_engine() -> None:
     from vllm_steer.compat.patching import wrap
     from vllm_steer.serving.cache_key import with_steer_keys
 
-    _activate(STEERING)
     extra_keys = "generate_block_hash_extra_keys"
     # Imported by name where blocks are hashed for events: one wrapper under every name.
     wrap(kv_cache_utils, extra_keys, with_steer_keys, once=True)
@@ -57,30 +57,23 @@ def patch_engine() -> None:
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
 
 
-def patch_dynamic_strength() -> None:
-    """Patch what dynamic strength needs beside, if this vLLM has all of it."""
-    from vllm_steer.compat.features import why_unavailable
-
-    if why_unavailable("dynamic strength"):  # a request that asks for it is refused
-        return
-    from vllm.v1.engine.core import EngineCore
+def _patch_reports() -> None:
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
     from vllm_steer.compat.patching import wrap
     from vllm_steer.serving.reports import outputs
 
-    _activate(DYNAMIC)
-    wrap(EngineCore, "add_request", _with_streams, once=True)
     wrap(OutputProcessor, "add_request", outputs.with_record, once=True)
     wrap(OutputProcessor, "process_outputs", outputs.with_strengths_taken, once=True)
     wrap(RequestState, "_new_completion_output", outputs.with_strengths_on_completion, once=True)
 
 
-def _activate(feature: str) -> None:
-    """Have the processes that are started from this one patch the same."""
-    active = [name for name in os.environ.get(ACTIVE, "").split(",") if name]
-    if feature not in active:
-        os.environ[ACTIVE] = ",".join([*active, feature])
+def _patch_streams() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    from vllm_steer.compat.patching import wrap
+
+    wrap(EngineCore, "add_request", _with_streams, once=True)
 
 
 def _with_flag(original: Any, parser: Any) -> Any:
@@ -93,19 +86,19 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     given = self.additional_config
     if not isinstance(given, Mapping) or given.get("steer") is None:
         return original(self, *args, **kwargs)
+    from vllm_steer.serving.activation import activate_steering
     from vllm_steer.serving.plan_transport import resolved_additional_config
-    from vllm_steer.serving.startup_checks import can_be_dynamic, check_engine
+    from vllm_steer.serving.startup_checks import check_engine
 
     resolved = resolved_additional_config(given)
-    patch_engine()
+    activate_steering(may_be_dynamic=self.speculative_config is None)
+    patch_active()
     self.additional_config = resolved
     try:
         vllm_config = original(self, *args, **kwargs)
     finally:
         self.additional_config = given
     check_engine(vllm_config)
-    if can_be_dynamic(vllm_config):
-        patch_dynamic_strength()
     return vllm_config
 
 

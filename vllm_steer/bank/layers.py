@@ -14,8 +14,6 @@ GuidanceSteer = VectorSteer | DeltaSteer
 Project = Callable[[int, torch.Tensor], torch.Tensor]
 """From a layer and tensors at the input of its attention's projection to those at its output."""
 
-# A module's output is changed at most by two sites, the inner one first.
-
 
 @dataclass(frozen=True)
 class Entry:

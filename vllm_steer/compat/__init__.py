@@ -8,6 +8,6 @@
     source      definitions in the files of an installed or an unpacked vLLM, without importing it
     difference  what changed in these definitions between two versions
 
-``python -m vllm_steer.compat`` prints the names by feature and which of them the installed vLLM
+``python -m vllm_steer.compat`` says how many names each feature needs and which the installed vLLM
 lacks; with two versions it prints what changed between them. An upgrade begins there.
 """

@@ -1,8 +1,8 @@
 """``python -m vllm_steer.compat [OLD NEW]``: names that are missing, or what changed.
 
-Without arguments: every name by feature, and which of them the installed vLLM lacks; the exit code
-is 1 if there are any. With two versions, each ``installed``, a wheel of vLLM or a folder that one
-was unpacked to: what changed in the definitions of these names.
+Without arguments: how many names each feature needs, and which the installed vLLM lacks; the exit
+code is 1 if there are any. With two versions, each ``installed``, a wheel of vLLM or a folder that
+one was unpacked to: what changed in the definitions of these names.
 """
 
 import sys

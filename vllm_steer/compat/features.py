@@ -2,19 +2,19 @@
 
 from functools import cache
 
-from packaging.version import InvalidVersion
-
 from vllm_steer.compat.name import Feature, Name
-from vllm_steer.compat.names import NAMES, names_of
-from vllm_steer.compat.options import OPTIONS
+from vllm_steer.compat.names import NAMES
+from vllm_steer.compat.options import OPTIONS, SECTIONS
 from vllm_steer.compat.patching import advice
 from vllm_steer.compat.source import INSTALLED, Source
 from vllm_steer.compat.versions import installed_version
+from vllm_steer.environment import REPORTS, is_active
+from vllm_steer.errors import SteerError
 
 
 def all_names() -> tuple[Name, ...]:
     """Every name that is relied on, fields of vLLM's configuration included."""
-    return (*NAMES, *(option.name for option in OPTIONS))
+    return (*NAMES, *(option.name for option in OPTIONS), *SECTIONS)
 
 
 def missing_in(source: Source, version: str, names: tuple[Name, ...]) -> tuple[Name, ...]:
@@ -22,21 +22,20 @@ def missing_in(source: Source, version: str, names: tuple[Name, ...]) -> tuple[N
     return tuple(
         name
         for name in names
-        if _should_have(name, version) and source.definition(name.module, name.path) is None
+        if name.is_in(version) and source.definition(name.module, name.path) is None
     )
 
 
 @cache
 def why_unavailable(feature: Feature) -> str | None:
     """Why the installed vLLM cannot serve a feature, and what to do; None if it can."""
-    missing = missing_in(Source.of(INSTALLED), installed_version(), names_of(feature))
+    if feature == "dynamic strength" and is_active(REPORTS):
+        return None  # it was looked up where the engine was configured
+    names = tuple(name for name in all_names() if name.feature == feature)
+    try:
+        missing = missing_in(Source.of(INSTALLED), installed_version(), names)
+    except SteerError as error:
+        return str(error)
     if not missing:
         return None
     return f"vLLM {installed_version()} has no {', '.join(n.path for n in missing)}; {advice()}"
-
-
-def _should_have(name: Name, version: str) -> bool:
-    try:
-        return name.is_in(version)
-    except InvalidVersion:  # built from a source tree: take it for a new one
-        return name.until is None

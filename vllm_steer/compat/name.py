@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 Use = Literal["wrapped", "subclassed", "called", "read", "written"]
 Feature = Literal[
@@ -49,10 +49,23 @@ class Name:
         return self.path.rpartition(".")[2]
 
     def is_in(self, version: str) -> bool:
-        """Whether a vLLM of that version should have it."""
-        found = Version(version)
-        after = self.since is None or found >= Version(self.since)
-        return after and (self.until is None or found < Version(self.until))
+        """Whether every vLLM of that version has it.
+
+        A build from between two releases may be like the one before or the one after it, and one
+        without a version like any: what not all of these have may be missing.
+        """
+        try:
+            found = Version(version)
+        except InvalidVersion:
+            return self.since is None and self.until is None
+        like = [Version(found.base_version)]
+        if found.is_prerelease:
+            like.append(Version(f"{found.major}.{found.minor + 1}"))
+        return all(self._is_between(each) for each in like)
+
+    def _is_between(self, version: Version) -> bool:
+        after = self.since is None or version >= Version(self.since)
+        return after and (self.until is None or version < Version(self.until))
 
 
 def names(

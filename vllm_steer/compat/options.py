@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from packaging.version import InvalidVersion
-
 from vllm_steer.compat.name import Feature, Name
 from vllm_steer.compat.versions import TESTED, installed_version
 from vllm_steer.errors import SteerError
@@ -47,24 +45,18 @@ class Option:
         """The field's value. Raises ``SteerError`` where it should be and is not."""
         part = vllm_config
         for name in self._parts:
-            part = getattr(part, name)
+            part = getattr(part, name, _MISSING)
             if part is None:
                 return self.default
         value = getattr(part, self.field, _MISSING)
         if value is not _MISSING:
             return value
-        if self._may_be_missing():
+        if not self.name.is_in(installed_version()):
             return self.default
         raise SteerError(
             f"vLLM {installed_version()} has no {self.cls}.{self.field}, which decides whether it "
             f"can steer; vllm-steer is tested with vLLM {TESTED}: install one of these versions"
         )
-
-    def _may_be_missing(self) -> bool:
-        try:
-            return not self.name.is_in(installed_version())
-        except InvalidVersion:
-            return False
 
 
 _MODULES: Final = {
@@ -163,6 +155,13 @@ enable_sp: Final = Option(
 )
 
 OPTIONS: Final = tuple(value for value in list(globals().values()) if isinstance(value, Option))
+SECTIONS: Final = tuple(
+    Name("vllm.config.compilation", "CompilationConfig.pass_config", "read", "guidance")
+    if "." in section
+    else Name("vllm.config.vllm", f"VllmConfig.{section}", "read", "steering")
+    for section in sorted({o.section for o in OPTIONS} - {"", *(o.field for o in OPTIONS)})
+)
+"""Where ``VllmConfig`` has the objects of the other classes."""
 
 
 def vocab_size(vllm_config: Any) -> int:

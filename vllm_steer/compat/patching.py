@@ -11,6 +11,7 @@ from vllm_steer.errors import SteerError
 
 _MARK: Final = "__vllm_steer__"
 _WRAPPED: Final = {name.member: name for name in NAMES if name.use == "wrapped"}
+_BY_OWNER: Final = {(name.owner, name.member): name for name in NAMES if name.use == "wrapped"}
 
 
 def wrap(
@@ -24,7 +25,8 @@ def wrap(
     name = _WRAPPED[member]  # what is not declared is not wrapped
     original = getattr(owner, member, None)
     if original is None:
-        raise SteerError(lacks(name, owner))
+        own = getattr(owner, "__name__", "").rpartition(".")[2]
+        raise SteerError(lacks(_BY_OWNER.get((own, member), name), owner))
     if once and hasattr(original, _MARK):
         return
 

@@ -8,7 +8,6 @@ import ast
 import importlib.util
 import zipfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +23,9 @@ class Source:
     def __init__(self, root: Path) -> None:
         self._root = zipfile.Path(root) if root.is_file() else root
         self._modules: dict[str, ast.Module | None] = {}
+        self._names: dict[ast.Module, dict[str, ast.AST]] = {}
+        self._imports: dict[ast.Module, dict[str, tuple[str, str]]] = {}
+        self._members: dict[ast.ClassDef, dict[str, ast.AST]] = {}
 
     @classmethod
     def of(cls, given: str) -> "Source":
@@ -62,10 +64,11 @@ class Source:
             tree = self._tree(module)
             if tree is None:
                 return None
-            names = _names(tree)
-            if name in names:
-                return module, names[name]
-            imported = _imports(tree).get(name)
+            if tree not in self._names:
+                self._names[tree], self._imports[tree] = _names(tree), _imports(tree)
+            if name in self._names[tree]:
+                return module, self._names[tree][name]
+            imported = self._imports[tree].get(name)
             if imported is None:
                 return None
             module, name = imported
@@ -73,9 +76,10 @@ class Source:
 
     def _in_class(self, module: str, cls: ast.AST, member: str) -> ast.AST | None:
         for each in self._with_bases(module, cls):
-            found = _members(each).get(member)
-            if found is not None:
-                return found
+            if each not in self._members:
+                self._members[each] = _members(each)
+            if member in self._members[each]:
+                return self._members[each][member]
         return None
 
     def _with_bases(self, module: str, cls: ast.AST) -> Iterator[ast.ClassDef]:
@@ -116,7 +120,6 @@ def _installed() -> Path:
     return Path(spec.origin).parents[1]
 
 
-@cache
 def _names(tree: ast.Module) -> dict[str, ast.AST]:
     """What a module defines at its top, in ``if`` and ``try`` too."""
     found: dict[str, ast.AST] = {}
@@ -126,18 +129,16 @@ def _names(tree: ast.Module) -> dict[str, ast.AST]:
     return found
 
 
-@cache
 def _imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
     """By the name here: module and name that it was imported from."""
     return {
         alias.asname or alias.name: (node.module, alias.name)
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level
         for alias in node.names
     }
 
 
-@cache
 def _members(cls: ast.ClassDef) -> dict[str, ast.AST]:
     """Methods and fields, and what methods give to ``self``."""
     found: dict[str, ast.AST] = {}

@@ -11,6 +11,7 @@ from vllm_steer.files.facts import Facts
 from vllm_steer.files.json_text import read_json
 from vllm_steer.foreign import shown
 from vllm_steer.steers import DeltaSteer, LMSteer, Variant, VectorSteer
+from vllm_steer.steers.sites import HEAD
 
 Layered = TypeVar("Layered", VectorSteer, DeltaSteer)
 
@@ -32,7 +33,7 @@ def refuse_foreign_facts(kind: str, facts: Facts) -> None:
     ]
     if kind == "lm_steer" and facts.layers is not None:
         foreign.append("layers")
-    if kind == "lm_steer" and facts.site not in (None, "head"):
+    if kind == "lm_steer" and facts.site not in (None, HEAD):
         foreign.append("site")
     if foreign:
         raise SteerError(f"{', '.join(foreign)} means nothing for a steer of kind {kind}; drop it")

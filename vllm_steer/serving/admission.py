@@ -9,6 +9,7 @@ from vllm_steer.serving.expected_strengths import expect_strengths
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.request_args import (
     STREAM,
+    STRENGTHS,
     RejectedSteer,
     argument,
     asked_strengths,
@@ -39,11 +40,12 @@ def admit(params: Any, vllm_config: Any) -> tuple[Dose, ...]:
 def _check_dynamic(doses: tuple[Dose, ...], params: Any, plan: SteerPlan, vllm_config: Any) -> None:
     from vllm_steer.serving import dynamic_admission
 
-    dynamic_admission.check_served()
     if is_dynamic(doses):
         dynamic_admission.check_engine_for(doses, plan, vllm_config)
         dynamic_admission.check_params_for(doses, params)
         expect_strengths(plan)
+    else:
+        dynamic_admission.check_served(f"leave {STRENGTHS} away")
 
 
 def key_request(request: Any, vllm_config: Any) -> tuple[Dose, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_steer.config import SteerConfig
 from vllm_steer.errors import SteerError
+from vllm_steer.serving.activation import activate_steering
 
 FLAG = "--steer-config"
 MIDDLEWARE = "vllm_steer.serving.http.SteerMiddleware"
@@ -57,6 +58,8 @@ def fold(namespace: argparse.Namespace) -> None:
     elif given.get("steer") is None:
         return
     config = SteerConfig.load(namespace.additional_config["steer"])
+    # Before vLLM starts a fork server, whose children have the environment of its start.
+    activate_steering(may_be_dynamic=getattr(namespace, "speculative_config", None) is None)
     if hasattr(namespace, "middleware"):
         _serve_presets(namespace, config)
 

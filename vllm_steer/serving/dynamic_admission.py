@@ -16,7 +16,6 @@ _INSTEAD = "or give the steers fixed strengths"
 
 def check_engine_for(doses: Sequence[Dose], plan: SteerPlan, vllm_config: Any) -> None:
     """Raise ``SteerRequestError`` if an engine cannot serve doses some of which are dynamic."""
-    check_served()
     in_streams = needs_streams(doses, plan)
     for is_on, name, way_out in (*_REFUSED, *(_REFUSED_IN_STREAMS if in_streams else ())):
         if is_on(vllm_config):
@@ -27,6 +26,7 @@ def check_engine_for(doses: Sequence[Dose], plan: SteerPlan, vllm_config: Any) -
             "request's own and would go without the adapter",
             "restart without enable_lora, ask for a steer inside the layers, " + _INSTEAD,
         )
+    check_served(_INSTEAD)
     wanted, seats = num_streams(doses, plan), options.max_requests_at_once(vllm_config)
     if wanted > seats:
         raise SteerRequestError(
@@ -36,10 +36,10 @@ def check_engine_for(doses: Sequence[Dose], plan: SteerPlan, vllm_config: Any) -
         )
 
 
-def check_served() -> None:
+def check_served(way_out: str) -> None:
     """Raise ``SteerRequestError`` if the installed vLLM cannot serve dynamic strength at all."""
     if reason := why_unavailable("dynamic strength"):
-        raise SteerRequestError(f"dynamic strength is not available: {reason}, {_INSTEAD}")
+        raise SteerRequestError(f"dynamic strength is not available: {reason}; {way_out}")
 
 
 def check_params_for(doses: Sequence[Dose], params: Any) -> None:

@@ -16,6 +16,7 @@ from vllm_steer.plan import PlannedSteer, SteerPlan
 from vllm_steer.serving.dynamic_admission import check_engine_for
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.steers.layers import format_layers
+from vllm_steer.steers.sites import HEAD
 
 logger = logging.getLogger("vllm.vllm_steer")
 
@@ -26,7 +27,7 @@ def check_engine(vllm_config: Any) -> None:
     assert plan is not None
     _warn_of_version()
     _check_kernels(plan, options.device_type(vllm_config))
-    inside = plan.sites != {"head"}
+    inside = plan.sites != {HEAD}
     refused = (*_REFUSED, *(_REFUSED_INSIDE if inside else ()))
     for is_on, name, way_out in refused:
         if is_on(vllm_config):

@@ -8,6 +8,7 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.steers.checks import check_choice, check_default_strength, check_tensor
+from vllm_steer.steers.sites import HEAD
 
 Variant = Literal["multiply", "add", "offset"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -57,7 +58,7 @@ class LMSteer:
     recipe: Mapping[str, Any] | None = field(default=None, repr=False)
 
     kind = "lm_steer"
-    site = "head"
+    site = HEAD
     layers = None
     schedule = None
     steps = None

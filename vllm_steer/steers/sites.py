@@ -10,7 +10,9 @@ HEAD: Final = "head"
 """The final hidden state, before the LM head, or its logits."""
 SITES: Final[tuple[Site, ...]] = get_args(Site)
 LAYER_SITES: Final = SITES[1:]
-"""The sites inside a decoder layer, in the order in which a layer computes them."""
+"""The sites inside a decoder layer, in the order in which a layer computes them: where two of them
+change the output of one module, the inner one comes first.
+"""
 VECTOR_SITES: Final[tuple[VectorSite, ...]] = get_args(VectorSite)
 DELTA_SITES: Final[tuple[DeltaSite, ...]] = get_args(DeltaSite)
 

@@ -121,7 +121,7 @@ def test_the_configuration_is_read_through_options_only() -> None:
         for file in SEAM
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in parts
-        if getattr(node.value, "id", None) != "options"
+        if getattr(node.value, "id", None) not in ("options", "self")  # of EngineArgs
     ]
     assert read == []
 
@@ -144,6 +144,31 @@ def test_an_option_that_is_gone_is_an_error(
     if option.until is None:
         with pytest.raises(SteerError, match=r"vLLM 9\.0 has no"):
             option(value)
+
+
+@pytest.mark.parametrize(
+    ("version", "lacks_enable_sp"),
+    [
+        *((version, False) for version in ("0.25.1", "0.30.0", "0.31.0")),
+        *((version, True) for version in ("0.32.0", "0.32.0+cpu", "0.32.0rc1", "0.33.1.dev7")),
+        *((version, True) for version in ("0.31.1rc1.dev400", "0.31.0rc1", "dev", "1.0")),
+    ],
+)
+def test_a_build_between_two_releases_may_be_like_either(
+    version: str, lacks_enable_sp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "installed_version", lambda: version)
+    config = SimpleNamespace(compilation_config=SimpleNamespace(pass_config=SimpleNamespace()))
+    if lacks_enable_sp:
+        assert options.enable_sp(config) is False
+    else:
+        with pytest.raises(SteerError, match=r"has no PassConfig\.enable_sp"):
+            options.enable_sp(config)
+
+
+def test_a_section_that_is_gone_is_an_error() -> None:
+    with pytest.raises(SteerError, match=r"has no CacheConfig\.kv_sharing_fast_prefill"):
+        options.kv_sharing_fast_prefill(SimpleNamespace())
 
 
 def test_a_part_that_an_engine_has_not_leaves_the_default() -> None:

@@ -295,20 +295,24 @@ def test_the_settings_that_are_asked_for_are_vllms() -> None:
 def test_a_vllm_without_what_dynamic_strength_needs_serves_everything_else(
     monkeypatch: pytest.MonkeyPatch, start: Callable[[Any], None]
 ) -> None:
-    from vllm_steer import plugin
+    from vllm_steer import environment, plugin
     from vllm_steer.compat import features, patching
-    from vllm_steer.serving import dynamic_admission
+    from vllm_steer.serving import activation, dynamic_admission
 
     reason = "vLLM 9.0 has no OutputProcessor.process_outputs; install another"
     for module in (dynamic_admission, features):
         monkeypatch.setattr(module, "why_unavailable", lambda feature: reason)
     wrapped: list[str] = []
     monkeypatch.setattr(patching, "wrap", lambda owner, name, *_, **__: wrapped.append(name))
-    plugin.patch_dynamic_strength()
-    assert wrapped == []
+    monkeypatch.setattr(activation, "why_unavailable", lambda feature: reason)
+    monkeypatch.delenv(environment.ACTIVE, raising=False)
+    activation.activate_steering(may_be_dynamic=True)
+    plugin.patch_active()
+    assert wrapped
+    assert not {"add_request", "process_outputs", "_new_completion_output"} & set(wrapped)
     for fixed in (None, "none", "fr:1", "word:2,push:1"):
         assert len(admit(params(fixed), engine())) == (fixed or "").count(":")
-    for asked in (*map(params, DYNAMIC), params("fr:1", extra={"steer_strengths": True})):
+    for asked in (*map(params, DYNAMIC), params("none", extra={"steer_strengths": True})):
         with pytest.raises(
             RejectedSteer, match=r"dynamic strength is not available: vLLM 9\.0 has"
         ):

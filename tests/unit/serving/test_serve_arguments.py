@@ -1,22 +1,24 @@
 """The plugin's part of vLLM's command line."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_steer import save_steer
+from vllm_steer import environment, save_steer
 
 
 @pytest.fixture
-def parse(tmp_path: Path, make_steer: Any) -> Callable[..., Any]:
+def parse(tmp_path: Path, make_steer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """vLLM's own ``serve`` parser with the plugin loaded."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     load_general_plugins()
+    monkeypatch.setenv(environment.ACTIVE, "")
     save_steer(make_steer(), tmp_path / "a.safetensors")
     (tmp_path / "steers.yaml").write_text(
         "steers: {a: {path: a.safetensors}}\npresets: {p: {a: 1}, o: {a: 2}}\n"
@@ -88,3 +90,11 @@ def test_a_parser_used_twice_gives_the_same(parse: Any) -> None:
         found = parser.parse_args(["model", f"--steer-config={source}"])
         assert found.served_model_name == first.served_model_name
         assert found.middleware == first.middleware
+
+
+def test_a_steer_config_is_told_to_processes_that_vllm_starts_from_now_on(parse: Any) -> None:
+    """A fork server, whose children have its environment, is started soon after."""
+    parse("model")
+    assert os.environ[environment.ACTIVE] == ""
+    parse("model", "--steer-config=STEERS")
+    assert os.environ[environment.ACTIVE] == "steering,reports,streams"

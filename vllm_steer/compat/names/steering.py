@@ -237,5 +237,10 @@ REST = (
     *names(
         "vllm.v1.spec_decode.metadata:SpecDecodeMetadata", "num_draft_tokens", "read", "steering"
     ),
-    *names("vllm.engine.arg_utils:EngineArgs", "model served_model_name", "written", "steering"),
+    *names(
+        "vllm.engine.arg_utils:EngineArgs",
+        "model served_model_name speculative_config",
+        "written",
+        "steering",
+    ),
 )

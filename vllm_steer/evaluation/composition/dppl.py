@@ -55,7 +55,7 @@ class Gold:
 def read_icl(path: Path, demonstrations: int, instruction: str) -> list[Example]:
     """Examples from rows of ``input`` and ``output``, or of ``icl`` and ``prompt`` as they stand.
 
-    Inputs and outputs are grouped as ``fit.icl`` does it; without its demonstrations a prompt is
+    Inputs and outputs are grouped as ``texts.icl`` does it; without its demonstrations a prompt is
     ``Q:{input}\\nA:``, with no instruction. Raises ``SteerError`` for bad rows and for too few.
     """
     first = next(iter(read_rows(path)), None)
