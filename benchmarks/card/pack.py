@@ -24,7 +24,7 @@ EXTRA = (
     *("pytest", "pytest-timeout", "pytest-xdist", "pluggy", "iniconfig", "execnet"),
     *("rich", "markdown-it-py", "mdurl", "pygments"),
 )
-TESTS = ("conftest.py", "lm_steer_cases.py", "triton")
+TESTS = ("conftest.py", "outside.py", "lm_steer_cases.py", "triton")
 
 
 def main() -> None:

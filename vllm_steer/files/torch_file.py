@@ -99,7 +99,7 @@ def load(pickle: Pickle, classes: Mapping[str, type]) -> Any:
     storages = _Storages(pickle)
     calls = {
         _TENSOR: storages.tensor,
-        _PARAMETER: lambda given: given[0],
+        _PARAMETER: _parameter,
         _ORDERED: _empty_dict,
     }
     try:
@@ -150,6 +150,7 @@ class _Storages:
         """
         storage, offset, size, stride = given[:4]
         metadata = given[6] if len(given) > 6 else None
+        _check_hooks(given[5:6])
         if len(given) > 7 or not _is_read(metadata):
             raise SteerError(f"its pickle has a tensor with {shown(given[6:])}; save a clone of it")
         if not isinstance(storage, _Storage) or not _is_shape(offset, size, stride):
@@ -189,7 +190,23 @@ def _is_read(metadata: Any) -> bool:
     """Of metadata PyTorch acts on each key that is there, whatever it says."""
     if metadata is None:
         return True
-    return type(metadata) is dict and list(metadata.items()) in ([], [("neg", True)])
+    return type(metadata) is dict and (
+        not metadata or list(metadata) == ["neg"] and metadata["neg"] is True
+    )
+
+
+def _parameter(given: tuple[Any, ...]) -> Any:
+    """``(tensor, requires_grad, hooks)``: the tensor."""
+    _check_hooks(given[2:3])
+    return given[0]
+
+
+def _check_hooks(given: tuple[Any, ...]) -> None:
+    """Raise ``SteerError`` for hooks, which are functions; PyTorch writes an empty dict."""
+    if any(type(hooks) is not dict or hooks for hooks in given):
+        raise SteerError(
+            f"its pickle has a tensor with hooks {shown(given[0])}; save a clone of it"
+        )
 
 
 def _is_shape(offset: Any, size: Any, stride: Any) -> bool:

@@ -186,7 +186,9 @@ def test_a_view_of_the_negative_is_read_as_pytorch_reads_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"neg": False}, {"neg": True, "conj": False}, {"x": 1}, 5, "neg"], ids=str
+    "metadata",
+    [{"neg": False}, {"neg": 1}, {"neg": True, "conj": False}, {"x": 1}, 5, "neg"],
+    ids=str,
 )
 def test_other_metadata_is_refused(tmp_path: Path, metadata: Any) -> None:
     """PyTorch acts on a key whatever it says, or fails."""
@@ -233,3 +235,12 @@ def test_a_first_record_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(archive(None, records={}, more=more))
     with pytest.raises(SteerError, match="its first record is not in archive/"):
         load_steer(tmp_path / "f", layers=1)
+
+
+@pytest.mark.parametrize("hooks", [[1], {"a": 1}, "x", 5, (1,)], ids=str)
+def test_a_tensor_with_hooks_is_refused(tmp_path: Path, hooks: Any) -> None:
+    parameter = call("torch._utils._rebuild_parameter", tensor(), False, hooks)
+    for held in (tensor(hooks=hooks), parameter):
+        (tmp_path / "f").write_bytes(saved({1: held}))
+        with pytest.raises(SteerError, match="a tensor with hooks"):
+            load_steer(tmp_path / "f")
