@@ -191,7 +191,7 @@ def _is_read(metadata: Any) -> bool:
     if metadata is None:
         return True
     return type(metadata) is dict and (
-        not metadata or list(metadata) == ["neg"] and metadata["neg"] is True
+        not metadata or (list(metadata) == ["neg"] and metadata["neg"] is True)
     )
 
 
