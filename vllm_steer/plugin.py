@@ -61,9 +61,9 @@ def _patch_reports() -> None:
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
     from vllm_steer.compat.patching import wrap
-    from vllm_steer.serving.reports import outputs
+    from vllm_steer.serving.strength_reports import outputs
 
-    wrap(OutputProcessor, "add_request", outputs.with_record, once=True)
+    wrap(OutputProcessor, "add_request", outputs.with_sequence_strengths, once=True)
     wrap(OutputProcessor, "process_outputs", outputs.with_strengths_taken, once=True)
     wrap(RequestState, "_new_completion_output", outputs.with_strengths_on_completion, once=True)
 
@@ -116,7 +116,7 @@ def _with_cache_key(original: Any, self: Any, request: Any) -> Any:
 
 
 def _with_streams(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    from vllm_steer.serving.streams.making import add_with_streams
+    from vllm_steer.serving.dynamic.engine_core import add_with_streams
 
     return add_with_streams(original, self, request, *args, **kwargs)
 

@@ -30,7 +30,7 @@ def leftovers(llm: Any) -> dict[str, int]:
         "requests": len(scheduler.requests),
         "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is the null block
     }
-    turns = getattr(scheduler, "vllm_steer_turns", None)
+    turns = getattr(scheduler, "vllm_steer_streams", None)
     if turns is not None:
         held["groups"] = len(turns.groups)
         held["members"] = len(turns._group_of)
@@ -39,7 +39,7 @@ def leftovers(llm: Any) -> dict[str, int]:
 
 def pooled_strengths(llm: Any) -> int:
     """Numbers that the worker keeps for strengths, after a step that tells it who has ended."""
-    from vllm_steer.serving.streams.pool import StrengthPool
+    from vllm_steer.serving.dynamic.requests import StrengthPool
 
     llm.generate({"prompt_token_ids": [5]}, greedy([{}], max_tokens=1), use_tqdm=False)
     gc.collect()

@@ -172,7 +172,7 @@ def test_a_stream_that_dies_takes_its_request_with_it_and_no_other(
     ids = [core.add_request(str(index), *request) for index, request in enumerate(asked)]
     for _ in range(7):
         assert not any(output.finished for output in core.step())
-    group = scheduler.vllm_steer_turns.groups[ids[0]]
+    group = scheduler.vllm_steer_streams.groups[ids[0]]
     scheduler.finish_requests(next(iter(group.streams)), RequestStatus.FINISHED_ABORTED)
     outputs = sorted(finished(core, 4), key=lambda output: output.request_id)
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", *["length"] * 3]

@@ -13,8 +13,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
 from vllm_steer.doses import Dose, Dynamic
-from vllm_steer.serving.streams.group import Group
-from vllm_steer.serving.streams.turns import Turns
+from vllm_steer.serving.dynamic.request_group import RequestGroup
+from vllm_steer.serving.dynamic.scheduler import StreamScheduler
 
 JUNK = 999_999
 
@@ -232,13 +232,13 @@ class FakeEngine:
 
     def __init__(self, **limits: int) -> None:
         self.scheduler = self.kind(**limits)
-        self.turns = Turns(self.scheduler)
+        self.turns = StreamScheduler(self.scheduler)
         self.reads: list[dict[str, tuple[int, int]]] = []
         self.told: dict[str, list[tuple[int, Any]]] = {}
         self.ends: dict[str, tuple[Any, Any]] = {}
         self.during: Callable[[], None] | None = None
         self.answers = True
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, RequestGroup] = {}
         self._here: dict[str, set[str]] = {}
         self._token = 0
 
@@ -257,7 +257,7 @@ class FakeEngine:
         *,
         steps: Sequence[int | None] = (None,),
         at_head: int = 0,
-    ) -> Group:
+    ) -> RequestGroup:
         """A request of dynamic doses: those of ``steps`` have probes, ``at_head`` more have none;
         without ``steps`` it is its own base.
         """
@@ -271,11 +271,11 @@ class FakeEngine:
             name: FakeRequest(name, prompt, max_tokens, main.arrival_time)
             for name in (names if steps else [])
         }
-        group = Group(main, doses, lengths, streams, dict(enumerate(names[1:])))
+        group = RequestGroup(main, doses, lengths, streams, dict(enumerate(names[1:])))
         self._groups[req_id] = group
         self._here = {k: v for k, v in self._here.items() if k.split()[0] != req_id}
         self.told[req_id] = []
-        self.turns.enter(group)
+        self.turns.add(group)
         self.scheduler.add_request(main)
         return group
 
@@ -287,7 +287,7 @@ class FakeEngine:
         scheduled = output.num_scheduled_tokens
         requests = {r: scheduler.requests[r] for r in scheduled}
         assert len(scheduler.running) <= scheduler.max_num_running_reqs
-        turn = getattr(output, "steer_turn", None)
+        turn = getattr(output, "steer_streams", None)
         self.reads.append({})
         sampled = []
         for req_id, request in requests.items():

@@ -5,8 +5,8 @@ from typing import Any
 from vllm_steer.doses import Dose, is_dynamic
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.cache_key import SteeredSalt, steered_salt
-from vllm_steer.serving.expected_strengths import expect_strengths
 from vllm_steer.serving.plan_transport import plan_of
+from vllm_steer.serving.reporting_state import enable_reporting
 from vllm_steer.serving.request_args import (
     STREAM,
     STRENGTHS,
@@ -43,7 +43,7 @@ def _check_dynamic(doses: tuple[Dose, ...], params: Any, plan: SteerPlan, vllm_c
     if is_dynamic(doses):
         dynamic_admission.check_engine_for(doses, plan, vllm_config)
         dynamic_admission.check_params_for(doses, params)
-        expect_strengths(plan)
+        enable_reporting(plan)
     else:
         dynamic_admission.check_served(f"leave {STRENGTHS} away")
 

@@ -8,7 +8,7 @@ from vllm_steer.compat.features import why_unavailable
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.streams.stream import needs_streams, num_streams
+from vllm_steer.serving.dynamic.streams import needs_streams, num_streams
 from vllm_steer.steers.sites import acts_at_head
 
 _INSTEAD = "or give the steers fixed strengths"

@@ -20,6 +20,6 @@ def preprocess_request(original: Callable[..., Any], core: Any, request: Any) ->
     doses = key_request(request, core.vllm_config)
     if not is_dynamic(doses):
         return original(core, request)
-    from vllm_steer.serving.streams.making import preprocess_dynamic
+    from vllm_steer.serving.dynamic.engine_core import preprocess_dynamic
 
     return preprocess_dynamic(original, core, request, salt, doses, plan)

@@ -21,9 +21,9 @@ from vllm_steer.bank import HeadBank, Shelf
 from vllm_steer.compat.patching import works_otherwise, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
-from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.streams.head_pass import HeadPass
-from vllm_steer.serving.streams.strengths import StepStrengths
+from vllm_steer.serving.dynamic.head_pass import HeadPass
+from vllm_steer.serving.dynamic.strengths import DynamicStep
+from vllm_steer.serving.head_rows import HeadRows
 
 Parts = list[tuple[slice, Any]]
 """Rows that are steered at once, and their pairs as the form placed them."""
@@ -38,7 +38,7 @@ class SteeredHead:
     """
 
     bank: HeadBank
-    batch: SteeredBatch
+    rows: HeadRows
     is_profiled: bool = False
     may_be_dynamic: bool = True
     calls: Counter[str] = field(default_factory=Counter)
@@ -59,27 +59,27 @@ class SteeredHead:
         """Compile what the steers run on, for hidden states and logits in ``dtype``."""
         for shelf in (self.bank.hidden, self.bank.logits):
             if shelf is not None:
-                self.batch.form.warm_up(shelf.tables, dtype)
+                self.rows.form.warm_up(shelf.tables, dtype)
 
-    def passed_shelves(self) -> list[str]:
-        """The shelves with steers that no pass has reached so far."""
+    def unreached_tables(self) -> list[str]:
+        """The tables with steers that no forward pass has reached so far."""
         shelves = {"hidden": self.bank.hidden, "logits": self.bank.logits}
         return [name for name, shelf in shelves.items() if shelf and not self.calls[name]]
 
     def start_serving(self) -> None:
-        """Start-up is over: dummy runs rehearse the widest steps no longer."""
+        """Start-up is over: dummy runs no longer compute the widest step."""
         self._starting = False
 
     def _steered(
         self, original: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         compute = functools.partial(self._compute, original, args, kwargs)
-        step = self.batch.step_of(hidden_states)
+        step = self.rows.dynamic_step_of(hidden_states)
         if step is not None:
             return self._with_strengths(compute, hidden_states, step)
         logits = compute(hidden_states, functools.partial(self._parts, hidden_states))
-        if self._rehearses and self.batch.is_idle and logits is not None:
-            self._rehearse(hidden_states, logits)
+        if self._is_profiling and self.rows.is_dummy_run and logits is not None:
+            self._run_widest(hidden_states, logits)
         return logits
 
     def _compute(
@@ -103,56 +103,56 @@ class SteeredHead:
         finally:
             self._logits_parts = []
 
-    def _rehearse(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> None:
-        """Run what a step can ask for at most, so that vLLM's memory profile sees it.
+    def _run_widest(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> None:
+        """Compute the widest step, so that vLLM's memory profile includes it.
 
         A dummy run has one row per request; a step with speculation has more, and so may a part of
         a prompt. The dummy run's own rows have already been steered.
         """
-        most = self.batch.rows_at_once or 0
+        most = self.rows.rows_at_once or 0
         for name, x in (("hidden", hidden_states), ("logits", logits)):
             shelf = getattr(self.bank, name)
             if shelf is not None and most > x.shape[0]:
                 wide = x.new_zeros(most, x.shape[1])
-                self._apply(name, wide, self.batch.rows_of(wide, shelf))
+                self._apply(name, wide, self.rows.rows_of(wide, shelf))
         if self.may_be_dynamic:
-            self.batch.dynamic.strengths.rehearse(logits)
+            self.rows.strengths.warm_up(logits)
 
     @property
-    def _rehearses(self) -> bool:
+    def _is_profiling(self) -> bool:
         return self.is_profiled and self._starting
 
     def _with_strengths(
-        self, compute: Callable[..., Any], hidden_states: torch.Tensor, step: StepStrengths
+        self, compute: Callable[..., Any], hidden_states: torch.Tensor, step: DynamicStep
     ) -> torch.Tensor:
-        """The step's logits, while the strengths of its dynamic requests are worked out.
+        """The step's logits, and the strengths of its dynamic requests.
 
-        Probes at the head are more rows of the product: of one product up to ``rows_at_once``
-        rows, beyond that of several, whose logits are let go one after the other. A request that is
-        its own base is computed again once its strengths are known.
+        Probes at the head are extra rows of the product: of one product up to ``rows_at_once``
+        rows, beyond that of several, whose logits are dropped one after the other. A request that
+        is its own base is computed again once its strengths are known.
         """
         num_rows, whole = hidden_states.shape[0], hidden_states
         if step.probes:
             whole = torch.cat([whole, _rows_at([p.row for p in step.probes], hidden_states)])
-        pairs = self._pairs(self.batch.first_pass, step)
+        pairs = self._pairs(self.rows.first_pass, step)
         logits: torch.Tensor | None = None
-        for first, last in _spans(num_rows, whole.shape[0], self.batch.rows_at_once):
+        for first, last in _spans(num_rows, whole.shape[0], self.rows.rows_at_once):
             part = [each.part(first, last) if each is not None else None for each in pairs]
             found = self._pass(compute, whole[first:last], part)
             logits = found if logits is None else logits
-            self.batch.dynamic.strengths.work_out(step, logits, found, first)
+            self.rows.strengths.compute(step, logits, found, first)
         assert logits is not None
-        self.batch.dynamic.strengths.settle(step)
+        self.rows.strengths.finish_step(step)
         logits = logits[:num_rows]
         if step.alone:
             rows = _rows_at(step.alone, hidden_states)
-            again = self._pass(compute, rows, self._pairs(self.batch.second_pass, step))
+            again = self._pass(compute, rows, self._pairs(self.rows.second_pass, step))
             (where,) = upload([np.array(step.alone, dtype=np.int64)], logits.device)
             logits.index_copy_(0, where, again)
         return logits
 
     def _pairs(
-        self, of: Callable[..., HeadPass | None], step: StepStrengths
+        self, of: Callable[..., HeadPass | None], step: DynamicStep
     ) -> list[HeadPass | None]:
         """The pairs of a step's pass, by shelf."""
         return [of(shelf, step) for shelf in self._shelves]
@@ -162,7 +162,7 @@ class SteeredHead:
     ) -> torch.Tensor:
         """The logits of ``rows`` under these pairs, by shelf."""
         placed = {
-            id(shelf): self.batch.place_pass(found, shelf)
+            id(shelf): self.rows.place_pass(found, shelf)
             for shelf, found in zip(self._shelves, pairs, strict=True)
         }
 
@@ -173,7 +173,7 @@ class SteeredHead:
         logits: torch.Tensor | None = compute(rows, parts)
         if logits is None:
             raise RuntimeError(
-                works_otherwise("this rank has no logits to work out dynamic strengths from")
+                works_otherwise("this rank has no logits to compute dynamic strengths from")
             )
         return logits
 
@@ -192,8 +192,8 @@ class SteeredHead:
         """The rows of ``x`` that are steered at once, and their pairs."""
         if shelf is None:
             return []
-        found = [(rows, self.batch.rows_of(x[rows], shelf)) for rows in self.batch.parts_of(x)]
-        return [(rows, placed) for rows, placed in found if placed is not None]
+        parts = [(part, self.rows.rows_of(x[part], shelf)) for part in self.rows.parts_of(x)]
+        return [(part, placed) for part, placed in parts if placed is not None]
 
     @property
     def _shelves(self) -> list[Shelf]:
@@ -201,7 +201,7 @@ class SteeredHead:
 
     def _apply(self, name: str, x: torch.Tensor, placed: Any) -> torch.Tensor:
         self.calls[name] += 1
-        return self.batch.form.steer_rows(x, getattr(self.bank, name).tables, placed)
+        return self.rows.form.steer_rows(x, getattr(self.bank, name).tables, placed)
 
 
 def _is_whole(parts: Parts, x: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from vllm_steer.compat.patching import advice
 from vllm_steer.errors import SteerError
 from vllm_steer.families import Family, decoder_layers, family_of, submodule
 from vllm_steer.kernels.guidance import GuidanceForm
-from vllm_steer.serving.guided_site import GuidedSite, SteeredPlace
+from vllm_steer.serving.site import SteeredPlace, SteeredSite
 
 _PADDING = 512  # more than vLLM pads a batch by
 
@@ -26,7 +26,7 @@ _PADDING = 512  # more than vLLM pads a batch by
 class SteeredLayers:
     """The guided sites of one rank's layers."""
 
-    def __init__(self, sites: tuple[GuidedSite, ...], family: Family) -> None:
+    def __init__(self, sites: tuple[SteeredSite, ...], family: Family) -> None:
         self.sites = sites
         self._family = family
 
@@ -55,7 +55,7 @@ class SteeredLayers:
         """Device memory of all tables and maps."""
         return sum(site.shelf.directions.num_bytes + site.num_bytes for site in self.sites)
 
-    def passed_places(self) -> list[str]:
+    def unreached_sites(self) -> list[str]:
         """The places that no forward pass has reached so far."""
         return [
             f"{site.shelf.site} of layer {number}"
@@ -64,8 +64,8 @@ class SteeredLayers:
             if index not in site.reached
         ]
 
-    def rest(self) -> None:
-        """Start-up is over: passes without steered requests leave at once from now on."""
+    def start_serving(self) -> None:
+        """Start-up is over: forward passes without steered requests are no longer changed."""
         for site in self.sites:
             site.start_serving()
 
@@ -87,7 +87,7 @@ def steered_layers(
     bank = fill_layer_bank(steers, layers=here, device=device, project=project)
     tokens = _max_tokens(vllm_config)
     sites = tuple(
-        GuidedSite(shelf, form, max_doses=max_doses, max_tokens=tokens, device=device)
+        SteeredSite(shelf, form, max_doses=max_doses, max_tokens=tokens, device=device)
         for shelf in bank.shelves
     )
     return SteeredLayers(sites, family) if sites else None

@@ -17,8 +17,8 @@ from vllm_steer.compat.patching import works_otherwise, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.rows import Step
-from vllm_steer.serving.streams.strengths import WorkedOut
+from vllm_steer.serving.dynamic.strengths import PendingStrengths
+from vllm_steer.serving.step import Step
 
 
 def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool, runs_decoder: bool = True) -> None:
@@ -28,8 +28,8 @@ def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool, runs_decoder: b
     steps take scheduled tokens and run no decoder.
     """
     wrap(runner, "execute_model", functools.partial(_begin, batch, runs_decoder))
-    wrap(runner, "execute_model", functools.partial(_answer, batch))
-    wrap(runner, "sample_tokens", functools.partial(_answer, batch))
+    wrap(runner, "execute_model", functools.partial(_attach_strengths, batch))
+    wrap(runner, "sample_tokens", functools.partial(_attach_strengths, batch))
     if v2:
         _require_calls(runner, "execute_model", "self.prepare_inputs")
         _require_calls(runner, "sample", "model.compute_logits")
@@ -40,7 +40,7 @@ def attach_runner(runner: Any, batch: SteeredBatch, *, v2: bool, runs_decoder: b
         _require_calls(runner, "execute_model", "self._prepare_inputs")
         _require_calls(runner, "execute_model", "model.compute_logits")
         wrap(runner, "execute_model", functools.partial(_force_tokens_v1, runner))
-        wrap(runner, "_dummy_run", functools.partial(_rest, batch))
+        wrap(runner, "_dummy_run", functools.partial(_dummy_run, batch))
         wrap(runner, "_prepare_inputs", functools.partial(_announce_v1, batch, runner))
         wrap(runner, "_get_prompt_logprobs_dict", functools.partial(_prompt_logprobs_v1, batch))
 
@@ -59,15 +59,15 @@ def _begin(
     replays on the doses of another step.
     """
     if kw.get("dummy_run"):
-        batch.rest()
+        batch.begin_dummy_run()
         return original(scheduler_output, *args, **kw)
-    batch.begin(
+    batch.begin_step(
         (
             (new.req_id, new.sampling_params, _prompt_len(new))
             for new in scheduler_output.scheduled_new_reqs
         ),
         scheduler_output.finished_req_ids,
-        getattr(scheduler_output, "steer_turn", None),
+        getattr(scheduler_output, "steer_streams", None),
     )
     output = original(scheduler_output, *args, **kw)
     if runs_decoder and scheduler_output.total_num_scheduled_tokens:
@@ -75,35 +75,35 @@ def _begin(
     return output
 
 
-def _answer(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
-    """Hand the strengths of a step over with its tokens."""
+def _attach_strengths(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
+    """Attach the strengths of a step to its output."""
     output = original(*args, **kw)
     if not batch.dynamic.requests or output is None:
         return output
-    answer = batch.dynamic.strengths.take_answer()
-    if answer is None:
+    pending = batch.dynamic.strengths.pop_results()
+    if pending is None:
         return output
     if hasattr(output, "get_output"):
-        wrap(output, "get_output", functools.partial(_read_with_answer, answer))
+        wrap(output, "get_output", functools.partial(_read_with_strengths, pending))
         return output
-    return _with_answer(output, answer)
+    return _with_strengths(output, pending)
 
 
-def _read_with_answer(answer: WorkedOut, original: Any) -> Any:
-    return _with_answer(original(), answer)
+def _read_with_strengths(pending: PendingStrengths, original: Any) -> Any:
+    return _with_strengths(original(), pending)
 
 
-def _with_answer(output: Any, answer: WorkedOut) -> Any:
-    output.steer_strengths = answer.read()
+def _with_strengths(output: Any, pending: PendingStrengths) -> Any:
+    output.steer_strengths = pending.read()
     return output
 
 
 def _force_tokens_v1(
     runner: Any, original: Any, scheduler_output: Any, *args: Any, **kw: Any
 ) -> Any:
-    """Base and probe streams read the main stream's token, not the one that they sampled."""
-    turn = getattr(scheduler_output, "steer_turn", None)
-    for req_id, (count, token) in turn.tokens.items() if turn is not None else ():
+    """Give base and probe streams the main request's token in place of the one they sampled."""
+    streams = getattr(scheduler_output, "steer_streams", None)
+    for req_id, (count, token) in streams.tokens.items() if streams is not None else ():
         runner.requests[req_id].output_token_ids[count - 1 :] = [token]
     return original(scheduler_output, *args, **kw)
 
@@ -111,12 +111,12 @@ def _force_tokens_v1(
 def _force_tokens_v2(
     runner: Any, original: Any, scheduler_output: Any, *args: Any, **kw: Any
 ) -> Any:
-    turn = getattr(scheduler_output, "steer_turn", None)
-    if turn is not None and turn.tokens:
-        slots = [runner.req_states.req_id_to_index[req_id] for req_id in turn.tokens]
+    streams = getattr(scheduler_output, "steer_streams", None)
+    if streams is not None and streams.tokens:
+        slots = [runner.req_states.req_id_to_index[req_id] for req_id in streams.tokens]
         sampled = runner.req_states.last_sampled_tokens
         where, tokens = upload(
-            [np.array(slots), np.array([token for _, token in turn.tokens.values()])],
+            [np.array(slots), np.array([token for _, token in streams.tokens.values()])],
             sampled.device,
         )
         sampled[where, 0] = tokens
@@ -129,8 +129,8 @@ def _prompt_len(new: Any) -> int:
     return len(ids) if ids is not None else int(new.prompt_embeds.shape[0])
 
 
-def _rest(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
-    batch.rest()
+def _dummy_run(batch: SteeredBatch, original: Any, *args: Any, **kw: Any) -> Any:
+    batch.begin_dummy_run()
     return original(*args, **kw)
 
 
@@ -165,7 +165,7 @@ def _announce_v1(
 def _prompt_logprobs_v1(
     batch: SteeredBatch, original: Any, hidden_states: Any, *args: Any, **kw: Any
 ) -> Any:
-    with batch.over_tokens(hidden_states):
+    with batch.head_rows.over_tokens(hidden_states):
         return original(hidden_states, *args, **kw)
 
 
@@ -197,7 +197,7 @@ def _wrap_prompt_logprobs_v2(runner: Any, batch: SteeredBatch) -> None:
 def _prompt_logprobs_v2(
     batch: SteeredBatch, original: Any, logits_fn: Any, hidden_states: Any, *args: Any, **kw: Any
 ) -> Any:
-    with batch.over_tokens(hidden_states):
+    with batch.head_rows.over_tokens(hidden_states):
         return original(logits_fn, hidden_states, *args, **kw)
 
 

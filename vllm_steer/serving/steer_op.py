@@ -26,7 +26,7 @@ def _steer_tokens_(
     hidden: torch.Tensor, residual: torch.Tensor | None, place: LayerNameType
 ) -> None:
     steered = get_forward_context().no_compile_layers[_resolve_layer_name(place)]
-    if not steered.site.resting:
+    if not steered.site.is_disabled:
         steered.steer_(hidden, residual)
 
 

@@ -38,7 +38,9 @@ def steer_worker(worker: Any) -> None:
         return
     steering = _WorkerSteering(worker, plan)
     wrap(worker, "load_model", functools.partial(_then, steering.after_load))
-    wrap(worker, "compile_or_warm_up_model", functools.partial(_then, steering.prove))
+    wrap(
+        worker, "compile_or_warm_up_model", functools.partial(_then, steering.verify_sites_reached)
+    )
 
 
 class _WorkerSteering:
@@ -109,7 +111,7 @@ class _WorkerSteering:
         if bank is not None:
             self._head = SteeredHead(
                 bank,
-                self._batch,
+                self._batch.head_rows,
                 is_profiled=device.type != "cpu",
                 may_be_dynamic=can_be_dynamic(config),
             )
@@ -120,31 +122,31 @@ class _WorkerSteering:
         self._num_bytes = sum(b.num_bytes for b in (bank, self._layers) if b is not None)
         logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), self._num_bytes / 2**20)
 
-    def prove(self) -> None:
-        """See that every site was reached as the runner calls the model.
+    def verify_sites_reached(self) -> None:
+        """Check that the forward pass has reached every site.
 
-        vLLM's warm-up has called it where there is one; else it is called here. Raises
-        ``SteerError`` for a site that was passed, and the engine does not start.
+        vLLM's warm-up runs one; where there is none, a dummy run follows here. Raises
+        ``SteerError`` for a site that it has not reached, and the engine does not start.
         """
         if self._head is not None:
-            if self._head.passed_shelves():
-                self._rehearse_head()
-            if passed := self._head.passed_shelves():
+            if self._head.unreached_tables():
+                self._dummy_run_head()
+            if unreached := self._head.unreached_tables():
                 raise SteerError(
-                    f"the model computes its logits past the steers of its {', '.join(passed)}: "
+                    f"the model computes its logits past the steers of its {', '.join(unreached)}: "
                     f"{_UNSTEERED}"
                 )
             self._head.start_serving()
         if self._layers is not None:
-            if self._layers.passed_places():
-                self._rehearse_layers()
-            if passed := self._layers.passed_places():
+            if self._layers.unreached_sites():
+                self._dummy_run_layers()
+            if unreached := self._layers.unreached_sites():
                 raise SteerError(
-                    f"the model's forward pass goes past {', '.join(passed)}: {_UNSTEERED}"
+                    f"the model's forward pass goes past {', '.join(unreached)}: {_UNSTEERED}"
                 )
-            self._layers.rest()
+            self._layers.start_serving()
 
-    def _rehearse_layers(self) -> None:
+    def _dummy_run_layers(self) -> None:
         """A dummy run of one token; vLLM has none of its own for an eager model on a CPU."""
         runner = self._worker.model_runner
         if options.use_v2_model_runner(self._worker.vllm_config):
@@ -152,13 +154,13 @@ class _WorkerSteering:
         else:
             runner._dummy_run(1)
 
-    def _rehearse_head(self) -> None:
-        assert self._head is not None
+    def _dummy_run_head(self) -> None:
+        assert self._batch is not None
         config, runner = self._worker.vllm_config, self._worker.model_runner
         if options.lora_config(config) is not None:
             _select_no_adapter(runner, num_rows=2)
         size, dtype = (2, options.hidden_size(config)), options.dtype(config)
-        self._head.batch.rest()
+        self._batch.begin_dummy_run()
         with torch.inference_mode():
             runner.model.compute_logits(torch.ones(size, dtype=dtype, device=runner.device))
 

@@ -67,9 +67,9 @@ def test_a_value_is_shown_as_python_writes_it_or_named(value: Any, text: str) ->
 
 @pytest.mark.parametrize("value", [shared(tuple), shared(list), endless(tuple), "x" * 10**7])
 def test_endless_values_are_shown_at_once(value: Any) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     assert len(shown(value)) <= 100
-    assert time.monotonic() - begun < 0.1
+    assert time.process_time() - begun < 0.1
 
 
 def test_letters_of_every_script_stay_and_controls_are_escaped() -> None:

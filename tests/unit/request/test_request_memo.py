@@ -13,10 +13,10 @@ from vllm_steer.plan import SteerPlan
 from vllm_steer.request import DoseMemo, resolution, resolve
 from vllm_steer.request.memo import SIZE, frozen
 from vllm_steer.serving.admission import admit
-from vllm_steer.serving.expected_strengths import EXPECTATION
 from vllm_steer.serving.plan_transport import plan_of
-from vllm_steer.serving.reports.record import record_for
+from vllm_steer.serving.reporting_state import REPORTING
 from vllm_steer.serving.request_args import doses_of
+from vllm_steer.serving.strength_reports.outputs import sequence_strengths
 
 
 @pytest.fixture
@@ -57,11 +57,11 @@ def test_a_request_is_parsed_once_on_its_whole_way(
     config = SimpleNamespace(additional_config={"steer": plan.to_json()})
     shared = plan_of(config)
     assert shared is not None
-    monkeypatch.setattr(EXPECTATION, "plan", shared)
+    monkeypatch.setattr(REPORTING, "plan", shared)
     body = rewritten(b'{"steer": {"a": 2}}', shared, route="/v1/completions").body
     params = SimpleNamespace(extra_args=load(body)["vllm_xargs"])
     admit(params, config)
-    record_for(params)
+    sequence_strengths(params)
     assert doses_of(params, shared)[0].strength == 2
     assert len(parsed) == 1
 

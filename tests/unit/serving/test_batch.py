@@ -10,7 +10,7 @@ import torch
 from vllm_steer.bank import HeadBank, Shelf, fill_head_bank
 from vllm_steer.kernels.lm_steer import reference
 from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.rows import Step
+from vllm_steer.serving.step import Step
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,9 @@ def step(
     tokens: dict[str, int] | None = None,
 ) -> None:
     """One step of real requests: ``rows`` are its logits rows by request, in order."""
-    batch.begin([(req_id, params(steer), 1) for req_id, steer in (new or {}).items()], finished)
+    batch.begin_step(
+        [(req_id, params(steer), 1) for req_id, steer in (new or {}).items()], finished
+    )
     logits, counts = (np.array(list(r.values()), dtype=np.int64) for r in (rows, tokens or rows))
     starts = torch.from_numpy(np.cumsum([0, *counts]))
     positions = torch.zeros(int(counts.sum()), dtype=torch.int64)
@@ -54,7 +56,7 @@ def step(
 
 def strengths(batch: SteeredBatch, shelf: Shelf, num_rows: int) -> dict[int, dict[str, float]]:
     """Row to steers and strengths, as the head would apply them."""
-    found = batch.rows_of(torch.zeros(num_rows, 6), shelf)
+    found = batch.head_rows.rows_of(torch.zeros(num_rows, 6), shelf)
     if found is None:
         return {}
     names = {slot: name for name, slot in shelf.slots.items()}
@@ -136,14 +138,14 @@ def test_each_shelf_takes_its_own_steers(batch: SteeredBatch, bank: HeadBank, sh
 
 
 def test_no_row_is_steered_when_no_request_is(batch: SteeredBatch, shelf: Shelf) -> None:
-    batch.begin([("r1", params(), 1)], ())
+    batch.begin_step([("r1", params(), 1)], ())
     assert not batch.has_steered_requests
-    assert batch.rows_of(torch.zeros(1, 6), shelf) is None
+    assert batch.head_rows.rows_of(torch.zeros(1, 6), shelf) is None
 
 
 def test_a_pooling_request_has_no_steers(make_plan: Any) -> None:
     batch = SteeredBatch(make_plan({"a": 1.0}, default="a"), CPU, reference)
-    batch.begin([("r1", None, 1)], ())
+    batch.begin_step([("r1", None, 1)], ())
     assert not batch.has_steered_requests
 
 
@@ -151,15 +153,15 @@ def test_a_step_that_was_not_announced_is_an_error_and_not_unsteered(
     batch: SteeredBatch, shelf: Shelf
 ) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
-    batch.begin([], ())
+    batch.begin_step([], ())
     with pytest.raises(RuntimeError, match="reached the LM head without its rows"):
-        batch.rows_of(torch.zeros(1, 6), shelf)
+        batch.head_rows.rows_of(torch.zeros(1, 6), shelf)
 
 
 def test_other_rows_than_announced_are_an_error(batch: SteeredBatch, shelf: Shelf) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     with pytest.raises(AssertionError, match="2 logits rows, 1 announced"):
-        batch.rows_of(torch.zeros(2, 6), shelf)
+        batch.head_rows.rows_of(torch.zeros(2, 6), shelf)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 63])
@@ -169,7 +171,7 @@ def test_a_dummy_run_exercises_as_many_steers_on_every_row_as_a_request_may_take
     wanted = {row: {"a": 1.0, "b": 1.0} for row in range(num_rows)}
     assert strengths(batch, shelf, num_rows) == wanted
     step(batch, {"r1": 1}, new={"r1": "a:2"})
-    batch.rest()
+    batch.begin_dummy_run()
     assert strengths(batch, shelf, num_rows) == wanted
 
 
@@ -183,18 +185,18 @@ def test_prompt_tokens_are_steered_with_the_window_of_their_rows(
         tokens={"r1": 3, "r2": 2, "r3": 4},
     )
     hidden_states = torch.zeros(9, 6)
-    with batch.over_tokens(hidden_states):
+    with batch.head_rows.over_tokens(hidden_states):
         for start, end, wanted in [
             (0, 3, {0: {"a": 2}, 1: {"a": 2}, 2: {"a": 2}}),
             (3, 5, {}),
             (5, 8, {0: {"b": 3}, 1: {"b": 3}, 2: {"b": 3}}),
             (2, 6, {0: {"a": 2}, 3: {"b": 3}}),
         ]:
-            found = batch.rows_of(hidden_states[start:end], shelf)
+            found = batch.head_rows.rows_of(hidden_states[start:end], shelf)
             rows = {} if found is None else sorted(found.rows.tolist())
             assert sorted(rows) == sorted(wanted)
         with pytest.raises(RuntimeError, match="no slice of the model's output"):
-            batch.rows_of(hidden_states[:2].clone(), shelf)
+            batch.head_rows.rows_of(hidden_states[:2].clone(), shelf)
     assert strengths(batch, shelf, 3) == {0: {"a": 2}, 2: {"b": 3}}
 
 
@@ -203,8 +205,8 @@ def test_prompt_tokens_in_a_view_that_starts_late_are_found(
 ) -> None:
     step(batch, {"r1": 1, "r2": 1}, new={"r1": None, "r2": "a:2"}, tokens={"r1": 2, "r2": 3})
     hidden_states = torch.zeros(8, 6)[3:]
-    with batch.over_tokens(hidden_states):
-        found = batch.rows_of(hidden_states[1:4], shelf)
+    with batch.head_rows.over_tokens(hidden_states):
+        found = batch.head_rows.rows_of(hidden_states[1:4], shelf)
     assert found is not None
     assert found.rows.tolist() == [1, 2]
 
@@ -213,7 +215,7 @@ def test_leaving_the_prompt_tokens_by_an_error_leaves_them(
     batch: SteeredBatch, shelf: Shelf
 ) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 5})
-    with pytest.raises(KeyError), batch.over_tokens(torch.zeros(5, 6)):
+    with pytest.raises(KeyError), batch.head_rows.over_tokens(torch.zeros(5, 6)):
         raise KeyError
     assert strengths(batch, shelf, 1) == {0: {"a": 2}}
 
@@ -230,11 +232,11 @@ def test_a_dummy_run_takes_no_more_steers_per_row_than_a_request_may(
 def test_a_step_that_ends_unannounced_is_an_error_where_requests_are_steered(
     batch: SteeredBatch,
 ) -> None:
-    batch.begin([("r1", params(), 1)], ())
+    batch.begin_step([("r1", params(), 1)], ())
     batch.require_announced()
     step(batch, {"r1": 1, "r2": 1}, new={"r2": "a:2"})
     batch.require_announced()
-    batch.begin([], ())
+    batch.begin_step([], ())
     with pytest.raises(RuntimeError, match="a step with steered requests ran without its rows"):
         batch.require_announced()
 
@@ -243,13 +245,17 @@ def test_only_prompt_tokens_come_in_parts(make_plan: Any) -> None:
     batch = SteeredBatch(make_plan({"a": 1.0}), CPU, reference, max_rows=200)
     step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 450})
     hidden_states = torch.zeros(450, 6)
-    assert batch.parts_of(hidden_states) == [slice(0, 450)]
-    with batch.over_tokens(hidden_states):
-        assert batch.parts_of(hidden_states) == [slice(0, 200), slice(200, 400), slice(400, 600)]
-        assert batch.parts_of(hidden_states[:200]) == [slice(0, 200)]
+    assert batch.head_rows.parts_of(hidden_states) == [slice(0, 450)]
+    with batch.head_rows.over_tokens(hidden_states):
+        assert batch.head_rows.parts_of(hidden_states) == [
+            slice(0, 200),
+            slice(200, 400),
+            slice(400, 600),
+        ]
+        assert batch.head_rows.parts_of(hidden_states[:200]) == [slice(0, 200)]
 
 
 @pytest.mark.parametrize("max_rows", [1, 8, 128])
 def test_the_parts_of_a_small_engine_are_not_small(make_plan: Any, max_rows: int) -> None:
     batch = SteeredBatch(make_plan({"a": 1.0}), CPU, reference, max_rows=max_rows)
-    assert batch.rows_at_once == 128
+    assert batch.head_rows.rows_at_once == 128

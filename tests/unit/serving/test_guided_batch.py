@@ -12,10 +12,11 @@ from vllm_steer.bank import Shelf, fill_head_bank
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.kernels.guidance import gather, host
 from vllm_steer.kernels.lm_steer import reference
-from vllm_steer.serving import guided_site, runners
+from vllm_steer.serving import runners
+from vllm_steer.serving import site as site_module
 from vllm_steer.serving.batch import SteeredBatch
-from vllm_steer.serving.guided_site import GuidedSite
-from vllm_steer.serving.rows import Step
+from vllm_steer.serving.site import SteeredSite
+from vllm_steer.serving.step import Step
 
 CPU = torch.device("cpu")
 ROOM = 8
@@ -30,12 +31,12 @@ BASE = torch.randn(ROOM, WIDTH, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(params=[gather, host], ids=["map", "host"])
-def sites(request: pytest.FixtureRequest) -> dict[str, GuidedSite]:
+def sites(request: pytest.FixtureRequest) -> dict[str, SteeredSite]:
     """Both sites of an engine in service."""
     inside = {name: steer for name, steer in STEERS.items() if steer.kind != "lm_steer"}
     bank = fill_layer_bank(inside, layers=[0], device=CPU, project=lambda _, rows: rows)
     found = {
-        shelf.site: GuidedSite(shelf, request.param, max_doses=4, max_tokens=ROOM, device=CPU)
+        shelf.site: SteeredSite(shelf, request.param, max_doses=4, max_tokens=ROOM, device=CPU)
         for shelf in bank.shelves
     }
     for site in found.values():
@@ -44,7 +45,7 @@ def sites(request: pytest.FixtureRequest) -> dict[str, GuidedSite]:
 
 
 @pytest.fixture
-def batch(sites: dict[str, GuidedSite]) -> SteeredBatch:
+def batch(sites: dict[str, SteeredSite]) -> SteeredBatch:
     return SteeredBatch(plan_for(STEERS), CPU, reference, tuple(sites.values()))
 
 
@@ -56,7 +57,7 @@ def words() -> Shelf:
 
 
 def begin(batch: SteeredBatch, *new: tuple[str, Any, int], finished: Any = ()) -> None:
-    batch.begin([(r, params(steer), prompt_len) for r, steer, prompt_len in new], finished)
+    batch.begin_step([(r, params(steer), prompt_len) for r, steer, prompt_len in new], finished)
 
 
 def announce(batch: SteeredBatch, **tokens: tuple[int, int]) -> None:
@@ -68,14 +69,14 @@ def announce(batch: SteeredBatch, **tokens: tuple[int, int]) -> None:
     batch.announce(Step(list(tokens), ones, counts, starts, torch.tensor(positions)))
 
 
-def passed(site: GuidedSite, num_tokens: int = ROOM) -> torch.Tensor:
+def passed(site: SteeredSite, num_tokens: int = ROOM) -> torch.Tensor:
     """What a pass adds to the base rows."""
     hidden = BASE[:num_tokens].clone()
     site.steer_(hidden, None, 0)
     return hidden - BASE[:num_tokens]
 
 
-def rows(site: GuidedSite, num_tokens: int = ROOM) -> list[int]:
+def rows(site: SteeredSite, num_tokens: int = ROOM) -> list[int]:
     """The rows that a pass changes."""
     return passed(site, num_tokens).abs().sum(1).nonzero().flatten().tolist()
 
@@ -86,7 +87,7 @@ def added(name: str) -> torch.Tensor:
 
 
 def test_each_site_takes_the_doses_of_its_own_steers(
-    batch: SteeredBatch, sites: dict[str, GuidedSite], words: Shelf
+    batch: SteeredBatch, sites: dict[str, SteeredSite], words: Shelf
 ) -> None:
     begin(
         batch,
@@ -101,14 +102,14 @@ def test_each_site_takes_the_doses_of_its_own_steers(
     assert rows(sites["attn_in"]) == [3, 4, 6]
     torch.testing.assert_close(passed(sites["resid"])[0], 2 * added("push"))
     torch.testing.assert_close(passed(sites["resid"])[6], added("push") + added("shift"))
-    found = batch.rows_of(torch.zeros(5, WIDTH), words)
+    found = batch.head_rows.rows_of(torch.zeros(5, WIDTH), words)
     assert found is not None
     assert found.rows.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("steer", ["word:3", "push:2", {"walk": 1}], ids=str)
 def test_no_pass_comes_before_its_tokens_are_known(
-    batch: SteeredBatch, sites: dict[str, GuidedSite], steer: Any
+    batch: SteeredBatch, sites: dict[str, SteeredSite], steer: Any
 ) -> None:
     """Whatever kind of steer is alive: the step may hold any of them."""
     begin(batch, ("a", steer, 3))
@@ -124,7 +125,7 @@ def test_no_pass_comes_before_its_tokens_are_known(
 
 
 def test_a_step_without_tokens_is_followed_by_steps_of_both_kinds(
-    batch: SteeredBatch, sites: dict[str, GuidedSite]
+    batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
     """A runner that is told of a request may have nothing to run."""
     begin(batch, ("a", "push:2", 1))
@@ -132,14 +133,14 @@ def test_a_step_without_tokens_is_followed_by_steps_of_both_kinds(
     announce(batch, a=(0, 1))
     assert rows(sites["resid"]) == [0]
     begin(batch)
-    batch.rest()
+    batch.begin_dummy_run()
     assert rows(sites["resid"]) == []
     begin(batch, finished=("a",))
     assert rows(sites["resid"]) == []
 
 
 def test_requests_with_a_dose_at_the_head_only_leave_the_sites_idle(
-    batch: SteeredBatch, sites: dict[str, GuidedSite], words: Shelf
+    batch: SteeredBatch, sites: dict[str, SteeredSite], words: Shelf
 ) -> None:
     begin(batch, ("a", {"word": 2}, 2), ("b", "push:1", 2))
     announce(batch, a=(0, 2), b=(0, 2))
@@ -147,24 +148,24 @@ def test_requests_with_a_dose_at_the_head_only_leave_the_sites_idle(
     begin(batch, finished=("b",))
     announce(batch, a=(2, 1))
     assert all(rows(site) == [] for site in sites.values())
-    found = batch.rows_of(torch.zeros(1, WIDTH), words)
+    found = batch.head_rows.rows_of(torch.zeros(1, WIDTH), words)
     assert found is not None
     assert found.rows.tolist() == [0]
 
 
 def test_after_the_last_steered_request_nothing_is_announced_or_steered(
-    batch: SteeredBatch, sites: dict[str, GuidedSite], monkeypatch: pytest.MonkeyPatch
+    batch: SteeredBatch, sites: dict[str, SteeredSite], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(batch, ("a", "push:2,bend:3", 1), ("b", None, 1))
     announce(batch, a=(0, 4), b=(0, 4))
     begin(batch, finished=("a",))
     assert not batch.has_steered_requests
-    monkeypatch.setattr(guided_site, "_capturing", lambda device: True)
+    monkeypatch.setattr(site_module, "_capturing", lambda device: True)
     assert all(rows(site) == [] for site in sites.values())
 
 
 def test_a_request_that_waits_a_step_is_steered_when_it_returns(
-    batch: SteeredBatch, sites: dict[str, GuidedSite]
+    batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
     begin(batch, ("a", "push:2", 1), ("b", "shift:3", 1))
     announce(batch, a=(0, 1), b=(0, 1))
@@ -181,7 +182,7 @@ def test_a_request_that_waits_a_step_is_steered_when_it_returns(
 
 
 def test_a_preempted_request_that_is_sent_again_walks_the_same_steps(
-    batch: SteeredBatch, sites: dict[str, GuidedSite]
+    batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
     """With the tokens it had generated: its prompt is still its own."""
     begin(batch, ("a", "walk:2", 3))
@@ -200,7 +201,7 @@ def test_a_preempted_request_that_is_sent_again_walks_the_same_steps(
 @pytest.mark.parametrize("announced_finished", [True, False], ids=["finished", "unnoticed"])
 @pytest.mark.parametrize("again", [None, "none", "word:1", "push:0"], ids=str)
 def test_an_id_used_again_does_not_inherit_a_dose(
-    batch: SteeredBatch, sites: dict[str, GuidedSite], again: Any, announced_finished: bool
+    batch: SteeredBatch, sites: dict[str, SteeredSite], again: Any, announced_finished: bool
 ) -> None:
     begin(batch, ("a", "push:2", 1), ("b", "shift:1", 1))
     announce(batch, a=(0, 1), b=(0, 1))
@@ -210,7 +211,7 @@ def test_an_id_used_again_does_not_inherit_a_dose(
 
 
 def test_an_id_used_again_with_another_prompt_begins_elsewhere(
-    batch: SteeredBatch, sites: dict[str, GuidedSite]
+    batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
     for prompt_len, wanted in ((2, [1, 2]), (4, [3, 4])):
         begin(batch, ("a", "walk", prompt_len), finished=("a",))
@@ -218,7 +219,7 @@ def test_an_id_used_again_with_another_prompt_begins_elsewhere(
         assert rows(sites["attn_in"]) == wanted
 
 
-def test_the_configs_default_steers_those_that_do_not_ask(sites: dict[str, GuidedSite]) -> None:
+def test_the_configs_default_steers_those_that_do_not_ask(sites: dict[str, SteeredSite]) -> None:
     plan = plan_for(
         STEERS, default="p", presets={"p": {"push": {"strength": 2, "phase": "prompt"}}}
     )
@@ -231,7 +232,7 @@ def test_the_configs_default_steers_those_that_do_not_ask(sites: dict[str, Guide
 
 @pytest.mark.parametrize("sites", [gather], indirect=True)
 def test_more_tokens_than_the_map_has_room_for_are_an_error(
-    batch: SteeredBatch, sites: dict[str, GuidedSite]
+    batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
     begin(batch, ("a", "push:2", 1))
     announce(batch, a=(0, 2))
@@ -243,7 +244,7 @@ def test_more_tokens_than_the_map_has_room_for_are_an_error(
 
 
 def test_rows_may_come_in_three_dimensions_and_with_their_residual(
-    batch: SteeredBatch, sites: dict[str, GuidedSite]
+    batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
     begin(batch, ("a", "bend:4", 1))
     announce(batch, a=(0, 3))
@@ -257,7 +258,7 @@ def test_a_dummy_run_at_start_up_takes_the_deepest_form_and_changes_nothing() ->
     (shelf,) = fill_layer_bank(
         {"bend": STEERS["bend"]}, layers=[0], device=CPU, project=lambda _, rows: rows
     ).shelves
-    site = GuidedSite(shelf, gather, max_doses=3, max_tokens=ROOM, device=CPU)
+    site = SteeredSite(shelf, gather, max_doses=3, max_tokens=ROOM, device=CPU)
     depths: list[int] = []
     form, run = site._form, site._form.steer_tokens_
     site._form = SimpleNamespace(  # type: ignore[assignment]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from vllm_steer.bank import Shelf
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import Constant, SteeredRows, SteerTables, grouped
-from vllm_steer.serving.pairs import Uses, steered_rows
-from vllm_steer.serving.rows import BatchRows, SteeredRequest
+from vllm_steer.serving.row_slots import RequestSlots, steered_rows
+from vllm_steer.serving.step import BatchRows, SteeredRequest
 
 CPU = torch.device("cpu")
 SLOTS = {"a": 0, "b": 1, "c": 2}
@@ -61,7 +61,7 @@ def test_pairs_are_those_of_a_loop_sorted_by_slot_and_row(
 ) -> None:
     counts = [count for count, _ in batch]
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows(counts), Uses(SHELF, requests_of(doses)))
+    found = steered_rows(batch_rows(counts), RequestSlots(SHELF, requests_of(doses)))
     wanted = sorted(
         (SLOTS[name], row, strength)
         for row, owner in enumerate(owners(counts))
@@ -77,7 +77,9 @@ def test_touched_rows_are_each_named_once_and_found_again(
     batch: list[tuple[int, dict[str, float]]],
 ) -> None:
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows([count for count, _ in batch]), Uses(SHELF, requests_of(doses)))
+    found = steered_rows(
+        batch_rows([count for count, _ in batch]), RequestSlots(SHELF, requests_of(doses))
+    )
     if found is None:
         return
     placed = grouped.place(found, SHELF.tables, CPU)
@@ -126,7 +128,7 @@ def test_batches_are_the_same_only_if_requests_counts_and_order_are(other: Any, 
 
 
 def test_a_batch_without_rows_has_no_pairs() -> None:
-    uses = Uses(SHELF, requests_of({"request-0": {"a": 1.0}}))
+    uses = RequestSlots(SHELF, requests_of({"request-0": {"a": 1.0}}))
     assert steered_rows(batch_rows([]), uses) is None
     assert steered_rows(batch_rows([0]), uses) is None
 
@@ -147,7 +149,7 @@ def test_requests_that_come_and_go_leave_the_uses_of_those_that_are_there(
     changes: list[tuple[str, dict[str, float] | None]],
 ) -> None:
     alive: dict[str, dict[str, float]] = {}
-    uses = Uses(SHELF, {})
+    uses = RequestSlots(SHELF, {})
     for req_id, doses in changes:
         alive.pop(req_id, None)
         if doses is not None:
@@ -155,6 +157,6 @@ def test_requests_that_come_and_go_leave_the_uses_of_those_that_are_there(
         uses.set(req_id, None if doses is None else requests_of({req_id: doses})[req_id])
     order = ["r3", "r1", "stranger", "r0", "r2"]
     rows = BatchRows(order, np.array([1, 2, 1, 0, 3]))
-    wanted = steered_rows(rows, Uses(SHELF, requests_of(alive)))
+    wanted = steered_rows(rows, RequestSlots(SHELF, requests_of(alive)))
     assert pairs_of(steered_rows(rows, uses)) == pairs_of(wanted)
     assert {row for _, row, _ in pairs_of(wanted)} <= {0, 1, 2, 4, 5, 6}

@@ -12,8 +12,8 @@ from vllm_steer.bank import LayerShelf
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import PHASES, Dose, Dynamic, token_span
 from vllm_steer.kernels.guidance import GuidanceForm, TokenMap, gather, reference
-from vllm_steer.serving.rows import SteeredRequest
-from vllm_steer.serving.rules import guidance_rules
+from vllm_steer.serving.step import SteeredRequest
+from vllm_steer.serving.token_rules import guidance_rules
 from vllm_steer.steers.schedules import SCHEDULES
 
 CPU = torch.device("cpu")

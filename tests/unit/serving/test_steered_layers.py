@@ -16,7 +16,7 @@ from vllm_steer.kernels.guidance import gather
 from vllm_steer.serving import layers as serving_layers
 from vllm_steer.serving import steer_op
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
-from vllm_steer.serving.rows import SteeredRequest, Step
+from vllm_steer.serving.step import SteeredRequest, Step
 
 CPU = torch.device("cpu")
 NO_HISTORY = torch.zeros(1)
@@ -80,7 +80,7 @@ def attached(
     found.attach(model, places, 3)
     context = SimpleNamespace(no_compile_layers=places)
     monkeypatch.setattr(steer_op, "get_forward_context", lambda: context)
-    found.rest()
+    found.start_serving()
     return found
 
 
@@ -196,19 +196,19 @@ def test_every_place_has_to_be_reached_once(monkeypatch: pytest.MonkeyPatch) -> 
     steers = {"push": PUSH, "norm": vector((1,), site="attn_in")}
     found = attached(steers, model, monkeypatch)
     assert found is not None
-    assert found.passed_places() == ["attn_in of layer 1", "resid of layer 0", "resid of layer 2"]
+    assert found.unreached_sites() == ["attn_in of layer 1", "resid of layer 0", "resid of layer 2"]
     model.layers[0](H, R)
     model.layers[1](H, R)
-    assert found.passed_places() == ["attn_in of layer 1", "resid of layer 2"]
+    assert found.unreached_sites() == ["attn_in of layer 1", "resid of layer 2"]
     model.layers[2](H, R)
     model.layers[1].input_layernorm(H, R)
-    assert found.passed_places() == []
+    assert found.unreached_sites() == []
 
 
 def test_a_stage_hooks_its_own_layers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     found = attached({"push": PUSH}, model_of(missing=(0, 1)), monkeypatch)
     assert found is not None
-    assert found.passed_places() == ["resid of layer 2"]
+    assert found.unreached_sites() == ["resid of layer 2"]
     assert attached({"push": PUSH}, model_of(missing=(0, 2)), monkeypatch) is None
 
 

@@ -78,10 +78,10 @@ def test_a_deep_value_is_answered_like_any_other(depth: int) -> None:
 
 
 def test_spans_that_repeat_cost_no_more_than_the_layers_there_can_be() -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(SteerError, match="wanted: 0-based layers"):
         parse_layers("0-9999," * 20_000 + "0")
-    assert time.monotonic() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 @given(st.sets(st.integers(0, 9999), min_size=1, max_size=40))

@@ -51,7 +51,7 @@ REST = (
         "schedule update_from_output finish_requests",
         "wrapped",
         "dynamic strength",
-        "the streams of a request take turns",
+        "schedules the streams of a request",
     ),
     *names(
         "vllm.v1.core.sched.scheduler:Scheduler",

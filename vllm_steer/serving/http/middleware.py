@@ -16,8 +16,8 @@ from vllm_steer.serving.http.refusal import Refused, refuse
 from vllm_steer.serving.http.rewriting import BODY, rewrite
 from vllm_steer.serving.http.routes import Route, route_of
 from vllm_steer.serving.plan_transport import plan_of
-from vllm_steer.serving.reports.delivered import DELIVERED, Delivered
-from vllm_steer.serving.reports.response import ReportingSend, Send, with_length
+from vllm_steer.serving.strength_reports.delivery import RESPONSE_STRENGTHS, ResponseStrengths
+from vllm_steer.serving.strength_reports.http_response import Send, StrengthsInResponse, with_length
 
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
@@ -78,12 +78,12 @@ class Steering:
     async def _pass_on(self, scope: Message, receive: Receive, send: Send, reports: bool) -> None:
         if not reports:
             return await self._app(scope, receive, send)
-        delivered = Delivered()
-        before = DELIVERED.set(delivered)
+        delivered = ResponseStrengths()
+        before = RESPONSE_STRENGTHS.set(delivered)
         try:
-            await self._app(scope, receive, ReportingSend(send, delivered))
+            await self._app(scope, receive, StrengthsInResponse(send, delivered))
         finally:
-            DELIVERED.reset(before)
+            RESPONSE_STRENGTHS.reset(before)
 
     def _hints_of(self, plan: SteerPlan) -> Hints:
         if self._hints is None or self._hints[0] is not plan:

@@ -4,7 +4,7 @@ import json
 
 from vllm_steer.foreign import message as shown_message
 from vllm_steer.serving.http.routes import Route
-from vllm_steer.serving.reports.response import Send
+from vllm_steer.serving.strength_reports.http_response import Send
 
 _TYPE = "BadRequestError"
 

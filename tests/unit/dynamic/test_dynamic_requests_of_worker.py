@@ -1,0 +1,123 @@
+"""Dynamic requests of a worker: who plays which role, and what their numbers take of the pool."""
+
+from itertools import permutations
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from guidance import delta, head, plan_for, vector
+
+from vllm_steer.serving.dynamic.worker_state import DynamicState
+from vllm_steer.serving.request_args import STREAM, Stream
+
+STEERS: dict[str, Any] = {
+    "walk": delta(3, (0,)),
+    "push": vector((0,)),
+    "word": head(),
+}
+PLAN = plan_for(STEERS)
+INSIDE = "push:dynamic:2,walk:dynamic:1.5"
+
+
+def params(steer: Any, max_tokens: int = 6, stream: Stream | None = None) -> Any:
+    extra = {"steer": steer} if stream is None else {STREAM: stream.to_args()}
+    return SimpleNamespace(extra_args=extra, max_tokens=max_tokens)
+
+
+def comes(part: DynamicState, req_id: str, steer: Any = INSIDE, max_tokens: int = 6) -> Any:
+    """A request, or by the end of its id a stream."""
+    main, _, role = req_id.partition("-")
+    stream = None
+    if role:
+        stream = Stream(main, steer, None if role == "base" else int(role))
+    return part.steered_request(req_id, params(steer, max_tokens, stream), 4)
+
+
+@pytest.fixture
+def part() -> DynamicState:
+    return DynamicState(PLAN, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("order", [*permutations(["a", "a-base", "a-0", "a-1"])], ids="+".join)
+def test_main_and_streams_come_and_go_in_any_order(
+    part: DynamicState, order: tuple[str, ...]
+) -> None:
+    found = {req_id: comes(part, req_id) for req_id in order}
+    assert found["a-base"] is None
+    assert [d.dynamic for d in found["a-0"].doses + found["a-1"].doses] == [None, None]
+    assert [d.strength for d in found["a-0"].doses + found["a-1"].doses] == [2.0, 1.5]
+    assert set(found["a"].tables) == {0, 1}
+    assert found["a-0"].tables == found["a-1"].tables == {}
+    assert part.pool.num_taken == 6 + 3
+    roles = {req_id: part.requests.role(req_id) for req_id in order}
+    assert roles["a"] is None
+    assert {r: role[2] for r, role in roles.items() if role} == {"a-base": None, "a-0": 0, "a-1": 1}
+    for req_id in reversed(order):
+        part.requests.remove(req_id)
+    assert part.pool.num_taken == 0
+    assert len(part.requests) == 0
+    assert all(part.requests.role(req_id) is None for req_id in order)
+
+
+@pytest.mark.parametrize(
+    ("steer", "max_tokens", "taken"),
+    [("push:dynamic", 5, 5), ("walk:dynamic", 9, 3), ("walk:dynamic", 2, 2),
+     ("word:dynamic", 7, 7), ("push:3", 7, 0), ("walk:dynamic,push:3", 1, 1)],
+    ids=str,
+)  # fmt: skip
+def test_a_dose_takes_a_number_per_step_it_can_act_in(
+    part: DynamicState, steer: str, max_tokens: int, taken: int
+) -> None:
+    comes(part, "a", steer, max_tokens)
+    assert part.pool.num_taken == taken
+
+
+def test_a_delta_is_active_up_to_its_last_step(part: DynamicState) -> None:
+    comes(part, "a")
+    request = part.requests.get("a")
+    assert request is not None
+    assert [request.active(step) for step in range(6)] == [[0, 1]] * 3 + [[0]] * 3
+
+
+def test_a_request_that_is_sent_again_keeps_its_numbers(part: DynamicState) -> None:
+    """As after a preemption in vLLM's second runner."""
+    tables = comes(part, "a").tables
+    first = part.requests.get("a")
+    part.pool.values[tables[0]] = 1.25
+    assert comes(part, "a").tables == tables
+    assert part.requests.get("a") is first
+    assert part.pool.values[tables[0]] == 1.25
+    assert part.pool.num_taken == 9
+
+
+def test_an_id_used_again_begins_anew(part: DynamicState) -> None:
+    for req_id in ("a-base", "a-0", "a-1", "a"):
+        comes(part, req_id)
+    old = part.requests.get("a")
+    assert old is not None
+    old.known = 5
+    part.pool.values.fill_(9.0)
+    for req_id in ("a", "a-base", "a-0", "a-1"):
+        part.requests.remove(req_id)
+    comes(part, "a-base", "walk:dynamic")
+    new = part.requests.get("a")
+    assert new is not None
+    assert (new.known, new.kept, list(new.starts)) == (-1, {}, [0])
+    assert part.pool.values[new.starts[0] : new.starts[0] + 3].tolist() == [0.0] * 3
+    assert part.requests.role("a-0") is None
+    assert part.pool.num_taken == 3
+
+
+def test_a_request_at_the_head_is_its_own_base(part: DynamicState) -> None:
+    comes(part, "a", "word:dynamic")
+    role = part.requests.role("a")
+    assert role is not None
+    assert (role[0], role[2]) == ("a", None)
+    part.requests.remove("a")
+    assert part.requests.role("a") is None
+
+
+def test_what_ends_unknown_is_nobodys(part: DynamicState) -> None:
+    part.requests.remove("never seen")
+    assert part.pool.num_taken == 0

@@ -1,0 +1,79 @@
+"""Who is asked before a waiting request is scheduled, in each vLLM's scheduler."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_steer.serving.dynamic.group_admission import WaitingGate, missing_gate_names
+
+
+class Before:
+    """The two methods of vLLM before 0.31, and what it takes for blocked."""
+
+    def __init__(self) -> None:
+        self.promoted: list[str] = []
+        self.skipped_waiting = SimpleNamespace(remove_requests=self.promoted.extend)
+
+    @staticmethod
+    def _is_blocked_waiting_status(status: str) -> bool:
+        return status == "blocked"
+
+    def _try_promote_blocked_waiting_request(self, request: Any) -> bool:
+        assert request.status == "blocked"
+        self.promoted.append(request.name)
+        return request.name != "never"
+
+    def admits(self, request: Any) -> bool:
+        blocked = self._is_blocked_waiting_status(request.status)
+        return not blocked or self._try_promote_blocked_waiting_request(request)
+
+
+class After:
+    def _handle_blocked_waiting_request(self, request: Any) -> bool:
+        return request.name != "never"
+
+    def admits(self, request: Any) -> bool:
+        return self._handle_blocked_waiting_request(request)
+
+
+def request(name: str, status: str = "waiting") -> Any:
+    return SimpleNamespace(name=name, status=status)
+
+
+@pytest.mark.parametrize("kind", [Before, After])
+def test_each_request_is_asked_about_while_a_step_is_scheduled(kind: Any) -> None:
+    scheduler, asked = kind(), []
+
+    def may_go(is_ready: Any, request: Any) -> bool:
+        asked.append(request.name)
+        return request.name != "held" and is_ready(request)
+
+    gate = WaitingGate(scheduler, may_go)
+    waiting = [request("a"), request("held"), request("b", "blocked"), request("never", "blocked")]
+    with gate.scheduling():
+        assert [scheduler.admits(each) for each in waiting] == [True, False, True, False]
+    assert asked == ["a", "held", "b", "never"]
+
+
+def test_a_status_is_what_it_is_while_no_step_is_scheduled() -> None:
+    scheduler = Before()
+    gate = WaitingGate(scheduler, lambda is_ready, request: False)
+    assert not scheduler._is_blocked_waiting_status("waiting")
+    with pytest.raises(ZeroDivisionError), gate.scheduling():
+        assert scheduler._is_blocked_waiting_status("waiting")
+        raise ZeroDivisionError
+    assert not scheduler._is_blocked_waiting_status("waiting")
+    assert scheduler._is_blocked_waiting_status("blocked")
+
+
+def test_a_request_that_has_ended_is_taken_from_those_that_were_skipped() -> None:
+    scheduler: Any = Before()
+    WaitingGate(scheduler, lambda is_ready, request: True).forget("a")
+    assert scheduler.promoted == ["a"]
+    WaitingGate(After(), lambda is_ready, request: True).forget("a")
+
+
+def test_a_scheduler_without_either_has_no_gate() -> None:
+    assert missing_gate_names(Before()) == missing_gate_names(After()) == []
+    assert missing_gate_names(object()) == ["_handle_blocked_waiting_request"]

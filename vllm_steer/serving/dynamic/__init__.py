@@ -1,0 +1,1 @@
+"""Serving requests with dynamic strength: their streams, and the strengths of each token."""

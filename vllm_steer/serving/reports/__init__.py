@@ -1,1 +1,0 @@
-"""Strengths of dynamic requests on their way back: from engine outputs to users and counters."""

@@ -1,1 +1,0 @@
-"""Dynamic strength in the engine: the streams of a request, their turns, their strengths."""
