@@ -6,17 +6,19 @@ inside the layers. A step that was begun but not announced means that vLLM no lo
 adapter wraps: that is an error, so nothing runs unsteered unnoticed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vllm_steer.compat.patching import works_otherwise
+from vllm_steer.doses import is_dynamic
 from vllm_steer.kernels.lm_steer import LMSteerForm
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.worker_state import DynamicState
 from vllm_steer.serving.head_rows import HeadRows
+from vllm_steer.serving.request_args import doses_of, stream_of
 from vllm_steer.serving.site import SteeredSite
 from vllm_steer.serving.step import SteeredRequest, Step
 
@@ -34,6 +36,7 @@ class SteeredBatch:
         max_rows: int | None = None,
     ) -> None:
         self.dynamic = DynamicState(plan, device)
+        self._plan = plan
         self._requests: dict[str, SteeredRequest] = {}
         self._sites = sites
         self._is_announced = False
@@ -64,11 +67,14 @@ class SteeredBatch:
         self._is_announced = False
         self.dynamic.begin_step(streams)
         for req_id in finished:
-            self.dynamic.requests.remove(req_id)
+            if self.dynamic.requests:
+                self.dynamic.requests.remove(req_id)
             self._set_request(req_id, None)
         for req_id, sampling_params, prompt_len in new:
-            request = self.dynamic.steered_request(req_id, sampling_params, prompt_len)
-            self._set_request(req_id, request)
+            self._set_request(
+                req_id,
+                steered_request(req_id, sampling_params, prompt_len, self._plan, self.dynamic),
+            )
         if self._strengths is not self.dynamic.pool.values:  # it has grown
             self._strengths = self.dynamic.pool.values
             self._invalidate_sites()
@@ -112,3 +118,20 @@ class SteeredBatch:
     def _invalidate_sites(self) -> None:
         for site in self._sites:
             site.invalidate()
+
+
+def steered_request(
+    req_id: str, params: Any, prompt_len: int, plan: SteerPlan, dynamic: DynamicState
+) -> SteeredRequest | None:
+    """A new request or stream with its doses, None if it has none; dynamic ones are added to
+    ``dynamic``.
+    """
+    if params is None:
+        return None
+    doses, stream = doses_of(params, plan), stream_of(params)
+    tables: Mapping[int, int] = {}
+    if stream is not None:
+        dynamic.add_stream(req_id, stream, params.max_tokens)
+    elif is_dynamic(doses):
+        tables = dynamic.add(req_id, doses, params.max_tokens)
+    return SteeredRequest(doses, prompt_len, tables) if doses else None

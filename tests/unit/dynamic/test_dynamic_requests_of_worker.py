@@ -8,6 +8,7 @@ import pytest
 import torch
 from guidance import delta, head, plan_for, vector
 
+from vllm_steer.serving.batch import steered_request
 from vllm_steer.serving.dynamic.worker_state import DynamicState
 from vllm_steer.serving.request_args import STREAM, Stream
 
@@ -31,7 +32,7 @@ def comes(part: DynamicState, req_id: str, steer: Any = INSIDE, max_tokens: int 
     stream = None
     if role:
         stream = Stream(main, steer, None if role == "base" else int(role))
-    return part.steered_request(req_id, params(steer, max_tokens, stream), 4)
+    return steered_request(req_id, params(steer, max_tokens, stream), 4, PLAN, part)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from guidance import delta, head, plan_for, vector
 
+from vllm_steer.serving.batch import steered_request
 from vllm_steer.serving.dynamic import strengths as strengths_module
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.worker_state import DynamicState
@@ -51,9 +52,10 @@ def add(part: DynamicState, main: str, steer: str, *, max_tokens: int = 8) -> No
     for dose in (None, *(i for i, d in enumerate(doses) if PLAN.steers[d.steer].site != "head")):
         name = f"{main}-{'base' if dose is None else dose}"
         stream = {STREAM: Stream(main, steer, dose).to_args()}
-        part.steered_request(name, SimpleNamespace(extra_args=stream, max_tokens=max_tokens), 3)
+        params = SimpleNamespace(extra_args=stream, max_tokens=max_tokens)
+        steered_request(name, params, 3, PLAN, part)
     user = SimpleNamespace(extra_args={"steer": steer}, max_tokens=max_tokens)
-    part.steered_request(main, user, 3)
+    steered_request(main, user, 3, PLAN, part)
 
 
 @pytest.fixture

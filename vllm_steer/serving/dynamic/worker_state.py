@@ -1,18 +1,16 @@
 """What a worker keeps for dynamic strengths."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from vllm_steer.doses import is_dynamic
+from vllm_steer.doses import Dose
 from vllm_steer.kernels.dispatch import divergence_form
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.requests import DynamicRequests, StrengthPool
 from vllm_steer.serving.dynamic.strengths import DynamicStep, StrengthComputation
-from vllm_steer.serving.request_args import doses_of, stream_of
-from vllm_steer.serving.step import SteeredRequest
+from vllm_steer.serving.request_args import Stream
 
 
 class DynamicState:
@@ -35,15 +33,13 @@ class DynamicState:
         if self._streams is not None:
             self.step = self.strengths.plan(self._streams, req_ids)
 
-    def steered_request(self, req_id: str, params: Any, prompt_len: int) -> SteeredRequest | None:
-        """Add a new request or stream; its doses, or None if it has none."""
-        if params is None:
-            return None
-        doses, stream = doses_of(params, self._plan), stream_of(params)
-        tables: dict[int, int] = {}
-        if stream is not None:
-            self.requests.add(stream.main, self._plan.doses(stream.steer), params.max_tokens)
-            self.requests.add_stream(req_id, stream.main, stream.dose)
-        elif is_dynamic(doses):
-            tables |= self.requests.add(req_id, doses, params.max_tokens).starts
-        return SteeredRequest(doses, prompt_len, tables) if doses else None
+    def add(self, req_id: str, doses: tuple[Dose, ...], max_tokens: int) -> Mapping[int, int]:
+        """Add a request with dynamic doses; by index of the dose, where its strengths begin in the
+        pool.
+        """
+        return self.requests.add(req_id, doses, max_tokens).starts
+
+    def add_stream(self, req_id: str, stream: Stream, max_tokens: int) -> None:
+        """Add a base or probe stream, and its request unless that is there already."""
+        self.requests.add(stream.main, self._plan.doses(stream.steer), max_tokens)
+        self.requests.add_stream(req_id, stream.main, stream.dose)
