@@ -1,8 +1,8 @@
-"""Which form of an operation runs: the one place that decides.
+"""Selects the backend of each operation.
 
-Every operation has a written-out ``reference``, a plain-torch form for every device, and Triton
-forms. ``auto`` takes Triton on a CUDA device and torch elsewhere. What was asked for by name is had
-or refused: there is no falling back.
+Every operation has a ``reference`` in float64, a backend in plain PyTorch for every device, and
+Triton backends. ``auto`` selects Triton on a CUDA device and PyTorch elsewhere. An explicit choice
+is used or raises ``KernelError``; there is no silent fallback.
 """
 
 import importlib.util
@@ -10,9 +10,9 @@ from typing import Literal, get_args
 
 import torch
 
-from vllm_steer.kernels.divergence.form import DivergenceForm
-from vllm_steer.kernels.guidance.form import GuidanceForm
-from vllm_steer.kernels.lm_steer.form import LMSteerForm
+from vllm_steer.kernels.divergence.backend import DivergenceBackend
+from vllm_steer.kernels.guidance.backend import GuidanceBackend
+from vllm_steer.kernels.lm_steer.backend import LMSteerBackend
 
 Kernels = Literal["auto", "triton", "torch"]
 
@@ -20,62 +20,62 @@ FEW_ROWS = 8
 
 
 class KernelError(ValueError):
-    """A form of an operation cannot be had."""
+    """The requested backend is not available."""
 
 
-def lm_steer_form(kernels: str, device: torch.device, *, max_rows: int) -> LMSteerForm:
-    """The form of LM-Steer for an engine whose batches have up to ``max_rows`` rows.
+def lm_steer_backend(kernels: str, device: torch.device, *, max_rows: int) -> LMSteerBackend:
+    """The backend of LM-Steer for an engine whose batches have up to ``max_rows`` rows.
 
     Up to ``FEW_ROWS`` rows every pair of row and steer has its own programs, beyond that rows share
     tiles. The two round differently, so the engine decides and not the batch: a row's result must
-    not depend on how many rows came with it. Raises ``KernelError`` as ``backend`` does.
+    not depend on the size of its batch. Raises ``KernelError`` as ``resolve_kernels`` does.
     """
-    if backend(kernels, device) == "torch":
-        from vllm_steer.kernels.lm_steer import grouped
+    if resolve_kernels(kernels, device) == "torch":
+        from vllm_steer.kernels.lm_steer import torch_grouped
 
-        return grouped
+        return torch_grouped
     if max_rows <= FEW_ROWS:
-        from vllm_steer.kernels.lm_steer.by_row import BY_ROW
+        from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
 
-        return BY_ROW
-    from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
+        return ROWWISE
+    from vllm_steer.kernels.lm_steer.triton_tiled import TILED
 
-    return BY_TILE
-
-
-def guidance_form(kernels: str, device: torch.device) -> GuidanceForm:
-    """The form of activation guidance. Raises ``KernelError`` as ``backend`` does."""
-    if backend(kernels, device) == "torch":
-        from vllm_steer.kernels.guidance import gather, host
-
-        return host if device.type == "cpu" else gather
-    from vllm_steer.kernels.guidance import fused
-
-    return fused
+    return TILED
 
 
-def divergence_form(kernels: str, device: torch.device) -> DivergenceForm:
-    """The form of the divergence behind a dynamic strength.
+def guidance_backend(kernels: str, device: torch.device) -> GuidanceBackend:
+    """The backend of activation guidance. Raises ``KernelError`` as ``resolve_kernels`` does."""
+    if resolve_kernels(kernels, device) == "torch":
+        from vllm_steer.kernels.guidance import cpu, torch_gather
 
-    Raises ``KernelError`` as ``backend`` does.
+        return cpu if device.type == "cpu" else torch_gather
+    from vllm_steer.kernels.guidance import triton_fused
+
+    return triton_fused
+
+
+def divergence_backend(kernels: str, device: torch.device) -> DivergenceBackend:
+    """The backend of the KL divergence that a dynamic strength is computed from.
+
+    Raises ``KernelError`` as ``resolve_kernels`` does.
     """
-    if backend(kernels, device) == "torch":
-        from vllm_steer.kernels.divergence import by_sort, on_host
+    if resolve_kernels(kernels, device) == "torch":
+        from vllm_steer.kernels.divergence import cpu, torch_sort
 
-        return on_host if device.type == "cpu" else by_sort
-    from vllm_steer.kernels.divergence import fused
+        return cpu if device.type == "cpu" else torch_sort
+    from vllm_steer.kernels.divergence import triton_fused
 
-    return fused
+    return triton_fused
 
 
-def backend(kernels: str, device: torch.device) -> Literal["triton", "torch"]:
-    """What ``kernels`` means on ``device``.
+def resolve_kernels(kernels: str, device: torch.device) -> Literal["triton", "torch"]:
+    """Whether ``kernels`` selects Triton or PyTorch on ``device``.
 
     Raises ``KernelError`` for a name that does not exist, for Triton without its package, and for
     Triton on a device other than CUDA unless Triton's interpreter is on (``TRITON_INTERPRET=1``).
     """
     if kernels not in get_args(Kernels):
-        raise KernelError(f"kernels is {kernels!r}; allowed: {', '.join(get_args(Kernels))}")
+        raise KernelError(f"kernels is {kernels!r}; expected one of {', '.join(get_args(Kernels))}")
     if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
         return "torch"
     if importlib.util.find_spec("triton") is None:

@@ -2,7 +2,7 @@
 
 ``delta = epsilon * sum_c a_c (x P1_c) P2_c^T`` with ``a_c`` the row's strength, or 1 for a fixed
 column (Han et al. 2024, section 3); at strength 0 there is no delta. Steers are given
-to the formula as the authors store them and to the operation as packed tables.
+to the formula as the authors store them and to the operation as packed weights.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from vllm_steer.kernels.lm_steer import (
     LowRank,
     Slot,
     SteeredRows,
-    SteerTables,
+    SteerWeights,
 )
 
 Use = tuple[int, int, float]  # row, slot, strength
@@ -35,14 +35,19 @@ class Weights:
     epsilon: float
 
 
-def tables_of(steers: list[Weights], stored: str = "low-rank") -> SteerTables:
-    """The steers as packed tables; those that multiply ``low-rank``, ``dense`` or in turn both."""
-    tables: dict[str, list[torch.Tensor]] = {"shrink": [], "expand": [], "dense": [], "vectors": []}
+def weights_of(steers: list[Weights], stored: str = "low-rank") -> SteerWeights:
+    """The steers as packed weights; those that multiply ``low-rank``, ``dense`` or in turn both."""
+    weights: dict[str, list[torch.Tensor]] = {
+        "shrink": [],
+        "expand": [],
+        "dense": [],
+        "vectors": [],
+    }
     slots: list[Slot] = []
 
     def keep(name: str, tensor: torch.Tensor) -> int:
-        tables[name].append(tensor[None])
-        return len(tables[name]) - 1
+        weights[name].append(tensor[None])
+        return len(weights[name]) - 1
 
     rank = 0
     for number, steer in enumerate(steers):
@@ -57,8 +62,8 @@ def tables_of(steers: list[Weights], stored: str = "low-rank") -> SteerTables:
             slots.append(Dense(kept[0], kept[1] if steer.fixed else None, steer.epsilon))
         else:
             start, rank = rank, rank + steer.second.shape[0] * steer.second.shape[2]
-            tables["shrink"].append(torch.cat([column.T for column in steer.first]))
-            tables["expand"].append(torch.cat([column.T for column in steer.second]))
+            weights["shrink"].append(torch.cat([column.T for column in steer.first]))
+            weights["expand"].append(torch.cat([column.T for column in steer.second]))
             fixed_from = start + free * steer.second.shape[2]
             slots.append(LowRank(start, fixed_from, rank, steer.epsilon))
     some = steers[0].second
@@ -66,9 +71,9 @@ def tables_of(steers: list[Weights], stored: str = "low-rank") -> SteerTables:
     empty = {"dense": some.new_empty(0, width, width)}
     whole = {
         name: torch.cat(found) if found else empty.get(name, some.new_empty(0, width))
-        for name, found in tables.items()
+        for name, found in weights.items()
     }
-    return SteerTables(slots=tuple(slots), **whole)
+    return SteerWeights(slots=tuple(slots), **whole)
 
 
 def steered(uses: list[Use], steers: list[Weights]) -> SteeredRows:

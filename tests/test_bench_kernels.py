@@ -162,8 +162,8 @@ def test_the_fast_reference_of_lm_steer_is_the_written_out_one(
     module: Any, bench: Any, changes: dict[str, Any]
 ) -> None:
     inputs, case = module("operations.lm_steer_inputs"), lm_steer_case(module, **changes)
-    shelf = inputs.make_bank(case.width, case.ranks, 2 * case.distinct, torch.float32, CPU)
-    for given in inputs.input_sets(case, shelf, bench):
+    table = inputs.make_bank(case.width, case.ranks, 2 * case.distinct, torch.float32, CPU)
+    for given in inputs.input_sets(case, table, bench):
         found = inputs.exact(given.x, given.tables, given.steered)
         wanted = lm_steer_reference.steer_rows(given.x, given.tables, given.steered)
         torch.testing.assert_close(found.float(), wanted)

@@ -19,9 +19,9 @@ def test_a_wheel_holds_kernels_model_and_steers_and_works_from_any_folder(tmp_pa
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "vllm_steer/kernels/dispatch.py",
-        "vllm_steer/kernels/guidance/fused_kernels.py",
-        "vllm_steer/kernels/lm_steer/grouped.py",
-        "vllm_steer/kernels/lm_steer/by_tile.py",
+        "vllm_steer/kernels/guidance/triton_fused_kernels.py",
+        "vllm_steer/kernels/lm_steer/torch_grouped.py",
+        "vllm_steer/kernels/lm_steer/triton_tiled.py",
         "vllm_steer/embedded/model/model.safetensors",
         "vllm_steer/embedded/grammar/fr.yaml",
         "vllm_steer/embedded/steers/sentiment.safetensors",

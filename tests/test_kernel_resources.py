@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_steer.kernels.guidance import Directions, Rules, TokenMap
+from vllm_steer.kernels.guidance import Directions, TokenMap, TokenRules
 from vllm_steer.kernels.lm_steer import SteeredRows
-from vllm_steer.kernels.lm_steer.by_tile import tiled
+from vllm_steer.kernels.lm_steer.triton_tiled import tiled
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -37,7 +37,7 @@ def tool() -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["BY_TILE", "BY_ROW"])
+@pytest.mark.parametrize("backend", ["TILED", "ROWWISE"])
 @pytest.mark.parametrize(
     ("width", "rank"),
     [
@@ -48,12 +48,12 @@ def tool() -> Iterator[ModuleType]:
     ],
 )
 def test_lm_steer_kernels_fit_a_hopper_card_without_spilling(
-    tool: ModuleType, form: str, width: int, rank: int, dtype: torch.dtype
+    tool: ModuleType, backend: str, width: int, rank: int, dtype: torch.dtype
 ) -> None:
-    module = getattr(tool, form)
+    module = getattr(tool, backend)
     with tool.compiling() as compiled:
         module.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
-    suffix = "" if form == "BY_TILE" else "_row"
+    suffix = "" if backend == "TILED" else "_row"
     names = {name for name, _ in compiled}
     assert {f"{name}{suffix}" for name in PRODUCTS} | {"constant", "add_up"} <= names
     assert_fit(tool, compiled)
@@ -71,7 +71,7 @@ def test_in_16_bits_products_run_on_hoppers_own_tensor_cores_with_weights_first(
 ) -> None:
     """64 rows of weights by a tile's rows, both out of shared memory, loaded 16 bytes at a time."""
     with tool.compiling() as compiled:
-        tool.BY_TILE.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
+        tool.TILED.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
     products = [kernel for (name, _), kernel in compiled.items() if name in PRODUCTS]
     assert len(products) == 5
     for kernel in products:
@@ -115,10 +115,10 @@ def test_what_a_benchmark_varies_fits_a_hopper_card_too(
 def test_a_batch_of_a_low_rank_is_two_launches_whatever_its_rows(
     tool: ModuleType, rank: int, launched: list[str], rows: int
 ) -> None:
-    tables = tool.lm_steer_tables(4096, rank // 2, torch.bfloat16)
+    weights = tool.lm_steer_tables(4096, rank // 2, torch.bfloat16)
     x, steered = torch.zeros(rows, 4096, dtype=torch.bfloat16), next(batches(rows))
     with tool.compiling() as compiled:
-        tool.BY_TILE.steer_rows(x, tables, tool.BY_TILE.place(steered, tables, x.device))
+        tool.TILED.steer_rows(x, weights, tool.TILED.prepare(steered, weights, x.device))
     assert [name for name, _ in compiled] == launched
 
 
@@ -171,25 +171,25 @@ def assert_fit(tool: ModuleType, compiled: dict[tuple[str, str], Any]) -> None:
 
 
 def warm_up_guidance(tool: ModuleType, width: int, turns: bool, dtype: torch.dtype) -> Directions:
-    """The tables of three layers that a site was warmed up with."""
+    """The weights of three layers that a site was warmed up with."""
     directions = Directions(torch.zeros(3, 5, width), torch.ones(5) if turns else None)
-    tool.fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
+    tool.triton_fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
     return directions
 
 
-@pytest.mark.parametrize("form", ["BY_TILE", "BY_ROW"])
+@pytest.mark.parametrize("backend", ["TILED", "ROWWISE"])
 def test_no_batch_of_lm_steers_compiles_what_the_start_up_has_not(
-    tool: ModuleType, form: str
+    tool: ModuleType, backend: str
 ) -> None:
-    module, dtype = getattr(tool, form), torch.bfloat16
-    tables = tool.lm_steer_tables(4096, 64, dtype)
+    module, dtype = getattr(tool, backend), torch.bfloat16
+    weights = tool.lm_steer_tables(4096, 64, dtype)
     with tool.compiling() as at_start:
-        module.warm_up(tables, dtype)
+        module.warm_up(weights, dtype)
     with tool.compiling() as while_serving:
         for rows in (1, 2, 3, 16, 64, 65, 257):
             x = torch.zeros(rows + 3, 4096, dtype=dtype)[3:]
             for steered in batches(rows):
-                module.steer_rows(x, tables, module.place(steered, tables, x.device))
+                module.steer_rows(x, weights, module.prepare(steered, weights, x.device))
     assert while_serving
     assert set(while_serving) <= set(at_start)
 
@@ -221,8 +221,8 @@ def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(
             hidden, residual = torch.zeros(2, tokens, width, dtype=dtype)
             for layer, depth in ((0, 1), (1, 2), (2, 4)):
                 kept = residual if turns else None
-                tool.fused.steer_tokens_(hidden, kept, directions, layer, token_map, depth)
-                tool.fused.steer_tokens_(hidden, None, directions, layer, token_map, depth)
+                tool.triton_fused.steer_tokens_(hidden, kept, directions, layer, token_map, depth)
+                tool.triton_fused.steer_tokens_(hidden, None, directions, layer, token_map, depth)
         for requests, depth, tokens in ((1, 1, 1), (2, 4, 9), (16, 2, 64), (33, 3, 512)):
             map_a_batch(tool, requests, depth, tokens, token_map)
     assert len({name for name, _ in while_serving}) == 2
@@ -233,8 +233,10 @@ def map_a_batch(tool: ModuleType, requests: int, depth: int, tokens: int, room: 
     """Map tokens as a site does: into the front of its buffers, from rules in one piece."""
     *integers, table = torch.zeros(6, depth, requests, dtype=torch.int64)
     floats, layers = torch.zeros(2, depth, requests), torch.zeros(3, depth, requests)
-    rules = Rules(*integers, *floats, layers=layers, table=table, history=torch.zeros(tokens))
+    rules = TokenRules(
+        *integers, *floats, layers=layers, pool_offset=table, strength_pool=torch.zeros(tokens)
+    )
     starts = torch.zeros(requests + 2, dtype=torch.int32)[: requests + 1]
     positions = torch.zeros(600, dtype=torch.int64)[:tokens]
     front = TokenMap(room.directions[:depth], room.strengths[:, :depth])
-    tool.fused.map_tokens(rules, starts, positions, front)
+    tool.triton_fused.map_tokens(rules, starts, positions, front)

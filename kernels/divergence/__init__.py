@@ -6,10 +6,10 @@ With ``p0`` and ``p1`` the distributions of a dose's two rows of logits, base an
           probability exceeds top_p; ties go to the lower token
     KL  = sum_{v in Q} P0(v) (ln P0(v) - ln P1(v)),  P0 and P1 = p0 and p1 renormalised over Q
 
-``on_host`` is numpy, ``by_sort`` plain torch on any device, ``fused`` Triton; all offer what
-``form`` says, ``dispatch`` beside this folder chooses. Source: Scalena et al., BlackboxNLP 2024.
+``cpu`` is numpy, ``torch_sort`` runs on every device, ``triton_fused`` on CUDA. All implement
+``DivergenceBackend``; ``dispatch`` selects one. Source: Scalena et al., BlackboxNLP 2024.
 """
 
-from vllm_steer.kernels.divergence.form import DivergenceForm
+from vllm_steer.kernels.divergence.backend import DivergenceBackend
 
-__all__ = ["DivergenceForm"]
+__all__ = ["DivergenceBackend"]

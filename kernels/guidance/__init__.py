@@ -1,12 +1,12 @@
 """Activation guidance as two operations of one step: map the tokens, then steer them per layer.
 
-``reference`` spells the equations out, ``gather`` is plain torch and runs on every device, ``host``
-works a step out ahead of its layers where that is cheap, ``fused`` is Triton; ``dispatch`` beside
-this folder chooses.
+``reference`` is the equations in float64, ``torch_gather`` runs on every device, ``cpu`` computes
+the changes of all layers before the forward pass, ``triton_fused`` runs on CUDA. All but the
+reference implement ``GuidanceBackend``; ``dispatch`` selects one.
 """
 
-from vllm_steer.kernels.guidance.form import GuidanceForm
-from vllm_steer.kernels.guidance.host import HostChanges
-from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
+from vllm_steer.kernels.guidance.backend import GuidanceBackend
+from vllm_steer.kernels.guidance.cpu import StepChanges
+from vllm_steer.kernels.guidance.operands import Directions, TokenMap, TokenRules
 
-__all__ = ["Directions", "GuidanceForm", "HostChanges", "Rules", "TokenMap"]
+__all__ = ["Directions", "GuidanceBackend", "StepChanges", "TokenMap", "TokenRules"]

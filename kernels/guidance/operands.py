@@ -1,4 +1,4 @@
-"""What activation guidance works on: rules per request, a map per token, directions per layer.
+"""The operands of activation guidance: rules per request, a map per token, directions per layer.
 
 A *direction* is a row of a site's tables: a vector steer has one, a delta steer one per generation
 step; direction 0 is zero and means none. A request takes up to K doses at a site. Per step the
@@ -7,6 +7,7 @@ rules of the R requests in the batch become the map of its T tokens, once for al
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,57 +18,61 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How R requests take K doses each, in a site of L layers; a dose that is not there is zero.
+class TokenRules:
+    """How K doses of R requests act in a site of L layers; a dose that is not there has strength 0.
 
-    For a token of request ``r`` at position ``p``, with ``i = p - origin``:
+    For a token of request ``r`` at position ``p``, with ``i = p - step0_position``:
 
-        direction = start + stride * i             if first <= p < last, else 0
-        strength  = strength * (1 - slope * i)     if first <= p < last, else 0
-                    history[table + i] instead     where table >= 0
+        direction = direction_start + direction_stride * i      if begin <= p < end, else 0
+        strength  = strength * (1 - slope * i)                  if begin <= p < end, else 0
+                    strength_pool[pool_offset + i] instead      where pool_offset >= 0
 
-    A dose with a table has a strength of its own at every step: ``strength`` and ``slope`` are not
-    read then, and a step that ``history`` does not reach has strength 0.
+    A dose with a pool offset has a strength of its own at every step: ``strength`` and ``slope``
+    are not read then, and a step beyond ``strength_pool`` has strength 0.
 
-    start, stride, origin, first, last   ``[K, R]`` int64
-    strength, slope                      ``[K, R]`` float32
-    layers                               ``[L, K, R]`` float32, 1 where the dose acts, else 0
-    table                                ``[K, R]`` int64, the place of step 0; -1 for none
-    history                              ``[N]`` float32, one number or more; may change on the
-                                         device from call to call
+    direction_start, direction_stride, step0_position, begin, end   ``[K, R]`` int64
+    strength, slope   ``[K, R]`` float32
+    layers            ``[L, K, R]`` float32, 1 where the dose acts, else 0
+    pool_offset       ``[K, R]`` int64, the index of step 0; -1 for none
+    strength_pool     ``[N]`` float32, N at least 1; may change on the device from call to call
     """
 
-    start: torch.Tensor
-    stride: torch.Tensor
-    origin: torch.Tensor
-    first: torch.Tensor
-    last: torch.Tensor
+    direction_start: torch.Tensor
+    direction_stride: torch.Tensor
+    step0_position: torch.Tensor
+    begin: torch.Tensor
+    end: torch.Tensor
     strength: torch.Tensor
     slope: torch.Tensor
     layers: torch.Tensor
-    table: torch.Tensor
-    history: torch.Tensor
+    pool_offset: torch.Tensor
+    strength_pool: torch.Tensor
 
     @cached_property
-    def takers(self) -> "Takers":
-        """The requests that take anything, of rules in the host's memory."""
-        takes = self.layers.numpy().any((0, 1))
-        rows = np.flatnonzero(takes)
-        names = ("start", "stride", "origin", "first", "last", "strength", "slope", "table")
-        own = {name: getattr(self, name).numpy()[:, rows] for name in names}
-        layers = self.layers.numpy()[:, :, rows]
-        return Takers(
+    def active_requests(self) -> "ActiveRequests":
+        """The requests with at least one dose, of rules in the host's memory."""
+        is_active = self.layers.numpy().any((0, 1))
+        rows = np.flatnonzero(is_active)
+        doses = {name: getattr(self, name).numpy()[:, rows] for name in DOSE_FIELDS}
+        return ActiveRequests(
             rows=rows,
-            column_of=np.where(takes, takes.cumsum() - 1, -1),
-            **own,
-            layers=layers,
-            history=self.history.numpy(),
+            column_of=np.where(is_active, is_active.cumsum() - 1, -1),
+            **doses,
+            layers=self.layers.numpy()[:, :, rows],
+            strength_pool=self.strength_pool.numpy(),
         )
 
 
+DOSE_FIELDS: Final = (
+    *("direction_start", "direction_stride", "step0_position", "begin", "end"),
+    *("strength", "slope", "pool_offset"),
+)
+"""The fields of ``TokenRules`` that are ``[K, R]``."""
+
+
 @dataclass(frozen=True, eq=False)
-class Takers:
-    """The S of R requests that take anything, with their columns of ``Rules``.
+class ActiveRequests:
+    """The S of R requests with at least one dose, and their columns of ``TokenRules``.
 
     rows       ``[S]`` which of the R requests
     column_of  ``[R]`` the column of each request, -1 for none
@@ -75,24 +80,24 @@ class Takers:
 
     rows: IntArray
     column_of: IntArray
-    start: IntArray
-    stride: IntArray
-    origin: IntArray
-    first: IntArray
-    last: IntArray
+    direction_start: IntArray
+    direction_stride: IntArray
+    step0_position: IntArray
+    begin: IntArray
+    end: IntArray
     strength: FloatArray
     slope: FloatArray
-    table: IntArray
+    pool_offset: IntArray
     layers: FloatArray
-    history: FloatArray
+    strength_pool: FloatArray
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Which direction each token takes at which strength; buffers that keep their addresses.
+    """The directions and strengths of each token; buffers that keep their addresses.
 
     directions  ``[K, N]`` int32
-    strengths   ``[L, K, N]`` float32, 0 where a token takes nothing
+    strengths   ``[L, K, N]`` float32, 0 where a token has no dose
     """
 
     directions: torch.Tensor
@@ -106,14 +111,14 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class Directions:
-    """One site's tables: for each of L layers the same D directions, zero where a steer is not.
+    """One site's tables: D directions for each of L layers, zero in layers that a steer lacks.
 
-    vectors  ``[L, D, width]`` float32; unit vectors for a steer that rotates
-    turns    ``[D]`` float32, 1 for directions that rotate; None if none does
+    vectors      ``[L, D, width]`` float32; unit vectors for a steer of mode ``rotate``
+    is_rotation  ``[D]`` float32, 1 for the directions of such steers; None if there are none
     """
 
     vectors: torch.Tensor
-    turns: torch.Tensor | None
+    is_rotation: torch.Tensor | None
 
     @property
     def num_bytes(self) -> int:

@@ -2,34 +2,37 @@
 
 import torch
 
-from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
+from vllm_steer.kernels.guidance.operands import Directions, TokenMap, TokenRules
 
 
 def map_tokens(
-    rules: Rules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
+    rules: TokenRules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
 ) -> None:
-    """Write the map of the step's tokens into ``out``; see ``Rules`` for the equations."""
-    for row in range(rules.start.shape[1]):
+    """Write the map of the step's tokens into ``out``; see ``TokenRules`` for the equations."""
+    for row in range(rules.direction_start.shape[1]):
         for token in range(int(query_start_loc[row]), int(query_start_loc[row + 1])):
-            for k in range(rules.start.shape[0]):
+            for k in range(rules.direction_start.shape[0]):
                 _map_token(rules, k, row, token, int(positions[token]), out)
 
 
-def _map_token(rules: Rules, k: int, row: int, token: int, position: int, out: TokenMap) -> None:
+def _map_token(
+    rules: TokenRules, k: int, row: int, token: int, position: int, out: TokenMap
+) -> None:
     direction, strength = 0, 0.0
-    if rules.first[k, row] <= position < rules.last[k, row]:
-        step = position - int(rules.origin[k, row])
-        direction = int(rules.start[k, row]) + int(rules.stride[k, row]) * step
+    if rules.begin[k, row] <= position < rules.end[k, row]:
+        step = position - int(rules.step0_position[k, row])
+        direction = int(rules.direction_start[k, row]) + int(rules.direction_stride[k, row]) * step
         strength = _strength(rules, k, row, step)
     out.directions[k, token] = direction
     out.strengths[:, k, token] = strength * rules.layers[:, k, row]
 
 
-def _strength(rules: Rules, k: int, row: int, step: int) -> float:
-    table = int(rules.table[k, row])
-    if table < 0:
+def _strength(rules: TokenRules, k: int, row: int, step: int) -> float:
+    index = int(rules.pool_offset[k, row])
+    if index < 0:
         return float(rules.strength[k, row]) * (1 - float(rules.slope[k, row]) * step)
-    return float(rules.history[table + step]) if 0 <= table + step < len(rules.history) else 0.0
+    index += step
+    return float(rules.strength_pool[index]) if 0 <= index < len(rules.strength_pool) else 0.0
 
 
 def steer_tokens_(
@@ -50,7 +53,9 @@ def steer_tokens_(
             direction = int(token_map.directions[k, token])
             if strength != 0:
                 touched = True
-                turning |= directions.turns is not None and bool(directions.turns[direction])
+                turning |= directions.is_rotation is not None and bool(
+                    directions.is_rotation[direction]
+                )
                 change += strength * vectors[direction]
         if not touched:
             continue

@@ -1,26 +1,25 @@
 """LM-Steer as an operation over the rows of one batch.
 
-``reference`` spells the equation out, ``grouped`` is plain torch and runs on every device,
-``by_tile`` and ``by_row`` are Triton; all offer what ``form`` says, ``dispatch`` beside this folder
-chooses.
+``reference`` is the equation in float64, ``torch_grouped`` runs on every device, ``triton_tiled``
+and ``triton_rowwise`` on CUDA. All implement ``LMSteerBackend``; ``dispatch`` selects one.
 """
 
-from vllm_steer.kernels.lm_steer.form import LMSteerForm
+from vllm_steer.kernels.lm_steer.backend import LMSteerBackend
 from vllm_steer.kernels.lm_steer.operands import (
     Constant,
     Dense,
     LowRank,
     Slot,
     SteeredRows,
-    SteerTables,
+    SteerWeights,
 )
 
 __all__ = [
     "Constant",
     "Dense",
-    "LMSteerForm",
+    "LMSteerBackend",
     "LowRank",
     "Slot",
-    "SteerTables",
+    "SteerWeights",
     "SteeredRows",
 ]

@@ -1,4 +1,4 @@
-"""Where the Triton forms put the pairs' changes, and the parts that both have in common."""
+"""Where the Triton backends write the pairs' changes, and what both share."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ import torch
 import triton
 
 from vllm_steer.kernels.lm_steer.change_kernels import add_up, constant
-from vllm_steer.kernels.lm_steer.operands import SteerTables
-from vllm_steer.kernels.lm_steer.placing import PlacedRows
+from vllm_steer.kernels.lm_steer.metadata import BatchMetadata
+from vllm_steer.kernels.lm_steer.operands import SteerWeights
 
 BLOCK_WIDTH = 1024
 EXACT = {"enable_fp_fusion": False}  # products and sums round one by one, in every kernel alike
@@ -28,29 +28,29 @@ class Target:
         return self.x.shape[1]
 
 
-def begin(x: torch.Tensor, placed: PlacedRows) -> Target:
+def begin(x: torch.Tensor, metadata: BatchMetadata) -> Target:
     """Room for the result; rows that no pair touches are copied."""
     if x.data_ptr() % 16:  # kernels are compiled for aligned tensors; a window may begin anywhere
         x = x.clone()
-    whole = placed.touched == x.shape[0]
+    whole = metadata.touched == x.shape[0]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if whole else _copy(x)
-    pairs = 0 if placed.sums is None else placed.rows.shape[0]
+    pairs = 0 if metadata.sums is None else metadata.rows.shape[0]
     changes = torch.empty(pairs, x.shape[1], dtype=torch.float32, device=x.device)
-    return Target(x, out, changes, fused=placed.sums is None)
+    return Target(x, out, changes, fused=metadata.sums is None)
 
 
-def finish(target: Target, tables: SteerTables, placed: PlacedRows) -> torch.Tensor:
+def finish(target: Target, weights: SteerWeights, metadata: BatchMetadata) -> torch.Tensor:
     """Add the constant slots' changes, then all changes by row; the result."""
     x, out, width = target.x, target.out, target.width
     blocks = triton.cdiv(width, BLOCK_WIDTH)
-    if placed.constant is not None:
-        constant[(placed.constant.bounds.shape[0], blocks)](
+    if metadata.constant is not None:
+        constant[(metadata.constant.bounds.shape[0], blocks)](
             x,
-            tables.vectors,
-            placed.rows,
-            placed.scales,
-            placed.constant.bounds,
-            placed.constant.epsilons,
+            weights.vectors,
+            metadata.rows,
+            metadata.scales,
+            metadata.constant.bounds,
+            metadata.constant.epsilons,
             out,
             target.changes,
             width,
@@ -59,13 +59,13 @@ def finish(target: Target, tables: SteerTables, placed: PlacedRows) -> torch.Ten
             BLOCK_WIDTH=BLOCK_WIDTH,
             **EXACT,
         )
-    if placed.sums is not None:
-        add_up[(placed.sums.rows.shape[0], blocks)](
+    if metadata.sums is not None:
+        add_up[(metadata.sums.rows.shape[0], blocks)](
             x,
             target.changes,
-            placed.sums.rows,
-            placed.sums.starts,
-            placed.sums.order,
+            metadata.sums.rows,
+            metadata.sums.starts,
+            metadata.sums.order,
             out,
             width,
             *x.stride(),

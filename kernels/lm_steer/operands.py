@@ -1,4 +1,4 @@
-"""What the LM-Steer operation works on: packed tables of steers, and the rows that use them.
+"""The operands of LM-Steer: the packed weights of steers, and the rows that use them.
 
 ``scale`` is ``epsilon * strength`` of a row under a steer; what is fixed enters with ``epsilon``
 alone (the paper's dummy steer at value 1), where ``scale`` is not 0: at strength 0 a steer changes
@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float32]
 class LowRank:
     """``(scale * x shrink_free^T) expand_free + epsilon * (x shrink_fixed^T) expand_fixed``.
 
-    In both tables the rows ``start:fixed`` are free and ``fixed:end`` are fixed.
+    In both weights the rows ``start:fixed`` are free and ``fixed:end`` are fixed.
     """
 
     start: int
@@ -71,10 +71,10 @@ class SlotColumns:
 
 
 @dataclass(frozen=True)
-class SteerTables:
-    """All resident steers of one width, packed by form; mixed ranks lie side by side, unpadded.
+class SteerWeights:
+    """All resident steers of one width, packed by storage; mixed ranks lie side by side, unpadded.
 
-    slots    what each slot is, and where in the tables it lies
+    slots    what each slot is, and where in the weights it lies
     shrink   ``[total_rank, width]``, the P1^T of the low-rank slots
     expand   ``[total_rank, width]``, their P2^T
     dense    ``[matrices, width, width]``, out by in: (P1 P2^T)^T where that is fewer bytes
@@ -106,14 +106,14 @@ class SteerTables:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all tables: the model's."""
+        """The dtype of all weights: the model's."""
         return self.expand.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of all tables."""
-        tables = (self.shrink, self.expand, self.dense, self.vectors)
-        return sum(table.numel() * table.element_size() for table in tables)
+        """Device memory of all weights."""
+        weights = (self.shrink, self.expand, self.dense, self.vectors)
+        return sum(table.numel() * table.element_size() for table in weights)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from vllm_steer.kernels.lm_steer.operands import (
     IntArray,
     LowRank,
     SteeredRows,
-    SteerTables,
+    SteerWeights,
 )
 
 
@@ -23,16 +23,16 @@ class ReadRows:
     groups: tuple[tuple[int, int, int], ...]
 
 
-def place(steered: SteeredRows, tables: SteerTables, device: torch.device) -> ReadRows:
+def prepare(steered: SteeredRows, weights: SteerWeights, device: torch.device) -> ReadRows:
     """The pairs as they are: the reference reads them on the host."""
     return ReadRows(steered.rows, torch.tensor(steered.scales, device=device), steered.groups)
 
 
-def warm_up(tables: SteerTables, dtype: torch.dtype) -> None:
+def warm_up(weights: SteerWeights, dtype: torch.dtype) -> None:
     """Nothing to compile."""
 
 
-def steer_rows(x: torch.Tensor, tables: SteerTables, steered: ReadRows) -> torch.Tensor:
+def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: ReadRows) -> torch.Tensor:
     """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
     Computed in float64 whatever the dtypes, rounded once to ``x.dtype``; rows without a pair are
@@ -45,26 +45,26 @@ def steer_rows(x: torch.Tensor, tables: SteerTables, steered: ReadRows) -> torch
             row, scale = int(steered.rows[pair]), float(steered.scales[pair])
             if scale == 0:
                 continue
-            totals[row] = totals[row] + _change(x[row].double(), tables, slot, scale)
+            totals[row] = totals[row] + _change(x[row].double(), weights, slot, scale)
     for row, total in totals.items():
         out[row] = total.to(x.dtype)
     return out
 
 
-def _change(x: torch.Tensor, tables: SteerTables, slot: int, scale: float) -> torch.Tensor:
-    match tables.slots[slot]:
+def _change(x: torch.Tensor, weights: SteerWeights, slot: int, scale: float) -> torch.Tensor:
+    match weights.slots[slot]:
         case LowRank(start, fixed, end, epsilon):
-            inner = tables.shrink[start:end].double() @ x
+            inner = weights.shrink[start:end].double() @ x
             inner[: fixed - start] *= scale
             inner[fixed - start :] *= epsilon
-            return inner @ tables.expand[start:end].double()
+            return inner @ weights.expand[start:end].double()
         case Dense(free, fixed, epsilon):
-            change = scale * (tables.dense[free].double() @ x)
+            change = scale * (weights.dense[free].double() @ x)
             if fixed is not None:
-                change = change + epsilon * (tables.dense[fixed].double() @ x)
+                change = change + epsilon * (weights.dense[fixed].double() @ x)
             return change
         case Constant(free, fixed, epsilon):
-            change = scale * tables.vectors[free].double()
+            change = scale * weights.vectors[free].double()
             if fixed is not None:
-                change = change + epsilon * tables.vectors[fixed].double()
+                change = change + epsilon * weights.vectors[fixed].double()
             return change

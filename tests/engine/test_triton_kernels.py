@@ -59,23 +59,23 @@ def triton_config(steers: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @has_triton
 @pytest.mark.parametrize(
-    ("form", "max_num_seqs"),
-    [("BY_TILE", 16), pytest.param("BY_ROW", 4, marks=pytest.mark.matrix)],
+    ("backend", "max_num_seqs"),
+    [("TILED", 16), pytest.param("ROWWISE", 4, marks=pytest.mark.matrix)],
 )
 def test_lm_steer_kernels_serve_a_mixed_batch(
-    form: str,
+    backend: str,
     max_num_seqs: int,
     llama: Path,
     steers: dict[str, LMSteer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vllm_steer.kernels.lm_steer import by_row, by_tile, triton_form
+    from vllm_steer.kernels.lm_steer import triton_form, triton_rowwise, triton_tiled
 
-    wanted = {"BY_TILE": by_tile.BY_TILE, "BY_ROW": by_row.BY_ROW}[form]
+    wanted = {"TILED": triton_tiled.TILED, "ROWWISE": triton_rowwise.ROWWISE}[backend]
     reference = load_reference(llama)
     with (
-        called_on(triton_form.TritonForm, "steer_rows", monkeypatch) as calls,
+        called_on(triton_form.TritonBackend, "steer_rows", monkeypatch) as calls,
         engine(llama, triton_config(steers, tmp_path), max_num_seqs=max_num_seqs) as llm,
     ):
         calls.clear()
@@ -94,13 +94,13 @@ def test_lm_steer_kernels_serve_a_mixed_batch(
 def test_guidance_kernels_serve_every_kind_site_mode_schedule_and_phase(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_steer.kernels.guidance import fused
+    from vllm_steer.kernels.guidance import triton_fused
 
     model = save_tiny_model("llama", tmp_path / "model", num_layers=GUIDED_LAYERS)
     steers: dict[str, Steer] = guided_family("llama")[1]
     reference = load_reference(model)
     with (
-        called_on(fused, "steer_tokens_", monkeypatch) as calls,
+        called_on(triton_fused, "steer_tokens_", monkeypatch) as calls,
         engine(model, triton_config(steers, tmp_path / "steers")) as llm,
     ):
         calls.clear()
@@ -118,15 +118,15 @@ def test_guidance_kernels_serve_every_kind_site_mode_schedule_and_phase(
 def test_the_divergence_kernels_give_the_strengths_that_the_text_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inside the layers and at the head, both forms of the KL, beside fixed doses."""
-    from vllm_steer.kernels.divergence import fused
+    """Inside the layers and at the head, both backends of the KL, beside fixed doses."""
+    from vllm_steer.kernels.divergence import triton_fused
 
     model = save_tiny_model("llama", tmp_path / "model", num_layers=GUIDED_LAYERS)
     steers = {**random_steers(HIDDEN, VOCAB), **guided_family("llama")[1]}
     settings = [DYNAMIC[index] for index in (0, 5, 9, 11, 14, 16, 18)]
     reference = load_reference(model)
     with (
-        called_on(fused, "divergence", monkeypatch) as calls,
+        called_on(triton_fused, "divergence", monkeypatch) as calls,
         engine(model, triton_config(steers, tmp_path / "steers"), max_num_seqs=32) as llm,
     ):
         calls.clear()

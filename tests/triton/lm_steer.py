@@ -1,4 +1,4 @@
-"""Steers, batches and tables that the tests of LM-Steer's Triton forms have in common."""
+"""Steers, batches and weights that the tests of LM-Steer's Triton backends have in common."""
 
 import itertools
 import math
@@ -11,17 +11,17 @@ import pytest
 import torch
 from lm_steer_cases import Use, Weights, steered
 
-from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows, SteerTables
-from vllm_steer.kernels.lm_steer.by_row import BY_ROW
-from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
-from vllm_steer.kernels.lm_steer.placing import PlacedRows, Sums, Tiles
+from vllm_steer.kernels.lm_steer import LMSteerBackend, SteeredRows, SteerWeights
+from vllm_steer.kernels.lm_steer.metadata import BatchMetadata, Sums, Tiles
+from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
+from vllm_steer.kernels.lm_steer.triton_tiled import TILED
 
-FORMS: dict[str, LMSteerForm] = {"by_tile": BY_TILE, "by_row": BY_ROW}
+BACKENDS: dict[str, LMSteerBackend] = {"tiled": TILED, "rowwise": ROWWISE}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES_OF_SLOTS = [(1, 1, 0), (2, 5, 1), None, (1, 17, 0), (3, 11, 2), (1, 64, 0), (2, 64, 1)]
 """Columns, their rank and how many are fixed: in all ranks 1, 10, 17, 33, 64, 128."""
 
-forms = pytest.mark.parametrize("form", list(FORMS))
+backends = pytest.mark.parametrize("backend", list(BACKENDS))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -97,16 +97,16 @@ def nan_in_fresh_memory(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
-def run(form: str, x: torch.Tensor, tables: SteerTables, rows: SteeredRows) -> torch.Tensor:
-    placed = FORMS[form].place(rows, tables, x.device)
+def run(backend: str, x: torch.Tensor, weights: SteerWeights, rows: SteeredRows) -> torch.Tensor:
+    metadata = BACKENDS[backend].prepare(rows, weights, x.device)
     with nan_in_fresh_memory(x.device):
-        return FORMS[form].steer_rows(x, tables, placed)
+        return BACKENDS[backend].steer_rows(x, weights, metadata)
 
 
 def steer(
-    form: str, x: torch.Tensor, tables: SteerTables, steers: list[Weights], uses: list[Use]
+    backend: str, x: torch.Tensor, weights: SteerWeights, steers: list[Weights], uses: list[Use]
 ) -> torch.Tensor:
-    return run(form, x, tables, steered(uses, steers))
+    return run(backend, x, weights, steered(uses, steers))
 
 
 def in_a_frame(x: torch.Tensor, filling: float = torch.nan) -> torch.Tensor:
@@ -117,17 +117,17 @@ def in_a_frame(x: torch.Tensor, filling: float = torch.nan) -> torch.Tensor:
     return window
 
 
-def spoilt_but(tables: SteerTables, slot: int) -> SteerTables:
-    """The tables with NaN wherever ``slot`` has nothing, and NaN before and behind them."""
-    kind, *numbers = tables.columns.kinds[slot], *tables.columns.bounds[slot]
+def spoilt_but(weights: SteerWeights, slot: int) -> SteerWeights:
+    """The weights with NaN wherever ``slot`` has nothing, and NaN before and behind them."""
+    kind, *numbers = weights.columns.kinds[slot], *weights.columns.bounds[slot]
     low_rank = range(numbers[0], numbers[2]) if kind == 0 else []
     whole = [number for number in numbers[:2] if number >= 0]
     return replace(
-        tables,
-        shrink=_kept(tables.shrink, low_rank),
-        expand=_kept(tables.expand, low_rank),
-        dense=_kept(tables.dense, whole if kind == 1 else []),
-        vectors=_kept(tables.vectors, whole if kind == 2 else []),
+        weights,
+        shrink=_kept(weights.shrink, low_rank),
+        expand=_kept(weights.expand, low_rank),
+        dense=_kept(weights.dense, whole if kind == 1 else []),
+        vectors=_kept(weights.vectors, whole if kind == 2 else []),
     )
 
 
@@ -139,28 +139,28 @@ def _kept(table: torch.Tensor, entries: range | list[int]) -> torch.Tensor:
     return window
 
 
-def padded(placed: PlacedRows, pairs: int, tiles: int, work: int, rows: int) -> PlacedRows:
-    """The same batch in longer tables, every part there, as a CUDA graph's buffers have them.
+def padded(metadata: BatchMetadata, pairs: int, tiles: int, work: int, rows: int) -> BatchMetadata:
+    """The same batch in longer weights, every part there, as a CUDA graph's buffers have them.
 
     Entries that are not there begin with -1; the rest of them is nonsense that nobody may read.
     """
-    device = placed.rows.device
-    single = torch.arange(placed.rows.shape[0] + 1, dtype=torch.int32, device=device)
-    sums = placed.sums or Sums(placed.rows, single, single[:-1])
-    return PlacedRows(
-        rows=_longer(placed.rows, pairs, NONSENSE),
-        scales=_longer(placed.scales, pairs, torch.nan),
-        low_rank=_longer_tiles(placed.low_rank, tiles, device),
+    device = metadata.rows.device
+    single = torch.arange(metadata.rows.shape[0] + 1, dtype=torch.int32, device=device)
+    sums = metadata.sums or Sums(metadata.rows, single, single[:-1])
+    return BatchMetadata(
+        rows=_longer(metadata.rows, pairs, NONSENSE),
+        scales=_longer(metadata.scales, pairs, torch.nan),
+        low_rank=_longer_tiles(metadata.low_rank, tiles, device),
         work=_longer(
             torch.empty(0, 2, dtype=torch.int32, device=device)
-            if placed.work is None
-            else placed.work,
+            if metadata.work is None
+            else metadata.work,
             work,
             NONSENSE,
             first=-1,
         ),
-        dense=_longer_tiles(placed.dense, tiles, device),
-        constant=_longer_tiles(placed.constant, tiles, device),
+        dense=_longer_tiles(metadata.dense, tiles, device),
+        constant=_longer_tiles(metadata.constant, tiles, device),
         sums=Sums(
             rows=_longer(sums.rows, rows, -1),
             starts=_longer(sums.starts, rows + 1, NONSENSE),

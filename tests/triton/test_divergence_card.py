@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton
 
-from vllm_steer.kernels.divergence import by_sort, fused
 from vllm_steer.kernels.divergence import fused_kernels as kernels
+from vllm_steer.kernels.divergence import torch_sort, triton_fused
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,8 +38,8 @@ def test_a_large_vocabulary_is_divided_as_a_sort_in_float64_divides_it(
     logits = logits_of(6, dtype, scale)
     base_of, probe_of = doses_of(6)
     for top_p in (0.5, 0.9, 0.99, 1.0):
-        kls, sizes = fused.divergence(logits, base_of, probe_of, top_p)
-        wanted, wanted_sizes = by_sort.divergence(
+        kls, sizes = triton_fused.divergence(logits, base_of, probe_of, top_p)
+        wanted, wanted_sizes = torch_sort.divergence(
             logits.cpu().double(), base_of.cpu(), probe_of.cpu(), float(torch.tensor(top_p))
         )
         off = (sizes.cpu() - wanted_sizes).abs()
@@ -52,13 +52,13 @@ def test_the_host_never_waits_and_the_vocabulary_is_not_copied(rows: int) -> Non
     logits = logits_of(rows, torch.bfloat16)
     base_of, probe_of = doses_of(rows)
     top_p = torch.full((rows - 1,), 0.9, device="cuda")
-    first = fused.divergence(logits, base_of, probe_of, top_p)[0]
+    first = triton_fused.divergence(logits, base_of, probe_of, top_p)[0]
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = fused.divergence(logits, base_of, probe_of, top_p)[0]
+        again = triton_fused.divergence(logits, base_of, probe_of, top_p)[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, again)
@@ -68,9 +68,9 @@ def test_the_host_never_waits_and_the_vocabulary_is_not_copied(rows: int) -> Non
 def test_a_dose_has_the_same_bits_alone_and_among_others() -> None:
     logits = logits_of(64, torch.float32)
     base_of, probe_of = doses_of(64)
-    together = fused.divergence(logits, base_of, probe_of, 0.9)[0]
+    together = triton_fused.divergence(logits, base_of, probe_of, 0.9)[0]
     for dose in (0, 7, 62):
-        alone = fused.divergence(logits, base_of[dose, None], probe_of[dose, None], 0.9)[0]
+        alone = triton_fused.divergence(logits, base_of[dose, None], probe_of[dose, None], 0.9)[0]
         assert torch.equal(alone[0], together[dose])
 
 
@@ -80,9 +80,9 @@ def test_no_number_of_doses_compiles_what_the_first_has_not() -> None:
         return sum(len(cache[0]) for k in found for cache in k.device_caches.values())
 
     logits = logits_of(64, torch.bfloat16)
-    fused.divergence(logits, *doses_of(64), 0.9)
+    triton_fused.divergence(logits, *doses_of(64), 0.9)
     before = compiled()
     assert before >= 2
     for rows in (2, 3, 17, 18, 33, 64):
-        fused.divergence(logits[:rows], *doses_of(rows), 0.9)
+        triton_fused.divergence(logits[:rows], *doses_of(rows), 0.9)
     assert compiled() == before

@@ -10,8 +10,8 @@ import math
 import pytest
 import torch
 
-from vllm_steer.kernels.divergence import by_sort, fused
 from vllm_steer.kernels.divergence import fused_kernels as kernels
+from vllm_steer.kernels.divergence import torch_sort, triton_fused
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,7 +63,7 @@ def run(
     rows = torch.arange(len(base), device=device)
     if isinstance(top_p, torch.Tensor):
         top_p = top_p.to(device)
-    kls, sizes = fused.divergence(logits, rows, rows + len(base), top_p)
+    kls, sizes = triton_fused.divergence(logits, rows, rows + len(base), top_p)
     return kls.cpu(), sizes.cpu()
 
 
@@ -159,7 +159,7 @@ def test_a_probe_that_rules_a_likely_token_out_is_infinitely_far(device: torch.d
 def test_every_dose_has_rows_and_a_p_of_its_own(device: torch.device) -> None:
     logits = random_rows(5, 300, seed=2, scale=3.0, dtype=torch.bfloat16).to(device)
     base_of, probe_of, ps = [4, 0, 4, 2], [1, 3, 3, 2], [0.4, 0.9, 1.0, 0.5]
-    kls, sizes = fused.divergence(
+    kls, sizes = triton_fused.divergence(
         logits,
         torch.tensor(base_of, device=device),
         torch.tensor(probe_of, device=device),
@@ -188,15 +188,15 @@ def test_rows_longer_than_a_block_and_rows_of_a_longer_tensor(device: torch.devi
     frame = random_rows(6, 9200, seed=3, scale=2.0, dtype=torch.bfloat16).to(device)
     logits, rows = frame[:, :9001], torch.arange(3, device=device)
     for top_p in (0.5, 0.9, 0.999):
-        kls, sizes = fused.divergence(logits, rows, rows + 3, top_p)
-        want, want_sizes = by_sort.divergence(logits.double(), rows, rows + 3, top_p)
+        kls, sizes = triton_fused.divergence(logits, rows, rows + 3, top_p)
+        want, want_sizes = torch_sort.divergence(logits.double(), rows, rows + 3, top_p)
         assert torch.equal(sizes, want_sizes)
         torch.testing.assert_close(kls.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_no_dose_is_no_launch(device: torch.device) -> None:
     none = torch.empty(0, dtype=torch.int64, device=device)
-    kls, sizes = fused.divergence(torch.zeros(2, 50, device=device), none, none, 0.5)
+    kls, sizes = triton_fused.divergence(torch.zeros(2, 50, device=device), none, none, 0.5)
     assert kls.shape == sizes.shape == (0,)
 
 
@@ -204,7 +204,7 @@ def test_float64_logits_are_sorted(device: torch.device, monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "likeliest", None)
     logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], dtype=torch.float64, device=device)
     one = torch.zeros(1, dtype=torch.int64, device=device)
-    kls, _ = fused.divergence(logits, one, one + 1, 0.9)
+    kls, _ = triton_fused.divergence(logits, one, one + 1, 0.9)
     assert kls.dtype == torch.float64
     want, _ = expected(*logits.cpu().tolist(), 0.9)
     assert kls.item() == pytest.approx(want, rel=1e-9)

@@ -1,10 +1,17 @@
-"""Guidance in Triton at full size on a card: the fused form against its equations in float64."""
+"""Guidance in Triton at full size on a card: ``triton_fused`` against float64."""
 
 import pytest
 import torch
 import triton
 
-from vllm_steer.kernels.guidance import Directions, Rules, TokenMap, fused, fused_map, gather
+from vllm_steer.kernels.guidance import (
+    Directions,
+    TokenMap,
+    TokenRules,
+    torch_gather,
+    triton_fused,
+    triton_map,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,8 +72,8 @@ def written_out(
         which = token_map.directions[k].long()
         strength = token_map.strengths[layer, k].double()[:, None]
         change += strength * directions.vectors[layer].double()[which]
-        if directions.turns is not None:
-            turning |= (directions.turns[which] != 0)[:, None] & (strength != 0)
+        if directions.is_rotation is not None:
+            turning |= (directions.is_rotation[which] != 0)[:, None] & (strength != 0)
     x = hidden.double() if residual is None else hidden.double() + residual.double()
     steered = x + change
     turned = steered * (x.norm(dim=1, keepdim=True) / steered.norm(dim=1, keepdim=True))
@@ -84,18 +91,18 @@ def free_tokens(token_map: TokenMap, layer: int) -> torch.Tensor:
 def test_a_prefill_of_8192_tokens_is_steered_as_written_out(
     dtype: torch.dtype, with_residual: bool, turns: str
 ) -> None:
-    """float32 within 2e-7 of the tensor's scale, 16 bits within twice the torch form's error."""
+    """float32 within 2e-7 of the tensor's scale, 16 bits within twice the torch backend's error."""
     directions, token_map = random_directions(turns), random_map(8192)
     hidden = random_rows(8192, dtype)
     residual = random_rows(8192, dtype, seed=4) if with_residual else None
     wanted = written_out(hidden, residual, directions, 0, token_map)
     steered, plain = hidden.clone(), hidden.clone()
-    fused.steer_tokens_(steered, residual, directions, 0, token_map, DEPTH)
+    triton_fused.steer_tokens_(steered, residual, directions, 0, token_map, DEPTH)
     error = (steered.double() - wanted).abs().max()
     if dtype == torch.float32:
         assert error <= 2e-7 * wanted.abs().max()
     else:
-        gather.steer_tokens_(plain, residual, directions, 0, token_map, DEPTH)
+        torch_gather.steer_tokens_(plain, residual, directions, 0, token_map, DEPTH)
         assert error <= 2 * (plain.double() - wanted).abs().max()
     free = free_tokens(token_map, 0)
     assert torch.equal(steered[free], hidden[free])
@@ -109,8 +116,8 @@ def test_32_layers_of_256_tokens_are_steered_each_by_its_own_tables(turns: str) 
         hidden = random_rows(256, torch.bfloat16, seed=layer)
         wanted = written_out(hidden, residual, directions, layer, token_map)
         steered, plain = hidden.clone(), hidden.clone()
-        fused.steer_tokens_(steered, residual, directions, layer, token_map, DEPTH)
-        gather.steer_tokens_(plain, residual, directions, layer, token_map, DEPTH)
+        triton_fused.steer_tokens_(steered, residual, directions, layer, token_map, DEPTH)
+        torch_gather.steer_tokens_(plain, residual, directions, layer, token_map, DEPTH)
         error = (steered.double() - wanted).abs().max()
         assert error <= 2 * (plain.double() - wanted).abs().max()
         free = free_tokens(token_map, layer)
@@ -122,14 +129,14 @@ def test_a_tokens_result_on_the_card_is_the_same_alone_and_in_a_batch(turns: str
     directions, token_map = random_directions(turns), random_map(512)
     hidden = random_rows(512, torch.bfloat16)
     together = hidden.clone()
-    fused.steer_tokens_(together, None, directions, 0, token_map, DEPTH)
+    triton_fused.steer_tokens_(together, None, directions, 0, token_map, DEPTH)
     for token in (0, 1, 200, 511):
         alone = hidden[token : token + 1].clone()
         own = TokenMap(
             token_map.directions[:, token : token + 1],
             token_map.strengths[:, :, token : token + 1],
         )
-        fused.steer_tokens_(alone, None, directions, 0, own, DEPTH)
+        triton_fused.steer_tokens_(alone, None, directions, 0, own, DEPTH)
         assert torch.equal(alone[0], together[token])
 
 
@@ -141,32 +148,32 @@ def test_the_map_on_the_card_has_the_numbers_of_the_torch_form() -> None:
     num_tokens = int(query_start_loc[-1])
     positions = torch.randint(0, 200, (num_tokens,), device="cuda", generator=card(3))
     out, plain = empty_map(num_tokens + 5), empty_map(num_tokens + 5)
-    fused.map_tokens(given, query_start_loc, positions, out)
-    gather.map_tokens(given, query_start_loc, positions, plain)
+    triton_fused.map_tokens(given, query_start_loc, positions, out)
+    torch_gather.map_tokens(given, query_start_loc, positions, plain)
     assert torch.equal(out.directions, plain.directions)
     assert torch.equal(out.strengths, plain.strengths)
     assert out.strengths.any()
 
 
-def random_rules(num_requests: int, seed: int) -> Rules:
-    """Vectors that act from some position on, and deltas; directions stay within the tables."""
+def random_rules(num_requests: int, seed: int) -> TokenRules:
+    """Vectors that act from some position on, and deltas; directions stay within the weights."""
     shape, generator = (DEPTH, num_requests), card(seed)
 
     def integers(low: int, high: int) -> torch.Tensor:
         return torch.randint(low, high, shape, device="cuda", generator=generator)
 
     first, delta = integers(0, 100), integers(0, 2)
-    return Rules(
-        start=1 + integers(0, 3),
-        stride=delta,
-        origin=first,
-        first=first,
-        last=torch.where(delta == 1, first + 4, FOREVER),
+    return TokenRules(
+        direction_start=1 + integers(0, 3),
+        direction_stride=delta,
+        step0_position=first,
+        begin=first,
+        end=torch.where(delta == 1, first + 4, FOREVER),
         strength=torch.randn(shape, device="cuda", generator=generator) * 20,
         slope=delta * 0.25,
         layers=integers(0, 2).float().repeat(NUM_LAYERS, 1, 1),
-        table=integers(-200, 200).clamp(min=-1),
-        history=torch.randn(300, device="cuda", generator=generator) * 20,
+        pool_offset=integers(-200, 200).clamp(min=-1),
+        strength_pool=torch.randn(300, device="cuda", generator=generator) * 20,
     )
 
 
@@ -186,15 +193,15 @@ def test_a_captured_graph_replays_on_what_its_buffers_hold_then(turns: str) -> N
     rules = random_rules(64, seed=1)
     query_start_loc = torch.arange(0, 257, 4, dtype=torch.int32, device="cuda")
     positions = torch.randint(0, 200, (256,), device="cuda", generator=card(2))
-    fused.warm_up(
+    triton_fused.warm_up(
         directions, hidden_dtype=torch.bfloat16, residual_dtype=torch.bfloat16, num_doses=DEPTH
     )
     torch.cuda.synchronize()
 
     def step() -> None:
-        fused.map_tokens(rules, query_start_loc, positions, out)
+        triton_fused.map_tokens(rules, query_start_loc, positions, out)
         for layer in range(NUM_LAYERS):
-            fused.steer_tokens_(hidden, residual, directions, layer, out, DEPTH)
+            triton_fused.steer_tokens_(hidden, residual, directions, layer, out, DEPTH)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -236,7 +243,7 @@ def test_rows_beyond_two_to_the_31_numbers_are_steered(turns: str) -> None:
     )
     token_map.strengths[:, :, [0, -1]] = 3.0
     hidden = torch.zeros(num_tokens, WIDTH, dtype=torch.bfloat16, device="cuda")
-    fused.steer_tokens_(hidden, None, directions, 0, token_map, 1)
+    triton_fused.steer_tokens_(hidden, None, directions, 0, token_map, 1)
     wanted = (3 * directions.vectors[0, 2]).bfloat16()
     assert torch.equal(hidden[0], wanted)
     assert torch.equal(hidden[-1], wanted)
@@ -258,7 +265,7 @@ def test_directions_beyond_two_to_the_31_numbers_are_read(turns: str) -> None:
         )
         hidden = torch.zeros(3, WIDTH, device="cuda")
         site = Directions(vectors, turning)
-        fused.steer_tokens_(hidden, None, site, num_layers - 1, token_map, 1)
+        triton_fused.steer_tokens_(hidden, None, site, num_layers - 1, token_map, 1)
         assert torch.equal(hidden, 2 * vectors[-1, -1].expand(3, -1))
         del vectors, site
         torch.cuda.empty_cache()
@@ -267,7 +274,7 @@ def test_directions_beyond_two_to_the_31_numbers_are_read(turns: str) -> None:
 def num_compiled() -> int:
     """Kernels that Triton holds for this card."""
     device = torch.cuda.current_device()
-    kernels = (fused.add, fused.rotate, fused_map._map)
+    kernels = (triton_fused.add, triton_fused.rotate, triton_map._map)
     return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
 
 
@@ -276,17 +283,19 @@ def num_compiled() -> int:
 def test_nothing_compiles_after_warming_up(width: int, turns: str) -> None:
     directions = random_directions(turns, 2, width)
     dtype, before = torch.bfloat16, num_compiled()
-    fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=DEPTH)
+    triton_fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=DEPTH)
     warm = num_compiled()
     assert warm > before
     token_map, given = random_map(257, 2), random_rules(3, seed=1)
-    rules = Rules(**{name: t[:2] if name == "layers" else t for name, t in vars(given).items()})
+    rules = TokenRules(
+        **{name: t[:2] if name == "layers" else t for name, t in vars(given).items()}
+    )
     frame = torch.zeros(514, 2 * width + 8, dtype=dtype, device="cuda")
     for num_tokens in (1, 2, 16, 257):
         starts = torch.tensor([0, 0, 1, num_tokens], dtype=torch.int32, device="cuda")
         for positions in (torch.int32, torch.int64):
             places = torch.arange(num_tokens, dtype=positions, device="cuda")
-            fused.map_tokens(rules, starts, places, token_map)
+            triton_fused.map_tokens(rules, starts, places, token_map)
         for hidden in (
             torch.zeros(num_tokens, width, dtype=dtype, device="cuda"),
             frame[:num_tokens, :width],
@@ -295,5 +304,5 @@ def test_nothing_compiles_after_warming_up(width: int, turns: str) -> None:
         ):
             for residual in (None, torch.zeros(num_tokens, width, dtype=dtype, device="cuda")):
                 for depth in range(1, DEPTH + 1):
-                    fused.steer_tokens_(hidden, residual, directions, 1, token_map, depth)
+                    triton_fused.steer_tokens_(hidden, residual, directions, 1, token_map, depth)
     assert num_compiled() == warm

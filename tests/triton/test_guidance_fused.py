@@ -1,4 +1,4 @@
-"""The fused form steers tokens as the equations say, in float64, of ``reference``."""
+"""The triton_fused backend steers tokens as the equations say, in float64, of ``reference``."""
 
 import math
 import subprocess
@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from vllm_steer.kernels.guidance import Directions, TokenMap, fused, gather, reference
+from vllm_steer.kernels.guidance import Directions, TokenMap, reference, torch_gather, triton_fused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYER, NUM_LAYERS, NUM_DIRECTIONS = 1, 3, 6
-TWO_BLOCKS = fused.ROTATE_BLOCK + 5
+TWO_BLOCKS = triton_fused.ROTATE_BLOCK + 5
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 sites = pytest.mark.parametrize("turns", ["none", "some", "all"])
@@ -96,7 +96,7 @@ def assert_close_to_float64(
     token_map: TokenMap,
     depth: int,
 ) -> None:
-    """float32 within 2e-7 of the row's scale; 16 bits within twice the error of the torch form."""
+    """float32 within 2e-7 of the row's scale; 16 bits within twice torch's own error."""
     wanted = written_out(hidden, residual, directions, token_map, depth)
     error = (steered.double() - wanted).abs()
     if hidden.dtype == torch.float32:
@@ -104,7 +104,7 @@ def assert_close_to_float64(
         assert (error <= 2e-7 * scale).all(), (error / scale).max()
         return
     plain = hidden.clone()
-    gather.steer_tokens_(plain, residual, directions, LAYER, token_map, depth)
+    torch_gather.steer_tokens_(plain, residual, directions, LAYER, token_map, depth)
     assert error.max() <= 2 * (plain.double() - wanted).abs().max()
 
 
@@ -119,7 +119,7 @@ def test_every_token_is_steered_as_written_out(
     hidden = random_rows(7, width, dtype, device)
     residual = random_rows(7, width, dtype, device, seed=4) if with_residual else None
     steered, kept = hidden.clone(), None if residual is None else residual.clone()
-    fused.steer_tokens_(steered, residual, directions, LAYER, token_map, 3)
+    triton_fused.steer_tokens_(steered, residual, directions, LAYER, token_map, 3)
     assert_close_to_float64(steered, hidden, residual, directions, token_map, 3)
     free = (token_map.strengths[LAYER, :, :7] == 0).all(dim=0)
     assert 0 < int(free.sum()) < 7
@@ -137,7 +137,7 @@ def test_a_row_wider_than_a_block_is_steered_as_a_whole(
     hidden = random_rows(4, TWO_BLOCKS, dtype, device)
     residual = random_rows(4, TWO_BLOCKS, dtype, device, seed=4) if with_residual else None
     steered = hidden.clone()
-    fused.steer_tokens_(steered, residual, directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(steered, residual, directions, LAYER, token_map, 2)
     assert_close_to_float64(steered, hidden, residual, directions, token_map, 2)
 
 
@@ -147,7 +147,7 @@ def test_any_number_of_tokens_is_steered(num_tokens: int, turns: str, device: to
     directions, token_map = random_directions(turns, 24, device), random_map(num_tokens, 2, device)
     hidden = random_rows(num_tokens, 24, torch.bfloat16, device)
     steered = hidden.clone()
-    fused.steer_tokens_(steered, None, directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(steered, None, directions, LAYER, token_map, 2)
     if num_tokens:
         assert_close_to_float64(steered, hidden, None, directions, token_map, 2)
 
@@ -161,7 +161,7 @@ def test_a_batch_may_mix_its_doses_as_it_likes(
     hidden = random_rows(9, 40, torch.float32, device)
     residual = random_rows(9, 40, torch.float32, device, seed=4)
     steered = hidden.clone()
-    fused.steer_tokens_(steered, residual, directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(steered, residual, directions, LAYER, token_map, 2)
     assert_close_to_float64(steered, hidden, residual, directions, token_map, 2)
     assert torch.equal(steered, hidden) == (doses == "off")
 
@@ -175,10 +175,10 @@ def test_doses_deeper_than_asked_for_are_not_read(
     hidden = random_rows(7, 17, torch.float32, device)
     wanted = hidden.clone()
     front = TokenMap(token_map.directions[:depth], token_map.strengths[:, :depth])
-    fused.steer_tokens_(wanted, None, directions, LAYER, front, depth)
+    triton_fused.steer_tokens_(wanted, None, directions, LAYER, front, depth)
     assert_close_to_float64(wanted, hidden, None, directions, token_map, depth)
     token_map.strengths[:, depth:], token_map.directions[depth:] = math.nan, -(2**31)
-    fused.steer_tokens_(hidden, None, directions, LAYER, token_map, depth)
+    triton_fused.steer_tokens_(hidden, None, directions, LAYER, token_map, depth)
     assert torch.equal(hidden, wanted)
 
 
@@ -192,7 +192,7 @@ def test_a_layer_reads_its_own_vectors_and_strengths(
     wanted = written_out(hidden, None, directions, token_map, 2, layer)
     for other in set(range(NUM_LAYERS)) - {layer}:
         directions.vectors[other] = token_map.strengths[other] = math.nan
-    fused.steer_tokens_(hidden, None, directions, layer, token_map, 2)
+    triton_fused.steer_tokens_(hidden, None, directions, layer, token_map, 2)
     torch.testing.assert_close(hidden.double(), wanted, rtol=0, atol=1e-5)
 
 
@@ -214,7 +214,7 @@ def test_a_token_without_a_dose_keeps_any_bits(
     strengths[:, :, 1] = -0.0
     which[0, 2], strengths[:, 0, 2] = 3, 3.0
     site = random_directions(turns, len(odd), device)
-    fused.steer_tokens_(hidden, residual, site, LAYER, TokenMap(which, strengths), 2)
+    triton_fused.steer_tokens_(hidden, residual, site, LAYER, TokenMap(which, strengths), 2)
     free = [0, 1, 3, 4, 5]
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(hidden[free].view(bits), before[free].view(bits))
@@ -232,13 +232,13 @@ def test_a_tokens_result_is_the_same_alone_and_in_any_place(
     hidden = random_rows(num_tokens, width, torch.bfloat16, device)
     residual = random_rows(num_tokens, width, torch.bfloat16, device, 4) if with_residual else None
     together = hidden.clone()
-    fused.steer_tokens_(together, residual, directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(together, residual, directions, LAYER, token_map, 2)
     orders = [torch.tensor([4, 0, 5, 2, 1, 3]), *(torch.tensor([t]) for t in range(num_tokens))]
     for order in (order.to(device) for order in orders):
         rows = hidden[order]
         kept = None if residual is None else residual[order]
         part = TokenMap(token_map.directions[:, order], token_map.strengths[:, :, order])
-        fused.steer_tokens_(rows, kept, directions, LAYER, part, 2)
+        triton_fused.steer_tokens_(rows, kept, directions, LAYER, part, 2)
         assert torch.equal(rows, together[order])
 
 
@@ -253,9 +253,9 @@ def test_a_token_that_does_not_turn_takes_the_addition_bit_for_bit(
     hidden = random_rows(5, width, dtype, device)
     residual = random_rows(5, width, dtype, device, 4) * 1e3 if with_residual else None
     added = hidden.clone()
-    fused.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
     additions = Directions(directions.vectors, None)
-    fused.steer_tokens_(added, residual, additions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(added, residual, additions, LAYER, token_map, 2)
     assert torch.equal(hidden, added)
 
 
@@ -272,8 +272,8 @@ def test_strided_rows_are_steered_in_place_and_nothing_around_them(
     hidden = frame[::2, columns]
     residual = random_rows(width, 5, dtype, device, seed=4).T
     wanted = hidden.contiguous()
-    fused.steer_tokens_(wanted, residual.contiguous(), directions, LAYER, token_map, 2)
-    fused.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(wanted, residual.contiguous(), directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
     assert torch.equal(hidden, wanted)
     assert not torch.equal(hidden, before[::2, columns])
     hidden.copy_(before[::2, columns])
@@ -288,8 +288,8 @@ def test_rows_of_a_wider_tensor_are_steered_wherever_they_begin(
     directions, token_map = random_directions(turns, 32, device), random_map(5, 2, device)
     hidden = random_rows(5, 48, torch.float16, device)[:, offset : offset + 32]
     wanted = hidden.contiguous()
-    fused.steer_tokens_(wanted, None, directions, LAYER, token_map, 2)
-    fused.steer_tokens_(hidden, None, directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(wanted, None, directions, LAYER, token_map, 2)
+    triton_fused.steer_tokens_(hidden, None, directions, LAYER, token_map, 2)
     assert torch.equal(hidden, wanted)
 
 
@@ -306,7 +306,7 @@ def test_a_turn_that_cancels_a_token_exactly_leaves_no_nan(
         torch.full((NUM_LAYERS, 1, 1), -size, device=device),
     )
     hidden = vectors[LAYER, 1:2] * size
-    fused.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
+    triton_fused.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
     assert torch.equal(hidden, torch.zeros_like(hidden))
 
 
@@ -317,7 +317,7 @@ def test_warming_up_launches_every_kernel_of_a_site(
 ) -> None:
     directions = random_directions(turns, 16, device)
     before = directions.vectors.clone()
-    fused.warm_up(
+    triton_fused.warm_up(
         directions,
         hidden_dtype=torch.bfloat16,
         residual_dtype=torch.bfloat16 if with_residual else None,
@@ -332,7 +332,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 
-from vllm_steer.kernels.guidance import Directions, Rules, TokenMap, fused, fused_map
+from vllm_steer.kernels.guidance import Directions, TokenRules, TokenMap, triton_fused, triton_map
 
 BACKEND = CUDABackend(GPUTarget("cuda", 90, 32))
 keys = set()
@@ -351,12 +351,12 @@ class Kernel:
         keys.add((self.name, *map(tuple, types), *sorted(options.items())))
 
 
-fused.add, fused.rotate = Kernel(fused.add), Kernel(fused.rotate)
-fused_map._map = Kernel(fused_map._map)
+triton_fused.add, triton_fused.rotate = Kernel(triton_fused.add), Kernel(triton_fused.rotate)
+triton_map._map = Kernel(triton_map._map)
 site, dtype, width, layers, room = SITE, torch.bfloat16, WIDTH, 3, 40
 turns = None if site == "add" else torch.ones(5)
 directions = Directions(torch.zeros(layers, 5, width), turns)
-fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
+triton_fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
 warm = set(keys)
 whole = TokenMap(torch.zeros(4, room, dtype=torch.int32), torch.zeros(layers, 4, room))
 frame = torch.zeros(2 * room, 2 * width + 8, dtype=dtype)
@@ -365,11 +365,11 @@ for tokens in (1, 2, 16, 17, 33):
         *integers, table = torch.zeros(6, depth, tokens, dtype=torch.int64)
         floats = torch.zeros(layers + 2, depth, tokens)
         history = torch.zeros(3 * tokens)[tokens : 2 * tokens]
-        rules = Rules(*integers, floats[0], floats[1], floats[2:], table, history)
+        rules = TokenRules(*integers, floats[0], floats[1], floats[2:], table, history)
         for positions in (torch.int32, torch.int64):
             front = TokenMap(whole.directions[:depth], whole.strengths[:, :depth])
             starts = torch.zeros(3 * tokens + 1, dtype=torch.int32)[: tokens + 1]
-            fused_map.map_tokens(rules, starts, torch.zeros(room, dtype=positions)[:tokens], front)
+            triton_map.map_tokens(rules, starts, torch.zeros(room, dtype=positions)[:tokens], front)
         for layer in range(layers):
             for hidden in (
                 torch.zeros(tokens, width, dtype=dtype),
@@ -379,7 +379,7 @@ for tokens in (1, 2, 16, 17, 33):
                 torch.zeros(width, tokens, dtype=dtype).T,
             ):
                 for residual in (None, torch.zeros(tokens, width, dtype=dtype), hidden):
-                    fused.steer_tokens_(hidden, residual, directions, layer, whole, depth)
+                    triton_fused.steer_tokens_(hidden, residual, directions, layer, whole, depth)
 assert keys == warm, f"not warm: {keys - warm}"
 print(len(warm))
 """

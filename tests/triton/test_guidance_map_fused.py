@@ -1,4 +1,4 @@
-"""The fused form maps tokens as ``reference`` does, one token and one dose at a time."""
+"""The triton_fused backend maps tokens as ``reference`` does, one token and one dose at a time."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_steer.kernels.guidance import Rules, TokenMap, fused, fused_map, gather, reference
+from vllm_steer.kernels.guidance import (
+    TokenMap,
+    TokenRules,
+    reference,
+    torch_gather,
+    triton_fused,
+    triton_map,
+)
 
 FOREVER = torch.iinfo(torch.int64).max
 
 
 def random_rules(
     num_requests: int, depth: int, num_layers: int, device: torch.device, seed: int = 0
-) -> Rules:
+) -> TokenRules:
     """Vectors and deltas, spans from everywhere to empty, falling strengths, a part of layers.
 
     About half take their strengths from a history, which ends before some of their steps.
@@ -28,32 +35,32 @@ def random_rules(
 
     first, length = integers(0, 12), integers(0, 9)
     there = (integers(0, 4) > 0).float()
-    rules = Rules(
-        start=integers(1, 40),
-        stride=integers(0, 2),
-        origin=first - integers(0, 2),
-        first=first,
-        last=torch.where(integers(0, 3) == 0, FOREVER, first + length),
+    rules = TokenRules(
+        direction_start=integers(1, 40),
+        direction_stride=integers(0, 2),
+        step0_position=first - integers(0, 2),
+        begin=first,
+        end=torch.where(integers(0, 3) == 0, FOREVER, first + length),
         strength=torch.randn(shape, generator=generator) * there,
         slope=torch.rand(shape, generator=generator) * integers(0, 2),
         layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
-        table=integers(-15, 15).clamp(min=-1),
-        history=torch.randn(16, generator=generator),
+        pool_offset=integers(-15, 15).clamp(min=-1),
+        strength_pool=torch.randn(16, generator=generator),
     )
-    return Rules(**{name: tensor.to(device) for name, tensor in vars(rules).items()})
+    return TokenRules(**{name: tensor.to(device) for name, tensor in vars(rules).items()})
 
 
-def subset(given: Rules, at: Any) -> Rules:
+def subset(given: TokenRules, at: Any) -> TokenRules:
     """The rules ``at`` an index of the last dimensions; the history is of all."""
-    return Rules(
+    return TokenRules(
         **{
-            name: tensor if name == "history" else tensor[..., *at]
+            name: tensor if name == "strength_pool" else tensor[..., *at]
             for name, tensor in vars(given).items()
         }
     )
 
 
-def one_rule(device: torch.device, **fields: float) -> Rules:
+def one_rule(device: torch.device, **fields: float) -> TokenRules:
     """One request with one dose in one layer; a field that is not named is zero."""
     floats = {"strength", "slope"}
     tensors = {
@@ -63,16 +70,26 @@ def one_rule(device: torch.device, **fields: float) -> Rules:
             dtype=torch.float32 if name in floats else torch.int64,
             device=device,
         )
-        for name in ("start", "stride", "origin", "first", "last", "strength", "slope")
+        for name in (
+            "direction_start",
+            "direction_stride",
+            "step0_position",
+            "begin",
+            "end",
+            "strength",
+            "slope",
+        )
     }
     table = torch.full((1, 1), -1, device=device)
     ones = torch.ones(1, 1, 1, device=device)
-    return Rules(**tensors, layers=ones, table=table, history=ones[0, 0])
+    return TokenRules(**tensors, layers=ones, pool_offset=table, strength_pool=ones[0, 0])
 
 
-def with_history(given: Rules, begin: int, history: torch.Tensor) -> Rules:
+def with_history(given: TokenRules, begin: int, history: torch.Tensor) -> TokenRules:
     """The same, but for strengths from a history that begins at a place of ``history``."""
-    return replace(given, table=torch.full_like(given.table, begin), history=history)
+    return replace(
+        given, pool_offset=torch.full_like(given.pool_offset, begin), strength_pool=history
+    )
 
 
 def marked_map(num_layers: int, depth: int, room: int, device: torch.device) -> TokenMap:
@@ -96,7 +113,7 @@ def tokens_of(
 
 
 def assert_mapped(
-    given: Rules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
+    given: TokenRules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
 ) -> None:
     """What ``reference`` says in float64, within float32's rounding; the room is untouched."""
     num_layers, depth, room = out.strengths.shape
@@ -104,7 +121,7 @@ def assert_mapped(
         torch.full((depth, room), -9, dtype=torch.int64),
         torch.full((num_layers, depth, room), -9.0, dtype=torch.float64),
     )
-    on_host = Rules(**{name: tensor.cpu() for name, tensor in vars(given).items()})
+    on_host = TokenRules(**{name: tensor.cpu() for name, tensor in vars(given).items()})
     reference.map_tokens(on_host, query_start_loc.cpu(), positions.cpu(), wanted)
     assert torch.equal(out.directions.cpu().long(), wanted.directions)
     # Strengths are of order 1 and fall by up to 30 times themselves: a few roundings of that.
@@ -133,7 +150,7 @@ def test_every_token_takes_what_its_requests_rule_says(
         given = random_rules(len(counts), depth, 3, device, seed)
         out = marked_map(3, depth, sum(counts) + 2, device)
         tokens = tokens_of(counts, starts, device, dtype)
-        fused.map_tokens(given, *tokens, out)
+        triton_fused.map_tokens(given, *tokens, out)
         assert_mapped(given, *tokens, out)
 
 
@@ -146,32 +163,32 @@ def test_a_token_finds_its_request_among_any_number(
     wanted = [i + 1 for i, count in enumerate(counts) for _ in range(count)]
     number = torch.arange(1, num_requests + 1, device=device)[None]
     nothing, ones = torch.zeros_like(number), torch.ones(1, num_requests, device=device)
-    given = Rules(
-        start=number,
-        stride=nothing,
-        origin=nothing,
-        first=nothing,
-        last=nothing + FOREVER,
+    given = TokenRules(
+        direction_start=number,
+        direction_stride=nothing,
+        step0_position=nothing,
+        begin=nothing,
+        end=nothing + FOREVER,
         strength=ones,
         slope=0 * ones,
         layers=ones[None],
-        table=nothing - 1,
-        history=ones[0],
+        pool_offset=nothing - 1,
+        strength_pool=ones[0],
     )
     out = marked_map(1, 1, len(wanted) + 1, device)
-    fused.map_tokens(given, *tokens_of(counts, [0] * num_requests, device), out)
+    triton_fused.map_tokens(given, *tokens_of(counts, [0] * num_requests, device), out)
     assert out.directions[0].tolist() == [*wanted, -9]
     assert out.strengths[0, 0].tolist() == [1.0] * len(wanted) + [-9.0]
 
 
 def test_more_tokens_and_layers_than_a_program_takes_are_all_mapped(device: torch.device) -> None:
-    num_layers = 2 * fused_map.LAYERS + 1
-    counts, starts = [fused_map.TOKENS + 3, 1, fused_map.TOKENS - 2], [0, 5, 2]
+    num_layers = 2 * triton_map.LAYERS + 1
+    counts, starts = [triton_map.TOKENS + 3, 1, triton_map.TOKENS - 2], [0, 5, 2]
     given = random_rules(3, 2, num_layers, device)
     given.slope.zero_()  # in this many steps the falling line leaves the tolerance behind
     out = marked_map(num_layers, 2, sum(counts) + 2, device)
     tokens = tokens_of(counts, starts, device)
-    fused.map_tokens(given, *tokens, out)
+    triton_fused.map_tokens(given, *tokens, out)
     assert_mapped(given, *tokens, out)
 
 
@@ -180,8 +197,8 @@ def test_the_numbers_are_those_of_the_torch_form(device: torch.device) -> None:
     given = random_rules(4, 3, 5, device, seed=3)
     tokens = tokens_of(counts, starts, device)
     out, plain = marked_map(5, 3, 32, device), marked_map(5, 3, 32, device)
-    fused.map_tokens(given, *tokens, out)
-    gather.map_tokens(given, *tokens, plain)
+    triton_fused.map_tokens(given, *tokens, out)
+    torch_gather.map_tokens(given, *tokens, plain)
     assert torch.equal(out.directions, plain.directions)
     assert torch.equal(out.strengths, plain.strengths)
 
@@ -194,15 +211,24 @@ def test_a_step_without_tokens_writes_nothing(
     out = marked_map(2, depth, 4, device)
     given = random_rules(num_requests, depth, 2, device)
     tokens = tokens_of([0] * num_requests, [0] * num_requests, device)
-    fused.map_tokens(given, *tokens, out)
+    triton_fused.map_tokens(given, *tokens, out)
     assert_mapped(given, *tokens, out)
 
 
 def test_a_delta_walks_its_steps_from_the_last_prompt_token(device: torch.device) -> None:
     """Prompt of 3, 4 steps from direction 6 on, falling: the span is [2, 6)."""
-    given = one_rule(device, start=6, stride=1, origin=2, first=2, last=6, strength=2.0, slope=0.25)
+    given = one_rule(
+        device,
+        direction_start=6,
+        direction_stride=1,
+        step0_position=2,
+        begin=2,
+        end=6,
+        strength=2.0,
+        slope=0.25,
+    )
     out = marked_map(1, 1, 8, device)
-    fused.map_tokens(given, *tokens_of([8], [0], device), out)
+    triton_fused.map_tokens(given, *tokens_of([8], [0], device), out)
     assert out.directions.tolist() == [[0, 0, 6, 7, 8, 9, 0, 0]]
     assert out.strengths.tolist() == [[[0, 0, 2.0, 1.5, 1.0, 0.5, 0, 0]]]
 
@@ -210,10 +236,10 @@ def test_a_delta_walks_its_steps_from_the_last_prompt_token(device: torch.device
 def test_a_chunk_or_a_recomputed_stretch_maps_like_the_whole(device: torch.device) -> None:
     given = random_rules(1, 2, 2, device, seed=4)
     whole, parts = marked_map(2, 2, 20, device), marked_map(2, 2, 20, device)
-    fused.map_tokens(given, *tokens_of([20], [0], device), whole)
+    triton_fused.map_tokens(given, *tokens_of([20], [0], device), whole)
     for start, stop in [(0, 7), (7, 8), (8, 19), (19, 20)]:
         part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
-        fused.map_tokens(given, *tokens_of([stop - start], [start], device), part)
+        triton_fused.map_tokens(given, *tokens_of([stop - start], [start], device), part)
     assert torch.equal(parts.directions, whole.directions)
     assert torch.equal(parts.strengths, whole.strengths)
 
@@ -226,18 +252,18 @@ def test_a_token_outside_the_span_takes_nothing_however_far_and_strong(
     edge = 100_000
     given = one_rule(
         device,
-        start=1,
-        stride=1,
-        origin=edge,
-        first=edge,
-        last=edge + 5,
+        direction_start=1,
+        direction_stride=1,
+        step0_position=edge,
+        begin=edge,
+        end=edge + 5,
         strength=strength,
         slope=0.2,
     )
     out = marked_map(1, 1, 4, device)
     positions = torch.tensor([0, edge - 1, edge, edge + 5], device=device)
     query_start_loc = torch.tensor([0, 4], dtype=torch.int32, device=device)
-    fused.map_tokens(given, query_start_loc, positions, out)
+    triton_fused.map_tokens(given, query_start_loc, positions, out)
     assert out.directions.tolist() == [[0, 0, 1, 0]]
     assert out.strengths[0, 0].tolist() == [0, 0, torch.tensor(strength).item(), 0]
 
@@ -245,12 +271,18 @@ def test_a_token_outside_the_span_takes_nothing_however_far_and_strong(
 def test_positions_beyond_32_bits_are_told_apart(device: torch.device) -> None:
     edge = 2**32 + 5
     given = one_rule(
-        device, start=3 - edge, stride=1, first=edge, last=FOREVER, strength=1.5, slope=0.0
+        device,
+        direction_start=3 - edge,
+        direction_stride=1,
+        begin=edge,
+        end=FOREVER,
+        strength=1.5,
+        slope=0.0,
     )
     out = marked_map(1, 1, 3, device)
     query_start_loc = torch.tensor([0, 3], dtype=torch.int32, device=device)
     positions = torch.tensor([5, edge - 1, edge + 1], device=device)
-    fused.map_tokens(given, query_start_loc, positions, out)
+    triton_fused.map_tokens(given, query_start_loc, positions, out)
     assert out.directions.tolist() == [[0, 0, 4]]
     assert out.strengths[0, 0].tolist() == [0, 0, 1.5]
 
@@ -258,12 +290,14 @@ def test_positions_beyond_32_bits_are_told_apart(device: torch.device) -> None:
 def test_rules_and_buffers_may_be_views(device: torch.device) -> None:
     given = random_rules(3, 4, 3, device, seed=2)
     half = subset(given, (slice(None, None, 2), slice(None)))
-    half = replace(half, history=torch.stack([half.history, -half.history], 1).flatten()[::2])
+    half = replace(
+        half, strength_pool=torch.stack([half.strength_pool, -half.strength_pool], 1).flatten()[::2]
+    )
     whole = marked_map(3, 4, 18, device)
     front = TokenMap(whole.directions[:2, ::2], whole.strengths[:, :2, ::2])
     query_start_loc, positions = tokens_of([2, 3, 1], [0, 5, 2], device)
     spread = torch.stack([positions, -positions], dim=1).flatten()[::2]
-    fused.map_tokens(half, query_start_loc, spread, front)
+    triton_fused.map_tokens(half, query_start_loc, spread, front)
     assert_mapped(half, query_start_loc, positions, front)
     assert (whole.directions[2:] == -9).all() and (whole.directions[:, 1::2] == -9).all()
     assert (whole.strengths[:, 2:] == -9).all() and (whole.strengths[:, :, 1::2] == -9).all()
@@ -274,8 +308,10 @@ def test_permuted_requests_give_permuted_maps(device: torch.device) -> None:
     order, starts = [2, 0, 3, 1], [0, 6, 2, 9]
     permuted = subset(given, (order,))
     one, other = marked_map(2, 2, 4, device), marked_map(2, 2, 4, device)
-    fused.map_tokens(given, *tokens_of([1] * 4, starts, device), one)
-    fused.map_tokens(permuted, *tokens_of([1] * 4, [starts[i] for i in order], device), other)
+    triton_fused.map_tokens(given, *tokens_of([1] * 4, starts, device), one)
+    triton_fused.map_tokens(
+        permuted, *tokens_of([1] * 4, [starts[i] for i in order], device), other
+    )
     assert torch.equal(other.directions, one.directions[:, order])
     assert torch.equal(other.strengths, one.strengths[:, :, order])
 
@@ -283,15 +319,24 @@ def test_permuted_requests_give_permuted_maps(device: torch.device) -> None:
 def test_a_chunk_may_span_many_steps_of_a_history(device: torch.device) -> None:
     """A delta of 9 steps from a prompt of 3, computed again in one go and in parts."""
     steps = [0.25 * step - 1 for step in range(9)]
-    given = one_rule(device, start=4, stride=1, origin=2, first=2, last=11, strength=9.0, slope=0.1)
+    given = one_rule(
+        device,
+        direction_start=4,
+        direction_stride=1,
+        step0_position=2,
+        begin=2,
+        end=11,
+        strength=9.0,
+        slope=0.1,
+    )
     given = with_history(given, 2, torch.tensor([7, 7, *steps, 7, 7], device=device))
     whole, parts = marked_map(1, 1, 13, device), marked_map(1, 1, 13, device)
-    fused.map_tokens(given, *tokens_of([13], [0], device), whole)
+    triton_fused.map_tokens(given, *tokens_of([13], [0], device), whole)
     assert whole.directions.tolist() == [[0, 0, *range(4, 13), 0, 0]]
     assert whole.strengths[0, 0].tolist() == [0, 0, *steps, 0, 0]
     for start, stop in [(0, 2), (2, 9), (9, 10), (10, 13)]:
         part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
-        fused.map_tokens(given, *tokens_of([stop - start], [start], device), part)
+        triton_fused.map_tokens(given, *tokens_of([stop - start], [start], device), part)
     assert torch.equal(parts.strengths, whole.strengths)
 
 
@@ -300,20 +345,24 @@ def test_a_step_beyond_the_history_takes_nothing(length: int, device: torch.devi
     """Numbers stand before and behind it in memory, and none of them may be read."""
     memory = torch.full((length + 8,), math.nan, device=device)
     memory[4:-4] = torch.arange(1.0, length + 1, device=device)
-    given = one_rule(device, start=1, origin=2, last=FOREVER, strength=3e38, slope=1e30)
+    given = one_rule(
+        device, direction_start=1, step0_position=2, end=FOREVER, strength=3e38, slope=1e30
+    )
     given = with_history(given, 0, memory[4:-4])
     out = marked_map(1, 1, 9, device)
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2**40, FOREVER - 1], device=device)
     query_start_loc = torch.tensor([0, 9], dtype=torch.int32, device=device)
-    fused.map_tokens(given, query_start_loc, positions, out)
+    triton_fused.map_tokens(given, query_start_loc, positions, out)
     taken = [float(step) if step <= length else 0.0 for step in range(1, 6)]
     assert out.strengths[0, 0].tolist() == [0, 0, *taken, 0, 0]
 
 
 def test_what_a_history_holds_counts_when_the_map_is_made(device: torch.device) -> None:
-    given = with_history(one_rule(device, start=1, last=FOREVER), 1, torch.zeros(3, device=device))
+    given = with_history(
+        one_rule(device, direction_start=1, end=FOREVER), 1, torch.zeros(3, device=device)
+    )
     out = marked_map(1, 1, 2, device)
     for number in (1.5, -0.25):
-        given.history[1:].fill_(number)
-        fused.map_tokens(given, *tokens_of([2], [0], device), out)
+        given.strength_pool[1:].fill_(number)
+        triton_fused.map_tokens(given, *tokens_of([2], [0], device), out)
         assert out.strengths[0, 0].tolist() == [number, number]

@@ -1,4 +1,4 @@
-"""What LM-Steer's Triton forms leave alone, and that a row's bits depend on nothing but the row."""
+"""What LM-Steer's Triton backends leave alone; a row's bits depend on nothing but the row."""
 
 import itertools
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from lm_steer import (
+    BACKENDS,
     CROWD_FROM,
-    FORMS,
     NUM_SLOTS,
+    backends,
     dtypes,
-    forms,
     in_a_frame,
     moved,
     nan_in_fresh_memory,
@@ -21,23 +21,23 @@ from lm_steer import (
     steer,
     uses_of,
 )
-from lm_steer_cases import SPECIAL, bits, random_rows, steered, tables_of
+from lm_steer_cases import SPECIAL, bits, random_rows, steered, weights_of
 
-from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteeredRows, SteerTables
+from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteeredRows, SteerWeights
 
 WIDTH = 33
-ROWS = {"by_tile": CROWD_FROM + 70, "by_row": CROWD_FROM + 2}  # of one slot more than a tile has
+ROWS = {"tiled": CROWD_FROM + 70, "rowwise": CROWD_FROM + 2}  # of one slot more than a tile has
 
 layouts = pytest.mark.parametrize("layout", ["off", "all-6", "distinct", "zipf", "one-to-four"])
 stores = pytest.mark.parametrize("stored", ["low-rank", "dense"])
 widths = pytest.mark.parametrize("width", [17, 48], ids=["odd", "for-tensor-cores"])
 
 
-@forms
+@backends
 @dtypes
 @layouts
 def test_rows_without_a_steer_are_unchanged_bit_for_bit(
-    layout: str, dtype: torch.dtype, form: str, device: torch.device
+    layout: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     x = random_rows(15, 17, dtype)
     for column, pattern in enumerate(SPECIAL[dtype]):
@@ -46,7 +46,7 @@ def test_rows_without_a_steer_are_unchanged_bit_for_bit(
     before = bits(x).clone()
     uses = [use for use in uses_of(layout, 15) if use[0] % 2 == 0]
     steers = some_steers(17, dtype, device)
-    found = steer(form, x, tables_of(steers, "both"), steers, uses)
+    found = steer(backend, x, weights_of(steers, "both"), steers, uses)
     steered_rows = {row for row, _, _ in uses}
     others = [row for row in range(15) if row not in steered_rows]
     assert torch.equal(bits(found)[others], before[others])
@@ -54,71 +54,73 @@ def test_rows_without_a_steer_are_unchanged_bit_for_bit(
     assert found[sorted(steered_rows)].isfinite().all()
 
 
-@forms
+@backends
 @dtypes
 @stores
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(
-    stored: str, dtype: torch.dtype, form: str, device: torch.device
+    stored: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     """Rows with one steer, whose change is added at once alone, and summed beside others."""
-    num_rows, steers = ROWS[form], some_steers(WIDTH, dtype, device)
+    num_rows, steers = ROWS[backend], some_steers(WIDTH, dtype, device)
     x, uses = random_rows(num_rows, WIDTH, dtype).to(device), uses_of("crowd", num_rows)
-    tables = tables_of(steers, stored)
-    together = steer(form, x, tables, steers, uses)
+    weights = weights_of(steers, stored)
+    together = steer(backend, x, weights, steers, uses)
     several = [row for row, _, _ in uses if row < CROWD_FROM]
     one_of_each = {slot: row for row, slot, _ in uses if several.count(row) == 1}
     assert len(one_of_each) >= 3
     for row in {*one_of_each.values(), 3, num_rows - 1}:
-        alone = steer(form, x[row : row + 1], tables, steers, moved(uses, {row: 0}))
+        alone = steer(backend, x[row : row + 1], weights, steers, moved(uses, {row: 0}))
         assert torch.equal(bits(alone[0]), bits(together[row]))
 
 
-@forms
+@backends
 @dtypes
 def test_one_steer_has_the_same_bits_whether_others_take_several_or_not(
-    dtype: torch.dtype, form: str, device: torch.device
+    dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     """Every slot: the batch that adds changes at once, and the batch that keeps and sums them."""
     steers = some_steers(17, dtype, device)
-    tables, x = tables_of(steers, "both"), random_rows(NUM_SLOTS + 1, 17, dtype).to(device)
+    weights, x = weights_of(steers, "both"), random_rows(NUM_SLOTS + 1, 17, dtype).to(device)
     uses = [(slot, slot, 1.5) for slot in range(NUM_SLOTS)]
-    at_once = steer(form, x, tables, steers, uses)
+    at_once = steer(backend, x, weights, steers, uses)
     several = [(NUM_SLOTS, slot, 1.0) for slot in (0, 1, 2, 7)]
-    summed = steer(form, x, tables, steers, uses + several)
+    summed = steer(backend, x, weights, steers, uses + several)
     assert torch.equal(bits(at_once[:-1]), bits(summed[:-1]))
     assert not torch.equal(at_once[-1], summed[-1])
 
 
-@forms
+@backends
 @dtypes
 def test_permuted_rows_give_permuted_results_bit_for_bit(
-    dtype: torch.dtype, form: str, device: torch.device
+    dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    num_rows, steers = ROWS[form], some_steers(WIDTH, dtype, device)
+    num_rows, steers = ROWS[backend], some_steers(WIDTH, dtype, device)
     x, uses = random_rows(num_rows, WIDTH, dtype).to(device), uses_of("crowd", num_rows)
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(4))
-    tables = tables_of(steers)
-    first = steer(form, x, tables, steers, uses)
+    weights = weights_of(steers)
+    first = steer(backend, x, weights, steers, uses)
     to = {int(old): new for new, old in enumerate(order)}
-    second = steer(form, x[order.to(device)], tables, steers, moved(uses, to))
+    second = steer(backend, x[order.to(device)], weights, steers, moved(uses, to))
     assert torch.equal(bits(first[order.to(device)]), bits(second))
 
 
-@forms
+@backends
 @dtypes
-def test_every_run_gives_the_same_bits(dtype: torch.dtype, form: str, device: torch.device) -> None:
+def test_every_run_gives_the_same_bits(
+    dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
     steers = some_steers(WIDTH, dtype, device)
-    tables, x = tables_of(steers, "both"), random_rows(5, WIDTH, dtype).to(device)
+    weights, x = weights_of(steers, "both"), random_rows(5, WIDTH, dtype).to(device)
     uses = uses_of("one-to-four", 5)
-    runs = [bits(steer(form, x, tables, steers, uses)) for _ in range(3)]
+    runs = [bits(steer(backend, x, weights, steers, uses)) for _ in range(3)]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
 
 
-@forms
+@backends
 @pytest.mark.parametrize("kinds", list(itertools.permutations("ldc")), ids="".join)
 def test_steers_of_a_row_are_added_in_ascending_order_of_slot(
-    kinds: tuple[str, ...], form: str, device: torch.device
+    kinds: tuple[str, ...], backend: str, device: torch.device
 ) -> None:
     """``((1 + 2^24) + 1) - 1`` is ``2^24 - 1`` in float32, and 2^24 in any other order.
 
@@ -126,7 +128,7 @@ def test_steers_of_a_row_are_added_in_ascending_order_of_slot(
     """
     adds = dict(zip(kinds, [2.0**24, 1.0, -1.0], strict=True))
     slots = {"l": LowRank(0, 1, 1, 1.0), "d": Dense(0, None, 1.0), "c": Constant(0, None, 1.0)}
-    tables = SteerTables(
+    weights = SteerWeights(
         slots=tuple(slots[kind] for kind in kinds),
         shrink=torch.tensor([[1.0, 0.0]], device=device),
         expand=torch.tensor([[0.0, adds["l"]]], device=device),
@@ -135,70 +137,70 @@ def test_steers_of_a_row_are_added_in_ascending_order_of_slot(
     )
     groups = tuple((slot, slot, slot + 1) for slot in range(3))
     rows = SteeredRows(np.zeros(3, np.int64), np.ones(3, np.float32), groups)
-    found = run(form, torch.ones(1, 2, device=device), tables, rows)
+    found = run(backend, torch.ones(1, 2, device=device), weights, rows)
     assert found.tolist() == [[1.0, 2.0**24 - 1]]
 
 
-@forms
+@backends
 @dtypes
 @stores
 @widths
 def test_what_other_slots_hold_reaches_no_row(
-    width: int, stored: str, dtype: torch.dtype, form: str, device: torch.device
+    width: int, stored: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """NaN in all tables but for one slot's own entries, and beside every row of ``x``."""
+    """NaN in all weights but for one slot's own entries, and beside every row of ``x``."""
     steers = some_steers(width, dtype, device)
-    tables, x = tables_of(steers, stored), random_rows(2, width, dtype).to(device)
+    weights, x = weights_of(steers, stored), random_rows(2, width, dtype).to(device)
     for slot in range(NUM_SLOTS):
         uses = [(0, slot, 1.5)]
-        wanted = steer(form, x, tables, steers, uses)
-        found = steer(form, in_a_frame(x), spoilt_but(tables, slot), steers, uses)
+        wanted = steer(backend, x, weights, steers, uses)
+        found = steer(backend, in_a_frame(x), spoilt_but(weights, slot), steers, uses)
         assert wanted.isfinite().all()
         assert torch.equal(bits(found), bits(wanted))
 
 
-@forms
+@backends
 @stores
-def test_a_row_of_nan_spoils_no_other_row(stored: str, form: str, device: torch.device) -> None:
+def test_a_row_of_nan_spoils_no_other_row(stored: str, backend: str, device: torch.device) -> None:
     steers = some_steers(17, torch.float32, device)
-    x, tables = random_rows(9, 17, torch.float32).to(device), tables_of(steers, stored)
+    x, weights = random_rows(9, 17, torch.float32).to(device), weights_of(steers, stored)
     uses = [(row, slot, 1.0) for row in range(9) for slot in (1, 2, 3)[: 1 + row % 3]]
-    clean = steer(form, x, tables, steers, uses)
+    clean = steer(backend, x, weights, steers, uses)
     x[4] = torch.nan
-    found = steer(form, x, tables, steers, uses)
+    found = steer(backend, x, weights, steers, uses)
     others = [row for row in range(9) if row != 4]
     assert torch.equal(bits(found[others]), bits(clean[others]))
     assert found[4].isnan().all()
 
 
-@forms
+@backends
 @dtypes
 @pytest.mark.parametrize("layout", ["off", "all-2", "distinct", "one-to-four"])
 @widths
 def test_longer_tables_give_the_same_bits(
-    width: int, layout: str, dtype: torch.dtype, form: str, device: torch.device
+    width: int, layout: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     """As a CUDA graph's buffers have them, with nonsense in what is not there."""
     steers = some_steers(width, dtype, device)
-    tables, x = tables_of(steers, "both"), random_rows(6, width, dtype).to(device)
-    module, rows = FORMS[form], steered(uses_of(layout, 6), steers)
-    placed = module.place(rows, tables, device)
-    longer = padded(placed, pairs=40, tiles=40, work=90, rows=12)
+    weights, x = weights_of(steers, "both"), random_rows(6, width, dtype).to(device)
+    module, rows = BACKENDS[backend], steered(uses_of(layout, 6), steers)
+    metadata = module.prepare(rows, weights, device)
+    longer = padded(metadata, pairs=40, tiles=40, work=90, rows=12)
     with nan_in_fresh_memory(device):
-        wanted = module.steer_rows(x, tables, placed)
-        found = module.steer_rows(x, tables, longer)
+        wanted = module.steer_rows(x, weights, metadata)
+        found = module.steer_rows(x, weights, longer)
     assert torch.equal(bits(found), bits(wanted))
 
 
 FENCE = 8192
 
 
-@forms
+@backends
 @dtypes
 @pytest.mark.parametrize("layout", ["distinct", "one-to-four"])
 @widths
 def test_nothing_is_written_or_read_beside_the_memory_asked_for(
-    width: int, layout: str, dtype: torch.dtype, form: str, device: torch.device, monkeypatch
+    width: int, layout: str, dtype: torch.dtype, backend: str, device: torch.device, monkeypatch
 ) -> None:
     frames: list[tuple[torch.Tensor, int]] = []
 
@@ -209,12 +211,12 @@ def test_nothing_is_written_or_read_beside_the_memory_asked_for(
         return frame[FENCE : FENCE + shape.numel()].view(shape)
 
     steers = some_steers(width, dtype, device)
-    tables, x = tables_of(steers, "both"), random_rows(5, width, dtype).to(device)
-    placed = FORMS[form].place(steered(uses_of(layout, 5), steers), tables, device)
-    wanted = FORMS[form].steer_rows(x, tables, placed)
+    weights, x = weights_of(steers, "both"), random_rows(5, width, dtype).to(device)
+    metadata = BACKENDS[backend].prepare(steered(uses_of(layout, 5), steers), weights, device)
+    wanted = BACKENDS[backend].steer_rows(x, weights, metadata)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "empty", fenced)
-        found = FORMS[form].steer_rows(x, tables, placed)
+        found = BACKENDS[backend].steer_rows(x, weights, metadata)
     assert torch.equal(bits(found), bits(wanted))
     assert len(frames) >= 3
     for frame, size in frames:

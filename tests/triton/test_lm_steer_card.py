@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton
-from lm_steer import FORMS, forms, padded
+from lm_steer import BACKENDS, backends, padded
 from lm_steer_cases import bits, relative_error
 
 from vllm_steer.kernels.lm_steer import (
@@ -18,13 +18,13 @@ from vllm_steer.kernels.lm_steer import (
     LowRank,
     Slot,
     SteeredRows,
-    SteerTables,
-    grouped,
+    SteerWeights,
+    torch_grouped,
 )
 from vllm_steer.kernels.lm_steer.change_kernels import add_up, constant
 from vllm_steer.kernels.lm_steer.dense_kernels import dense
 from vllm_steer.kernels.lm_steer.low_rank_kernels import expand, fold, shrink
-from vllm_steer.kernels.lm_steer.placing import PlacedRows, Tiles
+from vllm_steer.kernels.lm_steer.metadata import BatchMetadata, Tiles
 from vllm_steer.kernels.lm_steer.row_kernels import dense_row, expand_row, shrink_row
 from vllm_steer.kernels.upload import upload
 
@@ -52,7 +52,7 @@ def a_bank(
     matrices: int = 0,
     constants: int = 0,
     dtype: torch.dtype = BFLOAT16,
-) -> SteerTables:
+) -> SteerWeights:
     """Low ranks, a third of each fixed; then matrices, then constants, each with a fixed one."""
     slots: list[Slot] = []
     start = 0
@@ -62,7 +62,7 @@ def a_bank(
         start += rank
     slots += [Dense(2 * i, 2 * i + 1, 0.25 / width**0.5) for i in range(matrices)]
     slots += [Constant(2 * i, 2 * i + 1, 0.25) for i in range(constants)]
-    return SteerTables(
+    return SteerWeights(
         slots=tuple(slots),
         shrink=normal(start, width, dtype=dtype, seed=1),
         expand=normal(start, width, dtype=dtype, seed=2),
@@ -71,12 +71,12 @@ def a_bank(
     )
 
 
-def pairs_of(slots_of_rows: list[list[int]], tables: SteerTables) -> SteeredRows:
+def pairs_of(slots_of_rows: list[list[int]], weights: SteerWeights) -> SteeredRows:
     """Each row's slots, at strengths of either sign."""
     pairs = sorted((slot, row) for row, slots in enumerate(slots_of_rows) for slot in slots)
     slots = np.array([slot for slot, _ in pairs], dtype=np.int64)
     rows = np.array([row for _, row in pairs], dtype=np.int64)
-    epsilons = tables.columns.epsilons[slots]
+    epsilons = weights.columns.epsilons[slots]
     strengths = ((rows * 7 + slots * 3) % 9 - 4).astype(np.float32)
     found, starts, counts = np.unique(slots, return_index=True, return_counts=True)
     groups = zip(found.tolist(), starts.tolist(), (starts + counts).tolist(), strict=True)
@@ -92,35 +92,35 @@ def random_slots(num_rows: int, num_slots: int, most: int, seed: int = 5) -> lis
     ]
 
 
-def written_out(x: torch.Tensor, tables: SteerTables, pairs: SteeredRows) -> torch.Tensor:
+def written_out(x: torch.Tensor, weights: SteerWeights, pairs: SteeredRows) -> torch.Tensor:
     """The equations of ``operands`` for all rows of a slot at once, in float64."""
     y = x.double()
     for slot, start, end in pairs.groups:
         rows = torch.from_numpy(pairs.rows[start:end]).cuda()
         scale = torch.from_numpy(pairs.scales[start:end]).cuda().double()[:, None]
-        hidden, fixed_scale = x[rows].double(), (scale != 0) * tables.slots[slot].epsilon
-        match tables.slots[slot]:
+        hidden, fixed_scale = x[rows].double(), (scale != 0) * weights.slots[slot].epsilon
+        match weights.slots[slot]:
             case LowRank(first, fixed, last):
                 change = (
                     scale
-                    * (hidden @ tables.shrink[first:fixed].double().T)
-                    @ tables.expand[first:fixed].double()
+                    * (hidden @ weights.shrink[first:fixed].double().T)
+                    @ weights.expand[first:fixed].double()
                     + fixed_scale
-                    * (hidden @ tables.shrink[fixed:last].double().T)
-                    @ tables.expand[fixed:last].double()
+                    * (hidden @ weights.shrink[fixed:last].double().T)
+                    @ weights.expand[fixed:last].double()
                 )
             case Dense(free, fixed):
-                change = scale * (hidden @ tables.dense[free].double().T)
-                change += fixed_scale * (hidden @ tables.dense[fixed].double().T)
+                change = scale * (hidden @ weights.dense[free].double().T)
+                change += fixed_scale * (hidden @ weights.dense[fixed].double().T)
             case Constant(free, fixed):
-                change = scale * tables.vectors[free].double()
-                change = change + fixed_scale * tables.vectors[fixed].double()
+                change = scale * weights.vectors[free].double()
+                change = change + fixed_scale * weights.vectors[fixed].double()
         y.index_add_(0, rows, change)
     return y
 
 
-def run(form: str, x: torch.Tensor, tables: SteerTables, pairs: SteeredRows) -> torch.Tensor:
-    return FORMS[form].steer_rows(x, tables, FORMS[form].place(pairs, tables, CUDA))
+def run(backend: str, x: torch.Tensor, weights: SteerWeights, pairs: SteeredRows) -> torch.Tensor:
+    return BACKENDS[backend].steer_rows(x, weights, BACKENDS[backend].prepare(pairs, weights, CUDA))
 
 
 BANKS = {
@@ -134,43 +134,43 @@ BANKS = {
 }
 
 
-@forms
+@backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("bank", list(BANKS))
 def test_a_full_batch_errs_at_most_twice_as_much_as_plain_torch(
-    bank: str, dtype: torch.dtype, form: str
+    bank: str, dtype: torch.dtype, backend: str
 ) -> None:
-    tables = BANKS[bank](dtype)
+    weights = BANKS[bank](dtype)
     for num_rows, most in ((1, 1), (64, 1), (64, 4), (256, 1), (1024, 2)):
-        if form == "by_row" and num_rows > 64:
+        if backend == "rowwise" and num_rows > 64:
             continue
-        x = normal(num_rows, tables.width, dtype=dtype, seed=6)
-        pairs = pairs_of(random_slots(num_rows, len(tables.slots), most), tables)
-        wanted = written_out(x, tables, pairs)
-        found = run(form, x, tables, pairs)
-        plain = grouped.steer_rows(x, tables, grouped.place(pairs, tables, CUDA))
+        x = normal(num_rows, weights.width, dtype=dtype, seed=6)
+        pairs = pairs_of(random_slots(num_rows, len(weights.slots), most), weights)
+        wanted = written_out(x, weights, pairs)
+        found = run(backend, x, weights, pairs)
+        plain = torch_grouped.steer_rows(x, weights, torch_grouped.prepare(pairs, weights, CUDA))
         assert relative_error(found, wanted) <= 2 * relative_error(plain, wanted)
         free = np.setdiff1d(np.arange(num_rows), pairs.rows)
         assert torch.equal(bits(found)[free], bits(x)[free])
 
 
-@forms
+@backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("bank", ["d4096-mixed", "d4096-low", "d1280-dense"])
 def test_a_row_has_the_same_bits_alone_and_in_a_full_batch(
-    bank: str, dtype: torch.dtype, form: str
+    bank: str, dtype: torch.dtype, backend: str
 ) -> None:
     """On tensor cores, and for rows with one steer beside rows with several."""
-    tables, num_rows = BANKS[bank](dtype), 256
-    slots = random_slots(num_rows, len(tables.slots), 4)
-    x = normal(num_rows, tables.width, dtype=dtype, seed=6)
-    together = run(form, x, tables, pairs_of(slots, tables))
+    weights, num_rows = BANKS[bank](dtype), 256
+    slots = random_slots(num_rows, len(weights.slots), 4)
+    x = normal(num_rows, weights.width, dtype=dtype, seed=6)
+    together = run(backend, x, weights, pairs_of(slots, weights))
     order = np.random.default_rng(8).permutation(num_rows)
-    moved = with_rows(pairs_of(slots, tables), np.argsort(order))
-    again = run(form, x[torch.from_numpy(order).cuda()], tables, moved)
+    moved = with_rows(pairs_of(slots, weights), np.argsort(order))
+    again = run(backend, x[torch.from_numpy(order).cuda()], weights, moved)
     assert torch.equal(bits(again), bits(together)[order])
     for row in [*range(16), 31, 32, 33, 255]:
-        alone = run(form, x[row : row + 1], tables, only_row(pairs_of(slots, tables), row))
+        alone = run(backend, x[row : row + 1], weights, only_row(pairs_of(slots, weights), row))
         assert torch.equal(bits(alone[0]), bits(together[row]))
 
 
@@ -198,10 +198,10 @@ def only_row(pairs: SteeredRows, row: int) -> SteeredRows:
     )
 
 
-def tensors_of(placed: PlacedRows) -> list[torch.Tensor]:
-    """All tables of a batch that has every part."""
+def tensors_of(metadata: BatchMetadata) -> list[torch.Tensor]:
+    """All weights of a batch that has every part."""
     found = []
-    for part in vars(placed).values():
+    for part in vars(metadata).values():
         if isinstance(part, torch.Tensor):
             found.append(part)
         elif not isinstance(part, int):
@@ -209,31 +209,31 @@ def tensors_of(placed: PlacedRows) -> list[torch.Tensor]:
     return found
 
 
-@forms
-def test_a_captured_graph_replays_with_whatever_steers_its_buffers_hold(form: str) -> None:
+@backends
+def test_a_captured_graph_replays_with_whatever_steers_its_buffers_hold(backend: str) -> None:
     """Tables at their full length, padded, refilled between replays."""
-    tables, module, num_rows = BANKS["d4096-mixed"](BFLOAT16), FORMS[form], 32
-    x = normal(num_rows, tables.width, seed=6)
+    weights, module, num_rows = BANKS["d4096-mixed"](BFLOAT16), BACKENDS[backend], 32
+    x = normal(num_rows, weights.width, seed=6)
 
-    def at_full_length(slots: list[list[int]]) -> PlacedRows:
-        placed = module.place(pairs_of(slots, tables), tables, CUDA)
-        return padded(placed, pairs=128, tiles=128, work=128 * 63, rows=num_rows)
+    def at_full_length(slots: list[list[int]]) -> BatchMetadata:
+        metadata = module.prepare(pairs_of(slots, weights), weights, CUDA)
+        return padded(metadata, pairs=128, tiles=128, work=128 * 63, rows=num_rows)
 
-    buffers = at_full_length(random_slots(num_rows, len(tables.slots), 4))
+    buffers = at_full_length(random_slots(num_rows, len(weights.slots), 4))
     assert isinstance(buffers.low_rank, Tiles)
-    module.steer_rows(x, tables, buffers)
+    module.steer_rows(x, weights, buffers)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = module.steer_rows(x, tables, buffers)
-    everyone_one = [[row % len(tables.slots)] for row in range(num_rows)]
-    batches = [random_slots(num_rows, len(tables.slots), most, seed=most) for most in (1, 2, 4)]
+        out = module.steer_rows(x, weights, buffers)
+    everyone_one = [[row % len(weights.slots)] for row in range(num_rows)]
+    batches = [random_slots(num_rows, len(weights.slots), most, seed=most) for most in (1, 2, 4)]
     for seed, slots in enumerate([*batches, everyone_one, [[]] * num_rows], start=20):
-        x.copy_(normal(num_rows, tables.width, seed=seed))
+        x.copy_(normal(num_rows, weights.width, seed=seed))
         for buffer, new in zip(tensors_of(buffers), tensors_of(at_full_length(slots)), strict=True):
             buffer.copy_(new)
         graph.replay()
-        assert torch.equal(bits(out), bits(run(form, x, tables, pairs_of(slots, tables))))
+        assert torch.equal(bits(out), bits(run(backend, x, weights, pairs_of(slots, weights))))
         assert torch.equal(out, x) == (slots == [[]] * num_rows)
 
 
@@ -246,25 +246,30 @@ def num_compiled() -> int:
     return sum(len(kernel.device_caches[device][0]) for kernel in KERNELS)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("width", [1552, 1537], ids=["aligned", "odd"])
-def test_nothing_compiles_after_warming_up(width: int, form: str) -> None:
+def test_nothing_compiles_after_warming_up(width: int, backend: str) -> None:
     """Batches of every size, one steer per row or several, of every kind and of one alone."""
-    tables = a_bank(width, [5, 100], matrices=2, constants=2)
+    weights = a_bank(width, [5, 100], matrices=2, constants=2)
     before = num_compiled()
-    FORMS[form].warm_up(tables, BFLOAT16)
+    BACKENDS[backend].warm_up(weights, BFLOAT16)
     warm = num_compiled()
     assert warm > before
     frame, padded_rows = normal(257, width), normal(257, -(-width // 64) * 64)  # as vLLM's logits
     for num_rows in (1, 2, 3, 16, 17, 64, 257):
         for most in (1, 4):
-            pairs = pairs_of(random_slots(num_rows, len(tables.slots), most), tables)
-            run(form, frame[:num_rows], tables, pairs)
-        for slot in range(len(tables.slots)):
-            run(form, frame[:num_rows], tables, pairs_of([[slot]] * num_rows, tables))
-            run(form, padded_rows[:num_rows, :width], tables, pairs_of([[slot]] * num_rows, tables))
-        run(form, frame[-num_rows:], tables, pairs_of([[0]] * num_rows, tables))
-        run(form, frame[:num_rows], tables, pairs_of([[]] * num_rows, tables))
+            pairs = pairs_of(random_slots(num_rows, len(weights.slots), most), weights)
+            run(backend, frame[:num_rows], weights, pairs)
+        for slot in range(len(weights.slots)):
+            run(backend, frame[:num_rows], weights, pairs_of([[slot]] * num_rows, weights))
+            run(
+                backend,
+                padded_rows[:num_rows, :width],
+                weights,
+                pairs_of([[slot]] * num_rows, weights),
+            )
+        run(backend, frame[-num_rows:], weights, pairs_of([[0]] * num_rows, weights))
+        run(backend, frame[:num_rows], weights, pairs_of([[]] * num_rows, weights))
     assert num_compiled() == warm
 
 
@@ -282,19 +287,19 @@ def test_arrays_arrive_on_the_card_as_they_were() -> None:
     assert upload([], CUDA) == []
 
 
-@forms
-def test_the_host_never_waits_for_the_card(form: str) -> None:
-    tables = a_bank(1280, [8, 1000], matrices=1, constants=1)
-    x, module = normal(64, 1280), FORMS[form]
-    batches = [pairs_of(random_slots(64, 4, most), tables) for most in (1, 4)]
-    module.warm_up(tables, BFLOAT16)
+@backends
+def test_the_host_never_waits_for_the_card(backend: str) -> None:
+    weights = a_bank(1280, [8, 1000], matrices=1, constants=1)
+    x, module = normal(64, 1280), BACKENDS[backend]
+    batches = [pairs_of(random_slots(64, 4, most), weights) for most in (1, 4)]
+    module.warm_up(weights, BFLOAT16)
     for pairs in batches:
-        run(form, x, tables, pairs)
+        run(backend, x, weights, pairs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for pairs in batches:
-            module.steer_rows(x, tables, module.place(pairs, tables, CUDA))
+            module.steer_rows(x, weights, module.prepare(pairs, weights, CUDA))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -311,8 +316,8 @@ BEYOND = 2**31 // 4096 + 16
 """Rows of 4096 numbers that are more than 2^31 numbers."""
 
 
-@forms
-def test_tables_beyond_two_to_the_31_numbers_are_read(form: str) -> None:
+@backends
+def test_tables_beyond_two_to_the_31_numbers_are_read(backend: str) -> None:
     """The last slot of each kind gives what it gives in a table of its own."""
     room_for(24 << 30)
     small = a_bank(4096, [24], matrices=1, constants=1)
@@ -324,7 +329,7 @@ def test_tables_beyond_two_to_the_31_numbers_are_read(form: str) -> None:
         return long
 
     epsilons = [slot.epsilon for slot in small.slots]
-    large = SteerTables(
+    large = SteerWeights(
         slots=(
             LowRank(BEYOND - 24, BEYOND - 8, BEYOND, epsilons[0]),
             Dense(num_matrices - 2, num_matrices - 1, epsilons[1]),
@@ -338,23 +343,23 @@ def test_tables_beyond_two_to_the_31_numbers_are_read(form: str) -> None:
     x = normal(4, 4096, seed=6)
     for slots in ([[0], [1], [2], []], [[0, 1, 2], [0], [1], [2]]):
         pairs = pairs_of(slots, small)
-        found, wanted = run(form, x, large, pairs), run(form, x, small, pairs)
+        found, wanted = run(backend, x, large, pairs), run(backend, x, small, pairs)
         assert torch.equal(bits(found), bits(wanted))
         assert not torch.equal(wanted[0], x[0])
 
 
-@forms
+@backends
 @pytest.mark.parametrize("slot", [0, 1, 2], ids=["low-rank", "dense", "constant"])
-def test_rows_beyond_two_to_the_31_numbers_are_steered(slot: int, form: str) -> None:
+def test_rows_beyond_two_to_the_31_numbers_are_steered(slot: int, backend: str) -> None:
     room_for(16 << 30)
-    tables = a_bank(4096, [24], matrices=1, constants=1)
+    weights = a_bank(4096, [24], matrices=1, constants=1)
     x = torch.zeros(BEYOND, 4096, dtype=BFLOAT16, device="cuda")
     x[0], x[-1] = normal(2, 4096, seed=6)
     for twice in (False, True):
         taken = [slot, slot] if twice else [slot]
-        ends = pairs_of([taken, taken], tables)
+        ends = pairs_of([taken, taken], weights)
         far = SteeredRows(ends.rows * (BEYOND - 1), ends.scales, ends.groups)
-        found, wanted = run(form, x, tables, far), run(form, x[[0, -1]], tables, ends)
+        found, wanted = run(backend, x, weights, far), run(backend, x[[0, -1]], weights, ends)
         assert torch.equal(bits(found[[0, -1]]), bits(wanted))
         assert not found[1:-1].any()
         del found
@@ -363,12 +368,12 @@ def test_rows_beyond_two_to_the_31_numbers_are_steered(slot: int, form: str) -> 
 def test_partial_sums_and_changes_beyond_two_to_the_31_numbers_are_kept_apart() -> None:
     """So many pairs that what is kept between the kernels is that large; one row stands for all."""
     room_for(64 << 30)
-    tables = a_bank(4096, [1000], constants=1)
+    weights = a_bank(4096, [1000], constants=1)
     x = torch.zeros(BEYOND, 4096, dtype=BFLOAT16, device="cuda")
     x[:] = normal(4096, seed=6)
     every, one = np.arange(BEYOND, dtype=np.int64), np.zeros(1, dtype=np.int64)
     for slots in ([0], [0, 1]):
-        scales = [0.5 * tables.slots[slot].epsilon for slot in slots]
+        scales = [0.5 * weights.slots[slot].epsilon for slot in slots]
         many, alone = (
             SteeredRows(
                 rows=np.concatenate([rows] * len(slots)),
@@ -377,7 +382,7 @@ def test_partial_sums_and_changes_beyond_two_to_the_31_numbers_are_kept_apart() 
             )
             for rows in (every, one)
         )
-        found, wanted = run("by_tile", x, tables, many), run("by_tile", x[:1], tables, alone)
+        found, wanted = run("tiled", x, weights, many), run("tiled", x[:1], weights, alone)
         assert not torch.equal(wanted[0], x[0])
         assert (found == wanted).all()
         del found
@@ -386,13 +391,13 @@ def test_partial_sums_and_changes_beyond_two_to_the_31_numbers_are_kept_apart() 
 SANITIZED = """
 import sys
 sys.path[:0] = {paths!r}
-from test_lm_steer_card import FORMS, a_bank, normal, pairs_of, random_slots, run
+from test_lm_steer_card import BACKENDS, a_bank, normal, pairs_of, random_slots, run
 for width in (37, 320):
-    tables = a_bank(width, [1, 5, 33], matrices=1, constants=1)
+    weights = a_bank(width, [1, 5, 33], matrices=1, constants=1)
     for most in (1, 4):
-        pairs = pairs_of(random_slots(70, len(tables.slots), most), tables)
-        for form in FORMS:
-            run(form, normal(70, width), tables, pairs)
+        pairs = pairs_of(random_slots(70, len(weights.slots), most), weights)
+        for backend in BACKENDS:
+            run(backend, normal(70, width), weights, pairs)
 import torch
 torch.cuda.synchronize()
 print("all ran")

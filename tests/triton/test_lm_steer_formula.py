@@ -1,17 +1,17 @@
-"""LM-Steer's Triton forms against the paper's formula in float64: how near they come.
+"""LM-Steer's Triton backends against the paper's formula in float64: how near they come.
 
-float32 within ``FLOAT32`` of it by norm, 16 bits within twice the error of the torch form.
+float32 within ``FLOAT32`` of it by norm, 16 bits within twice the error of the torch backend.
 """
 
 import numpy as np
 import pytest
 import torch
 from lm_steer import (
+    BACKENDS,
     DTYPES,
-    FORMS,
     NUM_SLOTS,
+    backends,
     dtypes,
-    forms,
     in_a_frame,
     nan_in_fresh_memory,
     some_steers,
@@ -27,10 +27,10 @@ from lm_steer_cases import (
     random_rows,
     relative_error,
     steered,
-    tables_of,
+    weights_of,
 )
 
-from vllm_steer.kernels.lm_steer import SteerTables, grouped
+from vllm_steer.kernels.lm_steer import SteerWeights, torch_grouped
 
 FLOAT32 = 2e-7
 UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -51,84 +51,86 @@ CASES = {  # width, rows by tile, rows by row, layout, how steers that multiply 
 
 
 def grouped_error(
-    x: torch.Tensor, tables: SteerTables, steers: list[Weights], uses: list[Use]
+    x: torch.Tensor, weights: SteerWeights, steers: list[Weights], uses: list[Use]
 ) -> float:
     """The error of plain torch."""
-    rows = grouped.place(steered(uses, steers), tables, x.device)
-    return relative_error(grouped.steer_rows(x, tables, rows), formula(x, steers, uses))
+    rows = torch_grouped.prepare(steered(uses, steers), weights, x.device)
+    return relative_error(torch_grouped.steer_rows(x, weights, rows), formula(x, steers, uses))
 
 
 def assert_close_to_the_formula(
-    form: str, x: torch.Tensor, tables: SteerTables, steers: list[Weights], uses: list[Use]
+    backend: str, x: torch.Tensor, weights: SteerWeights, steers: list[Weights], uses: list[Use]
 ) -> None:
     before = bits(x).clone()
-    found = steer(form, x, tables, steers, uses)
+    found = steer(backend, x, weights, steers, uses)
     assert (found.dtype, found.shape, found.is_contiguous()) == (x.dtype, x.shape, True)
     assert torch.equal(bits(x), before), "the input was written to"
     error = relative_error(found, formula(x, steers, uses))
-    exact = x.dtype == tables.dtype == torch.float32
-    assert error <= (FLOAT32 if exact else 2 * grouped_error(x, tables, steers, uses))
+    exact = x.dtype == weights.dtype == torch.float32
+    assert error <= (FLOAT32 if exact else 2 * grouped_error(x, weights, steers, uses))
 
 
-@forms
+@backends
 @dtypes
 @pytest.mark.parametrize("case", list(CASES))
 def test_every_row_is_steered_by_the_papers_formula(
-    case: str, dtype: torch.dtype, form: str, device: torch.device
+    case: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     width, by_tile, by_row, layout, stored = CASES[case]
-    num_rows = by_tile if form == "by_tile" else by_row
+    num_rows = by_tile if backend == "tiled" else by_row
     steers = some_steers(width, dtype, device)
     x = in_a_frame(random_rows(num_rows, width, dtype).to(device))
     uses = uses_of(layout, num_rows)
-    assert_close_to_the_formula(form, x, tables_of(steers, stored), steers, uses)
+    assert_close_to_the_formula(backend, x, weights_of(steers, stored), steers, uses)
 
 
-@forms
+@backends
 @dtypes
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
 def test_a_batch_without_steers_is_copied(
-    num_rows: int, dtype: torch.dtype, form: str, device: torch.device
+    num_rows: int, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     steers = some_steers(17, dtype, device)
     x = random_rows(num_rows, 17, dtype).to(device)
-    found = steer(form, x, tables_of(steers), steers, [])
+    found = steer(backend, x, weights_of(steers), steers, [])
     assert torch.equal(bits(found), bits(x))
     assert found.dtype == dtype
     assert not num_rows or found.data_ptr() != x.data_ptr()
 
 
-@forms
-def test_wide_rows_and_ranks_of_several_blocks_are_steered(form: str, device: torch.device) -> None:
+@backends
+def test_wide_rows_and_ranks_of_several_blocks_are_steered(
+    backend: str, device: torch.device
+) -> None:
     """Blocks of the widest rows, and of a rank above any block's."""
     for width, rank, dtype in ((4100, 3, torch.bfloat16), (17, 300, torch.float32)):
         first = random_rows(width, rank, dtype).to(device)[None]
         steers = [Weights(first, first.flip(1), 0, 2.0**-8)]
         x, uses = random_rows(1, width, dtype).to(device), [(0, 0, 1.5)]
-        assert_close_to_the_formula(form, x, tables_of(steers), steers, uses)
+        assert_close_to_the_formula(backend, x, weights_of(steers), steers, uses)
 
 
-@forms
-def test_a_bank_of_constants_alone_adds_them(form: str, device: torch.device) -> None:
+@backends
+def test_a_bank_of_constants_alone_adds_them(backend: str, device: torch.device) -> None:
     """Columns beyond the first block, and a bank without ranks or matrices."""
     vector = random_rows(2, 1100, torch.float32).to(device)[:, :, None]
     steers = [Weights(None, vector, 1, 0.5), Weights(None, vector[:1], 0, 0.25)]
     x = random_rows(3, 1100, torch.float32).to(device)
     for uses in ([(0, 0, 3.0), (2, 1, 1.0)], [(0, 0, 3.0), (0, 1, 1.0)]):
-        assert_close_to_the_formula(form, x, tables_of(steers), steers, uses)
+        assert_close_to_the_formula(backend, x, weights_of(steers), steers, uses)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_results_are_rounded_once(
-    dtype: torch.dtype, stored: str, form: str, device: torch.device
+    dtype: torch.dtype, stored: str, backend: str, device: torch.device
 ) -> None:
     """No sum and no change is in 16 bits on its way, whether a row has one steer or three.
 
     But what is between the factors of a low rank: over tiles it is rounded to 16 bits too, after
-    it is scaled. The first factors are identities, so it is known, and tables hold the formula's
-    own numbers in either form.
+    it is scaled. The first factors are identities, so it is known, and weights hold the formula's
+    own numbers in either backend.
     """
     width = 17
     matrix = random_rows(2 * width, 2 * width, dtype).to(device)[None]
@@ -141,9 +143,9 @@ def test_16_bit_results_are_rounded_once(
     x = random_rows(4, width, dtype).to(device)
     uses = [(0, 0, 3.0), (1, 1, -1.5), (2, 2, 0.75), (3, 0, 1.25), (3, 1, 2.0), (3, 2, 5.0)]
     for taken in (uses[:3], uses):
-        found = steer(form, x, tables_of(steers, stored), steers, taken)
+        found = steer(backend, x, weights_of(steers, stored), steers, taken)
         wanted = formula(x, steers, taken)
-        if form == "by_tile" and stored == "low-rank":
+        if backend == "tiled" and stored == "low-rank":
             wanted += lost_between_the_factors(x, steers, taken)
         rounding = UNIT_ROUNDOFF[dtype] * wanted.abs()
         slack = 1e-6 * wanted.abs().amax(dim=1, keepdim=True)
@@ -177,14 +179,14 @@ def test_over_tiles_rows_are_rounded_to_the_nearest_number_of_the_tables_dtype(
     steers = [Weights(eye, eye, 0, 1.0)]
     nearest = torch.tensor([[1 + 2**-7, 1.0, 1 + 2 * 2**-7]], device=device)
     for stored in ("low-rank", "dense"):
-        found = steer("by_tile", x, tables_of(steers, stored), steers, [(0, 0, 1.0)])
+        found = steer("tiled", x, weights_of(steers, stored), steers, [(0, 0, 1.0)])
         assert torch.equal(found, x + nearest)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 def test_products_of_16_bits_are_exact_where_float32_is(
-    stored: str, form: str, device: torch.device
+    stored: str, backend: str, device: torch.device
 ) -> None:
     """Small integers: every number on the way is one of them, so nothing may round."""
     width, rank = 63, 5
@@ -195,7 +197,7 @@ def test_products_of_16_bits_are_exact_where_float32_is(
 
     steers = [Weights(integers(2, width, rank), integers(2, width, rank), 1, 1.0)]
     x, uses = integers(3, width), [(0, 0, 2.0), (2, 0, -1.0)]
-    found = steer(form, x, tables_of(steers, stored), steers, uses)
+    found = steer(backend, x, weights_of(steers, stored), steers, uses)
     assert torch.equal(found, formula(x, steers, uses).to(torch.bfloat16))
 
 
@@ -210,45 +212,45 @@ VIEWS = {
 }
 
 
-@forms
+@backends
 @pytest.mark.parametrize("layout", ["distinct", "one-to-four"])
 @pytest.mark.parametrize("view", list(VIEWS))
 def test_a_strided_view_gives_what_its_contiguous_copy_gives(
-    view: str, layout: str, form: str, device: torch.device
+    view: str, layout: str, backend: str, device: torch.device
 ) -> None:
     x = VIEWS[view](random_rows(10, 34, torch.bfloat16).to(device))
     steers = some_steers(x.shape[1], x.dtype, device)
-    uses, tables = uses_of(layout, 5), tables_of(steers, "both")
+    uses, weights = uses_of(layout, 5), weights_of(steers, "both")
     copy = x.clone(memory_format=torch.contiguous_format)
-    found, wanted = (steer(form, rows, tables, steers, uses) for rows in (x, copy))
+    found, wanted = (steer(backend, rows, weights, steers, uses) for rows in (x, copy))
     assert torch.equal(bits(found), bits(wanted))
     assert torch.equal(bits(x), bits(copy)), "the input was written to"
     assert relative_error(found, formula(copy, steers, uses)) <= 0.01
 
 
-@forms
-@pytest.mark.parametrize("stored", DTYPES, ids=lambda dtype: f"tables-{dtype}")
+@backends
+@pytest.mark.parametrize("stored", DTYPES, ids=lambda dtype: f"weights-{dtype}")
 @dtypes
 def test_rows_may_be_in_another_dtype_than_the_tables(
-    dtype: torch.dtype, stored: torch.dtype, form: str, device: torch.device
+    dtype: torch.dtype, stored: torch.dtype, backend: str, device: torch.device
 ) -> None:
     steers = some_steers(33, stored, device)
     x, uses = random_rows(5, 33, dtype).to(device), uses_of("one-to-four", 5)
-    assert_close_to_the_formula(form, x, tables_of(steers, "both"), steers, uses)
+    assert_close_to_the_formula(backend, x, weights_of(steers, "both"), steers, uses)
 
 
-@forms
-def test_the_same_steer_twice_on_a_row_counts_twice(form: str, device: torch.device) -> None:
+@backends
+def test_the_same_steer_twice_on_a_row_counts_twice(backend: str, device: torch.device) -> None:
     steers = some_steers(17, torch.float32, device)
     x = random_rows(2, 17, torch.float32).to(device)
     uses = [(1, slot, strength) for slot in (1, 2, 3) for strength in (1.0, 2.0)]
-    assert_close_to_the_formula(form, x, tables_of(steers, "both"), steers, uses)
+    assert_close_to_the_formula(backend, x, weights_of(steers, "both"), steers, uses)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 def test_float16_does_not_overflow_before_epsilon_makes_it_small(
-    stored: str, form: str, device: torch.device
+    stored: str, backend: str, device: torch.device
 ) -> None:
     """``x P1`` is 96000 and ``x P1 P2^T`` more, beyond float16; their product with epsilon is not.
 
@@ -261,72 +263,72 @@ def test_float16_does_not_overflow_before_epsilon_makes_it_small(
     uses = [(0, 0, 5.0), (1, 0, 5.0)]
     wanted = formula(x, steers, uses)
     assert wanted.max() == 300 + 2.0**-10 * 6 * 96000 * 20
-    found = steer(form, x, tables_of(steers, stored), steers, uses)
+    found = steer(backend, x, weights_of(steers, stored), steers, uses)
     assert relative_error(found, wanted) <= 1e-3
 
 
-@forms
+@backends
 def test_tiny_float16_numbers_are_not_lost_between_the_factors(
-    form: str, device: torch.device
+    backend: str, device: torch.device
 ) -> None:
     """``epsilon x P1`` of 2^-13 is still a normal float16."""
     x = torch.full((1, 64), 2.0**-10, dtype=torch.float16, device=device)
     first = torch.full((1, 64, 1), 2.0**-3, dtype=torch.float16, device=device)
     steers = [Weights(first, torch.full_like(first, 80.0), 0, 2.0**-6)]
-    found = steer(form, x, tables_of(steers), steers, [(0, 0, 1.0)])
+    found = steer(backend, x, weights_of(steers), steers, [(0, 0, 1.0)])
     assert relative_error(found, formula(x, steers, [(0, 0, 1.0)])) <= 1e-3
 
 
-@forms
+@backends
 @dtypes
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
-    stored: str, dtype: torch.dtype, form: str, device: torch.device
+    stored: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     """Beside rows of the same steers at another strength, whose bits are as without these; rows
     that are not finite too, and a row under several steers."""
     steers = some_steers(33, dtype, device)
-    tables, x = tables_of(steers, stored), random_rows(2 * NUM_SLOTS, 33, dtype).to(device)
+    weights, x = weights_of(steers, stored), random_rows(2 * NUM_SLOTS, 33, dtype).to(device)
     x[0, 3], x[1, 5], x[2] = torch.inf, -torch.inf, torch.nan
     on = [(NUM_SLOTS + slot, slot, 2.0) for slot in range(NUM_SLOTS)]
     off = [(slot, slot, 0.0) for slot in range(NUM_SLOTS)]
-    alone = steer(form, x, tables, steers, on)
+    alone = steer(backend, x, weights, steers, on)
     for more in (off, off + [(1, slot, 0.0) for slot in (2, 4, 6, 7)]):
-        found = steer(form, x, tables, steers, on + more)
+        found = steer(backend, x, weights, steers, on + more)
         torch.testing.assert_close(found[:NUM_SLOTS], x[:NUM_SLOTS], rtol=0, atol=0, equal_nan=True)
         assert torch.equal(bits(found[NUM_SLOTS:]), bits(alone[NUM_SLOTS:]))
 
 
-@forms
+@backends
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 def test_of_several_steers_on_a_row_those_at_strength_zero_are_left_out(
-    stored: str, form: str, device: torch.device
+    stored: str, backend: str, device: torch.device
 ) -> None:
     steers = some_steers(17, torch.float32, device)
     x = random_rows(4, 17, torch.float32).to(device)
     uses = [(row, slot, 3.0 * ((row + slot) % 2)) for row in range(4) for slot in range(NUM_SLOTS)]
-    found = steer(form, x, tables_of(steers, stored), steers, uses)
+    found = steer(backend, x, weights_of(steers, stored), steers, uses)
     left = [use for use in uses if use[2] != 0]
     assert relative_error(found, formula(x, steers, left)) <= FLOAT32
 
 
-@forms
+@backends
 @pytest.mark.parametrize("layout", ["all-6", "distinct", "one-to-four"])
 def test_placed_scales_may_be_overwritten_from_call_to_call(
-    layout: str, form: str, device: torch.device
+    layout: str, backend: str, device: torch.device
 ) -> None:
     """They are the pairs' in their order, and nobody else's memory."""
-    steers, module = some_steers(33, torch.float32, device), FORMS[form]
-    tables, uses = tables_of(steers, "both"), uses_of(layout, 9)
+    steers, module = some_steers(33, torch.float32, device), BACKENDS[backend]
+    weights, uses = weights_of(steers, "both"), uses_of(layout, 9)
     x, pairs = random_rows(9, 33, torch.float32).to(device), steered(uses, steers)
     given = pairs.scales.copy()
-    placed = module.place(pairs, tables, device)
-    assert (placed.scales.dtype, placed.scales.tolist()) == (torch.float32, given.tolist())
+    metadata = module.prepare(pairs, weights, device)
+    assert (metadata.scales.dtype, metadata.scales.tolist()) == (torch.float32, given.tolist())
     for strengths in ([0.5, 0.0, -2.0], [0.0], [4.0, 1.5]):
         now = at_strengths(uses, strengths)
-        placed.scales.copy_(torch.from_numpy(steered(now, steers).scales))
+        metadata.scales.copy_(torch.from_numpy(steered(now, steers).scales))
         with nan_in_fresh_memory(device):
-            found = module.steer_rows(x, tables, placed)
+            found = module.steer_rows(x, weights, metadata)
         assert relative_error(found, formula(x, steers, now)) <= FLOAT32
-        assert torch.equal(bits(found), bits(steer(form, x, tables, steers, now)))
+        assert torch.equal(bits(found), bits(steer(backend, x, weights, steers, now)))
     assert np.array_equal(pairs.scales, given), "the caller's scales were written to"

@@ -16,22 +16,26 @@ from lm_steer_cases import (
     random_rows,
     relative_error,
     steered,
-    tables_of,
+    weights_of,
 )
 
-from vllm_steer.kernels.lm_steer import SteerTables, grouped
-from vllm_steer.kernels.lm_steer.by_tile import BY_TILE, tiled
-from vllm_steer.kernels.lm_steer.triton_form import TritonForm
+from vllm_steer.kernels.lm_steer import SteerWeights, torch_grouped
+from vllm_steer.kernels.lm_steer.triton_backend import TritonBackend
+from vllm_steer.kernels.lm_steer.triton_tiled import TILED, tiled
 
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 def steer(
-    form: TritonForm, x: torch.Tensor, tables: SteerTables, steers: list[Weights], uses: list[Use]
+    backend: TritonBackend,
+    x: torch.Tensor,
+    weights: SteerWeights,
+    steers: list[Weights],
+    uses: list[Use],
 ) -> torch.Tensor:
-    placed = form.place(steered(uses, steers), tables, x.device)
+    metadata = backend.prepare(steered(uses, steers), weights, x.device)
     with nan_in_fresh_memory(x.device):
-        return form.steer_rows(x, tables, placed)
+        return backend.steer_rows(x, weights, metadata)
 
 
 @halves
@@ -42,18 +46,18 @@ def test_a_row_has_the_same_bits_however_many_rows_its_tile_has_and_where_it_sta
     """Alone, first and last, of tiles that are full, half full and nearly empty."""
     width = 64
     steers = some_steers(width, dtype, device)
-    tables, x = tables_of(steers, "both"), random_rows(70, width, dtype).to(device)
+    weights, x = weights_of(steers, "both"), random_rows(70, width, dtype).to(device)
     if slot == 6:
-        tables = tables_of(steers, "low-rank")
-    alone = steer(BY_TILE, x[:1], tables, steers, [(0, slot, 1.5)])
+        weights = weights_of(steers, "low-rank")
+    alone = steer(TILED, x[:1], weights, steers, [(0, slot, 1.5)])
     assert not torch.equal(alone[0], x[0])
-    full = BY_TILE.sizes(tables).rows
+    full = TILED.sizes(weights).rows
     for rows in (2, full // 2, full, full + 1, 70):
         for place in {0, rows - 1}:
             batch = x[1 : rows + 1].clone() if rows < 70 else x.clone()
             batch[place] = x[0]
             uses = [(row, slot, 1.5 if row == place else -3.0) for row in range(rows)]
-            found = steer(BY_TILE, batch, tables, steers, uses)
+            found = steer(TILED, batch, weights, steers, uses)
             assert torch.equal(bits(found[place]), bits(alone[0])), (rows, place)
 
 
@@ -63,12 +67,12 @@ def test_results_have_the_same_bits_whether_expand_folds_or_a_kernel_before_it(
     layout: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     steers = some_steers(240, dtype, device)
-    tables, uses = tables_of(steers), uses_of(layout, 9)
+    weights, uses = weights_of(steers), uses_of(layout, 9)
     x = random_rows(9, 240, dtype).to(device)
-    sizes = BY_TILE.sizes(tables)
+    sizes = TILED.sizes(weights)
     assert sizes.expand_folds and sizes.chunks > 1
-    apart = replace(BY_TILE, sizes=lambda tables: replace(sizes, expand_folds=False))
-    found, wanted = (steer(form, x, tables, steers, uses) for form in (BY_TILE, apart))
+    apart = replace(TILED, sizes=lambda weights: replace(sizes, expand_folds=False))
+    found, wanted = (steer(backend, x, weights, steers, uses) for backend in (TILED, apart))
     assert torch.equal(bits(found), bits(wanted))
     assert not torch.equal(found, x)
 
@@ -93,10 +97,12 @@ def test_what_a_benchmark_varies_steers_by_the_papers_formula_too(
     """Expand with its own folding and without, in one part and in four; rows of several steers."""
     width, num_rows = 208, 18
     steers = some_steers(width, torch.bfloat16, device)
-    tables, x = tables_of(steers, stored), random_rows(num_rows, width, torch.bfloat16).to(device)
+    weights, x = weights_of(steers, stored), random_rows(num_rows, width, torch.bfloat16).to(device)
     uses = uses_of("one-to-four", 2) + [(row, 6, 0.5 * row) for row in range(2, num_rows)]
-    found = steer(tiled(**varied), x, tables, steers, uses)
-    plain = grouped.steer_rows(x, tables, grouped.place(steered(uses, steers), tables, device))
+    found = steer(tiled(**varied), x, weights, steers, uses)
+    plain = torch_grouped.steer_rows(
+        x, weights, torch_grouped.prepare(steered(uses, steers), weights, device)
+    )
     wanted = formula(x, steers, uses)
     assert relative_error(found, wanted) <= 2 * relative_error(plain, wanted)
 
@@ -110,12 +116,14 @@ def test_ranks_of_several_blocks_are_expanded_in_parts(device: torch.device) -> 
             for _ in range(2)
         )
         steers = [Weights(first, second, 0, 2.0**-7)]
-        tables, x = tables_of(steers), random_rows(3, width, torch.bfloat16).to(device)
-        sizes = BY_TILE.sizes(tables)
+        weights, x = weights_of(steers), random_rows(3, width, torch.bfloat16).to(device)
+        sizes = TILED.sizes(weights)
         assert sizes.expand_parts == 4 and not sizes.expand_folds
         uses = [(0, 0, 1.0), (2, 0, -2.0)]
-        found, wanted = steer(BY_TILE, x, tables, steers, uses), formula(x, steers, uses)
-        plain = grouped.steer_rows(x, tables, grouped.place(steered(uses, steers), tables, device))
+        found, wanted = steer(TILED, x, weights, steers, uses), formula(x, steers, uses)
+        plain = torch_grouped.steer_rows(
+            x, weights, torch_grouped.prepare(steered(uses, steers), weights, device)
+        )
         assert relative_error(found, wanted) <= 2 * relative_error(plain, wanted)
         assert torch.equal(bits(found[1]), bits(x[1]))
 
@@ -127,11 +135,11 @@ def test_a_row_that_is_not_finite_spoils_no_row_of_its_tile(device: torch.device
     x = random_rows(6, width, torch.bfloat16).to(device)
     spoilt = x.clone()
     spoilt[1], spoilt[3, 5], spoilt[4, 0] = torch.nan, torch.inf, torch.nan
-    for form in (BY_TILE, tiled(few_chunks=0)):
+    for backend in (TILED, tiled(few_chunks=0)):
         for stored in ("low-rank", "dense"):
-            tables = tables_of(steers, stored)
+            weights = weights_of(steers, stored)
             uses = [(row, 6, 0.0 if row == 4 else 2.0) for row in range(6)]
-            wanted = steer(form, x, tables, steers, uses)
-            found = steer(form, spoilt, tables, steers, uses)
+            wanted = steer(backend, x, weights, steers, uses)
+            found = steer(backend, spoilt, weights, steers, uses)
             assert torch.equal(bits(found)[[0, 2, 5]], bits(wanted)[[0, 2, 5]])
             assert torch.equal(bits(found)[4], bits(spoilt)[4])

@@ -1,14 +1,14 @@
 """The bank: the device tables that hold loaded steers; one for the head, one for the layers."""
 
-from vllm_steer.bank.head import HeadBank, Shelf, fill_head_bank
-from vllm_steer.bank.layers import Entry, LayerBank, LayerShelf, fill_layer_bank
+from vllm_steer.bank.head import HeadBank, HeadTable, fill_head_bank
+from vllm_steer.bank.layers import DirectionRange, LayerBank, SiteTable, fill_layer_bank
 
 __all__ = [
-    "Entry",
+    "DirectionRange",
     "HeadBank",
+    "HeadTable",
     "LayerBank",
-    "LayerShelf",
-    "Shelf",
+    "SiteTable",
     "fill_head_bank",
     "fill_layer_bank",
 ]

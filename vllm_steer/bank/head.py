@@ -6,25 +6,25 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, Slot, SteerTables
+from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, Slot, SteerWeights
 from vllm_steer.steers import LMSteer
 
 
 @dataclass(frozen=True)
-class Shelf:
+class HeadTable:
     """The steers of one width in their packed tables; ``slots`` maps names to table slots."""
 
     slots: Mapping[str, int]
-    tables: SteerTables
+    weights: SteerWeights
 
     def epsilon(self, name: str) -> float:
         """A steer's epsilon: the unit of its strength."""
-        return self.tables.slots[self.slots[name]].epsilon
+        return self.weights.slots[self.slots[name]].epsilon
 
     def widest(self, count: int) -> list[str]:
         """The ``count`` steers whose inner activations take the most memory, or all there are."""
         by_width = sorted(
-            self.slots, key=lambda name: -_inner_width(self.tables.slots[self.slots[name]])
+            self.slots, key=lambda name: -_inner_width(self.weights.slots[self.slots[name]])
         )
         return by_width[:count]
 
@@ -32,16 +32,16 @@ class Shelf:
 @dataclass(frozen=True)
 class HeadBank:
     """``hidden`` holds the steers of the head's input (``multiply``, ``add``), ``logits`` those of
-    its output (``offset``). A shelf without a steer is None and costs nothing.
+    its output (``offset``). A table without a steer is None and costs nothing.
     """
 
-    hidden: Shelf | None
-    logits: Shelf | None
+    hidden: HeadTable | None
+    logits: HeadTable | None
 
     @property
     def num_bytes(self) -> int:
         """Device memory of all tables."""
-        return sum(s.tables.num_bytes for s in (self.hidden, self.logits) if s is not None)
+        return sum(s.weights.num_bytes for s in (self.hidden, self.logits) if s is not None)
 
 
 def fill_head_bank(
@@ -55,7 +55,7 @@ def fill_head_bank(
         _check_range(name, steer, dtype)
     hidden = {n: s for n, s in sorted(steers.items()) if s.variant != "offset"}
     logits = {n: s for n, s in sorted(steers.items()) if s.variant == "offset"}
-    return HeadBank(hidden=_shelf(hidden, dtype, device), logits=_shelf(logits, dtype, device))
+    return HeadBank(hidden=_table(hidden, dtype, device), logits=_table(logits, dtype, device))
 
 
 def _check_range(name: str, steer: LMSteer, dtype: torch.dtype) -> None:
@@ -67,20 +67,22 @@ def _check_range(name: str, steer: LMSteer, dtype: torch.dtype) -> None:
         )
 
 
-def _shelf(steers: Mapping[str, LMSteer], dtype: torch.dtype, device: torch.device) -> Shelf | None:
+def _table(
+    steers: Mapping[str, LMSteer], dtype: torch.dtype, device: torch.device
+) -> HeadTable | None:
     if not steers:
         return None
-    pages = _Pages(dtype, device)
-    slots = [pages.add(steer) for steer in steers.values()]
+    builder = _TableBuilder(dtype, device)
+    slots = [builder.add(steer) for steer in steers.values()]
     width = next(iter(steers.values())).width
-    tables = SteerTables(
+    weights = SteerWeights(
         slots=tuple(slots),
-        shrink=pages.table(pages.shrink, width),
-        expand=pages.table(pages.expand, width),
-        dense=pages.table(pages.dense, width, width),
-        vectors=pages.table(pages.vectors, width),
+        shrink=builder.table(builder.shrink, width),
+        expand=builder.table(builder.expand, width),
+        dense=builder.table(builder.dense, width, width),
+        vectors=builder.table(builder.vectors, width),
     )
-    return Shelf({name: slot for slot, name in enumerate(steers)}, tables)
+    return HeadTable({name: slot for slot, name in enumerate(steers)}, weights)
 
 
 def _inner_width(slot: Slot) -> int:
@@ -88,7 +90,7 @@ def _inner_width(slot: Slot) -> int:
 
 
 @dataclass
-class _Pages:
+class _TableBuilder:
     """The tables in the making, each a list of its parts, on the host until they are whole."""
 
     dtype: torch.dtype

@@ -16,7 +16,7 @@ Project = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Entry:
+class DirectionRange:
     """Where a steer lies: its first direction, its steps (None for a vector), its layers."""
 
     start: int
@@ -25,25 +25,25 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class LayerShelf:
+class SiteTable:
     """The steers of one site in the ``layers`` of one rank, those that some steer touches."""
 
     site: str
     layers: tuple[int, ...]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, DirectionRange]
     directions: Directions
 
 
 @dataclass(frozen=True)
 class LayerBank:
-    """A shelf per site with steers."""
+    """A table per site with steers."""
 
-    shelves: tuple[LayerShelf, ...]
+    tables: tuple[SiteTable, ...]
 
     @property
     def num_bytes(self) -> int:
         """Device memory of all tables."""
-        return sum(shelf.directions.num_bytes for shelf in self.shelves)
+        return sum(table.directions.num_bytes for table in self.tables)
 
 
 def fill_layer_bank(
@@ -63,22 +63,22 @@ def fill_layer_bank(
         site: {name: steer for name, steer in sorted(steers.items()) if steer.site == site}
         for site in LAYER_SITES
     }
-    shelves = [
-        shelf
+    tables = [
+        table
         for site, mine in by_site.items()
-        if mine and (shelf := _shelf(site, mine, set(layers), device, project))
+        if mine and (table := _table(site, mine, set(layers), device, project))
     ]
-    return LayerBank(tuple(shelves))
+    return LayerBank(tuple(tables))
 
 
-def _shelf(
+def _table(
     site: str,
     steers: Mapping[str, GuidanceSteer],
     here: set[int],
     device: torch.device,
     project: Project,
-) -> LayerShelf | None:
-    """One site's shelf; None if no steer of it touches a layer of this rank."""
+) -> SiteTable | None:
+    """One site's table; None if no steer of it touches a layer of this rank."""
     layers = tuple(sorted(here & {layer for s in steers.values() for layer in s.layers}))
     if not layers:
         return None
@@ -95,7 +95,9 @@ def _shelf(
             start = entries[name].start
             vectors[layers.index(layer), start : start + rows.shape[0]] = rows
     assert vectors is not None
-    return LayerShelf(site, layers, entries, Directions(vectors, _turns(steers, entries, vectors)))
+    return SiteTable(
+        site, layers, entries, Directions(vectors, _is_rotation(steers, entries, vectors))
+    )
 
 
 def _check_range(name: str, layer: int, rows: torch.Tensor) -> None:
@@ -107,12 +109,12 @@ def _check_range(name: str, layer: int, rows: torch.Tensor) -> None:
         )
 
 
-def _entries(steers: Mapping[str, GuidanceSteer]) -> tuple[dict[str, Entry], int]:
+def _entries(steers: Mapping[str, GuidanceSteer]) -> tuple[dict[str, DirectionRange], int]:
     """Each steer's place, and the number of directions; direction 0 is the zero vector."""
     entries, count = {}, 1
     for name, steer in steers.items():
         steps = steer.steps if isinstance(steer, DeltaSteer) else None
-        entries[name] = Entry(count, steps, steer.layers)
+        entries[name] = DirectionRange(count, steps, steer.layers)
         count += 1 if steps is None else steps
     return entries, count
 
@@ -126,8 +128,10 @@ def _rows(steer: GuidanceSteer, layer: int) -> torch.Tensor:
     return (vector / vector.norm() if steer.mode == "rotate" else vector).float()[None]
 
 
-def _turns(
-    steers: Mapping[str, GuidanceSteer], entries: Mapping[str, Entry], vectors: torch.Tensor
+def _is_rotation(
+    steers: Mapping[str, GuidanceSteer],
+    entries: Mapping[str, DirectionRange],
+    vectors: torch.Tensor,
 ) -> torch.Tensor | None:
     turning = [
         entries[name].start
@@ -136,6 +140,6 @@ def _turns(
     ]
     if not turning:
         return None
-    turns = vectors.new_zeros(vectors.shape[1])
-    turns[turning] = 1.0
-    return turns
+    is_rotation = vectors.new_zeros(vectors.shape[1])
+    is_rotation[turning] = 1.0
+    return is_rotation

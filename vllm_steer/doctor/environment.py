@@ -9,7 +9,7 @@ import torch
 from vllm_steer.compat.versions import TESTED, is_tested
 from vllm_steer.doctor.finding import Finding, State
 from vllm_steer.environment import DISABLE, is_disabled
-from vllm_steer.kernels.dispatch import KernelError, backend
+from vllm_steer.kernels.dispatch import KernelError, resolve_kernels
 
 PART = "environment"
 _GROUP = "vllm.general_plugins"
@@ -66,7 +66,7 @@ def _device() -> Iterator[Finding]:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, no CUDA device"
     yield Finding(PART, "device", "-", name)
     try:
-        taken = backend("auto", device)
+        taken = resolve_kernels("auto", device)
     except KernelError as error:
         yield Finding(PART, "kernels", "FAILED", str(error))
     else:

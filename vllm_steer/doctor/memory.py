@@ -12,7 +12,14 @@ from typing import Final
 import torch
 
 from vllm_steer import hf
-from vllm_steer.bank import HeadBank, LayerBank, LayerShelf, Shelf, fill_head_bank, fill_layer_bank
+from vllm_steer.bank import (
+    HeadBank,
+    HeadTable,
+    LayerBank,
+    SiteTable,
+    fill_head_bank,
+    fill_layer_bank,
+)
 from vllm_steer.config import Limits, SteerConfig
 from vllm_steer.doctor.architecture import Architecture
 from vllm_steer.doctor.finding import Finding
@@ -85,23 +92,23 @@ def takes(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) 
         steers={**_of_head(head), **_of_layers(layers)},
         sites={
             **({"head": head.num_bytes} if heads else {}),
-            **{shelf.site: _shelf_bytes(shelf) for shelf in layers.shelves},
+            **{table.site: _shelf_bytes(table) for table in layers.tables},
         },
     )
 
 
 def _of_head(bank: HeadBank) -> dict[str, int]:
     return {
-        name: _slot_width(shelf.tables.slots[slot], width) * width * shelf.tables.shrink.itemsize
-        for shelf in (bank.hidden, bank.logits)
-        if shelf is not None
-        for width in (_width(shelf),)
-        for name, slot in shelf.slots.items()
+        name: _slot_width(table.weights.slots[slot], width) * width * table.weights.shrink.itemsize
+        for table in (bank.hidden, bank.logits)
+        if table is not None
+        for width in (_width(table),)
+        for name, slot in table.slots.items()
     }
 
 
-def _width(shelf: Shelf) -> int:
-    return shelf.tables.vectors.shape[1]
+def _width(table: HeadTable) -> int:
+    return table.weights.vectors.shape[1]
 
 
 def _slot_width(slot: Slot, width: int) -> int:
@@ -117,14 +124,14 @@ def _slot_width(slot: Slot, width: int) -> int:
 
 def _of_layers(bank: LayerBank) -> dict[str, int]:
     return {
-        name: (entry.steps or 1) * _shelf_bytes(shelf) // shelf.directions.vectors.shape[1]
-        for shelf in bank.shelves
-        for name, entry in shelf.entries.items()
+        name: (entry.steps or 1) * _shelf_bytes(table) // table.directions.vectors.shape[1]
+        for table in bank.tables
+        for name, entry in table.entries.items()
     }
 
 
-def _shelf_bytes(shelf: LayerShelf) -> int:
-    tables = (shelf.directions.vectors, shelf.directions.turns)
+def _shelf_bytes(table: SiteTable) -> int:
+    tables = (table.directions.vectors, table.directions.is_rotation)
     return sum(table.nbytes for table in tables if table is not None)
 
 

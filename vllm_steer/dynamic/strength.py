@@ -24,8 +24,8 @@ import torch
 
 from vllm_steer.doses import KLS, Kl
 from vllm_steer.errors import SteerError
-from vllm_steer.kernels.dispatch import divergence_form
-from vllm_steer.kernels.divergence import DivergenceForm
+from vllm_steer.kernels.dispatch import divergence_backend
+from vllm_steer.kernels.divergence import DivergenceBackend
 from vllm_steer.steers.checks import check_choice
 
 
@@ -82,15 +82,15 @@ def strength_of_rows(
     top_p: float | torch.Tensor,
     maximum: float | torch.Tensor,
     kl: Kl | torch.Tensor,
-    form: DivergenceForm | None = None,
+    backend: DivergenceBackend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Strength and KL ``[D]`` of doses whose base and probe are these rows of ``logits [N, V]``.
 
-    Each of these is a row of some dose. ``form`` computes the KL; None takes the device's own.
+    Each of these is a row of some dose. ``backend`` computes the KL; None takes the device's own.
     Unchecked, otherwise as ``dynamic_strength``.
     """
-    form = divergence_form("auto", logits.device) if form is None else form
-    divergence, size = form.divergence(logits, base_of, probe_of, top_p)
+    backend = divergence_backend("auto", logits.device) if backend is None else backend
+    divergence, size = backend.divergence(logits, base_of, probe_of, top_p)
     if isinstance(kl, torch.Tensor):
         divergence = divergence / torch.where(kl, size, 1)
     elif kl == "authors":

@@ -13,7 +13,7 @@ import torch
 
 from vllm_steer.compat.patching import works_otherwise
 from vllm_steer.doses import is_dynamic
-from vllm_steer.kernels.lm_steer import LMSteerForm
+from vllm_steer.kernels.lm_steer import LMSteerBackend
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.worker_state import DynamicState
@@ -30,7 +30,7 @@ class SteeredBatch:
         self,
         plan: SteerPlan,
         device: torch.device,
-        form: LMSteerForm,
+        backend: LMSteerBackend,
         sites: Sequence[SteeredSite] = (),
         *,
         max_rows: int | None = None,
@@ -44,7 +44,7 @@ class SteeredBatch:
         self.head_rows = HeadRows(
             self._requests,
             self.dynamic,
-            form,
+            backend,
             device,
             max_rows=max_rows,
             max_doses=plan.limits.max_steers_per_request,
@@ -129,9 +129,9 @@ def steered_request(
     if params is None:
         return None
     doses, stream = doses_of(params, plan), stream_of(params)
-    tables: Mapping[int, int] = {}
+    pool_offsets: Mapping[int, int] = {}
     if stream is not None:
         dynamic.add_stream(req_id, stream, params.max_tokens)
     elif is_dynamic(doses):
-        tables = dynamic.add(req_id, doses, params.max_tokens)
-    return SteeredRequest(doses, prompt_len, tables) if doses else None
+        pool_offsets = dynamic.add(req_id, doses, params.max_tokens)
+    return SteeredRequest(doses, prompt_len, pool_offsets) if doses else None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_steer.bank import HeadBank, Shelf
+from vllm_steer.bank import HeadBank, HeadTable
 from vllm_steer.compat.patching import works_otherwise, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
@@ -26,7 +26,7 @@ from vllm_steer.serving.dynamic.strengths import DynamicStep
 from vllm_steer.serving.head_rows import HeadRows
 
 Parts = list[tuple[slice, Any]]
-"""Rows that are steered at once, and their pairs as the form placed them."""
+"""Rows that are steered at once, and their pairs as the backend prepared them."""
 
 
 @dataclass
@@ -57,14 +57,14 @@ class SteeredHead:
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the steers run on, for hidden states and logits in ``dtype``."""
-        for shelf in (self.bank.hidden, self.bank.logits):
-            if shelf is not None:
-                self.rows.form.warm_up(shelf.tables, dtype)
+        for table in (self.bank.hidden, self.bank.logits):
+            if table is not None:
+                self.rows.backend.warm_up(table.weights, dtype)
 
     def unreached_tables(self) -> list[str]:
         """The tables with steers that no forward pass has reached so far."""
-        shelves = {"hidden": self.bank.hidden, "logits": self.bank.logits}
-        return [name for name, shelf in shelves.items() if shelf and not self.calls[name]]
+        tables = {"hidden": self.bank.hidden, "logits": self.bank.logits}
+        return [name for name, table in tables.items() if table and not self.calls[name]]
 
     def start_serving(self) -> None:
         """Start-up is over: dummy runs no longer compute the widest step."""
@@ -88,16 +88,16 @@ class SteeredHead:
         args: Any,
         kwargs: Any,
         hidden_states: torch.Tensor,
-        parts: Callable[[Shelf | None], Parts],
+        parts: Callable[[HeadTable | None], Parts],
     ) -> Any:
-        """The model's logits of ``hidden_states``, whose steered pairs ``parts`` gives by shelf."""
+        """The model's logits of ``hidden_states``, whose steered pairs ``parts`` gives by table."""
         hidden_parts, self._logits_parts = parts(self.bank.hidden), parts(self.bank.logits)
         if hidden_parts and _is_whole(hidden_parts, hidden_states):
             hidden_states = self._apply("hidden", hidden_states, hidden_parts[0][1])
         elif hidden_parts:
             given, hidden_states = hidden_states, hidden_states.clone()
-            for rows, placed in hidden_parts:
-                hidden_states[rows] = self._apply("hidden", given[rows], placed)
+            for rows, metadata in hidden_parts:
+                hidden_states[rows] = self._apply("hidden", given[rows], metadata)
         try:
             return original(hidden_states, *args, **kwargs)
         finally:
@@ -111,10 +111,10 @@ class SteeredHead:
         """
         most = self.rows.rows_at_once or 0
         for name, x in (("hidden", hidden_states), ("logits", logits)):
-            shelf = getattr(self.bank, name)
-            if shelf is not None and most > x.shape[0]:
+            table = getattr(self.bank, name)
+            if table is not None and most > x.shape[0]:
                 wide = x.new_zeros(most, x.shape[1])
-                self._apply(name, wide, self.rows.rows_of(wide, shelf))
+                self._apply(name, wide, self.rows.rows_of(wide, table))
         if self.may_be_dynamic:
             self.rows.strengths.warm_up(logits)
 
@@ -154,20 +154,20 @@ class SteeredHead:
     def _pairs(
         self, of: Callable[..., HeadPass | None], step: DynamicStep
     ) -> list[HeadPass | None]:
-        """The pairs of a step's pass, by shelf."""
-        return [of(shelf, step) for shelf in self._shelves]
+        """The pairs of a step's pass, by table."""
+        return [of(table, step) for table in self._tables]
 
     def _pass(
         self, compute: Callable[..., Any], rows: torch.Tensor, pairs: Sequence[HeadPass | None]
     ) -> torch.Tensor:
-        """The logits of ``rows`` under these pairs, by shelf."""
-        placed = {
-            id(shelf): self.rows.place_pass(found, shelf)
-            for shelf, found in zip(self._shelves, pairs, strict=True)
+        """The logits of ``rows`` under these pairs, by table."""
+        metadata = {
+            id(table): self.rows.prepare_pass(found, table)
+            for table, found in zip(self._tables, pairs, strict=True)
         }
 
-        def parts(shelf: Shelf | None) -> Parts:
-            found = placed.get(id(shelf))
+        def parts(table: HeadTable | None) -> Parts:
+            found = metadata.get(id(table))
             return [] if found is None else [(slice(0, rows.shape[0]), found)]
 
         logits: torch.Tensor | None = compute(rows, parts)
@@ -184,24 +184,24 @@ class SteeredHead:
         parts = self._logits_parts
         if parts and _is_whole(parts, logits):
             return self._apply("logits", logits, parts[0][1])
-        for rows, placed in parts:
-            logits[rows] = self._apply("logits", logits[rows], placed)
+        for rows, metadata in parts:
+            logits[rows] = self._apply("logits", logits[rows], metadata)
         return logits
 
-    def _parts(self, x: torch.Tensor, shelf: Shelf | None) -> Parts:
+    def _parts(self, x: torch.Tensor, table: HeadTable | None) -> Parts:
         """The rows of ``x`` that are steered at once, and their pairs."""
-        if shelf is None:
+        if table is None:
             return []
-        parts = [(part, self.rows.rows_of(x[part], shelf)) for part in self.rows.parts_of(x)]
-        return [(part, placed) for part, placed in parts if placed is not None]
+        parts = [(part, self.rows.rows_of(x[part], table)) for part in self.rows.parts_of(x)]
+        return [(part, metadata) for part, metadata in parts if metadata is not None]
 
     @property
-    def _shelves(self) -> list[Shelf]:
-        return [shelf for shelf in (self.bank.hidden, self.bank.logits) if shelf is not None]
+    def _tables(self) -> list[HeadTable]:
+        return [table for table in (self.bank.hidden, self.bank.logits) if table is not None]
 
-    def _apply(self, name: str, x: torch.Tensor, placed: Any) -> torch.Tensor:
+    def _apply(self, name: str, x: torch.Tensor, metadata: Any) -> torch.Tensor:
         self.calls[name] += 1
-        return self.rows.form.steer_rows(x, getattr(self.bank, name).tables, placed)
+        return self.rows.backend.steer_rows(x, getattr(self.bank, name).weights, metadata)
 
 
 def _is_whole(parts: Parts, x: torch.Tensor) -> bool:

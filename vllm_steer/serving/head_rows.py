@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_steer.bank import Shelf
+from vllm_steer.bank import HeadTable
 from vllm_steer.compat.patching import works_otherwise
 from vllm_steer.doses import Dose
-from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows
+from vllm_steer.kernels.lm_steer import LMSteerBackend, SteeredRows
 from vllm_steer.serving.dynamic.head_pass import HeadPass, first_pass, second_pass
 from vllm_steer.serving.dynamic.strengths import DynamicStep, StrengthComputation
 from vllm_steer.serving.dynamic.worker_state import DynamicState
@@ -41,13 +41,13 @@ class HeadRows:
         self,
         requests: Mapping[str, SteeredRequest],
         dynamic: DynamicState,
-        form: LMSteerForm,
+        backend: LMSteerBackend,
         device: torch.device,
         *,
         max_rows: int | None,
         max_doses: int,
     ) -> None:
-        self.form = form
+        self.backend = backend
         self.rows_at_once = None if max_rows is None else max(max_rows, FEW)
         self.is_dummy_run = True
         self._requests = requests
@@ -58,7 +58,7 @@ class HeadRows:
         self._token_rows: BatchRows | None = None
         self._hidden_states: torch.Tensor | None = None
         self._slots: dict[int, RequestSlots] = {}
-        self._placed: dict[int, Any] = {}
+        self._metadata: dict[int, Any] = {}
         self._batches: dict[tuple[tuple[str, ...], bytes], dict[int, Any]] = {}
 
     @property
@@ -81,7 +81,7 @@ class HeadRows:
         logits_rows = BatchRows(step.req_ids, step.logits)
         if not logits_rows.same_as(self._logits_rows):
             self._logits_rows = logits_rows
-            self._placed = self._placed_for(logits_rows)
+            self._metadata = self._metadata_for(logits_rows)
 
     def set_request(self, req_id: str, request: SteeredRequest | None) -> None:
         """A steered request came, came again with other steers, or ended (None)."""
@@ -112,26 +112,26 @@ class HeadRows:
         most = self.rows_at_once
         return [slice(at, at + most) for at in range(0, num_rows, most)]
 
-    def rows_of(self, x: torch.Tensor, shelf: Shelf) -> Any:
-        """The pairs of ``x`` and a table's slots, as the form placed them; None if no row of ``x``
-        has one of its steers.
+    def rows_of(self, x: torch.Tensor, table: HeadTable) -> Any:
+        """The pairs of ``x`` and a table's slots, as the backend prepared them; None if no row of
+        ``x`` has one of its steers.
         """
         if self.is_dummy_run:
-            return self._widest(x.shape[0], shelf)
+            return self._widest(x.shape[0], table)
         if not self._requests:
             return None
         if self._token_rows is None or self._logits_rows is None:
             raise RuntimeError(works_otherwise("a step reached the LM head without its rows"))
         if self._hidden_states is not None:
             window = self._token_rows.window(_first_token(x, self._hidden_states), x.shape[0])
-            return self._place(steered_rows(window, self._slots_of(shelf)), shelf)
-        if id(shelf) not in self._placed:
-            pairs = steered_rows(self._logits_rows, self._slots_of(shelf))
-            self._placed[id(shelf)] = self._place(pairs, shelf)
+            return self._prepare(steered_rows(window, self._slots_of(table)), table)
+        if id(table) not in self._metadata:
+            pairs = steered_rows(self._logits_rows, self._slots_of(table))
+            self._metadata[id(table)] = self._prepare(pairs, table)
         assert self._logits_rows.num_rows == x.shape[0], (
             f"vllm-steer: {x.shape[0]} logits rows, {self._logits_rows.num_rows} announced"
         )
-        return self._placed[id(shelf)]
+        return self._metadata[id(table)]
 
     def dynamic_step_of(self, x: torch.Tensor) -> DynamicStep | None:
         """The strengths that the step computes from the logits of ``x``; None if none."""
@@ -142,51 +142,51 @@ class HeadRows:
         assert self._logits_rows.num_rows == x.shape[0]
         return step
 
-    def first_pass(self, shelf: Shelf, step: DynamicStep) -> HeadPass | None:
+    def first_pass(self, table: HeadTable, step: DynamicStep) -> HeadPass | None:
         """The pairs of the step's rows and probes; None if there are none."""
-        return self._pass(first_pass, shelf, step)
+        return self._pass(first_pass, table, step)
 
-    def second_pass(self, shelf: Shelf, step: DynamicStep) -> HeadPass | None:
+    def second_pass(self, table: HeadTable, step: DynamicStep) -> HeadPass | None:
         """The pairs of the rows that are computed again under their strengths."""
-        return self._pass(second_pass, shelf, step)
+        return self._pass(second_pass, table, step)
 
-    def place_pass(self, head_pass: HeadPass | None, shelf: Shelf) -> Any:
-        """A pass's pairs as the form places them, under the strengths that are known by now."""
+    def prepare_pass(self, head_pass: HeadPass | None, table: HeadTable) -> Any:
+        """A pass's pairs as the backend places them, under the strengths that are known by now."""
         if head_pass is None:
             return None
-        placed = self._place(head_pass.steered, shelf)
-        head_pass.scale_by(self._dynamic.pool.values, placed.scales)
-        return placed
+        metadata = self._prepare(head_pass.steered, table)
+        head_pass.scale_by(self._dynamic.pool.values, metadata.scales)
+        return metadata
 
-    def _pass(self, make: Any, shelf: Shelf, step: DynamicStep) -> HeadPass | None:
+    def _pass(self, make: Any, table: HeadTable, step: DynamicStep) -> HeadPass | None:
         assert self._logits_rows is not None
-        slots, requests = self._slots_of(shelf), self._dynamic.requests
-        found: HeadPass | None = make(step, self._logits_rows, slots, shelf, requests)
+        slots, requests = self._slots_of(table), self._dynamic.requests
+        found: HeadPass | None = make(step, self._logits_rows, slots, table, requests)
         return found
 
-    def _placed_for(self, rows: BatchRows) -> dict[int, Any]:
-        """What is placed for these rows; streams bring the same batches back in turns."""
+    def _metadata_for(self, rows: BatchRows) -> dict[int, Any]:
+        """What is metadata for these rows; streams bring the same batches back in turns."""
         key = (tuple(rows.req_ids), rows.counts.tobytes())
         if key not in self._batches and len(self._batches) == _BATCHES_KEPT:
             del self._batches[next(iter(self._batches))]
         return self._batches.setdefault(key, {})
 
-    def _slots_of(self, shelf: Shelf) -> RequestSlots:
-        if id(shelf) not in self._slots:
-            self._slots[id(shelf)] = RequestSlots(shelf, self._requests)
-        return self._slots[id(shelf)]
+    def _slots_of(self, table: HeadTable) -> RequestSlots:
+        if id(table) not in self._slots:
+            self._slots[id(table)] = RequestSlots(table, self._requests)
+        return self._slots[id(table)]
 
-    def _place(self, pairs: SteeredRows | None, shelf: Shelf) -> Any:
-        return None if pairs is None else self.form.place(pairs, shelf.tables, self._device)
+    def _prepare(self, pairs: SteeredRows | None, table: HeadTable) -> Any:
+        return None if pairs is None else self.backend.prepare(pairs, table.weights, self._device)
 
-    def _widest(self, num_rows: int, shelf: Shelf) -> Any:
+    def _widest(self, num_rows: int, table: HeadTable) -> Any:
         """For dummy runs: all rows under as many steers as a request may have, the widest, so that
         vLLM's memory profile and warm-up see the largest operation.
         """
         rows = BatchRows(("dummy",), np.array([num_rows]))
-        steers = shelf.widest(self._max_doses)
+        steers = table.widest(self._max_doses)
         request = SteeredRequest(tuple(Dose(name, 1.0) for name in steers), prompt_len=1)
-        return self._place(steered_rows(rows, RequestSlots(shelf, {"dummy": request})), shelf)
+        return self._prepare(steered_rows(rows, RequestSlots(table, {"dummy": request})), table)
 
 
 def _first_token(x: torch.Tensor, hidden_states: torch.Tensor) -> int:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_steer.bank import LayerShelf, fill_layer_bank
+from vllm_steer.bank import SiteTable, fill_layer_bank
 from vllm_steer.bank.layers import GuidanceSteer
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import advice
 from vllm_steer.errors import SteerError
 from vllm_steer.families import Family, decoder_layers, family_of, submodule
-from vllm_steer.kernels.guidance import GuidanceForm
+from vllm_steer.kernels.guidance import GuidanceBackend
 from vllm_steer.serving.site import SteeredPlace, SteeredSite
 
 _PADDING = 512  # more than vLLM pads a batch by
@@ -38,12 +38,12 @@ class SteeredLayers:
         layers = decoder_layers(model, num_layers)
         pair = self._family.stream == "pair" and not on_transformers_backend(model)
         for site in self.sites:
-            for index, number in enumerate(site.shelf.layers):
-                name = f"vllm_steer.{site.shelf.site}.{number}"
+            for index, number in enumerate(site.table.layers):
+                name = f"vllm_steer.{site.table.site}.{number}"
                 places[name] = SteeredPlace(site, index)
-                module = _module(layers[number], self._family, site.shelf)
+                module = _module(layers[number], self._family, site.table)
                 is_block = module is layers[number]
-                module.register_forward_hook(_hook(name, site.shelf, pair=pair and is_block))
+                module.register_forward_hook(_hook(name, site.table, pair=pair and is_block))
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the sites run on, for streams in ``dtype``."""
@@ -53,14 +53,14 @@ class SteeredLayers:
     @property
     def num_bytes(self) -> int:
         """Device memory of all tables and maps."""
-        return sum(site.shelf.directions.num_bytes + site.num_bytes for site in self.sites)
+        return sum(site.table.directions.num_bytes + site.num_bytes for site in self.sites)
 
     def unreached_sites(self) -> list[str]:
         """The places that no forward pass has reached so far."""
         return [
-            f"{site.shelf.site} of layer {number}"
+            f"{site.table.site} of layer {number}"
             for site in self.sites
-            for index, number in enumerate(site.shelf.layers)
+            for index, number in enumerate(site.table.layers)
             if index not in site.reached
         ]
 
@@ -75,7 +75,7 @@ def steered_layers(
     model: nn.Module,
     vllm_config: Any,
     device: torch.device,
-    form: GuidanceForm,
+    backend: GuidanceBackend,
     *,
     max_doses: int,
 ) -> SteeredLayers | None:
@@ -87,8 +87,8 @@ def steered_layers(
     bank = fill_layer_bank(steers, layers=here, device=device, project=project)
     tokens = _max_tokens(vllm_config)
     sites = tuple(
-        SteeredSite(shelf, form, max_doses=max_doses, max_tokens=tokens, device=device)
-        for shelf in bank.shelves
+        SteeredSite(table, backend, max_doses=max_doses, max_tokens=tokens, device=device)
+        for table in bank.tables
     )
     return SteeredLayers(sites, family) if sites else None
 
@@ -143,22 +143,22 @@ def _own_columns(projection: Any, rows: torch.Tensor) -> torch.Tensor:
     return rows[:, start : start + mine]
 
 
-def _module(layer: nn.Module, family: Family, shelf: LayerShelf) -> nn.Module:
+def _module(layer: nn.Module, family: Family, table: SiteTable) -> nn.Module:
     """The module whose output is changed; a sum can be changed by its last term."""
-    site = shelf.site
-    if site == "resid" and (family.last_term is None or shelf.directions.turns is not None):
+    site = table.site
+    if site == "resid" and (family.last_term is None or table.directions.is_rotation is not None):
         return layer
     name = {"attn_in": family.input_norm, "resid": family.last_term}.get(site, family.attention)
     module: nn.Module = submodule(layer, name, site)
     return module
 
 
-def _hook(name: str, shelf: LayerShelf, *, pair: bool) -> Callable[[Any, Any, Any], None]:
+def _hook(name: str, table: SiteTable, *, pair: bool) -> Callable[[Any, Any, Any], None]:
     """The hook of one place; the residual is handed over only where its norm is needed."""
     from vllm_steer.serving.steer_op import steer_tokens_
 
-    is_stream = shelf.site == "resid" and pair
-    needs_residual = is_stream and shelf.directions.turns is not None
+    is_stream = table.site == "resid" and pair
+    needs_residual = is_stream and table.directions.is_rotation is not None
 
     def steer(_module: Any, _args: Any, output: Any) -> None:
         if is_stream and not (isinstance(output, tuple) and len(output) == 2):

@@ -6,7 +6,7 @@ from itertools import repeat
 import numpy as np
 import numpy.typing as npt
 
-from vllm_steer.bank import Shelf
+from vllm_steer.bank import HeadTable
 from vllm_steer.kernels.lm_steer import SteeredRows
 from vllm_steer.serving.step import BatchRows, SteeredRequest
 
@@ -25,8 +25,8 @@ class RequestSlots:
     over its requests. The last line is an empty sentinel for all unsteered requests.
     """
 
-    def __init__(self, shelf: Shelf, requests: Mapping[str, SteeredRequest]) -> None:
-        self._shelf = shelf
+    def __init__(self, table: HeadTable, requests: Mapping[str, SteeredRequest]) -> None:
+        self._table = table
         self._line_of: dict[str, int] = {}
         self._free: list[int] = []
         self._slots = np.full((1, 1), _NONE, dtype=np.int16)
@@ -45,15 +45,15 @@ class RequestSlots:
             self._free.append(line)
         if request is None:
             return
-        doses = [dose for dose in request.doses if dose.steer in self._shelf.slots]
+        doses = [dose for dose in request.doses if dose.steer in self._table.slots]
         if not doses:
             return
         self._grow(len(doses))
         line = self._line_of[req_id] = self._free.pop()
         for column, dose in enumerate(doses):
-            self._slots[line, column] = self._shelf.slots[dose.steer]
+            self._slots[line, column] = self._table.slots[dose.steer]
             strength = 1.0 if dose.dynamic else dose.strength
-            self._scales[line, column] = strength * self._shelf.epsilon(dose.steer)
+            self._scales[line, column] = strength * self._table.epsilon(dose.steer)
 
     def select(self, req_ids: Sequence[str]) -> tuple[IntArray, SlotArray, FloatArray]:
         """The steers of a batch, in its order: indices into ``req_ids``, slots, scales."""

@@ -9,9 +9,9 @@ from enum import Enum, auto
 
 import torch
 
-from vllm_steer.bank import LayerShelf
+from vllm_steer.bank import SiteTable
 from vllm_steer.compat.patching import works_otherwise
-from vllm_steer.kernels.guidance import GuidanceForm, HostChanges, Rules, TokenMap
+from vllm_steer.kernels.guidance import GuidanceBackend, StepChanges, TokenMap, TokenRules
 from vllm_steer.serving.step import SteeredRequest, Step
 from vllm_steer.serving.token_rules import Columns, guidance_rules
 
@@ -42,30 +42,30 @@ class SteeredSite:
 
     def __init__(
         self,
-        shelf: LayerShelf,
-        form: GuidanceForm,
+        table: SiteTable,
+        backend: GuidanceBackend,
         *,
         max_doses: int,
         max_tokens: int,
         device: torch.device,
     ) -> None:
-        self.shelf = shelf
+        self.table = table
         self.is_disabled = False
         self.reached: set[int] = set()
         self._device = device
-        self._form = form
+        self._backend = backend
         self._max_doses = max_doses
         self._depth = 0
         self._filled = 0
-        self._changes: HostChanges | None = None
+        self._changes: StepChanges | None = None
         self._state = self._unsteered_state = SiteState.WARMUP
         self._batch: list[str] | None = None
-        self._rules: Rules
+        self._rules: TokenRules
         self._columns: dict[str, Columns] = {}
-        self._made: dict[tuple[str, ...], Rules] = {}
+        self._made: dict[tuple[str, ...], TokenRules] = {}
         self._map = TokenMap(
             directions=torch.zeros(max_doses, max_tokens, dtype=torch.int32, device=device),
-            strengths=torch.zeros(len(shelf.layers), max_doses, max_tokens, device=device),
+            strengths=torch.zeros(len(table.layers), max_doses, max_tokens, device=device),
         )
 
     @property
@@ -75,8 +75,8 @@ class SteeredSite:
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the site runs on, for streams in ``dtype``."""
-        self._form.warm_up(
-            self.shelf.directions,
+        self._backend.warm_up(
+            self.table.directions,
             hidden_dtype=dtype,
             residual_dtype=dtype,
             num_doses=self._max_doses,
@@ -120,12 +120,12 @@ class SteeredSite:
         if step.req_ids != self._batch:
             self._batch = list(step.req_ids)
             self._rules = self._rules_of(tuple(self._batch), requests, history)
-        depth = self._rules.start.shape[0]
+        depth = self._rules.direction_start.shape[0]
         if depth == 0:
             self.disable()
             return
-        changes = self._form.changes_of(
-            self._rules, step.query_start_loc, step.positions, self.shelf.directions
+        changes = self._backend.step_changes(
+            self._rules, step.query_start_loc, step.positions, self.table.directions
         )
         if changes is not None and not changes:
             self.disable()
@@ -139,7 +139,7 @@ class SteeredSite:
         if self._depth > depth:  # a captured graph reads them all, whatever the step's depth
             self._map.strengths[:, depth : self._depth].zero_()
         front = TokenMap(self._map.directions[:depth], self._map.strengths[:, :depth])
-        self._form.map_tokens(self._rules, step.query_start_loc, step.positions, front)
+        self._backend.map_tokens(self._rules, step.query_start_loc, step.positions, front)
         self._depth = depth
         self._clear(step.positions.shape[0])
 
@@ -151,7 +151,7 @@ class SteeredSite:
         self.reached.add(layer)
         if self._state is SiteState.AWAITING_STEP:
             raise RuntimeError(
-                works_otherwise(f"a step reached {self.shelf.site} without its tokens")
+                works_otherwise(f"a step reached {self.table.site} without its tokens")
             )
         depth = self._depth
         if _capturing(self._device) or self._state is SiteState.WARMUP:
@@ -162,25 +162,25 @@ class SteeredSite:
         if rows.shape[0] > self._map.directions.shape[1]:
             raise RuntimeError(
                 works_otherwise(
-                    f"{rows.shape[0]} tokens at {self.shelf.site}, room for "
+                    f"{rows.shape[0]} tokens at {self.table.site}, room for "
                     f"{self._map.directions.shape[1]}"
                 )
             )
         kept = None if residual is None else residual.view(-1, residual.shape[-1])
-        self._form.steer_tokens_(rows, kept, self.shelf.directions, layer, self._map, depth)
+        self._backend.steer_tokens_(rows, kept, self.table.directions, layer, self._map, depth)
 
     def _rules_of(
         self,
         req_ids: tuple[str, ...],
         requests: Mapping[str, SteeredRequest],
         history: torch.Tensor,
-    ) -> Rules:
+    ) -> TokenRules:
         """The rules of a batch; streams bring the same batches back in turns."""
         if req_ids not in self._made:
             if len(self._made) == _BATCHES_KEPT:
                 del self._made[next(iter(self._made))]
             self._made[req_ids] = guidance_rules(
-                req_ids, requests, self.shelf, history, self._columns
+                req_ids, requests, self.table, history, self._columns
             )
         return self._made[req_ids]
 
@@ -193,7 +193,7 @@ class SteeredSite:
 
 @dataclass(frozen=True)
 class SteeredPlace:
-    """One layer of one site, by the layer's index in the site's shelf."""
+    """One layer of one site, by the layer's index in the site's table."""
 
     site: SteeredSite
     layer: int

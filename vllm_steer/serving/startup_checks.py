@@ -11,7 +11,7 @@ from vllm_steer.compat.versions import TESTED, installed_version, is_tested
 from vllm_steer.doses import is_dynamic
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.families import family_of
-from vllm_steer.kernels.dispatch import KernelError, backend
+from vllm_steer.kernels.dispatch import KernelError, resolve_kernels
 from vllm_steer.plan import PlannedSteer, SteerPlan
 from vllm_steer.serving.dynamic_admission import check_engine_for
 from vllm_steer.serving.plan_transport import plan_of
@@ -58,7 +58,7 @@ def _check_default(plan: SteerPlan, vllm_config: Any) -> None:
 def _check_kernels(plan: SteerPlan, device_type: str) -> None:
     """Raise ``SteerError`` if the kernels that were asked for cannot run on the engine's device."""
     try:
-        backend(plan.kernels, torch.device(device_type))
+        resolve_kernels(plan.kernels, torch.device(device_type))
     except KernelError as error:
         raise SteerError(str(error)) from error
 

@@ -17,12 +17,12 @@ IntArray = npt.NDArray[np.int64]
 class SteeredRequest:
     """A request in flight that takes steers; ``prompt_len`` says which of its tokens are prompt.
 
-    ``tables`` says by index of a dynamic dose where its strengths begin in the pool.
+    ``pool_offsets`` says by index of a dynamic dose where its strengths begin in the pool.
     """
 
     doses: tuple[Dose, ...]
     prompt_len: int
-    tables: Mapping[int, int] = field(default_factory=dict)
+    pool_offsets: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,17 +7,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_steer.bank import Entry, LayerShelf
+from vllm_steer.bank import DirectionRange, SiteTable
 from vllm_steer.doses import Dose, token_span
-from vllm_steer.kernels.guidance import Rules
+from vllm_steer.kernels.guidance import TokenRules
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.step import IntArray, SteeredRequest
 from vllm_steer.steers.schedules import course
 
 FloatArray = npt.NDArray[np.float32]
 
-_NO_TABLE = -1
-_INTEGERS = ("start", "stride", "origin", "first", "last", "table")
+_NO_OFFSET = -1
+_INTEGERS = (
+    *("direction_start", "direction_stride", "step0_position", "begin", "end"),
+    "pool_offset",
+)
 
 
 @dataclass(frozen=True)
@@ -33,71 +36,73 @@ class Columns:
 def guidance_rules(
     req_ids: Sequence[str],
     requests: Mapping[str, SteeredRequest],
-    shelf: LayerShelf,
-    history: torch.Tensor,
+    table: SiteTable,
+    strength_pool: torch.Tensor,
     known: dict[str, Columns] | None = None,
-) -> Rules:
+) -> TokenRules:
     """The rules of a batch at one site, as deep as the most doses that one request takes there.
 
-    ``history`` holds the strengths of dynamic doses, on the device that the rules go to; ``known``
+    ``strength_pool`` holds the strengths of dynamic doses, on the device of the rules; ``known``
     keeps each request's columns from one batch to the next.
     """
     known = {} if known is None else known
     for gone in known.keys() - requests.keys():
         del known[gone]
     columns = {
-        row: _known_columns(req_id, requests[req_id], shelf, known)
+        row: _known_columns(req_id, requests[req_id], table, known)
         for row, req_id in enumerate(req_ids)
         if req_id in requests
     }
     depth = max((column.integers.shape[1] for column in columns.values()), default=0)
     shape = (depth, len(req_ids))
     integers = np.zeros((len(_INTEGERS), *shape), dtype=np.int64)
-    integers[_INTEGERS.index("table")] = _NO_TABLE
+    integers[_INTEGERS.index("pool_offset")] = _NO_OFFSET
     floats = np.zeros((2, *shape), dtype=np.float32)
-    layers = np.zeros((len(shelf.layers), *shape), dtype=np.float32)
+    layers = np.zeros((len(table.layers), *shape), dtype=np.float32)
     for row, column in columns.items():
         own = column.integers.shape[1]
         integers[:, :own, row] = column.integers
         floats[:, :own, row] = column.floats
         layers[:, :own, row] = column.layers
-    whole, (strength, slope), acts = upload([integers, floats, layers], history.device)
+    whole, (strength, slope), acts = upload([integers, floats, layers], strength_pool.device)
     named = dict(zip(_INTEGERS, whole, strict=True))
-    return Rules(**named, strength=strength, slope=slope, layers=acts, history=history)
+    return TokenRules(
+        **named, strength=strength, slope=slope, layers=acts, strength_pool=strength_pool
+    )
 
 
 def _known_columns(
-    req_id: str, request: SteeredRequest, shelf: LayerShelf, known: dict[str, Columns]
+    req_id: str, request: SteeredRequest, table: SiteTable, known: dict[str, Columns]
 ) -> Columns:
     """The request's columns; an id may come again with another request."""
     if req_id not in known or known[req_id].request is not request:
-        known[req_id] = _columns(request, shelf)
+        known[req_id] = _columns(request, table)
     return known[req_id]
 
 
-def _columns(request: SteeredRequest, shelf: LayerShelf) -> Columns:
+def _columns(request: SteeredRequest, table: SiteTable) -> Columns:
     taken = [
-        (dose, shelf.entries[dose.steer], request.tables.get(index, _NO_TABLE))
+        (dose, table.entries[dose.steer], request.pool_offsets.get(index, _NO_OFFSET))
         for index, dose in enumerate(request.doses)
-        if dose.steer in shelf.entries
+        if dose.steer in table.entries
     ]
     integers = [
-        (*_integers(dose, entry, request.prompt_len), table) for dose, entry, table in taken
+        (*_integers(dose, entry, request.prompt_len), offset) for dose, entry, offset in taken
     ]
     floats = [(dose.strength, _slope(dose, entry)) for dose, entry, _ in taken]
-    acts = [np.isin(shelf.layers, dose.layers or entry.layers) for dose, entry, _ in taken]
+    acts = [np.isin(table.layers, dose.layers or entry.layers) for dose, entry, _ in taken]
     return Columns(
         request,
         integers=np.array(integers, dtype=np.int64).reshape(-1, len(_INTEGERS)).T,
         floats=np.array(floats, dtype=np.float32).reshape(-1, 2).T,
-        layers=np.array(acts, dtype=np.float32).reshape(-1, len(shelf.layers)).T,
+        layers=np.array(acts, dtype=np.float32).reshape(-1, len(table.layers)).T,
     )
 
 
-def _integers(dose: Dose, entry: Entry, prompt_len: int) -> tuple[int, int, int, int, int]:
+def _integers(dose: Dose, entry: DirectionRange, prompt_len: int) -> tuple[int, int, int, int, int]:
     stride = 0 if entry.steps is None else 1
     return (entry.start, stride, prompt_len - 1, *token_span(dose, entry.steps, prompt_len))
 
 
-def _slope(dose: Dose, entry: Entry) -> float:
+def _slope(dose: Dose, entry: DirectionRange) -> float:
     return 0.0 if entry.steps is None else course(dose.schedule, entry.steps).slope

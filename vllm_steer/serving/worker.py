@@ -12,7 +12,7 @@ from vllm_steer.compat import options
 from vllm_steer.compat.patching import advice, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels import upload
-from vllm_steer.kernels.dispatch import guidance_form, lm_steer_form
+from vllm_steer.kernels.dispatch import guidance_backend, lm_steer_backend
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.head import SteeredHead
@@ -87,13 +87,13 @@ class _WorkerSteering:
         heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
         inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
         if inside:
-            form = guidance_form(self._plan.kernels, device)
+            backend = guidance_backend(self._plan.kernels, device)
             self._layers = steered_layers(
                 inside,
                 model,
                 config,
                 device,
-                form,
+                backend,
                 max_doses=self._plan.limits.max_steers_per_request,
             )
         bank = None
@@ -104,7 +104,7 @@ class _WorkerSteering:
         self._batch = SteeredBatch(
             self._plan,
             device,
-            lm_steer_form(self._plan.kernels, device, max_rows=options.max_logits_rows(config)),
+            lm_steer_backend(self._plan.kernels, device, max_rows=options.max_logits_rows(config)),
             () if self._layers is None else self._layers.sites,
             max_rows=options.max_logits_rows(config),
         )

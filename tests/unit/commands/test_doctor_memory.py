@@ -42,7 +42,7 @@ def test_memory_is_that_of_the_tensors_in_real_banks(dtype: torch.dtype) -> None
     found = takes(steers, hidden_size=128, dtype=dtype)
     heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
     head = fill_head_bank(heads, dtype=dtype, device=torch.device("cpu"))
-    tables = [shelf.tables for shelf in (head.hidden, head.logits)]
+    tables = [table.weights for table in (head.hidden, head.logits)]
     parts = [
         t for table in tables for t in (table.shrink, table.expand, table.dense, table.vectors)
     ]
@@ -52,9 +52,11 @@ def test_memory_is_that_of_the_tensors_in_real_banks(dtype: torch.dtype) -> None
     layers = fill_layer_bank(
         inside, layers=range(4), device=torch.device("cpu"), project=lambda _, rows: rows
     )
-    for shelf in layers.shelves:
-        stored = [t for t in (shelf.directions.vectors, shelf.directions.turns) if t is not None]
-        assert found.sites[shelf.site] == sum(t.untyped_storage().nbytes() for t in stored)
+    for table in layers.tables:
+        stored = [
+            t for t in (table.directions.vectors, table.directions.is_rotation) if t is not None
+        ]
+        assert found.sites[table.site] == sum(t.untyped_storage().nbytes() for t in stored)
     assert found.total == sum(found.sites.values())
 
 

@@ -48,8 +48,8 @@ def test_main_and_streams_come_and_go_in_any_order(
     assert found["a-base"] is None
     assert [d.dynamic for d in found["a-0"].doses + found["a-1"].doses] == [None, None]
     assert [d.strength for d in found["a-0"].doses + found["a-1"].doses] == [2.0, 1.5]
-    assert set(found["a"].tables) == {0, 1}
-    assert found["a-0"].tables == found["a-1"].tables == {}
+    assert set(found["a"].pool_offsets) == {0, 1}
+    assert found["a-0"].pool_offsets == found["a-1"].pool_offsets == {}
     assert part.pool.num_taken == 6 + 3
     roles = {req_id: part.requests.role(req_id) for req_id in order}
     assert roles["a"] is None
@@ -83,10 +83,10 @@ def test_a_delta_is_active_up_to_its_last_step(part: DynamicState) -> None:
 
 def test_a_request_that_is_sent_again_keeps_its_numbers(part: DynamicState) -> None:
     """As after a preemption in vLLM's second runner."""
-    tables = comes(part, "a").tables
+    tables = comes(part, "a").pool_offsets
     first = part.requests.get("a")
     part.pool.values[tables[0]] = 1.25
-    assert comes(part, "a").tables == tables
+    assert comes(part, "a").pool_offsets == tables
     assert part.requests.get("a") is first
     assert part.pool.values[tables[0]] == 1.25
     assert part.pool.num_taken == 9

@@ -13,7 +13,7 @@ from torch import nn
 
 from vllm_steer import LMSteer
 from vllm_steer.bank import HeadBank, fill_head_bank
-from vllm_steer.kernels.lm_steer import grouped, reference
+from vllm_steer.kernels.lm_steer import reference, torch_grouped
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.head import SteeredHead
@@ -64,10 +64,10 @@ class Model(nn.Module):
 class Head:
     """A steered head and its batch."""
 
-    def __init__(self, form: Any, max_rows: int | None = None) -> None:
+    def __init__(self, backend: Any, max_rows: int | None = None) -> None:
         inside = {name: steer for name, steer in STEERS.items() if name != "push"}
         self.bank: HeadBank = fill_head_bank(inside, dtype=torch.float32, device=CPU)
-        self.batch = SteeredBatch(PLAN, CPU, form)
+        self.batch = SteeredBatch(PLAN, CPU, backend)
         self.batch.head_rows.rows_at_once = max_rows
         self.model = Model()
         self.head = SteeredHead(self.bank, self.batch.head_rows)
@@ -99,7 +99,7 @@ def params(req_id: str, steer: Any) -> Any:
     return SimpleNamespace(extra_args=extra, max_tokens=6)
 
 
-@pytest.fixture(params=[reference, grouped], ids=["reference", "torch"])
+@pytest.fixture(params=[reference, torch_grouped], ids=["reference", "torch"])
 def head(request: pytest.FixtureRequest) -> Head:
     return Head(request.param)
 
@@ -163,7 +163,7 @@ def test_ordinary_rows_are_bit_for_bit_those_of_a_step_without_dynamics(head: He
     x = hidden_of("x", "a", "y", "z")
     new = {"x": None, "y": "mul:2,off:1", "z": "add:-1"}
     logits, _ = head.step(x, {**new, "a": "add:dynamic:1.5,mul:dynamic:1"}, a=0)
-    plain = Head(head.batch.head_rows.form)
+    plain = Head(head.batch.head_rows.backend)
     wanted, answer = plain.step(x, {**new, "a": None})
     assert answer == {}
     for name in new:
@@ -272,7 +272,7 @@ def test_more_probes_than_a_step_has_rows_come_in_several_products(
     }
     wanted, strengths = head.step(x, new, a=0, b=0)
     assert head.model.calls == [3 + 4, 2]
-    parts = Head(head.batch.head_rows.form, max_rows)
+    parts = Head(head.batch.head_rows.backend, max_rows)
     logits, found = parts.step(x, new, a=0, b=0)
     assert sum(parts.model.calls) == 3 + 4 + 2
     assert max(parts.model.calls) <= max_rows and len(parts.model.calls) > 2
@@ -287,7 +287,7 @@ def test_probes_of_a_later_product_are_kept_for_streams_that_come_in_another_ste
     head: Head, max_rows: int | None
 ) -> None:
     """Bases first, with their probes at the head in several products; the layers' probes after."""
-    each = Head(head.batch.head_rows.form, max_rows)
+    each = Head(head.batch.head_rows.backend, max_rows)
     steer = "push:dynamic:2,add:dynamic:1.5,mul:dynamic:2"
     streams = ("a_base", "b_base", "a", "b", "a_0", "b_0")
     x, y = hidden_of("a_base", "b_base"), hidden_of("b_0", "x", "a_0")
@@ -308,7 +308,7 @@ def test_probes_of_a_later_product_are_kept_for_streams_that_come_in_another_ste
 
 def test_prompt_tokens_are_steered_a_steps_rows_at_a_time(head: Head) -> None:
     """Memory for a chunk of a prompt is that of a step: no more pairs at once than it can have."""
-    parts = Head(head.batch.head_rows.form, max_rows=4)
+    parts = Head(head.batch.head_rows.backend, max_rows=4)
     tokens = np.array([5, 3, 6])
     hidden_states = torch.randn(14, WIDTH, generator=torch.Generator().manual_seed(0))
     given = hidden_states.clone()
@@ -334,12 +334,14 @@ def test_prompt_tokens_are_steered_a_steps_rows_at_a_time(head: Head) -> None:
 
 def test_a_dummy_run_at_start_up_steers_as_many_rows_as_speculation_can_have() -> None:
     rows: list[tuple[int, int]] = []
-    form = SimpleNamespace(**{name: getattr(grouped, name) for name in ("place", "warm_up")})
-    form.steer_rows = lambda x, tables, placed: (
-        rows.append((x.shape[0], placed.rows.shape[0])),
-        grouped.steer_rows(x, tables, placed),
+    backend = SimpleNamespace(
+        **{name: getattr(torch_grouped, name) for name in ("prepare", "warm_up")}
+    )
+    backend.steer_rows = lambda x, weights, metadata: (
+        rows.append((x.shape[0], metadata.rows.shape[0])),
+        torch_grouped.steer_rows(x, weights, metadata),
     )[1]
-    head = Head(form, max_rows=12)
+    head = Head(backend, max_rows=12)
     head.head.is_profiled = True
     dummy = torch.zeros(3, WIDTH)
     head.model.compute_logits(dummy)

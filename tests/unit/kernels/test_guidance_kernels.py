@@ -1,4 +1,4 @@
-"""Guidance on tensors: both forms against loops over single numbers in Python's own floats."""
+"""Guidance on tensors: both backends against loops over single numbers in Python's own floats."""
 
 import math
 from types import ModuleType
@@ -6,12 +6,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from vllm_steer.kernels.guidance import Directions, TokenMap, gather, reference
+from vllm_steer.kernels.guidance import Directions, TokenMap, reference, torch_gather
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYER, WIDTH, NUM_DIRECTIONS, NUM_LAYERS = 1, 5, 6, 3
 
-forms = pytest.mark.parametrize("form", [reference, gather], ids=["reference", "torch"])
+backends = pytest.mark.parametrize("backend", [reference, torch_gather], ids=["reference", "torch"])
 
 
 def generator(seed: int = 11) -> torch.Generator:
@@ -61,7 +61,9 @@ def by_hand(
             size += abs(strength) * max(map(abs, vector))
             if strength:
                 moved = [a + strength * b for a, b in zip(moved, vector, strict=True)]
-                turning |= directions.turns is not None and directions.turns[direction] == 1
+                turning |= (
+                    directions.is_rotation is not None and directions.is_rotation[direction] == 1
+                )
         if turning:
             ratio = math.hypot(*x) / math.hypot(*moved)
             size += size * ratio
@@ -78,20 +80,20 @@ def untouched(token_map: TokenMap, depth: int, num_tokens: int) -> torch.Tensor:
     return (token_map.strengths[LAYER, :depth, :num_tokens] == 0).all(dim=0)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("turns", ["none", "some", "all"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_token_is_steered_as_by_hand(
-    form: ModuleType, dtype: torch.dtype, depth: int, turns: str, with_residual: bool
+    backend: ModuleType, dtype: torch.dtype, depth: int, turns: str, with_residual: bool
 ) -> None:
     directions, token_map = random_directions(turns), random_map(63, depth)
     hidden = random_rows(63, dtype)
     residual = random_rows(63, dtype, seed=4) if with_residual else None
     before, kept = hidden.clone(), None if residual is None else residual.clone()
     wanted, sizes = by_hand(hidden, residual, directions, token_map, depth)
-    form.steer_tokens_(hidden, residual, directions, LAYER, token_map, depth)
+    backend.steer_tokens_(hidden, residual, directions, LAYER, token_map, depth)
     assert hidden.dtype == dtype
     once = torch.finfo(dtype).eps * wanted.abs() / 2 + torch.finfo(dtype).smallest_normal
     allowed = once + 8 * torch.finfo(torch.float32).eps * sizes
@@ -102,38 +104,38 @@ def test_every_token_is_steered_as_by_hand(
     assert residual is None or torch.equal(residual, kept)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("num_tokens", [0, 1, 2])
 @pytest.mark.parametrize("turns", ["none", "some"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 def test_no_token_and_one_token_are_steered_too(
-    form: ModuleType, num_tokens: int, turns: str, with_residual: bool
+    backend: ModuleType, num_tokens: int, turns: str, with_residual: bool
 ) -> None:
     directions, token_map = random_directions(turns), random_map(num_tokens, 2)
     token_map.strengths[:, 0, :num_tokens], token_map.directions[0] = 1.5, 4
     hidden = random_rows(num_tokens, torch.float32)
     residual = random_rows(num_tokens, torch.float32, seed=4) if with_residual else None
     wanted, _ = by_hand(hidden, residual, directions, token_map, 2)
-    form.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
+    backend.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
     torch.testing.assert_close(hidden.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@forms
-def test_doses_deeper_than_asked_for_are_not_read(form: ModuleType) -> None:
+@backends
+def test_doses_deeper_than_asked_for_are_not_read(backend: ModuleType) -> None:
     directions, token_map = random_directions("some"), random_map(9, 4)
     hidden = random_rows(9, torch.float32)
     wanted = hidden.clone()
-    form.steer_tokens_(hidden, None, directions, LAYER, token_map, 2)
+    backend.steer_tokens_(hidden, None, directions, LAYER, token_map, 2)
     token_map.strengths[:, 2:], token_map.directions[2:] = math.nan, 3
-    form.steer_tokens_(wanted, None, directions, LAYER, token_map, 2)
+    backend.steer_tokens_(wanted, None, directions, LAYER, token_map, 2)
     assert torch.equal(hidden, wanted)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("turns", ["none", "some", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_without_a_dose_keeps_any_value(
-    form: ModuleType, dtype: torch.dtype, turns: str
+    backend: ModuleType, dtype: torch.dtype, turns: str
 ) -> None:
     """Also where its map names a direction, beside tokens that are steered."""
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).tiny
@@ -144,7 +146,7 @@ def test_a_token_without_a_dose_keeps_any_value(
     directions = torch.tensor([[4, 3, 1, 1, 2, 5]] * 2, dtype=torch.int32)
     strengths = torch.zeros(NUM_LAYERS, 2, 6)
     strengths[:, 0, 2] = 3.0
-    form.steer_tokens_(
+    backend.steer_tokens_(
         hidden, residual, random_directions(turns), LAYER, TokenMap(directions, strengths), 2
     )
     keeps = [0, 1, 3, 4, 5]
@@ -152,50 +154,52 @@ def test_a_token_without_a_dose_keeps_any_value(
     assert torch.equal(hidden[keeps].nan_to_num(7), before[keeps].nan_to_num(7))
 
 
-@forms
+@backends
 @pytest.mark.parametrize("strength", [0.0, 2.0])
-def test_a_broken_token_does_not_spoil_its_neighbours(form: ModuleType, strength: float) -> None:
+def test_a_broken_token_does_not_spoil_its_neighbours(backend: ModuleType, strength: float) -> None:
     directions, token_map = random_directions("all"), random_map(5, 1)
     token_map.directions[:] = 2
     token_map.strengths[:] = strength
     hidden = random_rows(5, torch.float32)
     clean = hidden.clone()
     hidden[2] = math.nan
-    form.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
-    form.steer_tokens_(clean, None, directions, LAYER, token_map, 1)
+    backend.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
+    backend.steer_tokens_(clean, None, directions, LAYER, token_map, 1)
     others = [0, 1, 3, 4]
     assert torch.equal(hidden[others], clean[others])
 
 
-@forms
-def test_a_zero_token_takes_an_addition_and_cannot_turn(form: ModuleType) -> None:
+@backends
+def test_a_zero_token_takes_an_addition_and_cannot_turn(backend: ModuleType) -> None:
     directions = random_directions("some")  # 1 turns, 2 adds
     token_map = TokenMap(
         torch.tensor([[1, 2, 1]], dtype=torch.int32), torch.full((NUM_LAYERS, 1, 3), 2.0)
     )
     hidden = torch.zeros(3, WIDTH)
-    form.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
+    backend.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
     assert torch.equal(hidden[[0, 2]], torch.zeros(2, WIDTH))
     assert torch.equal(hidden[1], 2 * directions.vectors[LAYER, 2])
 
 
-@forms
+@backends
 @pytest.mark.parametrize("size", [0.5, 1.0, 3.0, 4.0, 1e3, 3e4])
-def test_a_turn_that_cancels_a_token_exactly_leaves_no_nan(form: ModuleType, size: float) -> None:
+def test_a_turn_that_cancels_a_token_exactly_leaves_no_nan(
+    backend: ModuleType, size: float
+) -> None:
     vectors = torch.zeros(NUM_LAYERS, 2, WIDTH)
     vectors[:, 1, 3] = 1.0
     directions = Directions(vectors, torch.tensor([0.0, 1.0]))
     token_map = TokenMap(torch.ones(1, 1, dtype=torch.int32), torch.full((NUM_LAYERS, 1, 1), -size))
     hidden = vectors[LAYER, 1:2] * size
-    form.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
+    backend.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
     assert torch.equal(hidden, torch.zeros(1, WIDTH))
 
 
-@forms
+@backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strength", [1e4, -1e4, 1e10, -1e18], ids=str)
 def test_a_huge_turn_ends_at_the_direction_with_the_tokens_norm(
-    form: ModuleType, dtype: torch.dtype, strength: float
+    backend: ModuleType, dtype: torch.dtype, strength: float
 ) -> None:
     directions = random_directions("all")
     vectors = directions.vectors / directions.vectors.norm(dim=2, keepdim=True).clamp_min(1e-9)
@@ -205,51 +209,53 @@ def test_a_huge_turn_ends_at_the_direction_with_the_tokens_norm(
     hidden = random_rows(7, dtype)
     norms = hidden.double().norm(dim=1, keepdim=True)
     wanted = math.copysign(1, strength) * norms * vectors[LAYER, 4].double()
-    form.steer_tokens_(hidden, None, Directions(vectors, directions.turns), LAYER, token_map, 1)
+    backend.steer_tokens_(
+        hidden, None, Directions(vectors, directions.is_rotation), LAYER, token_map, 1
+    )
     step = 2 * torch.finfo(dtype).eps * float(norms.max()) + 50 / abs(strength)
     torch.testing.assert_close(hidden.double(), wanted, rtol=0, atol=step)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("strength", [1e-45, 1e-38, 1e-9], ids=str)
 @pytest.mark.parametrize("turns", ["none", "all"])
 def test_a_tiny_strength_changes_a_token_by_a_rounding_at_most(
-    form: ModuleType, turns: str, strength: float
+    backend: ModuleType, turns: str, strength: float
 ) -> None:
     token_map = TokenMap(
         torch.full((1, 7), 4, dtype=torch.int32), torch.full((NUM_LAYERS, 1, 7), strength)
     )
     hidden = random_rows(7, torch.float32)
     before = hidden.clone()
-    form.steer_tokens_(hidden, None, random_directions(turns), LAYER, token_map, 1)
+    backend.steer_tokens_(hidden, None, random_directions(turns), LAYER, token_map, 1)
     torch.testing.assert_close(hidden, before, rtol=1e-6, atol=1e-8)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("turns", ["none", "some", "all"])
-def test_permuted_tokens_give_permuted_results(form: ModuleType, turns: str) -> None:
+def test_permuted_tokens_give_permuted_results(backend: ModuleType, turns: str) -> None:
     directions, token_map = random_directions(turns), random_map(63, 3, room=0)
     order = torch.randperm(63, generator=generator(1))
     permuted = TokenMap(token_map.directions[:, order], token_map.strengths[:, :, order])
     hidden, residual = random_rows(63, torch.bfloat16), random_rows(63, torch.bfloat16, seed=4)
     other = hidden[order]
-    form.steer_tokens_(hidden, residual, directions, LAYER, token_map, 3)
-    form.steer_tokens_(other, residual[order], directions, LAYER, permuted, 3)
+    backend.steer_tokens_(hidden, residual, directions, LAYER, token_map, 3)
+    backend.steer_tokens_(other, residual[order], directions, LAYER, permuted, 3)
     assert torch.equal(other, hidden[order])
 
 
-@forms
+@backends
 @pytest.mark.parametrize("turns", ["none", "some"])
 def test_strided_rows_are_steered_in_place_and_nothing_around_them(
-    form: ModuleType, turns: str
+    backend: ModuleType, turns: str
 ) -> None:
     directions, token_map = random_directions(turns), random_map(9, 2)
     frame = torch.randn(18, 2 * WIDTH + 1, generator=generator())
     hidden, before = frame[::2, 1 : 2 * WIDTH : 2], frame.clone()
     residual = torch.randn(WIDTH, 9, generator=generator(2)).T
     wanted = hidden.contiguous()
-    form.steer_tokens_(wanted, residual.contiguous(), directions, LAYER, token_map, 2)
-    form.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
+    backend.steer_tokens_(wanted, residual.contiguous(), directions, LAYER, token_map, 2)
+    backend.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
     torch.testing.assert_close(hidden, wanted, rtol=1e-6, atol=1e-6)
     hidden.copy_(before[::2, 1 : 2 * WIDTH : 2])
     assert torch.equal(frame, before)

@@ -1,4 +1,4 @@
-"""From rules to the map of a step's tokens: both forms against a loop over tokens."""
+"""From rules to the map of a step's tokens: both backends against a loop over tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,25 +8,40 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_steer.kernels.dispatch import guidance_form
-from vllm_steer.kernels.guidance import Directions, Rules, TokenMap, gather, host, reference
+from vllm_steer.kernels.dispatch import guidance_backend
+from vllm_steer.kernels.guidance import (
+    Directions,
+    TokenMap,
+    TokenRules,
+    cpu,
+    reference,
+    torch_gather,
+)
 
 FOREVER = torch.iinfo(torch.int64).max
 EPS = torch.finfo(torch.float32).eps
 
-forms = pytest.mark.parametrize("form", [reference, gather], ids=["reference", "torch"])
+backends = pytest.mark.parametrize("backend", [reference, torch_gather], ids=["reference", "torch"])
 
 
 def rules(
-    layers: int = 1, history: Sequence[float] = (0.0,), **fields: Sequence[Sequence[float]]
-) -> Rules:
-    """Rules ``[K, R]`` from lists; a field that is not named is zero, layers are all on.
+    layers: int = 1, strength_pool: Sequence[float] = (0.0,), **fields: Sequence[Sequence[float]]
+) -> TokenRules:
+    """TokenRules ``[K, R]`` from lists; a field that is not named is zero, layers are all on.
 
-    Tables that are not named are not there.
+    Without ``pool_offset`` no dose has one.
     """
-    shape = (len(fields["start"]), len(fields["start"][0]))
+    shape = (len(fields["direction_start"]), len(fields["direction_start"][0]))
     floats = {"strength", "slope"}
-    names = ("start", "stride", "origin", "first", "last", "strength", "slope")
+    names = (
+        "direction_start",
+        "direction_stride",
+        "step0_position",
+        "begin",
+        "end",
+        "strength",
+        "slope",
+    )
     tensors: dict[str, Any] = {
         name: torch.tensor(
             fields[name], dtype=torch.float32 if name in floats else torch.int64
@@ -35,9 +50,11 @@ def rules(
         else torch.zeros(shape, dtype=torch.float32 if name in floats else torch.int64)
         for name in names
     }
-    tables = torch.tensor(fields.get("table", [[-1] * shape[1]] * shape[0])).view(shape)
+    offsets = torch.tensor(fields.get("pool_offset", [[-1] * shape[1]] * shape[0])).view(shape)
     ones = torch.ones(layers, *shape)
-    return Rules(**tensors, layers=ones, table=tables, history=torch.tensor(history))
+    return TokenRules(
+        **tensors, layers=ones, pool_offset=offsets, strength_pool=torch.tensor(strength_pool)
+    )
 
 
 def empty_map(num_layers: int, depth: int, room: int) -> TokenMap:
@@ -57,7 +74,7 @@ def tokens_of(
     return ends, torch.tensor(positions, dtype=torch.int64)
 
 
-def random_rules(seed: int, depth: int, num_requests: int, num_layers: int) -> Rules:
+def random_rules(seed: int, depth: int, num_requests: int, num_layers: int) -> TokenRules:
     """Vectors and deltas in turn, some without a dose, some in a part of the layers.
 
     About half take their strengths from a history, which ends before some of their steps.
@@ -71,50 +88,50 @@ def random_rules(seed: int, depth: int, num_requests: int, num_layers: int) -> R
     first, length = integers(0, 12), integers(0, 9)
     last = torch.where(integers(0, 3) == 0, FOREVER, first + length)
     there = (integers(0, 4) > 0).float()
-    return Rules(
-        start=integers(1, 40),
-        stride=integers(0, 2),
-        origin=first - integers(0, 2),
-        first=first,
-        last=last,
+    return TokenRules(
+        direction_start=integers(1, 40),
+        direction_stride=integers(0, 2),
+        step0_position=first - integers(0, 2),
+        begin=first,
+        end=last,
         strength=torch.randn(shape, generator=generator) * there,
         slope=torch.rand(shape, generator=generator) * integers(0, 2),
         layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
-        table=integers(-15, 15).clamp(min=-1),
-        history=torch.randn(16, generator=generator),
+        pool_offset=integers(-15, 15).clamp(min=-1),
+        strength_pool=torch.randn(16, generator=generator),
     )
 
 
-def subset(given: Rules, at: Any) -> Rules:
+def subset(given: TokenRules, at: Any) -> TokenRules:
     """The rules ``at`` an index of the last dimensions; the history is of all."""
-    return Rules(
+    return TokenRules(
         **{
-            name: tensor if name == "history" else tensor[..., *at]
+            name: tensor if name == "strength_pool" else tensor[..., *at]
             for name, tensor in vars(given).items()
         }
     )
 
 
 def assert_mapped(
-    given: Rules, counts: Sequence[int], starts: Sequence[int], out: TokenMap
+    given: TokenRules, counts: Sequence[int], starts: Sequence[int], out: TokenMap
 ) -> None:
     """Every entry is what the equations say in Python's numbers, and the room is untouched."""
     token = 0
     for row, (count, start) in enumerate(zip(counts, starts, strict=True)):
         for position in range(start, start + count):
-            for k in range(given.start.shape[0]):
+            for k in range(given.direction_start.shape[0]):
                 at = {
                     name: getattr(given, name)[k, row].item()
                     for name in vars(given)
-                    if name not in ("layers", "history")
+                    if name not in ("layers", "strength_pool")
                 }
-                i = position - at["origin"]
-                acts = at["first"] <= position < at["last"]
-                direction = at["start"] + at["stride"] * i if acts else 0
+                i = position - at["step0_position"]
+                acts = at["begin"] <= position < at["end"]
+                direction = at["direction_start"] + at["direction_stride"] * i if acts else 0
                 strength = at["strength"] * (1 - at["slope"] * i) if acts else 0.0
-                if at["table"] >= 0 and acts:
-                    inside = 0 <= at["table"] + i < len(given.history)
-                    strength = given.history[at["table"] + i].item() if inside else 0.0
+                if at["pool_offset"] >= 0 and acts:
+                    inside = 0 <= at["pool_offset"] + i < len(given.strength_pool)
+                    strength = given.strength_pool[at["pool_offset"] + i].item() if inside else 0.0
                 assert out.directions[k, token] == direction
                 allowed = 4 * EPS * abs(at["strength"]) * (1 + abs(at["slope"] * i))
                 for layer in range(given.layers.shape[0]):
@@ -125,7 +142,7 @@ def assert_mapped(
     assert (out.strengths[:, :, token:] == -9).all()
 
 
-@forms
+@backends
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize(
     ("counts", "starts"),
@@ -141,209 +158,215 @@ def assert_mapped(
 )
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_every_token_takes_what_its_requests_rule_says(
-    form: ModuleType, depth: int, counts: list[int], starts: list[int], dtype: torch.dtype
+    backend: ModuleType, depth: int, counts: list[int], starts: list[int], dtype: torch.dtype
 ) -> None:
     for seed in range(3):
         given = random_rules(seed, depth, len(counts), num_layers=3)
         out = empty_map(3, depth, sum(counts) + 2)
-        form.map_tokens(given, *tokens_of(counts, starts, dtype), out)
+        backend.map_tokens(given, *tokens_of(counts, starts, dtype), out)
         assert_mapped(given, counts, starts, out)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("depth", [1, 3])
-def test_a_step_without_tokens_writes_nothing(form: ModuleType, depth: int) -> None:
+def test_a_step_without_tokens_writes_nothing(backend: ModuleType, depth: int) -> None:
     out = empty_map(2, depth, 4)
     given = random_rules(0, depth, 2, num_layers=2)
-    form.map_tokens(given, *tokens_of([0, 0], [0, 0]), out)
+    backend.map_tokens(given, *tokens_of([0, 0], [0, 0]), out)
     assert_mapped(given, [0, 0], [0, 0], out)
 
 
-@forms
-def test_a_delta_walks_its_steps_from_the_last_prompt_token(form: ModuleType) -> None:
+@backends
+def test_a_delta_walks_its_steps_from_the_last_prompt_token(backend: ModuleType) -> None:
     """Prompt of 3, 4 steps from direction 6 on, falling: the span is [2, 6)."""
     given = rules(
-        start=[[6]],
-        stride=[[1]],
-        origin=[[2]],
-        first=[[2]],
-        last=[[6]],
+        direction_start=[[6]],
+        direction_stride=[[1]],
+        step0_position=[[2]],
+        begin=[[2]],
+        end=[[6]],
         strength=[[2.0]],
         slope=[[0.25]],
     )
     out = empty_map(1, 1, 8)
-    form.map_tokens(given, *tokens_of([8], [0]), out)
+    backend.map_tokens(given, *tokens_of([8], [0]), out)
     assert out.directions.tolist() == [[0, 0, 6, 7, 8, 9, 0, 0]]
     assert out.strengths.tolist() == [[[0, 0, 2.0, 1.5, 1.0, 0.5, 0, 0]]]
 
 
-@forms
-def test_a_chunk_or_a_recomputed_stretch_maps_like_the_whole(form: ModuleType) -> None:
+@backends
+def test_a_chunk_or_a_recomputed_stretch_maps_like_the_whole(backend: ModuleType) -> None:
     given = random_rules(4, 2, 1, num_layers=2)
     whole, parts = empty_map(2, 2, 20), empty_map(2, 2, 20)
-    form.map_tokens(given, *tokens_of([20], [0]), whole)
+    backend.map_tokens(given, *tokens_of([20], [0]), whole)
     for start, stop in [(0, 7), (7, 8), (8, 19), (19, 20)]:
         part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
-        form.map_tokens(given, *tokens_of([stop - start], [start]), part)
+        backend.map_tokens(given, *tokens_of([stop - start], [start]), part)
     assert torch.equal(parts.directions, whole.directions)
     assert torch.equal(parts.strengths, whole.strengths)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("strength", [3e38, -3e38, 1e37, 1e-45], ids=str)
 def test_a_token_outside_the_span_takes_nothing_however_far_and_strong(
-    form: ModuleType, strength: float
+    backend: ModuleType, strength: float
 ) -> None:
     """The falling line of a delta reaches beyond float32 a long prompt before its first step."""
     given = rules(
-        start=[[1]],
-        stride=[[1]],
-        origin=[[100_000]],
-        first=[[100_000]],
-        last=[[100_005]],
+        direction_start=[[1]],
+        direction_stride=[[1]],
+        step0_position=[[100_000]],
+        begin=[[100_000]],
+        end=[[100_005]],
         strength=[[strength]],
         slope=[[0.2]],
     )
     out = empty_map(1, 1, 4)
     positions = torch.tensor([0, 99_999, 100_000, 100_005])
-    form.map_tokens(given, torch.tensor([0, 4]), positions, out)
+    backend.map_tokens(given, torch.tensor([0, 4]), positions, out)
     assert out.directions.tolist() == [[0, 0, 1, 0]]
     assert out.strengths[0, 0].tolist() == [0, 0, torch.tensor(strength).item(), 0]
 
 
-@forms
-def test_positions_beyond_32_bits_are_told_apart(form: ModuleType) -> None:
+@backends
+def test_positions_beyond_32_bits_are_told_apart(backend: ModuleType) -> None:
     edge = 2**32 + 5
-    given = rules(start=[[3, 3]], strength=[[1.5, 2.5]], first=[[0, edge]], last=[[edge, FOREVER]])
+    given = rules(
+        direction_start=[[3, 3]], strength=[[1.5, 2.5]], begin=[[0, edge]], end=[[edge, FOREVER]]
+    )
     out = empty_map(1, 1, 4)
     positions = torch.tensor([edge - 1, edge, edge - 1, edge])
-    form.map_tokens(given, torch.tensor([0, 2, 4]), positions, out)
+    backend.map_tokens(given, torch.tensor([0, 2, 4]), positions, out)
     assert out.directions.tolist() == [[3, 0, 0, 3]]
     assert out.strengths[0, 0].tolist() == [1.5, 0, 0, 2.5]
 
 
-@forms
-def test_a_dose_acts_in_its_layers_only(form: ModuleType) -> None:
-    given = rules(layers=3, start=[[2], [4]], last=[[FOREVER], [FOREVER]], strength=[[1.0], [2.0]])
+@backends
+def test_a_dose_acts_in_its_layers_only(backend: ModuleType) -> None:
+    given = rules(
+        layers=3, direction_start=[[2], [4]], end=[[FOREVER], [FOREVER]], strength=[[1.0], [2.0]]
+    )
     given.layers[:, 0, 0] = torch.tensor([1.0, 0, 1])
     given.layers[:, 1, 0] = torch.tensor([0.0, 1, 0])
     out = empty_map(3, 2, 1)
-    form.map_tokens(given, *tokens_of([1], [9]), out)
+    backend.map_tokens(given, *tokens_of([1], [9]), out)
     assert out.directions[:, 0].tolist() == [2, 4]
     assert out.strengths[:, :, 0].tolist() == [[1, 0], [0, 2], [1, 0]]
 
 
-@forms
-def test_rules_and_buffers_may_be_views(form: ModuleType) -> None:
+@backends
+def test_rules_and_buffers_may_be_views(backend: ModuleType) -> None:
     given = random_rules(2, 4, 3, num_layers=3)
     half = subset(given, (slice(None, None, 2), slice(None)))
     whole = empty_map(3, 4, 9)
     front = TokenMap(whole.directions[:2], whole.strengths[:, :2])
-    form.map_tokens(half, *tokens_of([2, 3, 1], [0, 5, 2]), front)
+    backend.map_tokens(half, *tokens_of([2, 3, 1], [0, 5, 2]), front)
     assert_mapped(half, [2, 3, 1], [0, 5, 2], front)
     assert (whole.directions[2:] == -9).all()
     assert (whole.strengths[:, 2:] == -9).all()
 
 
-@forms
-def test_permuted_requests_give_permuted_maps(form: ModuleType) -> None:
+@backends
+def test_permuted_requests_give_permuted_maps(backend: ModuleType) -> None:
     given = random_rules(8, 2, 4, num_layers=2)
     order = [2, 0, 3, 1]
     permuted = subset(given, (order,))
     starts = [0, 6, 2, 9]
     one, other = empty_map(2, 2, 4), empty_map(2, 2, 4)
-    form.map_tokens(given, *tokens_of([1] * 4, starts), one)
-    form.map_tokens(permuted, *tokens_of([1] * 4, [starts[i] for i in order]), other)
+    backend.map_tokens(given, *tokens_of([1] * 4, starts), one)
+    backend.map_tokens(permuted, *tokens_of([1] * 4, [starts[i] for i in order]), other)
     assert torch.equal(other.directions, one.directions[:, order])
     assert torch.equal(other.strengths, one.strengths[:, :, order])
 
 
-@forms
-def test_a_dose_with_a_history_takes_its_own_number_at_every_step(form: ModuleType) -> None:
+@backends
+def test_a_dose_with_a_history_takes_its_own_number_at_every_step(backend: ModuleType) -> None:
     """Prompts of 3 and 2. A delta of 4 steps and a vector from the history, beside fixed ones."""
     given = rules(
-        start=[[6, 20], [30, 31]],
-        stride=[[1, 0], [0, 0]],
-        origin=[[2, 1], [0, 0]],
-        first=[[2, 1], [0, 0]],
-        last=[[6, FOREVER], [FOREVER, 0]],
+        direction_start=[[6, 20], [30, 31]],
+        direction_stride=[[1, 0], [0, 0]],
+        step0_position=[[2, 1], [0, 0]],
+        begin=[[2, 1], [0, 0]],
+        end=[[6, FOREVER], [FOREVER, 0]],
         strength=[[9.0, 9.0], [0.5, 9.0]],
         slope=[[0.25, 0], [0, 0]],
-        table=[[1, 5], [-1, 0]],
-        history=[99.0, 1.0, 1.5, 0.0, -2.0, 3.0, 4.0, 5.0],
+        pool_offset=[[1, 5], [-1, 0]],
+        strength_pool=[99.0, 1.0, 1.5, 0.0, -2.0, 3.0, 4.0, 5.0],
     )
     out = empty_map(1, 2, 11)
-    form.map_tokens(given, *tokens_of([7, 4], [0, 0]), out)
+    backend.map_tokens(given, *tokens_of([7, 4], [0, 0]), out)
     assert out.directions.tolist() == [[0, 0, 6, 7, 8, 9, 0, 0, 20, 20, 20], [30] * 7 + [0] * 4]
     assert out.strengths.tolist() == [
         [[0, 0, 1.0, 1.5, 0.0, -2.0, 0, 0, 3.0, 4.0, 5.0], [0.5] * 7 + [0.0] * 4]
     ]
 
 
-@forms
-def test_a_chunk_may_span_many_steps_of_a_history(form: ModuleType) -> None:
+@backends
+def test_a_chunk_may_span_many_steps_of_a_history(backend: ModuleType) -> None:
     """A request that is computed again from the start takes the strengths that it had."""
     steps = [0.25 * step - 1 for step in range(12)]
     given = rules(
-        start=[[1]],
-        origin=[[3]],
-        first=[[3]],
-        last=[[FOREVER]],
-        table=[[2]],
-        history=[7, 7, *steps],
+        direction_start=[[1]],
+        step0_position=[[3]],
+        begin=[[3]],
+        end=[[FOREVER]],
+        pool_offset=[[2]],
+        strength_pool=[7, 7, *steps],
     )
     whole, parts = empty_map(1, 1, 15), empty_map(1, 1, 15)
-    form.map_tokens(given, *tokens_of([15], [0]), whole)
+    backend.map_tokens(given, *tokens_of([15], [0]), whole)
     assert whole.strengths[0, 0].tolist() == [0, 0, 0, *steps]
     for start, stop in [(0, 2), (2, 9), (9, 10), (10, 15)]:
         part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
-        form.map_tokens(given, *tokens_of([stop - start], [start]), part)
+        backend.map_tokens(given, *tokens_of([stop - start], [start]), part)
     assert torch.equal(parts.strengths, whole.strengths)
 
 
-@forms
+@backends
 @pytest.mark.parametrize("length", [1, 3])
-def test_a_step_beyond_the_history_takes_nothing(form: ModuleType, length: int) -> None:
+def test_a_step_beyond_the_history_takes_nothing(backend: ModuleType, length: int) -> None:
     """Numbers stand before and behind it in memory, and none of them may be read."""
     memory = torch.full((length + 8,), torch.nan)
     memory[4:-4] = torch.arange(1.0, length + 1)
     given = rules(
-        start=[[1]],
-        origin=[[2]],
-        last=[[FOREVER]],
-        table=[[0]],
+        direction_start=[[1]],
+        step0_position=[[2]],
+        end=[[FOREVER]],
+        pool_offset=[[0]],
         strength=[[3e38]],
         slope=[[1e30]],
     )
-    given = replace(given, history=memory[4:-4])
+    given = replace(given, strength_pool=memory[4:-4])
     out = empty_map(1, 1, 9)
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2**40, FOREVER - 1])
-    form.map_tokens(given, torch.tensor([0, 9]), positions, out)
+    backend.map_tokens(given, torch.tensor([0, 9]), positions, out)
     taken = [float(step) if step <= length else 0.0 for step in range(1, 6)]
     assert out.strengths[0, 0].tolist() == [0, 0, *taken, 0, 0]
 
 
-@forms
-def test_what_a_history_holds_counts_when_the_map_is_made(form: ModuleType) -> None:
-    given = rules(start=[[1]], last=[[FOREVER]], table=[[1]], history=[0.0] * 3)
+@backends
+def test_what_a_history_holds_counts_when_the_map_is_made(backend: ModuleType) -> None:
+    given = rules(
+        direction_start=[[1]], end=[[FOREVER]], pool_offset=[[1]], strength_pool=[0.0] * 3
+    )
     out = empty_map(1, 1, 2)
     for number in (1.5, -0.25):
-        given.history[1:].fill_(number)
-        form.map_tokens(given, *tokens_of([2], [0]), out)
+        given.strength_pool[1:].fill_(number)
+        backend.map_tokens(given, *tokens_of([2], [0]), out)
         assert out.strengths[0, 0].tolist() == [number, number]
 
 
-@forms
-def test_a_number_that_is_not_finite_reaches_its_own_tokens_only(form: ModuleType) -> None:
+@backends
+def test_a_number_that_is_not_finite_reaches_its_own_tokens_only(backend: ModuleType) -> None:
     given = rules(
-        start=[[1, 1]],
-        last=[[2, FOREVER]],
+        direction_start=[[1, 1]],
+        end=[[2, FOREVER]],
         strength=[[1.0, 1.0]],
-        table=[[0, -1]],
-        history=[0.5, torch.nan, torch.nan],
+        pool_offset=[[0, -1]],
+        strength_pool=[0.5, torch.nan, torch.nan],
     )
     out = empty_map(1, 1, 5)
-    form.map_tokens(given, *tokens_of([3, 2], [0, 1]), out)
+    backend.map_tokens(given, *tokens_of([3, 2], [0, 1]), out)
     assert out.strengths[0, 0, [0, 2, 3, 4]].tolist() == [0.5, 0, 1, 1]
     assert out.strengths[0, 0, 1].isnan()
 
@@ -355,7 +378,7 @@ def random_directions(num_layers: int, turns: float | None = None) -> Directions
 
 
 def by_reference(
-    given: Rules, step: tuple[torch.Tensor, torch.Tensor], directions: Directions
+    given: TokenRules, step: tuple[torch.Tensor, torch.Tensor], directions: Directions
 ) -> list[torch.Tensor]:
     """What the step adds to zeros in each layer, mapped and steered one token at a time."""
     num_layers, depth = given.layers.shape[:2]
@@ -394,14 +417,14 @@ def test_the_host_adds_in_every_layer_what_the_map_would(
     before = torch.randn(sum(counts), 6, generator=torch.Generator().manual_seed(7)).to(dtype)
     for seed in range(4):
         given = random_rules(seed, depth, len(counts), num_layers=3)
-        changes = host.changes_of(given, *step, directions)
+        changes = cpu.step_changes(given, *step, directions)
         assert changes is not None
         out = empty_map(3, depth, len(before))
-        gather.map_tokens(given, *step, out)
+        torch_gather.map_tokens(given, *step, out)
         for layer, added in enumerate(by_reference(given, step, directions)):
             found, mapped = before.clone(), before.clone()
             changes.add_(found, layer)
-            gather.steer_tokens_(mapped, None, directions, layer, out, depth)
+            torch_gather.steer_tokens_(mapped, None, directions, layer, out, depth)
             assert torch.equal(found, mapped)
             if dtype == torch.float32:
                 wanted = before.double() + added
@@ -409,36 +432,42 @@ def test_the_host_adds_in_every_layer_what_the_map_would(
 
 
 def test_the_host_knows_a_step_that_changes_nothing() -> None:
-    given = rules(start=[[1, 5]], first=[[4, 0]], last=[[9, FOREVER]], strength=[[1.0, 0.0]])
-    changes = host.changes_of(given, *tokens_of([1, 1], [3, 3]), random_directions(1))
+    given = rules(
+        direction_start=[[1, 5]], begin=[[4, 0]], end=[[9, FOREVER]], strength=[[1.0, 0.0]]
+    )
+    changes = cpu.step_changes(given, *tokens_of([1, 1], [3, 3]), random_directions(1))
     assert changes is not None and not changes
-    changes = host.changes_of(given, *tokens_of([1, 1], [4, 3]), random_directions(1))
+    changes = cpu.step_changes(given, *tokens_of([1, 1], [4, 3]), random_directions(1))
     assert changes
 
 
 def test_the_host_reads_the_strengths_that_are_there_when_a_step_begins() -> None:
-    given = rules(start=[[2]], last=[[FOREVER]], table=[[0]], history=[0.5, 0.25])
+    given = rules(
+        direction_start=[[2]], end=[[FOREVER]], pool_offset=[[0]], strength_pool=[0.5, 0.25]
+    )
     directions, hidden = random_directions(1), torch.zeros(1, 6)
     for strength in (0.25, -3.0):
-        given.history[1] = strength
-        changes = host.changes_of(given, *tokens_of([1], [1]), directions)
+        given.strength_pool[1] = strength
+        changes = cpu.step_changes(given, *tokens_of([1], [1]), directions)
         assert changes is not None
         changes.add_(hidden.zero_(), 0)
         torch.testing.assert_close(hidden[0], strength * directions.vectors[0, 2])
 
 
 def test_the_host_leaves_turns_and_large_steps_to_the_map() -> None:
-    given = rules(start=[[2]], last=[[5]], strength=[[1.0]])
+    given = rules(direction_start=[[2]], end=[[5]], strength=[[1.0]])
     turning = random_directions(1, turns=1.0)
-    assert host.changes_of(given, *tokens_of([1], [4]), turning) is None
-    assert host.changes_of(given, *tokens_of([1], [5]), turning) is not None  # takes nothing
-    assert host.changes_of(given, *tokens_of([1], [4]), random_directions(1, turns=0.0)) is not None
+    assert cpu.step_changes(given, *tokens_of([1], [4]), turning) is None
+    assert cpu.step_changes(given, *tokens_of([1], [5]), turning) is not None  # takes nothing
+    assert (
+        cpu.step_changes(given, *tokens_of([1], [4]), random_directions(1, turns=0.0)) is not None
+    )
     wide = Directions(torch.zeros(1, 80, 2**18), None)
-    assert host.changes_of(given, *tokens_of([4], [0]), wide) is not None
-    assert host.changes_of(given, *tokens_of([5], [0]), wide) is None
+    assert cpu.step_changes(given, *tokens_of([4], [0]), wide) is not None
+    assert cpu.step_changes(given, *tokens_of([5], [0]), wide) is None
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_the_host_has_a_form_of_its_own(kernels: str) -> None:
-    assert guidance_form(kernels, torch.device("cpu")) is host
-    assert guidance_form("torch", torch.device("cuda")) is gather
+    assert guidance_backend(kernels, torch.device("cpu")) is cpu
+    assert guidance_backend("torch", torch.device("cuda")) is torch_gather

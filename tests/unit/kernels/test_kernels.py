@@ -16,12 +16,18 @@ from lm_steer_cases import (
     random_rows,
     relative_error,
     steered,
-    tables_of,
+    weights_of,
 )
 
-from vllm_steer.kernels.lm_steer import LMSteerForm, SteeredRows, SteerTables, grouped, reference
+from vllm_steer.kernels.lm_steer import (
+    LMSteerBackend,
+    SteeredRows,
+    SteerWeights,
+    reference,
+    torch_grouped,
+)
 
-FORMS: dict[str, LMSteerForm] = {"reference": reference, "torch": grouped}
+BACKENDS: dict[str, LMSteerBackend] = {"reference": reference, "torch": torch_grouped}
 
 
 def some_steers(width: int, dtype: torch.dtype = torch.float64) -> list[Weights]:
@@ -40,9 +46,9 @@ def some_steers(width: int, dtype: torch.dtype = torch.float64) -> list[Weights]
     return [*steers[:2], adding[0], *steers[2:], adding[1]]
 
 
-def run(form: str, x: torch.Tensor, tables: SteerTables, rows: SteeredRows) -> torch.Tensor:
-    module = FORMS[form]
-    return module.steer_rows(x, tables, module.place(rows, tables, x.device))
+def run(backend: str, x: torch.Tensor, weights: SteerWeights, rows: SteeredRows) -> torch.Tensor:
+    module = BACKENDS[backend]
+    return module.steer_rows(x, weights, module.prepare(rows, weights, x.device))
 
 
 def uses_of(layout: str, num_rows: int) -> list[Use]:
@@ -73,7 +79,7 @@ def test_the_reference_is_the_papers_formula(
     shape: tuple[int, int], layout: str, stored: str
 ) -> None:
     x, steers, uses = random_rows(*shape), some_steers(shape[1]), uses_of(layout, shape[0])
-    found = run("reference", x, tables_of(steers, stored), steered(uses, steers))
+    found = run("reference", x, weights_of(steers, stored), steered(uses, steers))
     torch.testing.assert_close(found, formula(x, steers, uses), rtol=1e-12, atol=1e-12)
 
 
@@ -86,7 +92,7 @@ def test_the_grouped_form_is_within_float32_of_the_formula(
 ) -> None:
     x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
     uses = uses_of(layout, shape[0])
-    found = run("torch", x, tables_of(steers, stored), steered(uses, steers))
+    found = run("torch", x, weights_of(steers, stored), steered(uses, steers))
     assert (found.dtype, found.shape) == (dtype, x.shape)
     assert relative_error(found, formula(x, steers, uses)) <= 1e-5
 
@@ -115,13 +121,13 @@ def test_the_grouped_form_in_half_precision_errs_at_most_twice_as_much_as_plain_
     x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
     uses = uses_of(layout, shape[0])
     wanted = formula(x, steers, uses)
-    found = run("torch", x, tables_of(steers, stored), steered(uses, steers))
+    found = run("torch", x, weights_of(steers, stored), steered(uses, steers))
     allowed = 2 * relative_error(plain_torch(x, steers, uses), wanted)
     assert relative_error(found, wanted) <= allowed
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
-def test_float16_does_not_overflow_before_epsilon_makes_it_small(form: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_float16_does_not_overflow_before_epsilon_makes_it_small(backend: str) -> None:
     width = 64
     x = torch.full((1, width), 4.0, dtype=torch.float16)
     first = torch.ones(1, width, 1, dtype=torch.float16)
@@ -129,15 +135,15 @@ def test_float16_does_not_overflow_before_epsilon_makes_it_small(form: str) -> N
     uses = [(0, 0, 5.0)]
     wanted = formula(x, steers, uses)
     assert float(wanted.max()) == pytest.approx(4 + 1e-3 * 5 * 256 * 80)
-    found = run(form, x, tables_of(steers), steered(uses, steers))
+    found = run(backend, x, weights_of(steers), steered(uses, steers))
     assert relative_error(found, wanted) <= 2e-3
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", list(SPECIAL), ids=str)
 def test_rows_without_a_steer_are_unchanged_bit_for_bit(
-    form: str, layout: str, dtype: torch.dtype
+    backend: str, layout: str, dtype: torch.dtype
 ) -> None:
     x = random_rows(25, 63, dtype)
     for column, pattern in enumerate(SPECIAL[dtype]):
@@ -145,18 +151,18 @@ def test_rows_without_a_steer_are_unchanged_bit_for_bit(
     before = x.clone()
     uses = [use for use in uses_of(layout, 25) if use[0] % 2 == 0]
     steers = some_steers(63, dtype)
-    found = run(form, x, tables_of(steers), steered(uses, steers))
+    found = run(backend, x, weights_of(steers), steered(uses, steers))
     unsteered = sorted(set(range(25)) - {row for row, _, _ in uses})
     assert torch.equal(bits(found)[unsteered], bits(before)[unsteered])
     assert torch.equal(bits(x), bits(before)), "the input was written to"
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
-def test_a_row_of_nan_spoils_no_other_row(form: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_row_of_nan_spoils_no_other_row(backend: str) -> None:
     x, steers = random_rows(4, 63, torch.float32), some_steers(63, torch.float32)
     x[1] = torch.nan
     uses = [(row, slot, 1.0) for row in range(4) for slot in (1, 2)]
-    found = run(form, x, tables_of(steers), steered(uses, steers))
+    found = run(backend, x, weights_of(steers), steered(uses, steers))
     others = [0, 2, 3]
     assert relative_error(found[others], formula(x, steers, uses)[others]) <= 1e-5
     assert found[1].isnan().all()
@@ -171,52 +177,52 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("view", list(VIEWS))
-def test_a_strided_view_gives_what_its_contiguous_copy_gives(form: str, view: str) -> None:
+def test_a_strided_view_gives_what_its_contiguous_copy_gives(backend: str, view: str) -> None:
     x = VIEWS[view](random_rows(20, 126, torch.float32))
     steers = some_steers(x.shape[1], torch.float32)
     uses = uses_of("several-per-row", x.shape[0])
-    found = run(form, x, tables_of(steers), steered(uses, steers))
+    found = run(backend, x, weights_of(steers), steered(uses, steers))
     assert relative_error(found, formula(x, steers, uses)) <= 1e-5
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
-def test_permuted_rows_give_permuted_results(form: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_permuted_rows_give_permuted_results(backend: str) -> None:
     x, steers = random_rows(33, 63, torch.float32), some_steers(63, torch.float32)
     uses = uses_of("mixed", 33) + [(row, 5, 2.0) for row in range(0, 33, 5)]
     order = torch.randperm(33, generator=torch.Generator().manual_seed(4))
     moved_to = {int(old): new for new, old in enumerate(order)}
     moved = [(moved_to[row], slot, strength) for row, slot, strength in uses]
-    tables = tables_of(steers)
-    first = run(form, x, tables, steered(uses, steers))[order]
-    second = run(form, x[order], tables, steered(moved, steers))
+    weights = weights_of(steers)
+    first = run(backend, x, weights, steered(uses, steers))[order]
+    second = run(backend, x[order], weights, steered(moved, steers))
     off = sorted(set(range(33)) - {row for row, _, _ in moved})
     assert torch.equal(bits(first[off]), bits(second[off]))
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
-def test_the_result_is_a_new_tensor_even_if_nothing_is_steered(form: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_the_result_is_a_new_tensor_even_if_nothing_is_steered(backend: str) -> None:
     x = random_rows(3, 63, torch.float32)
-    found = run(form, x, tables_of(some_steers(63, torch.float32)), steered([], []))
+    found = run(backend, x, weights_of(some_steers(63, torch.float32)), steered([], []))
     assert torch.equal(found, x)
     assert found.data_ptr() != x.data_ptr()
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
-def test_the_same_steer_twice_on_a_row_counts_twice(form: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_the_same_steer_twice_on_a_row_counts_twice(backend: str) -> None:
     x, steers = random_rows(2, 63, torch.float32), some_steers(63, torch.float32)
     uses = [(1, 3, 1.0), (1, 3, 2.0)]
-    found = run(form, x, tables_of(steers), steered(uses, steers))
+    found = run(backend, x, weights_of(steers), steered(uses, steers))
     assert relative_error(found, formula(x, steers, uses)) <= 1e-5
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 @pytest.mark.parametrize("dtype", list(SPECIAL), ids=str)
 def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
-    form: str, stored: str, dtype: torch.dtype
+    backend: str, stored: str, dtype: torch.dtype
 ) -> None:
     """Rows under one such steer and under all, beside rows of the same steers at other strengths;
     rows that are not finite too."""
@@ -224,44 +230,44 @@ def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
     x[6, 3], x[7, 5], x[8] = torch.inf, -torch.inf, torch.nan
     off = [(row, row % 6, 0.0) for row in range(9)] + [(8, slot, 0.0) for slot in range(6)]
     on = [(row, row % 6, 2.0) for row in range(9, 18)]
-    found = run(form, x, tables_of(steers, stored), steered(off + on, steers))
+    found = run(backend, x, weights_of(steers, stored), steered(off + on, steers))
     torch.testing.assert_close(found[:9], x[:9], rtol=0, atol=0, equal_nan=True)
-    alone = run(form, x, tables_of(steers, stored), steered(on, steers))
+    alone = run(backend, x, weights_of(steers, stored), steered(on, steers))
     torch.testing.assert_close(found[9:], alone[9:], rtol=1e-5, atol=1e-5)
     assert (found[9:] != x[9:]).any(dim=1).all()
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 def test_of_several_steers_on_a_row_those_at_strength_zero_are_left_out(
-    form: str, stored: str
+    backend: str, stored: str
 ) -> None:
     x, steers = random_rows(6, 63, torch.float32), some_steers(63, torch.float32)
     uses = [(row, slot, float(3 * ((row + slot) % 2))) for row in range(6) for slot in range(6)]
-    found = run(form, x, tables_of(steers, stored), steered(uses, steers))
+    found = run(backend, x, weights_of(steers, stored), steered(uses, steers))
     left = [use for use in uses if use[2] != 0]
     assert relative_error(found, formula(x, steers, left)) <= 1e-5
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_placed_scales_may_be_overwritten_from_call_to_call(form: str, layout: str) -> None:
+def test_placed_scales_may_be_overwritten_from_call_to_call(backend: str, layout: str) -> None:
     """They are the pairs' in their order, and nobody else's memory."""
-    x, steers, module = random_rows(9, 63), some_steers(63), FORMS[form]
-    tables, uses = tables_of(steers), uses_of(layout, 9)
+    x, steers, module = random_rows(9, 63), some_steers(63), BACKENDS[backend]
+    weights, uses = weights_of(steers), uses_of(layout, 9)
     pairs = steered(uses, steers)
     given = pairs.scales.copy()
-    placed = module.place(pairs, tables, x.device)
-    assert (placed.scales.dtype, placed.scales.tolist()) == (torch.float32, given.tolist())
+    metadata = module.prepare(pairs, weights, x.device)
+    assert (metadata.scales.dtype, metadata.scales.tolist()) == (torch.float32, given.tolist())
     for strengths in ([0.5, 0.0, -2.0], [0.0], [4.0, 1.5]):
         now = at_strengths(uses, strengths)
-        placed.scales.copy_(torch.from_numpy(steered(now, steers).scales))
-        found = module.steer_rows(x, tables, placed)
+        metadata.scales.copy_(torch.from_numpy(steered(now, steers).scales))
+        found = module.steer_rows(x, weights, metadata)
         assert relative_error(found, formula(x, steers, now)) <= 1e-5
     assert np.array_equal(pairs.scales, given), "the caller's scales were written to"
 
 
 def test_the_tables_know_their_size() -> None:
     steers = some_steers(10, torch.float32)
-    assert tables_of(steers).num_bytes == 4 * 10 * (2 * (1 * 1 + 2 * 5 + 3 * 17 + 64) + 1 + 2)
-    assert tables_of(steers, "dense").num_bytes == 4 * 10 * (10 * (1 + 2 + 2 + 1) + 1 + 2)
+    assert weights_of(steers).num_bytes == 4 * 10 * (2 * (1 * 1 + 2 * 5 + 3 * 17 + 64) + 1 + 2)
+    assert weights_of(steers, "dense").num_bytes == 4 * 10 * (10 * (1 + 2 + 2 + 1) + 1 + 2)

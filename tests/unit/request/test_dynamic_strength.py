@@ -8,15 +8,15 @@ import torch
 
 from vllm_steer import SteerError
 from vllm_steer.dynamic import KLS, dynamic_strength, strength
-from vllm_steer.kernels.divergence import by_sort, on_host
+from vllm_steer.kernels.divergence import cpu, torch_sort
 
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(autouse=True, params=[on_host, by_sort], ids=["host", "device"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both forms on the host: the device's is plain torch."""
-    monkeypatch.setattr(strength, "divergence_form", lambda kernels, device: request.param)
+@pytest.fixture(autouse=True, params=[cpu, torch_sort], ids=["host", "device"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both backends on the host: the device's is plain torch."""
+    monkeypatch.setattr(strength, "divergence_backend", lambda kernels, device: request.param)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -149,7 +149,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 def test_nothing_is_read_back_from_the_device(
     settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strength, "divergence_form", lambda kernels, device: by_sort)
+    monkeypatch.setattr(strength, "divergence_backend", lambda kernels, device: torch_sort)
     # Tensors without values: whatever needs one, a shape too, fails on them.
     logits = torch.empty(3, 4, 50, device="meta", dtype=torch.bfloat16)
     per_row = torch.empty(3, 4, device="meta")
@@ -162,7 +162,7 @@ def test_nothing_is_read_back_from_the_device(
 
 
 def test_nothing_is_read_back_to_find_a_probes_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strength, "divergence_form", lambda kernels, device: by_sort)
+    monkeypatch.setattr(strength, "divergence_backend", lambda kernels, device: torch_sort)
     base, probe = (torch.empty(rows, 50, device="meta") for rows in (2, 5))
     base_of = torch.empty(5, device="meta", dtype=torch.int64)
     found, divergence = dynamic_strength(base, probe, top_p=0.5, base_of=base_of)

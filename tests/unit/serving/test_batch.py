@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_steer.bank import HeadBank, Shelf, fill_head_bank
+from vllm_steer.bank import HeadBank, HeadTable, fill_head_bank
 from vllm_steer.kernels.lm_steer import reference
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.step import Step
@@ -22,7 +22,7 @@ def bank(make_steer: Any) -> HeadBank:
 
 
 @pytest.fixture
-def shelf(bank: HeadBank) -> Shelf:
+def table(bank: HeadBank) -> HeadTable:
     assert bank.hidden is not None
     return bank.hidden
 
@@ -54,27 +54,27 @@ def step(
     batch.announce(Step(list(rows), logits, counts, starts, positions))
 
 
-def strengths(batch: SteeredBatch, shelf: Shelf, num_rows: int) -> dict[int, dict[str, float]]:
+def strengths(batch: SteeredBatch, table: HeadTable, num_rows: int) -> dict[int, dict[str, float]]:
     """Row to steers and strengths, as the head would apply them."""
-    found = batch.head_rows.rows_of(torch.zeros(num_rows, 6), shelf)
+    found = batch.head_rows.rows_of(torch.zeros(num_rows, 6), table)
     if found is None:
         return {}
-    names = {slot: name for name, slot in shelf.slots.items()}
+    names = {slot: name for name, slot in table.slots.items()}
     result: dict[int, dict[str, float]] = {}
     for slot, start, end in found.groups:
         for pair in range(start, end):
             row = result.setdefault(int(found.rows[pair]), {})
-            row[names[slot]] = float(found.scales[pair]) / shelf.epsilon(names[slot])
+            row[names[slot]] = float(found.scales[pair]) / table.epsilon(names[slot])
     return result
 
 
-def test_each_row_carries_its_own_requests_steers(batch: SteeredBatch, shelf: Shelf) -> None:
+def test_each_row_carries_its_own_requests_steers(batch: SteeredBatch, table: HeadTable) -> None:
     step(
         batch,
         {"r1": 1, "r2": 1, "r3": 2, "r4": 1},
         new={"r1": "a:2", "r2": None, "r3": {"a": -1, "b": 4}, "r4": "none"},
     )
-    assert strengths(batch, shelf, 5) == {
+    assert strengths(batch, table, 5) == {
         0: {"a": 2},
         2: {"a": -1, "b": 4},
         3: {"a": -1, "b": 4},
@@ -82,65 +82,69 @@ def test_each_row_carries_its_own_requests_steers(batch: SteeredBatch, shelf: Sh
 
 
 def test_requests_keep_their_steers_over_steps_and_places(
-    batch: SteeredBatch, shelf: Shelf
+    batch: SteeredBatch, table: HeadTable
 ) -> None:
     step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2", "r2": "b:3"})
     step(batch, {"r1": 1, "r2": 1})
-    assert strengths(batch, shelf, 2) == {0: {"a": 2}, 1: {"b": 3}}
+    assert strengths(batch, table, 2) == {0: {"a": 2}, 1: {"b": 3}}
     step(batch, {"r2": 1, "r1": 1})
-    assert strengths(batch, shelf, 2) == {0: {"b": 3}, 1: {"a": 2}}
+    assert strengths(batch, table, 2) == {0: {"b": 3}, 1: {"a": 2}}
     step(batch, {"r1": 1}, finished=("r2",))
-    assert strengths(batch, shelf, 1) == {0: {"a": 2}}
+    assert strengths(batch, table, 1) == {0: {"a": 2}}
 
 
-def test_a_request_that_waits_a_step_keeps_its_steer(batch: SteeredBatch, shelf: Shelf) -> None:
+def test_a_request_that_waits_a_step_keeps_its_steer(batch: SteeredBatch, table: HeadTable) -> None:
     step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2", "r2": "b:3"})
     step(batch, {"r1": 1})
     step(batch, {"r1": 1, "r2": 1})
-    assert strengths(batch, shelf, 2) == {0: {"a": 2}, 1: {"b": 3}}
+    assert strengths(batch, table, 2) == {0: {"a": 2}, 1: {"b": 3}}
 
 
-def test_a_joining_request_is_noticed(batch: SteeredBatch, shelf: Shelf) -> None:
+def test_a_joining_request_is_noticed(batch: SteeredBatch, table: HeadTable) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
-    assert strengths(batch, shelf, 1) == {0: {"a": 2}}
+    assert strengths(batch, table, 1) == {0: {"a": 2}}
     step(batch, {"r1": 1, "r2": 1}, new={"r2": "a:5"})
-    assert strengths(batch, shelf, 2) == {0: {"a": 2}, 1: {"a": 5}}
+    assert strengths(batch, table, 2) == {0: {"a": 2}, 1: {"a": 5}}
 
 
 @pytest.mark.parametrize("again", [None, "none", "a:0", ""], ids=repr)
 def test_an_id_used_again_without_a_steer_is_unsteered(
-    batch: SteeredBatch, shelf: Shelf, again: Any
+    batch: SteeredBatch, table: HeadTable, again: Any
 ) -> None:
     step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2", "r2": "a:5"})
-    assert strengths(batch, shelf, 2) == {0: {"a": 2}, 1: {"a": 5}}
+    assert strengths(batch, table, 2) == {0: {"a": 2}, 1: {"a": 5}}
     step(batch, {"r1": 1, "r2": 1}, new={"r1": again}, finished=("r1",))
-    assert strengths(batch, shelf, 2) == {1: {"a": 5}}
+    assert strengths(batch, table, 2) == {1: {"a": 5}}
 
 
-def test_an_id_used_again_with_another_steer_takes_that(batch: SteeredBatch, shelf: Shelf) -> None:
+def test_an_id_used_again_with_another_steer_takes_that(
+    batch: SteeredBatch, table: HeadTable
+) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
-    assert strengths(batch, shelf, 1) == {0: {"a": 2}}
+    assert strengths(batch, table, 1) == {0: {"a": 2}}
     step(batch, {"r1": 1}, new={"r1": "b:7"}, finished=("r1",))
-    assert strengths(batch, shelf, 1) == {0: {"b": 7}}
+    assert strengths(batch, table, 1) == {0: {"b": 7}}
 
 
-def test_the_configs_default_steers_those_that_do_not_ask(make_plan: Any, shelf: Shelf) -> None:
+def test_the_configs_default_steers_those_that_do_not_ask(make_plan: Any, table: HeadTable) -> None:
     batch = SteeredBatch(make_plan({"a": 1.0, "b": 1.0}, default="a:4"), CPU, reference)
     step(batch, {"r1": 1, "r2": 1, "r3": 1}, new={"r1": None, "r2": "none", "r3": "b:1"})
-    assert strengths(batch, shelf, 3) == {0: {"a": 4}, 2: {"b": 1}}
+    assert strengths(batch, table, 3) == {0: {"a": 4}, 2: {"b": 1}}
 
 
-def test_each_shelf_takes_its_own_steers(batch: SteeredBatch, bank: HeadBank, shelf: Shelf) -> None:
+def test_each_shelf_takes_its_own_steers(
+    batch: SteeredBatch, bank: HeadBank, table: HeadTable
+) -> None:
     assert bank.logits is not None
     step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2,c:3", "r2": "c:-1"})
-    assert strengths(batch, shelf, 2) == {0: {"a": 2}}
+    assert strengths(batch, table, 2) == {0: {"a": 2}}
     assert strengths(batch, bank.logits, 2) == {0: {"c": 3}, 1: {"c": -1}}
 
 
-def test_no_row_is_steered_when_no_request_is(batch: SteeredBatch, shelf: Shelf) -> None:
+def test_no_row_is_steered_when_no_request_is(batch: SteeredBatch, table: HeadTable) -> None:
     batch.begin_step([("r1", params(), 1)], ())
     assert not batch.has_steered_requests
-    assert batch.head_rows.rows_of(torch.zeros(1, 6), shelf) is None
+    assert batch.head_rows.rows_of(torch.zeros(1, 6), table) is None
 
 
 def test_a_pooling_request_has_no_steers(make_plan: Any) -> None:
@@ -150,33 +154,33 @@ def test_a_pooling_request_has_no_steers(make_plan: Any) -> None:
 
 
 def test_a_step_that_was_not_announced_is_an_error_and_not_unsteered(
-    batch: SteeredBatch, shelf: Shelf
+    batch: SteeredBatch, table: HeadTable
 ) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     batch.begin_step([], ())
     with pytest.raises(RuntimeError, match="reached the LM head without its rows"):
-        batch.head_rows.rows_of(torch.zeros(1, 6), shelf)
+        batch.head_rows.rows_of(torch.zeros(1, 6), table)
 
 
-def test_other_rows_than_announced_are_an_error(batch: SteeredBatch, shelf: Shelf) -> None:
+def test_other_rows_than_announced_are_an_error(batch: SteeredBatch, table: HeadTable) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     with pytest.raises(AssertionError, match="2 logits rows, 1 announced"):
-        batch.head_rows.rows_of(torch.zeros(2, 6), shelf)
+        batch.head_rows.rows_of(torch.zeros(2, 6), table)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 63])
 def test_a_dummy_run_exercises_as_many_steers_on_every_row_as_a_request_may_take(
-    batch: SteeredBatch, shelf: Shelf, num_rows: int
+    batch: SteeredBatch, table: HeadTable, num_rows: int
 ) -> None:
     wanted = {row: {"a": 1.0, "b": 1.0} for row in range(num_rows)}
-    assert strengths(batch, shelf, num_rows) == wanted
+    assert strengths(batch, table, num_rows) == wanted
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     batch.begin_dummy_run()
-    assert strengths(batch, shelf, num_rows) == wanted
+    assert strengths(batch, table, num_rows) == wanted
 
 
 def test_prompt_tokens_are_steered_with_the_window_of_their_rows(
-    batch: SteeredBatch, shelf: Shelf
+    batch: SteeredBatch, table: HeadTable
 ) -> None:
     step(
         batch,
@@ -192,41 +196,41 @@ def test_prompt_tokens_are_steered_with_the_window_of_their_rows(
             (5, 8, {0: {"b": 3}, 1: {"b": 3}, 2: {"b": 3}}),
             (2, 6, {0: {"a": 2}, 3: {"b": 3}}),
         ]:
-            found = batch.head_rows.rows_of(hidden_states[start:end], shelf)
+            found = batch.head_rows.rows_of(hidden_states[start:end], table)
             rows = {} if found is None else sorted(found.rows.tolist())
             assert sorted(rows) == sorted(wanted)
         with pytest.raises(RuntimeError, match="no slice of the model's output"):
-            batch.head_rows.rows_of(hidden_states[:2].clone(), shelf)
-    assert strengths(batch, shelf, 3) == {0: {"a": 2}, 2: {"b": 3}}
+            batch.head_rows.rows_of(hidden_states[:2].clone(), table)
+    assert strengths(batch, table, 3) == {0: {"a": 2}, 2: {"b": 3}}
 
 
 def test_prompt_tokens_in_a_view_that_starts_late_are_found(
-    batch: SteeredBatch, shelf: Shelf
+    batch: SteeredBatch, table: HeadTable
 ) -> None:
     step(batch, {"r1": 1, "r2": 1}, new={"r1": None, "r2": "a:2"}, tokens={"r1": 2, "r2": 3})
     hidden_states = torch.zeros(8, 6)[3:]
     with batch.head_rows.over_tokens(hidden_states):
-        found = batch.head_rows.rows_of(hidden_states[1:4], shelf)
+        found = batch.head_rows.rows_of(hidden_states[1:4], table)
     assert found is not None
     assert found.rows.tolist() == [1, 2]
 
 
 def test_leaving_the_prompt_tokens_by_an_error_leaves_them(
-    batch: SteeredBatch, shelf: Shelf
+    batch: SteeredBatch, table: HeadTable
 ) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 5})
     with pytest.raises(KeyError), batch.head_rows.over_tokens(torch.zeros(5, 6)):
         raise KeyError
-    assert strengths(batch, shelf, 1) == {0: {"a": 2}}
+    assert strengths(batch, table, 1) == {0: {"a": 2}}
 
 
 @pytest.mark.parametrize("allowed", [1, 2, 3])
 def test_a_dummy_run_takes_no_more_steers_per_row_than_a_request_may(
-    make_plan: Any, shelf: Shelf, allowed: int
+    make_plan: Any, table: HeadTable, allowed: int
 ) -> None:
     plan = make_plan({"a": 1.0, "b": 1.0, "c": 1.0}, max_steers_per_request=allowed)
-    found = strengths(SteeredBatch(plan, CPU, reference), shelf, 5)
-    assert {len(steers) for steers in found.values()} == {min(allowed, len(shelf.slots))}
+    found = strengths(SteeredBatch(plan, CPU, reference), table, 5)
+    assert {len(steers) for steers in found.values()} == {min(allowed, len(table.slots))}
 
 
 def test_a_step_that_ends_unannounced_is_an_error_where_requests_are_steered(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from guidance import WIDTH, delta, head, params, plan_for, vector
 
-from vllm_steer.bank import Shelf, fill_head_bank
+from vllm_steer.bank import HeadTable, fill_head_bank
 from vllm_steer.bank.layers import fill_layer_bank
-from vllm_steer.kernels.guidance import gather, host
+from vllm_steer.kernels.guidance import cpu, torch_gather
 from vllm_steer.kernels.lm_steer import reference
 from vllm_steer.serving import runners
 from vllm_steer.serving import site as site_module
@@ -30,14 +30,14 @@ STEERS: dict[str, Any] = {
 BASE = torch.randn(ROOM, WIDTH, generator=torch.Generator().manual_seed(4))
 
 
-@pytest.fixture(params=[gather, host], ids=["map", "host"])
+@pytest.fixture(params=[torch_gather, cpu], ids=["map", "host"])
 def sites(request: pytest.FixtureRequest) -> dict[str, SteeredSite]:
     """Both sites of an engine in service."""
     inside = {name: steer for name, steer in STEERS.items() if steer.kind != "lm_steer"}
     bank = fill_layer_bank(inside, layers=[0], device=CPU, project=lambda _, rows: rows)
     found = {
-        shelf.site: SteeredSite(shelf, request.param, max_doses=4, max_tokens=ROOM, device=CPU)
-        for shelf in bank.shelves
+        table.site: SteeredSite(table, request.param, max_doses=4, max_tokens=ROOM, device=CPU)
+        for table in bank.tables
     }
     for site in found.values():
         site.start_serving()
@@ -50,10 +50,10 @@ def batch(sites: dict[str, SteeredSite]) -> SteeredBatch:
 
 
 @pytest.fixture
-def words() -> Shelf:
-    shelf = fill_head_bank({"word": STEERS["word"]}, dtype=torch.float32, device=CPU).hidden
-    assert shelf is not None
-    return shelf
+def words() -> HeadTable:
+    table = fill_head_bank({"word": STEERS["word"]}, dtype=torch.float32, device=CPU).hidden
+    assert table is not None
+    return table
 
 
 def begin(batch: SteeredBatch, *new: tuple[str, Any, int], finished: Any = ()) -> None:
@@ -87,7 +87,7 @@ def added(name: str) -> torch.Tensor:
 
 
 def test_each_site_takes_the_doses_of_its_own_steers(
-    batch: SteeredBatch, sites: dict[str, SteeredSite], words: Shelf
+    batch: SteeredBatch, sites: dict[str, SteeredSite], words: HeadTable
 ) -> None:
     begin(
         batch,
@@ -140,7 +140,7 @@ def test_a_step_without_tokens_is_followed_by_steps_of_both_kinds(
 
 
 def test_requests_with_a_dose_at_the_head_only_leave_the_sites_idle(
-    batch: SteeredBatch, sites: dict[str, SteeredSite], words: Shelf
+    batch: SteeredBatch, sites: dict[str, SteeredSite], words: HeadTable
 ) -> None:
     begin(batch, ("a", {"word": 2}, 2), ("b", "push:1", 2))
     announce(batch, a=(0, 2), b=(0, 2))
@@ -230,7 +230,7 @@ def test_the_configs_default_steers_those_that_do_not_ask(sites: dict[str, Steer
     torch.testing.assert_close(passed(sites["resid"])[5], -2 * added("push"))
 
 
-@pytest.mark.parametrize("sites", [gather], indirect=True)
+@pytest.mark.parametrize("sites", [torch_gather], indirect=True)
 def test_more_tokens_than_the_map_has_room_for_are_an_error(
     batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
@@ -255,14 +255,14 @@ def test_rows_may_come_in_three_dimensions_and_with_their_residual(
 
 
 def test_a_dummy_run_at_start_up_takes_the_deepest_form_and_changes_nothing() -> None:
-    (shelf,) = fill_layer_bank(
+    (table,) = fill_layer_bank(
         {"bend": STEERS["bend"]}, layers=[0], device=CPU, project=lambda _, rows: rows
-    ).shelves
-    site = SteeredSite(shelf, gather, max_doses=3, max_tokens=ROOM, device=CPU)
+    ).tables
+    site = SteeredSite(table, torch_gather, max_doses=3, max_tokens=ROOM, device=CPU)
     depths: list[int] = []
-    form, run = site._form, site._form.steer_tokens_
-    site._form = SimpleNamespace(  # type: ignore[assignment]
-        map_tokens=form.map_tokens,
+    backend, run = site._backend, site._backend.steer_tokens_
+    site._backend = SimpleNamespace(  # type: ignore[assignment]
+        map_tokens=backend.map_tokens,
         steer_tokens_=lambda *args: (depths.append(args[-1]), run(*args)),
     )
     assert rows(site) == []

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_steer.bank import Shelf
+from vllm_steer.bank import HeadTable
 from vllm_steer.doses import Dose
-from vllm_steer.kernels.lm_steer import Constant, SteeredRows, SteerTables, grouped
+from vllm_steer.kernels.lm_steer import Constant, SteeredRows, SteerWeights, torch_grouped
 from vllm_steer.serving.row_slots import RequestSlots, steered_rows
 from vllm_steer.serving.step import BatchRows, SteeredRequest
 
@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 SLOTS = {"a": 0, "b": 1, "c": 2}
 EPSILON = 1.0
 EMPTY = torch.empty(0, 0)
-SHELF = Shelf(SLOTS, SteerTables((Constant(0, None, EPSILON),) * 3, EMPTY, EMPTY, EMPTY, EMPTY))
+TABLE = HeadTable(
+    SLOTS, SteerWeights((Constant(0, None, EPSILON),) * 3, EMPTY, EMPTY, EMPTY, EMPTY)
+)
 
 batches = st.lists(
     st.tuples(
@@ -61,7 +63,7 @@ def test_pairs_are_those_of_a_loop_sorted_by_slot_and_row(
 ) -> None:
     counts = [count for count, _ in batch]
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows(counts), RequestSlots(SHELF, requests_of(doses)))
+    found = steered_rows(batch_rows(counts), RequestSlots(TABLE, requests_of(doses)))
     wanted = sorted(
         (SLOTS[name], row, strength)
         for row, owner in enumerate(owners(counts))
@@ -78,17 +80,19 @@ def test_touched_rows_are_each_named_once_and_found_again(
 ) -> None:
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
     found = steered_rows(
-        batch_rows([count for count, _ in batch]), RequestSlots(SHELF, requests_of(doses))
+        batch_rows([count for count, _ in batch]), RequestSlots(TABLE, requests_of(doses))
     )
     if found is None:
         return
-    placed = grouped.place(found, SHELF.tables, CPU)
-    assert placed.touched.tolist() == sorted(set(found.rows.tolist()))
-    assert placed.touched[placed.places].tolist() == placed.rows.tolist() == found.rows.tolist()
-    indices = (placed.rows, placed.touched, placed.places)
+    metadata = torch_grouped.prepare(found, TABLE.weights, CPU)
+    assert metadata.touched.tolist() == sorted(set(found.rows.tolist()))
+    assert (
+        metadata.touched[metadata.places].tolist() == metadata.rows.tolist() == found.rows.tolist()
+    )
+    indices = (metadata.rows, metadata.touched, metadata.places)
     assert {tensor.dtype for tensor in indices} == {torch.int64}
-    assert placed.scales.dtype == torch.float32
-    assert placed.scales.tolist() == found.scales.tolist()
+    assert metadata.scales.dtype == torch.float32
+    assert metadata.scales.tolist() == found.scales.tolist()
     slots = [slot for slot, _, _ in found.groups]
     bounds = [bound for _, *bound in found.groups]
     assert slots == sorted(set(slots))
@@ -128,7 +132,7 @@ def test_batches_are_the_same_only_if_requests_counts_and_order_are(other: Any, 
 
 
 def test_a_batch_without_rows_has_no_pairs() -> None:
-    uses = RequestSlots(SHELF, requests_of({"request-0": {"a": 1.0}}))
+    uses = RequestSlots(TABLE, requests_of({"request-0": {"a": 1.0}}))
     assert steered_rows(batch_rows([]), uses) is None
     assert steered_rows(batch_rows([0]), uses) is None
 
@@ -149,7 +153,7 @@ def test_requests_that_come_and_go_leave_the_uses_of_those_that_are_there(
     changes: list[tuple[str, dict[str, float] | None]],
 ) -> None:
     alive: dict[str, dict[str, float]] = {}
-    uses = RequestSlots(SHELF, {})
+    uses = RequestSlots(TABLE, {})
     for req_id, doses in changes:
         alive.pop(req_id, None)
         if doses is not None:
@@ -157,6 +161,6 @@ def test_requests_that_come_and_go_leave_the_uses_of_those_that_are_there(
         uses.set(req_id, None if doses is None else requests_of({req_id: doses})[req_id])
     order = ["r3", "r1", "stranger", "r0", "r2"]
     rows = BatchRows(order, np.array([1, 2, 1, 0, 3]))
-    wanted = steered_rows(rows, RequestSlots(SHELF, requests_of(alive)))
+    wanted = steered_rows(rows, RequestSlots(TABLE, requests_of(alive)))
     assert pairs_of(steered_rows(rows, uses)) == pairs_of(wanted)
     assert {row for _, row, _ in pairs_of(wanted)} <= {0, 1, 2, 4, 5, 6}

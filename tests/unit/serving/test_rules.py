@@ -8,10 +8,10 @@ from guidance import delta, vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_steer.bank import LayerShelf
+from vllm_steer.bank import SiteTable
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import PHASES, Dose, Dynamic, token_span
-from vllm_steer.kernels.guidance import GuidanceForm, TokenMap, gather, reference
+from vllm_steer.kernels.guidance import GuidanceBackend, TokenMap, reference, torch_gather
 from vllm_steer.serving.step import SteeredRequest
 from vllm_steer.serving.token_rules import guidance_rules
 from vllm_steer.steers.schedules import SCHEDULES
@@ -27,14 +27,14 @@ STEERS = {
 }
 
 
-def shelf(*layers: int) -> LayerShelf:
-    """The one shelf of a rank with ``layers``."""
+def table(*layers: int) -> SiteTable:
+    """The one table of a rank with ``layers``."""
     bank = fill_layer_bank(STEERS, layers=layers, device=CPU, project=lambda _, rows: rows)
-    (only,) = bank.shelves
+    (only,) = bank.tables
     return only
 
 
-def rules_of(doses: dict[str, tuple[Dose, ...]], on: LayerShelf, prompt_len: int = 3) -> Any:
+def rules_of(doses: dict[str, tuple[Dose, ...]], on: SiteTable, prompt_len: int = 3) -> Any:
     requests = {r: SteeredRequest(d, prompt_len) for r, d in doses.items() if d}
     return guidance_rules(list(doses), requests, on, NO_HISTORY)
 
@@ -90,7 +90,7 @@ def test_a_prompt_of_one_token_is_its_own_last(
 
 
 def test_rules_lie_by_dose_and_row() -> None:
-    on = shelf(0, 1, 2, 3)
+    on = table(0, 1, 2, 3)
     assert on.layers == (0, 1, 3)
     assert {n: (e.start, e.steps) for n, e in on.entries.items()} == {
         "push": (1, None), "spin": (2, None), "step": (3, 1), "walk": (4, 4),
@@ -103,11 +103,11 @@ def test_rules_lie_by_dose_and_row() -> None:
         },
         on,
     )
-    assert found.start.tolist() == [[4, 0, 1], [1, 0, 0]]
-    assert found.stride.tolist() == [[1, 0, 0], [0, 0, 0]]
-    assert found.origin.tolist() == [[2, 0, 2], [2, 0, 0]]
-    assert found.first.tolist() == [[2, 0, 3], [0, 0, 0]]
-    assert found.last.tolist() == [[6, 0, FOREVER], [FOREVER, 0, 0]]
+    assert found.direction_start.tolist() == [[4, 0, 1], [1, 0, 0]]
+    assert found.direction_stride.tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert found.step0_position.tolist() == [[2, 0, 2], [2, 0, 0]]
+    assert found.begin.tolist() == [[2, 0, 3], [0, 0, 0]]
+    assert found.end.tolist() == [[6, 0, FOREVER], [FOREVER, 0, 0]]
     assert found.strength.tolist() == [[2.0, 0, 0.5], [-1.5, 0, 0]]
     assert found.slope.tolist() == [[0.25, 0, 0], [0, 0, 0]]
     assert found.layers.tolist() == [
@@ -115,12 +115,12 @@ def test_rules_lie_by_dose_and_row() -> None:
         [[0, 0, 1], [0, 0, 0]],
         [[1, 0, 1], [1, 0, 0]],
     ]
-    assert {t.dtype for t in (found.start, found.last)} == {torch.int64}
+    assert {t.dtype for t in (found.direction_start, found.end)} == {torch.int64}
     assert {t.dtype for t in (found.strength, found.slope, found.layers)} == {torch.float32}
 
 
 def test_a_rank_with_a_part_of_the_layers_keeps_their_places() -> None:
-    on = shelf(2, 3)
+    on = table(2, 3)
     assert on.layers == (3,)
     found = rules_of({"a": (Dose("spin", 1.0), Dose("push", 2.0)), "b": (Dose("walk", 3.0),)}, on)
     assert found.layers.tolist() == [[[0, 1], [1, 0]]]
@@ -129,28 +129,28 @@ def test_a_rank_with_a_part_of_the_layers_keeps_their_places() -> None:
 
 
 def test_a_batch_without_doses_at_the_site_has_no_rules() -> None:
-    on = shelf(0, 1, 2, 3)
+    on = table(0, 1, 2, 3)
     for doses in ({}, {"a": ()}, {"a": (Dose("elsewhere", 1.0),), "b": ()}):
         found = rules_of(doses, on)
-        assert found.start.shape == (0, len(doses))
+        assert found.direction_start.shape == (0, len(doses))
         assert found.layers.shape == (3, 0, len(doses))
 
 
 def test_doses_of_other_sites_and_of_requests_that_wait_take_no_depth() -> None:
-    on = shelf(0, 1, 2, 3)
+    on = table(0, 1, 2, 3)
     many = tuple(Dose("push", 1.0, layers=(layer,)) for layer in (0, 1, 3))
     requests = {
         "here": SteeredRequest((Dose("elsewhere", 9.0), Dose("push", 2.0)), 3),
         "waits": SteeredRequest(many, 3),
     }
     found = guidance_rules(["other", "here"], requests, on, NO_HISTORY)
-    assert found.start.tolist() == [[0, 1]]
+    assert found.direction_start.tolist() == [[0, 1]]
     assert found.strength.tolist() == [[0, 2.0]]
 
 
 def test_what_is_kept_from_batch_to_batch_changes_no_rule() -> None:
     """Over joining, leaving, waiting and ids that come again, with like and with other doses."""
-    on = shelf(0, 1, 2, 3)
+    on = table(0, 1, 2, 3)
     known: dict[str, Any] = {}
     push, walk = (Dose("push", 2.0),), (Dose("walk", 1.0, schedule="dim"), Dose("spin", 3.0))
     batches: list[tuple[list[str], dict[str, SteeredRequest]]] = [
@@ -169,10 +169,10 @@ def test_what_is_kept_from_batch_to_batch_changes_no_rule() -> None:
             assert known.keys() <= requests.keys()
 
 
-@pytest.mark.parametrize("form", [reference, gather], ids=["reference", "torch"])
-def test_a_dynamic_dose_takes_the_strength_of_its_tokens_step(form: GuidanceForm) -> None:
+@pytest.mark.parametrize("backend", [reference, torch_gather], ids=["reference", "torch"])
+def test_a_dynamic_dose_takes_the_strength_of_its_tokens_step(backend: GuidanceBackend) -> None:
     """A vector and a delta of four steps from the last prompt token on, beside a fixed dose."""
-    on = shelf(0, 1, 2, 3)
+    on = table(0, 1, 2, 3)
     dynamic: Any = {"phase": "answer", "dynamic": Dynamic()}
     doses = (
         Dose("push", 2.0, **dynamic),
@@ -182,11 +182,11 @@ def test_a_dynamic_dose_takes_the_strength_of_its_tokens_step(form: GuidanceForm
     history = torch.arange(100, 160, dtype=torch.float32)
     requests = {"a": SteeredRequest(doses, 3, {0: 10, 1: 40})}
     found = guidance_rules(["x", "a"], requests, on, history)
-    assert found.history is history
-    assert found.table.tolist() == [[-1, 10], [-1, 40], [-1, -1]]
+    assert found.strength_pool is history
+    assert found.pool_offset.tolist() == [[-1, 10], [-1, 40], [-1, -1]]
     positions = torch.tensor([0, 1, 0, 1, 2, 3, 4, 5, 6, 7])
     out = TokenMap(torch.zeros(3, 10, dtype=torch.int32), torch.zeros(3, 3, 10))
-    form.map_tokens(found, torch.tensor([0, 2, 10]), positions, out)
+    backend.map_tokens(found, torch.tensor([0, 2, 10]), positions, out)
     pushed = [0.0] * 4 + [110.0, 111.0, 112.0, 113.0, 114.0, 115.0]
     walked = [0.0] * 4 + [140.0, 141.0, 142.0, 143.0, 0.0, 0.0]
     spun = [0.0] * 2 + [0.5] * 8
@@ -202,7 +202,7 @@ def test_a_dynamic_dose_takes_the_strength_of_its_tokens_step(form: GuidanceForm
 
 @pytest.mark.parametrize("strength", [3.4028234e38, -1e-45, 1e-60])
 def test_a_strength_is_float32_without_a_warning(strength: float) -> None:
-    found = rules_of({"a": (Dose("push", strength),)}, shelf(0))
+    found = rules_of({"a": (Dose("push", strength),)}, table(0))
     assert found.strength.item() == torch.tensor(strength, dtype=torch.float32).item()
 
 
@@ -237,7 +237,7 @@ doses = st.builds(
 )
 
 
-@pytest.mark.parametrize("form", [reference, gather], ids=["reference", "torch"])
+@pytest.mark.parametrize("backend", [reference, torch_gather], ids=["reference", "torch"])
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.lists(
@@ -247,16 +247,16 @@ doses = st.builds(
     )
 )
 def test_every_token_of_every_request_takes_what_its_doses_say(
-    form: GuidanceForm, batch: list[tuple[list[Dose], int, int]]
+    backend: GuidanceBackend, batch: list[tuple[list[Dose], int, int]]
 ) -> None:
     """All tokens of whole requests, prompt and generation, in one step."""
-    on = shelf(0, 1, 2, 3)
+    on = table(0, 1, 2, 3)
     requests = {str(i): SteeredRequest(tuple(d), p) for i, (d, p, _) in enumerate(batch) if d}
     counts = [prompt_len + generated for _, prompt_len, generated in batch]
     starts = torch.tensor([0, *counts]).cumsum(0)
     positions = torch.cat([torch.arange(n) for n in counts])
     found = guidance_rules([str(i) for i in range(len(batch))], requests, on, NO_HISTORY)
-    depth = found.start.shape[0]
+    depth = found.direction_start.shape[0]
     assert depth == max(len(d) for d, _, _ in batch)
     if depth == 0:
         return
@@ -264,7 +264,7 @@ def test_every_token_of_every_request_takes_what_its_doses_say(
         torch.full((depth, len(positions)), -1, dtype=torch.int32),
         torch.full((3, depth, len(positions)), torch.nan),
     )
-    form.map_tokens(found, starts, positions, out)
+    backend.map_tokens(found, starts, positions, out)
     for row, (taken, prompt_len, _) in enumerate(batch):
         for position in range(counts[row]):
             token = int(starts[row]) + position

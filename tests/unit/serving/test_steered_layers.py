@@ -12,7 +12,7 @@ from torch import nn
 from vllm_steer import SteerError
 from vllm_steer.doses import Dose
 from vllm_steer.families import Family
-from vllm_steer.kernels.guidance import gather
+from vllm_steer.kernels.guidance import torch_gather
 from vllm_steer.serving import layers as serving_layers
 from vllm_steer.serving import steer_op
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
@@ -73,7 +73,7 @@ def attached(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
     )
-    found = steered_layers(steers, model, config, CPU, gather, max_doses=2)
+    found = steered_layers(steers, model, config, CPU, torch_gather, max_doses=2)
     if found is None:
         return None
     places: dict[str, Any] = {}

@@ -14,10 +14,10 @@ import pytest
 import torch
 from guidance import WIDTH, delta, vector
 
-from vllm_steer.bank import LayerShelf
+from vllm_steer.bank import SiteTable
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import Dose
-from vllm_steer.kernels.guidance import gather, host
+from vllm_steer.kernels.guidance import cpu, torch_gather
 from vllm_steer.serving import site as site_module
 from vllm_steer.serving.site import SteeredPlace, SteeredSite
 from vllm_steer.serving.step import SteeredRequest, Step
@@ -34,18 +34,18 @@ STEERS = {
 BASE = torch.randn(MAX_TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
 
 
-def shelf_of(steers: Mapping[str, Any] = STEERS) -> LayerShelf:
-    (shelf,) = fill_layer_bank(
+def shelf_of(steers: Mapping[str, Any] = STEERS) -> SiteTable:
+    (table,) = fill_layer_bank(
         steers, layers=range(3), device=CPU, project=lambda _, rows: rows
-    ).shelves
-    return shelf
+    ).tables
+    return table
 
 
-@pytest.fixture(params=[gather, host], ids=["map", "host"])
+@pytest.fixture(params=[torch_gather, cpu], ids=["map", "host"])
 def site(request: pytest.FixtureRequest) -> SteeredSite:
     """A site in service."""
-    form = request.param
-    site = SteeredSite(shelf_of(), form, max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
+    backend = request.param
+    site = SteeredSite(shelf_of(), backend, max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
     site.start_serving()
     return site
 
@@ -145,11 +145,11 @@ def serve(
 ) -> None:
     """One step; a graph's replay and an eager pass give what the requests ask for.
 
-    The host has no graphs.
+    The cpu has no graphs.
     """
     site.begin_step()
     site.prepare(step_of(parts), requests, NO_HISTORY)
-    if site._form is host:
+    if site._backend is cpu:
         assert_steered(eager(site, sum(part.count for part in parts)), parts, requests)
         return
     replayed = replay(site, monkeypatch)
@@ -284,7 +284,7 @@ def test_a_graph_finds_its_buffers_where_it_was_captured(
     site: SteeredSite, monkeypatch: pytest.MonkeyPatch, walks: Any
 ) -> None:
     def places() -> list[int]:
-        vectors = site.shelf.directions.vectors
+        vectors = site.table.directions.vectors
         return [t.data_ptr() for t in (site._map.directions, site._map.strengths, vectors)]
 
     before = places()

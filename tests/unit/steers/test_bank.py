@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vllm_steer import LMSteer
-from vllm_steer.bank import Shelf, fill_head_bank
-from vllm_steer.kernels.lm_steer import SteeredRows, grouped
+from vllm_steer.bank import HeadTable, fill_head_bank
+from vllm_steer.kernels.lm_steer import SteeredRows, torch_grouped
 
 CPU = torch.device("cpu")
 
@@ -17,14 +17,16 @@ def fill(steers: dict[str, LMSteer], dtype: torch.dtype = torch.float32) -> Any:
     return fill_head_bank(steers, dtype=dtype, device=CPU)
 
 
-def apply(shelf: Shelf, x: torch.Tensor, name: str, strength: float) -> torch.Tensor:
-    """Every row of ``x`` under one steer of the shelf."""
+def apply(table: HeadTable, x: torch.Tensor, name: str, strength: float) -> torch.Tensor:
+    """Every row of ``x`` under one steer of the table."""
     steered = SteeredRows(
         rows=np.arange(x.shape[0]),
-        scales=np.full(x.shape[0], strength * shelf.epsilon(name), dtype=np.float32),
-        groups=((shelf.slots[name], 0, x.shape[0]),),
+        scales=np.full(x.shape[0], strength * table.epsilon(name), dtype=np.float32),
+        groups=((table.slots[name], 0, x.shape[0]),),
     )
-    return grouped.steer_rows(x, shelf.tables, grouped.place(steered, shelf.tables, CPU))
+    return torch_grouped.steer_rows(
+        x, table.weights, torch_grouped.prepare(steered, table.weights, CPU)
+    )
 
 
 def formula(steer: LMSteer, x: torch.Tensor, strength: float) -> torch.Tensor:
@@ -68,9 +70,9 @@ def test_a_steer_in_the_bank_does_what_its_equation_says(
         "vector": make_steer("add", columns=2),
     }
     bank = fill(steers)
-    shelf = bank.logits if variant == "offset" else bank.hidden
+    table = bank.logits if variant == "offset" else bank.hidden
     x = torch.randn(5, 11 if variant == "offset" else 6)
-    found = apply(shelf, x, "steer", strength)
+    found = apply(table, x, "steer", strength)
     torch.testing.assert_close(
         found.double(), formula(steers["steer"], x, strength), rtol=1e-5, atol=1e-5
     )
@@ -93,8 +95,8 @@ def test_slots_follow_the_names_and_not_the_order_of_the_config(make_steer: Any)
     first, second = make_steer(rank=1), make_steer(rank=2)
     forward, backward = fill({"a": first, "b": second}), fill({"b": second, "a": first})
     assert forward.hidden.slots == backward.hidden.slots
-    assert forward.hidden.tables.slots == backward.hidden.tables.slots
-    assert torch.equal(forward.hidden.tables.expand, backward.hidden.tables.expand)
+    assert forward.hidden.weights.slots == backward.hidden.weights.slots
+    assert torch.equal(forward.hidden.weights.expand, backward.hidden.weights.expand)
 
 
 def test_a_bank_without_offset_steers_has_no_shelf_for_them(make_steer: Any) -> None:
@@ -126,17 +128,17 @@ def test_the_bank_knows_its_size(make_steer: Any) -> None:
 def test_a_steer_is_stored_as_whole_matrices_where_that_is_fewer_bytes(
     make_steer: Any, options: dict[str, Any], matrices: int
 ) -> None:
-    tables = fill({"a": make_steer(**options)}).hidden.tables
+    tables = fill({"a": make_steer(**options)}).hidden.weights
     assert tables.dense.shape == (matrices, 6, 6)
     assert (tables.shrink.shape[0] == 0) == bool(matrices)
 
 
 def test_the_widest_steers_are_those_with_the_largest_ranks(make_steer: Any) -> None:
     steers = {"a": make_steer(rank=1), "b": make_steer(rank=3), "c": make_steer("add")}
-    shelf = fill(steers).hidden
-    assert shelf.widest(1) == ["b"]
-    assert shelf.widest(2) == ["b", "a"]
-    assert shelf.widest(9) == ["b", "a", "c"]
+    table = fill(steers).hidden
+    assert table.widest(1) == ["b"]
+    assert table.widest(2) == ["b", "a"]
+    assert table.widest(9) == ["b", "a", "c"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -144,7 +146,7 @@ def test_the_tables_are_the_steer_rounded_once_to_the_models_dtype(
     make_steer: Any, dtype: torch.dtype
 ) -> None:
     steer = make_steer(columns=1, rank=3)
-    tables = fill({"a": steer}, dtype).hidden.tables
+    tables = fill({"a": steer}, dtype).hidden.weights
     assert tables.shrink.dtype == tables.expand.dtype == dtype
     assert torch.equal(tables.shrink, steer.projector1[0].T.to(dtype))
     assert torch.equal(tables.expand, steer.projector2[0].T.to(dtype))
@@ -155,7 +157,7 @@ def test_the_tables_are_the_steer_rounded_once_to_the_models_dtype(
 )
 def test_steers_of_any_floating_dtype_fill_the_bank(make_steer: Any, dtype: torch.dtype) -> None:
     first, second = (torch.full((1, 6, 2), value).to(dtype) for value in (0.5, -2.0))
-    tables = fill({"a": make_steer(projector1=first, projector2=second)}).hidden.tables
+    tables = fill({"a": make_steer(projector1=first, projector2=second)}).hidden.weights
     assert tables.shrink.unique().tolist() == [0.5]
     assert tables.expand.unique().tolist() == [-2.0]
 

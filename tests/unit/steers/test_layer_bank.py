@@ -8,7 +8,7 @@ from guidance import WIDTH, delta, head, vector
 from torch import nn
 
 from vllm_steer import SteerError
-from vllm_steer.bank import Entry, LayerShelf
+from vllm_steer.bank import DirectionRange, SiteTable
 from vllm_steer.bank.layers import LayerBank, fill_layer_bank
 from vllm_steer.families import Family
 from vllm_steer.serving.layers import projections
@@ -27,8 +27,8 @@ def fill(steers: dict[str, Any] = STEERS, layers: Any = range(6), **options: Any
     return fill_layer_bank(steers, layers=layers, device=CPU, **options)
 
 
-def shelf_of(bank: LayerBank, site: str) -> LayerShelf:
-    (found,) = [shelf for shelf in bank.shelves if shelf.site == site]
+def shelf_of(bank: LayerBank, site: str) -> SiteTable:
+    (found,) = [table for table in bank.tables if table.site == site]
     return found
 
 
@@ -38,12 +38,12 @@ def unit(vector: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_table_holds_every_steer_in_its_layers_and_zeros_elsewhere() -> None:
-    shelf = shelf_of(fill(), "resid")
-    assert shelf.layers == (0, 3, 5)
-    assert shelf.entries == {
-        "add": Entry(1, None, (3, 5)),
-        "turn": Entry(2, None, (0, 3)),
-        "walk": Entry(3, 3, (0, 5)),
+    table = shelf_of(fill(), "resid")
+    assert table.layers == (0, 3, 5)
+    assert table.entries == {
+        "add": DirectionRange(1, None, (3, 5)),
+        "turn": DirectionRange(2, None, (0, 3)),
+        "walk": DirectionRange(3, 3, (0, 5)),
     }
     turn, add, walk = (STEERS[name] for name in ("turn", "add", "walk"))
     wanted = torch.zeros(3, 6, WIDTH)
@@ -51,11 +51,11 @@ def test_a_table_holds_every_steer_in_its_layers_and_zeros_elsewhere() -> None:
     wanted[0, 2], wanted[1, 2] = unit(turn.vectors[0]), unit(turn.vectors[1])
     for step in range(3):
         wanted[0, 3 + step], wanted[2, 3 + step] = walk.delta[step, 0], walk.delta[step, 1]
-    torch.testing.assert_close(shelf.directions.vectors, wanted, rtol=1e-6, atol=0)
-    assert torch.equal(shelf.directions.vectors == 0, wanted == 0)
-    assert shelf.directions.vectors.dtype == torch.float32
-    assert shelf.directions.turns is not None
-    assert shelf.directions.turns.tolist() == [0, 0, 1, 0, 0, 0]
+    torch.testing.assert_close(table.directions.vectors, wanted, rtol=1e-6, atol=0)
+    assert torch.equal(table.directions.vectors == 0, wanted == 0)
+    assert table.directions.vectors.dtype == torch.float32
+    assert table.directions.is_rotation is not None
+    assert table.directions.is_rotation.tolist() == [0, 0, 1, 0, 0, 0]
 
 
 def test_each_site_has_a_shelf_of_its_own_and_the_inner_one_comes_first() -> None:
@@ -66,14 +66,14 @@ def test_each_site_has_a_shelf_of_its_own_and_the_inner_one_comes_first() -> Non
         "a": vector((0,), site="attn_in"),
     }
     bank = fill(steers, project=lambda _, rows: rows)
-    assert [(s.site, list(s.entries)) for s in bank.shelves] == [
+    assert [(s.site, list(s.entries)) for s in bank.tables] == [
         ("attn_in", ["a"]), ("heads", ["b"]), ("attn_out", ["c"]), ("resid", ["d"]),
     ]  # fmt: skip
 
 
 def test_places_follow_the_names_and_not_the_order_of_the_config() -> None:
     backwards = dict(reversed(STEERS.items()))
-    for one, other in zip(fill().shelves, fill(backwards).shelves, strict=True):
+    for one, other in zip(fill().tables, fill(backwards).tables, strict=True):
         assert one.entries == other.entries
         assert torch.equal(one.directions.vectors, other.directions.vectors)
 
@@ -85,28 +85,28 @@ def test_places_follow_the_names_and_not_the_order_of_the_config() -> None:
 )
 def test_a_pipeline_stage_has_its_own_layers_only(here: list[int], layers: Any) -> None:
     bank = fill(layers=here)
-    found = [shelf for shelf in bank.shelves if shelf.site == "resid"]
+    found = [table for table in bank.tables if table.site == "resid"]
     if layers is None:
         assert found == []
         return
-    (shelf,) = found
+    (table,) = found
     whole = shelf_of(fill(), "resid")
-    assert (shelf.layers, shelf.entries) == (layers, whole.entries)
+    assert (table.layers, table.entries) == (layers, whole.entries)
     rows = [whole.layers.index(layer) for layer in layers]
-    assert torch.equal(shelf.directions.vectors, whole.directions.vectors[rows])
+    assert torch.equal(table.directions.vectors, whole.directions.vectors[rows])
 
 
 def test_a_site_where_nothing_turns_needs_no_norms() -> None:
-    assert shelf_of(fill(), "attn_in").directions.turns is None
-    assert shelf_of(fill({"add": STEERS["add"]}), "resid").directions.turns is None
+    assert shelf_of(fill(), "attn_in").directions.is_rotation is None
+    assert shelf_of(fill({"add": STEERS["add"]}), "resid").directions.is_rotation is None
 
 
 def test_a_stage_without_the_layers_that_turn_knows_that_steers_do() -> None:
     """Its table has the direction; which of them turn does not depend on the rank."""
-    shelf = shelf_of(fill(layers=[5]), "resid")
-    assert shelf.directions.turns is not None
-    assert shelf.directions.turns.tolist() == [0, 0, 1, 0, 0, 0]
-    assert torch.equal(shelf.directions.vectors[:, 2], torch.zeros(1, WIDTH))
+    table = shelf_of(fill(layers=[5]), "resid")
+    assert table.directions.is_rotation is not None
+    assert table.directions.is_rotation.tolist() == [0, 0, 1, 0, 0, 0]
+    assert torch.equal(table.directions.vectors[:, 2], torch.zeros(1, WIDTH))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -116,8 +116,8 @@ def test_any_floating_dtype_and_size_turns_to_a_unit_vector(
 ) -> None:
     steer = vector((0,), mode="rotate")
     tensor = (steer.vectors * scale).to(dtype)
-    shelf = shelf_of(fill({"a": type(steer)(vectors=tensor, layers=(0,), mode="rotate")}), "resid")
-    found = shelf.directions.vectors[0, 1]
+    table = shelf_of(fill({"a": type(steer)(vectors=tensor, layers=(0,), mode="rotate")}), "resid")
+    found = table.directions.vectors[0, 1]
     torch.testing.assert_close(found, unit(tensor[0].double()), rtol=1e-6, atol=1e-8)
 
 
@@ -128,10 +128,10 @@ def test_the_bank_knows_its_size() -> None:
 
 def test_changing_a_steer_later_does_not_change_the_bank() -> None:
     mine = vector((0,))
-    shelf = shelf_of(fill({"a": mine}), "resid")
-    before = shelf.directions.vectors.clone()
+    table = shelf_of(fill({"a": mine}), "resid")
+    before = table.directions.vectors.clone()
     mine.vectors.zero_()
-    assert torch.equal(shelf.directions.vectors, before)
+    assert torch.equal(table.directions.vectors, before)
 
 
 HEADS, HIDDEN = 6, 4
@@ -189,11 +189,11 @@ def test_directions_at_the_heads_are_those_behind_the_projection(
 ) -> None:
     steer = delta(3, (0, 2), width=HEADS)
     project = projections(model_of(bias=bias, wrapped=wrapped), Family(), 3, torch.float32)
-    shelf = shelf_of(fill({"a": steer}, range(3), project=project), "heads")
-    assert shelf.layers == (0, 2)
+    table = shelf_of(fill({"a": steer}, range(3), project=project), "heads")
+    assert table.layers == (0, 2)
     for index, layer in enumerate((0, 2)):
         wanted = steer.delta[:, index].double() @ weights(layer).double().T
-        found = shelf.directions.vectors[index]
+        found = table.directions.vectors[index]
         assert torch.equal(found[0], torch.zeros(HIDDEN))
         torch.testing.assert_close(found[1:].double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -260,4 +260,4 @@ def test_an_attention_without_the_projection_is_refused() -> None:
 
 def test_a_steer_at_the_head_is_none_of_the_layers() -> None:
     assert head().layers is None
-    assert fill({}).shelves == ()
+    assert fill({}).tables == ()

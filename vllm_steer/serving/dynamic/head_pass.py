@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_steer.bank import Shelf
+from vllm_steer.bank import HeadTable
 from vllm_steer.kernels.lm_steer import SteeredRows
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.dynamic.requests import DynamicRequests
@@ -63,7 +63,7 @@ def first_pass(
     step: DynamicStep,
     rows: BatchRows,
     slots_of: RequestSlots,
-    shelf: Shelf,
+    table: HeadTable,
     requests: DynamicRequests,
 ) -> HeadPass | None:
     """All rows but those of pass 2, and the probes."""
@@ -74,9 +74,9 @@ def first_pass(
     in_second_pass[step.alone] = True
     stays = ~in_second_pass[users]
     probes = [
-        (rows.num_rows + k, shelf.slots[probe.steer], probe.strength * shelf.epsilon(probe.steer))
+        (rows.num_rows + k, table.slots[probe.steer], probe.strength * table.epsilon(probe.steer))
         for k, probe in enumerate(step.probes)
-        if probe.steer in shelf.slots
+        if probe.steer in table.slots
     ]
     if not (probes or users.size):
         return None
@@ -86,20 +86,20 @@ def first_pass(
         np.concatenate([slots[stays], more[1].astype(slots.dtype)]),
         np.concatenate([scales[stays], more[2].astype(np.float32)]),
     )
-    return _pass(steered, dict(enumerate(rows.req_ids)), step, shelf, requests)
+    return _pass(steered, dict(enumerate(rows.req_ids)), step, table, requests)
 
 
 def second_pass(
     step: DynamicStep,
     rows: BatchRows,
     slots_of: RequestSlots,
-    shelf: Shelf,
+    table: HeadTable,
     requests: DynamicRequests,
 ) -> HeadPass | None:
     """The rows of ``step.alone``, numbered in that order."""
     req_ids = [rows.req_ids[row] for row in step.alone]
     return _pass(
-        sorted_pairs(*slots_of.select(req_ids)), dict(enumerate(req_ids)), step, shelf, requests
+        sorted_pairs(*slots_of.select(req_ids)), dict(enumerate(req_ids)), step, table, requests
     )
 
 
@@ -107,7 +107,7 @@ def _pass(
     steered: SteeredRows | None,
     req_id_of: dict[int, str],
     step: DynamicStep,
-    shelf: Shelf,
+    table: HeadTable,
     requests: DynamicRequests,
 ) -> HeadPass | None:
     """Add where the strengths of dynamic pairs are in the pool."""
@@ -119,7 +119,7 @@ def _pass(
         if request is None:
             continue
         for index in request.active(step.steps[req_id]):
-            slot = shelf.slots.get(request.doses[index].steer)
+            slot = table.slots.get(request.doses[index].steer)
             pair = None if slot is None else _find(steered, row, slot)
             if pair is not None:
                 pairs.append(pair)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vllm_steer.dynamic import strength_of_rows
-from vllm_steer.kernels.divergence import DivergenceForm
+from vllm_steer.kernels.divergence import DivergenceBackend
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.dynamic.messages import StreamStep, StrengthsByRequest
 from vllm_steer.serving.dynamic.requests import DynamicRequest, DynamicRequests, Role
@@ -117,9 +117,9 @@ class _Job:
 class StrengthComputation:
     """Computes strengths and stores them: in the pool, and for the scheduler's process."""
 
-    def __init__(self, requests: DynamicRequests, form: DivergenceForm | None = None) -> None:
+    def __init__(self, requests: DynamicRequests, backend: DivergenceBackend | None = None) -> None:
         self.requests = requests
-        self._form = form
+        self._backend = backend
         self._pending = PendingStrengths()
 
     def plan(self, streams: StreamStep, req_ids: Sequence[str]) -> DynamicStep | None:
@@ -235,7 +235,7 @@ class StrengthComputation:
         for place, row in enumerate(kept.values(), start=len(bases) + len(probes)):
             rows[place].copy_(row)
         strengths, _ = strength_of_rows(
-            rows, base_of, probe_of, top_p=top_p, maximum=maximum, kl=divided, form=self._form
+            rows, base_of, probe_of, top_p=top_p, maximum=maximum, kl=divided, backend=self._backend
         )
         strengths = (strengths * sign).float()
         self.requests.pool.values.index_copy_(0, pool_at, strengths)
@@ -256,7 +256,7 @@ class StrengthComputation:
             top_p=top_p * 0.5,
             maximum=maximum,
             kl=top_p > 1,
-            form=self._form,
+            backend=self._backend,
         )
 
     def pop_results(self) -> PendingStrengths | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vllm_steer.doses import Dose
-from vllm_steer.kernels.dispatch import divergence_form
+from vllm_steer.kernels.dispatch import divergence_backend
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.requests import DynamicRequests, StrengthPool
@@ -19,7 +19,9 @@ class DynamicState:
     def __init__(self, plan: SteerPlan, device: torch.device) -> None:
         self.pool = StrengthPool(device)
         self.requests = DynamicRequests(plan, self.pool)
-        self.strengths = StrengthComputation(self.requests, divergence_form(plan.kernels, device))
+        self.strengths = StrengthComputation(
+            self.requests, divergence_backend(plan.kernels, device)
+        )
         self.step: DynamicStep | None = None
         self._plan = plan
         self._streams: StreamStep | None = None

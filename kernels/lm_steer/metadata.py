@@ -1,8 +1,8 @@
-"""From the pairs of a batch to the tables that the Triton kernels read, in one copy.
+"""The metadata of a batch that the Triton kernels read, made on the host and copied once.
 
 A *tile* is up to ``rows_per_tile`` pairs of one slot, so its programs read the slot's weights once
-for all of them. Kernels leave at once at a tile or row whose first number is negative, so tables
-may be longer than what they hold: buffers of a fixed size for a CUDA graph.
+for all of them. Kernels return at a tile or row whose first number is negative, so tensors may be
+padded: buffers of a fixed size for a CUDA graph.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_steer.kernels.lm_steer.operands import IntArray, SteeredRows, SteerTables
+from vllm_steer.kernels.lm_steer.operands import IntArray, SteeredRows, SteerWeights
 from vllm_steer.kernels.upload import upload
 
 
@@ -42,11 +42,11 @@ class Sums:
 
 
 @dataclass(frozen=True, eq=False)
-class PlacedRows:
-    """P pairs on the device; parts that the batch has no use for are None.
+class BatchMetadata:
+    """P pairs on the device; parts that the batch does not need are None.
 
     rows      ``[P]`` int32, the row of each pair
-    scales    ``[P]`` float32, epsilon times strength; may be written to
+    scales    ``[P]`` float32, epsilon times strength; may be overwritten
     low_rank  tiles of ``LowRank`` slots
     work      ``[W, 2]`` int32: a low-rank tile and the first of the ranks that one program shrinks
     dense     tiles of ``Dense`` slots
@@ -65,19 +65,19 @@ class PlacedRows:
     touched: int
 
 
-def place_rows(
+def batch_metadata(
     steered: SteeredRows,
-    tables: SteerTables,
+    weights: SteerWeights,
     device: torch.device,
     *,
     rows_per_tile: int,
     ranks_per_program: int,
-) -> PlacedRows:
-    """The tables of a batch. No loop over rows or steers on the host."""
+) -> BatchMetadata:
+    """The metadata of a batch. No loop over rows or steers on the host."""
     groups = np.array(steered.groups, dtype=np.int64).reshape(-1, 3)
-    kinds = tables.columns.kinds[groups[:, 0]]
+    kinds = weights.columns.kinds[groups[:, 0]]
     low_rank, dense, constant = (
-        _tiles(groups[kinds == kind], tables, size)
+        _tiles(groups[kinds == kind], weights, size)
         for kind, size in enumerate((rows_per_tile, rows_per_tile, 1))
     )
     counts = np.bincount(steered.rows) if steered.rows.size else np.zeros(1, dtype=np.int64)
@@ -93,7 +93,7 @@ def place_rows(
     rows, scales, *parts = upload(
         arrays if single else arrays + _sums(steered.rows, counts), device
     )
-    return PlacedRows(
+    return BatchMetadata(
         rows=rows,
         scales=scales,
         low_rank=_filled(parts[0:2]),
@@ -105,7 +105,7 @@ def place_rows(
     )
 
 
-def _tiles(groups: IntArray, tables: SteerTables, size: int) -> list[np.ndarray]:
+def _tiles(groups: IntArray, weights: SteerWeights, size: int) -> list[np.ndarray]:
     """Bounds and epsilons of the tiles of some groups, in the order of their slots."""
     if not len(groups):
         return [np.empty((0, 5), dtype=np.int32), np.empty(0, dtype=np.float32)]
@@ -115,8 +115,8 @@ def _tiles(groups: IntArray, tables: SteerTables, size: int) -> list[np.ndarray]
     first = np.repeat(starts, tiles) + nth * size
     last = np.minimum(first + size, np.repeat(ends, tiles))
     slot = np.repeat(slots, tiles)
-    bounds = np.column_stack([first, last, tables.columns.bounds[slot]])
-    return [bounds.astype(np.int32), tables.columns.epsilons[slot]]
+    bounds = np.column_stack([first, last, weights.columns.bounds[slot]])
+    return [bounds.astype(np.int32), weights.columns.epsilons[slot]]
 
 
 def _work(bounds: np.ndarray, ranks: int) -> np.ndarray:

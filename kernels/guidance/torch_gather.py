@@ -1,4 +1,4 @@
-"""Activation guidance in plain torch: every token gathers its directions.
+"""Activation guidance in plain PyTorch: every token gathers its directions.
 
 No host synchronisation, no shape that depends on data: the calls can be captured in a CUDA graph
 and replayed with another map in the same buffers.
@@ -6,13 +6,13 @@ and replayed with another map in the same buffers.
 
 import torch
 
-from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
+from vllm_steer.kernels.guidance.operands import Directions, TokenMap, TokenRules
 
 
 def map_tokens(
-    rules: Rules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
+    rules: TokenRules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
 ) -> None:
-    """Write the map of the step's T tokens into the front of ``out``; see ``Rules``.
+    """Write the map of the step's T tokens into the front of ``out``; see ``TokenRules``.
 
     ``query_start_loc [R + 1]`` holds each request's first token, ``positions [T]`` each token's
     place in its request.
@@ -20,27 +20,27 @@ def map_tokens(
     num_tokens = positions.shape[0]
     tokens = torch.arange(num_tokens, device=positions.device, dtype=query_start_loc.dtype)
     rows = torch.searchsorted(query_start_loc[1:], tokens, right=True)
-    step = positions - rules.origin[:, rows]
-    acts = (positions >= rules.first[:, rows]) & (positions < rules.last[:, rows])
-    direction = (rules.start[:, rows] + rules.stride[:, rows] * step) * acts
+    step = positions - rules.step0_position[:, rows]
+    acts = (positions >= rules.begin[:, rows]) & (positions < rules.end[:, rows])
+    direction = (rules.direction_start[:, rows] + rules.direction_stride[:, rows] * step) * acts
     strength = rules.strength[:, rows] * (1 - rules.slope[:, rows] * step)
-    table, history_len = rules.table[:, rows], rules.history.shape[0]
-    place = table + step
-    inside = (place >= 0) & (place < history_len)
-    own = torch.where(inside, rules.history[place.clamp(0, history_len - 1)], 0.0)
-    strength = torch.where(table < 0, strength, own)
+    offset, pool_size = rules.pool_offset[:, rows], rules.strength_pool.shape[0]
+    index = offset + step
+    inside = (index >= 0) & (index < pool_size)
+    dynamic = torch.where(inside, rules.strength_pool[index.clamp(0, pool_size - 1)], 0.0)
+    strength = torch.where(offset < 0, strength, dynamic)
     strength = torch.where(acts, strength, 0.0)  # far from its steps it may be infinite
     out.directions[:, :num_tokens] = direction
     torch.mul(rules.layers[:, :, rows], strength, out=out.strengths[:, :, :num_tokens])
 
 
-def changes_of(
-    rules: Rules,
+def step_changes(
+    rules: TokenRules,
     query_start_loc: torch.Tensor,
     positions: torch.Tensor,
     directions: Directions,
 ) -> None:
-    """None: every step is mapped, and nothing read back from the device."""
+    """None: every step is mapped, and nothing is copied to the host."""
 
 
 def steer_tokens_(
@@ -62,14 +62,14 @@ def steer_tokens_(
     strengths = token_map.strengths[layer, :depth, :num_tokens]
     vectors = directions.vectors[layer]
     change = _change(vectors, which, strengths)
-    if directions.turns is None:
+    if directions.is_rotation is None:
         hidden.add_(change)
         return
     x = hidden.float() if residual is None else hidden.float() + residual.float()
     steered = x + change
     norm = steered.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
     turned = steered.div_(norm).mul_(x.norm(dim=1, keepdim=True)).sub_(x)
-    turning = (directions.turns[which] * strengths != 0).any(dim=0)
+    turning = (directions.is_rotation[which] * strengths != 0).any(dim=0)
     hidden.add_(torch.where(turning[:, None], turned, change))
 
 
@@ -86,7 +86,7 @@ def warm_up(
 def _change(vectors: torch.Tensor, which: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     """``sum_k strengths[k, t] * vectors[which[k, t]]`` as ``[T, width]`` float32.
 
-    Each product is rounded before it is added, as all forms do: bit for bit the same.
+    Each product is rounded before it is added, as all backends do: bit for bit the same.
     """
     change = vectors.index_select(0, which[0]).mul_(strengths[0, :, None])
     for k in range(1, which.shape[0]):

@@ -1,4 +1,4 @@
-"""What the host prepares for LM-Steer's kernels: tiles, sums, block sizes, copies, the form."""
+"""What the host prepares for LM-Steer's kernels: tiles, sums, block sizes, copies, the backend."""
 
 import importlib.util
 import subprocess
@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_steer.kernels import dispatch
-from vllm_steer.kernels.dispatch import FEW_ROWS, KernelError, backend, lm_steer_form
+from vllm_steer.kernels.dispatch import FEW_ROWS, KernelError, lm_steer_backend, resolve_kernels
 from vllm_steer.kernels.lm_steer import (
     Constant,
     Dense,
     LowRank,
     Slot,
     SteeredRows,
-    SteerTables,
-    grouped,
-    warming,
+    SteerWeights,
+    torch_grouped,
+    warm_up,
 )
 from vllm_steer.kernels.lm_steer.block_sizes import (
     FEW_CHUNKS,
@@ -30,7 +30,7 @@ from vllm_steer.kernels.lm_steer.block_sizes import (
     row_sizes,
     tile_sizes,
 )
-from vllm_steer.kernels.lm_steer.placing import PlacedRows, place_rows
+from vllm_steer.kernels.lm_steer.metadata import BatchMetadata, batch_metadata
 from vllm_steer.kernels.upload import upload
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -46,9 +46,9 @@ SLOTS: tuple[Slot, ...] = (
 )
 
 
-def tables_with(slots: tuple[Slot, ...], width: int = 4) -> SteerTables:
+def weights_with(slots: tuple[Slot, ...], width: int = 4) -> SteerWeights:
     ranks = max((slot.end for slot in slots if isinstance(slot, LowRank)), default=0)
-    return SteerTables(
+    return SteerWeights(
         slots=slots,
         shrink=torch.zeros(ranks, width),
         expand=torch.zeros(ranks, width),
@@ -68,10 +68,10 @@ def pairs_of(uses: list[tuple[int, int]]) -> SteeredRows:
     )
 
 
-def placed_of(uses: list[tuple[int, int]], rows_per_tile: int, ranks: int) -> PlacedRows:
-    return place_rows(
+def placed_of(uses: list[tuple[int, int]], rows_per_tile: int, ranks: int) -> BatchMetadata:
+    return batch_metadata(
         pairs_of(uses),
-        tables_with(SLOTS),
+        weights_with(SLOTS),
         CPU,
         rows_per_tile=rows_per_tile,
         ranks_per_program=ranks,
@@ -109,14 +109,14 @@ uses_of_slots = st.lists(
 def test_pairs_are_placed_as_a_loop_over_them_would(
     uses: list[tuple[int, int]], size: int, ranks: int
 ) -> None:
-    placed = placed_of(uses, size, ranks)
-    assert placed.rows.tolist() == [row for _, row in uses]
-    assert placed.scales.tolist() == list(range(len(uses)))
-    assert placed.touched == len({row for _, row in uses})
+    metadata = placed_of(uses, size, ranks)
+    assert metadata.rows.tolist() == [row for _, row in uses]
+    assert metadata.scales.tolist() == list(range(len(uses)))
+    assert metadata.touched == len({row for _, row in uses})
     for found, kind, most in (
-        (placed.low_rank, LowRank, size),
-        (placed.dense, Dense, size),
-        (placed.constant, Constant, 1),
+        (metadata.low_rank, LowRank, size),
+        (metadata.dense, Dense, size),
+        (metadata.constant, Constant, 1),
     ):
         wanted = tiles_by_a_loop(uses, kind, most)
         assert (found is None) == (not wanted)
@@ -129,18 +129,18 @@ def test_pairs_are_placed_as_a_loop_over_them_would(
 def test_every_rank_of_every_low_rank_tile_is_shrunk_by_one_program(
     uses: list[tuple[int, int]], size: int, ranks: int
 ) -> None:
-    placed = placed_of(uses, size, ranks)
-    if placed.low_rank is None:
-        assert placed.work is None
+    metadata = placed_of(uses, size, ranks)
+    if metadata.low_rank is None:
+        assert metadata.work is None
         return
-    assert placed.work is not None
-    bounds = placed.low_rank.bounds.tolist()
+    assert metadata.work is not None
+    bounds = metadata.low_rank.bounds.tolist()
     wanted = [
         (tile, first)
         for tile, (_, _, start, _, end) in enumerate(bounds)
         for first in range(0, end - start, ranks)
     ]
-    found = [tuple(item) for item in placed.work.tolist()]
+    found = [tuple(item) for item in metadata.work.tolist()]
     assert sorted(found) == wanted
     weights = [(bounds[tile][2], first) for tile, first in found]
     assert weights == sorted(weights), "programs that read the same weights are not side by side"
@@ -165,14 +165,14 @@ def test_sums_hold_every_pair_of_a_row_in_ascending_order_of_slot(
 
 
 def test_a_batch_without_steers_places_nothing_to_launch() -> None:
-    placed = placed_of([], 4, 16)
-    parts = (placed.low_rank, placed.work, placed.dense, placed.constant, placed.sums)
+    metadata = placed_of([], 4, 16)
+    parts = (metadata.low_rank, metadata.work, metadata.dense, metadata.constant, metadata.sums)
     assert parts == (None, None, None, None, None)
-    assert placed.touched == 0
+    assert metadata.touched == 0
 
 
 def test_the_tables_as_columns_say_kind_place_and_epsilon_of_each_slot() -> None:
-    columns = tables_with(SLOTS).columns
+    columns = weights_with(SLOTS).columns
     assert columns.kinds.tolist() == [0, 2, 0, 1, 0, 1, 2]
     assert columns.bounds.tolist() == [
         [0, 1, 1],
@@ -188,9 +188,9 @@ def test_the_tables_as_columns_say_kind_place_and_epsilon_of_each_slot() -> None
 
 
 def test_tables_without_low_ranks_have_columns_too() -> None:
-    columns = tables_with((Constant(0, None, 1.0),)).columns
+    columns = weights_with((Constant(0, None, 1.0),)).columns
     assert (columns.max_rank, columns.rank_stride) == (0, 0)
-    assert tables_with(()).columns.bounds.shape == (0, 3)
+    assert weights_with(()).columns.bounds.shape == (0, 3)
 
 
 WIDTHS = st.integers(1, 16384)
@@ -231,7 +231,7 @@ def test_what_lies_between_the_factors_has_room_for_every_block_of_ranks(
     width: int, rank: int
 ) -> None:
     """Kernels over tiles write whole blocks of ranks, the last one too."""
-    rank_stride = tables_with((LowRank(0, rank, rank, 1.0),), width=1).columns.rank_stride
+    rank_stride = weights_with((LowRank(0, rank, rank, 1.0),), width=1).columns.rank_stride
     for sizes in all_sizes(width, rank):
         assert -(-rank // sizes.shrink_ranks) * sizes.shrink_ranks <= rank_stride
 
@@ -344,27 +344,29 @@ def test_what_is_written_to_an_upload_does_not_reach_the_array() -> None:
 
 
 def test_kernels_are_chosen_by_name_and_device() -> None:
-    assert backend("auto", CPU) == "torch"
-    assert backend("auto", CUDA) == "triton"
-    assert backend("torch", CUDA) == "torch"
-    assert backend("triton", CUDA) == "triton"
-    assert lm_steer_form("auto", CPU, max_rows=1024) is grouped
-    assert lm_steer_form("torch", CUDA, max_rows=1) is grouped
+    assert resolve_kernels("auto", CPU) == "torch"
+    assert resolve_kernels("auto", CUDA) == "triton"
+    assert resolve_kernels("torch", CUDA) == "torch"
+    assert resolve_kernels("triton", CUDA) == "triton"
+    assert lm_steer_backend("auto", CPU, max_rows=1024) is torch_grouped
+    assert lm_steer_backend("torch", CUDA, max_rows=1) is torch_grouped
 
 
 def test_few_rows_take_programs_of_one_row_and_more_take_tiles() -> None:
-    from vllm_steer.kernels.lm_steer.by_row import BY_ROW
-    from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
+    from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
+    from vllm_steer.kernels.lm_steer.triton_tiled import TILED
 
-    assert lm_steer_form("auto", CUDA, max_rows=1) is BY_ROW
-    assert lm_steer_form("auto", CUDA, max_rows=FEW_ROWS) is BY_ROW
-    assert lm_steer_form("auto", CUDA, max_rows=FEW_ROWS + 1) is BY_TILE
-    assert lm_steer_form("triton", CUDA, max_rows=1024) is BY_TILE
+    assert lm_steer_backend("auto", CUDA, max_rows=1) is ROWWISE
+    assert lm_steer_backend("auto", CUDA, max_rows=FEW_ROWS) is ROWWISE
+    assert lm_steer_backend("auto", CUDA, max_rows=FEW_ROWS + 1) is TILED
+    assert lm_steer_backend("triton", CUDA, max_rows=1024) is TILED
 
 
 def test_a_name_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(KernelError, match=r"^kernels is 'cuda'; allowed: auto, triton, torch$"):
-        backend("cuda", CUDA)
+    with pytest.raises(
+        KernelError, match=r"^kernels is 'cuda'; expected one of auto, triton, torch$"
+    ):
+        resolve_kernels("cuda", CUDA)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "triton"])
@@ -377,8 +379,8 @@ def test_triton_is_refused_where_it_is_not_installed(
         "kernels: torch$"
     )
     with pytest.raises(KernelError, match=wanted):
-        backend(kernels, CUDA)
-    assert backend("torch", CUDA) == "torch"
+        resolve_kernels(kernels, CUDA)
+    assert resolve_kernels("torch", CUDA) == "torch"
 
 
 def test_triton_is_refused_on_a_cpu_without_its_interpreter(
@@ -386,7 +388,7 @@ def test_triton_is_refused_on_a_cpu_without_its_interpreter(
 ) -> None:
     monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
     with pytest.raises(KernelError) as refused:
-        backend("triton", CPU)
+        resolve_kernels("triton", CPU)
     assert str(refused.value) == (
         "kernels is triton, and the device is cpu: Triton kernels need a CUDA device; set "
         "kernels: auto or torch (or TRITON_INTERPRET=1, for tests)"
@@ -398,10 +400,11 @@ def test_triton_on_a_cpu_is_had_in_its_interpreter_and_auto_stays_with_torch(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     program = (
-        "import torch; from vllm_steer.kernels.dispatch import lm_steer_form;"
-        "from vllm_steer.kernels.lm_steer import grouped, by_tile;"
-        "forms = [lm_steer_form(n, torch.device('cpu'), max_rows=9) for n in ('triton', 'auto')];"
-        "print(forms[0] is by_tile.BY_TILE, forms[1] is grouped)"
+        "import torch; from vllm_steer.kernels.dispatch import lm_steer_backend;"
+        "from vllm_steer.kernels.lm_steer import torch_grouped, triton_tiled;"
+        "cpu = torch.device('cpu');"
+        "backends = [lm_steer_backend(n, cpu, max_rows=9) for n in ('triton', 'auto')];"
+        "print(backends[0] is triton_tiled.TILED, backends[1] is torch_grouped)"
     )
     printed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
@@ -414,7 +417,7 @@ def test_warming_up_sees_every_kind_alone_and_summed_with_rows_as_long_as_vllms_
     width: int, strides: set[int]
 ) -> None:
     """Row strides that 16 divides and others are kernels of their own."""
-    batches = list(warming.batches(tables_with(SLOTS, width), torch.bfloat16))
+    batches = list(warm_up.batches(weights_with(SLOTS, width), torch.bfloat16))
     assert {x.stride(0) for x, _ in batches} == strides
     for stride in strides:
         taken = [rows.groups for x, rows in batches if x.stride(0) == stride]

@@ -4,21 +4,21 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_steer.kernels.guidance.operands import Rules, TokenMap
+from vllm_steer.kernels.guidance.operands import TokenMap, TokenRules
 
 # A program's tile: 8 numbers for each thread of 4 warps, and enough programs for a card even where
 # a decode step has few tokens.
 TOKENS, LAYERS, WARPS = 128, 8, 4
 
 _RULES = (
-    *("start", "stride", "origin", "first", "last"),
-    *("strength", "slope", "layers", "table", "history"),
+    *("direction_start", "direction_stride", "step0_position", "begin", "end"),
+    *("strength", "slope", "layers", "pool_offset", "strength_pool"),
 )
 
 # Each differs from step to step: a kernel specialised on one would compile while it serves.
 _VARYING = (
     *_RULES,
-    *("history_len", "num_rows", "num_layers", "search_steps"),
+    *("pool_size", "num_rows", "num_layers", "search_steps"),
     *("query_start_loc", "positions", "num_tokens"),
     *("directions", "directions_dose", "directions_token"),
     *("strengths", "strengths_layer", "strengths_dose", "strengths_token"),
@@ -41,17 +41,17 @@ def _row_of(tokens, query_start_loc, num_rows, search_steps):
 
 @triton.jit(do_not_specialize=_VARYING)
 def _map(
-    start,
-    stride,
-    origin,
-    first,
-    last,
+    direction_start,
+    direction_stride,
+    step0_position,
+    begin,
+    end,
     strength,
     slope,
     layers,
-    table,
-    history,
-    history_len: tl.int64,
+    pool_offset,
+    strength_pool,
+    pool_size: tl.int64,
     num_rows,
     num_layers,
     search_steps,
@@ -68,7 +68,7 @@ def _map(
     TOKENS: tl.constexpr,
     LAYERS: tl.constexpr,
 ):
-    """The equations of ``Rules`` for one dose of a block of tokens in a block of layers.
+    """The equations of ``TokenRules`` for one dose of a block of tokens in a block of layers.
 
     The rules are ``[K, R]`` and ``[L, K, R]`` without gaps; a program takes one of the K.
     """
@@ -79,20 +79,20 @@ def _map(
     here = token < num_tokens
     known = here & (row < num_rows)
     position = tl.load(positions + token, mask=here, other=0).to(tl.int64)
-    acts = known & (position >= tl.load(first + rule, mask=known, other=0))
-    acts = acts & (position < tl.load(last + rule, mask=known, other=0))
+    acts = known & (position >= tl.load(begin + rule, mask=known, other=0))
+    acts = acts & (position < tl.load(end + rule, mask=known, other=0))
     # Elsewhere the step stays 0: far from its steps the line would leave float32.
-    step = tl.where(acts, position - tl.load(origin + rule, mask=acts, other=0), 0)
+    step = tl.where(acts, position - tl.load(step0_position + rule, mask=acts, other=0), 0)
     fall = tl.load(slope + rule, mask=acts, other=0.0) * step.to(tl.float32)
     size = tl.load(strength + rule, mask=acts, other=0.0) * (1 - fall)
-    begin = tl.load(table + rule, mask=acts, other=-1)
-    own, place = begin >= 0, begin + step
-    inside = own & (place >= 0) & (place < history_len)
-    size = tl.where(own, tl.load(history + place, mask=inside, other=0.0), size)
+    offset = tl.load(pool_offset + rule, mask=acts, other=-1)
+    is_dynamic, pool_index = offset >= 0, offset + step
+    inside = is_dynamic & (pool_index >= 0) & (pool_index < pool_size)
+    size = tl.where(is_dynamic, tl.load(strength_pool + pool_index, mask=inside, other=0.0), size)
     token = token.to(tl.int64)
     if tl.program_id(2) == 0:
-        direction = tl.load(start + rule, mask=acts, other=0)
-        direction += tl.load(stride + rule, mask=acts, other=0) * step
+        direction = tl.load(direction_start + rule, mask=acts, other=0)
+        direction += tl.load(direction_stride + rule, mask=acts, other=0) * step
         places = directions + dose * directions_dose + token * directions_token
         tl.store(places, direction.to(tl.int32), mask=here)
     layer = (tl.program_id(2) * LAYERS + tl.arange(0, LAYERS)).to(tl.int64)[:, None]
@@ -109,12 +109,12 @@ def _map(
 
 
 def map_tokens(
-    rules: Rules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
+    rules: TokenRules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
 ) -> None:
-    """Write the map of the step's T tokens into the front of ``out``; see ``Rules``.
+    """Write the map of the step's T tokens into the front of ``out``; see ``TokenRules``.
 
     ``query_start_loc [R + 1]`` holds each request's first token, ``positions [T]`` each token's
-    place in its request. Rules that are views with gaps are copied first; an engine's are not.
+    place in its request. TokenRules that are views with gaps are copied first; an engine's are not.
     """
     num_tokens = positions.shape[0]
     num_layers, num_doses, num_rows = rules.layers.shape
@@ -123,7 +123,7 @@ def map_tokens(
     grid = (triton.cdiv(num_tokens, TOKENS), num_doses, triton.cdiv(num_layers, LAYERS))
     _map[grid](
         *(getattr(rules, name).contiguous() for name in _RULES),
-        *(rules.history.shape[0], num_rows, num_layers, num_rows.bit_length()),
+        *(rules.strength_pool.shape[0], num_rows, num_layers, num_rows.bit_length()),
         *(query_start_loc.contiguous(), positions.contiguous(), num_tokens),
         *(out.directions, *out.directions.stride()),
         *(out.strengths, *out.strengths.stride()),
@@ -138,13 +138,13 @@ def warm_up_map(device: torch.device) -> None:
     """Compile what ``map_tokens`` launches: one kernel for each dtype that positions have."""
     integer = torch.zeros(1, 1, dtype=torch.int64, device=device)
     number = torch.zeros(1, 1, device=device)
-    rules = Rules(
+    rules = TokenRules(
         *(integer,) * 5,
         strength=number,
         slope=number,
         layers=number[None],
-        table=integer,
-        history=number[0],
+        pool_offset=integer,
+        strength_pool=number[0],
     )
     query_start_loc = torch.tensor([0, 1], dtype=torch.int32, device=device)
     for dtype in (torch.int64, torch.int32):

@@ -6,8 +6,8 @@ bytes of memory per dose beside the logits, whatever the vocabulary. No host syn
 
 import torch
 
-from vllm_steer.kernels.divergence import by_sort
-from vllm_steer.kernels.divergence import fused_kernels as kernels
+from vllm_steer.kernels.divergence import torch_sort
+from vllm_steer.kernels.divergence import triton_fused_kernels as kernels
 
 # 512 threads with 8 logits each: as many loads in flight as a multiprocessor's registers hold.
 _BLOCK, _WARPS = 4096, 16
@@ -21,9 +21,9 @@ def divergence(
     probe_of: torch.Tensor,
     top_p: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL and size of ``Q``, as ``form`` says; float64 logits are sorted."""
+    """KL and size of ``Q``, see ``DivergenceBackend``; float64 logits are sorted."""
     if logits.dtype not in _LOW_BITS:
-        return by_sort.divergence(logits, base_of, probe_of, top_p)
+        return torch_sort.divergence(logits, base_of, probe_of, top_p)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     device, num_doses = logits.device, base_of.shape[0]

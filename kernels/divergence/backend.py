@@ -1,11 +1,11 @@
-"""What every form of the divergence offers."""
+"""The interface of a backend of the divergence."""
 
 from typing import Protocol
 
 import torch
 
 
-class DivergenceForm(Protocol):
+class DivergenceBackend(Protocol):
     """A module."""
 
     def divergence(

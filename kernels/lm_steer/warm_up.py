@@ -5,21 +5,23 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerTables
+from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerWeights
 
 PADDING = 64  # vLLM's, of the logits: they reach the kernels as a window of longer rows
 
 
-def batches(tables: SteerTables, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, SteeredRows]]:
+def batches(
+    weights: SteerWeights, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, SteeredRows]]:
     """A slot of each kind on a row by itself, then all of these on one row, twice for a sum.
 
     Triton compiles anew for a row stride that 16 divides, so an odd width is seen padded as well.
     """
-    _, slots = np.unique(tables.columns.kinds, return_index=True)
-    width = tables.width
+    _, slots = np.unique(weights.columns.kinds, return_index=True)
+    width = weights.width
     strides = {width, -(-width // PADDING) * PADDING} if width % 16 else {width}
     for stride in sorted(strides):
-        x = torch.zeros(2, stride, dtype=dtype, device=tables.expand.device)[:, :width]
+        x = torch.zeros(2, stride, dtype=dtype, device=weights.expand.device)[:, :width]
         for slot in slots.tolist():
             yield x, _on_first_row([slot])
         yield x, _on_first_row(sorted([*slots.tolist(), *slots.tolist()]))

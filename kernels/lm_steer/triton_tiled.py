@@ -10,23 +10,23 @@ from vllm_steer.kernels.lm_steer.block_sizes import BlockSizes, tile_sizes
 from vllm_steer.kernels.lm_steer.changes import EXACT
 from vllm_steer.kernels.lm_steer.dense_kernels import dense
 from vllm_steer.kernels.lm_steer.low_rank_kernels import expand, fold, shrink
-from vllm_steer.kernels.lm_steer.operands import SteerTables
-from vllm_steer.kernels.lm_steer.placing import Tiles
-from vllm_steer.kernels.lm_steer.triton_form import Batch, TritonForm
+from vllm_steer.kernels.lm_steer.metadata import Tiles
+from vllm_steer.kernels.lm_steer.operands import SteerWeights
+from vllm_steer.kernels.lm_steer.triton_backend import Batch, TritonBackend
 
 FOLD_ROWS = 8
 """Rows that one program folds: few, so that all partial sums of these are read at once."""
 
 
 def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
-    target, tables, placed, sizes = batch.target, batch.tables, batch.placed, batch.sizes
-    x, width, pairs = target.x, target.width, placed.rows.shape[0]
-    rank_stride = tables.columns.rank_stride
+    target, weights, metadata, sizes = batch.target, batch.weights, batch.metadata, batch.sizes
+    x, width, pairs = target.x, target.width, metadata.rows.shape[0]
+    rank_stride = weights.columns.rank_stride
     partials = torch.empty(sizes.chunks, pairs, rank_stride, dtype=torch.float32, device=x.device)
     shrink[(work.shape[0], sizes.chunks)](
         x,
-        tables.shrink,
-        placed.rows,
+        weights.shrink,
+        metadata.rows,
         tiles.bounds,
         work,
         partials,
@@ -45,9 +45,9 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
     expand[(tiles.bounds.shape[0], triton.cdiv(width, sizes.expand_width))](
         x,
         inner,
-        tables.expand,
-        placed.rows,
-        placed.scales,
+        weights.expand,
+        metadata.rows,
+        metadata.scales,
         tiles.bounds,
         tiles.epsilons,
         target.out,
@@ -69,12 +69,12 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
 
 
 def _folded(batch: Batch, tiles: Tiles, work: torch.Tensor, partials: torch.Tensor) -> torch.Tensor:
-    """What is between the factors, ``[pairs, rank_stride]`` in the tables' dtype."""
-    tables, sizes, (_, pairs, rank_stride) = batch.tables, batch.sizes, partials.shape
-    inner = torch.empty(pairs, rank_stride, dtype=tables.dtype, device=partials.device)
+    """What is between the factors, ``[pairs, rank_stride]`` in the weights' dtype."""
+    weights, sizes, (_, pairs, rank_stride) = batch.weights, batch.sizes, partials.shape
+    inner = torch.empty(pairs, rank_stride, dtype=weights.dtype, device=partials.device)
     fold[(work.shape[0], triton.cdiv(sizes.rows, FOLD_ROWS))](
         partials,
-        batch.placed.scales,
+        batch.metadata.scales,
         tiles.bounds,
         tiles.epsilons,
         work,
@@ -90,13 +90,13 @@ def _folded(batch: Batch, tiles: Tiles, work: torch.Tensor, partials: torch.Tens
 
 
 def _dense(batch: Batch, tiles: Tiles) -> None:
-    target, tables, placed, sizes = batch.target, batch.tables, batch.placed, batch.sizes
+    target, weights, metadata, sizes = batch.target, batch.weights, batch.metadata, batch.sizes
     x, width = target.x, target.width
     dense[(tiles.bounds.shape[0], triton.cdiv(width, sizes.dense_out))](
         x,
-        tables.dense,
-        placed.rows,
-        placed.scales,
+        weights.dense,
+        metadata.rows,
+        metadata.scales,
         tiles.bounds,
         tiles.epsilons,
         target.out,
@@ -113,14 +113,14 @@ def _dense(batch: Batch, tiles: Tiles) -> None:
     )
 
 
-def tiled(**varied: int) -> TritonForm:
-    """The form, with some choices of ``tile_sizes`` varied: by benchmarks, never by an engine."""
+def tiled(**varied: int) -> TritonBackend:
+    """The backend, with some choices of ``tile_sizes`` varied; for benchmarks."""
 
-    def sizes(tables: SteerTables) -> BlockSizes:
-        rank, itemsize = tables.columns.max_rank, tables.dtype.itemsize
-        return tile_sizes(tables.width, rank, itemsize, **varied)
+    def sizes(weights: SteerWeights) -> BlockSizes:
+        rank, itemsize = weights.columns.max_rank, weights.dtype.itemsize
+        return tile_sizes(weights.width, rank, itemsize, **varied)
 
-    return TritonForm(sizes, _low_rank, _dense)
+    return TritonBackend(sizes, _low_rank, _dense)
 
 
-BY_TILE = tiled()
+TILED = tiled()

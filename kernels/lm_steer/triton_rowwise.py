@@ -9,21 +9,21 @@ import triton
 
 from vllm_steer.kernels.lm_steer.block_sizes import BlockSizes, row_sizes
 from vllm_steer.kernels.lm_steer.changes import EXACT
-from vllm_steer.kernels.lm_steer.operands import SteerTables
-from vllm_steer.kernels.lm_steer.placing import Tiles
+from vllm_steer.kernels.lm_steer.metadata import Tiles
+from vllm_steer.kernels.lm_steer.operands import SteerWeights
 from vllm_steer.kernels.lm_steer.row_kernels import dense_row, expand_row, shrink_row
-from vllm_steer.kernels.lm_steer.triton_form import Batch, TritonForm
+from vllm_steer.kernels.lm_steer.triton_backend import Batch, TritonBackend
 
 
 def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
-    target, tables, placed, sizes = batch.target, batch.tables, batch.placed, batch.sizes
-    x, width, pairs = target.x, target.width, placed.rows.shape[0]
-    rank_stride = tables.columns.rank_stride
+    target, weights, metadata, sizes = batch.target, batch.weights, batch.metadata, batch.sizes
+    x, width, pairs = target.x, target.width, metadata.rows.shape[0]
+    rank_stride = weights.columns.rank_stride
     partials = torch.empty(sizes.chunks, pairs, rank_stride, dtype=torch.float32, device=x.device)
     shrink_row[(work.shape[0], sizes.chunks)](
         x,
-        tables.shrink,
-        placed.rows,
+        weights.shrink,
+        metadata.rows,
         tiles.bounds,
         work,
         partials,
@@ -39,9 +39,9 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
     expand_row[(tiles.bounds.shape[0], triton.cdiv(width, sizes.expand_width))](
         x,
         partials,
-        tables.expand,
-        placed.rows,
-        placed.scales,
+        weights.expand,
+        metadata.rows,
+        metadata.scales,
         tiles.bounds,
         tiles.epsilons,
         target.out,
@@ -60,13 +60,13 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
 
 
 def _dense(batch: Batch, tiles: Tiles) -> None:
-    target, tables, placed, sizes = batch.target, batch.tables, batch.placed, batch.sizes
+    target, weights, metadata, sizes = batch.target, batch.weights, batch.metadata, batch.sizes
     x, width = target.x, target.width
     dense_row[(tiles.bounds.shape[0], triton.cdiv(width, sizes.dense_out))](
         x,
-        tables.dense,
-        placed.rows,
-        placed.scales,
+        weights.dense,
+        metadata.rows,
+        metadata.scales,
         tiles.bounds,
         tiles.epsilons,
         target.out,
@@ -80,8 +80,8 @@ def _dense(batch: Batch, tiles: Tiles) -> None:
     )
 
 
-def _sizes(tables: SteerTables) -> BlockSizes:
-    return row_sizes(tables.width, tables.columns.max_rank)
+def _sizes(weights: SteerWeights) -> BlockSizes:
+    return row_sizes(weights.width, weights.columns.max_rank)
 
 
-BY_ROW = TritonForm(_sizes, _low_rank, _dense)
+ROWWISE = TritonBackend(_sizes, _low_rank, _dense)

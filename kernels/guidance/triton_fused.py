@@ -8,12 +8,12 @@ calls can be captured in a CUDA graph and replayed with another map in the same 
 import torch
 import triton
 
-from vllm_steer.kernels.guidance.fused_kernels import add, rotate
-from vllm_steer.kernels.guidance.fused_map import map_tokens, warm_up_map
-from vllm_steer.kernels.guidance.gather import changes_of
 from vllm_steer.kernels.guidance.operands import Directions, TokenMap
+from vllm_steer.kernels.guidance.torch_gather import step_changes
+from vllm_steer.kernels.guidance.triton_fused_kernels import add, rotate
+from vllm_steer.kernels.guidance.triton_map import map_tokens, warm_up_map
 
-__all__ = ["changes_of", "map_tokens", "steer_tokens_", "warm_up"]
+__all__ = ["map_tokens", "steer_tokens_", "step_changes", "warm_up"]
 
 # An addition splits a row among programs, so that a decode step of few tokens fills the card; a
 # turn needs the norms of the whole row, so its one program takes as much of it at once as it can.
@@ -44,7 +44,7 @@ def steer_tokens_(
         "DOSES": triton.next_power_of_2(token_map.directions.shape[0]),
         "enable_fp_fusion": False,
     }
-    if directions.turns is None:
+    if directions.is_rotation is None:
         block, num_warps = _block(width, ADD_BLOCK)
         add[(num_tokens, triton.cdiv(width, block))](
             *_strided(hidden),
@@ -62,7 +62,7 @@ def steer_tokens_(
     rotate[(num_tokens,)](
         *_strided(hidden, kept),
         *table,
-        directions.turns,
+        directions.is_rotation,
         *doses,
         depth,
         BLOCK=block,
@@ -96,7 +96,7 @@ def warm_up(
         shape = (1, spacing * width)
         hidden = torch.zeros(shape, dtype=hidden_dtype, device=device)[:, ::spacing]
         steer_tokens_(hidden, None, directions, 0, token_map, num_doses)
-        if residual_dtype is not None and directions.turns is not None:
+        if residual_dtype is not None and directions.is_rotation is not None:
             residual = torch.zeros(shape, dtype=residual_dtype, device=device)[:, ::spacing]
             steer_tokens_(hidden, residual, directions, 0, token_map, num_doses)
 

@@ -15,7 +15,7 @@ def divergence(
     probe_of: torch.Tensor,
     top_p: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL and size of ``Q``, as ``form`` says."""
+    """KL and size of ``Q``, see ``DivergenceBackend``."""
     p: float | torch.Tensor = torch.inf  # at 1 every token, however the sums are rounded
     if isinstance(top_p, torch.Tensor):
         p = top_p.masked_fill(top_p >= 1, torch.inf)

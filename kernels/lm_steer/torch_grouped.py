@@ -11,7 +11,7 @@ from vllm_steer.kernels.lm_steer.operands import (
     Dense,
     LowRank,
     SteeredRows,
-    SteerTables,
+    SteerWeights,
 )
 from vllm_steer.kernels.upload import upload
 
@@ -34,7 +34,7 @@ class GroupedRows:
     groups: tuple[tuple[int, int, int], ...]
 
 
-def place(steered: SteeredRows, tables: SteerTables, device: torch.device) -> GroupedRows:
+def prepare(steered: SteeredRows, weights: SteerWeights, device: torch.device) -> GroupedRows:
     """The pairs on the device, in one copy."""
     touched, places = np.unique(steered.rows, return_inverse=True)
     on_device = upload([steered.rows, steered.scales, touched, places], device)
@@ -42,25 +42,25 @@ def place(steered: SteeredRows, tables: SteerTables, device: torch.device) -> Gr
     return GroupedRows(rows, scales, touched_rows, row_places, steered.groups)
 
 
-def warm_up(tables: SteerTables, dtype: torch.dtype) -> None:
+def warm_up(weights: SteerWeights, dtype: torch.dtype) -> None:
     """Nothing to compile."""
 
 
-def steer_rows(x: torch.Tensor, tables: SteerTables, steered: GroupedRows) -> torch.Tensor:
+def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: GroupedRows) -> torch.Tensor:
     """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
     Rows are grouped by slot, so each steer's weights are read once, and scaled before the products,
-    so that float16 does not overflow in between. Products run in the tables' dtype, sums in
+    so that float16 does not overflow in between. Products run in the weights' dtype, sums in
     float32, in ascending order of slot. No host synchronisation: group bounds are known on the
     host. Returns a new tensor; rows without a pair are copied unchanged.
     """
     rows, scales = x.index_select(0, steered.rows), steered.scales[:, None]
     taken = torch.where(scales != 0, rows, 0.0)  # of a row that is not finite nothing may stay
-    scaled = (taken * scales).to(tables.dtype)
+    scaled = (taken * scales).to(weights.dtype)
     changes = torch.empty_like(scaled)
     for slot, start, end in steered.groups:
         pairs = slice(start, end)
-        _write_change(changes[pairs], tables, slot, taken[pairs], scaled[pairs], scales[pairs])
+        _write_change(changes[pairs], weights, slot, taken[pairs], scaled[pairs], scales[pairs])
     if steered.touched.shape == steered.rows.shape:  # one steer per row: no sums to take
         return x.index_copy(0, steered.rows, (rows + changes).to(x.dtype))
     total = x.index_select(0, steered.touched).float()
@@ -70,7 +70,7 @@ def steer_rows(x: torch.Tensor, tables: SteerTables, steered: GroupedRows) -> to
 
 def _write_change(
     out: torch.Tensor,
-    tables: SteerTables,
+    weights: SteerWeights,
     slot: int,
     rows: torch.Tensor,
     scaled: torch.Tensor,
@@ -80,18 +80,18 @@ def _write_change(
 
     ``rows`` are zero where ``scales [n, 1]`` are, ``scaled`` is rows x scales.
     """
-    match tables.slots[slot]:
+    match weights.slots[slot]:
         case LowRank(start, fixed, end, epsilon):
-            inner = linear(scaled, tables.shrink[start:fixed])
+            inner = linear(scaled, weights.shrink[start:fixed])
             if fixed < end:
-                even = (rows * epsilon).to(tables.dtype)
-                inner = torch.cat([inner, linear(even, tables.shrink[fixed:end])], dim=1)
-            torch.mm(inner, tables.expand[start:end], out=out)
+                even = (rows * epsilon).to(weights.dtype)
+                inner = torch.cat([inner, linear(even, weights.shrink[fixed:end])], dim=1)
+            torch.mm(inner, weights.expand[start:end], out=out)
         case Dense(free, fixed, epsilon):
-            torch.mm(scaled, tables.dense[free].T, out=out)
+            torch.mm(scaled, weights.dense[free].T, out=out)
             if fixed is not None:
-                out.addmm_((rows * epsilon).to(tables.dtype), tables.dense[fixed].T)
+                out.addmm_((rows * epsilon).to(weights.dtype), weights.dense[fixed].T)
         case Constant(free, fixed, epsilon):
-            torch.mul(scales, tables.vectors[free], out=out)
+            torch.mul(scales, weights.vectors[free], out=out)
             if fixed is not None:
-                out.addcmul_((scales != 0).to(out.dtype), tables.vectors[fixed], value=epsilon)
+                out.addcmul_((scales != 0).to(out.dtype), weights.vectors[fixed], value=epsilon)

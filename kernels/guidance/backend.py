@@ -1,39 +1,39 @@
-"""What every form of activation guidance offers."""
+"""The interface of a backend of activation guidance."""
 
 from typing import Protocol
 
 import torch
 
-from vllm_steer.kernels.guidance.host import HostChanges
-from vllm_steer.kernels.guidance.operands import Directions, Rules, TokenMap
+from vllm_steer.kernels.guidance.cpu import StepChanges
+from vllm_steer.kernels.guidance.operands import Directions, TokenMap, TokenRules
 
 
-class GuidanceForm(Protocol):
+class GuidanceBackend(Protocol):
     """A module with these functions."""
 
-    def changes_of(
+    def step_changes(
         self,
-        rules: Rules,
+        rules: TokenRules,
         query_start_loc: torch.Tensor,
         positions: torch.Tensor,
         directions: Directions,
-    ) -> HostChanges | None:
-        """What the step adds in all layers, where that can be known before them.
+    ) -> StepChanges | None:
+        """The changes of all layers, if they can be computed before the forward pass.
 
-        None leaves the step to ``map_tokens`` and, in each layer, to ``steer_tokens_``.
+        If None, ``map_tokens`` and, in each layer, ``steer_tokens_`` compute them.
         """
 
     def map_tokens(
         self,
-        rules: Rules,
+        rules: TokenRules,
         query_start_loc: torch.Tensor,
         positions: torch.Tensor,
         out: TokenMap,
     ) -> None:
-        """Write the map of the step's tokens into ``out``; see ``Rules``.
+        """Write the map of the step's tokens into ``out``; see ``TokenRules``.
 
-        ``Rules.history`` is read on the device at this call; nothing waits for it, and no element
-        outside of it is touched.
+        ``TokenRules.strength_pool`` is read on the device at this call, without waiting for it and
+        within its bounds.
         """
 
     def steer_tokens_(
@@ -55,4 +55,4 @@ class GuidanceForm(Protocol):
         residual_dtype: torch.dtype | None,
         num_doses: int,
     ) -> None:
-        """Compile whatever these directions can call for maps of ``num_doses``, on their device."""
+        """Compile all kernels for these directions and maps of ``num_doses``, on their device."""

@@ -40,7 +40,7 @@ def divergence(
     probe_of: torch.Tensor,
     top_p: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL and size of ``Q``, as ``form`` says. All rows of ``logits`` are worked on."""
+    """KL and size of ``Q``, see ``DivergenceBackend``. All rows of ``logits`` are worked on."""
     if logits.dtype != torch.float64:
         logits = logits.float()
     logits = logits.detach()
