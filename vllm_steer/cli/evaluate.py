@@ -11,7 +11,7 @@ from vllm_steer.cli.fit.guidance_options import refuse
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.files.folder_lock import locked
+from vllm_steer.run_folder import locked
 
 if TYPE_CHECKING:
     from vllm_steer.evaluation.report import Report

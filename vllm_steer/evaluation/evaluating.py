@@ -19,9 +19,9 @@ from vllm_steer.evaluation.run import Run, Setting, open_run, settings_of
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.evaluation.scoring import score
 from vllm_steer.files import load_steer, save_steer
-from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.whole import write_text
 from vllm_steer.request import read_dose
+from vllm_steer.run_folder import locked
 from vllm_steer.steers import DeltaSteer, Steer
 from vllm_steer.steers.content import content_digest
 

@@ -152,7 +152,7 @@ def test_other_prompts_are_another_comparison(place: Path, stand_in: StandIn) ->
     with pytest.raises(SteerError, match=r"choosing_prompts was None and is now \{'file'"):
         compare(place, "--choose-prompts", place / "others.txt")
     save_steer(VectorSteer(vectors=-torch.ones(1, 3), layers=(0,)), place / "b")
-    with pytest.raises(SteerError, match=r"steers\.b\.sha256 was"):
+    with pytest.raises(SteerError, match=r"different steers\.b\.sha256"):
         compare(place)
     assert compare(place, "--restart").exit_code == 0
 

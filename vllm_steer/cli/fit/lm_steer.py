@@ -15,7 +15,7 @@ from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import Advance, progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.files.folder_lock import locked
+from vllm_steer.run_folder import locked
 
 if TYPE_CHECKING:
     from vllm_steer.steers import LMSteer

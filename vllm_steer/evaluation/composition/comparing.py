@@ -30,9 +30,9 @@ from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.run import Run, open_run
 from vllm_steer.files import load_steer
-from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.whole import write_text
 from vllm_steer.models import load_language_model
+from vllm_steer.run_folder import locked
 from vllm_steer.steers import Steer
 
 
