@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
@@ -16,6 +15,7 @@ from vllm_steer.cli.progress import Advance, progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.run_folder import locked
+from vllm_steer.tables import facts
 
 if TYPE_CHECKING:
     from vllm_steer.steers import LMSteer
@@ -210,8 +210,6 @@ def _print(steer: "LMSteer", output: Path, folder: Path, as_json: bool) -> None:
     if as_json:
         say_json(summary)
         return
-    table = Table(title=str(output), show_header=False)
-    for name, value in list(summary.items())[1:]:
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), shown)
-    Console().print(table)
+    del summary["output"]
+    shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in summary.items()}
+    Console().print(facts(str(output), shown))
