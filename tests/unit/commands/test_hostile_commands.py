@@ -164,7 +164,7 @@ def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.Mo
     asked = {"steer": f"v{name}", "judge": judge, "strengths": [2], "max": [4]}
     content = {"properties": {"b": asked}, "seen": ["b"]}
     (tmp_path / "asked.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    line = ["eval", f"m{ALL}", tmp_path / "asked.yaml", "--prompts", tmp_path / f"p{name}.txt"]
+    line = ["compare", f"m{ALL}", tmp_path / "asked.yaml", "--prompts", tmp_path / f"p{name}.txt"]
     done = call(*line, "--out", tmp_path / "run", "--samples", comparing.TEXTS)
     assert (done.exit_code, done.exception) == (0, None)
     assert_shown(done.output)

@@ -69,7 +69,7 @@ def test_a_command_leaves_a_folder_that_is_used_as_it_is(tmp_path: Path, command
     line = {
         "fit": ["fit", "lm-steer", "m", str(tmp_path / "out"), "--data", str(data)],
         "eval": ["eval", "m", "steer", *prompts, "--strengths", "1"],
-        "compare": ["eval", "m", str(tmp_path / "asked.yaml"), *prompts],
+        "compare": ["compare", "m", str(tmp_path / "asked.yaml"), *prompts],
     }[command]
     if command == "fit":
         line += ["--run-folder", str(run), "--restart"]
