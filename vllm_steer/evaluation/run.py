@@ -17,7 +17,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.files.json_text import json_text
 from vllm_steer.files.whole import write_text
-from vllm_steer.run_folder import RunFiles, prepare, read_settings, write_settings
+from vllm_steer.run_folder import SETTINGS, RunFiles, open_with_settings
 
 Which = Literal["none", "steer", "random"]
 S = TypeVar("S", bound="Named")
@@ -35,7 +35,7 @@ _FILES: Final = RunFiles(
         "report.md",
         "report.png",
         "strengths.png",
-        "settings.json",
+        SETTINGS,
     )
 )
 
@@ -128,11 +128,9 @@ def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool =
     cannot be written.
     """
     folder = Path(folder)
-    settings = {"made_by": _MADE_BY, **settings}
-    found = read_settings(folder, _MADE_BY, _FILES.work)
     begun = any((folder / _GENERATIONS).glob(f"*{_TEXTS}"))
-    if not prepare(folder, _FILES, settings, found, begun=begun, restart=restart):
-        write_settings(folder, settings)
+    settings = {"made_by": _MADE_BY, **settings}
+    open_with_settings(folder, _FILES, settings, begun=begun, restart=restart)
     return Run(folder)
 
 

@@ -1,8 +1,4 @@
-"""A run is resumed under the settings that it began with, and discarded where that is asked.
-
-A run keeps its settings in a file of its own kind: ``settings_file`` is one. ``prepare`` compares
-them with what is asked, and removes what a killed process left behind.
-"""
+"""A run is resumed under the settings that it began with, and discarded where that is asked."""
 
 import json
 import os
@@ -15,11 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.whole import clear_unfinished
+from vllm_steer.files.json_text import json_text
+from vllm_steer.files.source import cause
+from vllm_steer.files.whole import clear_unfinished, finished_name, write_text
+from vllm_steer.foreign import listed, shown
 from vllm_steer.foreign import name as named
-from vllm_steer.foreign import shown
-from vllm_steer.run_folder.lock import unusable
+from vllm_steer.run_folder.lock import LOCK, unusable
 
+SETTINGS: Final = "settings.json"
 _SHOWN: Final = 3
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -46,6 +45,19 @@ class RunFiles:
         """Remove what a killed process was writing."""
         for place, pattern in _places(folder, (*self.work, *self.kept)):
             clear_unfinished(place, partial(fnmatchcase, pat=pattern))
+
+
+def open_with_settings(
+    folder: Path, files: RunFiles, asked: Mapping[str, Any], *, begun: bool, restart: bool
+) -> None:
+    """``prepare`` for a run that keeps its settings, ``made_by`` among them, in ``settings.json``.
+
+    Raises ``SteerError`` as well for a folder that holds anything without such settings: they are
+    the sign that it is a run's.
+    """
+    found = _read_settings(folder, files, asked["made_by"])
+    if not prepare(folder, files, asked, found, begun=begun, restart=restart):
+        write_text(folder / SETTINGS, json_text(asked, indent=2) + "\n")
 
 
 def prepare(
@@ -81,6 +93,24 @@ def prepare(
     except OSError as error:
         raise unusable(folder, error) from error
     return resumed
+
+
+def _read_settings(folder: Path, files: RunFiles, made_by: str) -> Any:
+    path = folder / SETTINGS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise unusable(folder, error) from error
+    except (ValueError, RecursionError) as error:
+        raise SteerError(f"{path}: no JSON ({cause(error)}); give another folder") from None
+    others = [name for name in names if name != LOCK and finished_name(name) not in files.work]
+    if others and (not isinstance(found, dict) or found.get("made_by") != made_by):
+        raise SteerError(
+            f"run folder {folder} holds {listed(others[:_SHOWN])} and is no run's folder; give a "
+            "new one, or an empty one"
+        )
+    return found
 
 
 def _places(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[Path, str]]:

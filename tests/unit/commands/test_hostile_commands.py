@@ -149,8 +149,7 @@ def test_a_real_terminal_shows_it_whatever_its_encoding(
 def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import comparing_tools as comparing
 
-    from vllm_steer.evaluation import judges
-    from vllm_steer.evaluation.composition import writing
+    from vllm_steer.evaluation import judges, writing
 
     pytest.importorskip("matplotlib")
     found = comparing.StandIn()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, save_steer
 from vllm_steer.cli import app
-from vllm_steer.evaluation.composition import writing
+from vllm_steer.evaluation import writing
 
 
 @pytest.fixture
