@@ -4,14 +4,12 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.picture import label, picture
+from vllm_steer.picture import COLOURS, label, picture
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.sweep.search import Point, within
 from vllm_steer.sweep.sweeping import Swept
 from vllm_steer.tables import Column, Table
 
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_DPI: Final = 150
 _DECADE: Final = 10.0
 
 
@@ -61,7 +59,7 @@ def draw(swept: Swept, chosen: Point | None, path: Path) -> None:
 
     Raises ``SteerError`` without matplotlib and where the file cannot be written.
     """
-    with picture(path, dpi=_DPI, figsize=(6.4, 4.4), layout="constrained") as figure:
+    with picture(path, figsize=(6.4, 4.4), layout="constrained") as figure:
         axis = figure.subplots()
         _draw_points(axis, swept)
         _draw_frame(axis, swept, chosen)
@@ -72,7 +70,7 @@ def _draw_points(axis: Any, swept: Swept) -> None:
     for index, candidate in enumerate(names):
         points = [p for p in swept.points if p.candidate == candidate and math.isfinite(p.ratio)]
         points = sorted([swept.unsteered, *points], key=lambda p: abs(p.strength))
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         style: dict[str, Any] = {"marker": "o", "color": colour, "label": label(candidate.name)}
         axis.plot([p.ratio for p in points], [p.effect for p in points], **style)
         for point in points:

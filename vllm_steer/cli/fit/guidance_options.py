@@ -1,4 +1,4 @@
-"""What ``fit concept``, ``fit vector`` and ``fit delta`` have in common: options, and the end."""
+"""Options of the fits, and the end that ``concept``, ``vector`` and ``delta`` have in common."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
