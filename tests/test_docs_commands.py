@@ -170,4 +170,6 @@ def test_a_command_that_does_not_end_is_ended_with_its_children(tmp_path: Path) 
 
 
 def test_all_commands_of_the_command_line_are_known() -> None:
-    assert {"vllm-steer fit lm-steer", "vllm-steer eval", "vllm-steer doctor"} <= set(subcommands())
+    fits = [f"fit {method}" for method in ("lm-steer", "concept", "delta", "vector")]
+    others = ("convert", "inspect", "evidence", "transfer", "eval", "compare", "sweep", "doctor")
+    assert set(subcommands()) == {f"vllm-steer {each}" for each in ("demo", *fits, *others)}

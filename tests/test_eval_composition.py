@@ -1,4 +1,4 @@
-"""``vllm-steer eval`` of properties on the embedded model: a real engine and dynamic steers."""
+"""``vllm-steer compare`` on the embedded model: a real engine and dynamic steers."""
 
 import json
 import subprocess
@@ -59,7 +59,8 @@ def report(folder: Path) -> Any:
     for name, prompts in (("prompts", PROMPTS), ("others", OTHERS)):
         (folder / f"{name}.txt").write_text("\n".join(prompts))
     run = "from vllm_steer.cli import main; main()"
-    line = [sys.executable, "-c", run, "eval", "embedded", "asked.yaml", "--out", "run", "--json"]
+    line = [sys.executable, "-c", run, "compare", "embedded", "asked.yaml"]
+    line += ["--out", "run", "--json"]
     line += ["--prompts", "prompts.txt", "--choose-prompts", "others.txt", "--enforce-eager"]
     line += ["--samples", str(SAMPLES), "--max-tokens", str(TOKENS), "--dtype", "float32"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)

@@ -155,9 +155,12 @@ def test_a_finished_run_keeps_the_loss_curve_only(
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ({"learning_rate": 0.5}, r"with learning_rate 0.01 \(now 0.5\); give the same"),
-        ({"seed": 3, "rank": 4}, r"rank 3 \(now 4\), seed 0 \(now 3\)"),
-        ({"cache_bytes": 0}, r"cached True \(now False\)"),
+        (
+            {"learning_rate": 0.5},
+            "other settings: learning_rate was 0.01 and is now 0.5; give the same",
+        ),
+        ({"seed": 3, "rank": 4}, "rank was 3 and is now 4; seed was 0 and is now 3; give"),
+        ({"cache_bytes": 0}, "cached was True and is now False"),
     ],
 )
 def test_other_settings_are_refused_by_name(
@@ -176,11 +179,11 @@ def test_other_texts_and_another_model_are_refused(
     with pytest.raises(Ended):
         fit(model, tokenizer, tmp_path, watch=end_at(5))
     labels = [-label for label in LABELS]
-    with pytest.raises(SteerError, match="unfinished run with other texts; give"):
+    with pytest.raises(SteerError, match="with other settings: different texts; give"):
         fit_lm_steer(model, tokenizer, TEXTS, labels, **SETTINGS, run_folder=tmp_path)
     torch.manual_seed(1)
     another = LlamaForCausalLM(model.config).eval()
-    with pytest.raises(SteerError, match="unfinished run with other model; give"):
+    with pytest.raises(SteerError, match="with other settings: different model; give"):
         fit(another, tokenizer, tmp_path)
 
 

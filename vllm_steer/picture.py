@@ -10,13 +10,15 @@ from vllm_steer.files.whole import write_whole
 from vllm_steer.foreign import printable
 from vllm_steer.optional import need
 
+COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""That those who see colours differently can tell apart (Okabe and Ito)."""
 _LONGEST: Final = 100
 _PLAIN: Final = {"text.usetex": False}
 """Whatever the user's settings say: TeX would obey a file's name."""
 
 
 @contextmanager
-def picture(path: str | Path, *, dpi: int, **options: Any) -> Iterator[Any]:
+def picture(path: str | Path, *, dpi: int = 150, **options: Any) -> Iterator[Any]:
     """A figure to draw on, with matplotlib's ``options``; a PNG at ``path`` when the block ends.
 
     Raises ``SteerError`` without matplotlib, and if the file cannot be written.

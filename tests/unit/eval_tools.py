@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_steer import VectorSteer, save_steer
-from vllm_steer.evaluation import evaluating
+from vllm_steer.evaluation import writing
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.sweep import sweeping
@@ -63,7 +63,7 @@ class Price:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     found = StandIn()
-    monkeypatch.setattr(evaluating, "engine", found.engine)
+    monkeypatch.setattr(writing, "engine", found.engine)
     monkeypatch.setattr(sweeping, "engine", found.engine)
     from vllm_steer.evaluation import judges
 

@@ -6,6 +6,7 @@ from typing import Final, NoReturn
 
 import typer
 
+from vllm_steer.cli.compare import compare
 from vllm_steer.cli.convert import convert
 from vllm_steer.cli.demo import demo
 from vllm_steer.cli.doctor import doctor
@@ -34,6 +35,7 @@ app.command()(inspect)
 app.command()(evidence)
 app.command()(transfer)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(sweep)
 app.command()(doctor)
 

@@ -1,55 +1,93 @@
-"""``vllm-steer eval`` of a file of properties: fixed, scheduled and dynamic strengths compared."""
+"""``vllm-steer compare``: several properties at once, by fixed, scheduled and dynamic strengths."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_steer.cli import generating_options as options
-from vllm_steer.cli.fit.guidance_options import refuse
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
-from vllm_steer.files.folder_lock import locked
+from vllm_steer.run_folder import locked
 
 if TYPE_CHECKING:
     from vllm_steer.evaluation.composition.report import ComparisonReport
 
-PROPERTIES: Final = "With a .yaml of properties"
-PROPERTY_SUFFIXES: Final = (".yaml", ".yml")
-_OF_ONE_STEER: Final = ("strengths", "layers", "phase", "schedule", "control_seed")
 
+def compare(
+    context: typer.Context,
+    model: options.Model,
+    properties: Annotated[
+        Path,
+        typer.Argument(metavar="PROPERTIES", help=".yaml of properties, steers and strengths."),
+    ],
+    prompts: options.Prompts,
+    out: options.Out,
+    prompt_field: options.PromptField = "prompt",
+    first: options.First = None,
+    choose_prompts: Annotated[
+        Path | None, typer.Option(help="Prompts to choose strengths on; without: --prompts.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Share below the highest that is given up for perplexity.")
+    ] = 0.02,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of the texts as a whole, as for eval; again for more. Without: perplexity by "
+            "MODEL, diversity."
+        ),
+    ] = None,
+    preset: options.Preset = None,
+    samples: options.Samples = None,
+    max_tokens: options.MaxTokens = None,
+    exact_length: options.ExactLength = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    restart: options.Restart = False,
+    plot: options.Plot = True,
+    as_json: options.AsJson = False,
+    dtype: options.Dtype = "auto",
+    max_model_len: options.MaxModelLen = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = None,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    enforce_eager: options.EnforceEager = False,
+) -> None:
+    """Compare no steer, fixed, scheduled and dynamic strengths for properties and combinations.
 
-def compare_properties(context: typer.Context) -> None:
-    """Run the command whose options ``context`` holds."""
-    refuse(context, _OF_ONE_STEER, "beside a .yaml of properties, which says it of each")
-    from vllm_steer.evaluation.composition.comparing import compare
+    Strengths are chosen on the combinations that are seen and taken over for the unseen ones.
+    """
+    from vllm_steer.evaluation.composition.comparing import compare as run_comparison
     from vllm_steer.evaluation.composition.comparison import Comparison
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.optional import need
 
-    given = context.params
-    if given["plot"]:
+    if plot:
         need("matplotlib")  # now, not after hours of generating
-    field, choosing = given["prompt_field"], given["choose_prompts"]
+    choosing = None
+    if choose_prompts is not None:
+        choosing = read_prompts(choose_prompts, field=prompt_field)
     asked = Comparison(
-        model=given["model"],
-        file=given["steer"],
-        prompts=read_prompts(given["prompts"], field=field, count=given["first"]),
-        choosing=None if choosing is None else read_prompts(choosing, field=field),
-        folder=given["out"],
-        judges=tuple(given["judge"] or ()),
-        sampling=options.sampling(given),
-        tolerance=given["tolerance"],
-        engine=options.engine_options(given),
-        restart=given["restart"],
+        model=model,
+        file=properties,
+        prompts=read_prompts(prompts, field=prompt_field, count=first),
+        choosing=choosing,
+        folder=out,
+        judges=tuple(judge or ()),
+        sampling=options.sampling(context.params),
+        tolerance=tolerance,
+        engine=options.engine_options(context.params),
+        restart=restart,
     )
-    with locked(asked.folder):
-        report = compare(asked, make_judges, progress)
-        _show(report, asked.folder, given["plot"], given["as_json"])
+    with locked(out):
+        report = run_comparison(asked, make_judges, progress)
+        _show(report, out, plot=plot, as_json=as_json)
 
 
-def _show(report: "ComparisonReport", out: Path, plot: bool, as_json: bool) -> None:
+def _show(report: "ComparisonReport", out: Path, *, plot: bool, as_json: bool) -> None:
     from vllm_steer.evaluation.composition.plot import draw_prices, draw_strengths
     from vllm_steer.evaluation.composition.report import notes, tables
     from vllm_steer.evaluation.json_files import finite

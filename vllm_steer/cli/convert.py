@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from vllm_steer.cli.output import check_output
 from vllm_steer.cli.terminal import Console, say_json
@@ -14,6 +13,7 @@ from vllm_steer.files import Loaded, read_file, save_steer
 from vllm_steer.files.facts import Facts
 from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
 from vllm_steer.steers.layers import format_layers
+from vllm_steer.tables import Table, facts
 
 
 def convert(
@@ -111,11 +111,7 @@ def _layers_summary(steer: VectorSteer | DeltaSteer) -> dict[str, Any]:
 
 
 def _table(summary: dict[str, Any], title: str) -> Table:
-    table = Table(title=title, show_header=False)
-    for name, value in summary.items():
-        if name == "norms":
-            low, high = min(value.values()), max(value.values())
-            table.add_row("norm per layer", f"{low:.4g} to {high:.4g}")
-        elif value not in (None, "", []):
-            table.add_row(name.replace("_", " "), str(value))
-    return table
+    shown = dict(summary)
+    if norms := shown.pop("norms", {}).values():
+        shown["norm per layer"] = f"{min(norms):.4g} to {max(norms):.4g}"
+    return facts(title, shown)

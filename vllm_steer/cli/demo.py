@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.demo.batch import PROMPT, Answer, ask_all
 from vllm_steer.demo.server import serve_embedded_model
+from vllm_steer.tables import Column, Table
 
 
 def demo(
@@ -43,16 +43,19 @@ def demo(
 
 def _table(answers: Sequence[Answer]) -> Table:
     measures = list(answers[0].shares)
-    table = Table(title=f"{PROMPT} ...", caption="shares of each request's texts, by lexicon")
-    for heading in ("asked by", "strength", "first text"):
-        table.add_column(heading, overflow="fold")
-    for measure in measures:
-        table.add_column(measure, justify="right")
-    for answer in answers:
-        table.add_row(
+    texts = [Column("asked by"), Column("strength"), Column("first text")]
+    rows = [
+        (
             answer.request.asked_by,
             answer.request.strengths,
             answer.texts[0].removeprefix(PROMPT).strip(),
-            *(f"{answer.shares[measure]:.0%}" for measure in measures),
+            *(answer.shares[measure] for measure in measures),
         )
-    return table
+        for answer in answers
+    ]
+    return Table(
+        f"{PROMPT} ...",
+        [*texts, *(Column(measure, ".0%") for measure in measures)],
+        rows,
+        caption="shares of each request's texts, by lexicon",
+    )

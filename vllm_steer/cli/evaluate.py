@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_steer.cli import generating_options as options
-from vllm_steer.cli.compare import PROPERTIES, PROPERTY_SUFFIXES, compare_properties
-from vllm_steer.cli.fit.guidance_options import refuse
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.files.folder_lock import locked
+from vllm_steer.run_folder import locked
 
 if TYPE_CHECKING:
     from vllm_steer.evaluation.report import Report
+
+
+def _no_properties(steer: Path) -> Path:
+    if steer.suffix in (".yaml", ".yml"):
+        raise SteerError(f"{steer}: no steer; a file of properties is for vllm-steer compare")
+    return steer
 
 
 def evaluate(
@@ -23,18 +27,14 @@ def evaluate(
     steer: Annotated[
         Path,
         typer.Argument(
-            metavar="STEER", help="Steer file of any known tool; or a .yaml of properties."
+            metavar="STEER", help="Steer file of any known tool.", callback=_no_properties
         ),
     ],
     prompts: options.Prompts,
-    out: Annotated[Path, typer.Option(help="Folder of the run; a killed run goes on there.")],
+    out: options.Out,
     strengths: Annotated[
-        str | None,
-        typer.Option(
-            help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always in it.",
-            show_default="of a steer file: needed",
-        ),
-    ] = None,
+        str, typer.Option(help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always in it.")
+    ],
     prompt_field: options.PromptField = "prompt",
     first: options.First = None,
     judge: Annotated[
@@ -47,10 +47,7 @@ def evaluate(
     preset: options.Preset = None,
     samples: options.Samples = None,
     max_tokens: options.MaxTokens = None,
-    exact_length: Annotated[
-        bool | None,
-        typer.Option(help="Write all of them: no early end.", rich_help_panel=options.GENERATING),
-    ] = None,
+    exact_length: options.ExactLength = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -63,46 +60,19 @@ def evaluate(
         str | None, typer.Option(help="Of a delta: fixed, start or dim; without: the file's.")
     ] = None,
     control_seed: Annotated[int, typer.Option(help="Of the random steer.")] = 0,
-    choose_prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Prompts to choose strengths on; without: --prompts.",
-            rich_help_panel=PROPERTIES,
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float,
-        typer.Option(
-            help="Share below the highest that is given up for perplexity.",
-            rich_help_panel=PROPERTIES,
-        ),
-    ] = 0.02,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard the folder's run.")] = False,
-    plot: Annotated[bool, typer.Option(help="Draw report.png.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    restart: options.Restart = False,
+    plot: options.Plot = True,
+    as_json: options.AsJson = False,
     dtype: options.Dtype = "auto",
     max_model_len: options.MaxModelLen = None,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(rich_help_panel=options.VLLM)
-    ] = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
     enforce_eager: options.EnforceEager = False,
 ) -> None:
     """Generate at each strength in vLLM, and judge the texts: JSON, tables and a plot.
 
-    Beside the steer stand the unsteered model and a random steer of equal norm, always. A .yaml
-    of properties compares fixed, scheduled and dynamic strengths of several steers at once.
+    Beside the steer stand the unsteered model and a random steer of equal norm, always.
     """
-    if steer.suffix in PROPERTY_SUFFIXES:
-        compare_properties(context)
-        return
-    refuse(
-        context,
-        ("choose_prompts", "tolerance"),
-        f"beside {steer}: it belongs to a .yaml of properties",
-    )
-    if strengths is None:
-        raise SteerError("strengths are missing; give --strengths such as '-5:5:2.5'")
     from vllm_steer.evaluation.evaluating import Evaluation
     from vllm_steer.evaluation.evaluating import evaluate as run_evaluation
     from vllm_steer.evaluation.judges import make_judges

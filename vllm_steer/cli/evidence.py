@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from vllm_steer.cli.progress import progress
@@ -15,6 +14,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.inspection import Evidence, TextSpan, text_evidence
 from vllm_steer.models import load_language_model
+from vllm_steer.tables import Column, StyledText, Table
 from vllm_steer.texts import LabelledText, read_labelled, read_rows, read_texts
 
 _FOR, _AGAINST = "bold green", "bold red"
@@ -109,13 +109,12 @@ def _show(console: Console, one: Evidence) -> None:
     console.print(_marked(console, one))
     per_token = one.total / len(one.tokens)
     console.print(f"evidence {one.total:+.3f} nats, {per_token:+.4f} a token: label {one.label:+d}")
-    table = Table()
-    for heading in ("evidence", "characters", "span"):
-        table.add_column(heading, justify="left" if heading == "span" else "right")
-    for span, style in _spans(one):
-        place = f"{span.begin}-{span.end}"
-        table.add_row(f"{span.evidence:+.3f}", place, console.text(span.text, style))
-    console.print(table)
+    rows = [
+        (span.evidence, f"{span.begin}-{span.end}", StyledText(span.text, style))
+        for span, style in _spans(one)
+    ]
+    columns = (Column("evidence", "+.3f"), Column("characters", ""), Column("span"))
+    console.print(Table("", columns, rows))
 
 
 def _spans(one: Evidence) -> Iterator[tuple[TextSpan, str]]:

@@ -1,4 +1,4 @@
-"""What ``eval`` and ``sweep`` have in common: model, steer, prompts, sampling, vLLM's options."""
+"""Options of ``eval``, ``compare`` and ``sweep``: prompts, the run, sampling, vLLM's own."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +34,10 @@ SteerFile = Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of 
 Prompts = Annotated[Path, typer.Option(help="Prompts: .jsonl, .json, .csv, .tsv or .txt.")]
 PromptField = Annotated[str, typer.Option(help="Name of the prompt in a row.")]
 First = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run; a killed run goes on there.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard the folder's run.")]
+Plot = Annotated[bool, typer.Option(help="Draw the report as PNG.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Preset = Annotated[
     str | None, typer.Option(help="lm-steer: its authors' settings.", rich_help_panel=GENERATING)
 ]
@@ -42,6 +46,10 @@ Samples = Annotated[
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(help="New tokens at most [20].", rich_help_panel=GENERATING)
+]
+ExactLength = Annotated[
+    bool | None,
+    typer.Option(help="Write all of them: no early end.", rich_help_panel=GENERATING),
 ]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy [1].", rich_help_panel=GENERATING)
@@ -53,6 +61,7 @@ Seed = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(rich_help_panel=VLLM)]
 MaxModelLen = Annotated[int | None, typer.Option(rich_help_panel=VLLM)]
+GpuMemoryUtilization = Annotated[float | None, typer.Option(rich_help_panel=VLLM)]
 TensorParallelSize = Annotated[int, typer.Option(rich_help_panel=VLLM)]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", rich_help_panel=VLLM)]
 

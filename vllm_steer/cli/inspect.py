@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from vllm_steer.cli.output import check_output
@@ -16,10 +15,11 @@ from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.files import read_file
 from vllm_steer.inspection import NearTokens, nearest_tokens, read_output_embedding
 from vllm_steer.inspection.description import Description, describe
-from vllm_steer.inspection.nearest_tokens import why_no_tokens
+from vllm_steer.inspection.nearest_tokens import Token, why_no_tokens
 from vllm_steer.inspection.plot import write_plot
 from vllm_steer.models import load_tokenizer
 from vllm_steer.steers import LMSteer, Steer
+from vllm_steer.tables import Column, Table, facts
 
 _LONGEST_LIST = 6
 _MOST_LINES = 200
@@ -74,11 +74,7 @@ def _near(steer: Steer, model: str, top: int, tokens: int) -> list[NearTokens]:
 
 
 def _shown(description: Description, top: int, title: str) -> Iterator[RenderableType]:
-    facts = Table(title=title, show_header=False)
-    for name, value in description.items():
-        if name not in _PARTS and value not in (None, ""):
-            facts.add_row(name.replace("_", " "), str(value))
-    yield facts
+    yield facts(title, {n: value for n, value in description.items() if n not in _PARTS})
     for column in description.get("columns", ()):
         yield _column_table(column, top) if "shares" in column else _column_line(column)
     if "layers" in description:
@@ -96,37 +92,35 @@ def _column_line(column: Mapping[str, Any]) -> str:
 def _column_table(column: Mapping[str, Any], top: int) -> RenderableType:
     if column["fixed"]:
         return _column_line(column)
-    table = Table(title=_column_line(column))
-    for heading in ("direction", "singular value", "share", "shares so far"):
-        table.add_column(heading, justify="right")
-    so_far = 0.0
-    leading = zip(column["singular_values"][:top], column["shares"], strict=False)
-    for i, (value, share) in enumerate(leading):
-        so_far += share
-        table.add_row(str(i), f"{value:.4g}", f"{share:.1%}", f"{so_far:.1%}")
-    return table
+    so_far = itertools.accumulate(column["shares"])
+    rows = zip(itertools.count(), column["singular_values"][:top], column["shares"], so_far)
+    columns = (
+        Column("direction", "d"),
+        Column("singular value", ".4g"),
+        Column("share", ".1%"),
+        Column("shares so far", ".1%"),
+    )
+    return Table(_column_line(column), columns, list(rows))
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     # Not every row has every figure: a layer that was only probed has no norm.
     names = list(dict.fromkeys([*_FIRST, *(name for row in layers for name in row)]))
     names = [name for name in names if any(name in row for row in layers)]
-    table = Table()
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in layers:
-        table.add_row(*(_figure(row.get(name)) for name in names))
-    return table
+    columns = [Column(name.replace("_", " "), _figure) for name in names]
+    return Table("", columns, [[row.get(name) for name in names] for row in layers])
 
 
 def _token_table(near: Sequence[NearTokens]) -> Table:
-    table = Table(show_lines=True)
-    for heading in ("direction", "weight", "highest", "lowest"):
-        table.add_column(heading)
-    for one in near:
-        sides = ("  ".join(t.text.strip() for t in s) for s in (one.highest, one.lowest))
-        table.add_row(one.label, f"{one.weight:.4g}", *sides)
-    return table
+    rows = [
+        (one.label, f"{one.weight:.4g}", *map(_in_a_row, (one.highest, one.lowest))) for one in near
+    ]
+    columns = [Column(heading) for heading in ("direction", "weight", "highest", "lowest")]
+    return Table("", columns, rows, lines=range(len(rows)))
+
+
+def _in_a_row(tokens: Sequence[Token]) -> str:
+    return "  ".join(token.text.strip() for token in tokens)
 
 
 def _first(lines: Iterator[str]) -> Iterator[str]:

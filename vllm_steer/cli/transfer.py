@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
@@ -17,6 +16,7 @@ from vllm_steer.files import load_steer, save_steer
 from vllm_steer.inspection import read_output_embedding
 from vllm_steer.models import load_language_model, load_tokenizer
 from vllm_steer.steers import LMSteer
+from vllm_steer.tables import Column, Table
 from vllm_steer.texts import LabelledText, read_labelled
 from vllm_steer.transfer import Effect, Transferred, match_strength, measure_effect, transfer_steer
 from vllm_steer.transfer.bridge import AUTHORS_STEPS
@@ -150,18 +150,14 @@ def _figures(found: Transferred, effects: _Effects | None) -> dict[str, Any]:
 
 
 def _table(figures: Mapping[str, Any], title: str) -> Table:
-    table = Table(title=title)
-    for heading in ("", "source", "target"):
-        table.add_column(heading)
-    table.add_row("shared tokens", str(figures["shared_tokens"]), "")
-    if figures["fit"]:
-        table.add_row("relative residual", "", f"{figures['fit']['relative_residual']:.3f}")
-        table.add_row("mean cosine", "", f"{figures['fit']['mean_cosine']:.3f}")
-    if figures["effect"]:
-        source, target = figures["effect"]["source"], figures["effect"]["target"]
+    rows = [("shared tokens", str(figures["shared_tokens"]), "")]
+    if fit := figures["fit"]:
+        rows.append(("relative residual", "", f"{fit['relative_residual']:.3f}"))
+        rows.append(("mean cosine", "", f"{fit['mean_cosine']:.3f}"))
+    if effect := figures["effect"]:
         for name in ("evidence_per_text", "evidence_per_token", "accuracy"):
-            row = (f"{side[name]:.3f}" for side in (source, target))
-            table.add_row(name.replace("_", " "), *row)
-        if figures["effect"]["kept"] is not None:
-            table.add_row("effect kept", "", f"{figures['effect']['kept']:.1%}")
-    return table
+            source, target = (f"{effect[side][name]:.3f}" for side in ("source", "target"))
+            rows.append((name.replace("_", " "), source, target))
+        if effect["kept"] is not None:
+            rows.append(("effect kept", "", f"{effect['kept']:.1%}"))
+    return Table(title, (Column(""), Column("source"), Column("target")), rows)

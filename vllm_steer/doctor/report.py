@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from rich.table import Table
-from rich.text import Text
 
 from vllm_steer.doctor.architecture import Architecture, describe
 from vllm_steer.doctor.environment import environment
@@ -15,6 +13,7 @@ from vllm_steer.doctor.parity import PART as PARITY
 from vllm_steer.doctor.parity import parity
 from vllm_steer.errors import SteerError
 from vllm_steer.files.source import cause
+from vllm_steer.tables import Column, StyledText, Table
 
 _COLOURS: Final[Mapping[State, str]] = {
     "ok": "green",
@@ -77,16 +76,13 @@ def failed(findings: Sequence[Finding]) -> bool:
 
 def table(model: str, findings: Sequence[Finding]) -> Table:
     """The findings as a table, in parts."""
-    shown = Table(title=f"vllm-steer on {model}", title_justify="left")
-    for heading in ("", "", "state"):
-        shown.add_column(heading, no_wrap=True)
-    shown.add_column("", overflow="fold")
-    part = ""
-    for finding in findings:
-        if finding.part != part and part:
-            shown.add_section()
-        colour = _COLOURS[finding.state]
+    rows, ends, part = [], [], ""
+    for place, finding in enumerate(findings):
+        if finding.part != part:
+            ends.append(place - 1)
         name = finding.part if finding.part != part else ""
-        shown.add_row(name, finding.name, Text(finding.state, style=colour), finding.said)
+        state = StyledText(finding.state, _COLOURS[finding.state])
+        rows.append((name, finding.name, state, finding.said))
         part = finding.part
-    return shown
+    headings = [Column(heading, wrap=False) for heading in ("", "", "state")]
+    return Table(f"vllm-steer on {model}", [*headings, Column("")], rows, lines=ends)

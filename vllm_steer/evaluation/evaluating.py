@@ -1,39 +1,30 @@
 """An evaluation from the prompts to the report: generate, judge, report; each part resumes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from vllm_steer.errors import SteerError
-from vllm_steer.evaluation.answers import Answers, Judge
+from vllm_steer.evaluation.answers import Judge
 from vllm_steer.evaluation.control import random_steer
-from vllm_steer.evaluation.generating import Engine, EngineOptions, engine
+from vllm_steer.evaluation.generating import EngineOptions
 from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import JudgeEntry, Report, make_report, markdown
 from vllm_steer.evaluation.run import Run, Setting, open_run, settings_of
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.evaluation.scoring import score
+from vllm_steer.evaluation.writing import Progress, Texts, write_missing
 from vllm_steer.files import load_steer, save_steer
-from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.whole import write_text
 from vllm_steer.request import read_dose
+from vllm_steer.run_folder import locked
 from vllm_steer.steers import DeltaSteer, Steer
 from vllm_steer.steers.content import content_digest
 
-
-class Advance(Protocol):
-    """``advance(done)`` moves a bar of progress; ``said`` replaces its text."""
-
-    def __call__(self, done: int, *, said: str | None = None) -> None: ...
-
-
 MakeJudges = Callable[[Sequence[str]], tuple[list[Judge], dict[str, str]]]
-Progress = Callable[[str, int | None], AbstractContextManager[Advance]]
 
 DEFAULT_JUDGES: Final = ("diversity", "repetition")
 _VERSIONS: Final = ("torch", "vllm")
@@ -134,32 +125,18 @@ def about_run(asked: Evaluation, steer: Steer) -> dict[str, Any]:
 def _generate(
     run: Run, settings: Sequence[Setting], asked: Evaluation, steer: Steer, progress: Progress
 ) -> None:
-    missing = run.missing(settings)
-    if not missing:
+    if not run.missing(settings):
         return
     save_steer(random_steer(steer, asked.control_seed), run.control)
-    per_setting = len(asked.prompts.texts) * asked.sampling.samples
-    total = per_setting * len(settings)
-    done = total - per_setting * len(missing)
     files = {"steer": asked.steer.resolve(), "random": run.control.resolve()}
-    with (
-        progress("starting vLLM", total) as advance,
-        engine(asked.model, files, asked.engine) as running,
-    ):
-        for setting in missing:
-            advance(done, said=f"writing {setting.name}")
-            run.write(setting, _texts(running, setting, asked, partial(_count, advance, done)))
-            done += per_setting
+    wanted = [
+        Texts(setting, asked.prompts.texts, asked.sampling, _request(setting, asked))
+        for setting in settings
+    ]
+    write_missing(run, wanted, asked.model, files, asked.engine, progress)
 
 
-def _count(advance: Advance, before: int, texts: int) -> None:
-    advance(before + texts)
-
-
-def _texts(
-    running: Engine, setting: Setting, asked: Evaluation, on_text: Callable[[int], None]
-) -> list[Answers]:
-    steer: dict[str, Any] | None = {setting.which: {"strength": setting.strength, **asked.options}}
+def _request(setting: Setting, asked: Evaluation) -> dict[str, Any] | None:
     if setting.which == "none":
-        steer = None
-    return running.generate(asked.prompts.texts, asked.sampling, steer, on_text=on_text)
+        return None
+    return {setting.which: {"strength": setting.strength, **asked.options}}

@@ -1,11 +1,11 @@
 """The JSON files of a run."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_steer.files.json_text import json_text
 from vllm_steer.files.whole import write_text
 
 
@@ -17,13 +17,6 @@ def write_json(path: Path, value: Any) -> None:
 def as_json(value: Any) -> str:
     """Plain data as JSON of two spaces' indent, with null where a number is not finite."""
     return json_text(finite(value), indent=2)
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """Plain data as JSON for a file: letters of every script as they are, in valid UTF-8."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    # Half a surrogate pair is no UTF-8; so escaped it is the same JSON text.
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from vllm_steer.evaluation.report import PERPLEXITY, STEERS, Report, perplexity_judge
 from vllm_steer.evaluation.run import Which
-from vllm_steer.picture import label, picture
+from vllm_steer.picture import COLOURS, label, picture
 
 Panel = Callable[[Any], None]
 
@@ -14,8 +14,6 @@ _STYLES: Final[dict[str, dict[str, Any]]] = {
     "steer": {"marker": "o", "linestyle": "-"},
     "random": {"marker": "s", "linestyle": "--", "alpha": 0.6, "markerfacecolor": "none"},
 }
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_DPI: Final = 150
 _SMOOTH: Final = 200
 
 
@@ -27,7 +25,7 @@ def draw_report(report: Report, path: Path) -> None:
     panels = _panels(report)
     size = (4.6 * max(1, len(panels)), 4.0)
     title = label(f"{report.about['steer']['file']} on {report.about['model']}")
-    with picture(path, dpi=_DPI, figsize=size, layout="constrained") as figure:
+    with picture(path, figsize=size, layout="constrained") as figure:
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=False):
             panel(axis)
@@ -80,7 +78,7 @@ def _normalised(axis: Any, report: Report) -> None:
         for which, found in by_steer.items():
             if isinstance(found, str):
                 continue
-            colour, style = _COLOURS[index % len(_COLOURS)], _STYLES[which]
+            colour, style = COLOURS[index % len(COLOURS)], _STYLES[which]
             said = label(f"{judge} {which}: {found.pnes:.2f}")
             points = {**style, "linestyle": "none", "color": colour}
             axis.plot(found.strengths, found.y, label=said, **points)
@@ -106,4 +104,4 @@ def _line(
     axis: Any, x: Sequence[float], y: Sequence[float], index: int, which: Which, judge: str
 ) -> None:
     said = label(f"{judge} {which}".strip())
-    axis.plot(x, y, label=said, color=_COLOURS[index % len(_COLOURS)], **_STYLES[which])
+    axis.plot(x, y, label=said, color=COLOURS[index % len(COLOURS)], **_STYLES[which])

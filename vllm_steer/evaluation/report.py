@@ -3,21 +3,19 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
-
-from rich.table import Table
+from typing import Any, Final
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.pnes import Pnes, perplexity_normalised_effect
 from vllm_steer.evaluation.run import Setting, Which
 from vllm_steer.evaluation.scoring import Scores
-from vllm_steer.markdown import markdown_row, markdown_text
+from vllm_steer.markdown import markdown_text
+from vllm_steer.tables import Column, Table, figure, markdown_list
 
 PERPLEXITY: Final = "total_perplexity"
 """The figure of perplexity that effects are set against: outliers are in it."""
 
 STEERS: Final[tuple[Which, ...]] = ("steer", "random")
-_WORDS: Final = ("judge", "steer")
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,28 @@ def perplexity_judge(report: Report) -> str | None:
 
 def tables(report: Report) -> Iterator[Table]:
     """A table for each judge: at each strength the control's figures beside the steer's."""
-    for title, headings, rows in _grids(report):
-        table = Table(title=title, title_justify="left")
-        for heading in headings:
-            side: Literal["left", "right"] = "left" if heading in _WORDS else "right"
-            table.add_column(heading, justify=side, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        yield table
+    for judge in report.judges:
+        found = report.scores[judge.name]
+        names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+        figures = [Column(name.replace("_", " "), figure) for name in names]
+        rows = [
+            (s.strength, s.which, *(found[s.name].get(name, math.nan) for name in names))
+            for s in sorted(report.settings, key=lambda s: s.strength)
+        ]
+        yield Table(judge.name, [Column("strength", "g"), Column("steer"), *figures], rows)
+    if report.normalised:
+        yield _pnes_table(report)
+
+
+def _pnes_table(report: Report) -> Table:
+    figures = [Column("PNES", figure), Column("r2", figure), Column("highest at", ".3g")]
+    rows = [
+        (judge, which, *_pnes_cells(pnes))
+        for judge, by_steer in report.normalised.items()
+        for which, pnes in by_steer.items()
+    ]
+    title = "effect normalised by perplexity"
+    return Table(title, [Column("judge"), Column("steer"), *figures], rows)
 
 
 def markdown(report: Report) -> str:
@@ -139,17 +151,13 @@ def markdown(report: Report) -> str:
         f"{report.about['sampling']['samples']} texts each. Strength 0 is the unsteered model; "
         "*random* is a random steer of equal norm.",
     ]
-    for title, headings, rows in _grids(report):
-        lines += ["", f"## {markdown_text(title)}", "", markdown_row(headings)]
-        marks = ("---" if heading in _WORDS else "---:" for heading in headings)
-        lines.append("| " + " | ".join(marks) + " |")
-        lines += map(markdown_row, rows)
+    for table in tables(report):
+        lines += table.markdown()
     if reasons := list(without_effect(report)):
-        lines += ["", *(f"- {markdown_text(reason)}" for reason in reasons)]
+        lines += markdown_list(reasons)
     if report.missing:
-        lines += ["", "## Judges that are not at hand", ""]
         found = (f"{name}: {reason}" for name, reason in report.missing.items())
-        lines += [f"- {markdown_text(each)}" for each in found]
+        lines += ["", "## Judges that are not at hand", *markdown_list(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -159,30 +167,6 @@ def without_effect(report: Report) -> Iterator[str]:
         for which, found in by_steer.items():
             if isinstance(found, str):
                 yield f"{judge}, {which}: {found}"
-
-
-Grid = tuple[str, list[str], list[list[str]]]
-
-
-def _grids(report: Report) -> Iterator[Grid]:
-    """Title, headings and rows of each table."""
-    for judge in report.judges:
-        found = report.scores[judge.name]
-        names = list(dict.fromkeys(name for figures in found.values() for name in figures))
-        rows = [
-            [f"{s.strength:g}", s.which, *(_shown(found[s.name].get(n, math.nan)) for n in names)]
-            for s in sorted(report.settings, key=lambda s: s.strength)
-        ]
-        headings = [name.replace("_", " ") for name in names]
-        yield judge.name, ["strength", "steer", *headings], rows
-    if report.normalised:
-        rows = [
-            [judge, which, *_pnes_cells(found)]
-            for judge, by_steer in report.normalised.items()
-            for which, found in by_steer.items()
-        ]
-        headings = ["judge", "steer", "PNES", "r2", "highest at"]
-        yield "effect normalised by perplexity", headings, rows
 
 
 def _normalised(
@@ -198,13 +182,5 @@ def _pnes_data(found: Pnes | str) -> dict[str, Any]:
     return {"reason": found} if isinstance(found, str) else asdict(found)
 
 
-def _pnes_cells(found: Pnes | str) -> list[str]:
-    if isinstance(found, str):
-        return ["-", "-", "-"]
-    return [_shown(found.pnes), _shown(found.r2), f"{found.x_max:.3g}"]
-
-
-def _shown(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+def _pnes_cells(found: Pnes | str) -> list[float]:
+    return [math.nan] * 3 if isinstance(found, str) else [found.pnes, found.r2, found.x_max]

@@ -1,6 +1,6 @@
 """The folder of a run: what was asked, and the texts of every setting that is finished.
 
-    settings.json              what the texts come from; another run's folder is refused
+    settings.json              what the texts come from
     random.safetensors         the random control
     generations/NAME.jsonl     one row per prompt, in the LM-Steer authors' form; whole or not there
 
@@ -8,7 +8,6 @@ Killed at any time, a run goes on where it was: a setting whose file is there is
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,29 +15,29 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.json_files import json_text
-from vllm_steer.files.folder_lock import LOCK
-from vllm_steer.files.source import cause
-from vllm_steer.files.whole import clear_unfinished, finished_name, write_text
-from vllm_steer.foreign import listed, shown
-from vllm_steer.foreign import name as named
+from vllm_steer.files.json_text import json_text
+from vllm_steer.files.whole import write_text
+from vllm_steer.run_folder import SETTINGS, RunFiles, open_with_settings
 
 Which = Literal["none", "steer", "random"]
 S = TypeVar("S", bound="Named")
-_SETTINGS: Final = "settings.json"
 _MADE_BY: Final = "vllm-steer eval"
 _GENERATIONS: Final = "generations"
-_OWN: Final = (
-    "random.safetensors",
-    "scores.json",
-    "strengths.json",
-    "report.json",
-    "report.md",
-    "report.png",
-    "strengths.png",
-)
 _TEXTS: Final = ".jsonl"
-_SHOWN: Final = 3
+_CONTROL: Final = "random.safetensors"
+_FILES: Final = RunFiles(
+    (
+        f"{_GENERATIONS}/*{_TEXTS}",
+        _CONTROL,
+        "scores.json",
+        "strengths.json",
+        "report.json",
+        "report.md",
+        "report.png",
+        "strengths.png",
+        SETTINGS,
+    )
+)
 
 
 class Named(Protocol):
@@ -85,7 +84,7 @@ class Run:
     @property
     def control(self) -> Path:
         """Where the random steer is kept."""
-        return self.folder / "random.safetensors"
+        return self.folder / _CONTROL
 
     def missing(self, settings: Sequence[S]) -> list[S]:
         """The settings whose texts are not written yet."""
@@ -129,78 +128,10 @@ def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool =
     cannot be written.
     """
     folder = Path(folder)
-    path = folder / _SETTINGS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = {"made_by": _MADE_BY, **settings}
-        differences = _differences(_found(folder), json.loads(json.dumps(written)))
-        begun = any((folder / _GENERATIONS).glob(f"*{_TEXTS}"))
-        if path.exists() and (restart or (differences and not begun)):
-            _discard(folder)  # without texts there is nothing to lose
-        elif differences and path.exists():
-            raise SteerError(
-                f"{folder}: holds a run with other settings: {'; '.join(differences[:_SHOWN])}; "
-                "give another folder, or --restart to discard that run"
-            )
-        if not path.exists():
-            write_text(path, json_text(written, indent=2) + "\n")
-        (folder / _GENERATIONS).mkdir(exist_ok=True)
-        _clear_unfinished(folder)
-    except OSError as error:
-        raise SteerError(f"{folder}: cannot be used ({error.strerror})") from error
+    begun = any((folder / _GENERATIONS).glob(f"*{_TEXTS}"))
+    settings = {"made_by": _MADE_BY, **settings}
+    open_with_settings(folder, _FILES, settings, begun=begun, restart=restart)
     return Run(folder)
-
-
-def _found(folder: Path) -> Any:
-    """The settings of the run in a folder, None in an empty one; ``SteerError`` for any other."""
-    path = folder / _SETTINGS
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (ValueError, RecursionError) as error:
-        raise SteerError(f"{path}: no JSON ({cause(error)}); give another folder") from None
-    strange = sorted(entry.name for entry in folder.iterdir() if not _in_passing(entry.name))
-    if strange and (not isinstance(found, dict) or found.get("made_by") != _MADE_BY):
-        raise SteerError(
-            f"{folder}: holds {listed(strange[:_SHOWN])} and is no run's folder; give a new "
-            "one, or an empty one"
-        )
-    return found
-
-
-def _differences(found: Any, asked: Any, place: str = "") -> list[str]:
-    """Where two sets of settings differ, in words."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        keys = [*asked, *(key for key in found if key not in asked)]
-        return [
-            difference
-            for key in keys
-            for difference in _differences(
-                found.get(key), asked.get(key), f"{place}.{key}" if place else key
-            )
-        ]
-    return (
-        [] if found == asked else [f"{named(place)} was {shown(found)} and is now {shown(asked)}"]
-    )
-
-
-def _clear_unfinished(folder: Path) -> None:
-    """Remove what a killed process was writing."""
-    clear_unfinished(folder, (*_OWN, _SETTINGS).__contains__)
-    clear_unfinished(folder / _GENERATIONS, lambda name: name.endswith(_TEXTS))
-
-
-def _in_passing(name: str) -> bool:
-    """Whether a file is there only while a run writes, or because one was killed."""
-    return name == LOCK or finished_name(name) in (*_OWN, _SETTINGS)
-
-
-def _discard(folder: Path) -> None:
-    # The settings last: what is left of a run that was killed here is still a run's folder.
-    for path in (folder / _GENERATIONS).glob(f"*{_TEXTS}"):
-        path.unlink()
-    for name in (*_OWN, _SETTINGS):
-        if os.path.lexists(folder / name):
-            (folder / name).unlink()
 
 
 def _generations(answer: Answers) -> list[dict[str, Any]]:

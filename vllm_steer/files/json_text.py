@@ -1,4 +1,4 @@
-"""JSON out of a foreign file: bounded, and of one meaning."""
+"""JSON out of a foreign file: bounded, and of one meaning; and JSON for a file."""
 
 import json
 import math
@@ -37,6 +37,13 @@ def read_json(text: str, what: str) -> Any:
     if "\\u" in text and not _is_unicode(value):
         raise SteerError(f"{what}: a text has letters that are not Unicode")
     return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Plain data as JSON for a file: letters of every script as they are, in valid UTF-8."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    # Half a surrogate pair is no UTF-8; so escaped it is the same JSON text.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_unicode(value: Any) -> bool:

@@ -101,8 +101,8 @@ def fit_lm_steer(
         check_head(model, fit.head, encoded.rows[batches[0].rows[0]])
         run = None
         if run_folder is not None:
-            made_with = {**asdict(settings), "texts": training_run.digest(texts, labels)}
-            run = training_run.Run(Path(run_folder), made_with, checkpoint_every, restart)
+            begun_with = {**asdict(settings), "texts": training_run.digest(texts, labels)}
+            run = training_run.Checkpoints(Path(run_folder), begun_with, checkpoint_every, restart)
         training = train(fit, run, cache_bytes=cache_bytes, watch=watch or Watch())
     return _steer(fit, training)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.source import cause
 from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
 from vllm_steer.fit.head_loss import Head
@@ -27,13 +26,14 @@ from vllm_steer.fit.lm_steer_settings import Settings, Watch
 from vllm_steer.fit.objective import Tokens, initial_parameters, loss_and_gradients
 from vllm_steer.fit.training_run import (
     HIDDEN_STATES,
-    Run,
+    Checkpoints,
     Training,
     fingerprint,
-    open_run,
+    resume,
     start_training,
 )
 from vllm_steer.hf.sites import widened
+from vllm_steer.run_folder import locked
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fit:
     settings: Settings
 
 
-def train(fit: Fit, run: Run | None, *, cache_bytes: int, watch: Watch) -> Training:
+def train(fit: Fit, run: Checkpoints | None, *, cache_bytes: int, watch: Watch) -> Training:
     """All steps that are still to be done; with a ``run`` its checkpoint is then the last step's.
 
     Raises ``SteerError`` for a run of other settings, a file that cannot be written, and a loss
@@ -65,8 +65,8 @@ def train(fit: Fit, run: Run | None, *, cache_bytes: int, watch: Watch) -> Train
         stored = plan_storage(fit.model, fit.batches, folder / HIDDEN_STATES, hidden_size)
         cached = stored.bytes <= cache_bytes
         if run is not None:
-            run.made_with.update(_facts(fit, cached))
-            open_run(run, training)
+            run.settings.update(_facts(fit, cached))
+            resume(run, training)
             if training.step:
                 watch.say(f"going on after step {training.step} of {fit.settings.steps}")
         if cached:

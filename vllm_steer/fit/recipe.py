@@ -29,6 +29,7 @@ def recipe(
     return {
         "method": method,
         "model": model,
+        # A name need not be UTF-8, which a steer file is.
         "data": [
             {"file": printable(Path(path).name), "sha256": file_digest(path)} for path in data
         ],
@@ -39,8 +40,3 @@ def recipe(
             **{name: version(name) for name in ("torch", "transformers")},
         },
     }
-
-
-def _entry(path: Path) -> dict[str, str]:
-    # A name need not be UTF-8, which a steer file is.
-    return {"file": printable(path.name), "sha256": file_digest(path)}

@@ -21,7 +21,8 @@ from vllm_steer import foreign
 from vllm_steer.errors import SteerError
 from vllm_steer.files.safetensors_bytes import write_safetensors
 from vllm_steer.files.source import cause
-from vllm_steer.files.whole import clear_unfinished, write_text, write_whole
+from vllm_steer.files.whole import write_text, write_whole
+from vllm_steer.run_folder import RunFiles, prepare
 
 CHECKPOINT: Final = "checkpoint.safetensors"
 LOSSES: Final = "loss.csv"
@@ -29,8 +30,8 @@ HIDDEN_STATES: Final = "hidden_states.bin"
 LOSS_PLOT: Final = "loss.png"
 _CHECKPOINT_SECONDS: Final = 60.0
 _FINGERPRINT_VALUES: Final = 1 << 16
-_DIGESTS: Final = ("texts", "model")
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+_FILES: Final = RunFiles(work=(CHECKPOINT, HIDDEN_STATES), kept=(LOSSES, LOSS_PLOT))
 
 
 @dataclass
@@ -48,11 +49,11 @@ class Training:
 
 
 @dataclass
-class Run:
-    """A folder, what its run was started with (JSON), and when checkpoints are due."""
+class Checkpoints:
+    """A folder, the settings of its run (plain data), and when checkpoints are due."""
 
     folder: Path
-    made_with: dict[str, Any]
+    settings: dict[str, Any]
     every: int = 100  # steps
     restart: bool = False
     written: float = field(default_factory=time.monotonic)
@@ -65,8 +66,27 @@ class Run:
         """Write a checkpoint if one is due: after so many steps, a minute, or the last step."""
         late = time.monotonic() - self.written > _CHECKPOINT_SECONDS
         if last or late or training.step % self.every == 0:
-            save_checkpoint(self, training)
+            self.write(training)
             self.written = time.monotonic()
+
+    def write(self, training: Training) -> None:
+        """Write where the training stands; ``SteerError`` if that fails, with the last one kept."""
+        write_losses(self.folder, training.losses)
+        tensors = dict(training.parameters)
+        for name, parameter in training.parameters.items():
+            state = training.optimizer.state.get(parameter, {})
+            tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS if state}
+        metadata = {"step": str(training.step), "settings": json.dumps(self.settings)}
+        path = self.folder / CHECKPOINT
+        write_whole(path, lambda file: write_safetensors(file, tensors, metadata))
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    path: Path
+    settings: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    losses: list[float]
 
 
 def start_training(parameters: Mapping[str, torch.Tensor], learning_rate: float) -> Training:
@@ -90,36 +110,18 @@ def fingerprint(weight: torch.Tensor) -> str:
     return hashlib.sha256(str(tuple(weight.shape)).encode() + first.tobytes()).hexdigest()
 
 
-def open_run(run: Run, training: Training) -> None:
+def resume(run: Checkpoints, training: Training) -> None:
     """Bring ``training`` to where the run's checkpoint stands, or begin it in its folder.
 
     Raises ``SteerError`` naming each setting of the checkpoint that is another now, and for a
     folder that cannot be written to.
     """
-    folder = run.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_unfinished(folder, (CHECKPOINT, LOSSES, HIDDEN_STATES, LOSS_PLOT).__contains__)
-        if run.restart:
-            (folder / CHECKPOINT).unlink(missing_ok=True)
-    except OSError as error:
-        raise SteerError(f"run folder {folder}: cannot be used ({cause(error)})") from error
-    if (folder / CHECKPOINT).is_file():
-        _load(run, training)
+    found = None if run.restart else _read(run.folder, training)
+    prepare(run.folder, _FILES, run.settings, None if found is None else found.settings)
+    if found is None:
+        run.write(training)
     else:
-        (folder / HIDDEN_STATES).unlink(missing_ok=True)  # of a run that is over
-        save_checkpoint(run, training)
-
-
-def save_checkpoint(run: Run, training: Training) -> None:
-    """Write where the training stands; ``SteerError`` if that fails, with the last one kept."""
-    write_losses(run.folder, training.losses)
-    tensors = dict(training.parameters)
-    for name, parameter in training.parameters.items():
-        state = training.optimizer.state.get(parameter, {})
-        tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS if state}
-    metadata = {"step": str(training.step), "settings": json.dumps(run.made_with)}
-    write_whole(run.folder / CHECKPOINT, lambda file: write_safetensors(file, tensors, metadata))
+        _set(training, found)
 
 
 def write_losses(folder: Path, losses: Sequence[float]) -> None:
@@ -136,32 +138,36 @@ def read_losses(folder: Path) -> list[float]:
 
 def finish_run(folder: Path) -> None:
     """Leave the loss curve only."""
-    for name in (CHECKPOINT, HIDDEN_STATES):
-        (folder / name).unlink(missing_ok=True)
+    _FILES.discard(folder)
 
 
-def _load(run: Run, training: Training) -> None:
-    path = run.folder / CHECKPOINT
+def _read(folder: Path, training: Training) -> _Checkpoint | None:
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found, step = json.loads(metadata["settings"]), int(metadata["step"])
-        losses = _losses_until(run.folder, step)
-        _check_tensors(training, tensors, found, step)
+        settings, step = json.loads(metadata["settings"]), int(metadata["step"])
+        _check_tensors(training, tensors, settings, step)
+        return _Checkpoint(path, settings, tensors, _losses_until(folder, step))
     except Exception as error:  # of safetensors, of JSON, of the disk
         raise SteerError(
             f"{path}: cannot be read ({cause(error)}); give --restart (restart=True) to begin anew"
         ) from error
-    _check_settings(run.folder, found, run.made_with)
-    training.losses[:] = losses
+
+
+def _set(training: Training, found: _Checkpoint) -> None:
+    training.losses[:] = found.losses
     for name, parameter in training.parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise SteerError(f"{path}: {name} is {foreign.shown(tensors[name])}; give --restart")
-        parameter.data.copy_(tensors[name])
-        if step:
-            moments = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in _MOMENTS}
-            done = torch.tensor(float(step), device=parameter.device)
+        saved = found.tensors[name]
+        if saved.shape != parameter.shape:
+            raise SteerError(f"{found.path}: {name} is {foreign.shown(saved)}; give --restart")
+        parameter.data.copy_(saved)
+        if found.losses:
+            moments = {m: found.tensors[f"{name}.{m}"].to(parameter.device) for m in _MOMENTS}
+            done = torch.tensor(float(training.step), device=parameter.device)
             training.optimizer.state[parameter] = {"step": done, **moments}
 
 
@@ -181,31 +187,8 @@ def _check_tensors(
             raise ValueError(f"the moments of {name} have other shapes than it has")
 
 
-def _difference(name: str, found: Any, now: Any) -> str:
-    if name in _DIGESTS:
-        return f"other {name}"
-    return f"{foreign.name(name)} {foreign.name(found)} (now {foreign.name(now)})"
-
-
 def _losses_until(folder: Path, step: int) -> list[float]:
     losses = read_losses(folder)
     if len(losses) < step:
         raise ValueError(f"{LOSSES} ends at step {len(losses)}, before the checkpoint's {step}")
     return losses[:step]
-
-
-def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    # Through JSON, as what was found came: a tuple is a list there.
-    now = json.loads(json.dumps(wanted))
-    other = [
-        _difference(name, found.get(name), now.get(name))
-        for name in {**found, **now}
-        if found.get(name) != now.get(name)
-    ]
-    if other:
-        differences = foreign.listed(other, longest=600)
-        raise SteerError(
-            f"run folder {folder} holds an unfinished run with {differences}; give the same "
-            "settings and texts to go on with it, another run folder, or --restart (restart=True) "
-            "to discard it"
-        )

@@ -4,15 +4,12 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-from rich.table import Table
-
-from vllm_steer.picture import label, picture
+from vllm_steer.picture import COLOURS, label, picture
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.sweep.search import Point, within
 from vllm_steer.sweep.sweeping import Swept
+from vllm_steer.tables import Column, Table
 
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_DPI: Final = 150
 _DECADE: Final = 10.0
 
 
@@ -34,24 +31,27 @@ def data(swept: Swept, chosen: Point | None, written: Path | None) -> dict[str, 
 
 def table(swept: Swept, chosen: Point | None) -> Table:
     """A row for each point, by layers and strength; the one that was taken is marked."""
-    title = f"{swept.asked.judge}, budget {swept.asked.budget:g}"
-    found = Table(title=title, title_justify="left")
-    for heading in ("layers", "strength", "effect", "perplexity", "ratio", ""):
-        found.add_column(heading, justify="left" if heading in ("layers", "") else "right")
     names = list(dict.fromkeys(point.candidate for point in swept.points))
     points = sorted(swept.points, key=lambda p: (names.index(p.candidate), p.strength))
-    for point in (swept.unsteered, *points):
-        inside = within(point, swept.asked.budget)
-        note = "chosen" if point is chosen else "" if inside else "over budget"
-        found.add_row(
-            _layers(point),
-            f"{point.strength:.5g}",
-            f"{point.effect:.3f}",
-            f"{point.perplexity:.4g}",
-            f"{point.ratio:.3f}",
-            note,
-        )
-    return found
+    rows = [
+        (_layers(p), p.strength, p.effect, p.perplexity, p.ratio, _note(p, swept, chosen))
+        for p in (swept.unsteered, *points)
+    ]
+    columns = (
+        Column("layers"),
+        Column("strength", ".5g"),
+        Column("effect", ".3f"),
+        Column("perplexity", ".4g"),
+        Column("ratio", ".3f"),
+        Column(""),
+    )
+    return Table(f"{swept.asked.judge}, budget {swept.asked.budget:g}", columns, rows)
+
+
+def _note(point: Point, swept: Swept, chosen: Point | None) -> str:
+    if point is chosen:
+        return "chosen"
+    return "" if within(point, swept.asked.budget) else "over budget"
 
 
 def draw(swept: Swept, chosen: Point | None, path: Path) -> None:
@@ -59,7 +59,7 @@ def draw(swept: Swept, chosen: Point | None, path: Path) -> None:
 
     Raises ``SteerError`` without matplotlib and where the file cannot be written.
     """
-    with picture(path, dpi=_DPI, figsize=(6.4, 4.4), layout="constrained") as figure:
+    with picture(path, figsize=(6.4, 4.4), layout="constrained") as figure:
         axis = figure.subplots()
         _draw_points(axis, swept)
         _draw_frame(axis, swept, chosen)
@@ -70,7 +70,7 @@ def _draw_points(axis: Any, swept: Swept) -> None:
     for index, candidate in enumerate(names):
         points = [p for p in swept.points if p.candidate == candidate and math.isfinite(p.ratio)]
         points = sorted([swept.unsteered, *points], key=lambda p: abs(p.strength))
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         style: dict[str, Any] = {"marker": "o", "color": colour, "label": label(candidate.name)}
         axis.plot([p.ratio for p in points], [p.effect for p in points], **style)
         for point in points:

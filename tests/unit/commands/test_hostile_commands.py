@@ -149,8 +149,7 @@ def test_a_real_terminal_shows_it_whatever_its_encoding(
 def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import comparing_tools as comparing
 
-    from vllm_steer.evaluation import judges
-    from vllm_steer.evaluation.composition import writing
+    from vllm_steer.evaluation import judges, writing
 
     pytest.importorskip("matplotlib")
     found = comparing.StandIn()
@@ -164,7 +163,7 @@ def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.Mo
     asked = {"steer": f"v{name}", "judge": judge, "strengths": [2], "max": [4]}
     content = {"properties": {"b": asked}, "seen": ["b"]}
     (tmp_path / "asked.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    line = ["eval", f"m{ALL}", tmp_path / "asked.yaml", "--prompts", tmp_path / f"p{name}.txt"]
+    line = ["compare", f"m{ALL}", tmp_path / "asked.yaml", "--prompts", tmp_path / f"p{name}.txt"]
     done = call(*line, "--out", tmp_path / "run", "--samples", comparing.TEXTS)
     assert (done.exit_code, done.exception) == (0, None)
     assert_shown(done.output)

@@ -48,8 +48,8 @@ def test_another_runs_folder_is_refused_naming_the_difference(tmp_path: Path) ->
     open_run(tmp_path, ASKED).write(FIVE, ANSWERS)
     other = {**ASKED, "sampling": {"seed": 0, "top_p": 1.0}}
     wanted = (
-        r"other settings: sampling\.top_p was 0\.9 and is now 1\.0; give another folder, or "
-        r"--restart to discard that run"
+        r"other settings: sampling\.top_p was 0\.9 and is now 1\.0; give the same settings to "
+        r"resume it, another folder, or --restart \(restart=True\) to discard it"
     )
     with pytest.raises(SteerError, match=wanted):
         open_run(tmp_path, other)
@@ -58,6 +58,14 @@ def test_another_runs_folder_is_refused_naming_the_difference(tmp_path: Path) ->
     with pytest.raises(SteerError, match=r"layers was \[1, 2\] and is now None"):
         open_run(tmp_path, {k: v for k, v in ASKED.items() if k != "layers"})
     assert open_run(tmp_path, ASKED).read(FIVE) == ANSWERS
+
+
+def test_of_many_differences_the_first_are_named_and_digests_not_shown(tmp_path: Path) -> None:
+    digests = {"file": "a" * 64, **dict.fromkeys("pqrs", 1)}
+    open_run(tmp_path, digests).write(FIVE, ANSWERS)
+    wanted = "settings: different file; p was 1 and is now 2; q was 1 and is now 2 and 2 more; give"
+    with pytest.raises(SteerError, match=wanted):
+        open_run(tmp_path, {"file": "b" * 64, **dict.fromkeys("pqrs", 2)})
 
 
 def test_a_run_without_texts_gives_its_folder_to_another(tmp_path: Path) -> None:

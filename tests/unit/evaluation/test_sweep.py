@@ -208,7 +208,7 @@ def test_all_points_are_reported_and_the_choice_is_marked(tmp_path: Path) -> Non
         (3, False),
     ]
     assert (said["chosen"]["strength"], said["unsteered"]["effect"]) == (2, 0.5)
-    notes = list(report.table(found, found.choose()).columns[-1].cells)
+    notes = [row[-1] for row in report.table(found, found.choose()).rows]
     assert notes == ["", "chosen", "over budget", "over budget"]
     report.draw(found, found.choose(), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

@@ -15,11 +15,11 @@ import pytest
 
 from vllm_steer import SteerError
 from vllm_steer.evaluation.run import open_run
-from vllm_steer.files.folder_lock import LOCK, locked
+from vllm_steer.run_folder.lock import LOCK, locked
 
 HOLD = """
 import os, sys, time
-from vllm_steer.files.folder_lock import locked
+from vllm_steer.run_folder import locked
 with locked(sys.argv[1]):
     if "fork" in sys.argv and os.fork() == 0:
         time.sleep(60)
@@ -69,7 +69,7 @@ def test_a_command_leaves_a_folder_that_is_used_as_it_is(tmp_path: Path, command
     line = {
         "fit": ["fit", "lm-steer", "m", str(tmp_path / "out"), "--data", str(data)],
         "eval": ["eval", "m", "steer", *prompts, "--strengths", "1"],
-        "compare": ["eval", "m", str(tmp_path / "asked.yaml"), *prompts],
+        "compare": ["compare", "m", str(tmp_path / "asked.yaml"), *prompts],
     }[command]
     if command == "fit":
         line += ["--run-folder", str(run), "--restart"]
@@ -142,7 +142,7 @@ def test_one_after_the_other_many_times(tmp_path: Path) -> None:
     program = (
         "import os, sys, time\n"
         "from vllm_steer import SteerError\n"
-        "from vllm_steer.files.folder_lock import locked\n"
+        "from vllm_steer.run_folder import locked\n"
         "mark, got = os.path.join(sys.argv[1], 'mark'), 0\n"
         "end = time.monotonic() + 20\n"
         "while got < 200 and time.monotonic() < end:\n"

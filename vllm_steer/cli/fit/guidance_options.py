@@ -1,4 +1,4 @@
-"""What ``fit concept``, ``fit vector`` and ``fit delta`` have in common: options, and the end."""
+"""Options of the fits, and the end that ``concept``, ``vector`` and ``delta`` have in common."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.table import Table
 
 from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.steers import DeltaSteer, VectorSteer
 from vllm_steer.steers.layers import format_layers, parse_layers
+from vllm_steer.tables import Column, Table
 
 if TYPE_CHECKING:
     from vllm_steer.models import LanguageModel
@@ -112,11 +112,8 @@ def report(
         said = {"kind": steer.kind, "site": steer.site, "layers": format_layers(steer.layers)}
         say_json({"output": str(output), **said, **more, **tables})
         return
-    table = Table()
-    for name in ("layer", *by_layer):
-        table.add_column(name.replace("_", " "), justify="right")
-    for layer in sorted({layer for values in by_layer.values() for layer in values}):
-        cells = [values.get(layer) for values in by_layer.values()]
-        table.add_row(str(layer), *("" if cell is None else f"{cell:.4g}" for cell in cells))
+    columns = [Column(name.replace("_", " "), ".4g") for name in by_layer]
+    layers = sorted({layer for values in by_layer.values() for layer in values})
+    rows = [[layer, *(values.get(layer) for values in by_layer.values())] for layer in layers]
     say(f"{output}: {steer.kind} at {steer.site}, layers {format_layers(steer.layers)}")
-    Console().print(table)
+    Console().print(Table("", [Column("layer", "d"), *columns], rows))

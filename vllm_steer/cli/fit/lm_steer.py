@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
+from vllm_steer.cli.fit import guidance_options as options
 from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import Advance, progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.files.folder_lock import locked
+from vllm_steer.run_folder import locked
+from vllm_steer.tables import facts
 
 if TYPE_CHECKING:
     from vllm_steer.steers import LMSteer
@@ -26,8 +27,8 @@ GIB = 1 << 30
 
 def lm_steer(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Steer file to write.")],
+    model: options.Model,
+    output: options.Output,
     data: Annotated[
         Path | None, typer.Option(help="Labelled texts: .jsonl, .json, .csv or .tsv.")
     ] = None,
@@ -64,14 +65,10 @@ def lm_steer(
     seed: Annotated[
         int, typer.Option(min=-MOST, max=MOST, help="Of the first parameters and of the order.")
     ] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="The model's: auto, float32, bfloat16, float16, float64.")
-    ] = "auto",
-    device: Annotated[str | None, typer.Option(help="Where the model is: cpu, cuda.")] = None,
-    default_strength: Annotated[
-        float | None, typer.Option(help="Strength of a request that gives none.")
-    ] = None,
-    description: Annotated[str, typer.Option(help="Free text for the file.")] = "",
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    default_strength: options.DefaultStrength = None,
+    description: options.Description = "",
     run_folder: Annotated[
         Path | None, typer.Option(help="Checkpoints and loss curve; OUTPUT.run by default.")
     ] = None,
@@ -80,13 +77,13 @@ def lm_steer(
     ] = False,
     checkpoint_every: Annotated[
         int, typer.Option(max=MOST, help="Steps from checkpoint to checkpoint.")
-    ] = (100),
+    ] = 100,
     cache_gib: Annotated[
         float, typer.Option(help="Disk for the hidden states; more are computed each time.")
     ] = 16.0,
     plot: Annotated[bool, typer.Option("--plot", help="Draw loss.png in the run folder.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train an LM-Steer on texts with labels in [-1, 1]; a killed run goes on where it was."""
     from vllm_steer.fit.training_run import LOSS_PLOT
@@ -145,16 +142,16 @@ def _texts(
     return [{"file": printable(path.name), "sha256": file_digest(path)} for path in files], found
 
 
-def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among the options; refuses a bad one before a model is loaded."""
     from vllm_steer.fit.lm_steer_settings import Settings
 
-    given = {f.name: options[f.name] for f in fields(Settings) if f.name in options}
-    return asdict(Settings(**given, mask_padding=not options["train_on_padding"]))
+    named = {f.name: given[f.name] for f in fields(Settings) if f.name in given}
+    return asdict(Settings(**named, mask_padding=not given["train_on_padding"]))
 
 
 def _fit(
-    options: Mapping[str, Any],
+    given: Mapping[str, Any],
     settings: Mapping[str, Any],
     texts: "list[LabelledText]",
     folder: Path,
@@ -164,7 +161,7 @@ def _fit(
     from vllm_steer.fit.lm_steer_settings import Watch
     from vllm_steer.models import load_language_model
 
-    loaded = load_language_model(options["model"], dtype=options["dtype"], device=options["device"])
+    loaded = load_language_model(given["model"], dtype=given["dtype"], device=given["device"])
     steps = settings["steps"]
     watch = Watch(
         on_text=lambda done, total: advance(done, total=total, said="reading the texts"),
@@ -177,10 +174,10 @@ def _fit(
         [text for text, _ in texts],
         [label for _, label in texts],
         **settings,
-        cache_bytes=int(options["cache_gib"] * GIB),
+        cache_bytes=int(given["cache_gib"] * GIB),
         run_folder=folder,
-        restart=options["restart"],
-        checkpoint_every=options["checkpoint_every"],
+        restart=given["restart"],
+        checkpoint_every=given["checkpoint_every"],
         watch=watch,
     )
 
@@ -210,8 +207,6 @@ def _print(steer: "LMSteer", output: Path, folder: Path, as_json: bool) -> None:
     if as_json:
         say_json(summary)
         return
-    table = Table(title=str(output), show_header=False)
-    for name, value in list(summary.items())[1:]:
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), shown)
-    Console().print(table)
+    del summary["output"]
+    shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in summary.items()}
+    Console().print(facts(str(output), shown))

@@ -1,6 +1,7 @@
 """A comparison from the prompts to the report: choose, generate, judge; each part resumes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Judge
@@ -12,7 +13,11 @@ from vllm_steer.evaluation.composition.candidates import (
     why_not,
 )
 from vllm_steer.evaluation.composition.choosing import Choosing, Chosen, Figures
-from vllm_steer.evaluation.composition.comparison import Comparison
+from vllm_steer.evaluation.composition.comparison import (
+    Comparison,
+    about_comparison,
+    check_doses,
+)
 from vllm_steer.evaluation.composition.dppl import Example, read_icl
 from vllm_steer.evaluation.composition.judging import PropertyJudges, property_judges, share
 from vllm_steer.evaluation.composition.measuring import (
@@ -23,16 +28,16 @@ from vllm_steer.evaluation.composition.measuring import (
     read_golds,
 )
 from vllm_steer.evaluation.composition.report import BEST, ComparisonReport, markdown
-from vllm_steer.evaluation.composition.settling import about_comparison, check_doses
-from vllm_steer.evaluation.composition.writing import Writer
-from vllm_steer.evaluation.evaluating import MakeJudges, Progress
+from vllm_steer.evaluation.evaluating import MakeJudges
 from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.run import Run, open_run
+from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.evaluation.writing import Progress, Texts, write_missing
 from vllm_steer.files import load_steer
-from vllm_steer.files.folder_lock import locked
 from vllm_steer.files.whole import write_text
 from vllm_steer.models import load_language_model
+from vllm_steer.run_folder import locked
 from vllm_steer.steers import Steer
 
 
@@ -57,13 +62,13 @@ def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> C
     about = about_comparison(given, asked, steers)
     with locked(given.folder):
         run = open_run(given.folder, about, restart=given.restart)
-        writer = _writer(given, asked, examples, run, progress)
+        writer = _Writer(given, asked, examples, run, progress)
         part: Part = "test" if given.choosing is None else "choosing"
         chosen = _choose(
             Choosing(asked, steers, given.tolerance, part), writer, properties, perplexity
         )
         rows = list(_rows(asked, steers, chosen))
-        writer.write(list(_to_write(rows, examples)))
+        writer.write(_to_write(rows, examples))
         measured = _measure(given, rows, run, properties, judges, examples, steers, progress)
         absences = _absences(asked, steers)
         report = ComparisonReport(about, asked, steers, chosen, measured, absences, missing)
@@ -71,28 +76,38 @@ def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> C
     return report
 
 
-def _writer(
-    given: Comparison,
-    asked: Composition,
-    examples: Mapping[Combination, Sequence[Example]],
-    run: Run,
-    progress: Progress,
-) -> Writer:
-    return Writer(
-        given.model,
-        asked,
-        given.prompts,
-        given.choosing or given.prompts,
-        examples,
-        given.sampling,
-        given.engine,
-        run,
-        progress,
-    )
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the texts of candidates into the run's folder.
+
+    Those of the part ``examples`` are written greedily after the examples' plain prompts, one text
+    each: it is their strengths that are wanted.
+    """
+
+    given: Comparison
+    asked: Composition
+    examples: Mapping[Combination, Sequence[Example]]
+    run: Run
+    progress: Progress
+
+    def write(self, wanted: Iterable[Candidate]) -> None:
+        """Generate the texts that are not there yet."""
+        texts = list(map(self._texts, wanted))
+        files = {name: each.steer.resolve() for name, each in self.asked.properties.items()}
+        write_missing(self.run, texts, self.given.model, files, self.given.engine, self.progress)
+
+    def _texts(self, each: Candidate) -> Texts:
+        prompts, sampling = self.given.prompts.texts, self.given.sampling
+        if each.part == "examples":
+            prompts = tuple(example.plain for example in self.examples[each.combination])
+            sampling = Sampling(samples=1, max_tokens=sampling.max_tokens, temperature=0, top_k=0)
+        elif each.part == "choosing" and self.given.choosing is not None:
+            prompts = self.given.choosing.texts
+        return Texts(each, prompts, sampling, each.steer or None)
 
 
 def _choose(
-    choosing: Choosing, writer: Writer, properties: PropertyJudges, perplexity: Judge
+    choosing: Choosing, writer: _Writer, properties: PropertyJudges, perplexity: Judge
 ) -> Chosen:
     wanted = choosing.candidates
     writer.write(wanted)

@@ -11,12 +11,10 @@ from vllm_steer.evaluation.composition.curves import stated_curve
 from vllm_steer.evaluation.composition.measuring import Measured
 from vllm_steer.evaluation.composition.report import ComparisonReport
 from vllm_steer.evaluation.report import PERPLEXITY
-from vllm_steer.picture import label, picture
+from vllm_steer.picture import COLOURS, label, picture
 
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _THIN: Final = {"fixed": ":", "start": "-.", "dim": "--"}
 _MARKS: Final = {"none": "x", "fixed": "s", "start": "v", "dim": "D", "dynamic": "o"}
-_DPI: Final = 150
 _COLUMNS: Final = 4
 
 
@@ -48,7 +46,7 @@ def draw_prices(report: ComparisonReport, path: Path) -> None:
 def _strengths(axis: Any, report: ComparisonReport, name: str) -> None:
     rows = [each for each in report.rows if name in each.curves]
     for place, each in enumerate(rows):
-        _band(axis, each, name, _COLOURS[place % len(_COLOURS)])
+        _band(axis, each, name, COLOURS[place % len(COLOURS)])
     _stated(axis, report, name, report.about["sampling"]["max_tokens"])
     axis.axhline(0, color="0.8", linewidth=0.6)
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -84,7 +82,7 @@ def _prices(axis: Any, rows: Sequence[Measured], combination: Combination, seen:
             [figures[PERPLEXITY]],
             [each.accuracy],
             _MARKS[method],
-            color=_COLOURS[place % len(_COLOURS)],
+            color=COLOURS[place % len(COLOURS)],
             label=label(each.row.title),
             **hollow,
         )
@@ -98,7 +96,7 @@ def _panels(count: int, path: Path) -> Iterator[Sequence[Any]]:
     columns = min(count, _COLUMNS)
     rows = -(-count // columns)
     size = (4.6 * columns, 4.0 * rows)
-    with picture(path, dpi=_DPI, figsize=size, layout="constrained") as figure:
+    with picture(path, figsize=size, layout="constrained") as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
         for unused in axes[count:]:
             unused.set_axis_off()

@@ -3,17 +3,16 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
-
-from rich.table import Table
+from typing import Any, Final
 
 from vllm_steer.evaluation.composition.asked import Combination, Composition, label
 from vllm_steer.evaluation.composition.choosing import Chosen
 from vllm_steer.evaluation.composition.curves import raw
 from vllm_steer.evaluation.composition.measuring import Measured
 from vllm_steer.evaluation.report import PERPLEXITY
-from vllm_steer.markdown import markdown_row, markdown_text
+from vllm_steer.markdown import markdown_text
 from vllm_steer.steers import Steer
+from vllm_steer.tables import Column, Table, figure, markdown_list
 
 ALL: Final = "all"
 BEST: Final = "best fixed"
@@ -74,15 +73,21 @@ class ComparisonReport:
 
 
 def tables(report: ComparisonReport) -> Iterator[Table]:
-    """A table for each combination."""
-    for title, headings, rows in _grids(report):
-        table = Table(title=title, title_justify="left")
-        for heading in headings:
-            side: Literal["left", "right"] = "left" if heading == "method" else "right"
-            table.add_column(heading, justify=side, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        yield table
+    """What was chosen, and a table for each combination; dPPL where there is any."""
+    columns = [Column("method"), *(Column(name, "g") for name in report.asked.properties)]
+    yield Table("strengths", columns, list(_strengths(report)))
+    for combination in report.asked.combinations:
+        rows = report.of(combination)
+        judged = any(not isinstance(each.dppl, str) for each in rows)
+        dppl = ["dPPL", "median dPPL"] if judged else []
+        seen = "seen" if combination in report.asked.seen else "unseen"
+        several = [ALL] if len(combination) > 1 else []
+        headings = [*several, *combination, *_FIGURES.values(), *dppl]
+        yield Table(
+            f"{label(combination)} ({seen})",
+            [Column("method"), *(Column(heading, figure) for heading in headings)],
+            [_cells(each, bool(several), judged) for each in rows],
+        )
 
 
 def markdown(report: ComparisonReport) -> str:
@@ -99,12 +104,10 @@ def markdown(report: ComparisonReport) -> str:
         f"{report.about['sampling']['samples']} texts each; strengths and options are chosen on "
         f"{on}, on the seen combinations.",
     ]
-    for title, headings, rows in _grids(report):
-        marks = ("---" if heading == "method" else "---:" for heading in headings)
-        lines += ["", f"## {markdown_text(title)}", ""]
-        lines += [markdown_row(headings), f"| {' | '.join(marks)} |", *map(markdown_row, rows)]
+    for table in tables(report):
+        lines += table.markdown()
     if found := list(notes(report)):
-        lines += ["", "## Not there", "", *(f"- {markdown_text(note)}" for note in found)]
+        lines += ["", "## Not there", *markdown_list(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -124,25 +127,6 @@ def notes(report: ComparisonReport) -> Iterator[str]:
         yield f"{name}: {reason}"
 
 
-Grid = tuple[str, list[str], list[list[str]]]
-
-
-def _grids(report: ComparisonReport) -> Iterator[Grid]:
-    """Title, headings and rows of each table; dPPL where there is any."""
-    yield "strengths", ["method", *report.asked.properties], list(_strengths(report))
-    for combination in report.asked.combinations:
-        rows = report.of(combination)
-        judged = any(not isinstance(each.dppl, str) for each in rows)
-        dppl = ["dPPL", "median dPPL"] if judged else []
-        seen = "seen" if combination in report.asked.seen else "unseen"
-        several = [ALL] if len(combination) > 1 else []
-        yield (
-            f"{label(combination)} ({seen})",
-            ["method", *several, *combination, *_FIGURES.values(), *dppl],
-            [_cells(each, bool(several), judged) for each in rows],
-        )
-
-
 def _strengths(report: ComparisonReport) -> Iterator[list[str]]:
     """What each method gives to each property, and the best fixed strengths where they differ."""
     names = list(report.asked.properties)
@@ -154,20 +138,20 @@ def _strengths(report: ComparisonReport) -> Iterator[list[str]]:
             yield [f"{BEST}: {label(combination)}", *(_said(own.get(name)) for name in names)]
 
 
-def _cells(each: Measured, several: bool, judged: bool) -> list[str]:
+def _cells(each: Measured, several: bool, judged: bool) -> list[str | float]:
     dppl = {} if isinstance(each.dppl, str) else each.dppl
-    numbers = [
+    return [
+        each.row.title,
         *([each.accuracy] if several else []),
         *each.shares.values(),
-        *(_first(each, figure) for figure in _FIGURES),
-        *([dppl.get(figure, math.nan) for figure in ("mean", "median")] if judged else []),
+        *(_first(each, name) for name in _FIGURES),
+        *([dppl.get(name, math.nan) for name in ("mean", "median")] if judged else []),
     ]
-    return [each.row.title, *map(_shown, numbers)]
 
 
-def _first(each: Measured, figure: str) -> float:
+def _first(each: Measured, name: str) -> float:
     """A figure by the first judge that has it."""
-    return next((f[figure] for f in each.judges.values() if figure in f), math.nan)
+    return next((f[name] for f in each.judges.values() if name in f), math.nan)
 
 
 def _said(dose: Mapping[str, Any] | None) -> str:
@@ -191,9 +175,3 @@ def _row_data(each: Measured) -> dict[str, Any]:
         "dppl": {"reason": each.dppl} if isinstance(each.dppl, str) else dict(each.dppl),
         "strength_over_tokens": {name: asdict(curve) for name, curve in each.curves.items()},
     }
-
-
-def _shown(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"

@@ -40,7 +40,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     try:
         path = os.path.realpath(folder)
     except ValueError as error:
-        raise _unusable(Path(folder), error) from error
+        raise unusable(Path(folder), error) from error
     if path in _held.get():
         yield
         return
@@ -63,7 +63,7 @@ def _make(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unusable(folder, error) from error
+        raise unusable(folder, error) from error
     return not there
 
 
@@ -73,7 +73,7 @@ def _take(folder: Path) -> int:
         try:
             descriptor = os.open(folder / LOCK, _FLAGS, 0o666)
         except OSError as error:
-            raise _unusable(folder, error) from error
+            raise unusable(folder, error) from error
         try:
             _lock(folder, descriptor)
             if _is_there(folder, descriptor):
@@ -83,7 +83,7 @@ def _take(folder: Path) -> int:
                 return descriptor
         except OSError as error:
             os.close(descriptor)
-            raise _unusable(folder, error) from error
+            raise unusable(folder, error) from error
         except SteerError:
             os.close(descriptor)
             raise
@@ -127,7 +127,8 @@ def _give_back(folder: Path, descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _unusable(folder: Path, error: OSError | ValueError) -> SteerError:
+def unusable(folder: Path, error: OSError | ValueError) -> SteerError:
+    """The error for a run folder that the system does not let be used."""
     return SteerError(f"run folder {folder}: cannot be used ({cause(error)})")
 
 

@@ -1,0 +1,108 @@
+"""Tables as data, for a terminal and for Markdown.
+
+Foreign texts may be in every part: ``cli.terminal.Console`` shows each string of a table plainly,
+and ``markdown`` escapes what Markdown would obey.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rich.styled import Styled
+from rich.table import Table as RichTable
+
+from vllm_steer.markdown import markdown_row, markdown_text
+
+
+class StyledText(NamedTuple):
+    """A cell with a style of rich; in Markdown the text alone."""
+
+    text: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of texts, on the left, or with a ``form`` of numbers, on the right.
+
+    ``form`` is a format specification or a function. Texts stand in both as they are, None is
+    empty and NaN is ``-``. Where ``wrap`` is False, a narrow terminal takes room from others.
+    """
+
+    heading: str
+    form: str | Callable[[Any], str] | None = None
+    wrap: bool = True
+
+    def text(self, cell: Any) -> str:
+        """A cell as it is shown."""
+        if isinstance(cell, StyledText):
+            return cell.text
+        if cell is None or isinstance(cell, str):
+            return cell or ""
+        if isinstance(cell, float) and math.isnan(cell):
+            return "-"
+        return self.form(cell) if callable(self.form) else format(cell, self.form or "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, columns and their rows; after the rows at ``lines`` stands a line."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    lines: Collection[int] = ()
+
+    def __rich__(self) -> RichTable:
+        """For a ``cli.terminal.Console``; without headings there is no row of them."""
+        shown = RichTable(
+            title=self.title or None,
+            title_justify="left",
+            caption=self.caption or None,
+            show_header=any(column.heading for column in self.columns),
+        )
+        for column in self.columns:
+            shown.add_column(
+                column.heading,
+                justify="left" if column.form is None else "right",
+                overflow="fold",
+                no_wrap=not column.wrap,
+            )
+        for place, row in enumerate(self.rows):
+            shown.add_row(*map(_rich_cell, self.columns, row), end_section=place in self.lines)
+        return shown
+
+    def markdown(self) -> list[str]:
+        """The lines of a section of a document: its heading and the table."""
+        marks = " | ".join("---" if column.form is None else "---:" for column in self.columns)
+        rows = (map(Column.text, self.columns, row) for row in self.rows)
+        return [
+            *("", f"## {markdown_text(self.title)}", ""),
+            markdown_row(column.heading for column in self.columns),
+            f"| {marks} |",
+            *map(markdown_row, rows),
+        ]
+
+
+def facts(title: str, values: Mapping[str, Any]) -> Table:
+    """A row for each value that there is, by its name."""
+    given = {name: value for name, value in values.items() if value not in (None, "", [])}
+    rows = [(name.replace("_", " "), str(value)) for name, value in given.items()]
+    return Table(title, (Column(""), Column("")), rows)
+
+
+def figure(value: float) -> str:
+    """A figure of a report: three decimals, of large ones three digits."""
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def markdown_list(items: Iterable[str]) -> list[str]:
+    """The lines of a list in Markdown, after an empty one."""
+    return ["", *(f"- {markdown_text(item)}" for item in items)]
+
+
+def _rich_cell(column: Column, cell: Any) -> str | Styled:
+    text = column.text(cell)
+    return Styled(text, cell.style) if isinstance(cell, StyledText) else text
