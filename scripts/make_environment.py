@@ -23,7 +23,7 @@ STAND_INS = ("torchvision", "torchaudio", "torchcodec")
 def main() -> None:
     """Make the environment named on the command line, from scratch or over what is there."""
     if sys.version_info < (3, 11):  # noqa: UP036 (this script is what tells)
-        sys.exit(f"Python 3.11 or newer is wanted; this is {sys.version.split()[0]}")
+        sys.exit(f"Python 3.11 or newer is required; this is {sys.version.split()[0]}")
     folder = Path(sys.argv[1])
     if not (folder / "bin" / "python").exists():
         venv.create(folder, with_pip=True)

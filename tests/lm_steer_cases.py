@@ -130,7 +130,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The norm of the error by the norm of what is wanted."""
+    """The norm of the error by the norm of what is expected."""
     if wanted.numel() == 0:
         return 0.0
     return float((found.double() - wanted).norm() / wanted.norm())

@@ -127,7 +127,7 @@ def test_the_report_says_what_it_stands_on(evaluated: Any, folder: Path) -> None
 
 def test_a_judge_that_is_not_at_hand_is_named(evaluated: Any) -> None:
     assert list(json.loads(evaluated.stdout)["not_at_hand"]) == ["perspective"]
-    assert "not at hand: perspective: " in evaluated.stderr
+    assert "not available: perspective: " in evaluated.stderr
 
 
 def test_every_text_is_there_and_differs_by_its_seed(evaluated: Any, folder: Path) -> None:

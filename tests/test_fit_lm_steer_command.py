@@ -190,7 +190,7 @@ def test_texts_that_are_not_given_are_an_error(
         ([], "there are no rows"),
         ([*ROWS, {"text": "no label"}], r"texts.jsonl:4: there is no 'label'"),
         ([*ROWS, {"text": "far out", "label": 3}], r"texts.jsonl:4: label 3 is no number in"),
-        ([*ROWS, {"text": 5, "label": 1}], r"texts.jsonl:4: text is 5; a text is wanted"),
+        ([*ROWS, {"text": 5, "label": 1}], r"texts.jsonl:4: text is 5; expected a text"),
         ([ROWS[0]] * 3, "all 3 labels are 1; a steer is what tells texts of different labels"),
         ([{"text": "a", "label": y} for y in (0, 1)], "the labels are 0 and 1"),
     ],
@@ -211,8 +211,8 @@ def test_an_output_in_no_folder_is_refused_before_the_training(data: Path, tmp_p
     ("given", "message"),
     [
         (["--default-strength", "nan"], "default_strength is nan; it must be finite"),
-        (["--checkpoint-every", "0"], "checkpoint_every is 0; at least 1 step is wanted"),
-        (["--cache-gib", "nan"], "cache-gib is nan; 0 or more is wanted"),
+        (["--checkpoint-every", "0"], "checkpoint_every is 0; expected at least 1 step"),
+        (["--cache-gib", "nan"], "cache-gib is nan; expected 0 or more"),
         (["--rank", "999999999"], "rank 999999999: there is no memory for the parameters"),
         (["--variant", "divide"], "variant is 'divide'; allowed: multiply, add, offset"),
     ],
@@ -229,4 +229,4 @@ def test_a_bad_setting_is_one_line_and_exit_code_1(data: Path, tmp_path: Path) -
     line += ["embedded", str(tmp_path / "s"), "--data", str(data), "--rank", "0"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "vllm-steer: rank is 0; at least 1 is wanted\n"
+    assert done.stderr == "vllm-steer: rank is 0; expected at least 1\n"

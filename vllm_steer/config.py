@@ -41,7 +41,7 @@ def _in_mix(value: Any) -> Any:
     """A preset's part of a steer: its strength, or its options as in a request."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise ValueError("options such as {strength: 8} are wanted, their names as texts")
+            raise ValueError("expected options such as {strength: 8}, their names as texts")
         return dict(value)
     if isinstance(value, str) and value.strip().startswith(DYNAMIC):
         return value
@@ -52,7 +52,7 @@ def _in_mix(value: Any) -> Any:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise ValueError(
-            "a finite number, 'dynamic', or options such as {strength: 8} are wanted"
+            "expected a finite number, 'dynamic', or options such as {strength: 8}"
         ) from None
     return number
 
@@ -169,7 +169,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
         return dict(source), Path.cwd(), "steer config"
     if not isinstance(source, str | Path):
         raise SteerError(
-            f"steer config is {shown(source)}; wanted: a path to YAML or JSON, inline JSON, or a "
+            f"steer config is {shown(source)}; expected a path to YAML or JSON, inline JSON, or a "
             "dict"
         )
     if isinstance(source, str) and source.lstrip().startswith("{"):

@@ -172,7 +172,7 @@ class _Check:
                 if isinstance(key, yaml.ScalarNode):
                     said = f"the key {shown(key.value)} is no text; put it in quotes"
                 else:
-                    said = "a key is a list or a mapping; a text is wanted"
+                    said = "a key is a list or a mapping; expected a text"
                 raise self._wrong(key, said)
             if key.value in seen:
                 raise self._wrong(key, f"the key {shown(key.value)} is given twice")
@@ -188,7 +188,7 @@ class _Check:
             own = _TAG + ("seq" if isinstance(node, yaml.SequenceNode) else "map")
         as_text = isinstance(node, yaml.ScalarNode) and node.tag == _TEXT
         if node.tag != own and not as_text:
-            raise self._wrong(node, f"the tag {shown(node.tag)}; plain values are wanted")
+            raise self._wrong(node, f"the tag {shown(node.tag)}; expected plain values")
 
     def _wrong(self, node: yaml.Node, said: str) -> SteerError:
         return SteerError(f"{self._origin}: line {node.start_mark.line + 1}: {said}")

@@ -116,7 +116,7 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     if len(found) != 1:
         raise SteerError(
             f"{type(model).__name__} has {len(found)} module lists of {num_layers} entries; "
-            "exactly one is wanted, its decoder layers"
+            "expected exactly one, its decoder layers"
         )
     return found[0]
 

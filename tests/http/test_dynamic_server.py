@@ -186,4 +186,4 @@ def test_a_wish_that_is_no_boolean_is_answered_with_400(http: httpx.Client) -> N
         body = {**ASKED, "prompt": PROMPT, "steer_strengths": "yes", "stream": stream}
         reply = http.post("/v1/completions", json=body)
         assert reply.status_code == 400
-        assert "true or false is wanted" in reply.json()["error"]["message"]
+        assert "expected true or false" in reply.json()["error"]["message"]

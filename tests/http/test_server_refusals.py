@@ -13,9 +13,9 @@ KNOWN = r"steers: a, b, c, d, v; presets: friendly, mix"
 BAD: dict[str, tuple[Any, str]] = {
     "unknown-name": ("happy:1", rf"steer 'happy' is unknown; {KNOWN}"),
     "unknown-name-in-a-dict": ({"happy": 1}, rf"steer 'happy' is unknown; {KNOWN}"),
-    "bad-number": ("a:five", r"steer a has strength 'five'; a number is wanted, such as a:1\.5"),
-    "nan": ("a:nan", r"steer a has strength 'nan'; a number is wanted"),
-    "infinity": ("a:-inf", r"steer a has strength '-inf'; a number is wanted"),
+    "bad-number": ("a:five", r"steer a has strength 'five'; expected a number, such as a:1\.5"),
+    "nan": ("a:nan", r"steer a has strength 'nan'; expected a number"),
+    "infinity": ("a:-inf", r"steer a has strength '-inf'; expected a number"),
     "too-large-a-literal": ("a:1e999", r"steer a has strength '1e999'; it must be finite"),
     "too-many": ("a:1,b:1,c:1", r"3 steers are asked for; at most 2 are allowed per request"),
     "above-the-limit": ("a:10.5", r"steer a has strength 10\.5; allowed: -10 to 10"),
@@ -28,15 +28,15 @@ BAD: dict[str, tuple[Any, str]] = {
     "list-of-dicts": ([{"a": 3}], r"steer.*allowed: a string such as"),
     "list-of-nothing": ([None], r"steer.*allowed: a string such as"),
     "true": (True, r"(?i)steer.*true"),
-    "null-strength": ({"a": None}, r"steer a has strength None; a number is wanted"),
+    "null-strength": ({"a": None}, r"steer a has strength None; expected a number"),
     "unknown-option": ({"a": {"strenght": 3}}, r"steer a has unknown options strenght; allowed"),
     "layers-at-the-head": ({"a": {"layers": "1-2"}}, r"steer a acts at the LM head"),
     "layers-it-lacks": ({"v": {"layers": "1-3"}}, r"steer v: layers 3 are not in this steer"),
-    "malformed-layers": ({"v": {"layers": "deep"}}, r"steer v: layers is 'deep'; wanted: 0-based"),
+    "malformed-layers": ({"v": {"layers": "deep"}}, r"steer v: layers is 'deep'; expected 0-based"),
     "unknown-phase": ({"v": {"phase": "end"}}, r"phase 'end'; allowed: all, prompt, generation"),
     "schedule-of-a-vector": ({"v": {"schedule": "dim"}}, r"only a delta steer has a schedule"),
     "unknown-schedule": ({"d": {"schedule": "log"}}, r"schedule 'log'; allowed: fixed, start, dim"),
-    "huge-integer": ({"a": 10**400}, r"strength a whole number of 401 digits; a number is wanted"),
+    "huge-integer": ({"a": 10**400}, r"strength a whole number of 401 digits; expected a number"),
 }
 
 

@@ -109,7 +109,7 @@ def _show(report: "Report", out: Path, *, plot: bool, as_json: bool) -> None:
     if plot:
         draw_report(report, out / "report.png")
     for name, reason in report.missing.items():
-        say(f"not at hand: {name}: {reason}", stderr=True)
+        say(f"not available: {name}: {reason}", stderr=True)
     for reason in without_effect(report):
         say(f"not normalised: {reason}", stderr=True)
     if as_json:

@@ -10,7 +10,7 @@ at the maximum strength at every step so far:
                the same / |Q|                                "authors"
     strength = min(max(KL, 0), maximum)
 
-The authors' code divides by ``|Q|``: it takes a mean where a sum is wanted. On a model whose
+The authors' code divides by ``|Q|``: it takes a mean in place of a sum. On a model whose
 distributions are broad ``Q`` is large, and their strength is near 0. They compute in bfloat16,
 which is coarser than here.
 
@@ -43,7 +43,7 @@ def dynamic_strength(
     ``base_logits`` are the unsteered model's, ``[..., V]`` as well; or ``[R, V]`` for probes
     ``[D, V]`` with ``base_of [D]`` int64, the base row of each probe. ``top_p``, ``maximum`` and
     ``kl`` are one value for all rows or tensors that broadcast to ``[...]``; a ``kl`` tensor is
-    bool, true where the authors' division is wanted.
+    bool, true for the authors' division.
 
     Float32, or float64 where the logits are; the KL is the one before the clip, so that rounding
     may leave it just below 0. Where several steers are composed, each has a probe of its own and

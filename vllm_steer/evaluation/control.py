@@ -23,7 +23,7 @@ def random_steer(steer: Steer, seed: int = 0) -> Steer:
     ``SteerError`` for a seed that is negative or too large.
     """
     if not 0 <= seed < 1 << 63:
-        raise SteerError(f"control seed is {seed}; a number from 0 to 2^63 - 1 is wanted")
+        raise SteerError(f"control seed is {seed}; expected a number from 0 to 2^63 - 1")
     generator = torch.Generator().manual_seed(seed)
     normal = {
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)

@@ -73,7 +73,7 @@ def evaluate(asked: Evaluation, make_judges: MakeJudges, progress: Progress) -> 
     judges, missing = make_judges(asked.specs)
     if not judges:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-        raise SteerError(f"no judge is at hand ({reasons})")
+        raise SteerError(f"no judge is available ({reasons})")
     about = about_run(asked, steer)
     with locked(asked.folder):
         return _evaluate(asked, steer, about, judges, missing, progress)

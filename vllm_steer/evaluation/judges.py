@@ -51,7 +51,7 @@ def make_judge(spec: str, *, device: str | None = None) -> Judge:
 def make_judges(
     specs: Iterable[str], *, device: str | None = None
 ) -> tuple[list[Judge], dict[str, str]]:
-    """The judges at hand in their order, each once, and for each other spec why it is not.
+    """The available judges in their order, each once, and for each other spec why it is not.
 
     Raises ``SteerError`` as ``make_judge`` does for what is wrong rather than missing.
     """

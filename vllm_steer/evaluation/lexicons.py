@@ -89,7 +89,7 @@ def read_lexicon(path: str | Path) -> Verdict:
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):
-        raise SteerError(f"lexicon {path}: a .yaml, .yml or .json file is wanted")
+        raise SteerError(f"lexicon {path}: expected a .yaml, .yml or .json file")
     if not os.path.isfile(path):
         found = "is no file" if os.path.lexists(path) else "no such file"
         raise SteerError(f"lexicon {path}: {found}")
@@ -98,7 +98,7 @@ def read_lexicon(path: str | Path) -> Verdict:
     except OSError as error:
         raise SteerError(f"lexicon {path}: cannot be read ({cause(error)})") from error
     if not isinstance(content, Mapping) or set(content) != set(_SIDES):
-        raise SteerError(f"lexicon {path}: two lists are wanted, named positive and negative")
+        raise SteerError(f"lexicon {path}: expected two lists, named positive and negative")
     positive, negative = (_words(path, side, content[side]) for side in _SIDES)
     if both := sorted(positive & negative):
         raise SteerError(f"lexicon {path}: {listed(both)} on both sides; a word tells one")
@@ -107,12 +107,12 @@ def read_lexicon(path: str | Path) -> Verdict:
 
 def _words(path: Path, side: str, found: Any) -> frozenset[str]:
     if not isinstance(found, list) or not found:
-        raise SteerError(f"lexicon {path}: {side} is {shown(found)}; a list of words is wanted")
+        raise SteerError(f"lexicon {path}: {side} is {shown(found)}; expected a list of words")
     for word in found:
         if not isinstance(word, str) or not _WORD.fullmatch(word):
             # YAML reads an unquoted no or yes as a truth value.
             raise SteerError(
-                f"lexicon {path}: {side} has {shown(word)}; a single word is wanted, in quotes "
+                f"lexicon {path}: {side} has {shown(word)}; expected a single word, in quotes "
                 "where YAML reads it as something else"
             )
     return frozenset(word.lower() for word in found)

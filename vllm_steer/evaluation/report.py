@@ -157,7 +157,7 @@ def markdown(report: Report) -> str:
         lines += markdown_list(reasons)
     if report.missing:
         found = (f"{name}: {reason}" for name, reason in report.missing.items())
-        lines += ["", "## Judges that are not at hand", *markdown_list(found)]
+        lines += ["", "## Judges that are not available", *markdown_list(found)]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.foreign import is_number
 
 _MOST: Final = 1000
-_ALLOWED: Final = "wanted: numbers such as '-5,-2,2,5', or first:last:step such as '-5:5:2.5'"
+_ALLOWED: Final = "expected numbers such as '-5,-2,2,5', or first:last:step such as '-5:5:2.5'"
 
 
 def parse_strengths(given: str) -> tuple[float, ...]:
@@ -26,11 +26,11 @@ def parse_range(given: str) -> tuple[float, float]:
     """The two ends of ``"0:10"`` or ``"0:-10"``; ``SteerError`` unless they differ in size."""
     parts = given.split(":")
     if len(parts) != 2:
-        raise SteerError(f"range is {given!r}; wanted: two strengths such as '0:10' or '0:-10'")
+        raise SteerError(f"range is {given!r}; expected two strengths such as '0:10' or '0:-10'")
     near, far = (_number(part, given) for part in parts)
     if near * far < 0 or abs(far) <= abs(near):
         raise SteerError(
-            f"range is {given!r}; wanted: from a strength near 0 to one further away on the same "
+            f"range is {given!r}; expected from a strength near 0 to one further away on the same "
             "side, such as '0:10' or '0:-10'"
         )
     return near, far

@@ -37,7 +37,7 @@ def read(path: Path, facts: Facts) -> VectorSteer:
         architecture = _text(reader, "general.architecture")
         if architecture != _ARCHITECTURE:
             raise SteerError(
-                f"a GGUF file of architecture {shown(architecture)}; wanted: {_ARCHITECTURE!r}, a "
+                f"a GGUF file of architecture {shown(architecture)}; expected {_ARCHITECTURE!r}, a "
                 "control vector"
             )
         _check_size(reader.tensors, path.stat().st_size)
@@ -100,7 +100,7 @@ def _text(reader: Any, key: str) -> str | None:
         return None
     text = field.contents()
     if not isinstance(text, str):
-        raise SteerError(f"{key} is {shown(text)}; a text is wanted")
+        raise SteerError(f"{key} is {shown(text)}; expected a text")
     return text
 
 
@@ -109,6 +109,6 @@ def _direction(tensor: Any) -> tuple[int, torch.Tensor]:
     if named is None:
         raise SteerError(f"tensor {shown(tensor.name)}; only direction.1, direction.2 ... may be")
     if not np.issubdtype(tensor.data.dtype, np.floating):
-        raise SteerError(f"{tensor.name} is {tensor.tensor_type.name}; F32 is wanted")
+        raise SteerError(f"{tensor.name} is {tensor.tensor_type.name}; expected F32")
     values = tensor.data.astype(tensor.data.dtype.newbyteorder("="))
     return read_layer(named[1]), torch.from_numpy(values)

@@ -21,7 +21,7 @@ def stack_directions(directions: Mapping[int, Any]) -> tuple[torch.Tensor, tuple
     Raises ``SteerError`` unless every layer has a floating vector of one width and dtype.
     """
     if not directions:
-        raise SteerError("it holds no vectors; at least one layer is wanted")
+        raise SteerError("it holds no vectors; expected at least one layer")
     layers = parse_layers([check_layer(layer) for layer in directions])
     vectors = [_check_vector(layer, directions[layer]) for layer in layers]
     first = vectors[0]
@@ -47,7 +47,7 @@ def repeated(vector: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
 def read_layer(text: str) -> int:
     """A layer from a name in a file; ``SteerError`` unless it is a plain whole number."""
     if not _LAYER.fullmatch(text):
-        raise SteerError(f"layer {shown(text)}: a 0-based layer such as '16' is wanted")
+        raise SteerError(f"layer {shown(text)}: expected a 0-based layer such as '16'")
     return int(text)
 
 
@@ -55,7 +55,7 @@ def check_layer(layer: Any) -> int:
     """A layer from a key of a dict, which must be an integer from 0 on."""
     if type(layer) is not int or not 0 <= layer < _MOST_LAYERS:
         raise SteerError(
-            f"layer {shown(layer)}: a 0-based layer such as 16 is wanted; one counted from "
+            f"layer {shown(layer)}: expected a 0-based layer such as 16; one counted from "
             "the end has to be written as its number from the start"
         )
     return layer
@@ -63,10 +63,10 @@ def check_layer(layer: Any) -> int:
 
 def _check_vector(layer: int, vector: Any) -> torch.Tensor:
     if not isinstance(vector, torch.Tensor):
-        raise SteerError(f"layer {layer} holds a {type(vector).__name__}; a tensor is wanted")
+        raise SteerError(f"layer {layer} holds a {type(vector).__name__}; expected a tensor")
     if vector.ndim != 1 or not vector.is_floating_point() or not vector.numel():
         raise SteerError(
-            f"the vector of layer {layer} is {list(vector.shape)} in {vector.dtype}; one "
-            "dimension of a floating dtype is wanted"
+            f"the vector of layer {layer} is {list(vector.shape)} in {vector.dtype}; "
+            "expected one dimension of a floating dtype"
         )
     return vector.detach()

@@ -25,14 +25,14 @@ def _column_list(value: Any) -> Any:
 def _number(value: Any) -> Any:
     """YAML reads 'yes' and 'on' as true, which is no number; Python reads '1_0' as 10."""
     if isinstance(value, bool) or (isinstance(value, str) and not is_number(value)):
-        raise ValueError("a number is wanted")
+        raise ValueError("expected a number")
     return value
 
 
 def _layers(value: Any) -> tuple[int, ...]:
     # A file may repeat '0-9999' without end.
     if isinstance(value, bool) or (isinstance(value, str) and len(value) > _LONGEST_LAYERS):
-        raise ValueError("layers such as '8-31' are wanted")
+        raise ValueError("expected layers such as '8-31'")
     return parse_layers(value)
 
 
@@ -40,7 +40,7 @@ def _rows(value: Any) -> tuple[int, ...]:
     try:
         return _layers(value)
     except ValueError:
-        raise ValueError("0-based rows such as '1-32', '0,8' or 17 are wanted") from None
+        raise ValueError("expected 0-based rows such as '1-32', '0,8' or 17") from None
 
 
 Number = BeforeValidator(_number)
@@ -97,7 +97,7 @@ def read_facts(given: Mapping[str, Any], *, origin: str) -> Facts:
 
 
 def describe_errors(error: ValidationError, origin: str) -> str:
-    """Each wrong value, where it is, what was given, what is wanted; the first few of them."""
+    """Each wrong value, where it is, what was found and what is expected; the first few of them."""
     lines = []
     wrong = error.errors(include_url=False)
     for item in wrong[:_MOST_ERRORS]:

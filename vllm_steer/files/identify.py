@@ -69,13 +69,13 @@ def _of_npz(path: Path, archive: Archive) -> Source:
     names = npz_file.arrays_in(archive.records)
     if not names:
         raise SteerError(
-            f"a zip archive of {listed(archive.records)}; wanted: what torch.save or NumPy's savez "
-            "writes; unpack it, and give the steer file in it"
+            f"a zip archive of {listed(archive.records)}; expected what torch.save or NumPy's "
+            "savez writes; unpack it, and give the steer file in it"
         )
     decoder = sae.decoder_in(names)
     if decoder is None:
         raise SteerError(
-            f"a NumPy archive of {listed(sorted(names))}; wanted: the weights of an SAE, with a "
+            f"a NumPy archive of {listed(sorted(names))}; expected the weights of an SAE, with a "
             "tensor W_dec"
         )
     wanted = {decoder, sae.BIAS} & set(names)
@@ -118,7 +118,7 @@ def _unknown(loaded: Any) -> str:
     if isinstance(loaded, dict):
         found = f"a dict with the keys {listed(loaded, none='(none)')}"
     return (
-        f"it holds {found}; wanted: a tensor, a dict of tensors by 0-based layer (integers), a "
+        f"it holds {found}; expected a tensor, a dict of tensors by 0-based layer (integers), a "
         "vector of the steering-vectors library, or an LM-Steer checkpoint, a list of the training "
         "arguments, a dict of projectors and the step"
     )

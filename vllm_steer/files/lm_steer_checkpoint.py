@@ -100,12 +100,12 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if unknown or not state:
         raise SteerError(
             f"its state holds {listed(state, none='nothing')}; "
-            "wanted: projector1 and projector2, or add_vec, or offset_vec"
+            "expected projector1 and projector2, or add_vec, or offset_vec"
         )
     tensors = {}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
-            raise SteerError(f"{name} is a {type(tensor).__name__}; a tensor is wanted")
+            raise SteerError(f"{name} is a {type(tensor).__name__}; expected a tensor")
         tensors[_TENSOR_NAMES[name]] = tensor.detach().contiguous()
     return tensors
 

@@ -67,9 +67,7 @@ def _width(tensors: Mapping[str, torch.Tensor]) -> int:
         raise SteerError("an offset steer does not tell the hidden size; give hidden_size as a key")
     name, tensor = next(iter(tensors.items()))
     if tensor.ndim < 2:
-        raise SteerError(
-            f"tensor {name} is {list(tensor.shape)}; a [columns, ...] tensor is wanted"
-        )
+        raise SteerError(f"tensor {name} is {list(tensor.shape)}; expected a [columns, ...] tensor")
     return int(tensor.shape[1])
 
 
@@ -137,7 +135,7 @@ def read_scores(text: str | None) -> tuple[float, ...] | None:
         return None
     scores = read_json(text, "metadata: layer_scores")
     if not isinstance(scores, list) or not all(map(_is_finite, scores)):
-        raise SteerError(f"layer_scores is {shown(text)}; a JSON list of finite numbers is wanted")
+        raise SteerError(f"layer_scores is {shown(text)}; expected a JSON list of finite numbers")
     return tuple(map(float, scores))
 
 

@@ -40,7 +40,7 @@ def read_row(path: Path, name: str, row: int) -> torch.Tensor:
     """One row of a floating array, in memory of its own."""
     with open_archive(path) as archive, _opened(archive, name) as array:
         if array.dtype.kind != "f":
-            raise SteerError(f"tensor {name} is {array.dtype}; a floating dtype is wanted")
+            raise SteerError(f"tensor {name} is {array.dtype}; expected a floating dtype")
         values = array.whole()[row] if array.by_columns else array.row(row)
         array.check()
         return torch.from_numpy(values.astype(array.dtype.newbyteorder("=")))
@@ -84,7 +84,7 @@ def _opened(archive: Archive, name: str) -> Iterator[_Array]:
         with archive.open(record) as file:
             array = _Array(file, *_read_header(file))
             if min(array.shape, default=0) < 0:
-                raise SteerError(f"tensor {name} is {list(array.shape)}; sizes from 0 are wanted")
+                raise SteerError(f"tensor {name} is {list(array.shape)}; expected sizes from 0")
             if array.size > archive.records[record].file_size - file.tell():
                 raise SteerError(f"tensor {name} claims more values than the file holds")
             yield array
@@ -97,7 +97,7 @@ def _opened(archive: Archive, name: str) -> Iterator[_Array]:
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = _FORMAT.read_magic(file)
     if version not in _HEADERS:
-        raise SteerError(f"arrays of version {version} are not read; wanted: (1, 0) or (2, 0)")
+        raise SteerError(f"arrays of version {version} are not read; expected (1, 0) or (2, 0)")
     length_size = 2 if version == (1, 0) else 4
     length = file.read(length_size)
     text = file.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER + 1))

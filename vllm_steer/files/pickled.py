@@ -201,7 +201,7 @@ class _Machine:
 
 def _arguments(given: Any) -> tuple[Any, ...]:
     if not isinstance(given, tuple):
-        raise SteerError(f"its pickle calls with {_name(given)}; a tuple is wanted")
+        raise SteerError(f"its pickle calls with {_name(given)}; expected a tuple")
     return given
 
 

@@ -37,7 +37,7 @@ def read_by_layer(directions: Mapping[int, Any], facts: Facts) -> VectorSteer:
 def read_tensor(tensor: torch.Tensor, facts: Facts) -> VectorSteer | DeltaSteer:
     """A steer of the layers that the facts name."""
     if 0 in tensor.shape or tensor.ndim not in (1, 2, 3):
-        raise SteerError(f"a tensor {list(tensor.shape)}; wanted: [d], [L, d] or [steps, L, width]")
+        raise SteerError(f"a tensor {list(tensor.shape)}; expected [d], [L, d], [steps, L, width]")
     if tensor.ndim == 3:
         return _delta(tensor, facts)
     if facts.kind not in (None, "vector"):

@@ -48,7 +48,7 @@ def decoder_in(names: Iterable[str]) -> str | None:
     """The decoder's name among a file's tensors; None if there is none, an error if two are."""
     found = [name for name in names if name in ("W_dec", "w_dec")]
     if len(found) > 1:
-        raise SteerError("it holds W_dec and w_dec; one decoder is wanted")
+        raise SteerError("it holds W_dec and w_dec; expected one decoder")
     return found[0] if found else None
 
 
@@ -70,11 +70,11 @@ def read(decoder: Decoder, facts: Facts) -> VectorSteer:
 def _features(decoder: Decoder) -> int:
     shape, bias = list(decoder.shapes[decoder.name]), decoder.shapes.get(BIAS)
     if len(shape) != 2 or min(shape) < 1:
-        raise SteerError(f"tensor {decoder.name} is {shape}; [features, hidden] is wanted")
+        raise SteerError(f"tensor {decoder.name} is {shape}; expected [features, hidden]")
     if bias is not None and list(bias) != shape[1:]:
         raise SteerError(
-            f"tensor {decoder.name} is {shape} and {BIAS} {list(bias)}; wanted: [features, hidden] "
-            "and [hidden]; transpose the decoder"
+            f"tensor {decoder.name} is {shape} and {BIAS} {list(bias)}; expected [features, "
+            "hidden] and [hidden]; transpose the decoder"
         )
     return shape[0]
 

@@ -55,7 +55,7 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 def check_text(name: str, text: Any) -> None:
     """Raise ``SteerError`` for what is no text, or none that UTF-8 has."""
     if not isinstance(text, str):
-        raise SteerError(f"{name} is {shown(text)}; a text is wanted")
+        raise SteerError(f"{name} is {shown(text)}; expected a text")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise SteerError(f"{name} {shown(text)} has bytes that are not UTF-8; leave them out")
 

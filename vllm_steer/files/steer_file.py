@@ -109,7 +109,7 @@ def _read_recipe(text: str | None) -> Mapping[str, Any] | None:
         return None
     recipe = read_json(text, "metadata: recipe")
     if not isinstance(recipe, dict):
-        raise SteerError(f"metadata: recipe is {shown(recipe)}; a JSON object is wanted")
+        raise SteerError(f"metadata: recipe is {shown(recipe)}; expected a JSON object")
     return recipe
 
 
@@ -176,7 +176,7 @@ def _check_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
 def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise SteerError(
-            f"metadata format is {shown(metadata.get('format'))}, wanted {FORMAT!r}; of other "
+            f"metadata format is {shown(metadata.get('format'))}; expected {FORMAT!r}; of other "
             "tools' safetensors files, concept-guidance's (W, b, a) and SAE weights (W_dec) are "
             "read"
         )

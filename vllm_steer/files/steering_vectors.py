@@ -56,7 +56,7 @@ def read(loaded: Any, facts: Facts) -> VectorSteer:
     activations = said.get("layer_activations")
     if unknown or not isinstance(activations, Mapping):
         raise SteerError(
-            f"it holds {listed(said, none='nothing')}; wanted: layer_activations, "
+            f"it holds {listed(said, none='nothing')}; expected layer_activations, "
             "a dict of tensors by layer, and layer_type"
         )
     vectors, layers = stack_directions({n: _flat(v) for n, v in activations.items()})

@@ -29,7 +29,7 @@ from vllm_steer.steers.layers import format_layers
 NAME = "an activation-steering file (.svec)"
 _LARGEST = 16 * 2**20
 _MOST_CONTAINERS = 100_000
-_WANTED = 'wanted: a JSON object with model_type and directions {"1": [numbers], ...}'
+_WANTED = 'expected a JSON object with model_type and directions {"1": [numbers], ...}'
 
 
 def read(path: Path, facts: Facts) -> VectorSteer:

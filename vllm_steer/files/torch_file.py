@@ -66,11 +66,11 @@ def read_names(archive: Archive) -> Pickle:
     pickles = [name for name in archive.records if name.casefold().endswith(_PICKLE)]
     folder, _, name = pickles[0].rpartition("/")
     if len(pickles) != 1 or name != _PICKLE or not folder or "/" in folder:
-        raise SteerError(f"one pickle is wanted in it, FOLDER/data.pkl; found {listed(pickles)}")
+        raise SteerError(f"expected one pickle in it, FOLDER/data.pkl; found {listed(pickles)}")
     if not next(iter(archive.records)).startswith(f"{folder}/"):
         raise SteerError(f"its first record is not in {folder}/, where its pickle is")
     if archive.records[pickles[0]].file_size > LARGEST_HEADER:
-        raise SteerError(f"a pickle of at most {LARGEST_HEADER} bytes is wanted in it")
+        raise SteerError(f"expected a pickle of at most {LARGEST_HEADER} bytes in it")
     order = next((n for n in archive.records if n.casefold().endswith("/byteorder")), None)
     if order is not None and archive.read(order) != b"little":
         raise SteerError("its numbers are not little-endian; save it again on another machine")

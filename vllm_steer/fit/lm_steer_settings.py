@@ -33,14 +33,14 @@ class Settings:
         check_choice("variant", self.variant, VARIANTS)
         for name, least in (("rank", 1), ("steps", 1), ("batch_size", 1), ("max_length", 2)):
             if getattr(self, name) < least:
-                raise SteerError(f"{name} is {getattr(self, name)}; at least {least} is wanted")
+                raise SteerError(f"{name} is {getattr(self, name)}; expected at least {least}")
         for name in ("epsilon", "initial_scale", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
-                raise SteerError(f"{name} is {getattr(self, name)}; a positive number is wanted")
+                raise SteerError(f"{name} is {getattr(self, name)}; expected a positive number")
         if not 0 <= self.regularization < math.inf:
-            raise SteerError(f"regularization is {self.regularization}; 0 or more is wanted")
+            raise SteerError(f"regularization is {self.regularization}; expected 0 or more")
         if not 0 <= self.seed < 1 << 63:
-            raise SteerError(f"seed is {self.seed}; a number from 0 to 2^63 - 1 is wanted")
+            raise SteerError(f"seed is {self.seed}; expected a number from 0 to 2^63 - 1")
 
     @property
     def columns(self) -> int:

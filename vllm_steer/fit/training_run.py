@@ -60,7 +60,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise SteerError(f"checkpoint_every is {self.every}; at least 1 step is wanted")
+            raise SteerError(f"checkpoint_every is {self.every}; expected at least 1 step")
 
     def keep(self, training: Training, *, last: bool) -> None:
         """Write a checkpoint if one is due: after so many steps, a minute, or the last step."""

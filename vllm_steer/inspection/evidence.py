@@ -118,15 +118,15 @@ def _encode(model: LanguageModel, text: str) -> tuple[torch.Tensor, list[tuple[i
     """Token ids ``[tokens]`` and which characters each stands for."""
     if not model.tokenizer.is_fast:
         raise SteerError(
-            f"model {model.name}: its tokenizer does not say where its tokens stand in a text; a "
-            "model with a fast tokenizer is wanted"
+            f"model {model.name}: its tokenizer does not report the offsets of its tokens; "
+            "expected a model with a fast tokenizer"
         )
     encoded = model.tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     if len(ids) < 2:
         raise SteerError(
-            f"the text {text!r:.50} has {len(ids)} tokens; the first has no evidence, so at least "
-            "two are wanted"
+            f"the text {text!r:.50} has {len(ids)} tokens; the first has no evidence; expected at "
+            "least two"
         )
     most = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and len(ids) > most:

@@ -85,7 +85,7 @@ def _files(folder: str, names: list[str]) -> list[Path]:
 
 
 def _cached(folder: str, file: str) -> Path | None:
-    """A checkpoint's file, fetched from the hub where it is not at hand; None if it has none."""
+    """A checkpoint's file, fetched from the hub if it is not cached; None if it has none."""
     from transformers.utils import cached_file
 
     try:

@@ -16,7 +16,7 @@ def number(name: str, option: str, given: Any, *, wanted: str) -> float:
         value = _float(given)
     except (ValueError, OverflowError):
         raise SteerRequestError(
-            f"steer {name} has {option} {shown(given)}; a number is wanted, {wanted}"
+            f"steer {name} has {option} {shown(given)}; expected a number, {wanted}"
         ) from None
     if not math.isfinite(value):
         raise SteerRequestError(f"steer {name} has {option} {shown(given)}; it must be finite")

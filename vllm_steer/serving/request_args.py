@@ -54,7 +54,7 @@ def as_wish(given: Any) -> bool:
         return False
     if word in _YES:
         return True
-    raise SteerRequestError(f"{STRENGTHS} is {shown(given)}; true or false is wanted")
+    raise SteerRequestError(f"{STRENGTHS} is {shown(given)}; expected true or false")
 
 
 def doses_of(sampling_params: Any, plan: SteerPlan) -> tuple[Dose, ...]:

@@ -15,10 +15,10 @@ _PIECE: Final = 1 << 20
 def check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
     """Raise ``SteerError`` unless it is floating, of ``dims`` dimensions, not empty and finite."""
     if not tensor.is_floating_point():
-        raise SteerError(f"tensor {name} is {tensor.dtype}; a floating dtype is wanted")
+        raise SteerError(f"tensor {name} is {tensor.dtype}; expected a floating dtype")
     if tensor.ndim != dims or 0 in tensor.shape:
         raise SteerError(
-            f"tensor {name} is {list(tensor.shape)}; wanted: {dims} dimensions, none of size 0"
+            f"tensor {name} is {list(tensor.shape)}; expected {dims} dimensions, none of size 0"
         )
     bad = sum(int((~torch.isfinite(piece.float())).sum()) for piece in pieces(tensor))
     if bad:

@@ -47,7 +47,7 @@ def check_layers(layers: Sequence[int], count: int, tensor: str) -> None:
     """Raise ``SteerError`` unless there are ``count`` ascending layers, one per row of a tensor."""
     if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
         raise SteerError(
-            f"layers {shown(list(layers))}: ascending 0-based layers are wanted, each once"
+            f"layers {shown(list(layers))}: expected ascending 0-based layers, each once"
         )
     if len(layers) != count:
         raise SteerError(
@@ -89,5 +89,5 @@ def _number(item: Any, given: Any) -> int:
 
 def _malformed(given: Any) -> SteerError:
     return SteerError(
-        f"layers is {shown(given)}; wanted: 0-based layers such as '8-31', '3,7,9' or [3, 7]"
+        f"layers is {shown(given)}; expected 0-based layers such as '8-31', '3,7,9' or [3, 7]"
     )

@@ -65,7 +65,7 @@ class Sweep:
                 f"budget is {self.budget}; it is a ratio of perplexities above 1, such as 1.2"
             )
         if self.search.rounds < 1:
-            raise SteerError(f"rounds is {self.search.rounds}; at least 1 is wanted")
+            raise SteerError(f"rounds is {self.search.rounds}; expected at least 1")
 
 
 @dataclass(frozen=True)

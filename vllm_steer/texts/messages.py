@@ -61,7 +61,7 @@ def _conversation(row: Row, number: LabelMap) -> Conversation:
         messages = _messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise SteerError(
-                f"{row.place}: the messages are {[m['role'] for m in messages]}; wanted: two or "
+                f"{row.place}: the messages are {[m['role'] for m in messages]}; expected two or "
                 "more, the last one the assistant's"
             )
     else:
@@ -86,8 +86,8 @@ def _messages(row: Row, name: str) -> Messages:
             given = None
     if not isinstance(given, list) or not all(map(_is_message, given)):
         raise SteerError(
-            f"{row.place}: {name} is {shown(row.values[name])}; a list of "
-            '{"role": ..., "content": ...} is wanted'
+            f"{row.place}: {name} is {shown(row.values[name])}; expected a list of "
+            '{"role": ..., "content": ...}'
         )
     texts = (message[part] for message in given for part in ("role", "content"))
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
@@ -110,7 +110,7 @@ def _label(row: Row, number: LabelMap) -> int:
         raise SteerError(f"{row.place}: {error}") from None
     if label not in (0.0, 1.0):
         raise SteerError(
-            f"{row.place}: label {shown(row.values['label'])} is {label:g}; 0 and 1 are wanted, or "
+            f"{row.place}: label {shown(row.values['label'])} is {label:g}; expected 0 and 1, or "
             "a label map such as good=1,bad=0"
         )
     return int(label)

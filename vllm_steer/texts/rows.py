@@ -95,7 +95,7 @@ def text_of(row: Row, name: str) -> str:
         if _broken(value):
             raise SteerError(f"{row.place}: {_BROKEN}")
     if not isinstance(value, str) or not value.strip():
-        raise SteerError(f"{row.place}: {name} is {shown(value)}; a text is wanted")
+        raise SteerError(f"{row.place}: {name} is {shown(value)}; expected a text")
     return value
 
 
@@ -103,7 +103,7 @@ def _row(place: str, values: Any) -> Row:
     if isinstance(values, _Bad):
         return Row(place, problem=values.reason)
     if not isinstance(values, Mapping):
-        return Row(place, problem=f"the row is {shown(values)}; an object is wanted")
+        return Row(place, problem=f"the row is {shown(values)}; expected an object")
     if any(_broken(value) for value in values.values()):
         return Row(place, problem=_BROKEN)
     return Row(place, values)
@@ -169,7 +169,9 @@ def _json(file: IO[str]) -> Iterator[tuple[int, Any]]:
             yield text.line, text.item()
             mark = text.next_letter()
             if mark not in (",", "]"):
-                said = f"{mark!r} where a comma or ] is wanted" if mark else "the list does not end"
+                said = (
+                    f"{mark!r} where a comma or ] is expected" if mark else "the list does not end"
+                )
                 raise _Malformed(f"{text.line}: no JSON ({said})")
             last = mark == "]"
             text.step()

@@ -45,7 +45,7 @@ def measure_effect(
     """
     sided = [one for one in texts if one.label != 0]
     if not sided:
-        raise SteerError("every text is labelled 0; texts of both sides are wanted, 1 and -1")
+        raise SteerError("every text is labelled 0; expected texts of both sides, 1 and -1")
     total, tokens, right = 0.0, 0, 0
     for done, (text, label) in enumerate(sided, 1):
         found = text_evidence(model, steer, text, strength=strength, spans=0)

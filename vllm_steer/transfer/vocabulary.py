@@ -39,7 +39,7 @@ def shared_vocabulary(
     if not shared:
         raise SteerError(
             "the two vocabularies have no token in common, so there is nothing to match the models "
-            "by; tokenizers of one kind (byte-level BPE, SentencePiece) are wanted"
+            "by; expected tokenizers of one kind (byte-level BPE, SentencePiece)"
         )
     source_ids, target_ids, tokens = zip(*shared, strict=True)
     return SharedVocabulary(tokens, torch.tensor(source_ids), torch.tensor(target_ids))

@@ -182,7 +182,7 @@ def test_a_text_longer_than_the_model_reads_is_refused(model: LanguageModel) -> 
 
 def test_a_tokenizer_without_places_is_refused(model: LanguageModel) -> None:
     slow = LanguageModel("tiny", model.model, SimpleNamespace(is_fast=False))
-    with pytest.raises(SteerError, match="model tiny: its tokenizer does not say where its tokens"):
+    with pytest.raises(SteerError, match="model tiny: its tokenizer does not report the offsets"):
         text_evidence(slow, multiply(), TEXT)
 
 

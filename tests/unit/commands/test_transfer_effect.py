@@ -109,5 +109,5 @@ def test_an_effect_that_cannot_be_reached_is_refused(
 
 
 def test_texts_of_no_side_are_refused(model: LanguageModel) -> None:
-    with pytest.raises(SteerError, match="every text is labelled 0; texts of both sides are want"):
+    with pytest.raises(SteerError, match="every text is labelled 0; expected texts of both sides"):
         measure_effect(model, add_steer(model), [LabelledText("Nothing.", 0.0)])

@@ -100,7 +100,7 @@ def test_what_is_wrong_is_said_before_anything_is_generated(place: Path, stand_i
         evaluate(place, "--layers", "9")
     with pytest.raises(SteerError, match="preset is 'best'; allowed: lm-steer"):
         evaluate(place, "--preset", "best")
-    with pytest.raises(SteerError, match=r"no judge is at hand .perspective: the Perspective API"):
+    with pytest.raises(SteerError, match=r"no judge is available .perspective: the Perspective"):
         call(
             *("eval", place, "--strengths", "1", "--out", place / "run"),
             *("--judge", "perspective", "--no-plot"),

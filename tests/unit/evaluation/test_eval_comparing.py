@@ -160,7 +160,7 @@ def test_other_prompts_are_another_comparison(place: Path, stand_in: StandIn) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tolerance", "-1"], "tolerance is -1.0; a share of the texts is wanted"),
+        (["--tolerance", "-1"], "tolerance is -1.0; expected a share of the texts"),
         (["--judge", "taste"], "judge 'taste' is unknown"),
     ],
 )

@@ -87,7 +87,7 @@ def test_the_folder_of_somebody_who_is_not_here_is_named(
         ({"seen": None}, "None is no text"),
         ({"seen": [1.5]}, "1.5 is no text"),
         ({"properties": {"fr": {**FR, "dynamic": "off"}}}, r"properties\.fr\.dynamic is 'off'"),
-        ({"properties": {"fr": {**FR, "strengths": ["1_0"]}}}, "a number is wanted"),
+        ({"properties": {"fr": {**FR, "strengths": ["1_0"]}}}, "expected a number"),
     ],
     ids=str,
 )

@@ -72,5 +72,5 @@ def test_a_seed_makes_a_control(make_steer: Any) -> None:
 
 @pytest.mark.parametrize("seed", [-1, 1 << 63])
 def test_a_seed_out_of_range_is_refused(seed: int, make_steer: Any) -> None:
-    with pytest.raises(SteerError, match=f"control seed is {seed}; a number from 0"):
+    with pytest.raises(SteerError, match=f"control seed is {seed}; expected a number from 0"):
         random_steer(make_steer(), seed)

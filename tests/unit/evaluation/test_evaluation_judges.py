@@ -1,4 +1,4 @@
-"""Judges by their specs: which are made, which are not at hand, which are misspelt."""
+"""Judges by their specs: which are made, which are not available, which are misspelt."""
 
 from importlib import import_module
 from typing import Any

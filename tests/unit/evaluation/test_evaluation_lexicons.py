@@ -75,11 +75,14 @@ def test_a_text_of_no_one_language_is_not_in_the_language() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("positive: [glad]", "two lists are wanted, named positive and negative"),
-        ("- glad", "two lists are wanted, named positive and negative"),
-        ("{positive: [glad], negative: []}", r"negative is \[\]; a list of words is wanted"),
-        ("{positive: [no], negative: [sad]}", "positive has False; a single word is wanted"),
-        ("{positive: [very glad], negative: [sad]}", "positive has 'very glad'; a single word"),
+        ("positive: [glad]", "expected two lists, named positive and negative"),
+        ("- glad", "expected two lists, named positive and negative"),
+        ("{positive: [glad], negative: []}", r"negative is \[\]; expected a list of words"),
+        ("{positive: [no], negative: [sad]}", "positive has False; expected a single word"),
+        (
+            "{positive: [very glad], negative: [sad]}",
+            "positive has 'very glad'; expected a single word",
+        ),
         ("{positive: [glad, sad], negative: [Sad]}", "sad on both sides; a word tells one"),
         ("{positive: [", "is neither YAML nor JSON"),
     ],
@@ -105,7 +108,7 @@ def test_a_large_lexicon_and_one_of_many_aliases_are_refused(tmp_path: Path) -> 
 def test_a_lexicon_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"mood\.yaml: no such file"):
         make_judge(f"lexicon:{tmp_path / 'mood.yaml'}")
-    with pytest.raises(SteerError, match=r"mood\.txt: a \.yaml, \.yml or \.json file is wanted"):
+    with pytest.raises(SteerError, match=r"mood\.txt: expected a \.yaml, \.yml or \.json file"):
         make_judge(f"lexicon:{tmp_path / 'mood.txt'}")
 
 

@@ -221,6 +221,6 @@ def test_a_budget_is_a_ratio_above_one(budget: float) -> None:
 
 
 def test_rounds_are_at_least_one() -> None:
-    with pytest.raises(SteerError, match="rounds is 0; at least 1"):
+    with pytest.raises(SteerError, match="rounds is 0; expected at least 1"):
         Sweep("m", Path("s"), PROMPTS, "j", "p", search=Search(rounds=0))
     assert dataclasses.asdict(Search())["ends"] == (0.0, 10.0)

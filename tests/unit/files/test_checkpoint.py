@@ -173,13 +173,19 @@ def test_training_arguments_that_cannot_be_are_refused(
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"model": torch.ones(2)}, "a dict with the keys model; wanted: .* an LM-Steer checkpoint"),
+        (
+            {"model": torch.ones(2)},
+            "a dict with the keys model; expected .* an LM-Steer checkpoint",
+        ),
         ([None], "not an LM-Steer checkpoint"),
         ([training_arguments(), [1], 2], "not an LM-Steer checkpoint"),
         ([3, {}, 2], "not an LM-Steer checkpoint"),
         ([None, {}, 2], "its state holds nothing"),
-        ([None, {"weight": torch.ones(2)}, 2], "its state holds weight; wanted: projector1"),
-        ([None, {"projector1": "x", "projector2": "y"}, 2], "projector1 is a str; a tensor"),
+        ([None, {"weight": torch.ones(2)}, 2], "its state holds weight; expected projector1"),
+        (
+            [None, {"projector1": "x", "projector2": "y"}, 2],
+            "projector1 is a str; expected a tensor",
+        ),
         ([None, {"projector1": torch.ones(2, 6, 2)}, 2], "given: projector1"),
         ([None, {"add_vec": torch.full((2, 6), torch.nan)}, 2], "add has 12 values that are NaN"),
         ([None, {"add_vec": torch.ones(6)}, 2], r"tensor add is \[6\]"),

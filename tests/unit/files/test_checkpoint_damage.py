@@ -26,14 +26,14 @@ def test_two_pickles_in_one_archive_are_refused(tmp_path: Path) -> None:
         archive.writestr("other/data.pkl", b"\x80\x02N.")
     with pytest.raises(
         SteerError,
-        match=r"whole.pt: one pickle .*; found whole/data.pkl, other/",
+        match=r"whole.pt: expected one pickle .*; found whole/data.pkl, other/",
     ):
         load_steer(path)
 
 
 def test_a_large_pickle_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = save(tmp_path / "large.pt", "x" * 1_000_001, projectors())
-    with pytest.raises(SteerError, match="a pickle of at most 1000000 bytes is wanted"):
+    with pytest.raises(SteerError, match="expected a pickle of at most 1000000 bytes"):
         load_steer(path)
 
 

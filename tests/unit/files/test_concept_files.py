@@ -58,7 +58,7 @@ def test_facts_win_over_what_a_concept_file_is_read_as(tmp_path: Path) -> None:
         ({"W": torch.randn(4, WIDTH, 1)}, "metadata format is None"),
         ({"c": torch.zeros(4)}, "metadata format is None"),
         ({"W": torch.full((4, WIDTH), torch.nan)}, "W has 24 values that are NaN"),
-        ({"W": torch.ones(4, WIDTH).int()}, "W is torch.int32; a floating dtype is wanted"),
+        ({"W": torch.ones(4, WIDTH).int()}, "W is torch.int32; expected a floating dtype"),
         ({"W": torch.zeros(4, WIDTH)}, "the vector of layer 0-3 is zero"),
     ],
     ids=["a-linear-layer", "a-of-3", "three-dimensions", "another-tensor", "nan", "int", "zero"],

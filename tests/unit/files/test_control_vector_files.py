@@ -36,12 +36,12 @@ def test_facts_choose_and_replace_in_a_gguf_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        ({"x": np.ones(6, np.float32)}, "layer 'x': a 0-based layer such as '16' is wanted"),
+        ({"x": np.ones(6, np.float32)}, "layer 'x': expected a 0-based layer such as '16'"),
         ({"01": np.ones(6, np.float32)}, "layer '01'"),
         ({"-1": np.ones(6, np.float32)}, "layer '-1'"),
         ({"99999": np.ones(6, np.float32)}, "layer '99999'"),
         ({1: np.ones((2, 3), np.float32)}, r"layer 1 is \[2, 3\] .*one dimension"),
-        ({1: np.ones(6, np.int32)}, "direction.1 is I32; F32 is wanted"),
+        ({1: np.ones(6, np.int32)}, "direction.1 is I32; expected F32"),
         ({1: np.full(6, np.nan, np.float32)}, "6 values that are NaN or infinite"),
         ({1: np.ones(6, np.float32), 2: np.ones(5, np.float32)}, "layer 2 is .*they must agree"),
         ({}, "it holds no vectors"),
@@ -57,7 +57,7 @@ def test_gguf_vectors_that_cannot_be_are_refused(
 
 def test_a_gguf_model_is_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", directions([1]), architecture="llama")
-    with pytest.raises(SteerError, match="of architecture 'llama'; wanted: 'controlvector'"):
+    with pytest.raises(SteerError, match="of architecture 'llama'; expected 'controlvector'"):
         load_steer(path)
 
 
@@ -180,25 +180,25 @@ def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ('{"model_type": "llama"}', "directions is None; wanted: a JSON object"),
-        ('{"model_type": 1, "directions": {}}', "model_type is 1.0; wanted"),
+        ('{"model_type": "llama"}', "directions is None; expected a JSON object"),
+        ('{"model_type": 1, "directions": {}}', "model_type is 1.0; expected"),
         (
             '{"model_type": "l", "directions": []}',
-            "directions is \\[\\]; wanted",
+            "directions is \\[\\]; expected",
         ),
         ('{"model_type": "l", "directions": {}}', "it holds no vectors"),
         ('{"model_type": "l", "directions": {"0": [1]}}', "it holds no vectors"),
-        ('{"model_type": "l", "directions": {"a": [1]}}', "layer 'a': a 0-based layer"),
+        ('{"model_type": "l", "directions": {"a": [1]}}', "layer 'a': expected a 0-based layer"),
         ('{"model_type": "l", "directions": {"-1": [1]}}', "layer '-1'"),
         ('{"model_type": "l", "directions": {"1.5": [1]}}', "layer '1.5'"),
         ('{"model_type": "l", "directions": {"\u0661": [1]}}', "layer '\u0661'"),
         (
             '{"model_type": "l", "directions": {"1": [1, "2"]}}',
-            "direction '1' is .*; wanted",
+            "direction '1' is .*; expected",
         ),
         (
             '{"model_type": "l", "directions": {"1": [[1]]}}',
-            "direction '1' is .*; wanted",
+            "direction '1' is .*; expected",
         ),
         ('{"model_type": "l", "directions": {"1": []}}', r"layer 1 is \[0\]"),
         ('{"model_type": "l", "directions": {"1": [1], "2": [1, 2]}}', "they must agree"),

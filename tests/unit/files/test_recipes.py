@@ -52,7 +52,7 @@ def test_a_recipe_does_not_change_what_a_steer_is() -> None:
     ("text", "message"),
     [
         ("{", "recipe is no JSON"),
-        ("[1]", "a JSON object is wanted"),
+        ("[1]", "expected a JSON object"),
         ("[" * 100_000, "recipe is no JSON"),
     ],
     ids=["broken", "list", "deep"],

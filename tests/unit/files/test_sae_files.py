@@ -93,9 +93,9 @@ def test_what_an_sae_leaves_open_is_asked_for(
     ("decoder", "message"),
     [
         (torch.zeros(WIDTH, 8), r"W_dec is \[6, 8\] and b_dec \[6\].*transpose the decoder"),
-        (torch.zeros(8), r"W_dec is \[8\]; \[features, hidden\] is wanted"),
+        (torch.zeros(8), r"W_dec is \[8\]; expected \[features, hidden\]"),
         (torch.full((8, WIDTH), torch.nan), "6 values that are NaN"),
-        (torch.ones(8, WIDTH).int(), "torch.int32; a floating dtype is wanted"),
+        (torch.ones(8, WIDTH).int(), "torch.int32; expected a floating dtype"),
     ],
     ids=["transposed", "one-dimension", "nan", "int"],
 )
@@ -181,7 +181,7 @@ def test_two_records_for_one_array_are_refused(tmp_path: Path) -> None:
 def test_a_file_of_two_decoders_is_refused(tmp_path: Path) -> None:
     two = {"W_dec": torch.ones(2, 3), "w_dec": torch.ones(2, 3)}
     save_file(two, tmp_path / "two")
-    with pytest.raises(SteerError, match="it holds W_dec and w_dec; one decoder is wanted"):
+    with pytest.raises(SteerError, match="it holds W_dec and w_dec; expected one decoder"):
         load_steer(tmp_path / "two", feature=0, hook="blocks.1.hook_resid_post")
 
 
@@ -197,5 +197,5 @@ def test_an_npz_file_of_pickled_objects_is_refused_and_not_run(tmp_path: Path) -
 def test_an_npz_file_without_a_decoder_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "x.npz").open("wb") as file:
         np.savez(file, mean=np.zeros(3), std=np.ones(3))
-    with pytest.raises(SteerError, match="a NumPy archive of mean, std; wanted: the weights"):
+    with pytest.raises(SteerError, match="a NumPy archive of mean, std; expected the weights"):
         load_steer(tmp_path / "x.npz")

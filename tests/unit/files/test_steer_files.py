@@ -187,8 +187,8 @@ def test_a_fixed_column_named_twice_counts_once_or_is_refused(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format": "pt"}, "metadata format is 'pt', wanted 'vllm-steer'"),
-        ({"format": None}, "metadata format is None, wanted 'vllm-steer'"),
+        ({"format": "pt"}, "metadata format is 'pt'; expected 'vllm-steer'"),
+        ({"format": None}, "metadata format is None; expected 'vllm-steer'"),
         ({"format_version": "2"}, "format_version is '2'; this release reads '1'"),
         ({"kind": None}, "metadata lacks kind"),
         ({"hidden_size": None}, "metadata lacks hidden_size"),
@@ -263,7 +263,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         (b"hello, this is no steer", "neither a safetensors file nor"),
         (b"\x80\x02]q\x00.", "a Python pickle, which has to be run to be read"),
         (b"\x80\x04\x95", "a Python pickle"),
-        (b"PK\x05\x06" + bytes(18), "a zip archive of none; wanted: what torch.save or NumPy"),
+        (b"PK\x05\x06" + bytes(18), "a zip archive of none; expected what torch.save or NumPy"),
         (gzip.compress(b"x"), "a gzip file; unpack it first"),
         ('{"a": 1}'.encode("utf-16"), "a text in UTF-16; save it as UTF-8"),
         (b"\xef\xbb\xbf{}", "a text with a byte-order mark"),

@@ -55,7 +55,7 @@ def test_steering_vectors_of_one_row_are_flattened_as_the_library_does(
         ({"layer_activations": {1: torch.ones(2, 6)}}, r"layer 1 is \[2, 6\]"),
         ({"layer_activations": {1: torch.tensor(2.0)}}, r"layer 1 is \[\]"),
         ({"layer_activations": {1: 5}}, "layer 1 holds a int"),
-        ({"multiplier": 2.0}, "it holds layer_activations, layer_type, multiplier; wanted"),
+        ({"multiplier": 2.0}, "it holds layer_activations, layer_type, multiplier; expected"),
     ],
     ids=range(10),
 )
@@ -72,7 +72,7 @@ def test_steering_vectors_that_cannot_be_are_refused(
 def test_an_empty_steering_vector_is_refused(tmp_path: Path, steering_vectors: Any) -> None:
     content = steering_vectors({})
     vars(content).clear()
-    with pytest.raises(SteerError, match="it holds nothing; wanted: layer_activations"):
+    with pytest.raises(SteerError, match="it holds nothing; expected layer_activations"):
         load_steer(save(tmp_path / "v.pt", content))
 
 

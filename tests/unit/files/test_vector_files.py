@@ -221,8 +221,8 @@ def test_wrong_metadata_of_a_delta_is_refused(
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        (ramp(3, 6).int(), "tensor vectors is torch.int32; a floating dtype is wanted"),
-        (ramp(18), r"tensor vectors is \[18\]; wanted: 2 dimensions"),
+        (ramp(3, 6).int(), "tensor vectors is torch.int32; expected a floating dtype"),
+        (ramp(18), r"tensor vectors is \[18\]; expected 2 dimensions"),
         (torch.full((3, 6), torch.nan), "tensor vectors has 18 values that are NaN or infinite"),
         (torch.full((3, 6), torch.inf), "tensor vectors has 18 values that are NaN or infinite"),
         (torch.ones(3, 0), r"tensor vectors is \[3, 0\]"),

@@ -96,7 +96,7 @@ def test_json_items_over_chunk_boundaries(
         assert [dict(row.values) for row in read_rows(path)] == items
     numbers = put("b.json", "[ 12345 ,678 , true\t]\n ")
     said = [row.problem for row in read_rows(numbers)]
-    assert said == [f"the row is {v}; an object is wanted" for v in ("12345", "678", "True")]
+    assert said == [f"the row is {v}; expected an object" for v in ("12345", "678", "True")]
     assert list(read_rows(put("c.json", " [ \n] \n"))) == []
 
 
@@ -107,7 +107,7 @@ def test_json_items_over_chunk_boundaries(
         ('\n{"text": "a"}', ":2: a JSON file holds one list of objects"),
         ('[{"text": "a"}', ":1: no JSON .the list does not end"),
         ('[{"text": "a"},\n{"text": }]', ":2: no JSON .Expecting value.$"),
-        ('[{"text": "a"}\n{"text": "b"}]', ":2: no JSON .'{' where a comma or ] is wanted"),
+        ('[{"text": "a"}\n{"text": "b"}]', ":2: no JSON .'{' where a comma or ] is expected"),
         ('[{"text": "a"},,{}]', ":1: no JSON .Expecting value"),
         ('[,{"text": "a"}]', ":1: no JSON"),
         ('[{"text": "a"},]', ":1: no JSON"),
@@ -181,7 +181,7 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(
     [
         ("a.jsonl", '{"text": "a"\n', r"a.jsonl:1: no JSON \(Expecting ',' delimiter\)"),
         ("a.jsonl", '{"text": "a"} {}\n', r"a.jsonl:1: no JSON \(Extra data\)"),
-        ("a.jsonl", '["a"]\n', r"a.jsonl:1: the row is \['a'\]; an object is wanted"),
+        ("a.jsonl", '["a"]\n', r"a.jsonl:1: the row is \['a'\]; expected an object"),
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: no JSON .nested too deeply"),
         ("a.jsonl", '{"n": ' + "9" * 5000 + "}", "a.jsonl:1: no JSON .Exceeds the limit"),
         ("a.csv", "text,n\na\n", "a.csv:2: 1 values; the first line names 2"),
@@ -193,8 +193,8 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(
         ("a.jsonl", '{"body": "a"}\n', "a.jsonl:1: there is no 'text'; the row has 'body'"),
         ("a.jsonl", "{}\n", "a.jsonl:1: there is no 'text'; the row has nothing"),
         ("a.csv", "body,n\na,1\n", "a.csv:2: there is no 'text'; the row has 'body', 'n'"),
-        ("a.jsonl", '{"text": " "}\n', "a.jsonl:1: text is ' '; a text is wanted"),
-        ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: text is 3; a text is wanted"),
+        ("a.jsonl", '{"text": " "}\n', "a.jsonl:1: text is ' '; expected a text"),
+        ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: text is 3; expected a text"),
         ("a.txt", "\n \n", "a.txt: there are no rows"),
         ("a.csv", "", "a.csv: there are no rows"),
         ("a.csv", "text,n\n", "a.csv: there are no rows"),

@@ -94,7 +94,7 @@ def test_the_blocks_are_the_one_list_as_long_as_the_model_is_deep() -> None:
 @pytest.mark.parametrize(
     ("lists", "found"),
     [
-        ({}, "has 0 module lists of 3 entries; exactly one is wanted, its decoder layers"),
+        ({}, "has 0 module lists of 3 entries; expected exactly one, its decoder layers"),
         ({"layers": blocks(2)}, "Module has 0 module lists of 3 entries"),
         ({"text": blocks(3), "vision": blocks(3)}, "Module has 2 module lists of 3 entries"),
     ],

@@ -80,7 +80,7 @@ def test_the_token_route_keeps_extra_args_which_it_reads() -> None:
     [
         ({"steer": "gone:3"}, "steer", "steer 'gone' is unknown"),
         ({"steer": 5}, "steer", "steer is 5; allowed: a string"),
-        ({"steer_strengths": "maybe"}, "steer_strengths", "true or false is wanted"),
+        ({"steer_strengths": "maybe"}, "steer_strengths", "expected true or false"),
         ({"steers": "a:3"}, "steers", "steer is, as a field of the body"),
         ({"Steer": "a:3"}, "Steer", "is not read by this server"),
     ],

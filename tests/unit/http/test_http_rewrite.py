@@ -82,7 +82,7 @@ def test_the_wish_as_an_argument_leaves_the_bytes_and_is_noticed(plan: Any, give
 @pytest.mark.parametrize("given", ["yes", 2, [True], {"a": True}], ids=repr)
 def test_a_wish_that_is_no_boolean_is_refused(plan: Any, given: Any) -> None:
     for body in ({"steer_strengths": given}, {"vllm_xargs": {"steer_strengths": given}}):
-        with pytest.raises(ValueError, match="true or false is wanted"):
+        with pytest.raises(ValueError, match="expected true or false"):
             rewrite(dump(body), plan, route="/v1/completions")
 
 

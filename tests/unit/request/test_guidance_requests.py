@@ -117,7 +117,7 @@ def test_a_default_with_options_serves_those_that_do_not_ask() -> None:
     assert plan_for(STEERS, presets=PRESETS, default="late").doses(None) == resolve("late", PLAN)
 
 
-WANTED = "wanted: 0-based layers such as '8-31'"
+WANTED = "expected 0-based layers such as '8-31'"
 
 
 @pytest.mark.parametrize(
@@ -149,15 +149,15 @@ WANTED = "wanted: 0-based layers such as '8-31'"
         ({"push": {4: 1}}, "steer push has unknown options 4; allowed"),
         ({"push": {10**5000: 1}}, "steer push has unknown options .*; allowed"),
         ({10**5000: 1}, "is unknown; steers: push"),
-        ({"push": {"strength": {"x": 1}}}, "steer push has strength {'x': 1}; a number is wanted"),
+        ({"push": {"strength": {"x": 1}}}, "steer push has strength {'x': 1}; expected a number"),
         ({"push": {"strength": math.nan}}, "steer push has strength nan; it must be finite"),
-        ({"push": [8]}, r"steer push has strength \[8\]; a number is wanted"),
-        ({"push": None}, "steer push has strength None; a number is wanted"),
-        ("push:8:layers", "steer push has strength '8:layers'; a number is wanted"),
+        ({"push": [8]}, r"steer push has strength \[8\]; expected a number"),
+        ({"push": None}, "steer push has strength None; expected a number"),
+        ("push:8:layers", "steer push has strength '8:layers'; expected a number"),
         ({"late": {"layers": "4"}}, "late is a preset: it takes a strength only, a factor"),
         ({"late": {"strength": 1, "phase": "all"}}, "late is a preset: it takes a strength only"),
-        ({"late": {"strength": None}}, "steer late has strength None; a number is wanted"),
-        ({"late": None}, "steer late has strength None; a number is wanted"),
+        ({"late": {"strength": None}}, "steer late has strength None; expected a number"),
+        ({"late": None}, "steer late has strength None; expected a number"),
         ({"walk": {"schedule": "start", "phase": "generation"}}, "together they do nothing; drop"),
         ('{"push": {"layers": "4"}', "is not JSON"),
         ('{"push": {"layers": 4}}}', "is not JSON"),

@@ -102,12 +102,12 @@ class Text(str):
         ({"a", "b"}, "steer is .*; allowed"),
         (Text("a:1"), "steer holds 'a:1' of type Text, which does not travel"),
         ({"a": np.float64(1)}, "of type float64, which does not travel to the engine"),
-        ({"a": np.float32(1)}, "strength a .*float32.*; a number is wanted"),
+        ({"a": np.float32(1)}, "strength a .*float32.*; expected a number"),
         ({Text("a"): 1}, "of type Text, which does not travel"),
         ({"a": 10**30}, "steer holds a whole number of 31 digits; .* at most 64 bits"),
         ({"a": -(2**63) - 1}, "at most 64 bits"),
-        ({"a": 1, "b": object()}, "steer b has strength an object; a number is wanted"),
-        ({"a": {"strength": {1, 2}}}, "steer a has strength .*; a number is wanted"),
+        ({"a": 1, "b": object()}, "steer b has strength an object; expected a number"),
+        ({"a": {"strength": {1, 2}}}, "steer a has strength .*; expected a number"),
         ("\ud800", r"steer '\\ud800' is unknown"),
         ({"a": "\ud800"}, r"steer a has strength '\\ud800'"),
     ],
@@ -139,7 +139,7 @@ def test_only_ascii_numbers_are_numbers(plan: Any, text: str) -> None:
     for asked in ({"a": text}, f"a:{text}", json.dumps({"a": {"strength": text}})):
         with pytest.raises(SteerRequestError) as caught:
             resolve(asked, plan)
-        assert "a number is wanted, such as a:1.5" in str(caught.value) or "," in text
+        assert "expected a number, such as a:1.5" in str(caught.value) or "," in text
 
 
 @pytest.mark.parametrize(

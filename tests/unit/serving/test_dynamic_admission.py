@@ -227,9 +227,9 @@ def test_strengths_are_asked_for_with_a_boolean_however_it_arrives(
 @pytest.mark.parametrize("steer", [None, INSIDE])
 def test_what_is_no_boolean_does_not_ask_for_strengths(given: Any, steer: str | None) -> None:
     asked = params(steer, extra={"steer_strengths": given})
-    with pytest.raises(SteerRequestError, match=r"steer_strengths is .*; true or false is wanted"):
+    with pytest.raises(SteerRequestError, match=r"steer_strengths is .*; expected true or false"):
         asked_strengths(asked)
-    with pytest.raises(RejectedSteer, match=r"steer_strengths is .*; true or false is wanted"):
+    with pytest.raises(RejectedSteer, match=r"steer_strengths is .*; expected true or false"):
         admit(asked, engine())
 
 

@@ -42,18 +42,18 @@ def test_a_delta_knows_what_it_is(site: Any, schedule: Any) -> None:
         ({"mode": "Rotate"}, "mode is 'Rotate'; allowed: add, rotate"),
         ({"default_strength": NAN}, "default_strength is nan; it must be finite"),
         ({"default_strength": -INF}, "default_strength is -inf; it must be finite"),
-        ({"vectors": torch.ones(2, 3, 1)}, r"vectors is \[2, 3, 1\]; wanted: 2 dimensions"),
-        ({"vectors": torch.ones(3)}, r"vectors is \[3\]; wanted: 2 dimensions, none of size 0"),
-        ({"vectors": torch.ones(0, 3), "layers": ()}, r"vectors is \[0, 3\]; wanted: 2 dim"),
-        ({"vectors": torch.ones(2, 0)}, r"vectors is \[2, 0\]; wanted: 2 dimensions"),
-        ({"vectors": torch.ones(2, 3).long()}, "vectors is torch.int64; a floating dtype"),
+        ({"vectors": torch.ones(2, 3, 1)}, r"vectors is \[2, 3, 1\]; expected 2 dimensions"),
+        ({"vectors": torch.ones(3)}, r"vectors is \[3\]; expected 2 dimensions, none of size 0"),
+        ({"vectors": torch.ones(0, 3), "layers": ()}, r"vectors is \[0, 3\]; expected 2 dim"),
+        ({"vectors": torch.ones(2, 0)}, r"vectors is \[2, 0\]; expected 2 dimensions"),
+        ({"vectors": torch.ones(2, 3).long()}, "vectors is torch.int64; expected a floating dtype"),
         ({"vectors": torch.tensor([[1, NAN], [INF, 1]])}, "vectors has 2 values that are NaN or"),
         ({"vectors": torch.tensor([[1e300], [1]]).double()}, "vectors has 1 values that are NaN"),
         ({"layers": (0,)}, r"vectors has 2 layers and layers names 1 \(0\); they must agree"),
         ({"layers": (0, 1, 2)}, r"vectors has 2 layers and layers names 3 \(0-2\)"),
-        ({"layers": (1, 0)}, r"layers \[1, 0\]: ascending 0-based layers are wanted, each once"),
-        ({"layers": (1, 1)}, r"layers \[1, 1\]: ascending"),
-        ({"layers": (-1, 1)}, r"layers \[-1, 1\]: ascending"),
+        ({"layers": (1, 0)}, r"layers \[1, 0\]: expected ascending 0-based layers, each once"),
+        ({"layers": (1, 1)}, r"layers \[1, 1\]: expected ascending"),
+        ({"layers": (-1, 1)}, r"layers \[-1, 1\]: expected ascending"),
         ({"layer_scores": (0.5,)}, "layer_scores has 1 numbers for 2 layers"),
         ({"layer_scores": ()}, "layer_scores has 0 numbers for 2 layers"),
         (
@@ -81,13 +81,13 @@ def test_a_zero_vector_may_be_added_and_a_tiny_one_turned_to() -> None:
         ({"schedule": "dyn"}, "schedule is 'dyn'; allowed: fixed, start, dim"),
         ({"schedule": None}, "schedule is None; allowed: fixed"),
         ({"default_strength": INF}, "default_strength is inf; it must be finite"),
-        ({"delta": torch.ones(2, 3)}, r"delta is \[2, 3\]; wanted: 3 dimensions"),
-        ({"delta": torch.ones(3, 2, 2, 2)}, r"delta is \[3, 2, 2, 2\]; wanted: 3 dimensions"),
-        ({"delta": torch.ones(0, 2, 3)}, r"delta is \[0, 2, 3\]; wanted: 3 dimensions, none"),
-        ({"delta": torch.ones(3, 2, 3).int()}, "delta is torch.int32; a floating dtype is wanted"),
+        ({"delta": torch.ones(2, 3)}, r"delta is \[2, 3\]; expected 3 dimensions"),
+        ({"delta": torch.ones(3, 2, 2, 2)}, r"delta is \[3, 2, 2, 2\]; expected 3 dimensions"),
+        ({"delta": torch.ones(0, 2, 3)}, r"delta is \[0, 2, 3\]; expected 3 dimensions, none"),
+        ({"delta": torch.ones(3, 2, 3).int()}, "delta is torch.int32; expected a floating dtype"),
         ({"delta": torch.full((1, 2, 1), NAN)}, "delta has 2 values that are NaN or infinite"),
         ({"layers": (1,)}, r"delta has 2 layers and layers names 1 \(1\); they must agree"),
-        ({"layers": (4, 1)}, r"layers \[4, 1\]: ascending"),
+        ({"layers": (4, 1)}, r"layers \[4, 1\]: expected ascending"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -126,7 +126,7 @@ def test_layers_that_a_steer_has_not_cannot_be_kept(steer: Any) -> None:
         steer.keep_layers((2, 3, 4))
     with pytest.raises(SteerError, match="none of size 0"):
         steer.keep_layers(())
-    with pytest.raises(SteerError, match=r"layers \[5, 2\]: ascending"):
+    with pytest.raises(SteerError, match=r"layers \[5, 2\]: expected ascending"):
         steer.keep_layers((5, 2))
 
 

@@ -51,7 +51,7 @@ def test_layers_are_read_in_ascending_order(written: Any, layers: tuple[int, ...
     ids=lambda written: "object" if type(written) is object else repr(written),
 )  # fmt: skip
 def test_anything_else_is_answered_with_what_is_wanted(written: Any) -> None:
-    with pytest.raises(SteerError, match=r"^layers is .*; wanted: 0-based layers such as '8-31'"):
+    with pytest.raises(SteerError, match=r"^layers is .*; expected 0-based layers such as '8-31'"):
         parse_layers(written)
 
 
@@ -61,7 +61,7 @@ def test_anything_else_is_answered_with_what_is_wanted(written: Any) -> None:
     ids=["int", "negative", "in-list", "nested", "digits", "span", "long-list"],
 )
 def test_a_monstrous_value_is_answered_briefly(written: Any) -> None:
-    with pytest.raises(SteerError, match="wanted: 0-based layers") as caught:
+    with pytest.raises(SteerError, match="expected 0-based layers") as caught:
         parse_layers(written)
     assert len(str(caught.value)) < 300
 
@@ -73,13 +73,13 @@ def test_a_deep_value_is_answered_like_any_other(depth: int) -> None:
         written = json.loads("[" * depth + "]" * depth)
     except RecursionError:
         return
-    with pytest.raises(SteerError, match="wanted: 0-based layers"):
+    with pytest.raises(SteerError, match="expected 0-based layers"):
         parse_layers(written)
 
 
 def test_spans_that_repeat_cost_no_more_than_the_layers_there_can_be() -> None:
     begin = time.process_time()
-    with pytest.raises(SteerError, match="wanted: 0-based layers"):
+    with pytest.raises(SteerError, match="expected 0-based layers"):
         parse_layers("0-9999," * 20_000 + "0")
     assert time.process_time() - begin < 1
 
@@ -110,9 +110,9 @@ def test_layers_are_printed_as_spans(layers: tuple[int, ...], printed: str) -> N
 @pytest.mark.parametrize(
     ("layers", "count", "message"),
     [
-        ((1, 0), 2, r"layers \[1, 0\]: ascending 0-based layers are wanted, each once"),
-        ((0, 0), 2, r"layers \[0, 0\]: ascending"),
-        ((-1, 0), 2, r"layers \[-1, 0\]: ascending"),
+        ((1, 0), 2, r"layers \[1, 0\]: expected ascending 0-based layers, each once"),
+        ((0, 0), 2, r"layers \[0, 0\]: expected ascending"),
+        ((-1, 0), 2, r"layers \[-1, 0\]: expected ascending"),
         ((0, 1, 2), 2, r"tensor t has 2 layers and layers names 3 \(0-2\); they must agree"),
         ((), 1, "tensor t has 1 layers and layers names 0"),
     ],

@@ -86,11 +86,11 @@ def test_a_tensor_that_is_not_finite_is_refused(make_steer: Any, bad: float) -> 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"projector1": torch.ones(1, 6, 2)[0]}, r"projector1 is \[6, 2\]; wanted: 3 dimensions"),
+        ({"projector1": torch.ones(1, 6, 2)[0]}, r"projector1 is \[6, 2\]; expected 3 dimensions"),
         ({"projector1": torch.ones(1, 6, 0)}, r"projector1 is \[1, 6, 0\]; .*none of size 0"),
         ({"projector1": torch.ones(1, 6, 3)}, r"projector1 is \[1, 6, 3\] and projector2 is"),
         ({"projector1": torch.ones(2, 6, 2)}, r"projector1 is \[2, 6, 2\] and projector2 is"),
-        ({"projector1": torch.ones(1, 6, 2).int()}, r"torch.int32; a floating dtype is wanted"),
+        ({"projector1": torch.ones(1, 6, 2).int()}, r"torch.int32; expected a floating dtype"),
     ],
     ids=["two-dimensions", "rank-zero", "ranks-differ", "columns-differ", "integers"],
 )

@@ -93,7 +93,7 @@ def lm_steer(
     check_named(model, description)
     settings = _settings(context.params)
     if not 0 <= cache_gib < math.inf:
-        raise SteerError(f"cache-gib is {cache_gib}; 0 or more is wanted")
+        raise SteerError(f"cache-gib is {cache_gib}; expected 0 or more")
     check_default_strength(default_strength)
     if plot:
         from vllm_steer.optional import need

@@ -102,7 +102,7 @@ class Composition(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> "Composition":
-        """Read the file. Raises ``SteerError`` that names each wrong value, and what is wanted."""
+        """Read the file. Raises ``SteerError`` with each wrong value and what is expected."""
         path = Path(path)
         if not os.path.isfile(path):
             problem = "is no file" if os.path.lexists(path) else "no such file"

@@ -48,7 +48,7 @@ def compare(given: Comparison, make_judges: MakeJudges, progress: Progress) -> C
     generated again. Raises ``SteerError`` for a file, a steer, a judge or a folder that cannot be.
     """
     if not given.tolerance >= 0:
-        raise SteerError(f"tolerance is {given.tolerance}; a share of the texts is wanted, 0 to 1")
+        raise SteerError(f"tolerance is {given.tolerance}; expected a share of the texts, 0 to 1")
     asked = Composition.load(given.file)
     steers = {name: load_steer(each.steer) for name, each in asked.properties.items()}
     check_doses(asked, steers)
@@ -187,4 +187,4 @@ def _perplexity(judges: Sequence[Judge], missing: Mapping[str, str]) -> Judge:
         if judge.name.startswith("perplexity:"):
             return judge
     reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-    raise SteerError(f"no judge of perplexity is at hand ({reasons})")
+    raise SteerError(f"no judge of perplexity is available ({reasons})")

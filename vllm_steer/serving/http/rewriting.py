@@ -120,7 +120,7 @@ def _check_places(asked: dict[str, Asked], body: Members, inside: Members, route
             raise Refused(f"{name} is given both as a field and in {ARGUMENTS}; give it once", name)
     given = body.get(ARGUMENTS, NULL)
     if given != NULL and not given.startswith(b"{"):
-        raise Refused(f"{ARGUMENTS} is {_described(given)}; an object is wanted", ARGUMENTS)
+        raise Refused(f"{ARGUMENTS} is {_described(given)}; expected an object", ARGUMENTS)
 
 
 def _checked(
@@ -174,7 +174,7 @@ def _steer(raw: bytes) -> str:
 def _wish(raw: bytes) -> Any:
     """``steer_strengths`` as an argument that vLLM keeps as it is."""
     if len(raw) > _LONGEST_WORD:
-        raise SteerRequestError(f"{STRENGTHS} is {_described(raw)}; true or false is wanted")
+        raise SteerRequestError(f"{STRENGTHS} is {_described(raw)}; expected true or false")
     value = _word(raw)
     as_wish(value)
     return str(value).lower() if isinstance(value, bool) else value
