@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode import Comparison, run_leg
-from dummy_model import STRENGTH, Shape
+
+from benchmarks.decode import Leg, run_leg
+from benchmarks.dummy_model import STRENGTH, Shape
+from benchmarks.rounds import Round, plain_legs
 
 CHECK_STEPS = 4
 
@@ -91,8 +93,9 @@ def check_engine(llm: Any, steers: Sequence[str | None], shape: Shape) -> None:
             assert not kept, f"row {row} of {len(steers)} was not changed by its steer {steer}"
 
 
-def check_legs(comparison: Comparison, *, steered: bool) -> None:
+def check_legs(rounds: Sequence[Round[Leg]], *, steered: bool) -> None:
     """Legs of one kind gave one output; without steers both kinds gave the same."""
-    plain, other = ({leg.tokens for leg in legs} for legs in (comparison.plain, comparison.other))
+    plain = {leg.tokens for leg in plain_legs(rounds)}
+    other = {one.other.tokens for one in rounds}
     assert len(plain) == len(other) == 1, "legs of one kind gave different tokens"
     assert steered or plain == other, "two engines without steered rows gave different tokens"

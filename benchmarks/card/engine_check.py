@@ -1,6 +1,6 @@
 """A real engine on this machine against references from another: see ``references.py``.
 
-    python engine_check.py DATA --json OUT [--runner v1|v2] [--eager]
+    python -m benchmarks.card.engine_check DATA --json OUT [--runner v1|v2] [--eager]
 
 In one process: an engine that has no steers, then one with all of them. Every request of the whole
 batch, and of batches that need padding and get smaller, has to be what the references say; requests

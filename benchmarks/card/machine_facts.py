@@ -1,6 +1,6 @@
 """The machine, its card and its software; unpacks vLLM where the pack brings it.
 
-python machine_facts.py PACK SCRATCH JSON
+python -m benchmarks.card.machine_facts PACK SCRATCH JSON
 """
 
 import json
@@ -21,14 +21,15 @@ def main() -> None:
         with tarfile.open(piece) as archive:
             archive.extractall(scratch / "vllm", filter="data")
     found: dict[str, Any] = {"unpacked_s": round(time.monotonic() - begun, 1)}
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import machine
     import torch
 
-    found |= machine.describe_run("card")
+    from benchmarks.machine import describe_run
+    from benchmarks.operations.timing import copy_bandwidth
+
+    found |= describe_run("card")
     found["cards"] = _nvidia_smi()
     if torch.cuda.is_available():
-        found["copy_tb_per_s"] = copy_rate()
+        found["copy_tb_per_s"] = round(copy_bandwidth(torch.device("cuda")) * 1e-12, 2)
     path.write_text(json.dumps(found, indent=1) + "\n")
     name = found["machine"]["gpu"] or "no card"
     found["summary"] = (
@@ -36,23 +37,6 @@ def main() -> None:
         f"copies {found.get('copy_tb_per_s', '-')} TB/s, unpacked in {found['unpacked_s']} s"
     )
     path.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def copy_rate() -> float:
-    """Bytes read and written per second by a copy of 2 GiB, in TB/s: what a floor is counted by."""
-    import torch
-
-    source = torch.empty(1 << 30, dtype=torch.int16, device="cuda")
-    target = torch.empty_like(source)
-    for _ in range(3):
-        target.copy_(source)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(10):
-        target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    return round(2 * source.nbytes * 10 / start.elapsed_time(end) / 1e9, 2)
 
 
 def _nvidia_smi() -> list[str]:

@@ -28,7 +28,7 @@ class Phase:
     command: tuple[str, ...]
     limit_s: float
     least_s: float = 15.0
-    folder: str = "benchmarks"
+    folder: str = "."
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -43,7 +43,13 @@ def phases(*, dry: bool) -> list[list[Phase]]:
 def _on_a_card() -> list[list[Phase]]:
     kernels = (*PYTEST, "-n", "6", "--timeout", "90", "--junitxml", "{out}/kernels.xml")
     return [
-        [Phase("machine", ("card/machine_facts.py", "{pack}", "{scratch}", "{json}"), 60)],
+        [
+            Phase(
+                "machine",
+                ("-m", "benchmarks.card.machine_facts", "{pack}", "{scratch}", "{json}"),
+                60,
+            )
+        ],
         [
             Phase(
                 "kernels",
@@ -71,8 +77,8 @@ def _on_a_card() -> list[list[Phase]]:
             Phase(
                 "operations",
                 (
-                    *("bench_kernels.py", "--json", "{json}", "--grid", "short"),
-                    *("--seconds", "80", "--variants"),
+                    *("-m", "benchmarks.bench_kernels", "--json", "{json}"),
+                    *("--grid", "short", "--seconds", "80", "--variants"),
                 ),
                 100,
             )
@@ -90,7 +96,7 @@ def _on_a_card() -> list[list[Phase]]:
 def _engine(name: str, *options: str, limit_s: float, data: str = "data") -> Phase:
     return Phase(
         name,
-        ("card/engine_check.py", f"{{pack}}/{data}", "--json", "{json}", *options),
+        ("-m", "benchmarks.card.engine_check", f"{{pack}}/{data}", "--json", "{json}", *options),
         limit_s,
     )
 
@@ -100,7 +106,7 @@ def _speed(name: str, options: tuple[str, ...], limit_s: float) -> Phase:
     return Phase(
         name,
         (
-            *("speed_ratio.py", "--json", "{json}", "--shape", "llama-8b"),
+            *("benchmarks/speed_ratio.py", "--json", "{json}", "--shape", "llama-8b"),
             *("--dtype", "bfloat16", "--rank", "1000", "--capture-sizes", "1,4,32,64"),
             *("--gpu-memory", "0.4", "--repeats", "5", "--steps", "30", "--profile", "4"),
             *("--seconds", str(limit_s - 15), *options),
@@ -115,9 +121,15 @@ def _dry() -> list[list[Phase]]:
     """The same phases at sizes for a CPU, one after the other; kernels in Triton's interpreter."""
     interpreted = {**_CPU, "TRITON_INTERPRET": "1"}
     pytest = (*PYTEST, "--timeout", "120", "--junitxml", "{out}/kernels.xml")
-    speed = ("speed_ratio.py", "--json", "{json}", "--shape", "tiny", "--rank", "16")
+    speed = ("benchmarks/speed_ratio.py", "--json", "{json}", "--shape", "tiny", "--rank", "16")
     return [
-        [Phase("machine", ("card/machine_facts.py", "{pack}", "{scratch}", "{json}"), 60)],
+        [
+            Phase(
+                "machine",
+                ("-m", "benchmarks.card.machine_facts", "{pack}", "{scratch}", "{json}"),
+                60,
+            )
+        ],
         [
             Phase(
                 "kernels",
@@ -146,7 +158,15 @@ def _dry() -> list[list[Phase]]:
         [
             Phase(
                 "operations",
-                ("bench_kernels.py", "--json", "{json}", "--quick", "--grid", "short"),
+                (
+                    "-m",
+                    "benchmarks.bench_kernels",
+                    "--json",
+                    "{json}",
+                    "--quick",
+                    "--grid",
+                    "short",
+                ),
                 180,
             )
         ],

@@ -1,6 +1,6 @@
 """All that one short stay on a machine with a card is to find out, the most telling first.
 
-    python run.py PACK OUT [--seconds 570] [--scratch FOLDER] [--dry]
+    cd PACK; python -m benchmarks.card.run . OUT [--seconds 570] [--scratch FOLDER] [--dry]
 
 ``PACK`` is the folder that ``pack.py`` has made, ``OUT`` an empty one. Nothing but the standard
 library runs here: phases are processes of their own with limits of their own, and no phase stops a
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phases import Phase, phases
+from benchmarks.card.phases import Phase, phases
 
 GRACE_S = 5
 POLL_S = 0.2

@@ -1,15 +1,18 @@
 """One form on one case: equal first, then timed, then seen to have done the same while timed."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
-import timing
 import torch
 
+from benchmarks.operations import timing
+from vllm_steer.kernels.dispatch import KernelError
+
 Tensors = tuple[torch.Tensor, ...]
+Line = dict[str, Any]
 
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 SETS = 256
@@ -27,11 +30,13 @@ class Work:
     run      one call; its results, new tensors or inputs changed in place
     check    raises ``AssertionError`` for wrong results; returns their relative error
     restore  puts inputs back that ``run`` changes
+    beside   another form, to compare the bits of the results with
     """
 
     run: Callable[[], Tensors]
     check: Callable[[Tensors], float]
     restore: Callable[[], None] = lambda: None
+    beside: Callable[[], Tensors] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,33 +64,50 @@ class Bench:
         return monotonic() >= self.until
 
 
-def form_line(
-    bench: Bench,
-    works: Callable[[], Sequence[Work]],
-    *,
-    floor_bytes: int,
-    flops: int,
-    matrix: bool,
-    repeatable: bool = True,
-) -> dict[str, Any]:
-    """A form's columns of a line: times and what they mean, or the reason why there are none.
+class Case(Protocol):
+    """A case of an operation; ``flops`` are those of matrix products, 0 without any."""
 
-    ``matrix``: the operation is one of matrix products. ``repeatable``: the same inputs give the
-    same bits.
-    """
-    line: dict[str, Any] = {"floor_bytes": floor_bytes, "flops": flops}
-    if bench.out_of_time:
-        return line | {"skipped": NO_TIME}
+    @property
+    def columns(self) -> Line:
+        """What names it in a line of the result."""
+
+    @property
+    def flops(self) -> int:
+        """Operations of one call."""
+
+    def floor_bytes(self, itemsize: int) -> int:
+        """The fewest bytes of one call."""
+
+    def sets(self, bench: Bench) -> list[Any]:
+        """Sets of inputs, together beyond the cache."""
+
+    def work(self, form: str, inputs: Any) -> Work:
+        """A form on one of them."""
+
+
+def lines(case: Case, forms: Sequence[str], bench: Bench) -> Iterator[Line]:
+    """A line per form: times and what they mean, or the reason why there are none."""
+    sets = [] if bench.out_of_time else case.sets(bench)
+    head = {**case.columns, "dtype": str(bench.dtype).removeprefix("torch.")}
+    for form in forms:
+        found = {"skipped": NO_TIME}
+        if not bench.out_of_time:
+            found = _form_line(case, form, sets, bench)
+        yield {**head, "form": form, **found}
+
+
+def _form_line(case: Case, form: str, sets: Sequence[Any], bench: Bench) -> Line:
     try:
-        line |= measure(works(), bench, repeatable=repeatable)
+        found = measure([case.work(form, inputs) for inputs in sets], bench)
     except Skipped as reason:
-        return line | {"skipped": str(reason)}
+        return {"skipped": str(reason)}
     except Exception as error:  # a form that fails must not cost the results of the others
-        return line | {"failed": f"{type(error).__name__}: {error}"}
-    return line | against_floor(line["us"], floor_bytes, flops, bench, matrix=matrix)
+        return {"failed": f"{type(error).__name__}: {error}"}
+    floor = case.floor_bytes(bench.dtype.itemsize)
+    return found | against_floor(found["us"], floor, case.flops, bench)
 
 
-def measure(works: Sequence[Work], bench: Bench, *, repeatable: bool) -> dict[str, Any]:
+def measure(works: Sequence[Work], bench: Bench) -> Line:
     """Times in microseconds: ``us`` by graph replay on CUDA, by the clock elsewhere. On CUDA beside
     it launches from Python, the device waited for (``eager_us``) or not (``host_us``: what a call
     costs the host).
@@ -94,56 +116,57 @@ def measure(works: Sequence[Work], bench: Bench, *, repeatable: bool) -> dict[st
     error = max(work.check(found) for work, found in zip(works, expected, strict=True))
 
     def confirm(results: Sequence[Tensors]) -> None:
-        for work, found, wanted in zip(works, results, expected, strict=True):
-            if repeatable:
-                same = all(map(torch.equal, found, wanted))
-                assert same, "the timed result is not the one that was checked"
-            else:
-                work.check(found)
+        for found, wanted in zip(results, expected, strict=True):
+            same = all(map(torch.equal, found, wanted))
+            assert same, "the timed result is not the one that was checked"
 
     calls = [work.run for work in works]
-    eager = timing.launched(calls, bench.repeats, bench.device)
+    times = {"us": timing.launched(calls, bench.repeats, bench.device)}
     confirm([_fresh(work) for work in works])
-    line = {"error": float(f"{error:.2g}"), "sets": len(works), "samples": bench.repeats}
-    if bench.device.type != "cuda":
-        return line | {"method": "clock", **_columns("us", eager)}
-    host = timing.issued(calls, bench.repeats, bench.device)
-    graph, results = timing.capture(calls)
-    replayed = timing.replayed(graph, len(works), bench.repeats)
-    _replay(graph, works, results)
-    confirm(results)
-    times = {"us": replayed, "eager_us": eager, "host_us": host}
-    line |= {"method": "graph"}
+    if bench.device.type == "cuda":
+        host = timing.issued(calls, bench.repeats, bench.device)
+        graph, results = timing.capture(calls)
+        replayed = timing.replayed(graph, len(works), bench.repeats)
+        _replay(graph, works, results)
+        confirm(results)
+        times = {"us": replayed, "eager_us": times["us"], "host_us": host}
+    line: Line = {"error": float(f"{error:.2g}"), "sets": len(works), "samples": bench.repeats}
+    if works[0].beside is not None:
+        line["same_bits"] = all(map(torch.equal, expected[0], works[0].beside()))
     for name, found in times.items():
-        line |= _columns(name, found)
+        shares = {"": found.median, "_p20": found.p20, "_p80": found.p80}
+        line |= {f"{name}{end}": round(us, 3) for end, us in shares.items()}
     return line
 
 
-def against_floor(
-    us: float, floor_bytes: int, flops: int, bench: Bench, *, matrix: bool
-) -> dict[str, Any]:
-    """What a time means: the floor is the longer of moving the bytes and, for a ``matrix``
-    operation, of multiplying.
-    """
-    moving = 1e6 * floor_bytes / bench.bandwidth
-    multiplying = 1e6 * flops / bench.matmul if matrix else 0.0
+def against_floor(us: float, floor_bytes: int, flops: int, bench: Bench) -> Line:
+    """What a time means: the floor is the longer of moving the bytes and of multiplying."""
+    moving, multiplying = 1e6 * floor_bytes / bench.bandwidth, 1e6 * flops / bench.matmul
     floor = max(moving, multiplying)
     return {
+        "floor_bytes": floor_bytes,
+        "flops": flops,
         "floor_us": round(floor, 3),
         "bound": "memory" if moving >= multiplying else "arithmetic",
         "share_of_floor": round(floor / us, 4),
-        "tb_per_s": round(floor_bytes / us * 1e-6, 4),
-        "tflops": round(flops / us * 1e-6, 4),
     }
 
 
-def sets_for(set_bytes: int, reach: int, *, most: int = SETS) -> int:
+def ours(find: Callable[..., Any], kernels: str, device: torch.device, **options: Any) -> Any:
+    """Our form in torch or Triton, as ``find`` of the dispatch has it for a device."""
+    if kernels == "triton" and device.type != "cuda":
+        raise Skipped(f"the device is {device.type}: an interpreter's time is no kernel's time")
+    try:
+        return find(kernels, device, **options)
+    except KernelError as error:
+        raise Skipped(str(error)) from None
+
+
+def sets_for(set_bytes: int, reach: int) -> int:
     """Sets of inputs that together fill ``reach`` bytes: one if it does so alone, else two or
-    more, and never more than ``most``.
+    more, and never more than ``SETS``.
     """
-    if set_bytes >= reach:
-        return 1
-    return max(1, min(most, max(2, -(-reach // set_bytes))))
+    return 1 if set_bytes >= reach else min(SETS, max(2, -(-reach // set_bytes)))
 
 
 def relative_error(
@@ -155,8 +178,6 @@ def relative_error(
     assert torch.equal(found[~touched], before[~touched]), "a row without a steer was changed"
     changed = (found[touched] != before[touched]).any(1).all()
     assert changed, "a steered row was not changed"
-    if not touched.any():
-        return 0.0
     distance = (found[touched].double() - wanted[touched]).norm()
     error = float(distance / wanted[touched].norm())
     assert error <= LARGEST_ERROR[found.dtype], f"relative error {error:.2g} in {found.dtype}"
@@ -176,8 +197,3 @@ def _replay(graph: Any, works: Sequence[Work], results: Sequence[Tensors]) -> No
     for work in works:
         work.restore()
     graph.replay()
-
-
-def _columns(name: str, times: timing.Times) -> dict[str, float]:
-    found = {"": times.median, "_p20": times.p20, "_p80": times.p80}
-    return {f"{name}{suffix}": round(us, 3) for suffix, us in found.items()}

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from dummy_model import STRENGTH
 
-from peers.beside import compare_beside, compare_ours
-from peers.checkpoint import write_all_steers
-from peers.engines import Rewritten, ours, serve, software
-from peers.job import Job
-from peers.lines import figure_line
+from benchmarks.dummy_model import STRENGTH, write_steers
+from benchmarks.peers.engines import Rewritten
+from benchmarks.peers.job import Job
 
 MAX_RANK = 64
 ASKED = f"s0:{STRENGTH}"
@@ -34,9 +31,9 @@ class LoraEngine(Rewritten):
 
         self._lora = LoRARequest("adapter", 1, str(adapter))
 
-    def request(self, steer: str | None) -> tuple[None, dict[str, Any]]:
+    def request(self, steer: str | None) -> dict[str, Any]:
         """The adapter goes along with the request."""
-        return None, {"lora_request": self._lora} if steer else {}
+        return {"lora_request": self._lora} if steer else {}
 
 
 def allowed_rank(rank: int) -> int:
@@ -51,7 +48,7 @@ def write_adapter(job: Job, folder: Path) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.torch_dtype)
     torch.manual_seed(1)
     config = LoraConfig(
         r=job.rank,
@@ -68,17 +65,13 @@ def measure(job: Job) -> list[dict[str, Any]]:
     """vllm-steer and LoRA of one rank, at each batch size."""
     with tempfile.TemporaryDirectory(prefix="lora-") as name:
         folder, rank = Path(name), allowed_rank(job.rank)
-        steers = write_all_steers(job.dimensions, folder / "steers", rank)
-        job = replace(job, rank=rank, steers=str(steers))
-        served = serve(job, enable_lora=True, max_loras=1, max_lora_rank=rank)
-        peer = LoraEngine(served, write_adapter(job, folder / "adapter"))
-        llm = ours(job, ["s0"])
+        write_steers(job.dimensions, folder / "steers", count=1, rank=rank)
+        job = replace(job, rank=rank, steers=folder / "steers")
+        served = job.engine(enable_lora=True, max_loras=1, max_lora_rank=rank)
+        peer = (LoraEngine(served, write_adapter(job, folder / "adapter")), ASKED)
+        ours = (job.engine(["s0"]), ASKED)
         lines = []
         for rows in job.rows:
-            within = compare_ours(job, (llm, ASKED), rows)
-            found = compare_beside(job, (llm, ASKED), (peer, ASKED), rows)
-            lines += [
-                figure_line(job, "ours lm-steer", software("vllm"), within, rank=rank),
-                figure_line(job, job.peer, software("vllm"), *found, rank=rank),
-            ]
+            lines.append(job.ours("ours lm-steer", ours, rows, rank))
+            lines.append(job.beside(job.peer, "vllm", ours, peer, rows, rank))
         return lines

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dummy_model import (
+from benchmarks.dummy_model import (
     SHAPES,
     STRENGTH,
     Shape,

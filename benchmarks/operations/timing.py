@@ -8,7 +8,6 @@ which leaves out the host's share. Elsewhere the host's clock is read, and for w
 host while the device works (``issued``).
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -17,7 +16,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from decode import quantile
+
+from benchmarks.rounds import quantile
 
 Call = Callable[[], Any]
 
@@ -106,8 +106,7 @@ def cache_bytes(device: torch.device) -> int:
 def summarise(samples: Sequence[float]) -> Times:
     """Seconds per call, in any order, as ``Times``."""
     ordered = sorted(samples)
-    middle, low, high = statistics.median(ordered), *(quantile(ordered, p) for p in (0.2, 0.8))
-    return Times(*(1e6 * seconds for seconds in (middle, low, high, ordered[0])))
+    return Times(*(1e6 * quantile(ordered, share) for share in (0.5, 0.2, 0.8, 0)))
 
 
 def _times(run: Call, calls: int, repeats: int, device: torch.device) -> Times:
