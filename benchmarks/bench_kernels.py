@@ -1,7 +1,7 @@
 """Every form of every steering operation by itself: time, floor, and share of the floor reached.
 
     python -m benchmarks.bench_kernels --json OUT [--grid full|short] [--quick] [--variants]
-        [--only lm_steer,guidance,map,divergence] [--seconds N]
+        [--seconds N]
 
 Sections: ``lm_steer`` the change of a batch's rows, ``guidance`` one layer's change of a step's
 tokens, ``map`` which token takes what, ``divergence`` the KL of a dynamic strength. On a CUDA
@@ -59,8 +59,9 @@ class Grid:
     def cases(self, section: str) -> list[Case]:
         """Of one section."""
         if section == "lm_steer":
-            batches = {(rows, min(d, rows)): 0 for rows, d in product(self.rows, self.distinct)}
-            return [LMSteerCase(*shape, *batch) for shape in self.shapes for batch in batches]
+            batches = {(rows, min(d, rows)) for rows, d in product(self.rows, self.distinct)}
+            sizes = product(self.shapes, sorted(batches))
+            return [LMSteerCase(*shape, *batch) for shape, batch in sizes]
         if section == "guidance":
             sizes = product(("add", "rotate"), self.tokens, (self.width,), self.doses)
             return [GuidanceCase(*size) for size in sizes]
@@ -167,7 +168,7 @@ def _bench(args: argparse.Namespace) -> Bench:
 
 def _lines(args: argparse.Namespace, bench: Bench) -> Iterator[dict[str, Any]]:
     grid, on_card = _grid(args), bench.device.type == "cuda"
-    asked = [(section, grid.forms(section, on_card=on_card)) for section in args.only]
+    asked = [(section, grid.forms(section, on_card=on_card)) for section in SECTIONS]
     if args.variants:
         asked.append(("lm_steer", tuple(lm_steer.VARIANTS)))
     for section, forms in asked:
@@ -204,13 +205,6 @@ def _arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="tiny shapes: does it run at all")
     add("--variants", action="store_true", help="LM-Steer in Triton with other block sizes too")
     add("--seconds", type=float, default=math.inf, metavar="N", help="begin no line after that")
-    add(
-        "--only",
-        type=arguments.some_of(SECTIONS),
-        default=list(SECTIONS),
-        metavar="NAME,...",
-        help=f"some of {', '.join(SECTIONS)}",
-    )
     return parser.parse_args()
 
 

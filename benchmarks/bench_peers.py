@@ -20,9 +20,7 @@ import torch
 from benchmarks import arguments, environment
 from benchmarks.decode import PROMPT_TOKENS
 from benchmarks.dummy_model import (
-    SHAPES,
-    llama_name,
-    shape_named,
+    ALL_SHAPES,
     write_checkpoint,
     write_steers,
     write_vectors,
@@ -59,12 +57,12 @@ def main() -> None:
 
 def measure(peer: str, args: argparse.Namespace, folder: Path) -> tuple[list[Line], int | None]:
     """The lines of one peer, and the threads that vLLM left to torch."""
-    shape = llama_name(args.shape) if peer == LORA else args.shape
-    model, steers = folder / shape / "model", folder / shape / "steers"
+    shape = f"{args.shape}-as-llama" if peer == LORA else args.shape
+    model, steers, sizes = folder / shape / "model", folder / shape / "steers", ALL_SHAPES[shape]
     if not model.exists():
-        write_checkpoint(shape_named(shape), model, getattr(torch, args.dtype))
-        write_steers(shape_named(shape), steers, count=2, rank=args.rank)
-        write_vectors(shape_named(shape), steers)
+        write_checkpoint(sizes, model, getattr(torch, args.dtype))
+        write_steers(sizes, steers, count=1, rank=args.rank)
+        write_vectors(sizes, steers)
     given = {key: getattr(args, key) for key in ("dtype", "rank", "rows", "repeats", "steps")}
     try:
         return in_own_process(run, Job(peer, shape, model, steers, **given))
@@ -83,7 +81,7 @@ def run(job: Job) -> tuple[list[Line], int]:
 def _arguments() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="gpt2-medium")
+    add("--shape", choices=("tiny", "gpt2-medium"), default="gpt2-medium")
     add("--rank", type=int, default=1000, help="of LM-Steers")
     add("--rows", type=arguments.numbers, default=[1, 8, 32], metavar="N,N,...")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -20,7 +20,7 @@ from benchmarks.rounds import Round, interleave, median, plain_legs, spread
 PROMPT_TOKENS = 8
 LEAD_STEPS = 4
 TAIL_STEPS = 2
-Asked = tuple[Any, Sequence[str | None]]  # an engine, and the steer of each row or None
+Steers = Sequence[str | None]  # of each row
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,58 @@ class Leg:
     logprobs: tuple[float, ...] = ()
 
 
+class Engine:
+    """A vLLM engine of this process."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
+        """Add a request; those that know no steers of vllm-steer have an ``add`` of their own."""
+        params.extra_args = {"steer": steer} if steer else None
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": tokens}, params)
+
+    def start(self, steers: Steers, steps: int, vocab_size: int, *, logprobs: bool = False) -> None:
+        """Add a batch; the prompts are the same for every call."""
+        for row, steer in enumerate(steers):
+            params = greedy(LEAD_STEPS + steps + TAIL_STEPS, logprobs=0 if logprobs else None)
+            self.add(str(row), prompt(row, vocab_size), steer, params)
+
+    def leg(self, steers: Steers, steps: int, vocab_size: int, *, logprobs: bool = False) -> Leg:
+        """Serve one batch of ``steps`` timed steps."""
+        engine, times, completions = self.llm.llm_engine, [], {}
+        self.start(steers, steps, vocab_size, logprobs=logprobs)
+        while engine.has_unfinished_requests():
+            start = perf_counter()
+            outputs = engine.step()
+            times.append(perf_counter() - start)
+            completions.update({int(output.request_id): output.outputs[0] for output in outputs})
+        found = len(completions)
+        assert found == len(steers), f"{found} of {len(steers)} rows came back"
+        rows = [completions[row] for row in range(len(steers))]
+        return Leg(
+            step_ms=median_step_ms(times, steps),
+            tokens=tuple(tuple(row.token_ids) for row in rows),
+            logprobs=tuple(row.cumulative_logprob for row in rows) if logprobs else (),
+        )
+
+
+Asked = tuple[Any, Steers]  # an engine, and what its rows ask for
+
+
+def median_step_ms(times: Sequence[float], steps: int) -> float:
+    """Of the timed steps, in milliseconds."""
+    return statistics.median(times[-(steps + TAIL_STEPS) : -TAIL_STEPS]) * 1e3
+
+
+def prompt(row: int, vocab_size: int) -> list[int]:
+    """Token ids."""
+    return [1 + (97 * row + i) % (vocab_size - 2) for i in range(PROMPT_TOKENS)]
+
+
 def compare(plain: Asked, other: Asked, steps: int, vocab_size: int, count: int) -> list[Round]:
     """Rounds of two batches."""
-    legs = [partial(run_leg, *asked, steps, vocab_size) for asked in (plain, other)]
+    legs = [partial(engine.leg, steers, steps, vocab_size) for engine, steers in (plain, other)]
     return interleave(legs[0], {"other": legs[1]}, count)["other"]
 
 
@@ -54,29 +103,8 @@ def step_columns(rounds: Sequence[Round[Leg]]) -> dict[str, float | int]:
     }
 
 
-def run_leg(
-    llm: Any, steers: Sequence[str | None], steps: int, vocab_size: int, *, logprobs: bool = False
-) -> Leg:
-    """Serve one batch, one row per entry of ``steers``, of ``steps`` timed steps."""
-    engine = llm.llm_engine
-    _add_requests(engine, steers, steps, vocab_size, logprobs=0 if logprobs else None)
-    times, completions = [], {}
-    while engine.has_unfinished_requests():
-        start = perf_counter()
-        outputs = engine.step()
-        times.append(perf_counter() - start)
-        completions.update({int(output.request_id): output.outputs[0] for output in outputs})
-    assert len(completions) == len(steers), f"{len(completions)} of {len(steers)} rows came back"
-    rows = [completions[row] for row in range(len(steers))]
-    return Leg(
-        step_ms=statistics.median(times[-(steps + TAIL_STEPS) : -TAIL_STEPS]) * 1e3,
-        tokens=tuple(tuple(row.token_ids) for row in rows),
-        logprobs=tuple(row.cumulative_logprob for row in rows) if logprobs else (),
-    )
-
-
 def profile_steps(
-    llm: Any, steers: Sequence[str | None], steps: int, vocab_size: int
+    asked: Engine, steers: Steers, steps: int, vocab_size: int
 ) -> list[dict[str, Any]]:
     """What runs in some decode steps of a batch: device time (on a CPU the host's) by kernel.
 
@@ -86,8 +114,8 @@ def profile_steps(
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    engine, on_card = llm.llm_engine, torch.cuda.is_available()
-    _add_requests(engine, steers, steps, vocab_size)
+    engine, on_card = asked.llm.llm_engine, torch.cuda.is_available()
+    asked.start(steers, steps, vocab_size)
     for _ in range(LEAD_STEPS):
         engine.step()
     activities = [ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]
@@ -108,13 +136,3 @@ def profile_steps(
         for event in profiler.key_averages()
     ]
     return sorted(lines, key=lambda line: -line["us"])[:40]
-
-
-def _add_requests(
-    engine: Any, steers: Sequence[str | None], steps: int, vocab_size: int, **options: Any
-) -> None:
-    """The prompts are the same for every call."""
-    for row, steer in enumerate(steers):
-        prompt = [1 + (97 * row + i) % (vocab_size - 2) for i in range(PROMPT_TOKENS)]
-        params = greedy(LEAD_STEPS + steps + TAIL_STEPS, steer, **options)
-        engine.add_request(str(row), {"prompt_token_ids": prompt}, params)

@@ -9,7 +9,6 @@ import torch
 
 EPSILON = 1.0
 STRENGTH = 5.0
-LLAMA = "-as-llama"
 
 
 @dataclass(frozen=True)
@@ -28,35 +27,24 @@ class Shape:
     kv_size: int
 
 
-def gpt2(hidden_size: int, layers: int, heads: int, vocab_size: int = 50257) -> Shape:
+def gpt2(hidden: int, layers: int, heads: int, vocab: int = 50257) -> Shape:
     """GPT-2: tied head, learned positions; its published files name no dtype, nor does this."""
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "n_embd": hidden_size,
+        "n_embd": hidden,
         "n_layer": layers,
         "n_head": heads,
-        "n_positions": 1024,
-        "n_ctx": 1024,
-        "vocab_size": vocab_size,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "bos_token_id": vocab_size - 1,
-        "eos_token_id": vocab_size - 1,
+        "vocab_size": vocab,
+        "bos_token_id": vocab - 1,
+        "eos_token_id": vocab - 1,
     }
-    read = layers * 12 * hidden_size**2 + vocab_size * hidden_size
-    return Shape(config, hidden_size, layers, vocab_size, read, 2 * layers * hidden_size)
+    read = layers * 12 * hidden**2 + vocab * hidden
+    return Shape(config, hidden, layers, vocab, read, 2 * layers * hidden)
 
 
 def llama(
-    hidden: int,
-    inner: int,
-    layers: int,
-    heads: int,
-    vocab: int,
-    *,
-    kv_heads: int | None = None,
-    **changes: Any,
+    hidden: int, inner: int, layers: int, heads: int, vocab: int, kv_heads: int = 0, **changes: Any
 ) -> Shape:
     """Llama, its head tied unless ``changes`` of the configuration say otherwise."""
     kv_heads, head_dim = kv_heads or heads, hidden // heads
@@ -70,7 +58,6 @@ def llama(
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": vocab,
-        "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
         "bos_token_id": vocab - 1,
         "eos_token_id": vocab - 1,
@@ -84,35 +71,19 @@ LLAMA_3 = {
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
-    "hidden_act": "silu",
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
 }
 SHAPES = {
-    "tiny": gpt2(64, layers=2, heads=2, vocab_size=512),
+    "tiny": gpt2(64, layers=2, heads=2, vocab=512),
     "gpt2-medium": gpt2(1024, layers=24, heads=16),
-    "gpt2-large": gpt2(1280, layers=36, heads=20),
     "llama-8b": llama(4096, 14336, 32, 32, 128256, kv_heads=8, **LLAMA_3),
 }
-
-
-def llama_name(name: str) -> str:
-    """The name of the Llama of a shape's size: its own, if it is a Llama."""
-    return name if SHAPES[name].config["model_type"] == "llama" else name + LLAMA
-
-
-def shape_named(name: str) -> Shape:
-    """One of ``SHAPES``, or the Llama of its width, depth and (nearly) parameters, for peers that
-    know no GPT-2.
-    """
-    shape = SHAPES[name.removesuffix(LLAMA)]
-    if not name.endswith(LLAMA):
-        return shape
-    inner = -(-8 * shape.hidden_size // 3 // 64) * 64
-    heads = shape.config["n_head"]
-    return llama(shape.hidden_size, inner, shape.layers, heads, shape.vocab_size)
+ALL_SHAPES = SHAPES | {
+    # Of the width, depth and (nearly) parameters of the GPT-2, for peers that know none.
+    "tiny-as-llama": llama(64, 192, 2, 2, 512),
+    "gpt2-medium-as-llama": llama(1024, 2752, 24, 16, 50257),
+}
 
 
 def write_model(shape: Shape, folder: Path) -> Path:

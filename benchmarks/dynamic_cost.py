@@ -82,16 +82,12 @@ def _arguments() -> argparse.Namespace:
         help=f"some of {', '.join(NAMES)}",
     )
     add("--rounds", type=int, help="of each figure; by the model without it")
-    add("--tokens", type=int, default=30, help="that each request writes")
-    add("--requests", type=int, default=16, help="dynamic requests together")
-    add(
-        "--dynamic",
-        type=arguments.numbers,
-        default=[1, 2, 4],
-        metavar="N,...",
-        help="dynamic requests beside ordinary ones",
-    )
-    return parser.parse_args()
+    add("--quick", action="store_true", help="a tiny model, few requests: does it run at all")
+    args = parser.parse_args()
+    args.tokens, args.requests, args.dynamic = 30, 16, [1, 2, 4]
+    if args.quick:
+        args.models, args.tokens, args.requests, args.dynamic = ["tiny"], 10, 2, [1]
+    return args
 
 
 if __name__ == "__main__":

@@ -42,12 +42,14 @@ def greedy(max_tokens: int, steer: Any = None, **options: Any) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    defaults = {"output_kind": RequestOutputKind.FINAL_ONLY}
+    defaults = {
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+        "extra_args": {"steer": steer} if steer else None,
+    }
     return SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
         ignore_eos=True,
         detokenize=False,
-        extra_args={"steer": steer} if steer else None,
         **defaults | options,
     )

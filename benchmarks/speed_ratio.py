@@ -41,6 +41,7 @@ from benchmarks import arguments, environment, floors
 from benchmarks.decode import (
     LEAD_STEPS,
     PROMPT_TOKENS,
+    Engine,
     Leg,
     compare,
     profile_steps,
@@ -55,7 +56,7 @@ from benchmarks.dummy_model import (
     write_vectors,
 )
 from benchmarks.engines import make_engine
-from benchmarks.equality import check_engine, check_guidance, check_legs, check_operation
+from benchmarks.equality import check_engine, check_legs, check_operation
 from benchmarks.result import Result
 from benchmarks.rounds import Round
 
@@ -110,7 +111,8 @@ def measure(args: argparse.Namespace, folder: Path, result: Result) -> None:
     """Add one line per case to ``result``."""
     begun = time.monotonic()
     cases = [case for figure in args.figures for case in _cases(figure, args)]
-    bench = Bench(args, folder, steers=max(case.distinct for case in cases))
+    steers = max((case.distinct for case in cases if case.name == "steered"), default=1)
+    bench = Bench(args, folder, steers=steers)
     for case in cases:
         if time.monotonic() - begun > args.seconds:
             result.data["left_out"].append(vars(case))
@@ -132,22 +134,20 @@ class Bench:
         self._args = args
         self.shape = SHAPES[args.shape]
         self._model = write_model(self.shape, folder / "model")
-        count = max(1, steers) if "steered" in args.figures else 1
-        self._steers = write_steers(self.shape, folder / "steers", count=count, rank=args.rank)
-        self._vectors = write_vectors(self.shape, folder / "steers")
-        self._configs = {"steered": steer_config(self._steers, args.rank)}
-        for name, path in self._vectors.items():
+        paths = write_steers(self.shape, folder / "steers", count=steers, rank=args.rank)
+        self._configs = {"steered": steer_config(paths, args.rank)}
+        for name, path in write_vectors(self.shape, folder / "steers").items():
             self._configs[name] = steer_config({name: path}, rank=1)
-        self._engines: dict[str, Any] = {}
+        self._engines: dict[str, Engine] = {}
 
-    def engine(self, name: str) -> Any:
+    def engine(self, name: str) -> Engine:
         """An engine by its name in the module's docstring."""
         if name not in self._engines:
             options: dict[str, Any] = {}
             if self._args.capture_sizes:
                 sizes = {"cudagraph_capture_sizes": self._args.capture_sizes}
                 options["compilation_config"] = sizes
-            self._engines[name] = make_engine(
+            llm = make_engine(
                 self._model,
                 self._configs.get(name),
                 plugin=name != "bare",
@@ -157,13 +157,14 @@ class Bench:
                 max_num_seqs=self.max_rows,
                 **options,
             )
+            self._engines[name] = Engine(llm)
         return self._engines[name]
 
     @property
     def dtype(self) -> torch.dtype:
         """What vLLM settled on, of any engine made so far."""
-        llm = next(iter(self._engines.values()), None) or self.engine("bare")
-        return llm.llm_engine.vllm_config.model_config.dtype
+        engine = next(iter(self._engines.values()), None) or self.engine("bare")
+        return engine.llm.llm_engine.vllm_config.model_config.dtype
 
     @property
     def max_rows(self) -> int:
@@ -175,7 +176,8 @@ class Bench:
         steering = case.name in STEERING
         if steering:
             engine = self.engine(case.name)
-            self._check_operation(case)
+            size = {"rank": self._args.rank, "rows": self.max_rows}
+            check_operation(case.name, self.shape, self.dtype, **size)
             half = [steer if row % 2 == 0 else None for row, steer in enumerate(case.steers)]
             check_engine(engine, half, self.shape)
         plain, other = (self.engine(name) for name in ENGINES[case.name])
@@ -185,12 +187,6 @@ class Bench:
         if steering:
             check_engine(engine, case.steers, self.shape)
         return rounds
-
-    def _check_operation(self, case: Case) -> None:
-        if case.name == "steered":
-            check_operation(self._steers, self.shape, self.dtype, max_rows=self.max_rows)
-        else:
-            check_guidance(self._vectors[case.name], self.shape, self.dtype)
 
     def profile(self, case: Case) -> list[dict[str, Any]]:
         """What the device did in some steps of a case's B legs, the longest first."""

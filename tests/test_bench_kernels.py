@@ -12,16 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import bench_kernels, floors
-from benchmarks.operations import guidance, lm_steer, lm_steer_forms, measure, timing
+from benchmarks.operations import guidance, lm_steer, lm_steer_forms, measure
 from benchmarks.operations.lm_steer import LMSteerCase
 from benchmarks.operations.measure import Bench, sets_for
 from benchmarks.operations.token_map import MapCase
-from vllm_steer.kernels.guidance import TokenMap
 from vllm_steer.kernels.guidance import reference as guidance_reference
 from vllm_steer.kernels.lm_steer import reference as lm_steer_reference
 from vllm_steer.kernels.lm_steer.block_sizes import tile_sizes
@@ -120,19 +118,20 @@ def test_the_fast_reference_of_guidance_is_the_written_out_one(bench: Bench, mod
     wanted = given.before.clone()
     rest = (given.directions, given.layer, given.token_map, case.doses)
     guidance_reference.steer_tokens_(wanted, given.residual, *rest)
-    torch.testing.assert_close(guidance.exact(given).float(), wanted)
+    torch.testing.assert_close(given.exact.float(), wanted)
 
 
 @pytest.mark.parametrize(("tokens", "requests"), [(6, 6), (280, 4)])
-def test_the_fast_reference_of_the_map_is_the_written_out_one(tokens: int, requests: int) -> None:
+def test_a_map_that_differs_from_the_written_out_one_is_refused(tokens: int, requests: int) -> None:
     case = MapCase("case", tokens, requests, layers=3, doses=3)
-    rules, starts, positions = case.step(CPU)
-    out = TokenMap(torch.zeros(3, tokens, dtype=torch.int32), torch.zeros(3, 3, tokens))
-    guidance_reference.map_tokens(rules, starts, positions, out)
-    directions, strengths = case.exact(positions.numpy())
-    assert np.array_equal(out.directions.numpy(), directions)
-    np.testing.assert_allclose(out.strengths.numpy(), strengths, rtol=1e-6)
-    assert len(np.unique(directions)) >= 3
+    work = case.work("torch", case.step(CPU))
+    directions, strengths = work.run()
+    assert work.check((directions, strengths)) <= 1e-5
+    assert len(directions.unique()) >= 3
+    with pytest.raises(AssertionError, match="a strength is wrong by"):
+        work.check((directions, strengths + 1e-3))
+    with pytest.raises(AssertionError, match="another direction"):
+        work.check((directions + 1, strengths))
 
 
 def test_a_result_is_refused_if_it_is_wrong_unwritten_or_touches_others() -> None:
@@ -152,12 +151,13 @@ def test_a_result_is_refused_if_it_is_wrong_unwritten_or_touches_others() -> Non
 
 
 @dataclass
-class OneWork:
+class OneWork(measure.Case):
     """A case of one set, with this work or for that reason without."""
 
     given: measure.Work | None = None
+    section = "x"
+    case = "one"
     columns: ClassVar = {"section": "x"}
-    flops = 0
 
     def floor_bytes(self, itemsize: int) -> int:
         return 1
@@ -209,11 +209,6 @@ def test_the_floor_is_the_longer_of_moving_and_multiplying(bench: Bench) -> None
     assert (found["floor_us"], found["bound"], found["share_of_floor"]) == (1.0, "memory", 0.25)
 
 
-def test_median_and_spread_are_in_microseconds() -> None:
-    found = timing.summarise([3e-6, 1e-6, 6e-6, 2e-6, 4e-6, 5e-6])
-    assert (found.median, found.p20, found.p80, found.fastest) == pytest.approx((3.5, 2, 5, 1))
-
-
 def test_after_its_time_a_run_begins_nothing_more_and_says_what_it_left_out(bench: Bench) -> None:
     late = replace(bench, until=0.0)
     for section in bench_kernels.SECTIONS:
@@ -251,7 +246,7 @@ def test_the_short_grid_is_what_decides_about_the_kernels() -> None:
     sizes = [(1, 1), (64, 1), (64, 4), (64, 32), (256, 1), (256, 4), (256, 32)]
     found = [(case.width, case.rank, case.rows, case.distinct) for case in cases("lm_steer")]
     assert found == [(4096, rank, *size) for rank in (1000, 64) for size in sizes]
-    guided = [(case.mode, case.rows) for case in cases("guidance")]
+    guided = [(case.case, case.rows) for case in cases("guidance")]
     assert guided == [("add", 64), ("add", 8192), ("rotate", 64), ("rotate", 8192)]
     assert [(case.case, case.rows) for case in cases("map")] == [("decode", 256)]
     assert [case.doses for case in cases("divergence")] == [1, 64]
@@ -264,14 +259,6 @@ def test_every_variant_is_another_choice_of_blocks_for_a_bank_of_the_short_grid(
         )
         assert usual != other, name
     assert {f"tiles_{name}" for name in lm_steer_forms.VARIED} == set(lm_steer.VARIANTS)
-
-
-def test_a_form_beside_another_says_whether_it_gives_its_bits(bench: Bench) -> None:
-    (given,) = CASE.sets(bench)
-    work = CASE.work("torch_groups", given)
-    for beside, wanted in ((work.run, True), (lambda: (given.x,), False), (None, None)):
-        (line,) = measure.lines(OneWork(replace(work, beside=beside)), ["form"], bench)
-        assert line.get("same_bits") == wanted
 
 
 @pytest.mark.matrix

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.decode import Leg, run_leg
-from benchmarks.dummy_model import SHAPES, llama_name, shape_named, write_model
+from benchmarks.decode import Leg
+from benchmarks.dummy_model import ALL_SHAPES, SHAPES, write_model
 from benchmarks.peers.hf_engine import HuggingFaceEngine
 from benchmarks.peers.hf_lm_steer import WAYS, SteeredHead
 from benchmarks.peers.hooks_eager import hook_layers
@@ -65,7 +65,7 @@ def rounds_of(*ratios: float) -> list[Round[Leg]]:
 
 def test_the_hugging_face_engine_decodes_as_generate_does(model: Any) -> None:
     engine = HuggingFaceEngine(model, lambda _: None)
-    leg = run_leg(engine, [None] * 3, STEPS, VOCAB)
+    leg = engine.leg([None] * 3, STEPS, VOCAB)
     prompts = torch.tensor(PROMPTS)
     wanted = model.generate(
         prompts,
@@ -82,7 +82,7 @@ def test_the_hugging_face_engine_scores_the_tokens_that_it_is_made_to_follow(mod
     engine = HuggingFaceEngine(model, lambda _: None)
     forced = [[(31 * row + 7 * i) % VOCAB for i in range(TOKENS)] for row in range(3)]
     with engine.following(forced):
-        leg = run_leg(engine, [None] * 3, STEPS, VOCAB, logprobs=True)
+        leg = engine.leg([None] * 3, STEPS, VOCAB, logprobs=True)
     assert [list(tokens) for tokens in leg.tokens] == forced
     texts = torch.tensor([a + b for a, b in zip(PROMPTS, forced, strict=True)])
     read = model(texts).logits.log_softmax(-1)[:, 7:-1]
@@ -93,8 +93,8 @@ def test_the_hugging_face_engine_scores_the_tokens_that_it_is_made_to_follow(mod
 def test_the_hugging_face_engine_sets_the_steer_of_the_batch_once_per_leg(model: Any) -> None:
     asked: list[str | None] = []
     engine = HuggingFaceEngine(model, asked.append)
-    run_leg(engine, ["s0:5"] * 2, STEPS, VOCAB)
-    run_leg(engine, [None] * 2, STEPS, VOCAB)
+    engine.leg(["s0:5"] * 2, STEPS, VOCAB)
+    engine.leg([None] * 2, STEPS, VOCAB)
     assert asked == ["s0:5", None]
 
 
@@ -152,11 +152,10 @@ def test_hooks_add_each_layer_its_vector_once_per_pass() -> None:
 
 
 def test_the_llama_of_a_shape_has_its_size() -> None:
-    gpt2, llama = SHAPES["gpt2-medium"], shape_named("gpt2-medium-as-llama")
-    assert (llama.hidden_size, llama.layers, llama.vocab_size) == (1024, 24, 50257)
+    gpt2, llama = SHAPES["gpt2-medium"], ALL_SHAPES["gpt2-medium-as-llama"]
+    assert (llama.hidden_size, llama.layers) == (gpt2.hidden_size, gpt2.layers)
+    assert llama.vocab_size == gpt2.vocab_size
     assert math.isclose(llama.read_params, gpt2.read_params, rel_tol=0.02)
-    assert llama_name("gpt2-medium") == "gpt2-medium-as-llama"
-    assert llama_name("llama-8b") == "llama-8b"
 
 
 def test_a_line_holds_both_comparisons(job: Job) -> None:

@@ -1,12 +1,11 @@
 """The divergence behind dynamic strengths: from logits to a KL per dose."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from benchmarks.floors import divergence_bytes
-from benchmarks.operations.measure import Bench, Tensors, Work, ours, sets_for
+from benchmarks.operations.measure import Bench, Case, Tensors, Work, ours, sets_for
 from vllm_steer.kernels.dispatch import divergence_form
 from vllm_steer.kernels.divergence import by_sort
 
@@ -17,17 +16,13 @@ SPREAD = 4.0
 
 
 @dataclass(frozen=True)
-class DivergenceCase:
+class DivergenceCase(Case):
     """So many ``doses``, each with a base and a probe of its own, over ``width`` tokens."""
 
     doses: int
     width: int
-    flops = 0
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What names it."""
-        return {"section": "divergence", "case": "dynamic", "rows": 2 * self.doses, **vars(self)}
+    section = "divergence"
+    case = "dynamic"
 
     def floor_bytes(self, itemsize: int) -> int:
         """The fewest bytes of one call."""

@@ -1,51 +1,37 @@
 """Activation guidance of one layer: additions and rotations of a step's tokens."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 
 from benchmarks.floors import guidance_bytes
-from benchmarks.operations.measure import (
-    Bench,
-    Skipped,
-    Tensors,
-    Work,
-    ours,
-    relative_error,
-    sets_for,
-)
+from benchmarks.operations.measure import Bench, Case, Tensors, Work, ours, relative_error, sets_for
 from vllm_steer.kernels.dispatch import guidance_form
 from vllm_steer.kernels.guidance import Directions, TokenMap
 
 DIRECTIONS = 8
 LAYERS = 32
-FORMS = ("triton", "torch", "plain_add")
+FORMS = ("triton", "torch")
 
 
 @dataclass(frozen=True)
-class GuidanceCase:
+class GuidanceCase(Case):
     """All tokens take ``doses`` directions each. Rotations are of the sum of hidden state and
     residual, as in Llama; an addition needs no residual.
     """
 
-    mode: Literal["add", "rotate"]
+    case: Literal["add", "rotate"]
     rows: int
     width: int
     doses: int
-    flops = 0
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What names it."""
-        return {"section": "guidance", "case": self.mode, **vars(self)}
+    section = "guidance"
 
     @property
     def residual(self) -> bool:
         """Whether the residual is read too."""
-        return self.mode == "rotate"
+        return self.case == "rotate"
 
     def floor_bytes(self, itemsize: int) -> int:
         """The fewest bytes of one layer."""
@@ -67,7 +53,7 @@ class GuidanceCase:
 
         vectors, turns = random(LAYERS, DIRECTIONS + 1, self.width), None
         vectors[:, 0] = 0
-        if self.mode == "rotate":
+        if self.case == "rotate":
             vectors[:, 1:] /= vectors[:, 1:].norm(dim=2, keepdim=True)
             turns = torch.ones(DIRECTIONS + 1, device=bench.device)
             turns[0] = 0
@@ -83,7 +69,7 @@ class GuidanceCase:
 
     def _token_map(self, device: torch.device) -> TokenMap:
         """Directions in turn, at a few strengths; a turn is by about half the norm."""
-        unit = self.width**0.5 / 2 if self.mode == "rotate" else 1.0
+        unit = self.width**0.5 / 2 if self.case == "rotate" else 1.0
         token, dose = torch.arange(self.rows), torch.arange(self.doses)[:, None]
         strengths = (0.5 + (token + 3 * dose) % 7 / 8) * unit
         return TokenMap(
@@ -92,16 +78,19 @@ class GuidanceCase:
         )
 
     def work(self, form: str, inputs: "Inputs") -> Work:
-        """Ours, or a plain sum."""
-        inputs = _plain(inputs) if form == "plain_add" else inputs
-        hidden = inputs.before.clone()
-        steer = _plain_add(inputs) if form == "plain_add" else _ours(form, inputs)
+        """Ours, on a stream of its own that it changes in place."""
+        hidden, touched = inputs.before.clone(), inputs.token_map.directions[0] > 0
+        module = ours(guidance_form, form, hidden.device)
+        rest = (inputs.directions, inputs.layer, inputs.token_map, self.doses)
 
         def run() -> Tensors:
-            steer(hidden)
+            module.steer_tokens_(hidden, inputs.residual, *rest)
             return (hidden,)
 
-        return Work(run, partial(_check, inputs), lambda: hidden.copy_(inputs.before))
+        def check(results: Tensors) -> float:
+            return relative_error(results[0], inputs.exact, inputs.before, touched)
+
+        return Work(run, check, lambda: hidden.copy_(inputs.before))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,43 +104,17 @@ class Inputs:
     token_map: TokenMap
     layer: int
 
-
-def _ours(form: str, inputs: Inputs) -> Callable[[torch.Tensor], None]:
-    module = ours(guidance_form, form, inputs.before.device)
-    rest = (inputs.directions, inputs.layer, inputs.token_map, inputs.case.doses)
-    return lambda hidden: module.steer_tokens_(hidden, inputs.residual, *rest)
-
-
-def _plain(inputs: Inputs) -> Inputs:
-    """The same with one direction and one strength for all tokens: all that a plain sum knows."""
-    given = inputs.token_map
-    if (inputs.case.mode, inputs.case.doses) != ("add", 1):
-        raise Skipped("a plain sum adds one vector at one strength to all tokens")
-    even = TokenMap(torch.ones_like(given.directions), torch.ones_like(given.strengths))
-    return replace(inputs, token_map=even)
-
-
-def _plain_add(inputs: Inputs) -> Callable[[torch.Tensor], None]:
-    """What a forward hook without a batch in mind does: one vector in the model's dtype."""
-    vector = inputs.directions.vectors[inputs.layer, 1].to(inputs.before.dtype)
-    return lambda hidden: hidden.add_(vector)
-
-
-def _check(inputs: Inputs, results: Tensors) -> float:
-    touched = (inputs.token_map.strengths[inputs.layer] != 0).any(0)
-    return relative_error(results[0], exact(inputs), inputs.before, touched)
-
-
-def exact(inputs: Inputs) -> torch.Tensor:
-    """The result in float64: ``x + change``, at the norm of ``x`` where it turns."""
-    layer, token_map = inputs.layer, inputs.token_map
-    vectors = inputs.directions.vectors[layer].double()
-    change = torch.zeros(inputs.before.shape, dtype=torch.float64, device=vectors.device)
-    for which, strengths in zip(token_map.directions, token_map.strengths[layer], strict=True):
-        change += vectors[which] * strengths.double()[:, None]
-    kept = 0.0 if inputs.residual is None else inputs.residual.double()
-    x = inputs.before.double() + kept
-    steered = x + change
-    if inputs.case.mode == "rotate":
-        steered *= x.norm(dim=1, keepdim=True) / steered.norm(dim=1, keepdim=True)
-    return steered - kept
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """The result in float64: ``x + change``, at the norm of ``x`` where it turns."""
+        vectors = self.directions.vectors[self.layer].double()
+        change = torch.zeros(self.before.shape, dtype=torch.float64, device=vectors.device)
+        strengths = self.token_map.strengths[self.layer].double()
+        for which, strength in zip(self.token_map.directions, strengths, strict=True):
+            change += vectors[which] * strength[:, None]
+        kept = 0.0 if self.residual is None else self.residual.double()
+        x = self.before.double() + kept
+        steered = x + change
+        if self.case.case == "rotate":
+            steered *= x.norm(dim=1, keepdim=True) / steered.norm(dim=1, keepdim=True)
+        return steered - kept

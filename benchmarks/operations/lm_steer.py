@@ -1,16 +1,14 @@
 """LM-Steer: the change of a batch's rows of hidden states, under one steer each."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from benchmarks.floors import lm_steer_bytes, weight_elements
-from benchmarks.operations.lm_steer_forms import FORMS, VARIANTS
-from benchmarks.operations.measure import Bench, Tensors, Work, relative_error, sets_for
+from benchmarks.operations.lm_steer_forms import FORMS, VARIANTS, auto
+from benchmarks.operations.measure import Bench, Case, Tensors, Work, relative_error, sets_for
 from vllm_steer.bank import Shelf
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import Dense, LowRank, Slot, SteeredRows, SteerTables
@@ -19,13 +17,15 @@ from vllm_steer.serving.rows import BatchRows, SteeredRequest
 
 
 @dataclass(frozen=True)
-class LMSteerCase:
+class LMSteerCase(Case):
     """``rows`` rows take ``distinct`` steers of ``rank`` in turn, each at a strength of its own."""
 
     width: int
     rank: int
     rows: int
     distinct: int
+    section = "lm_steer"
+    case = "grid"  # older results have others
 
     @property
     def dense(self) -> bool:
@@ -33,19 +33,13 @@ class LMSteerCase:
         return self.width < 2 * self.rank
 
     @property
-    def columns(self) -> dict[str, Any]:
-        """As every case has them; ``case`` tells this grid from others in older results."""
-        stored = "dense" if self.dense else "factors"
-        return {"section": "lm_steer", "case": "grid", **vars(self), "stored": stored}
+    def flops(self) -> int:
+        """A product and a sum per row and number of its steer."""
+        return 2 * self.rows * weight_elements(self.width, self.rank)
 
     def floor_bytes(self, itemsize: int) -> int:
         """Each steer's weights once, each row in and out."""
         return lm_steer_bytes(**vars(self), itemsize=itemsize)
-
-    @property
-    def flops(self) -> int:
-        """A product and a sum per row and number of its steer."""
-        return 2 * self.rows * weight_elements(self.width, self.rank)
 
     def sets(self, bench: Bench) -> list["Inputs"]:
         """Sets that take different slots of one bank and different rows."""
@@ -64,11 +58,14 @@ class LMSteerCase:
         ]
 
     def work(self, form: str, inputs: "Inputs") -> Work:
-        """One of ``FORMS``, or a variant beside ours in Triton."""
-        work = Work(_tuple((FORMS | VARIANTS)[form](inputs)), partial(_check, inputs))
-        if form in VARIANTS:
-            return replace(work, beside=_tuple(FORMS["triton_tiles"](inputs)))
-        return work
+        """One of ``FORMS``, a variant of ours in Triton, or ``auto``."""
+        call = (FORMS | VARIANTS | {"auto": auto})[form](inputs)
+        touched = torch.ones(self.rows, dtype=torch.bool, device=inputs.x.device)
+
+        def check(results: Tensors) -> float:
+            return relative_error(results[0], inputs.exact, inputs.x, touched)
+
+        return Work(lambda: (call(),), check)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,15 +125,6 @@ def batch(case: LMSteerCase, shelf: Shelf, offset: int = 0) -> SteeredRows:
     pairs = steered_rows(rows, Uses(shelf, requests))
     assert pairs is not None
     return pairs
-
-
-def _tuple(call: Callable[[], torch.Tensor]) -> Callable[[], Tensors]:
-    return lambda: (call(),)
-
-
-def _check(inputs: Inputs, results: Tensors) -> float:
-    touched = torch.ones(inputs.case.rows, dtype=torch.bool, device=inputs.x.device)
-    return relative_error(results[0], inputs.exact, inputs.x, touched)
 
 
 def _change(scaled: torch.Tensor, tables: SteerTables, slot: Slot) -> torch.Tensor:

@@ -18,6 +18,11 @@ Call = Callable[[], torch.Tensor]
 Inputs = Any  # ``lm_steer.Inputs``
 
 
+def auto(inputs: Inputs) -> Call:
+    """Ours, as an engine of so many rows has it on this device."""
+    return engine_form("auto", inputs.case.rows, inputs)
+
+
 def engine_form(kernels: str, max_rows: int, inputs: Inputs) -> Call:
     """Ours, as an engine of up to ``max_rows`` rows has it."""
     if max_rows <= FEW_ROWS < inputs.case.rows:

@@ -1,14 +1,16 @@
 """One form on one case: equal first, then timed, then seen to have done the same while timed."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 from benchmarks.operations import timing
+from benchmarks.rounds import spread
 from vllm_steer.kernels.dispatch import KernelError
 
 Tensors = tuple[torch.Tensor, ...]
@@ -30,13 +32,11 @@ class Work:
     run      one call; its results, new tensors or inputs changed in place
     check    raises ``AssertionError`` for wrong results; returns their relative error
     restore  puts inputs back that ``run`` changes
-    beside   another form, to compare the bits of the results with
     """
 
     run: Callable[[], Tensors]
     check: Callable[[Tensors], float]
     restore: Callable[[], None] = lambda: None
-    beside: Callable[[], Tensors] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Bench:
 
     device: torch.device
     dtype: torch.dtype
-    repeats: int
-    reach: int
-    bandwidth: float
-    matmul: float
+    repeats: int = 1
+    reach: int = 0
+    bandwidth: float = math.inf
+    matmul: float = math.inf
     until: float = math.inf
 
     @property
@@ -64,23 +64,30 @@ class Bench:
         return monotonic() >= self.until
 
 
-class Case(Protocol):
-    """A case of an operation; ``flops`` are those of matrix products, 0 without any."""
+class Case(ABC):
+    """A case of an operation, a dataclass of its sizes.
+
+    ``flops`` are the operations of its matrix products, 0 without any.
+    """
+
+    section: ClassVar[str]
+    case: str
+    flops: int | property = 0
 
     @property
     def columns(self) -> Line:
         """What names it in a line of the result."""
+        return {"section": self.section, "case": self.case, **vars(self)}
 
-    @property
-    def flops(self) -> int:
-        """Operations of one call."""
-
+    @abstractmethod
     def floor_bytes(self, itemsize: int) -> int:
         """The fewest bytes of one call."""
 
+    @abstractmethod
     def sets(self, bench: Bench) -> list[Any]:
         """Sets of inputs, together beyond the cache."""
 
+    @abstractmethod
     def work(self, form: str, inputs: Any) -> Work:
         """A form on one of them."""
 
@@ -120,22 +127,17 @@ def measure(works: Sequence[Work], bench: Bench) -> Line:
             same = all(map(torch.equal, found, wanted))
             assert same, "the timed result is not the one that was checked"
 
-    calls = [work.run for work in works]
-    times = {"us": timing.launched(calls, bench.repeats, bench.device)}
-    confirm([_fresh(work) for work in works])
-    if bench.device.type == "cuda":
-        host = timing.issued(calls, bench.repeats, bench.device)
-        graph, results = timing.capture(calls)
-        replayed = timing.replayed(graph, len(works), bench.repeats)
-        _replay(graph, works, results)
-        confirm(results)
-        times = {"us": replayed, "eager_us": times["us"], "host_us": host}
     line: Line = {"error": float(f"{error:.2g}"), "sets": len(works), "samples": bench.repeats}
-    if works[0].beside is not None:
-        line["same_bits"] = all(map(torch.equal, expected[0], works[0].beside()))
-    for name, found in times.items():
-        shares = {"": found.median, "_p20": found.p20, "_p80": found.p80}
-        line |= {f"{name}{end}": round(us, 3) for end, us in shares.items()}
+    calls = [work.run for work in works]
+    eager = timing.launched(calls, bench.repeats, bench.device)
+    confirm([_fresh(work) for work in works])
+    if bench.device.type != "cuda":
+        return line | spread("us", eager)
+    line |= spread("eager_us", eager) | spread("host_us", timing.issued(calls, bench.repeats))
+    graph, results = timing.capture(calls)
+    line |= spread("us", timing.replayed(graph, len(works), bench.repeats))
+    _replay(graph, works, results)
+    confirm(results)
     return line
 
 
@@ -153,7 +155,7 @@ def against_floor(us: float, floor_bytes: int, flops: int, bench: Bench) -> Line
 
 
 def ours(find: Callable[..., Any], kernels: str, device: torch.device, **options: Any) -> Any:
-    """Our form in torch or Triton, as ``find`` of the dispatch has it for a device."""
+    """A form from the dispatch: ``torch``, ``triton`` or, as an engine has it, ``auto``."""
     if kernels == "triton" and device.type != "cuda":
         raise Skipped(f"the device is {device.type}: an interpreter's time is no kernel's time")
     try:

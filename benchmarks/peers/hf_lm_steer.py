@@ -101,8 +101,8 @@ def measure(job: Job) -> list[dict[str, Any]]:
     """vllm-steer and both ways on Hugging Face, at each batch size."""
     ours = (job.engine([NAME]), ASKED)
     peer, head, steer = load(job)
-    paths = {name: job.steers / f"{name}.safetensors" for name in ("s0", "s1")}
-    check_operation(paths, job.dimensions, job.torch_dtype, max_rows=max(job.rows))
+    size = {"rank": job.rank, "rows": max(job.rows)}
+    check_operation("steered", job.dimensions, job.torch_dtype, **size)
     lines = []
     for rows in job.rows:
         check_tokens(job, ours[0], peer, rows, None)

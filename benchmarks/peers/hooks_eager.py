@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.decode import Engine
 from benchmarks.dummy_model import STRENGTH
 from benchmarks.peers.agreement import check_prompt_logprobs
-from benchmarks.peers.engines import Rewritten
 from benchmarks.peers.job import Job
 
 NAME = "guided"
@@ -20,26 +20,26 @@ GENTLE = STRENGTH / 50  # so that the tokens still count in what comes out, and 
 ASKED = f"{NAME}:{GENTLE}"
 
 
-class HookedEngine(Rewritten):
+class HookedEngine(Engine):
     """Requests that ask for a steer switch the hooks on, others off: for everything that runs."""
 
     def __init__(self, llm: Any, vectors: torch.Tensor) -> None:
         super().__init__(llm)
-        self._llm, self._vectors = llm, vectors
+        self._vectors = vectors
         self._handles: list[Any] = []
 
-    def request(self, steer: str | None) -> dict[str, Any]:
+    def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
         """Nothing is passed on: the vector is global."""
         if bool(steer) != bool(self._handles):
             self._switch(float(steer.partition(":")[2]) if steer else 0.0)
-        return {}
+        super().add(request_id, tokens, None, params)
 
     def _switch(self, strength: float) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if strength:
-            (self._handles,) = self._llm.apply_model(
+            (self._handles,) = self.llm.apply_model(
                 lambda model: hook_layers(model, strength * self._vectors)
             )
 
@@ -72,7 +72,7 @@ def measure(job: Job) -> list[dict[str, Any]]:
     eager = job.engine(enforce_eager=True)
     ours = (job.engine([NAME]), ASKED)
     vectors = load_steer(job.steers / f"{NAME}.safetensors").vectors
-    peer = (HookedEngine(eager, vectors), ASKED)
+    peer = (HookedEngine(eager.llm, vectors), ASKED)
     check_prompt_logprobs(job, ours[0], *peer)
     lines = []
     for rows in job.rows:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import Leg, compare, step_columns, step_ms
-from benchmarks.dummy_model import Shape, shape_named, steer_config
+from benchmarks.decode import Engine, Leg, compare, step_columns, step_ms
+from benchmarks.dummy_model import ALL_SHAPES, Shape, steer_config
 from benchmarks.engines import make_engine
 from benchmarks.equality import check_engine, check_legs
 from benchmarks.rounds import Round, spread
@@ -53,19 +53,20 @@ class Job:
     @property
     def dimensions(self) -> Shape:
         """The shape itself."""
-        return shape_named(self.shape)
+        return ALL_SHAPES[self.shape]
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The model's."""
         return getattr(torch, self.dtype)
 
-    def engine(self, steers: Sequence[str] = (), **options: Any) -> Any:
+    def engine(self, steers: Sequence[str] = (), **options: Any) -> Engine:
         """With vllm-steer and these steers; without any it is stock vLLM, to be made first."""
         paths = {name: self.steers / f"{name}.safetensors" for name in steers}
         config = steer_config(paths, self.rank) if steers else None
         options |= {"dtype": self.dtype, "max_num_seqs": max(self.rows)}
-        return make_engine(self.model, config, plugin=bool(steers), gpu_memory=0.4, **options)
+        llm = make_engine(self.model, config, plugin=bool(steers), gpu_memory=0.4, **options)
+        return Engine(llm)
 
     def ours(self, name: str, ours: Asked, rows: int, rank: int = 0) -> dict[str, Any]:
         """vllm-steer's steered legs over its unsteered ones; then each row is seen to be
@@ -85,7 +86,7 @@ class Job:
         return self.line(name, software, within, across, rank=rank)
 
     def _rounds(self, plain: tuple[Any, str | None], other: Asked, rows: int) -> list[Round[Leg]]:
-        asked = [(llm, [steer] * rows) for llm, steer in (plain, other)]
+        asked = [(engine, [steer] * rows) for engine, steer in (plain, other)]
         rounds = compare(*asked, self.steps, self.dimensions.vocab_size, self.repeats)
         check_legs(rounds, steered=True)
         return rounds

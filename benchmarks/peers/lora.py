@@ -14,15 +14,15 @@ from typing import Any, get_args
 
 import torch
 
+from benchmarks.decode import Engine
 from benchmarks.dummy_model import STRENGTH, write_steers
-from benchmarks.peers.engines import Rewritten
 from benchmarks.peers.job import Job
 
 MAX_RANK = 64
 ASKED = f"s0:{STRENGTH}"
 
 
-class LoraEngine(Rewritten):
+class LoraEngine(Engine):
     """Requests that ask for a steer get the adapter."""
 
     def __init__(self, llm: Any, adapter: Path) -> None:
@@ -31,9 +31,11 @@ class LoraEngine(Rewritten):
 
         self._lora = LoRARequest("adapter", 1, str(adapter))
 
-    def request(self, steer: str | None) -> dict[str, Any]:
+    def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
         """The adapter goes along with the request."""
-        return {"lora_request": self._lora} if steer else {}
+        lora = {"lora_request": self._lora} if steer else {}
+        prompt = {"prompt_token_ids": tokens}
+        self.llm.llm_engine.add_request(request_id, prompt, params, **lora)
 
 
 def allowed_rank(rank: int) -> int:
@@ -68,7 +70,7 @@ def measure(job: Job) -> list[dict[str, Any]]:
         write_steers(job.dimensions, folder / "steers", count=1, rank=rank)
         job = replace(job, rank=rank, steers=folder / "steers")
         served = job.engine(enable_lora=True, max_loras=1, max_lora_rank=rank)
-        peer = (LoraEngine(served, write_adapter(job, folder / "adapter")), ASKED)
+        peer = (LoraEngine(served.llm, write_adapter(job, folder / "adapter")), ASKED)
         ours = (job.engine(["s0"]), ASKED)
         lines = []
         for rows in job.rows:

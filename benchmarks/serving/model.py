@@ -18,7 +18,7 @@ from benchmarks.dummy_model import (
 BASE = "base"
 KINDS = ("steered", "guided")
 # `vllm bench latency` draws its prompts from 10000 token ids whatever the model's vocabulary.
-SERVED_SHAPES = SHAPES | {"tiny": gpt2(64, layers=2, heads=2, vocab_size=10240)}
+SERVED_SHAPES = SHAPES | {"tiny": gpt2(64, layers=2, heads=2, vocab=10240)}
 
 
 @dataclass(frozen=True)

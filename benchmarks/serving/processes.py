@@ -4,9 +4,7 @@ Each child leads a process group of its own, so that it is ended with all it sta
 else is.
 """
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from benchmarks.processes import end_group
 
 DEFAULTS = {
     "OMP_WAIT_POLICY": "passive",  # a waiting server must not spin on the cores of another
@@ -59,7 +59,7 @@ def child(arguments: Sequence[str], log: Path, *, plugin: bool) -> Iterator[Chil
     try:
         yield process
     finally:
-        _end(process)
+        end_group(process, STOP_LIMIT_S)
 
 
 def run(arguments: Sequence[str], log: Path, *, plugin: bool) -> None:
@@ -105,14 +105,3 @@ def _failure(arguments: Sequence[str], what: str, log: Path) -> ProcessError:
     """What a child did, with the end of its log."""
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
     return ProcessError(f"python {' '.join(arguments)}\n{what}; the end of its log:\n{tail}")
-
-
-def _end(process: Child) -> None:
-    """The leader politely; then whatever of its group is left, also when the leader has ended."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_LIMIT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(STOP_LIMIT_S)

@@ -111,34 +111,14 @@ def test_the_title_names_the_model_the_machine_the_versions_and_the_days(
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"benchmark": "peers"}', "is a result of 'peers'; wanted is one of 'speed_ratio'"),
-        ("[]", "is a result of None; wanted is one of 'speed_ratio'"),
-        ("{", "cannot be read as JSON"),
-        (None, "cannot be read as JSON"),
-    ],
-    ids=["another-benchmark", "a-list", "no-json", "no-file"],
+    "changes",
+    [{"benchmark": "peers"}, {"shape": "tiny"}, {"dtype": "float32"}],
+    ids=lambda changes: next(iter(changes)),
 )
-def test_a_file_that_is_no_speed_ratio_result_stops_with_its_name(
-    tmp_path: Path, content: str | None, message: str
+def test_results_that_do_not_go_together_are_refused(
+    result: dict[str, Any], tmp_path: Path, changes: dict[str, str]
 ) -> None:
-    path = tmp_path / "given.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(SystemExit) as stop:
-        plot.main([str(path), "--out", str(tmp_path / "out.png")])
-    assert message in str(stop.value)
-    assert str(path) in str(stop.value)
-    assert not (tmp_path / "out.png").exists()
-
-
-def test_results_of_several_shapes_are_refused(result: dict[str, Any], tmp_path: Path) -> None:
-    paths = written(tmp_path, result, result | {"shape": "tiny"})
-    with pytest.raises(SystemExit, match="one shape and dtype"):
-        plot.main([*map(str, paths), "--out", str(tmp_path / "out.png")])
-
-
-def test_results_without_a_line_are_refused(result: dict[str, Any]) -> None:
-    with pytest.raises(plot.ResultError, match="no figure"):
-        plot.draw([result | {"rows": []}])
+    out, paths = tmp_path / "out.png", written(tmp_path, result, result | changes)
+    with pytest.raises(SystemExit, match="speed_ratio of one shape and dtype are wanted"):
+        plot.main([*map(str, paths), "--out", str(out)])
+    assert not out.exists()
