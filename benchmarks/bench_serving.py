@@ -23,7 +23,7 @@ import torch
 from benchmarks import arguments
 from benchmarks.result import Result, console
 from benchmarks.serving import vllm_bench
-from benchmarks.serving.cases import Servers, check_offline, offline_lines
+from benchmarks.serving.cases import Offline, Servers
 from benchmarks.serving.model import KINDS, SERVED_SHAPES, ServedModel, write_served_model
 from benchmarks.serving.vllm_bench import Work
 
@@ -69,7 +69,7 @@ def measure_servers(
 ) -> Iterator[dict[str, Any]]:
     """Start the servers, compare, measure, compare again."""
     with ExitStack() as stack, console.status("servers"):
-        servers = Servers.start(stack, model, flags(engine_options(args)), KINDS, folder)
+        servers = Servers.start(stack, model, engine_options(args), KINDS, folder)
         result.data["threads"] = servers.threads
         servers.check(args.distinct)
         work = Work(args.requests, args.input_len, args.output_len)
@@ -81,20 +81,18 @@ def measure_offline(
     model: ServedModel, args: argparse.Namespace, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """Compare, measure; a batch of `latency` is as large as the concurrency."""
-    options = engine_options(args)
-    own = {"distributed_executor_backend": "uni", "max_num_seqs": 8}
+    engines = Offline(model, engine_options(args), folder)
+    latency = partial(vllm_bench.latency, iterations=args.iterations)
+    # A quick run starts engines for one kind in each mode.
+    first, last = (KINDS[:1], KINDS[1:]) if args.quick else (KINDS, KINDS)
     with console.status("engines"):
-        check_offline(model, options | own, KINDS)
-        latency = partial(vllm_bench.latency, iterations=args.iterations)
-        for mode, bench, requests in (
-            ("throughput", vllm_bench.throughput, args.requests),
-            ("latency", latency, args.concurrency),
+        engines.check(KINDS)
+        for mode, bench, kinds, requests in (
+            ("throughput", vllm_bench.throughput, first, args.requests),
+            ("latency", latency, last, args.concurrency),
         ):
-            # A quick run starts engines for one kind in each mode.
-            kinds = (KINDS[:1] if mode == "throughput" else KINDS[1:]) if args.quick else KINDS
             work = Work(requests, args.input_len, args.output_len)
-            given = (mode, bench, model, flags(options), kinds, work)
-            yield from offline_lines(*given, args.offline_repeats, folder)
+            yield from engines.lines(mode, bench, kinds, work, args.offline_repeats)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -108,18 +106,6 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.quick:
         options |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
     return options
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    """Engine arguments as flags of the command line."""
-    spelled = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            spelled.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            spelled.append(f"--{flag}={value}")
-    return spelled
 
 
 def _arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_serving, rounds
+from benchmarks import rounds
 from benchmarks.serving import answers, cases, model, processes, vllm_bench
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +205,7 @@ def test_any_token_ids_decode_to_a_text_of_as_many_tokens(tmp_path: Path) -> Non
 
 
 def test_engine_arguments_are_spelt_as_flags() -> None:
-    spelled = bench_serving.flags({"dtype": "bfloat16", "a_b": True, "c_d": False})
+    spelled = cases.flags({"dtype": "bfloat16", "a_b": True, "c_d": False})
     assert spelled == ["--dtype=bfloat16", "--a-b", "--no-c-d"]
 
 

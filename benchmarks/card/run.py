@@ -103,7 +103,7 @@ class Summary:
 
     def add(self, result: dict[str, Any]) -> None:
         """Another phase."""
-        self.phases.append({"seconds": 0, "said": ""} | result)
+        self.phases.append({"phase": "", "state": "", "seconds": 0, "said": "", **result})
         self._write()
         print(self.line(self.phases[-1]), flush=True)
 

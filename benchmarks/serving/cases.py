@@ -49,7 +49,7 @@ class Servers:
         cls,
         stack: ExitStack,
         model: ServedModel,
-        flags: Sequence[str],
+        options: dict[str, Any],
         kinds: Sequence[str],
         folder: Path,
     ) -> "Servers":
@@ -57,8 +57,8 @@ class Servers:
         urls = {}
         for name in (STOCK, *kinds):
             steer = [f"--steer-config={json.dumps(model.configs[name])}"] if name != STOCK else []
-            options = [f"--served-model-name={BASE}", *flags, *steer]
-            server = serving(model.folder, options, folder / f"{name}.log", plugin=name != STOCK)
+            spelled = [f"--served-model-name={BASE}", *flags(options), *steer]
+            server = serving(model.folder, spelled, folder / f"{name}.log", plugin=name != STOCK)
             urls[name] = stack.enter_context(server)
         return cls(model, urls, folder)
 
@@ -93,37 +93,46 @@ class Servers:
             yield line("serve", what, presets, concurrency, work, found)
 
 
-def check_offline(model: ServedModel, options: dict[str, Any], kinds: Sequence[str]) -> None:
-    """Under each config a request that does not ask is steered; one asking for none is as stock."""
-    configs = {kind: model.default_config(kind) for kind in kinds}
-    asked = (model.folder, model.shape.vocab_size, options, configs)
-    answers = in_own_process(of_engines, *asked)
-    for kind in kinds:
-        check_equal(answers[STOCK], answers[f"{kind}, none"], f"{kind} by default, none asked")
-        check_effect(answers[STOCK], answers[kind], f"{kind} by default")
+@dataclass(frozen=True)
+class Offline:
+    """Engines of `vllm bench`, each with ``options``, and files in ``folder``."""
 
+    model: ServedModel
+    options: dict[str, Any]
+    folder: Path
 
-def offline_lines(
-    mode: str,
-    bench: Callable[..., Figures],
-    model: ServedModel,
-    flags: Sequence[str],
-    kinds: Sequence[str],
-    work: Work,
-    repeats: int,
-    folder: Path,
-) -> Iterator[Line]:
-    """A line per kind."""
+    def check(self, kinds: Sequence[str]) -> None:
+        """Under each config requests that do not ask are steered; those asking for none are as
+        stock vLLM's.
+        """
+        configs = {kind: self.model.default_config(kind) for kind in kinds}
+        own = {"distributed_executor_backend": "uni", "max_num_seqs": 8}
+        asked = (self.model.folder, self.model.shape.vocab_size, self.options | own, configs)
+        answers = in_own_process(of_engines, *asked)
+        for kind in kinds:
+            check_equal(answers[STOCK], answers[f"{kind}, none"], f"{kind} by default, none asked")
+            check_effect(answers[STOCK], answers[kind], f"{kind} by default")
 
-    def leg(kind: str | None) -> Figures:
-        config = [f"--steer-config={json.dumps(model.default_config(kind))}"] if kind else []
-        engine = [f"--model={model.folder}", *flags, *config]
-        return bench(engine, work, folder=folder, plugin=kind is not None)
+    def lines(
+        self,
+        mode: str,
+        bench: Callable[..., Figures],
+        kinds: Sequence[str],
+        work: Work,
+        repeats: int,
+    ) -> Iterator[Line]:
+        """A line per kind."""
 
-    legs = {kind: partial(leg, kind) for kind in kinds}
-    rounds = interleave(partial(leg, None), legs, repeats, warm_up=False)
-    for kind, found in rounds.items():
-        yield line(mode, kind, 1, work.requests, work, found)
+        def leg(kind: str | None) -> Figures:
+            engine = [f"--model={self.model.folder}", *flags(self.options)]
+            if kind:
+                engine.append(f"--steer-config={json.dumps(self.model.default_config(kind))}")
+            return bench(engine, work, folder=self.folder, plugin=kind is not None)
+
+        legs = {kind: partial(leg, kind) for kind in kinds}
+        rounds = interleave(partial(leg, None), legs, repeats, warm_up=False)
+        for kind, found in rounds.items():
+            yield line(mode, kind, 1, work.requests, work, found)
 
 
 def line(
@@ -155,3 +164,15 @@ def bound_cores(log: str) -> int | None:
     """How many cores a server's log says its (first) worker is bound to."""
     found = re.search(r"local_rank=0, core ids=\[([\d, ]+)\]", log)
     return len(found[1].split(",")) if found else None
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """Engine arguments as flags of the command line."""
+    spelled = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            spelled.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            spelled.append(f"--{flag}={value}")
+    return spelled
