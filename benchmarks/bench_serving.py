@@ -1,39 +1,38 @@
 """What a steered vLLM costs as its users see it, measured by vLLM's own benchmarks.
 
-    python benchmarks/bench_serving.py --json OUT [--shape gpt2-medium] [--rank 1000] ...
+    python -m benchmarks.bench_serving --json OUT [--shape gpt2-medium] [--rank 1000] ...
 
-`vllm bench serve` measures servers (see ``serve_cases.py``), `vllm bench throughput` and
-`vllm bench latency` engines (see ``offline_cases.py``), each on dummy weights and against stock
-vLLM with the plugin off, in legs alternating with those of stock vLLM (see ``rounds.py``). Before
-and after, answers are compared: unsteered ones are those of stock vLLM, steered ones differ.
+`vllm bench serve` measures servers, `vllm bench throughput` and `vllm bench latency` engines, each
+on dummy weights and against stock vLLM with the plugin off (see ``serving/cases.py``). Before and
+after, answers are compared: unsteered ones are those of stock vLLM, steered ones differ.
 """
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from rich.console import Console
-from serving import offline_cases
-from serving.model import KINDS, SERVED_SHAPES, ServedModel, write_served_model
-from serving.serve_cases import measure_load, serve_cases, start_servers
-from serving.vllm_bench import Load, Work
 
-MODES = ("serve", *offline_cases.MODES)
+from benchmarks import arguments
+from benchmarks.result import Result, console
+from benchmarks.serving import vllm_bench
+from benchmarks.serving.cases import Offline, Servers
+from benchmarks.serving.model import KINDS, SERVED_SHAPES, ServedModel, write_served_model
+from benchmarks.serving.vllm_bench import Work
+
 GPU_SHARE = 0.25  # of its memory, for each of three servers or engines
 QUICK = {
-    "distinct": [2],
-    "concurrency": [4],
+    "distinct": 2,
+    "concurrency": 4,
     "repeats": 1,
     "offline_repeats": 1,
-    "between": 4,
     "iterations": 2,
     "requests": 8,
     "input_len": 8,
@@ -42,109 +41,58 @@ QUICK = {
 
 
 def main() -> None:
-    """Parse, measure, write."""
+    """Parse, measure, write, print."""
     # An end by SIGTERM has to end the servers too: it becomes an exception.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     args = _arguments()
-    result = {**machine.describe_run("serving"), **settings(args), "threads": None, "rows": []}
-    console = Console(stderr=True)
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-serving-") as folder,
-        console.status("") as status,
-    ):
-        for rows, threads in measure(args, Path(folder), status.update):
-            result["threads"] = result["threads"] or threads
-            result["rows"] += rows
-            write(result, args.json)  # what is done is kept if a later mode fails
-            for row in rows:
-                console.print(short(row))
+    names = ("shape", "dtype", "rank", "repeats", "offline_repeats", "iterations")
+    result = Result("serving", args.json, **{name: getattr(args, name) for name in names})
+    with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
+        folder = Path(name)
+        model = write_served_model(args.shape, folder, presets=args.distinct, rank=args.rank)
+        for line in chain(
+            measure_servers(model, args, folder, result), measure_offline(model, args, folder)
+        ):
+            add(line, args, result)
+    result.show()
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """The result file so far."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def short(row: dict[str, Any]) -> str:
-    """A row for whoever waits: its name and its ratios."""
-    ratios = {key: value for key, value in row.items() if key.endswith("_ratio")}
-    name = f"{row['mode']}, {row['what']}, {row['distinct']} distinct, "
-    name += f"{row['concurrency']} at a time" if row["rate"] is None else f"{row['rate']} req/s"
-    return f"{name}, over stock: {ratios}"
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked of the run."""
-    names = ("shape", "dtype", "rank", "repeats", "offline_repeats", "between", "iterations")
-    return {name: getattr(args, name) for name in names}
-
-
-def measure(
-    args: argparse.Namespace, folder: Path, tick: Any
-) -> Iterator[tuple[list[dict[str, Any]], int | None]]:
-    """Rows as they are done, and the servers' threads where they are known."""
-    presets = max(args.distinct)
-    model = write_served_model(args.shape, folder, presets=presets, rank=args.rank)
-    if "serve" in args.modes:
-        yield from measure_servers(model, args, folder, tick)
-    if offline := [mode for mode in args.modes if mode != "serve"]:
-        tick("answers offline")
-        options = engine_options(args) | {"distributed_executor_backend": "uni"}
-        offline_cases.check_offline(model, options, args.kinds, folder)
-        for mode in offline:
-            yield measure_offline(mode, model, args, folder, tick), None
+def add(line: dict[str, Any], args: argparse.Namespace, result: Result) -> None:
+    """With the rank of its steers, 0 where it has no LM-Steer."""
+    ratios = {key: value for key, value in line.items() if key.endswith("_ratio")}
+    line["rank"] = args.rank if line["what"] == "steered" else 0
+    result.add(line, f"{line['mode']}, {line['what']}, over stock: {ratios}")
 
 
 def measure_servers(
-    model: ServedModel, args: argparse.Namespace, folder: Path, tick: Any
-) -> Iterator[tuple[list[dict[str, Any]], int | None]]:
-    """Start the servers, compare, measure every load, compare again."""
-    cases = serve_cases(args.kinds, args.distinct)
-    loads = [Load(concurrency=number) for number in args.concurrency]
-    loads += [Load(rate=rate) for rate in args.rates]
-    work = Work(args.requests, args.input_len, args.output_len)
-    with ExitStack() as stack:
-        tick("starting servers")
-        servers = start_servers(stack, model, flags(engine_options(args)), args.kinds, folder)
-        tick("answers of the servers")
-        servers.check(max(args.distinct))
-        for load in loads:
-            legs = {"repeats": args.repeats, "between": args.between}
-            rows = measure_load(servers, cases, load, work, **legs, tick=tick)
-            yield [row | rank(row, args) for row in rows], servers.threads
-        servers.check(max(args.distinct))
+    model: ServedModel, args: argparse.Namespace, folder: Path, result: Result
+) -> Iterator[dict[str, Any]]:
+    """Start the servers, compare, measure, compare again."""
+    with ExitStack() as stack, console.status("servers"):
+        servers = Servers.start(stack, model, engine_options(args), KINDS, folder)
+        result.data["threads"] = servers.threads
+        servers.check(args.distinct)
+        work = Work(args.requests, args.input_len, args.output_len)
+        yield from servers.lines(args.distinct, args.concurrency, work, args.repeats)
+        servers.check(args.distinct)
 
 
 def measure_offline(
-    mode: str, model: ServedModel, args: argparse.Namespace, folder: Path, tick: Any
-) -> list[dict[str, Any]]:
-    """Rows of one of the offline benchmarks: a batch is as large as the largest concurrency."""
-    requests = args.requests if mode == "throughput" else max(args.concurrency)
-    rows = offline_cases.measure_mode(
-        mode,
-        model,
-        flags(engine_options(args)),
-        offline_kinds(mode, args),
-        Work(requests, args.input_len, args.output_len),
-        iterations=args.iterations,
-        repeats=args.offline_repeats,
-        folder=folder,
-        tick=tick,
-    )
-    return [row | rank(row, args) for row in rows]
-
-
-def offline_kinds(mode: str, args: argparse.Namespace) -> list[str]:
-    """All that were asked for; a quick run starts engines for one kind in each mode."""
-    if not args.quick:
-        return args.kinds
-    return args.kinds[:1] if mode == "throughput" else args.kinds[-1:]
-
-
-def rank(row: dict[str, Any], args: argparse.Namespace) -> dict[str, int]:
-    """The rank of a row's steers, 0 where it has no LM-Steer."""
-    return {"rank": args.rank if row["what"] == "steered" else 0}
+    model: ServedModel, args: argparse.Namespace, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Compare, measure; a batch of `latency` is as large as the concurrency."""
+    engines = Offline(model, engine_options(args), folder)
+    latency = partial(vllm_bench.latency, iterations=args.iterations)
+    # A quick run starts engines for one kind in each mode.
+    first, last = (KINDS[:1], KINDS[1:]) if args.quick else (KINDS, KINDS)
+    with console.status("engines"):
+        engines.check(KINDS)
+        for mode, bench, kinds, requests in (
+            ("throughput", vllm_bench.throughput, first, args.requests),
+            ("latency", latency, last, args.concurrency),
+        ):
+            work = Work(requests, args.input_len, args.output_len)
+            yield from engines.lines(mode, bench, kinds, work, args.offline_repeats)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -160,40 +108,18 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def flags(options: dict[str, Any]) -> list[str]:
-    """Engine arguments as flags of the command line."""
-    spelled = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            spelled.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            spelled.append(f"--{flag}={value}")
-    return spelled
-
-
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    count, counts = {"type": int, "metavar": "N"}, {"type": _counts, "metavar": "N,N,..."}
-    add = parser.add_argument
-    add("--json", type=Path, required=True, metavar="OUT", help="result file")
+    parser = arguments.parser(__doc__)
+    add, count = parser.add_argument, {"type": int, "metavar": "N"}
     add("--shape", choices=SERVED_SHAPES, default="gpt2-medium")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--rank", default=1000, **count)
-    add(
-        "--modes", type=_some(MODES), default=list(MODES), metavar="MODE,...", help=", ".join(MODES)
-    )
-    add(
-        "--kinds", type=_some(KINDS), default=list(KINDS), metavar="KIND,...", help=", ".join(KINDS)
-    )
-    add("--distinct", default=[8], **counts, help="steers, for guidance strengths, in turn")
-    add("--concurrency", default=[8], **counts, help="requests at a time")
-    add("--rates", type=_rates, default=[], metavar="R,R,...", help="requests per second, as well")
+    add("--distinct", default=8, **count, help="steers, for guidance strengths, in turn")
+    add("--concurrency", default=8, **count, help="requests at a time")
     add("--requests", default=32, **count, help="per leg")
     add("--input-len", default=32, **count)
     add("--output-len", default=32, **count)
     add("--repeats", default=5, **count, help="rounds per case of serve")
-    add("--between", default=1, **count, help="legs of cases between two legs of stock vLLM")
     add("--offline-repeats", default=3, **count, help="rounds of throughput and latency")
     add("--iterations", default=5, **count, help="batches per leg of latency")
     add("--quick", action="store_true", help="few short legs, no compilation: does it run at all")
@@ -201,30 +127,6 @@ def _arguments() -> argparse.Namespace:
     if args.quick:
         vars(args).update(QUICK)
     return args
-
-
-def _counts(text: str) -> list[int]:
-    numbers = sorted({int(part) for part in text.split(",")})
-    if numbers[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers from 1 are wanted, as in 1,4,32")
-    return numbers
-
-
-def _rates(text: str) -> list[float]:
-    rates = sorted({float(part) for part in text.split(",")})
-    if not 0 < rates[0] <= rates[-1] < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: positive numbers are wanted, as in 0.5,2")
-    return rates
-
-
-def _some(names: tuple[str, ...]) -> Any:
-    def parse(text: str) -> list[str]:
-        asked = text.split(",")
-        if unknown := [name for name in asked if name not in names]:
-            raise argparse.ArgumentTypeError(f"{unknown}: wanted are some of {', '.join(names)}")
-        return [name for name in names if name in asked]
-
-    return parse
 
 
 if __name__ == "__main__":

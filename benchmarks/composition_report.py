@@ -1,6 +1,6 @@
 """Two and three properties at once on the embedded model: dynamic beside fixed strengths.
 
-    python benchmarks/composition_report.py --json OUT [--samples 200] [--folder FOLDER]
+    python -m benchmarks.composition_report --json OUT [--samples 200] [--folder FOLDER]
 
 ``vllm-steer eval`` of ``composition/properties.yaml``: strengths are chosen on ``choosing.txt``
 and reported on ``prompts.txt``. The embedded LM-Steers are written with ``RAISED`` times their
@@ -10,9 +10,6 @@ epsilon first, for a dynamic strength is in nats and theirs have units where 5 i
 of language and sentiment on the prompts that it was chosen on.
 """
 
-import argparse
-import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -20,47 +17,48 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-DEFAULTS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-for name, value in DEFAULTS.items():
-    os.environ.setdefault(name, value)
-
-import machine  # noqa: E402
-from rich.console import Console  # noqa: E402
-from table import rich_table  # noqa: E402
+from benchmarks import arguments, environment
+from benchmarks.result import Result
 
 GIVEN = Path(__file__).parent / "composition"
 RAISED = 8
 PAIR = "fr+cheer"
+Line = dict[str, Any]
 
 
 def main() -> None:
     """Compare, write, print."""
-    args = _arguments()
-    result = machine.describe_run("composition")
-    result.update(dtype="float32", max_tokens=30, samples=args.samples, raised=RAISED)
+    environment.set_defaults()
+    parser = arguments.parser(__doc__)
+    parser.add_argument("--samples", type=int, default=200, help="texts per prompt")
+    parser.add_argument("--folder", type=Path, help="of the run, to keep its texts and go on")
+    args = parser.parse_args()
+    settings = {"dtype": "float32", "max_tokens": 30, "samples": args.samples, "raised": RAISED}
+    result = Result("composition", args.json, **settings)
     with tempfile.TemporaryDirectory(prefix="composition-") as folder:
-        result.update(compare(Path(folder), args.folder or Path(folder) / "run", args.samples))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Console().print(rich_table(result))
+        report = compare(Path(folder), args.folder or Path(folder) / "run", args.samples)
+        result.data |= {"chosen": report.data["chosen"], "tried": list(tried(report))}
+        for line in lines(report):
+            result.add(line)
+    result.show()
 
 
-def compare(folder: Path, run: Path, samples: int) -> dict[str, Any]:
-    """The chosen strengths, the lines of the table, and what was tried for ``PAIR``."""
+def compare(folder: Path, run: Path, samples: int) -> Any:
+    """The report of ``vllm-steer eval``, on the steers in units that suit nats."""
     from vllm_steer.cli.progress import progress
+    from vllm_steer.embedded import STEERS
     from vllm_steer.evaluation.composition import comparing
     from vllm_steer.evaluation.generating import EngineOptions
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.evaluation.sampling import Sampling
+    from vllm_steer.files import load_steer, save_steer
 
-    write_steers(folder)
+    shutil.copy(STEERS / "french-delta.safetensors", folder)
+    for path in (STEERS / "sentiment.safetensors", STEERS / "formality.safetensors"):
+        shipped: Any = load_steer(path)
+        raised = load_steer(path, epsilon=RAISED * shipped.epsilon)
+        save_steer(raised, folder / f"{path.stem}-x{RAISED}.safetensors")
     shutil.copy(GIVEN / "properties.yaml", folder)
     asked = comparing.Comparison(
         model="embedded",
@@ -71,37 +69,18 @@ def compare(folder: Path, run: Path, samples: int) -> dict[str, Any]:
         sampling=Sampling(samples=samples, max_tokens=30),
         engine=EngineOptions(dtype="float32", enforce_eager=True),
     )
-    report = comparing.compare(asked, make_judges, progress)
-    tried = [each for each in report.data["choosing"] if each["combination"] == PAIR]
-    return {
-        "chosen": report.data["chosen"],
-        "rows": list(lines(report)),
-        "tried": [
-            {
-                "method": each["method"],
-                "strengths": in_words(each["steer"]),
-                "all": each["accuracy"],
-                "perplexity": each["perplexity"],
-            }
-            for each in tried
-        ],
-    }
+    return comparing.compare(asked, make_judges, progress)
 
 
-def write_steers(folder: Path) -> None:
-    """The French delta as it is shipped, the LM-Steers in units that suit nats."""
-    from vllm_steer.embedded import STEERS
-    from vllm_steer.files import load_steer, save_steer
-
-    shutil.copy(STEERS / "french-delta.safetensors", folder)
-    for name in ("sentiment", "formality"):
-        path = STEERS / f"{name}.safetensors"
-        shipped: Any = load_steer(path)
-        raised = load_steer(path, epsilon=RAISED * shipped.epsilon)
-        save_steer(raised, folder / f"{name}-x{RAISED}.safetensors")
+def tried(report: Any) -> Iterator[Line]:
+    """What was tried for ``PAIR``."""
+    for each in report.data["choosing"]:
+        if each["combination"] == PAIR:
+            found = {"method": each["method"], "strengths": in_words(each["steer"])}
+            yield found | {"all": each["accuracy"], "perplexity": each["perplexity"]}
 
 
-def lines(report: Any) -> Iterator[dict[str, Any]]:
+def lines(report: Any) -> Iterator[Line]:
     """A line per combination and method, with standard errors over the seeds.
 
     Text ``k`` of every prompt has the same seed, and headings so alike that their texts often are
@@ -113,19 +92,13 @@ def lines(report: Any) -> Iterator[dict[str, Any]]:
 
     judges = PropertyJudges(report.asked, property_judges(report.asked))
     for combination in report.asked.combinations:
-        rows = report.of(combination)
-        shares = {
-            each.row.title: [
-                statistics.fmean(texts)
-                for texts in zip(
-                    *judges.has_all(combination, each.row.candidate.name, each.answers),
-                    strict=True,
-                )
-            ]
-            for each in rows
-        }
+        shares = {}
+        for each in report.of(combination):
+            name = each.row.candidate.name
+            texts = zip(*judges.has_all(combination, name, each.answers), strict=True)
+            shares[each.row.title] = [statistics.fmean(of_seed) for of_seed in texts]
         other = shares.get("best fixed", shares.get("fixed"))
-        for each in rows:
+        for each in report.of(combination):
             own = shares[each.row.title]
             beside, error = mean_and_error([a - b for a, b in zip(own, other, strict=True)])
             figures = {name: of for judge in each.judges.values() for name, of in judge.items()}
@@ -159,14 +132,6 @@ def in_words(steer: dict[str, Any]) -> str:
         else:
             said.append(f"{name} {dose['strength']:g}")
     return ", ".join(said)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
-    parser.add_argument("--samples", type=int, default=200, help="texts per prompt")
-    parser.add_argument("--folder", type=Path, help="of the run, to keep its texts and go on")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
-"""Decode steps of an engine in this process, and the ratio of two kinds of them.
+"""Decode steps of an engine in this process.
 
-A *leg* serves one batch from its prompts to its last tokens and times every engine step. All
+A leg serves one batch from its prompts to its last tokens and times every engine step. All
 requests start together and end together; steps of the prefill and the first and last decode steps
 are left out, so each step counted is pure decode of the whole batch. A leg's step time is the
 median of its steps: a step that another process disturbed does not move it, which the difference
 quotient of two output lengths cannot offer.
-
-A *round* is three legs A / B / A; its ratio is ``B / ((A before + A after) / 2)``, which takes out
-a drift of the machine. Neighbouring rounds share an A.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
+
+from benchmarks.engines import greedy
+from benchmarks.rounds import Round, interleave, median, plain_legs, spread
 
 PROMPT_TOKENS = 8
 LEAD_STEPS = 4
 TAIL_STEPS = 2
+Steers = Sequence[str | None]  # of each row
 
 
 @dataclass(frozen=True)
@@ -31,76 +33,78 @@ class Leg:
     logprobs: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Legs of B between legs of A, as one longer chain A B A B ... A."""
+class Engine:
+    """A vLLM engine of this process."""
 
-    plain: tuple[Leg, ...]
-    other: tuple[Leg, ...]
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
 
-    @property
-    def ratios(self) -> list[float]:
-        """One ratio per round."""
-        sides = zip(self.plain, self.plain[1:], strict=False)
-        means = [(before.step_ms + after.step_ms) / 2 for before, after in sides]
-        return [leg.step_ms / mean for leg, mean in zip(self.other, means, strict=True)]
+    def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
+        """Add a request; those that know no steers of vllm-steer have an ``add`` of their own."""
+        params.extra_args = {"steer": steer} if steer else None
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": tokens}, params)
 
-    def summary(self) -> dict[str, float | int]:
-        """Medians of both step times, and median, p20 and p80 of the rounds' ratios."""
-        ratios = sorted(self.ratios)
-        return {
-            "unsteered_ms": round(statistics.median(leg.step_ms for leg in self.plain), 4),
-            "steered_ms": round(statistics.median(leg.step_ms for leg in self.other), 4),
-            "ratio_median": round(statistics.median(ratios), 4),
-            "ratio_p20": round(quantile(ratios, 0.2), 4),
-            "ratio_p80": round(quantile(ratios, 0.8), 4),
-            "rounds": len(ratios),
-        }
+    def start(self, steers: Steers, steps: int, vocab_size: int, *, logprobs: bool = False) -> None:
+        """Add a batch; the prompts are the same for every call."""
+        for row, steer in enumerate(steers):
+            params = greedy(LEAD_STEPS + steps + TAIL_STEPS, logprobs=0 if logprobs else None)
+            self.add(str(row), prompt(row, vocab_size), steer, params)
 
-
-def compare(
-    plain: Callable[[], Leg], other: Callable[[], Leg], rounds: int, tick: Callable[[], Any]
-) -> Comparison:
-    """Run both once to warm up, then the chain; ``tick`` is called after each leg."""
-    plain(), other()
-    firsts, others = [plain()], []
-    for _ in range(rounds):
-        others.append(other())
-        tick()
-        firsts.append(plain())
-        tick()
-    return Comparison(tuple(firsts), tuple(others))
+    def leg(self, steers: Steers, steps: int, vocab_size: int, *, logprobs: bool = False) -> Leg:
+        """Serve one batch of ``steps`` timed steps."""
+        engine, times, completions = self.llm.llm_engine, [], {}
+        self.start(steers, steps, vocab_size, logprobs=logprobs)
+        while engine.has_unfinished_requests():
+            start = perf_counter()
+            outputs = engine.step()
+            times.append(perf_counter() - start)
+            completions.update({int(output.request_id): output.outputs[0] for output in outputs})
+        found = len(completions)
+        assert found == len(steers), f"{found} of {len(steers)} rows came back"
+        rows = [completions[row] for row in range(len(steers))]
+        return Leg(
+            step_ms=median_step_ms(times, steps),
+            tokens=tuple(tuple(row.token_ids) for row in rows),
+            logprobs=tuple(row.cumulative_logprob for row in rows) if logprobs else (),
+        )
 
 
-def run_leg(
-    llm: Any, steers: Sequence[str | None], steps: int, vocab_size: int, *, logprobs: bool = False
-) -> Leg:
-    """Serve one batch, one row per entry of ``steers`` (None: no steer), of ``steps`` timed steps.
+Asked = tuple[Any, Steers]  # an engine, and what its rows ask for
 
-    Greedy, no end of text, no detokenising; the prompts are the same for every call.
-    """
-    engine = llm.llm_engine
-    wanted = LEAD_STEPS + steps + TAIL_STEPS
-    for row, steer in enumerate(steers):
-        params = _params(wanted, steer, logprobs=logprobs)
-        engine.add_request(str(row), _prompt(row, vocab_size), params)
-    times, completions = [], {}
-    while engine.has_unfinished_requests():
-        start = perf_counter()
-        outputs = engine.step()
-        times.append(perf_counter() - start)
-        completions.update({int(output.request_id): output.outputs[0] for output in outputs})
-    assert len(completions) == len(steers), f"{len(completions)} of {len(steers)} rows came back"
-    rows = [completions[row] for row in range(len(steers))]
-    return Leg(
-        step_ms=statistics.median(times[-(steps + TAIL_STEPS) : -TAIL_STEPS]) * 1e3,
-        tokens=tuple(tuple(row.token_ids) for row in rows),
-        logprobs=tuple(row.cumulative_logprob for row in rows) if logprobs else (),
-    )
+
+def median_step_ms(times: Sequence[float], steps: int) -> float:
+    """Of the timed steps, in milliseconds."""
+    return statistics.median(times[-(steps + TAIL_STEPS) : -TAIL_STEPS]) * 1e3
+
+
+def prompt(row: int, vocab_size: int) -> list[int]:
+    """Token ids."""
+    return [1 + (97 * row + i) % (vocab_size - 2) for i in range(PROMPT_TOKENS)]
+
+
+def compare(plain: Asked, other: Asked, steps: int, vocab_size: int, count: int) -> list[Round]:
+    """Rounds of two batches."""
+    legs = [partial(engine.leg, steers, steps, vocab_size) for engine, steers in (plain, other)]
+    return interleave(legs[0], {"other": legs[1]}, count)["other"]
+
+
+def step_ms(leg: Leg) -> float:
+    """The figure that is compared."""
+    return leg.step_ms
+
+
+def step_columns(rounds: Sequence[Round[Leg]]) -> dict[str, float | int]:
+    """Medians of both step times, and the spread of the rounds' ratios."""
+    return {
+        "unsteered_ms": median([leg.step_ms for leg in plain_legs(rounds)]),
+        "steered_ms": median([one.other.step_ms for one in rounds]),
+        **spread("ratio", [one.ratio(step_ms) for one in rounds], middle="_median"),
+        "rounds": len(rounds),
+    }
 
 
 def profile_steps(
-    llm: Any, steers: Sequence[str | None], steps: int, vocab_size: int
+    asked: Engine, steers: Steers, steps: int, vocab_size: int
 ) -> list[dict[str, Any]]:
     """What runs in some decode steps of a batch: device time (on a CPU the host's) by kernel.
 
@@ -110,10 +114,8 @@ def profile_steps(
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    engine, on_card = llm.llm_engine, torch.cuda.is_available()
-    for row, steer in enumerate(steers):
-        params = _params(LEAD_STEPS + steps + TAIL_STEPS, steer, logprobs=False)
-        engine.add_request(str(row), _prompt(row, vocab_size), params)
+    engine, on_card = asked.llm.llm_engine, torch.cuda.is_available()
+    asked.start(steers, steps, vocab_size)
     for _ in range(LEAD_STEPS):
         engine.step()
     activities = [ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]
@@ -134,32 +136,3 @@ def profile_steps(
         for event in profiler.key_averages()
     ]
     return sorted(lines, key=lambda line: -line["us"])[:40]
-
-
-def _prompt(row: int, vocab_size: int) -> dict[str, list[int]]:
-    return {
-        "prompt_token_ids": [1 + (97 * row + i) % (vocab_size - 2) for i in range(PROMPT_TOKENS)]
-    }
-
-
-def _params(max_tokens: int, steer: str | None, *, logprobs: bool) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=0,
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=0 if logprobs else None,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={"steer": steer} if steer else None,
-    )
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """Linear interpolation between the two nearest values."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

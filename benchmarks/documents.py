@@ -1,4 +1,4 @@
-"""The tables in the documents, made from the result files: ``python benchmarks/documents.py``.
+"""The tables in the documents, made from the result files: ``python -m benchmarks.documents``.
 
 A document holds a table between two comments, ``<!-- table: NAME -->`` (or ``summary``) and
 ``<!-- end -->``, where NAME is a file in ``benchmarks/results``; for ``versions`` it is a folder.
@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from table import markdown, summary
-from versions import versions
-from vllm_names import wrapped
+from benchmarks.summaries import summary
+from benchmarks.table import markdown
+from benchmarks.versions import versions
+from benchmarks.vllm_names import wrapped
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (

@@ -1,4 +1,4 @@
-"""Models without weights of their own: a configuration to serve, and random steers for it."""
+"""Models with random weights or none, and random steers for them."""
 
 import json
 from dataclasses import dataclass
@@ -27,29 +27,27 @@ class Shape:
     kv_size: int
 
 
-def gpt2(hidden_size: int, layers: int, heads: int, vocab_size: int = 50257) -> Shape:
+def gpt2(hidden: int, layers: int, heads: int, vocab: int = 50257) -> Shape:
     """GPT-2: tied head, learned positions; its published files name no dtype, nor does this."""
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "n_embd": hidden_size,
+        "n_embd": hidden,
         "n_layer": layers,
         "n_head": heads,
-        "n_positions": 1024,
-        "n_ctx": 1024,
-        "vocab_size": vocab_size,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "bos_token_id": vocab_size - 1,
-        "eos_token_id": vocab_size - 1,
+        "vocab_size": vocab,
+        "bos_token_id": vocab - 1,
+        "eos_token_id": vocab - 1,
     }
-    read = layers * 12 * hidden_size**2 + vocab_size * hidden_size
-    return Shape(config, hidden_size, layers, vocab_size, read, 2 * layers * hidden_size)
+    read = layers * 12 * hidden**2 + vocab * hidden
+    return Shape(config, hidden, layers, vocab, read, 2 * layers * hidden)
 
 
-def llama_8b() -> Shape:
-    """Llama 3 8B: grouped queries, untied head, bfloat16."""
-    hidden, inner, layers, heads, kv_heads, head_dim, vocab = 4096, 14336, 32, 32, 8, 128, 128256
+def llama(
+    hidden: int, inner: int, layers: int, heads: int, vocab: int, kv_heads: int = 0, **changes: Any
+) -> Shape:
+    """Llama, its head tied unless ``changes`` of the configuration say otherwise."""
+    kv_heads, head_dim = kv_heads or heads, hidden // heads
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -60,25 +58,31 @@ def llama_8b() -> Shape:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": vocab,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
+        "tie_word_embeddings": True,
+        "bos_token_id": vocab - 1,
+        "eos_token_id": vocab - 1,
     }
     per_layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
-    read = layers * per_layer + vocab * hidden
-    return Shape(config, hidden, layers, vocab, read, 2 * layers * kv_heads * head_dim)
+    read, kv_size = layers * per_layer + vocab * hidden, 2 * layers * kv_heads * head_dim
+    return Shape(config | changes, hidden, layers, vocab, read, kv_size)
 
 
+LLAMA_3 = {
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 SHAPES = {
-    "tiny": gpt2(64, layers=2, heads=2, vocab_size=512),
+    "tiny": gpt2(64, layers=2, heads=2, vocab=512),
     "gpt2-medium": gpt2(1024, layers=24, heads=16),
-    "gpt2-large": gpt2(1280, layers=36, heads=20),
-    "llama-8b": llama_8b(),
+    "llama-8b": llama(4096, 14336, 32, 32, 128256, kv_heads=8, **LLAMA_3),
+}
+ALL_SHAPES = SHAPES | {
+    # Of the width, depth and (nearly) parameters of the GPT-2, for peers that know none.
+    "tiny-as-llama": llama(64, 192, 2, 2, 512),
+    "gpt2-medium-as-llama": llama(1024, 2752, 24, 16, 50257),
 }
 
 
@@ -89,29 +93,44 @@ def write_model(shape: Shape, folder: Path) -> Path:
     return folder
 
 
-def write_steers(shape: Shape, folder: Path, *, count: int, rank: int) -> dict[str, Path]:
-    """``count`` steers ``s0``, ``s1``, ... of one free column, scaled to change rows visibly.
-
-    With entries of deviation ``(rank * hidden_size) ** -0.25`` the product ``(c P1) P2^T`` is
-    about as long as ``c``, whatever the rank; ``STRENGTH`` times that turns every next token.
+def write_checkpoint(
+    shape: Shape, folder: Path, dtype: torch.dtype, *, norm: float | None = None
+) -> Path:
+    """A model folder with weights as Hugging Face initialises them, for those that have to agree
+    with each other. ``norm``: the weights of a Llama's last norm.
     """
-    from vllm_steer import LMSteer, save_steer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(write_model(shape, folder))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if norm is not None:
+        model.model.norm.weight.data.fill_(norm)
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_lm_steer(width: int, rank: int, epsilon: float, generator: torch.Generator) -> Any:
+    """A steer of one free column. With entries of deviation ``(rank * width) ** -0.25`` the
+    product ``(c P1) P2^T`` is about as long as ``c``, whatever the rank.
+    """
+    from vllm_steer import LMSteer
+
+    first, second = torch.randn(2, 1, width, rank, generator=generator) * (rank * width) ** -0.25
+    return LMSteer(
+        variant="multiply", epsilon=epsilon, hidden_size=width, projector1=first, projector2=second
+    )
+
+
+def write_steers(shape: Shape, folder: Path, *, count: int, rank: int) -> dict[str, Path]:
+    """``count`` LM-Steers ``s0``, ``s1``, ...; ``STRENGTH`` of one turns every next token."""
+    from vllm_steer import save_steer
 
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    paths = {}
-    for index in range(count):
-        first, second = torch.randn(2, 1, shape.hidden_size, rank, generator=generator)
-        scale = (rank * shape.hidden_size) ** -0.25
-        steer = LMSteer(
-            variant="multiply",
-            epsilon=EPSILON,
-            hidden_size=shape.hidden_size,
-            projector1=(first * scale).bfloat16(),
-            projector2=(second * scale).bfloat16(),
-        )
-        paths[f"s{index}"] = folder / f"s{index}.safetensors"
-        save_steer(steer, paths[f"s{index}"])
+    paths = {f"s{index}": folder / f"s{index}.safetensors" for index in range(count)}
+    for path in paths.values():
+        save_steer(random_lm_steer(shape.hidden_size, rank, EPSILON, generator), path)
     return paths
 
 
@@ -135,25 +154,3 @@ def steer_config(paths: dict[str, Path], rank: int) -> dict[str, Any]:
         "steers": {name: {"path": str(path)} for name, path in paths.items()},
         "limits": {"max_steers": len(paths), "max_rank": rank},
     }
-
-
-def steer_bytes(shape: Shape, *, rows: int, distinct: int, rank: int, itemsize: int) -> int:
-    """Bytes that steering ``rows`` rows has to move: each steer's weights once, each row twice.
-
-    A steer's weights are two factors of ``rank``, or their product where that is smaller.
-    """
-    width = shape.hidden_size
-    weights = min(2 * rank * width, width**2)
-    return itemsize * (min(distinct, rows) * weights + 2 * rows * width)
-
-
-def guidance_bytes(shape: Shape, *, rows: int, itemsize: int) -> int:
-    """Bytes that guiding ``rows`` rows in every layer has to move: each row in and out in the
-    model's dtype, its direction in float32.
-    """
-    return shape.layers * rows * shape.hidden_size * (2 * itemsize + 4)
-
-
-def step_bytes(shape: Shape, *, rows: int, context: int, itemsize: int) -> int:
-    """Bytes that an unsteered decode step has to read: weights once, keys and values per row."""
-    return itemsize * (shape.read_params + rows * context * shape.kv_size)

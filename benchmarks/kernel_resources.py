@@ -1,13 +1,11 @@
 """Registers, shared memory and spills of every Triton kernel, compiled for a GPU that is not there.
 
-    python benchmarks/kernel_resources.py --json OUT
+    python -m benchmarks.kernel_resources --json OUT
 
 The operations are called as at start-up (``warm_up``) on tables in host memory; every launch is
 compiled for sm_90 instead of run, and the assembler reports what the code needs.
 """
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -18,20 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from rich.console import Console
-from table import rich_table
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from vllm_steer.kernels.divergence import fused as divergence
-from vllm_steer.kernels.guidance import Directions, fused
-from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteerTables
-from vllm_steer.kernels.lm_steer.by_row import BY_ROW
-from vllm_steer.kernels.lm_steer.by_tile import BY_TILE
+from benchmarks import arguments
+from benchmarks.result import Result, console
+from vllm_steer.kernels.divergence import triton_fused as divergence
+from vllm_steer.kernels.guidance import Directions, triton_fused
+from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteerWeights
+from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
+from vllm_steer.kernels.lm_steer.triton_tiled import TILED
 
 SM_90 = GPUTarget("cuda", 90, 32)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -110,9 +107,9 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def lm_steer_tables(width: int, rank: int, dtype: torch.dtype) -> SteerTables:
+def lm_steer_tables(width: int, rank: int, dtype: torch.dtype) -> SteerWeights:
     """Tables with a slot of each kind, with fixed columns."""
-    return SteerTables(
+    return SteerWeights(
         slots=(LowRank(0, rank, 2 * rank, 1.0), Dense(0, 1, 1.0), Constant(0, 1, 1.0)),
         shrink=torch.empty(2 * rank, width, dtype=dtype),
         expand=torch.empty(2 * rank, width, dtype=dtype),
@@ -125,24 +122,15 @@ def warm_ups(dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Callable[[], 
     """Every operation's start-up on every shape, with what to call it in a table."""
     for width, rank in SHAPES:
         tables = lm_steer_tables(width, rank // 2, dtype)
-        for name, form in (("tiles", BY_TILE), ("rows", BY_ROW)):
+        for name, form in (("tiles", TILED), ("rows", ROWWISE)):
             case = {"operation": f"lm_steer, {name}", "width": width, "rank": rank}
             yield case, partial(form.warm_up, tables, dtype)
+    doses = {"hidden_dtype": dtype, "residual_dtype": dtype, "num_doses": 4}
     for width in sorted({width for width, _ in SHAPES}):
         for mode, turns in (("add", None), ("rotate", torch.ones(2))):
             directions = Directions(torch.empty(1, 2, width), turns)
             case = {"operation": f"guidance, {mode}", "width": width, "rank": 0}
-            yield (
-                case,
-                partial(
-                    fused.warm_up,
-                    directions,
-                    hidden_dtype=dtype,
-                    residual_dtype=dtype,
-                    num_doses=4,
-                ),
-            )
-
+            yield case, partial(triton_fused.warm_up, directions, **doses)
     logits = torch.empty(2, VOCAB, dtype=dtype)
     one = torch.zeros(1, dtype=torch.int64)
     case = {"operation": "divergence", "width": VOCAB, "rank": 0}
@@ -162,15 +150,12 @@ def report() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Compile, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
-    args = parser.parse_args()
-    result = machine.describe_run("kernel_resources") | {"target": "sm_90"}
-    with Console(stderr=True).status("compiling"):
-        result["rows"] = list(report())
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(rich_table(result))
+    result = Result("kernel_resources", arguments.parser(__doc__).parse_args().json)
+    result.data["target"] = "sm_90"
+    with console.status("compiling"):
+        result.data["rows"] = list(report())
+    result.write()
+    result.show()
 
 
 if __name__ == "__main__":

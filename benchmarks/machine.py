@@ -23,9 +23,16 @@ def describe_run(benchmark: str) -> dict[str, Any]:
         "machine": describe_machine(),
         "versions": describe_versions(),
         "git": describe_commit(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _command() -> str:
+    """As a user would type it in the folder of the repository."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", module.name] if module else sys.argv[:1]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def describe_machine() -> dict[str, Any]:

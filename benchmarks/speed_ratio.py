@@ -10,8 +10,8 @@ Engines of one configuration live in this process, as many as the figures need:
     guided    made with one vector steer that is added to the residual stream of every layer
     rotated   made with one concept that the residual stream of every layer is rotated to
 
-and these figures come out, each from legs interleaved A / B / A (see ``decode.py``, which says why
-a step's time is the median of steps timed one by one):
+and these figures come out, each from interleaved legs (``rounds.py``; ``decode.py`` says why a
+step's time is the median of steps timed one by one):
 
     steered   every row LM-steered over no row steered, both on ``steered``
     guided    every row guided, each at a strength of its own, over no row guided, on ``guided``
@@ -22,62 +22,43 @@ a step's time is the median of steps timed one by one):
 
 Figures come in the order asked for. Where one that needs the plugin comes first, ``bare`` is an
 engine with the plugin registered and no config, in which none of its code runs in a step.
-
-The result is written after every case, so that a run which is ended early keeps what it has.
 """
 
 import argparse
-import json
-import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-DEFAULTS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-for name, value in DEFAULTS.items():
-    os.environ.setdefault(name, value)
+import torch
 
-import machine  # noqa: E402
-import torch  # noqa: E402
-from decode import (  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script in any working directory
+
+from benchmarks import arguments, environment, floors
+from benchmarks.decode import (
     LEAD_STEPS,
     PROMPT_TOKENS,
-    Comparison,
+    Engine,
+    Leg,
     compare,
     profile_steps,
-    run_leg,
+    step_columns,
 )
-from dummy_model import (  # noqa: E402
+from benchmarks.dummy_model import (
     SHAPES,
     STRENGTH,
-    Shape,
-    guidance_bytes,
-    steer_bytes,
     steer_config,
-    step_bytes,
     write_model,
     write_steers,
     write_vectors,
 )
-from equality import (  # noqa: E402
-    check_engine,
-    check_guidance,
-    check_legs,
-    check_operation,
-)
-from rich.console import Console  # noqa: E402
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: E402
-from table import rich_table  # noqa: E402
+from benchmarks.engines import make_engine
+from benchmarks.equality import check_engine, check_legs, check_operation
+from benchmarks.result import Result
+from benchmarks.rounds import Round
 
 FIGURES = ("unused", "loaded", "steered", "idle", "guided", "rotated")
 STEERING = ("steered", "guided", "rotated")
@@ -111,259 +92,183 @@ class Case:
 
 def main() -> None:
     """Parse, measure, write, print."""
+    environment.set_defaults()
     args = _arguments()
-    console = Console(stderr=True)
-    result = describe_run(args) | {"rows": [], "left_out": []}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-
-    def write() -> None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-
+    result = Result(
+        "speed_ratio",
+        args.json,
+        shape=args.shape,
+        prompt_tokens=PROMPT_TOKENS,
+        steps_per_leg=args.steps,
+        left_out=[],
+    )
     with tempfile.TemporaryDirectory(prefix="speed-ratio-") as folder:
-        measure(args, Path(folder), console, result, write)
-    Console().print(rich_table(result))
+        measure(args, Path(folder), result)
+    result.show()
 
 
-def describe_run(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything about the run that is known before it."""
-    return {
-        **machine.describe_run("speed_ratio"),
-        "shape": args.shape,
-        "prompt_tokens": PROMPT_TOKENS,
-        "steps_per_leg": args.steps,
-    }
-
-
-def measure(
-    args: argparse.Namespace,
-    folder: Path,
-    console: Console,
-    result: dict[str, Any],
-    write: Callable[[], None],
-) -> None:
-    """Add one line per case to ``result``, and write it after each."""
+def measure(args: argparse.Namespace, folder: Path, result: Result) -> None:
+    """Add one line per case to ``result``."""
     begun = time.monotonic()
-    shape = SHAPES[args.shape]
     cases = [case for figure in args.figures for case in _cases(figure, args)]
-    count = max([case.distinct for case in cases if case.name == "steered"], default=1)
-    paths = write_steers(shape, folder / "steers", count=count, rank=args.rank)
-    vectors = write_vectors(shape, folder / "steers")
-    configs = {"steered": steer_config(paths, args.rank)}
-    configs |= {name: steer_config({name: path}, rank=1) for name, path in vectors.items()}
-    bench = Bench(args, shape, write_model(shape, folder / "model"), configs)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=2 * args.repeats * len(cases))
-        for case in cases:
-            if time.monotonic() - begun > args.seconds:
-                result["left_out"].append(vars(case))
-                continue
-            progress.update(task, description=f"{case.name} {case.rows} rows, {case.distinct}")
-            comparison = _checked_run(bench, case, paths | vectors, partial(progress.advance, task))
-            line = _line(case, comparison, args, bench.dtype)
-            if args.profile and case.name in STEERING:
-                line["profile"] = bench.profile(case, args.profile)
-            result["rows"].append(line)
-            result.update(
-                dtype=str(bench.dtype).removeprefix("torch."), threads=torch.get_num_threads()
-            )
-            write()
-            progress.console.print(f"{case.name} {case.rows} {case.distinct}", line)
-    write()
-
-
-def _checked_run(bench: "Bench", case: Case, paths: dict[str, Path], tick: Any) -> Comparison:
-    """Equal first, then timed, then seen to have been steered."""
-    if case.name not in STEERING:
-        comparison = bench.run(case, tick)
-        check_legs(comparison, steered=False)
-        return comparison
-    engine, shape = bench.engine(case.name), bench.shape
-    if case.name == "steered":
-        steers = {name: path for name, path in paths.items() if name[0] == "s"}
-        check_operation(steers, shape, bench.dtype, max_rows=bench.max_rows)
-    else:
-        check_guidance(paths[case.name], shape, bench.dtype)
-    check_engine(engine, [s if i % 2 == 0 else None for i, s in enumerate(case.steers)], shape)
-    comparison = bench.run(case, tick)
-    check_legs(comparison, steered=True)
-    check_engine(engine, case.steers, shape)
-    return comparison
+    steers = max((case.distinct for case in cases if case.name == "steered"), default=1)
+    bench = Bench(args, folder, steers=steers)
+    for case in cases:
+        if time.monotonic() - begun > args.seconds:
+            result.data["left_out"].append(vars(case))
+            continue
+        line = bench.line(case, bench.checked_rounds(case))
+        if args.profile and case.name in STEERING:
+            line["profile"] = bench.profile(case)
+        dtype = str(bench.dtype).removeprefix("torch.")
+        result.data |= {"dtype": dtype, "threads": torch.get_num_threads()}
+        ratio = "{ratio_median:.3f} ({ratio_p20:.3f} to {ratio_p80:.3f})".format(**line)
+        result.add(line, f"{case.name}, {case.rows} rows, {case.distinct} distinct: {ratio}")
+    result.write()
 
 
 class Bench:
-    """The engines, each made when it is first needed, in the order that ``FIGURES`` needs them."""
+    """A model, its steers, and the engines, each made when it is first needed."""
 
-    def __init__(
-        self, args: argparse.Namespace, shape: Shape, model: Path, configs: dict[str, Any]
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, *, steers: int) -> None:
         self._args = args
-        self.shape = shape
-        self._model = model
-        self._configs = configs
-        self._engines: dict[str, Any] = {}
+        self.shape = SHAPES[args.shape]
+        self._model = write_model(self.shape, folder / "model")
+        paths = write_steers(self.shape, folder / "steers", count=steers, rank=args.rank)
+        self._configs = {"steered": steer_config(paths, args.rank)}
+        for name, path in write_vectors(self.shape, folder / "steers").items():
+            self._configs[name] = steer_config({name: path}, rank=1)
+        self._engines: dict[str, Engine] = {}
 
-    def engine(self, name: str) -> Any:
+    def engine(self, name: str) -> Engine:
         """An engine by its name in the module's docstring."""
         if name not in self._engines:
-            self._engines[name] = self._make(name)
+            options: dict[str, Any] = {}
+            if self._args.capture_sizes:
+                sizes = {"cudagraph_capture_sizes": self._args.capture_sizes}
+                options["compilation_config"] = sizes
+            llm = make_engine(
+                self._model,
+                self._configs.get(name),
+                plugin=name != "bare",
+                gpu_memory=self._args.gpu_memory,
+                load_format="dummy",
+                dtype=self._args.dtype,
+                max_num_seqs=self.max_rows,
+                **options,
+            )
+            self._engines[name] = Engine(llm)
         return self._engines[name]
 
     @property
     def dtype(self) -> torch.dtype:
         """What vLLM settled on, of any engine made so far."""
-        llm = next(iter(self._engines.values()), None) or self.engine("bare")
-        return llm.llm_engine.vllm_config.model_config.dtype
+        engine = next(iter(self._engines.values()), None) or self.engine("bare")
+        return engine.llm.llm_engine.vllm_config.model_config.dtype
 
     @property
     def max_rows(self) -> int:
         """The largest batch that the engines take."""
         return max(self._args.rows + [rows for rows, _ in self._args.cases or ()])
 
-    def run(self, case: Case, tick: Any) -> Comparison:
-        """The legs of a case."""
-        engines = [self.engine(name) for name in ENGINES[case.name]]
-        legs = [
-            partial(run_leg, llm, steers, self._args.steps, self.shape.vocab_size)
-            for llm, steers in zip(engines, ([None] * case.rows, case.steers), strict=True)
-        ]
-        return compare(*legs, rounds=self._args.repeats, tick=tick)
+    def checked_rounds(self, case: Case) -> list[Round[Leg]]:
+        """Equal first, then timed, then seen to have been steered."""
+        steering = case.name in STEERING
+        if steering:
+            engine = self.engine(case.name)
+            size = {"rank": self._args.rank, "rows": self.max_rows}
+            check_operation(case.name, self.shape, self.dtype, **size)
+            half = [steer if row % 2 == 0 else None for row, steer in enumerate(case.steers)]
+            check_engine(engine, half, self.shape)
+        plain, other = (self.engine(name) for name in ENGINES[case.name])
+        asked = (plain, [None] * case.rows), (other, case.steers)
+        rounds = compare(*asked, self._args.steps, self.shape.vocab_size, self._args.repeats)
+        check_legs(rounds, steered=steering)
+        if steering:
+            check_engine(engine, case.steers, self.shape)
+        return rounds
 
-    def profile(self, case: Case, steps: int) -> list[dict[str, Any]]:
+    def profile(self, case: Case) -> list[dict[str, Any]]:
         """What the device did in some steps of a case's B legs, the longest first."""
         engine = self.engine(ENGINES[case.name][1])
-        return profile_steps(engine, case.steers, steps, self.shape.vocab_size)
+        return profile_steps(engine, case.steers, self._args.profile, self.shape.vocab_size)
 
-    def _make(self, name: str) -> Any:
-        os.environ["VLLM_STEER_DISABLE"] = "1" if name == "bare" else "0"
-        from vllm import LLM
-
-        if name != "bare":
-            from vllm_steer.plugin import register
-
-            register()
-        options: dict[str, Any] = {}
-        if torch.cuda.is_available():
-            options["gpu_memory_utilization"] = self._args.gpu_memory
-        if self._args.capture_sizes:
-            sizes = {"cudagraph_capture_sizes": self._args.capture_sizes}
-            options["compilation_config"] = sizes
-        return LLM(
-            str(self._model),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype=self._args.dtype,
-            max_model_len=256,
-            max_num_seqs=self.max_rows,
-            distributed_executor_backend="uni",
-            enable_prefix_caching=False,
-            additional_config={"steer": self._configs[name]} if name in self._configs else {},
-            **options,
-        )
+    def line(self, case: Case, rounds: list[Round[Leg]]) -> dict[str, Any]:
+        """The columns of a case."""
+        shape, rank = self.shape, self._args.rank if case.name == "steered" else 0
+        size = {"rows": case.rows, "itemsize": self.dtype.itemsize}
+        floor, flops = 0, 0
+        if case.name == "steered":
+            width = shape.hidden_size
+            floor = floors.lm_steer_bytes(width, distinct=case.distinct, rank=rank, **size)
+            flops = 4 * case.rows * width * rank
+        elif case.name in STEERING:
+            floor = floors.guided_step_bytes(shape, **size)
+            per_number = 2 if case.name == "guided" else 9
+            flops = per_number * shape.layers * case.rows * shape.hidden_size
+        context = PROMPT_TOKENS + LEAD_STEPS + self._args.steps // 2
+        step = floors.step_bytes(shape, context=context, **size)
+        return {
+            "name": case.name,
+            "rows": case.rows,
+            "distinct": case.distinct,
+            "rank": rank,
+            **step_columns(rounds),
+            "floor_bytes": floor,
+            "flops": flops,
+            "predicted_ratio": round(1 + floor / step, 4),
+        }
 
 
 def _cases(figure: str, args: argparse.Namespace) -> Iterator[Case]:
-    if args.cases:
-        wanted = [(rows, distinct) for rows, distinct in args.cases if figure == "steered"]
-        wanted += [(rows, 0) for rows in args.rows if figure not in STEERING]
-        wanted += [(rows, rows) for rows in args.rows if figure in ("guided", "rotated")]
-        yield from (Case(figure, rows, distinct) for rows, distinct in wanted)
+    if figure == "steered" and args.cases:
+        yield from (Case(figure, rows, distinct) for rows, distinct in args.cases)
         return
     for rows in args.rows:
         shared = [rows] if figure in STEERING else [0]
         if figure == "steered":
-            shared = sorted({min(d, rows) for d in args.distinct})
+            shared = sorted({min(distinct, rows) for distinct in args.distinct})
         yield from (Case(figure, rows, distinct) for distinct in shared)
 
 
-def _line(
-    case: Case, comparison: Comparison, args: argparse.Namespace, dtype: torch.dtype
-) -> dict[str, Any]:
-    shape, rank = SHAPES[args.shape], args.rank if case.name == "steered" else 0
-    size = {"rows": case.rows, "itemsize": dtype.itemsize}
-    floor, flops = 0, 0
-    if case.name == "steered":
-        floor = steer_bytes(shape, distinct=case.distinct, rank=rank, **size)
-        flops = 4 * case.rows * shape.hidden_size * rank
-    elif case.name in STEERING:
-        floor = guidance_bytes(shape, **size)
-        flops = (2 if case.name == "guided" else 9) * shape.layers * case.rows * shape.hidden_size
-    context = PROMPT_TOKENS + LEAD_STEPS + args.steps // 2
-    return {
-        "name": case.name,
-        "rows": case.rows,
-        "distinct": case.distinct,
-        "rank": rank,
-        **comparison.summary(),
-        "floor_bytes": floor,
-        "flops": flops,
-        "predicted_ratio": round(1 + floor / step_bytes(shape, context=context, **size), 4),
-    }
-
-
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
-    parser.add_argument("--shape", choices=SHAPES, default="gpt2-medium")
-    parser.add_argument("--rank", type=int, default=1000)
-    parser.add_argument("--rows", type=_numbers, default=[1, 4, 8, 32], metavar="N,N,...")
-    parser.add_argument("--distinct", type=_numbers, default=[1, 4, 32], metavar="N,N,...")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-    parser.add_argument("--repeats", type=int, default=11, metavar="N", help="rounds per case")
-    parser.add_argument("--steps", type=int, default=24, metavar="N", help="timed steps per leg")
-    parser.add_argument(
+    parser = arguments.parser(__doc__)
+    add, counts = parser.add_argument, {"type": arguments.numbers, "metavar": "N,N,..."}
+    add("--shape", choices=SHAPES, default="gpt2-medium")
+    add("--rank", type=int, default=1000)
+    add("--rows", default=[1, 4, 8, 32], **counts)
+    add("--distinct", default=[1, 4, 32], **counts)
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    add("--repeats", type=int, default=11, metavar="N", help="rounds per case")
+    add("--steps", type=int, default=24, metavar="N", help="timed steps per leg")
+    add(
         "--figures",
-        type=_figures,
+        type=arguments.some_of(FIGURES),
         default=list(FIGURES),
         metavar="NAME,...",
         help=f"some of {', '.join(FIGURES)}, in the order to measure them in",
     )
-    parser.add_argument(
+    add(
         "--cases",
         type=_pairs,
         metavar="ROWS:STEERS,...",
         help="of the figure steered: these and not every --rows with every --distinct",
     )
-    parser.add_argument(
-        "--capture-sizes",
-        type=_numbers,
-        metavar="N,N,...",
-        help="batch sizes of the engines' CUDA graphs; default: vLLM's own",
-    )
-    parser.add_argument(
-        "--gpu-memory", type=float, default=0.25, metavar="SHARE", help="of the card, per engine"
-    )
-    parser.add_argument(
-        "--profile", type=int, default=0, metavar="N", help="profile N steps of each steered case"
-    )
-    parser.add_argument(
+    add("--capture-sizes", **counts, help="of the engines' CUDA graphs; default: vLLM's own")
+    add("--gpu-memory", type=float, default=0.25, metavar="SHARE", help="of the card, per engine")
+    add("--profile", type=int, default=0, metavar="N", help="profile N steps of each steered case")
+    add(
         "--seconds",
         type=float,
         default=float("inf"),
         metavar="S",
         help="begin no case later than this; what is left out stands in the result",
     )
-    parser.add_argument("--quick", action="store_true", help="few rounds: does it run at all")
+    add("--quick", action="store_true", help="few rounds: does it run at all")
     args = parser.parse_args()
     if args.quick:
         args.rows, args.distinct, args.repeats, args.steps = [1, 4], [1, 4], 2, 4
     return args
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = sorted({int(part) for part in text.split(",")})
-    if numbers[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers from 1 are wanted, as in 1,4,32")
-    return numbers
-
-
-def _figures(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - set(FIGURES):
-        raise argparse.ArgumentTypeError(
-            f"unknown figures {', '.join(sorted(unknown))}; known: {', '.join(FIGURES)}"
-        )
-    return names
 
 
 def _pairs(text: str) -> list[tuple[int, int]]:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from packaging.version import Version
-from table import grid
+
+from benchmarks.table import grid
 
 RUNS = {
     "v1": "engine V1",

@@ -60,8 +60,8 @@ def main() -> None:
 
 def run(name: str, version: str, processes: int) -> dict[str, Any]:
     """One run of pytest in this environment, and what came of it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from machine import describe_commit, describe_machine, describe_versions
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
     versions = describe_versions()
     if (versions["vllm"] or "").partition("+")[0] != version:

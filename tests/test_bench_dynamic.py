@@ -5,15 +5,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.dynamic import counting, figures, legs, loop
 
-from dynamic import counting, figures, legs, loop  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 ROW_KEYS = {
     "model",
@@ -45,9 +43,7 @@ CASES = [
 @pytest.mark.matrix
 def test_every_figure_is_measured_beside_what_counting_predicts(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    options = ["--models", "tiny", "--rounds", "2", "--tokens", "10", "--requests", "2"]
-    options += ["--dynamic", "1", "--json", str(path)]
-    line = [sys.executable, "benchmarks/dynamic_cost.py", *options]
+    line = [sys.executable, "-m", "benchmarks.dynamic_cost", "--quick", "--json", str(path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(path.read_text())
@@ -115,17 +111,3 @@ def test_texts_may_part_only_where_two_tokens_are_as_likely() -> None:
     assert same((1, 2, 9, 9), written(1, 2, 3, 4, margins=(1, 1, 1e-3, 1))) == 0.5
     with pytest.raises(SystemExit, match="differ at token 2: 9, 3"):
         same((1, 2, 9, 9), written(1, 2, 3, 4, margins=(1, 1, 0.5, 1)))
-
-
-def leg(token_ms: float) -> legs.Leg:
-    return legs.Leg(token_ms, 1.0, ())
-
-
-def test_each_leg_stands_beside_the_plain_ones_around_it() -> None:
-    plain: Any = iter(map(leg, [99.0, 2.0, 4.0, 6.0]))
-    other: Any = iter(map(leg, [99.0, 9.0, 10.0]))
-    times, found = figures.interleaved(
-        lambda: next(plain), {"other": lambda: next(other)}, rounds=2
-    )
-    assert times == [2.0, 4.0, 6.0]
-    assert [(mean, one.token_ms) for mean, one in found["other"]] == [(3.0, 9.0), (5.0, 10.0)]

@@ -1,17 +1,20 @@
 """The serving benchmark runs from start to end and writes the figures that it promises; its parts
 read vLLM's results, make the requests and compare answers as they say."""
 
-import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks import rounds
+from benchmarks.serving import answers, cases, model, processes, vllm_bench
 
 ROOT = Path(__file__).parents[1]
 KEYS = {
@@ -19,7 +22,6 @@ KEYS = {
     "what",
     "distinct",
     "concurrency",
-    "rate",
     "rank",
     "requests",
     "input_len",
@@ -42,19 +44,12 @@ START_TO_END_S = 1500  # the fixture's run takes minutes where others use the co
 PARTS = ("", "_stock", "_ratio", "_ratio_p20", "_ratio_p80")
 
 
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of the benchmarks, which are scripts and no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
-
-
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("serving") / "result.json"
     options = ["--shape", "tiny", "--rank", "16", "--quick", "--json", str(path)]
     process = subprocess.Popen(
-        [sys.executable, "benchmarks/bench_serving.py", *options],
+        [sys.executable, "-m", "benchmarks.bench_serving", *options],
         cwd=ROOT,
         env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         stderr=subprocess.PIPE,
@@ -122,9 +117,8 @@ def serve_result(**changes: Any) -> dict[str, Any]:
     return {"completed": 2, "failed": 0, "total_output_tokens": 6, **figures, **changes}
 
 
-def test_the_figures_of_bench_serve_are_read(module: Any) -> None:
-    bench = module("serving.vllm_bench")
-    found = bench.serve_figures(serve_result(), bench.Work(2, 4, 3))
+def test_the_figures_of_bench_serve_are_read() -> None:
+    found = vllm_bench.serve_figures(serve_result(), vllm_bench.Work(2, 4, 3))
     assert found == {
         "req_per_s": 1.5,
         "tok_per_s": 4.5,
@@ -140,56 +134,49 @@ def test_the_figures_of_bench_serve_are_read(module: Any) -> None:
     [{"completed": 1}, {"failed": 1}, {"total_output_tokens": 5}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_a_leg_of_bench_serve_with_less_work_is_refused(module: Any, changes: Any) -> None:
-    bench = module("serving.vllm_bench")
+def test_a_leg_of_bench_serve_with_less_work_is_refused(changes: Any) -> None:
     with pytest.raises(AssertionError, match="completed, failed, output tokens"):
-        bench.serve_figures(serve_result(**changes), bench.Work(2, 4, 3))
+        vllm_bench.serve_figures(serve_result(**changes), vllm_bench.Work(2, 4, 3))
 
 
-def test_the_figures_of_bench_throughput_are_read(module: Any) -> None:
-    bench = module("serving.vllm_bench")
+def test_the_figures_of_bench_throughput_are_read() -> None:
     result = {"total_num_tokens": 14, "requests_per_second": 2.0, "tokens_per_second": 14.0}
-    found = bench.throughput_figures(result, bench.Work(2, 4, 3))
+    found = vllm_bench.throughput_figures(result, vllm_bench.Work(2, 4, 3))
     assert found == {"req_per_s": 2.0, "tok_per_s": 6.0}
     with pytest.raises(AssertionError, match="14 of 16 tokens"):
-        bench.throughput_figures(result, bench.Work(2, 4, 4))
+        vllm_bench.throughput_figures(result, vllm_bench.Work(2, 4, 4))
 
 
-def test_the_figures_of_bench_latency_are_read_as_milliseconds(module: Any) -> None:
+def test_the_figures_of_bench_latency_are_read_as_milliseconds() -> None:
     result = {"percentiles": {"10": 0.1, "50": 0.25, "99": 0.5}}
-    found = module("serving.vllm_bench").latency_figures(result)
+    found = vllm_bench.latency_figures(result)
     assert found == {"batch_p50_ms": 250.0, "batch_p99_ms": 500.0}
 
 
-def test_the_client_is_given_a_rate_or_a_concurrency(module: Any) -> None:
-    load = module("serving.vllm_bench").Load
-    assert load(concurrency=8).options == ["--max-concurrency=8"]
-    assert load(rate=0.5).options == ["--request-rate=0.5"]
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_every_leg_of_a_case_lies_between_two_plain_legs(warm_up: bool) -> None:
+    order: list[str] = []
 
-
-@pytest.mark.parametrize("between", [1, 2, 3])
-def test_every_leg_of_a_case_lies_between_two_legs_of_stock(module: Any, between: int) -> None:
-    rounds, order = module("serving.rounds"), []
-
-    def leg(name: str) -> dict[str, float]:
+    def leg(name: str) -> int:
         order.append(name)
-        return {"ms": float(len(order))}
+        return len(order)
 
-    cases = {name: lambda name=name: leg(name) for name in "bcd"}
-    found = rounds.alternate(lambda: leg("A"), cases, 2, between=between)
-    chain = {1: "AbAcAdAbAcAdA", 2: "AbcAdbAcdA", 3: "AbcdAbcdA"}
-    assert "".join(order) == chain[between]
+    found = rounds.interleave(
+        lambda: leg("A"), {name: partial(leg, name) for name in "bc"}, 2, warm_up=warm_up
+    )
+    assert "".join(order) == "Abc" * warm_up + "AbAcAbAcA"
     for key, measured in found.items():
         assert len(measured) == 2
         for one in measured:
-            assert one.before["ms"] < one.case["ms"] < one.after["ms"]
-            assert order[int(one.case["ms"]) - 1] == key
+            assert (one.before + 1, one.after - 1) == (one.other, one.other)
+            assert order[one.other - 1] == key
+    assert rounds.plain_legs(found["b"]) == [n + 3 * warm_up for n in (1, 3, 5, 7)]
 
 
-def test_a_ratio_is_the_case_over_the_mean_of_both_stock_legs(module: Any) -> None:
-    rounds = module("serving.rounds")
+def test_a_line_has_every_figure_over_the_mean_of_both_stock_legs() -> None:
     measured = [rounds.Round({"ms": 1.0}, {"ms": case}, {"ms": 3.0}) for case in (2.0, 3.0, 4.0)]
-    assert rounds.summary(measured) == {
+    line = cases.line("latency", "guided", 1, 8, vllm_bench.Work(8, 4, 3), measured)
+    assert {key: line[key] for key in line if key.startswith(("ms", "rounds"))} == {
         "rounds": 3,
         "ms": 3.0,
         "ms_stock": 2.0,
@@ -199,51 +186,49 @@ def test_a_ratio_is_the_case_over_the_mean_of_both_stock_legs(module: Any) -> No
     }
 
 
-def test_requests_carry_as_many_model_names_as_there_are_distinct_steers(module: Any) -> None:
-    serving_model = module("serving.model")
+def test_requests_carry_as_many_model_names_as_there_are_distinct_steers() -> None:
     configs = {"guided": {"steers": {}, "presets": {}}}
-    model = serving_model.ServedModel(Path("model"), None, configs)
-    assert model.models("guided", 3) == ["base:guided0", "base:guided1", "base:guided2"]
-    assert model.models("guided", 0) == ["base"]
-    assert model.default_config("guided") == {**configs["guided"], "default": "guided0"}
+    served = model.ServedModel(Path("model"), None, configs)
+    assert served.models("guided", 3) == ["base:guided0", "base:guided1", "base:guided2"]
+    assert served.models("guided", 0) == ["base"]
+    assert served.default_config("guided") == {**configs["guided"], "default": "guided0"}
 
 
-def test_any_token_ids_decode_to_a_text_of_as_many_tokens(module: Any, tmp_path: Path) -> None:
+def test_any_token_ids_decode_to_a_text_of_as_many_tokens(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    module("serving.model").write_tokenizer(512, tmp_path)
+    model.write_tokenizer(512, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     ids = [0, 511, 7, 7, 300]
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
     assert len(tokenizer) == 512
 
 
-def test_engine_arguments_are_spelt_as_flags(module: Any) -> None:
-    spelled = module("bench_serving").flags({"dtype": "bfloat16", "a_b": True, "c_d": False})
+def test_engine_arguments_are_spelt_as_flags() -> None:
+    spelled = cases.flags({"dtype": "bfloat16", "a_b": True, "c_d": False})
     assert spelled == ["--dtype=bfloat16", "--a-b", "--no-c-d"]
 
 
-def test_the_cores_of_a_worker_are_read_from_the_log(module: Any) -> None:
-    bound_cores = module("serving.serve_cases").bound_cores
+def test_the_cores_of_a_worker_are_read_from_the_log() -> None:
+    bound_cores = cases.bound_cores
     assert bound_cores("x local_rank=0, core ids=[0, 2, 4]\n local_rank=1, core ids=[6]") == 3
     assert bound_cores("a server on a GPU") is None
 
 
-def test_an_answer_is_read_from_a_response(module: Any) -> None:
+def test_an_answer_is_read_from_a_response() -> None:
     logprobs = {"tokens": ["token_id:7", "token_id:9"], "token_logprobs": [-1.5, -2.0]}
-    answer = module("serving.answers").answer_of({"choices": [{"logprobs": logprobs}]})
+    answer = answers.answer_of({"choices": [{"logprobs": logprobs}]})
     assert (answer.tokens, answer.logprobs) == ((7, 9), (-1.5, -2.0))
 
 
-def test_a_request_for_an_answer_names_its_steer_by_its_model(module: Any) -> None:
-    body = module("serving.answers").completion_body("base:steered0", (5, 6))
+def test_a_request_for_an_answer_names_its_steer_by_its_model() -> None:
+    body = answers.completion_body("base:steered0", (5, 6))
     assert (body["model"], body["prompt"]) == ("base:steered0", [5, 6])
     assert (body["temperature"], body["ignore_eos"], body["logprobs"]) == (0, True, 1)
     assert not {"steer", "vllm_xargs"} & set(body)
 
 
-def test_a_steer_without_effect_on_any_one_prompt_fails_the_check(module: Any) -> None:
-    answers = module("serving.answers")
+def test_a_steer_without_effect_on_any_one_prompt_fails_the_check() -> None:
     plain = [answers.Answer((1, 2), (-1.0, -2.0)), answers.Answer((3,), (-1.0,))]
     steered = [answers.Answer((1, 2), (-1.0, -2.5)), answers.Answer((3,), (-1.5,))]
     answers.check_effect(plain, steered, "steered0")
@@ -252,8 +237,7 @@ def test_a_steer_without_effect_on_any_one_prompt_fails_the_check(module: Any) -
             answers.check_effect(plain, without, "steered0")
 
 
-def test_an_unsteered_answer_that_differs_in_one_logprob_fails_the_check(module: Any) -> None:
-    answers = module("serving.answers")
+def test_an_unsteered_answer_that_differs_in_one_logprob_fails_the_check() -> None:
     stock = [answers.Answer((1, 2), (-1.0, -2.0))]
     answers.check_equal(stock, list(stock), "loaded")
     with pytest.raises(AssertionError, match="loaded, prompt 0"):
@@ -261,8 +245,7 @@ def test_an_unsteered_answer_that_differs_in_one_logprob_fails_the_check(module:
 
 
 @pytest.mark.parametrize("check", ["check_equal", "check_effect"])
-def test_answers_that_are_missing_or_not_finite_fail_both_checks(module: Any, check: str) -> None:
-    answers = module("serving.answers")
+def test_answers_that_are_missing_or_not_finite_fail_both_checks(check: str) -> None:
     stock = [answers.Answer((1,), (-1.0,))]
     with pytest.raises(AssertionError, match="loaded"):
         getattr(answers, check)(stock, [], "loaded")
@@ -270,15 +253,15 @@ def test_answers_that_are_missing_or_not_finite_fail_both_checks(module: Any, ch
         getattr(answers, check)(stock, [answers.Answer((1,), (math.nan,))], "loaded")
 
 
-def test_the_log_of_a_child_that_fails_is_shown(module: Any, tmp_path: Path) -> None:
-    processes, log = module("serving.vllm_process"), tmp_path / "log"
+def test_the_log_of_a_child_that_fails_is_shown(tmp_path: Path) -> None:
+    log = tmp_path / "log"
     script = "import sys; print('the reason'); sys.exit(3)"
     with pytest.raises(processes.ProcessError, match=r"ended with code 3[^$]*the reason"):
         processes.run(["-c", script], log, plugin=True)
 
 
-def test_what_a_child_started_ends_with_it(module: Any, tmp_path: Path) -> None:
-    processes, log = module("serving.vllm_process"), tmp_path / "log"
+def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
     script = (
         "import subprocess, sys, time\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -304,13 +287,11 @@ def is_running(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_the_plugin_is_off_in_children_of_stock_vllm(
-    module: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plugin_is_off_in_children_of_stock_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_STEER_DISABLE", "1")
     monkeypatch.setenv("VLLM_STEER_ACTIVE", "1")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
-    environment = module("serving.vllm_process").environment
+    environment = processes.environment
     assert environment(plugin=False)["VLLM_STEER_DISABLE"] == "1"
     assert "VLLM_STEER_DISABLE" not in environment(plugin=True)
     assert "VLLM_STEER_ACTIVE" not in environment(plugin=True)

@@ -19,14 +19,14 @@ def test_every_phase_of_a_dry_run_says_ok(tmp_path: Path) -> None:
     """The package as a wheel installs it, the references, the script: nothing of the checkout."""
     pack, out = tmp_path / "pack", tmp_path / "out"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TRITON_"))}
-    card = ROOT / "benchmarks" / "card"
-    for command in (
-        [card / "pack.py", pack, "--dry"],
-        [pack / "benchmarks" / "card" / "run.py", pack, out, "--dry", "--seconds", "800"],
+    environment.pop("PYTHONPATH", None)
+    for folder, command in (
+        (ROOT, ["benchmarks.card.pack", pack, "--dry"]),
+        (pack, ["benchmarks.card.run", ".", out, "--dry", "--seconds", "800"]),
     ):
         done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=tmp_path,
+            [sys.executable, "-m", *map(str, command)],
+            cwd=folder,
             env=environment,
             capture_output=True,
             text=True,

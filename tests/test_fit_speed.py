@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks import fit_speed
 
-import fit_speed  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 ROW_KEYS = {
     "model",
@@ -41,7 +40,7 @@ ROW_KEYS = {
 def test_every_loop_is_measured_on_the_same_curve(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     options = ["--models", "tiny", "--rank", "8", "--rounds", "2", "--json", str(path)]
-    line = [sys.executable, "benchmarks/fit_speed.py", *options]
+    line = [sys.executable, "-m", "benchmarks.fit_speed", *options]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(path.read_text())

@@ -2,16 +2,14 @@
 
 import os
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import kernel_resources as tool
 from vllm_steer.kernels.guidance import Directions, TokenMap, TokenRules
 from vllm_steer.kernels.lm_steer import SteeredRows
 from vllm_steer.kernels.lm_steer.triton_tiled import tiled
@@ -26,18 +24,8 @@ PRODUCTS = {"shrink", "expand", "dense"}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    """``benchmarks/kernel_resources.py``; its neighbours are scripts that import each other."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import kernel_resources
-
-    yield kernel_resources
-    sys.path.pop(0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["TILED", "ROWWISE"])
+@pytest.mark.parametrize("form", ["TILED", "ROWWISE"])
 @pytest.mark.parametrize(
     ("width", "rank"),
     [
@@ -48,15 +36,15 @@ def tool() -> Iterator[ModuleType]:
     ],
 )
 def test_lm_steer_kernels_fit_a_hopper_card_without_spilling(
-    tool: ModuleType, backend: str, width: int, rank: int, dtype: torch.dtype
+    form: str, width: int, rank: int, dtype: torch.dtype
 ) -> None:
-    module = getattr(tool, backend)
+    module = getattr(tool, form)
     with tool.compiling() as compiled:
         module.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
-    suffix = "" if backend == "TILED" else "_row"
+    suffix = "" if form == "TILED" else "_row"
     names = {name for name, _ in compiled}
     assert {f"{name}{suffix}" for name in PRODUCTS} | {"constant", "add_up"} <= names
-    assert_fit(tool, compiled)
+    assert_fit(compiled)
     for (name, _), kernel in compiled.items():
         uses_tensor_cores = name in PRODUCTS and dtype != torch.float32
         assert tool.resources(kernel).tensor_cores == uses_tensor_cores, name
@@ -67,7 +55,7 @@ def test_lm_steer_kernels_fit_a_hopper_card_without_spilling(
     ("width", "rank"), [(4096, 1000), pytest.param(1280, 640, marks=pytest.mark.matrix)]
 )
 def test_in_16_bits_products_run_on_hoppers_own_tensor_cores_with_weights_first(
-    tool: ModuleType, width: int, rank: int, dtype: torch.dtype
+    width: int, rank: int, dtype: torch.dtype
 ) -> None:
     """64 rows of weights by a tile's rows, both out of shared memory, loaded 16 bytes at a time."""
     with tool.compiling() as compiled:
@@ -98,12 +86,12 @@ def test_in_16_bits_products_run_on_hoppers_own_tensor_cores_with_weights_first(
 )
 @pytest.mark.matrix
 def test_what_a_benchmark_varies_fits_a_hopper_card_too(
-    tool: ModuleType, varied: dict[str, int], dtype: torch.dtype
+    varied: dict[str, int], dtype: torch.dtype
 ) -> None:
     for width, rank in ((4096, 1000), (4096, 64)):
         with tool.compiling() as compiled:
             tiled(**varied).warm_up(tool.lm_steer_tables(width, rank // 2, dtype), dtype)
-        assert_fit(tool, compiled)
+        assert_fit(compiled)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +101,12 @@ def test_what_a_benchmark_varies_fits_a_hopper_card_too(
 )
 @pytest.mark.parametrize("rows", [1, 2, 32, 33, 300])
 def test_a_batch_of_a_low_rank_is_two_launches_whatever_its_rows(
-    tool: ModuleType, rank: int, launched: list[str], rows: int
+    rank: int, launched: list[str], rows: int
 ) -> None:
-    weights = tool.lm_steer_tables(4096, rank // 2, torch.bfloat16)
+    tables = tool.lm_steer_tables(4096, rank // 2, torch.bfloat16)
     x, steered = torch.zeros(rows, 4096, dtype=torch.bfloat16), next(batches(rows))
     with tool.compiling() as compiled:
-        tool.TILED.steer_rows(x, weights, tool.TILED.prepare(steered, weights, x.device))
+        tool.TILED.steer_rows(x, tables, tool.TILED.prepare(steered, tables, x.device))
     assert [name for name, _ in compiled] == launched
 
 
@@ -126,42 +114,42 @@ def test_a_batch_of_a_low_rank_is_two_launches_whatever_its_rows(
 @pytest.mark.parametrize("turns", [False, True], ids=["add", "rotate"])
 @pytest.mark.parametrize("width", [4096, pytest.param(63, marks=pytest.mark.matrix), 8192])
 def test_guidance_kernels_fit_a_hopper_card_without_spilling(
-    tool: ModuleType, width: int, turns: bool, dtype: torch.dtype
+    width: int, turns: bool, dtype: torch.dtype
 ) -> None:
     with tool.compiling() as compiled:
-        warm_up_guidance(tool, width, turns, dtype)
+        warm_up_guidance(width, turns, dtype)
     assert len({name for name, _ in compiled}) == 2
-    assert_fit(tool, compiled)
+    assert_fit(compiled)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [128256, 50257])
 def test_divergence_kernels_fit_a_hopper_card_without_spilling(
-    tool: ModuleType, vocab_size: int, dtype: torch.dtype
+    vocab_size: int, dtype: torch.dtype
 ) -> None:
     with tool.compiling() as compiled:
-        divergence_of(tool, 1, vocab_size, dtype)
+        divergence_of(1, vocab_size, dtype)
     assert {name for name, _ in compiled} == {"likeliest", "divergence"}
-    assert_fit(tool, compiled)
+    assert_fit(compiled)
 
 
-def test_no_number_of_doses_compiles_what_the_first_has_not(tool: ModuleType) -> None:
+def test_no_number_of_doses_compiles_what_the_first_has_not() -> None:
     with tool.compiling() as at_start:
-        divergence_of(tool, 64, 128256, torch.bfloat16)
+        divergence_of(64, 128256, torch.bfloat16)
     with tool.compiling() as while_serving:
         for doses in (1, 2, 3, 16, 17, 63):
-            divergence_of(tool, doses, 128256, torch.bfloat16)
+            divergence_of(doses, 128256, torch.bfloat16)
     assert while_serving and set(while_serving) <= set(at_start)
 
 
-def divergence_of(tool: ModuleType, doses: int, vocab_size: int, dtype: torch.dtype) -> None:
+def divergence_of(doses: int, vocab_size: int, dtype: torch.dtype) -> None:
     """As a step calls it: logits, rows and p of so many doses, each in memory of its own."""
     logits = torch.zeros(2 * doses, vocab_size, dtype=dtype)
     rows = torch.arange(doses)
     tool.divergence.divergence(logits, rows, rows + doses, torch.full((doses,), 0.5))
 
 
-def assert_fit(tool: ModuleType, compiled: dict[tuple[str, str], Any]) -> None:
+def assert_fit(compiled: dict[tuple[str, str], Any]) -> None:
     """No kernel spills, and at least one block of each fits a multiprocessor."""
     for (name, _), kernel in compiled.items():
         used = tool.resources(kernel)
@@ -170,26 +158,24 @@ def assert_fit(tool: ModuleType, compiled: dict[tuple[str, str], Any]) -> None:
         assert used.registers * 32 * kernel.metadata.num_warps <= BLOCK_REGISTERS, name
 
 
-def warm_up_guidance(tool: ModuleType, width: int, turns: bool, dtype: torch.dtype) -> Directions:
-    """The weights of three layers that a site was warmed up with."""
+def warm_up_guidance(width: int, turns: bool, dtype: torch.dtype) -> Directions:
+    """The tables of three layers that a site was warmed up with."""
     directions = Directions(torch.zeros(3, 5, width), torch.ones(5) if turns else None)
     tool.triton_fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
     return directions
 
 
-@pytest.mark.parametrize("backend", ["TILED", "ROWWISE"])
-def test_no_batch_of_lm_steers_compiles_what_the_start_up_has_not(
-    tool: ModuleType, backend: str
-) -> None:
-    module, dtype = getattr(tool, backend), torch.bfloat16
-    weights = tool.lm_steer_tables(4096, 64, dtype)
+@pytest.mark.parametrize("form", ["TILED", "ROWWISE"])
+def test_no_batch_of_lm_steers_compiles_what_the_start_up_has_not(form: str) -> None:
+    module, dtype = getattr(tool, form), torch.bfloat16
+    tables = tool.lm_steer_tables(4096, 64, dtype)
     with tool.compiling() as at_start:
-        module.warm_up(weights, dtype)
+        module.warm_up(tables, dtype)
     with tool.compiling() as while_serving:
         for rows in (1, 2, 3, 16, 64, 65, 257):
             x = torch.zeros(rows + 3, 4096, dtype=dtype)[3:]
             for steered in batches(rows):
-                module.steer_rows(x, weights, module.prepare(steered, weights, x.device))
+                module.steer_rows(x, tables, module.prepare(steered, tables, x.device))
     assert while_serving
     assert set(while_serving) <= set(at_start)
 
@@ -209,12 +195,10 @@ def batches(rows: int) -> Iterator[SteeredRows]:
 
 
 @pytest.mark.parametrize("turns", [False, True], ids=["add", "rotate"])
-def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(
-    tool: ModuleType, turns: bool
-) -> None:
+def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(turns: bool) -> None:
     dtype, width, room = torch.bfloat16, 4096, 512
     with tool.compiling() as at_start:
-        directions = warm_up_guidance(tool, width, turns, dtype)
+        directions = warm_up_guidance(width, turns, dtype)
     token_map = TokenMap(torch.zeros(4, room, dtype=torch.int32), torch.zeros(3, 4, room))
     with tool.compiling() as while_serving:
         for tokens in (1, 2, 7, 16, 64, 257):
@@ -224,18 +208,17 @@ def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(
                 tool.triton_fused.steer_tokens_(hidden, kept, directions, layer, token_map, depth)
                 tool.triton_fused.steer_tokens_(hidden, None, directions, layer, token_map, depth)
         for requests, depth, tokens in ((1, 1, 1), (2, 4, 9), (16, 2, 64), (33, 3, 512)):
-            map_a_batch(tool, requests, depth, tokens, token_map)
+            map_a_batch(requests, depth, tokens, token_map)
     assert len({name for name, _ in while_serving}) == 2
     assert set(while_serving) <= set(at_start)
 
 
-def map_a_batch(tool: ModuleType, requests: int, depth: int, tokens: int, room: TokenMap) -> None:
+def map_a_batch(requests: int, depth: int, tokens: int, room: TokenMap) -> None:
     """Map tokens as a site does: into the front of its buffers, from rules in one piece."""
     *integers, table = torch.zeros(6, depth, requests, dtype=torch.int64)
     floats, layers = torch.zeros(2, depth, requests), torch.zeros(3, depth, requests)
-    rules = TokenRules(
-        *integers, *floats, layers=layers, pool_offset=table, strength_pool=torch.zeros(tokens)
-    )
+    pool = torch.zeros(tokens)
+    rules = TokenRules(*integers, *floats, layers=layers, pool_offset=table, strength_pool=pool)
     starts = torch.zeros(requests + 2, dtype=torch.int32)[: requests + 1]
     positions = torch.zeros(600, dtype=torch.int64)[:tokens]
     front = TokenMap(room.directions[:depth], room.strengths[:, :depth])

@@ -36,9 +36,10 @@ def result_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["--shape", "tiny", "--rank", "16", "--quick", "--json", str(path)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     environment.pop("VLLM_STEER_DISABLE", None)
+    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [sys.executable, "benchmarks/speed_ratio.py", *options],
-        cwd=ROOT,
+        [sys.executable, str(ROOT / "benchmarks" / "speed_ratio.py"), *options],
+        cwd=path.parent,
         env=environment,
         capture_output=True,
         text=True,
@@ -90,7 +91,7 @@ def test_ratios_are_finite_and_ordered(result: dict[str, Any]) -> None:
 
 
 def test_the_table_has_one_line_per_case(result_file: Path, result: dict[str, Any]) -> None:
-    command = [sys.executable, "benchmarks/table.py", str(result_file)]
+    command = [sys.executable, "-m", "benchmarks.table", str(result_file)]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(lines) == len(result["rows"]) + 2

@@ -1,6 +1,6 @@
 """A real engine on this machine against references from another: see ``references.py``.
 
-    python engine_check.py DATA --json OUT [--runner v1|v2] [--eager]
+    python -m benchmarks.card.engine_check DATA --json OUT [--runner v1|v2] [--eager]
 
 In one process: an engine that has no steers, then one with all of them. Every request of the whole
 batch, and of batches that need padding and get smaller, has to be what the references say; requests
@@ -13,16 +13,23 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+
+from benchmarks import arguments, environment
+from benchmarks.engines import greedy, make_engine
 
 SURE = 1e-3
 """Two tokens that lie closer, or two sets of likeliest ones, may change places in float32."""
 TOLERANCE = 1e-4
 CAPTURED = [1, 2, 4, 8, 16, 32, 64]
+Request = dict[str, Any]
 
 
 def main() -> int:
@@ -50,20 +57,11 @@ def main() -> int:
 def _prepare(args: argparse.Namespace) -> None:
     """The environment, before vLLM is imported."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # vLLM's attention would take TF32
-    for name, value in (
-        ("HF_HUB_OFFLINE", "1"),
-        ("VLLM_NO_USAGE_STATS", "1"),
-        ("VLLM_CPU_KVCACHE_SPACE", "1"),
-    ):
-        os.environ.setdefault(name, value)
-    import torch
-
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    environment.set_defaults()
     if args.runner == "v2" and not torch.cuda.is_available():
         # vLLM's own Triton kernels, in Triton's interpreter.
-        from types import SimpleNamespace
-
         os.environ["TRITON_INTERPRET"] = "1"
         import triton.backends
 
@@ -71,73 +69,51 @@ def _prepare(args: argparse.Namespace) -> None:
         triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
 
-class _Engine:
+@contextmanager
+def _engine(args: argparse.Namespace, steer: Any, num_requests: int) -> Iterator[Any]:
     """An engine with or without steers; closed at the end of its block."""
+    options: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        # A fixed cache: a memory profile beside other processes would see theirs.
+        options |= {"kv_cache_memory_bytes": 1 << 28, "attention_backend": "TRITON_ATTN"}
+        if not args.eager:
+            options["compilation_config"] = {"cudagraph_capture_sizes": CAPTURED}
+    llm = make_engine(
+        args.data / "model",
+        steer,
+        plugin=steer is not None,
+        gpu_memory=0.05,
+        dtype="float32",
+        max_num_seqs=max(64, 3 * num_requests),
+        seed=0,
+        enforce_eager=args.eager,
+        **options,
+    )
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
 
-    def __init__(self, args: argparse.Namespace, steer: Any, num_requests: int) -> None:
-        import torch
-        from vllm import LLM
 
-        os.environ["VLLM_STEER_DISABLE"] = "0" if steer else "1"
-        if steer:  # vLLM loads plugins once per process: the first engine's was turned off
-            from vllm_steer.plugin import register
-
-            register()
-        options: dict[str, Any] = {}
-        if torch.cuda.is_available():
-            # A fixed cache: a memory profile beside other processes would see theirs.
-            options |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
-            options["attention_backend"] = "TRITON_ATTN"
-            if not args.eager:
-                options["compilation_config"] = {"cudagraph_capture_sizes": CAPTURED}
-        if steer:
-            options["additional_config"] = {"steer": steer}
-        self.llm = LLM(
-            str(args.data / "model"),
-            dtype="float32",
-            max_model_len=256,
-            max_num_seqs=max(64, 3 * num_requests),
-            seed=0,
-            enforce_eager=args.eager,
-            skip_tokenizer_init=True,
-            distributed_executor_backend="uni",
-            enable_prefix_caching=False,
+def _ask(llm: Any, requests: Sequence[Request], tokens: int, **options: Any) -> list[Any]:
+    """Greedy texts of a batch."""
+    params = [
+        greedy(
+            tokens,
+            logprobs=1,
+            extra_args=(
+                {"steer": r["steer"], "steer_strengths": r["dynamic"]} if r["steer"] else None
+            ),
             **options,
         )
-
-    def __enter__(self) -> "_Engine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        gc.collect()
-
-    def ask(self, requests: Sequence[dict[str, Any]], tokens: int, **options: Any) -> list[Any]:
-        """Greedy texts of a batch."""
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=tokens,
-                ignore_eos=True,
-                detokenize=False,
-                logprobs=1,
-                extra_args=(
-                    {"steer": r["steer"], "steer_strengths": r["dynamic"]} if r["steer"] else None
-                ),
-                **options,
-            )
-            for r in requests
-        ]
-        given = [{"prompt_token_ids": r["prompt"]} for r in requests]
-        outputs: list[Any] = self.llm.generate(given, params, use_tqdm=False)
-        return outputs
+        for r in requests
+    ]
+    prompts = [{"prompt_token_ids": r["prompt"]} for r in requests]
+    return llm.generate(prompts, params, use_tqdm=False)
 
 
 def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    requests = json.loads((args.data / "requests.json").read_text())
+    requests: list[Request] = json.loads((args.data / "requests.json").read_text())
     references = dict(np.load(args.data / "references.npz"))
     fixed = [i for i, request in enumerate(requests) if not request["dynamic"]]
     dynamic = [i for i, request in enumerate(requests) if request["dynamic"]]
@@ -147,50 +123,39 @@ def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
     steers = {"steers": {path.stem: {"path": str(path)} for path in paths}}
     run = _Checks(result["checks"])
 
-    with _Engine(args, None, len(requests)) as stock:
-        unsteered = [_exact(output) for output in stock.ask(plain, tokens)]
-    with _Engine(args, steers, len(requests)) as engine:
-        result["engine"] = _facts(engine.llm)
+    with _engine(args, None, len(requests)) as llm:
+        unsteered = [_exact(output) for output in _ask(llm, plain, tokens)]
+    del llm
+    with _engine(args, steers, len(requests)) as llm:
+        result["engine"] = _facts(llm)
         compiled = _compiled_from_now_on()
-        whole: list[Any] = []
 
-        def all_together() -> str:
-            whole[:] = engine.ask([requests[i] for i in fixed], tokens, prompt_logprobs=1)
-            return _compare(fixed, whole, references)
-
-        def in_sizes(*sizes: int) -> str:
-            """Padded and shrinking batches, with other neighbours each time."""
-            said = []
-            for size in sizes:
-                some = fixed[-size:]
-                said.append(
-                    _compare(some, engine.ask([requests[i] for i in some], tokens), references)
-                )
-            return "; ".join(said)
+        def batch(size: int, **options: Any) -> str:
+            """The last requests: batches that need padding, with other neighbours each time."""
+            some = fixed[-size:]
+            found = _ask(llm, [requests[i] for i in some], tokens, **options)
+            return _compare(some, found, references)
 
         def without_steers() -> str:
-            found = [_exact(output) for output in engine.ask(plain, tokens)]
+            found = [_exact(output) for output in _ask(llm, plain, tokens)]
             worst = max(map(_difference, found, unsteered))
-            different = [
-                i for i, pair in enumerate(zip(found, unsteered, strict=True)) if pair[0] != pair[1]
-            ]
-            assert not different, (
-                f"requests {different} are not as without steers, logprobs differ by {worst:.1e}"
-            )
+            pairs = enumerate(zip(found, unsteered, strict=True))
+            different = [i for i, (one, other) in pairs if one != other]
+            assert not different, f"requests {different} differ, logprobs by {worst:.1e}"
             return f"{len(found)} requests, number for number"
 
-        run("all together, prompt logprobs", all_together)
-        run("batches of 13, 3 and 1", lambda: in_sizes(13, 3, 1))
+        def dynamic_strengths() -> str:
+            most = len(references[f"tokens_{dynamic[0]}"])
+            found = _ask(llm, [requests[i] for i in dynamic], most)
+            return _compare_dynamic(dynamic, found, requests, references)
+
+        run("all together, prompt logprobs", lambda: batch(len(fixed), prompt_logprobs=1))
+        run("batches of 13, 3 and 1", lambda: "; ".join(batch(size) for size in (13, 3, 1)))
         run("unsteered as without steers", without_steers)
-        run("all together again", all_together)
+        run("all together again", lambda: batch(len(fixed), prompt_logprobs=1))
         run("graphs were captured", lambda: _graphs(args, result))
         if dynamic:
-            asked = [requests[i] for i in dynamic]
-            most = len(references[f"tokens_{dynamic[0]}"])
-            run(
-                "dynamic strengths",
-                lambda: _compare_dynamic(dynamic, engine.ask(asked, most), requests, references),
-            )
+            run("dynamic strengths", dynamic_strengths)
         run("nothing of ours compiled", lambda: _nothing_of_ours(compiled, result))
 
 
@@ -315,7 +280,6 @@ def _nothing_of_ours(compiled: list[str], result: dict[str, Any]) -> str:
 
 def _facts(llm: Any) -> dict[str, Any]:
     """What vLLM made of the configuration."""
-    import torch
     import triton
     import vllm
 
@@ -334,7 +298,6 @@ def _facts(llm: Any) -> dict[str, Any]:
 
 def _graphs(args: argparse.Namespace, result: dict[str, Any]) -> str:
     """On a card with graphs on, some must have been captured; elsewhere there are none."""
-    import torch
     from vllm.compilation.counter import compilation_counter
 
     captured = compilation_counter.num_cudagraph_captured
@@ -345,9 +308,8 @@ def _graphs(args: argparse.Namespace, result: dict[str, Any]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments.parser(__doc__)
     parser.add_argument("data", type=Path, help="folder that references.py has written")
-    parser.add_argument("--json", type=Path, required=True, metavar="OUT")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v2")
     parser.add_argument("--eager", action="store_true", help="without graphs and compilation")
     return parser.parse_args()

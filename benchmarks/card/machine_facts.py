@@ -1,58 +1,44 @@
 """The machine, its card and its software; unpacks vLLM where the pack brings it.
 
-python machine_facts.py PACK SCRATCH JSON
+python -m benchmarks.card.machine_facts PACK SCRATCH --json OUT
 """
 
-import json
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
-from typing import Any
+
+from benchmarks import arguments
 
 
 def main() -> None:
     """Unpack, look, write."""
-    pack, scratch, path = map(Path, sys.argv[1:4])
-    begun = time.monotonic()
-    piece = pack / "vllm.tar.xz"
+    parser = arguments.parser(__doc__)
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("scratch", type=Path)
+    args = parser.parse_args()
+    begun, piece = time.monotonic(), args.pack / "vllm.tar.xz"
     if piece.exists():
         with tarfile.open(piece) as archive:
-            archive.extractall(scratch / "vllm", filter="data")
-    found: dict[str, Any] = {"unpacked_s": round(time.monotonic() - begun, 1)}
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import machine
+            archive.extractall(args.scratch / "vllm", filter="data")
+    unpacked_s = round(time.monotonic() - begun, 1)
+    # What the archive brings can be imported only now.
     import torch
 
-    found |= machine.describe_run("card")
-    found["cards"] = _nvidia_smi()
+    from benchmarks.operations.timing import copy_bandwidth
+    from benchmarks.result import Result
+
+    result = Result("card", args.json, unpacked_s=unpacked_s, cards=_nvidia_smi())
+    copies = None
     if torch.cuda.is_available():
-        found["copy_tb_per_s"] = copy_rate()
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    name = found["machine"]["gpu"] or "no card"
-    found["summary"] = (
-        f"{name}, driver {found['machine']['driver']}, torch {torch.__version__}, "
-        f"copies {found.get('copy_tb_per_s', '-')} TB/s, unpacked in {found['unpacked_s']} s"
+        copies = round(copy_bandwidth(torch.device("cuda")) * 1e-12, 2)
+    machine = result.data["machine"]
+    name = machine["gpu"] or "no card"
+    summary = (
+        f"{name}, driver {machine['driver']}, torch {torch.__version__}, "
+        f"copies {copies or '-'} TB/s, unpacked in {unpacked_s} s"
     )
-    path.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def copy_rate() -> float:
-    """Bytes read and written per second by a copy of 2 GiB, in TB/s: what a floor is counted by."""
-    import torch
-
-    source = torch.empty(1 << 30, dtype=torch.int16, device="cuda")
-    target = torch.empty_like(source)
-    for _ in range(3):
-        target.copy_(source)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(10):
-        target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    return round(2 * source.nbytes * 10 / start.elapsed_time(end) / 1e9, 2)
+    result.write(copy_tb_per_s=copies, summary=summary)
 
 
 def _nvidia_smi() -> list[str]:

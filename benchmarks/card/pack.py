@@ -1,6 +1,6 @@
 """Make a folder with everything that ``run.py`` needs on a machine that reaches no network.
 
-    python benchmarks/card/pack.py PACK [--vllm FILE]
+    python -m benchmarks.card.pack PACK [--vllm FILE]
 
 In it: the package as a wheel installs it, with its entry points; the benchmarks and the card's
 tests; a tiny model, its steers and references in float64; pytest and rich, which such a machine may
@@ -17,6 +17,8 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+
+from benchmarks.machine import describe_commit, describe_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_MIB = 60
@@ -46,12 +48,9 @@ def main() -> None:
     _write_references(pack, dry=args.dry)
     if args.vllm is not None:
         shutil.copyfile(args.vllm, pack / "vllm.tar.xz")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import machine
-
     made = {
-        "git": machine.describe_commit(),
-        "versions": machine.describe_versions(),
+        "git": describe_commit(),
+        "versions": describe_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "vllm_archive": args.vllm is not None,
     }
@@ -91,8 +90,8 @@ def _copy(source: Path, target: Path) -> None:
 def _write_references(pack: Path, *, dry: bool) -> None:
     """In a process of its own, on one thread: tiny products wait for each other on several."""
     code = (
-        "import sys, torch; from pathlib import Path; torch.set_num_threads(1); "
-        f"sys.path.insert(0, {str(ROOT / 'benchmarks' / 'card')!r}); import references; "
+        "import torch; from pathlib import Path; torch.set_num_threads(1); "
+        "from benchmarks.card import references; "
         f"references.write(Path({str(pack / 'few')!r}), few=True)"
     )
     if not dry:

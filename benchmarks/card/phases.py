@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 PYTEST = (
     *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
-    *("-o", "addopts=", "-o", "filterwarnings="),
+    *("-o", "addopts=", "-o", "filterwarnings=", "--junitxml", "{out}/kernels.xml"),
 )
+SPEED_RATIO = ("benchmarks/speed_ratio.py", "--json", "{json}")
+_CPU = {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,8 @@ class Phase:
     command: tuple[str, ...]
     limit_s: float
     least_s: float = 15.0
-    folder: str = "benchmarks"
+    folder: str = "."
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-_CPU = {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def phases(*, dry: bool) -> list[list[Phase]]:
@@ -41,14 +40,14 @@ def phases(*, dry: bool) -> list[list[Phase]]:
 
 
 def _on_a_card() -> list[list[Phase]]:
-    kernels = (*PYTEST, "-n", "6", "--timeout", "90", "--junitxml", "{out}/kernels.xml")
+    short = ("--grid", "short", "--seconds", "80", "--variants")
     return [
-        [Phase("machine", ("card/machine_facts.py", "{pack}", "{scratch}", "{json}"), 60)],
+        [_machine()],
         [
             Phase(
                 "kernels",
                 (
-                    *kernels,
+                    *(*PYTEST, "-n", "6", "--timeout", "90"),
                     *("-k", "not sanitizer and not beyond_two_to_the_31"),
                     *("triton/test_lm_steer_card.py", "triton/test_guidance_card.py"),
                     *("triton/test_divergence_card.py", "triton/test_divergence_fused.py"),
@@ -57,98 +56,59 @@ def _on_a_card() -> list[list[Phase]]:
                 folder="tests",
                 environment={"OMP_NUM_THREADS": "2"},
             ),
-            _engine("engine-v2", "--runner", "v2", limit_s=130),
-            _engine("engine-v1", "--runner", "v1", limit_s=130),
+            _engine("v2", limit_s=130),
+            _engine("v1", limit_s=130),
         ],
-        [
-            _speed(
-                "steered",
-                ("--figures", "steered", "--cases", "64:32,64:1,64:4,1:1,32:32"),
-                limit_s=160,
-            )
-        ],
-        [
-            Phase(
-                "operations",
-                (
-                    *("bench_kernels.py", "--json", "{json}", "--grid", "short"),
-                    *("--seconds", "80", "--variants"),
-                ),
-                100,
-            )
-        ],
-        [
-            _speed(
-                "guided",
-                ("--figures", "guided,idle", "--rows", "1,64", "--cases", "1:1"),
-                limit_s=200,
-            )
-        ],
+        [_speed("steered", "--cases", "64:32,64:1,64:4,1:1,32:32", limit_s=160)],
+        [Phase("operations", _module("bench_kernels", *short), 100)],
+        [_speed("guided,idle", "--rows", "1,64", "--cases", "1:1", limit_s=200)],
     ]
-
-
-def _engine(name: str, *options: str, limit_s: float, data: str = "data") -> Phase:
-    return Phase(
-        name,
-        ("card/engine_check.py", f"{{pack}}/{data}", "--json", "{json}", *options),
-        limit_s,
-    )
-
-
-def _speed(name: str, options: tuple[str, ...], limit_s: float) -> Phase:
-    """An 8B model in bfloat16 with dummy weights, rank 1000, few graphs."""
-    return Phase(
-        name,
-        (
-            *("speed_ratio.py", "--json", "{json}", "--shape", "llama-8b"),
-            *("--dtype", "bfloat16", "--rank", "1000", "--capture-sizes", "1,4,32,64"),
-            *("--gpu-memory", "0.4", "--repeats", "5", "--steps", "30", "--profile", "4"),
-            *("--seconds", str(limit_s - 15), *options),
-        ),
-        limit_s,
-        least_s=90,
-        environment={"VLLM_LOGGING_LEVEL": "INFO"},
-    )
 
 
 def _dry() -> list[list[Phase]]:
     """The same phases at sizes for a CPU, one after the other; kernels in Triton's interpreter."""
-    interpreted = {**_CPU, "TRITON_INTERPRET": "1"}
-    pytest = (*PYTEST, "--timeout", "120", "--junitxml", "{out}/kernels.xml")
-    speed = ("speed_ratio.py", "--json", "{json}", "--shape", "tiny", "--rank", "16")
+    some = ("triton/test_divergence_fused.py", "-k", "own or dose or infinitely")
+    quick = ("--quick", "--shape", "tiny", "--rank", "16", "--figures")
+    steered = ("--cases", "4:2", "--profile", "1", "--capture-sizes", "1,4")
     return [
-        [Phase("machine", ("card/machine_facts.py", "{pack}", "{scratch}", "{json}"), 60)],
+        [_machine()],
         [
             Phase(
                 "kernels",
-                (*pytest, "triton/test_divergence_fused.py", "-k", "own or dose or infinitely"),
+                (*PYTEST, "--timeout", "120", *some),
                 180,
                 folder="tests",
-                environment=interpreted,
+                environment={**_CPU, "TRITON_INTERPRET": "1"},
             )
         ],
-        [
-            _engine("engine-v2", "--runner", "v2", "--eager", limit_s=300, data="few"),
-        ],
-        [
-            _engine("engine-v1", "--runner", "v1", "--eager", limit_s=300, data="few"),
-        ],
-        [
-            Phase(
-                "steered",
-                (
-                    *(*speed, "--quick", "--figures", "steered", "--cases", "4:2"),
-                    *("--profile", "1", "--capture-sizes", "1,4"),
-                ),
-                240,
-            )
-        ],
-        [
-            Phase(
-                "operations",
-                ("bench_kernels.py", "--json", "{json}", "--quick", "--grid", "short"),
-                180,
-            )
-        ],
-        [Phase("guided", (*speed, "--quick", "--figures", "guided", "--rows", "4"), 240)],
+        [_engine("v2", "--eager", limit_s=300, data="few")],
+        [_engine("v1", "--eager", limit_s=300, data="few")],
+        [Phase("steered", (*SPEED_RATIO, *quick, "steered", *steered), 240)],
+        [Phase("operations", _module("bench_kernels", "--quick", "--grid", "short"), 180)],
+        [Phase("guided", (*SPEED_RATIO, *quick, "guided", "--rows", "4"), 240)],
     ]
+
+
+def _module(name: str, *options: str) -> tuple[str, ...]:
+    return ("-m", f"benchmarks.{name}", "--json", "{json}", *options)
+
+
+def _machine() -> Phase:
+    return Phase("machine", _module("card.machine_facts", "{pack}", "{scratch}"), 60)
+
+
+def _engine(runner: str, *options: str, limit_s: float, data: str = "data") -> Phase:
+    check = _module("card.engine_check", f"{{pack}}/{data}", "--runner", runner, *options)
+    return Phase(f"engine-{runner}", check, limit_s)
+
+
+def _speed(figures: str, *options: str, limit_s: float) -> Phase:
+    """An 8B model in bfloat16 with dummy weights, rank 1000, few graphs."""
+    command = (
+        *(*SPEED_RATIO, "--shape", "llama-8b", "--dtype", "bfloat16", "--rank", "1000"),
+        *("--figures", figures, "--capture-sizes", "1,4,32,64", "--gpu-memory", "0.4"),
+        *("--repeats", "5", "--steps", "30", "--profile", "4"),
+        *("--seconds", str(limit_s - 15), *options),
+    )
+    noisy = {"VLLM_LOGGING_LEVEL": "INFO"}
+    return Phase(figures.partition(",")[0], command, limit_s, least_s=90, environment=noisy)

@@ -1,6 +1,6 @@
 """All that one short stay on a machine with a card is to find out, the most telling first.
 
-    python run.py PACK OUT [--seconds 570] [--scratch FOLDER] [--dry]
+    cd PACK; python -m benchmarks.card.run . OUT [--seconds 570] [--scratch FOLDER] [--dry]
 
 ``PACK`` is the folder that ``pack.py`` has made, ``OUT`` an empty one. Nothing but the standard
 library runs here: phases are processes of their own with limits of their own, and no phase stops a
@@ -12,7 +12,6 @@ printed last. An unpacked vLLM and all caches go to ``--scratch``, else to a tem
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phases import Phase, phases
+from benchmarks.card.phases import Phase, phases
+from benchmarks.processes import end_group
 
 GRACE_S = 5
 POLL_S = 0.2
@@ -68,27 +68,13 @@ class Running:
         state = "ok" if code == 0 else f"exit {code}"
         if code is None:
             state = f"stopped at its limit of {self.limit_s:.0f} s"
-            self._end()
+            end_group(self._process, GRACE_S)
         return {
             "phase": self.phase.name,
             "state": state,
             "seconds": round(seconds, 1),
             "said": self._said(),
         }
-
-    def _end(self) -> None:
-        """The process and all that it started."""
-        for sign, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-            try:
-                os.killpg(self._process.pid, sign)
-            except ProcessLookupError:
-                return
-            try:
-                self._process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-            if sign == signal.SIGKILL:
-                return
 
     def _said(self) -> str:
         """The summary of its JSON; of a phase that left none or a half, its log's last line."""
@@ -105,50 +91,65 @@ class Running:
         return lines[-1][:300] if lines else ""
 
 
+class Summary:
+    """What came of the phases so far, in ``summary.json``."""
+
+    def __init__(self, args: argparse.Namespace, places: Places) -> None:
+        self._path = places.out / "summary.json"
+        made = json.loads((places.pack / "made.json").read_text())
+        self.phases: list[dict[str, Any]] = []
+        self._data = {"dry": args.dry, "seconds": args.seconds, "pack": made, "phases": self.phases}
+        self._write()
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Another phase."""
+        self.phases.append({"phase": "", "state": "", "seconds": 0, "said": "", **result})
+        self._write()
+        print(self.line(self.phases[-1]), flush=True)
+
+    def line(self, result: dict[str, Any]) -> str:
+        """A phase for the terminal."""
+        return "{phase:<18} {state:<10} {seconds:>6} s  {said}".format(**result)
+
+    def _write(self) -> None:
+        self._path.write_text(json.dumps(self._data, indent=1) + "\n")
+
+
 def main() -> int:
     """Run the phases, group after group; print the summary. 0 if all of them are ok."""
     args = _arguments()
     with tempfile.TemporaryDirectory(prefix="card-") as temporary:
         scratch = args.scratch or Path(temporary)
-        return _run(args, Places(args.pack.resolve(), args.out.resolve(), scratch.resolve()))
+        places = Places(args.pack.resolve(), args.out.resolve(), scratch.resolve())
+        places.out.mkdir(parents=True, exist_ok=True)
+        summary = Summary(args, places)
+        deadline = time.monotonic() + args.seconds
+        for group in phases(dry=args.dry):
+            asked = [phase for phase in group if not args.only or phase.name in args.only]
+            _run(asked, places, deadline, summary)
+    print("\nSUMMARY", *map(summary.line, summary.phases), sep="\n", flush=True)
+    return 0 if all(result["state"] == "ok" for result in summary.phases) else 1
 
 
-def _run(args: argparse.Namespace, places: Places) -> int:
-    pack, out = places.pack, places.out
-    out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + args.seconds
-    results: list[dict[str, Any]] = []
-    _write(out, args, pack, results)
-    groups = phases(dry=args.dry)
-    for group in groups:
-        running = []
-        for phase in group:
-            if args.only and phase.name not in args.only:
-                continue
-            limit = min(phase.limit_s, deadline - time.monotonic() - GRACE_S)
-            if limit < phase.least_s:
-                results.append({"phase": phase.name, "state": "left out", "seconds": 0, "said": ""})
-                continue
-            print(f"{phase.name}: begins, at most {limit:.0f} s", flush=True)
-            try:
-                running.append(Running(phase, places, limit))
-            except OSError as error:
-                state = f"did not start: {error}"
-                results.append({"phase": phase.name, "state": state, "seconds": 0, "said": ""})
-        while running:
-            time.sleep(POLL_S)
-            for each in list(running):
-                result = each.ended()
-                if result is not None:
-                    running.remove(each)
-                    results.append(result)
-                    _print(result)
-                    _write(out, args, pack, results)
-    _write(out, args, pack, results)
-    print("\nSUMMARY", flush=True)
-    for result in results:
-        _print(result)
-    return 0 if all(result["state"] == "ok" for result in results) else 1
+def _run(group: list[Phase], places: Places, deadline: float, summary: Summary) -> None:
+    """Phases side by side, until all of them have ended."""
+    running = []
+    for phase in group:
+        limit = min(phase.limit_s, deadline - time.monotonic() - GRACE_S)
+        if limit < phase.least_s:
+            summary.add({"phase": phase.name, "state": "left out"})
+            continue
+        print(f"{phase.name}: begins, at most {limit:.0f} s", flush=True)
+        try:
+            running.append(Running(phase, places, limit))
+        except OSError as error:
+            summary.add({"phase": phase.name, "state": f"did not start: {error}"})
+    while running:
+        time.sleep(POLL_S)
+        for each in list(running):
+            if result := each.ended():
+                running.remove(each)
+                summary.add(result)
 
 
 def _filled(part: str, places: dict[str, Path]) -> str:
@@ -171,19 +172,6 @@ def _environment(places: Places, phase: Phase) -> dict[str, str]:
         "VLLM_CACHE_ROOT": str(scratch / "caches" / phase.name),
         **phase.environment,
     }
-
-
-def _print(result: dict[str, Any]) -> None:
-    print(
-        f"{result['phase']:<18} {result['state']:<10} {result['seconds']:>6} s  {result['said']}",
-        flush=True,
-    )
-
-
-def _write(out: Path, args: argparse.Namespace, pack: Path, results: list[dict[str, Any]]) -> None:
-    made = json.loads((pack / "made.json").read_text())
-    summary = {"dry": args.dry, "seconds": args.seconds, "pack": made, "phases": results}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:

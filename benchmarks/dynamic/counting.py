@@ -11,7 +11,7 @@ STREAMS = 2  # base and one probe, beside the request itself
 
 def of_request(kind: str, head_share: float) -> tuple[float, float]:
     """The time of a token over that of an unsteered one: by steps, by rows."""
-    if kind == "delta dynamic":
+    if kind in ("delta dynamic", "two steps, three rows"):
         return 2.0, 1.0 + STREAMS
     if kind == "lm dynamic":  # base and probe are rows of the head alone, of the same step
         return 1.0, 1.0 + STREAMS * head_share

@@ -1,4 +1,4 @@
-"""The three figures of dynamic strength, each from legs interleaved A / B / A.
+"""The three figures of dynamic strength, each from interleaved legs, beside what counting predicts.
 
 cost      time of a token over that of as many unsteered requests
 loop      the authors' loop's time of a token over ours
@@ -8,18 +8,18 @@ ordinary  tokens per second of ordinary requests beside dynamic ones, over the s
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
 
-from decode import quantile
-
-from dynamic import counting
-from dynamic.legs import PROMPT_TOKENS, Leg, Prompts, run_leg
-from dynamic.loop import AuthorsLoop, Written
-from dynamic.models import Served
+from benchmarks.dynamic import counting
+from benchmarks.dynamic.counting import STREAMS
+from benchmarks.dynamic.legs import PROMPT_TOKENS, Leg, Prompts, run_leg
+from benchmarks.dynamic.loop import AuthorsLoop, Written
+from benchmarks.dynamic.models import Served
+from benchmarks.rounds import Round, interleave, median, plain_legs, spread
 
 MAXIMUM, TOP_P = 2.0, 0.5
 STRENGTHS: dict[str, Any] = {
@@ -33,7 +33,6 @@ ALONE_GOAL, LOOP_GOAL, ORDINARY_GOAL = "<= 2.4", ">= 10", ">= 1"
 ORDINARY = 16
 LOOP_ROUNDS = 3
 MARGIN = 1e-2  # below that the rounding of a float32 forward pass may choose the other token
-STREAMS = 1 + counting.STREAMS
 
 
 @dataclass
@@ -51,9 +50,18 @@ class Bench:
         """A batch with new prompts."""
         return run_leg(self.llm, self.prompts.next_leg(), steers, self.tokens, counted=counted)
 
-    def line(self, figure: str, what: str, requests: int, **numbers: Any) -> dict[str, Any]:
+    def line(
+        self, figure: str, what: str, requests: int, ratios: Sequence[float], **numbers: Any
+    ) -> dict[str, Any]:
         """One line of the result."""
-        return {"model": self.name, "figure": figure, "what": what, "requests": requests, **numbers}
+        head = {"model": self.name, "figure": figure, "what": what, "requests": requests}
+        ratios = list(ratios)
+        return head | numbers | spread("ratio", ratios) | {"ratios": ratios, "rounds": len(ratios)}
+
+
+def token_ms(leg: Leg) -> float:
+    """The figure that is compared."""
+    return leg.token_ms
 
 
 def cost(bench: Bench, requests: int) -> Iterator[dict[str, Any]]:
@@ -62,27 +70,26 @@ def cost(bench: Bench, requests: int) -> Iterator[dict[str, Any]]:
     The floor is the time of a step of ``requests`` rows and one of twice as many, both unsteered.
     """
     batches = {kind: [steer] * requests for kind, steer in STRENGTHS.items()}
-    batches[FLOOR] = [None] * (counting.STREAMS * requests)
+    batches[FLOOR] = [None] * (STREAMS * requests)
     legs = {kind: partial(bench.leg, steers) for kind, steers in batches.items()}
-    unsteered, others = interleaved(lambda: bench.leg([None] * requests), legs, bench.rounds)
-    beside = {kind: [mean for mean, _ in pairs] for kind, pairs in others.items()}
-    times = {kind: [leg.token_ms for _, leg in pairs] for kind, pairs in others.items()}
-    times[FLOOR] = [a + b for a, b in zip(beside[FLOOR], times[FLOOR], strict=True)]
-    floors = _ratios(times[FLOOR], beside[FLOOR])
-    for kind, own in times.items():
-        ratios = _ratios(own, beside[kind])
-        over_floor = _ratios(ratios, floors) if kind == "delta dynamic" else None
-        counted_as = "delta dynamic" if kind == FLOOR else kind
+    found = interleave(partial(bench.leg, [None] * requests), legs, bench.rounds)
+    floors = [1 + one.ratio(token_ms) for one in found[FLOOR]]
+    for kind, rounds in found.items():
+        own, ratios = _own(rounds), [one.ratio(token_ms) for one in rounds]
+        if kind == FLOOR:
+            own, ratios = [one.plain(token_ms) + token_ms(one.other) for one in rounds], floors
+        delta = kind == "delta dynamic"
+        over_floor = [ratio / floor for ratio, floor in zip(ratios, floors, strict=True)]
         yield bench.line(
             "cost",
             kind,
             requests,
-            a_ms=statistics.median(unsteered),
-            b_ms=statistics.median(own),
-            **_spread(ratios),
-            predicted=list(counting.of_request(counted_as, bench.served.head_share)),
-            over_floor=statistics.median(over_floor) if over_floor else None,
-            goal=ALONE_GOAL if kind == "delta dynamic" and requests == 1 else None,
+            ratios,
+            a_ms=median([leg.token_ms for leg in plain_legs(rounds)]),
+            b_ms=median(own),
+            predicted=counting.of_request(kind, bench.served.head_share),
+            over_floor=median(over_floor) if delta else None,
+            goal=ALONE_GOAL if delta and requests == 1 else None,
         )
 
 
@@ -93,27 +100,25 @@ def loop(bench: Bench, requests: int, loop_requests: int) -> dict[str, Any]:
     many it does one after the other. What it writes has to be what the engine wrote.
     """
     authors = AuthorsLoop(bench.served.folder, bench.served.delta, maximum=MAXIMUM, top_p=TOP_P)
+    asked = [DYNAMIC] * requests
     authors.write(bench.prompts[0], 2)
-    bench.leg([DYNAMIC] * requests)
-    theirs, ours, ratios, same = [], [], [], []
+    bench.leg(asked)
+    theirs, ours, same = [], [], []
     for _ in range(min(bench.rounds, LOOP_ROUNDS)):
-        before = bench.leg([DYNAMIC] * requests)
-        start = perf_counter()
+        before, start = bench.leg(asked), perf_counter()
         written = [authors.write(bench.prompts[row], bench.tokens) for row in range(loop_requests)]
         theirs.append((perf_counter() - start) * 1e3 / (loop_requests * bench.tokens))
         same += [same_share(*pair) for pair in zip(before.tokens, written, strict=False)]
-        after = bench.leg([DYNAMIC] * requests)
-        seconds = (before.seconds + after.seconds) / 2
+        seconds = (before.seconds + bench.leg(asked).seconds) / 2
         ours.append(seconds * 1e3 / (requests * bench.tokens))
-        ratios.append(theirs[-1] / ours[-1])
     return bench.line(
         "loop",
         "authors' loop over ours",
         requests,
-        a_ms=statistics.median(theirs),
-        b_ms=statistics.median(ours),
-        **_spread(ratios),
-        predicted=list(counting.of_loop(requests, PROMPT_TOKENS, bench.tokens)),
+        [a / b for a, b in zip(theirs, ours, strict=True)],
+        a_ms=median(theirs),
+        b_ms=median(ours),
+        predicted=counting.of_loop(requests, PROMPT_TOKENS, bench.tokens),
         loop_requests=loop_requests,
         equal_tokens=statistics.mean(same),
         goal=LOOP_GOAL if requests > 1 else None,
@@ -122,23 +127,18 @@ def loop(bench: Bench, requests: int, loop_requests: int) -> dict[str, Any]:
 
 def ordinary(bench: Bench, dynamic: int) -> dict[str, Any]:
     """``ORDINARY`` ordinary requests beside ``dynamic`` ones, and beside as many streams."""
-    beside_ordinary = [None] * (ORDINARY + STREAMS * dynamic)
+    beside_ordinary = [None] * (ORDINARY + (1 + STREAMS) * dynamic)
     beside_dynamic = [None] * ORDINARY + [DYNAMIC] * dynamic
-    unsteered, others = interleaved(
-        lambda: bench.leg(beside_ordinary, counted=ORDINARY),
-        {"dynamic": lambda: bench.leg(beside_dynamic, counted=ORDINARY)},
-        bench.rounds,
-    )
-    means, legs = zip(*others["dynamic"], strict=True)
-    own = [leg.token_ms for leg in legs]
+    legs = [partial(bench.leg, asked, ORDINARY) for asked in (beside_ordinary, beside_dynamic)]
+    rounds = interleave(legs[0], {"dynamic": legs[1]}, bench.rounds)["dynamic"]
     return bench.line(
         "ordinary",
         f"{ORDINARY} beside {dynamic} dynamic",
         ORDINARY,
-        a_ms=statistics.median(unsteered),
-        b_ms=statistics.median(own),
-        **_spread(_ratios(means, own)),
-        predicted=list(counting.of_ordinary(ORDINARY, dynamic)),
+        [1 / one.ratio(token_ms) for one in rounds],
+        a_ms=median([leg.token_ms for leg in plain_legs(rounds)]),
+        b_ms=median(_own(rounds)),
+        predicted=counting.of_ordinary(ORDINARY, dynamic),
         goal=ORDINARY_GOAL,
     )
 
@@ -158,22 +158,6 @@ def check_steered(bench: Bench) -> None:
             sys.exit(f"{bench.name}: {kind} changed nothing")
 
 
-def interleaved(
-    plain: Callable[[], Leg], others: Mapping[str, Callable[[], Leg]], rounds: int
-) -> tuple[list[float], dict[str, list[tuple[float, Leg]]]]:
-    """The times of the plain legs, and by kind its legs with the mean of the plain ones around."""
-    for warm_up in (plain, *others.values()):
-        warm_up()
-    times = [plain().token_ms]
-    found: dict[str, list[tuple[float, Leg]]] = {kind: [] for kind in others}
-    for _ in range(rounds):
-        for kind, other in others.items():
-            leg = other()
-            times.append(plain().token_ms)
-            found[kind].append(((times[-2] + times[-1]) / 2, leg))
-    return times, found
-
-
 def same_share(engine: Sequence[int], loop: Written) -> float:
     """The share of a text before the two part; they may where two tokens are as likely."""
     for step, (mine, theirs) in enumerate(zip(engine, loop.tokens, strict=True)):
@@ -184,16 +168,5 @@ def same_share(engine: Sequence[int], loop: Written) -> float:
     return 1.0
 
 
-def _ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(first, second, strict=True)]
-
-
-def _spread(ratios: Sequence[float]) -> dict[str, Any]:
-    low, middle, high = (quantile(sorted(ratios), share) for share in (0.2, 0.5, 0.8))
-    return {
-        "ratio": middle,
-        "ratio_p20": low,
-        "ratio_p80": high,
-        "ratios": list(ratios),
-        "rounds": len(ratios),
-    }
+def _own(rounds: Sequence[Round[Leg]]) -> list[float]:
+    return [token_ms(one.other) for one in rounds]

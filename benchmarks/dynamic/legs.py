@@ -8,11 +8,13 @@ the median over its tokens but the first and last ones.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
+
+from benchmarks.engines import greedy
 
 PROMPT_TOKENS = 32
 LEAD_TOKENS = 4
@@ -35,20 +37,15 @@ class Prompts:
 
     vocab_size: int
     leg: int = 0
-    _drawn: dict[int, list[int]] = field(default_factory=dict)
 
     def next_leg(self) -> "Prompts":
         """From here on each request has another prompt."""
         self.leg += 1
-        self._drawn.clear()
         return self
 
     def __getitem__(self, row: int) -> list[int]:
-        if row not in self._drawn:
-            generator = torch.Generator().manual_seed(1000 * self.leg + row)
-            ids = torch.randint(3, self.vocab_size, (PROMPT_TOKENS,), generator=generator)
-            self._drawn[row] = ids.tolist()
-        return self._drawn[row]
+        generator = torch.Generator().manual_seed(1000 * self.leg + row)
+        return torch.randint(3, self.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
 
 
 def run_leg(
@@ -57,14 +54,17 @@ def run_leg(
     """Serve one batch, a request per entry of ``steers`` (None: no steer), until the first
     ``counted`` of them have written ``tokens`` tokens; the others are then ended.
     """
+    from vllm.sampling_params import RequestOutputKind
+
     engine = llm.llm_engine
     counted = len(steers) if counted is None else counted
     written: list[list[int]] = [[] for _ in steers]
     arrivals: list[float] = []
+    given = [{"prompt_token_ids": prompts[row]} for row in range(len(steers))]
     start = perf_counter()
     for row, steer in enumerate(steers):
-        prompt = {"prompt_token_ids": prompts[row]}
-        engine.add_request(str(row), prompt, _params(tokens, steer))
+        params = greedy(tokens, steer, output_kind=RequestOutputKind.DELTA)
+        engine.add_request(str(row), given[row], params)
     running = set(range(counted))
     while running:
         outputs = engine.step()
@@ -89,17 +89,3 @@ def token_time_ms(arrivals: Sequence[float]) -> float:
     kept = arrivals[LEAD_TOKENS : len(arrivals) - TAIL_TOKENS]
     pairs = zip(kept, kept[2:], strict=False)
     return statistics.median((later - earlier) / 2 for earlier, later in pairs) * 1e3
-
-
-def _params(tokens: int, steer: Steer) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=0,
-        max_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        extra_args={"steer": steer} if steer else None,
-    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.dummy_model import llama, random_lm_steer, steer_config, write_checkpoint
 from vllm_steer import DeltaSteer, LMSteer, load_steer, save_steer
 
 SIZES = {  # hidden, inner, layers, heads, vocabulary
@@ -38,75 +39,37 @@ class Served:
 
 def write_served(name: str, folder: Path, *, steps: int) -> Served:
     """Write what is served, a delta of ``steps`` steps included."""
+    from transformers import AutoConfig
+
     folder.mkdir(parents=True)
-    model = _embedded() if name == "embedded" else _write_random(SIZES[name], folder / "model")
-    shape = _shape(model)
-    delta, lm = _own_steers(steps) if name == "embedded" else _random_steers(shape, steps)
+    model, delta, lm = _embedded(steps) if name == "embedded" else _random(name, folder, steps)
     paths = {"delta": folder / "delta.safetensors", "lm": folder / "lm.safetensors"}
     save_steer(delta, paths["delta"])
     save_steer(lm, paths["lm"])
-    config = {"steers": {steer: {"path": str(path)} for steer, path in paths.items()}}
+    shape = AutoConfig.from_pretrained(model)
     head = shape.vocab_size * shape.hidden_size
     width = shape.num_attention_heads * shape.head_dim
     layer = shape.hidden_size * (4 * width + 3 * shape.intermediate_size)
     share = head / (head + shape.num_hidden_layers * layer)
+    config = steer_config(paths, max(lm.rank, 1))
     return Served(model, config, delta, shape.vocab_size, share)
 
 
-def _embedded() -> Path:
-    from vllm_steer.embedded import MODEL
-
-    return MODEL
-
-
-def _shape(model: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model)
-
-
-def _write_random(sizes: tuple[int, ...], folder: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, inner, layers, heads, vocab = sizes
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=hidden // heads,
-        vocab_size=vocab,
-        max_position_embeddings=1024,
-        initializer_range=hidden**-0.5,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    model = LlamaForCausalLM(config)
-    model.model.norm.weight.data.fill_(LOGITS_STD)
-    model.save_pretrained(folder)
-    return folder
-
-
-def _own_steers(steps: int) -> tuple[DeltaSteer, LMSteer]:
-    from vllm_steer.embedded import STEERS
+def _embedded(steps: int) -> tuple[Path, DeltaSteer, LMSteer]:
+    from vllm_steer.embedded import MODEL, STEERS
 
     delta = load_steer(STEERS / "french-delta.safetensors")
     lm = load_steer(STEERS / "sentiment.safetensors")
     assert isinstance(delta, DeltaSteer) and isinstance(lm, LMSteer)
     rows = torch.arange(steps) % delta.steps
-    return DeltaSteer(delta=delta.delta[rows], layers=delta.layers, site=delta.site), lm
+    return MODEL, DeltaSteer(delta=delta.delta[rows], layers=delta.layers, site=delta.site), lm
 
 
-def _random_steers(shape: Any, steps: int) -> tuple[DeltaSteer, LMSteer]:
+def _random(name: str, folder: Path, steps: int) -> tuple[Path, DeltaSteer, LMSteer]:
+    hidden, _, layers, _, _ = SIZES[name]
+    shape = llama(*SIZES[name], initializer_range=hidden**-0.5, bos_token_id=0, eos_token_id=1)
+    model = write_checkpoint(shape, folder / "model", torch.float32, norm=LOGITS_STD)
     generator = torch.Generator().manual_seed(1)
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    rank = min(1000, hidden)
-    delta = torch.randn(steps, layers, hidden, generator=generator)
-    first, second = torch.randn(2, 1, hidden, rank, generator=generator) * (rank * hidden) ** -0.25
-    lm = LMSteer(
-        variant="multiply", epsilon=0.2, hidden_size=hidden, projector1=first, projector2=second
-    )
-    return DeltaSteer(delta=delta * 0.2, layers=tuple(range(layers)), site="heads"), lm
+    delta = torch.randn(steps, layers, hidden, generator=generator) * 0.2
+    lm = random_lm_steer(hidden, min(1000, hidden), 0.2, generator)
+    return model, DeltaSteer(delta=delta, layers=tuple(range(layers)), site="heads"), lm

@@ -1,4 +1,5 @@
-"""The operations that steer, one by one: cases, forms and baselines, floors, and their measuring.
+"""The operations that steer, one by one: their cases, forms and baselines, and their measuring.
 
-``lm_steer`` and ``guidance`` and ``token_map`` run on the device, ``routing`` on the host.
+A case is a batch or a step: it makes sets of inputs, knows its floor, and has a piece of work for
+each form.
 """

@@ -1,91 +1,135 @@
-"""LM-Steer on the device: every form on every case."""
+"""LM-Steer: the change of a batch's rows of hidden states, under one steer each."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
-from operations.lm_steer_cases import LMSteerCase
-from operations.lm_steer_forms import FORMS, Form
-from operations.lm_steer_inputs import (
-    Inputs,
-    batch,
-    exact,
-    input_sets,
-    make_bank,
-    slots_for,
-)
-from operations.measure import NO_TIME, Bench, Tensors, Work, form_line, relative_error
-from operations.vllm_lora import forget_weights
-from vllm_steer.bank import Shelf
-from vllm_steer.serving.pairs import Uses, steered_rows
-
-NOTHING = "no row is steered: nothing is launched"
+from benchmarks.floors import lm_steer_bytes, weight_elements
+from benchmarks.operations.lm_steer_forms import FORMS, VARIANTS, auto
+from benchmarks.operations.measure import Bench, Case, Tensors, Work, relative_error, sets_for
+from vllm_steer.bank import HeadTable
+from vllm_steer.doses import Dose
+from vllm_steer.kernels.lm_steer import Dense, LowRank, Slot, SteeredRows, SteerWeights
+from vllm_steer.serving.row_slots import RequestSlots, steered_rows
+from vllm_steer.serving.step import BatchRows, SteeredRequest
 
 
-def run(
-    cases: list[LMSteerCase], bench: Bench, forms: Mapping[str, Form] = FORMS
-) -> Iterator[dict[str, Any]]:
-    """A line per case and form; cases with the same steers share one bank."""
-    for (width, ranks), group in groupby(cases, key=lambda case: (case.width, case.ranks)):
-        mine, shelf = list(group), None
-        for case in mine:
-            if shelf is None and not bench.out_of_time:
-                slots = slots_for(mine, bench.dtype.itemsize, bench.reach)
-                shelf = make_bank(width, ranks, slots, bench.dtype, bench.device)
-            yield from _case_lines(case, shelf, bench, forms)
+@dataclass(frozen=True)
+class LMSteerCase(Case):
+    """``rows`` rows take ``distinct`` steers of ``rank`` in turn, each at a strength of its own."""
+
+    width: int
+    rank: int
+    rows: int
+    distinct: int
+    section = "lm_steer"
+    case = "grid"  # older results have others
+
+    @property
+    def dense(self) -> bool:
+        """Whether the bank keeps the products of the factors, which are smaller."""
+        return self.width < 2 * self.rank
+
+    @property
+    def flops(self) -> int:
+        """A product and a sum per row and number of its steer."""
+        return 2 * self.rows * weight_elements(self.width, self.rank)
+
+    def floor_bytes(self, itemsize: int) -> int:
+        """Each steer's weights once, each row in and out."""
+        return lm_steer_bytes(**vars(self), itemsize=itemsize)
+
+    def sets(self, bench: Bench) -> list["Inputs"]:
+        """Sets that take different slots of one bank and different rows."""
+        count = sets_for(self.floor_bytes(bench.dtype.itemsize), bench.reach)
+        shelf = make_bank(self, count * self.distinct, bench.dtype, bench.device)
+        generator = torch.Generator(bench.device).manual_seed(1)
+        like = {"dtype": bench.dtype, "device": bench.device, "generator": generator}
+        return [
+            Inputs(
+                self,
+                torch.randn(self.rows, self.width, **like),
+                shelf.weights,
+                batch(self, shelf, nth * self.distinct),
+            )
+            for nth in range(count)
+        ]
+
+    def work(self, form: str, inputs: "Inputs") -> Work:
+        """One of ``FORMS``, a variant of ours in Triton, or ``auto``."""
+        call = (FORMS | VARIANTS | {"auto": auto})[form](inputs)
+        touched = torch.ones(self.rows, dtype=torch.bool, device=inputs.x.device)
+
+        def check(results: Tensors) -> float:
+            return relative_error(results[0], inputs.exact, inputs.x, touched)
+
+        return Work(lambda: (call(),), check)
 
 
-def _case_lines(
-    case: LMSteerCase, shelf: Shelf | None, bench: Bench, forms: Mapping[str, Form]
-) -> Iterator[dict[str, Any]]:
-    head = _columns(case) | {"dtype": str(bench.dtype).removeprefix("torch.")}
-    if shelf is None or bench.out_of_time:
-        yield from (head | {"form": name, "skipped": NO_TIME} for name in forms)
-        return
-    if not any(case.steers):
-        rows, requests = batch(case)
-        assert steered_rows(rows, Uses(shelf, requests)) is None
-        yield head | {"form": "all", "skipped": NOTHING}
-        return
-    sets = list(input_sets(case, shelf, bench))
-    size = {"floor_bytes": case.floor_bytes(bench.dtype.itemsize), "flops": case.flops}
-    for name, form in forms.items():
-        works = partial(_works, form, sets)
-        found = form_line(bench, works, **size, matrix=True, repeatable=form.repeatable)
-        forget_weights()
-        if form.beside is not None and "us" in found:
-            found["same_bits"] = torch.equal(form.prepare(sets[0])(), form.beside(sets[0])())
-        yield head | {"form": name} | found
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """One set: a batch's rows, and which of them take which slot of the tables."""
+
+    case: LMSteerCase
+    x: torch.Tensor
+    tables: SteerWeights
+    steered: SteeredRows
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """The result in float64: ``x[b] + scale * (x[b] P1) P2^T``; see ``kernels/lm_steer``."""
+        total = self.x.double()
+        for slot, start, end in self.steered.groups:
+            rows = torch.from_numpy(self.steered.rows[start:end]).to(self.x.device)
+            scales = torch.from_numpy(self.steered.scales[start:end]).to(self.x.device).double()
+            scaled = self.x[rows].double() * scales[:, None]
+            total.index_add_(0, rows, _change(scaled, self.tables, self.tables.slots[slot]))
+        return total
 
 
-def _works(form: Form, sets: list[Inputs]) -> list[Work]:
-    return [_work(form, form.inputs(inputs)) for inputs in sets]
+def make_bank(case: LMSteerCase, slots: int, dtype: torch.dtype, device: torch.device) -> HeadTable:
+    """Random steers, kept as the engine's bank keeps them; a change is about as long as its row."""
+    rank, width, dense = case.rank, case.width, case.dense
+    generator = torch.Generator(device).manual_seed(0)
+
+    def table(scale: float, *shape: int) -> torch.Tensor:
+        made = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        return made.mul_(scale)
+
+    kinds: list[Slot] = [
+        Dense(slot, None, 1.0)
+        if dense
+        else LowRank(slot * rank, (slot + 1) * rank, (slot + 1) * rank, 1.0)
+        for slot in range(slots)
+    ]
+    total, scale = 0 if dense else slots * rank, (rank * width) ** -0.25
+    tables = SteerWeights(
+        tuple(kinds),
+        shrink=table(scale, total, width),
+        expand=table(scale, total, width),
+        dense=table(width**-0.5, slots if dense else 0, width, width),
+        vectors=table(1.0, 0, width),
+    )
+    return HeadTable({f"s{slot}": slot for slot in range(slots)}, tables)
 
 
-def _work(form: Form, inputs: Inputs) -> Work:
-    call = form.prepare(inputs)
-    touched = torch.zeros(inputs.case.rows, dtype=torch.bool)
-    touched[torch.from_numpy(inputs.steered.rows)] = True
-    return Work(lambda: (call(),), partial(_check, inputs, touched.to(inputs.device)))
+def batch(case: LMSteerCase, shelf: HeadTable, offset: int = 0) -> SteeredRows:
+    """The batch as the engine sees it: one request per row."""
+    rows = BatchRows([f"r{row}" for row in range(case.rows)], np.ones(case.rows, dtype=np.int64))
+    requests = {}
+    for row in range(case.rows):
+        dose = Dose(f"s{offset + row % case.distinct}", 0.5 + row % 7 / 8)
+        requests[f"r{row}"] = SteeredRequest((dose,), 1)
+    pairs = steered_rows(rows, RequestSlots(shelf, requests))
+    assert pairs is not None
+    return pairs
 
 
-def _check(inputs: Inputs, touched: torch.Tensor, results: Tensors) -> float:
-    wanted = exact(inputs.x, inputs.tables, inputs.steered)
-    return relative_error(results[0], wanted, inputs.x, touched)
-
-
-def _columns(case: LMSteerCase) -> dict[str, Any]:
-    return {
-        "section": "lm_steer",
-        "case": case.name,
-        "width": case.width,
-        "rank": max(case.ranks),
-        "stored": "dense" if case.dense else "factors",
-        "rows": case.rows,
-        "distinct": len({steer for row in case.steers for steer in row}),
-        "per_row": case.per_row,
-        "share": case.share,
-    }
+def _change(scaled: torch.Tensor, tables: SteerWeights, slot: Slot) -> torch.Tensor:
+    if isinstance(slot, LowRank):
+        ranks = slice(slot.start, slot.end)
+        return scaled @ tables.shrink[ranks].double().T @ tables.expand[ranks].double()
+    assert isinstance(slot, Dense)
+    return scaled @ tables.dense[slot.free].double().T

@@ -1,15 +1,20 @@
 """One form on one case: equal first, then timed, then seen to have done the same while timed."""
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
-import timing
 import torch
 
+from benchmarks.operations import timing
+from benchmarks.rounds import spread
+from vllm_steer.kernels.dispatch import KernelError
+
 Tensors = tuple[torch.Tensor, ...]
+Line = dict[str, Any]
 
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 SETS = 256
@@ -47,10 +52,10 @@ class Bench:
 
     device: torch.device
     dtype: torch.dtype
-    repeats: int
-    reach: int
-    bandwidth: float
-    matmul: float
+    repeats: int = 1
+    reach: int = 0
+    bandwidth: float = math.inf
+    matmul: float = math.inf
     until: float = math.inf
 
     @property
@@ -59,33 +64,57 @@ class Bench:
         return monotonic() >= self.until
 
 
-def form_line(
-    bench: Bench,
-    works: Callable[[], Sequence[Work]],
-    *,
-    floor_bytes: int,
-    flops: int,
-    matrix: bool,
-    repeatable: bool = True,
-) -> dict[str, Any]:
-    """A form's columns of a line: times and what they mean, or the reason why there are none.
+class Case(ABC):
+    """A case of an operation, a dataclass of its sizes.
 
-    ``matrix``: the operation is one of matrix products. ``repeatable``: the same inputs give the
-    same bits.
+    ``flops`` are the operations of its matrix products, 0 without any.
     """
-    line: dict[str, Any] = {"floor_bytes": floor_bytes, "flops": flops}
-    if bench.out_of_time:
-        return line | {"skipped": NO_TIME}
+
+    section: ClassVar[str]
+    case: str
+    flops: int | property = 0
+
+    @property
+    def columns(self) -> Line:
+        """What names it in a line of the result."""
+        return {"section": self.section, "case": self.case, **vars(self)}
+
+    @abstractmethod
+    def floor_bytes(self, itemsize: int) -> int:
+        """The fewest bytes of one call."""
+
+    @abstractmethod
+    def sets(self, bench: Bench) -> list[Any]:
+        """Sets of inputs, together beyond the cache."""
+
+    @abstractmethod
+    def work(self, form: str, inputs: Any) -> Work:
+        """A form on one of them."""
+
+
+def lines(case: Case, forms: Sequence[str], bench: Bench) -> Iterator[Line]:
+    """A line per form: times and what they mean, or the reason why there are none."""
+    sets = [] if bench.out_of_time else case.sets(bench)
+    head = {**case.columns, "dtype": str(bench.dtype).removeprefix("torch.")}
+    for form in forms:
+        found = {"skipped": NO_TIME}
+        if not bench.out_of_time:
+            found = _form_line(case, form, sets, bench)
+        yield {**head, "form": form, **found}
+
+
+def _form_line(case: Case, form: str, sets: Sequence[Any], bench: Bench) -> Line:
     try:
-        line |= measure(works(), bench, repeatable=repeatable)
+        found = measure([case.work(form, inputs) for inputs in sets], bench)
     except Skipped as reason:
-        return line | {"skipped": str(reason)}
+        return {"skipped": str(reason)}
     except Exception as error:  # a form that fails must not cost the results of the others
-        return line | {"failed": f"{type(error).__name__}: {error}"}
-    return line | against_floor(line["us"], floor_bytes, flops, bench, matrix=matrix)
+        return {"failed": f"{type(error).__name__}: {error}"}
+    floor = case.floor_bytes(bench.dtype.itemsize)
+    return found | against_floor(found["us"], floor, case.flops, bench)
 
 
-def measure(works: Sequence[Work], bench: Bench, *, repeatable: bool) -> dict[str, Any]:
+def measure(works: Sequence[Work], bench: Bench) -> Line:
     """Times in microseconds: ``us`` by graph replay on CUDA, by the clock elsewhere. On CUDA beside
     it launches from Python, the device waited for (``eager_us``) or not (``host_us``: what a call
     costs the host).
@@ -94,56 +123,52 @@ def measure(works: Sequence[Work], bench: Bench, *, repeatable: bool) -> dict[st
     error = max(work.check(found) for work, found in zip(works, expected, strict=True))
 
     def confirm(results: Sequence[Tensors]) -> None:
-        for work, found, wanted in zip(works, results, expected, strict=True):
-            if repeatable:
-                same = all(map(torch.equal, found, wanted))
-                assert same, "the timed result is not the one that was checked"
-            else:
-                work.check(found)
+        for found, wanted in zip(results, expected, strict=True):
+            same = all(map(torch.equal, found, wanted))
+            assert same, "the timed result is not the one that was checked"
 
+    line: Line = {"error": float(f"{error:.2g}"), "sets": len(works), "samples": bench.repeats}
     calls = [work.run for work in works]
     eager = timing.launched(calls, bench.repeats, bench.device)
     confirm([_fresh(work) for work in works])
-    line = {"error": float(f"{error:.2g}"), "sets": len(works), "samples": bench.repeats}
     if bench.device.type != "cuda":
-        return line | {"method": "clock", **_columns("us", eager)}
-    host = timing.issued(calls, bench.repeats, bench.device)
+        return line | spread("us", eager)
+    line |= spread("eager_us", eager) | spread("host_us", timing.issued(calls, bench.repeats))
     graph, results = timing.capture(calls)
-    replayed = timing.replayed(graph, len(works), bench.repeats)
+    line |= spread("us", timing.replayed(graph, len(works), bench.repeats))
     _replay(graph, works, results)
     confirm(results)
-    times = {"us": replayed, "eager_us": eager, "host_us": host}
-    line |= {"method": "graph"}
-    for name, found in times.items():
-        line |= _columns(name, found)
     return line
 
 
-def against_floor(
-    us: float, floor_bytes: int, flops: int, bench: Bench, *, matrix: bool
-) -> dict[str, Any]:
-    """What a time means: the floor is the longer of moving the bytes and, for a ``matrix``
-    operation, of multiplying.
-    """
-    moving = 1e6 * floor_bytes / bench.bandwidth
-    multiplying = 1e6 * flops / bench.matmul if matrix else 0.0
+def against_floor(us: float, floor_bytes: int, flops: int, bench: Bench) -> Line:
+    """What a time means: the floor is the longer of moving the bytes and of multiplying."""
+    moving, multiplying = 1e6 * floor_bytes / bench.bandwidth, 1e6 * flops / bench.matmul
     floor = max(moving, multiplying)
     return {
+        "floor_bytes": floor_bytes,
+        "flops": flops,
         "floor_us": round(floor, 3),
         "bound": "memory" if moving >= multiplying else "arithmetic",
         "share_of_floor": round(floor / us, 4),
-        "tb_per_s": round(floor_bytes / us * 1e-6, 4),
-        "tflops": round(flops / us * 1e-6, 4),
     }
 
 
-def sets_for(set_bytes: int, reach: int, *, most: int = SETS) -> int:
+def ours(find: Callable[..., Any], kernels: str, device: torch.device, **options: Any) -> Any:
+    """A form from the dispatch: ``torch``, ``triton`` or, as an engine has it, ``auto``."""
+    if kernels == "triton" and device.type != "cuda":
+        raise Skipped(f"the device is {device.type}: an interpreter's time is no kernel's time")
+    try:
+        return find(kernels, device, **options)
+    except KernelError as error:
+        raise Skipped(str(error)) from None
+
+
+def sets_for(set_bytes: int, reach: int) -> int:
     """Sets of inputs that together fill ``reach`` bytes: one if it does so alone, else two or
-    more, and never more than ``most``.
+    more, and never more than ``SETS``.
     """
-    if set_bytes >= reach:
-        return 1
-    return max(1, min(most, max(2, -(-reach // set_bytes))))
+    return 1 if set_bytes >= reach else min(SETS, max(2, -(-reach // set_bytes)))
 
 
 def relative_error(
@@ -155,8 +180,6 @@ def relative_error(
     assert torch.equal(found[~touched], before[~touched]), "a row without a steer was changed"
     changed = (found[touched] != before[touched]).any(1).all()
     assert changed, "a steered row was not changed"
-    if not touched.any():
-        return 0.0
     distance = (found[touched].double() - wanted[touched]).norm()
     error = float(distance / wanted[touched].norm())
     assert error <= LARGEST_ERROR[found.dtype], f"relative error {error:.2g} in {found.dtype}"
@@ -176,8 +199,3 @@ def _replay(graph: Any, works: Sequence[Work], results: Sequence[Tensors]) -> No
     for work in works:
         work.restore()
     graph.replay()
-
-
-def _columns(name: str, times: timing.Times) -> dict[str, float]:
-    found = {"": times.median, "_p20": times.p20, "_p80": times.p80}
-    return {f"{name}{suffix}": round(us, 3) for suffix, us in found.items()}

@@ -1,146 +1,105 @@
 """The map of a step's tokens to what they take, made once per step for all layers of a site."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache
 
-import numpy as np
 import torch
 
-from operations.floors import token_map_bytes
-from operations.lm_steer_forms import no_triton
-from operations.measure import Bench, Skipped, Tensors, Work, form_line, sets_for
-from vllm_steer.kernels.dispatch import KernelError, guidance_form
-from vllm_steer.kernels.guidance import Rules, TokenMap
+from benchmarks.floors import token_map_bytes
+from benchmarks.operations.measure import Bench, Case, Tensors, Work, ours, sets_for
+from vllm_steer.kernels.dispatch import guidance_backend
+from vllm_steer.kernels.guidance import TokenMap, TokenRules, reference
 
 FORMS = ("triton", "torch")
 STEPS = 64
-FAR = np.iinfo(np.int64).max
+FAR = torch.iinfo(torch.int64).max
+Step = tuple[TokenRules, torch.Tensor, torch.Tensor]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class MapCase:
-    """``tokens`` in all, as many for each of the ``requests``; all of these take ``doses``."""
+class MapCase(Case):
+    """``rows`` tokens in all, as many for each of the ``requests``; all of these take ``doses``."""
 
-    name: str
-    tokens: int
+    case: str
+    rows: int
     requests: int
     layers: int
     doses: int
+    section = "map"
 
-    def floor_bytes(self) -> int:
+    def floor_bytes(self, itemsize: int) -> int:
         """The fewest bytes of one map."""
-        return token_map_bytes(
-            tokens=self.tokens, requests=self.requests, layers=self.layers, doses=self.doses
+        size = {"requests": self.requests, "layers": self.layers, "doses": self.doses}
+        return token_map_bytes(tokens=self.rows, **size)
+
+    def sets(self, bench: Bench) -> list[Step]:
+        """The same step, in other memory."""
+        count = sets_for(self.floor_bytes(0), bench.reach)
+        return [self.step(bench.device) for _ in range(count)]
+
+    def step(self, device: torch.device) -> Step:
+        """The rules, each request's first token, and each token's position: from 0 on in a prefill,
+        that of the fourth token of the generation in a decode step.
+
+        Rules of three kinds in turn: a vector for all tokens, one for the generation only, a delta
+        of ``STEPS`` steps that falls to zero. Requests have prompts of 32 tokens.
+        """
+        doses, requests = torch.arange(self.doses)[:, None], torch.arange(self.requests)
+        kind = (doses + requests) % 3
+        delta = kind == 2
+        on_layer = torch.arange(self.layers)[:, None, None] % 2 == kind % 2
+        rules = {
+            "direction_start": 1 + kind,
+            "direction_stride": delta.long(),
+            "step0_position": torch.where(delta, 31, 0),
+            "begin": torch.tensor([0, 32, 31])[kind],
+            "end": torch.where(delta, 31 + STEPS, FAR),
+            "strength": 0.5 + kind.float(),
+            "slope": torch.where(delta, 1 / STEPS, 0.0),
+            "pool_offset": torch.full_like(kind, -1),
+            "layers": on_layer.float(),
+            "strength_pool": torch.zeros(1),
+        }
+        each = self.rows // self.requests
+        starts = torch.arange(0, self.rows + 1, each, dtype=torch.int32, device=device)
+        positions = torch.arange(self.rows, device=device) % each + (35 if each == 1 else 0)
+        return TokenRules(**{key: on.to(device) for key, on in rules.items()}), starts, positions
+
+    def empty_map(self, device: torch.device) -> TokenMap:
+        """Room for the results."""
+        return TokenMap(
+            torch.zeros(self.doses, self.rows, dtype=torch.int32, device=device),
+            torch.zeros(self.layers, self.doses, self.rows, device=device),
         )
 
+    def work(self, form: str, step: Step) -> Work:
+        """Ours."""
+        device = step[-1].device
+        module, out = ours(guidance_backend, form, device), self.empty_map(device)
 
-def run(
-    cases: Sequence[MapCase], bench: Bench, forms: Sequence[str] = FORMS
-) -> Iterator[dict[str, Any]]:
-    """A line per case and form."""
-    for case in cases:
-        floor = case.floor_bytes()
-        for form in forms:
-            works = partial(_works, form, case, bench)
-            found = form_line(bench, works, floor_bytes=floor, flops=0, matrix=False)
-            yield _columns(case) | {"form": form} | found
+        def call() -> Tensors:
+            module.map_tokens(*step, out)
+            return out.directions, out.strengths
 
+        def check(results: Tensors) -> float:
+            directions, strengths = (result.cpu() for result in results)
+            wanted = written_out(self)
+            assert torch.equal(directions, wanted.directions), "another direction than it takes"
+            error = float((strengths - wanted.strengths).abs().max())
+            assert error <= 1e-5, f"a strength is wrong by {error:.2g}"
+            return error
 
-def host_rules(case: MapCase) -> dict[str, np.ndarray]:
-    """Rules of three kinds in turn: a vector for all tokens, one for the generation only, a delta
-    of ``STEPS`` steps that falls to zero. Requests have prompts of 32 tokens.
-    """
-    kind = np.add.outer(np.arange(case.doses), np.arange(case.requests)) % 3
-    delta = kind == 2
-    first = np.choose(kind, [0, 32, 31])
-    rules = {
-        "start": 1 + kind,
-        "stride": delta.astype(np.int64),
-        "origin": np.where(delta, 31, 0),
-        "first": first,
-        "last": np.where(delta, 31 + STEPS, FAR),
-        "strength": (0.5 + kind).astype(np.float32),
-        "slope": np.where(delta, 1 / STEPS, 0).astype(np.float32),
-        "table": np.full(kind.shape, -1),
-    }
-    on_layer = np.arange(case.layers)[:, None, None] % 2 == kind % 2
-    return rules | {"layers": on_layer.astype(np.float32)}
+        def poison() -> None:
+            out.directions.fill_(-1)
+            out.strengths.fill_(float("nan"))
+
+        return Work(call, check, poison)
 
 
-def step_of(case: MapCase, device: torch.device) -> tuple[Rules, torch.Tensor, torch.Tensor]:
-    """The rules, each request's first token, and each token's position."""
-    host, each = host_rules(case), _each(case)
-    on_device = {name: torch.from_numpy(array).to(device) for name, array in host.items()}
-    rules = Rules(**on_device, history=torch.zeros(1, device=device))
-    starts = torch.arange(0, case.tokens + 1, each, dtype=torch.int32, device=device)
-    return rules, starts, torch.arange(case.tokens, device=device) % each + _before(case)
-
-
-def exact(case: MapCase, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Directions and strengths by the equations of ``Rules``, in float64."""
-    rules = {name: array.repeat(_each(case), axis=-1) for name, array in host_rules(case).items()}
-    acts = (rules["first"] <= positions) & (positions < rules["last"])
-    step = np.where(acts, positions - rules["origin"], 0)
-    strength = np.where(acts, rules["strength"] * (1 - rules["slope"].astype(float) * step), 0)
-    directions = np.where(acts, rules["start"] + rules["stride"] * step, 0)
-    return directions, rules["layers"] * strength
-
-
-def _works(form: str, case: MapCase, bench: Bench) -> list[Work]:
-    count = sets_for(case.floor_bytes(), bench.reach)
-    return [_work(form, case, bench.device) for _ in range(count)]
-
-
-def _work(form: str, case: MapCase, device: torch.device) -> Work:
-    if form == "triton" and device.type != "cuda":
-        raise Skipped(no_triton(device))
-    try:
-        module = guidance_form(form, device)
-    except KernelError as error:
-        raise Skipped(str(error)) from None
-    rules, starts, positions = step_of(case, device)
-    out = TokenMap(
-        torch.zeros(case.doses, case.tokens, dtype=torch.int32, device=device),
-        torch.zeros(case.layers, case.doses, case.tokens, device=device),
-    )
-
-    def call() -> Tensors:
-        module.map_tokens(rules, starts, positions, out)
-        return out.directions, out.strengths
-
-    def check(results: Tensors) -> float:
-        directions, strengths = (result.cpu().numpy() for result in results)
-        wanted = exact(case, positions.cpu().numpy())
-        assert np.array_equal(directions, wanted[0]), "a token was mapped to another direction"
-        error = float(np.abs(strengths - wanted[1]).max())
-        assert error <= 1e-5, f"a strength is wrong by {error:.2g}"
-        return error
-
-    def poison() -> None:
-        out.directions.fill_(-1)
-        out.strengths.fill_(float("nan"))
-
-    return Work(call, check, poison)
-
-
-def _each(case: MapCase) -> int:
-    """Tokens of each request."""
-    return case.tokens // case.requests
-
-
-def _before(case: MapCase) -> int:
-    """The position of the first token: the fourth of the generation in a decode step."""
-    return 35 if _each(case) == 1 else 0
-
-
-def _columns(case: MapCase) -> dict[str, Any]:
-    return {
-        "section": "map",
-        "case": case.name,
-        "rows": case.tokens,
-        "requests": case.requests,
-        "layers": case.layers,
-        "doses": case.doses,
-    }
+@cache
+def written_out(case: MapCase) -> TokenMap:
+    """The map of a case's step by the kernels' written-out reference, token by token."""
+    out = case.empty_map(CPU)
+    reference.map_tokens(*case.step(CPU), out)
+    return out

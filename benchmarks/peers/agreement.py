@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 import torch
-from decode import Leg, run_leg
-from equality import CHECK_STEPS
 
-from peers.hf_engine import HuggingFaceEngine
-from peers.job import Job
+from benchmarks.decode import Engine
+from benchmarks.engines import greedy
+from benchmarks.equality import CHECK_STEPS
+from benchmarks.peers.hf_engine import HuggingFaceEngine
+from benchmarks.peers.job import Job
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of a token's log probability
 
@@ -26,53 +27,42 @@ def check_hidden_states(head: Any, steer: Any, strength: float, dtype: torch.dty
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
 
 
-def check_tokens(job: Job, llm: Any, peer: HuggingFaceEngine, rows: int, steer: str | None) -> Leg:
+def check_tokens(
+    job: Job, ours: Engine, peer: HuggingFaceEngine, rows: int, steer: str | None
+) -> None:
     """The peer finds vLLM's tokens as likely as vLLM does, step by step through its own KV cache.
 
     In float32 it chooses the same tokens, too; in bfloat16 two that are nearly as likely may swap.
     """
     asked = [steer] * rows
-    leg = run_leg(llm, asked, CHECK_STEPS, job.dimensions.vocab_size, logprobs=True)
+    leg = ours.leg(asked, CHECK_STEPS, job.dimensions.vocab_size, logprobs=True)
     if job.dtype == "float32":
-        alone = run_leg(peer, asked, CHECK_STEPS, job.dimensions.vocab_size)
+        alone = peer.leg(asked, CHECK_STEPS, job.dimensions.vocab_size)
         assert alone.tokens == leg.tokens, "Hugging Face and vLLM chose different tokens"
     with peer.following(leg.tokens):
-        read = run_leg(peer, asked, CHECK_STEPS, job.dimensions.vocab_size, logprobs=True)
+        read = peer.leg(asked, CHECK_STEPS, job.dimensions.vocab_size, logprobs=True)
     allowed = TOLERANCE[job.dtype] * len(leg.tokens[0])
     for row, (found, wanted) in enumerate(zip(read.logprobs, leg.logprobs, strict=True)):
         assert math.isclose(found, wanted, abs_tol=allowed), f"row {row}: {found}, not {wanted}"
-    return leg
 
 
-def check_prompt_logprobs(job: Job, llm: Any, peer: Any, steer: str) -> None:
+def check_prompt_logprobs(job: Job, ours: Engine, peer: Engine, steer: str) -> None:
     """Two vLLM engines give the tokens of one prompt the same steered log probabilities, and others
     than without the steer."""
     plain, wanted, found = (
         _prompt_logprobs(engine, asked, job.dimensions.vocab_size)
-        for engine, asked in ((llm, None), (llm, steer), (peer, steer))
+        for engine, asked in ((ours, None), (ours, steer), (peer, steer))
     )
     error, change = ((other - wanted).abs() for other in (found, plain))
     assert error.max() < TOLERANCE[job.dtype], f"log probabilities differ by {error.max()}"
     assert change.mean() > 4 * error.mean(), "the steer changes no more than rounding does"
 
 
-def _prompt_logprobs(llm: Any, steer: str | None, vocab_size: int) -> torch.Tensor:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=1,
-        detokenize=False,
-        prompt_logprobs=0,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={"steer": steer} if steer else None,
-    )
+def _prompt_logprobs(asked: Engine, steer: str | None, vocab_size: int) -> torch.Tensor:
     tokens = [1 + 89 * place % (vocab_size - 2) for place in range(32)]
-    engine, outputs = llm.llm_engine, []
-    engine.add_request("prompt", {"prompt_token_ids": tokens}, params)
+    asked.add("prompt", tokens, steer, greedy(1, prompt_logprobs=0))
+    engine, outputs = asked.llm.llm_engine, []
     while engine.has_unfinished_requests():
         outputs += engine.step()
-    read = outputs[-1].prompt_logprobs[1:]
-    pairs = zip(tokens[1:], read, strict=True)
+    pairs = zip(tokens[1:], outputs[-1].prompt_logprobs[1:], strict=True)
     return torch.tensor([found[token].logprob for token, found in pairs])

@@ -12,24 +12,19 @@ with the same weights and the same steer.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from dummy_model import STRENGTH
-from equality import check_operation
 from torch import nn
 
-from peers.agreement import check_hidden_states, check_tokens
-from peers.beside import compare_beside, compare_ours
-from peers.engines import ours, software
-from peers.hf_engine import HuggingFaceEngine
-from peers.job import Job
-from peers.lines import figure_line
+from benchmarks.dummy_model import STRENGTH
+from benchmarks.equality import check_operation
+from benchmarks.peers.agreement import check_hidden_states, check_tokens
+from benchmarks.peers.hf_engine import HuggingFaceEngine
+from benchmarks.peers.job import Job
 
 NAME = "s0"
 ASKED = f"{NAME}:{STRENGTH}"
-
 
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -93,10 +88,9 @@ def load(job: Job) -> tuple[HuggingFaceEngine, SteeredHead, Any]:
 
     from vllm_steer import load_steer
 
-    dtype = getattr(torch, job.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype).to(device).eval()
-    steer = load_steer(Path(job.steers) / f"{NAME}.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.torch_dtype).to(device).eval()
+    steer = load_steer(job.steers / f"{NAME}.safetensors")
     head = SteeredHead(model.get_output_embeddings(), steer)
     model.set_output_embeddings(head)
     engine = HuggingFaceEngine(model, lambda asked: head.set_values(_value(asked)))
@@ -105,22 +99,19 @@ def load(job: Job) -> tuple[HuggingFaceEngine, SteeredHead, Any]:
 
 def measure(job: Job) -> list[dict[str, Any]]:
     """vllm-steer and both ways on Hugging Face, at each batch size."""
-    llm = ours(job, [NAME])
+    ours = (job.engine([NAME]), ASKED)
     peer, head, steer = load(job)
-    paths = {name: Path(job.steers) / f"{name}.safetensors" for name in ("s0", "s1")}
-    dtype = getattr(torch, job.dtype)
-    check_operation(paths, job.dimensions, dtype, max_rows=max(job.rows))
+    size = {"rank": job.rank, "rows": max(job.rows)}
+    check_operation("steered", job.dimensions, job.torch_dtype, **size)
     lines = []
     for rows in job.rows:
-        check_tokens(job, llm, peer, rows, None)
-        within = compare_ours(job, (llm, ASKED), rows)
-        lines.append(figure_line(job, "ours lm-steer", software("vllm"), within, rank=job.rank))
+        check_tokens(job, ours[0], peer, rows, None)
+        lines.append(job.ours("ours lm-steer", ours, rows, job.rank))
         for name, head.change in WAYS.items():
             head.set_values(STRENGTH)
-            check_hidden_states(head, steer, STRENGTH, dtype)
-            check_tokens(job, llm, peer, rows, ASKED)
-            found = compare_beside(job, (llm, ASKED), (peer, ASKED), rows)
-            lines.append(figure_line(job, name, software("transformers"), *found, rank=job.rank))
+            check_hidden_states(head, steer, STRENGTH, job.torch_dtype)
+            check_tokens(job, ours[0], peer, rows, ASKED)
+            lines.append(job.beside(name, "transformers", ours, (peer, ASKED), rows, job.rank))
     return lines
 
 

@@ -5,44 +5,41 @@ graphs do not run Python hooks, and ``register_forward_hook`` on every layer. vl
 beside it with the same weights and the same vectors, compiled.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from dummy_model import STRENGTH
 from torch import nn
 
-from peers.agreement import check_prompt_logprobs
-from peers.beside import compare_beside, compare_ours
-from peers.engines import Rewritten, ours, serve, software
-from peers.job import Job
-from peers.lines import figure_line
+from benchmarks.decode import Engine
+from benchmarks.dummy_model import STRENGTH
+from benchmarks.peers.agreement import check_prompt_logprobs
+from benchmarks.peers.job import Job
 
 NAME = "guided"
 GENTLE = STRENGTH / 50  # so that the tokens still count in what comes out, and can be compared
 ASKED = f"{NAME}:{GENTLE}"
 
 
-class HookedEngine(Rewritten):
+class HookedEngine(Engine):
     """Requests that ask for a steer switch the hooks on, others off: for everything that runs."""
 
     def __init__(self, llm: Any, vectors: torch.Tensor) -> None:
         super().__init__(llm)
-        self._llm, self._vectors = llm, vectors
+        self._vectors = vectors
         self._handles: list[Any] = []
 
-    def request(self, steer: str | None) -> tuple[None, dict[str, Any]]:
+    def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
         """Nothing is passed on: the vector is global."""
         if bool(steer) != bool(self._handles):
             self._switch(float(steer.partition(":")[2]) if steer else 0.0)
-        return None, {}
+        super().add(request_id, tokens, None, params)
 
     def _switch(self, strength: float) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if strength:
-            (self._handles,) = self._llm.apply_model(
+            (self._handles,) = self.llm.apply_model(
                 lambda model: hook_layers(model, strength * self._vectors)
             )
 
@@ -70,16 +67,15 @@ def _hook(layer: nn.Module, vector: torch.Tensor) -> Any:
 
 def measure(job: Job) -> list[dict[str, Any]]:
     """vllm-steer and the hooks, at each batch size."""
-    eager = serve(job, enforce_eager=True)
-    llm = ours(job, [NAME])
-    peer = HookedEngine(eager, torch.load(Path(job.steers) / f"{NAME}.pt", weights_only=True))
-    check_prompt_logprobs(job, llm, peer, ASKED)
+    from vllm_steer import load_steer
+
+    eager = job.engine(enforce_eager=True)
+    ours = (job.engine([NAME]), ASKED)
+    vectors = load_steer(job.steers / f"{NAME}.safetensors").vectors
+    peer = (HookedEngine(eager.llm, vectors), ASKED)
+    check_prompt_logprobs(job, ours[0], *peer)
     lines = []
     for rows in job.rows:
-        within = compare_ours(job, (llm, ASKED), rows)
-        found = compare_beside(job, (llm, ASKED), (peer, ASKED), rows)
-        lines += [
-            figure_line(job, "ours guided", software("vllm"), within),
-            figure_line(job, job.peer, software("vllm"), *found),
-        ]
+        lines.append(job.ours("ours guided", ours, rows))
+        lines.append(job.beside(job.peer, "vllm", ours, peer, rows))
     return lines

@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from dummy_model import STRENGTH
 
-from peers.beside import compare_beside, compare_ours
-from peers.checkpoint import write_all_steers
-from peers.engines import Rewritten, ours, serve, software
-from peers.job import Job
-from peers.lines import figure_line
+from benchmarks.decode import Engine
+from benchmarks.dummy_model import STRENGTH, write_steers
+from benchmarks.peers.job import Job
 
 MAX_RANK = 64
 ASKED = f"s0:{STRENGTH}"
 
 
-class LoraEngine(Rewritten):
+class LoraEngine(Engine):
     """Requests that ask for a steer get the adapter."""
 
     def __init__(self, llm: Any, adapter: Path) -> None:
@@ -34,9 +31,11 @@ class LoraEngine(Rewritten):
 
         self._lora = LoRARequest("adapter", 1, str(adapter))
 
-    def request(self, steer: str | None) -> tuple[None, dict[str, Any]]:
+    def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
         """The adapter goes along with the request."""
-        return None, {"lora_request": self._lora} if steer else {}
+        lora = {"lora_request": self._lora} if steer else {}
+        prompt = {"prompt_token_ids": tokens}
+        self.llm.llm_engine.add_request(request_id, prompt, params, **lora)
 
 
 def allowed_rank(rank: int) -> int:
@@ -51,7 +50,7 @@ def write_adapter(job: Job, folder: Path) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.torch_dtype)
     torch.manual_seed(1)
     config = LoraConfig(
         r=job.rank,
@@ -68,17 +67,13 @@ def measure(job: Job) -> list[dict[str, Any]]:
     """vllm-steer and LoRA of one rank, at each batch size."""
     with tempfile.TemporaryDirectory(prefix="lora-") as name:
         folder, rank = Path(name), allowed_rank(job.rank)
-        steers = write_all_steers(job.dimensions, folder / "steers", rank)
-        job = replace(job, rank=rank, steers=str(steers))
-        served = serve(job, enable_lora=True, max_loras=1, max_lora_rank=rank)
-        peer = LoraEngine(served, write_adapter(job, folder / "adapter"))
-        llm = ours(job, ["s0"])
+        write_steers(job.dimensions, folder / "steers", count=1, rank=rank)
+        job = replace(job, rank=rank, steers=folder / "steers")
+        served = job.engine(enable_lora=True, max_loras=1, max_lora_rank=rank)
+        peer = (LoraEngine(served.llm, write_adapter(job, folder / "adapter")), ASKED)
+        ours = (job.engine(["s0"]), ASKED)
         lines = []
         for rows in job.rows:
-            within = compare_ours(job, (llm, ASKED), rows)
-            found = compare_beside(job, (llm, ASKED), (peer, ASKED), rows)
-            lines += [
-                figure_line(job, "ours lm-steer", software("vllm"), within, rank=rank),
-                figure_line(job, job.peer, software("vllm"), *found, rank=rank),
-            ]
+            lines.append(job.ours("ours lm-steer", ours, rows, rank))
+            lines.append(job.beside(job.peer, "vllm", ours, peer, rows, rank))
         return lines

@@ -1,4 +1,4 @@
-"""What a server answers, greedily and with log probabilities, and what must hold of it.
+"""What servers and engines answer, greedily and with log probabilities, and what must hold of it.
 
 Log probabilities and not tokens show that a steer had its effect: under dummy weights the
 likeliest token can be the same whatever the hidden state.
@@ -9,16 +9,18 @@ import math
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import environment
+from benchmarks.engines import greedy, make_engine
 
 ANSWER_TOKENS = 8
 PROMPT_LENGTHS = (1, 7, 33)
 ASK_LIMIT_S = 300.0
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """The tokens of one request and the log probability of each."""
 
     tokens: tuple[int, ...]
@@ -67,6 +69,31 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
             return dict(json.load(response))
     except urllib.error.HTTPError as error:
         raise RuntimeError(f"HTTP {error.code}: {error.read().decode()}") from None
+
+
+def of_engines(
+    model: Path, vocab_size: int, options: dict[str, Any], configs: dict[str, dict[str, Any]]
+) -> dict[str, list[Answer]]:
+    """The answers of engines in this process to ``prompts``, each alone in its batch: of stock
+    vLLM, and by the name of each config of requests that do not ask for a steer, and that ask for
+    none.
+    """
+    environment.set_defaults()
+    engines = {"stock": make_engine(model, plugin=False, **options)}
+    engines |= {name: make_engine(model, config, **options) for name, config in configs.items()}
+    asked = prompts(vocab_size)
+    found = {name: [_of_engine(llm, p, None) for p in asked] for name, llm in engines.items()}
+    for name in configs:
+        found[f"{name}, none"] = [_of_engine(engines[name], p, "none") for p in asked]
+    return found
+
+
+def _of_engine(llm: Any, prompt: list[int], steer: str | None) -> Answer:
+    params = greedy(ANSWER_TOKENS, steer, logprobs=1)
+    (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    tokens, logprobs = output.outputs[0].token_ids, output.outputs[0].logprobs
+    chosen = tuple(at[token].logprob for token, at in zip(tokens, logprobs, strict=True))
+    return Answer(tuple(tokens), chosen)
 
 
 def check_equal(stock: Sequence[Answer], found: Sequence[Answer], what: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dummy_model import (
+from benchmarks.dummy_model import (
     SHAPES,
     STRENGTH,
     Shape,
@@ -18,7 +18,7 @@ from dummy_model import (
 BASE = "base"
 KINDS = ("steered", "guided")
 # `vllm bench latency` draws its prompts from 10000 token ids whatever the model's vocabulary.
-SERVED_SHAPES = SHAPES | {"tiny": gpt2(64, layers=2, heads=2, vocab_size=10240)}
+SERVED_SHAPES = SHAPES | {"tiny": gpt2(64, layers=2, heads=2, vocab=10240)}
 
 
 @dataclass(frozen=True)

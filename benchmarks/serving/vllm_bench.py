@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.rounds import Figures
-from serving.vllm_process import VLLM, run
+from benchmarks.serving.processes import VLLM, run
 
-WARM_UPS = 8
+Figures = dict[str, float]
 SERVE_FIGURES = {
     "req_per_s": "request_throughput",
     "tok_per_s": "output_throughput",
@@ -35,41 +34,32 @@ class Work:
     output_len: int
 
 
-@dataclass(frozen=True)
-class Load:
-    """How requests reach a server: at most ``concurrency`` at a time, or ``rate`` per second."""
-
-    concurrency: int | None = None
-    rate: float | None = None
-
-    @property
-    def options(self) -> list[str]:
-        """The client's flags."""
-        if self.rate is not None:
-            return [f"--request-rate={self.rate}"]
-        return [f"--max-concurrency={self.concurrency}"]
-
-
 def serve(
-    url: str, tokenizer: Path, models: Sequence[str], load: Load, work: Work, folder: Path
+    url: str, tokenizer: Path, models: Sequence[str], concurrency: int, work: Work, folder: Path
 ) -> Figures:
     """One leg of `vllm bench serve`; requests carry the ``models`` in turn."""
     out = folder / "serve.json"
-    out.unlink(missing_ok=True)
     options = [
         *("--backend=openai", f"--base-url={url}", "--endpoint=/v1/completions"),
         *(f"--model={models[0]}", f"--tokenizer={tokenizer}"),
         *("--lora-assignment=round-robin", "--lora-modules", *models),
         *("--dataset-name=random", f"--random-input-len={work.input_len}"),
         *(f"--random-output-len={work.output_len}", f"--num-prompts={work.requests}"),
-        *("--temperature=0", "--seed=0", "--disable-tqdm", *load.options),
-        f"--num-warmups={load.concurrency or WARM_UPS}",  # with the first of the models
+        *("--temperature=0", "--seed=0", "--disable-tqdm"),
+        f"--max-concurrency={concurrency}",
+        f"--num-warmups={concurrency}",  # with the first of the models
         *("--percentile-metrics=ttft,tpot,itl,e2el", "--metric-percentiles=50,99"),
         *("--save-result", f"--result-dir={folder}", f"--result-filename={out.name}"),
     ]
     # The client is the same for every server; the plugin's entry point would load in it too.
-    run([*VLLM, "bench", "serve", *options], folder / "serve.log", plugin=False)
-    return serve_figures(json.loads(out.read_text()), work)
+    return serve_figures(_run("serve", options, out, plugin=False), work)
+
+
+def _run(command: str, options: Sequence[str], out: Path, *, plugin: bool) -> dict[str, Any]:
+    """The result file that `vllm bench` has written."""
+    out.unlink(missing_ok=True)
+    run([*VLLM, "bench", command, *options], out.with_suffix(".log"), plugin=plugin)
+    return json.loads(out.read_text())
 
 
 def serve_figures(result: dict[str, Any], work: Work) -> Figures:
@@ -83,15 +73,13 @@ def serve_figures(result: dict[str, Any], work: Work) -> Figures:
 def throughput(engine: Sequence[str], work: Work, folder: Path, *, plugin: bool) -> Figures:
     """One leg of `vllm bench throughput`: an engine of its own, all requests at once."""
     out = folder / "throughput.json"
-    out.unlink(missing_ok=True)
     options = [
         *("--dataset-name=random", f"--random-input-len={work.input_len}"),
         *(f"--random-output-len={work.output_len}", f"--num-prompts={work.requests}"),
         *(f"--num-warmups={work.requests}", f"--output-json={out}"),
     ]
-    arguments = [*VLLM, "bench", "throughput", *engine, *options]
-    run(arguments, folder / "throughput.log", plugin=plugin)
-    return throughput_figures(json.loads(out.read_text()), work)
+    found = _run("throughput", [*engine, *options], out, plugin=plugin)
+    return throughput_figures(found, work)
 
 
 def throughput_figures(result: dict[str, Any], work: Work) -> Figures:
@@ -107,14 +95,12 @@ def latency(
 ) -> Figures:
     """One leg of `vllm bench latency`: ``iterations`` batches of all requests, one by one."""
     out = folder / "latency.json"
-    out.unlink(missing_ok=True)
     options = [
         *(f"--batch-size={work.requests}", f"--input-len={work.input_len}"),
         *(f"--output-len={work.output_len}", f"--num-iters={iterations}"),
         *("--num-iters-warmup=2", f"--output-json={out}"),
     ]
-    run([*VLLM, "bench", "latency", *engine, *options], folder / "latency.log", plugin=plugin)
-    return latency_figures(json.loads(out.read_text()))
+    return latency_figures(_run("latency", [*engine, *options], out, plugin=plugin))
 
 
 def latency_figures(result: dict[str, Any]) -> Figures:

@@ -1,29 +1,15 @@
 """The run on a card, phase by phase: limits, what is left out, what the summary says."""
 
-import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-CARD = Path(__file__).parents[3] / "benchmarks" / "card"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """``benchmarks/card/run.py``, as a module."""
-    monkeypatch.syspath_prepend(str(CARD))
-    for name in ("run", "phases"):
-        sys.modules.pop(name, None)
-    yield importlib.import_module("run")
-    for name in ("run", "phases"):
-        sys.modules.pop(name, None)
+from benchmarks.card import phases, run
 
 
 @pytest.fixture
@@ -34,7 +20,6 @@ def pack(tmp_path: Path) -> Path:
 
 
 def serve(
-    run: ModuleType,
     pack: Path,
     monkeypatch: pytest.MonkeyPatch,
     groups: list[list[Any]],
@@ -51,18 +36,18 @@ def serve(
     return code, {each["phase"]: each for each in summary["phases"]}
 
 
-def phase(run: ModuleType, name: str, code: str, limit_s: float = 20, **fields: Any) -> Any:
-    return run.Phase(name, ("-c", code, "{json}"), limit_s, **fields)
+def phase(name: str, code: str, limit_s: float = 20, **fields: Any) -> Any:
+    return phases.Phase(name, ("-c", code, "{json}"), limit_s, **fields)
 
 
 def test_a_failure_stops_no_other_phase(
-    run: ModuleType, pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     good = 'import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(\'{"summary": "right"}\')'
     table = good.replace('"summary": "right"', '"rows": [1, 2], "left_out": [3]')
     bad = "print('first'); raise SystemExit('the last line')"
-    groups = [[phase(run, "bad", bad)], [phase(run, "good", good), phase(run, "table", table)]]
-    code, found = serve(run, pack, monkeypatch, groups)
+    groups = [[phase("bad", bad)], [phase("good", good), phase("table", table)]]
+    code, found = serve(pack, monkeypatch, groups)
     assert code == 1
     assert (found["bad"]["state"], found["bad"]["said"]) == ("exit 1", "the last line")
     assert (found["good"]["state"], found["good"]["said"]) == ("ok", "right")
@@ -72,7 +57,7 @@ def test_a_failure_stops_no_other_phase(
 
 
 def test_a_phase_that_hangs_is_ended_with_what_it_has_started(
-    run: ModuleType, pack: Path, monkeypatch: pytest.MonkeyPatch
+    pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that does not listen to the first request."""
     child = "import time; time.sleep(60)"
@@ -83,8 +68,8 @@ def test_a_phase_that_hangs_is_ended_with_what_it_has_started(
         'pathlib.Path(sys.argv[1]).write_text(\'{"summary": "child %d"}\' % p.pid); time.sleep(60)'
     )
     begun = time.monotonic()
-    groups = [[phase(run, "hangs", hangs, limit_s=8, least_s=0)], [phase(run, "next", "")]]
-    code, found = serve(run, pack, monkeypatch, groups)
+    groups = [[phase("hangs", hangs, limit_s=8, least_s=0)], [phase("next", "")]]
+    code, found = serve(pack, monkeypatch, groups)
     assert code == 1 and time.monotonic() - begun < 40
     assert found["hangs"]["state"] == "stopped at its limit of 8 s"
     assert found["next"]["state"] == "ok"
@@ -94,41 +79,39 @@ def test_a_phase_that_hangs_is_ended_with_what_it_has_started(
 
 
 def test_without_time_a_phase_is_left_out_and_said_to_be(
-    run: ModuleType, pack: Path, monkeypatch: pytest.MonkeyPatch
+    pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = [
-        [phase(run, "long", "", limit_s=100, least_s=50)],
-        [phase(run, "short", "", least_s=1)],
+        [phase("long", "", limit_s=100, least_s=50)],
+        [phase("short", "", least_s=1)],
     ]
-    code, found = serve(run, pack, monkeypatch, groups, "--seconds", "30")
+    code, found = serve(pack, monkeypatch, groups, "--seconds", "30")
     assert code == 1
     assert [found[name]["state"] for name in ("long", "short")] == ["left out", "ok"]
 
 
 def test_phases_by_name_and_caches_of_their_own(
-    run: ModuleType, pack: Path, monkeypatch: pytest.MonkeyPatch
+    pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shows = (
         "import json, os, pathlib, sys; e = os.environ;"
         "said = e['VLLM_CACHE_ROOT'] + ' ' + e['PYTHONPATH'];"
         "pathlib.Path(sys.argv[1]).write_text(json.dumps({'summary': said}))"
     )
-    groups = [[phase(run, "a", shows), phase(run, "b", "raise SystemExit(1)")]]
-    code, found = serve(run, pack, monkeypatch, groups, "--only", "a")
+    groups = [[phase("a", shows), phase("b", "raise SystemExit(1)")]]
+    code, found = serve(pack, monkeypatch, groups, "--only", "a")
     assert code == 0 and found.keys() == {"a"}
     cache, path = found["a"]["said"].split()
     assert cache.endswith("caches/a") and str(pack.parent) not in cache
     assert path.split(os.pathsep)[0] == str(pack / "site")
 
 
-def test_the_limits_of_a_run_on_a_card_fit_the_time_that_it_has(run: ModuleType) -> None:
+def test_the_limits_of_a_run_on_a_card_fit_the_time_that_it_has() -> None:
     """Were every phase to need its limit, all but the last two groups would still be begun."""
-    groups = importlib.import_module("phases").phases(dry=False)
+    groups = phases.phases(dry=False)
     names = [each.name for group in groups for each in group]
     assert len(set(names)) == len(names)
-    dry = {
-        each.name for group in importlib.import_module("phases").phases(dry=True) for each in group
-    }
+    dry = {each.name for group in phases.phases(dry=True) for each in group}
     assert dry == set(names)
     first = sum(max(each.limit_s for each in group) for group in groups[:-1])
     assert first + groups[-1][0].least_s <= 570

@@ -1,12 +1,11 @@
 """What the documents say in tables is what the code and the result files say."""
 
-import importlib
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from benchmarks import documents
 from vllm_steer.families import FAMILIES, UNSUPPORTED
 
 ROOT = Path(__file__).parents[3]
@@ -31,24 +30,16 @@ def test_every_family_has_its_row_in_the_guidance_document() -> None:
     assert not set(FAMILIES) & set(UNSUPPORTED)
 
 
-@pytest.fixture
-def documents(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("documents")
-
-
 @pytest.mark.parametrize(
     "name", ["README.md", "benchmarks/README.md", "docs/compose.md", "docs/design.md"]
 )
-def test_every_table_of_figures_is_made_from_its_result_file(
-    name: str, documents: ModuleType
-) -> None:
+def test_every_table_of_figures_is_made_from_its_result_file(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert documents.BLOCK.search(text)
     assert documents.filled(text) == text
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_every_result_file_has_its_table_in_the_report(path: Path, documents: ModuleType) -> None:
+def test_every_result_file_has_its_table_in_the_report(path: Path) -> None:
     report = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert path.name in {name for _, _, name, _ in documents.BLOCK.findall(report)}

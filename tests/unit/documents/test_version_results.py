@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.versions import versions
+
 ROOT = Path(__file__).parents[3]
 
 REPORT = """<testsuites><testsuite>
@@ -23,7 +25,6 @@ REPORT = """<testsuites><testsuite>
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def run_of(**changed: Any) -> dict[str, Any]:
     } | changed
 
 
-def test_the_table_has_a_row_per_version_and_names_what_did_not_pass(scripts: None) -> None:
+def test_the_table_has_a_row_per_version_and_names_what_did_not_pass() -> None:
     broken = run_of(
         failed=1, skipped=1, failures=["t::b"], skips={"no card": ["t::a"]}, exit_code=124
     )
@@ -73,7 +74,7 @@ def test_the_table_has_a_row_per_version_and_names_what_did_not_pass(scripts: No
         {"vllm": "0.31.0", "runs": {"v1": broken}},
         {"vllm": "0.9.0", "runs": {"v1": run_of(), "v2": skipped}},
     ]
-    table = importlib.import_module("versions").versions(results)
+    table = versions(results)
     packages = "torch 2, triton 3, transformers 5, python 3.11"
     origin = "0123456789ab, 2026-11-28"
     assert table.splitlines() == [
@@ -88,7 +89,7 @@ def test_the_table_has_a_row_per_version_and_names_what_did_not_pass(scripts: No
     ]
 
 
-def test_every_version_with_results_is_inside_the_range(scripts: None) -> None:
+def test_every_version_with_results_is_inside_the_range() -> None:
     from vllm_steer.compat.versions import is_tested
 
     names = [path.stem for path in (ROOT / "benchmarks/results/versions").glob("*.json")]

@@ -1,17 +1,21 @@
-"""A `vllm` command as a child process: its environment, its log, and the end of its group.
+"""`vllm` commands as child processes: their environment, their log, and the end of their group.
 
 Each child leads a process group of its own, so that it is ended with all it started and nothing
 else is.
 """
 
-import contextlib
 import os
-import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from benchmarks.processes import end_group
 
 DEFAULTS = {
     "OMP_WAIT_POLICY": "passive",  # a waiting server must not spin on the cores of another
@@ -22,6 +26,8 @@ DEFAULTS = {
 DISABLE = "VLLM_STEER_DISABLE"
 NOT_INHERITED = ("VLLM_STEER_ACTIVE", DISABLE, "VLLM_ENABLE_V1_MULTIPROCESSING")
 VLLM = ("-m", "vllm.entrypoints.cli.main")
+HOST = "127.0.0.1"
+START_LIMIT_S = 900.0
 RUN_LIMIT_S = 1200.0
 STOP_LIMIT_S = 30.0
 
@@ -39,9 +45,7 @@ def environment(*, plugin: bool) -> dict[str, str]:
 
 
 @contextmanager
-def child(
-    arguments: Sequence[str], log: Path, *, plugin: bool
-) -> Iterator[subprocess.Popen[bytes]]:
+def child(arguments: Sequence[str], log: Path, *, plugin: bool) -> Iterator[Child]:
     """Run this Python with ``arguments``; its group is ended on the way out, in any case."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -55,7 +59,7 @@ def child(
     try:
         yield process
     finally:
-        _end(process)
+        end_group(process, STOP_LIMIT_S)
 
 
 def run(arguments: Sequence[str], log: Path, *, plugin: bool) -> None:
@@ -64,23 +68,40 @@ def run(arguments: Sequence[str], log: Path, *, plugin: bool) -> None:
         try:
             code = process.wait(RUN_LIMIT_S)
         except subprocess.TimeoutExpired:
-            raise failure(arguments, f"was not done after {RUN_LIMIT_S:.0f} s", log) from None
+            raise _failure(arguments, f"was not done after {RUN_LIMIT_S:.0f} s", log) from None
     if code != 0:
-        raise failure(arguments, f"ended with code {code}", log)
+        raise _failure(arguments, f"ended with code {code}", log)
 
 
-def failure(arguments: Sequence[str], what: str, log: Path, lines: int = 40) -> ProcessError:
-    """The error that says what a child did, with the end of its log."""
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+@contextmanager
+def serving(model: Path, options: Sequence[str], log: Path, *, plugin: bool) -> Iterator[str]:
+    """`vllm serve` on loopback until the block ends; yields the address once the server answers."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    url = f"http://{HOST}:{port}"
+    arguments = [*VLLM, "serve", str(model), f"--host={HOST}", f"--port={port}", *options]
+    with child(arguments, log, plugin=plugin) as process:
+        deadline = time.monotonic() + START_LIMIT_S
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None:
+                code = process.returncode
+                raise _failure(arguments, f"ended with code {code} before it was ready", log)
+            if time.monotonic() > deadline:
+                raise _failure(arguments, f"was not ready after {START_LIMIT_S:.0f} s", log)
+            time.sleep(0.5)
+        yield url
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _failure(arguments: Sequence[str], what: str, log: Path) -> ProcessError:
+    """What a child did, with the end of its log."""
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
     return ProcessError(f"python {' '.join(arguments)}\n{what}; the end of its log:\n{tail}")
-
-
-def _end(process: Child) -> None:
-    """The leader politely; then whatever of its group is left, also when the leader has ended."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_LIMIT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(STOP_LIMIT_S)

@@ -1,0 +1,76 @@
+"""Interleaved measurements, and percentiles of what they give.
+
+A *leg* is one run of what is measured. Every leg of a case lies between two legs of what it is
+compared with (A B A C A ...); these three are a *round*, and the ratio of a figure in it is
+``B / ((A before + A after) / 2)``, which takes out a drift of the machine.
+"""
+
+import statistics
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Leg = TypeVar("Leg")
+Key = TypeVar("Key", bound=Hashable)
+Figure = Callable[[Any], float]
+
+
+@dataclass(frozen=True)
+class Round(Generic[Leg]):
+    """A leg of a case between two plain ones."""
+
+    before: Leg
+    other: Leg
+    after: Leg
+
+    def plain(self, figure: Figure) -> float:
+        """The mean of both plain legs."""
+        return (figure(self.before) + figure(self.after)) / 2
+
+    def ratio(self, figure: Figure) -> float:
+        """Case over plain."""
+        return figure(self.other) / self.plain(figure)
+
+
+def interleave(
+    plain: Callable[[], Leg],
+    others: Mapping[Key, Callable[[], Leg]],
+    count: int,
+    *,
+    warm_up: bool = True,
+) -> dict[Key, list[Round[Leg]]]:
+    """``count`` rounds of every case; neighbouring rounds share a plain leg."""
+    for leg in (plain, *others.values()) if warm_up else ():
+        leg()
+    rounds: dict[Key, list[Round[Leg]]] = {key: [] for key in others}
+    before = plain()
+    for key in list(others) * count:
+        other, after = others[key](), plain()
+        rounds[key].append(Round(before, other, after))
+        before = after
+    return rounds
+
+
+def plain_legs(rounds: Sequence[Round[Leg]]) -> list[Leg]:
+    """The plain legs beside one case."""
+    return list(dict.fromkeys(leg for one in rounds for leg in (one.before, one.after)))
+
+
+def spread(name: str, values: Sequence[float], *, middle: str = "") -> dict[str, float]:
+    """Median, 20th and 80th percentile, as columns of a line."""
+    ordered = sorted(values)
+    shares = {middle: 0.5, "_p20": 0.2, "_p80": 0.8}
+    return {f"{name}{end}": round(quantile(ordered, share), 4) for end, share in shares.items()}
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, to four places."""
+    return round(statistics.median(values), 4)
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Linear interpolation between the two nearest values."""
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
