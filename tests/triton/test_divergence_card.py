@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 
-from vllm_steer.kernels.divergence import fused_kernels as kernels
+from vllm_steer.kernels.divergence import triton_fused_kernels as kernels
 from vllm_steer.kernels.divergence import torch_sort, triton_fused
 
 pytestmark = [

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from vllm_steer.kernels.divergence import fused_kernels as kernels
+from vllm_steer.kernels.divergence import triton_fused_kernels as kernels
 from vllm_steer.kernels.divergence import torch_sort, triton_fused
 
 INF, NAN = math.inf, math.nan
