@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["vllm_steer", "vllm_steer.*"]),
-    package_data={"vllm_steer.embedded": ["**/*"]},
+    package_data={"vllm_steer": ["py.typed"], "vllm_steer.embedded": ["**/*"]},
     install_requires=[
         "vllm>=0.25.1",
         "torch",

@@ -1,11 +1,16 @@
 """Steer how a language model writes while vLLM serves it, request by request."""
 
-from vllm_steer import hf
-from vllm_steer.config import SteerConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from vllm_steer.errors import SteerError, SteerRequestError
-from vllm_steer.files import load_steer, save_steer
-from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
 from vllm_steer.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from vllm_steer import hf
+    from vllm_steer.config import SteerConfig
+    from vllm_steer.files import load_steer, save_steer
+    from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
 
 __all__ = [
     "DeltaSteer",
@@ -19,3 +24,26 @@ __all__ = [
     "load_steer",
     "save_steer",
 ]
+
+_MODULES = {
+    "SteerConfig": "vllm_steer.config",
+    "load_steer": "vllm_steer.files",
+    "save_steer": "vllm_steer.files",
+    **dict.fromkeys(("DeltaSteer", "LMSteer", "Steer", "VectorSteer"), "vllm_steer.steers"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: PyTorch takes two seconds, ``--help`` should
+    not.
+    """
+    if name == "hf":
+        return import_module("vllm_steer.hf")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,10 +13,9 @@ from typing import Any, Final
 
 import yaml
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.bounds import DEEPEST, MOST_VALUES, check_nesting
 from vllm_steer.files.json_text import NotJSONError, read_json
-from vllm_steer.files.source import cause
 from vllm_steer.foreign import printable, shown
 
 LARGEST: Final = 256 * 1024

@@ -5,7 +5,12 @@ ValueError
     └── SteerRequestError a request's ``steer`` value is wrong
 """
 
+from typing import Final
+
 from vllm_steer.foreign import message as shown_message
+from vllm_steer.foreign import printable
+
+_LONGEST_CAUSE: Final = 200
 
 
 class SteerError(ValueError):
@@ -20,3 +25,10 @@ class SteerError(ValueError):
 
 class SteerRequestError(SteerError):
     """A request's ``steer`` value that names something unknown or out of range."""
+
+
+def cause(error: BaseException) -> str:
+    """Why a library failed, in one line: some libraries answer with a page of advice."""
+    text = error.strerror if isinstance(error, OSError) else None
+    text = (text or str(error)).strip() or type(error).__name__
+    return printable(text.splitlines()[0], _LONGEST_CAUSE)

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from vllm_steer import embedded
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 
 EMBEDDED = "embedded"
 """The name of the model that comes with the package."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton
 
-from vllm_steer.kernels.divergence import triton_fused_kernels as kernels
 from vllm_steer.kernels.divergence import torch_sort, triton_fused
+from vllm_steer.kernels.divergence import triton_fused_kernels as kernels
 
 pytestmark = [
     pytest.mark.gpu,

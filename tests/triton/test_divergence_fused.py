@@ -10,8 +10,8 @@ import math
 import pytest
 import torch
 
-from vllm_steer.kernels.divergence import triton_fused_kernels as kernels
 from vllm_steer.kernels.divergence import torch_sort, triton_fused
+from vllm_steer.kernels.divergence import triton_fused_kernels as kernels
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,42 +2,41 @@
 
 import os
 import sys
-from typing import Final, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 
-from vllm_steer.cli.compare import compare
-from vllm_steer.cli.convert import convert
-from vllm_steer.cli.demo import demo
-from vllm_steer.cli.doctor import doctor
-from vllm_steer.cli.evaluate import evaluate
-from vllm_steer.cli.evidence import evidence
-from vllm_steer.cli.fit import fit
-from vllm_steer.cli.inspect import inspect
-from vllm_steer.cli.sweep import sweep
+from vllm_steer.cli.commands import LazyGroup
 from vllm_steer.cli.terminal import one_line, protect_streams
-from vllm_steer.cli.transfer import transfer
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
+from vllm_steer.version import __version__
 
 _INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="vllm-steer",
-    help="Steer a language model per request while vLLM serves it.",
+    cls=LazyGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(demo)
-app.add_typer(fit)
-app.command()(convert)
-app.command()(inspect)
-app.command()(evidence)
-app.command()(transfer)
-app.command("eval")(evaluate)
-app.command()(compare)
-app.command()(sweep)
-app.command()(doctor)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print("vllm-steer", __version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    """Steer a language model per request while vLLM serves it.
+
+    To serve steers, give vLLM a steer config: vllm serve MODEL --steer-config steers.yaml
+    """
 
 
 def main() -> None:

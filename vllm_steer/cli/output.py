@@ -4,9 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.safetensors_bytes import check_metadata
-from vllm_steer.files.source import cause
 from vllm_steer.files.whole import check_replaceable
 
 

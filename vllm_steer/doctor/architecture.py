@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from vllm_steer.doctor.finding import Finding
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.hf import sites
 from vllm_steer.models import model_path
 from vllm_steer.steers.sites import LAYER_SITES

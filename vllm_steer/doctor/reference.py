@@ -8,8 +8,7 @@ import torch
 
 from vllm_steer import hf
 from vllm_steer.doctor.served import Answer, Setting
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.models import model_path
 from vllm_steer.steers import Steer
 

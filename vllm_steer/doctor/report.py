@@ -11,8 +11,7 @@ from vllm_steer.doctor.finding import Finding, State
 from vllm_steer.doctor.memory import config_memory, example_memory
 from vllm_steer.doctor.parity import PART as PARITY
 from vllm_steer.doctor.parity import parity
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.tables import Column, StyledText, Table
 
 _COLOURS: Final[Mapping[State, str]] = {

@@ -19,10 +19,9 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean, spread
-from vllm_steer.files.source import cause
 
 T = TypeVar("T")
 _BATCH: Final = 32

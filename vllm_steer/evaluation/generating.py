@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.sampling import Sampling
-from vllm_steer.files.source import cause
 from vllm_steer.models import model_path
 
 # Requests that vLLM is given at once: enough to fill any batch, few enough to hold in memory.

@@ -11,10 +11,9 @@ from typing import Any, Final
 from vllm_steer.config_text import read_config_file
 from vllm_steer.embedded import lexicon as embedded
 from vllm_steer.embedded.corpus import LANGUAGES
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean_over_prompts
-from vllm_steer.files.source import cause
 from vllm_steer.foreign import listed, shown
 
 Verdict = Callable[[str], float | None]

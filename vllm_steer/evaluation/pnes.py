@@ -21,8 +21,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.optional import need
 
 Array = npt.NDArray[np.float64]

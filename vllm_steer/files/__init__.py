@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.facts import read_facts
 from vllm_steer.files.identify import identify
-from vllm_steer.files.source import cause
 from vllm_steer.files.steer_file import save_steer
 from vllm_steer.files.strange import no_file
 from vllm_steer.steers import Steer

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.bounds import LARGEST_HEADER, check_memory
-from vllm_steer.files.source import cause
 from vllm_steer.foreign import shown
 
 _END: Final = b"PK\x05\x06"

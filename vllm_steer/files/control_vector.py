@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.bounds import MOST_TENSORS, check_memory
 from vllm_steer.files.directions import read_layer, stack_directions
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.make import make_vector
-from vllm_steer.files.source import cause
 from vllm_steer.foreign import shown
 from vllm_steer.steers import VectorSteer
 

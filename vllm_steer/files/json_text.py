@@ -4,9 +4,8 @@ import json
 import math
 from typing import Any
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.bounds import check_nesting
-from vllm_steer.files.source import cause
 from vllm_steer.foreign import shown
 
 

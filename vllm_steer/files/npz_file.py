@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.archive import Archive, open_archive
-from vllm_steer.files.source import cause
 
 _FORMAT: Any = np.lib.format  # it has no type annotations
 _HEADERS = {(1, 0): _FORMAT.read_array_header_1_0, (2, 0): _FORMAT.read_array_header_2_0}

@@ -10,10 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.bounds import LARGEST_HEADER, MOST_TENSORS
 from vllm_steer.files.json_text import NotJSONError, read_json
-from vllm_steer.files.source import cause
 
 _LARGEST_PLAUSIBLE = 100_000_000
 

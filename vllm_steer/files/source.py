@@ -5,10 +5,7 @@ from dataclasses import dataclass
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.facts import FORMAT_FACTS, Facts
-from vllm_steer.foreign import printable
 from vllm_steer.steers import Steer
-
-_LONGEST_CAUSE = 200
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,3 @@ class Source:
         if unused:
             raise SteerError(f"{', '.join(unused)} means nothing for {self.format}; drop it")
         return self.read(facts)
-
-
-def cause(error: BaseException) -> str:
-    """Why a reader failed, in one line: some libraries answer with advice of a page."""
-    said = error.strerror if isinstance(error, OSError) else None
-    text = (said or str(error)).strip() or type(error).__name__
-    return printable(text.splitlines()[0], _LONGEST_CAUSE)

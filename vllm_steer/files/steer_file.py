@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.bounds import check_nesting
 from vllm_steer.files.facts import Facts, read_facts
 from vllm_steer.files.json_text import read_json
 from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_scores
 from vllm_steer.files.safetensors_bytes import check_metadata, check_text, write_safetensors
 from vllm_steer.files.safetensors_file import read_tensors
-from vllm_steer.files.source import cause
 from vllm_steer.files.whole import write_whole
 from vllm_steer.foreign import listed, shown
 from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.directions import read_layer, stack_directions
 from vllm_steer.files.facts import Facts
 from vllm_steer.files.json_text import each_once
 from vllm_steer.files.make import make_vector
-from vllm_steer.files.source import cause
 from vllm_steer.foreign import shown
 from vllm_steer.steers import VectorSteer
 from vllm_steer.steers.layers import format_layers

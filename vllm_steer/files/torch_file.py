@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.archive import Archive
 from vllm_steer.files.bounds import (
     LARGEST_HEADER,
@@ -21,7 +21,6 @@ from vllm_steer.files.bounds import (
     check_nesting,
 )
 from vllm_steer.files.pickled import Name, names_in, read_pickle
-from vllm_steer.files.source import cause
 from vllm_steer.foreign import listed, shown
 
 _DTYPES: Final = {

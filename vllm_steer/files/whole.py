@@ -8,8 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
 
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ENDING: Final = ".unfinished"

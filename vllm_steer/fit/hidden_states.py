@@ -13,8 +13,7 @@ from typing import IO, Any, Final
 
 import torch
 
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.whole import write_whole
 from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
 from vllm_steer.fit.head_loss import Head
 from vllm_steer.fit.hidden_states import (

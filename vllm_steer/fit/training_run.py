@@ -18,9 +18,8 @@ import torch
 from safetensors import safe_open
 
 from vllm_steer import foreign
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.safetensors_bytes import write_safetensors
-from vllm_steer.files.source import cause
 from vllm_steer.files.whole import write_text, write_whole
 from vllm_steer.run_folder import RunFiles, prepare
 

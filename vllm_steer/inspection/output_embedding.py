@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.models import load_language_model, model_path
 
 _ONE_FILE = "model.safetensors"

@@ -18,8 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from vllm_steer.errors import SteerError
-from vllm_steer.files.source import cause
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.foreign import cut, printable
 
 LOCK: Final = ".vllm-steer.lock"

@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.json_text import json_text
-from vllm_steer.files.source import cause
 from vllm_steer.files.whole import clear_unfinished, finished_name, write_text
 from vllm_steer.foreign import listed, shown
 from vllm_steer.foreign import name as named

@@ -1,48 +1,55 @@
-"""What every command has in common: how it ends."""
+"""The command line as a whole: fast help, the version, and a line for each command."""
 
 import subprocess
 import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
-import torch
+from command_tools import MAIN
+from typer.testing import CliRunner
 
-from vllm_steer import VectorSteer, save_steer
-
-
-@pytest.fixture
-def steer_file(tmp_path: Path) -> Path:
-    save_steer(VectorSteer(vectors=torch.ones(1, 4), layers=(0,)), tmp_path / "steer")
-    return tmp_path / "steer"
+from vllm_steer.cli import app
+from vllm_steer.cli.commands import COMMANDS
+from vllm_steer.errors import SteerError
+from vllm_steer.version import __version__
 
 
-def start(*arguments: str, stdout: object) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, "-c", "from vllm_steer.cli import main; main()", *arguments]
-    return subprocess.run(line, stdout=stdout, stderr=subprocess.PIPE, text=True)  # type: ignore[call-overload]
+def test_the_commands_are_those_of_the_interface() -> None:
+    assert set(COMMANDS) == {
+        *("demo", "fit", "convert", "inspect", "evidence", "transfer", "eval", "compare"),
+        *("sweep", "doctor"),
+    }
 
 
-def test_figures_that_find_no_room_are_one_line_and_exit_code_1(steer_file: Path) -> None:
-    with Path("/dev/full").open("w") as full:
-        done = start("inspect", str(steer_file), "--json", stdout=full)
-    assert done.returncode == 1
-    assert done.stderr == "vllm-steer: standard output: No space left on device\n"
+def test_help_lists_every_command_and_imports_none() -> None:
+    code = f"import sys; sys.argv[1:] = ['--help']\ntry:\n    {MAIN}\nfinally:\n    "
+    code += "print('HEAVY', sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    for name, entry in COMMANDS.items():
+        assert name in done.stdout and entry.help.split()[0] in done.stdout
+    assert "vllm serve MODEL --steer-config" in done.stdout
 
 
-def test_figures_that_nobody_reads_say_nothing(steer_file: Path) -> None:
-    line = [sys.executable, "-c", "from vllm_steer.cli import main; main()"]
-    with subprocess.Popen(
-        [*line, "inspect", str(steer_file), "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait() == 1
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_its_own_help(name: str) -> None:
+    done = CliRunner().invoke(app, [name, "--help"])
+    assert done.exit_code == 0
+    assert f"{name} " in done.stdout.splitlines()[1]
+    entry = COMMANDS[name]
+    assert hasattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
 
 
-def test_a_user_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    done = start("inspect", str(tmp_path / "missing"), stdout=subprocess.PIPE)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1 and "no such file" in done.stderr
+def test_the_version_is_printed() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"vllm-steer {__version__}\n"
+
+
+def test_serve_points_to_vllm() -> None:
+    done = CliRunner().invoke(app, ["serve", "model"])
+    assert isinstance(done.exception, SteerError)
+    assert str(done.exception) == "to serve steers, run: vllm serve MODEL --steer-config FILE"
+
+
+def test_an_unknown_command_is_an_error() -> None:
+    done = CliRunner().invoke(app, ["steer"])
+    assert done.exit_code == 2 and "No such command 'steer'" in done.output
