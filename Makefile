@@ -51,10 +51,10 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info
 
-$(READY): setup.py requirements-cpu.txt scripts/make_environment.py $(wildcard stubs/*/pyproject.toml)
+$(READY): setup.py pyproject.toml requirements-cpu.txt scripts/make_environment.py $(wildcard stubs/*/pyproject.toml)
 	$(PYTHON) scripts/make_environment.py $(VENV)
 	touch $@
 
-.venv-%/.ready: setup.py scripts/make_environment.py $(wildcard stubs/*/pyproject.toml)
+.venv-%/.ready: setup.py pyproject.toml scripts/make_environment.py $(wildcard stubs/*/pyproject.toml)
 	$(PYTHON) scripts/make_environment.py .venv-$* $*
 	touch $@

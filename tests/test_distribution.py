@@ -18,6 +18,7 @@ def test_a_wheel_holds_kernels_model_and_steers_and_works_from_any_folder(tmp_pa
     (wheel,) = tmp_path.glob("vllm_steer-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
+        "vllm_steer/py.typed",
         "vllm_steer/kernels/dispatch.py",
         "vllm_steer/kernels/guidance/triton_fused_kernels.py",
         "vllm_steer/kernels/lm_steer/torch_grouped.py",
