@@ -1,4 +1,4 @@
-"""From float32 to a model's dtype inside a Triton kernel."""
+"""Rounds float32 to the model's dtype inside a Triton kernel."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""From host arrays to the device in one copy."""
+"""Copies host arrays to the device in one transfer."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""``--steer-config``: which steers an engine holds, under which names, within which limits."""
+"""``--steer-config``: the steers, presets, default and limits of an engine."""
 
 import math
 import os

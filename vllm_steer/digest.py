@@ -1,4 +1,4 @@
-"""The digest of a file, by which runs and recipes know what they were made from."""
+"""SHA-256 digests of files, recorded in runs and recipes."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A dose: one steer as one request takes it."""
+"""A dose: one steer of one request, with its strength, layers, phase and schedule."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

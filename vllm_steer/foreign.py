@@ -1,4 +1,4 @@
-"""Foreign values as text: whatever a file, a config or a request holds, safe to print.
+"""Text from files, configs and requests, made safe to print.
 
 What comes from outside can be endless (a tuple that holds itself twice, sixty deep), can be meant
 for the terminal (escape sequences, right-to-left marks) and can have a ``__repr__`` of its own.

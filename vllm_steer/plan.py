@@ -1,4 +1,4 @@
-"""The resolved plan: everything about an engine's steers that is settled at start-up.
+"""The plan: the checked steers of an engine, fixed at start-up.
 
 A steer's content enters it as a digest, so the same steers saved again make the same plan. It is
 plain JSON, travels to every process inside vLLM's ``additional_config`` and so enters vLLM's

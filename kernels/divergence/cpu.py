@@ -1,4 +1,4 @@
-"""The divergence for rows in the host's memory, without sorting a vocabulary.
+"""The divergence in numpy on a CPU, without sorting the vocabulary.
 
 A distribution's likeliest tokens are nearly always a few: they are read off its first 64. Rows that
 these do not decide are counted into bins by their distance from the likeliest token; the bin that

@@ -1,4 +1,4 @@
-"""The divergence in plain torch, by a sort of the vocabulary: on devices without Triton kernels.
+"""The divergence in PyTorch, with a sort of the vocabulary: for devices without Triton kernels.
 
 Nothing is read back and no shape depends on the values. It takes many times the
 memory of the logits that it works on, so it works on a few doses at a time.

@@ -1,4 +1,4 @@
-"""Activation guidance written out: one token and one dose at a time, in float64."""
+"""Activation guidance in float64, one token and one dose at a time."""
 
 import torch
 

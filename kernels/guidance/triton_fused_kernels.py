@@ -1,4 +1,4 @@
-"""The Triton kernels that steer tokens: one that only adds, one that may turn as well.
+"""The Triton kernels that steer tokens: one for addition, one for addition and rotation.
 
 Numbers are float32 between load and store. ``ALIGNED`` says that every row of every tensor is made
 of 16-byte pieces, ``RESIDUAL`` that there is one; ``DOSES`` is a power of two, ``depth`` or more.

@@ -1,4 +1,4 @@
-"""The map of a step's tokens in one Triton kernel: which row, which directions, which strengths."""
+"""The token map of a step in one Triton kernel."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""What becomes of a pair's change: added to its row at once, or kept and summed by row.
+"""Adds a pair's change to its row, or stores it and sums the changes by row.
 
 Both ways round alike: the row and its changes are added in float32, in ascending order of slot, and
 rounded once. Kernels are compiled without contracting products and sums, so which way a batch takes

@@ -1,4 +1,4 @@
-"""Products of weights and rows as tensor cores take them, weights first.
+"""Products of weights and rows in the layout of tensor cores, weights first.
 
 Hopper's cores multiply 64 rows of weights (ranks or columns of the result) or none. Where a program
 is to make fewer columns than 64, so that there are more programs, the 64 are ``parts`` times as

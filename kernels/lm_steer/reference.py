@@ -1,4 +1,4 @@
-"""The LM-Steer operation written out: one row and one steer at a time."""
+"""LM-Steer in float64, one row and one steer at a time."""
 
 from dataclasses import dataclass
 

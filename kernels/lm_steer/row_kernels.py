@@ -1,4 +1,4 @@
-"""LM-Steer's products with programs of one row each: for engines whose batches are tiny.
+"""LM-Steer's products with one program per row: for engines with small batches.
 
 The same three steps as over tiles, but products are sums of elementwise products in float32, with
 no tensor core and no row of a tile left empty; ``expand_row`` folds the partials itself, and what

@@ -1,4 +1,4 @@
-"""The LM-Steer operation in plain torch: one or two matrix products per steer in the batch."""
+"""LM-Steer in PyTorch: one or two matrix products per steer in the batch."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The LM-Steer operation in Triton, with programs of one row: for engines of a few rows.
+"""LM-Steer in Triton with one program per row: for engines of a few rows.
 
 Equations: ``operands``. Every pair of row and steer has its own programs, which read the steer's
 weights for it alone.

@@ -1,4 +1,4 @@
-"""The LM-Steer operation in Triton, over tiles of rows that share a steer.
+"""LM-Steer in Triton over tiles of rows that share a steer.
 
 Equations: ``operands``. A steer's weights are read once per tile of rows and step.
 """

@@ -1,4 +1,4 @@
-"""Batches that reach every kernel a bank can need, for compiling them before the first request."""
+"""Batches that compile every kernel a bank can need, before the first request."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The head's bank: LM-Steers in their packed tables, and the slot of each by name."""
+"""Device tables of LM-Steers, and the slot of each steer by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The layers' bank: per site, the directions of its vector and delta steers for each layer."""
+"""Device tables of vector and delta steers: per site, directions for each layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

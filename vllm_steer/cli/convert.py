@@ -1,4 +1,4 @@
-"""``vllm-steer convert``: a steer file of any tool becomes one of vllm-steer's own."""
+"""``vllm-steer convert``: writes any supported steer file in vllm-steer's own format."""
 
 import sys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""``vllm-steer demo``: a real server, one batch, a different steer for every request."""
+"""``vllm-steer demo``: a real server answers one batch, each request with another steer."""
 
 import asyncio
 import time

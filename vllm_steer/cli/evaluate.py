@@ -1,4 +1,4 @@
-"""``vllm-steer eval``: what a steer does at each strength, beside no steer and a random one."""
+"""``vllm-steer eval``: the effect of a steer at each strength, with two controls."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

@@ -1,4 +1,4 @@
-"""``vllm-steer evidence``: which parts of a text speak for a steer, and which against it."""
+"""``vllm-steer evidence``: the parts of a text that a steer makes likelier or less likely."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""What numbers on the command line are at most."""
+"""Upper limits of numbers on the command line."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""The file that a command writes, looked at before the work."""
+"""Checks a command's output file before the work begins."""
 
 import os
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Progress of long work, on the standard error stream: figures go to standard output alone."""
+"""Progress bars on standard error; standard output has figures only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""``vllm-steer sweep``: the layers and the strength at which a steer works best."""
+"""``vllm-steer sweep``: the best layers and strength of a steer."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

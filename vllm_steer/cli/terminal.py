@@ -1,4 +1,4 @@
-"""What commands print: the one place where text gets to a terminal.
+"""Output to the terminal: the only place where commands print.
 
 Descriptions, tokens, file names, recipes, texts and model names come from outside. Here they are
 shown as they are and never obeyed: no markup, no emoji codes, no control characters, no characters

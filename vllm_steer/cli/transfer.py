@@ -1,4 +1,4 @@
-"""``vllm-steer transfer``: an LM-Steer of one model becomes one of another."""
+"""``vllm-steer transfer``: converts an LM-Steer of one model into one of another."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

@@ -1,4 +1,4 @@
-"""How vLLM's functions and methods are wrapped: one way, for classes, modules and instances."""
+"""Wraps functions and methods of vLLM: one way for classes, modules and instances."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The demo's requests: one prompt, asked at once under different steers in each way there is."""
+"""The demo's requests: one prompt under different steers, in every way to ask for them."""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""A ``vllm serve`` process on loopback, started and stopped by whoever uses it."""
+"""A ``vllm serve`` process on loopback, ended by whoever started it."""
 
 import os
 import signal

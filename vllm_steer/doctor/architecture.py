@@ -1,4 +1,4 @@
-"""What a model is, by its config alone: no weight is read."""
+"""Reads a model's sizes and sites from its config, without weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

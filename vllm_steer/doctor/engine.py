@@ -1,4 +1,4 @@
-"""Runs the trials' engine as a process and says why it ended if it did not end well."""
+"""Runs the engine of the trials in a process of its own and reports how it ended."""
 
 import json
 import os

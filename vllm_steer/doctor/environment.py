@@ -1,4 +1,4 @@
-"""What is installed here, and whether vLLM will load the plugin."""
+"""Checks what is installed, and whether vLLM will load the plugin."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What steers take on the device: the tables of the real banks, filled on the host.
+"""Device memory of steers: the tables of the real banks, filled on the host.
 
 Not counted is the token map of each guided site, ``4 K (1 + L)`` bytes for each token of the
 largest batch, for up to K steers per request and L steered layers.

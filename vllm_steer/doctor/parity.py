@@ -1,4 +1,4 @@
-"""Parity: a real engine under random steers beside a Hugging Face forward pass under the same.
+"""Parity: a real engine under random steers compared with a Hugging Face forward pass.
 
 The engine answers three batches of the same prompts: without a steer, with every trial steer at
 strength 0, and each trial steer by itself at a large strength. A zero steer has to leave every

@@ -1,4 +1,4 @@
-"""What Hugging Face says to the engine's answers: the same tokens, read in one forward pass."""
+"""Scores the engine's output with Hugging Face, by teacher forcing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The whole report: all findings one after the other, and how they are shown."""
+"""The report: all findings in order, as a table."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final

@@ -1,4 +1,4 @@
-"""Trial steers: random ones, as large as what they change, one for each way to steer a model."""
+"""Trial steers: random ones of realistic size, one for each kind, site and mode."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

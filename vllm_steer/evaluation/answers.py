@@ -1,4 +1,4 @@
-"""What was written under one setting, and what a judge says of it."""
+"""The texts of one setting, and the judges' figures for them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Text classification models as judges: sentiment, toxicity, formality, whatever they are told.
+"""Text classification models as judges: sentiment, toxicity, formality and others.
 
 For each prompt ``x`` and its continuations ``g``, ``p(g)`` the probability of the wanted label:
 

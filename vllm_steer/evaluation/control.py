@@ -1,4 +1,4 @@
-"""A random steer of the same norm as another: what a steer's direction is worth beside chance.
+"""A random steer of the same norm as another: the control for a steer's direction.
 
 Normal random numbers take the place of the steer's, and are scaled so that what follows keeps its
 norm (Frobenius for a matrix):

@@ -1,4 +1,4 @@
-"""How varied texts are: distinct n-grams as the LM-Steer authors count them, and repetition.
+"""Diversity of texts: distinct n-grams as the LM-Steer authors count them, and repetition.
 
 Sources: dist-n: Li et al., NAACL 2016 (arXiv 1510.03055), counted as in the evaluation of Han et
 al., ACL 2024 (arXiv 2305.12798); rep-4: Welleck et al., ICLR 2020 (arXiv 1908.04319), seq-rep-n;

@@ -1,4 +1,4 @@
-"""An evaluation from the prompts to the report: generate, judge, report; each part resumes."""
+"""Runs an evaluation: generate, judge, report; each part resumes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Texts from a real vLLM engine, under a steer or under none."""
+"""Generates texts with a real vLLM engine, steered or not."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Lists of telling words as judges: a text is what most of its telling words say it is."""
+"""Word lists as judges: a text has the label of most of its listed words."""
 
 import os
 import re

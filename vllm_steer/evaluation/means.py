@@ -1,4 +1,4 @@
-"""Means as the papers take them: first over the texts of a prompt, then over the prompts."""
+"""Means as in the papers: over the texts of a prompt, then over the prompts."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

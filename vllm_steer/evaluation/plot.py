@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: effect and perplexity over strength, and the one over the other."""
+"""Figures of an evaluation: effect and perplexity over strength, and effect over perplexity."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

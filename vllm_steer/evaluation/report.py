@@ -1,4 +1,4 @@
-"""The report of a run: every figure of the steer, beside the unsteered model and the control."""
+"""The report of a run: the figures of the steer, the unsteered model and the control."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

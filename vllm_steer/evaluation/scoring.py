@@ -1,4 +1,4 @@
-"""What the judges say of every setting."""
+"""Scores every setting with every judge."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Which strengths to try: a list, a range, or both."""
+"""Parses the strengths to try: a list, a range, or both."""
 
 import math
 from typing import Final

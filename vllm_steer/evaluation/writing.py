@@ -1,4 +1,4 @@
-"""Texts by vLLM into a run's folder: those that are not there yet."""
+"""Generates the texts that a run's folder does not have yet."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager

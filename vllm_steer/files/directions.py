@@ -1,4 +1,4 @@
-"""Vectors by layer, as most tools keep them, made one tensor."""
+"""Builds one tensor from vectors by layer."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What is said about a steer beside its tensors: by the file, by a config or by a caller."""
+"""Metadata of a steer: from its file, from a config or from a caller."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal

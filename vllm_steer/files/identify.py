@@ -1,4 +1,4 @@
-"""Which tool wrote a file: told by what is in it, never by its name."""
+"""Identifies the format of a file by its content, never by its name."""
 
 from functools import partial
 from pathlib import Path

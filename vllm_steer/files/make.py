@@ -1,4 +1,4 @@
-"""Steers from tensors and facts: where what a file holds meets what is known about it."""
+"""Builds steers from a file's tensors and metadata."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A file that was told apart: what it is, and which facts its reader has a use for."""
+"""An identified file: its format, and the metadata keys that apply to it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

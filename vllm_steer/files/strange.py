@@ -1,4 +1,4 @@
-"""Files that are no steers and that people hand in all the same: told for what they are."""
+"""Recognises files that are not steers, so that the error can name what they are."""
 
 import os
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: what was there before stays until then."""
+"""Writes files atomically: the old file stays until the new one is complete."""
 
 import os
 import re

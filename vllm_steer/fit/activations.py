@@ -1,4 +1,4 @@
-"""What a Hugging Face model holds at a site while it reads texts."""
+"""Records a Hugging Face model's activations at a site."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are its answer, and which of these a probe is fitted to.
+"""Selects the answer's tokens of a conversation, and those that a probe is fitted to.
 
 A conversation is rendered by the tokenizer's chat template, or without one as
 

@@ -1,4 +1,4 @@
-"""What a language model reads and has to predict: the token ids of texts, and batches of them."""
+"""Token ids and targets of texts, in batches for a language model."""
 
 import random
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The LM head's inputs while a frozen model reads texts: read once and kept on disk, or anew.
+"""The LM head's inputs of a frozen model: computed once and stored on disk, or recomputed.
 
 A model reads texts in windows of about equal length, so that little of a window is padding. It
 stands on the right, where causal attention never sees it.

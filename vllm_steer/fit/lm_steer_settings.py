@@ -1,4 +1,4 @@
-"""What an LM-Steer is fitted with, and who is told how it gets on."""
+"""Settings of an LM-Steer fit, and its progress callback."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The loss curve of a training as a picture."""
+"""Plots the loss curve of a training run."""
 
 from collections.abc import Sequence
 from pathlib import Path

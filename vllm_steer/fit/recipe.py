@@ -1,4 +1,4 @@
-"""How a steer was made, for its file: enough to make it again."""
+"""The recipe of a steer, for its file: enough to reproduce it."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Rows of activations on disk, layer by layer: what does not fit into memory."""
+"""Activations on disk, layer by layer: for data larger than memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Which tokens of a text a forward pass holds, and how strongly a dose acts on each of them."""
+"""Tracks absolute token positions across forward passes, and the strength at each of them."""
 
 import functools
 import inspect

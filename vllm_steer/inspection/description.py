@@ -1,4 +1,4 @@
-"""What a steer file is, in plain values: kind, place, norms, spectra, accuracy, recipe."""
+"""Describes a steer in plain values: kind, site, norms, spectra, accuracy, recipe."""
 
 from collections.abc import Mapping
 from typing import Any

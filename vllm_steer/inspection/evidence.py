@@ -1,4 +1,4 @@
-"""Which parts of a text speak for a steer.
+"""The parts of a text that a steer makes likelier.
 
     evidence_t = log p_{+v}(x_t | x_<t) - log p_{-v}(x_t | x_<t),  t = 1 .. n-1
 

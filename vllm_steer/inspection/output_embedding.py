@@ -1,4 +1,4 @@
-"""A model's output embedding alone: one tensor is read from the checkpoint, not the model."""
+"""Reads a model's output embedding: one tensor of the checkpoint, not the whole model."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How large a ``steer`` value may be: checked before any of it is read.
+"""Size limits of a ``steer`` value, checked before it is parsed.
 
 Far above what a request needs, and low enough that reading a value costs next to nothing. A value
 in Python can hold itself, or one tuple sixty times over: the walk over it is bounded as well.

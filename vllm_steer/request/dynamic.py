@@ -1,4 +1,4 @@
-"""Dynamic strength in a request: its maximum, and how it is worked out."""
+"""Options of a dynamic strength in a request: maximum, top_p and kl."""
 
 from collections.abc import Mapping
 from typing import Any, Final

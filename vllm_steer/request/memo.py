@@ -1,4 +1,4 @@
-"""Values of requests that were resolved before: each process resolves a value once."""
+"""Caches resolved values, so that a process resolves each value once."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping

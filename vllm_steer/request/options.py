@@ -1,4 +1,4 @@
-"""One steer's options in a request, and the dose that they come to."""
+"""Reads one steer's options of a request as a dose."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

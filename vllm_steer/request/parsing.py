@@ -1,4 +1,4 @@
-"""From any form of a ``steer`` value to names and their options."""
+"""Parses any form of a ``steer`` value into names and options."""
 
 import json
 from collections.abc import Iterator, Mapping

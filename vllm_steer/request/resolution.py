@@ -1,4 +1,4 @@
-"""What a ``steer`` value comes to under an engine's plan: presets opened, limits kept."""
+"""Resolves a ``steer`` value under an engine's plan: expands presets, checks limits."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

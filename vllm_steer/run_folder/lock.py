@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time, which the lock file in it names.
+"""A lock file gives a run folder to one process at a time, and names that process.
 
 The lock is the kernel's (``flock``): it ends with the process, however that ends. A file that is
 left behind is no lock.

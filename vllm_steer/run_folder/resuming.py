@@ -1,4 +1,4 @@
-"""A run is resumed under the settings that it began with, and discarded where that is asked."""
+"""Resumes a run under the settings that it began with, or discards it on request."""
 
 import json
 import os

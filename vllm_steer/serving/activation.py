@@ -1,4 +1,4 @@
-"""What the processes of a steered engine are to wrap, decided before the first of them starts."""
+"""Decides what an engine's processes wrap, before the first of them starts."""
 
 from vllm_steer.compat.features import why_unavailable
 from vllm_steer.environment import REPORTS, STEERING, STREAMS, activate

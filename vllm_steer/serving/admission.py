@@ -1,4 +1,4 @@
-"""A request at the door: checked in the frontend, checked again and keyed in the engine core."""
+"""Admission: checks a request in the frontend, and again in the engine core."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""``--steer-config``, folded into ``additional_config`` while vLLM parses its command line.
+"""``--steer-config``, moved into ``additional_config`` when vLLM parses its command line.
 
 Folding at parse time, not later, because API server processes are started from the parsed
 arguments alone, before any plugin is loaded in them.

@@ -1,4 +1,4 @@
-"""What stands in the way of a request with dynamic strength: in the engine, and in the request."""
+"""Refuses requests with dynamic strength that the engine or their parameters rule out."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A request as it enters the engine core: admitted, keyed, and with its streams if it needs any."""
+"""A request's way into the engine core: admission, prefix-cache key, streams if it needs any."""
 
 from collections.abc import Callable
 from typing import Any

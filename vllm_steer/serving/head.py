@@ -1,4 +1,4 @@
-"""The site ``head``: the one place that touches the model's modules.
+"""The site ``head``: wraps the methods of the model that compute logits.
 
 ``model.compute_logits`` is wrapped on the target model's instance. It is called outside CUDA graphs
 and compiled code, by sampling and by prompt logprobs, and never by a draft model. Steers of the

@@ -1,4 +1,4 @@
-"""The sites inside the layers: where the op enters the modules of a decoder block.
+"""The sites inside the layers: forward hooks on the modules of a decoder layer.
 
 A forward hook changes the first tensor that a module returns, in place; torch.compile traces it
 with the module. Only layers that a loaded steer touches get one. `heads` is the input of the

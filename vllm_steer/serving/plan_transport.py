@@ -1,4 +1,4 @@
-"""The plan of an engine's steers, as it travels inside ``VllmConfig.additional_config``."""
+"""The plan inside ``VllmConfig.additional_config``, as it travels to every process."""
 
 from collections.abc import Mapping
 from typing import Any

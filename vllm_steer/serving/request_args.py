@@ -1,4 +1,4 @@
-"""What a request says of steering: the user's arguments, and those of requests of our own making.
+"""The steering arguments of a request: the user's, and those of streams.
 
 A request with dynamic doses inside the layers is served as several streams of one text, each with
 its own KV from the last prompt token on: the *main* one, which is the request itself; a *base* that

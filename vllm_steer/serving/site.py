@@ -1,4 +1,4 @@
-"""One site inside the layers: its bank, the step's token map, and the operation on a tensor.
+"""One site inside the layers: its table, the step's token map, and the operation.
 
 ``SteeredPlace`` is what the custom op finds in vLLM's forward context: one layer of one site.
 """

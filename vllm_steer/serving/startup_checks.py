@@ -1,4 +1,4 @@
-"""What stops an engine's start: a plan that does not fit the model, a feature in its way."""
+"""Start-up checks: a plan that does not fit the model, a feature that rules steering out."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A step's requests, rows and tokens, as both model runners tell them."""
+"""A step's requests, rows and tokens, as both model runners report them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

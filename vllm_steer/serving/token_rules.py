@@ -1,4 +1,4 @@
-"""From the doses of a batch's requests to the rules that the device maps tokens by."""
+"""Makes the token rules of a batch from the doses of its requests."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

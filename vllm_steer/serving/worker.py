@@ -1,4 +1,4 @@
-"""A worker with steers: banks after the model is loaded, proof before the engine is ready."""
+"""Steering in a worker: fills the banks after the model is loaded, and verifies the sites."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""What a steer does, as a digest: equal for equal content, whatever its file is called."""
+"""A digest of what a steer does: equal for equal content, whatever the file's name."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Which of a steer's layers to try."""
+"""Selects the layers to try."""
 
 from dataclasses import dataclass
 from typing import Final

@@ -1,4 +1,4 @@
-"""What a sweep found: plain data, a table and a picture."""
+"""The result of a sweep: plain data, a table and a figure."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The search for a strength: the points that are tried, and the one that is taken."""
+"""Searches for a strength: which points to measure, and which one to select."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A sweep in one engine: measure points, take the best within the budget, write it down."""
+"""Runs a sweep in one engine: measures points and selects the best within the budget."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

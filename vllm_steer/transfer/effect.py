@@ -1,4 +1,4 @@
-"""How much of a steer's effect a transferred one keeps: the evidence of labelled texts.
+"""Measures how much of a steer's effect a transferred one keeps, on labelled texts.
 
     effect = mean over texts of sign(label) * sum_t (log p_{+v}(x_t) - log p_{-v}(x_t))
 

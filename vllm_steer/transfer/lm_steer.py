@@ -1,4 +1,4 @@
-"""An LM-Steer of one model becomes one of another.
+"""Converts an LM-Steer of one model into one of another.
 
     multiply  P1' = B P1,  P2' = B P2, so that W' = B W B^T
     add       A' = A B^T

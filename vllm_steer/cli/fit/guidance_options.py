@@ -1,4 +1,4 @@
-"""Options of the fits, and the end that ``concept``, ``vector`` and ``delta`` have in common."""
+"""Options of the fit commands, and the shared output of ``concept``, ``vector`` and ``delta``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

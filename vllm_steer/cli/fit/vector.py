@@ -1,4 +1,4 @@
-"""``vllm-steer fit vector``: a steering vector from two sides of texts."""
+"""``vllm-steer fit vector``: a steering vector from two sets of texts."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

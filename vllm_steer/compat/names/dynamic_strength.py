@@ -1,4 +1,4 @@
-"""What dynamic strength needs beside: the scheduler, and the way of strengths to the user."""
+"""Names that dynamic strength needs: the scheduler, and the outputs that carry strengths."""
 
 from vllm_steer.compat.name import names
 

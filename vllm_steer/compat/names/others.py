@@ -1,4 +1,4 @@
-"""What single features need of vLLM: some sites, HTTP, LoRA, commands."""
+"""Names that single features need: some sites, HTTP, LoRA, commands."""
 
 from vllm_steer.compat.name import names
 

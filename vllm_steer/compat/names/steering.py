@@ -1,4 +1,4 @@
-"""What every steered engine needs of vLLM."""
+"""Names that every steered engine needs."""
 
 from vllm_steer.compat.name import names
 

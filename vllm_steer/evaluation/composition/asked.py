@@ -1,4 +1,4 @@
-"""What is asked of a comparison: a YAML file of properties and of their combinations.
+"""The specification of a comparison: a YAML file of properties and their combinations.
 
 properties:
   fr:    {steer: fr.safetensors, judge: "language:fr", strengths: [1, 1.5, 2]}

@@ -1,4 +1,4 @@
-"""What each method gives to each property, as a request has it, and the texts written so."""
+"""The strengths that each method tries for each property, and their requests."""
 
 import hashlib
 import itertools

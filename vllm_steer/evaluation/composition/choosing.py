@@ -1,4 +1,4 @@
-"""One set of strengths and options per method, chosen on the combinations that are seen.
+"""Selects one set of strengths and options per method, on the seen combinations.
 
 For a choice ``c`` of a method, over the seen combinations ``S`` that the method has:
 

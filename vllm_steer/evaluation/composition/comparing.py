@@ -1,4 +1,4 @@
-"""A comparison from the prompts to the report: choose, generate, judge; each part resumes."""
+"""Runs a comparison: select, generate, judge, report; each part resumes."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

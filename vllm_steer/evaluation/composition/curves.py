@@ -1,4 +1,4 @@
-"""Strength over tokens: what dynamic steers came to, and what fixed and scheduled ones say."""
+"""Strength over tokens: measured for dynamic steers, stated for fixed and scheduled ones."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""How many texts have each property of a combination, and how many have them all at once."""
+"""The share of texts that have each property of a combination, and all of them at once."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: strength over tokens, and what the properties cost."""
+"""Figures of a comparison: strength over tokens, and perplexity over accuracy."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

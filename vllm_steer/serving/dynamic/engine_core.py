@@ -1,4 +1,4 @@
-"""Makes the streams of a user's request in the engine core, and adds them with it."""
+"""Makes the streams of a request in the engine core, and adds them together with it."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a worker keeps for dynamic strengths."""
+"""The dynamic requests of a worker, and the strengths that its current step computes."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""The middleware: where it stands in vLLM's application, and the way of one request through it.
+"""The middleware: its place in vLLM's application, and how it handles a request.
 
 vLLM puts middlewares that are named on its command line outside all others, its check of API keys
 among them. Nothing of a request may be read out there: the class that vLLM adds only puts another

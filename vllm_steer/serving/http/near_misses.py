@@ -1,4 +1,4 @@
-"""Names that were meant for ours: answered, where vLLM would ignore them and serve unsteered.
+"""Field names close to ours: refused, because vLLM would ignore them and serve unsteered.
 
 Exact names only, and only where they hold anything. ``extra_body`` is the OpenAI client's argument
 and ``extra_args`` and ``sampling_params`` are those of ``LLM``: none of vLLM's HTTP routes but one

@@ -1,4 +1,4 @@
-"""A request's body in the chunks that it came in, and whether it can mention a steer at all.
+"""A request's body in its original chunks, and whether it can mention a steer at all.
 
 Nothing here costs more than looking at each chunk once. The chunks are passed on as they came, each
 let go as it is taken: the body is never held twice.

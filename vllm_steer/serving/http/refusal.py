@@ -1,4 +1,4 @@
-"""The 400 that the middleware answers, in the form of the route's own errors."""
+"""HTTP 400 responses, in the format of the route's own errors."""
 
 import json
 

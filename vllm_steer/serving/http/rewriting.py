@@ -1,4 +1,4 @@
-"""What a body asks of us, and the members that make vLLM serve it."""
+"""Finds the steer fields of a body, and makes the members that vLLM needs."""
 
 import json
 from typing import Any, Final, NamedTuple

@@ -1,4 +1,4 @@
-"""Which requests are read: those for generated text, as JSON. All others are none of our business.
+"""The requests whose bodies are read: JSON requests for generated text. All others pass.
 
 The lists hold vLLM's routes from 0.25.1 to 0.33. They are compared with the end of the path: an
 application may be served under a root path.
