@@ -104,7 +104,7 @@ class SteerConfig(BaseModel):
         """Read a config from a YAML or JSON file, from inline JSON or from a dict.
 
         Relative steer paths are relative to the config file, or to the working folder for inline
-        JSON and dicts. Raises ``SteerError`` that names the place, the value and what is wanted.
+        JSON and dicts. Raises ``SteerError`` that names the place, the value and what is expected.
         """
         if isinstance(source, SteerConfig):
             return source

@@ -169,7 +169,7 @@ def tensor_parallel(folder: Path) -> None:
 
 
 def dynamic_tensor_parallel(folder: Path) -> None:
-    """Strengths that follow from the text, worked out by two tensor-parallel ranks."""
+    """Strengths that follow from the text, computed by two tensor-parallel ranks."""
     settings = dynamic_settings.SETTINGS
     model = save_tiny_model("llama", folder / "model", num_layers=GUIDED_LAYERS)
     reference = load_reference(model)

@@ -65,7 +65,7 @@ def evaluate(asked: Evaluation, make_judges: MakeJudges, progress: Progress) -> 
     figures are always taken anew.
 
     Raises ``SteerError`` for a steer or a judge that cannot be, a folder of another run, no judge
-    at hand, a folder that another process is using, and a file that cannot be written: what was
+    available, a folder that another process is using, and a file that cannot be written: what was
     written before stays.
     """
     steer = load_steer(asked.steer)

@@ -1,6 +1,6 @@
 """Judges by name, as ``--judge`` takes them: ``classifier:MODEL:LABEL``, ``diversity``, ...
 
-A judge that is not at hand (a model that cannot be loaded, a package that is not installed, a
+A judge that is not available (a model that cannot be loaded, a package that is not installed, a
 service that is not offered) is named with the reason. Nothing else ever answers under its name.
 """
 

@@ -31,7 +31,7 @@ class Report:
     """All of a run's figures.
 
     ``about`` is what the texts come from, as the run's settings say it; ``missing`` says of judges
-    that are not at hand why; ``normalised`` has the effect normalised by perplexity, by judge and
+    that are not available why; ``normalised`` has the effect normalised by perplexity, by judge and
     by steer (``steer``, ``random``), where there is an effect and a perplexity, or why it cannot
     be had.
     """

@@ -13,7 +13,7 @@ from vllm_steer.steers.lm_steer import VARIANTS, Variant
 class Settings:
     """The paper's choices by default; what they mean is said at ``fit_lm_steer``.
 
-    Raises ``SteerError`` for a value that makes no sense, naming what is wanted.
+    Raises ``SteerError`` for a value that makes no sense, naming what is expected.
     """
 
     variant: Variant = "multiply"

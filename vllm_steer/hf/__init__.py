@@ -83,7 +83,7 @@ def _read_dose(name: str, given: float | Mapping[str, Any], steer: Steer) -> Dos
         dose = read_dose(name, given, steer)
         if dose.dynamic is not None:
             raise SteerError(
-                f"steer {name}: a dynamic strength is worked out as vLLM serves; here, give the "
+                f"steer {name}: a dynamic strength is computed as vLLM serves; here, give the "
                 "strengths that it reports as a list"
             )
         return dose

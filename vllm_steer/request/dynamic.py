@@ -53,7 +53,7 @@ def is_asked(name: str, options: Mapping[Any, Any]) -> bool:
     elif options.get("schedule") is not None:
         raise SteerRequestError(
             f"steer {name} has schedule {shown(options['schedule'])} and strength 'dynamic', which "
-            "is worked out anew at every step; drop one"
+            "is computed anew at every step; drop one"
         )
     if options.get("phase") is not None:
         raise SteerRequestError(

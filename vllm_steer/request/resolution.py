@@ -93,7 +93,7 @@ def _check_dynamic_alone(doses: Sequence[Dose]) -> None:
         if dose.dynamic and times[dose.steer] > 1:
             raise SteerRequestError(
                 f"steer {dose.steer} is asked for more than once, with a dynamic strength among "
-                "them, which is worked out for all that the steer does; ask for it once"
+                "them, which is computed for all that the steer does; ask for it once"
             )
 
 

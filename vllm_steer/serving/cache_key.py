@@ -7,8 +7,8 @@ stay shared with everybody. What acts from the first token on also joins vLLM's 
 the one part of a key that is seen outside of vLLM's block hashes. A salt alone would not do: a user
 may write any salt, that of a steered request too.
 
-A dynamic dose acts at strengths that were worked out for one request alone: from the last prompt
-token on its blocks are that request's own. The streams that they are worked out from are keyed like
+A dynamic dose acts at strengths that were computed for one request alone: from the last prompt
+token on its blocks are that request's own. The streams that they are computed from are keyed like
 any request: a base by nothing, a probe by its one dose.
 """
 

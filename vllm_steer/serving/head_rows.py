@@ -165,7 +165,7 @@ class HeadRows:
         return found
 
     def _metadata_for(self, rows: BatchRows) -> dict[int, Any]:
-        """What is metadata for these rows; streams bring the same batches back in turns."""
+        """The metadata kept for these rows; streams bring the same batches back in turns."""
         key = (tuple(rows.req_ids), rows.counts.tobytes())
         if key not in self._batches and len(self._batches) == _BATCHES_KEPT:
             del self._batches[next(iter(self._batches))]

@@ -25,7 +25,7 @@ _INTEGERS = (
 
 @dataclass(frozen=True)
 class Columns:
-    """One request's doses at one site, worked out once: ``[6, k]``, ``[2, k]`` and ``[L, k]``."""
+    """One request's doses at one site, computed once: ``[6, k]``, ``[2, k]`` and ``[L, k]``."""
 
     request: SteeredRequest
     integers: IntArray

@@ -26,7 +26,7 @@ def check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
 
 
 def pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The values in their order, a few at a time: what is worked out of them takes little room."""
+    """The values in their order, a few at a time: what is computed of them takes little room."""
     for row in tensor if tensor.ndim > 1 else (tensor,):
         yield from row.detach().reshape(-1).split(_PIECE)
 

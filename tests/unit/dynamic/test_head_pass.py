@@ -79,7 +79,7 @@ class Head:
         new: dict[str, Any] | None = None,
         **steps: int,
     ) -> tuple[dict[str, torch.Tensor], Any]:
-        """One step of decoding: the logits and the strengths that were worked out."""
+        """One step of decoding: the logits and the strengths that were computed."""
         self.batch.begin_step(
             [(r, params(r, s), 1) for r, s in (new or {}).items()], (), StreamStep(steps)
         )
@@ -194,7 +194,7 @@ def test_the_second_pass_is_a_pass_of_fixed_strengths(head: Head) -> None:
 
 
 def test_a_step_read_again_takes_the_strength_it_had(head: Head) -> None:
-    """As after a preemption: nothing is worked out anew, whatever the hidden state."""
+    """As after a preemption: nothing is computed anew, whatever the hidden state."""
     first = hidden_of("a")
     _, answer = head.step(first, {"a": "add:dynamic:1.5"}, a=0)
     other = hidden_of("x", "a")

@@ -1,4 +1,4 @@
-"""dPPL beside its definition worked out another way, and listed strengths on Hugging Face."""
+"""dPPL beside its definition computed another way, and listed strengths on Hugging Face."""
 
 import json
 import math

@@ -43,7 +43,7 @@ def share(verdicts: Verdicts) -> float:
 def property_judges(asked: Composition) -> dict[str, PropertyJudge]:
     """A judge for each property.
 
-    Raises ``SteerError`` for one that is misspelt or not at hand, and one that tells no property.
+    Raises ``SteerError`` for one that is misspelt or not available, and one that tells no property.
     """
     judges: dict[str, PropertyJudge] = {}
     for name, wanted in asked.properties.items():

@@ -26,7 +26,7 @@ class ComparisonReport:
     """All of a comparison's figures.
 
     ``about`` is what the texts come from, ``absences`` names combination, method and reason of the
-    rows that there are not, ``missing`` the judges that are not at hand.
+    rows that there are not, ``missing`` the judges that are not available.
     """
 
     about: Mapping[str, Any]
