@@ -19,13 +19,8 @@ import torch
 
 from benchmarks import arguments, environment
 from benchmarks.decode import PROMPT_TOKENS
-from benchmarks.dummy_model import (
-    ALL_SHAPES,
-    write_checkpoint,
-    write_steers,
-    write_vectors,
-)
-from benchmarks.peers.job import Job, skipped_line
+from benchmarks.dummy_model import ALL_SHAPES, write_checkpoint, write_steers, write_vectors
+from benchmarks.peers.job import Job
 from benchmarks.processes import in_own_process
 from benchmarks.result import Result
 
@@ -51,7 +46,8 @@ def main() -> None:
             lines, threads = measure(peer, args, Path(folder))
             result.data["threads"] = threads or result.data.get("threads")
             for line in lines:
-                result.add(line, f"{line['name']}, {line['rows']} rows: {line['ratio_median']}")
+                said = line.get("skipped") or f"{line['rows']} rows: {line['ratio_median']}"
+                result.add(line, f"{line['name']}, {said}")
     result.show()
 
 
@@ -69,7 +65,7 @@ def measure(peer: str, args: argparse.Namespace, folder: Path) -> tuple[list[Lin
     except Exception as error:
         if peer != LORA:  # other code than ours, on a machine that it may not support
             raise
-        return [skipped_line(peer, shape, f"it failed: {error}")], None
+        return [{"name": peer, "shape": shape, "skipped": f"it failed: {error}"}], None
 
 
 def run(job: Job) -> tuple[list[Line], int]:

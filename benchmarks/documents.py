@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
-    ROOT / "docs" / "compose.md",
     ROOT / "docs" / "design.md",
 )
 RESULTS = ROOT / "benchmarks" / "results"

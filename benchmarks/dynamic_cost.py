@@ -3,11 +3,9 @@
     python -m benchmarks.dynamic_cost --json OUT [--models embedded,llama] [--rounds N] ...
 
 Engines of this process serve requests of a fixed number of greedy tokens, and these figures come
-out (see ``dynamic/figures.py``), each beside what counting steps and rows predicts
-(``dynamic/counting.py``):
+out (see ``dynamic/figures.py``):
 
     cost      time of a token of dynamic requests over that of unsteered ones, alone and together
-    loop      the authors' uncached loop of three passes per token over the engine
     ordinary  what ordinary requests lose to dynamic ones beside them
 """
 
@@ -20,15 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks import arguments, environment
-from benchmarks.dynamic.counting import STREAMS
-from benchmarks.dynamic.figures import ORDINARY, Bench, check_steered, cost, loop, ordinary
-from benchmarks.dynamic.legs import PROMPT_TOKENS, Prompts
-from benchmarks.dynamic.models import NAMES, Served, write_served
+from benchmarks.dynamic.figures import ORDINARY, STREAMS, Bench, check_steered, cost, ordinary
+from benchmarks.dynamic.served import NAMES, PROMPT_TOKENS, Served, write_served
 from benchmarks.engines import make_engine
 from benchmarks.result import Result
 
 ROUNDS = {"embedded": 15, "llama": 5, "tiny": 2}  # legs of a fast model are short, and noisier
-LOOP_REQUESTS = {"embedded": 16, "llama": 1, "tiny": 2}  # of 16; the loop's pace is that of one
 
 
 def main() -> None:
@@ -51,21 +46,18 @@ def main() -> None:
 
 def measure(name: str, served: Served, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The lines of one model, its texts checked before and after."""
-    streams = 1 + STREAMS
     llm = make_engine(
         served.folder,
         served.config,
         dtype="float32",
-        max_num_seqs=max(streams * args.requests, ORDINARY + streams * max(args.dynamic)),
+        max_num_seqs=max(STREAMS * args.requests, ORDINARY + STREAMS * max(args.dynamic)),
         enable_prefix_caching=True,  # as vLLM has it by default; streams share their prompt
     )
     rounds = args.rounds or ROUNDS[name]
-    bench = Bench(name, llm, served, Prompts(served.vocab_size), args.tokens, rounds)
+    bench = Bench(name, llm, served, args.tokens, rounds)
     check_steered(bench)
     for requests in (1, args.requests):
         yield from cost(bench, requests)
-    for requests in (1, args.requests):
-        yield loop(bench, requests, min(requests, LOOP_REQUESTS[name]))
     for dynamic in args.dynamic:
         yield ordinary(bench, dynamic)
     check_steered(bench)

@@ -28,13 +28,6 @@ def guidance_bytes(
     return rows + 4 * directions * width + 8 * tokens * doses
 
 
-def token_map_bytes(*, tokens: int, requests: int, layers: int, doses: int) -> int:
-    """The map written, the rules, positions and first tokens read."""
-    written = 4 * doses * tokens * (1 + layers)
-    rules = doses * requests * (6 * 8 + 2 * 4 + 4 * layers)
-    return written + rules + 8 * tokens + 4 * (requests + 1)
-
-
 def divergence_bytes(doses: int, vocab: int, *, itemsize: int) -> int:
     """Base and probe of every dose once; a KL in float32 and a size per dose."""
     return doses * (2 * vocab * itemsize + 12)

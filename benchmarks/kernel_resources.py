@@ -23,7 +23,8 @@ from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
 from benchmarks import arguments
-from benchmarks.result import Result, console
+from benchmarks.result import Result
+from benchmarks.summaries import summary
 from vllm_steer.kernels.divergence import triton_fused as divergence
 from vllm_steer.kernels.guidance import Directions, triton_fused
 from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteerWeights
@@ -137,25 +138,18 @@ def warm_ups(dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Callable[[], 
     yield case, partial(divergence.divergence, logits, one, one + 1, 0.5)
 
 
-def report() -> Iterator[dict[str, Any]]:
-    """One line per kernel and variant."""
+def main() -> None:
+    """Compile, write a line per kernel and variant, print."""
+    path = arguments.parser(__doc__).parse_args().json
+    result = Result("kernel_resources", path, target="sm_90")
     for dtype in DTYPES:
         for case, warm_up in warm_ups(dtype):
             with compiling() as compiled:
                 warm_up()
             for (name, _), kernel in sorted(compiled.items()):
                 line = {**case, "dtype": str(dtype).removeprefix("torch."), "kernel": name}
-                yield line | vars(resources(kernel))
-
-
-def main() -> None:
-    """Compile, write, print."""
-    result = Result("kernel_resources", arguments.parser(__doc__).parse_args().json)
-    result.data["target"] = "sm_90"
-    with console.status("compiling"):
-        result.data["rows"] = list(report())
-    result.write()
-    result.show()
+                result.add(line | vars(resources(kernel)))
+    print(summary(result.data))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.table import beside, framed, grid, number, percent, spread, with_error
+from benchmarks.table import beside, framed, grid, number, percent, spread
 
 Line = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -12,8 +12,7 @@ SHARED = 4  # more distinct steers than that are one per row in the runs made so
 
 def summary(result: Line) -> str:
     """As ``table.markdown``, with fewer lines."""
-    rows = [*result.get("tried", ()), *result["rows"]]
-    return framed(result, grid(*MAKERS[result["benchmark"]](rows)))
+    return framed(result, grid(*MAKERS[result["benchmark"]](result["rows"])))
 
 
 def over_batch_sizes(rows: list[Line]) -> Table:
@@ -70,26 +69,8 @@ def at_most(rows: list[Line]) -> Table:
     ]
 
 
-def of_the_pair(rows: list[Line]) -> Table:
-    """What was tried for language and sentiment, and what was chosen: share, and its price."""
-    heads = ["prompts", "method", "strengths", "all", "perplexity"]
-    share, price = with_error("all"), number("perplexity")
-    return heads, [
-        [
-            "reported" if "combination" in line else "choosing",
-            line["method"],
-            line["strengths"] or "-",
-            share(line),
-            price(line),
-        ]
-        for line in rows
-        if line.get("combination", "fr+cheer") == "fr+cheer"
-    ]
-
-
 MAKERS: dict[str, Callable[[list[Line]], Table]] = {
     "speed_ratio": over_batch_sizes,
     "kernels": over_forms,
     "kernel_resources": at_most,
-    "composition": of_the_pair,
 }

@@ -1,7 +1,6 @@
-"""Result files as tables: ``python -m benchmarks.table RESULT.json ...`` prints Markdown.
+"""Result files as Markdown tables: ``python -m benchmarks.table RESULT.json ...`` prints them.
 
-A benchmark has a list of columns, each a heading and what a line has under it; the terminal's table
-and the Markdown are made from the same list.
+A benchmark has a list of columns, each a heading and what a line has under it.
 """
 
 import json
@@ -9,8 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 Line = dict[str, Any]
 Cell = Callable[[Line], str]
@@ -48,39 +45,11 @@ def percent(key: str) -> Cell:
     return lambda line: "-" if line.get(key) is None else f"{100 * line[key]:.0f} %"
 
 
-def with_error(key: str) -> Cell:
-    """A share and its standard error, if it has one; a dash for what is compared with itself."""
-
-    def cell(line: Line) -> str:
-        value, error = line[key], line.get(f"{key}_error")
-        if error is None:
-            return f"{value:.2f}"
-        return "-" if value == error == 0 else f"{value:.2f} ± {error:.2f}"
-
-    return cell
-
-
-def counted(line: Line) -> str:
-    """What counting steps and rows predicts."""
-    low, high = sorted(line["predicted"])
-    return f"{low:.2f} to {high:.2f}" if high > low else f"{low:.2f}"
-
-
-def combination(line: Line) -> str:
-    """The properties, marked where nothing was chosen on them."""
-    return line["combination"] + ("" if line["seen"] else " (unseen)")
-
-
 def over_ours(line: Line) -> str:
     """A peer's step over ours."""
-    if line["skipped"]:
+    if line.get("skipped"):
         return "not run"
     return beside(number("over_ours_median"), spread("over_ours", 2))(line)
-
-
-def exactly(key: str) -> Cell:
-    """A number as it is, zero included."""
-    return lambda line: str(line[key])
 
 
 COLUMNS: dict[str, Columns] = {
@@ -108,7 +77,6 @@ COLUMNS: dict[str, Columns] = {
         ("steered over ours", over_ours),
     ),
     "serving": (
-        ("mode", word("mode")),
         ("what", word("what")),
         ("load", word("concurrency")),
         ("distinct", word("distinct")),
@@ -120,7 +88,6 @@ COLUMNS: dict[str, Columns] = {
         ("TTFT p99, ms", over_stock("ttft_p99_ms")),
         ("TPOT p50, ms", over_stock("tpot_p50_ms", 1)),
         ("TPOT p99, ms", over_stock("tpot_p99_ms", 1)),
-        ("batch p50, ms", over_stock("batch_p50_ms")),
     ),
     "kernels": (
         ("operation", word("section")),
@@ -136,18 +103,6 @@ COLUMNS: dict[str, Columns] = {
         ("floor, us", number("floor_us", 1)),
         ("of the floor", percent("share_of_floor")),
     ),
-    "fit_speed": (
-        ("model", word("model")),
-        ("loop", word("loop")),
-        ("texts", word("texts")),
-        ("batch", word("batch_size")),
-        ("steps", word("steps")),
-        ("seconds", number("seconds", 1)),
-        ("steps/s", number("steps_per_s", 2)),
-        ("over head", number("speedup", 2)),
-        ("p20 to p80", spread("speedup", 2)),
-        ("memory, MiB", number("memory_mib", 0)),
-    ),
     "dynamic_cost": (
         ("model", word("model")),
         ("figure", word("figure")),
@@ -157,55 +112,17 @@ COLUMNS: dict[str, Columns] = {
         ("B, ms", number("b_ms")),
         ("ratio", number("ratio")),
         ("p20 to p80", spread("ratio", 2)),
-        ("by counting", counted),
         ("over floor", number("over_floor")),
-        ("goal", word("goal")),
-    ),
-    "composition": (
-        ("combination", combination),
-        ("method", word("method")),
-        ("strengths", word("strengths")),
-        ("all", with_error("all")),
-        ("beside fixed", with_error("beside")),
-        ("perplexity", number("perplexity")),
-        ("median", number("median")),
-        ("dist-2", number("dist_2")),
-    ),
-    "kernel_resources": (
-        ("operation", word("operation")),
-        ("width", word("width")),
-        ("rank", word("rank")),
-        ("dtype", word("dtype")),
-        ("kernel", word("kernel")),
-        ("registers", word("registers")),
-        ("shared, bytes", word("shared_bytes")),
-        ("spilled, bytes", exactly("spilled_bytes")),
-        ("tensor cores", lambda line: "yes" if line["tensor_cores"] else "no"),
     ),
 }
 
 
-def headings(result: Line) -> list[str]:
-    """The table's first line."""
-    return [heading for heading, _ in COLUMNS[result["benchmark"]]]
-
-
-def cells(result: Line) -> list[list[str]]:
-    """A list per line of a result."""
-    return [[cell(line) for _, cell in COLUMNS[result["benchmark"]]] for line in result["rows"]]
-
-
-def rich_table(result: Line) -> Table:
-    """A result for the terminal."""
-    table = Table(*headings(result), title=title(result))
-    for row in cells(result):
-        table.add_row(*row)
-    return table
-
-
 def markdown(result: Line) -> str:
     """A result as a Markdown table under its title, with the command that made it."""
-    return framed(result, grid(headings(result), cells(result)))
+    columns = COLUMNS[result["benchmark"]]
+    heads = [heading for heading, _ in columns]
+    rows = [[cell(line) for _, cell in columns] for line in result["rows"]]
+    return framed(result, grid(heads, rows))
 
 
 def framed(result: Line, table: Sequence[str]) -> str:

@@ -1,13 +1,13 @@
 """LM-Steer: the change of a batch's rows of hidden states, under one steer each."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
 from benchmarks.floors import lm_steer_bytes, weight_elements
-from benchmarks.operations.lm_steer_forms import FORMS, VARIANTS, auto
+from benchmarks.operations.lm_steer_forms import FORMS, VARIANTS, engine_form
 from benchmarks.operations.measure import Bench, Case, Tensors, Work, relative_error, sets_for
 from vllm_steer.bank import HeadTable
 from vllm_steer.doses import Dose
@@ -47,19 +47,15 @@ class LMSteerCase(Case):
         shelf = make_bank(self, count * self.distinct, bench.dtype, bench.device)
         generator = torch.Generator(bench.device).manual_seed(1)
         like = {"dtype": bench.dtype, "device": bench.device, "generator": generator}
-        return [
-            Inputs(
-                self,
-                torch.randn(self.rows, self.width, **like),
-                shelf.weights,
-                batch(self, shelf, nth * self.distinct),
-            )
-            for nth in range(count)
-        ]
+        sets = []
+        for nth in range(count):
+            x, taken = torch.randn(self.rows, self.width, **like), batch(self, shelf, nth)
+            sets.append(Inputs(self, x, shelf.weights, taken))
+        return sets
 
     def work(self, form: str, inputs: "Inputs") -> Work:
         """One of ``FORMS``, a variant of ours in Triton, or ``auto``."""
-        call = (FORMS | VARIANTS | {"auto": auto})[form](inputs)
+        call = (FORMS | VARIANTS | {"auto": partial(engine_form, "auto", None)})[form](inputs)
         touched = torch.ones(self.rows, dtype=torch.bool, device=inputs.x.device)
 
         def check(results: Tensors) -> float:
@@ -115,12 +111,12 @@ def make_bank(case: LMSteerCase, slots: int, dtype: torch.dtype, device: torch.d
     return HeadTable({f"s{slot}": slot for slot in range(slots)}, tables)
 
 
-def batch(case: LMSteerCase, shelf: HeadTable, offset: int = 0) -> SteeredRows:
-    """The batch as the engine sees it: one request per row."""
+def batch(case: LMSteerCase, shelf: HeadTable, nth: int) -> SteeredRows:
+    """The ``nth`` set's batch as the engine sees it: one request per row."""
     rows = BatchRows([f"r{row}" for row in range(case.rows)], np.ones(case.rows, dtype=np.int64))
     requests = {}
     for row in range(case.rows):
-        dose = Dose(f"s{offset + row % case.distinct}", 0.5 + row % 7 / 8)
+        dose = Dose(f"s{nth * case.distinct + row % case.distinct}", 0.5 + row % 7 / 8)
         requests[f"r{row}"] = SteeredRequest((dose,), 1)
     pairs = steered_rows(rows, RequestSlots(shelf, requests))
     assert pairs is not None

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.operations.measure import Skipped, ours
@@ -18,40 +17,12 @@ Call = Callable[[], torch.Tensor]
 Inputs = Any  # ``lm_steer.Inputs``
 
 
-def auto(inputs: Inputs) -> Call:
-    """Ours, as an engine of so many rows has it on this device."""
-    return engine_form("auto", inputs.case.rows, inputs)
-
-
-def engine_form(kernels: str, max_rows: int, inputs: Inputs) -> Call:
-    """Ours, as an engine of up to ``max_rows`` rows has it."""
+def engine_form(kernels: str, max_rows: int | None, inputs: Inputs) -> Call:
+    """Ours, as an engine of up to ``max_rows`` rows has it; None: of as many as the batch has."""
+    max_rows = max_rows or inputs.case.rows
     if max_rows <= FEW_ROWS < inputs.case.rows:
         raise Skipped(f"an engine takes programs of one row for up to {FEW_ROWS} rows only")
     return _placed(ours(lm_steer_backend, kernels, inputs.x.device, max_rows=max_rows), inputs)
-
-
-def gather_bmm(inputs: Inputs) -> Call:
-    """Plain torch as one writes it first: each row's own copy of its steer, batched products."""
-    case, tables, x = inputs.case, inputs.tables, inputs.x
-    _check_room(inputs)
-    groups = np.array(inputs.steered.groups)
-    slots_of_pairs = np.repeat(groups[:, 0], groups[:, 2] - groups[:, 1])
-    order = np.argsort(inputs.steered.rows, kind="stable")
-    slots, scales = (
-        torch.from_numpy(array[order]).to(x.device)
-        for array in (slots_of_pairs, inputs.steered.scales)
-    )
-    down, up = tables.dense, None
-    if not case.dense:
-        stacked = (len(tables.slots), case.rank, case.width)
-        down, up = tables.shrink.view(stacked), tables.expand.view(stacked)
-
-    def call() -> torch.Tensor:
-        inner = torch.bmm(down[slots], x[:, :, None])
-        change = inner if up is None else torch.bmm(up[slots].transpose(1, 2), inner)
-        return (x + change[:, :, 0] * scales[:, None]).to(x.dtype)
-
-    return call
 
 
 def addmm(inputs: Inputs) -> Call:
@@ -95,7 +66,6 @@ FORMS: dict[str, Callable[[Inputs], Call]] = {
     "triton_tiles": partial(engine_form, "triton", FEW_ROWS + 1),
     "triton_rows": partial(engine_form, "triton", FEW_ROWS),
     "torch_groups": partial(engine_form, "torch", FEW_ROWS + 1),
-    "gather_bmm": gather_bmm,
     "addmm": addmm,
 }
 
@@ -103,15 +73,3 @@ FORMS: dict[str, Callable[[Inputs], Call]] = {
 def _placed(form: Any, inputs: Inputs) -> Call:
     metadata = form.prepare(inputs.steered, inputs.tables, inputs.x.device)
     return lambda: form.steer_rows(inputs.x, inputs.tables, metadata)
-
-
-def _check_room(inputs: Inputs) -> None:
-    """The copies may take a quarter of a card's free memory, or 16 MiB elsewhere."""
-    case = inputs.case
-    per_row = case.width * (case.width if case.dense else case.rank) * inputs.x.element_size()
-    needed, room = case.rows * per_row, 2**24
-    if inputs.x.device.type == "cuda":
-        torch.cuda.empty_cache()
-        room = torch.cuda.mem_get_info(inputs.x.device)[0] // 4
-    if needed > room:
-        raise Skipped(f"a copy per row takes {needed >> 20} MiB, room is {room >> 20} MiB")

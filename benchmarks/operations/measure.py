@@ -4,7 +4,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,6 @@ Line = dict[str, Any]
 
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 SETS = 256
-NO_TIME = "no time was left for it"
 
 
 class Skipped(Exception):
@@ -47,7 +45,6 @@ class Bench:
     reach      bytes that the sets of inputs of a case fill together
     bandwidth  bytes per second of a large copy on this machine
     matmul     floating-point operations per second of a large matrix product on it
-    until      when to begin nothing more, in seconds of ``time.monotonic``
     """
 
     device: torch.device
@@ -56,12 +53,6 @@ class Bench:
     reach: int = 0
     bandwidth: float = math.inf
     matmul: float = math.inf
-    until: float = math.inf
-
-    @property
-    def out_of_time(self) -> bool:
-        """Whether to begin nothing more."""
-        return monotonic() >= self.until
 
 
 class Case(ABC):
@@ -94,13 +85,10 @@ class Case(ABC):
 
 def lines(case: Case, forms: Sequence[str], bench: Bench) -> Iterator[Line]:
     """A line per form: times and what they mean, or the reason why there are none."""
-    sets = [] if bench.out_of_time else case.sets(bench)
-    head = {**case.columns, "dtype": str(bench.dtype).removeprefix("torch.")}
+    sets, dtype = case.sets(bench), str(bench.dtype).removeprefix("torch.")
     for form in forms:
-        found = {"skipped": NO_TIME}
-        if not bench.out_of_time:
-            found = _form_line(case, form, sets, bench)
-        yield {**head, "form": form, **found}
+        head = {**case.columns, "dtype": dtype, "form": form}
+        yield head | _form_line(case, form, sets, bench)
 
 
 def _form_line(case: Case, form: str, sets: Sequence[Any], bench: Bench) -> Line:
@@ -127,7 +115,7 @@ def measure(works: Sequence[Work], bench: Bench) -> Line:
             same = all(map(torch.equal, found, wanted))
             assert same, "the timed result is not the one that was checked"
 
-    line: Line = {"error": float(f"{error:.2g}"), "sets": len(works), "samples": bench.repeats}
+    line: Line = {"error": float(f"{error:.2g}")}
     calls = [work.run for work in works]
     eager = timing.launched(calls, bench.repeats, bench.device)
     confirm([_fresh(work) for work in works])
@@ -146,8 +134,6 @@ def against_floor(us: float, floor_bytes: int, flops: int, bench: Bench) -> Line
     moving, multiplying = 1e6 * floor_bytes / bench.bandwidth, 1e6 * flops / bench.matmul
     floor = max(moving, multiplying)
     return {
-        "floor_bytes": floor_bytes,
-        "flops": flops,
         "floor_us": round(floor, 3),
         "bound": "memory" if moving >= multiplying else "arithmetic",
         "share_of_floor": round(floor / us, 4),

@@ -31,17 +31,17 @@ class HookedEngine(Engine):
     def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
         """Nothing is passed on: the vector is global."""
         if bool(steer) != bool(self._handles):
-            self._switch(float(steer.partition(":")[2]) if steer else 0.0)
+            self._switch()
         super().add(request_id, tokens, None, params)
 
-    def _switch(self, strength: float) -> None:
+    def _switch(self) -> None:
+        if not self._handles:
+            vectors = GENTLE * self._vectors
+            (self._handles,) = self.llm.apply_model(lambda model: hook_layers(model, vectors))
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if strength:
-            (self._handles,) = self.llm.apply_model(
-                lambda model: hook_layers(model, strength * self._vectors)
-            )
 
 
 def hook_layers(model: nn.Module, vectors: torch.Tensor) -> list[Any]:
@@ -50,9 +50,7 @@ def hook_layers(model: nn.Module, vectors: torch.Tensor) -> list[Any]:
     A layer that returns its stream as a pair, whose sum it is, gets the vector in the first.
     """
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    assert len(layers) == len(vectors), f"{len(layers)} layers, {len(vectors)} vectors"
-    like = next(model.parameters())
-    rows = vectors.to(like)
+    rows = vectors.to(next(model.parameters()))
     return [_hook(layer, row) for layer, row in zip(layers, rows, strict=True)]
 
 
@@ -76,6 +74,6 @@ def measure(job: Job) -> list[dict[str, Any]]:
     check_prompt_logprobs(job, ours[0], *peer)
     lines = []
     for rows in job.rows:
-        lines.append(job.ours("ours guided", ours, rows))
-        lines.append(job.beside(job.peer, "vllm", ours, peer, rows))
+        lines.append(job.alone("ours guided", ours, rows))
+        lines.append(job.beside(job.peer, ours, peer, rows))
     return lines
