@@ -4,10 +4,9 @@
         [--seconds N]
 
 Sections: ``lm_steer`` the change of a batch's rows, ``guidance`` one layer's change of a step's
-tokens, ``divergence`` the KL of a dynamic strength. On a CUDA device by graph replay and by
-launches; on a CPU the forms in plain torch. A form that cannot run a case has a line with the
-reason instead of a time; one that fails has a line with the error, and the run then ends with
-code 1.
+tokens, ``divergence`` the KL of a dynamic strength. On a CUDA device by graph replay; on a CPU the
+forms in plain torch. A form that cannot run a case has a line with the reason instead of a time;
+one that fails has a line with the error, and the run then ends with code 1.
 
 ``--grid short`` is for a few minutes on a card. ``--variants`` adds LM-Steer in Triton with other
 block sizes than an engine takes. After ``--seconds`` no further case is begun, and those left out
@@ -15,7 +14,6 @@ stand in the result.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -160,7 +158,7 @@ def _arguments() -> argparse.Namespace:
     add("--grid", choices=("full", "short"), default="full", help="which cases")
     add("--quick", action="store_true", help="tiny shapes: does it run at all")
     add("--variants", action="store_true", help="LM-Steer in Triton with other block sizes too")
-    add("--seconds", type=float, default=math.inf, metavar="N", help="begin no case after that")
+    arguments.add_seconds(parser)
     return parser.parse_args()
 
 

@@ -23,15 +23,9 @@ from benchmarks.serving.cases import Servers
 from benchmarks.serving.model import write_served_model
 from benchmarks.serving.vllm_bench import Work
 
+TOKENS = 32  # of a prompt and of an answer
 GPU_SHARE = 0.25  # of its memory, for each of three servers
-QUICK = {
-    "distinct": 2,
-    "concurrency": 4,
-    "repeats": 1,
-    "requests": 8,
-    "input_len": 8,
-    "output_len": 8,
-}
+QUICK = {"distinct": 2, "concurrency": 4, "repeats": 1, "requests": 8}
 
 
 def main() -> None:
@@ -49,7 +43,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path, result: Result) -> None:
     """Start the servers, compare, measure, compare again."""
     model = write_served_model(args.shape, folder, presets=args.distinct, rank=args.rank)
-    work = Work(args.requests, args.input_len, args.output_len, args.concurrency)
+    work = Work(args.requests, TOKENS, TOKENS, args.concurrency)
     with ExitStack() as stack, console.status("servers"):
         servers = Servers.start(stack, model, engine_flags(args), folder)
         servers.check(args.distinct)
@@ -81,8 +75,6 @@ def _arguments() -> argparse.Namespace:
     add("--distinct", default=8, **count, help="steers, for guidance strengths, in turn")
     add("--concurrency", default=8, **count, help="requests at a time")
     add("--requests", default=32, **count, help="per leg")
-    add("--input-len", default=32, **count)
-    add("--output-len", default=32, **count)
     add("--repeats", default=5, **count, help="rounds per case")
     add("--quick", action="store_true", help="few short legs, no compilation: does it run at all")
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 """Result files as Markdown tables: ``python -m benchmarks.table RESULT.json ...`` prints them.
 
-A benchmark has a list of columns, each a heading and what a line has under it.
+A benchmark has a list of columns, each a heading and what a line has under it. In short form, for
+the documents, are figures over batch sizes and forms of LM-Steer.
 """
 
 import json
@@ -12,6 +13,8 @@ from typing import Any
 Line = dict[str, Any]
 Cell = Callable[[Line], str]
 Columns = tuple[tuple[str, Cell], ...]
+Cells = tuple[list[str], list[list[str]]]  # the headings, and the rows
+SHARED = 4  # more distinct steers than that are one per row in the runs made so far
 
 
 def number(key: str, places: int = 2) -> Cell:
@@ -125,6 +128,11 @@ def markdown(result: Line) -> str:
     return framed(result, grid(heads, rows))
 
 
+def summary(result: Line) -> str:
+    """As ``markdown``, with fewer lines."""
+    return framed(result, grid(*SUMMARIES[result["benchmark"]](result["rows"])))
+
+
 def framed(result: Line, table: Sequence[str]) -> str:
     """The lines of a table between a result's title and its origin."""
     return "\n".join([f"**{title(result)}**", "", *table, "", origin(result)])
@@ -138,7 +146,7 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def title(result: Line) -> str:
     """What was measured, where and with what."""
     machine, versions = result["machine"], result["versions"]
-    what = [result[key] for key in ("shape", "dtype", "target") if key in result]
+    what = [result[key] for key in ("shape", "dtype") if key in result]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     used = [f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions[name]]
     return ", ".join([*what, device, *used, result["date"][:10]])
@@ -155,10 +163,55 @@ def origin(result: Line) -> str:
     )
 
 
+def over_batch_sizes(rows: list[Line]) -> Cells:
+    """A line per figure and number of steers, a column per batch size."""
+    ratio = beside(number("ratio_median", 3), spread("ratio"))
+    sizes = sorted({line["rows"] for line in rows})
+    pivot: dict[tuple[str, str], dict[int, str]] = {}
+    for line in rows:
+        for steers in _steers(line):
+            pivot.setdefault((line["name"], steers), {})[line["rows"]] = ratio(line)
+    heads = ["figure", "steers", *(f"{size} row{'s' * (size > 1)}" for size in sizes)]
+    return heads, [
+        [*name, *(found.get(size, "-") for size in sizes)] for name, found in pivot.items()
+    ]
+
+
+def _steers(line: Line) -> list[str]:
+    """What the rows of a line of ``speed_ratio`` share."""
+    if not line["distinct"]:
+        return ["none"]
+    if line["name"] != "steered":
+        return ["a strength per row"]
+    one_each = ["one per row"] if line["distinct"] == line["rows"] else []
+    few = [str(line["distinct"])] if line["distinct"] <= SHARED else []
+    return [*few, *one_each]
+
+
+def over_forms(rows: list[Line]) -> Cells:
+    """A line per case of LM-Steer, a column per form: microseconds, share of the floor."""
+    time = beside(number("us", 1), percent("share_of_floor"))
+    cases = [line for line in rows if (line["section"], line["case"]) == ("lm_steer", "grid")]
+    timed = [line for line in cases if "us" in line]
+    forms = list(dict.fromkeys(line["form"] for line in timed))
+    pivot: dict[tuple[int, ...], dict[str, str]] = {}
+    for line in timed:
+        case = tuple(line[key] for key in ("width", "rank", "rows", "distinct"))
+        pivot.setdefault(case, {"floor": number("floor_us", 1)(line)})[line["form"]] = time(line)
+    return ["d", "r", "rows", "steers", "floor", *forms], [
+        [*map(str, case), *(found.get(name, "-") for name in ("floor", *forms))]
+        for case, found in pivot.items()
+    ]
+
+
+SUMMARIES: dict[str, Callable[[list[Line]], Cells]] = {
+    "speed_ratio": over_batch_sizes,
+    "kernels": over_forms,
+}
+
+
 def main(paths: Sequence[str]) -> None:
     """Print every result file given."""
-    if not paths:
-        sys.exit("usage: python -m benchmarks.table RESULT.json ...")
     print("\n\n".join(markdown(json.loads(Path(path).read_text("utf-8"))) for path in paths))
 
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks import bench_kernels, floors
-from benchmarks.operations import guidance, lm_steer, lm_steer_forms, measure
+from benchmarks import bench_kernels
+from benchmarks.operations import guidance, lm_steer, measure
 from benchmarks.operations.lm_steer import LMSteerCase
 from benchmarks.operations.measure import Bench, sets_for
 from vllm_steer.kernels.guidance import reference as guidance_reference
@@ -66,16 +66,15 @@ def test_bytes_and_operations_of_an_lm_steer_in_numbers() -> None:
     assert dense.flops == 2 * 8 * 16 * 16
 
 
-@pytest.mark.parametrize(("tokens", "microseconds"), [(256, 0.98), (8192, 31.2)])
+@pytest.mark.parametrize(("tokens", "microseconds"), [(256, 1.0), (8192, 31.2)])
 def test_the_floor_of_guidance_is_its_rows_in_and_out(tokens: int, microseconds: float) -> None:
-    sizes = {"doses": 1, "directions": 0, "residual": False, "itemsize": 2}
-    found = floors.guidance_bytes(4096, tokens=tokens, **sizes)
-    assert found / H200 * 1e6 == pytest.approx(microseconds, rel=0.01)
+    found = guidance.GuidanceCase("add", tokens, 4096, doses=1).floor_bytes(2)
+    assert found / H200 * 1e6 == pytest.approx(microseconds, rel=0.02)
 
 
 def test_bytes_of_guidance_in_numbers() -> None:
-    sizes = {"tokens": 5, "doses": 2, "directions": 3, "itemsize": 2}
-    assert floors.guidance_bytes(16, residual=True, **sizes) == 5 * 16 * 6 + 4 * 3 * 16 + 8 * 5 * 2
+    case = guidance.GuidanceCase("rotate", 5, 16, doses=2)
+    assert case.floor_bytes(2) == 5 * 16 * 6 + 4 * 6 * 16 + 8 * 5 * 2
 
 
 def test_rows_take_the_steers_of_their_set_in_turn(bench: Bench) -> None:
@@ -239,12 +238,12 @@ def test_the_short_grid_is_what_decides_about_the_kernels() -> None:
 
 
 def test_every_variant_is_another_choice_of_blocks_for_a_bank_of_the_short_grid() -> None:
-    for name, options in lm_steer_forms.VARIED.items():
+    for name, options in lm_steer.VARIED.items():
         usual, other = (
             [tile_sizes(4096, rank, 2, **varied) for rank in (64, 1000)] for varied in ({}, options)
         )
         assert usual != other, name
-    assert {f"tiles_{name}" for name in lm_steer_forms.VARIED} == set(lm_steer.VARIANTS)
+    assert {f"tiles_{name}" for name in lm_steer.VARIED} == set(lm_steer.VARIANTS)
 
 
 @pytest.mark.matrix
@@ -268,7 +267,7 @@ def test_the_short_grid_runs_from_start_to_end(tmp_path: Path) -> None:
     for line in found["rows"]:
         assert ("us" in line) != ("skipped" in line), line
         assert "us" not in line or {"floor_us", "share_of_floor"} <= set(line)
-        assert "us" not in line or not on_card or {"eager_us", "host_us"} <= set(line)
+        assert "us" not in line or not on_card or "host_us" in line
     variants = [line for line in found["rows"] if line["form"].startswith("tiles_")]
     assert len(variants) == 6 * 2 * 3
 

@@ -3,7 +3,6 @@
 embedded  the small model that comes with the package; its French delta, its steps repeated
           until there are enough, and its sentiment steer. Its steps are mostly overhead
 llama     81 M random parameters, wide enough that a step is arithmetic; random steers
-tiny      a few random parameters, to see whether all of this runs
 
 All requests of a leg start together, greedy, without end of text, each with a prompt of its own
 that no other leg had. A request with dynamic strength has a token every second step, all others one
@@ -24,12 +23,9 @@ from benchmarks.dummy_model import llama, random_lm_steer, steer_config, write_c
 from benchmarks.engines import greedy
 from vllm_steer import DeltaSteer, LMSteer, load_steer, save_steer
 
-SIZES = {  # hidden, inner, layers, heads, vocabulary
-    "llama": (768, 2048, 8, 12, 32000),
-    "tiny": (64, 128, 2, 2, 512),
-}
+NAMES = ("embedded", "llama")
+HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 768, 2048, 8, 12, 32000  # of llama
 LOGITS_STD = 4.0  # llama's next-token distributions have about 4 nats; with 1.0, 9.9 of ln V = 10.4
-NAMES = ("embedded", *SIZES)
 PROMPT_TOKENS = 32
 LEAD_TOKENS = 4
 TAIL_TOKENS = 1
@@ -57,7 +53,7 @@ def write_served(name: str, folder: Path, *, steps: int) -> Served:
     from transformers import AutoConfig
 
     folder.mkdir(parents=True)
-    model, delta, lm = _embedded(steps) if name == "embedded" else _random(name, folder, steps)
+    model, delta, lm = _embedded(steps) if name == "embedded" else _random(folder, steps)
     paths = {"delta": folder / "delta.safetensors", "lm": folder / "lm.safetensors"}
     save_steer(delta, paths["delta"])
     save_steer(lm, paths["lm"])
@@ -75,14 +71,14 @@ def _embedded(steps: int) -> tuple[Path, DeltaSteer, LMSteer]:
     return MODEL, DeltaSteer(delta=delta.delta[rows], layers=delta.layers, site=delta.site), lm
 
 
-def _random(name: str, folder: Path, steps: int) -> tuple[Path, DeltaSteer, LMSteer]:
-    hidden, _, layers, _, _ = SIZES[name]
-    shape = llama(*SIZES[name], initializer_range=hidden**-0.5, bos_token_id=0, eos_token_id=1)
+def _random(folder: Path, steps: int) -> tuple[Path, DeltaSteer, LMSteer]:
+    sizes = (HIDDEN, INNER, LAYERS, HEADS, VOCABULARY)
+    shape = llama(*sizes, initializer_range=HIDDEN**-0.5, bos_token_id=0, eos_token_id=1)
     model = write_checkpoint(shape, folder / "model", torch.float32, norm=LOGITS_STD)
     generator = torch.Generator().manual_seed(1)
-    delta = torch.randn(steps, layers, hidden, generator=generator) * 0.2
-    lm = random_lm_steer(hidden, min(1000, hidden), 0.2, generator)
-    return model, DeltaSteer(delta=delta, layers=tuple(range(layers)), site="heads"), lm
+    delta = torch.randn(steps, LAYERS, HIDDEN, generator=generator) * 0.2
+    lm = random_lm_steer(HIDDEN, HIDDEN, 0.2, generator)
+    return model, DeltaSteer(delta=delta, layers=tuple(range(LAYERS)), site="heads"), lm
 
 
 def draw_prompts(leg: int, count: int, vocab_size: int) -> list[list[int]]:

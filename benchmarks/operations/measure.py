@@ -1,7 +1,6 @@
 """One form on one case: equal first, then timed, then seen to have done the same while timed."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +9,6 @@ import torch
 
 from benchmarks.operations import timing
 from benchmarks.rounds import spread
-from vllm_steer.kernels.dispatch import KernelError
 
 Tensors = tuple[torch.Tensor, ...]
 Line = dict[str, Any]
@@ -55,32 +53,25 @@ class Bench:
     matmul: float = math.inf
 
 
-class Case(ABC):
+class Case:
     """A case of an operation, a dataclass of its sizes.
 
-    ``flops`` are the operations of its matrix products, 0 without any.
+    It has ``floor_bytes(itemsize)``, the fewest bytes of one call; ``sets(bench)``, sets of inputs,
+    together beyond the cache; and ``work(form, inputs)``, a form on one of them. ``flops`` are the
+    operations of its matrix products, 0 without any.
     """
 
     section: ClassVar[str]
     case: str
     flops: int | property = 0
+    floor_bytes: Callable[[int], int]
+    sets: Callable[[Bench], list[Any]]
+    work: Callable[[str, Any], Work]
 
     @property
     def columns(self) -> Line:
         """What names it in a line of the result."""
         return {"section": self.section, "case": self.case, **vars(self)}
-
-    @abstractmethod
-    def floor_bytes(self, itemsize: int) -> int:
-        """The fewest bytes of one call."""
-
-    @abstractmethod
-    def sets(self, bench: Bench) -> list[Any]:
-        """Sets of inputs, together beyond the cache."""
-
-    @abstractmethod
-    def work(self, form: str, inputs: Any) -> Work:
-        """A form on one of them."""
 
 
 def lines(case: Case, forms: Sequence[str], bench: Bench) -> Iterator[Line]:
@@ -104,8 +95,7 @@ def _form_line(case: Case, form: str, sets: Sequence[Any], bench: Bench) -> Line
 
 def measure(works: Sequence[Work], bench: Bench) -> Line:
     """Times in microseconds: ``us`` by graph replay on CUDA, by the clock elsewhere. On CUDA beside
-    it launches from Python, the device waited for (``eager_us``) or not (``host_us``: what a call
-    costs the host).
+    it ``host_us``, what a call costs the host.
     """
     expected = [_fresh(work) for work in works]
     error = max(work.check(found) for work, found in zip(works, expected, strict=True))
@@ -117,11 +107,11 @@ def measure(works: Sequence[Work], bench: Bench) -> Line:
 
     line: Line = {"error": float(f"{error:.2g}")}
     calls = [work.run for work in works]
-    eager = timing.launched(calls, bench.repeats, bench.device)
-    confirm([_fresh(work) for work in works])
     if bench.device.type != "cuda":
-        return line | spread("us", eager)
-    line |= spread("eager_us", eager) | spread("host_us", timing.issued(calls, bench.repeats))
+        line |= spread("us", timing.launched(calls, bench.repeats, bench.device))
+        confirm([_fresh(work) for work in works])
+        return line
+    line |= spread("host_us", timing.issued(calls, bench.repeats))
     graph, results = timing.capture(calls)
     line |= spread("us", timing.replayed(graph, len(works), bench.repeats))
     _replay(graph, works, results)
@@ -144,10 +134,7 @@ def ours(find: Callable[..., Any], kernels: str, device: torch.device, **options
     """A form from the dispatch: ``torch``, ``triton`` or, as an engine has it, ``auto``."""
     if kernels == "triton" and device.type != "cuda":
         raise Skipped(f"the device is {device.type}: an interpreter's time is no kernel's time")
-    try:
-        return find(kernels, device, **options)
-    except KernelError as error:
-        raise Skipped(str(error)) from None
+    return find(kernels, device, **options)
 
 
 def sets_for(set_bytes: int, reach: int) -> int:

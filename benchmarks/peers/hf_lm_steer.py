@@ -11,17 +11,18 @@ product per steer, which a reader of the equation would write as well. vllm-stee
 with the same weights and the same steer.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.decode import Engine
 from benchmarks.dummy_model import STRENGTH
-from benchmarks.equality import check_operation
-from benchmarks.peers.agreement import check_tokens
+from benchmarks.equality import CHECK_STEPS, check_operation
 from benchmarks.peers.hf_engine import HuggingFaceEngine
-from benchmarks.peers.job import Job
+from benchmarks.peers.job import TOLERANCE, Job
 
 ASKED = f"s0:{STRENGTH}"
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -89,6 +90,21 @@ def load(job: Job) -> tuple[HuggingFaceEngine, SteeredHead]:
     head = SteeredHead(model.get_output_embeddings(), load_steer(job.steers / "s0.safetensors"))
     model.set_output_embeddings(head)
     return HuggingFaceEngine(model, lambda asked: head.set_values(STRENGTH if asked else 0)), head
+
+
+def check_tokens(
+    job: Job, ours: Engine, peer: HuggingFaceEngine, rows: int, steer: str | None
+) -> None:
+    """The peer finds vLLM's tokens as likely as vLLM does, step by step through its own KV cache.
+
+    It is made to follow them: in bfloat16 two that are nearly as likely may swap.
+    """
+    asked, vocab_size = [steer] * rows, job.dimensions.vocab_size
+    leg = ours.leg(asked, CHECK_STEPS, vocab_size, logprobs=True)
+    read = peer.leg(asked, CHECK_STEPS, vocab_size, logprobs=True, forced=leg.tokens)
+    allowed = TOLERANCE[job.dtype] * len(leg.tokens[0])
+    for row, (found, wanted) in enumerate(zip(read.logprobs, leg.logprobs, strict=True)):
+        assert math.isclose(found, wanted, abs_tol=allowed), f"row {row}: {found}, not {wanted}"
 
 
 def measure(job: Job) -> list[dict[str, Any]]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from benchmarks.decode import Engine, Leg, compare, step_columns, step_ms
-from benchmarks.dummy_model import ALL_SHAPES, Shape, steer_config
+from benchmarks.dummy_model import SHAPES, Shape, steer_config
 from benchmarks.engines import make_engine
 from benchmarks.equality import check_engine, check_legs
 from benchmarks.rounds import Round, spread
 
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of a token's log probability
 Asked = tuple[Any, str]  # an engine, and the steer that each row of it asks for
 
 
@@ -33,7 +34,7 @@ class Job:
     @property
     def dimensions(self) -> Shape:
         """The shape itself."""
-        return ALL_SHAPES[self.shape]
+        return SHAPES[self.shape]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -62,6 +63,14 @@ class Job:
         line = self.alone(name, peer, rows, rank)
         over_ours = [one.ratio(step_ms) for one in across]
         return line | spread("over_ours", over_ours, middle="_median")
+
+    def both(self, name: str, ours: Asked, peer: Asked, rank: int = 0) -> list[dict[str, Any]]:
+        """vllm-steer and a peer, at each batch size."""
+        lines = []
+        for rows in self.rows:
+            lines.append(self.alone(name, ours, rows, rank))
+            lines.append(self.beside(self.peer, ours, peer, rows, rank))
+        return lines
 
     def _rounds(self, plain: tuple[Any, str | None], other: Asked, rows: int) -> list[Round[Leg]]:
         asked = [(engine, [steer] * rows) for engine, steer in (plain, other)]

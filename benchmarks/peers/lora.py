@@ -65,8 +65,4 @@ def measure(job: Job) -> list[dict[str, Any]]:
         served = job.engine(enable_lora=True, max_loras=1, max_lora_rank=rank)
         peer = (LoraEngine(served.llm, write_adapter(job, folder / "adapter")), ASKED)
         ours = (job.engine(["s0"]), ASKED)
-        lines = []
-        for rows in job.rows:
-            lines.append(job.alone("ours lm-steer", ours, rows, rank))
-            lines.append(job.beside(job.peer, ours, peer, rows, rank))
-        return lines
+        return job.both("ours lm-steer", ours, peer, rank)

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,7 @@ def line(what: str, distinct: int, work: Work, rounds: Sequence[Round[Figures]])
     found: Line = {"what": what, "distinct": distinct, **vars(work)}
     found["rounds"] = len(rounds)
     for figure in rounds[0].other:
-        of = partial(_figure, figure)
+        of = itemgetter(figure)
         found[figure] = median([of(one.other) for one in rounds])
         found |= spread(f"{figure}_ratio", [one.ratio(of) for one in rounds])
     return found
-
-
-def _figure(name: str, leg: Figures) -> float:
-    return leg[name]

@@ -42,16 +42,13 @@ def write_served_model(shape: str, folder: Path, *, presets: int, rank: int) -> 
     write_tokenizer(sizes.vocab_size, model)
     steers = write_steers(sizes, folder / "steers", count=presets, rank=rank)
     vector = write_vectors(sizes, folder / "steers")["guided"]
-    mixes = {
-        "steered": [{f"s{i}": STRENGTH} for i in range(presets)],
-        "guided": [{"guided": STRENGTH + i / 8} for i in range(presets)],
-    }
     configs = {
         "steered": steer_config(steers, rank),
         "guided": steer_config({"guided": vector}, rank=1),
     }
-    for kind, config in configs.items():
-        config["presets"] = {f"{kind}{i}": mix for i, mix in enumerate(mixes[kind])}
+    for i in range(presets):
+        configs["steered"].setdefault("presets", {})[f"steered{i}"] = {f"s{i}": STRENGTH}
+        configs["guided"].setdefault("presets", {})[f"guided{i}"] = {"guided": STRENGTH + i / 8}
     return ServedModel(model, sizes, configs)
 
 
