@@ -1,7 +1,8 @@
 """Command-line arguments that several benchmarks take."""
 
 import argparse
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -20,14 +21,20 @@ def numbers(text: str) -> list[int]:
     return found
 
 
-def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Names among ``known``, in the order given: ``one,other``."""
-    known = list(known)
+def add_names(parser: argparse.ArgumentParser, flag: str, known: Collection[str]) -> None:
+    """A flag that takes some of ``known``, in the order given; all of them by default."""
 
     def parse(text: str) -> list[str]:
         names = text.split(",")
         if unknown := sorted(set(names) - set(known)):
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {known}")
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {list(known)}")
         return names
 
-    return parse
+    said = f"some of {', '.join(known)}, in the order to measure them in"
+    parser.add_argument(flag, type=parse, default=list(known), metavar="NAME,...", help=said)
+
+
+def add_seconds(parser: argparse.ArgumentParser) -> None:
+    """The time of a run."""
+    said = "begin no case later than this; what is left out stands in the result"
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help=said)

@@ -17,15 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import arguments, environment
+from benchmarks import arguments
 from benchmarks.decode import PROMPT_TOKENS
-from benchmarks.dummy_model import (
-    ALL_SHAPES,
-    write_checkpoint,
-    write_steers,
-    write_vectors,
-)
-from benchmarks.peers.job import Job, skipped_line
+from benchmarks.dummy_model import SHAPES, write_checkpoint, write_steers, write_vectors
+from benchmarks.engines import set_environment
+from benchmarks.peers.job import Job
 from benchmarks.processes import in_own_process
 from benchmarks.result import Result
 
@@ -36,7 +32,7 @@ Line = dict[str, Any]
 
 def main() -> None:
     """Parse, measure, write, print."""
-    environment.set_defaults()
+    set_environment()
     args = _arguments()
     result = Result(
         "peers",
@@ -51,14 +47,15 @@ def main() -> None:
             lines, threads = measure(peer, args, Path(folder))
             result.data["threads"] = threads or result.data.get("threads")
             for line in lines:
-                result.add(line, f"{line['name']}, {line['rows']} rows: {line['ratio_median']}")
+                said = line.get("skipped") or f"{line['rows']} rows: {line['ratio_median']}"
+                result.add(line, f"{line['name']}, {said}")
     result.show()
 
 
 def measure(peer: str, args: argparse.Namespace, folder: Path) -> tuple[list[Line], int | None]:
     """The lines of one peer, and the threads that vLLM left to torch."""
     shape = f"{args.shape}-as-llama" if peer == LORA else args.shape
-    model, steers, sizes = folder / shape / "model", folder / shape / "steers", ALL_SHAPES[shape]
+    model, steers, sizes = folder / shape / "model", folder / shape / "steers", SHAPES[shape]
     if not model.exists():
         write_checkpoint(sizes, model, getattr(torch, args.dtype))
         write_steers(sizes, steers, count=1, rank=args.rank)
@@ -69,7 +66,7 @@ def measure(peer: str, args: argparse.Namespace, folder: Path) -> tuple[list[Lin
     except Exception as error:
         if peer != LORA:  # other code than ours, on a machine that it may not support
             raise
-        return [skipped_line(peer, shape, f"it failed: {error}")], None
+        return [{"name": peer, "shape": shape, "skipped": f"it failed: {error}"}], None
 
 
 def run(job: Job) -> tuple[list[Line], int]:
@@ -87,13 +84,7 @@ def _arguments() -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--repeats", type=int, default=9, metavar="N", help="rounds per case")
     add("--steps", type=int, default=24, metavar="N", help="timed steps per leg")
-    add(
-        "--only",
-        type=arguments.some_of(MODULES),
-        default=list(MODULES),
-        metavar="NAME,...",
-        help=f"some of {', '.join(MODULES)}",
-    )
+    arguments.add_names(parser, "--only", MODULES)
     add("--quick", action="store_true", help="few rounds: does it run at all")
     args = parser.parse_args()
     if args.quick:

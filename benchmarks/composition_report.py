@@ -2,9 +2,9 @@
 
     python -m benchmarks.composition_report --json OUT [--samples 200] [--folder FOLDER]
 
-``vllm-steer eval`` of ``composition/properties.yaml``: strengths are chosen on ``choosing.txt``
-and reported on ``prompts.txt``. The embedded LM-Steers are written with ``RAISED`` times their
-epsilon first, for a dynamic strength is in nats and theirs have units where 5 is strong.
+``vllm-steer compare`` with ``composition/properties.yaml``: strengths are chosen on
+``choosing.txt`` and reported on ``prompts.txt``. The embedded LM-Steers are written with
+``RAISED`` times their epsilon first, for a dynamic strength is in nats and their unit is small.
 
 ``rows`` has a line for each combination and method, and ``tried`` every choice for the pair
 of language and sentiment on the prompts that it was chosen on.
@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arguments, environment
+from benchmarks import arguments
+from benchmarks.engines import set_environment
 from benchmarks.result import Result
 
 GIVEN = Path(__file__).parent / "composition"
@@ -28,7 +29,7 @@ Line = dict[str, Any]
 
 def main() -> None:
     """Compare, write, print."""
-    environment.set_defaults()
+    set_environment()
     parser = arguments.parser(__doc__)
     parser.add_argument("--samples", type=int, default=200, help="texts per prompt")
     parser.add_argument("--folder", type=Path, help="of the run, to keep its texts and go on")
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def compare(folder: Path, run: Path, samples: int) -> Any:
-    """The report of ``vllm-steer eval``, on the steers in units that suit nats."""
+    """The report of ``vllm-steer compare``, on the steers in units that suit nats."""
     from vllm_steer.cli.progress import progress
     from vllm_steer.embedded import STEERS
     from vllm_steer.evaluation.composition import comparing

@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.summaries import summary
-from benchmarks.table import markdown
+from benchmarks.table import markdown, summary
 from benchmarks.versions import versions
 from benchmarks.vllm_names import wrapped
 
@@ -24,7 +23,6 @@ DOCUMENTS = (
 )
 RESULTS = ROOT / "benchmarks" / "results"
 MAKERS = {"table": markdown, "summary": summary, "versions": versions}
-NAMES = {"wrapped": wrapped}
 BLOCK = re.compile(r"(<!-- (table|summary|versions|names): (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -33,7 +31,7 @@ def filled(text: str) -> str:
 
     def fill(block: re.Match[str]) -> str:
         start, kind, name, end = block.groups()
-        made = NAMES[name]() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
+        made = wrapped() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
         return f"{start}\n{made}\n\n{end}"
 
     return BLOCK.sub(fill, text)

@@ -1,4 +1,7 @@
-"""Models with random weights or none, and random steers for them."""
+"""Models with random weights or none, random steers for them, and the fewest bytes they cost.
+
+Every input is read once and every output written once; ``itemsize`` is that of the model's dtype.
+"""
 
 import json
 from dataclasses import dataclass
@@ -78,8 +81,6 @@ SHAPES = {
     "tiny": gpt2(64, layers=2, heads=2, vocab=512),
     "gpt2-medium": gpt2(1024, layers=24, heads=16),
     "llama-8b": llama(4096, 14336, 32, 32, 128256, kv_heads=8, **LLAMA_3),
-}
-ALL_SHAPES = SHAPES | {
     # Of the width, depth and (nearly) parameters of the GPT-2, for peers that know none.
     "tiny-as-llama": llama(64, 192, 2, 2, 512),
     "gpt2-medium-as-llama": llama(1024, 2752, 24, 16, 50257),
@@ -154,3 +155,23 @@ def steer_config(paths: dict[str, Path], rank: int) -> dict[str, Any]:
         "steers": {name: {"path": str(path)} for name, path in paths.items()},
         "limits": {"max_steers": len(paths), "max_rank": rank},
     }
+
+
+def weight_elements(width: int, rank: int) -> int:
+    """Numbers of one LM-Steer as the bank keeps it."""
+    return min(2 * width * rank, width * width)
+
+
+def lm_steer_bytes(width: int, *, rank: int, rows: int, distinct: int, itemsize: int) -> int:
+    """``rows`` rows, read and written, that take ``distinct`` steers, each read once."""
+    return itemsize * (distinct * weight_elements(width, rank) + 2 * rows * width)
+
+
+def guided_step_bytes(shape: Shape, *, rows: int, itemsize: int) -> int:
+    """Guiding ``rows`` rows in every layer: each row in and out, its direction in float32."""
+    return shape.layers * rows * shape.hidden_size * (2 * itemsize + 4)
+
+
+def step_bytes(shape: Shape, *, rows: int, context: int, itemsize: int) -> int:
+    """An unsteered decode step: weights once, keys and values per row."""
+    return itemsize * (shape.read_params + rows * context * shape.kv_size)

@@ -2,13 +2,8 @@
 
     python -m benchmarks.dynamic_cost --json OUT [--models embedded,llama] [--rounds N] ...
 
-Engines of this process serve requests of a fixed number of greedy tokens, and these figures come
-out (see ``dynamic/figures.py``), each beside what counting steps and rows predicts
-(``dynamic/counting.py``):
-
-    cost      time of a token of dynamic requests over that of unsteered ones, alone and together
-    loop      the authors' uncached loop of three passes per token over the engine
-    ordinary  what ordinary requests lose to dynamic ones beside them
+Engines of this process serve requests of a fixed number of greedy tokens;
+``dynamic/figures.py`` has what is compared.
 """
 
 import argparse
@@ -19,21 +14,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import arguments, environment
-from benchmarks.dynamic.counting import STREAMS
-from benchmarks.dynamic.figures import ORDINARY, Bench, check_steered, cost, loop, ordinary
-from benchmarks.dynamic.legs import PROMPT_TOKENS, Prompts
-from benchmarks.dynamic.models import NAMES, Served, write_served
-from benchmarks.engines import make_engine
+from benchmarks import arguments
+from benchmarks.dynamic.figures import ORDINARY, STREAMS, Bench, check_steered, cost, ordinary
+from benchmarks.dynamic.served import NAMES, PROMPT_TOKENS, Served, write_served
+from benchmarks.engines import make_engine, set_environment
 from benchmarks.result import Result
 
-ROUNDS = {"embedded": 15, "llama": 5, "tiny": 2}  # legs of a fast model are short, and noisier
-LOOP_REQUESTS = {"embedded": 16, "llama": 1, "tiny": 2}  # of 16; the loop's pace is that of one
+ROUNDS = {"embedded": 15, "llama": 5}  # legs of a fast model are short, and noisier
 
 
 def main() -> None:
     """Parse, measure, write, print."""
-    environment.set_defaults()
+    set_environment()
     args = _arguments()
     settings = {"dtype": "float32", "prompt_tokens": PROMPT_TOKENS, "tokens": args.tokens}
     result = Result("dynamic_cost", args.json, **settings)
@@ -51,21 +43,18 @@ def main() -> None:
 
 def measure(name: str, served: Served, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The lines of one model, its texts checked before and after."""
-    streams = 1 + STREAMS
     llm = make_engine(
         served.folder,
         served.config,
         dtype="float32",
-        max_num_seqs=max(streams * args.requests, ORDINARY + streams * max(args.dynamic)),
+        max_num_seqs=max(STREAMS * args.requests, ORDINARY + STREAMS * max(args.dynamic)),
         enable_prefix_caching=True,  # as vLLM has it by default; streams share their prompt
     )
     rounds = args.rounds or ROUNDS[name]
-    bench = Bench(name, llm, served, Prompts(served.vocab_size), args.tokens, rounds)
+    bench = Bench(name, llm, served, args.tokens, rounds)
     check_steered(bench)
     for requests in (1, args.requests):
         yield from cost(bench, requests)
-    for requests in (1, args.requests):
-        yield loop(bench, requests, min(requests, LOOP_REQUESTS[name]))
     for dynamic in args.dynamic:
         yield ordinary(bench, dynamic)
     check_steered(bench)
@@ -74,19 +63,14 @@ def measure(name: str, served: Served, args: argparse.Namespace) -> Iterator[dic
 def _arguments() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = parser.add_argument
-    add(
-        "--models",
-        type=arguments.some_of(NAMES),
-        default=["embedded", "llama"],
-        metavar="NAME,...",
-        help=f"some of {', '.join(NAMES)}",
-    )
+    arguments.add_names(parser, "--models", NAMES)
     add("--rounds", type=int, help="of each figure; by the model without it")
-    add("--quick", action="store_true", help="a tiny model, few requests: does it run at all")
+    add("--quick", action="store_true", help="few requests and rounds: does it run at all")
     args = parser.parse_args()
     args.tokens, args.requests, args.dynamic = 30, 16, [1, 2, 4]
     if args.quick:
-        args.models, args.tokens, args.requests, args.dynamic = ["tiny"], 10, 2, [1]
+        args.tokens, args.requests, args.dynamic = 10, 2, [1]
+        args.models, args.rounds = ["embedded"], 2
     return args
 
 

@@ -1,9 +1,7 @@
 """Registers, shared memory and spills of every Triton kernel, compiled for a GPU that is not there.
 
-    python -m benchmarks.kernel_resources --json OUT
-
-The operations are called as at start-up (``warm_up``) on tables in host memory; every launch is
-compiled for sm_90 instead of run, and the assembler reports what the code needs.
+Within ``compiling`` the operations are called as an engine calls them, on tables in host memory;
+every launch is compiled for sm_90 instead of run, and the assembler reports what the code needs.
 """
 
 import re
@@ -12,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +19,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from benchmarks import arguments
-from benchmarks.result import Result, console
-from vllm_steer.kernels.divergence import triton_fused as divergence
-from vllm_steer.kernels.guidance import Directions, triton_fused
 from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, SteerWeights
-from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
-from vllm_steer.kernels.lm_steer.triton_tiled import TILED
 
 SM_90 = GPUTarget("cuda", 90, 32)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-VOCAB = 128256
-SHAPES = ((1280, 640), (4096, 64), (4096, 1000), (8192, 1000))
 
 
 @dataclass(frozen=True)
@@ -116,47 +104,3 @@ def lm_steer_tables(width: int, rank: int, dtype: torch.dtype) -> SteerWeights:
         dense=torch.empty(2, width, width, dtype=dtype),
         vectors=torch.empty(2, width, dtype=dtype),
     )
-
-
-def warm_ups(dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
-    """Every operation's start-up on every shape, with what to call it in a table."""
-    for width, rank in SHAPES:
-        tables = lm_steer_tables(width, rank // 2, dtype)
-        for name, form in (("tiles", TILED), ("rows", ROWWISE)):
-            case = {"operation": f"lm_steer, {name}", "width": width, "rank": rank}
-            yield case, partial(form.warm_up, tables, dtype)
-    doses = {"hidden_dtype": dtype, "residual_dtype": dtype, "num_doses": 4}
-    for width in sorted({width for width, _ in SHAPES}):
-        for mode, turns in (("add", None), ("rotate", torch.ones(2))):
-            directions = Directions(torch.empty(1, 2, width), turns)
-            case = {"operation": f"guidance, {mode}", "width": width, "rank": 0}
-            yield case, partial(triton_fused.warm_up, directions, **doses)
-    logits = torch.empty(2, VOCAB, dtype=dtype)
-    one = torch.zeros(1, dtype=torch.int64)
-    case = {"operation": "divergence", "width": VOCAB, "rank": 0}
-    yield case, partial(divergence.divergence, logits, one, one + 1, 0.5)
-
-
-def report() -> Iterator[dict[str, Any]]:
-    """One line per kernel and variant."""
-    for dtype in DTYPES:
-        for case, warm_up in warm_ups(dtype):
-            with compiling() as compiled:
-                warm_up()
-            for (name, _), kernel in sorted(compiled.items()):
-                line = {**case, "dtype": str(dtype).removeprefix("torch."), "kernel": name}
-                yield line | vars(resources(kernel))
-
-
-def main() -> None:
-    """Compile, write, print."""
-    result = Result("kernel_resources", arguments.parser(__doc__).parse_args().json)
-    result.data["target"] = "sm_90"
-    with console.status("compiling"):
-        result.data["rows"] = list(report())
-    result.write()
-    result.show()
-
-
-if __name__ == "__main__":
-    main()

@@ -40,16 +40,15 @@ def describe_machine() -> dict[str, Any]:
 
     ``load_average`` is taken now: call it before the measurement, to see who else was running.
     """
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    on_card = torch.cuda.is_available()
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "gpu": gpu,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if gpu
-        else None,
+        "gpu": torch.cuda.get_device_name() if on_card else None,
+        "driver": _output(*query) if on_card else None,
     }
 
 
@@ -80,10 +79,7 @@ def describe_commit() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
 

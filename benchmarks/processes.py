@@ -7,12 +7,10 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, TypeVar
-
-Found = TypeVar("Found")
+from typing import Any
 
 
-def in_own_process(function: Callable[..., Found], *given: object) -> Found:
+def in_own_process(function: Callable[..., Any], *given: object) -> Any:
     """What ``function`` returns or raises in a new Python, which ends with it.
 
     For what changes its process for good, such as vLLM and its plugins, and for peak memory.

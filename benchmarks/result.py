@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.machine import describe_run
-from benchmarks.table import rich_table
+from benchmarks.table import markdown
 
 console = Console(stderr=True)
 
@@ -40,4 +40,4 @@ class Result:
 
     def show(self) -> None:
         """The table, on standard output."""
-        Console().print(rich_table(self.data))
+        print(markdown(self.data))

@@ -6,12 +6,11 @@ compared with (A B A C A ...); these three are a *round*, and the ratio of a fig
 """
 
 import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 Leg = TypeVar("Leg")
-Key = TypeVar("Key", bound=Hashable)
 Figure = Callable[[Any], float]
 
 
@@ -34,15 +33,15 @@ class Round(Generic[Leg]):
 
 def interleave(
     plain: Callable[[], Leg],
-    others: Mapping[Key, Callable[[], Leg]],
+    others: Mapping[Any, Callable[[], Leg]],
     count: int,
     *,
     warm_up: bool = True,
-) -> dict[Key, list[Round[Leg]]]:
+) -> dict[Any, list[Round[Leg]]]:
     """``count`` rounds of every case; neighbouring rounds share a plain leg."""
     for leg in (plain, *others.values()) if warm_up else ():
         leg()
-    rounds: dict[Key, list[Round[Leg]]] = {key: [] for key in others}
+    rounds: dict[Any, list[Round[Leg]]] = {key: [] for key in others}
     before = plain()
     for key in list(others) * count:
         other, after = others[key](), plain()

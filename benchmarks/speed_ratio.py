@@ -6,22 +6,15 @@ Engines of one configuration live in this process, as many as the figures need:
 
     bare      made before the plugin is registered: stock vLLM
     unused    made after it, without a steer config
-    steered   made with a steer config that loads ``max(--distinct)`` LM-Steers
+    steered   made with a steer config that loads as many LM-Steers as a batch has
     guided    made with one vector steer that is added to the residual stream of every layer
     rotated   made with one concept that the residual stream of every layer is rotated to
 
-and these figures come out, each from interleaved legs (``rounds.py``; ``decode.py`` says why a
-step's time is the median of steps timed one by one):
-
-    steered   every row LM-steered over no row steered, both on ``steered``
-    guided    every row guided, each at a strength of its own, over no row guided, on ``guided``
-    rotated   the same on ``rotated``
-    unused    ``unused`` over ``bare``
-    loaded    unsteered requests on ``steered`` over the same on ``bare``
-    idle      unsteered requests on ``guided`` over the same on ``bare``
-
-Figures come in the order asked for. Where one that needs the plugin comes first, ``bare`` is an
-engine with the plugin registered and no config, in which none of its code runs in a step.
+A figure is the step time of one batch on one engine over that of another (``FIGURES``), from
+interleaved legs (``rounds.py``; ``decode.py`` says why a step's time is the median of steps timed
+one by one). Figures come in the order asked for. Where one that needs the plugin comes first,
+``bare`` is an engine with the plugin registered and no config, in which none of its code runs in a
+step.
 """
 
 import argparse
@@ -37,7 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script in any working directory
 
-from benchmarks import arguments, environment, floors
+from benchmarks import arguments
+from benchmarks import dummy_model as dummy
 from benchmarks.decode import (
     LEAD_STEPS,
     PROMPT_TOKENS,
@@ -47,27 +41,21 @@ from benchmarks.decode import (
     profile_steps,
     step_columns,
 )
-from benchmarks.dummy_model import (
-    SHAPES,
-    STRENGTH,
-    steer_config,
-    write_model,
-    write_steers,
-    write_vectors,
-)
-from benchmarks.engines import make_engine
+from benchmarks.dummy_model import SHAPES, STRENGTH, steer_config
+from benchmarks.engines import make_engine, set_environment
 from benchmarks.equality import check_engine, check_legs, check_operation
 from benchmarks.result import Result
 from benchmarks.rounds import Round
 
-FIGURES = ("unused", "loaded", "steered", "idle", "guided", "rotated")
-STEERING = ("steered", "guided", "rotated")
-ENGINES = {  # of each figure's A legs and B legs
+FIGURES = {  # the engines of each one's A and B legs; no row of an A leg is steered
     "unused": ("bare", "unused"),
     "loaded": ("bare", "steered"),
+    "steered": ("steered", "steered"),
     "idle": ("bare", "guided"),
-    **{name: (name, name) for name in STEERING},
+    "guided": ("guided", "guided"),
+    "rotated": ("rotated", "rotated"),
 }
+STEERING = ("steered", "guided", "rotated")  # figures whose B legs have every row steered
 
 
 @dataclass(frozen=True)
@@ -92,7 +80,7 @@ class Case:
 
 def main() -> None:
     """Parse, measure, write, print."""
-    environment.set_defaults()
+    set_environment()
     args = _arguments()
     result = Result(
         "speed_ratio",
@@ -119,12 +107,12 @@ def measure(args: argparse.Namespace, folder: Path, result: Result) -> None:
             continue
         line = bench.line(case, bench.checked_rounds(case))
         if args.profile and case.name in STEERING:
-            line["profile"] = bench.profile(case)
-        dtype = str(bench.dtype).removeprefix("torch.")
-        result.data |= {"dtype": dtype, "threads": torch.get_num_threads()}
+            asked = (bench.engine(case.name), case.steers)
+            line["profile"] = profile_steps(*asked, args.profile, bench.shape.vocab_size)
+        result.data["dtype"] = str(bench.dtype).removeprefix("torch.")
         ratio = "{ratio_median:.3f} ({ratio_p20:.3f} to {ratio_p80:.3f})".format(**line)
         result.add(line, f"{case.name}, {case.rows} rows, {case.distinct} distinct: {ratio}")
-    result.write()
+    result.write(threads=torch.get_num_threads())
 
 
 class Bench:
@@ -133,20 +121,19 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path, *, steers: int) -> None:
         self._args = args
         self.shape = SHAPES[args.shape]
-        self._model = write_model(self.shape, folder / "model")
-        paths = write_steers(self.shape, folder / "steers", count=steers, rank=args.rank)
+        self._model = dummy.write_model(self.shape, folder / "model")
+        paths = dummy.write_steers(self.shape, folder / "steers", count=steers, rank=args.rank)
         self._configs = {"steered": steer_config(paths, args.rank)}
-        for name, path in write_vectors(self.shape, folder / "steers").items():
+        for name, path in dummy.write_vectors(self.shape, folder / "steers").items():
             self._configs[name] = steer_config({name: path}, rank=1)
         self._engines: dict[str, Engine] = {}
 
     def engine(self, name: str) -> Engine:
         """An engine by its name in the module's docstring."""
         if name not in self._engines:
-            options: dict[str, Any] = {}
-            if self._args.capture_sizes:
-                sizes = {"cudagraph_capture_sizes": self._args.capture_sizes}
-                options["compilation_config"] = sizes
+            sizes, options = self._args.capture_sizes, {}
+            if sizes:
+                options["compilation_config"] = {"cudagraph_capture_sizes": sizes}
             llm = make_engine(
                 self._model,
                 self._configs.get(name),
@@ -180,7 +167,7 @@ class Bench:
             check_operation(case.name, self.shape, self.dtype, **size)
             half = [steer if row % 2 == 0 else None for row, steer in enumerate(case.steers)]
             check_engine(engine, half, self.shape)
-        plain, other = (self.engine(name) for name in ENGINES[case.name])
+        plain, other = (self.engine(name) for name in FIGURES[case.name])
         asked = (plain, [None] * case.rows), (other, case.steers)
         rounds = compare(*asked, self._args.steps, self.shape.vocab_size, self._args.repeats)
         check_legs(rounds, steered=steering)
@@ -188,36 +175,25 @@ class Bench:
             check_engine(engine, case.steers, self.shape)
         return rounds
 
-    def profile(self, case: Case) -> list[dict[str, Any]]:
-        """What the device did in some steps of a case's B legs, the longest first."""
-        engine = self.engine(ENGINES[case.name][1])
-        return profile_steps(engine, case.steers, self._args.profile, self.shape.vocab_size)
-
     def line(self, case: Case, rounds: list[Round[Leg]]) -> dict[str, Any]:
         """The columns of a case."""
-        shape, rank = self.shape, self._args.rank if case.name == "steered" else 0
+        rank = self._args.rank if case.name == "steered" else 0
+        context = PROMPT_TOKENS + LEAD_STEPS + self._args.steps // 2
         size = {"rows": case.rows, "itemsize": self.dtype.itemsize}
-        floor, flops = 0, 0
+        step = dummy.step_bytes(self.shape, context=context, **size)
+        floor, flops, width = 0, 0, self.shape.hidden_size
         if case.name == "steered":
-            width = shape.hidden_size
-            floor = floors.lm_steer_bytes(width, distinct=case.distinct, rank=rank, **size)
+            floor = dummy.lm_steer_bytes(width, distinct=case.distinct, rank=rank, **size)
             flops = 4 * case.rows * width * rank
         elif case.name in STEERING:
-            floor = floors.guided_step_bytes(shape, **size)
-            per_number = 2 if case.name == "guided" else 9
-            flops = per_number * shape.layers * case.rows * shape.hidden_size
-        context = PROMPT_TOKENS + LEAD_STEPS + self._args.steps // 2
-        step = floors.step_bytes(shape, context=context, **size)
-        return {
-            "name": case.name,
-            "rows": case.rows,
-            "distinct": case.distinct,
-            "rank": rank,
-            **step_columns(rounds),
+            floor = dummy.guided_step_bytes(self.shape, **size)
+            flops = (2 if case.name == "guided" else 9) * self.shape.layers * case.rows * width
+        predicted = {
             "floor_bytes": floor,
             "flops": flops,
-            "predicted_ratio": round(1 + floor / step, 4),
         }
+        predicted["predicted_ratio"] = round(1 + floor / step, 4)
+        return {**vars(case), "rank": rank, **step_columns(rounds), **predicted}
 
 
 def _cases(figure: str, args: argparse.Namespace) -> Iterator[Case]:
@@ -241,29 +217,13 @@ def _arguments() -> argparse.Namespace:
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     add("--repeats", type=int, default=11, metavar="N", help="rounds per case")
     add("--steps", type=int, default=24, metavar="N", help="timed steps per leg")
-    add(
-        "--figures",
-        type=arguments.some_of(FIGURES),
-        default=list(FIGURES),
-        metavar="NAME,...",
-        help=f"some of {', '.join(FIGURES)}, in the order to measure them in",
-    )
-    add(
-        "--cases",
-        type=_pairs,
-        metavar="ROWS:STEERS,...",
-        help="of the figure steered: these and not every --rows with every --distinct",
-    )
+    arguments.add_names(parser, "--figures", FIGURES)
+    said = "of the figure steered: these and not every --rows with every --distinct"
+    add("--cases", type=_pairs, metavar="ROWS:STEERS,...", help=said)
     add("--capture-sizes", **counts, help="of the engines' CUDA graphs; default: vLLM's own")
     add("--gpu-memory", type=float, default=0.25, metavar="SHARE", help="of the card, per engine")
     add("--profile", type=int, default=0, metavar="N", help="profile N steps of each steered case")
-    add(
-        "--seconds",
-        type=float,
-        default=float("inf"),
-        metavar="S",
-        help="begin no case later than this; what is left out stands in the result",
-    )
+    arguments.add_seconds(parser)
     add("--quick", action="store_true", help="few rounds: does it run at all")
     args = parser.parse_args()
     if args.quick:
@@ -272,14 +232,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def _pairs(text: str) -> list[tuple[int, int]]:
-    pairs = []
-    for part in text.split(","):
-        rows, _, distinct = part.partition(":")
-        if not (rows.isdecimal() and distinct.isdecimal() and 1 <= int(distinct) <= int(rows)):
-            raise argparse.ArgumentTypeError(
-                f"{part!r}: rows and a number of steers that is no larger, as in 64:4"
-            )
-        pairs.append((int(rows), int(distinct)))
+    pairs = [tuple(map(int, part.split(":"))) for part in text.split(",")]
+    if not all(len(pair) == 2 and 1 <= pair[1] <= pair[0] for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: rows and a number of steers that is no larger, as in 64:4"
+        )
     return pairs
 
 

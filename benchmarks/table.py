@@ -1,7 +1,7 @@
-"""Result files as tables: ``python -m benchmarks.table RESULT.json ...`` prints Markdown.
+"""Result files as Markdown tables: ``python -m benchmarks.table RESULT.json ...`` prints them.
 
-A benchmark has a list of columns, each a heading and what a line has under it; the terminal's table
-and the Markdown are made from the same list.
+A benchmark has a list of columns, each a heading and what a line has under it. In short form, for
+the documents, are figures over batch sizes and forms of LM-Steer.
 """
 
 import json
@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 Line = dict[str, Any]
 Cell = Callable[[Line], str]
 Columns = tuple[tuple[str, Cell], ...]
+Cells = tuple[list[str], list[list[str]]]  # the headings, and the rows
+SHARED = 4  # more distinct steers than that are one per row in the runs made so far
 
 
 def number(key: str, places: int = 2) -> Cell:
@@ -60,28 +60,20 @@ def with_error(key: str) -> Cell:
     return cell
 
 
-def counted(line: Line) -> str:
-    """What counting steps and rows predicts."""
-    low, high = sorted(line["predicted"])
-    return f"{low:.2f} to {high:.2f}" if high > low else f"{low:.2f}"
-
-
 def combination(line: Line) -> str:
     """The properties, marked where nothing was chosen on them."""
-    return line["combination"] + ("" if line["seen"] else " (unseen)")
+    return str(line["combination"]) + ("" if line["seen"] else " (unseen)")
 
 
 def over_ours(line: Line) -> str:
     """A peer's step over ours."""
-    if line["skipped"]:
+    if line.get("skipped"):
         return "not run"
     return beside(number("over_ours_median"), spread("over_ours", 2))(line)
 
 
-def exactly(key: str) -> Cell:
-    """A number as it is, zero included."""
-    return lambda line: str(line[key])
-
+SHOWN_MODES = (None, "serve", "add", "rotate")
+"""Of ``vllm bench``: older results also have lines of ``throughput`` and ``latency``."""
 
 COLUMNS: dict[str, Columns] = {
     "speed_ratio": (
@@ -108,7 +100,6 @@ COLUMNS: dict[str, Columns] = {
         ("steered over ours", over_ours),
     ),
     "serving": (
-        ("mode", word("mode")),
         ("what", word("what")),
         ("load", word("concurrency")),
         ("distinct", word("distinct")),
@@ -120,7 +111,6 @@ COLUMNS: dict[str, Columns] = {
         ("TTFT p99, ms", over_stock("ttft_p99_ms")),
         ("TPOT p50, ms", over_stock("tpot_p50_ms", 1)),
         ("TPOT p99, ms", over_stock("tpot_p99_ms", 1)),
-        ("batch p50, ms", over_stock("batch_p50_ms")),
     ),
     "kernels": (
         ("operation", word("section")),
@@ -136,18 +126,6 @@ COLUMNS: dict[str, Columns] = {
         ("floor, us", number("floor_us", 1)),
         ("of the floor", percent("share_of_floor")),
     ),
-    "fit_speed": (
-        ("model", word("model")),
-        ("loop", word("loop")),
-        ("texts", word("texts")),
-        ("batch", word("batch_size")),
-        ("steps", word("steps")),
-        ("seconds", number("seconds", 1)),
-        ("steps/s", number("steps_per_s", 2)),
-        ("over head", number("speedup", 2)),
-        ("p20 to p80", spread("speedup", 2)),
-        ("memory, MiB", number("memory_mib", 0)),
-    ),
     "dynamic_cost": (
         ("model", word("model")),
         ("figure", word("figure")),
@@ -157,9 +135,7 @@ COLUMNS: dict[str, Columns] = {
         ("B, ms", number("b_ms")),
         ("ratio", number("ratio")),
         ("p20 to p80", spread("ratio", 2)),
-        ("by counting", counted),
         ("over floor", number("over_floor")),
-        ("goal", word("goal")),
     ),
     "composition": (
         ("combination", combination),
@@ -171,41 +147,21 @@ COLUMNS: dict[str, Columns] = {
         ("median", number("median")),
         ("dist-2", number("dist_2")),
     ),
-    "kernel_resources": (
-        ("operation", word("operation")),
-        ("width", word("width")),
-        ("rank", word("rank")),
-        ("dtype", word("dtype")),
-        ("kernel", word("kernel")),
-        ("registers", word("registers")),
-        ("shared, bytes", word("shared_bytes")),
-        ("spilled, bytes", exactly("spilled_bytes")),
-        ("tensor cores", lambda line: "yes" if line["tensor_cores"] else "no"),
-    ),
 }
-
-
-def headings(result: Line) -> list[str]:
-    """The table's first line."""
-    return [heading for heading, _ in COLUMNS[result["benchmark"]]]
-
-
-def cells(result: Line) -> list[list[str]]:
-    """A list per line of a result."""
-    return [[cell(line) for _, cell in COLUMNS[result["benchmark"]]] for line in result["rows"]]
-
-
-def rich_table(result: Line) -> Table:
-    """A result for the terminal."""
-    table = Table(*headings(result), title=title(result))
-    for row in cells(result):
-        table.add_row(*row)
-    return table
 
 
 def markdown(result: Line) -> str:
     """A result as a Markdown table under its title, with the command that made it."""
-    return framed(result, grid(headings(result), cells(result)))
+    columns = COLUMNS[result["benchmark"]]
+    heads = [heading for heading, _ in columns]
+    lines = [line for line in result["rows"] if line.get("mode") in SHOWN_MODES]
+    return framed(result, grid(heads, [[cell(line) for _, cell in columns] for line in lines]))
+
+
+def summary(result: Line) -> str:
+    """As ``markdown``, with fewer lines."""
+    rows = [*result.get("tried", ()), *result["rows"]]
+    return framed(result, grid(*SUMMARIES[result["benchmark"]](rows)))
 
 
 def framed(result: Line, table: Sequence[str]) -> str:
@@ -221,7 +177,7 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def title(result: Line) -> str:
     """What was measured, where and with what."""
     machine, versions = result["machine"], result["versions"]
-    what = [result[key] for key in ("shape", "dtype", "target") if key in result]
+    what = [result[key] for key in ("shape", "dtype") if key in result]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     used = [f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions[name]]
     return ", ".join([*what, device, *used, result["date"][:10]])
@@ -238,10 +194,72 @@ def origin(result: Line) -> str:
     )
 
 
+def over_batch_sizes(rows: list[Line]) -> Cells:
+    """A line per figure and number of steers, a column per batch size."""
+    ratio = beside(number("ratio_median", 3), spread("ratio"))
+    sizes = sorted({line["rows"] for line in rows})
+    pivot: dict[tuple[str, str], dict[int, str]] = {}
+    for line in rows:
+        for steers in _steers(line):
+            pivot.setdefault((line["name"], steers), {})[line["rows"]] = ratio(line)
+    heads = ["figure", "steers", *(f"{size} row{'s' * (size > 1)}" for size in sizes)]
+    return heads, [
+        [*name, *(found.get(size, "-") for size in sizes)] for name, found in pivot.items()
+    ]
+
+
+def _steers(line: Line) -> list[str]:
+    """What the rows of a line of ``speed_ratio`` share."""
+    if not line["distinct"]:
+        return ["none"]
+    if line["name"] != "steered":
+        return ["a strength per row"]
+    one_each = ["one per row"] if line["distinct"] == line["rows"] else []
+    few = [str(line["distinct"])] if line["distinct"] <= SHARED else []
+    return [*few, *one_each]
+
+
+def over_forms(rows: list[Line]) -> Cells:
+    """A line per case of LM-Steer, a column per form: microseconds, share of the floor."""
+    time = beside(number("us", 1), percent("share_of_floor"))
+    cases = [line for line in rows if (line["section"], line["case"]) == ("lm_steer", "grid")]
+    timed = [line for line in cases if "us" in line]
+    forms = list(dict.fromkeys(line["form"] for line in timed))
+    pivot: dict[tuple[int, ...], dict[str, str]] = {}
+    for line in timed:
+        case = tuple(line[key] for key in ("width", "rank", "rows", "distinct"))
+        pivot.setdefault(case, {"floor": number("floor_us", 1)(line)})[line["form"]] = time(line)
+    return ["d", "r", "rows", "steers", "floor", *forms], [
+        [*map(str, case), *(found.get(name, "-") for name in ("floor", *forms))]
+        for case, found in pivot.items()
+    ]
+
+
+def of_the_pair(rows: list[Line]) -> Cells:
+    """What was tried for language and sentiment, and what was chosen: share, and perplexity."""
+    share, perplexity = with_error("all"), number("perplexity")
+    return ["prompts", "method", "strengths", "all", "perplexity"], [
+        [
+            "reported" if "combination" in line else "choosing",
+            line["method"],
+            line["strengths"] or "-",
+            share(line),
+            perplexity(line),
+        ]
+        for line in rows
+        if line.get("combination", "fr+cheer") == "fr+cheer"
+    ]
+
+
+SUMMARIES: dict[str, Callable[[list[Line]], Cells]] = {
+    "speed_ratio": over_batch_sizes,
+    "kernels": over_forms,
+    "composition": of_the_pair,
+}
+
+
 def main(paths: Sequence[str]) -> None:
     """Print every result file given."""
-    if not paths:
-        sys.exit("usage: python -m benchmarks.table RESULT.json ...")
     print("\n\n".join(markdown(json.loads(Path(path).read_text("utf-8"))) for path in paths))
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from benchmarks import kernel_resources as tool
-from vllm_steer.kernels.guidance import Directions, TokenMap, TokenRules
+from vllm_steer.kernels.divergence import triton_fused as divergence
+from vllm_steer.kernels.guidance import Directions, TokenMap, TokenRules, triton_fused
 from vllm_steer.kernels.lm_steer import SteeredRows
-from vllm_steer.kernels.lm_steer.triton_tiled import tiled
+from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
+from vllm_steer.kernels.lm_steer.triton_tiled import TILED, tiled
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 BLOCK_SHARED_BYTES = 227 * 1024  # what one block of compute capability 9.0 may have
 BLOCK_REGISTERS = 64 * 1024
+FORMS = {"TILED": TILED, "ROWWISE": ROWWISE}
 PRODUCTS = {"shrink", "expand", "dense"}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -38,7 +41,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def test_lm_steer_kernels_fit_a_hopper_card_without_spilling(
     form: str, width: int, rank: int, dtype: torch.dtype
 ) -> None:
-    module = getattr(tool, form)
+    module = FORMS[form]
     with tool.compiling() as compiled:
         module.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
     suffix = "" if form == "TILED" else "_row"
@@ -59,7 +62,7 @@ def test_in_16_bits_products_run_on_hoppers_own_tensor_cores_with_weights_first(
 ) -> None:
     """64 rows of weights by a tile's rows, both out of shared memory, loaded 16 bytes at a time."""
     with tool.compiling() as compiled:
-        tool.TILED.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
+        TILED.warm_up(tool.lm_steer_tables(width, rank, dtype), dtype)
     products = [kernel for (name, _), kernel in compiled.items() if name in PRODUCTS]
     assert len(products) == 5
     for kernel in products:
@@ -106,7 +109,7 @@ def test_a_batch_of_a_low_rank_is_two_launches_whatever_its_rows(
     tables = tool.lm_steer_tables(4096, rank // 2, torch.bfloat16)
     x, steered = torch.zeros(rows, 4096, dtype=torch.bfloat16), next(batches(rows))
     with tool.compiling() as compiled:
-        tool.TILED.steer_rows(x, tables, tool.TILED.prepare(steered, tables, x.device))
+        TILED.steer_rows(x, tables, TILED.prepare(steered, tables, x.device))
     assert [name for name, _ in compiled] == launched
 
 
@@ -146,7 +149,7 @@ def divergence_of(doses: int, vocab_size: int, dtype: torch.dtype) -> None:
     """As a step calls it: logits, rows and p of so many doses, each in memory of its own."""
     logits = torch.zeros(2 * doses, vocab_size, dtype=dtype)
     rows = torch.arange(doses)
-    tool.divergence.divergence(logits, rows, rows + doses, torch.full((doses,), 0.5))
+    divergence.divergence(logits, rows, rows + doses, torch.full((doses,), 0.5))
 
 
 def assert_fit(compiled: dict[tuple[str, str], Any]) -> None:
@@ -161,13 +164,13 @@ def assert_fit(compiled: dict[tuple[str, str], Any]) -> None:
 def warm_up_guidance(width: int, turns: bool, dtype: torch.dtype) -> Directions:
     """The tables of three layers that a site was warmed up with."""
     directions = Directions(torch.zeros(3, 5, width), torch.ones(5) if turns else None)
-    tool.triton_fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
+    triton_fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
     return directions
 
 
 @pytest.mark.parametrize("form", ["TILED", "ROWWISE"])
 def test_no_batch_of_lm_steers_compiles_what_the_start_up_has_not(form: str) -> None:
-    module, dtype = getattr(tool, form), torch.bfloat16
+    module, dtype = FORMS[form], torch.bfloat16
     tables = tool.lm_steer_tables(4096, 64, dtype)
     with tool.compiling() as at_start:
         module.warm_up(tables, dtype)
@@ -205,8 +208,8 @@ def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(turns: boo
             hidden, residual = torch.zeros(2, tokens, width, dtype=dtype)
             for layer, depth in ((0, 1), (1, 2), (2, 4)):
                 kept = residual if turns else None
-                tool.triton_fused.steer_tokens_(hidden, kept, directions, layer, token_map, depth)
-                tool.triton_fused.steer_tokens_(hidden, None, directions, layer, token_map, depth)
+                triton_fused.steer_tokens_(hidden, kept, directions, layer, token_map, depth)
+                triton_fused.steer_tokens_(hidden, None, directions, layer, token_map, depth)
         for requests, depth, tokens in ((1, 1, 1), (2, 4, 9), (16, 2, 64), (33, 3, 512)):
             map_a_batch(requests, depth, tokens, token_map)
     assert len({name for name, _ in while_serving}) == 2
@@ -222,4 +225,4 @@ def map_a_batch(requests: int, depth: int, tokens: int, room: TokenMap) -> None:
     starts = torch.zeros(requests + 2, dtype=torch.int32)[: requests + 1]
     positions = torch.zeros(600, dtype=torch.int64)[:tokens]
     front = TokenMap(room.directions[:depth], room.strengths[:, :depth])
-    tool.triton_fused.map_tokens(rules, starts, positions, front)
+    triton_fused.map_tokens(rules, starts, positions, front)

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import arguments, environment
-from benchmarks.engines import greedy, make_engine
+from benchmarks import arguments
+from benchmarks.engines import greedy, make_engine, set_environment
 
 SURE = 1e-3
 """Two tokens that lie closer, or two sets of likeliest ones, may change places in float32."""
@@ -59,7 +59,7 @@ def _prepare(args: argparse.Namespace) -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # vLLM's attention would take TF32
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    environment.set_defaults()
+    set_environment()
     if args.runner == "v2" and not torch.cuda.is_available():
         # vLLM's own Triton kernels, in Triton's interpreter.
         os.environ["TRITON_INTERPRET"] = "1"

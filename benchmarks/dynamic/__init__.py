@@ -1,1 +1,1 @@
-"""What dynamic strength costs: the models, the legs, the authors' own loop, the figures."""
+"""What dynamic strength costs: the models and their batches, and the figures."""

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.floors import divergence_bytes
 from benchmarks.operations.measure import Bench, Case, Tensors, Work, ours, sets_for
 from vllm_steer.kernels.dispatch import divergence_backend
 from vllm_steer.kernels.divergence import torch_sort
@@ -25,8 +24,8 @@ class DivergenceCase(Case):
     case = "dynamic"
 
     def floor_bytes(self, itemsize: int) -> int:
-        """The fewest bytes of one call."""
-        return divergence_bytes(self.doses, self.width, itemsize=itemsize)
+        """Base and probe of every dose once; a KL in float32 and a size per dose."""
+        return self.doses * (2 * self.width * itemsize + 12)
 
     def sets(self, bench: Bench) -> list[torch.Tensor]:
         """Random logits: the bases, then the probes."""

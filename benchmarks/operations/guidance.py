@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 
-from benchmarks.floors import guidance_bytes
 from benchmarks.operations.measure import Bench, Case, Tensors, Work, ours, relative_error, sets_for
 from vllm_steer.kernels.dispatch import guidance_backend
 from vllm_steer.kernels.guidance import Directions, TokenMap
@@ -34,15 +33,12 @@ class GuidanceCase(Case):
         return self.case == "rotate"
 
     def floor_bytes(self, itemsize: int) -> int:
-        """The fewest bytes of one layer."""
-        return guidance_bytes(
-            self.width,
-            tokens=self.rows,
-            doses=self.doses,
-            directions=min(DIRECTIONS, self.rows + self.doses - 1),
-            residual=self.residual,
-            itemsize=itemsize,
-        )
+        """One layer: rows in and out (the residual in), the directions in use in float32, and 8
+        bytes of the map per dose.
+        """
+        rows = self.rows * self.width * itemsize * (2 + self.residual)
+        directions = min(DIRECTIONS, self.rows + self.doses - 1)
+        return rows + 4 * directions * self.width + 8 * self.rows * self.doses
 
     def sets(self, bench: Bench) -> list["Inputs"]:
         """Streams of different layers."""

@@ -1,19 +1,36 @@
-"""LM-Steer: the change of a batch's rows of hidden states, under one steer each."""
+"""LM-Steer: the change of a batch's rows of hidden states, under one steer each.
 
+A form takes one set of inputs and returns the call to time; what the host prepares once per batch
+stays outside of it. It raises ``Skipped`` where it cannot run the case.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.floors import lm_steer_bytes, weight_elements
-from benchmarks.operations.lm_steer_forms import FORMS, VARIANTS, auto
-from benchmarks.operations.measure import Bench, Case, Tensors, Work, relative_error, sets_for
+from benchmarks.dummy_model import lm_steer_bytes, weight_elements
+from benchmarks.operations.measure import (
+    Bench,
+    Case,
+    Skipped,
+    Tensors,
+    Work,
+    ours,
+    relative_error,
+    sets_for,
+)
 from vllm_steer.bank import HeadTable
 from vllm_steer.doses import Dose
+from vllm_steer.kernels.dispatch import FEW_ROWS, lm_steer_backend
 from vllm_steer.kernels.lm_steer import Dense, LowRank, Slot, SteeredRows, SteerWeights
 from vllm_steer.serving.row_slots import RequestSlots, steered_rows
 from vllm_steer.serving.step import BatchRows, SteeredRequest
+
+Call = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,19 +64,15 @@ class LMSteerCase(Case):
         shelf = make_bank(self, count * self.distinct, bench.dtype, bench.device)
         generator = torch.Generator(bench.device).manual_seed(1)
         like = {"dtype": bench.dtype, "device": bench.device, "generator": generator}
-        return [
-            Inputs(
-                self,
-                torch.randn(self.rows, self.width, **like),
-                shelf.weights,
-                batch(self, shelf, nth * self.distinct),
-            )
-            for nth in range(count)
-        ]
+        sets = []
+        for nth in range(count):
+            x, taken = torch.randn(self.rows, self.width, **like), batch(self, shelf, nth)
+            sets.append(Inputs(self, x, shelf.weights, taken))
+        return sets
 
     def work(self, form: str, inputs: "Inputs") -> Work:
         """One of ``FORMS``, a variant of ours in Triton, or ``auto``."""
-        call = (FORMS | VARIANTS | {"auto": auto})[form](inputs)
+        call = (FORMS | VARIANTS | {"auto": partial(engine_form, "auto", None)})[form](inputs)
         touched = torch.ones(self.rows, dtype=torch.bool, device=inputs.x.device)
 
         def check(results: Tensors) -> float:
@@ -115,12 +128,12 @@ def make_bank(case: LMSteerCase, slots: int, dtype: torch.dtype, device: torch.d
     return HeadTable({f"s{slot}": slot for slot in range(slots)}, tables)
 
 
-def batch(case: LMSteerCase, shelf: HeadTable, offset: int = 0) -> SteeredRows:
-    """The batch as the engine sees it: one request per row."""
+def batch(case: LMSteerCase, shelf: HeadTable, nth: int) -> SteeredRows:
+    """The ``nth`` set's batch as the engine sees it: one request per row."""
     rows = BatchRows([f"r{row}" for row in range(case.rows)], np.ones(case.rows, dtype=np.int64))
     requests = {}
     for row in range(case.rows):
-        dose = Dose(f"s{offset + row % case.distinct}", 0.5 + row % 7 / 8)
+        dose = Dose(f"s{nth * case.distinct + row % case.distinct}", 0.5 + row % 7 / 8)
         requests[f"r{row}"] = SteeredRequest((dose,), 1)
     pairs = steered_rows(rows, RequestSlots(shelf, requests))
     assert pairs is not None
@@ -133,3 +146,61 @@ def _change(scaled: torch.Tensor, tables: SteerWeights, slot: Slot) -> torch.Ten
         return scaled @ tables.shrink[ranks].double().T @ tables.expand[ranks].double()
     assert isinstance(slot, Dense)
     return scaled @ tables.dense[slot.free].double().T
+
+
+def engine_form(kernels: str, max_rows: int | None, inputs: Inputs) -> Call:
+    """Ours, as an engine of up to ``max_rows`` rows has it; None: of as many as the batch has."""
+    max_rows = max_rows or inputs.case.rows
+    if max_rows <= FEW_ROWS < inputs.case.rows:
+        raise Skipped(f"an engine takes programs of one row for up to {FEW_ROWS} rows only")
+    return _placed(ours(lm_steer_backend, kernels, inputs.x.device, max_rows=max_rows), inputs)
+
+
+def addmm(inputs: Inputs) -> Call:
+    """One steer for all rows: the two products that nothing in torch does faster."""
+    case, tables, x = inputs.case, inputs.tables, inputs.x
+    if case.distinct > 1:
+        raise Skipped("one product takes one steer for all rows")
+    slot = inputs.steered.groups[0][0]
+    scales = torch.from_numpy(inputs.steered.scales).to(x.device, x.dtype)[:, None]
+    if case.dense:
+        matrix = tables.dense[slot].T
+        return lambda: torch.addmm(x, x * scales, matrix)
+    ranks = slice(slot * case.rank, (slot + 1) * case.rank)
+    down, up = tables.shrink[ranks].T, tables.expand[ranks]
+    return lambda: torch.addmm(x, (x @ down).mul_(scales), up)
+
+
+def varied(options: dict[str, int], inputs: Inputs) -> Call:
+    """``triton_tiles`` with some choices of ``tile_sizes`` varied."""
+    ours(lm_steer_backend, "triton", inputs.x.device, max_rows=FEW_ROWS + 1)
+    from vllm_steer.kernels.lm_steer.triton_tiled import TILED, tiled
+
+    form = tiled(**options)
+    if form.sizes(inputs.tables) == TILED.sizes(inputs.tables):
+        raise Skipped("the same blocks as an engine takes, for this bank")
+    return _placed(form, inputs)
+
+
+VARIED: dict[str, dict[str, int]] = {
+    "rows16": {"rows": 16},
+    "rows64": {"rows": 64},
+    "columns32": {"columns": 32},
+    "columns16": {"columns": 16},
+    "chunks4": {"few_chunks": 4},
+    "fold_apart": {"few_chunks": 0},
+}
+"""What arithmetic alone does not settle: rows of a tile, columns of a program, and who folds."""
+
+VARIANTS = {f"tiles_{name}": partial(varied, options) for name, options in VARIED.items()}
+FORMS: dict[str, Callable[[Inputs], Call]] = {
+    "triton_tiles": partial(engine_form, "triton", FEW_ROWS + 1),
+    "triton_rows": partial(engine_form, "triton", FEW_ROWS),
+    "torch_groups": partial(engine_form, "torch", FEW_ROWS + 1),
+    "addmm": addmm,
+}
+
+
+def _placed(form: Any, inputs: Inputs) -> Call:
+    metadata = form.prepare(inputs.steered, inputs.tables, inputs.x.device)
+    return lambda: form.steer_rows(inputs.x, inputs.tables, metadata)

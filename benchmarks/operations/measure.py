@@ -1,24 +1,20 @@
 """One form on one case: equal first, then timed, then seen to have done the same while timed."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, ClassVar
 
 import torch
 
 from benchmarks.operations import timing
 from benchmarks.rounds import spread
-from vllm_steer.kernels.dispatch import KernelError
 
 Tensors = tuple[torch.Tensor, ...]
 Line = dict[str, Any]
 
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 SETS = 256
-NO_TIME = "no time was left for it"
 
 
 class Skipped(Exception):
@@ -47,7 +43,6 @@ class Bench:
     reach      bytes that the sets of inputs of a case fill together
     bandwidth  bytes per second of a large copy on this machine
     matmul     floating-point operations per second of a large matrix product on it
-    until      when to begin nothing more, in seconds of ``time.monotonic``
     """
 
     device: torch.device
@@ -56,51 +51,35 @@ class Bench:
     reach: int = 0
     bandwidth: float = math.inf
     matmul: float = math.inf
-    until: float = math.inf
-
-    @property
-    def out_of_time(self) -> bool:
-        """Whether to begin nothing more."""
-        return monotonic() >= self.until
 
 
-class Case(ABC):
+class Case:
     """A case of an operation, a dataclass of its sizes.
 
-    ``flops`` are the operations of its matrix products, 0 without any.
+    It has ``floor_bytes(itemsize)``, the fewest bytes of one call; ``sets(bench)``, sets of inputs,
+    together beyond the cache; and ``work(form, inputs)``, a form on one of them. ``flops`` are the
+    operations of its matrix products, 0 without any.
     """
 
     section: ClassVar[str]
     case: str
     flops: int | property = 0
+    floor_bytes: Callable[[int], int]
+    sets: Callable[[Bench], list[Any]]
+    work: Callable[[str, Any], Work]
 
     @property
     def columns(self) -> Line:
         """What names it in a line of the result."""
         return {"section": self.section, "case": self.case, **vars(self)}
 
-    @abstractmethod
-    def floor_bytes(self, itemsize: int) -> int:
-        """The fewest bytes of one call."""
-
-    @abstractmethod
-    def sets(self, bench: Bench) -> list[Any]:
-        """Sets of inputs, together beyond the cache."""
-
-    @abstractmethod
-    def work(self, form: str, inputs: Any) -> Work:
-        """A form on one of them."""
-
 
 def lines(case: Case, forms: Sequence[str], bench: Bench) -> Iterator[Line]:
     """A line per form: times and what they mean, or the reason why there are none."""
-    sets = [] if bench.out_of_time else case.sets(bench)
-    head = {**case.columns, "dtype": str(bench.dtype).removeprefix("torch.")}
+    sets, dtype = case.sets(bench), str(bench.dtype).removeprefix("torch.")
     for form in forms:
-        found = {"skipped": NO_TIME}
-        if not bench.out_of_time:
-            found = _form_line(case, form, sets, bench)
-        yield {**head, "form": form, **found}
+        head = {**case.columns, "dtype": dtype, "form": form}
+        yield head | _form_line(case, form, sets, bench)
 
 
 def _form_line(case: Case, form: str, sets: Sequence[Any], bench: Bench) -> Line:
@@ -116,8 +95,7 @@ def _form_line(case: Case, form: str, sets: Sequence[Any], bench: Bench) -> Line
 
 def measure(works: Sequence[Work], bench: Bench) -> Line:
     """Times in microseconds: ``us`` by graph replay on CUDA, by the clock elsewhere. On CUDA beside
-    it launches from Python, the device waited for (``eager_us``) or not (``host_us``: what a call
-    costs the host).
+    it ``host_us``, what a call costs the host.
     """
     expected = [_fresh(work) for work in works]
     error = max(work.check(found) for work, found in zip(works, expected, strict=True))
@@ -127,13 +105,13 @@ def measure(works: Sequence[Work], bench: Bench) -> Line:
             same = all(map(torch.equal, found, wanted))
             assert same, "the timed result is not the one that was checked"
 
-    line: Line = {"error": float(f"{error:.2g}"), "sets": len(works), "samples": bench.repeats}
+    line: Line = {"error": float(f"{error:.2g}")}
     calls = [work.run for work in works]
-    eager = timing.launched(calls, bench.repeats, bench.device)
-    confirm([_fresh(work) for work in works])
     if bench.device.type != "cuda":
-        return line | spread("us", eager)
-    line |= spread("eager_us", eager) | spread("host_us", timing.issued(calls, bench.repeats))
+        line |= spread("us", timing.launched(calls, bench.repeats, bench.device))
+        confirm([_fresh(work) for work in works])
+        return line
+    line |= spread("host_us", timing.issued(calls, bench.repeats))
     graph, results = timing.capture(calls)
     line |= spread("us", timing.replayed(graph, len(works), bench.repeats))
     _replay(graph, works, results)
@@ -146,8 +124,6 @@ def against_floor(us: float, floor_bytes: int, flops: int, bench: Bench) -> Line
     moving, multiplying = 1e6 * floor_bytes / bench.bandwidth, 1e6 * flops / bench.matmul
     floor = max(moving, multiplying)
     return {
-        "floor_bytes": floor_bytes,
-        "flops": flops,
         "floor_us": round(floor, 3),
         "bound": "memory" if moving >= multiplying else "arithmetic",
         "share_of_floor": round(floor / us, 4),
@@ -158,10 +134,7 @@ def ours(find: Callable[..., Any], kernels: str, device: torch.device, **options
     """A form from the dispatch: ``torch``, ``triton`` or, as an engine has it, ``auto``."""
     if kernels == "triton" and device.type != "cuda":
         raise Skipped(f"the device is {device.type}: an interpreter's time is no kernel's time")
-    try:
-        return find(kernels, device, **options)
-    except KernelError as error:
-        raise Skipped(str(error)) from None
+    return find(kernels, device, **options)
 
 
 def sets_for(set_bytes: int, reach: int) -> int:

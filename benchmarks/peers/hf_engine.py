@@ -4,8 +4,7 @@ A step does what ``generate`` does for greedy search: one forward pass with the 
 (``DynamicCache``), the likeliest token of the last position, and one look at it on the host.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -20,16 +19,6 @@ class HuggingFaceEngine:
     def __init__(self, model: Any, set_steer: Callable[[str | None], None]) -> None:
         self._model = model
         self._set_steer = set_steer
-        self._forced: Sequence[Sequence[int]] | None = None
-
-    @contextmanager
-    def following(self, tokens: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Within the block row ``b`` goes on with ``tokens[b]``, whatever is likeliest."""
-        self._forced = tokens
-        try:
-            yield
-        finally:
-            self._forced = None
 
     @torch.inference_mode()
     def leg(
@@ -39,8 +28,11 @@ class HuggingFaceEngine:
         vocab_size: int,
         *,
         logprobs: bool = False,
+        forced: Sequence[Sequence[int]] = (),
     ) -> Leg:
-        """As ``decode.Engine.leg``; all rows take one steer."""
+        """As ``decode.Engine.leg``; all rows take one steer. Row ``b`` goes on with ``forced[b]``
+        where it is given, whatever is likeliest.
+        """
         (steer,) = set(steers)
         self._set_steer(steer)
         prompts, cache = [prompt(row, vocab_size) for row in range(len(steers))], None
@@ -50,16 +42,12 @@ class HuggingFaceEngine:
             start = perf_counter()
             output = self._model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, logits = output.past_key_values, output.logits[:, -1]
-            inputs = self._choose(logits, step)[:, None]
+            inputs = logits.argmax(-1)[:, None]
+            if forced:
+                inputs = torch.tensor([[row[step]] for row in forced], device=logits.device)
             tokens.append(inputs[:, 0].tolist())
             times.append(perf_counter() - start)
             if logprobs:
                 total += logits.float().log_softmax(-1).gather(1, inputs)[:, 0].cpu()
         by_row = tuple(zip(*tokens, strict=True))
-        scores = tuple(total.tolist()) if logprobs else ()
-        return Leg(median_step_ms(times, steps), by_row, scores)
-
-    def _choose(self, logits: torch.Tensor, step: int) -> torch.Tensor:
-        if self._forced is None:
-            return logits.argmax(-1)
-        return torch.tensor([tokens[step] for tokens in self._forced], device=logits.device)
+        return Leg(median_step_ms(times, steps), by_row, tuple(total.tolist()))

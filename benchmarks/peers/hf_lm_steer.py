@@ -1,4 +1,4 @@
-"""LM-Steer on Hugging Face, one vector of steer values ``v [1, S]`` for the whole batch.
+"""LM-Steer on Hugging Face, one strength for the whole batch.
 
 The model's LM head is replaced by one that transforms its input ``c`` first (Han et al. 2024,
 section 3), in the model's dtype and uncompiled:
@@ -11,21 +11,20 @@ product per steer, which a reader of the equation would write as well. vllm-stee
 with the same weights and the same steer.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.decode import Engine
 from benchmarks.dummy_model import STRENGTH
-from benchmarks.equality import check_operation
-from benchmarks.peers.agreement import check_hidden_states, check_tokens
+from benchmarks.equality import CHECK_STEPS, check_operation
 from benchmarks.peers.hf_engine import HuggingFaceEngine
-from benchmarks.peers.job import Job
+from benchmarks.peers.job import TOLERANCE, Job
 
-NAME = "s0"
-ASKED = f"{NAME}:{STRENGTH}"
-
+ASKED = f"s0:{STRENGTH}"
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -73,47 +72,52 @@ class SteeredHead(nn.Module):
         self.values = torch.tensor([values]).to(self.head.weight)
         self.active = any(values)
 
-    def steered(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [batch, tokens, hidden_size]`` transformed."""
-        return x + self.epsilon * self.change(x, self.projector1, self.projector2, self.values)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits."""
-        return self.head(self.steered(x) if self.active else x)
+        """Logits of ``x [batch, tokens, hidden_size]``."""
+        if self.active:
+            x = x + self.epsilon * self.change(x, self.projector1, self.projector2, self.values)
+        return self.head(x)
 
 
-def load(job: Job) -> tuple[HuggingFaceEngine, SteeredHead, Any]:
-    """The engine, its head and the steer."""
+def load(job: Job) -> tuple[HuggingFaceEngine, SteeredHead]:
+    """The engine and its head."""
     from transformers import AutoModelForCausalLM
 
     from vllm_steer import load_steer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.torch_dtype).to(device).eval()
-    steer = load_steer(job.steers / f"{NAME}.safetensors")
-    head = SteeredHead(model.get_output_embeddings(), steer)
+    head = SteeredHead(model.get_output_embeddings(), load_steer(job.steers / "s0.safetensors"))
     model.set_output_embeddings(head)
-    engine = HuggingFaceEngine(model, lambda asked: head.set_values(_value(asked)))
-    return engine, head, steer
+    return HuggingFaceEngine(model, lambda asked: head.set_values(STRENGTH if asked else 0)), head
+
+
+def check_tokens(
+    job: Job, ours: Engine, peer: HuggingFaceEngine, rows: int, steer: str | None
+) -> None:
+    """The peer finds vLLM's tokens as likely as vLLM does, step by step through its own KV cache.
+
+    It is made to follow them: in bfloat16 two that are nearly as likely may swap.
+    """
+    asked, vocab_size = [steer] * rows, job.dimensions.vocab_size
+    leg = ours.leg(asked, CHECK_STEPS, vocab_size, logprobs=True)
+    read = peer.leg(asked, CHECK_STEPS, vocab_size, logprobs=True, forced=leg.tokens)
+    allowed = TOLERANCE[job.dtype] * len(leg.tokens[0])
+    for row, (found, wanted) in enumerate(zip(read.logprobs, leg.logprobs, strict=True)):
+        assert math.isclose(found, wanted, abs_tol=allowed), f"row {row}: {found}, not {wanted}"
 
 
 def measure(job: Job) -> list[dict[str, Any]]:
     """vllm-steer and both ways on Hugging Face, at each batch size."""
-    ours = (job.engine([NAME]), ASKED)
-    peer, head, steer = load(job)
+    ours = (job.engine(["s0"]), ASKED)
+    peer, head = load(job)
     size = {"rank": job.rank, "rows": max(job.rows)}
     check_operation("steered", job.dimensions, job.torch_dtype, **size)
     lines = []
     for rows in job.rows:
         check_tokens(job, ours[0], peer, rows, None)
-        lines.append(job.ours("ours lm-steer", ours, rows, job.rank))
+        lines.append(job.alone("ours lm-steer", ours, rows, job.rank))
         for name, head.change in WAYS.items():
-            head.set_values(STRENGTH)
-            check_hidden_states(head, steer, STRENGTH, job.torch_dtype)
             check_tokens(job, ours[0], peer, rows, ASKED)
-            lines.append(job.beside(name, "transformers", ours, (peer, ASKED), rows, job.rank))
+            lines.append(job.beside(name, ours, (peer, ASKED), rows, job.rank))
     return lines
-
-
-def _value(asked: str | None) -> float:
-    return float(asked.partition(":")[2]) if asked else 0.0

@@ -12,8 +12,8 @@ from torch import nn
 
 from benchmarks.decode import Engine
 from benchmarks.dummy_model import STRENGTH
-from benchmarks.peers.agreement import check_prompt_logprobs
-from benchmarks.peers.job import Job
+from benchmarks.engines import greedy
+from benchmarks.peers.job import TOLERANCE, Job
 
 NAME = "guided"
 GENTLE = STRENGTH / 50  # so that the tokens still count in what comes out, and can be compared
@@ -31,38 +31,50 @@ class HookedEngine(Engine):
     def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
         """Nothing is passed on: the vector is global."""
         if bool(steer) != bool(self._handles):
-            self._switch(float(steer.partition(":")[2]) if steer else 0.0)
+            self._switch()
         super().add(request_id, tokens, None, params)
 
-    def _switch(self, strength: float) -> None:
+    def _switch(self) -> None:
+        if not self._handles:
+            vectors = GENTLE * self._vectors
+            (self._handles,) = self.llm.apply_model(lambda model: hook_layers(model, vectors))
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if strength:
-            (self._handles,) = self.llm.apply_model(
-                lambda model: hook_layers(model, strength * self._vectors)
-            )
 
 
 def hook_layers(model: nn.Module, vectors: torch.Tensor) -> list[Any]:
-    """Add ``vectors[l]`` to what layer ``l`` of a vLLM model returns, from now on; the handles.
-
-    A layer that returns its stream as a pair, whose sum it is, gets the vector in the first.
-    """
+    """Add ``vectors[l]`` to what layer ``l`` of vLLM's GPT-2 returns, from now on; the handles."""
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    assert len(layers) == len(vectors), f"{len(layers)} layers, {len(vectors)} vectors"
-    like = next(model.parameters())
-    rows = vectors.to(like)
+    rows = vectors.to(next(model.parameters()))
     return [_hook(layer, row) for layer, row in zip(layers, rows, strict=True)]
 
 
 def _hook(layer: nn.Module, vector: torch.Tensor) -> Any:
-    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (output[0] + vector, *output[1:])
-        return output + vector
+    return layer.register_forward_hook(lambda _module, _args, output: output + vector)
 
-    return layer.register_forward_hook(add)
+
+def check_prompt_logprobs(job: Job, ours: Engine, peer: Engine, steer: str) -> None:
+    """Two vLLM engines give the tokens of one prompt the same steered log probabilities, and others
+    than without the steer."""
+    plain, wanted, found = (
+        _prompt_logprobs(engine, asked, job.dimensions.vocab_size)
+        for engine, asked in ((ours, None), (ours, steer), (peer, steer))
+    )
+    error, change = ((other - wanted).abs() for other in (found, plain))
+    assert error.max() < TOLERANCE[job.dtype], f"log probabilities differ by {error.max()}"
+    assert change.mean() > 4 * error.mean(), "the steer changes no more than rounding does"
+
+
+def _prompt_logprobs(asked: Engine, steer: str | None, vocab_size: int) -> torch.Tensor:
+    tokens = [1 + 89 * place % (vocab_size - 2) for place in range(32)]
+    asked.add("prompt", tokens, steer, greedy(1, prompt_logprobs=0))
+    engine, outputs = asked.llm.llm_engine, []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    pairs = zip(tokens[1:], outputs[-1].prompt_logprobs[1:], strict=True)
+    return torch.tensor([found[token].logprob for token, found in pairs])
 
 
 def measure(job: Job) -> list[dict[str, Any]]:
@@ -74,8 +86,4 @@ def measure(job: Job) -> list[dict[str, Any]]:
     vectors = load_steer(job.steers / f"{NAME}.safetensors").vectors
     peer = (HookedEngine(eager.llm, vectors), ASKED)
     check_prompt_logprobs(job, ours[0], *peer)
-    lines = []
-    for rows in job.rows:
-        lines.append(job.ours("ours guided", ours, rows))
-        lines.append(job.beside(job.peer, "vllm", ours, peer, rows))
-    return lines
+    return job.both("ours guided", ours, peer)

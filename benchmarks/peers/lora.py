@@ -10,7 +10,7 @@ stands beside it with an LM-Steer of the same rank on the same weights.
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -18,7 +18,7 @@ from benchmarks.decode import Engine
 from benchmarks.dummy_model import STRENGTH, write_steers
 from benchmarks.peers.job import Job
 
-MAX_RANK = 64
+MAX_RANK = 64  # and a power of two, or vLLM refuses it
 ASKED = f"s0:{STRENGTH}"
 
 
@@ -36,13 +36,6 @@ class LoraEngine(Engine):
         lora = {"lora_request": self._lora} if steer else {}
         prompt = {"prompt_token_ids": tokens}
         self.llm.llm_engine.add_request(request_id, prompt, params, **lora)
-
-
-def allowed_rank(rank: int) -> int:
-    """The largest rank up to ``rank`` and 64 that vLLM takes as ``max_lora_rank``."""
-    from vllm.config.lora import MaxLoRARanks
-
-    return max(r for r in get_args(MaxLoRARanks) if r <= min(rank, MAX_RANK))
 
 
 def write_adapter(job: Job, folder: Path) -> Path:
@@ -66,14 +59,10 @@ def write_adapter(job: Job, folder: Path) -> Path:
 def measure(job: Job) -> list[dict[str, Any]]:
     """vllm-steer and LoRA of one rank, at each batch size."""
     with tempfile.TemporaryDirectory(prefix="lora-") as name:
-        folder, rank = Path(name), allowed_rank(job.rank)
+        folder, rank = Path(name), min(job.rank, MAX_RANK)
         write_steers(job.dimensions, folder / "steers", count=1, rank=rank)
         job = replace(job, rank=rank, steers=folder / "steers")
         served = job.engine(enable_lora=True, max_loras=1, max_lora_rank=rank)
         peer = (LoraEngine(served.llm, write_adapter(job, folder / "adapter")), ASKED)
         ours = (job.engine(["s0"]), ASKED)
-        lines = []
-        for rows in job.rows:
-            lines.append(job.ours("ours lm-steer", ours, rows, rank))
-            lines.append(job.beside(job.peer, "vllm", ours, peer, rows, rank))
-        return lines
+        return job.both("ours lm-steer", ours, peer, rank)

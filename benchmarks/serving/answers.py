@@ -1,4 +1,4 @@
-"""What servers and engines answer, greedily and with log probabilities, and what must hold of it.
+"""What servers answer, greedily and with log probabilities, and what must hold of it.
 
 Log probabilities and not tokens show that a steer had its effect: under dummy weights the
 likeliest token can be the same whatever the hidden state.
@@ -6,14 +6,9 @@ likeliest token can be the same whatever the hidden state.
 
 import json
 import math
-import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
-
-from benchmarks import environment
-from benchmarks.engines import greedy, make_engine
 
 ANSWER_TOKENS = 8
 PROMPT_LENGTHS = (1, 7, 33)
@@ -64,53 +59,26 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """Send a completion request to the server at ``url``."""
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=ASK_LIMIT_S) as response:
-            return dict(json.load(response))
-    except urllib.error.HTTPError as error:
-        raise RuntimeError(f"HTTP {error.code}: {error.read().decode()}") from None
-
-
-def of_engines(
-    model: Path, vocab_size: int, options: dict[str, Any], configs: dict[str, dict[str, Any]]
-) -> dict[str, list[Answer]]:
-    """The answers of engines in this process to ``prompts``, each alone in its batch: of stock
-    vLLM, and by the name of each config of requests that do not ask for a steer, and that ask for
-    none.
-    """
-    environment.set_defaults()
-    engines = {"stock": make_engine(model, plugin=False, **options)}
-    engines |= {name: make_engine(model, config, **options) for name, config in configs.items()}
-    asked = prompts(vocab_size)
-    found = {name: [_of_engine(llm, p, None) for p in asked] for name, llm in engines.items()}
-    for name in configs:
-        found[f"{name}, none"] = [_of_engine(engines[name], p, "none") for p in asked]
-    return found
-
-
-def _of_engine(llm: Any, prompt: list[int], steer: str | None) -> Answer:
-    params = greedy(ANSWER_TOKENS, steer, logprobs=1)
-    (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-    tokens, logprobs = output.outputs[0].token_ids, output.outputs[0].logprobs
-    chosen = tuple(at[token].logprob for token, at in zip(tokens, logprobs, strict=True))
-    return Answer(tuple(tokens), chosen)
+    with urllib.request.urlopen(request, timeout=ASK_LIMIT_S) as response:
+        return dict(json.load(response))
 
 
 def check_equal(stock: Sequence[Answer], found: Sequence[Answer], what: str) -> None:
     """An unsteered answer is that of stock vLLM, every token and every bit of its logprob."""
-    assert len(stock) == len(found) > 0, f"{what}: {len(found)} answers for {len(stock)}"
-    for index, (wanted, given) in enumerate(zip(stock, found, strict=True)):
-        _check_finite(given, what)
+    for index, (wanted, given) in enumerate(_pairs(stock, found, what)):
         assert given == wanted, f"{what}, prompt {index}: {given}; stock vLLM gives {wanted}"
 
 
 def check_effect(unsteered: Sequence[Answer], steered: Sequence[Answer], what: str) -> None:
     """Every steered answer differs from the unsteered one: what was timed did steer."""
-    assert len(unsteered) == len(steered) > 0, f"{what}: {len(steered)} for {len(unsteered)}"
-    for index, (plain, given) in enumerate(zip(unsteered, steered, strict=True)):
-        _check_finite(given, what)
+    for index, (plain, given) in enumerate(_pairs(unsteered, steered, what)):
         assert given != plain, f"{what}, prompt {index}: the steer had no effect"
 
 
-def _check_finite(answer: Answer, what: str) -> None:
-    assert all(map(math.isfinite, answer.logprobs)), f"{what}: not finite: {answer.logprobs}"
+def _pairs(
+    wanted: Sequence[Answer], found: Sequence[Answer], what: str
+) -> Iterator[tuple[Answer, Answer]]:
+    assert len(wanted) == len(found) > 0, f"{what}: {len(found)} answers for {len(wanted)}"
+    for answer in found:
+        assert all(map(math.isfinite, answer.logprobs)), f"{what}: not finite: {answer.logprobs}"
+    return zip(wanted, found, strict=True)

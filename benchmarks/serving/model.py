@@ -8,7 +8,6 @@ from benchmarks.dummy_model import (
     SHAPES,
     STRENGTH,
     Shape,
-    gpt2,
     steer_config,
     write_model,
     write_steers,
@@ -17,8 +16,6 @@ from benchmarks.dummy_model import (
 
 BASE = "base"
 KINDS = ("steered", "guided")
-# `vllm bench latency` draws its prompts from 10000 token ids whatever the model's vocabulary.
-SERVED_SHAPES = SHAPES | {"tiny": gpt2(64, layers=2, heads=2, vocab=10240)}
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,6 @@ class ServedModel:
         """The model names that requests carry in turn: ``distinct`` presets, or the plain name."""
         return [f"{BASE}:{kind}{i}" for i in range(distinct)] if distinct else [BASE]
 
-    def default_config(self, kind: str) -> dict[str, Any]:
-        """The kind's steer config with its first preset for every request that does not ask."""
-        return self.configs[kind] | {"default": f"{kind}0"}
-
 
 def write_served_model(shape: str, folder: Path, *, presets: int, rank: int) -> ServedModel:
     """A dummy model with ``presets`` presets per kind, ``steered0``, ..., ``guided0``, ...
@@ -44,21 +37,18 @@ def write_served_model(shape: str, folder: Path, *, presets: int, rank: int) -> 
     Each of ``steered`` is an LM-Steer of its own, each of ``guided`` a strength of its own of one
     vector that is added in every layer.
     """
-    sizes = SERVED_SHAPES[shape]
+    sizes = SHAPES[shape]
     model = write_model(sizes, folder / "model")
     write_tokenizer(sizes.vocab_size, model)
     steers = write_steers(sizes, folder / "steers", count=presets, rank=rank)
     vector = write_vectors(sizes, folder / "steers")["guided"]
-    mixes = {
-        "steered": [{f"s{i}": STRENGTH} for i in range(presets)],
-        "guided": [{"guided": STRENGTH + i / 8} for i in range(presets)],
-    }
     configs = {
         "steered": steer_config(steers, rank),
         "guided": steer_config({"guided": vector}, rank=1),
     }
-    for kind, config in configs.items():
-        config["presets"] = {f"{kind}{i}": mix for i, mix in enumerate(mixes[kind])}
+    for i in range(presets):
+        configs["steered"].setdefault("presets", {})[f"steered{i}"] = {f"s{i}": STRENGTH}
+        configs["guided"].setdefault("presets", {})[f"guided{i}"] = {"guided": STRENGTH + i / 8}
     return ServedModel(model, sizes, configs)
 
 

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,10 +31,6 @@ RUN_LIMIT_S = 1200.0
 STOP_LIMIT_S = 30.0
 
 Child = subprocess.Popen[bytes]
-
-
-class ProcessError(RuntimeError):
-    """A child ended with an error or took too long; the message has the end of its log."""
 
 
 def environment(*, plugin: bool) -> dict[str, str]:
@@ -63,14 +58,9 @@ def child(arguments: Sequence[str], log: Path, *, plugin: bool) -> Iterator[Chil
 
 
 def run(arguments: Sequence[str], log: Path, *, plugin: bool) -> None:
-    """Run a child to its end. Raises ``ProcessError`` unless it succeeds in time."""
+    """Run a child to its end; it has to succeed in time."""
     with child(arguments, log, plugin=plugin) as process:
-        try:
-            code = process.wait(RUN_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise _failure(arguments, f"was not done after {RUN_LIMIT_S:.0f} s", log) from None
-    if code != 0:
-        raise _failure(arguments, f"ended with code {code}", log)
+        _expect(process.wait(RUN_LIMIT_S) == 0, process, log)
 
 
 @contextmanager
@@ -84,11 +74,7 @@ def serving(model: Path, options: Sequence[str], log: Path, *, plugin: bool) -> 
     with child(arguments, log, plugin=plugin) as process:
         deadline = time.monotonic() + START_LIMIT_S
         while not _answers(f"{url}/health"):
-            if process.poll() is not None:
-                code = process.returncode
-                raise _failure(arguments, f"ended with code {code} before it was ready", log)
-            if time.monotonic() > deadline:
-                raise _failure(arguments, f"was not ready after {START_LIMIT_S:.0f} s", log)
+            _expect(process.poll() is None and time.monotonic() < deadline, process, log)
             time.sleep(0.5)
         yield url
 
@@ -97,11 +83,13 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
-def _failure(arguments: Sequence[str], what: str, log: Path) -> ProcessError:
-    """What a child did, with the end of its log."""
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-    return ProcessError(f"python {' '.join(arguments)}\n{what}; the end of its log:\n{tail}")
+def _expect(well: bool, process: Child, log: Path) -> None:
+    """Raise what a child did, with the end of its log, unless all is well."""
+    if not well:
+        state = "is not ready" if process.returncode is None else f"ended: {process.returncode}"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+        raise RuntimeError(f"{process.args} {state}; the end of its log:\n{tail}")

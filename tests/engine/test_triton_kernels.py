@@ -70,12 +70,12 @@ def test_lm_steer_kernels_serve_a_mixed_batch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vllm_steer.kernels.lm_steer import triton_form, triton_rowwise, triton_tiled
+    from vllm_steer.kernels.lm_steer import triton_backend, triton_rowwise, triton_tiled
 
     wanted = {"TILED": triton_tiled.TILED, "ROWWISE": triton_rowwise.ROWWISE}[backend]
     reference = load_reference(llama)
     with (
-        called_on(triton_form.TritonBackend, "steer_rows", monkeypatch) as calls,
+        called_on(triton_backend.TritonBackend, "steer_rows", monkeypatch) as calls,
         engine(llama, triton_config(steers, tmp_path), max_num_seqs=max_num_seqs) as llm,
     ):
         calls.clear()
