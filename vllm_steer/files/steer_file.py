@@ -61,7 +61,7 @@ def save_steer(steer: Steer, path: str | Path) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "kind": steer.kind,
-        "hidden_size": str(int(steer.hidden_size)),
+        _size_key(steer.kind): str(int(steer.hidden_size)),
         "base_model": steer.base_model,
         "description": steer.description,
         **_metadata_of(steer),
@@ -90,7 +90,7 @@ def _read(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
     if facts.kind not in (None, kind):
         raise SteerError(f"kind is {kind} in the file but given as {facts.kind}; drop the key")
     _check_tensors(kind, tensors)
-    found = read_facts({k: metadata[k] for k in _FACTS if k in metadata}, origin="metadata")
+    found = read_facts(_facts_in(metadata), origin="metadata")
     if kind == "lm_steer":
         return make_lm_steer(tensors, facts.over(found))
     if found.layers is None:
@@ -141,8 +141,23 @@ def _check_texts(value: Any) -> None:
 
 def _check_facts(metadata: Mapping[str, str]) -> None:
     """Raise ``SteerError`` for facts that could not be read back, such as too many layers."""
-    read_facts({k: metadata[k] for k in _FACTS if k in metadata}, origin="metadata")
+    read_facts(_facts_in(metadata), origin="metadata")
     read_scores(metadata.get("layer_scores"))
+
+
+def _size_key(kind: str) -> str:
+    """A delta has the width of its site, which need not be the model's hidden size."""
+    return "width" if kind == "delta" else "hidden_size"
+
+
+def _facts_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata that ``Facts`` knows. Files written before deltas had ``width`` have it as
+    ``hidden_size``.
+    """
+    facts = {key: metadata[key] for key in _FACTS if key in metadata}
+    if metadata.get("kind") == "delta" and "width" in metadata:
+        facts["hidden_size"] = metadata["width"]
+    return facts
 
 
 def _metadata_of(steer: Steer) -> dict[str, str]:
@@ -184,6 +199,15 @@ def _check_format(metadata: Mapping[str, str]) -> None:
             f"format_version is {shown(metadata.get('format_version'))}; this release reads "
             f"{FORMAT_VERSION!r}"
         )
-    missing = [key for key in ("kind", "hidden_size") if key not in metadata]
+    kind = metadata.get("kind")
+    sizes = ("width", "hidden_size") if kind == "delta" else ("hidden_size",)
+    missing = [] if kind else ["kind"]
+    if not any(key in metadata for key in sizes):
+        missing.append(sizes[0])
     if missing:
         raise SteerError(f"metadata lacks {', '.join(missing)}")
+    if len({metadata[key] for key in sizes if key in metadata}) > 1:
+        raise SteerError(
+            f"metadata: width is {shown(metadata['width'])} and hidden_size "
+            f"{shown(metadata['hidden_size'])}; a delta has one width, that of its site"
+        )

@@ -131,7 +131,7 @@ def test_a_delta_file_has_the_documented_metadata(tmp_path: Path) -> None:
         "format": "vllm-steer",
         "format_version": "1",
         "kind": "delta",
-        "hidden_size": "6",
+        "width": "6",
         "base_model": "",
         "description": "",
         "layers": "0-1",
@@ -140,6 +140,39 @@ def test_a_delta_file_has_the_documented_metadata(tmp_path: Path) -> None:
         "default_strength": "1.5",
     }
     assert header["delta"]["shape"] == [5, 2, 6]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"width": "6"}, {"hidden_size": "6"}, {"width": "6", "hidden_size": "6"}],
+    ids=["now", "older", "both"],
+)
+def test_a_delta_file_has_its_width_or_an_older_ones_hidden_size(
+    tmp_path: Path, sizes: dict[str, str]
+) -> None:
+    metadata = {"format": "vllm-steer", "format_version": "1", "kind": "delta", "layers": "0-1"}
+    save_file({"delta": ramp(5, 2, 6)}, tmp_path / "steer", metadata | sizes)
+    steer = load_steer(tmp_path / "steer")
+    assert isinstance(steer, DeltaSteer)
+    assert steer.hidden_size == 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({}, "metadata lacks width"),
+        ({"width": "7"}, "tensor width is 6 but hidden_size is 7"),
+        ({"width": "6", "hidden_size": "8"}, "width is '6' and hidden_size '8'; a delta has one"),
+    ],
+    ids=["none", "wrong", "two"],
+)
+def test_a_delta_file_with_a_wrong_width_is_refused(
+    tmp_path: Path, sizes: dict[str, str], message: str
+) -> None:
+    metadata = {"format": "vllm-steer", "format_version": "1", "kind": "delta", "layers": "0-1"}
+    save_file({"delta": ramp(5, 2, 6)}, tmp_path / "steer", metadata | sizes)
+    with pytest.raises(SteerError, match=message):
+        load_steer(tmp_path / "steer")
 
 
 def test_layers_keep_some_of_the_files_layers_with_their_scores(tmp_path: Path) -> None:
