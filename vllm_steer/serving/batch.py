@@ -67,7 +67,7 @@ class SteeredBatch:
         self._is_announced = False
         self.dynamic.begin_step(streams)
         for req_id in finished:
-            if self.dynamic.requests:
+            if self.dynamic.requests.num_known:
                 self.dynamic.requests.remove(req_id)
             self._set_request(req_id, None)
         for req_id, sampling_params, prompt_len in new:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from guidance import delta, head, plan_for, vector
 
-from vllm_steer.serving.batch import steered_request
+from vllm_steer.kernels.lm_steer import reference
+from vllm_steer.serving.batch import SteeredBatch, steered_request
 from vllm_steer.serving.dynamic.worker_state import DynamicState
 from vllm_steer.serving.request_args import STREAM, Stream
 
@@ -122,3 +123,21 @@ def test_a_request_at_the_head_is_its_own_base(part: DynamicState) -> None:
 def test_what_ends_unknown_is_nobodys(part: DynamicState) -> None:
     part.requests.remove("never seen")
     assert part.pool.num_taken == 0
+
+
+@pytest.mark.parametrize("order", [*permutations(["a", "a-base", "a-0", "a-1"])], ids="+".join)
+def test_a_batch_forgets_requests_and_streams_whatever_ends_first(order: tuple[str, ...]) -> None:
+    """One step after the other: a stream may end when no request is left."""
+    batch = SteeredBatch(PLAN, torch.device("cpu"), reference)
+    arrivals = []
+    for req_id in order:
+        main, _, role = req_id.partition("-")
+        stream = Stream(main, INSIDE, None if role == "base" else int(role)) if role else None
+        arrivals.append((req_id, params(INSIDE, 6, stream), 4))
+    batch.begin_step(arrivals, ())
+    assert batch.dynamic.requests.num_known == 4
+    for req_id in order:
+        batch.begin_step((), (req_id,))
+    assert batch.dynamic.requests.num_known == 0
+    assert batch.dynamic.pool.num_taken == 0
+    assert not batch.has_steered_requests

@@ -100,6 +100,11 @@ class DynamicRequests:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def num_known(self) -> int:
+        """Requests and streams that have not ended; a stream may outlive its request."""
+        return len(self._requests) + len(self._roles)
+
     def add(self, main: str, doses: tuple[Dose, ...], max_tokens: int) -> DynamicRequest:
         """The dynamic request ``main``, created when its first stream arrives."""
         if main not in self._requests:
