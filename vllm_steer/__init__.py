@@ -37,8 +37,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: PyTorch takes two seconds, ``--help`` should
     not.
     """
-    if name == "hf":
-        return import_module("vllm_steer.hf")
+    if name in ("config", "files", "hf", "steers"):
+        return import_module(f"vllm_steer.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)

@@ -53,17 +53,22 @@ class LazyGroup(TyperGroup):
 
     _is_listing = False
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # Typer suggests names of these for one that is misspelt.
+        self.commands.update({n: TyperCommand(n, help=e.help) for n, e in COMMANDS.items()})
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name == "serve":
+        if cmd_name == "serve" and not ctx.resilient_parsing:
             raise SteerError("to serve steers, run: vllm serve MODEL --steer-config FILE")
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
         if self._is_listing:
-            return TyperCommand(cmd_name, help=entry.help)
+            return self.commands[cmd_name]
         found = getattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
         if not isinstance(found, typer.Typer):
             app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

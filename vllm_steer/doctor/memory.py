@@ -92,7 +92,7 @@ def takes(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) 
         steers={**_of_head(head), **_of_layers(layers)},
         sites={
             **({"head": head.num_bytes} if heads else {}),
-            **{table.site: _shelf_bytes(table) for table in layers.tables},
+            **{table.site: _table_bytes(table) for table in layers.tables},
         },
     )
 
@@ -124,13 +124,13 @@ def _slot_width(slot: Slot, width: int) -> int:
 
 def _of_layers(bank: LayerBank) -> dict[str, int]:
     return {
-        name: (entry.steps or 1) * _shelf_bytes(table) // table.directions.vectors.shape[1]
+        name: (entry.steps or 1) * _table_bytes(table) // table.directions.vectors.shape[1]
         for table in bank.tables
         for name, entry in table.entries.items()
     }
 
 
-def _shelf_bytes(table: SiteTable) -> int:
+def _table_bytes(table: SiteTable) -> int:
     tables = (table.directions.vectors, table.directions.is_rotation)
     return sum(table.nbytes for table in tables if table is not None)
 

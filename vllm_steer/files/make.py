@@ -145,7 +145,9 @@ def _is_finite(number: Any) -> bool:
 
 def _narrowed(steer: Layered, facts: Facts) -> Layered:
     if facts.hidden_size not in (None, steer.hidden_size):
-        raise SteerError(
-            f"tensor width is {steer.hidden_size} but hidden_size is {facts.hidden_size}"
-        )
+        if isinstance(steer, DeltaSteer):
+            given = f"the width of its site is given as {facts.hidden_size}"
+        else:
+            given = f"hidden_size is {facts.hidden_size}"
+        raise SteerError(f"tensor width is {steer.hidden_size} but {given}")
     return steer if facts.layers is None else steer.keep_layers(facts.layers)

@@ -16,7 +16,7 @@ from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_s
 from vllm_steer.files.safetensors_bytes import check_metadata, check_text, write_safetensors
 from vllm_steer.files.safetensors_file import read_tensors
 from vllm_steer.files.whole import write_whole
-from vllm_steer.foreign import listed, shown
+from vllm_steer.foreign import is_number, listed, shown
 from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer
 from vllm_steer.steers.layers import format_layers
 
@@ -156,7 +156,10 @@ def _facts_in(metadata: Mapping[str, str]) -> dict[str, str]:
     """
     facts = {key: metadata[key] for key in _FACTS if key in metadata}
     if metadata.get("kind") == "delta" and "width" in metadata:
-        facts["hidden_size"] = metadata["width"]
+        width = metadata["width"]
+        if not is_number(width):
+            raise SteerError(f"metadata: width is {shown(width)}; expected a number")
+        facts["hidden_size"] = width
     return facts
 
 
@@ -199,13 +202,11 @@ def _check_format(metadata: Mapping[str, str]) -> None:
             f"format_version is {shown(metadata.get('format_version'))}; this release reads "
             f"{FORMAT_VERSION!r}"
         )
-    kind = metadata.get("kind")
-    sizes = ("width", "hidden_size") if kind == "delta" else ("hidden_size",)
-    missing = [] if kind else ["kind"]
+    if "kind" not in metadata:
+        raise SteerError("metadata lacks kind")
+    sizes = ("width", "hidden_size") if metadata["kind"] == "delta" else ("hidden_size",)
     if not any(key in metadata for key in sizes):
-        missing.append(sizes[0])
-    if missing:
-        raise SteerError(f"metadata lacks {', '.join(missing)}")
+        raise SteerError(f"metadata lacks {sizes[0]}")
     if len({metadata[key] for key in sizes if key in metadata}) > 1:
         raise SteerError(
             f"metadata: width is {shown(metadata['width'])} and hidden_size "

@@ -53,3 +53,12 @@ def test_serve_points_to_vllm() -> None:
 def test_an_unknown_command_is_an_error() -> None:
     done = CliRunner().invoke(app, ["steer"])
     assert done.exit_code == 2 and "No such command 'steer'" in done.output
+
+
+def test_a_misspelt_command_is_answered_with_the_right_one() -> None:
+    done = CliRunner().invoke(app, ["convrt"])
+    assert done.exit_code == 2 and "Did you mean 'convert'?" in " ".join(done.output.split())
+
+
+def test_a_group_of_commands_has_no_completion_of_its_own() -> None:
+    assert "completion" not in CliRunner().invoke(app, ["fit", "--help"]).stdout

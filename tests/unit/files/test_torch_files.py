@@ -37,7 +37,7 @@ def test_facts_choose_and_replace_in_a_delta(tmp_path: Path) -> None:
         ({"layers": "3"}, "layers 3 are not in this steer; it has 0-2"),
         ({"rows": "1"}, "rows means nothing for a delta of Dynamic"),
         ({"mode": "add"}, "mode means nothing for a steer of kind delta"),
-        ({"hidden_size": 4}, "tensor width is 8 but hidden_size is 4"),
+        ({"hidden_size": 4}, "tensor width is 8 but the width of its site is given as 4"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -161,10 +161,11 @@ def test_a_delta_file_has_its_width_or_an_older_ones_hidden_size(
     ("sizes", "message"),
     [
         ({}, "metadata lacks width"),
-        ({"width": "7"}, "tensor width is 6 but hidden_size is 7"),
+        ({"width": "7"}, "tensor width is 6 but the width of its site is given as 7"),
+        ({"width": "abc"}, "metadata: width is 'abc'; expected a number"),
         ({"width": "6", "hidden_size": "8"}, "width is '6' and hidden_size '8'; a delta has one"),
     ],
-    ids=["none", "wrong", "two"],
+    ids=["none", "wrong", "no-number", "two"],
 )
 def test_a_delta_file_with_a_wrong_width_is_refused(
     tmp_path: Path, sizes: dict[str, str], message: str

@@ -126,3 +126,15 @@ def test_a_steer_cannot_be_changed(make_steer: Any) -> None:
 def test_a_default_strength_that_is_not_finite_is_refused(make_steer: Any) -> None:
     with pytest.raises(SteerError, match="default_strength"):
         make_steer(default_strength=math.nan)
+
+
+@pytest.mark.parametrize("name", [*vllm_steer.__all__, "config", "files", "steers"])
+def test_a_name_is_there_after_a_plain_import(name: str) -> None:
+    """They are imported when they are used: each in a process of its own."""
+    code = f"import vllm_steer; assert vllm_steer.{name}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'vllm_steer' has no attribute 'stear'"):
+        _ = vllm_steer.stear

@@ -7,7 +7,9 @@ from vllm_steer.cli.fit.delta import delta
 from vllm_steer.cli.fit.lm_steer import lm_steer
 from vllm_steer.cli.fit.vector import vector
 
-fit = typer.Typer(name="fit", help="Fit a steer to texts.", no_args_is_help=True)
+fit = typer.Typer(
+    name="fit", help="Fit a steer to texts.", no_args_is_help=True, add_completion=False
+)
 fit.command("lm-steer")(lm_steer)
 fit.command()(concept)
 fit.command()(delta)

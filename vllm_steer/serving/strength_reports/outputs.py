@@ -12,7 +12,7 @@ from vllm_steer.errors import SteerRequestError
 from vllm_steer.serving.dynamic.messages import REPORT
 from vllm_steer.serving.reporting_state import REPORTING, enable_reporting
 from vllm_steer.serving.request_args import STRENGTHS, asked_steer, asked_strengths
-from vllm_steer.serving.strength_reports.delivery import Strengths, report_deliveries
+from vllm_steer.serving.strength_reports.delivery import Strengths
 from vllm_steer.serving.strength_reports.metrics import count_sequence, count_token
 
 _ATTRIBUTE = "steer_sequence_strengths"
@@ -127,6 +127,8 @@ def _attach(state: Any, sampling_params: Any) -> None:
         return
     setattr(state, _ATTRIBUTE, sequence)
     if sequence.is_asked and state.queue is not None:
+        from vllm_steer.serving.strength_reports.queue import report_deliveries
+
         report_deliveries(state)
 
 

@@ -1,0 +1,24 @@
+"""The middleware needs nothing of vLLM that dynamic strength alone needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vllm_steer.compat.names import names_of
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    sorted(
+        {
+            (name.module, name.path.partition(".")[0])
+            for name in names_of("dynamic strength")
+            if name.module.startswith("vllm.v1.engine.output_processor")
+        }
+    ),
+    ids=str,
+)
+def test_the_middleware_is_imported_without_it(module: str, name: str) -> None:
+    code = f"import {module} as m; del m.{name}; import vllm_steer.serving.http.middleware"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
