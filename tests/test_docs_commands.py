@@ -16,7 +16,7 @@ from vllm_steer.cli import app
 REPO = Path(__file__).parents[1]
 LIMIT_S = 300
 # Pages to look things up in: they have no commands, or need models that are not here.
-PROSE = {"design", "dynamic", "files", "guidance", "judges"}
+PROSE = {"design", "dynamic", "files", "glossary", "guidance", "judges"}
 SHOWN = 3000
 # What the tests choose for themselves: a user has none of it.
 OURS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "TRITON_INTERPRET")
