@@ -10,6 +10,8 @@ import pytest
 from engine_tools import engine_config, speculative
 
 from vllm_steer import SteerError, save_steer
+from vllm_steer.compat import options
+from vllm_steer.compat.versions import installed_version
 
 
 @pytest.fixture
@@ -42,21 +44,27 @@ def test_an_ordinary_engine_is_accepted(check: Any) -> None:
             "KV-sharing fast prefill; leave kv_sharing_fast_prefill off",
         ),
         (
-            {"speculative_config": speculative(enable_adaptive_verification=True)},
-            "adaptive verification of draft tokens; leave enable_adaptive_verification off",
-        ),
-        (
             {"model_config__get_hidden_size": lambda: 8},
             r"steer a: /steers/a.safetensors: hidden size is 6; the model org/model has 8",
         ),
     ],
-    ids=["pooling", "pcp", "dbo", "sharded-sampling", "fast-prefill", "adaptive", "hidden-size"],
+    ids=["pooling", "pcp", "dbo", "sharded-sampling", "fast-prefill", "hidden-size"],
 )
 def test_a_feature_in_the_way_stops_the_start_with_its_reason(
     check: Any, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
         check(**changed)
+
+
+@pytest.mark.skipif(
+    not options.enable_adaptive_verification.name.is_in(installed_version()),
+    reason="this vLLM has no adaptive verification",
+)
+def test_adaptive_verification_stops_the_start(check: Any) -> None:
+    message = "adaptive verification of draft tokens; leave enable_adaptive_verification off"
+    with pytest.raises(SteerError, match=message):
+        check(speculative_config=speculative(enable_adaptive_verification=True))
 
 
 def test_an_offset_of_another_vocabulary_stops_the_start(tmp_path: Path, make_steer: Any) -> None:
