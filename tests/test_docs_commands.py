@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -80,11 +81,16 @@ def run(commands: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
     return f"{ending}\n{traced[-1] if traced else ''}\n{said[-SHOWN:]}" if ending else ""
 
 
-def subcommands(command: object = None, before: str = "vllm-steer") -> list[str]:
+def subcommands(command: Any = None, before: str = "vllm-steer") -> list[str]:
     """Every command of the command line as it is typed."""
     command = command or typer.main.get_command(app)
-    inner = getattr(command, "commands", {})
-    return [f for name, c in inner.items() for f in subcommands(c, f"{before} {name}")] or [before]
+    if not hasattr(command, "list_commands"):
+        return [before]
+    return [
+        found
+        for name in command.list_commands(None)
+        for found in subcommands(command.get_command(None, name), f"{before} {name}")
+    ]
 
 
 @pytest.mark.timeout(LIMIT_S + 30)

@@ -21,8 +21,12 @@ HOLD = """
 import os, sys, time
 from vllm_steer.run_folder import locked
 with locked(sys.argv[1]):
-    if "fork" in sys.argv and os.fork() == 0:
-        time.sleep(60)
+    if "fork" in sys.argv:
+        ready, is_ready = os.pipe()
+        if os.fork() == 0:
+            os.write(is_ready, b".")
+            time.sleep(60)
+        os.read(ready, 1)
     print("locked", flush=True)
     sys.stdin.readline()
 """
