@@ -17,7 +17,7 @@ def numbers(text: str) -> list[int]:
     """Whole numbers from 1 on, in order, each once: ``1,4,32``."""
     found = sorted({int(part) for part in text.split(",")})
     if found[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers from 1 are wanted, as in 1,4,32")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1, as in 1,4,32")
     return found
 
 

@@ -39,7 +39,7 @@ def asked_steer(sampling_params: Any) -> Any:
 
 
 def asked_strengths(sampling_params: Any) -> bool:
-    """Whether the request wants to be told the strengths that were computed for it.
+    """Whether the request asks for the strengths that are computed for it.
 
     Raises ``SteerRequestError`` for a ``steer_strengths`` that is no boolean, in any of the ways
     that one may arrive: a server makes a number of JSON's ``true`` in ``vllm_xargs``.

@@ -1,4 +1,4 @@
-"""StreamScheduler: who reads when, what is told, and that no group waits for ever."""
+"""The order in which streams are scheduled, their reports, and that no group waits forever."""
 
 from typing import Any
 

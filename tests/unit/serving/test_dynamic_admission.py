@@ -13,7 +13,7 @@ from vllm import PoolingParams, SamplingParams
 from vllm.config import ParallelConfig, SchedulerConfig, VllmConfig
 
 from vllm_steer import SteerError, SteerRequestError
-from vllm_steer.doses import Dose
+from vllm_steer.doses import Dose, is_dynamic
 from vllm_steer.serving import startup_checks as startup
 from vllm_steer.serving.admission import admit, key_request
 from vllm_steer.serving.cache_key import SteeredSalt
@@ -33,8 +33,12 @@ DYNAMIC = [INSIDE, "push:dynamic", "fr:dynamic,de:dynamic:1", AT_HEAD, MIXED]
 
 
 def engine(default: str = "none", **changed: Any) -> Any:
-    """An engine's config that can serve dynamic strengths, but for what is changed in it."""
+    """An engine's config that can serve dynamic strengths, but for what is changed in it.
+
+    A change may be a function that makes it: some vLLM refuses it while it is made.
+    """
     few = {"scheduler_config__max_num_seqs": 4}
+    changed = {name: value() if value is speculative else value for name, value in changed.items()}
     return engine_config(plan_for(STEERS, default=default), **few | changed)
 
 
@@ -52,14 +56,16 @@ def request(sampling_params: Any, **fields: Any) -> Any:
 @pytest.mark.parametrize("seats", [{}, {"scheduler_config__max_num_active_seqs": None}], ids=str)
 def test_an_ordinary_engine_takes_dynamic_requests(steer: str, seats: Any) -> None:
     asked = params(steer, temperature=0.7, logprobs=3, n=2, extra={"steer_strengths": True})
-    admit(asked, engine(**seats))
-    key_request(request(asked), engine(**seats))
-    admit(params(), engine(steer, **seats))
+    doses = plan_for(STEERS).doses(steer)
+    assert is_dynamic(doses)
+    assert admit(asked, engine(**seats)) == doses
+    assert key_request(request(asked), engine(**seats)) == doses
+    assert admit(params(), engine(steer, **seats)) == doses
 
 
 EVERYWHERE: list[tuple[dict[str, Any], str]] = [
     (
-        {"speculative_config": speculative()},
+        {"speculative_config": speculative},
         "does not work with speculative decoding: .*; restart without a draft model, or give the "
         "steers fixed strengths",
     ),

@@ -81,7 +81,7 @@ class _Writer:
     """Writes the texts of candidates into the run's folder.
 
     Those of the part ``examples`` are written greedily after the examples' plain prompts, one text
-    each: it is their strengths that are wanted.
+    each: dPPL needs their strengths only.
     """
 
     given: Comparison
