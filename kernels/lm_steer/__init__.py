@@ -1,7 +1,8 @@
 """LM-Steer as an operation over the rows of one batch.
 
-``reference`` is the equation in float64, ``torch_grouped`` runs on every device, ``triton_tiled``
-and ``triton_rowwise`` on CUDA. All implement ``LMSteerBackend``; ``dispatch`` selects one.
+``lm_steer`` is one function over plain tensors, for use outside an engine. Behind it, ``reference``
+is the equation in float64, ``torch_grouped`` runs on every device, ``triton_tiled`` and
+``triton_rowwise`` run on CUDA. All implement ``LMSteerBackend``; ``dispatch`` selects one.
 """
 
 from vllm_steer.kernels.lm_steer.backend import LMSteerBackend
@@ -13,6 +14,7 @@ from vllm_steer.kernels.lm_steer.operands import (
     SteeredRows,
     SteerWeights,
 )
+from vllm_steer.kernels.lm_steer.ops import lm_steer
 
 __all__ = [
     "Constant",
@@ -22,4 +24,5 @@ __all__ = [
     "Slot",
     "SteerWeights",
     "SteeredRows",
+    "lm_steer",
 ]
