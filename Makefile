@@ -13,7 +13,7 @@ V2 := VLLM_STEER_TEST_RUNNER=v2
 VERSION ?= 0.32.0
 RUNS ?= v1,v2,http,kernels
 
-.PHONY: demo test test-all test-gpu test-version check format clean
+.PHONY: demo test test-all test-gpu test-version check docs format clean
 
 demo: $(READY)  ## serve the embedded model and answer one batch under different steers
 	$(BIN)/vllm-steer demo
@@ -44,12 +44,15 @@ check: $(READY)  ## lint, format, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+docs: $(READY)  ## the documentation as a site, in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info
+	rm -rf $(VENV) .venv-* build dist site *.egg-info
 
 $(READY): setup.py pyproject.toml requirements-cpu.txt scripts/make_environment.py $(wildcard stubs/*/pyproject.toml)
 	$(PYTHON) scripts/make_environment.py $(VENV)

@@ -16,8 +16,9 @@ from benchmarks.vllm_names import wrapped
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
-    ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "compatibility.md",
     ROOT / "docs" / "compose.md",
     ROOT / "docs" / "design.md",
 )

@@ -17,7 +17,11 @@ from vllm_steer.cli import app
 REPO = Path(__file__).parents[1]
 LIMIT_S = 300
 # Pages to look things up in: they have no commands, or need models that are not here.
-PROSE = {"design", "dynamic", "files", "glossary", "guidance", "judges"}
+PROSE = {
+    *("ask", "benchmarks", "changelog", "compatibility", "design", "dynamic", "examples", "extend"),
+    *("faq", "files", "glossary", "guidance", "index", "judges", "operate", "recipes", "security"),
+    "serve",
+}
 SHOWN = 3000
 # What the tests choose for themselves: a user has none of it.
 OURS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "TRITON_INTERPRET")
@@ -179,3 +183,28 @@ def test_all_commands_of_the_command_line_are_known() -> None:
     fits = [f"fit {method}" for method in ("lm-steer", "concept", "delta", "vector")]
     others = ("convert", "inspect", "evidence", "transfer", "eval", "compare", "sweep", "doctor")
     assert set(subcommands()) == {f"vllm-steer {each}" for each in ("demo", *fits, *others)}
+
+
+def output_of_example(name: str, folder: Path) -> str:
+    program = REPO / "docs" / "examples" / name
+    work = folder / "work"
+    work.mkdir()
+    if failure := run([f"python {program} > shown.txt"], work):
+        pytest.fail(failure, pytrace=False)
+    return (work / "shown.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.matrix
+def test_the_example_of_a_batch_steers_each_request_its_own_way(tmp_path: Path) -> None:
+    shown = output_of_example("steer_a_batch.py", tmp_path)
+    shares = {name.strip(): int(share) for name, share in re.findall(r"^(\D+?)(\d+)%", shown, re.M)}
+    assert shares["negative"] < 30 < 60 < shares["positive"]
+    assert re.search(r"^French( +\d+%){2} +(9\d|100)%", shown, re.M)
+    assert "dynamic strengths of the first text: 2.00" in shown
+
+
+@pytest.mark.matrix
+def test_the_example_of_a_fit_has_an_effect_that_a_random_steer_lacks(tmp_path: Path) -> None:
+    shown = output_of_example("fit_and_measure.py", tmp_path)
+    ((effect, control),) = re.findall(r"^ +1\.0 +(\S+) +(\S+)$", shown, re.M)
+    assert float(effect) > 0.3 and float(control) < 0.2

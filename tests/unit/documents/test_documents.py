@@ -30,9 +30,9 @@ def test_every_family_has_its_row_in_the_guidance_document() -> None:
     assert not set(FAMILIES) & set(UNSUPPORTED)
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "docs/design.md"])
-def test_every_table_of_figures_is_made_from_its_result_file(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda path: path.stem)
+def test_every_table_of_figures_is_made_from_its_result_file(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert documents.BLOCK.search(text)
     assert documents.filled(text) == text
 

@@ -95,8 +95,8 @@ def test_every_version_with_results_is_inside_the_range() -> None:
     names = [path.stem for path in (ROOT / "benchmarks/results/versions").glob("*.json")]
     assert names
     assert all(is_tested(name.removeprefix("vllm-")) for name in names)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"| {name.removeprefix('vllm-')} |" in readme for name in names)
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert all(f"| {name.removeprefix('vllm-')} |" in page for name in names)
 
 
 def test_a_wheels_own_requirements_are_read_without_its_extras(
