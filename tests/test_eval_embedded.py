@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from vllm_steer import SteerError, hf, load_steer
 from vllm_steer.cli import app
 from vllm_steer.embedded import MODEL, STEERS, corpus
-from vllm_steer.evaluation import writing
+from vllm_steer.evaluation import missing_texts
 
 SENTIMENT = STEERS / "sentiment.safetensors"
 LEXICON = "lexicon:embedded:sentiment"
@@ -151,7 +151,7 @@ def test_killed_after_a_setting_it_goes_on_there(
 def test_finished_settings_are_not_generated_again(
     evaluated: Any, folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "engine", None)  # none is started
+    monkeypatch.setattr(missing_texts, "engine", None)  # none is started
     before = contents(folder / "generations")
     line = ["embedded", SENTIMENT, "--strengths=-5,5", "--prompts", prompts, "--out", folder]
     line += ["--preset", "lm-steer", "--dtype", "float32", "--judge", LEXICON, "--no-plot"]

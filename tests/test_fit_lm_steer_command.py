@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> Path:
 def sentiment(tmp_path_factory: pytest.TempPathFactory) -> LMSteer:
     """Fitted as the page of the documents does it."""
     folder = tmp_path_factory.mktemp("sentiment")
-    texts = [sys.executable, "-m", "vllm_steer.embedded.write_texts", "reviews.jsonl"]
+    texts = [sys.executable, "-m", "vllm_steer.embedded.sample_texts", "reviews.jsonl"]
     fit = [sys.executable, "-c", "from vllm_steer.cli import main; main()", "fit", "lm-steer"]
     options = "--data reviews.jsonl --label-field sentiment --labels positive=1,negative=-1"
     settings = "--rank 32 --epsilon 0.01 --steps 80 --max-length 48"

@@ -15,7 +15,7 @@ from vllm_steer.embedded import STEERS, corpus, lexicon
 from vllm_steer.inspection import read_output_embedding
 from vllm_steer.models import load_language_model
 from vllm_steer.texts import LabelledText
-from vllm_steer.transfer import Solver, Transferred, measure_effect, transfer_steer
+from vllm_steer.transfer import Solver, TransferResult, measure_effect, transfer_steer
 
 SISTER = Path(__file__).parent / "models" / "sister"
 SAMPLES = 20  # of each of 12 prompts: a standard error of 0.03 for a share
@@ -37,7 +37,7 @@ def steer() -> LMSteer:
     return loaded
 
 
-def transferred(models: dict[str, Any], steer: LMSteer, solver: Solver) -> Transferred:
+def transferred(models: dict[str, Any], steer: LMSteer, solver: Solver) -> TransferResult:
     source, target = (
         (read_output_embedding(models[side].name), models[side].tokenizer)
         for side in ("source", "target")

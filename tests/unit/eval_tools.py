@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from vllm_steer import VectorSteer, save_steer
-from vllm_steer.evaluation import writing
+from vllm_steer.evaluation import missing_texts
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.sampling import Sampling
-from vllm_steer.sweep import sweeping
+from vllm_steer.sweep import sweep_run
 
 
 @dataclass
@@ -63,8 +63,8 @@ class Price:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     found = StandIn()
-    monkeypatch.setattr(writing, "engine", found.engine)
-    monkeypatch.setattr(sweeping, "engine", found.engine)
+    monkeypatch.setattr(missing_texts, "engine", found.engine)
+    monkeypatch.setattr(sweep_run, "engine", found.engine)
     from vllm_steer.evaluation import judges
 
     monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: Price())  # type: ignore[index]

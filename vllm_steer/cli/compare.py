@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_steer.cli import generating_options as options
+from vllm_steer.cli import generation_options as options
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.run_folder import locked
@@ -59,18 +59,18 @@ def compare(
 
     Strengths are chosen on the combinations that are seen and taken over for the unseen ones.
     """
-    from vllm_steer.evaluation.composition.comparing import compare as run_comparison
-    from vllm_steer.evaluation.composition.comparison import Comparison
+    from vllm_steer.evaluation.composition.comparison_run import compare as run_comparison
+    from vllm_steer.evaluation.composition.settings import ComparisonSettings
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
 
     if plot:
-        need("matplotlib")  # now, not after hours of generating
+        require_package("matplotlib")  # now, not after hours of generating
     choosing = None
     if choose_prompts is not None:
         choosing = read_prompts(choose_prompts, field=prompt_field)
-    asked = Comparison(
+    asked = ComparisonSettings(
         model=model,
         file=properties,
         prompts=read_prompts(prompts, field=prompt_field, count=first),

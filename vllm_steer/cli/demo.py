@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_steer.cli.terminal import Console, say_json
-from vllm_steer.demo.batch import PROMPT, Answer, ask_all
+from vllm_steer.demo.batch import PROMPT, DemoResult, ask_all
 from vllm_steer.demo.server import serve_embedded_model
 from vllm_steer.tables import Column, Table
 
@@ -41,7 +41,7 @@ def demo(
         console.print(_table(answers))
 
 
-def _table(answers: Sequence[Answer]) -> Table:
+def _table(answers: Sequence[DemoResult]) -> Table:
     measures = list(answers[0].shares)
     texts = [Column("asked by"), Column("strength"), Column("first text")]
     rows = [

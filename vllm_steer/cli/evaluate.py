@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_steer.cli import generating_options as options
+from vllm_steer.cli import generation_options as options
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.run_folder import locked
 
 if TYPE_CHECKING:
-    from vllm_steer.evaluation.report import Report
+    from vllm_steer.evaluation.report import EvaluationReport
 
 
 def _no_properties(steer: Path) -> Path:
@@ -73,17 +73,17 @@ def evaluate(
 
     Beside the steer stand the unsteered model and a random steer of equal norm, always.
     """
-    from vllm_steer.evaluation.evaluating import Evaluation
-    from vllm_steer.evaluation.evaluating import evaluate as run_evaluation
+    from vllm_steer.evaluation.evaluation_run import EvaluationSettings
+    from vllm_steer.evaluation.evaluation_run import evaluate as run_evaluation
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.evaluation.strengths import parse_strengths
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
 
     if plot:
-        need("matplotlib")  # now, not after hours of generating
+        require_package("matplotlib")  # now, not after hours of generating
     doses: dict[str, Any] = {"layers": layers, "phase": phase, "schedule": schedule}
-    asked = Evaluation(
+    asked = EvaluationSettings(
         model=model,
         steer=steer,
         prompts=read_prompts(prompts, field=prompt_field, count=first),
@@ -101,7 +101,7 @@ def evaluate(
         _show(report, out, plot=plot, as_json=as_json)
 
 
-def _show(report: "Report", out: Path, *, plot: bool, as_json: bool) -> None:
+def _show(report: "EvaluationReport", out: Path, *, plot: bool, as_json: bool) -> None:
     from vllm_steer.evaluation.json_files import finite
     from vllm_steer.evaluation.plot import draw_report
     from vllm_steer.evaluation.report import tables, without_effect

@@ -15,7 +15,7 @@ from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.files import read_file
 from vllm_steer.inspection import NearTokens, nearest_tokens, read_output_embedding
 from vllm_steer.inspection.description import Description, describe
-from vllm_steer.inspection.nearest_tokens import Token, why_no_tokens
+from vllm_steer.inspection.nearest_tokens import Token, no_tokens_reason
 from vllm_steer.inspection.plot import write_plot
 from vllm_steer.models import load_tokenizer
 from vllm_steer.steers import LMSteer, Steer
@@ -50,7 +50,7 @@ def inspect(
         check_output(plot, force, inputs=[steer])
     loaded = read_file(steer, {})
     description = {"format": loaded.format, **describe(loaded.steer)}
-    reason = None if model is None else why_no_tokens(loaded.steer)
+    reason = None if model is None else no_tokens_reason(loaded.steer)
     near = [] if model is None or reason else _near(loaded.steer, model, top, tokens)
     if plot is not None:
         write_plot(description, plot)

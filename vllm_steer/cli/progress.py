@@ -17,14 +17,14 @@ from vllm_steer.cli.terminal import Console, one_line
 _LONGEST: Final = 60
 
 
-class Advance(Protocol):
+class ProgressBarCallback(Protocol):
     """``advance(done)`` moves the bar; ``said`` replaces its text, ``total`` its length."""
 
     def __call__(self, done: int, *, total: int | None = None, said: str | None = None) -> None: ...
 
 
 @contextmanager
-def progress(said: str, total: int | None = None) -> Iterator[Advance]:
+def progress(said: str, total: int | None = None) -> Iterator[ProgressBarCallback]:
     """A bar while the block runs; where standard error is no terminal, nothing is drawn."""
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_steer.cli import generating_options as options
+from vllm_steer.cli import generation_options as options
 from vllm_steer.cli.output import check_output
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
@@ -13,7 +13,7 @@ from vllm_steer.errors import SteerError
 
 if TYPE_CHECKING:
     from vllm_steer.sweep.search import Point
-    from vllm_steer.sweep.sweeping import Search, Swept
+    from vllm_steer.sweep.sweep_run import Search, SweepResult
 
 
 def sweep(
@@ -73,13 +73,13 @@ def sweep(
     """
     from vllm_steer.evaluation.judges import make_judge
     from vllm_steer.evaluation.prompts import read_prompts
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
     from vllm_steer.sweep.search import DIRECTIONS
-    from vllm_steer.sweep.sweeping import Sweep, check_writable
-    from vllm_steer.sweep.sweeping import sweep as run_sweep
+    from vllm_steer.sweep.sweep_run import SweepSettings, check_writable
+    from vllm_steer.sweep.sweep_run import sweep as run_sweep
 
     if plot is not None:
-        need("matplotlib")
+        require_package("matplotlib")
         read_by_judges = (spec.rpartition(":")[2] for spec in (judge, perplexity or ""))
         check_output(plot, force, inputs=[steer, prompts, *read_by_judges])
     if write:
@@ -87,7 +87,7 @@ def sweep(
     found = [known for known in DIRECTIONS if known == direction]
     if not found:
         raise SteerError(f"direction is {direction!r}; allowed: {', '.join(DIRECTIONS)}")
-    asked = Sweep(
+    asked = SweepSettings(
         model=model,
         steer=steer,
         prompts=read_prompts(prompts, field=prompt_field, count=first),
@@ -111,7 +111,7 @@ def _search(
     search: str | None, strengths: str | None, ends: str | None, rounds: int | None
 ) -> "Search":
     from vllm_steer.evaluation.strengths import parse_range, parse_strengths
-    from vllm_steer.sweep.sweeping import Search
+    from vllm_steer.sweep.sweep_run import Search
 
     kind = search or ("bisection" if strengths is None else "grid")
     if kind not in ("grid", "bisection"):
@@ -131,7 +131,7 @@ def _search(
     )
 
 
-def _finish(swept: "Swept", *, write: bool, plot: Path | None, as_json: bool) -> None:
+def _finish(swept: "SweepResult", *, write: bool, plot: Path | None, as_json: bool) -> None:
     """Take a point, write it and show them all; only then say what went wrong, if something did."""
     from vllm_steer.sweep.report import draw
 
@@ -143,9 +143,11 @@ def _finish(swept: "Swept", *, write: bool, plot: Path | None, as_json: bool) ->
         raise problem
 
 
-def _taken(swept: "Swept", write: bool) -> "tuple[Point | None, Path | None, SteerError | None]":
+def _taken(
+    swept: "SweepResult", write: bool
+) -> "tuple[Point | None, Path | None, SteerError | None]":
     """The chosen point, the file that it was written to, and why there is none of the one kind."""
-    from vllm_steer.sweep.sweeping import write_choice
+    from vllm_steer.sweep.sweep_run import write_choice
 
     chosen = None
     try:
@@ -157,7 +159,9 @@ def _taken(swept: "Swept", write: bool) -> "tuple[Point | None, Path | None, Ste
     return chosen, swept.asked.steer if write else None, None
 
 
-def _show(swept: "Swept", chosen: "Point | None", written: Path | None, *, as_json: bool) -> None:
+def _show(
+    swept: "SweepResult", chosen: "Point | None", written: Path | None, *, as_json: bool
+) -> None:
     from vllm_steer.evaluation.json_files import finite
     from vllm_steer.sweep import report
 

@@ -18,8 +18,14 @@ from vllm_steer.models import load_language_model, load_tokenizer
 from vllm_steer.steers import LMSteer
 from vllm_steer.tables import Column, Table
 from vllm_steer.texts import LabelledText, read_labelled
-from vllm_steer.transfer import Effect, Transferred, match_strength, measure_effect, transfer_steer
-from vllm_steer.transfer.bridge import AUTHORS_STEPS
+from vllm_steer.transfer import (
+    Effect,
+    TransferResult,
+    match_strength,
+    measure_effect,
+    transfer_steer,
+)
+from vllm_steer.transfer.embedding_map import AUTHORS_STEPS
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def transfer(
         Console().print(_table(figures, title=str(output)))
 
 
-def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> Transferred:
+def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> TransferResult:
     sides = [(read_output_embedding(name), load_tokenizer(name)) for name in (source, target)]
     with progress("fitting", AUTHORS_STEPS if solver == "authors" else None) as advance:
         return transfer_steer(
@@ -141,7 +147,7 @@ def _save(
     save_steer(replace(steer, base_model=target, recipe=made), output)
 
 
-def _figures(found: Transferred, effects: _Effects | None) -> dict[str, Any]:
+def _figures(found: TransferResult, effects: _Effects | None) -> dict[str, Any]:
     return {
         "shared_tokens": len(found.shared),
         "fit": None if found.fit is None else asdict(found.fit),

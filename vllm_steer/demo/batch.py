@@ -66,7 +66,7 @@ REQUESTS: tuple[Request, ...] = (
 
 
 @dataclass(frozen=True)
-class Answer:
+class DemoResult:
     """The texts of one request and the mean of each measure over them."""
 
     request: Request
@@ -84,7 +84,7 @@ class Answer:
         }
 
 
-async def ask_all(url: str, *, samples: int) -> list[Answer]:
+async def ask_all(url: str, *, samples: int) -> list[DemoResult]:
     """Send every request at once and measure what comes back."""
     from openai import AsyncOpenAI
 
@@ -92,7 +92,7 @@ async def ask_all(url: str, *, samples: int) -> list[Answer]:
         return list(await asyncio.gather(*(_ask(client, r, samples) for r in REQUESTS)))
 
 
-async def _ask(client: Any, request: Request, samples: int) -> Answer:
+async def _ask(client: Any, request: Request, samples: int) -> DemoResult:
     completion = await client.completions.create(
         model=request.model,
         prompt=PROMPT,
@@ -104,4 +104,4 @@ async def _ask(client: Any, request: Request, samples: int) -> Answer:
     )
     texts = [PROMPT + choice.text for choice in completion.choices]
     shares = {name: sum(map(of, texts)) / len(texts) for name, of in MEASURES.items()}
-    return Answer(request, texts, shares)
+    return DemoResult(request, texts, shares)

@@ -52,14 +52,14 @@ def serve_embedded_model(on_wait: Callable[[float], None]) -> Iterator[str]:
         try:
             _wait_until_ready(process, f"http://{HOST}:{port}/health", on_wait)
             yield f"http://{HOST}:{port}/v1"
-        except _NotReady as error:
+        except _ServerNotReadyError as error:
             log.seek(0)
             raise SteerError(f"{error}; the end of its log:\n{log.read()[-3000:]}") from None
         finally:
             _stop(process)
 
 
-class _NotReady(Exception):
+class _ServerNotReadyError(Exception):
     pass
 
 
@@ -69,12 +69,12 @@ def _wait_until_ready(
     started = time.monotonic()
     while (waited := time.monotonic() - started) < START_LIMIT_S:
         if process.poll() is not None:
-            raise _NotReady(f"vllm serve ended with code {process.returncode}")
+            raise _ServerNotReadyError(f"vllm serve ended with code {process.returncode}")
         on_wait(waited)
         if _answers(url):
             return
         time.sleep(0.5)
-    raise _NotReady(f"vllm serve was not ready after {START_LIMIT_S} s")
+    raise _ServerNotReadyError(f"vllm serve was not ready after {START_LIMIT_S} s")
 
 
 def _answers(url: str) -> bool:

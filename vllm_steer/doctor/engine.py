@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
-from vllm_steer.doctor.served import Job, Served
+from vllm_steer.doctor.engine_process import EngineOutput, Job
 
 _ENVIRONMENT: Final = {
     # In the frontend's process: requests then come in whole batches, and equal ones run alike.
@@ -26,11 +26,11 @@ _TAIL: Final = 1 << 16
 _SHOWN: Final = 500
 
 
-def run_engine(job: Job, folder: Path) -> tuple[Served, str]:
+def run_engine(job: Job, folder: Path) -> tuple[EngineOutput, str]:
     """What the engine answered, and why it broke off, empty if it answered everything."""
     (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
     log, answers = folder / "log.txt", folder / "answers.json"
-    command = [sys.executable, "-m", "vllm_steer.doctor.served", str(folder / "job.json")]
+    command = [sys.executable, "-m", "vllm_steer.doctor.engine_process", str(folder / "job.json")]
     with log.open("wb") as file:
         done = subprocess.run(
             [*command, str(answers)],
@@ -39,7 +39,7 @@ def run_engine(job: Job, folder: Path) -> tuple[Served, str]:
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    served = Served.read(answers)
+    served = EngineOutput.read(answers)
     if done.returncode == 0:
         return served, ""
     return served, _ending(done.returncode, log)

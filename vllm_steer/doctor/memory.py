@@ -35,7 +35,7 @@ _CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Takes:
+class MemoryUse:
     """Bytes of each steer and of each site; a site's zero direction belongs to no steer."""
 
     steers: Mapping[str, int]
@@ -58,7 +58,7 @@ def config_memory(
     steers = {name: load_steer(e.path, **e.facts) for name, e in sorted(config.steers.items())}
     unfit = {name: reason for name, s in steers.items() if (reason := _unfit(architecture, s))}
     fitting = {name: steer for name, steer in steers.items() if name not in unfit}
-    found = takes(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
+    found = memory_use(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
     for name, steer in steers.items():
         if name in unfit:
             yield Finding(PART, name, "FAILED", unfit[name])
@@ -72,11 +72,13 @@ def config_memory(
 def example_memory(architecture: Architecture, dtype: torch.dtype) -> Iterator[Finding]:
     """What one steer of each kind would take on this model."""
     for name, steer in _examples(architecture):
-        size = takes({name: steer}, hidden_size=architecture.hidden_size, dtype=dtype).steers[name]
+        size = memory_use({name: steer}, hidden_size=architecture.hidden_size, dtype=dtype).steers[
+            name
+        ]
         yield Finding(PART, name, "-", _size(size), {"bytes": size})
 
 
-def takes(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) -> Takes:
+def memory_use(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) -> MemoryUse:
     """What the banks of steers take for a model of ``hidden_size`` that runs in ``dtype``."""
     heads = {name: steer for name, steer in steers.items() if isinstance(steer, LMSteer)}
     inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
@@ -88,7 +90,7 @@ def takes(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) 
         # The attention's projection ends in the hidden size; here only the size counts.
         project=lambda _layer, rows: rows.new_zeros(rows.shape[0], hidden_size),
     )
-    return Takes(
+    return MemoryUse(
         steers={**_of_head(head), **_of_layers(layers)},
         sites={
             **({"head": head.num_bytes} if heads else {}),
@@ -144,7 +146,7 @@ def _unfit(architecture: Architecture, steer: Steer) -> str:
         return str(error)
 
 
-def _sums(found: Takes, limits: Limits) -> Iterator[Finding]:
+def _sums(found: MemoryUse, limits: Limits) -> Iterator[Finding]:
     by_site = ", ".join(f"{site} {_size(size)}" for site, size in found.sites.items())
     figures = {"bytes": found.total, "sites": dict(found.sites), "limits": limits.model_dump()}
     said = f"{_size(found.total)} on each rank, {len(found.steers)} steers: {by_site or 'none'}"

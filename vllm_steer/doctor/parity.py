@@ -17,9 +17,9 @@ import torch
 
 from vllm_steer.doctor.architecture import Architecture
 from vllm_steer.doctor.engine import run_engine
+from vllm_steer.doctor.engine_process import EngineOutput, Job
 from vllm_steer.doctor.finding import Finding, State
-from vllm_steer.doctor.reference import Likeness, likeness, load_model
-from vllm_steer.doctor.served import Job, Served
+from vllm_steer.doctor.reference import ReferenceComparison, compare_with_reference, load_model
 from vllm_steer.doctor.trials import TOKENS, measure_sizes, prompts, trial_steers, trial_strength
 from vllm_steer.errors import SteerError
 from vllm_steer.files import save_steer
@@ -41,7 +41,7 @@ _LONGEST: Final = 256
 
 
 @dataclass(frozen=True)
-class Trial:
+class ParityTrials:
     """The trials' steers and the strength of each."""
 
     steers: Mapping[str, Steer]
@@ -78,7 +78,7 @@ def parity(architecture: Architecture, options: Mapping[str, Any]) -> Iterator[F
     yield from _beside_reference(architecture, trial, served)
 
 
-def _prepare(architecture: Architecture, dtype: str) -> Trial:
+def _prepare(architecture: Architecture, dtype: str) -> ParityTrials:
     try:
         tokenizer = load_tokenizer(architecture.name)
     except SteerError:
@@ -90,10 +90,12 @@ def _prepare(architecture: Architecture, dtype: str) -> Trial:
     _free()
     steers = trial_steers(architecture, sizes)
     strengths = {name: trial_strength(name, steer, sizes) for name, steer in steers.items()}
-    return Trial(steers, strengths, texts)
+    return ParityTrials(steers, strengths, texts)
 
 
-def _job(architecture: Architecture, trial: Trial, options: Mapping[str, Any], folder: Path) -> Job:
+def _job(
+    architecture: Architecture, trial: ParityTrials, options: Mapping[str, Any], folder: Path
+) -> Job:
     paths = {name: folder / f"{name}.safetensors" for name in trial.steers}
     for name, steer in trial.steers.items():
         save_steer(steer, paths[name])
@@ -114,7 +116,7 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def zero_steers(served: Served) -> Finding:
+def zero_steers(served: EngineOutput) -> Finding:
     """Whether strength 0 left the tokens and the log-probabilities as they were, bit for bit."""
     name = "zero steers"
     if "zero" not in served.batches:
@@ -127,7 +129,7 @@ def zero_steers(served: Served) -> Finding:
 
 
 def _beside_reference(
-    architecture: Architecture, trial: Trial, served: Served
+    architecture: Architecture, trial: ParityTrials, served: EngineOutput
 ) -> Iterator[Finding]:
     if "unsteered" not in served.batches:
         for name in trial.steers:
@@ -137,9 +139,9 @@ def _beside_reference(
     yield from compare(model, trial.steers, served)
 
 
-def compare(model: Any, steers: Mapping[str, Steer], served: Served) -> Iterator[Finding]:
+def compare(model: Any, steers: Mapping[str, Steer], served: EngineOutput) -> Iterator[Finding]:
     """Each batch of an engine beside the reference ``model`` in the same dtype."""
-    unsteered = likeness(model, served.batches["unsteered"], steers)
+    unsteered = compare_with_reference(model, served.batches["unsteered"], steers)
     yield _judged("unsteered", unsteered, TOLERANCE.get(served.dtype, CEILING))
     by_dtype = min(CEILING, max(FLOOR, WIDER * unsteered.difference))
     tolerance = TOLERANCE.get(served.dtype, by_dtype)
@@ -149,13 +151,13 @@ def compare(model: Any, steers: Mapping[str, Steer], served: Served) -> Iterator
         if not mine:
             yield Finding(PART, name, "not tested", "the engine did not answer")
         else:
-            effect = likeness(model, mine, steers, steered=False).difference
-            found = likeness(model, mine, steers)
+            effect = compare_with_reference(model, mine, steers, steered=False).difference
+            found = compare_with_reference(model, mine, steers)
             yield _judged(name, found, tolerance, effect=effect)
 
 
 def _judged(
-    name: str, found: Likeness, tolerance: float, *, effect: float | None = None
+    name: str, found: ReferenceComparison, tolerance: float, *, effect: float | None = None
 ) -> Finding:
     """The finding of one batch or steer; ``effect`` is the difference to the unsteered reference.
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from vllm_steer import hf
-from vllm_steer.doctor.served import Answer, Setting
+from vllm_steer.doctor.engine_process import Completion, Setting
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.models import model_path
 from vllm_steer.steers import Steer
 
 
 @dataclass(frozen=True)
-class Likeness:
+class ReferenceComparison:
     """How an engine's answers compare with a reference, over all tokens of some answers.
 
     difference  largest difference of a token's log-probability
@@ -42,7 +42,7 @@ def load_model(name: str, dtype: str) -> Any:
 
 @torch.no_grad()
 def choices(
-    model: Any, answer: Answer, setting: Setting, steers: Mapping[str, Steer]
+    model: Any, answer: Completion, setting: Setting, steers: Mapping[str, Steer]
 ) -> torch.Tensor:
     """The reference's log-probabilities ``[tokens, vocab]`` at each token that was written."""
     ids = torch.tensor([[*answer.prompt, *answer.tokens]], device=model.device)
@@ -51,9 +51,9 @@ def choices(
     return logits[len(answer.prompt) - 1 : -1].float().log_softmax(-1).cpu()
 
 
-def likeness(
-    model: Any, answers: Sequence[Answer], steers: Mapping[str, Steer], *, steered: bool = True
-) -> Likeness:
+def compare_with_reference(
+    model: Any, answers: Sequence[Completion], steers: Mapping[str, Steer], *, steered: bool = True
+) -> ReferenceComparison:
     """How answers compare with the reference under their own settings, or under none."""
     differences, shortfalls, agreements = [], [], []
     for answer in answers:
@@ -63,7 +63,7 @@ def likeness(
         differences.append((mine - torch.tensor(answer.logprobs)).abs())
         shortfalls.append(wanted.max(-1).values - mine)
         agreements.append((wanted.argmax(-1) == tokens).float())
-    return Likeness(
+    return ReferenceComparison(
         difference=float(torch.cat(differences).max()),
         shortfall=float(torch.cat(shortfalls).max()),
         agreement=float(torch.cat(agreements).mean()),

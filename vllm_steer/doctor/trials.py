@@ -1,4 +1,4 @@
-"""Trial steers: random ones of realistic size, one for each kind, site and mode."""
+"""ParityTrials steers: random ones of realistic size, one for each kind, site and mode."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

@@ -144,8 +144,8 @@ def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
     return torch.cat(found)
 
 
-def label_place(classifier: Classifier, label: str) -> int:
-    """Which output a label is; an empty one is output 1, or 0 of a model with one label.
+def label_index(classifier: Classifier, label: str) -> int:
+    """SteerRole output a label is; an empty one is output 1, or 0 of a model with one label.
 
     Raises ``SteerError`` for a label that the model does not have, and a model of no labels.
     """

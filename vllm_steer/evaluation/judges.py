@@ -7,9 +7,9 @@ service that is not offered) is named with the reason. Nothing else ever answers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, TypeVar
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import JudgeUnavailableError, SteerError
 from vllm_steer.evaluation.answers import Judge
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 T = TypeVar("T")
 
@@ -29,17 +29,13 @@ _PERSPECTIVE: Final = (
 )
 
 
-class JudgeNotAtHandError(SteerError):
-    """A judge that was asked for rightly and that is not there."""
-
-
 def make_judge(spec: str, *, device: str | None = None) -> Judge:
     """The judge that a spec asks for, one of ``FORMS``; the spec is its name.
 
     Models are loaded on the CPU and moved to ``device`` (None: a GPU where there is one) when the
     judge is first asked.
 
-    Raises ``JudgeNotAtHandError`` with the reason, and ``SteerError`` for a misspelt spec, an
+    Raises ``JudgeUnavailableError`` with the reason, and ``SteerError`` for a misspelt spec, an
     unknown label or language, and a lexicon that cannot be read.
     """
     kind, _, rest = spec.partition(":")
@@ -60,7 +56,7 @@ def make_judges(
     for spec in dict.fromkeys(specs):
         try:
             judges.append(make_judge(spec, device=device))
-        except JudgeNotAtHandError as error:
+        except JudgeUnavailableError as error:
             missing[spec] = str(error)
     return judges, missing
 
@@ -71,20 +67,20 @@ def _perplexity(spec: str, model: str, device: str | None) -> Judge:
 
     if not model:
         raise _misspelt(spec)
-    judge = _at_hand(lambda: load_language_model(model, device="cpu"))
+    judge = _load_or_unavailable(lambda: load_language_model(model, device="cpu"))
     return PerplexityJudge(spec, judge, device)
 
 
 def _classifier(spec: str, rest: str, device: str | None) -> Judge:
-    from vllm_steer.evaluation.classifier import ClassifierJudge, label_place, load_classifier
+    from vllm_steer.evaluation.classifier import ClassifierJudge, label_index, load_classifier
 
     name, *options = rest.split(":")
     continuation = options[-1:] == ["continuation"]
     labels = options[:-1] if continuation else options
     if not name or len(labels) > 1:
         raise _misspelt(spec)
-    classifier = _at_hand(lambda: load_classifier(name))
-    label = label_place(classifier, "".join(labels))
+    classifier = _load_or_unavailable(lambda: load_classifier(name))
+    label = label_index(classifier, "".join(labels))
     return ClassifierJudge(spec, classifier, label, continuation, device)
 
 
@@ -93,7 +89,7 @@ def _language(spec: str, code: str, device: str | None) -> Judge:
 
     if not code:
         raise _misspelt(spec)
-    _at_hand(lambda: need("langdetect"))
+    _load_or_unavailable(lambda: require_package("langdetect"))
     check_code(code)
     return LanguageJudge(spec, code)
 
@@ -128,14 +124,14 @@ def _repetition(spec: str, rest: str, device: str | None) -> Judge:
 def _perspective(spec: str, rest: str, device: str | None) -> Judge:
     if spec != "perspective":
         raise _misspelt(spec)
-    raise JudgeNotAtHandError(_PERSPECTIVE)
+    raise JudgeUnavailableError(_PERSPECTIVE)
 
 
-def _at_hand(load: Callable[[], T]) -> T:
+def _load_or_unavailable(load: Callable[[], T]) -> T:
     try:
         return load()
     except SteerError as error:
-        raise JudgeNotAtHandError(str(error)) from error
+        raise JudgeUnavailableError(str(error)) from error
 
 
 def _misspelt(spec: str) -> SteerError:

@@ -1,4 +1,4 @@
-"""Which language texts are in, by langdetect.
+"""SteerRole language texts are in, by langdetect.
 
 Source: Scalena et al., BlackboxNLP 2024 (arXiv 2406.17563): the mean of the probability
 that langdetect gives the wanted language, 0 where it does not name it.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean_over_prompts
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LanguageJudge:
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
         """``probability``, and ``share``: how often the language is the likeliest one."""
-        found = {text: detected(text) for answer in answers for text in answer.texts}
+        found = {text: detect_languages(text) for answer in answers for text in answer.texts}
         return {
             "probability": mean_over_prompts(answers, lambda text: found[text].get(self.code, 0.0)),
             "share": mean_over_prompts(answers, lambda text: self._likeliest(found[text])),
@@ -31,18 +31,20 @@ class LanguageJudge:
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
         """1.0 where the language is the likeliest one; 0.0 else, and for a text without letters."""
-        return [[self._likeliest(detected(text)) for text in answer.texts] for answer in answers]
+        return [
+            [self._likeliest(detect_languages(text)) for text in answer.texts] for answer in answers
+        ]
 
     def _likeliest(self, codes: Mapping[str, float]) -> float:
         return float(bool(codes) and max(codes, key=codes.__getitem__) == self.code)
 
 
-def detected(text: str) -> dict[str, float]:
+def detect_languages(text: str) -> dict[str, float]:
     """Languages and their probabilities, likeliest first; none for a text without letters.
 
     langdetect draws at random: its seed is set to 0, so that a text has one answer.
     """
-    langdetect = need("langdetect")
+    langdetect = require_package("langdetect")
     langdetect.DetectorFactory.seed = 0
     try:
         return {each.lang: each.prob for each in langdetect.detect_langs(text)}
@@ -52,7 +54,7 @@ def detected(text: str) -> dict[str, float]:
 
 def check_code(code: str) -> None:
     """Raise ``SteerError`` for a language that langdetect does not know."""
-    factory = need("langdetect.detector_factory")
+    factory = require_package("langdetect.detector_factory")
     factory.init_factory()
     # The public functions make their own detector from this factory; only it knows the list.
     known = sorted(factory._factory.get_lang_list())

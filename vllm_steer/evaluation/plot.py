@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.evaluation.report import PERPLEXITY, STEERS, Report, perplexity_judge
-from vllm_steer.evaluation.run import Which
+from vllm_steer.evaluation.report import PERPLEXITY, STEERS, EvaluationReport, perplexity_judge
+from vllm_steer.evaluation.run import SteerRole
 from vllm_steer.picture import COLOURS, label, picture
 
 Panel = Callable[[Any], None]
@@ -17,7 +17,7 @@ _STYLES: Final[dict[str, dict[str, Any]]] = {
 _SMOOTH: Final = 200
 
 
-def draw_report(report: Report, path: Path) -> None:
+def draw_report(report: EvaluationReport, path: Path) -> None:
     """Write a PNG: a panel for each pair of figures that the report has.
 
     Raises ``SteerError`` without matplotlib and where the file cannot be written.
@@ -35,7 +35,7 @@ def draw_report(report: Report, path: Path) -> None:
         figure.suptitle(title, fontsize=10)
 
 
-def _panels(report: Report) -> list[Panel]:
+def _panels(report: EvaluationReport) -> list[Panel]:
     effects = [(judge.name, judge.effect) for judge in report.judges if judge.effect is not None]
     perplexity = perplexity_judge(report)
     panels: list[Panel] = []
@@ -49,21 +49,23 @@ def _panels(report: Report) -> list[Panel]:
     return panels
 
 
-def _effects(axis: Any, report: Report, effects: Sequence[tuple[str, str]]) -> None:
+def _effects(axis: Any, report: EvaluationReport, effects: Sequence[tuple[str, str]]) -> None:
     for index, (judge, effect) in enumerate(effects):
         for which in STEERS:
             _line(axis, report.strengths, report.curve(judge, which, effect), index, which, judge)
     axis.set(xlabel="strength", ylabel="effect", title="effect")
 
 
-def _perplexity(axis: Any, report: Report, judge: str) -> None:
+def _perplexity(axis: Any, report: EvaluationReport, judge: str) -> None:
     for which in STEERS:
         _line(axis, report.strengths, report.curve(judge, which, PERPLEXITY), 0, which, "")
     axis.set(xlabel="strength", ylabel="total perplexity", title=label(judge))
     _wide(axis.yaxis, axis.set_yscale)
 
 
-def _trade(axis: Any, report: Report, effects: Sequence[tuple[str, str]], perplexity: str) -> None:
+def _trade(
+    axis: Any, report: EvaluationReport, effects: Sequence[tuple[str, str]], perplexity: str
+) -> None:
     for index, (judge, effect) in enumerate(effects):
         for which in STEERS:
             across = report.curve(perplexity, which, PERPLEXITY)
@@ -72,7 +74,7 @@ def _trade(axis: Any, report: Report, effects: Sequence[tuple[str, str]], perple
     _wide(axis.xaxis, axis.set_xscale)
 
 
-def _normalised(axis: Any, report: Report) -> None:
+def _normalised(axis: Any, report: EvaluationReport) -> None:
     """Points of the effect normalised by perplexity, and the curves fitted to them."""
     for index, (judge, by_steer) in enumerate(report.normalised.items()):
         for which, found in by_steer.items():
@@ -101,7 +103,7 @@ def _between(strengths: Sequence[float]) -> list[float]:
 
 
 def _line(
-    axis: Any, x: Sequence[float], y: Sequence[float], index: int, which: Which, judge: str
+    axis: Any, x: Sequence[float], y: Sequence[float], index: int, which: SteerRole, judge: str
 ) -> None:
     said = label(f"{judge} {which}".strip())
     axis.plot(x, y, label=said, color=COLOURS[index % len(COLOURS)], **_STYLES[which])

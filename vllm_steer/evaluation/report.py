@@ -7,15 +7,15 @@ from typing import Any, Final
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.pnes import Pnes, perplexity_normalised_effect
-from vllm_steer.evaluation.run import Setting, Which
-from vllm_steer.evaluation.scoring import Scores
+from vllm_steer.evaluation.run import Condition, SteerRole
+from vllm_steer.evaluation.scores import Scores
 from vllm_steer.markdown import markdown_text
 from vllm_steer.tables import Column, Table, figure, markdown_list
 
 PERPLEXITY: Final = "total_perplexity"
 """The figure of perplexity that effects are set against: outliers are in it."""
 
-STEERS: Final[tuple[Which, ...]] = ("steer", "random")
+STEERS: Final[tuple[SteerRole, ...]] = ("steer", "random")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class JudgeEntry:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """All of a run's figures.
 
     ``about`` is what the texts come from, as the run's settings say it; ``missing`` says of judges
@@ -37,15 +37,15 @@ class Report:
     """
 
     about: Mapping[str, Any]
-    settings: tuple[Setting, ...]
+    settings: tuple[Condition, ...]
     judges: tuple[JudgeEntry, ...]
     scores: Scores
     missing: Mapping[str, str]
     normalised: Mapping[str, Mapping[str, Pnes | str]]
 
-    def figure(self, judge: str, which: Which, strength: float, figure: str) -> float:
+    def figure(self, judge: str, which: SteerRole, strength: float, figure: str) -> float:
         """One figure; at strength 0 the unsteered model's, whichever steer is asked for."""
-        setting = Setting("none" if strength == 0 else which, strength)
+        setting = Condition("none" if strength == 0 else which, strength)
         return self.scores[judge][setting.name].get(figure, math.nan)
 
     @property
@@ -53,7 +53,7 @@ class Report:
         """All strengths, 0 included, ascending."""
         return sorted({setting.strength for setting in self.settings})
 
-    def curve(self, judge: str, which: Which, figure: str) -> list[float]:
+    def curve(self, judge: str, which: SteerRole, figure: str) -> list[float]:
         """A figure over the strengths."""
         return [self.figure(judge, which, strength, figure) for strength in self.strengths]
 
@@ -81,13 +81,13 @@ class Report:
 
 def make_report(
     about: Mapping[str, Any],
-    settings: Sequence[Setting],
+    settings: Sequence[Condition],
     judges: Sequence[JudgeEntry],
     scores: Scores,
     missing: Mapping[str, str],
-) -> Report:
+) -> EvaluationReport:
     """The report, with effects normalised by the first judge that has a perplexity."""
-    bare = Report(about, tuple(settings), tuple(judges), scores, missing, {})
+    bare = EvaluationReport(about, tuple(settings), tuple(judges), scores, missing, {})
     perplexity = perplexity_judge(bare)
     if perplexity is None:
         return bare
@@ -103,10 +103,10 @@ def make_report(
         for judge in judges
         if judge.effect is not None
     }
-    return Report(about, bare.settings, bare.judges, scores, missing, found)
+    return EvaluationReport(about, bare.settings, bare.judges, scores, missing, found)
 
 
-def perplexity_judge(report: Report) -> str | None:
+def perplexity_judge(report: EvaluationReport) -> str | None:
     """The first judge whose figures have a perplexity."""
     for judge in report.judges:
         if any(PERPLEXITY in figures for figures in report.scores[judge.name].values()):
@@ -114,7 +114,7 @@ def perplexity_judge(report: Report) -> str | None:
     return None
 
 
-def tables(report: Report) -> Iterator[Table]:
+def tables(report: EvaluationReport) -> Iterator[Table]:
     """A table for each judge: at each strength the control's figures beside the steer's."""
     for judge in report.judges:
         found = report.scores[judge.name]
@@ -129,7 +129,7 @@ def tables(report: Report) -> Iterator[Table]:
         yield _pnes_table(report)
 
 
-def _pnes_table(report: Report) -> Table:
+def _pnes_table(report: EvaluationReport) -> Table:
     figures = [Column("PNES", figure), Column("r2", figure), Column("highest at", ".3g")]
     rows = [
         (judge, which, *_pnes_cells(pnes))
@@ -140,7 +140,7 @@ def _pnes_table(report: Report) -> Table:
     return Table(title, [Column("judge"), Column("steer"), *figures], rows)
 
 
-def markdown(report: Report) -> str:
+def markdown(report: EvaluationReport) -> str:
     """The same tables in Markdown, after a line on the run."""
     prompts = report.about["prompts"]
     title = f"{report.about['steer']['file']} on {report.about['model']}"
@@ -161,7 +161,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def without_effect(report: Report) -> Iterator[str]:
+def without_effect(report: EvaluationReport) -> Iterator[str]:
     """For each effect that is not normalised by perplexity, why."""
     for judge, by_steer in report.normalised.items():
         for which, found in by_steer.items():

@@ -19,8 +19,8 @@ from vllm_steer.files.json_text import json_text
 from vllm_steer.files.whole import write_text
 from vllm_steer.run_folder import SETTINGS, RunFiles, open_with_settings
 
-Which = Literal["none", "steer", "random"]
-S = TypeVar("S", bound="Named")
+SteerRole = Literal["none", "steer", "random"]
+S = TypeVar("S", bound="TextSet")
 _MADE_BY: Final = "vllm-steer eval"
 _GENERATIONS: Final = "generations"
 _TEXTS: Final = ".jsonl"
@@ -40,7 +40,7 @@ _FILES: Final = RunFiles(
 )
 
 
-class Named(Protocol):
+class TextSet(Protocol):
     """Something that texts are written under: the name of its file, and what its rows say of it."""
 
     @property
@@ -51,10 +51,10 @@ class Named(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class Condition:
     """A steer, the random control or none, at a strength."""
 
-    which: Which
+    which: SteerRole
     strength: float
 
     @property
@@ -68,11 +68,11 @@ class Setting:
         return "none" if self.which == "none" else f"{self.which}{self.strength:+.12g}"
 
 
-def settings_of(strengths: Sequence[float]) -> list[Setting]:
+def conditions(strengths: Sequence[float]) -> list[Condition]:
     """The unsteered model once, then the steer and its control at each other strength."""
     steered = [s for s in strengths if s != 0]
-    both: tuple[Which, Which] = ("steer", "random")
-    return [Setting("none", 0.0), *(Setting(which, s) for which in both for s in steered)]
+    both: tuple[SteerRole, SteerRole] = ("steer", "random")
+    return [Condition("none", 0.0), *(Condition(which, s) for which in both for s in steered)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Run:
         """The settings whose texts are not written yet."""
         return [setting for setting in settings if not self._path(setting).is_file()]
 
-    def write(self, setting: Named, answers: Sequence[Answers]) -> None:
+    def write(self, setting: TextSet, answers: Sequence[Answers]) -> None:
         """Keep the texts of a setting; its file appears whole."""
         rows = (
             {
@@ -103,7 +103,7 @@ class Run:
         lines = [json_text(row) + "\n" for row in rows]
         write_text(self._path(setting), "".join(lines))
 
-    def read(self, setting: Named) -> list[Answers]:
+    def read(self, setting: TextSet) -> list[Answers]:
         """The texts of a finished setting; ``SteerError`` if its file is not as it was written."""
         path = self._path(setting)
         try:
@@ -116,7 +116,7 @@ class Run:
                 f"{path}: not as it was written ({error!r:.100}); delete it to generate it again"
             ) from None
 
-    def _path(self, setting: Named) -> Path:
+    def _path(self, setting: TextSet) -> Path:
         return self.folder / _GENERATIONS / f"{setting.name}{_TEXTS}"
 
 

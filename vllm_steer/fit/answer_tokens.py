@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from vllm_steer.errors import SteerError
 from vllm_steer.fit.activations import Encoded
-from vllm_steer.texts.messages import Conversation
+from vllm_steer.texts.conversations import Conversation
 
 LONGEST_ANSWER: Final = 32
 _NAMES: Final[Mapping[str, str]] = {"user": "Question: ", "assistant": "Answer: "}

@@ -3,14 +3,14 @@
 from vllm_steer.inspection.evidence import Evidence, TextSpan, text_evidence, token_evidence
 from vllm_steer.inspection.nearest_tokens import Direction, NearTokens, Token, nearest_tokens
 from vllm_steer.inspection.output_embedding import read_output_embedding
-from vllm_steer.inspection.spans import Span, best_spans
+from vllm_steer.inspection.spans import ScoredSpan, best_spans
 from vllm_steer.inspection.spectrum import Spectrum, spectrum
 
 __all__ = [
     "Direction",
     "Evidence",
     "NearTokens",
-    "Span",
+    "ScoredSpan",
     "Spectrum",
     "TextSpan",
     "Token",

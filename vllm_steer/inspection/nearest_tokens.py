@@ -66,7 +66,7 @@ def nearest_tokens(
     Raises ``SteerError`` for a steer at a site that the LM head does not read (``attn_in``,
     ``heads``) and for one of another width than ``embedding [vocab, hidden_size]``.
     """
-    reason = why_no_tokens(steer)
+    reason = no_tokens_reason(steer)
     if reason is not None:
         raise SteerError(reason)
     offset = isinstance(steer, LMSteer) and steer.variant == "offset"
@@ -89,7 +89,7 @@ def nearest_tokens(
     return found
 
 
-def why_no_tokens(steer: Steer) -> str | None:
+def no_tokens_reason(steer: Steer) -> str | None:
     """Why a steer has no nearest tokens; None where the LM head reads what it changes."""
     if isinstance(steer, LMSteer) or steer.site in STREAM_SITES:
         return None

@@ -17,7 +17,7 @@ _FEWER = -1  # another span gains nothing up to here
 _ROUNDING = 1e-9
 
 
-class Span(NamedTuple):
+class ScoredSpan(NamedTuple):
     """Places ``begin`` to ``end``, the end excluded, and their sum."""
 
     begin: int
@@ -25,7 +25,7 @@ class Span(NamedTuple):
     total: float
 
 
-def best_spans(values: Sequence[float], *, spans: int = 4, longest: int = 10) -> list[Span]:
+def best_spans(values: Sequence[float], *, spans: int = 4, longest: int = 10) -> list[ScoredSpan]:
     """The spans in their order; none has a sum of 0 or less, and two may touch.
 
     Exact, by dynamic programming in ``O(len(values) * spans * longest)``: with ``S`` the sums of
@@ -36,12 +36,12 @@ def best_spans(values: Sequence[float], *, spans: int = 4, longest: int = 10) ->
     sums = [0.0, *accumulate(values)]
     best, taken = [0.0] * len(sums), []
     for _ in range(spans):
-        best, lengths = _with_one_more(best, sums, longest)
+        best, lengths = _add_span(best, sums, longest)
         taken.append(lengths)
-    return _followed_back(taken, sums)
+    return _backtrack(taken, sums)
 
 
-def _with_one_more(
+def _add_span(
     fewer: Sequence[float], sums: Sequence[float], longest: int
 ) -> tuple[list[float], list[int]]:
     """The best totals with one span more, and the length of the span that ends at each place.
@@ -62,8 +62,8 @@ def _with_one_more(
     return best, lengths
 
 
-def _followed_back(taken: Sequence[Sequence[int]], sums: Sequence[float]) -> list[Span]:
-    found: list[Span] = []
+def _backtrack(taken: Sequence[Sequence[int]], sums: Sequence[float]) -> list[ScoredSpan]:
+    found: list[ScoredSpan] = []
     place, left = len(sums) - 1, len(taken)
     while place > 0 and left > 0:
         length = taken[left - 1][place]
@@ -73,6 +73,6 @@ def _followed_back(taken: Sequence[Sequence[int]], sums: Sequence[float]) -> lis
             place -= 1
         else:
             begin = place - length
-            found.append(Span(begin, place, sums[place] - sums[begin]))
+            found.append(ScoredSpan(begin, place, sums[place] - sums[begin]))
             place, left = begin, left - 1
     return found[::-1]

@@ -12,14 +12,14 @@ _ALL: Final = "all"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidateLayers:
     """Some of a steer's layers, by the name they were asked for; None where it acts in no layer."""
 
     name: str
     layers: tuple[int, ...] | None
 
 
-def parse_candidates(given: str | None, steer: Steer) -> list[Candidate]:
+def parse_candidates(given: str | None, steer: Steer) -> list[CandidateLayers]:
     """Candidates from ``"top:1,2,4;all;0-3"``; None keeps the steer as it is.
 
     ``top:k`` are the ``k`` layers of the highest ``layer_scores``, the lower layer first where
@@ -29,28 +29,28 @@ def parse_candidates(given: str | None, steer: Steer) -> list[Candidate]:
     and for ``top`` of a steer without scores.
     """
     if given is None:
-        return [Candidate(_ALL, steer.layers)]
+        return [CandidateLayers(_ALL, steer.layers)]
     if isinstance(steer, LMSteer):
         raise SteerError("layers are given and the steer acts at the LM head: it has none; drop it")
-    found: dict[tuple[int, ...] | None, Candidate] = {}
+    found: dict[tuple[int, ...] | None, CandidateLayers] = {}
     for part in given.split(";"):
         for candidate in _candidates(part.strip(), steer):
             found.setdefault(candidate.layers, candidate)
     return list(found.values())
 
 
-def _candidates(part: str, steer: Steer) -> list[Candidate]:
+def _candidates(part: str, steer: Steer) -> list[CandidateLayers]:
     assert steer.layers is not None
     if part == _ALL:
-        return [Candidate(_ALL, tuple(steer.layers))]
+        return [CandidateLayers(_ALL, tuple(steer.layers))]
     if part.startswith(_TOP):
         return [_top(count, steer) for count in part.removeprefix(_TOP).split(",")]
     layers = parse_layers(part)
     positions_of(layers, steer.layers)
-    return [Candidate(format_layers(layers), layers)]
+    return [CandidateLayers(format_layers(layers), layers)]
 
 
-def _top(given: str, steer: Steer) -> Candidate:
+def _top(given: str, steer: Steer) -> CandidateLayers:
     assert steer.layers is not None
     scores = steer.layer_scores if isinstance(steer, VectorSteer) else None
     if scores is None:
@@ -64,4 +64,4 @@ def _top(given: str, steer: Steer) -> Candidate:
             f"top:{given.strip()}: wanted is a number of layers from 1 to {len(scores)}"
         )
     ranked = sorted(zip(scores, steer.layers, strict=True), key=lambda pair: (-pair[0], pair[1]))
-    return Candidate(f"top:{count}", tuple(sorted(layer for _, layer in ranked[:count])))
+    return CandidateLayers(f"top:{count}", tuple(sorted(layer for _, layer in ranked[:count])))

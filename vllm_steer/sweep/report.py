@@ -7,13 +7,13 @@ from typing import Any, Final
 from vllm_steer.picture import COLOURS, label, picture
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.sweep.search import Point, within
-from vllm_steer.sweep.sweeping import Swept
+from vllm_steer.sweep.sweep_run import SweepResult
 from vllm_steer.tables import Column, Table
 
 _DECADE: Final = 10.0
 
 
-def data(swept: Swept, chosen: Point | None, written: Path | None) -> dict[str, Any]:
+def data(swept: SweepResult, chosen: Point | None, written: Path | None) -> dict[str, Any]:
     """All points in the order they were measured, and which one was taken, if one was."""
     return {
         **swept.settings,
@@ -29,7 +29,7 @@ def data(swept: Swept, chosen: Point | None, written: Path | None) -> dict[str, 
     }
 
 
-def table(swept: Swept, chosen: Point | None) -> Table:
+def table(swept: SweepResult, chosen: Point | None) -> Table:
     """A row for each point, by layers and strength; the one that was taken is marked."""
     names = list(dict.fromkeys(point.candidate for point in swept.points))
     points = sorted(swept.points, key=lambda p: (names.index(p.candidate), p.strength))
@@ -48,13 +48,13 @@ def table(swept: Swept, chosen: Point | None) -> Table:
     return Table(f"{swept.asked.judge}, budget {swept.asked.budget:g}", columns, rows)
 
 
-def _note(point: Point, swept: Swept, chosen: Point | None) -> str:
+def _note(point: Point, swept: SweepResult, chosen: Point | None) -> str:
     if point is chosen:
         return "chosen"
     return "" if within(point, swept.asked.budget) else "over budget"
 
 
-def draw(swept: Swept, chosen: Point | None, path: Path) -> None:
+def draw(swept: SweepResult, chosen: Point | None, path: Path) -> None:
     """Write a PNG: the effect over the ratio of perplexities, a line for each choice of layers.
 
     Raises ``SteerError`` without matplotlib and where the file cannot be written.
@@ -65,7 +65,7 @@ def draw(swept: Swept, chosen: Point | None, path: Path) -> None:
         _draw_frame(axis, swept, chosen)
 
 
-def _draw_points(axis: Any, swept: Swept) -> None:
+def _draw_points(axis: Any, swept: SweepResult) -> None:
     names = list(dict.fromkeys(point.candidate for point in swept.points))
     for index, candidate in enumerate(names):
         points = [p for p in swept.points if p.candidate == candidate and math.isfinite(p.ratio)]
@@ -78,7 +78,7 @@ def _draw_points(axis: Any, swept: Swept) -> None:
             axis.annotate(f"{point.strength:.3g}", (point.ratio, point.effect), **place)
 
 
-def _draw_frame(axis: Any, swept: Swept, chosen: Point | None) -> None:
+def _draw_frame(axis: Any, swept: SweepResult, chosen: Point | None) -> None:
     if chosen is not None:
         style = {"marker": "*", "markersize": 16, "linestyle": "none", "color": "black"}
         axis.plot([chosen.ratio], [chosen.effect], label="chosen", zorder=0, **style)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vllm_steer.errors import SteerError
-from vllm_steer.sweep.candidates import Candidate
+from vllm_steer.sweep.candidates import CandidateLayers
 
 Direction = Literal["up", "down"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -16,7 +16,7 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 class Point:
     """What a steer does in some layers at a strength; ``ratio`` is perplexity / unsteered's."""
 
-    candidate: Candidate
+    candidate: CandidateLayers
     strength: float
     effect: float
     perplexity: float
@@ -36,11 +36,11 @@ class Point:
         }
 
 
-Measure = Callable[[Candidate, float], Point]
+Measure = Callable[[CandidateLayers, float], Point]
 
 
 def grid(
-    measure: Measure, candidates: Sequence[Candidate], strengths: Sequence[float]
+    measure: Measure, candidates: Sequence[CandidateLayers], strengths: Sequence[float]
 ) -> Iterator[Point]:
     """Every candidate at every strength but 0."""
     for candidate in candidates:
@@ -51,7 +51,7 @@ def grid(
 
 def bisection(
     measure: Measure,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[CandidateLayers],
     ends: tuple[float, float],
     *,
     rounds: int,

@@ -1,8 +1,8 @@
 """Texts from a user's files: rows of JSONL, JSON, CSV and plain text, and their labels."""
 
-from vllm_steer.texts.labelled import LabelledText, read_labelled, read_texts, read_two_sides
+from vllm_steer.texts.conversations import Conversation, read_conversations
+from vllm_steer.texts.labelled_texts import LabelledText, read_labelled, read_texts, read_two_sides
 from vllm_steer.texts.labels import LABEL_MAPS, label_map
-from vllm_steer.texts.messages import Conversation, read_conversations
 from vllm_steer.texts.rows import SUFFIXES, Row, read_rows, take, text_of
 
 __all__ = [

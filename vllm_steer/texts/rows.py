@@ -57,7 +57,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
                 yield _row(f"{path.name}:{line}", values)
     except OSError as error:
         raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
-    except _Malformed as error:
+    except _MalformedFileError as error:
         raise SteerError(f"{path}:{error}") from None
 
 
@@ -100,7 +100,7 @@ def text_of(row: Row, name: str) -> str:
 
 
 def _row(place: str, values: Any) -> Row:
-    if isinstance(values, _Bad):
+    if isinstance(values, _BadRow):
         return Row(place, problem=values.reason)
     if not isinstance(values, Mapping):
         return Row(place, problem=f"the row is {shown(values)}; expected an object")
@@ -113,12 +113,12 @@ def _broken(value: Any) -> bool:
     return isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-class _Malformed(Exception):
+class _MalformedFileError(Exception):
     """The file as a whole cannot be read on; begins with the line."""
 
 
 @dataclass(frozen=True)
-class _Bad:
+class _BadRow:
     reason: str
 
 
@@ -127,7 +127,7 @@ def _lines(file: IO[str]) -> Iterator[tuple[int, str]]:
     line = 1
     while text := file.readline(_LONGEST + 1):
         if len(text) > _LONGEST:
-            raise _Malformed(f"{line}: a line of more than {_LONGEST} letters")
+            raise _MalformedFileError(f"{line}: a line of more than {_LONGEST} letters")
         yield line, text
         line += 1
 
@@ -135,16 +135,16 @@ def _lines(file: IO[str]) -> Iterator[tuple[int, str]]:
 def _jsonl(file: IO[str]) -> Iterator[tuple[int, Any]]:
     for line, text in _lines(file):
         if text.strip():
-            yield line, _parsed(text)
+            yield line, _parse(text)
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=each_once)
     except SteerError as error:
-        return _Bad(str(error))
+        return _BadRow(str(error))
     except (ValueError, RecursionError) as error:
-        return _Bad(f"no JSON ({_cause(error)})")
+        return _BadRow(f"no JSON ({_cause(error)})")
 
 
 def _cause(error: ValueError | RecursionError) -> str:
@@ -156,9 +156,9 @@ def _cause(error: ValueError | RecursionError) -> str:
 
 def _json(file: IO[str]) -> Iterator[tuple[int, Any]]:
     """The items of one JSON list, without holding more of the file than an item and a chunk."""
-    text = _Ahead(file)
+    text = _JsonReader(file)
     if text.next_letter() != "[":
-        raise _Malformed(f"{text.line}: a JSON file holds one list of objects")
+        raise _MalformedFileError(f"{text.line}: a JSON file holds one list of objects")
     text.step()
     if text.next_letter() == "]":
         text.step()
@@ -172,14 +172,14 @@ def _json(file: IO[str]) -> Iterator[tuple[int, Any]]:
                 said = (
                     f"{mark!r} where a comma or ] is expected" if mark else "the list does not end"
                 )
-                raise _Malformed(f"{text.line}: no JSON ({said})")
+                raise _MalformedFileError(f"{text.line}: no JSON ({said})")
             last = mark == "]"
             text.step()
     if text.next_letter():
-        raise _Malformed(f"{text.line}: something follows the end of the list")
+        raise _MalformedFileError(f"{text.line}: something follows the end of the list")
 
 
-class _Ahead:
+class _JsonReader:
     """A file read in chunks: what is ahead of a place in it, and the place's line."""
 
     def __init__(self, file: IO[str]) -> None:
@@ -204,13 +204,13 @@ class _Ahead:
         self._at += 1
 
     def item(self) -> Any:
-        """The JSON value that begins here; ``_Malformed`` if there is none."""
+        """The JSON value that begins here; ``_MalformedFileError`` if there is none."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
                 problem = "the list does not end"
             except SteerError as error:
-                raise _Malformed(f"{self.line}: {error}") from None
+                raise _MalformedFileError(f"{self.line}: {error}") from None
             except (ValueError, RecursionError) as error:
                 end, problem = len(self._text), _cause(error)
             # At the end of what was read, a number may go on in the next chunk.
@@ -219,9 +219,9 @@ class _Ahead:
                 self._at = end
                 return value
             if len(self._text) - self._at > _LONGEST:
-                raise _Malformed(f"{self.line}: no JSON in {_LONGEST} letters ({problem})")
+                raise _MalformedFileError(f"{self.line}: no JSON in {_LONGEST} letters ({problem})")
             if not self._more():
-                raise _Malformed(f"{self.line}: no JSON ({problem})")
+                raise _MalformedFileError(f"{self.line}: no JSON ({problem})")
 
     def _more(self) -> bool:
         """Read on, as much as is unread: a long item is parsed a few times only."""
@@ -238,7 +238,7 @@ def _csv(file: IO[str]) -> Iterator[tuple[int, Any]]:
 def _tsv(file: IO[str]) -> Iterator[tuple[int, Any]]:
     for line, values in _table(file, "\t"):
         if isinstance(values, dict) and any(set("\t\r\n") & set(v) for v in values.values()):
-            values = _Bad(
+            values = _BadRow(
                 "a quoted value with a tab or a line break; write \\t or \\n, or give a .csv"
             )
         yield line, values
@@ -255,17 +255,17 @@ def _table(file: IO[str], delimiter: str) -> Iterator[tuple[int, Any]]:
             elif names is not None and len(values) == len(names):
                 yield line, dict(zip(names, values, strict=True))
             elif values and names is not None:
-                yield line, _Bad(f"{len(values)} values; the first line names {len(names)}")
+                yield line, _BadRow(f"{len(values)} values; the first line names {len(names)}")
             line = reader.line_num + 1
     except csv.Error as error:
-        raise _Malformed(f"{line}: no CSV ({error})") from None
+        raise _MalformedFileError(f"{line}: no CSV ({error})") from None
 
 
 def _names(line: int, names: list[str]) -> list[str]:
     if any(map(_broken, names)):
-        raise _Malformed(f"{line}: {_BROKEN}")
+        raise _MalformedFileError(f"{line}: {_BROKEN}")
     if len(set(names)) < len(names) or not all(names):
-        raise _Malformed(
+        raise _MalformedFileError(
             f"{line}: the first line must name each column once; it is {shown(names, 200)}"
         )
     return names

@@ -1,8 +1,8 @@
 """LM-Steers from one model to another, over the vocabulary that both have."""
 
-from vllm_steer.transfer.bridge import SOLVERS, Solver, fit_matrix
 from vllm_steer.transfer.effect import Effect, match_strength, measure_effect
-from vllm_steer.transfer.lm_steer import FitError, Transferred, map_columns, transfer_steer
+from vllm_steer.transfer.embedding_map import SOLVERS, Solver, fit_matrix
+from vllm_steer.transfer.lm_steer import FitError, TransferResult, map_columns, transfer_steer
 from vllm_steer.transfer.vocabulary import SharedVocabulary, shared_vocabulary
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "FitError",
     "SharedVocabulary",
     "Solver",
-    "Transferred",
+    "TransferResult",
     "fit_matrix",
     "map_columns",
     "match_strength",

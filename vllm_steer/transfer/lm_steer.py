@@ -22,7 +22,7 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.steers import LMSteer, Steer
 from vllm_steer.steers.checks import check_choice
-from vllm_steer.transfer.bridge import SOLVERS, Solver, fit_matrix
+from vllm_steer.transfer.embedding_map import SOLVERS, Solver, fit_matrix
 from vllm_steer.transfer.vocabulary import SharedVocabulary, shared_vocabulary
 
 
@@ -39,7 +39,7 @@ class FitError:
 
 
 @dataclass(frozen=True, eq=False)
-class Transferred:
+class TransferResult:
     """A steer of the target model and how it was come by; an offset needs no map."""
 
     steer: LMSteer
@@ -56,7 +56,7 @@ def transfer_steer(
     solver: Solver = "orthogonal",
     seed: int = 0,
     on_step: Callable[[int], None] = lambda _: None,
-) -> Transferred:
+) -> TransferResult:
     """An LM-Steer for another model; ``source`` and ``target`` are output embedding and tokenizer.
 
     Fixed columns are carried over as fixed, epsilon and default strength as they are: strength may
@@ -85,10 +85,10 @@ def transfer_steer(
     vocab_size, hidden_size = target_rows.shape
     if steer.variant == "offset":
         moved = replace(steer, hidden_size=hidden_size, offset=_offset(steer, shared, vocab_size))
-        return Transferred(moved, shared, None)
+        return TransferResult(moved, shared, None)
     rows = target_rows[shared.target_ids], source_rows[shared.source_ids]
     matrix = fit_matrix(*rows, solver=solver, seed=seed, on_step=on_step)
-    return Transferred(map_columns(steer, matrix), shared, fit_error(*rows, matrix), matrix)
+    return TransferResult(map_columns(steer, matrix), shared, fit_error(*rows, matrix), matrix)
 
 
 def map_columns(steer: LMSteer, matrix: torch.Tensor) -> LMSteer:

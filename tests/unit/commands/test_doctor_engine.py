@@ -12,8 +12,8 @@ from doctor_tools import by_name
 
 from vllm_steer.doctor.architecture import read_architecture
 from vllm_steer.doctor.engine import run_engine
+from vllm_steer.doctor.engine_process import EngineOutput, Job
 from vllm_steer.doctor.report import examine, failed
-from vllm_steer.doctor.served import Job, Served
 
 JOB = Job("model", {}, {}, [[1]], {"unsteered": [{}]}, 1)
 ANSWERED = '{"dtype": "float32", "runner": "V1", "device": "cpu", "batches": {"unsteered": []}}'
@@ -53,7 +53,7 @@ def test_why_an_engine_ended(
 ) -> None:
     python(tmp_path, script, monkeypatch)
     found, problem = run_engine(JOB, tmp_path)
-    assert found == Served()
+    assert found == EngineOutput()
     assert re.search(said, problem)
 
 

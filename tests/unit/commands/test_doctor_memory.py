@@ -10,7 +10,7 @@ from doctor_tools import add_steer, by_name
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, save_steer
 from vllm_steer.bank import fill_head_bank, fill_layer_bank
 from vllm_steer.doctor.architecture import read_architecture
-from vllm_steer.doctor.memory import config_memory, example_memory, takes
+from vllm_steer.doctor.memory import config_memory, example_memory, memory_use
 
 
 def many_steers() -> dict[str, Any]:
@@ -39,7 +39,7 @@ def many_steers() -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_that_of_the_tensors_in_real_banks(dtype: torch.dtype) -> None:
     steers = many_steers()
-    found = takes(steers, hidden_size=128, dtype=dtype)
+    found = memory_use(steers, hidden_size=128, dtype=dtype)
     heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
     head = fill_head_bank(heads, dtype=dtype, device=torch.device("cpu"))
     tables = [table.weights for table in (head.hidden, head.logits)]
@@ -61,7 +61,7 @@ def test_memory_is_that_of_the_tensors_in_real_banks(dtype: torch.dtype) -> None
 
 
 def test_memory_of_each_steer_by_hand() -> None:
-    found = takes(many_steers(), hidden_size=128, dtype=torch.bfloat16).steers
+    found = memory_use(many_steers(), hidden_size=128, dtype=torch.bfloat16).steers
     assert found["low"] == 2 * (2 * 5) * 128 * 2
     assert found["dense"] == 128 * 128 * 2  # fewer bytes than 2 * 70 * 128
     assert found["add"] == 128 * 2

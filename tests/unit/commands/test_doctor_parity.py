@@ -11,9 +11,9 @@ from doctor_tools import SMALL, add_steer, by_name
 
 from vllm_steer import LMSteer, embedded
 from vllm_steer.doctor.architecture import read_architecture
+from vllm_steer.doctor.engine_process import Completion, EngineOutput
 from vllm_steer.doctor.parity import compare, zero_steers
 from vllm_steer.doctor.report import failed
-from vllm_steer.doctor.served import Answer, Served
 from vllm_steer.doctor.trials import prompts
 
 
@@ -23,7 +23,7 @@ def model() -> Any:
 
 
 @torch.no_grad()
-def greedy(model: Any, steer: LMSteer | None, prompt: list[int], strength: float) -> Answer:
+def greedy(model: Any, steer: LMSteer | None, prompt: list[int], strength: float) -> Completion:
     """Greedy text of softmax(W (c + epsilon v A)), one forward pass a token."""
     tokens: list[int] = []
     logprobs: list[float] = []
@@ -34,15 +34,15 @@ def greedy(model: Any, steer: LMSteer | None, prompt: list[int], strength: float
         choices = (model.lm_head.weight @ hidden).log_softmax(-1)
         tokens.append(int(choices.argmax()))
         logprobs.append(float(choices.max()))
-    return Answer({"it": strength} if steer else {}, prompt, tokens, logprobs)
+    return Completion({"it": strength} if steer else {}, prompt, tokens, logprobs)
 
 
-def served(model: Any, steer: LMSteer, strength: float = 1.0) -> Served:
+def served(model: Any, steer: LMSteer, strength: float = 1.0) -> EngineOutput:
     prompts = [[5, 6, 7], [40, 50, 60, 70]]
     unsteered = [greedy(model, None, prompt, 0) for prompt in prompts]
     large = [greedy(model, steer, prompt, strength) for prompt in prompts]
     batches = {"unsteered": unsteered, "zero": unsteered, "large": large}
-    return Served(dtype="float32", runner="V1", device="cpu", batches=batches)
+    return EngineOutput(dtype="float32", runner="V1", device="cpu", batches=batches)
 
 
 def test_answers_by_the_formula_are_found_equal(model: Any) -> None:
@@ -90,7 +90,7 @@ def test_a_token_that_is_not_the_references_choice_fails_though_its_logprob_is_r
 
 
 def test_a_narrow_dtype_is_judged_by_how_far_the_unsteered_model_is_off(model: Any) -> None:
-    def off(answers: Served, batch: str, by: float) -> None:
+    def off(answers: EngineOutput, batch: str, by: float) -> None:
         answers.batches[batch] = [
             replace(a, logprobs=[value - by for value in a.logprobs])
             for a in answers.batches[batch]
@@ -116,7 +116,7 @@ def test_zero_steers_must_keep_every_bit(model: Any) -> None:
     bit = [torch.nextafter(torch.tensor(x), torch.tensor(0.0)).item() for x in first.logprobs]
     answers.batches["zero"] = [replace(first, logprobs=bit), second]
     assert zero_steers(answers).state == "FAILED"
-    assert zero_steers(Served()).state == "not tested"
+    assert zero_steers(EngineOutput()).state == "not tested"
 
 
 def test_steers_that_the_engine_did_not_come_to_are_not_tested(model: Any) -> None:

@@ -147,14 +147,14 @@ def test_a_real_terminal_shows_it_whatever_its_encoding(
 
 
 def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import comparing_tools as comparing
+    import comparison_tools
 
-    from vllm_steer.evaluation import judges, writing
+    from vllm_steer.evaluation import judges, missing_texts
 
     pytest.importorskip("matplotlib")
-    found = comparing.StandIn()
-    monkeypatch.setattr(writing, "engine", found.engine)
-    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: comparing.Price())  # type: ignore[index]
+    found = comparison_tools.StandIn()
+    monkeypatch.setattr(missing_texts, "engine", found.engine)
+    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: comparison_tools.Price())  # type: ignore[index]
     name = ALL.replace("/", "-")[:100]
     (tmp_path / f"w{name}.yaml").write_text("positive: [good]\nnegative: [bad]\n")
     (tmp_path / f"p{name}.txt").write_text("It was\n")
@@ -164,7 +164,7 @@ def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.Mo
     content = {"properties": {"b": asked}, "seen": ["b"]}
     (tmp_path / "asked.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     line = ["compare", f"m{ALL}", tmp_path / "asked.yaml", "--prompts", tmp_path / f"p{name}.txt"]
-    done = call(*line, "--out", tmp_path / "run", "--samples", comparing.TEXTS)
+    done = call(*line, "--out", tmp_path / "run", "--samples", comparison_tools.TEXTS)
     assert (done.exit_code, done.exception) == (0, None)
     assert_shown(done.output)
     assert_shown((tmp_path / "run" / "report.md").read_text())

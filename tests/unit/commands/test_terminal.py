@@ -15,7 +15,7 @@ from vllm_steer.cli.terminal import LONGEST, Console, say, say_json
 from vllm_steer.doctor.finding import Finding
 from vllm_steer.doctor.report import table as doctor_table
 from vllm_steer.evaluation.report import JudgeEntry, make_report, markdown, tables
-from vllm_steer.evaluation.run import settings_of
+from vllm_steer.evaluation.run import conditions
 from vllm_steer.inspection import Evidence, NearTokens, TextSpan
 
 TEXTS = [*HOSTILE.values(), SURROGATE]
@@ -161,7 +161,7 @@ def eval_report(text: str) -> Any:
         "prompts": {"file": text, "count": 1},
         "sampling": {"samples": 2},
     }
-    settings = settings_of((1.0,))
+    settings = conditions((1.0,))
     figures = {s.name: {text: 0.5, "share": 0.5, "total_perplexity": 4.0} for s in settings}
     return make_report(about, settings, [JudgeEntry(text, "share")], {text: figures}, {text: text})
 

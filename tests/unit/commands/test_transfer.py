@@ -8,7 +8,13 @@ import torch
 
 from vllm_steer import LMSteer, SteerError, VectorSteer
 from vllm_steer.steers import DeltaSteer
-from vllm_steer.transfer import bridge, fit_matrix, map_columns, shared_vocabulary, transfer_steer
+from vllm_steer.transfer import (
+    embedding_map,
+    fit_matrix,
+    map_columns,
+    shared_vocabulary,
+    transfer_steer,
+)
 
 FROM, TO, SHARED = 5, 7, 40
 
@@ -143,7 +149,7 @@ def test_authors_solver_is_adam_on_both_mean_squared_errors() -> None:
         gradients = torch.autograd.grad(loss, (forward, backward))
         forward.grad, backward.grad = gradients
         optimizer.step()
-    found = bridge.authors(target, source, start, steps=25, on_step=lambda _: None)
+    found = embedding_map.authors(target, source, start, steps=25, on_step=lambda _: None)
     torch.testing.assert_close(found, backward.detach(), rtol=1e-9, atol=1e-11)
     assert (found - start).abs().max() > 0.1
 
@@ -159,7 +165,7 @@ def test_authors_solver_takes_the_first_4000_rows_and_norms_each_row_of_b(
         given.update(rows=(len(target), len(source)), steps=steps, first=target[0])
         return 5.0 * start
 
-    monkeypatch.setattr(bridge, "authors", solve)
+    monkeypatch.setattr(embedding_map, "authors", solve)
     found = fit_matrix(target, source, solver="authors", seed=3)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(TO, dtype=torch.float64))
     assert not torch.allclose(found.norm(dim=0), torch.ones(FROM, dtype=torch.float64))
@@ -168,7 +174,7 @@ def test_authors_solver_takes_the_first_4000_rows_and_norms_each_row_of_b(
 
 
 def test_authors_solver_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "AUTHORS_STEPS", 2)
+    monkeypatch.setattr(embedding_map, "AUTHORS_STEPS", 2)
     rows = normal(SHARED, TO, seed=4), normal(SHARED, FROM, seed=5)
     first, again, other = (fit_matrix(*rows, solver="authors", seed=s) for s in (1, 1, 2))
     assert torch.equal(first, again)

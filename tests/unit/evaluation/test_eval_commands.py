@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, load_steer, save_steer
 from vllm_steer.cli import app
-from vllm_steer.sweep import sweeping
+from vllm_steer.sweep import sweep_run
 
 
 def call(name: str, place: Path, *options: Any) -> Any:
@@ -150,7 +150,7 @@ def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
         raise SteerError("no space left")
 
     if broken == "steer":
-        monkeypatch.setattr(sweeping, "save_steer", full)
+        monkeypatch.setattr(sweep_run, "save_steer", full)
     else:
         monkeypatch.setattr("vllm_steer.sweep.report.draw", full)
     plot = place / "sweep.png"

@@ -11,11 +11,11 @@ import yaml
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.composition.asked import Composition
-from vllm_steer.evaluation.composition.candidates import Choice, candidate, choices, why_not
-from vllm_steer.evaluation.composition.choosing import Choosing, Figures, choose
-from vllm_steer.evaluation.composition.curves import dynamic_curves, raw, stated_curve
-from vllm_steer.evaluation.composition.judging import PropertyJudges, property_judges, share
+from vllm_steer.evaluation.composition.candidates import Choice, candidate, choices, skip_reason
+from vllm_steer.evaluation.composition.curves import dynamic_curves, raw, scheduled_curve
+from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges, share
+from vllm_steer.evaluation.composition.selection import SelectionScores, StrengthSelection, choose
+from vllm_steer.evaluation.composition.spec import ComparisonSpec
 
 FR = {"steer": "fr.st", "judge": "lexicon:embedded:language=fr", "strengths": [1, 1.5]}
 CHEER = {"steer": "cheer.st", "judge": "lexicon:embedded:sentiment", "strengths": [2, 4]}
@@ -24,11 +24,11 @@ VECTOR = VectorSteer(vectors=torch.ones(1, 3), layers=(0,))
 STEERS: dict[str, Any] = {"fr": DELTA, "cheer": VECTOR}
 
 
-def load(folder: Path, **changed: Any) -> Composition:
+def load(folder: Path, **changed: Any) -> ComparisonSpec:
     path = folder / "asked.yaml"
     content = {"properties": {"fr": FR, "cheer": CHEER}, "seen": ["fr", "cheer"], **changed}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return Composition.load(path)
+    return ComparisonSpec.load(path)
 
 
 def test_combinations_stand_in_the_order_of_the_properties_once_each(tmp_path: Path) -> None:
@@ -100,10 +100,10 @@ def test_names_and_numbers_of_two_meanings_are_refused(
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"none\.yaml: no such file; give a \.yaml of properties"):
-        Composition.load(tmp_path / "none.yaml")
+        ComparisonSpec.load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(SteerError, match="holds no mapping; wanted at least 'properties'"):
-        Composition.load(tmp_path / "list.yaml")
+        ComparisonSpec.load(tmp_path / "list.yaml")
 
 
 def test_a_method_tries_the_product_of_what_each_property_has(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_property_may_stay_fixed_among_dynamic_ones(tmp_path: Path) -> None:
     asked = load(tmp_path, properties={"fr": FR, "cheer": cheer})
     found = [choice.doses["cheer"] for choice in choices("dynamic", asked, STEERS)]
     assert found == [{"strength": v, "layers": "0", "phase": "generation"} for v in (2, 4)]
-    assert why_not("dynamic", ("cheer",), asked, STEERS) == (
+    assert skip_reason("dynamic", ("cheer",), asked, STEERS) == (
         "not asked for: no property here is dynamic"
     )
 
@@ -135,8 +135,8 @@ def test_a_property_may_stay_fixed_among_dynamic_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["start", "dim"])
 def test_schedules_are_not_for_other_kinds(tmp_path: Path, method: Any) -> None:
     asked = load(tmp_path)
-    assert (why_not(method, ("cheer",), asked, STEERS) or "").startswith("not for this kind")
-    assert why_not(method, ("fr", "cheer"), asked, STEERS) is None
+    assert (skip_reason(method, ("cheer",), asked, STEERS) or "").startswith("not for this kind")
+    assert skip_reason(method, ("fr", "cheer"), asked, STEERS) is None
 
 
 def test_the_same_request_has_the_same_texts_whatever_asks_for_it(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_the_same_request_has_the_same_texts_whatever_asks_for_it(tmp_path: Path
 
 
 def measure(table: Mapping[str, tuple[float, float]]) -> Any:
-    return lambda choice, _: Figures(*table[choice.doses["a"]["strength"]])
+    return lambda choice, _: SelectionScores(*table[choice.doses["a"]["strength"]])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_over_combinations_shares_are_averaged_and_perplexities_by_their_logarit
     found = choose(
         options,
         [("a",), ("b",)],
-        lambda choice, names: Figures(*figures[choice.doses["a"]["strength"], names[0]]),
+        lambda choice, names: SelectionScores(*figures[choice.doses["a"]["strength"], names[0]]),
         0.0,
     )
     assert found.doses["a"]["strength"] == "x"  # 0.75 both; sqrt(1 * 16) = 4 beside 5
@@ -186,13 +186,13 @@ def test_over_combinations_shares_are_averaged_and_perplexities_by_their_logarit
 
 def test_one_strength_per_property_serves_all_seen_combinations(tmp_path: Path) -> None:
     asked = load(tmp_path, seen=["fr", "cheer", "fr+cheer"], methods=["fixed"])
-    choosing = Choosing(asked, STEERS, 0.0)
+    choosing = StrengthSelection(asked, STEERS, 0.0)
     # Alone fr does best at 1.5, and together with cheer at 1, by more.
     accuracy = {(1.5,): 0.6, (1,): 0.5, (2,): 1.0, (4,): 1.0, (1, 4): 0.9, (1.5, 4): 0.5}
     tried = []
     for each in choosing.candidates:
         strengths = tuple(dose["strength"] for dose in each.steer.values())
-        tried.append((each, Figures(accuracy.get(strengths, 0.1), 4.0)))
+        tried.append((each, SelectionScores(accuracy.get(strengths, 0.1), 4.0)))
     assert len(tried) == 2 + 2 + 4
     found = choosing.chosen(tried)
     assert [dose["strength"] for dose in found.methods["fixed"].doses.values()] == [1, 4]
@@ -201,7 +201,9 @@ def test_one_strength_per_property_serves_all_seen_combinations(tmp_path: Path) 
 
 def test_nothing_is_tried_where_there_is_one_choice(tmp_path: Path) -> None:
     fr = {**FR, "strengths": 1}
-    choosing = Choosing(load(tmp_path, properties={"fr": fr}, seen="fr"), {"fr": DELTA}, 0.02)
+    choosing = StrengthSelection(
+        load(tmp_path, properties={"fr": fr}, seen="fr"), {"fr": DELTA}, 0.02
+    )
     assert choosing.candidates == []
     found = choosing.chosen([])
     assert list(found.methods) == ["none", "fixed", "start", "dim", "dynamic"]
@@ -262,5 +264,5 @@ def test_raw_strengths_keep_prompts_and_texts_apart() -> None:
 def test_a_deltas_strengths_end_with_its_steps(
     dose: dict[str, Any], wanted: Sequence[float]
 ) -> None:
-    assert stated_curve(dose, DELTA, 5) == wanted
-    assert stated_curve({"strength": 3}, VECTOR, 2) == (3, 3)
+    assert scheduled_curve(dose, DELTA, 5) == wanted
+    assert scheduled_curve({"strength": 3}, VECTOR, 2) == (3, 3)

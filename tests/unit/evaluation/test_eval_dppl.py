@@ -10,7 +10,7 @@ import torch
 
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, hf
 from vllm_steer.evaluation.composition import dppl
-from vllm_steer.evaluation.composition.dppl import Example, Gold
+from vllm_steer.evaluation.composition.dppl import GoldAnswer, PromptPair
 from vllm_steer.models import LanguageModel, load_language_model
 
 PROMPT = "The hotel was"
@@ -111,7 +111,7 @@ def test_a_list_has_no_schedule(language: LanguageModel, steers: Any) -> None:
 
 
 def test_the_gold_answer_is_the_greedy_one_with_its_own_perplexity(language: LanguageModel) -> None:
-    gold = dppl.gold_of(language, Example(PROMPT, "-"), 5)
+    gold = dppl.gold_answer(language, PromptPair(PROMPT, "-"), 5)
     row: list[int] = language.tokenizer(PROMPT)["input_ids"]
     costs = []
     for _ in range(5):
@@ -127,8 +127,8 @@ def test_the_gold_answer_is_the_greedy_one_with_its_own_perplexity(language: Lan
 def test_the_steered_perplexity_reads_the_answer_under_the_strengths(
     language: LanguageModel, steers: Any, known: Any
 ) -> None:
-    example = Example("-", PROMPT)
-    gold = Gold((50, 60, 70, 80, 90, 100), "", 1.0)
+    example = PromptPair("-", PROMPT)
+    gold = GoldAnswer((50, 60, 70, 80, 90, 100), "", 1.0)
     dose = {"strength": "dynamic", "max": 2} if known else {"strength": 1.5, "schedule": "dim"}
     found = dppl.steered_perplexity(
         language, example, gold, {"delta": dose}, steers, known and {"delta": tuple(known)}
@@ -151,9 +151,9 @@ def test_the_steered_perplexity_reads_the_answer_under_the_strengths(
 def test_without_a_steer_the_steered_perplexity_is_the_plain_prompts(
     language: LanguageModel,
 ) -> None:
-    gold = dppl.gold_of(language, Example(PROMPT, PROMPT), 5)
+    gold = dppl.gold_answer(language, PromptPair(PROMPT, PROMPT), 5)
     assert dppl.steered_perplexity(
-        language, Example(PROMPT, PROMPT), gold, {}, {}
+        language, PromptPair(PROMPT, PROMPT), gold, {}, {}
     ) == pytest.approx(gold.perplexity, rel=1e-12)
 
 
@@ -161,15 +161,15 @@ def test_a_free_generation_of_no_token_has_no_perplexity(
     language: LanguageModel, steers: Any
 ) -> None:
     dose = {"delta": {"strength": "dynamic"}}
-    gold = Gold((50,), "", 1.0)
+    gold = GoldAnswer((50,), "", 1.0)
     found = dppl.steered_perplexity(
-        language, Example("-", PROMPT), gold, dose, steers, {"delta": ()}
+        language, PromptPair("-", PROMPT), gold, dose, steers, {"delta": ()}
     )
     assert math.isnan(found)
 
 
 def test_mean_and_median_are_over_the_examples_that_have_the_properties() -> None:
-    golds = [Gold((1,), "", 2.0)] * 5
+    golds = [GoldAnswer((1,), "", 2.0)] * 5
     steered = [3.0, 4.0, 102.0, 1000.0, math.nan]
     found = dppl.figures(steered, golds, [True, True, True, False, True])
     assert found == {"mean": pytest.approx(103 / 3), "median": 2.0, "examples": 3, "of": 5}
@@ -183,10 +183,10 @@ def test_examples_are_grouped_rows_or_prompts_as_they_stand(tmp_path: Path) -> N
     grouped.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain.write_text(json.dumps({"icl": "some\nmore", "prompt": "more"}) + "\n")
     assert dppl.read_icl(grouped, 1, "Do.") == [
-        Example("Do.\nQ:i0\nA:o0\n\nQ:i1\nA:", "Q:i1\nA:"),
-        Example("Do.\nQ:i2\nA:o2\n\nQ:i3\nA:", "Q:i3\nA:"),
+        PromptPair("Do.\nQ:i0\nA:o0\n\nQ:i1\nA:", "Q:i1\nA:"),
+        PromptPair("Do.\nQ:i2\nA:o2\n\nQ:i3\nA:", "Q:i3\nA:"),
     ]
-    assert dppl.read_icl(plain, 4, "") == [Example("some\nmore", "more")]
+    assert dppl.read_icl(plain, 4, "") == [PromptPair("some\nmore", "more")]
     (tmp_path / "e.jsonl").write_text("")
     with pytest.raises(SteerError, match=r"e\.jsonl: there are no rows"):
         dppl.read_icl(tmp_path / "e.jsonl", 1, "")
@@ -194,4 +194,4 @@ def test_examples_are_grouped_rows_or_prompts_as_they_stand(tmp_path: Path) -> N
 
 def test_a_prompt_without_room_for_the_answer_is_named(language: LanguageModel) -> None:
     with pytest.raises(SteerError, match=r"embedded reads at most \d+: give fewer demonstrations"):
-        dppl.gold_of(language, Example("word " * 3000, "-"), 5)
+        dppl.gold_answer(language, PromptPair("word " * 3000, "-"), 5)

@@ -14,9 +14,9 @@ from vllm_steer.cli.terminal import Console
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.json_files import as_json
 from vllm_steer.evaluation.plot import draw_report
-from vllm_steer.evaluation.report import JudgeEntry, Report, make_report, markdown, tables
-from vllm_steer.evaluation.run import Setting, open_run, settings_of
-from vllm_steer.evaluation.scoring import score
+from vllm_steer.evaluation.report import EvaluationReport, JudgeEntry, make_report, markdown, tables
+from vllm_steer.evaluation.run import Condition, conditions, open_run
+from vllm_steer.evaluation.scores import score
 
 ABOUT: dict[str, Any] = {
     "model": "m",
@@ -44,9 +44,9 @@ class Letters:
         return {"share": sum(self.letter in text for text in texts) / len(texts)}
 
 
-def report(effect: Any, perplexity: Any, judges: Any = (LEXICON, PERPLEXITY)) -> Report:
+def report(effect: Any, perplexity: Any, judges: Any = (LEXICON, PERPLEXITY)) -> EvaluationReport:
     """A report whose figures are functions of the steer and the strength."""
-    settings = settings_of(STRENGTHS)
+    settings = conditions(STRENGTHS)
     scores = {
         LEXICON.name: {s.name: {"share": effect(s)} for s in settings},
         PERPLEXITY.name: {s.name: {"total_perplexity": perplexity(s)} for s in settings},
@@ -55,12 +55,12 @@ def report(effect: Any, perplexity: Any, judges: Any = (LEXICON, PERPLEXITY)) ->
     return make_report(ABOUT, settings, judges, kept, {"perspective": "no service"})
 
 
-def rising(setting: Setting) -> float:
+def rising(setting: Condition) -> float:
     return 0.5 + 0.2 * setting.strength if setting.which == "steer" else 0.5
 
 
 def test_each_setting_is_scored_by_each_judge(tmp_path: Path) -> None:
-    run, settings = open_run(tmp_path, ABOUT), settings_of((0.0, 1.0))
+    run, settings = open_run(tmp_path, ABOUT), conditions((0.0, 1.0))
     written = {"none": "ab", "steer+1": "aa", "random+1": "bb"}
     for setting in settings:
         run.write(setting, [Answers("p", tuple(written[setting.name]))])
@@ -103,10 +103,10 @@ def test_strength_zero_is_the_unsteered_model_for_steer_and_control() -> None:
 
 def test_pnes_is_that_of_the_curve_in_the_report() -> None:
     # y(g) = tanh(g) / exp(g^2 / 10) exactly: ppl = 4 exp(g^2 / 10), effect = 1/2 + tanh(g).
-    def perplexity(s: Setting) -> float:
+    def perplexity(s: Condition) -> float:
         return 4 * math.exp(s.strength**2 / 10)
 
-    def effect(s: Setting) -> float:
+    def effect(s: Condition) -> float:
         return 0.5 + (math.tanh(s.strength) if s.which == "steer" else 0.0)
 
     found = report(effect, perplexity).normalised["lexicon:mine"]
@@ -131,7 +131,7 @@ def test_why_there_is_no_normalised_effect_is_said() -> None:
 
 def test_a_name_in_brackets_is_shown_as_it_is() -> None:
     console = Console(width=80)
-    settings = settings_of((1.0,))
+    settings = conditions((1.0,))
     scores = {"a[/b]": {s.name: {"share": 0.5, "total_perplexity": 4.0} for s in settings}}
     with console.capture() as shown:
         for table in tables(

@@ -9,16 +9,16 @@ import pytest
 
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.run import Setting, open_run, settings_of
+from vllm_steer.evaluation.run import Condition, conditions, open_run
 from vllm_steer.files.whole import unfinished_name
 
 ASKED: dict[str, Any] = {"model": "m", "sampling": {"seed": 0, "top_p": 0.9}, "layers": (1, 2)}
 ANSWERS = [Answers("Who?", (" It's me.", "\n…")), Answers("Why?", ("", " No."))]
-FIVE = Setting("steer", 5.0)
+FIVE = Condition("steer", 5.0)
 
 
 def test_the_unsteered_model_stands_once_beside_steer_and_control() -> None:
-    names = [setting.name for setting in settings_of((-2.0, 0.0, 0.5))]
+    names = [setting.name for setting in conditions((-2.0, 0.0, 0.5))]
     assert names == ["none", "steer-2", "steer+0.5", "random-2", "random+0.5"]
 
 
@@ -36,7 +36,7 @@ def test_texts_come_back_as_they_were_written_in_the_authors_form(tmp_path: Path
 
 
 def test_only_what_is_not_there_is_missing(tmp_path: Path) -> None:
-    settings = settings_of((0.0, 5.0))
+    settings = conditions((0.0, 5.0))
     run = open_run(tmp_path, ASKED)
     assert run.missing(settings) == settings
     run.write(FIVE, ANSWERS)
@@ -116,7 +116,7 @@ def test_what_a_killed_process_was_writing_is_cleared(tmp_path: Path) -> None:
     mine = [tmp_path / "thesis.unfinished", tmp_path / "generations" / "mine.unfinished"]
     for path in mine:
         path.write_text("precious")
-    assert open_run(tmp_path, ASKED).missing([Setting("none", 0.0)])
+    assert open_run(tmp_path, ASKED).missing([Condition("none", 0.0)])
     assert sorted(tmp_path.rglob("*.unfinished")) == sorted(mine)
     assert run.missing([FIVE]) == [FIVE]
 
@@ -148,8 +148,8 @@ def test_a_full_disk_leaves_what_was_written(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SteerError, match=r"random\+5\.jsonl: cannot be written .*No space left"):
-        run.write(Setting("random", 5.0), ANSWERS)
-    assert run.missing([FIVE, Setting("random", 5.0)]) == [Setting("random", 5.0)]
+        run.write(Condition("random", 5.0), ANSWERS)
+    assert run.missing([FIVE, Condition("random", 5.0)]) == [Condition("random", 5.0)]
     assert [p.name for p in (tmp_path / "generations").iterdir()] == ["steer+5.jsonl"]
 
 

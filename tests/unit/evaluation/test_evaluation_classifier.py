@@ -20,7 +20,7 @@ from transformers import (
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.classifier import figures
-from vllm_steer.evaluation.judges import JudgeNotAtHandError, make_judge
+from vllm_steer.evaluation.judges import JudgeUnavailableError, make_judge
 
 WORDS = ("the", "hotel", "was", "good", "bad", "very", "and", "clean", "loud")
 ANSWERS = (
@@ -164,5 +164,5 @@ def test_a_regression_model_is_an_error(save: Save) -> None:
 
 def test_a_model_without_a_trained_head_is_no_judge(save: Save) -> None:
     folder = save(BertForMaskedLM)
-    with pytest.raises(JudgeNotAtHandError, match=r"is no text classifier: .*classifier\.bias"):
+    with pytest.raises(JudgeUnavailableError, match=r"is no text classifier: .*classifier\.bias"):
         make_judge(f"classifier:{folder}")

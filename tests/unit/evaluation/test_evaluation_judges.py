@@ -7,7 +7,7 @@ import pytest
 
 from vllm_steer import SteerError, optional
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.judges import FORMS, JudgeNotAtHandError, make_judge, make_judges
+from vllm_steer.evaluation.judges import FORMS, JudgeUnavailableError, make_judge, make_judges
 
 SPECS = (
     "perplexity:embedded",
@@ -81,11 +81,11 @@ def test_a_misspelt_judge_is_an_error_with_the_forms(spec: str) -> None:
     assert str(raised.value) == f"judge {spec!r} is unknown; judges are given as " + ", ".join(
         FORMS
     )
-    assert not isinstance(raised.value, JudgeNotAtHandError)
+    assert not isinstance(raised.value, JudgeUnavailableError)
 
 
 def test_an_error_of_the_spec_is_not_taken_for_a_missing_judge() -> None:
     with pytest.raises(SteerError):
         make_judges(["lexicon:missing.yaml"])
-    with pytest.raises(JudgeNotAtHandError):
+    with pytest.raises(JudgeUnavailableError):
         make_judge("perspective")

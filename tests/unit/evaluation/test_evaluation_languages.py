@@ -5,7 +5,7 @@ import pytest
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.judges import make_judge
-from vllm_steer.evaluation.languages import detected
+from vllm_steer.evaluation.languages import detect_languages
 
 langdetect = pytest.importorskip("langdetect")
 
@@ -37,7 +37,7 @@ def test_a_text_without_letters_is_in_no_language(text: str) -> None:
 
 def test_the_same_text_is_always_the_same_language(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)  # as langdetect comes
-    assert len({tuple(detected(UNSURE).items()) for _ in range(20)}) == 1
+    assert len({tuple(detect_languages(UNSURE).items()) for _ in range(20)}) == 1
 
 
 def test_an_unknown_language_is_an_error_with_the_known_ones() -> None:

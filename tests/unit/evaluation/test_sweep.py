@@ -12,20 +12,26 @@ import torch
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, load_steer, save_steer
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.sweep import report
-from vllm_steer.sweep.candidates import Candidate, parse_candidates
+from vllm_steer.sweep.candidates import CandidateLayers, parse_candidates
 from vllm_steer.sweep.search import Point, bisection, choose, grid
-from vllm_steer.sweep.sweeping import Search, Sweep, Swept, check_writable, write_choice
+from vllm_steer.sweep.sweep_run import (
+    Search,
+    SweepResult,
+    SweepSettings,
+    check_writable,
+    write_choice,
+)
 
-ALL = Candidate("all", (0, 1, 2, 3))
+ALL = CandidateLayers("all", (0, 1, 2, 3))
 BUDGET = 1.2
 PROMPTS = Prompts(("a", "b"), "p.txt", "0" * 64)
 
 
-def point(strength: float, effect: float, ratio: float, candidate: Candidate = ALL) -> Point:
+def point(strength: float, effect: float, ratio: float, candidate: CandidateLayers = ALL) -> Point:
     return Point(candidate, strength, effect, 4.0 * ratio, ratio)
 
 
-def exploding(candidate: Candidate, strength: float) -> Point:
+def exploding(candidate: CandidateLayers, strength: float) -> Point:
     """The effect rises and saturates; perplexity explodes: ratio exp(g^2 / 50)."""
     return point(strength, math.tanh(abs(strength) / 3), math.exp(strength**2 / 50), candidate)
 
@@ -36,7 +42,7 @@ def pick(points: Sequence[Point], unsteered: float = 0.0, **options: Any) -> Poi
 
 
 def test_a_grid_measures_every_candidate_at_every_strength_but_zero() -> None:
-    some = Candidate("0-1", (0, 1))
+    some = CandidateLayers("0-1", (0, 1))
     points = list(grid(exploding, [ALL, some], (-1.0, 0.0, 2.0)))
     assert [(p.candidate.name, p.strength) for p in points] == [
         ("all", -1.0),
@@ -60,7 +66,7 @@ def test_bisection_goes_down_as_well() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 4, 9])
 def test_bisection_is_bounded(rounds: int) -> None:
-    def never(candidate: Candidate, strength: float) -> Point:
+    def never(candidate: CandidateLayers, strength: float) -> Point:
         return point(strength, 0.5, math.nan, candidate)
 
     points = list(bisection(never, [ALL, ALL], (0.0, 10.0), rounds=rounds, budget=BUDGET))
@@ -127,7 +133,7 @@ def test_candidates_are_read_in_their_order_and_each_once() -> None:
         ("all", (2, 3, 5, 8)),
         ("2-3,8", (2, 3, 8)),
     ]
-    assert parse_candidates(None, vector()) == [Candidate("all", (2, 3, 5, 8))]
+    assert parse_candidates(None, vector()) == [CandidateLayers("all", (2, 3, 5, 8))]
 
 
 @pytest.mark.parametrize(
@@ -152,16 +158,18 @@ def test_a_number_of_top_layers_out_of_range_is_refused(given: str) -> None:
 def test_a_steer_without_layers_or_scores_has_no_such_candidates(make_steer: Any) -> None:
     with pytest.raises(SteerError, match="acts at the LM head: it has none"):
         parse_candidates("all", make_steer())
-    assert parse_candidates(None, make_steer()) == [Candidate("all", None)]
+    assert parse_candidates(None, make_steer()) == [CandidateLayers("all", None)]
     delta = DeltaSteer(delta=torch.ones(2, 3, 4), layers=(0, 1, 2))
     assert parse_candidates("0-1", delta)[0].layers == (0, 1)
     with pytest.raises(SteerError, match="no layer_scores"):
         parse_candidates("top:1", delta)
 
 
-def swept(steer: Path, points: Sequence[Point], layers: str | None = None) -> Swept:
-    asked = Sweep("m", steer, PROMPTS, "lexicon:x", "perplexity:m", layers=layers)
-    return Swept(asked, Point(Candidate("none", None), 0.0, 0.5, 4.0, 1.0), tuple(points), 400)
+def swept(steer: Path, points: Sequence[Point], layers: str | None = None) -> SweepResult:
+    asked = SweepSettings("m", steer, PROMPTS, "lexicon:x", "perplexity:m", layers=layers)
+    return SweepResult(
+        asked, Point(CandidateLayers("none", None), 0.0, 0.5, 4.0, 1.0), tuple(points), 400
+    )
 
 
 def test_what_is_written_keeps_the_recipe_and_all_layers(tmp_path: Path) -> None:
@@ -180,7 +188,7 @@ def test_what_is_written_keeps_the_recipe_and_all_layers(tmp_path: Path) -> None
 def test_the_chosen_layers_are_written_if_some_were_tried(tmp_path: Path) -> None:
     path = tmp_path / "v"
     save_steer(vector(layer_scores=(1.0, 4.0, 2.0, 3.0)), path)
-    top = Candidate("top:2", (3, 8))
+    top = CandidateLayers("top:2", (3, 8))
     found = swept(path, [point(2.5, 0.9, 1.1, top)], layers="top:2")
     write_choice(found, found.choose())
     written = load_steer(path)
@@ -217,10 +225,10 @@ def test_all_points_are_reported_and_the_choice_is_marked(tmp_path: Path) -> Non
 @pytest.mark.parametrize("budget", [1.0, 0.5, math.inf, math.nan])
 def test_a_budget_is_a_ratio_above_one(budget: float) -> None:
     with pytest.raises(SteerError, match=r"it is a ratio of perplexities above 1, such as 1\.2"):
-        Sweep("m", Path("s"), PROMPTS, "lexicon:x", "perplexity:m", budget=budget)
+        SweepSettings("m", Path("s"), PROMPTS, "lexicon:x", "perplexity:m", budget=budget)
 
 
 def test_rounds_are_at_least_one() -> None:
     with pytest.raises(SteerError, match="rounds is 0; expected at least 1"):
-        Sweep("m", Path("s"), PROMPTS, "j", "p", search=Search(rounds=0))
+        SweepSettings("m", Path("s"), PROMPTS, "j", "p", search=Search(rounds=0))
     assert dataclasses.asdict(Search())["ends"] == (0.0, 10.0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_steer import SteerError
-from vllm_steer.texts.messages import read_conversations
+from vllm_steer.texts.conversations import read_conversations
 
 HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 GOOD = {"prompt": "Why?", "completion": "Because.", "label": 1}

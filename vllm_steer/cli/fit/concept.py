@@ -13,7 +13,7 @@ from vllm_steer.cli.terminal import say
 if TYPE_CHECKING:
     from vllm_steer.fit.concept import ConceptFit
     from vllm_steer.models import LanguageModel
-    from vllm_steer.texts.messages import Conversation
+    from vllm_steer.texts.conversations import Conversation
 
 _LONGEST: Final = 10_000
 """Characters of a conversation that are shown."""
@@ -72,7 +72,7 @@ def concept(
     from vllm_steer.fit.activations import all_layers
     from vllm_steer.fit.concept import fit_concept
     from vllm_steer.fit.recipe import recipe
-    from vllm_steer.texts.messages import read_conversations
+    from vllm_steer.texts.conversations import read_conversations
 
     conversations = read_conversations(data, labels=labels)
     language = options.open_model(model, dtype, device)

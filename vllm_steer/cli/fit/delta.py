@@ -67,9 +67,9 @@ def delta(
     check_choice("schedule", schedule, SCHEDULES)
     if plain:
         asked = ("instruction", "icl_examples", "input_field", "output_field")
-        options.refuse(context, asked, "with --plain: a row is the whole prompt")
+        options.reject_options(context, asked, "with --plain: a row is the whole prompt")
     if all_prompts:
-        options.refuse(context, ("support", "seed"), "with --all: nothing is drawn")
+        options.reject_options(context, ("support", "seed"), "with --all: nothing is drawn")
 
     def prompts_of(path: Path) -> list[str]:
         if plain:

@@ -44,7 +44,7 @@ def read_layers(layers: str | None) -> tuple[int, ...] | None:
     return None if layers is None else parse_layers(layers)
 
 
-def refuse(context: typer.Context, options: Sequence[str], reason: str) -> None:
+def reject_options(context: typer.Context, options: Sequence[str], reason: str) -> None:
     """``SteerError`` for options that were given although they mean nothing, for the reason."""
     asked = [name for name in options if _given(context, name)]
     if asked:

@@ -12,7 +12,7 @@ import typer
 from vllm_steer.cli.fit import guidance_options as options
 from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
-from vllm_steer.cli.progress import Advance, progress
+from vllm_steer.cli.progress import ProgressBarCallback, progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.run_folder import locked
@@ -96,9 +96,9 @@ def lm_steer(
         raise SteerError(f"cache-gib is {cache_gib}; expected 0 or more")
     check_default_strength(default_strength)
     if plot:
-        from vllm_steer.optional import need
+        from vllm_steer.optional import require_package
 
-        need("matplotlib")
+        require_package("matplotlib")
     files, found = _texts(data, positive, negative, text_field, label_field, labels)
     folder = run_folder or output.with_name(output.name + ".run")
     if plot and os.path.lexists(folder / LOSS_PLOT):
@@ -155,7 +155,7 @@ def _fit(
     settings: Mapping[str, Any],
     texts: "list[LabelledText]",
     folder: Path,
-    advance: Advance,
+    advance: ProgressBarCallback,
 ) -> "LMSteer":
     from vllm_steer.fit.lm_steer import fit_lm_steer
     from vllm_steer.fit.lm_steer_settings import Watch

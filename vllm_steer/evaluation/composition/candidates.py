@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from vllm_steer.evaluation.composition.asked import Combination, Composition, Method, label
+from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec, Method, label
 from vllm_steer.steers import DeltaSteer, Steer
 from vllm_steer.steers.schedules import SCHEDULES
 
@@ -76,7 +76,7 @@ def candidate(part: Part, combination: Combination, choice: Choice) -> Candidate
     return Candidate(part, combination, choice.method if follows else "fixed", steer)
 
 
-def choices(method: Method, asked: Composition, steers: Mapping[str, Steer]) -> list[Choice]:
+def choices(method: Method, asked: ComparisonSpec, steers: Mapping[str, Steer]) -> list[Choice]:
     """Every choice that a method has: the product of what each property has to try.
 
     On the schedules ``start`` and ``dim`` the deltas follow the schedule; steers of other kinds
@@ -97,8 +97,8 @@ def choices(method: Method, asked: Composition, steers: Mapping[str, Steer]) -> 
     ]
 
 
-def why_not(
-    method: Method, combination: Combination, asked: Composition, steers: Mapping[str, Steer]
+def skip_reason(
+    method: Method, combination: Combination, asked: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> str | None:
     """Why a combination has no row of a method; None where it has one."""
     deltas = any(isinstance(steers[name], DeltaSteer) for name in combination)
@@ -110,7 +110,7 @@ def why_not(
 
 
 def _doses(
-    name: str, method: Method, common: Mapping[str, Any], asked: Composition, steer: Steer
+    name: str, method: Method, common: Mapping[str, Any], asked: ComparisonSpec, steer: Steer
 ) -> Iterator[dict[str, Any]]:
     wanted = asked.properties[name]
     layers = {} if wanted.layers is None else {"layers": wanted.layers}

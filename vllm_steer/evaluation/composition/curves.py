@@ -32,7 +32,7 @@ def dynamic_curves(answers: Sequence[Answers]) -> dict[str, Curve]:
     return {name: _curve(values) for name, values in found.items()}
 
 
-def stated_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> tuple[float, ...]:
+def scheduled_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> tuple[float, ...]:
     """The strength at each token of a dose that is not dynamic: see ``DeltaSteer``."""
     strength = float(dose["strength"])
     if not isinstance(steer, DeltaSteer):

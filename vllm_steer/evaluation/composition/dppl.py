@@ -36,7 +36,7 @@ from vllm_steer.texts.icl import icl_prompts, read_examples
 
 
 @dataclass(frozen=True)
-class Example:
+class PromptPair:
     """A prompt with demonstrations of the properties, and the same one without."""
 
     icl: str
@@ -44,7 +44,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Gold:
+class GoldAnswer:
     """The model's own answer to an example's prompt with demonstrations."""
 
     tokens: tuple[int, ...]
@@ -52,7 +52,7 @@ class Gold:
     perplexity: float
 
 
-def read_icl(path: Path, demonstrations: int, instruction: str) -> list[Example]:
+def read_icl(path: Path, demonstrations: int, instruction: str) -> list[PromptPair]:
     """Examples from rows of ``input`` and ``output``, or of ``icl`` and ``prompt`` as they stand.
 
     Inputs and outputs are grouped as ``texts.icl`` does it; without its demonstrations a prompt is
@@ -63,15 +63,15 @@ def read_icl(path: Path, demonstrations: int, instruction: str) -> list[Example]
         raise SteerError(f"{path}: there are no rows")
     if "icl" in first.values:
         rows = read_rows(path)
-        return list(take(rows, lambda row: Example(text_of(row, "icl"), text_of(row, "prompt"))))
+        return list(take(rows, lambda row: PromptPair(text_of(row, "icl"), text_of(row, "prompt"))))
     found = read_examples(path)
     asked = found[demonstrations :: demonstrations + 1]
     prompts = icl_prompts(found, demonstrations, instruction=instruction)
-    return [Example(icl, f"Q:{one.input}\nA:") for icl, one in zip(prompts, asked, strict=True)]
+    return [PromptPair(icl, f"Q:{one.input}\nA:") for icl, one in zip(prompts, asked, strict=True)]
 
 
 @torch.no_grad()
-def gold_of(language: LanguageModel, example: Example, max_tokens: int) -> Gold:
+def gold_answer(language: LanguageModel, example: PromptPair, max_tokens: int) -> GoldAnswer:
     """The greedy answer of at most so many tokens; ``SteerError`` for a prompt without room."""
     model = language.model
     tokens = torch.tensor([_encode(language, example.icl, max_tokens)], device=model.device)
@@ -79,7 +79,7 @@ def gold_of(language: LanguageModel, example: Example, max_tokens: int) -> Gold:
     row = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)[0]
     answer = tuple(row[tokens.shape[1] :].tolist())
     text = language.tokenizer.decode(answer, skip_special_tokens=True)
-    return Gold(answer, text, _perplexity(nll(language, example.icl, answer)))
+    return GoldAnswer(answer, text, _perplexity(nll(language, example.icl, answer)))
 
 
 @torch.no_grad()
@@ -98,8 +98,8 @@ def nll(language: LanguageModel, prompt: str, answer: Sequence[int]) -> torch.Te
 
 def steered_perplexity(
     language: LanguageModel,
-    example: Example,
-    gold: Gold,
+    example: PromptPair,
+    gold: GoldAnswer,
     steer: Mapping[str, Any],
     steers: Mapping[str, Steer],
     strengths: Strengths | None = None,
@@ -119,7 +119,7 @@ def steered_perplexity(
 
 
 def figures(
-    steered: Sequence[float], golds: Sequence[Gold], kept: Sequence[bool]
+    steered: Sequence[float], golds: Sequence[GoldAnswer], kept: Sequence[bool]
 ) -> dict[str, Any]:
     """``mean`` and ``median`` of dPPL over the examples that are kept; NaN where none is."""
     pairs = zip(steered, golds, kept, strict=True)

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.evaluation.composition.asked import Combination
-from vllm_steer.evaluation.composition.asked import label as name_of
-from vllm_steer.evaluation.composition.curves import stated_curve
-from vllm_steer.evaluation.composition.measuring import Measured
+from vllm_steer.evaluation.composition.curves import scheduled_curve
+from vllm_steer.evaluation.composition.measurement import RowResult
 from vllm_steer.evaluation.composition.report import ComparisonReport
+from vllm_steer.evaluation.composition.spec import Combination
+from vllm_steer.evaluation.composition.spec import label as name_of
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.picture import COLOURS, label, picture
 
@@ -53,7 +53,7 @@ def _strengths(axis: Any, report: ComparisonReport, name: str) -> None:
     axis.set(xlabel="token", ylabel="strength", title=label(name))
 
 
-def _band(axis: Any, each: Measured, name: str, colour: str) -> None:
+def _band(axis: Any, each: RowResult, name: str, colour: str) -> None:
     curve = each.curves[name]
     tokens = range(len(curve.mean))
     said = f"dynamic, {name_of(each.row.candidate.combination)}"
@@ -69,11 +69,11 @@ def _stated(axis: Any, report: ComparisonReport, name: str, length: int) -> None
         dose, steer = choice.doses[name], report.steers[name]
         if method != "fixed" and dose.get("schedule") != method:
             continue
-        values = stated_curve(dose, steer, length)
+        values = scheduled_curve(dose, steer, length)
         axis.plot(range(length), values, line, color="0.3", linewidth=0.9, label=method)
 
 
-def _prices(axis: Any, rows: Sequence[Measured], combination: Combination, seen: bool) -> None:
+def _prices(axis: Any, rows: Sequence[RowResult], combination: Combination, seen: bool) -> None:
     for place, each in enumerate(rows):
         figures = next(f for f in each.judges.values() if PERPLEXITY in f)
         method = each.row.candidate.method

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from vllm_steer.evaluation.composition.asked import Combination, Composition, label
-from vllm_steer.evaluation.composition.choosing import Chosen
 from vllm_steer.evaluation.composition.curves import raw
-from vllm_steer.evaluation.composition.measuring import Measured
+from vllm_steer.evaluation.composition.measurement import RowResult
+from vllm_steer.evaluation.composition.selection import SelectedStrengths
+from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec, label
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.markdown import markdown_text
 from vllm_steer.steers import Steer
@@ -30,14 +30,14 @@ class ComparisonReport:
     """
 
     about: Mapping[str, Any]
-    asked: Composition
+    asked: ComparisonSpec
     steers: Mapping[str, Steer]
-    chosen: Chosen
-    rows: Sequence[Measured]
+    chosen: SelectedStrengths
+    rows: Sequence[RowResult]
     absences: Sequence[tuple[Combination, str, str]]
     missing: Mapping[str, str]
 
-    def of(self, combination: Combination) -> list[Measured]:
+    def of(self, combination: Combination) -> list[RowResult]:
         """The rows of a combination."""
         return [each for each in self.rows if each.row.candidate.combination == combination]
 
@@ -138,7 +138,7 @@ def _strengths(report: ComparisonReport) -> Iterator[list[str]]:
             yield [f"{BEST}: {label(combination)}", *(_said(own.get(name)) for name in names)]
 
 
-def _cells(each: Measured, several: bool, judged: bool) -> list[str | float]:
+def _cells(each: RowResult, several: bool, judged: bool) -> list[str | float]:
     dppl = {} if isinstance(each.dppl, str) else each.dppl
     return [
         each.row.title,
@@ -149,7 +149,7 @@ def _cells(each: Measured, several: bool, judged: bool) -> list[str | float]:
     ]
 
 
-def _first(each: Measured, name: str) -> float:
+def _first(each: RowResult, name: str) -> float:
     """A figure by the first judge that has it."""
     return next((f[name] for f in each.judges.values() if name in f), math.nan)
 
@@ -163,7 +163,7 @@ def _said(dose: Mapping[str, Any] | None) -> str:
     return f"to {dose['max']:g}, top-p {dose['top_p']:g}{divided}"
 
 
-def _row_data(each: Measured) -> dict[str, Any]:
+def _row_data(each: RowResult) -> dict[str, Any]:
     return {
         "combination": label(each.row.candidate.combination),
         "seen": each.row.seen,

@@ -9,14 +9,14 @@ from typing import Any, Final
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Judge
 from vllm_steer.evaluation.control import random_steer
-from vllm_steer.evaluation.generating import EngineOptions
+from vllm_steer.evaluation.generation import EngineOptions
 from vllm_steer.evaluation.json_files import write_json
+from vllm_steer.evaluation.missing_texts import GenerationTask, Progress, write_missing
 from vllm_steer.evaluation.prompts import Prompts
-from vllm_steer.evaluation.report import JudgeEntry, Report, make_report, markdown
-from vllm_steer.evaluation.run import Run, Setting, open_run, settings_of
+from vllm_steer.evaluation.report import EvaluationReport, JudgeEntry, make_report, markdown
+from vllm_steer.evaluation.run import Condition, Run, conditions, open_run
 from vllm_steer.evaluation.sampling import Sampling
-from vllm_steer.evaluation.scoring import score
-from vllm_steer.evaluation.writing import Progress, Texts, write_missing
+from vllm_steer.evaluation.scores import score
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.files.whole import write_text
 from vllm_steer.request import read_dose
@@ -31,7 +31,7 @@ _VERSIONS: Final = ("torch", "vllm")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationSettings:
     """What is asked: a model, a steer's file, prompts, strengths, judges, and how to sample.
 
     ``judges`` are specifications, see ``make_judges``; none given means perplexity by the model
@@ -57,7 +57,9 @@ class Evaluation:
         return self.judges or (f"perplexity:{self.model}", *DEFAULT_JUDGES)
 
 
-def evaluate(asked: Evaluation, make_judges: MakeJudges, progress: Progress) -> Report:
+def evaluate(
+    asked: EvaluationSettings, make_judges: MakeJudges, progress: Progress
+) -> EvaluationReport:
     """Run an evaluation, or the rest of it, and write its report into the run's folder.
 
     Texts are generated setting by setting in vLLM; a setting that is finished in the folder is not
@@ -74,21 +76,21 @@ def evaluate(asked: Evaluation, make_judges: MakeJudges, progress: Progress) -> 
     if not judges:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise SteerError(f"no judge is available ({reasons})")
-    about = about_run(asked, steer)
+    about = run_metadata(asked, steer)
     with locked(asked.folder):
         return _evaluate(asked, steer, about, judges, missing, progress)
 
 
 def _evaluate(
-    asked: Evaluation,
+    asked: EvaluationSettings,
     steer: Steer,
     about: Mapping[str, Any],
     judges: Sequence[Judge],
     missing: Mapping[str, str],
     progress: Progress,
-) -> Report:
+) -> EvaluationReport:
     run = open_run(asked.folder, about, restart=asked.restart)
-    settings = settings_of(asked.strengths)
+    settings = conditions(asked.strengths)
     _generate(run, settings, asked, steer, progress)
     with progress("judging", len(settings) * len(judges)) as advance:
         scores = score(run, settings, judges, on_setting=lambda n, who: advance(n, said=who))
@@ -99,7 +101,7 @@ def _evaluate(
     return report
 
 
-def about_run(asked: Evaluation, steer: Steer) -> dict[str, Any]:
+def run_metadata(asked: EvaluationSettings, steer: Steer) -> dict[str, Any]:
     """All that decides the texts of a setting, in plain data; strengths and judges may be added."""
     from vllm_steer.version import __version__
 
@@ -117,26 +119,30 @@ def about_run(asked: Evaluation, steer: Steer) -> dict[str, Any]:
         "control_seed": asked.control_seed,
         "prompts": asked.prompts.settings,
         "sampling": asked.sampling.settings,
-        "engine": asked.engine.decisive,
+        "engine": asked.engine.output_affecting,
         "versions": {"vllm-steer": __version__, **{name: version(name) for name in _VERSIONS}},
     }
 
 
 def _generate(
-    run: Run, settings: Sequence[Setting], asked: Evaluation, steer: Steer, progress: Progress
+    run: Run,
+    settings: Sequence[Condition],
+    asked: EvaluationSettings,
+    steer: Steer,
+    progress: Progress,
 ) -> None:
     if not run.missing(settings):
         return
     save_steer(random_steer(steer, asked.control_seed), run.control)
     files = {"steer": asked.steer.resolve(), "random": run.control.resolve()}
     wanted = [
-        Texts(setting, asked.prompts.texts, asked.sampling, _request(setting, asked))
+        GenerationTask(setting, asked.prompts.texts, asked.sampling, _request(setting, asked))
         for setting in settings
     ]
     write_missing(run, wanted, asked.model, files, asked.engine, progress)
 
 
-def _request(setting: Setting, asked: Evaluation) -> dict[str, Any] | None:
+def _request(setting: Condition, asked: EvaluationSettings) -> dict[str, Any] | None:
     if setting.which == "none":
         return None
     return {setting.which: {"strength": setting.strength, **asked.options}}

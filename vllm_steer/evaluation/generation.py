@@ -33,7 +33,7 @@ class EngineOptions:
     enforce_eager: bool = False
 
     @property
-    def decisive(self) -> dict[str, Any]:
+    def output_affecting(self) -> dict[str, Any]:
         """Those that can change a text."""
         return {
             "dtype": self.dtype,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from vllm_steer.digest import file_digest
-from vllm_steer.evaluation.composition.asked import Composition, label
 from vllm_steer.evaluation.composition.candidates import choices
-from vllm_steer.evaluation.generating import EngineOptions
+from vllm_steer.evaluation.composition.spec import ComparisonSpec, label
+from vllm_steer.evaluation.generation import EngineOptions
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.request import read_dose
@@ -20,7 +20,7 @@ _VERSIONS: Final = ("torch", "vllm")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonSettings:
     """What is asked: a model, the file of properties, prompts, and how to sample.
 
     Strengths and options are chosen on the ``choosing`` prompts, without them on the same prompts
@@ -47,7 +47,7 @@ class Comparison:
         return (*(spec for kind, spec in usual.items() if kind not in kinds), *self.judges)
 
 
-def check_doses(asked: Composition, steers: Mapping[str, Steer]) -> None:
+def check_doses(asked: ComparisonSpec, steers: Mapping[str, Steer]) -> None:
     """Raise ``SteerError`` for a dose that a request could not have."""
     for method in asked.methods:
         for choice in choices(method, asked, steers):
@@ -55,8 +55,8 @@ def check_doses(asked: Composition, steers: Mapping[str, Steer]) -> None:
                 read_dose(name, dose, steers[name])
 
 
-def about_comparison(
-    given: Comparison, asked: Composition, steers: Mapping[str, Steer]
+def comparison_metadata(
+    given: ComparisonSettings, asked: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> dict[str, Any]:
     """All that decides the texts of a request; combinations and strengths may be added."""
     from vllm_steer.version import __version__
@@ -77,6 +77,6 @@ def about_comparison(
         "demonstrations": asked.demonstrations,
         "instruction": asked.instruction,
         "sampling": given.sampling.settings,
-        "engine": given.engine.decisive,
+        "engine": given.engine.output_affecting,
         "versions": {"vllm-steer": __version__, **{name: version(name) for name in _VERSIONS}},
     }

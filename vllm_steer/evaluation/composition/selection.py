@@ -14,32 +14,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_steer.errors import SteerError
-from vllm_steer.evaluation.composition.asked import Combination, Composition, Method
 from vllm_steer.evaluation.composition.candidates import (
     Candidate,
     Choice,
     Part,
     candidate,
     choices,
-    why_not,
+    skip_reason,
 )
+from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec, Method
 from vllm_steer.evaluation.means import mean
 from vllm_steer.steers import Steer
 
 
 @dataclass(frozen=True)
-class Figures:
+class SelectionScores:
     """What decides: accuracy, and perplexity as its price."""
 
     accuracy: float
     perplexity: float
 
 
-Measure = Callable[[Choice, Combination], Figures]
+Measure = Callable[[Choice, Combination], SelectionScores]
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedStrengths:
     """What was chosen and on what.
 
     ``methods`` has the choice of each method that any seen combination has, ``best`` the fixed
@@ -48,15 +48,15 @@ class Chosen:
 
     methods: Mapping[Method, Choice]
     best: Mapping[Combination, Choice]
-    tried: Sequence[tuple[Candidate, Figures]]
+    tried: Sequence[tuple[Candidate, SelectionScores]]
 
 
-class Choosing:
+class StrengthSelection:
     """Chooses for every method, on texts of ``part``: the choosing prompts' or the test's own."""
 
     def __init__(
         self,
-        asked: Composition,
+        asked: ComparisonSpec,
         steers: Mapping[str, Steer],
         tolerance: float,
         part: Part = "choosing",
@@ -67,7 +67,7 @@ class Choosing:
         self._spaces: dict[Method, list[Choice]] = {
             method: choices(method, asked, steers)
             for method in asked.methods
-            if any(why_not(method, c, asked, steers) is None for c in asked.seen)
+            if any(skip_reason(method, c, asked, steers) is None for c in asked.seen)
         }
 
     @property
@@ -83,17 +83,17 @@ class Choosing:
         }
         return list(found.values())
 
-    def chosen(self, tried: Sequence[tuple[Candidate, Figures]]) -> Chosen:
+    def chosen(self, tried: Sequence[tuple[Candidate, SelectionScores]]) -> SelectedStrengths:
         """The choices, from the figures of all ``candidates``."""
         by_name = {each.name: figures for each, figures in tried}
 
-        def measure(choice: Choice, combination: Combination) -> Figures:
+        def measure(choice: Choice, combination: Combination) -> SelectionScores:
             return by_name[candidate(self._part, combination, choice).name]
 
         def best(method: Method, combinations: Sequence[Combination]) -> Choice:
             return choose(self._spaces[method], combinations, measure, self._tolerance)
 
-        return Chosen(
+        return SelectedStrengths(
             {method: best(method, self._seen) for method in self._spaces},
             {c: best("fixed", [c]) for c in self._seen if "fixed" in self._spaces},
             tried,
@@ -121,9 +121,9 @@ def choose(
     return options[min(allowed, key=lambda place: found[place].perplexity)]
 
 
-def _over(each: Sequence[Figures]) -> Figures:
+def _over(each: Sequence[SelectionScores]) -> SelectionScores:
     logs = [math.inf if math.isnan(f.perplexity) else math.log(f.perplexity) for f in each]
-    return Figures(mean(f.accuracy for f in each), _exp(mean(logs)))
+    return SelectionScores(mean(f.accuracy for f in each), _exp(mean(logs)))
 
 
 def _exp(value: float) -> float:

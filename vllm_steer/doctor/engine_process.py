@@ -1,4 +1,4 @@
-"""The engine of the parity trials, in a process of its own: ``python -m vllm_steer.doctor.served``.
+"""The engine process of the parity trials: ``python -m vllm_steer.doctor.engine_process``.
 
 It reads a job, starts vLLM with the job's steers, and writes what the engine answers after each
 batch, so that an engine that dies leaves what it has answered so far.
@@ -30,7 +30,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """The tokens that were written, and the log-probability of each."""
 
     setting: Setting
@@ -40,21 +40,23 @@ class Answer:
 
 
 @dataclass
-class Served:
+class EngineOutput:
     """What is known of the engine, and its answers by the name of their batch."""
 
     dtype: str = ""
     runner: str = ""
     device: str = ""
-    batches: dict[str, list[Answer]] = field(default_factory=dict)
+    batches: dict[str, list[Completion]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> "Served":
+    def read(cls, path: Path) -> "EngineOutput":
         """What the process wrote; empty if it wrote nothing."""
         if not path.exists():
             return cls()
         data = json.loads(path.read_text(encoding="utf-8"))
-        batches = {n: [Answer(**answer) for answer in b] for n, b in data.pop("batches").items()}
+        batches = {
+            n: [Completion(**answer) for answer in b] for n, b in data.pop("batches").items()
+        }
         return cls(**data, batches=batches)
 
 
@@ -76,7 +78,7 @@ def serve(job: Job, answers: Path) -> None:
         **job.options,
     )
     config = llm.llm_engine.vllm_config
-    served = Served(
+    served = EngineOutput(
         dtype=str(options.dtype(config)).removeprefix("torch."),
         runner="V2" if options.use_v2_model_runner(config) else "V1",
         device=options.device_type(config),
@@ -87,7 +89,7 @@ def serve(job: Job, answers: Path) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
-def _answers(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Answer]:
+def _answers(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Completion]:
     pairs = [(setting, prompt) for setting in settings for prompt in job.prompts]
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for _, prompt in pairs],
@@ -95,7 +97,7 @@ def _answers(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Answer]:
         use_tqdm=False,
     )
     return [
-        Answer(dict(setting), prompt, *_written(output.outputs[0]))
+        Completion(dict(setting), prompt, *_written(output.outputs[0]))
         for (setting, prompt), output in zip(pairs, outputs, strict=True)
     ]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from vllm_steer.evaluation.answers import Answers, Judge
 from vllm_steer.evaluation.composition import dppl
-from vllm_steer.evaluation.composition.asked import Combination
 from vllm_steer.evaluation.composition.candidates import Candidate
 from vllm_steer.evaluation.composition.curves import Curve, dynamic_curves
-from vllm_steer.evaluation.composition.dppl import Example, Gold
-from vllm_steer.evaluation.composition.judging import PropertyJudges, share
+from vllm_steer.evaluation.composition.dppl import GoldAnswer, PromptPair
+from vllm_steer.evaluation.composition.property_judges import PropertyJudges, share
+from vllm_steer.evaluation.composition.spec import Combination
 from vllm_steer.evaluation.run import Run
 from vllm_steer.models import LanguageModel
 from vllm_steer.steers import Steer
@@ -19,7 +19,7 @@ NO_EXAMPLES = "no prompts with demonstrations were given (examples)"
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """A combination under a method; ``title`` is what the report calls the method."""
 
     title: str
@@ -28,7 +28,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Measured:
+class RowResult:
     """A row's figures.
 
     ``accuracy`` is the share of the texts that have all the properties at once, ``shares`` that of
@@ -36,7 +36,7 @@ class Measured:
     figures. ``curves`` are the dynamic strengths over tokens.
     """
 
-    row: Row
+    row: ComparisonRow
     accuracy: float
     shares: Mapping[str, float]
     judges: Mapping[str, Mapping[str, float]]
@@ -46,28 +46,28 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Reading:
+class DpplReferences:
     """What dPPL is taken with: the model, the examples and the model's own answers to them."""
 
     language: LanguageModel
-    examples: Sequence[Example]
-    golds: Sequence[Gold]
+    examples: Sequence[PromptPair]
+    golds: Sequence[GoldAnswer]
     kept: Sequence[bool]
 
 
 def measure(
-    row: Row,
+    row: ComparisonRow,
     run: Run,
     properties: PropertyJudges,
     judges: Sequence[Judge],
-    reading: Reading | None,
+    reading: DpplReferences | None,
     steers: Mapping[str, Steer],
-) -> Measured:
+) -> RowResult:
     """The figures of a row whose texts are written."""
     each = row.candidate
     answers = run.read(each)
     names = each.combination
-    return Measured(
+    return RowResult(
         row,
         share(properties.has_all(names, each.name, answers)),
         {name: share(properties.has(name, each.name, answers)) for name in names},
@@ -78,33 +78,33 @@ def measure(
     )
 
 
-def read_golds(
+def read_references(
     language: LanguageModel,
-    examples: Mapping[Combination, Sequence[Example]],
+    examples: Mapping[Combination, Sequence[PromptPair]],
     properties: PropertyJudges,
     max_tokens: int,
-) -> dict[Combination, Reading]:
+) -> dict[Combination, DpplReferences]:
     """The model's own answers to each combination's examples, and which have the properties."""
     found = {}
     for combination, rows in examples.items():
-        golds = [dppl.gold_of(language, row, max_tokens) for row in rows]
+        golds = [dppl.gold_answer(language, row, max_tokens) for row in rows]
         answers = [Answers(row.plain, (gold.text,)) for row, gold in zip(rows, golds, strict=True)]
         told = properties.has_all(combination, f"examples.{'+'.join(combination)}", answers)
-        found[combination] = Reading(language, rows, golds, [row[0] for row in told])
+        found[combination] = DpplReferences(language, rows, golds, [row[0] for row in told])
     return found
 
 
-def free_candidate(each: Candidate) -> Candidate:
+def examples_candidate(each: Candidate) -> Candidate:
     """The free generation whose dynamic strengths dPPL reads the answers under."""
     return Candidate("examples", each.combination, each.method, each.steer)
 
 
 def _dppl(
-    each: Candidate, run: Run, reading: Reading, steers: Mapping[str, Steer]
+    each: Candidate, run: Run, reading: DpplReferences, steers: Mapping[str, Steer]
 ) -> dict[str, Any]:
     strengths: list[Any] = [None] * len(reading.examples)
     if each.method == "dynamic":
-        strengths = [answer.strengths[0] for answer in run.read(free_candidate(each))]
+        strengths = [answer.strengths[0] for answer in run.read(examples_candidate(each))]
     steered = [
         dppl.steered_perplexity(reading.language, example, gold, each.steer, steers, known)
         for example, gold, known in zip(reading.examples, reading.golds, strengths, strict=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers, Judge, PropertyJudge
-from vllm_steer.evaluation.composition.asked import Combination, Composition
+from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec
 from vllm_steer.evaluation.judges import make_judge
 from vllm_steer.evaluation.means import mean
 
@@ -15,7 +15,7 @@ Verdicts = Sequence[Sequence[bool]]
 class PropertyJudges:
     """The judge of each property. Texts that were judged are not judged again."""
 
-    def __init__(self, asked: Composition, judges: Mapping[str, PropertyJudge]) -> None:
+    def __init__(self, asked: ComparisonSpec, judges: Mapping[str, PropertyJudge]) -> None:
         self._judges = judges
         self._wanted = {name: 0.0 if p.opposite else 1.0 for name, p in asked.properties.items()}
         self._known: dict[tuple[str, str], Verdicts] = {}
@@ -40,7 +40,7 @@ def share(verdicts: Verdicts) -> float:
     return mean(mean(map(float, row)) for row in verdicts)
 
 
-def property_judges(asked: Composition) -> dict[str, PropertyJudge]:
+def property_judges(asked: ComparisonSpec) -> dict[str, PropertyJudge]:
     """A judge for each property.
 
     Raises ``SteerError`` for one that is misspelt or not available, and one that tells no property.

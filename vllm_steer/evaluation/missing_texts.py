@@ -7,25 +7,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm_steer.evaluation.generating import EngineOptions, engine
-from vllm_steer.evaluation.run import Named, Run
+from vllm_steer.evaluation.generation import EngineOptions, engine
+from vllm_steer.evaluation.run import Run, TextSet
 from vllm_steer.evaluation.sampling import Sampling
 
 
-class Advance(Protocol):
+class ProgressCallback(Protocol):
     """``advance(done)`` moves a bar of progress; ``said`` replaces its text."""
 
     def __call__(self, done: int, *, said: str | None = None) -> None: ...
 
 
-Progress = Callable[[str, int | None], AbstractContextManager[Advance]]
+Progress = Callable[[str, int | None], AbstractContextManager[ProgressCallback]]
 
 
 @dataclass(frozen=True)
-class Texts:
+class GenerationTask:
     """Texts under a setting: after which prompts, and with which ``steer`` of a request."""
 
-    setting: Named
+    setting: TextSet
     prompts: Sequence[str]
     sampling: Sampling
     steer: Mapping[str, Any] | None
@@ -38,7 +38,7 @@ class Texts:
 
 def write_missing(
     run: Run,
-    wanted: Sequence[Texts],
+    wanted: Sequence[GenerationTask],
     model: str,
     steers: Mapping[str, Path],
     options: EngineOptions,
@@ -67,5 +67,5 @@ def write_missing(
             done += texts.count
 
 
-def _count(advance: Advance, before: int, texts: int) -> None:
+def _count(advance: ProgressCallback, before: int, texts: int) -> None:
     advance(before + texts)

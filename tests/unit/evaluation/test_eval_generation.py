@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from vllm_steer import SteerError, save_steer
-from vllm_steer.evaluation import generating
+from vllm_steer.evaluation import generation
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.generating import Engine, EngineOptions
+from vllm_steer.evaluation.generation import Engine, EngineOptions
 from vllm_steer.evaluation.sampling import Sampling, sampling_of
 
 
@@ -60,7 +60,7 @@ def test_without_a_steer_none_is_asked_for_and_texts_may_end_early() -> None:
 
 
 def test_many_texts_are_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating, "_AT_ONCE", 4)
+    monkeypatch.setattr(generation, "_AT_ONCE", 4)
     llm, done = FakeLLM(), []
     prompts = ["a", "bb", "ccc"]
     found = Engine(llm).generate(prompts, Sampling(samples=3), on_text=done.append)
@@ -78,13 +78,13 @@ def test_vllm_without_the_plugin_is_refused() -> None:
     config = SimpleNamespace(additional_config={"steer": {"steers": {}}})
     llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
     with pytest.raises(SteerError, match="without the plugin, so nothing would be steered"):
-        generating._check_active(llm)
+        generation._check_active(llm)
 
 
 def test_the_engine_admits_a_steer_of_any_rank(tmp_path: Path, make_steer: Any) -> None:
     save_steer(make_steer(rank=3), tmp_path / "a")
     save_steer(make_steer("add"), tmp_path / "b")
-    config = generating._steer_config({"steer": tmp_path / "a", "random": tmp_path / "b"})
+    config = generation._steer_config({"steer": tmp_path / "a", "random": tmp_path / "b"})
     assert json.loads(json.dumps(config)) == {
         "steers": {"steer": {"path": str(tmp_path / "a")}, "random": {"path": str(tmp_path / "b")}},
         "limits": {"max_rank": 3},

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from comparing_tools import TEXTS, Price, StandIn
+from comparison_tools import TEXTS, Price, StandIn
 from typer.testing import CliRunner
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, save_steer
 from vllm_steer.cli import app
-from vllm_steer.evaluation import writing
+from vllm_steer.evaluation import missing_texts
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     found = StandIn()
-    monkeypatch.setattr(writing, "engine", found.engine)
+    monkeypatch.setattr(missing_texts, "engine", found.engine)
     from vllm_steer.evaluation import judges
 
     monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: Price())  # type: ignore[index]
@@ -80,7 +80,7 @@ def test_strengths_are_chosen_on_the_seen_and_taken_over_for_the_unseen(
     assert found["a+b", "fixed"]["all"] == 0.75 and not found["a+b", "fixed"]["seen"]
     assert found["a+b", "dynamic"]["all"] == 1.0
     assert found["a+b", "none"]["all"] == 0.0
-    # Chosen on the other prompts alone, reported on these alone.
+    # SelectedStrengths on the other prompts alone, reported on these alone.
     shown = {steer and tuple(steer): set() for _, steer in stand_in.asked}
     for prompts, steer in stand_in.asked:
         shown[steer and tuple(steer)].add(prompts)

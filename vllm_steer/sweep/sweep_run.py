@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers, Judge
-from vllm_steer.evaluation.generating import Engine, EngineOptions, engine
+from vllm_steer.evaluation.generation import Engine, EngineOptions, engine
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.sampling import Sampling
@@ -16,7 +16,7 @@ from vllm_steer.files.safetensors_file import is_safetensors, read_header
 from vllm_steer.files.steer_file import FORMAT
 from vllm_steer.steers import LMSteer, Steer
 from vllm_steer.steers.layers import format_layers
-from vllm_steer.sweep.candidates import Candidate, parse_candidates
+from vllm_steer.sweep.candidates import CandidateLayers, parse_candidates
 from vllm_steer.sweep.search import Direction, Point, bisection, choose, grid
 
 MakeJudge = Callable[[str], Judge]
@@ -39,7 +39,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepSettings:
     """What is asked.
 
     ``budget`` is the largest ratio of perplexity (outliers included) to the unsteered model's;
@@ -69,10 +69,10 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """All points of a sweep, the unsteered model's figures, and how many texts each stands on."""
 
-    asked: Sweep
+    asked: SweepSettings
     unsteered: Point
     points: tuple[Point, ...]
     texts: int
@@ -101,7 +101,7 @@ class Swept:
         }
 
 
-def sweep(asked: Sweep, make_judge: MakeJudge, on_point: OnPoint) -> Swept:
+def sweep(asked: SweepSettings, make_judge: MakeJudge, on_point: OnPoint) -> SweepResult:
     """Measure the unsteered model and all points, in one engine that stays up.
 
     ``on_point`` is called with the points measured, how many there are at the most, and what is
@@ -115,10 +115,10 @@ def sweep(asked: Sweep, make_judge: MakeJudge, on_point: OnPoint) -> Swept:
     with engine(asked.model, {"steer": asked.steer.resolve()}, asked.engine) as running:
         on_point(0, total, "the unsteered model")
         answers = running.generate(asked.prompts.texts, asked.sampling)
-        unsteered = _point(Candidate("none", None), 0.0, answers, judges, None)
+        unsteered = _point(CandidateLayers("none", None), 0.0, answers, judges, None)
         points: list[Point] = []
 
-        def measure(candidate: Candidate, strength: float) -> Point:
+        def measure(candidate: CandidateLayers, strength: float) -> Point:
             on_point(1 + len(points), total, f"{candidate.name} at {strength:g}")
             answers = _answers(running, asked, steer, candidate, strength)
             return _point(candidate, strength, answers, judges, unsteered)
@@ -126,7 +126,7 @@ def sweep(asked: Sweep, make_judge: MakeJudge, on_point: OnPoint) -> Swept:
         for point in _search(asked, measure, candidates):
             points.append(point)
     texts = len(asked.prompts.texts) * asked.sampling.samples
-    return Swept(asked, unsteered, tuple(points), texts)
+    return SweepResult(asked, unsteered, tuple(points), texts)
 
 
 def check_writable(path: Path) -> None:
@@ -141,7 +141,7 @@ def check_writable(path: Path) -> None:
         )
 
 
-def write_choice(swept: Swept, chosen: Point) -> Steer:
+def write_choice(swept: SweepResult, chosen: Point) -> Steer:
     """Put the chosen strength, and the chosen layers if some were tried, into the steer's file.
 
     The file is replaced at once; its recipe stays and takes up what the sweep found. Layers that
@@ -163,7 +163,9 @@ def write_choice(swept: Swept, chosen: Point) -> Steer:
 
 
 def _search(
-    asked: Sweep, measure: Callable[[Candidate, float], Point], candidates: Sequence[Candidate]
+    asked: SweepSettings,
+    measure: Callable[[CandidateLayers, float], Point],
+    candidates: Sequence[CandidateLayers],
 ) -> Iterator[Point]:
     search = asked.search
     if search.strengths is not None:
@@ -172,7 +174,7 @@ def _search(
 
 
 def _answers(
-    running: Engine, asked: Sweep, steer: Steer, candidate: Candidate, strength: float
+    running: Engine, asked: SweepSettings, steer: Steer, candidate: CandidateLayers, strength: float
 ) -> list[Answers]:
     options: dict[str, Any] = {"strength": strength}
     if candidate.layers is not None and candidate.layers != steer.layers:
@@ -181,7 +183,7 @@ def _answers(
 
 
 def _point(
-    candidate: Candidate,
+    candidate: CandidateLayers,
     strength: float,
     answers: Sequence[Answers],
     judges: tuple[Judge, Judge],

@@ -79,7 +79,7 @@ class Property(BaseModel):
         return tuple(dict.fromkeys(values))
 
 
-class Composition(BaseModel):
+class ComparisonSpec(BaseModel):
     """The file as a whole; paths are absolute once it is loaded.
 
     Strengths and options are chosen on the ``seen`` combinations and taken over for the ``unseen``
@@ -101,7 +101,7 @@ class Composition(BaseModel):
     instruction: str = ""
 
     @classmethod
-    def load(cls, path: str | Path) -> "Composition":
+    def load(cls, path: str | Path) -> "ComparisonSpec":
         """Read the file. Raises ``SteerError`` with each wrong value and what is expected."""
         path = Path(path)
         if not os.path.isfile(path):
@@ -153,7 +153,7 @@ class Composition(BaseModel):
         return tuple(method for method in METHODS if method in given or method == "none")
 
     @model_validator(mode="after")
-    def _agree(self) -> "Composition":
+    def _agree(self) -> "ComparisonSpec":
         for combination in (*self.combinations, *self.examples):
             unknown = [name for name in combination if name not in self.properties]
             if unknown:
@@ -180,7 +180,7 @@ class Composition(BaseModel):
                 f"examples of {label(tuple(sorted(beyond.pop())))}: neither seen nor unseen"
             )
 
-    def _settled(self, folder: Path) -> "Composition":
+    def _settled(self, folder: Path) -> "ComparisonSpec":
         """Absolute paths; each combination once, its properties in the order of the file."""
         order = list(self.properties)
 

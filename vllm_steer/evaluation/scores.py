@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from vllm_steer.evaluation.answers import Judge
 from vllm_steer.evaluation.json_files import write_json
-from vllm_steer.evaluation.run import Run, Setting
+from vllm_steer.evaluation.run import Condition, Run
 
 Figures = Mapping[str, float]
 Scores = Mapping[str, Mapping[str, Figures]]
@@ -13,7 +13,7 @@ Scores = Mapping[str, Mapping[str, Figures]]
 
 def score(
     run: Run,
-    settings: Sequence[Setting],
+    settings: Sequence[Condition],
     judges: Sequence[Judge],
     *,
     on_setting: Callable[[int, str], None] | None = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 if TYPE_CHECKING:
-    from vllm_steer.evaluation.generating import EngineOptions
+    from vllm_steer.evaluation.generation import EngineOptions
     from vllm_steer.evaluation.sampling import Sampling
 
 GENERATING: Final = "Generating"
@@ -75,6 +75,6 @@ def sampling(given: Mapping[str, Any]) -> "Sampling":
 
 def engine_options(given: Mapping[str, Any]) -> "EngineOptions":
     """The ``EngineOptions`` that a command's options ask for."""
-    from vllm_steer.evaluation.generating import EngineOptions
+    from vllm_steer.evaluation.generation import EngineOptions
 
     return EngineOptions(**{name: given[name] for name in _ENGINE})
