@@ -61,16 +61,16 @@ def compare(folder: Path, run: Path, samples: int) -> Any:
         raised = load_steer(path, epsilon=RAISED * shipped.epsilon)
         save_steer(raised, folder / f"{path.stem}-x{RAISED}.safetensors")
     shutil.copy(GIVEN / "properties.yaml", folder)
-    asked = comparison_run.ComparisonSettings(
+    settings = comparison_run.ComparisonSettings(
         model="embedded",
         file=folder / "properties.yaml",
         prompts=read_prompts(GIVEN / "prompts.txt"),
-        choosing=read_prompts(GIVEN / "choosing.txt"),
+        selection_prompts=read_prompts(GIVEN / "choosing.txt"),
         folder=run,
         sampling=Sampling(samples=samples, max_tokens=30),
         engine=EngineOptions(dtype="float32", enforce_eager=True),
     )
-    return comparison_run.compare(asked, make_judges, progress)
+    return comparison_run.compare(settings, make_judges, progress)
 
 
 def tried(report: Any) -> Iterator[Line]:
@@ -91,8 +91,8 @@ def lines(report: Any) -> Iterator[Line]:
     """
     from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges
 
-    judges = PropertyJudges(report.asked, property_judges(report.asked))
-    for combination in report.asked.combinations:
+    judges = PropertyJudges(report.spec, property_judges(report.spec))
+    for combination in report.spec.combinations:
         shares = {}
         for each in report.of(combination):
             name = each.row.candidate.name

@@ -71,10 +71,10 @@ def stories(side: str, count: int, *, seed: int = 0) -> list[str]:
     The sides differ in their middles and ends alone; there are some ten thousand of each.
     """
     rng = random.Random(seed)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[_story(rng, side)] = None
-    return list(found)
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        texts[_story(rng, side)] = None
+    return list(texts)
 
 
 def prompts() -> list[str]:
@@ -95,21 +95,21 @@ def write(folder: Path, *, count: int = 300, seed: int = 0) -> None:
 
 
 def _story(rng: random.Random, side: str) -> str:
-    who, thing, place = rng.choice(_WHO), rng.choice(_THINGS), rng.choice(_PLACES)
+    who, thing, location = rng.choice(_WHO), rng.choice(_THINGS), rng.choice(_PLACES)
     parts: Sequence[str] = (
         rng.choice(_BEGINNINGS),
         rng.choice(("{she} went to {place} with a {thing}.", "{she} wanted a {thing}.")),
         *rng.sample(_MIDDLES[side], 2),
         *rng.sample(_ENDS[side], 2),
     )
-    return " ".join(_filled(part, who, thing, place) for part in parts)
+    return " ".join(_filled(part, who, thing, location) for part in parts)
 
 
-def _filled(template: str, who: tuple[str, str, str], thing: str, place: str) -> str:
+def _filled(template: str, who: tuple[str, str, str], thing: str, location: str) -> str:
     child, name, she = who
     her, them = ("her", "her") if she == "She" else ("his", "him")
     words = {"child": child, "name": name, "her": her, "them": them}
-    text = template.format(**words, she=she.lower(), thing=thing, place=place)
+    text = template.format(**words, she=she.lower(), thing=thing, place=location)
     return text[0].upper() + text[1:]
 
 

@@ -97,7 +97,7 @@ def test_positive_share_follows_the_strength() -> None:
     assert shares[2] == pytest.approx(0.5, abs=0.15)
     assert shares[4] >= 0.8
     # Where a share is as good as 0 or 1, chance decides between neighbours.
-    assert all(right > left - 0.03 for left, right in itertools.pairwise(shares))
+    assert all(right > remaining - 0.03 for remaining, right in itertools.pairwise(shares))
 
 
 def test_formal_share_follows_the_strength() -> None:

@@ -74,14 +74,14 @@ def test_half_of_the_effect_is_kept_in_generated_text(
 
 
 def test_tokens_matched_wrongly_keep_nothing(models: dict[str, Any], steer: LMSteer) -> None:
-    found = transferred(models, steer, "orthogonal")
+    result = transferred(models, steer, "orthogonal")
     rows = read_output_embedding(str(SISTER))
     table = models["target"].tokenizer.get_vocab()
     shifted = _Vocabulary({token: (number + 1) % len(rows) for token, number in table.items()})
     source = read_output_embedding("embedded"), models["source"].tokenizer
     wrong = transfer_steer(steer, source, (rows, shifted))
-    assert wrong.fit is not None and found.fit is not None
-    assert wrong.fit.mean_cosine < 0.7 * found.fit.mean_cosine
+    assert wrong.fit is not None and result.fit is not None
+    assert wrong.fit.mean_cosine < 0.7 * result.fit.mean_cosine
     assert abs(gap(models["target"], wrong.steer, TARGET_STRENGTH, samples=8)) < 0.2
 
 

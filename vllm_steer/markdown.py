@@ -30,5 +30,5 @@ def _inline(text: str) -> str:
     return _ADDRESS.sub(_not_linked, marked)
 
 
-def _not_linked(found: re.Match[str]) -> str:
-    return f"{found[1]}\\://" if found[1] else f"{found[2]}\\."
+def _not_linked(match: re.Match[str]) -> str:
+    return f"{match[1]}\\://" if match[1] else f"{match[2]}\\."

@@ -39,25 +39,25 @@ def load_language_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    place = _device(device)
+    torch_device = _device(device)
     tokenizer = load_tokenizer(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype)
     except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:
         raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
-    model = model.to(place).eval().requires_grad_(False)
+    model = model.to(torch_device).eval().requires_grad_(False)
     return LanguageModel(name, model, tokenizer)
 
 
-def _device(given: str | None) -> torch.device:
-    place = given or ("cuda" if torch.cuda.is_available() else "cpu")
+def _device(requested: str | None) -> torch.device:
+    name = requested or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.empty(0, device=place).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch says both of a device that is not there
-        raise SteerError(f"device {place}: cannot be used ({cause(error)})") from error
-    if found.type == "meta":
-        raise SteerError(f"device {place}: holds no values; give cpu or cuda")
-    return found
+        raise SteerError(f"device {name}: cannot be used ({cause(error)})") from error
+    if device.type == "meta":
+        raise SteerError(f"device {name}: holds no values; give cpu or cuda")
+    return device
 
 
 def load_tokenizer(name: str) -> Any:

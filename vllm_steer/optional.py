@@ -12,6 +12,6 @@ def require_package(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise SteerError(
-            f"{module.partition('.')[0]} is not installed and this needs it; "
+            f"the package {module.partition('.')[0]} is needed and not installed; "
             'pip install "vllm-steer[eval]"'
         ) from error

@@ -24,11 +24,11 @@ def picture(path: str | Path, *, dpi: int = 150, **options: Any) -> Iterator[Any
     Raises ``SteerError`` without matplotlib, and if the file cannot be written.
     """
     # A figure of its own draws with Agg and needs no display; pyplot would keep it.
-    make = require_package("matplotlib.figure").Figure
+    figure_class = require_package("matplotlib.figure").Figure
     with require_package("matplotlib").rc_context(_PLAIN), warnings.catch_warnings():
-        for about_texts in ("Glyph .* missing from", "constrained_layout not applied"):
-            warnings.filterwarnings("ignore", message=about_texts)
-        figure = make(**options)
+        for warning in ("Glyph .* missing from", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", message=warning)
+        figure = figure_class(**options)
         yield figure
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
@@ -38,5 +38,7 @@ def label(text: str) -> str:
 
     (The parsing of formulas cannot be turned off as a whole: logarithmic axes are labelled by it.)
     """
-    shown = printable(text, _LONGEST).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown  # a legend leaves out what begins so
+    printable_text = printable(text, _LONGEST).replace("$", r"\$")
+    return (
+        f" {printable_text}" if printable_text.startswith("_") else printable_text
+    )  # a legend leaves out what begins so

@@ -57,22 +57,22 @@ class Table:
 
     def __rich__(self) -> RichTable:
         """For a ``cli.terminal.Console``; without headings there is no row of them."""
-        shown = RichTable(
+        table = RichTable(
             title=self.title or None,
             title_justify="left",
             caption=self.caption or None,
             show_header=any(column.heading for column in self.columns),
         )
         for column in self.columns:
-            shown.add_column(
+            table.add_column(
                 column.heading,
                 justify="left" if column.form is None else "right",
                 overflow="fold",
                 no_wrap=not column.wrap,
             )
-        for place, row in enumerate(self.rows):
-            shown.add_row(*map(_rich_cell, self.columns, row), end_section=place in self.lines)
-        return shown
+        for index, row in enumerate(self.rows):
+            table.add_row(*map(_rich_cell, self.columns, row), end_section=index in self.lines)
+        return table
 
     def markdown(self) -> list[str]:
         """The lines of a section of a document: its heading and the table."""
@@ -88,8 +88,8 @@ class Table:
 
 def facts(title: str, values: Mapping[str, Any]) -> Table:
     """A row for each value that there is, by its name."""
-    given = {name: value for name, value in values.items() if value not in (None, "", [])}
-    rows = [(name.replace("_", " "), str(value)) for name, value in given.items()]
+    present = {name: value for name, value in values.items() if value not in (None, "", [])}
+    rows = [(name.replace("_", " "), str(value)) for name, value in present.items()]
     return Table(title, (Column(""), Column("")), rows)
 
 

@@ -24,7 +24,7 @@ class StandIn:
     Together they are only as strong as they are dynamic: a fixed ``b`` weakens ``a`` by 1.
     """
 
-    asked: list[Any] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
     started: int = 0
     fails_after: int = 1000
 
@@ -42,9 +42,9 @@ class StandIn:
         *,
         on_text: Callable[[int], None] | None = None,
     ) -> list[Answers]:
-        if len(self.asked) == self.fails_after:
+        if len(self.requests) == self.fails_after:
             raise KeyboardInterrupt
-        self.asked.append((tuple(prompts), steer))
+        self.requests.append((tuple(prompts), steer))
         steer = steer or {}
         strengths = {name: value(dose) for name, dose in steer.items()}
         if "a" in steer and "b" in steer and steer["b"]["strength"] != "dynamic":
@@ -55,8 +55,8 @@ class StandIn:
             for k in range(sampling.samples)
         )
         dynamic = {n: (2.0, 1.0) for n, dose in steer.items() if dose["strength"] == "dynamic"}
-        each = tuple(dynamic for _ in texts) if dynamic else ()
-        return [Answers(prompt, texts, each) for prompt in prompts]
+        strengths_by_text = tuple(dynamic for _ in texts) if dynamic else ()
+        return [Answers(prompt, texts, strengths_by_text) for prompt in prompts]
 
 
 @dataclass(frozen=True)

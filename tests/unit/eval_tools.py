@@ -20,7 +20,7 @@ from vllm_steer.sweep import sweep_run
 class StandIn:
     """Writes `good` in 10 + 2 * strength of 20 texts; remembers what it is asked."""
 
-    asked: list[Any] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
     fails_after: int = 1000
 
@@ -38,9 +38,9 @@ class StandIn:
         *,
         on_text: Callable[[int], None] | None = None,
     ) -> list[Answers]:
-        if len(self.asked) == self.fails_after:
+        if len(self.requests) == self.fails_after:
             raise KeyboardInterrupt
-        self.asked.append(steer)
+        self.requests.append(steer)
         strength = 0.0 if steer is None else steer.get("steer", {}).get("strength", 0.0)
         good = 10 + int(2 * strength)
         return [
@@ -62,17 +62,17 @@ class Price:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    found = StandIn()
-    monkeypatch.setattr(missing_texts, "engine", found.engine)
-    monkeypatch.setattr(sweep_run, "engine", found.engine)
+    engine = StandIn()
+    monkeypatch.setattr(missing_texts, "engine", engine.engine)
+    monkeypatch.setattr(sweep_run, "engine", engine.engine)
     from vllm_steer.evaluation import judges
 
-    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: Price())  # type: ignore[index]
-    return found
+    monkeypatch.setitem(judges._BUILDERS, "perplexity", lambda *_: Price())  # type: ignore[index]
+    return engine
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder with a steer, prompts and a lexicon."""
     rows = torch.arange(1.0, 13.0).view(4, 3)
     save_steer(VectorSteer(vectors=rows, layers=(0, 1, 2, 3)), tmp_path / "v")

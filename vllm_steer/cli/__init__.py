@@ -21,8 +21,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print("vllm-steer", __version__)
         raise typer.Exit
 
@@ -68,9 +68,9 @@ def main() -> None:
         _end(cause(error))  # PyTorch's, of which only some have a class of their own
 
 
-def _end(said: str, code: int = 1) -> NoReturn:
-    if said:
-        print("vllm-steer:", one_line(" ".join(said.split())), file=sys.stderr)
+def _end(message: str, code: int = 1) -> NoReturn:
+    if message:
+        print("vllm-steer:", one_line(" ".join(message.split())), file=sys.stderr)
     # What is still in the buffer would fail again as Python ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -69,12 +69,12 @@ class LazyGroup(TyperGroup):
             return None
         if self._is_listing:
             return self.commands[cmd_name]
-        found = getattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
-        if not isinstance(found, typer.Typer):
+        target = getattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
+        if not isinstance(target, typer.Typer):
             app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-            app.command(cmd_name)(found)
-            found = app
-        command = get_command(found)
+            app.command(cmd_name)(target)
+            target = app
+        command = get_command(target)
         command.name = cmd_name
         return command
 

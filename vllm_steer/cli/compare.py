@@ -26,16 +26,16 @@ def compare(
     prompt_field: options.PromptField = "prompt",
     first: options.First = None,
     choose_prompts: Annotated[
-        Path | None, typer.Option(help="Prompts to choose strengths on; without: --prompts.")
+        Path | None, typer.Option(help="Prompts to select strengths on (default: --prompts).")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Share below the highest that is given up for perplexity.")
+        float, typer.Option(help="Accuracy that may be given up for a lower perplexity.")
     ] = 0.02,
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of the texts as a whole, as for eval; again for more. Without: perplexity by "
-            "MODEL, diversity."
+            help="Judge of all texts, as for eval; may be repeated (default: perplexity by MODEL, "
+            "diversity)."
         ),
     ] = None,
     preset: options.Preset = None,
@@ -57,7 +57,7 @@ def compare(
 ) -> None:
     """Compare no steer, fixed, scheduled and dynamic strengths for properties and combinations.
 
-    Strengths are chosen on the combinations that are seen and taken over for the unseen ones.
+    Strengths are selected on the seen combinations and applied to the unseen ones.
     """
     from vllm_steer.evaluation.composition.comparison_run import compare as run_comparison
     from vllm_steer.evaluation.composition.settings import ComparisonSettings
@@ -67,14 +67,14 @@ def compare(
 
     if plot:
         require_package("matplotlib")  # now, not after hours of generating
-    choosing = None
+    selection_prompts = None
     if choose_prompts is not None:
-        choosing = read_prompts(choose_prompts, field=prompt_field)
-    asked = ComparisonSettings(
+        selection_prompts = read_prompts(choose_prompts, field=prompt_field)
+    settings = ComparisonSettings(
         model=model,
         file=properties,
         prompts=read_prompts(prompts, field=prompt_field, count=first),
-        choosing=choosing,
+        selection_prompts=selection_prompts,
         folder=out,
         judges=tuple(judge or ()),
         sampling=options.sampling(context.params),
@@ -83,7 +83,7 @@ def compare(
         restart=restart,
     )
     with locked(out):
-        report = run_comparison(asked, make_judges, progress)
+        report = run_comparison(settings, make_judges, progress)
         _show(report, out, plot=plot, as_json=as_json)
 
 
@@ -96,7 +96,7 @@ def _show(report: "ComparisonReport", out: Path, *, plot: bool, as_json: bool) -
         draw_strengths(report, out / "strengths.png")
         draw_prices(report, out / "report.png")
     for note in notes(report):
-        say(f"not there: {note}", stderr=True)
+        say(f"missing: {note}", stderr=True)
     if as_json:
         say_json(finite(report.data))
         return

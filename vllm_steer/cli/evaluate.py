@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def _no_properties(steer: Path) -> Path:
     if steer.suffix in (".yaml", ".yml"):
-        raise SteerError(f"{steer}: no steer; a file of properties is for vllm-steer compare")
+        raise SteerError(
+            f"{steer}: this is not a steer file; for a file of properties use vllm-steer compare"
+        )
     return steer
 
 
@@ -27,13 +29,13 @@ def evaluate(
     steer: Annotated[
         Path,
         typer.Argument(
-            metavar="STEER", help="Steer file of any known tool.", callback=_no_properties
+            metavar="STEER", help="Steer file in any supported format.", callback=_no_properties
         ),
     ],
     prompts: options.Prompts,
     out: options.Out,
     strengths: Annotated[
-        str, typer.Option(help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always in it.")
+        str, typer.Option(help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always added.")
     ],
     prompt_field: options.PromptField = "prompt",
     first: options.First = None,
@@ -41,7 +43,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="perplexity:MODEL, diversity, repetition, classifier:MODEL:LABEL, language:fr, "
-            "lexicon:FILE; again for more. Without: perplexity by MODEL, diversity, repetition."
+            "lexicon:FILE; may be repeated (default: perplexity by MODEL, diversity, repetition)."
         ),
     ] = None,
     preset: options.Preset = None,
@@ -57,9 +59,9 @@ def evaluate(
     ] = None,
     phase: Annotated[str | None, typer.Option(help="all, prompt or generation.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Of a delta: fixed, start or dim; without: the file's.")
+        str | None, typer.Option(help="Schedule of a step delta: fixed, start or dim.")
     ] = None,
-    control_seed: Annotated[int, typer.Option(help="Of the random steer.")] = 0,
+    control_seed: Annotated[int, typer.Option(help="Seed of the random steer.")] = 0,
     restart: options.Restart = False,
     plot: options.Plot = True,
     as_json: options.AsJson = False,
@@ -71,7 +73,7 @@ def evaluate(
 ) -> None:
     """Generate at each strength in vLLM, and judge the texts: JSON, tables and a plot.
 
-    Beside the steer stand the unsteered model and a random steer of equal norm, always.
+    The unsteered model and a random steer of equal norm are always evaluated as controls.
     """
     from vllm_steer.evaluation.evaluation_run import EvaluationSettings
     from vllm_steer.evaluation.evaluation_run import evaluate as run_evaluation
@@ -82,8 +84,8 @@ def evaluate(
 
     if plot:
         require_package("matplotlib")  # now, not after hours of generating
-    doses: dict[str, Any] = {"layers": layers, "phase": phase, "schedule": schedule}
-    asked = EvaluationSettings(
+    dose_options: dict[str, Any] = {"layers": layers, "phase": phase, "schedule": schedule}
+    settings = EvaluationSettings(
         model=model,
         steer=steer,
         prompts=read_prompts(prompts, field=prompt_field, count=first),
@@ -91,13 +93,13 @@ def evaluate(
         folder=out,
         judges=tuple(judge or ()),
         sampling=options.sampling(context.params),
-        options={name: value for name, value in doses.items() if value is not None},
+        options={name: value for name, value in dose_options.items() if value is not None},
         control_seed=control_seed,
         engine=options.engine_options(context.params),
         restart=restart,
     )
     with locked(out):
-        report = run_evaluation(asked, make_judges, progress)
+        report = run_evaluation(settings, make_judges, progress)
         _show(report, out, plot=plot, as_json=as_json)
 
 

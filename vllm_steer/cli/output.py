@@ -17,9 +17,9 @@ def check_output(output: Path, force: bool, *, inputs: Iterable[str | Path | Non
     """
     if str(output) == "-":
         raise SteerError("-: standard output cannot be written to; give a file's name")
-    for given in inputs:
-        if given is not None and _same_file(output, given):
-            raise SteerError(f"{output}: this is {given}, which is read; choose another name")
+    for path in inputs:
+        if path is not None and _same_file(output, path):
+            raise SteerError(f"{output}: this is {path}, which is read; choose another name")
     if _is_there(output) and not force:
         raise SteerError(f"{output}: exists already; choose another name, or give --force")
     check_replaceable(output)
@@ -44,8 +44,8 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _same_file(output: Path, given: str | Path) -> bool:
+def _same_file(output: Path, path: str | Path) -> bool:
     try:
-        return os.path.samefile(output, given)
+        return os.path.samefile(output, path)
     except (OSError, ValueError):
         return False

@@ -20,11 +20,13 @@ _LONGEST: Final = 60
 class ProgressBarCallback(Protocol):
     """``advance(done)`` moves the bar; ``said`` replaces its text, ``total`` its length."""
 
-    def __call__(self, done: int, *, total: int | None = None, said: str | None = None) -> None: ...
+    def __call__(
+        self, done: int, *, total: int | None = None, description: str | None = None
+    ) -> None: ...
 
 
 @contextmanager
-def progress(said: str, total: int | None = None) -> Iterator[ProgressBarCallback]:
+def progress(description: str, total: int | None = None) -> Iterator[ProgressBarCallback]:
     """A bar while the block runs; where standard error is no terminal, nothing is drawn."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -35,10 +37,10 @@ def progress(said: str, total: int | None = None) -> Iterator[ProgressBarCallbac
     console = Console(stderr=True)
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
-        task = bars.add_task(console.shown(one_line(said, _LONGEST)), total=total)
+        task = bars.add_task(console.shown(one_line(description, _LONGEST)), total=total)
 
-        def advance(done: int, *, total: int | None = None, said: str | None = None) -> None:
-            text = None if said is None else console.shown(one_line(said, _LONGEST))
+        def advance(done: int, *, total: int | None = None, description: str | None = None) -> None:
+            text = None if description is None else console.shown(one_line(description, _LONGEST))
             bars.update(task, completed=done, total=total, description=text)
 
         yield advance

@@ -24,7 +24,7 @@ MEASURES: dict[str, Callable[[str], float]] = {
 class Request:
     """How a request asks for its steer, and what it asks for in words."""
 
-    asked_by: str
+    steer_carrier: str
     strengths: str
     extra_body: dict[str, Any] = field(default_factory=dict)
     model: str = SERVED_NAME
@@ -77,7 +77,7 @@ class DemoResult:
     def figures(self) -> dict[str, Any]:
         """The answer as plain data."""
         return {
-            "asked_by": self.request.asked_by,
+            "asked_by": self.request.steer_carrier,
             "strengths": self.request.strengths,
             "shares": self.shares,
             "text": self.texts[0],
@@ -103,5 +103,5 @@ async def _ask(client: Any, request: Request, samples: int) -> DemoResult:
         extra_body=request.extra_body,
     )
     texts = [PROMPT + choice.text for choice in completion.choices]
-    shares = {name: sum(map(of, texts)) / len(texts) for name, of in MEASURES.items()}
+    shares = {name: sum(map(measure, texts)) / len(texts) for name, measure in MEASURES.items()}
     return DemoResult(request, texts, shares)

@@ -96,8 +96,8 @@ def describe(architecture: Architecture) -> Iterator[Finding]:
         "layers": architecture.num_layers,
         "vocab_size": architecture.vocab_size,
     }
-    said = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
-    yield Finding(PART, "sizes", "-", f"{said}, {_short(architecture.dtype)}", sizes)
+    text = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
+    yield Finding(PART, "sizes", "-", f"{text}, {_short(architecture.dtype)}", sizes)
     yield _head(architecture.model)
     yield _head_site(architecture)
     for site in LAYER_SITES:
@@ -128,13 +128,13 @@ def _head(model: Any) -> Finding:
         "soft_cap": _first(config, _SOFT_CAPS),
         "logit_scale": _first(config, _SCALES),
     }
-    said = [
+    parts = [
         "tied to the embeddings" if figures["tied"] else "not tied",
         "with a bias" if figures["bias"] else "no bias",
         f"soft cap {figures['soft_cap']:g}" if figures["soft_cap"] else "no soft cap",
         f"logit scale {figures['logit_scale']:g}" if figures["logit_scale"] else "no logit scale",
     ]
-    return Finding(PART, "LM head", "-", ", ".join(said), figures)
+    return Finding(PART, "LM head", "-", ", ".join(parts), figures)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> float | None:

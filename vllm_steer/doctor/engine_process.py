@@ -55,12 +55,13 @@ class EngineOutput:
             return cls()
         data = json.loads(path.read_text(encoding="utf-8"))
         batches = {
-            n: [Completion(**answer) for answer in b] for n, b in data.pop("batches").items()
+            n: [Completion(**completion) for completion in b]
+            for n, b in data.pop("batches").items()
         }
         return cls(**data, batches=batches)
 
 
-def serve(job: Job, answers: Path) -> None:
+def serve(job: Job, output_path: Path) -> None:
     """Start an engine for a job and answer its batches one after the other."""
     from vllm import LLM
 
@@ -78,18 +79,18 @@ def serve(job: Job, answers: Path) -> None:
         **job.options,
     )
     config = llm.llm_engine.vllm_config
-    served = EngineOutput(
+    output = EngineOutput(
         dtype=str(options.dtype(config)).removeprefix("torch."),
         runner="V2" if options.use_v2_model_runner(config) else "V1",
         device=options.device_type(config),
     )
     for name, settings in job.batches.items():
-        served.batches[name] = _answers(llm, job, settings)
-        write_text(answers, json.dumps(asdict(served)))
+        output.batches[name] = _complete(llm, job, settings)
+        write_text(output_path, json.dumps(asdict(output)))
     llm.llm_engine.engine_core.shutdown()
 
 
-def _answers(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Completion]:
+def _complete(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Completion]:
     pairs = [(setting, prompt) for setting in settings for prompt in job.prompts]
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for _, prompt in pairs],
@@ -97,7 +98,7 @@ def _answers(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Completion
         use_tqdm=False,
     )
     return [
-        Completion(dict(setting), prompt, *_written(output.outputs[0]))
+        Completion(dict(setting), prompt, *_tokens_and_logprobs(output.outputs[0]))
         for (setting, prompt), output in zip(pairs, outputs, strict=True)
     ]
 
@@ -115,7 +116,7 @@ def _greedy(setting: Mapping[str, float], max_tokens: int) -> Any:
     )
 
 
-def _written(completion: Any) -> tuple[list[int], list[float]]:
+def _tokens_and_logprobs(completion: Any) -> tuple[list[int], list[float]]:
     tokens = list(completion.token_ids)
     steps = zip(tokens, completion.logprobs, strict=True)
     return tokens, [float(step[token].logprob) for token, step in steps]

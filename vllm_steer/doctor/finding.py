@@ -22,7 +22,7 @@ class Finding:
     part: str
     name: str
     state: State
-    said: str
+    message: str
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -55,18 +55,20 @@ def config_memory(
     Raises ``SteerError`` for a config or a steer file that cannot be read.
     """
     config = SteerConfig.load(source)
-    steers = {name: load_steer(e.path, **e.facts) for name, e in sorted(config.steers.items())}
+    steers = {
+        name: load_steer(entry.path, **entry.facts) for name, entry in sorted(config.steers.items())
+    }
     unfit = {name: reason for name, s in steers.items() if (reason := _unfit(architecture, s))}
     fitting = {name: steer for name, steer in steers.items() if name not in unfit}
-    found = memory_use(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
+    use = memory_use(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
     for name, steer in steers.items():
         if name in unfit:
             yield Finding(PART, name, "FAILED", unfit[name])
         else:
-            size = found.steers[name]
-            said = f"{_size(size)}, {steer.kind} at {steer.site}"
-            yield Finding(PART, name, "ok", said, {"bytes": size})
-    yield from _sums(found, config.limits)
+            size = use.steers[name]
+            message = f"{_size(size)}, {steer.kind} at {steer.site}"
+            yield Finding(PART, name, "ok", message, {"bytes": size})
+    yield from _sums(use, config.limits)
 
 
 def example_memory(architecture: Architecture, dtype: torch.dtype) -> Iterator[Finding]:
@@ -146,11 +148,11 @@ def _unfit(architecture: Architecture, steer: Steer) -> str:
         return str(error)
 
 
-def _sums(found: MemoryUse, limits: Limits) -> Iterator[Finding]:
-    by_site = ", ".join(f"{site} {_size(size)}" for site, size in found.sites.items())
-    figures = {"bytes": found.total, "sites": dict(found.sites), "limits": limits.model_dump()}
-    said = f"{_size(found.total)} on each rank, {len(found.steers)} steers: {by_site or 'none'}"
-    yield Finding(PART, "all steers", "-", said, figures)
+def _sums(use: MemoryUse, limits: Limits) -> Iterator[Finding]:
+    by_site = ", ".join(f"{site} {_size(size)}" for site, size in use.sites.items())
+    figures = {"bytes": use.total, "sites": dict(use.sites), "limits": limits.model_dump()}
+    message = f"{_size(use.total)} on each rank, {len(use.steers)} steers: {by_site or 'none'}"
+    yield Finding(PART, "all steers", "-", message, figures)
     bounds = ", ".join(f"{name} {bound}" for name, bound in limits.model_dump().items())
     yield Finding(PART, "limits", "-", bounds)
 

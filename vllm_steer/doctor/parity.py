@@ -64,18 +64,18 @@ def parity(architecture: Architecture, options: Mapping[str, Any]) -> Iterator[F
     The reference is loaded before the engine, to see how large its activations are, and again
     after it, in the engine's dtype: both need not fit on the device at once.
     """
-    trial = _prepare(architecture, str(options["dtype"]))
+    trials = _prepare(architecture, str(options["dtype"]))
     with tempfile.TemporaryDirectory(prefix="vllm-steer-doctor-") as folder:
-        job = _job(architecture, trial, options, Path(folder))
-        served, problem = run_engine(job, Path(folder))
-    if served.runner:
-        said = f"model runner {served.runner} on {served.device}, {served.dtype}"
-        figures = {"runner": served.runner, "device": served.device, "dtype": served.dtype}
-        yield Finding(PART, "engine", "FAILED" if problem else "ok", problem or said, figures)
+        job = _job(architecture, trials, options, Path(folder))
+        output, problem = run_engine(job, Path(folder))
+    if output.runner:
+        message = f"model runner {output.runner} on {output.device}, {output.dtype}"
+        figures = {"runner": output.runner, "device": output.device, "dtype": output.dtype}
+        yield Finding(PART, "engine", "FAILED" if problem else "ok", problem or message, figures)
     else:
         yield Finding(PART, "engine", "FAILED", problem)
-    yield zero_steers(served)
-    yield from _beside_reference(architecture, trial, served)
+    yield zero_steers(output)
+    yield from _compare_with_model(architecture, trials, output)
 
 
 def _prepare(architecture: Architecture, dtype: str) -> ParityTrials:
@@ -94,18 +94,18 @@ def _prepare(architecture: Architecture, dtype: str) -> ParityTrials:
 
 
 def _job(
-    architecture: Architecture, trial: ParityTrials, options: Mapping[str, Any], folder: Path
+    architecture: Architecture, trials: ParityTrials, options: Mapping[str, Any], folder: Path
 ) -> Job:
-    paths = {name: folder / f"{name}.safetensors" for name in trial.steers}
-    for name, steer in trial.steers.items():
+    paths = {name: folder / f"{name}.safetensors" for name in trials.steers}
+    for name, steer in trials.steers.items():
         save_steer(steer, paths[name])
     longest = {"max_model_len": min(_LONGEST, architecture.longest)}
     return Job(
         model=model_path(architecture.name),
         options={**longest, **options},
         steers={name: str(path) for name, path in paths.items()},
-        prompts=list(trial.prompts),
-        batches=trial.batches,
+        prompts=list(trials.prompts),
+        batches=trials.batches,
         max_tokens=TOKENS,
     )
 
@@ -116,65 +116,67 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def zero_steers(served: EngineOutput) -> Finding:
+def zero_steers(output: EngineOutput) -> Finding:
     """Whether strength 0 left the tokens and the log-probabilities as they were, bit for bit."""
     name = "zero steers"
-    if "zero" not in served.batches:
-        return Finding(PART, name, "not tested", "the engine did not answer")
-    pairs = list(zip(served.batches["unsteered"], served.batches["zero"], strict=True))
+    if "zero" not in output.batches:
+        return Finding(PART, name, "not tested", "the engine gave no output")
+    pairs = list(zip(output.batches["unsteered"], output.batches["zero"], strict=True))
     same = sum((a.tokens, a.logprobs) == (b.tokens, b.logprobs) for a, b in pairs)
-    said = "answers at strength 0 equal those without a steer in the same engine, bit for bit"
+    message = "outputs at strength 0 equal those without a steer in the same engine, bit for bit"
     state: State = "ok" if same == len(pairs) else "FAILED"
-    return Finding(PART, name, state, f"{same} of {len(pairs)} {said}", {"equal": same})
+    return Finding(PART, name, state, f"{same} of {len(pairs)} {message}", {"equal": same})
 
 
-def _beside_reference(
-    architecture: Architecture, trial: ParityTrials, served: EngineOutput
+def _compare_with_model(
+    architecture: Architecture, trials: ParityTrials, output: EngineOutput
 ) -> Iterator[Finding]:
-    if "unsteered" not in served.batches:
-        for name in trial.steers:
-            yield Finding(PART, name, "not tested", "the engine did not answer")
+    if "unsteered" not in output.batches:
+        for name in trials.steers:
+            yield Finding(PART, name, "not tested", "the engine gave no output")
         return
-    model = load_model(architecture.name, served.dtype)
-    yield from compare(model, trial.steers, served)
+    model = load_model(architecture.name, output.dtype)
+    yield from compare(model, trials.steers, output)
 
 
-def compare(model: Any, steers: Mapping[str, Steer], served: EngineOutput) -> Iterator[Finding]:
+def compare(model: Any, steers: Mapping[str, Steer], output: EngineOutput) -> Iterator[Finding]:
     """Each batch of an engine beside the reference ``model`` in the same dtype."""
-    unsteered = compare_with_reference(model, served.batches["unsteered"], steers)
-    yield _judged("unsteered", unsteered, TOLERANCE.get(served.dtype, CEILING))
+    unsteered = compare_with_reference(model, output.batches["unsteered"], steers)
+    yield _finding("unsteered", unsteered, TOLERANCE.get(output.dtype, CEILING))
     by_dtype = min(CEILING, max(FLOOR, WIDER * unsteered.difference))
-    tolerance = TOLERANCE.get(served.dtype, by_dtype)
-    answers = served.batches.get("large", [])
+    tolerance = TOLERANCE.get(output.dtype, by_dtype)
+    large = output.batches.get("large", [])
     for name in steers:
-        mine = [answer for answer in answers if name in answer.setting]
-        if not mine:
-            yield Finding(PART, name, "not tested", "the engine did not answer")
+        completions = [answer for answer in large if name in answer.setting]
+        if not completions:
+            yield Finding(PART, name, "not tested", "the engine gave no output")
         else:
-            effect = compare_with_reference(model, mine, steers, steered=False).difference
-            found = compare_with_reference(model, mine, steers)
-            yield _judged(name, found, tolerance, effect=effect)
+            effect = compare_with_reference(model, completions, steers, steered=False).difference
+            comparison = compare_with_reference(model, completions, steers)
+            yield _finding(name, comparison, tolerance, effect=effect)
 
 
-def _judged(
-    name: str, found: ReferenceComparison, tolerance: float, *, effect: float | None = None
+def _finding(
+    name: str, comparison: ReferenceComparison, tolerance: float, *, effect: float | None = None
 ) -> Finding:
     """The finding of one batch or steer; ``effect`` is the difference to the unsteered reference.
 
     The engine's choice may be another one only where the reference finds it as good: each of the
     two log-probabilities may be off by the tolerance.
     """
-    figures = {**asdict(found), "tolerance": tolerance, "effect": effect}
-    said = (
-        f"within {found.difference:.1e} of Hugging Face (allowed {tolerance:.1g}), "
-        f"{found.agreement:.1%} equal choices"
+    figures = {**asdict(comparison), "tolerance": tolerance, "effect": effect}
+    message = (
+        f"within {comparison.difference:.1e} of Hugging Face (allowed {tolerance:.1g}), "
+        f"{comparison.agreement:.1%} equal tokens"
     )
-    if found.difference > tolerance or found.shortfall > 2 * tolerance:
+    if comparison.difference > tolerance or comparison.shortfall > 2 * tolerance:
         if effect is not None and effect <= tolerance:
-            said = f"not steered: these are the answers of the unsteered model; {said}"
-        return Finding(PART, name, "FAILED", said, figures)
+            message = f"not steered: the output is that of the unsteered model; {message}"
+        return Finding(PART, name, "FAILED", message, figures)
     if effect is not None:
-        said += f"; {effect:.2g} from the unsteered model"
+        message += f"; {effect:.2g} from the unsteered model"
         if effect < PLAIN * tolerance:
-            return Finding(PART, name, "not tested", f"{said}: too little to tell", figures)
-    return Finding(PART, name, "ok", said, figures)
+            return Finding(
+                PART, name, "not tested", f"{message}: too small a change to verify", figures
+            )
+    return Finding(PART, name, "ok", message, figures)

@@ -41,28 +41,34 @@ def load_model(name: str, dtype: str) -> Any:
 
 
 @torch.no_grad()
-def choices(
-    model: Any, answer: Completion, setting: Setting, steers: Mapping[str, Steer]
+def log_probabilities(
+    model: Any, completion: Completion, setting: Setting, steers: Mapping[str, Steer]
 ) -> torch.Tensor:
     """The reference's log-probabilities ``[tokens, vocab]`` at each token that was written."""
-    ids = torch.tensor([[*answer.prompt, *answer.tokens]], device=model.device)
-    with hf.steered(model, setting, steers, prompt_length=len(answer.prompt)):
+    ids = torch.tensor([[*completion.prompt, *completion.tokens]], device=model.device)
+    with hf.steered(model, setting, steers, prompt_length=len(completion.prompt)):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    return logits[len(answer.prompt) - 1 : -1].float().log_softmax(-1).cpu()
+    return logits[len(completion.prompt) - 1 : -1].float().log_softmax(-1).cpu()
 
 
 def compare_with_reference(
-    model: Any, answers: Sequence[Completion], steers: Mapping[str, Steer], *, steered: bool = True
+    model: Any,
+    completions: Sequence[Completion],
+    steers: Mapping[str, Steer],
+    *,
+    steered: bool = True,
 ) -> ReferenceComparison:
     """How answers compare with the reference under their own settings, or under none."""
     differences, shortfalls, agreements = [], [], []
-    for answer in answers:
-        wanted = choices(model, answer, answer.setting if steered else {}, steers)
-        tokens = torch.tensor(answer.tokens)
-        mine = wanted.gather(1, tokens[:, None])[:, 0]
-        differences.append((mine - torch.tensor(answer.logprobs)).abs())
-        shortfalls.append(wanted.max(-1).values - mine)
-        agreements.append((wanted.argmax(-1) == tokens).float())
+    for completion in completions:
+        log_probs = log_probabilities(
+            model, completion, completion.setting if steered else {}, steers
+        )
+        tokens = torch.tensor(completion.tokens)
+        token_log_probs = log_probs.gather(1, tokens[:, None])[:, 0]
+        differences.append((token_log_probs - torch.tensor(completion.logprobs)).abs())
+        shortfalls.append(log_probs.max(-1).values - token_log_probs)
+        agreements.append((log_probs.argmax(-1) == tokens).float())
     return ReferenceComparison(
         difference=float(torch.cat(differences).max()),
         shortfall=float(torch.cat(shortfalls).max()),

@@ -54,19 +54,21 @@ def measure_sizes(model: Any, architecture: Architecture, texts: Sequence[list[i
     norms: dict[str, list[torch.Tensor]] = {}
     with ExitStack() as hooks:
         for site in architecture.widths:
-            act = _noting(norms.setdefault(site, []))
+            act = _norm_recorder(norms.setdefault(site, []))
             for layer in sites.layers_of(model):
                 handle = sites.attach(layer, sites.family(model), site, act)
                 hooks.callback(handle.remove)
         for ids in texts:
             tokens = torch.tensor([ids], device=model.device)
-            logits = _noting(norms.setdefault("logits", []))
-            given = model(input_ids=tokens, use_cache=False).logits.float()
-            logits(given - given.mean(-1, keepdim=True))
-    return {site: torch.stack(found).view(len(texts), -1).mean(0) for site, found in norms.items()}
+            record_logits = _norm_recorder(norms.setdefault("logits", []))
+            logits = model(input_ids=tokens, use_cache=False).logits.float()
+            record_logits(logits - logits.mean(-1, keepdim=True))
+    return {
+        site: torch.stack(values).view(len(texts), -1).mean(0) for site, values in norms.items()
+    }
 
 
-def _noting(norms: list[torch.Tensor]) -> sites.Act:
+def _norm_recorder(norms: list[torch.Tensor]) -> sites.Act:
     """An act that changes nothing and notes the mean norm of what it sees."""
 
     def act(x: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ def formality(text: str) -> float:
 
 def language(text: str) -> str | None:
     """`en`, `fr`, `de` or `es` by the most words of that language alone; None for a tie or none."""
-    found = Counter(tongue for word in words(text) if (tongue := _languages().get(word)))
-    ranked = found.most_common(2)
+    counts = Counter(tongue for word in words(text) if (tongue := _languages().get(word)))
+    ranked = counts.most_common(2)
     if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
         return None
     return ranked[0][0]
@@ -55,16 +55,16 @@ def known_share(texts: Iterable[str]) -> float:
 
     Text that a steer has pushed too hard falls apart into words that are none.
     """
-    found = [word for text in texts for word in words(text)[:-1]]
-    return sum(word in _known() for word in found) / len(found) if found else 1.0
+    all_words = [word for text in texts for word in words(text)[:-1]]
+    return sum(word in _known() for word in all_words) / len(all_words) if all_words else 1.0
 
 
 def words(text: str) -> list[str]:
     """The lower-case words, less a last one cut short: the beginning of some longer word."""
-    found = [match[0] for match in _WORD.finditer(text.lower())]
-    if found and text.lower().endswith(found[-1]) and found[-1] in _beginnings():
-        found.pop()
-    return found
+    matches = [match[0] for match in _WORD.finditer(text.lower())]
+    if matches and text.lower().endswith(matches[-1]) and matches[-1] in _beginnings():
+        matches.pop()
+    return matches
 
 
 def telling_words(label: str) -> frozenset[str]:
@@ -79,18 +79,18 @@ _REGISTERS: Final = ("formal", "informal")
 def sentiment_spans(text: str) -> list[tuple[int, int]]:
     """Where in a text, by characters, the words stand that tell its sentiment."""
     telling = _telling()["positive"] | _telling()["negative"]
-    found = _WORD.finditer(text.lower())
-    return [word.span() for word in found if word.group() in telling]
+    matches = _WORD.finditer(text.lower())
+    return [word.span() for word in matches if word.group() in telling]
 
 
 def _majority(text: str, upper: str, lower: str) -> float:
-    found = Counter(words(text))
-    balance = _hits(found, upper) - _hits(found, lower)
+    counts = Counter(words(text))
+    balance = _hits(counts, upper) - _hits(counts, lower)
     return 0.5 if balance == 0 else float(balance > 0)
 
 
-def _hits(found: Mapping[str, int], label: str) -> int:
-    return sum(count for word, count in found.items() if word in _telling()[label])
+def _hits(counts: Mapping[str, int], label: str) -> int:
+    return sum(count for word, count in counts.items() if word in _telling()[label])
 
 
 @cache
@@ -147,5 +147,5 @@ def _phrases(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield from _phrases(child, (*path, key) if key else path)
 
 
-def _n_grams(found: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(found[start:] for start in range(n)), strict=False)
+def _n_grams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(tokens[start:] for start in range(n)), strict=False)

@@ -25,8 +25,8 @@ from vllm_steer.evaluation.means import mean, spread
 
 T = TypeVar("T")
 _BATCH: Final = 32
-_TELLS: Final = 0.5
-_NOTHING: Final = "\n"  # what an empty text is given as: some tokenizers make no token of ""
+_THRESHOLD: Final = 0.5
+_EMPTY_TEXT: Final = "\n"  # what an empty text is given as: some tokenizers make no token of ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Classifier:
     def labels(self) -> list[str]:
         """The labels in the order of the model's outputs."""
         names = self.model.config.id2label
-        return [names[place] for place in range(self.model.config.num_labels)]
+        return [names[index] for index in range(self.model.config.num_labels)]
 
     @property
     def independent(self) -> bool:
@@ -68,52 +68,52 @@ class ClassifierJudge:
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
         """``share``, ``std``, ``probability``, ``max``, ``any``; NaN where there is no prompt."""
-        found = self._probabilities(answers)
+        label_probabilities = self._probabilities(answers)
         return figures(
-            _by_prompt(found[:, self.label].tolist(), answers),
-            _by_prompt(self._told(found).tolist(), answers),
+            _by_prompt(label_probabilities[:, self.label].tolist(), answers),
+            _by_prompt(self._has_label(label_probabilities).tolist(), answers),
         )
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
         """1.0 where the wanted label is the likeliest (an independent one above 0.5), else 0.0."""
-        told: list[float | None] = self._told(self._probabilities(answers)).tolist()
-        return _by_prompt(told, answers)
+        values: list[float | None] = self._has_label(self._probabilities(answers)).tolist()
+        return _by_prompt(values, answers)
 
     def _probabilities(self, answers: Sequence[Answers]) -> torch.Tensor:
-        place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.classifier.model.to(place)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.classifier.model.to(device)
         return probabilities(
-            self.classifier, [text for answer in answers for text in self._of(answer)]
+            self.classifier, [text for answer in answers for text in self._inputs(answer)]
         )
 
-    def _of(self, answer: Answers) -> list[str]:
+    def _inputs(self, answer: Answers) -> list[str]:
         before = "" if self.continuation else answer.prompt
-        return [(before + text) or _NOTHING for text in answer.texts]
+        return [(before + text) or _EMPTY_TEXT for text in answer.texts]
 
-    def _told(self, found: torch.Tensor) -> torch.Tensor:
+    def _has_label(self, label_probabilities: torch.Tensor) -> torch.Tensor:
         if self.classifier.independent:
-            return (found[:, self.label] > _TELLS).double()
-        return (found.argmax(-1) == self.label).double()
+            return (label_probabilities[:, self.label] > _THRESHOLD).double()
+        return (label_probabilities.argmax(-1) == self.label).double()
 
 
 def _by_prompt(values: Iterable[T], answers: Sequence[Answers]) -> list[list[T]]:
     """One value a text, in lists of each prompt's texts."""
-    rest = iter(values)
-    return [list(islice(rest, len(answer.texts))) for answer in answers]
+    remaining = iter(values)
+    return [list(islice(remaining, len(answer.texts))) for answer in answers]
 
 
 def figures(
-    probability: Sequence[Sequence[float]], told: Sequence[Sequence[float]]
+    probability: Sequence[Sequence[float]], verdicts: Sequence[Sequence[float]]
 ) -> dict[str, float]:
     """The figures from each prompt's probabilities and its 1 or 0 for the wanted label."""
-    shares = [mean(values) for values in told]
+    shares = [mean(values) for values in verdicts]
     highest = [max([0.0, *values]) for values in probability]
     return {
         "share": mean(shares),
         "std": spread(shares),
         "probability": mean(map(mean, probability)),
         "max": mean(highest),
-        "any": mean(float(value > _TELLS) for value in highest),
+        "any": mean(float(value > _THRESHOLD) for value in highest),
     }
 
 
@@ -130,7 +130,7 @@ def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
     )
     # A model without a padding token cannot tell where a padded text ends.
     step = _BATCH if model.config.pad_token_id is not None and tokenizer.pad_token else 1
-    found = [torch.empty(0, model.config.num_labels, dtype=torch.float64)]
+    batches = [torch.empty(0, model.config.num_labels, dtype=torch.float64)]
     for start in range(0, len(texts), step):
         encoded = tokenizer(
             list(texts[start : start + step]),
@@ -140,8 +140,8 @@ def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
             return_tensors="pt",
         )
         logits = model(**encoded.to(model.device)).logits.double().cpu()
-        found.append(logits.sigmoid() if classifier.independent else logits.softmax(-1))
-    return torch.cat(found)
+        batches.append(logits.sigmoid() if classifier.independent else logits.softmax(-1))
+    return torch.cat(batches)
 
 
 def label_index(classifier: Classifier, label: str) -> int:
@@ -176,7 +176,7 @@ def load_classifier(name: str) -> Classifier:
         raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
     if report["missing_keys"]:
         raise SteerError(
-            f"model {name} is no text classifier: {', '.join(sorted(report['missing_keys'])[:3])} "
-            "missing, which would be random"
+            f"model {name} is not a text classifier: its checkpoint lacks "
+            f"{', '.join(sorted(report['missing_keys'])[:3])}; name a sequence classification model"
         )
     return Classifier(name, model.eval().requires_grad_(False), tokenizer)

@@ -29,10 +29,10 @@ def random_steer(steer: Steer, seed: int = 0) -> Steer:
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         for name, tensor in steer.tensors.items()
     }
-    changed: dict[str, Any] = {name: t.float() for name, t in _scaled(normal, steer).items()}
-    changed["description"] = f"random control of equal norm, seed {seed}"
-    changed["recipe"] = {"method": "random control", "settings": {"seed": seed}}
-    return replace(steer, **changed)
+    fields: dict[str, Any] = {name: t.float() for name, t in _match_norms(normal, steer).items()}
+    fields["description"] = f"random control of equal norm, seed {seed}"
+    fields["recipe"] = {"method": "random control", "settings": {"seed": seed}}
+    return replace(steer, **fields)
 
 
 def product_norms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -45,19 +45,19 @@ def product_norms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (grams[0] * grams[1]).sum((1, 2)).clamp_min(0).sqrt()
 
 
-def _scaled(random: dict[str, torch.Tensor], steer: Steer) -> dict[str, torch.Tensor]:
+def _match_norms(random: dict[str, torch.Tensor], steer: Steer) -> dict[str, torch.Tensor]:
     if isinstance(steer, LMSteer) and steer.projector1 is not None:
         assert steer.projector2 is not None
-        wanted = product_norms(steer.projector1, steer.projector2)
-        found = product_norms(random["projector1"], random["projector2"])
+        target_norms = product_norms(steer.projector1, steer.projector2)
+        random_norms = product_norms(random["projector1"], random["projector2"])
         # Half of the scale on each factor: both keep a size that float32 holds well.
-        half = (wanted / found).sqrt()[:, None, None]
-        return {name: tensor * half for name, tensor in random.items()}
-    return {name: _like(random[name], tensor) for name, tensor in steer.tensors.items()}
+        factor = (target_norms / random_norms).sqrt()[:, None, None]
+        return {name: tensor * factor for name, tensor in random.items()}
+    return {name: _match_row_norms(random[name], tensor) for name, tensor in steer.tensors.items()}
 
 
-def _like(random: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def _match_row_norms(random: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Rows of the norms of ``tensor``'s rows."""
-    wanted = tensor.double().norm(dim=-1, keepdim=True)
-    scaled: torch.Tensor = random * wanted / random.norm(dim=-1, keepdim=True)
+    target_norms = tensor.double().norm(dim=-1, keepdim=True)
+    scaled: torch.Tensor = random * target_norms / random.norm(dim=-1, keepdim=True)
     return scaled

@@ -14,7 +14,7 @@ from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.missing_texts import GenerationTask, Progress, write_missing
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import EvaluationReport, JudgeEntry, make_report, markdown
-from vllm_steer.evaluation.run import Condition, Run, conditions, open_run
+from vllm_steer.evaluation.run import Condition, Run, condition_grid, open_run
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.evaluation.scores import score
 from vllm_steer.files import load_steer, save_steer
@@ -58,7 +58,7 @@ class EvaluationSettings:
 
 
 def evaluate(
-    asked: EvaluationSettings, make_judges: MakeJudges, progress: Progress
+    settings: EvaluationSettings, make_judges: MakeJudges, progress: Progress
 ) -> EvaluationReport:
     """Run an evaluation, or the rest of it, and write its report into the run's folder.
 
@@ -70,79 +70,86 @@ def evaluate(
     available, a folder that another process is using, and a file that cannot be written: what was
     written before stays.
     """
-    steer = load_steer(asked.steer)
-    read_dose("steer", {"strength": 1.0, **asked.options}, steer)
-    judges, missing = make_judges(asked.specs)
+    steer = load_steer(settings.steer)
+    read_dose("steer", {"strength": 1.0, **settings.options}, steer)
+    judges, missing = make_judges(settings.specs)
     if not judges:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-        raise SteerError(f"no judge is available ({reasons})")
-    about = run_metadata(asked, steer)
-    with locked(asked.folder):
-        return _evaluate(asked, steer, about, judges, missing, progress)
+        raise SteerError(f"no judge is available ({reasons}); give another judge")
+    metadata = run_metadata(settings, steer)
+    with locked(settings.folder):
+        return _evaluate(settings, steer, metadata, judges, missing, progress)
 
 
 def _evaluate(
-    asked: EvaluationSettings,
+    settings: EvaluationSettings,
     steer: Steer,
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     judges: Sequence[Judge],
     missing: Mapping[str, str],
     progress: Progress,
 ) -> EvaluationReport:
-    run = open_run(asked.folder, about, restart=asked.restart)
-    settings = conditions(asked.strengths)
-    _generate(run, settings, asked, steer, progress)
-    with progress("judging", len(settings) * len(judges)) as advance:
-        scores = score(run, settings, judges, on_setting=lambda n, who: advance(n, said=who))
+    run = open_run(settings.folder, metadata, restart=settings.restart)
+    conditions = condition_grid(settings.strengths)
+    _generate(run, conditions, settings, steer, progress)
+    with progress("judging", len(conditions) * len(judges)) as advance:
+        scores = score(
+            run,
+            conditions,
+            judges,
+            on_condition=lambda n, judge_name: advance(n, description=judge_name),
+        )
     entries = [JudgeEntry(judge.name, judge.effect) for judge in judges]
-    report = make_report(about, settings, entries, scores, missing)
+    report = make_report(metadata, conditions, entries, scores, missing)
     write_json(run.folder / "report.json", report.data)
     write_text(run.folder / "report.md", markdown(report))
     return report
 
 
-def run_metadata(asked: EvaluationSettings, steer: Steer) -> dict[str, Any]:
+def run_metadata(settings: EvaluationSettings, steer: Steer) -> dict[str, Any]:
     """All that decides the texts of a setting, in plain data; strengths and judges may be added."""
     from vllm_steer.version import __version__
 
     # The digest leaves the schedule out: a request chooses it, and this one takes the file's.
     schedule = {"schedule": steer.schedule} if isinstance(steer, DeltaSteer) else {}
     return {
-        "model": asked.model,
+        "model": settings.model,
         "steer": {
-            "file": asked.steer.name,
+            "file": settings.steer.name,
             "kind": steer.kind,
             "sha256": content_digest(steer),
             **schedule,
-            **asked.options,
+            **settings.options,
         },
-        "control_seed": asked.control_seed,
-        "prompts": asked.prompts.settings,
-        "sampling": asked.sampling.settings,
-        "engine": asked.engine.output_affecting,
+        "control_seed": settings.control_seed,
+        "prompts": settings.prompts.settings,
+        "sampling": settings.sampling.settings,
+        "engine": settings.engine.output_affecting,
         "versions": {"vllm-steer": __version__, **{name: version(name) for name in _VERSIONS}},
     }
 
 
 def _generate(
     run: Run,
-    settings: Sequence[Condition],
-    asked: EvaluationSettings,
+    conditions: Sequence[Condition],
+    settings: EvaluationSettings,
     steer: Steer,
     progress: Progress,
 ) -> None:
-    if not run.missing(settings):
+    if not run.missing(conditions):
         return
-    save_steer(random_steer(steer, asked.control_seed), run.control)
-    files = {"steer": asked.steer.resolve(), "random": run.control.resolve()}
-    wanted = [
-        GenerationTask(setting, asked.prompts.texts, asked.sampling, _request(setting, asked))
-        for setting in settings
+    save_steer(random_steer(steer, settings.control_seed), run.control)
+    files = {"steer": settings.steer.resolve(), "random": run.control.resolve()}
+    tasks = [
+        GenerationTask(
+            condition, settings.prompts.texts, settings.sampling, _request(condition, settings)
+        )
+        for condition in conditions
     ]
-    write_missing(run, wanted, asked.model, files, asked.engine, progress)
+    write_missing(run, tasks, settings.model, files, settings.engine, progress)
 
 
-def _request(setting: Condition, asked: EvaluationSettings) -> dict[str, Any] | None:
-    if setting.which == "none":
+def _request(condition: Condition, settings: EvaluationSettings) -> dict[str, Any] | None:
+    if condition.steer == "none":
         return None
-    return {setting.which: {"strength": setting.strength, **asked.options}}
+    return {condition.steer: {"strength": condition.strength, **settings.options}}

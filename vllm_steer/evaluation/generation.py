@@ -14,7 +14,7 @@ from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.models import model_path
 
 # Requests that vLLM is given at once: enough to fill any batch, few enough to hold in memory.
-_AT_ONCE: Final = 2048
+_MAX_REQUESTS: Final = 2048
 # Figures alone go to standard output.
 _ENVIRONMENT: Final = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -44,9 +44,12 @@ class EngineOptions:
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``LLM``."""
-        alone = self.tensor_parallel_size == 1
-        given = {**vars(self), "distributed_executor_backend": "uni" if alone else None}
-        return {name: value for name, value in given.items() if value is not None}
+        single_process = self.tensor_parallel_size == 1
+        arguments = {
+            **vars(self),
+            "distributed_executor_backend": "uni" if single_process else None,
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -70,31 +73,34 @@ class Engine:
         a prompt that the model has no room for.
         """
         tokens = [self._tokens(prompt, sampling) for prompt in prompts]
-        asked = [(p, k) for p in range(len(prompts)) for k in range(sampling.samples)]
-        found: list[Any] = []
-        for start in range(0, len(asked), _AT_ONCE):
-            chunk = asked[start : start + _AT_ONCE]
+        sequences = [(p, k) for p in range(len(prompts)) for k in range(sampling.samples)]
+        completions: list[Any] = []
+        for start in range(0, len(sequences), _MAX_REQUESTS):
+            chunk = sequences[start : start + _MAX_REQUESTS]
             outputs = self.llm.generate(
                 [{"prompt_token_ids": tokens[p]} for p, _ in chunk],
                 [_parameters(sampling, k, steer) for _, k in chunk],
                 use_tqdm=False,
             )
-            found += [output.outputs[0] for output in outputs]
+            completions += [output.outputs[0] for output in outputs]
             if on_text is not None:
-                on_text(len(found))
+                on_text(len(completions))
         dynamic = _is_dynamic(steer)
         return [
-            _answers(prompt, found[p * sampling.samples : (p + 1) * sampling.samples], dynamic)
+            _answers(
+                prompt, completions[p * sampling.samples : (p + 1) * sampling.samples], dynamic
+            )
             for p, prompt in enumerate(prompts)
         ]
 
     def _tokens(self, prompt: str, sampling: Sampling) -> list[int]:
         tokens: list[int] = self.llm.get_tokenizer().encode(prompt)
-        room = self.llm.llm_engine.model_config.max_model_len - sampling.max_tokens
-        if not 1 <= len(tokens) <= room:
+        max_prompt_tokens = self.llm.llm_engine.model_config.max_model_len - sampling.max_tokens
+        if not 1 <= len(tokens) <= max_prompt_tokens:
             raise SteerError(
-                f"prompt {prompt[:60]!r} has {len(tokens)} tokens; 1 to {room} have room beside "
-                f"the {sampling.max_tokens} to be written; shorten it, or raise max-model-len"
+                f"prompt {prompt[:60]!r} has {len(tokens)} tokens; expected 1 to "
+                f"{max_prompt_tokens}, which leaves {sampling.max_tokens} for the generated text; "
+                "shorten it, or raise max-model-len"
             )
         return tokens
 
@@ -163,8 +169,8 @@ def _check_active(llm: Any) -> None:
 
     if plan_of(llm.llm_engine.vllm_config) is None:
         raise SteerError(
-            "vLLM runs without the plugin, so nothing would be steered; unset VLLM_STEER_DISABLE, "
-            "and let VLLM_PLUGINS, if it is set, name steer"
+            "vLLM runs without the plugin, so no request would be steered; unset "
+            "VLLM_STEER_DISABLE, and add steer to VLLM_PLUGINS if it is set"
         )
 
 
@@ -184,16 +190,16 @@ def _is_dynamic(steer: Mapping[str, Any] | None) -> bool:
     return any(isinstance(d, Mapping) and d.get("strength") == "dynamic" for d in doses)
 
 
-def _parameters(sampling: Sampling, k: int, steer: Mapping[str, Any] | None) -> Any:
+def _parameters(sampling: Sampling, sample: int, steer: Mapping[str, Any] | None) -> Any:
     from vllm import SamplingParams
 
-    wanted = {"steer_strengths": True} if _is_dynamic(steer) else {}
+    strength_args = {"steer_strengths": True} if _is_dynamic(steer) else {}
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        seed=sampling.seed + k,
+        seed=sampling.seed + sample,
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.max_tokens if sampling.exact_length else 0,
-        extra_args={"steer": dict(steer) if steer else "none", **wanted},
+        extra_args={"steer": dict(steer) if steer else "none", **strength_args},
     )

@@ -24,8 +24,8 @@ FORMS: Final = (
     "perspective",
 )
 _PERSPECTIVE: Final = (
-    "the Perspective API is a service on the network whose scores drift; vllm-steer does not call "
-    "it. Take a toxicity model of your own: classifier:MODEL:LABEL:continuation"
+    "the Perspective API is a network service whose scores change over time; vllm-steer does not "
+    "call it; use a local toxicity model: classifier:MODEL:LABEL:continuation"
 )
 
 
@@ -38,10 +38,10 @@ def make_judge(spec: str, *, device: str | None = None) -> Judge:
     Raises ``JudgeUnavailableError`` with the reason, and ``SteerError`` for a misspelt spec, an
     unknown label or language, and a lexicon that cannot be read.
     """
-    kind, _, rest = spec.partition(":")
-    if kind not in _MAKERS:
-        raise _misspelt(spec)
-    return _MAKERS[kind](spec, rest, device)
+    kind, _, argument = spec.partition(":")
+    if kind not in _BUILDERS:
+        raise _unknown_judge(spec)
+    return _BUILDERS[kind](spec, argument, device)
 
 
 def make_judges(
@@ -66,19 +66,19 @@ def _perplexity(spec: str, model: str, device: str | None) -> Judge:
     from vllm_steer.models import load_language_model
 
     if not model:
-        raise _misspelt(spec)
+        raise _unknown_judge(spec)
     judge = _load_or_unavailable(lambda: load_language_model(model, device="cpu"))
     return PerplexityJudge(spec, judge, device)
 
 
-def _classifier(spec: str, rest: str, device: str | None) -> Judge:
+def _classifier(spec: str, argument: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.classifier import ClassifierJudge, label_index, load_classifier
 
-    name, *options = rest.split(":")
+    name, *options = argument.split(":")
     continuation = options[-1:] == ["continuation"]
     labels = options[:-1] if continuation else options
     if not name or len(labels) > 1:
-        raise _misspelt(spec)
+        raise _unknown_judge(spec)
     classifier = _load_or_unavailable(lambda: load_classifier(name))
     label = label_index(classifier, "".join(labels))
     return ClassifierJudge(spec, classifier, label, continuation, device)
@@ -88,42 +88,42 @@ def _language(spec: str, code: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.languages import LanguageJudge, check_code
 
     if not code:
-        raise _misspelt(spec)
+        raise _unknown_judge(spec)
     _load_or_unavailable(lambda: require_package("langdetect"))
     check_code(code)
     return LanguageJudge(spec, code)
 
 
-def _lexicon(spec: str, rest: str, device: str | None) -> Judge:
+def _lexicon(spec: str, argument: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.lexicons import LexiconJudge, embedded_judge, read_lexicon
 
-    first, colon, about = rest.partition(":")
-    if not rest:
-        raise _misspelt(spec)
-    if first == "embedded":
-        return embedded_judge(spec, about)
-    return LexiconJudge(spec, read_lexicon(first + colon + about))
+    prefix, colon, lexicon = argument.partition(":")
+    if not argument:
+        raise _unknown_judge(spec)
+    if prefix == "embedded":
+        return embedded_judge(spec, lexicon)
+    return LexiconJudge(spec, read_lexicon(prefix + colon + lexicon))
 
 
-def _diversity(spec: str, rest: str, device: str | None) -> Judge:
+def _diversity(spec: str, argument: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.diversity import DiversityJudge
 
     if spec != "diversity":
-        raise _misspelt(spec)
+        raise _unknown_judge(spec)
     return DiversityJudge(spec)
 
 
-def _repetition(spec: str, rest: str, device: str | None) -> Judge:
+def _repetition(spec: str, argument: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.diversity import RepetitionJudge
 
     if spec != "repetition":
-        raise _misspelt(spec)
+        raise _unknown_judge(spec)
     return RepetitionJudge(spec)
 
 
-def _perspective(spec: str, rest: str, device: str | None) -> Judge:
+def _perspective(spec: str, argument: str, device: str | None) -> Judge:
     if spec != "perspective":
-        raise _misspelt(spec)
+        raise _unknown_judge(spec)
     raise JudgeUnavailableError(_PERSPECTIVE)
 
 
@@ -134,11 +134,11 @@ def _load_or_unavailable(load: Callable[[], T]) -> T:
         raise JudgeUnavailableError(str(error)) from error
 
 
-def _misspelt(spec: str) -> SteerError:
-    return SteerError(f"judge {spec!r} is unknown; judges are given as {', '.join(FORMS)}")
+def _unknown_judge(spec: str) -> SteerError:
+    return SteerError(f"judge {spec!r} is unknown; available: {', '.join(FORMS)}")
 
 
-_MAKERS: Final[Mapping[str, Callable[[str, str, str | None], Judge]]] = {
+_BUILDERS: Final[Mapping[str, Callable[[str, str, str | None], Judge]]] = {
     "perplexity": _perplexity,
     "diversity": _diversity,
     "repetition": _repetition,

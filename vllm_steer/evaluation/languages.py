@@ -23,10 +23,12 @@ class LanguageJudge:
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
         """``probability``, and ``share``: how often the language is the likeliest one."""
-        found = {text: detect_languages(text) for answer in answers for text in answer.texts}
+        detections = {text: detect_languages(text) for answer in answers for text in answer.texts}
         return {
-            "probability": mean_over_prompts(answers, lambda text: found[text].get(self.code, 0.0)),
-            "share": mean_over_prompts(answers, lambda text: self._likeliest(found[text])),
+            "probability": mean_over_prompts(
+                answers, lambda text: detections[text].get(self.code, 0.0)
+            ),
+            "share": mean_over_prompts(answers, lambda text: self._likeliest(detections[text])),
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
@@ -47,7 +49,7 @@ def detect_languages(text: str) -> dict[str, float]:
     langdetect = require_package("langdetect")
     langdetect.DetectorFactory.seed = 0
     try:
-        return {each.lang: each.prob for each in langdetect.detect_langs(text)}
+        return {detection.lang: detection.prob for detection in langdetect.detect_langs(text)}
     except langdetect.LangDetectException:
         return {}
 
@@ -57,6 +59,8 @@ def check_code(code: str) -> None:
     factory = require_package("langdetect.detector_factory")
     factory.init_factory()
     # The public functions make their own detector from this factory; only it knows the list.
-    known = sorted(factory._factory.get_lang_list())
-    if code not in known:
-        raise SteerError(f"language {code!r} is unknown to langdetect; it knows {', '.join(known)}")
+    codes = sorted(factory._factory.get_lang_list())
+    if code not in codes:
+        raise SteerError(
+            f"language {code!r} is not supported by langdetect; supported: {', '.join(codes)}"
+        )

@@ -38,15 +38,15 @@ class LexiconJudge:
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
         """``share`` and ``undecided``; the prompts are not looked at."""
-        found = {text: self.verdict(text) for answer in answers for text in answer.texts}
+        verdicts = {text: self.verdict(text) for answer in answers for text in answer.texts}
 
         def value(text: str) -> float:
-            verdict = found[text]
+            verdict = verdicts[text]
             return self.tie if verdict is None else verdict
 
         return {
             "share": mean_over_prompts(answers, value),
-            "undecided": mean_over_prompts(answers, lambda text: float(found[text] is None)),
+            "undecided": mean_over_prompts(answers, lambda text: float(verdicts[text] is None)),
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
@@ -58,26 +58,26 @@ def by_words(positive: frozenset[str], negative: frozenset[str]) -> Verdict:
     """1.0 where positive words outnumber negative ones, 0.0 the reverse, None for a tie or none."""
 
     def verdict(text: str) -> float | None:
-        found = Counter(_WORD.findall(text.lower()))
-        balance = sum(n * ((word in positive) - (word in negative)) for word, n in found.items())
+        counts = Counter(_WORD.findall(text.lower()))
+        balance = sum(n * ((word in positive) - (word in negative)) for word, n in counts.items())
         return None if balance == 0 else float(balance > 0)
 
     return verdict
 
 
-def embedded_judge(name: str, about: str) -> LexiconJudge:
+def embedded_judge(name: str, lexicon: str) -> LexiconJudge:
     """A judge by the embedded corpus's own words: ``sentiment``, ``formality``, ``language=fr``.
 
     A text of no one language counts 0 for ``language``. Raises ``SteerError`` for another name.
     """
-    kind, _, code = about.partition("=")
-    if about in ("sentiment", "formality"):
-        of: Callable[[str], float] = getattr(embedded, about)
-        return LexiconJudge(name, lambda text: None if of(text) == 0.5 else of(text))
+    kind, _, code = lexicon.partition("=")
+    if lexicon in ("sentiment", "formality"):
+        measure: Callable[[str], float] = getattr(embedded, lexicon)
+        return LexiconJudge(name, lambda text: None if measure(text) == 0.5 else measure(text))
     if kind == "language" and code in LANGUAGES:
         return LexiconJudge(name, lambda text: _in_language(text, code), tie=0.0)
-    known = ", ".join(EMBEDDED_NAMES)
-    raise SteerError(f"embedded lexicon {about!r} is unknown; there are {known}")
+    names = ", ".join(EMBEDDED_NAMES)
+    raise SteerError(f"embedded lexicon {lexicon!r} is unknown; available: {names}")
 
 
 def read_lexicon(path: str | Path) -> Verdict:
@@ -90,8 +90,8 @@ def read_lexicon(path: str | Path) -> Verdict:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise SteerError(f"lexicon {path}: expected a .yaml, .yml or .json file")
     if not os.path.isfile(path):
-        found = "is no file" if os.path.lexists(path) else "no such file"
-        raise SteerError(f"lexicon {path}: {found}")
+        problem = "is not a regular file" if os.path.lexists(path) else "no such file"
+        raise SteerError(f"lexicon {path}: {problem}; give a .yaml, .yml or .json file")
     try:
         content = read_config_file(path, f"lexicon {path}")
     except OSError as error:
@@ -99,24 +99,24 @@ def read_lexicon(path: str | Path) -> Verdict:
     if not isinstance(content, Mapping) or set(content) != set(_SIDES):
         raise SteerError(f"lexicon {path}: expected two lists, named positive and negative")
     positive, negative = (_words(path, side, content[side]) for side in _SIDES)
-    if both := sorted(positive & negative):
-        raise SteerError(f"lexicon {path}: {listed(both)} on both sides; a word tells one")
+    if overlap := sorted(positive & negative):
+        raise SteerError(f"lexicon {path}: {listed(overlap)} in both lists; give each word once")
     return by_words(positive, negative)
 
 
-def _words(path: Path, side: str, found: Any) -> frozenset[str]:
-    if not isinstance(found, list) or not found:
-        raise SteerError(f"lexicon {path}: {side} is {shown(found)}; expected a list of words")
-    for word in found:
+def _words(path: Path, side: str, entries: Any) -> frozenset[str]:
+    if not isinstance(entries, list) or not entries:
+        raise SteerError(f"lexicon {path}: {side} is {shown(entries)}; expected a list of words")
+    for word in entries:
         if not isinstance(word, str) or not _WORD.fullmatch(word):
             # YAML reads an unquoted no or yes as a truth value.
             raise SteerError(
                 f"lexicon {path}: {side} has {shown(word)}; expected a single word, in quotes "
                 "where YAML reads it as something else"
             )
-    return frozenset(word.lower() for word in found)
+    return frozenset(word.lower() for word in entries)
 
 
 def _in_language(text: str, code: str) -> float | None:
-    found = embedded.language(text)
-    return None if found is None else float(found == code)
+    language = embedded.language(text)
+    return None if language is None else float(language == code)

@@ -8,15 +8,15 @@ from vllm_steer.evaluation.answers import Answers
 
 def mean(values: Iterable[float]) -> float:
     """The mean of the values that are not NaN; NaN where there is none."""
-    found = [value for value in values if not math.isnan(value)]
-    return math.fsum(found) / len(found) if found else math.nan
+    numbers = [value for value in values if not math.isnan(value)]
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
 def spread(values: Iterable[float]) -> float:
     """The population's standard deviation of the values that are not NaN; NaN where none is."""
-    found = [value for value in values if not math.isnan(value)]
-    middle = mean(found)
-    return math.sqrt(mean((value - middle) ** 2 for value in found)) if found else math.nan
+    numbers = [value for value in values if not math.isnan(value)]
+    average = mean(numbers)
+    return math.sqrt(mean((value - average) ** 2 for value in numbers)) if numbers else math.nan
 
 
 def mean_over_prompts(answers: Sequence[Answers], score: Callable[[str], float]) -> float:

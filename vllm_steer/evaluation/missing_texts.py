@@ -15,7 +15,7 @@ from vllm_steer.evaluation.sampling import Sampling
 class ProgressCallback(Protocol):
     """``advance(done)`` moves a bar of progress; ``said`` replaces its text."""
 
-    def __call__(self, done: int, *, said: str | None = None) -> None: ...
+    def __call__(self, done: int, *, description: str | None = None) -> None: ...
 
 
 Progress = Callable[[str, int | None], AbstractContextManager[ProgressCallback]]
@@ -25,7 +25,7 @@ Progress = Callable[[str, int | None], AbstractContextManager[ProgressCallback]]
 class GenerationTask:
     """Texts under a setting: after which prompts, and with which ``steer`` of a request."""
 
-    setting: TextSet
+    text_set: TextSet
     prompts: Sequence[str]
     sampling: Sampling
     steer: Mapping[str, Any] | None
@@ -38,7 +38,7 @@ class GenerationTask:
 
 def write_missing(
     run: Run,
-    wanted: Sequence[GenerationTask],
+    tasks: Sequence[GenerationTask],
     model: str,
     steers: Mapping[str, Path],
     options: EngineOptions,
@@ -48,24 +48,24 @@ def write_missing(
 
     ``steers`` are the files of the steers by the names that requests have for them.
     """
-    each_once = {texts.setting.name: texts for texts in wanted}
-    missing = run.missing([texts.setting for texts in each_once.values()])
+    task_by_name = {task.text_set.name: task for task in tasks}
+    missing = run.missing([task.text_set for task in task_by_name.values()])
     if not missing:
         return
-    total = sum(texts.count for texts in each_once.values())
-    done = total - sum(each_once[setting.name].count for setting in missing)
+    total = sum(task.count for task in task_by_name.values())
+    done = total - sum(task_by_name[text_set.name].count for text_set in missing)
     with (
         progress("starting vLLM", total) as advance,
-        engine(model, steers, options) as running,
+        engine(model, steers, options) as llm_engine,
     ):
-        for setting in missing:
-            texts = each_once[setting.name]
-            advance(done, said=f"writing {setting.name}")
+        for text_set in missing:
+            task = task_by_name[text_set.name]
+            advance(done, description=f"writing {text_set.name}")
             on_text = partial(_count, advance, done)
-            answers = running.generate(texts.prompts, texts.sampling, texts.steer, on_text=on_text)
-            run.write(setting, answers)
-            done += texts.count
+            answers = llm_engine.generate(task.prompts, task.sampling, task.steer, on_text=on_text)
+            run.write(text_set, answers)
+            done += task.count
 
 
-def _count(advance: ProgressCallback, before: int, texts: int) -> None:
-    advance(before + texts)
+def _count(advance: ProgressCallback, offset: int, count: int) -> None:
+    advance(offset + count)

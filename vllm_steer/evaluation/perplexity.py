@@ -67,25 +67,26 @@ class PerplexityJudge:
         return summary(likelihoods(self.judge, answers))
 
 
-def summary(found: Sequence[Likelihood]) -> dict[str, float]:
+def summary(values: Sequence[Likelihood]) -> dict[str, float]:
     """The authors' two figures over all texts, and two that say what their mean leaves out.
 
     ``perplexity`` is the mean of the perplexities below 1e4, ``dropped`` the share of the texts
     that this leaves out (outliers and texts without a perplexity), ``median`` the median with the
     outliers, ``total_perplexity`` is ``exp(sum of nll / sum of tokens)``, outliers included.
     """
-    scored = [each for each in found if not math.isnan(each.perplexity)]
-    kept = [each.perplexity for each in scored if each.perplexity < OUTLIER]
+    scored = [likelihood for likelihood in values if not math.isnan(likelihood.perplexity)]
+    inliers = [likelihood.perplexity for likelihood in scored if likelihood.perplexity < OUTLIER]
     if not scored:
         return dict.fromkeys(("perplexity", "median", "total_perplexity"), math.nan) | {
-            "dropped": 1.0 if found else math.nan
+            "dropped": 1.0 if values else math.nan
         }
     return {
-        "perplexity": mean(kept),
-        "dropped": 1 - len(kept) / len(found),
-        "median": median(each.perplexity for each in scored),
+        "perplexity": mean(inliers),
+        "dropped": 1 - len(inliers) / len(values),
+        "median": median(likelihood.perplexity for likelihood in scored),
         "total_perplexity": _exp(
-            math.fsum(each.nll for each in scored) / sum(each.num_tokens for each in scored)
+            math.fsum(likelihood.nll for likelihood in scored)
+            / sum(likelihood.num_tokens for likelihood in scored)
         ),
     }
 
@@ -99,12 +100,12 @@ def likelihoods(judge: LanguageModel, answers: Sequence[Answers]) -> list[Likeli
     prompts = _encode(judge, [answer.prompt for answer in answers])
     texts = _encode(judge, [answer.prompt + text for answer in answers for text in answer.texts])
     nll = text_nll(judge.model, [*prompts, *texts])
-    bare = [judge.tokenizer.bos_token_id]
-    before = [0.0 if row == bare else cost for row, cost in zip(prompts, nll, strict=False)]
-    owners = [place for place, answer in enumerate(answers) for _ in answer.texts]
+    bos_only = [judge.tokenizer.bos_token_id]
+    prompt_nll = [0.0 if row == bos_only else cost for row, cost in zip(prompts, nll, strict=False)]
+    prompt_indices = [index for index, answer in enumerate(answers) for _ in answer.texts]
     return [
-        Likelihood(cost - before[owner], len(row) - len(prompts[owner]))
-        for owner, row, cost in zip(owners, texts, nll[len(prompts) :], strict=True)
+        Likelihood(cost - prompt_nll[index], len(row) - len(prompts[index]))
+        for index, row, cost in zip(prompt_indices, texts, nll[len(prompts) :], strict=True)
     ]
 
 
@@ -115,31 +116,31 @@ def text_nll(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
     Rows are padded on the right, where causal attention never sees the padding. The log-softmax is
     taken in float32 (float64 for a float64 model), the sum in float64.
     """
-    found = [math.nan] * len(rows)
+    costs = [math.nan] * len(rows)
     for batch in _batches(rows, model.config.vocab_size):
         tokens = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(rows[place]) for place in batch], True, padding_value=0
+            [torch.tensor(rows[index]) for index in batch], True, padding_value=0
         ).to(model.device)
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         cost = torch.nn.functional.cross_entropy(
             wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         ).view(len(batch), -1)
-        for place, row in zip(batch, cost.double().cpu(), strict=True):
-            found[place] = row[: len(rows[place]) - 1].sum().item()
-    return found
+        for index, row in zip(batch, cost.double().cpu(), strict=True):
+            costs[index] = row[: len(rows[index]) - 1].sum().item()
+    return costs
 
 
 def _batches(rows: Sequence[Sequence[int]], vocab_size: int) -> Iterator[list[int]]:
     """Places of the rows of two tokens and more, longest first, by the size of their logits."""
     batch: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda place: len(rows[place]), reverse=True):
-        if len(rows[place]) < 2:
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
+        if len(rows[index]) < 2:
             continue
         if batch and (len(batch) + 1) * len(rows[batch[0]]) * vocab_size > _LOGITS:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(index)
     if batch:
         yield batch
 
@@ -150,8 +151,8 @@ def _encode(judge: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     for row, text in zip(rows, texts, strict=True):
         if limit is not None and len(row) > limit:
             raise SteerError(
-                f"text {text[:60]!r} has {len(row)} tokens; {judge.name} reads at most {limit}; "
-                "take shorter texts or another judge"
+                f"text {text[:60]!r} has {len(row)} tokens; the maximum of {judge.name} is "
+                f"{limit}; use shorter texts or another judge"
             )
     return rows
 

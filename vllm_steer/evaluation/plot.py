@@ -24,7 +24,7 @@ def draw_report(report: EvaluationReport, path: Path) -> None:
     """
     panels = _panels(report)
     size = (4.6 * max(1, len(panels)), 4.0)
-    title = label(f"{report.about['steer']['file']} on {report.about['model']}")
+    title = label(f"{report.metadata['steer']['file']} on {report.metadata['model']}")
     with picture(path, figsize=size, layout="constrained") as figure:
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=False):
@@ -51,59 +51,59 @@ def _panels(report: EvaluationReport) -> list[Panel]:
 
 def _effects(axis: Any, report: EvaluationReport, effects: Sequence[tuple[str, str]]) -> None:
     for index, (judge, effect) in enumerate(effects):
-        for which in STEERS:
-            _line(axis, report.strengths, report.curve(judge, which, effect), index, which, judge)
+        for steer in STEERS:
+            _line(axis, report.strengths, report.curve(judge, steer, effect), index, steer, judge)
     axis.set(xlabel="strength", ylabel="effect", title="effect")
 
 
 def _perplexity(axis: Any, report: EvaluationReport, judge: str) -> None:
-    for which in STEERS:
-        _line(axis, report.strengths, report.curve(judge, which, PERPLEXITY), 0, which, "")
+    for steer in STEERS:
+        _line(axis, report.strengths, report.curve(judge, steer, PERPLEXITY), 0, steer, "")
     axis.set(xlabel="strength", ylabel="total perplexity", title=label(judge))
-    _wide(axis.yaxis, axis.set_yscale)
+    _use_log_scale(axis.yaxis, axis.set_yscale)
 
 
 def _trade(
     axis: Any, report: EvaluationReport, effects: Sequence[tuple[str, str]], perplexity: str
 ) -> None:
     for index, (judge, effect) in enumerate(effects):
-        for which in STEERS:
-            across = report.curve(perplexity, which, PERPLEXITY)
-            _line(axis, across, report.curve(judge, which, effect), index, which, judge)
+        for steer in STEERS:
+            across = report.curve(perplexity, steer, PERPLEXITY)
+            _line(axis, across, report.curve(judge, steer, effect), index, steer, judge)
     axis.set(xlabel="total perplexity", ylabel="effect", title="effect's price")
-    _wide(axis.xaxis, axis.set_xscale)
+    _use_log_scale(axis.xaxis, axis.set_xscale)
 
 
 def _normalised(axis: Any, report: EvaluationReport) -> None:
     """Points of the effect normalised by perplexity, and the curves fitted to them."""
     for index, (judge, by_steer) in enumerate(report.normalised.items()):
-        for which, found in by_steer.items():
-            if isinstance(found, str):
+        for steer, fit in by_steer.items():
+            if isinstance(fit, str):
                 continue
-            colour, style = COLOURS[index % len(COLOURS)], _STYLES[which]
-            said = label(f"{judge} {which}: {found.pnes:.2f}")
+            colour, style = COLOURS[index % len(COLOURS)], _STYLES[steer]
+            text = label(f"{judge} {steer}: {fit.pnes:.2f}")
             points = {**style, "linestyle": "none", "color": colour}
-            axis.plot(found.strengths, found.y, label=said, **points)
-            x = _between(found.strengths)
-            axis.plot(x, found.curve(x), color=colour, linestyle=style["linestyle"], linewidth=1)
+            axis.plot(fit.strengths, fit.y, label=text, **points)
+            x = _dense_strengths(fit.strengths)
+            axis.plot(x, fit.curve(x), color=colour, linestyle=style["linestyle"], linewidth=1)
     axis.set(xlabel="strength", ylabel="effect / perplexity ratio", title="normalised, with PNES")
 
 
-def _wide(axis: Any, set_scale: Callable[[str], object]) -> None:
+def _use_log_scale(axis: Any, set_scale: Callable[[str], object]) -> None:
     """A logarithmic axis where values span a decade or more; else its ticks would not be read."""
     low, high = axis.get_data_interval()
     if 0 < 10 * low <= high:
         set_scale("log")
 
 
-def _between(strengths: Sequence[float]) -> list[float]:
+def _dense_strengths(strengths: Sequence[float]) -> list[float]:
     """Strengths close enough for a smooth curve."""
     first, last = strengths[0], strengths[-1]
     return [first + (last - first) * i / _SMOOTH for i in range(_SMOOTH + 1)]
 
 
 def _line(
-    axis: Any, x: Sequence[float], y: Sequence[float], index: int, which: SteerRole, judge: str
+    axis: Any, x: Sequence[float], y: Sequence[float], index: int, steer: SteerRole, judge: str
 ) -> None:
-    said = label(f"{judge} {which}".strip())
-    axis.plot(x, y, label=said, color=COLOURS[index % len(COLOURS)], **_STYLES[which])
+    text = label(f"{judge} {steer}".strip())
+    axis.plot(x, y, label=text, color=COLOURS[index % len(COLOURS)], **_STYLES[steer])

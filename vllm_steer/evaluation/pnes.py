@@ -26,9 +26,9 @@ from vllm_steer.optional import require_package
 
 Array = npt.NDArray[np.float64]
 
-_HIGHEST: Final = 2000.0  # of the perplexities that b is fitted to
+_MAX_PERPLEXITY: Final = 2000.0  # of the perplexities that b is fitted to
 _POINTS: Final = 200
-_EVALUATIONS: Final = 20000
+_MAX_EVALUATIONS: Final = 20000
 _NO_SLOPE: Final = 1e-6
 
 
@@ -74,13 +74,13 @@ def perplexity_normalised_effect(
     zero = int(np.abs(x).argmin())
     ratio = perplexity / perplexity[zero]
     y = (effect - effect[zero]) / ratio
-    b = _cost(x[perplexity < _HIGHEST], ratio[perplexity < _HIGHEST])
+    b = _fit_b(x[perplexity < _MAX_PERPLEXITY], ratio[perplexity < _MAX_PERPLEXITY])
     a, c = _fit(x, y, b)
     grid = np.linspace(x.min(), x.max(), _POINTS)
     curve = _curve(grid, a, b, c)
     return Pnes(
         pnes=float(curve.max() - curve.min()),
-        r2=_explained(y, _curve(x, a, b, c)),
+        r2=_r_squared(y, _curve(x, a, b, c)),
         a=a,
         b=b,
         c=c,
@@ -99,21 +99,21 @@ def _points(*columns: Sequence[float]) -> tuple[Array, Array, Array]:
     rows = rows[np.isfinite(rows).all(1)]
     if len(set(rows[:, 0])) < 3:
         raise SteerError(
-            f"PNES needs an effect and a perplexity at three strengths or more; there are "
-            f"{len(set(rows[:, 0]))}"
+            f"PNES needs an effect and a perplexity at 3 or more strengths; only "
+            f"{len(set(rows[:, 0]))} have both; give more strengths"
         )
     if (rows[:, 2] <= 0).any():
         raise SteerError("PNES needs perplexities above 0")
     return rows[:, 0], rows[:, 1], rows[:, 2]
 
 
-def _cost(x: Array, ratio: Array) -> float:
+def _fit_b(x: Array, ratio: Array) -> float:
     """``b``: the least squares of a line through the origin over ``x^2``, in closed form."""
     square = x**2
     if not (square > 0).any():
         raise SteerError(
-            f"PNES needs a strength other than 0 whose perplexity is below {_HIGHEST:g}; there is "
-            "none; take smaller strengths"
+            f"PNES needs a strength other than 0 with a perplexity below {_MAX_PERPLEXITY:g}, and "
+            "no strength has one; use smaller strengths"
         )
     return float((square * np.log(ratio)).sum() / (square**2).sum())
 
@@ -129,7 +129,7 @@ def _fit(x: Array, y: Array, b: float) -> tuple[float, float]:
         # A flat spot has no covariance; only the parameters are wanted.
         warnings.simplefilter("ignore", optimize.OptimizeWarning)
         try:
-            a, c = optimize.curve_fit(curve, x, y, p0=(0.0, 0.0), maxfev=_EVALUATIONS)[0]
+            a, c = optimize.curve_fit(curve, x, y, p0=(0.0, 0.0), maxfev=_MAX_EVALUATIONS)[0]
         except (RuntimeError, ValueError) as error:  # no convergence; values that are not finite
             raise SteerError(f"PNES: no curve can be fitted ({cause(error)})") from error
     if not np.isfinite(curve(x, a, c)).all():
@@ -145,6 +145,6 @@ def _curve(x: Array, a: float, b: float, c: float) -> Array:
     return curve
 
 
-def _explained(y: Array, curve: Array) -> float:
+def _r_squared(y: Array, curve: Array) -> float:
     total = float(((y - y.mean()) ** 2).sum())
     return 1 - float(((y - curve) ** 2).sum()) / total if total else math.nan

@@ -31,7 +31,7 @@ def read_prompts(path: str | Path, *, field: str = "prompt", count: int | None =
     """
     path = Path(path)
     if count is not None and count < 1:
-        raise SteerError(f"{count} prompts are asked for; expected at least 1")
+        raise SteerError(f"the number of prompts is {count}; expected at least 1")
     name = "text" if path.suffix == ".txt" else field
     texts = []
     for text in take(read_rows(path), lambda row: text_of(row, name)):
@@ -39,5 +39,5 @@ def read_prompts(path: str | Path, *, field: str = "prompt", count: int | None =
         if len(texts) == count:
             break
     if not texts:
-        raise SteerError(f"{path}: there are no prompts")
+        raise SteerError(f"{path}: the file has no prompts")
     return Prompts(tuple(texts), path.name, file_digest(path))

@@ -36,74 +36,76 @@ class EvaluationReport:
     be had.
     """
 
-    about: Mapping[str, Any]
-    settings: tuple[Condition, ...]
+    metadata: Mapping[str, Any]
+    conditions: tuple[Condition, ...]
     judges: tuple[JudgeEntry, ...]
     scores: Scores
     missing: Mapping[str, str]
     normalised: Mapping[str, Mapping[str, Pnes | str]]
 
-    def figure(self, judge: str, which: SteerRole, strength: float, figure: str) -> float:
+    def figure(self, judge: str, steer: SteerRole, strength: float, figure: str) -> float:
         """One figure; at strength 0 the unsteered model's, whichever steer is asked for."""
-        setting = Condition("none" if strength == 0 else which, strength)
-        return self.scores[judge][setting.name].get(figure, math.nan)
+        condition = Condition("none" if strength == 0 else steer, strength)
+        return self.scores[judge][condition.name].get(figure, math.nan)
 
     @property
     def strengths(self) -> list[float]:
         """All strengths, 0 included, ascending."""
-        return sorted({setting.strength for setting in self.settings})
+        return sorted({condition.strength for condition in self.conditions})
 
-    def curve(self, judge: str, which: SteerRole, figure: str) -> list[float]:
+    def curve(self, judge: str, steer: SteerRole, figure: str) -> list[float]:
         """A figure over the strengths."""
-        return [self.figure(judge, which, strength, figure) for strength in self.strengths]
+        return [self.figure(judge, steer, strength, figure) for strength in self.strengths]
 
     @property
     def data(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
-            **self.about,
+            **self.metadata,
             "judges": [asdict(judge) for judge in self.judges],
             "not_at_hand": dict(self.missing),
             "settings": [
                 {
-                    "steer": setting.which,
-                    "strength": setting.strength,
-                    "figures": {j.name: self.scores[j.name][setting.name] for j in self.judges},
+                    "steer": condition.steer,
+                    "strength": condition.strength,
+                    "figures": {j.name: self.scores[j.name][condition.name] for j in self.judges},
                 }
-                for setting in self.settings
+                for condition in self.conditions
             ],
             "normalised_effect": {
-                judge: {which: _pnes_data(found) for which, found in by_steer.items()}
+                judge: {steer: _pnes_data(fit) for steer, fit in by_steer.items()}
                 for judge, by_steer in self.normalised.items()
             },
         }
 
 
 def make_report(
-    about: Mapping[str, Any],
-    settings: Sequence[Condition],
+    metadata: Mapping[str, Any],
+    conditions: Sequence[Condition],
     judges: Sequence[JudgeEntry],
     scores: Scores,
     missing: Mapping[str, str],
 ) -> EvaluationReport:
     """The report, with effects normalised by the first judge that has a perplexity."""
-    bare = EvaluationReport(about, tuple(settings), tuple(judges), scores, missing, {})
-    perplexity = perplexity_judge(bare)
+    unnormalised = EvaluationReport(metadata, tuple(conditions), tuple(judges), scores, missing, {})
+    perplexity = perplexity_judge(unnormalised)
     if perplexity is None:
-        return bare
-    found: dict[str, dict[str, Pnes | str]] = {
+        return unnormalised
+    normalised: dict[str, dict[str, Pnes | str]] = {
         judge.name: {
-            which: _normalised(
-                bare.strengths,
-                bare.curve(judge.name, which, judge.effect),
-                bare.curve(perplexity, which, PERPLEXITY),
+            steer: _normalised(
+                unnormalised.strengths,
+                unnormalised.curve(judge.name, steer, judge.effect),
+                unnormalised.curve(perplexity, steer, PERPLEXITY),
             )
-            for which in STEERS
+            for steer in STEERS
         }
         for judge in judges
         if judge.effect is not None
     }
-    return EvaluationReport(about, bare.settings, bare.judges, scores, missing, found)
+    return EvaluationReport(
+        metadata, unnormalised.conditions, unnormalised.judges, scores, missing, normalised
+    )
 
 
 def perplexity_judge(report: EvaluationReport) -> str | None:
@@ -117,12 +119,12 @@ def perplexity_judge(report: EvaluationReport) -> str | None:
 def tables(report: EvaluationReport) -> Iterator[Table]:
     """A table for each judge: at each strength the control's figures beside the steer's."""
     for judge in report.judges:
-        found = report.scores[judge.name]
-        names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+        scores = report.scores[judge.name]
+        names = list(dict.fromkeys(name for figures in scores.values() for name in figures))
         figures = [Column(name.replace("_", " "), figure) for name in names]
         rows = [
-            (s.strength, s.which, *(found[s.name].get(name, math.nan) for name in names))
-            for s in sorted(report.settings, key=lambda s: s.strength)
+            (s.strength, s.steer, *(scores[s.name].get(name, math.nan) for name in names))
+            for s in sorted(report.conditions, key=lambda s: s.strength)
         ]
         yield Table(judge.name, [Column("strength", "g"), Column("steer"), *figures], rows)
     if report.normalised:
@@ -132,9 +134,9 @@ def tables(report: EvaluationReport) -> Iterator[Table]:
 def _pnes_table(report: EvaluationReport) -> Table:
     figures = [Column("PNES", figure), Column("r2", figure), Column("highest at", ".3g")]
     rows = [
-        (judge, which, *_pnes_cells(pnes))
+        (judge, steer, *_pnes_cells(pnes))
         for judge, by_steer in report.normalised.items()
-        for which, pnes in by_steer.items()
+        for steer, pnes in by_steer.items()
     ]
     title = "effect normalised by perplexity"
     return Table(title, [Column("judge"), Column("steer"), *figures], rows)
@@ -142,13 +144,13 @@ def _pnes_table(report: EvaluationReport) -> Table:
 
 def markdown(report: EvaluationReport) -> str:
     """The same tables in Markdown, after a line on the run."""
-    prompts = report.about["prompts"]
-    title = f"{report.about['steer']['file']} on {report.about['model']}"
+    prompts = report.metadata["prompts"]
+    title = f"{report.metadata['steer']['file']} on {report.metadata['model']}"
     lines = [
         f"# {markdown_text(title)}",
         "",
         f"{prompts['count']} prompts of {markdown_text(prompts['file'])}, "
-        f"{report.about['sampling']['samples']} texts each. Strength 0 is the unsteered model; "
+        f"{report.metadata['sampling']['samples']} texts each. Strength 0 is the unsteered model; "
         "*random* is a random steer of equal norm.",
     ]
     for table in tables(report):
@@ -156,17 +158,17 @@ def markdown(report: EvaluationReport) -> str:
     if reasons := list(without_effect(report)):
         lines += markdown_list(reasons)
     if report.missing:
-        found = (f"{name}: {reason}" for name, reason in report.missing.items())
-        lines += ["", "## Judges that are not available", *markdown_list(found)]
+        notes = (f"{name}: {reason}" for name, reason in report.missing.items())
+        lines += ["", "## Judges that are not available", *markdown_list(notes)]
     return "\n".join(lines) + "\n"
 
 
 def without_effect(report: EvaluationReport) -> Iterator[str]:
     """For each effect that is not normalised by perplexity, why."""
     for judge, by_steer in report.normalised.items():
-        for which, found in by_steer.items():
-            if isinstance(found, str):
-                yield f"{judge}, {which}: {found}"
+        for steer, fit in by_steer.items():
+            if isinstance(fit, str):
+                yield f"{judge}, {steer}: {fit}"
 
 
 def _normalised(
@@ -178,9 +180,9 @@ def _normalised(
         return str(error)
 
 
-def _pnes_data(found: Pnes | str) -> dict[str, Any]:
-    return {"reason": found} if isinstance(found, str) else asdict(found)
+def _pnes_data(fit: Pnes | str) -> dict[str, Any]:
+    return {"reason": fit} if isinstance(fit, str) else asdict(fit)
 
 
-def _pnes_cells(found: Pnes | str) -> list[float]:
-    return [math.nan] * 3 if isinstance(found, str) else [found.pnes, found.r2, found.x_max]
+def _pnes_cells(fit: Pnes | str) -> list[float]:
+    return [math.nan] * 3 if isinstance(fit, str) else [fit.pnes, fit.r2, fit.x_max]

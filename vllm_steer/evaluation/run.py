@@ -47,32 +47,32 @@ class TextSet(Protocol):
     def name(self) -> str: ...
 
     @property
-    def about(self) -> Mapping[str, Any]: ...
+    def metadata(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Condition:
     """A steer, the random control or none, at a strength."""
 
-    which: SteerRole
+    steer: SteerRole
     strength: float
 
     @property
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the rows of its texts say."""
-        return {"steer": self.which, "strength": self.strength}
+        return {"steer": self.steer, "strength": self.strength}
 
     @property
     def name(self) -> str:
         """Such as ``steer+2.5``; the unsteered model is ``none``."""
-        return "none" if self.which == "none" else f"{self.which}{self.strength:+.12g}"
+        return "none" if self.steer == "none" else f"{self.steer}{self.strength:+.12g}"
 
 
-def conditions(strengths: Sequence[float]) -> list[Condition]:
+def condition_grid(strengths: Sequence[float]) -> list[Condition]:
     """The unsteered model once, then the steer and its control at each other strength."""
     steered = [s for s in strengths if s != 0]
-    both: tuple[SteerRole, SteerRole] = ("steer", "random")
-    return [Condition("none", 0.0), *(Condition(which, s) for which in both for s in steered)]
+    roles: tuple[SteerRole, SteerRole] = ("steer", "random")
+    return [Condition("none", 0.0), *(Condition(steer, s) for steer in roles for s in steered)]
 
 
 @dataclass(frozen=True)
@@ -86,26 +86,26 @@ class Run:
         """Where the random steer is kept."""
         return self.folder / _CONTROL
 
-    def missing(self, settings: Sequence[S]) -> list[S]:
+    def missing(self, text_sets: Sequence[S]) -> list[S]:
         """The settings whose texts are not written yet."""
-        return [setting for setting in settings if not self._path(setting).is_file()]
+        return [text_set for text_set in text_sets if not self._path(text_set).is_file()]
 
-    def write(self, setting: TextSet, answers: Sequence[Answers]) -> None:
+    def write(self, text_set: TextSet, answers: Sequence[Answers]) -> None:
         """Keep the texts of a setting; its file appears whole."""
         rows = (
             {
                 "prompt": {"text": answer.prompt},
                 "generations": _generations(answer),
-                **setting.about,
+                **text_set.metadata,
             }
             for answer in answers
         )
         lines = [json_text(row) + "\n" for row in rows]
-        write_text(self._path(setting), "".join(lines))
+        write_text(self._path(text_set), "".join(lines))
 
-    def read(self, setting: TextSet) -> list[Answers]:
+    def read(self, text_set: TextSet) -> list[Answers]:
         """The texts of a finished setting; ``SteerError`` if its file is not as it was written."""
-        path = self._path(setting)
+        path = self._path(text_set)
         try:
             with path.open(encoding="utf-8") as file:
                 return [_answers(json.loads(line)) for line in file]
@@ -113,11 +113,11 @@ class Run:
             raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SteerError(
-                f"{path}: not as it was written ({error!r:.100}); delete it to generate it again"
+                f"{path}: the file is damaged ({error!r:.100}); delete it to generate it again"
             ) from None
 
-    def _path(self, setting: TextSet) -> Path:
-        return self.folder / _GENERATIONS / f"{setting.name}{_TEXTS}"
+    def _path(self, text_set: TextSet) -> Path:
+        return self.folder / _GENERATIONS / f"{text_set.name}{_TEXTS}"
 
 
 def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool = False) -> Run:
@@ -138,8 +138,8 @@ def _generations(answer: Answers) -> list[dict[str, Any]]:
     texts = [{"text": text} for text in answer.texts]
     if not answer.strengths:
         return texts
-    both = zip(texts, answer.strengths, strict=True)
-    return [{**text, "steer_strengths": dict(strengths)} for text, strengths in both]
+    pairs = zip(texts, answer.strengths, strict=True)
+    return [{**text, "steer_strengths": dict(strengths)} for text, strengths in pairs]
 
 
 def _answers(row: Any) -> Answers:

@@ -30,7 +30,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        wanted = {
+        checks = {
             "samples": (self.samples >= 1, "at least 1"),
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < math.inf, "0 or more"),
@@ -39,12 +39,12 @@ class Sampling:
             # The last text's seed is a signed number of 64 bits as well.
             "seed": (0 <= self.seed <= _LARGEST_SEED - self.samples, "0 to 2^63 - 1 - samples"),
         }
-        for name, (holds, allowed) in wanted.items():
-            if not holds:
+        for name, (is_valid, allowed) in checks.items():
+            if not is_valid:
                 raise SteerError(f"{name} is {getattr(self, name)}; allowed: {allowed}")
         if self.temperature == 0 and self.samples > 1:
             raise SteerError(
-                f"temperature 0 writes one text again and again, and samples is {self.samples}; "
+                f"samples is {self.samples}, and temperature 0 always generates the same text; "
                 "give 1 sample"
             )
 
@@ -60,12 +60,12 @@ PRESETS: Final[Mapping[str, Sampling]] = {
 }
 
 
-def sampling_of(preset: str | None, given: Mapping[str, Any]) -> Sampling:
+def sampling_of(preset: str | None, overrides: Mapping[str, Any]) -> Sampling:
     """A preset, or the defaults, with what is given (and not None) in its place.
 
     Raises ``SteerError`` for an unknown preset and for values out of range.
     """
     if preset is not None and preset not in PRESETS:
         raise SteerError(f"preset is {preset!r}; allowed: {', '.join(PRESETS)}")
-    start = Sampling() if preset is None else PRESETS[preset]
-    return replace(start, **{name: value for name, value in given.items() if value is not None})
+    base = Sampling() if preset is None else PRESETS[preset]
+    return replace(base, **{name: value for name, value in overrides.items() if value is not None})

@@ -13,10 +13,10 @@ Scores = Mapping[str, Mapping[str, Figures]]
 
 def score(
     run: Run,
-    settings: Sequence[Condition],
+    conditions: Sequence[Condition],
     judges: Sequence[Judge],
     *,
-    on_setting: Callable[[int, str], None] | None = None,
+    on_condition: Callable[[int, str], None] | None = None,
 ) -> Scores:
     """Every judge's figures of every setting; kept in the run's ``scores.json`` judge by judge.
 
@@ -26,10 +26,10 @@ def score(
     done = 0
     for judge in judges:
         scores[judge.name] = {}
-        for setting in settings:
-            scores[judge.name][setting.name] = dict(judge.scores(run.read(setting)))
+        for condition in conditions:
+            scores[judge.name][condition.name] = dict(judge.scores(run.read(condition)))
             done += 1
-            if on_setting is not None:
-                on_setting(done, judge.name)
+            if on_condition is not None:
+                on_condition(done, judge.name)
         write_json(run.folder / "scores.json", scores)
     return scores

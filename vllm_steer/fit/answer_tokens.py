@@ -57,7 +57,7 @@ def render(tokenizer: Any, conversation: Conversation, *, chat_template: bool = 
         )
     except TemplateError as error:
         raise SteerError(
-            f"{conversation.place}: the chat template does not take these messages ({error}); "
+            f"{conversation.location}: the chat template does not take these messages ({error}); "
             "change them, or do without the template"
         ) from error
 

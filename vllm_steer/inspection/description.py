@@ -45,16 +45,16 @@ def describe(steer: Steer) -> Description:
 
 
 def _column(steer: LMSteer, column: int) -> dict[str, Any]:
-    said = {"column": column, "fixed": column in steer.fixed_columns}
+    fields = {"column": column, "fixed": column in steer.fixed_columns}
     if steer.variant != "multiply":
         (vectors,) = steer.tensors.values()
-        return {**said, "norm": float(vectors[column].double().norm())}
-    found = spectrum(steer, column)
+        return {**fields, "norm": float(vectors[column].double().norm())}
+    decomposition = spectrum(steer, column)
     return {
-        **said,
-        "norm": found.norm,
-        "singular_values": found.values.tolist(),
-        "shares": found.shares.tolist(),
+        **fields,
+        "norm": decomposition.norm,
+        "singular_values": decomposition.values.tolist(),
+        "shares": decomposition.shares.tolist(),
     }
 
 
@@ -90,12 +90,12 @@ def _accuracies(recipe: Mapping[str, Any] | None) -> Mapping[int, dict[str, floa
         return {}
     if not all(type(layer) is int and layer >= 0 for layer in layers):
         return {}
-    named = {
+    accuracies = {
         name: values
         for name in _ACCURACIES
         if isinstance(values := figures.get(name), list) and len(values) == len(layers)
     }
     return {
-        layer: {name: v[i] for name, v in named.items() if isinstance(v[i], int | float)}
+        layer: {name: v[i] for name, v in accuracies.items() if isinstance(v[i], int | float)}
         for i, layer in enumerate(layers)
     }

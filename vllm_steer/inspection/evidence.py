@@ -77,14 +77,14 @@ def text_evidence(
     model reads, a tokenizer that does not say where its tokens stand, and a steer that does not fit
     the model.
     """
-    ids, places = _encode(model, text)
+    ids, offsets = _encode(model, text)
     values = token_evidence(model.model, steer, ids, strength=strength).tolist()
     sides = []
     for sign in (1.0, -1.0):
-        found = best_spans([sign * value for value in values], spans=spans, longest=longest)
+        best = best_spans([sign * value for value in values], spans=spans, longest=longest)
         # Evidence begins at token 1: place t of the values is token t + 1.
         sides.append(
-            tuple(_in_text(text, places, s.begin + 1, s.end, sign * s.total) for s in found)
+            tuple(_in_text(text, offsets, s.begin + 1, s.end, sign * s.total) for s in best)
         )
     return Evidence(text, strength, tuple(values), sides[0], sides[1])
 
@@ -97,7 +97,7 @@ def token_evidence(model: Any, steer: Steer, ids: torch.Tensor, *, strength: flo
     """
     if strength == 0 or not math.isfinite(strength):
         raise SteerError(
-            f"strength is {strength:g}: both readings would be the same or undefined; give a "
+            f"strength is {strength:g}: the two likelihoods would be equal or undefined; give a "
             "finite strength other than 0"
         )
     above, below = (_log_likelihoods(model, steer, ids, v) for v in (strength, -strength))
@@ -128,21 +128,21 @@ def _encode(model: LanguageModel, text: str) -> tuple[torch.Tensor, list[tuple[i
             f"the text {text!r:.50} has {len(ids)} tokens; the first has no evidence; expected at "
             "least two"
         )
-    most = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and len(ids) > most:
+    max_length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and len(ids) > max_length:
         raise SteerError(
-            f"the text {text!r:.50} has {len(ids)} tokens and model {model.name} reads at most "
-            f"{most}; give it in parts"
+            f"the text {text!r:.50} has {len(ids)} tokens and the maximum of model "
+            f"{model.name} is {max_length}; split the text"
         )
     return torch.tensor(ids), encoded["offset_mapping"]
 
 
 def _in_text(
-    text: str, places: list[tuple[int, int]], first: int, last: int, total: float
+    text: str, offsets: list[tuple[int, int]], first: int, last: int, total: float
 ) -> TextSpan:
     """A span of tokens ``first`` to ``last`` as characters, without the spaces at its ends."""
-    inside = [place for place in places[first : last + 1] if place[0] < place[1]]
-    begin, end = (inside[0][0], inside[-1][1]) if inside else (0, 0)
+    spanned = [offset for offset in offsets[first : last + 1] if offset[0] < offset[1]]
+    begin, end = (spanned[0][0], spanned[-1][1]) if spanned else (0, 0)
     part = text[begin:end]
     begin += len(part) - len(part.lstrip())
     return TextSpan(begin, begin + len(part.strip()), part.strip(), first, last, total)

@@ -73,7 +73,7 @@ def nearest_tokens(
     _check_width(steer, embedding.shape[0 if offset else 1])
     strings = {i: token for token, i in tokenizer.get_vocab().items() if i < embedding.shape[0]}
     ids = torch.tensor(sorted(strings))
-    found = []
+    nearest = []
     for direction in directions(steer, top):
         scores = (direction.vector.double() if offset else _scores(embedding, direction.vector))[
             ids
@@ -85,8 +85,8 @@ def nearest_tokens(
             )
             for descending in (True, False)
         )
-        found.append(NearTokens(direction.label, direction.weight, highest, lowest))
-    return found
+        nearest.append(NearTokens(direction.label, direction.weight, highest, lowest))
+    return nearest
 
 
 def no_tokens_reason(steer: Steer) -> str | None:
@@ -94,8 +94,8 @@ def no_tokens_reason(steer: Steer) -> str | None:
     if isinstance(steer, LMSteer) or steer.site in STREAM_SITES:
         return None
     return (
-        f"the site {steer.site} is not in the space of the output embedding, so no tokens are near "
-        f"its directions; steers at the LM head, {' and '.join(STREAM_SITES)} have some"
+        f"a steer at the site {steer.site} has no nearest tokens: its directions are not in the "
+        f"space of the output embedding; expected the LM head, {' or '.join(STREAM_SITES)}"
     )
 
 
@@ -114,12 +114,12 @@ def directions(steer: Steer, top: int) -> Iterator[Direction]:
         yield from _delta_directions(steer, top)
 
 
-def _check_width(steer: Steer, wanted: int) -> None:
+def _check_width(steer: Steer, model_width: int) -> None:
     width = steer.width if isinstance(steer, LMSteer) else steer.hidden_size
-    if width != wanted:
+    if width != model_width:
         raise SteerError(
-            f"the steer is {width} wide and the model {wanted}; give the model that the steer is "
-            f"for{f' ({steer.base_model})' if steer.base_model else ''}"
+            f"the steer has width {width} and the model {model_width}; give the model that the "
+            f"steer was fitted to{f' ({steer.base_model})' if steer.base_model else ''}"
         )
 
 
@@ -128,23 +128,23 @@ def _column_directions(steer: LMSteer, column: int, top: int) -> Iterator[Direct
         (vectors,) = steer.tensors.values()
         yield Direction(f"column {column}", float(vectors[column].double().norm()), vectors[column])
         return
-    found = spectrum(steer, column)
-    for i, value in enumerate(found.values[:top].tolist()):
-        yield Direction(f"column {column}, direction {i}", value, found.right[i])
+    decomposition = spectrum(steer, column)
+    for i, value in enumerate(decomposition.values[:top].tolist()):
+        yield Direction(f"column {column}, direction {i}", value, decomposition.right[i])
 
 
 def _delta_directions(steer: DeltaSteer, top: int) -> Iterator[Direction]:
     norms = steer.delta.double().norm(dim=2)
-    for place in _leading(norms.flatten(), top):
-        step, row = divmod(place, len(steer.layers))
+    for index in _leading(norms.flatten(), top):
+        step, row = divmod(index, len(steer.layers))
         label = f"layer {steer.layers[row]}, step {step}"
         yield Direction(label, float(norms[step, row]), steer.delta[step, row])
 
 
 def _leading(weights: torch.Tensor, top: int) -> Sequence[int]:
     """The places of the largest weights, the largest first; of equal ones the first."""
-    places: list[int] = weights.argsort(descending=True, stable=True)[:top].tolist()
-    return places
+    indices: list[int] = weights.argsort(descending=True, stable=True)[:top].tolist()
+    return indices
 
 
 def _scores(embedding: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

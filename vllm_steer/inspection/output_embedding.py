@@ -27,10 +27,10 @@ def read_output_embedding(name: str) -> torch.Tensor:
     if head is None:
         raise SteerError(f"model {name}: {type(skeleton).__name__} has no LM head to read")
     names = _names(skeleton, head.weight)
-    found = _read(model_path(name), names, tuple(head.weight.shape))
-    if found is None:
-        found = load_language_model(name, device="cpu").model.get_output_embeddings().weight
-    return found.detach()
+    embedding = _read(model_path(name), names, tuple(head.weight.shape))
+    if embedding is None:
+        embedding = load_language_model(name, device="cpu").model.get_output_embeddings().weight
+    return embedding.detach()
 
 
 def _skeleton(name: str) -> Any:
@@ -78,8 +78,8 @@ def _files(folder: str, names: list[str]) -> list[Path]:
     index = _cached(folder, _INDEX)
     if index is None:
         return []
-    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    shards = {places[name]: None for name in names if name in places}
+    shard_of_tensor = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = {shard_of_tensor[name]: None for name in names if name in shard_of_tensor}
     return [path for shard in shards if (path := _cached(folder, shard)) is not None]
 
 
@@ -88,7 +88,7 @@ def _cached(folder: str, file: str) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(folder, file)
+        path = cached_file(folder, file)
     except OSError:
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)

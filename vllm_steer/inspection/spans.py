@@ -34,11 +34,11 @@ def best_spans(values: Sequence[float], *, spans: int = 4, longest: int = 10) ->
     which is rounding, one of the fewest spans is taken.
     """
     sums = [0.0, *accumulate(values)]
-    best, taken = [0.0] * len(sums), []
+    best, choices = [0.0] * len(sums), []
     for _ in range(spans):
         best, lengths = _add_span(best, sums, longest)
-        taken.append(lengths)
-    return _backtrack(taken, sums)
+        choices.append(lengths)
+    return _backtrack(choices, sums)
 
 
 def _add_span(
@@ -53,26 +53,26 @@ def _add_span(
         total, length = fewer[t], _FEWER
         if best[-1] > total + _ROUNDING:
             total, length = best[-1], _NONE
-        for tried in range(1, min(longest, t) + 1):
-            reached = fewer[t - tried] + sums[t] - sums[t - tried]
-            if reached > total + _ROUNDING:
-                total, length = reached, tried
+        for candidate in range(1, min(longest, t) + 1):
+            candidate_total = fewer[t - candidate] + sums[t] - sums[t - candidate]
+            if candidate_total > total + _ROUNDING:
+                total, length = candidate_total, candidate
         best.append(total)
         lengths.append(length)
     return best, lengths
 
 
-def _backtrack(taken: Sequence[Sequence[int]], sums: Sequence[float]) -> list[ScoredSpan]:
-    found: list[ScoredSpan] = []
-    place, left = len(sums) - 1, len(taken)
-    while place > 0 and left > 0:
-        length = taken[left - 1][place]
+def _backtrack(choices: Sequence[Sequence[int]], sums: Sequence[float]) -> list[ScoredSpan]:
+    spans: list[ScoredSpan] = []
+    position, remaining = len(sums) - 1, len(choices)
+    while position > 0 and remaining > 0:
+        length = choices[remaining - 1][position]
         if length == _FEWER:
-            left -= 1
+            remaining -= 1
         elif length == _NONE:
-            place -= 1
+            position -= 1
         else:
-            begin = place - length
-            found.append(ScoredSpan(begin, place, sums[place] - sums[begin]))
-            place, left = begin, left - 1
-    return found[::-1]
+            begin = position - length
+            spans.append(ScoredSpan(begin, position, sums[position] - sums[begin]))
+            position, remaining = begin, remaining - 1
+    return spans[::-1]

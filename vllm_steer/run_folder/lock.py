@@ -23,7 +23,7 @@ from vllm_steer.foreign import cut, printable
 
 LOCK: Final = ".vllm-steer.lock"
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_OURS: Final = re.compile(r"(\d+) (\S+) (\d{4}-\S+) .*\n?", re.DOTALL)
+_RECORD: Final = re.compile(r"(\d+) (\S+) (\d{4}-\S+) .*\n?", re.DOTALL)
 _LONGEST: Final = 500
 _held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
 _descriptors: set[int] = set()
@@ -43,30 +43,30 @@ def locked(folder: str | Path) -> Iterator[None]:
     if path in _held.get():
         yield
         return
-    made = _make(Path(folder))
-    descriptor = _take(Path(folder))
+    created = _create(Path(folder))
+    descriptor = _acquire(Path(folder))
     token = _held.set(_held.get() | {path})
     try:
         yield
     finally:
         _held.reset(token)
-        _give_back(Path(folder), descriptor)
-        if made:
+        _release(Path(folder), descriptor)
+        if created:
             with suppress(OSError):  # what a run has written into stays
                 os.rmdir(folder)
 
 
-def _make(folder: Path) -> bool:
+def _create(folder: Path) -> bool:
     """Whether the folder had to be made."""
-    there = os.path.isdir(folder)
+    existed = os.path.isdir(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unusable(folder, error) from error
-    return not there
+    return not existed
 
 
-def _take(folder: Path) -> int:
+def _acquire(folder: Path) -> int:
     """The descriptor of the lock file, locked and with this process's name in it."""
     while True:
         try:
@@ -75,9 +75,9 @@ def _take(folder: Path) -> int:
             raise unusable(folder, error) from error
         try:
             _lock(folder, descriptor)
-            if _is_there(folder, descriptor):
+            if _is_current(folder, descriptor):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, _own_name(), 0)
+                os.pwrite(descriptor, _holder_record(), 0)
                 _descriptors.add(descriptor)
                 return descriptor
         except OSError as error:
@@ -90,21 +90,25 @@ def _take(folder: Path) -> int:
 
 
 def _lock(folder: Path, descriptor: int) -> None:
-    found = os.fstat(descriptor)
-    said = os.pread(descriptor, 2 * _LONGEST, 0) if stat.S_ISREG(found.st_mode) else b""
-    name = _OURS.fullmatch(said.decode(errors="replace"))
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or (said and not name):
-        raise SteerError(f"run folder {folder}: {LOCK} in it is not a run's; move it away")
+    status = os.fstat(descriptor)
+    content = os.pread(descriptor, 2 * _LONGEST, 0) if stat.S_ISREG(status.st_mode) else b""
+    record = _RECORD.fullmatch(content.decode(errors="replace"))
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or (content and not record):
+        raise SteerError(
+            f"run folder {folder}: {LOCK} in it is not a lock file of vllm-steer; move it away"
+        )
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = f"process {name[1]} ({name[2]}, since {name[3]})" if name else "another process"
+        holder = (
+            f"process {record[1]} ({record[2]}, since {record[3]})" if record else "another process"
+        )
         raise SteerError(
             f"run folder {folder} is used by {holder}; wait for it, or give another folder"
         ) from None
 
 
-def _is_there(folder: Path, descriptor: int) -> bool:
+def _is_current(folder: Path, descriptor: int) -> bool:
     """Whether the locked file is still the one that others find."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(folder / LOCK))
@@ -112,16 +116,16 @@ def _is_there(folder: Path, descriptor: int) -> bool:
         return False
 
 
-def _own_name() -> bytes:
+def _holder_record() -> bytes:
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     command = cut(printable(shlex.join(sys.argv)), _LONGEST // 2)
     return f"{os.getpid()} {socket.gethostname() or '-'} {since} {command}\n".encode()
 
 
-def _give_back(folder: Path, descriptor: int) -> None:
+def _release(folder: Path, descriptor: int) -> None:
     _descriptors.discard(descriptor)
     with suppress(OSError):  # removed while it is locked: nobody can have got it before
-        if _is_there(folder, descriptor):
+        if _is_current(folder, descriptor):
             os.unlink(folder / LOCK)
     os.close(descriptor)
 

@@ -31,39 +31,39 @@ class RunFiles:
     """
 
     work: tuple[str, ...]
-    kept: tuple[str, ...] = ()
+    persistent: tuple[str, ...] = ()
 
     def discard(self, folder: Path) -> None:
         """Remove the work, and nothing else."""
-        for place, pattern in _places(folder, self.work):
-            for entry in list(os.scandir(place)):
+        for path, pattern in _pattern_folders(folder, self.work):
+            for entry in list(os.scandir(path)):
                 if fnmatchcase(entry.name, pattern):
                     os.unlink(entry.path)
 
     def clear_unfinished(self, folder: Path) -> None:
         """Remove what a killed process was writing."""
-        for place, pattern in _places(folder, (*self.work, *self.kept)):
-            clear_unfinished(place, partial(fnmatchcase, pat=pattern))
+        for path, pattern in _pattern_folders(folder, (*self.work, *self.persistent)):
+            clear_unfinished(path, partial(fnmatchcase, pat=pattern))
 
 
 def open_with_settings(
-    folder: Path, files: RunFiles, asked: Mapping[str, Any], *, begun: bool, restart: bool
+    folder: Path, files: RunFiles, settings: Mapping[str, Any], *, begun: bool, restart: bool
 ) -> None:
     """``prepare`` for a run that keeps its settings, ``made_by`` among them, in ``settings.json``.
 
     Raises ``SteerError`` as well for a folder that holds anything without such settings: they are
     the sign that it is a run's.
     """
-    found = _read_settings(folder, files, asked["made_by"])
-    if not prepare(folder, files, asked, found, begun=begun, restart=restart):
-        write_text(folder / SETTINGS, json_text(asked, indent=2) + "\n")
+    previous = _read_settings(folder, files, settings["made_by"])
+    if not prepare(folder, files, settings, previous, begun=begun, restart=restart):
+        write_text(folder / SETTINGS, json_text(settings, indent=2) + "\n")
 
 
 def prepare(
     folder: Path,
     files: RunFiles,
-    asked: Mapping[str, Any],
-    found: Any,
+    settings: Mapping[str, Any],
+    previous: Any,
     *,
     begun: bool = True,
     restart: bool = False,
@@ -74,18 +74,20 @@ def prepare(
     ``restart``, and where it has other settings and no work to lose (not ``begun``). Raises
     ``SteerError`` naming the settings that differ otherwise, and for a folder that cannot be used.
     """
-    other = [] if found is None else list(_differences(found, json.loads(json.dumps(asked))))
-    resumed = found is not None and not restart and (begun or not other)
-    if resumed and other:
-        more = f" and {len(other) - _SHOWN} more" if len(other) > _SHOWN else ""
+    differences = (
+        [] if previous is None else list(_differences(previous, json.loads(json.dumps(settings))))
+    )
+    resumed = previous is not None and not restart and (begun or not differences)
+    if resumed and differences:
+        suffix = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise SteerError(
-            f"run folder {folder} holds a run with other settings: {'; '.join(other[:_SHOWN])}"
-            f"{more}; give the same settings to resume it, another folder, or --restart "
-            "(restart=True) to discard it"
+            f"run folder {folder} holds a run with other settings: "
+            f"{'; '.join(differences[:_SHOWN])}{suffix}; give the same settings to resume it, "
+            "another folder, or --restart (restart=True) to discard it"
         )
     try:
-        for place, _ in _places(folder, files.work):
-            place.mkdir(parents=True, exist_ok=True)
+        for path, _ in _pattern_folders(folder, files.work):
+            path.mkdir(parents=True, exist_ok=True)
         if not resumed:
             files.discard(folder)
         files.clear_unfinished(folder)
@@ -97,39 +99,39 @@ def prepare(
 def _read_settings(folder: Path, files: RunFiles, made_by: str) -> Any:
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise unusable(folder, error) from error
     except (ValueError, RecursionError) as error:
-        raise SteerError(f"{path}: no JSON ({cause(error)}); give another folder") from None
-    others = [name for name in names if name != LOCK and finished_name(name) not in files.work]
-    if others and (not isinstance(found, dict) or found.get("made_by") != made_by):
+        raise SteerError(f"{path}: invalid JSON ({cause(error)}); give another folder") from None
+    unexpected = [name for name in names if name != LOCK and finished_name(name) not in files.work]
+    if unexpected and (not isinstance(settings, dict) or settings.get("made_by") != made_by):
         raise SteerError(
-            f"run folder {folder} holds {listed(others[:_SHOWN])} and is no run's folder; give a "
-            "new one, or an empty one"
+            f"run folder {folder} holds {listed(unexpected[:_SHOWN])} and is not a run folder; "
+            "give a new one, or an empty one"
         )
-    return found
+    return settings
 
 
-def _places(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
+def _pattern_folders(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
     """The folder of each pattern, and the pattern of the names in it."""
     for pattern in patterns:
-        place, _, name = pattern.rpartition("/")
-        yield folder / place, name
+        subfolder, _, name = pattern.rpartition("/")
+        yield folder / subfolder, name
 
 
-def _differences(found: Any, asked: Any, place: str = "") -> Iterator[str]:
+def _differences(previous: Any, settings: Any, key_path: str = "") -> Iterator[str]:
     """Where two sets of settings differ, in words."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        for key in dict.fromkeys([*asked, *found]):
-            inner = f"{place}.{key}" if place else key
-            yield from _differences(found.get(key), asked.get(key), inner)
-    elif found != asked:
-        if _is_digest(found) and _is_digest(asked):
-            yield f"different {named(place)}"
+    if isinstance(previous, dict) and isinstance(settings, dict):
+        for key in dict.fromkeys([*settings, *previous]):
+            inner = f"{key_path}.{key}" if key_path else key
+            yield from _differences(previous.get(key), settings.get(key), inner)
+    elif previous != settings:
+        if _is_digest(previous) and _is_digest(settings):
+            yield f"different {named(key_path)}"
         else:
-            yield f"{named(place)} was {shown(found)} and is now {shown(asked)}"
+            yield f"{named(key_path)} was {shown(previous)} and is now {shown(settings)}"
 
 
 def _is_digest(value: Any) -> bool:

@@ -103,19 +103,19 @@ def choose(
     sign = 1.0 if direction == "up" else -1.0
     inside = [p for p in points if within(p, budget) and not math.isnan(p.effect)]
     if not inside:
-        least = min((p.ratio for p in points if math.isfinite(p.ratio)), default=math.nan)
+        lowest = min((p.ratio for p in points if math.isfinite(p.ratio)), default=math.nan)
         raise SteerError(
-            f"no strength is within the budget: perplexity is {least:.3g} times the unsteered "
-            f"model's at the least, and {budget:g} is allowed; try smaller strengths, or raise the "
-            "budget"
+            f"no strength is within the budget: the lowest perplexity ratio is {lowest:.3g} and "
+            f"the budget is {budget:g}; try smaller strengths, or raise the budget"
         )
     best = max(inside, key=lambda p: (sign * p.effect, -p.ratio))
     gain = sign * (best.effect - unsteered)
     if gain <= noise(best.effect, unsteered, texts):
         raise SteerError(
-            f"nothing within the budget changes the effect: at the most from {unsteered:.3f} to "
-            f"{best.effect:.3f} (strength {best.strength:g}), and chance alone can do as much over "
-            f"{texts} texts; try larger strengths, other layers, the other direction or more texts"
+            "no strength within the budget changes the effect significantly: the largest change "
+            f"is from {unsteered:.3f} to {best.effect:.3f} (strength {best.strength:g}), within "
+            f"two standard errors over {texts} texts; try larger strengths, other layers, the "
+            "other direction or more texts"
         )
     return best
 

@@ -62,7 +62,7 @@ class SweepSettings:
     def __post_init__(self) -> None:
         if not 1 < self.budget < float("inf"):
             raise SteerError(
-                f"budget is {self.budget}; it is a ratio of perplexities above 1, such as 1.2"
+                f"budget is {self.budget}; expected a ratio of perplexities above 1, such as 1.2"
             )
         if self.search.rounds < 1:
             raise SteerError(f"rounds is {self.search.rounds}; expected at least 1")
@@ -72,7 +72,7 @@ class SweepSettings:
 class SweepResult:
     """All points of a sweep, the unsteered model's figures, and how many texts each stands on."""
 
-    asked: SweepSettings
+    settings: SweepSettings
     unsteered: Point
     points: tuple[Point, ...]
     texts: int
@@ -82,104 +82,108 @@ class SweepResult:
         return choose(
             self.points,
             self.unsteered.effect,
-            budget=self.asked.budget,
-            direction=self.asked.direction,
+            budget=self.settings.budget,
+            direction=self.settings.direction,
             texts=self.texts,
         )
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the points come from, as plain data."""
         return {
-            "model": self.asked.model,
-            "prompts": self.asked.prompts.settings,
-            "judge": self.asked.judge,
-            "perplexity": self.asked.perplexity,
-            "budget": self.asked.budget,
-            "direction": self.asked.direction,
-            "sampling": self.asked.sampling.settings,
+            "model": self.settings.model,
+            "prompts": self.settings.prompts.settings,
+            "judge": self.settings.judge,
+            "perplexity": self.settings.perplexity,
+            "budget": self.settings.budget,
+            "direction": self.settings.direction,
+            "sampling": self.settings.sampling.settings,
         }
 
 
-def sweep(asked: SweepSettings, make_judge: MakeJudge, on_point: OnPoint) -> SweepResult:
+def sweep(settings: SweepSettings, make_judge: MakeJudge, on_point: OnPoint) -> SweepResult:
     """Measure the unsteered model and all points, in one engine that stays up.
 
     ``on_point`` is called with the points measured, how many there are at the most, and what is
     measured next. Raises ``SteerError`` for a steer, a judge or layers that cannot be.
     """
-    steer = load_steer(asked.steer)
-    candidates = parse_candidates(asked.layers, steer)
-    effect_judge = _effect_judge(make_judge(asked.judge))
-    judges = (effect_judge, make_judge(asked.perplexity))
-    total = 1 + asked.search.points(len(candidates))
-    with engine(asked.model, {"steer": asked.steer.resolve()}, asked.engine) as running:
+    steer = load_steer(settings.steer)
+    candidates = parse_candidates(settings.layers, steer)
+    effect_judge = _effect_judge(make_judge(settings.judge))
+    judges = (effect_judge, make_judge(settings.perplexity))
+    total = 1 + settings.search.points(len(candidates))
+    with engine(settings.model, {"steer": settings.steer.resolve()}, settings.engine) as llm_engine:
         on_point(0, total, "the unsteered model")
-        answers = running.generate(asked.prompts.texts, asked.sampling)
+        answers = llm_engine.generate(settings.prompts.texts, settings.sampling)
         unsteered = _point(CandidateLayers("none", None), 0.0, answers, judges, None)
         points: list[Point] = []
 
         def measure(candidate: CandidateLayers, strength: float) -> Point:
             on_point(1 + len(points), total, f"{candidate.name} at {strength:g}")
-            answers = _answers(running, asked, steer, candidate, strength)
+            answers = _answers(llm_engine, settings, steer, candidate, strength)
             return _point(candidate, strength, answers, judges, unsteered)
 
-        for point in _search(asked, measure, candidates):
+        for point in _search(settings, measure, candidates):
             points.append(point)
-    texts = len(asked.prompts.texts) * asked.sampling.samples
-    return SweepResult(asked, unsteered, tuple(points), texts)
+    texts = len(settings.prompts.texts) * settings.sampling.samples
+    return SweepResult(settings, unsteered, tuple(points), texts)
 
 
 def check_writable(path: Path) -> None:
     """Raise ``SteerError`` unless a file is vllm-steer's own, which alone holds what is found."""
     if not path.is_file():
         raise SteerError(f"{path}: no such file; give the path of a steer file")
-    own = is_safetensors(path) and read_header(path)[0].get("format") == FORMAT
-    if not own:
+    is_own_format = is_safetensors(path) and read_header(path)[0].get("format") == FORMAT
+    if not is_own_format:
         raise SteerError(
-            f"{path}: only a vllm-steer file can be given a default strength; make one of it with "
-            "vllm-steer convert"
+            f"{path}: this is not a vllm-steer file, and only one can hold a default strength; "
+            "convert it with vllm-steer convert"
         )
 
 
-def write_choice(swept: SweepResult, chosen: Point) -> Steer:
+def write_choice(result: SweepResult, best: Point) -> Steer:
     """Put the chosen strength, and the chosen layers if some were tried, into the steer's file.
 
     The file is replaced at once; its recipe stays and takes up what the sweep found. Layers that
     were not chosen are gone from it.
     """
-    steer = load_steer(swept.asked.steer)
-    if swept.asked.layers is not None and chosen.candidate.layers is not None:
+    steer = load_steer(result.settings.steer)
+    if result.settings.layers is not None and best.candidate.layers is not None:
         assert not isinstance(steer, LMSteer)
-        steer = steer.keep_layers(chosen.candidate.layers)
-    found = {
-        "settings": swept.settings,
-        "unsteered": swept.unsteered.data,
-        "chosen": chosen.data,
+        steer = steer.keep_layers(best.candidate.layers)
+    record = {
+        "settings": result.metadata,
+        "unsteered": result.unsteered.data,
+        "chosen": best.data,
     }
-    recipe = {**(steer.recipe or {}), "sweep": found}
-    written = replace(steer, default_strength=chosen.strength, recipe=recipe)
-    save_steer(written, swept.asked.steer)
+    recipe = {**(steer.recipe or {}), "sweep": record}
+    written = replace(steer, default_strength=best.strength, recipe=recipe)
+    save_steer(written, result.settings.steer)
     return written
 
 
 def _search(
-    asked: SweepSettings,
+    settings: SweepSettings,
     measure: Callable[[CandidateLayers, float], Point],
     candidates: Sequence[CandidateLayers],
 ) -> Iterator[Point]:
-    search = asked.search
+    search = settings.search
     if search.strengths is not None:
         return grid(measure, candidates, search.strengths)
-    return bisection(measure, candidates, search.ends, rounds=search.rounds, budget=asked.budget)
+    return bisection(measure, candidates, search.ends, rounds=search.rounds, budget=settings.budget)
 
 
 def _answers(
-    running: Engine, asked: SweepSettings, steer: Steer, candidate: CandidateLayers, strength: float
+    llm_engine: Engine,
+    settings: SweepSettings,
+    steer: Steer,
+    candidate: CandidateLayers,
+    strength: float,
 ) -> list[Answers]:
     options: dict[str, Any] = {"strength": strength}
     if candidate.layers is not None and candidate.layers != steer.layers:
         options["layers"] = format_layers(candidate.layers)
-    return running.generate(asked.prompts.texts, asked.sampling, {"steer": options})
+    return llm_engine.generate(settings.prompts.texts, settings.sampling, {"steer": options})
 
 
 def _point(

@@ -24,7 +24,7 @@ class Conversation:
 
     messages: Messages
     label: int
-    place: str = ""
+    location: str = ""
 
     @property
     def prompt(self) -> str:
@@ -42,27 +42,28 @@ def read_conversations(path: str | Path, *, labels: str | None = None) -> list[C
     Raises ``SteerError`` naming each bad row, and for a file without rows of both labels.
     """
     number = _zero_or_one if labels is None else label_map(labels)
-    found = list(take(read_rows(path), lambda row: _conversation(row, number)))
-    missing = sorted({0, 1} - {conversation.label for conversation in found})
+    conversations = list(take(read_rows(path), lambda row: _conversation(row, number)))
+    missing = sorted({0, 1} - {conversation.label for conversation in conversations})
     if missing:
         raise SteerError(
-            f"{path}: {len(found)} rows and none with the label {' or '.join(map(str, missing))}; "
-            "a concept is fitted to answers with it (1) and without it (0)"
+            f"{path}: {len(conversations)} rows and none with the label "
+            f"{' or '.join(map(str, missing))}; expected answers with the concept (1) and without "
+            "it (0)"
         )
-    return found
+    return conversations
 
 
 def _conversation(row: Row, number: LabelMap) -> Conversation:
     if "messages" in row.values:
-        if both := {"prompt", "completion", "conversation_history"} & set(row.values):
+        if conflicts := {"prompt", "completion", "conversation_history"} & set(row.values):
             raise SteerError(
-                f"{row.place}: messages and {', '.join(sorted(both))}; give one of them"
+                f"{row.location}: messages and {', '.join(sorted(conflicts))}; give one of them"
             )
         messages = _messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise SteerError(
-                f"{row.place}: the messages are {[m['role'] for m in messages]}; expected two or "
-                "more, the last one the assistant's"
+                f"{row.location}: the roles are {[m['role'] for m in messages]}; expected two or "
+                "more messages, the last one the assistant's"
             )
     else:
         messages = (
@@ -71,47 +72,49 @@ def _conversation(row: Row, number: LabelMap) -> Conversation:
             {"role": "assistant", "content": text_of(row, "completion")},
         )
     if not messages[-1]["content"].strip():
-        raise SteerError(f"{row.place}: the last message is empty; there is no answer to read")
-    return Conversation(messages, _label(row, number), row.place)
+        raise SteerError(
+            f"{row.location}: the last message is empty; expected the assistant's answer"
+        )
+    return Conversation(messages, _label(row, number), row.location)
 
 
 def _messages(row: Row, name: str) -> Messages:
-    given = row.values.get(name)
-    if given is None or given == "":
-        given = []
-    if isinstance(given, str):
+    value = row.values.get(name)
+    if value is None or value == "":
+        value = []
+    if isinstance(value, str):
         try:
-            given = json.loads(given, object_pairs_hook=each_once)
+            value = json.loads(value, object_pairs_hook=each_once)
         except (ValueError, RecursionError):
-            given = None
-    if not isinstance(given, list) or not all(map(_is_message, given)):
+            value = None
+    if not isinstance(value, list) or not all(map(_is_message, value)):
         raise SteerError(
-            f"{row.place}: {name} is {shown(row.values[name])}; expected a list of "
+            f"{row.location}: {name} is {shown(row.values[name])}; expected a list of "
             '{"role": ..., "content": ...}'
         )
-    texts = (message[part] for message in given for part in ("role", "content"))
+    texts = (message[part] for message in value for part in ("role", "content"))
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
-        raise SteerError(f"{row.place}: {name} has letters that are not Unicode")
-    return tuple({"role": message["role"], "content": message["content"]} for message in given)
+        raise SteerError(f"{row.location}: {name} has characters that are not valid Unicode")
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 
-def _is_message(given: Any) -> bool:
-    return isinstance(given, Mapping) and all(
-        isinstance(given.get(name), str) for name in ("role", "content")
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(name), str) for name in ("role", "content")
     )
 
 
 def _label(row: Row, number: LabelMap) -> int:
     if "label" not in row.values:
-        raise SteerError(f"{row.place}: there is no 'label'; every row needs one")
+        raise SteerError(f"{row.location}: the field 'label' is missing; every row needs one")
     try:
         label = number(row.values["label"])
     except SteerError as error:
-        raise SteerError(f"{row.place}: {error}") from None
+        raise SteerError(f"{row.location}: {error}") from None
     if label not in (0.0, 1.0):
         raise SteerError(
-            f"{row.place}: label {shown(row.values['label'])} is {label:g}; expected 0 and 1, or "
-            "a label map such as good=1,bad=0"
+            f"{row.location}: label {shown(row.values['label'])} is {label:g}; expected 0 or 1, "
+            "or a label map such as good=1,bad=0"
         )
     return int(label)
 

@@ -57,34 +57,34 @@ def icl_prompts(
     """
     if demonstrations < 0 or (instruction and not demonstrations):
         raise SteerError(
-            f"{demonstrations} demonstrations; give 0 or more, and an instruction only with some: "
-            "without them the prompt is the question alone"
+            f"demonstrations is {demonstrations}; expected 0 or more, and 1 or more with an "
+            "instruction"
         )
     size = demonstrations + 1
     if len(examples) < size:
         raise SteerError(
-            f"{len(examples)} rows; a prompt with {demonstrations} demonstrations takes {size}: "
-            "give more rows, or fewer demonstrations"
+            f"the file has {len(examples)} rows; a prompt with {demonstrations} demonstrations "
+            f"needs {size}; give more rows, or fewer demonstrations"
         )
     starts = range(0, len(examples) - size + 1, size)
     return [_prompt(examples[start : start + size], instruction) for start in starts]
 
 
 def support(
-    wanted: Sequence[str], other: Sequence[str], count: int, seed: int
+    positive: Sequence[str], negative: Sequence[str], count: int, seed: int
 ) -> tuple[list[str], list[str]]:
     """``count`` prompts of each side, drawn with replacement: the same places on both sides.
 
     Where one side has more prompts, those beyond the other's last are never drawn.
     """
     rng = random.Random(seed)
-    last = min(len(wanted), len(other)) - 1
-    places = [rng.randint(0, last) for _ in range(count)]
-    return [wanted[place] for place in places], [other[place] for place in places]
+    last = min(len(positive), len(negative)) - 1
+    indices = [rng.randint(0, last) for _ in range(count)]
+    return [positive[index] for index in indices], [negative[index] for index in indices]
 
 
 def _prompt(group: Sequence[Example], instruction: str) -> str:
-    *shown, asked = group
+    *solved, question = group
     opening = f"{instruction}\n" if instruction else ""
-    demonstrations = [f"Q:{one.input}\nA:{one.output}\n\n" for one in shown]
-    return opening + "".join(demonstrations) + f"Q:{asked.input}\nA:"
+    demonstrations = [f"Q:{example.input}\nA:{example.output}\n\n" for example in solved]
+    return opening + "".join(demonstrations) + f"Q:{question.input}\nA:"

@@ -33,21 +33,23 @@ def read_labelled(
     def read(row: Row) -> LabelledText:
         text = text_of(row, text_field)
         if label_field not in row.values:
-            raise SteerError(f"{row.place}: there is no {label_field!r}; every row needs a label")
+            raise SteerError(
+                f"{row.location}: the field {label_field!r} is missing; every row needs a label"
+            )
         try:
             return LabelledText(text, number(row.values[label_field]))
         except SteerError as error:
-            raise SteerError(f"{row.place}: {error}") from None
+            raise SteerError(f"{row.location}: {error}") from None
 
-    found = list(take(read_rows(path), read))
-    if not found:
-        raise SteerError(f"{path}: there are no rows")
-    if labels is None and {label for _, label in found} == {0.0, 1.0}:
+    texts = list(take(read_rows(path), read))
+    if not texts:
+        raise SteerError(f"{path}: the file has no rows")
+    if labels is None and {label for _, label in texts} == {0.0, 1.0}:
         raise SteerError(
-            f"{path}: the labels are 0 and 1, and 0 would be the middle between the sides; give "
-            "the label map 0=-1,1=1 if 0 is the opposite of 1"
+            f"{path}: the labels are 0 and 1, and the label 0 means neutral; give the label map "
+            "0=-1,1=1 if 0 is the opposite of 1"
         )
-    return found
+    return texts
 
 
 def read_two_sides(
@@ -63,7 +65,7 @@ def read_two_sides(
 
 def read_texts(path: str | Path, *, text_field: str = "text") -> Sequence[str]:
     """The texts of one file; ``SteerError`` for bad rows and for a file without any."""
-    found = list(take(read_rows(path), lambda row: text_of(row, text_field)))
-    if not found:
-        raise SteerError(f"{path}: there are no rows")
-    return found
+    texts = list(take(read_rows(path), lambda row: text_of(row, text_field)))
+    if not texts:
+        raise SteerError(f"{path}: the file has no rows")
+    return texts

@@ -17,15 +17,15 @@ LABEL_MAPS: Final[Mapping[str, Mapping[str, float]]] = {
 }
 
 
-def label_map(given: str | None) -> LabelMap:
+def label_map(spec: str | None) -> LabelMap:
     """The label of a value: by a known map, by pairs such as ``good=1,bad=-1``, or as it stands.
 
     Raises ``SteerError`` for a map that is neither; what is returned, for a value that the map does
-    not have, or that is no number in [-1, 1].
+    not have, or that is not a number in [-1, 1].
     """
-    if given is None:
+    if spec is None:
         return _number
-    table = LABEL_MAPS.get(given) or _pairs(given)
+    table = LABEL_MAPS.get(spec) or _pairs(spec)
 
     def mapped(value: Any) -> float:
         for key in _keys(value):
@@ -42,18 +42,18 @@ def _keys(value: Any) -> tuple[str, ...]:
     return (text, text.lower()) if isinstance(value, bool) else (text, text.removesuffix(".0"))
 
 
-def _pairs(given: str) -> dict[str, float]:
+def _pairs(spec: str) -> dict[str, float]:
     table: dict[str, float] = {}
-    for pair in given.split(","):
+    for pair in spec.split(","):
         name, _, value = (part.strip() for part in pair.rpartition("="))
         if not name:
             raise SteerError(
-                f"label map {shown(given)}: wanted one of {', '.join(LABEL_MAPS)}, or pairs such "
+                f"label map {shown(spec)}: expected one of {', '.join(LABEL_MAPS)}, or pairs such "
                 "as good=1,bad=-1"
             )
         if name in table:
             raise SteerError(
-                f"label map {shown(given)}: {name} is there twice; give each label once"
+                f"label map {shown(spec)}: {name} is listed twice; give each label once"
             )
         table[name] = _number(value)
     return table
@@ -71,6 +71,7 @@ def _number(value: Any) -> float:
         number = float("nan")
     if not -1 <= number <= 1:
         raise SteerError(
-            f"label {shown(value)} is no number in [-1, 1]; give a label map such as good=1,bad=-1"
+            f"label {shown(value)} is not a number in [-1, 1]; give a label map such as "
+            "good=1,bad=-1"
         )
     return number

@@ -26,7 +26,7 @@ class Row:
     A row that cannot be read has a ``problem`` and no values.
     """
 
-    place: str
+    location: str
     values: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
 
@@ -44,12 +44,12 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise SteerError(
-            f"{path}: the ending is {path.suffix or 'missing'}; texts are read from "
+            f"{path}: the file name extension is {path.suffix or 'missing'}; supported: "
             f"{', '.join(SUFFIXES)}"
         )
     if not os.path.isfile(path):
-        found = "is no plain file" if os.path.lexists(path) else "no such file"
-        raise SteerError(f"{path}: {found}; give a file of texts")
+        problem = "is not a regular file" if os.path.lexists(path) else "no such file"
+        raise SteerError(f"{path}: {problem}; give a file of texts")
     try:
         # A byte that is no UTF-8 becomes a lone surrogate, so that its row can be named.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -67,46 +67,48 @@ def take(rows: Iterable[Row], read: Callable[[Row], T]) -> Iterator[T]:
     ``read`` is only given rows without a problem of their own.
     """
     problems: list[str] = []
-    more = 0
+    omitted = 0
     for row in rows:
         try:
             if row.problem:
-                raise SteerError(f"{row.place}: {row.problem}")
+                raise SteerError(f"{row.location}: {row.problem}")
             yield read(row)
         except SteerError as error:
             if len(problems) < _SHOWN:
                 problems.append(str(error))
             else:
-                more += 1
+                omitted += 1
     if problems:
-        raise SteerError("; ".join(problems) + (f"; and {more} more bad rows" if more else ""))
+        raise SteerError(
+            "; ".join(problems) + (f"; and {omitted} more bad rows" if omitted else "")
+        )
 
 
 def text_of(row: Row, name: str) -> str:
     """A row's non-empty text under a name; ``SteerError`` says what the row has instead."""
     if name not in row.values:
         raise SteerError(
-            f"{row.place}: there is no {name!r}; the row has "
+            f"{row.location}: the field {name!r} is missing; the row has "
             f"{', '.join(map(shown, row.values)) or 'nothing'}"
         )
     value = row.values[name]
     if isinstance(value, Mapping) and isinstance(value.get("text"), str):
         value = value["text"]  # the prompts of the LM-Steer authors: {"prompt": {"text": ...}}
         if _broken(value):
-            raise SteerError(f"{row.place}: {_BROKEN}")
+            raise SteerError(f"{row.location}: {_BROKEN}")
     if not isinstance(value, str) or not value.strip():
-        raise SteerError(f"{row.place}: {name} is {shown(value)}; expected a text")
+        raise SteerError(f"{row.location}: {name} is {shown(value)}; expected a text")
     return value
 
 
-def _row(place: str, values: Any) -> Row:
+def _row(location: str, values: Any) -> Row:
     if isinstance(values, _BadRow):
-        return Row(place, problem=values.reason)
+        return Row(location, problem=values.reason)
     if not isinstance(values, Mapping):
-        return Row(place, problem=f"the row is {shown(values)}; expected an object")
+        return Row(location, problem=f"the row is {shown(values)}; expected an object")
     if any(_broken(value) for value in values.values()):
-        return Row(place, problem=_BROKEN)
-    return Row(place, values)
+        return Row(location, problem=_BROKEN)
+    return Row(location, values)
 
 
 def _broken(value: Any) -> bool:
@@ -127,7 +129,7 @@ def _lines(file: IO[str]) -> Iterator[tuple[int, str]]:
     line = 1
     while text := file.readline(_LONGEST + 1):
         if len(text) > _LONGEST:
-            raise _MalformedFileError(f"{line}: a line of more than {_LONGEST} letters")
+            raise _MalformedFileError(f"{line}: a line of more than {_LONGEST} characters")
         yield line, text
         line += 1
 
@@ -144,7 +146,7 @@ def _parse(text: str) -> Any:
     except SteerError as error:
         return _BadRow(str(error))
     except (ValueError, RecursionError) as error:
-        return _BadRow(f"no JSON ({_cause(error)})")
+        return _BadRow(f"invalid JSON ({_cause(error)})")
 
 
 def _cause(error: ValueError | RecursionError) -> str:
@@ -167,31 +169,33 @@ def _json(file: IO[str]) -> Iterator[tuple[int, Any]]:
         while not last:
             text.next_letter()
             yield text.line, text.item()
-            mark = text.next_letter()
-            if mark not in (",", "]"):
-                said = (
-                    f"{mark!r} where a comma or ] is expected" if mark else "the list does not end"
+            separator = text.next_letter()
+            if separator not in (",", "]"):
+                reason = (
+                    f"{separator!r} where a comma or ] is expected"
+                    if separator
+                    else "the list does not end"
                 )
-                raise _MalformedFileError(f"{text.line}: no JSON ({said})")
-            last = mark == "]"
+                raise _MalformedFileError(f"{text.line}: invalid JSON ({reason})")
+            last = separator == "]"
             text.step()
     if text.next_letter():
-        raise _MalformedFileError(f"{text.line}: something follows the end of the list")
+        raise _MalformedFileError(f"{text.line}: there is content after the end of the list")
 
 
 class _JsonReader:
     """A file read in chunks: what is ahead of a place in it, and the place's line."""
 
     def __init__(self, file: IO[str]) -> None:
-        self._file, self._text, self._at = file, "", 0
+        self._file, self._text, self._position = file, "", 0
         self._decoder = json.JSONDecoder(object_pairs_hook=each_once)
         self.line = 1
 
     def next_letter(self) -> str:
         """The next letter that is no space, without stepping over it; empty at the file's end."""
         while True:
-            while self._at < len(self._text):
-                letter = self._text[self._at]
+            while self._position < len(self._text):
+                letter = self._text[self._position]
                 if letter not in " \t\r\n":
                     return letter
                 self.step()
@@ -200,14 +204,14 @@ class _JsonReader:
 
     def step(self) -> None:
         """Go on by one letter."""
-        self.line += self._text[self._at] == "\n"
-        self._at += 1
+        self.line += self._text[self._position] == "\n"
+        self._position += 1
 
     def item(self) -> Any:
         """The JSON value that begins here; ``_MalformedFileError`` if there is none."""
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = self._decoder.raw_decode(self._text, self._position)
                 problem = "the list does not end"
             except SteerError as error:
                 raise _MalformedFileError(f"{self.line}: {error}") from None
@@ -215,19 +219,21 @@ class _JsonReader:
                 end, problem = len(self._text), _cause(error)
             # At the end of what was read, a number may go on in the next chunk.
             if end < len(self._text):
-                self.line += self._text.count("\n", self._at, end)
-                self._at = end
+                self.line += self._text.count("\n", self._position, end)
+                self._position = end
                 return value
-            if len(self._text) - self._at > _LONGEST:
-                raise _MalformedFileError(f"{self.line}: no JSON in {_LONGEST} letters ({problem})")
+            if len(self._text) - self._position > _LONGEST:
+                raise _MalformedFileError(
+                    f"{self.line}: invalid JSON within {_LONGEST} characters ({problem})"
+                )
             if not self._more():
-                raise _MalformedFileError(f"{self.line}: no JSON ({problem})")
+                raise _MalformedFileError(f"{self.line}: invalid JSON ({problem})")
 
     def _more(self) -> bool:
         """Read on, as much as is unread: a long item is parsed a few times only."""
-        unread = self._text[self._at :]
+        unread = self._text[self._position :]
         more = self._file.read(max(_CHUNK, len(unread)))
-        self._text, self._at = unread + more, 0
+        self._text, self._position = unread + more, 0
         return bool(more)
 
 
@@ -258,7 +264,7 @@ def _table(file: IO[str], delimiter: str) -> Iterator[tuple[int, Any]]:
                 yield line, _BadRow(f"{len(values)} values; the first line names {len(names)}")
             line = reader.line_num + 1
     except csv.Error as error:
-        raise _MalformedFileError(f"{line}: no CSV ({error})") from None
+        raise _MalformedFileError(f"{line}: invalid CSV ({error})") from None
 
 
 def _names(line: int, names: list[str]) -> list[str]:

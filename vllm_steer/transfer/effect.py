@@ -43,26 +43,26 @@ def measure_effect(
 
     Raises ``SteerError`` if no text is labelled otherwise, and for what ``text_evidence`` refuses.
     """
-    sided = [one for one in texts if one.label != 0]
-    if not sided:
-        raise SteerError("every text is labelled 0; expected texts of both sides, 1 and -1")
-    total, tokens, right = 0.0, 0, 0
-    for done, (text, label) in enumerate(sided, 1):
-        found = text_evidence(model, steer, text, strength=strength, spans=0)
+    labelled = [text for text in texts if text.label != 0]
+    if not labelled:
+        raise SteerError("every label is 0; expected labels above and below 0")
+    total, tokens, correct = 0.0, 0, 0
+    for done, (text, label) in enumerate(labelled, 1):
+        evidence = text_evidence(model, steer, text, strength=strength, spans=0)
         side = 1 if label > 0 else -1
-        total += side * found.total
-        tokens += len(found.tokens)
-        right += found.label == side
+        total += side * evidence.total
+        tokens += len(evidence.tokens)
+        correct += evidence.label == side
         on_text(done)
-    count = len(sided)
-    return Effect(count, strength, total / count, total / tokens, right / count)
+    count = len(labelled)
+    return Effect(count, strength, total / count, total / tokens, correct / count)
 
 
 def match_strength(
     model: LanguageModel,
     steer: LMSteer,
     texts: Sequence[LabelledText],
-    wanted: Effect,
+    target: Effect,
     *,
     on_trial: Callable[[int], None] = lambda _: None,
 ) -> tuple[LMSteer, Effect]:
@@ -74,21 +74,21 @@ def match_strength(
     Raises ``SteerError`` if the steer does not speak for the labels at all, or does not reach the
     effect at any epsilon tried.
     """
-    effect = measure_effect(model, steer, texts, strength=wanted.strength)
+    effect = measure_effect(model, steer, texts, strength=target.strength)
     for trial in range(1, _TRIALS + 1):
-        if wanted.evidence_per_text <= 0 or effect.evidence_per_text <= 0:
+        if target.evidence_per_text <= 0 or effect.evidence_per_text <= 0:
             raise SteerError(
-                f"the evidence for the labels is {wanted.evidence_per_text:.3g} nats per text in "
+                f"the evidence for the labels is {target.evidence_per_text:.3g} nats per text in "
                 f"the source model and {effect.evidence_per_text:.3g} in the target; strengths can "
                 "be matched only where both are above 0"
             )
-        missing = wanted.evidence_per_text / effect.evidence_per_text
-        if abs(missing - 1) <= _CLOSE_ENOUGH:
+        factor = target.evidence_per_text / effect.evidence_per_text
+        if abs(factor - 1) <= _CLOSE_ENOUGH:
             return steer, effect
-        steer = replace(steer, epsilon=steer.epsilon * missing)
-        effect = measure_effect(model, steer, texts, strength=wanted.strength)
+        steer = replace(steer, epsilon=steer.epsilon * factor)
+        effect = measure_effect(model, steer, texts, strength=target.strength)
         on_trial(trial)
     raise SteerError(
         f"after {_TRIALS} trials the evidence is {effect.evidence_per_text:.3g} nats per text and "
-        f"not {wanted.evidence_per_text:.3g}; give a smaller --strength, or tune it by hand"
+        f"not {target.evidence_per_text:.3g}; give a smaller --strength, or tune it by hand"
     )

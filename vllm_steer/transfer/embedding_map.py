@@ -92,8 +92,9 @@ def fit_matrix(
     check_choice("solver", solver, SOLVERS)
     if len(target) < target.shape[1]:
         raise SteerError(
-            f"the vocabularies share {len(target)} tokens and the target model is "
-            f"{target.shape[1]} wide; at least as many are needed to fit the map between them"
+            f"the vocabularies share {len(target)} tokens; fitting the map needs at least "
+            f"{target.shape[1]}, the hidden size of the target model; use models with more "
+            "tokens in common"
         )
     target, source = target.double(), source.double()
     if solver == "orthogonal":

@@ -69,23 +69,25 @@ def transfer_steer(
     check_choice("solver", solver, SOLVERS)
     if not isinstance(steer, LMSteer):
         raise SteerError(
-            f"the steer is of kind {steer.kind}; only an LM-Steer can be transferred: what is "
-            "shared by two models is their vocabulary, and other kinds act away from it"
+            f"the steer is of kind {steer.kind}; only an LM-Steer can be transferred, "
+            "since it acts on the vocabulary, which two models share"
         )
     source_rows, target_rows = source[0], target[0]
-    wanted = source_rows.shape[0 if steer.variant == "offset" else 1]
-    if steer.width != wanted:
+    source_width = source_rows.shape[0 if steer.variant == "offset" else 1]
+    if steer.width != source_width:
         raise SteerError(
-            f"the steer is {steer.width} wide and the source model {wanted}; give the model that "
-            f"it was fitted to{f' ({steer.base_model})' if steer.base_model else ''}"
+            f"the steer has width {steer.width} and the source model {source_width}; give the "
+            f"model that it was fitted to{f' ({steer.base_model})' if steer.base_model else ''}"
         )
     shared = shared_vocabulary(
         source[1], target[1], source_rows=len(source_rows), target_rows=len(target_rows)
     )
     vocab_size, hidden_size = target_rows.shape
     if steer.variant == "offset":
-        moved = replace(steer, hidden_size=hidden_size, offset=_offset(steer, shared, vocab_size))
-        return TransferResult(moved, shared, None)
+        transferred = replace(
+            steer, hidden_size=hidden_size, offset=_offset(steer, shared, vocab_size)
+        )
+        return TransferResult(transferred, shared, None)
     rows = target_rows[shared.target_ids], source_rows[shared.source_ids]
     matrix = fit_matrix(*rows, solver=solver, seed=seed, on_step=on_step)
     return TransferResult(map_columns(steer, matrix), shared, fit_error(*rows, matrix), matrix)
@@ -104,10 +106,10 @@ def map_columns(steer: LMSteer, matrix: torch.Tensor) -> LMSteer:
 def fit_error(target: torch.Tensor, source: torch.Tensor, matrix: torch.Tensor) -> FitError:
     """The fit error of ``B`` over the shared rows ``[shared, d_to]`` and ``[shared, d_from]``."""
     mapped = target.to(matrix) @ matrix
-    mapped, wanted = mapped - mapped.mean(0), source.to(matrix) - source.to(matrix).mean(0)
-    scale = (mapped * wanted).sum() / mapped.square().sum().clamp_min(1e-300)
-    cosines = torch.nn.functional.cosine_similarity(mapped, wanted, dim=1)
-    residual = (scale * mapped - wanted).norm() / wanted.norm()
+    mapped, centered = mapped - mapped.mean(0), source.to(matrix) - source.to(matrix).mean(0)
+    scale = (mapped * centered).sum() / mapped.square().sum().clamp_min(1e-300)
+    cosines = torch.nn.functional.cosine_similarity(mapped, centered, dim=1)
+    residual = (scale * mapped - centered).norm() / centered.norm()
     return FitError(float(residual), float(cosines.mean()))
 
 
@@ -115,6 +117,6 @@ def _offset(steer: LMSteer, shared: SharedVocabulary, vocab_size: int) -> torch.
     """``O' [columns, vocab_size]``."""
     (offset,) = steer.tensors.values()
     values = offset[:, shared.source_ids]
-    moved = values.double().mean(1, keepdim=True).to(offset.dtype).repeat(1, vocab_size)
-    moved[:, shared.target_ids] = values
-    return moved
+    transferred = values.double().mean(1, keepdim=True).to(offset.dtype).repeat(1, vocab_size)
+    transferred[:, shared.target_ids] = values
+    return transferred

@@ -38,8 +38,8 @@ def shared_vocabulary(
     )
     if not shared:
         raise SteerError(
-            "the two vocabularies have no token in common, so there is nothing to match the models "
-            "by; expected tokenizers of one kind (byte-level BPE, SentencePiece)"
+            "the two vocabularies share no token, so no map between the models can be fitted; "
+            "expected tokenizers of one kind (byte-level BPE, SentencePiece)"
         )
     source_ids, target_ids, tokens = zip(*shared, strict=True)
     return SharedVocabulary(tokens, torch.tensor(source_ids), torch.tensor(target_ids))

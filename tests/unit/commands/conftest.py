@@ -1,5 +1,5 @@
 """The engine and the judge that stand in for real ones, for all tests of this folder."""
 
-from eval_tools import place, stand_in
+from eval_tools import folder, stand_in
 
-__all__ = ["place", "stand_in"]
+__all__ = ["folder", "stand_in"]

@@ -47,33 +47,38 @@ def served(model: Any, steer: LMSteer, strength: float = 1.0) -> EngineOutput:
 
 def test_answers_by_the_formula_are_found_equal(model: Any) -> None:
     steer = add_steer()
-    found = by_name(compare(model, {"it": steer}, served(model, steer)))
-    assert [found[name].state for name in ("unsteered", "it")] == ["ok", "ok"]
-    assert found["it"].figures["difference"] < 1e-4
-    assert found["it"].figures["agreement"] == 1
-    assert found["it"].figures["effect"] > 0.1
+    findings = by_name(compare(model, {"it": steer}, served(model, steer)))
+    assert [findings[name].state for name in ("unsteered", "it")] == ["ok", "ok"]
+    assert findings["it"].figures["difference"] < 1e-4
+    assert findings["it"].figures["agreement"] == 1
+    assert findings["it"].figures["effect"] > 0.1
 
 
 def test_a_wrong_reference_is_reported_as_failed(model: Any) -> None:
-    found = by_name(compare(model, {"it": add_steer(2)}, served(model, add_steer(1))))
-    assert found["unsteered"].state == "ok"
-    assert found["it"].state == "FAILED" and "not steered" not in found["it"].said
-    assert failed(list(found.values()))
+    findings = by_name(compare(model, {"it": add_steer(2)}, served(model, add_steer(1))))
+    assert findings["unsteered"].state == "ok"
+    assert findings["it"].state == "FAILED" and "not steered" not in findings["it"].message
+    assert failed(list(findings.values()))
 
 
 def test_an_engine_that_does_not_steer_is_reported_as_such(model: Any) -> None:
     answers = served(model, add_steer())
     plain = [replace(a, setting={"it": 1.0}) for a in answers.batches["unsteered"]]
     answers.batches["large"] = plain
-    found = by_name(compare(model, {"it": add_steer()}, answers))
-    assert found["it"].state == "FAILED"
-    assert found["it"].said.startswith("not steered: these are the answers of the unsteered model")
+    findings = by_name(compare(model, {"it": add_steer()}, answers))
+    assert findings["it"].state == "FAILED"
+    assert findings["it"].message.startswith(
+        "not steered: the output is that of the unsteered model"
+    )
 
 
 def test_a_steer_too_weak_to_tell_is_not_tested(model: Any) -> None:
     weak = add_steer(size=1e-4)
-    found = by_name(compare(model, {"it": weak}, served(model, weak)))
-    assert found["it"].state == "not tested" and "too little to tell" in found["it"].said
+    findings = by_name(compare(model, {"it": weak}, served(model, weak)))
+    assert (
+        findings["it"].state == "not tested"
+        and "too small a change to verify" in findings["it"].message
+    )
 
 
 def test_a_token_that_is_not_the_references_choice_fails_though_its_logprob_is_right(
@@ -122,8 +127,8 @@ def test_zero_steers_must_keep_every_bit(model: Any) -> None:
 def test_steers_that_the_engine_did_not_come_to_are_not_tested(model: Any) -> None:
     answers = served(model, add_steer())
     del answers.batches["large"]
-    found = by_name(compare(model, {"it": add_steer()}, answers))
-    assert (found["unsteered"].state, found["it"].state) == ("ok", "not tested")
+    findings = by_name(compare(model, {"it": add_steer()}, answers))
+    assert (findings["unsteered"].state, findings["it"].state) == ("ok", "not tested")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_a_model_without_a_tokenizer_of_its_own_is_given_random_tokens(
     config = transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path)
     tokenizer = None if ids is None else lambda _text: {"input_ids": ids}
-    given = prompts(read_architecture(str(tmp_path)), tokenizer)
-    assert [len(row) for row in given] == [8] * 4
-    assert all(0 <= token < 500 for row in given for token in row)
-    assert len({tuple(row) for row in given}) == 4
+    token_ids = prompts(read_architecture(str(tmp_path)), tokenizer)
+    assert [len(row) for row in token_ids] == [8] * 4
+    assert all(0 <= token < 500 for row in token_ids for token in row)
+    assert len({tuple(row) for row in token_ids}) == 4

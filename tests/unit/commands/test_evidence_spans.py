@@ -28,11 +28,11 @@ def test_total_is_the_best_of_all_choices(seed: int) -> None:
     # Integers, so that equal totals come up and no rounding hides a difference.
     values = [float(rng.randint(-6, 6)) for _ in range(rng.randint(1, 9))]
     spans, longest = rng.randint(1, 3), rng.randint(1, 4)
-    found = best_spans(values, spans=spans, longest=longest)
-    assert sum(span.total for span in found) == by_brute_force(values, spans, longest)
-    assert len(found) <= spans
-    assert all(span.end <= after.begin for span, after in itertools.pairwise(found))
-    for begin, end, total in found:
+    spans_found = best_spans(values, spans=spans, longest=longest)
+    assert sum(span.total for span in spans_found) == by_brute_force(values, spans, longest)
+    assert len(spans_found) <= spans
+    assert all(span.end <= after.begin for span, after in itertools.pairwise(spans_found))
+    for begin, end, total in spans_found:
         assert 0 < end - begin <= longest
         assert total == sum(values[begin:end]) > 0
 

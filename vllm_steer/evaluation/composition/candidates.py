@@ -17,9 +17,9 @@ Doses = Mapping[str, Mapping[str, Any]]
 Part = Literal["choosing", "test", "examples"]
 
 NOT_FOR_THIS_KIND: Final = (
-    "not for this kind: start and dim are schedules of a delta, and no steer here is one"
+    "does not apply: start and dim are schedules of step deltas, and no steer here is one"
 )
-NOTHING_DYNAMIC: Final = "not asked for: no property here is dynamic"
+NOTHING_DYNAMIC: Final = "does not apply: no property here is dynamic"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Candidate:
         return f"{self.part}.{label(self.combination)}.{self.method}.{digest[:8]}"
 
     @property
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the rows of its texts say."""
         return {
             "part": self.part,
@@ -63,7 +63,7 @@ class Candidate:
         }
 
 
-def candidate(part: Part, combination: Combination, choice: Choice) -> Candidate:
+def make_candidate(part: Part, combination: Combination, choice: Choice) -> Candidate:
     """The texts of a combination under a choice.
 
     Where none of its doses follows the choice's schedule or is dynamic, they are those of fixed
@@ -76,7 +76,7 @@ def candidate(part: Part, combination: Combination, choice: Choice) -> Candidate
     return Candidate(part, combination, choice.method if follows else "fixed", steer)
 
 
-def choices(method: Method, asked: ComparisonSpec, steers: Mapping[str, Steer]) -> list[Choice]:
+def choices(method: Method, spec: ComparisonSpec, steers: Mapping[str, Steer]) -> list[Choice]:
     """Every choice that a method has: the product of what each property has to try.
 
     On the schedules ``start`` and ``dim`` the deltas follow the schedule; steers of other kinds
@@ -85,41 +85,48 @@ def choices(method: Method, asked: ComparisonSpec, steers: Mapping[str, Steer]) 
     if method == "none":
         return [Choice(method, {})]
     if method == "dynamic":
-        options = [{"top_p": p, "kl": kl} for p in asked.top_p for kl in asked.kl]
+        options = [{"top_p": p, "kl": kl} for p in spec.top_p for kl in spec.kl]
     else:
         options = [{}]
     return [
-        Choice(method, dict(zip(asked.properties, doses, strict=True)))
-        for common in options
+        Choice(method, dict(zip(spec.properties, doses, strict=True)))
+        for dynamic_options in options
         for doses in itertools.product(
-            *(list(_doses(name, method, common, asked, steers[name])) for name in asked.properties)
+            *(
+                list(_doses(name, method, dynamic_options, spec, steers[name]))
+                for name in spec.properties
+            )
         )
     ]
 
 
 def skip_reason(
-    method: Method, combination: Combination, asked: ComparisonSpec, steers: Mapping[str, Steer]
+    method: Method, combination: Combination, spec: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> str | None:
     """Why a combination has no row of a method; None where it has one."""
     deltas = any(isinstance(steers[name], DeltaSteer) for name in combination)
     if method in SCHEDULES[1:] and not deltas:
         return NOT_FOR_THIS_KIND
-    if method == "dynamic" and not any(asked.properties[name].dynamic for name in combination):
+    if method == "dynamic" and not any(spec.properties[name].dynamic for name in combination):
         return NOTHING_DYNAMIC
     return None
 
 
 def _doses(
-    name: str, method: Method, common: Mapping[str, Any], asked: ComparisonSpec, steer: Steer
+    name: str,
+    method: Method,
+    dynamic_options: Mapping[str, Any],
+    spec: ComparisonSpec,
+    steer: Steer,
 ) -> Iterator[dict[str, Any]]:
-    wanted = asked.properties[name]
-    layers = {} if wanted.layers is None else {"layers": wanted.layers}
-    if method == "dynamic" and wanted.dynamic:
-        for maximum in wanted.max:
-            yield {"strength": "dynamic", "max": maximum, **common, **layers}
+    prop = spec.properties[name]
+    layers = {} if prop.layers is None else {"layers": prop.layers}
+    if method == "dynamic" and prop.dynamic:
+        for maximum in prop.max:
+            yield {"strength": "dynamic", "max": maximum, **dynamic_options, **layers}
         return
-    phase = {} if wanted.phase is None else {"phase": wanted.phase}
+    phase = {} if prop.phase is None else {"phase": prop.phase}
     scheduled = method if method in SCHEDULES else SCHEDULES[0]
     schedule = {"schedule": scheduled} if isinstance(steer, DeltaSteer) else {}
-    for strength in wanted.strengths:
+    for strength in prop.strengths:
         yield {"strength": strength, **layers, **phase, **schedule}

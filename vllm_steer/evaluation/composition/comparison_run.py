@@ -8,7 +8,7 @@ from vllm_steer.evaluation.answers import Judge
 from vllm_steer.evaluation.composition.candidates import (
     Candidate,
     Part,
-    candidate,
+    make_candidate,
     skip_reason,
 )
 from vllm_steer.evaluation.composition.dppl import PromptPair, read_icl
@@ -20,7 +20,7 @@ from vllm_steer.evaluation.composition.measurement import (
     read_references,
 )
 from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges, share
-from vllm_steer.evaluation.composition.report import BEST, ComparisonReport, markdown
+from vllm_steer.evaluation.composition.report import BEST_FIXED, ComparisonReport, markdown
 from vllm_steer.evaluation.composition.selection import (
     SelectedStrengths,
     SelectionScores,
@@ -46,38 +46,43 @@ from vllm_steer.steers import Steer
 
 
 def compare(
-    given: ComparisonSettings, make_judges: MakeJudges, progress: Progress
+    settings: ComparisonSettings, make_judges: MakeJudges, progress: Progress
 ) -> ComparisonReport:
     """Run a comparison, or the rest of it, and write its report into the run's folder.
 
     The engine is gone whenever judges are asked; texts that are finished in the folder are not
     generated again. Raises ``SteerError`` for a file, a steer, a judge or a folder that cannot be.
     """
-    if not given.tolerance >= 0:
-        raise SteerError(f"tolerance is {given.tolerance}; expected a share of the texts, 0 to 1")
-    asked = ComparisonSpec.load(given.file)
-    steers = {name: load_steer(each.steer) for name, each in asked.properties.items()}
-    check_doses(asked, steers)
-    examples = {
-        combination: read_icl(path, asked.demonstrations, asked.instruction)
-        for combination, path in asked.examples.items()
-    }
-    properties = PropertyJudges(asked, property_judges(asked))
-    judges, missing = make_judges(given.specs)
-    perplexity = _perplexity(judges, missing)
-    about = comparison_metadata(given, asked, steers)
-    with locked(given.folder):
-        run = open_run(given.folder, about, restart=given.restart)
-        writer = _TextGenerator(given, asked, examples, run, progress)
-        part: Part = "test" if given.choosing is None else "choosing"
-        chosen = _choose(
-            StrengthSelection(asked, steers, given.tolerance, part), writer, properties, perplexity
+    if not settings.tolerance >= 0:
+        raise SteerError(
+            f"tolerance is {settings.tolerance}; expected a share of the texts, 0 to 1"
         )
-        rows = list(_rows(asked, steers, chosen))
-        writer.write(_to_write(rows, examples))
-        measured = _measure(given, rows, run, properties, judges, examples, steers, progress)
-        absences = _absences(asked, steers)
-        report = ComparisonReport(about, asked, steers, chosen, measured, absences, missing)
+    spec = ComparisonSpec.load(settings.file)
+    steers = {name: load_steer(candidate.steer) for name, candidate in spec.properties.items()}
+    check_doses(spec, steers)
+    examples = {
+        combination: read_icl(path, spec.demonstrations, spec.instruction)
+        for combination, path in spec.examples.items()
+    }
+    properties = PropertyJudges(spec, property_judges(spec))
+    judges, missing = make_judges(settings.specs)
+    perplexity = _perplexity(judges, missing)
+    metadata = comparison_metadata(settings, spec, steers)
+    with locked(settings.folder):
+        run = open_run(settings.folder, metadata, restart=settings.restart)
+        writer = _TextGenerator(settings, spec, examples, run, progress)
+        part: Part = "test" if settings.selection_prompts is None else "choosing"
+        selected = _select_strengths(
+            StrengthSelection(spec, steers, settings.tolerance, part),
+            writer,
+            properties,
+            perplexity,
+        )
+        rows = list(_rows(spec, steers, selected))
+        writer.write(_candidates_to_write(rows, examples))
+        results = _measure(settings, rows, run, properties, judges, examples, steers, progress)
+        missing_rows = _missing_rows(spec, steers)
+        report = ComparisonReport(metadata, spec, steers, selected, results, missing_rows, missing)
         _write_report(run, report)
     return report
 
@@ -90,64 +95,73 @@ class _TextGenerator:
     each: dPPL needs their strengths only.
     """
 
-    given: ComparisonSettings
-    asked: ComparisonSpec
+    settings: ComparisonSettings
+    spec: ComparisonSpec
     examples: Mapping[Combination, Sequence[PromptPair]]
     run: Run
     progress: Progress
 
-    def write(self, wanted: Iterable[Candidate]) -> None:
+    def write(self, candidates: Iterable[Candidate]) -> None:
         """Generate the texts that are not there yet."""
-        texts = list(map(self._texts, wanted))
-        files = {name: each.steer.resolve() for name, each in self.asked.properties.items()}
-        write_missing(self.run, texts, self.given.model, files, self.given.engine, self.progress)
+        texts = list(map(self._texts, candidates))
+        files = {
+            name: candidate.steer.resolve() for name, candidate in self.spec.properties.items()
+        }
+        write_missing(
+            self.run, texts, self.settings.model, files, self.settings.engine, self.progress
+        )
 
-    def _texts(self, each: Candidate) -> GenerationTask:
-        prompts, sampling = self.given.prompts.texts, self.given.sampling
-        if each.part == "examples":
-            prompts = tuple(example.plain for example in self.examples[each.combination])
+    def _texts(self, candidate: Candidate) -> GenerationTask:
+        prompts, sampling = self.settings.prompts.texts, self.settings.sampling
+        if candidate.part == "examples":
+            prompts = tuple(example.plain for example in self.examples[candidate.combination])
             sampling = Sampling(samples=1, max_tokens=sampling.max_tokens, temperature=0, top_k=0)
-        elif each.part == "choosing" and self.given.choosing is not None:
-            prompts = self.given.choosing.texts
-        return GenerationTask(each, prompts, sampling, each.steer or None)
+        elif candidate.part == "choosing" and self.settings.selection_prompts is not None:
+            prompts = self.settings.selection_prompts.texts
+        return GenerationTask(candidate, prompts, sampling, candidate.steer or None)
 
 
-def _choose(
-    choosing: StrengthSelection,
+def _select_strengths(
+    selection: StrengthSelection,
     writer: _TextGenerator,
     properties: PropertyJudges,
     perplexity: Judge,
 ) -> SelectedStrengths:
-    wanted = choosing.candidates
-    writer.write(wanted)
-    tried: list[tuple[Candidate, SelectionScores]] = []
-    with writer.progress("choosing", len(wanted)) as advance:
-        for each in wanted:
-            answers = writer.run.read(each)
-            told = properties.has_all(each.combination, each.name, answers)
-            tried.append(
-                (each, SelectionScores(share(told), perplexity.scores(answers)[PERPLEXITY]))
+    candidates = selection.candidates
+    writer.write(candidates)
+    measurements: list[tuple[Candidate, SelectionScores]] = []
+    with writer.progress("choosing", len(candidates)) as advance:
+        for candidate in candidates:
+            answers = writer.run.read(candidate)
+            verdicts = properties.has_all(candidate.combination, candidate.name, answers)
+            measurements.append(
+                (
+                    candidate,
+                    SelectionScores(share(verdicts), perplexity.scores(answers)[PERPLEXITY]),
+                )
             )
-            advance(len(tried))
-    return choosing.chosen(tried)
+            advance(len(measurements))
+    return selection.select(measurements)
 
 
 def _rows(
-    asked: ComparisonSpec, steers: Mapping[str, Steer], chosen: SelectedStrengths
+    spec: ComparisonSpec, steers: Mapping[str, Steer], selected: SelectedStrengths
 ) -> Iterator[ComparisonRow]:
     """The rows of each combination in the order of the methods, the best fixed one after them."""
-    for combination in asked.combinations:
-        seen = combination in asked.seen
-        for method, choice in chosen.methods.items():
-            if skip_reason(method, combination, asked, steers) is None:
-                yield ComparisonRow(method, candidate("test", combination, choice), seen)
-        if combination in chosen.best:
+    for combination in spec.combinations:
+        seen = combination in spec.seen
+        for method, choice in selected.methods.items():
+            if skip_reason(method, combination, spec, steers) is None:
+                yield ComparisonRow(method, make_candidate("test", combination, choice), seen)
+        if combination in selected.best_fixed:
             yield ComparisonRow(
-                BEST, candidate("test", combination, chosen.best[combination]), seen
+                BEST_FIXED,
+                make_candidate("test", combination, selected.best_fixed[combination]),
+                seen,
             )
 
 
-def _to_write(
+def _candidates_to_write(
     rows: Sequence[ComparisonRow], examples: Mapping[Combination, Sequence[PromptPair]]
 ) -> Iterator[Candidate]:
     for row in rows:
@@ -157,7 +171,7 @@ def _to_write(
 
 
 def _measure(
-    given: ComparisonSettings,
+    settings: ComparisonSettings,
     rows: Sequence[ComparisonRow],
     run: Run,
     properties: PropertyJudges,
@@ -166,28 +180,28 @@ def _measure(
     steers: Mapping[str, Steer],
     progress: Progress,
 ) -> list[RowResult]:
-    readings = {}
+    references = {}
     if examples:
-        language = load_language_model(given.model)
-        readings = read_references(language, examples, properties, given.sampling.max_tokens)
-    found: list[RowResult] = []
+        language = load_language_model(settings.model)
+        references = read_references(language, examples, properties, settings.sampling.max_tokens)
+    results: list[RowResult] = []
     with progress("judging", len(rows)) as advance:
         for row in rows:
-            reading = readings.get(row.candidate.combination)
-            found.append(measure(row, run, properties, judges, reading, steers))
-            advance(len(found), said=row.candidate.name)
-    return found
+            reference = references.get(row.candidate.combination)
+            results.append(measure(row, run, properties, judges, reference, steers))
+            advance(len(results), description=row.candidate.name)
+    return results
 
 
-def _absences(
-    asked: ComparisonSpec, steers: Mapping[str, Steer]
+def _missing_rows(
+    spec: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> list[tuple[Combination, str, str]]:
     """Combination, method and reason of each row that there is not."""
     return [
         (combination, method, reason)
-        for combination in asked.combinations
-        for method in asked.methods
-        if (reason := skip_reason(method, combination, asked, steers)) is not None
+        for combination in spec.combinations
+        for method in spec.methods
+        if (reason := skip_reason(method, combination, spec, steers)) is not None
     ]
 
 
@@ -202,4 +216,4 @@ def _perplexity(judges: Sequence[Judge], missing: Mapping[str, str]) -> Judge:
         if judge.name.startswith("perplexity:"):
             return judge
     reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-    raise SteerError(f"no judge of perplexity is available ({reasons})")
+    raise SteerError(f"no perplexity judge is available ({reasons}); give another one")

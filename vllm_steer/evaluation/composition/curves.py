@@ -24,12 +24,12 @@ class Curve:
 
 def dynamic_curves(answers: Sequence[Answers]) -> dict[str, Curve]:
     """A curve for each dynamic steer; none where no strength was dynamic."""
-    found: dict[str, list[Sequence[float]]] = {}
+    texts_by_steer: dict[str, list[Sequence[float]]] = {}
     for answer in answers:
         for strengths in answer.strengths:
             for name, values in strengths.items():
-                found.setdefault(name, []).append(values)
-    return {name: _curve(values) for name, values in found.items()}
+                texts_by_steer.setdefault(name, []).append(values)
+    return {name: _curve(values) for name, values in texts_by_steer.items()}
 
 
 def scheduled_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> tuple[float, ...]:
@@ -37,28 +37,28 @@ def scheduled_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> t
     strength = float(dose["strength"])
     if not isinstance(steer, DeltaSteer):
         return (strength,) * num_tokens
-    over = course(dose.get("schedule", steer.schedule), steer.steps)
-    return tuple(over.strength(strength, i) for i in range(num_tokens))
+    schedule = course(dose.get("schedule", steer.schedule), steer.steps)
+    return tuple(schedule.strength(strength, i) for i in range(num_tokens))
 
 
-def raw(answers: Sequence[Answers]) -> dict[str, list[list[list[float]]]]:
+def raw_strengths(answers: Sequence[Answers]) -> dict[str, list[list[list[float]]]]:
     """Every strength by steer, prompt and text."""
-    names = dict.fromkeys(name for a in answers for each in a.strengths for name in each)
+    names = dict.fromkeys(name for a in answers for strengths in a.strengths for name in strengths)
     return {
-        name: [[list(each.get(name, ())) for each in a.strengths] for a in answers]
+        name: [[list(strengths.get(name, ())) for strengths in a.strengths] for a in answers]
         for name in names
     }
 
 
 def _curve(texts: Sequence[Sequence[float]]) -> Curve:
     length = max(map(len, texts))
-    at = [[values[i] for values in texts if i < len(values)] for i in range(length)]
-    ends = [_quartiles(values) for values in at]
+    values_at = [[values[i] for values in texts if i < len(values)] for i in range(length)]
+    quartiles = [_quartiles(values) for values in values_at]
     return Curve(
-        mean=tuple(map(mean, at)),
-        lower=tuple(low for low, _ in ends),
-        upper=tuple(high for _, high in ends),
-        texts=tuple(map(len, at)),
+        mean=tuple(map(mean, values_at)),
+        lower=tuple(low for low, _ in quartiles),
+        upper=tuple(high for _, high in quartiles),
+        texts=tuple(map(len, values_at)),
     )
 
 

@@ -60,14 +60,17 @@ def read_icl(path: Path, demonstrations: int, instruction: str) -> list[PromptPa
     """
     first = next(iter(read_rows(path)), None)
     if first is None:
-        raise SteerError(f"{path}: there are no rows")
+        raise SteerError(f"{path}: the file has no rows")
     if "icl" in first.values:
         rows = read_rows(path)
         return list(take(rows, lambda row: PromptPair(text_of(row, "icl"), text_of(row, "prompt"))))
-    found = read_examples(path)
-    asked = found[demonstrations :: demonstrations + 1]
-    prompts = icl_prompts(found, demonstrations, instruction=instruction)
-    return [PromptPair(icl, f"Q:{one.input}\nA:") for icl, one in zip(prompts, asked, strict=True)]
+    examples = read_examples(path)
+    questions = examples[demonstrations :: demonstrations + 1]
+    prompts = icl_prompts(examples, demonstrations, instruction=instruction)
+    return [
+        PromptPair(icl, f"Q:{question.input}\nA:")
+        for icl, question in zip(prompts, questions, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -88,12 +91,16 @@ def nll(language: LanguageModel, prompt: str, answer: Sequence[int]) -> torch.Te
 
     The log-softmax is taken in float32, or in float64 for a float64 model.
     """
-    before = _encode(language, prompt, len(answer))
-    tokens = torch.tensor([[*before, *answer]], device=language.model.device)
-    logits = language.model(input_ids=tokens, use_cache=False).logits[0, len(before) - 1 : -1]
+    prompt_tokens = _encode(language, prompt, len(answer))
+    tokens = torch.tensor([[*prompt_tokens, *answer]], device=language.model.device)
+    logits = language.model(input_ids=tokens, use_cache=False).logits[
+        0, len(prompt_tokens) - 1 : -1
+    ]
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    found: torch.Tensor = wide.log_softmax(-1).gather(-1, tokens[0, len(before) :, None])[:, 0]
-    return found.double().neg().cpu()
+    log_probs: torch.Tensor = wide.log_softmax(-1).gather(
+        -1, tokens[0, len(prompt_tokens) :, None]
+    )[:, 0]
+    return log_probs.double().neg().cpu()
 
 
 def steered_perplexity(
@@ -108,23 +115,23 @@ def steered_perplexity(
 
     NaN for an answer, or a free generation, without a token.
     """
-    known = strengths or {}
-    length = min([len(gold.tokens), *map(len, known.values())])
+    dynamic = strengths or {}
+    length = min([len(gold.tokens), *map(len, dynamic.values())])
     if not length:
         return math.nan
-    given = {name: _given(dose, known.get(name)) for name, dose in steer.items()}
+    doses = {name: _forced_dose(dose, dynamic.get(name)) for name, dose in steer.items()}
     prompt_length = len(_encode(language, example.plain, length))
-    with hf.steered(language.model, given, steers, prompt_length=prompt_length):
+    with hf.steered(language.model, doses, steers, prompt_length=prompt_length):
         return _perplexity(nll(language, example.plain, gold.tokens[:length]))
 
 
 def figures(
-    steered: Sequence[float], golds: Sequence[GoldAnswer], kept: Sequence[bool]
+    steered: Sequence[float], golds: Sequence[GoldAnswer], has_properties: Sequence[bool]
 ) -> dict[str, Any]:
     """``mean`` and ``median`` of dPPL over the examples that are kept; NaN where none is."""
-    pairs = zip(steered, golds, kept, strict=True)
-    found = [value - gold.perplexity for value, gold, keep in pairs if keep]
-    numbers = [value for value in found if not math.isnan(value)]
+    pairs = zip(steered, golds, has_properties, strict=True)
+    differences = [value - gold.perplexity for value, gold, is_counted in pairs if is_counted]
+    numbers = [value for value in differences if not math.isnan(value)]
     return {
         "mean": mean(numbers),
         "median": median(numbers) if numbers else math.nan,
@@ -133,7 +140,7 @@ def figures(
     }
 
 
-def _given(dose: Mapping[str, Any], strengths: Sequence[float] | None) -> dict[str, Any]:
+def _forced_dose(dose: Mapping[str, Any], strengths: Sequence[float] | None) -> dict[str, Any]:
     """A dose for ``hf.steered``: a dynamic strength becomes the list of what it was."""
     if strengths is None:
         return dict(dose)
@@ -141,13 +148,13 @@ def _given(dose: Mapping[str, Any], strengths: Sequence[float] | None) -> dict[s
     return {"strength": list(strengths), **layers}
 
 
-def _encode(language: LanguageModel, prompt: str, room: int) -> list[int]:
+def _encode(language: LanguageModel, prompt: str, answer_length: int) -> list[int]:
     tokens: list[int] = language.tokenizer(prompt)["input_ids"]
-    longest = getattr(language.model.config, "max_position_embeddings", None)
-    if not tokens or (longest is not None and len(tokens) + room > longest):
+    max_length = getattr(language.model.config, "max_position_embeddings", None)
+    if not tokens or (max_length is not None and len(tokens) + answer_length > max_length):
         raise SteerError(
-            f"prompt {prompt[:60]!r} has {len(tokens)} tokens; with {room} of an answer "
-            f"{language.name} reads at most {longest}: give fewer demonstrations"
+            f"prompt {prompt[:60]!r} has {len(tokens)} tokens; with {answer_length} answer tokens "
+            f"it must fit the {max_length} of {language.name}; give fewer demonstrations"
         )
     return tokens
 

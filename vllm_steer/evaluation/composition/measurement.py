@@ -52,7 +52,7 @@ class DpplReferences:
     language: LanguageModel
     examples: Sequence[PromptPair]
     golds: Sequence[GoldAnswer]
-    kept: Sequence[bool]
+    has_properties: Sequence[bool]
 
 
 def measure(
@@ -60,19 +60,19 @@ def measure(
     run: Run,
     properties: PropertyJudges,
     judges: Sequence[Judge],
-    reading: DpplReferences | None,
+    references: DpplReferences | None,
     steers: Mapping[str, Steer],
 ) -> RowResult:
     """The figures of a row whose texts are written."""
-    each = row.candidate
-    answers = run.read(each)
-    names = each.combination
+    candidate = row.candidate
+    answers = run.read(candidate)
+    names = candidate.combination
     return RowResult(
         row,
-        share(properties.has_all(names, each.name, answers)),
-        {name: share(properties.has(name, each.name, answers)) for name in names},
+        share(properties.has_all(names, candidate.name, answers)),
+        {name: share(properties.has(name, candidate.name, answers)) for name in names},
         {judge.name: dict(judge.scores(answers)) for judge in judges},
-        NO_EXAMPLES if reading is None else _dppl(each, run, reading, steers),
+        NO_EXAMPLES if references is None else _dppl(candidate, run, references, steers),
         dynamic_curves(answers),
         answers,
     )
@@ -85,28 +85,34 @@ def read_references(
     max_tokens: int,
 ) -> dict[Combination, DpplReferences]:
     """The model's own answers to each combination's examples, and which have the properties."""
-    found = {}
+    references = {}
     for combination, rows in examples.items():
         golds = [dppl.gold_answer(language, row, max_tokens) for row in rows]
         answers = [Answers(row.plain, (gold.text,)) for row, gold in zip(rows, golds, strict=True)]
-        told = properties.has_all(combination, f"examples.{'+'.join(combination)}", answers)
-        found[combination] = DpplReferences(language, rows, golds, [row[0] for row in told])
-    return found
+        verdicts = properties.has_all(combination, f"examples.{'+'.join(combination)}", answers)
+        references[combination] = DpplReferences(
+            language, rows, golds, [row[0] for row in verdicts]
+        )
+    return references
 
 
-def examples_candidate(each: Candidate) -> Candidate:
+def examples_candidate(candidate: Candidate) -> Candidate:
     """The free generation whose dynamic strengths dPPL reads the answers under."""
-    return Candidate("examples", each.combination, each.method, each.steer)
+    return Candidate("examples", candidate.combination, candidate.method, candidate.steer)
 
 
 def _dppl(
-    each: Candidate, run: Run, reading: DpplReferences, steers: Mapping[str, Steer]
+    candidate: Candidate, run: Run, references: DpplReferences, steers: Mapping[str, Steer]
 ) -> dict[str, Any]:
-    strengths: list[Any] = [None] * len(reading.examples)
-    if each.method == "dynamic":
-        strengths = [answer.strengths[0] for answer in run.read(examples_candidate(each))]
+    strengths: list[Any] = [None] * len(references.examples)
+    if candidate.method == "dynamic":
+        strengths = [answer.strengths[0] for answer in run.read(examples_candidate(candidate))]
     steered = [
-        dppl.steered_perplexity(reading.language, example, gold, each.steer, steers, known)
-        for example, gold, known in zip(reading.examples, reading.golds, strengths, strict=True)
+        dppl.steered_perplexity(
+            references.language, example, gold, candidate.steer, steers, dynamic
+        )
+        for example, gold, dynamic in zip(
+            references.examples, references.golds, strengths, strict=True
+        )
     ]
-    return dppl.figures(steered, reading.golds, reading.kept)
+    return dppl.figures(steered, references.golds, references.has_properties)

@@ -26,7 +26,7 @@ def draw_strengths(report: ComparisonReport, path: Path) -> None:
 
     Raises ``SteerError`` without matplotlib and where the file cannot be written.
     """
-    names = list(report.asked.properties)
+    names = list(report.spec.properties)
     with _panels(len(names), path) as axes:
         for axis, name in zip(axes, names, strict=True):
             _strengths(axis, report, name)
@@ -37,33 +37,33 @@ def draw_prices(report: ComparisonReport, path: Path) -> None:
 
     Raises ``SteerError`` as ``draw_strengths`` does.
     """
-    combinations = report.asked.combinations
+    combinations = report.spec.combinations
     with _panels(len(combinations), path) as axes:
         for axis, combination in zip(axes, combinations, strict=True):
-            _prices(axis, report.of(combination), combination, combination in report.asked.seen)
+            _prices(axis, report.of(combination), combination, combination in report.spec.seen)
 
 
 def _strengths(axis: Any, report: ComparisonReport, name: str) -> None:
-    rows = [each for each in report.rows if name in each.curves]
-    for place, each in enumerate(rows):
-        _band(axis, each, name, COLOURS[place % len(COLOURS)])
-    _stated(axis, report, name, report.about["sampling"]["max_tokens"])
+    rows = [result for result in report.rows if name in result.curves]
+    for index, result in enumerate(rows):
+        _band(axis, result, name, COLOURS[index % len(COLOURS)])
+    _stated(axis, report, name, report.metadata["sampling"]["max_tokens"])
     axis.axhline(0, color="0.8", linewidth=0.6)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="token", ylabel="strength", title=label(name))
 
 
-def _band(axis: Any, each: RowResult, name: str, colour: str) -> None:
-    curve = each.curves[name]
+def _band(axis: Any, result: RowResult, name: str, colour: str) -> None:
+    curve = result.curves[name]
     tokens = range(len(curve.mean))
-    said = f"dynamic, {name_of(each.row.candidate.combination)}"
-    axis.plot(tokens, curve.mean, color=colour, label=label(said))
+    text = f"dynamic, {name_of(result.row.candidate.combination)}"
+    axis.plot(tokens, curve.mean, color=colour, label=label(text))
     axis.fill_between(tokens, curve.lower, curve.upper, color=colour, alpha=0.2, linewidth=0)
 
 
 def _stated(axis: Any, report: ComparisonReport, name: str, length: int) -> None:
     for method, line in _THIN.items():
-        choice = next((c for m, c in report.chosen.methods.items() if m == method), None)
+        choice = next((c for m, c in report.selected.methods.items() if m == method), None)
         if choice is None:
             continue
         dose, steer = choice.doses[name], report.steers[name]
@@ -74,16 +74,16 @@ def _stated(axis: Any, report: ComparisonReport, name: str, length: int) -> None
 
 
 def _prices(axis: Any, rows: Sequence[RowResult], combination: Combination, seen: bool) -> None:
-    for place, each in enumerate(rows):
-        figures = next(f for f in each.judges.values() if PERPLEXITY in f)
-        method = each.row.candidate.method
-        hollow = {"markerfacecolor": "none"} if each.row.title != method else {}
+    for index, result in enumerate(rows):
+        figures = next(f for f in result.judges.values() if PERPLEXITY in f)
+        method = result.row.candidate.method
+        hollow = {"markerfacecolor": "none"} if result.row.title != method else {}
         axis.plot(
             [figures[PERPLEXITY]],
-            [each.accuracy],
+            [result.accuracy],
             _MARKS[method],
-            color=COLOURS[place % len(COLOURS)],
-            label=label(each.row.title),
+            color=COLOURS[index % len(COLOURS)],
+            label=label(result.row.title),
             **hollow,
         )
     title = label(f"{name_of(combination)} ({'seen' if seen else 'unseen'})")

@@ -15,24 +15,24 @@ Verdicts = Sequence[Sequence[bool]]
 class PropertyJudges:
     """The judge of each property. Texts that were judged are not judged again."""
 
-    def __init__(self, asked: ComparisonSpec, judges: Mapping[str, PropertyJudge]) -> None:
+    def __init__(self, spec: ComparisonSpec, judges: Mapping[str, PropertyJudge]) -> None:
         self._judges = judges
-        self._wanted = {name: 0.0 if p.opposite else 1.0 for name, p in asked.properties.items()}
-        self._known: dict[tuple[str, str], Verdicts] = {}
+        self._targets = {name: 0.0 if p.opposite else 1.0 for name, p in spec.properties.items()}
+        self._cache: dict[tuple[str, str], Verdicts] = {}
 
     def has(self, name: str, texts: str, answers: Sequence[Answers]) -> Verdicts:
         """Whether each text has the property; an undecided one has not, nor its opposite."""
-        if (name, texts) not in self._known:
-            wanted = self._wanted[name]
-            found = self._judges[name].verdicts(answers)
-            self._known[name, texts] = [[verdict == wanted for verdict in row] for row in found]
-        return self._known[name, texts]
+        if (name, texts) not in self._cache:
+            target = self._targets[name]
+            verdicts = self._judges[name].verdicts(answers)
+            self._cache[name, texts] = [[verdict == target for verdict in row] for row in verdicts]
+        return self._cache[name, texts]
 
     def has_all(self, names: Combination, texts: str, answers: Sequence[Answers]) -> Verdicts:
         """Whether each text has all the properties at once."""
-        found = [self.has(name, texts, answers) for name in names]
-        by_prompt = zip(*found, strict=True)
-        return [[all(each) for each in zip(*rows, strict=True)] for rows in by_prompt]
+        by_property = [self.has(name, texts, answers) for name in names]
+        by_prompt = zip(*by_property, strict=True)
+        return [[all(verdicts) for verdicts in zip(*rows, strict=True)] for rows in by_prompt]
 
 
 def share(verdicts: Verdicts) -> float:
@@ -40,18 +40,18 @@ def share(verdicts: Verdicts) -> float:
     return mean(mean(map(float, row)) for row in verdicts)
 
 
-def property_judges(asked: ComparisonSpec) -> dict[str, PropertyJudge]:
+def property_judges(spec: ComparisonSpec) -> dict[str, PropertyJudge]:
     """A judge for each property.
 
     Raises ``SteerError`` for one that is misspelt or not available, and one that tells no property.
     """
     judges: dict[str, PropertyJudge] = {}
-    for name, wanted in asked.properties.items():
-        judge: Judge = make_judge(wanted.judge)
+    for name, prop in spec.properties.items():
+        judge: Judge = make_judge(prop.judge)
         if not isinstance(judge, PropertyJudge):
             raise SteerError(
-                f"property {name}: judge {wanted.judge} does not say of a text whether it has a "
-                "property; take classifier:MODEL:LABEL, language:CODE or lexicon:FILE"
+                f"property {name}: judge {prop.judge} does not decide for each text whether it has "
+                "the property; use classifier:MODEL:LABEL, language:CODE or lexicon:FILE"
             )
         judges[name] = judge
     return judges

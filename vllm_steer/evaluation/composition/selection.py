@@ -18,8 +18,8 @@ from vllm_steer.evaluation.composition.candidates import (
     Candidate,
     Choice,
     Part,
-    candidate,
     choices,
+    make_candidate,
     skip_reason,
 )
 from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec, Method
@@ -47,8 +47,8 @@ class SelectedStrengths:
     """
 
     methods: Mapping[Method, Choice]
-    best: Mapping[Combination, Choice]
-    tried: Sequence[tuple[Candidate, SelectionScores]]
+    best_fixed: Mapping[Combination, Choice]
+    measurements: Sequence[tuple[Candidate, SelectionScores]]
 
 
 class StrengthSelection:
@@ -56,39 +56,41 @@ class StrengthSelection:
 
     def __init__(
         self,
-        asked: ComparisonSpec,
+        spec: ComparisonSpec,
         steers: Mapping[str, Steer],
         tolerance: float,
         part: Part = "choosing",
     ) -> None:
         self._tolerance = tolerance
         self._part = part
-        self._seen = asked.seen
+        self._seen = spec.seen
         self._spaces: dict[Method, list[Choice]] = {
-            method: choices(method, asked, steers)
-            for method in asked.methods
-            if any(skip_reason(method, c, asked, steers) is None for c in asked.seen)
+            method: choices(method, spec, steers)
+            for method in spec.methods
+            if any(skip_reason(method, c, spec, steers) is None for c in spec.seen)
         }
 
     @property
     def candidates(self) -> list[Candidate]:
         """The texts to choose on, each once; none of a method that has a single choice."""
-        found = {
-            each.name: each
+        unique = {
+            candidate.name: candidate
             for method, space in self._spaces.items()
             if len(space) > 1
             for choice in space
             for combination in self._seen
-            for each in [candidate(self._part, combination, choice)]
+            for candidate in [make_candidate(self._part, combination, choice)]
         }
-        return list(found.values())
+        return list(unique.values())
 
-    def chosen(self, tried: Sequence[tuple[Candidate, SelectionScores]]) -> SelectedStrengths:
+    def select(
+        self, measurements: Sequence[tuple[Candidate, SelectionScores]]
+    ) -> SelectedStrengths:
         """The choices, from the figures of all ``candidates``."""
-        by_name = {each.name: figures for each, figures in tried}
+        by_name = {candidate.name: figures for candidate, figures in measurements}
 
         def measure(choice: Choice, combination: Combination) -> SelectionScores:
-            return by_name[candidate(self._part, combination, choice).name]
+            return by_name[make_candidate(self._part, combination, choice).name]
 
         def best(method: Method, combinations: Sequence[Combination]) -> Choice:
             return choose(self._spaces[method], combinations, measure, self._tolerance)
@@ -96,7 +98,7 @@ class StrengthSelection:
         return SelectedStrengths(
             {method: best(method, self._seen) for method in self._spaces},
             {c: best("fixed", [c]) for c in self._seen if "fixed" in self._spaces},
-            tried,
+            measurements,
         )
 
 
@@ -112,18 +114,18 @@ def choose(
     nothing is there to choose on.
     """
     if not options or not combinations:
-        raise SteerError("there is nothing to choose from, or nothing to choose on")
+        raise SteerError("there are no strengths to select from, or no combinations to select on")
     if len(options) == 1:
         return options[0]
-    found = [_over([measure(option, c) for c in combinations]) for option in options]
-    enough = max(each.accuracy for each in found) - tolerance
-    allowed = [place for place, each in enumerate(found) if each.accuracy >= enough]
-    return options[min(allowed, key=lambda place: found[place].perplexity)]
+    scores = [_mean_scores([measure(option, c) for c in combinations]) for option in options]
+    threshold = max(candidate.accuracy for candidate in scores) - tolerance
+    eligible = [index for index, candidate in enumerate(scores) if candidate.accuracy >= threshold]
+    return options[min(eligible, key=lambda index: scores[index].perplexity)]
 
 
-def _over(each: Sequence[SelectionScores]) -> SelectionScores:
-    logs = [math.inf if math.isnan(f.perplexity) else math.log(f.perplexity) for f in each]
-    return SelectionScores(mean(f.accuracy for f in each), _exp(mean(logs)))
+def _mean_scores(candidate: Sequence[SelectionScores]) -> SelectionScores:
+    logs = [math.inf if math.isnan(f.perplexity) else math.log(f.perplexity) for f in candidate]
+    return SelectionScores(mean(f.accuracy for f in candidate), _exp(mean(logs)))
 
 
 def _exp(value: float) -> float:

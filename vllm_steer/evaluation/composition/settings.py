@@ -32,7 +32,7 @@ class ComparisonSettings:
     file: Path
     prompts: Prompts
     folder: Path
-    choosing: Prompts | None = None
+    selection_prompts: Prompts | None = None
     judges: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     tolerance: float = 0.02
@@ -47,36 +47,38 @@ class ComparisonSettings:
         return (*(spec for kind, spec in usual.items() if kind not in kinds), *self.judges)
 
 
-def check_doses(asked: ComparisonSpec, steers: Mapping[str, Steer]) -> None:
+def check_doses(spec: ComparisonSpec, steers: Mapping[str, Steer]) -> None:
     """Raise ``SteerError`` for a dose that a request could not have."""
-    for method in asked.methods:
-        for choice in choices(method, asked, steers):
+    for method in spec.methods:
+        for choice in choices(method, spec, steers):
             for name, dose in choice.doses.items():
                 read_dose(name, dose, steers[name])
 
 
 def comparison_metadata(
-    given: ComparisonSettings, asked: ComparisonSpec, steers: Mapping[str, Steer]
+    settings: ComparisonSettings, spec: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> dict[str, Any]:
     """All that decides the texts of a request; combinations and strengths may be added."""
     from vllm_steer.version import __version__
 
     return {
-        "model": given.model,
+        "model": settings.model,
         "steers": {
             name: {
-                "file": asked.properties[name].steer.name,
+                "file": spec.properties[name].steer.name,
                 "kind": steer.kind,
                 "sha256": content_digest(steer),
             }
             for name, steer in steers.items()
         },
-        "prompts": given.prompts.settings,
-        "choosing_prompts": None if given.choosing is None else given.choosing.settings,
-        "examples": {label(c): file_digest(path) for c, path in asked.examples.items()},
-        "demonstrations": asked.demonstrations,
-        "instruction": asked.instruction,
-        "sampling": given.sampling.settings,
-        "engine": given.engine.output_affecting,
+        "prompts": settings.prompts.settings,
+        "choosing_prompts": None
+        if settings.selection_prompts is None
+        else settings.selection_prompts.settings,
+        "examples": {label(c): file_digest(path) for c, path in spec.examples.items()},
+        "demonstrations": spec.demonstrations,
+        "instruction": spec.instruction,
+        "sampling": settings.sampling.settings,
+        "engine": settings.engine.output_affecting,
         "versions": {"vllm-steer": __version__, **{name: version(name) for name in _VERSIONS}},
     }
