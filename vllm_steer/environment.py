@@ -1,4 +1,4 @@
-"""The environment variables that vllm-steer reads, and the one that it sets."""
+"""The environment variables that vllm-steer reads or sets."""
 
 import os
 from typing import Final
@@ -14,16 +14,16 @@ STREAMS: Final = "streams"
 
 
 def is_active(word: str) -> bool:
-    """Whether this process is to wrap what the word stands for."""
+    """Whether this process installs the wrappers of a feature."""
     return word in os.environ.get(ACTIVE, "").split(",")
 
 
 def activate(word: str) -> None:
-    """Have this process and those started from it wrap what the word stands for."""
+    """Enable a feature's wrappers in this process and its child processes."""
     if not is_active(word):
         os.environ[ACTIVE] = ",".join(filter(None, [os.environ.get(ACTIVE, ""), word]))
 
 
 def is_disabled() -> bool:
-    """Whether the user has switched the plugin off: by any word but ``0`` and ``false``."""
+    """Whether the user has disabled the plugin, with any value but ``0`` and ``false``."""
     return os.environ.get(DISABLE, "").strip().lower() not in ("", "0", "false")

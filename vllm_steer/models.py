@@ -1,4 +1,4 @@
-"""Hugging Face causal language models for fitting, inspecting and evaluating."""
+"""Hugging Face causal language models for fitting, inspection and evaluation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A frozen causal model with its tokenizer, and the name it was asked for by."""
+    """A frozen causal language model with its tokenizer, and its name."""
 
     name: str
     model: Any
@@ -22,18 +22,18 @@ class LanguageModel:
 
 
 def model_path(name: str) -> str:
-    """Where a model is: the embedded model's folder, else the name (a folder or a hub id)."""
+    """The path of a model: the folder of the embedded model, else the name as given."""
     return str(embedded.MODEL) if name == EMBEDDED else name
 
 
 def load_language_model(
     name: str, *, dtype: str = "auto", device: str | None = None
 ) -> LanguageModel:
-    """Load a model for reading: evaluation mode, no gradient for any of its parameters.
+    """Load a model in evaluation mode, without gradients.
 
-    ``name`` is a folder, a hub id or ``embedded``; ``dtype`` a torch dtype's name, or ``auto`` for
-    the checkpoint's own; ``device`` None takes a GPU where there is one. Code that a model brings
-    along is never run. Raises ``SteerError`` if there is no such model, dtype or device.
+    ``name`` is a folder, a hub id or ``embedded``; ``dtype`` is the name of a torch dtype, or
+    ``auto`` for the checkpoint's; ``device`` None selects a GPU if there is one. Remote code of a
+    model is never executed. Raises ``SteerError`` if the model, dtype or device does not exist.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -61,7 +61,7 @@ def _device(requested: str | None) -> torch.device:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer; ``SteerError`` if there is none."""
+    """Load a model's tokenizer. Raises ``SteerError`` if there is none."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""Packages that only fitting and evaluation need: the extra ``eval``."""
+"""Optional packages for fitting and evaluation: the extra ``eval``."""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +7,7 @@ from vllm_steer.errors import SteerError
 
 
 def require_package(module: str) -> Any:
-    """A module of an optional package; ``SteerError`` says how to get it."""
+    """Import a module of an optional package. Raises ``SteerError`` with the install command."""
     try:
         return import_module(module)
     except ImportError as error:

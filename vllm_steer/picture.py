@@ -1,4 +1,4 @@
-"""Pictures: figures of matplotlib that are written whole, in which every text is shown as it is."""
+"""PNG files with matplotlib, written atomically, with all texts drawn literally."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ _PLAIN: Final = {"text.usetex": False}
 
 @contextmanager
 def picture(path: str | Path, *, dpi: int = 150, **options: Any) -> Iterator[Any]:
-    """A figure to draw on, with matplotlib's ``options``; a PNG at ``path`` when the block ends.
+    """A figure to draw on, with matplotlib's ``options``; the exit writes a PNG to ``path``.
 
-    Raises ``SteerError`` without matplotlib, and if the file cannot be written.
+    Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
     # A figure of its own draws with Agg and needs no display; pyplot would keep it.
     figure_class = require_package("matplotlib.figure").Figure
@@ -34,9 +34,9 @@ def picture(path: str | Path, *, dpi: int = 150, **options: Any) -> Iterator[Any
 
 
 def label(text: str) -> str:
-    """A text for a title, an axis or a legend: printable, and no formula where it has dollars.
+    """A text for a title, an axis or a legend: printable, and with dollar signs escaped.
 
-    (The parsing of formulas cannot be turned off as a whole: logarithmic axes are labelled by it.)
+    (Parsing of formulas cannot be disabled globally: logarithmic axes use it for their labels.)
     """
     printable_text = printable(text, _LONGEST).replace("$", r"\$")
     return (

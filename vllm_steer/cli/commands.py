@@ -11,7 +11,7 @@ from vllm_steer.errors import SteerError
 
 
 class CommandEntry(NamedTuple):
-    """Where a command is, and its line in the list of commands."""
+    """The module and function of a command, and its line in the list of commands."""
 
     module: str
     function: str
@@ -49,7 +49,7 @@ COMMANDS: Final = {
 
 
 class LazyGroup(TyperGroup):
-    """The commands of ``COMMANDS``, which are imported only to run or to show their own help."""
+    """The commands of ``COMMANDS``; a module is imported to run a command or show its help."""
 
     _is_listing = False
 

@@ -1,4 +1,4 @@
-"""``vllm-steer compare``: several properties at once, by fixed, scheduled and dynamic strengths."""
+"""``vllm-steer compare``: fixed, scheduled and dynamic strengths for several properties at once."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""``vllm-steer convert``: writes any supported steer file in vllm-steer's own format."""
+"""``vllm-steer convert``: convert a supported steer file to vllm-steer's own format."""
 
 import sys
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ def convert(
 
 
 def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are facts about the steer, by the facts' own names, where they are given."""
+    """The given options that are metadata of the steer, by their key."""
     return {
         name: value
         for name, value in options.items()

@@ -1,4 +1,4 @@
-"""``vllm-steer demo``: a real server answers one batch, each request with another steer."""
+"""``vllm-steer demo``: a vLLM server answers one batch of requests with different steers."""
 
 import asyncio
 import time

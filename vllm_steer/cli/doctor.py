@@ -1,4 +1,4 @@
-"""``vllm-steer doctor``: whether and how steering works with a model on this machine."""
+"""``vllm-steer doctor``: checks whether steering works with a model on this machine."""
 
 import sys
 from typing import Annotated

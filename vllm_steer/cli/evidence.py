@@ -1,4 +1,4 @@
-"""``vllm-steer evidence``: the parts of a text that a steer makes likelier or less likely."""
+"""``vllm-steer evidence``: the spans of a text that a steer makes more or less likely."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -81,7 +81,7 @@ def _texts(
     label_field: str | None,
     labels: str | None,
 ) -> tuple[Sequence[str], Sequence[float]]:
-    """The texts, and their labels where the file has some."""
+    """The texts, and their labels if the file has any."""
     if (text is None) == (file is None):
         raise SteerError("give the text to read: either --text or --file")
     if file is None:
@@ -101,7 +101,7 @@ def _texts(
 
 
 def _accuracy(results: Sequence[Evidence], text_labels: Sequence[float]) -> float | None:
-    """The share of labels of the evidence's sign; a label of 0 is on no side."""
+    """The share of nonzero labels whose sign is that of the evidence; None without such labels."""
     labelled = [
         (result, label) for result, label in zip(results, text_labels, strict=False) if label
     ]
@@ -129,14 +129,14 @@ def _show(console: Console, result: Evidence) -> None:
 
 
 def _spans(result: Evidence) -> Iterator[tuple[TextSpan, str]]:
-    """The spans, each with its style: those for the steer first."""
+    """The spans with their styles, those for the steer first."""
     for style, spans in ((_FOR, result.spans_for), (_AGAINST, result.spans_against)):
         for span in spans:
             yield span, style
 
 
 def _marked(console: Console, result: Evidence) -> Text:
-    """The whole text with its spans in their styles."""
+    """The whole text with its spans highlighted."""
     marked, position = Text(), 0
     for span, style in sorted(_spans(result), key=lambda pair: pair[0].begin):
         begin = max(position, span.begin)

@@ -1,4 +1,4 @@
-"""Options of ``eval``, ``compare`` and ``sweep``: prompts, the run, sampling, vLLM's own."""
+"""Options that ``eval``, ``compare`` and ``sweep`` share: prompts, run folder, sampling, engine."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,14 +73,14 @@ EnforceEager = Annotated[bool, typer.Option("--enforce-eager", rich_help_panel=V
 
 
 def sampling(params: Mapping[str, Any]) -> "Sampling":
-    """The ``Sampling`` that a command's options ask for."""
+    """The ``Sampling`` of a command's options."""
     from vllm_steer.evaluation.sampling import sampling_of
 
     return sampling_of(params["preset"], {name: params.get(name) for name in _SAMPLING})
 
 
 def engine_options(params: Mapping[str, Any]) -> "EngineOptions":
-    """The ``EngineOptions`` that a command's options ask for."""
+    """The ``EngineOptions`` of a command's options."""
     from vllm_steer.evaluation.generation import EngineOptions
 
     return EngineOptions(**{name: params[name] for name in _ENGINE})

@@ -1,4 +1,4 @@
-"""``vllm-steer inspect``: what is in a steer file."""
+"""``vllm-steer inspect``: the content of a steer file."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,14 +127,14 @@ def _in_a_row(tokens: Sequence[Token]) -> str:
 
 
 def _first(lines: Iterator[str]) -> Iterator[str]:
-    """As many lines as are read; ``--json`` has the others."""
+    """The first lines; ``--json`` prints all of them."""
     yield from itertools.islice(lines, _MOST_LINES)
     if remaining := sum(1 for _ in lines):
         yield f"  ... {remaining} more lines ..."
 
 
 def _lines(value: Mapping[str, Any], indent: str) -> Iterator[str]:
-    """A recipe, a line for each value; of long lists the ends."""
+    """A recipe with one line per value; long lists are abbreviated."""
     for name, inner in value.items():
         if isinstance(inner, Mapping) and inner:
             yield f"{indent}{name}:"

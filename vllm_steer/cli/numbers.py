@@ -1,4 +1,4 @@
-"""Upper limits of numbers on the command line."""
+"""The upper limit of numbers on the command line."""
 
 from typing import Final
 

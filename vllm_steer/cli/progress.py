@@ -1,4 +1,4 @@
-"""Progress bars on standard error; standard output has figures only."""
+"""Progress bars on standard error, so that standard output has results only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,9 @@ _LONGEST: Final = 60
 
 
 class ProgressBarCallback(Protocol):
-    """``advance(done)`` moves the bar; ``said`` replaces its text, ``total`` its length."""
+    """``advance(done)`` sets the position of the bar; ``description`` and ``total`` replace its
+    own.
+    """
 
     def __call__(
         self, done: int, *, total: int | None = None, description: str | None = None
@@ -27,7 +29,7 @@ class ProgressBarCallback(Protocol):
 
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[ProgressBarCallback]:
-    """A bar while the block runs; where standard error is no terminal, nothing is drawn."""
+    """Show a progress bar while the block runs, unless standard error is not a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

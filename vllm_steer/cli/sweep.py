@@ -138,7 +138,7 @@ def _search(
 
 
 def _finish(result: "SweepResult", *, write: bool, plot: Path | None, as_json: bool) -> None:
-    """Take a point, write it and show them all; only then say what went wrong, if something did."""
+    """Select a point, write it, show all points, and only then raise the error of the selection."""
     from vllm_steer.sweep.report import draw
 
     best, output, problem = _select_and_write(result, write)
@@ -152,7 +152,7 @@ def _finish(result: "SweepResult", *, write: bool, plot: Path | None, as_json: b
 def _select_and_write(
     result: "SweepResult", write: bool
 ) -> "tuple[Point | None, Path | None, SteerError | None]":
-    """The chosen point, the file that it was written to, and why there is none of the one kind."""
+    """The selected point, the file it was written to, and the error if either is missing."""
     from vllm_steer.sweep.sweep_run import write_choice
 
     best = None

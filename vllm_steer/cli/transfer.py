@@ -1,4 +1,4 @@
-"""``vllm-steer transfer``: converts an LM-Steer of one model into one of another."""
+"""``vllm-steer transfer``: transfers an LM-Steer from one model to another."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ from vllm_steer.transfer.embedding_map import AUTHORS_STEPS
 
 @dataclass(frozen=True)
 class _Effects:
-    """The effect of the steer in its own model and of the transferred one in the other."""
+    """The effect of the steer in its own model and of the transferred steer in the target model."""
 
     source: Effect
     target: Effect
@@ -112,7 +112,7 @@ def _measure(
     strength: float,
     match: bool,
 ) -> tuple[LMSteer, _Effects]:
-    """The effects on the texts, after matching the transferred steer's scale if that is asked."""
+    """The effects on the texts, after matching the transferred steer's epsilon if requested."""
     with progress("reading in the source model", len(texts)) as advance:
         model = load_language_model(source)
         before = measure_effect(

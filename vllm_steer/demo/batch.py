@@ -1,4 +1,4 @@
-"""The demo's requests: one prompt under different steers, in every way to ask for them."""
+"""The demo's requests: one prompt with different steers, given in every way that the API has."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ MEASURES: dict[str, Callable[[str], float]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """How a request asks for its steer, and what it asks for in words."""
+    """A request: where its steer is given, and a description of the steers and strengths."""
 
     steer_carrier: str
     strengths: str
@@ -75,7 +75,7 @@ class DemoResult:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The answer as plain data."""
+        """The result as plain data."""
         return {
             "asked_by": self.request.steer_carrier,
             "strengths": self.request.strengths,
@@ -85,7 +85,7 @@ class DemoResult:
 
 
 async def ask_all(url: str, *, samples: int) -> list[DemoResult]:
-    """Send every request at once and measure what comes back."""
+    """Send all requests concurrently and measure their texts."""
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=url, api_key="none", timeout=120) as client:

@@ -1,4 +1,4 @@
-"""A ``vllm serve`` process on loopback, ended by whoever started it."""
+"""A ``vllm serve`` process on the loopback interface."""
 
 import os
 import signal
@@ -30,10 +30,10 @@ _ENVIRONMENT = {
 
 @contextmanager
 def serve_embedded_model(on_wait: Callable[[float], None]) -> Iterator[str]:
-    """Serve the embedded model under its steers; yields the URL, then ends the process.
+    """Serve the embedded model with its steers; yield the URL, and end the process on exit.
 
-    ``on_wait`` is told the seconds waited so far. Raises ``SteerError`` with the end of the
-    server's log if it stops or is not ready in time.
+    ``on_wait`` receives the seconds waited so far. Raises ``SteerError`` with the end of the
+    server's log if it ends early or is not ready in time.
     """
     port = _free_port()
     command = [
@@ -86,7 +86,7 @@ def _answers(url: str) -> bool:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End the server and the processes it started: they share a group that is only theirs."""
+    """End the server and its child processes, which share its process group."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
         try:

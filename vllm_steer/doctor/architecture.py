@@ -1,4 +1,4 @@
-"""Reads a model's sizes and sites from its config, without weights."""
+"""A model's sizes and sites from its config, without weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ _SCALES: Final = ("logit_scale", "logits_scaling")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model without weights: ``model`` lies on the meta device, ``widths`` has its sites.
+    """A model without weights: ``model`` is on the meta device, ``widths`` has the width of each
+    site.
 
-    ``reasons`` says of each site that is not in ``widths`` why it is not.
+    ``reasons`` has the reason for each site that the model lacks.
     """
 
     name: str
@@ -47,20 +48,20 @@ class Architecture:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the config names; float32 if it names none."""
+        """The dtype of the config; float32 if it has none."""
         return self.model.config.dtype or torch.float32
 
     @property
     def longest(self) -> int:
-        """Number of positions that the model knows; a large number if it does not say."""
+        """The maximum number of positions; a large number if the config has none."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
 
 
 def read_architecture(name: str) -> Architecture:
-    """The architecture of a model by its config.
+    """Read a model's architecture from its config.
 
-    Raises ``SteerError`` if there is no such model, or if it is no causal language model that
-    Transformers knows by itself.
+    Raises ``SteerError`` if the model does not exist or is not a causal language model of
+    Transformers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -87,7 +88,7 @@ def _width(model: Any, site: str) -> int:
 
 
 def describe(architecture: Architecture) -> Iterator[Finding]:
-    """The model's sizes, its head, and which sites it has."""
+    """Findings on the model's sizes, LM head and sites."""
     config = architecture.model.config
     names = config.architectures or [type(architecture.model).__name__]
     yield Finding(PART, "architecture", "-", ", ".join(names))
@@ -109,7 +110,7 @@ def describe(architecture: Architecture) -> Iterator[Finding]:
 
 
 def head_of(model: Any) -> nn.Module | None:
-    """A model's LM head, None if it has none."""
+    """A model's LM head; None if it has none."""
     head = model.get_output_embeddings()
     return head if isinstance(head, nn.Module) else None
 

@@ -1,4 +1,4 @@
-"""Runs the engine of the trials in a process of its own and reports how it ended."""
+"""Runs the engine of the parity trials in a process of its own and reports how it ended."""
 
 import json
 import os
@@ -27,7 +27,7 @@ _SHOWN: Final = 500
 
 
 def run_engine(job: Job, folder: Path) -> tuple[EngineOutput, str]:
-    """What the engine answered, and why it broke off, empty if it answered everything."""
+    """Run a job; return its output so far and the error, empty if it finished."""
     (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
     log, output_path = folder / "log.txt", folder / "answers.json"
     command = [sys.executable, "-m", "vllm_steer.doctor.engine_process", str(folder / "job.json")]
@@ -46,7 +46,7 @@ def run_engine(job: Job, folder: Path) -> tuple[EngineOutput, str]:
 
 
 def _exit_reason(code: int, log: Path) -> str:
-    """Why a process ended: its signal, or the last error that it named."""
+    """Why the process ended: its signal, or the last error in its log."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"the engine was killed by {name}" + (
@@ -61,7 +61,7 @@ def _exit_reason(code: int, log: Path) -> str:
 
 
 def _last_error(lines: Sequence[str]) -> str:
-    """The last error that a log names, with the indented lines that go on with it."""
+    """The last error in a log, with its indented continuation lines."""
     errors = [
         (index, match[1]) for index, line in enumerate(lines) if (match := _RAISED.match(line))
     ]

@@ -1,7 +1,7 @@
 """The engine process of the parity trials: ``python -m vllm_steer.doctor.engine_process``.
 
-It reads a job, starts vLLM with the job's steers, and writes what the engine answers after each
-batch, so that an engine that dies leaves what it has answered so far.
+It reads a job, starts vLLM with the job's steers, and writes the output after each batch, so that
+an engine that crashes leaves the output of the batches before.
 """
 
 import json
@@ -19,7 +19,7 @@ Setting = dict[str, float]
 
 @dataclass(frozen=True)
 class Job:
-    """What the engine is asked: in each batch every setting for every prompt, greedily."""
+    """A job for the engine: in each batch every setting with every prompt, decoded greedily."""
 
     model: str
     options: dict[str, Any]
@@ -31,7 +31,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens that were written, and the log-probability of each."""
+    """The generated tokens and the log-probability of each."""
 
     setting: Setting
     prompt: list[int]
@@ -41,7 +41,7 @@ class Completion:
 
 @dataclass
 class EngineOutput:
-    """What is known of the engine, and its answers by the name of their batch."""
+    """Properties of the engine, and its completions by batch."""
 
     dtype: str = ""
     runner: str = ""
@@ -50,7 +50,7 @@ class EngineOutput:
 
     @classmethod
     def read(cls, path: Path) -> "EngineOutput":
-        """What the process wrote; empty if it wrote nothing."""
+        """Read what the process wrote; empty if it wrote nothing."""
         if not path.exists():
             return cls()
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ class EngineOutput:
 
 
 def serve(job: Job, output_path: Path) -> None:
-    """Start an engine for a job and answer its batches one after the other."""
+    """Start an engine for a job, run its batches in order and write the output after each."""
     from vllm import LLM
 
     steer = {

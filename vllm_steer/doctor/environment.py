@@ -1,4 +1,4 @@
-"""Checks what is installed, and whether vLLM will load the plugin."""
+"""Checks of the installation, and of whether vLLM will load the plugin."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _ENTRY = "vllm_steer.plugin:register"
 
 
 def environment() -> Iterator[Finding]:
-    """The versions, the plugin, the device, and the kernels that ``auto`` takes on it."""
+    """Findings on the versions, the plugin, the device and the kernels that ``auto`` selects."""
     yield _vllm()
     for package in ("torch", "transformers", "triton"):
         installed = _version(package)
@@ -49,7 +49,7 @@ def _plugin() -> Finding:
 
 
 def _plugin_state() -> tuple[State, str]:
-    """Whether vLLM's processes will load the plugin; vLLM reads both variables itself."""
+    """Whether vLLM's processes will load the plugin; vLLM itself reads both variables."""
     names = [entry.name for entry in entry_points(group=_GROUP) if entry.value == _ENTRY]
     if not names:
         return "FAILED", f"no entry point in {_GROUP}; install vllm-steer beside this vLLM"

@@ -1,6 +1,6 @@
-"""Device memory of steers: the tables of the real banks, filled on the host.
+"""Device memory of steers, measured on the tables of the real banks, filled on the host.
 
-Not counted is the token map of each guided site, ``4 K (1 + L)`` bytes for each token of the
+Not included is the token map of each steered site, ``4 K (1 + L)`` bytes for each token of the
 largest batch, for up to K steers per request and L steered layers.
 """
 
@@ -50,7 +50,7 @@ class MemoryUse:
 def config_memory(
     architecture: Architecture, source: str | Path, dtype: torch.dtype
 ) -> Iterator[Finding]:
-    """What the steers of a config take, one finding for each that does not fit the model.
+    """Findings on the memory of a config's steers, and on each steer that does not fit the model.
 
     Raises ``SteerError`` for a config or a steer file that cannot be read.
     """
@@ -72,7 +72,7 @@ def config_memory(
 
 
 def example_memory(architecture: Architecture, dtype: torch.dtype) -> Iterator[Finding]:
-    """What one steer of each kind would take on this model."""
+    """Findings on the memory of one steer of each kind on this model."""
     for name, steer in _examples(architecture):
         size = memory_use({name: steer}, hidden_size=architecture.hidden_size, dtype=dtype).steers[
             name
@@ -81,7 +81,7 @@ def example_memory(architecture: Architecture, dtype: torch.dtype) -> Iterator[F
 
 
 def memory_use(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) -> MemoryUse:
-    """What the banks of steers take for a model of ``hidden_size`` that runs in ``dtype``."""
+    """Memory of steers for a model of ``hidden_size`` that runs in ``dtype``."""
     heads = {name: steer for name, steer in steers.items() if isinstance(steer, LMSteer)}
     inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
     head = fill_head_bank(heads, dtype=dtype, device=_CPU)
@@ -116,7 +116,7 @@ def _width(table: HeadTable) -> int:
 
 
 def _slot_width(slot: Slot, width: int) -> int:
-    """Rows of ``width`` numbers that a steer has in its tables."""
+    """Rows of ``width`` numbers that a steer occupies in its tables."""
     match slot:
         case LowRank():
             return 2 * (slot.end - slot.start)
@@ -140,7 +140,7 @@ def _table_bytes(table: SiteTable) -> int:
 
 
 def _unfit(architecture: Architecture, steer: Steer) -> str:
-    """Why a steer does not fit a model, empty if it does."""
+    """The reason why a steer does not fit a model; empty if it fits."""
     try:
         with hf.steered(architecture.model, {"steer": 1.0}, {"steer": steer}):
             return ""
@@ -179,7 +179,7 @@ def _examples(architecture: Architecture) -> Iterator[tuple[str, Steer]]:
 
 
 def _size(num_bytes: int) -> str:
-    """Bytes in words: whole below a KiB."""
+    """A number of bytes with its unit; whole numbers below one KiB."""
     value, unit = float(num_bytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":

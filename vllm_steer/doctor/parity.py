@@ -1,9 +1,10 @@
-"""Parity: a real engine under random steers compared with a Hugging Face forward pass.
+"""Parity of a vLLM engine with a Hugging Face forward pass, under random trial steers.
 
-The engine answers three batches of the same prompts: without a steer, with every trial steer at
-strength 0, and each trial steer by itself at a large strength. A zero steer has to leave every
-token and log-probability of the first batch as it was, bit for bit. A large one has to give what
-Hugging Face finds on the engine's own tokens, and that has to differ plainly from the unsteered.
+The engine runs three batches with the same prompts: unsteered, with every trial steer at strength
+0, and with each trial steer alone at a large strength. At strength 0 every token and
+log-probability must equal the unsteered one bit for bit. At a large strength the log-probabilities
+must be those of Hugging Face on the engine's own tokens, and differ clearly from the unsteered
+ones.
 """
 
 import gc
@@ -42,7 +43,7 @@ _LONGEST: Final = 256
 
 @dataclass(frozen=True)
 class ParityTrials:
-    """The trials' steers and the strength of each."""
+    """The trial steers, the strength of each, and the prompts."""
 
     steers: Mapping[str, Steer]
     strengths: Mapping[str, float]
@@ -59,10 +60,10 @@ class ParityTrials:
 
 
 def parity(architecture: Architecture, options: Mapping[str, Any]) -> Iterator[Finding]:
-    """Findings of all trials. ``options`` are vLLM's, ``dtype`` among them.
+    """Run all trials and yield the findings. ``options`` are engine arguments, including ``dtype``.
 
-    The reference is loaded before the engine, to see how large its activations are, and again
-    after it, in the engine's dtype: both need not fit on the device at once.
+    The reference model is loaded before the engine, to measure its activations, and again after the
+    engine has ended, in the engine's dtype, so the device never holds both.
     """
     trials = _prepare(architecture, str(options["dtype"]))
     with tempfile.TemporaryDirectory(prefix="vllm-steer-doctor-") as folder:
@@ -117,7 +118,7 @@ def _free() -> None:
 
 
 def zero_steers(output: EngineOutput) -> Finding:
-    """Whether strength 0 left the tokens and the log-probabilities as they were, bit for bit."""
+    """Whether tokens and log-probabilities at strength 0 equal the unsteered ones bit for bit."""
     name = "zero steers"
     if "zero" not in output.batches:
         return Finding(PART, name, "not tested", "the engine gave no output")
@@ -140,7 +141,7 @@ def _compare_with_model(
 
 
 def compare(model: Any, steers: Mapping[str, Steer], output: EngineOutput) -> Iterator[Finding]:
-    """Each batch of an engine beside the reference ``model`` in the same dtype."""
+    """Compare each batch of an engine with the reference ``model`` in the same dtype."""
     unsteered = compare_with_reference(model, output.batches["unsteered"], steers)
     yield _finding("unsteered", unsteered, TOLERANCE.get(output.dtype, CEILING))
     by_dtype = min(CEILING, max(FLOOR, WIDER * unsteered.difference))
@@ -159,10 +160,10 @@ def compare(model: Any, steers: Mapping[str, Steer], output: EngineOutput) -> It
 def _finding(
     name: str, comparison: ReferenceComparison, tolerance: float, *, effect: float | None = None
 ) -> Finding:
-    """The finding of one batch or steer; ``effect`` is the difference to the unsteered reference.
+    """The finding on one batch or steer; ``effect`` is the difference from the unsteered reference.
 
-    The engine's choice may be another one only where the reference finds it as good: each of the
-    two log-probabilities may be off by the tolerance.
+    The engine may choose another token only if the reference rates it as nearly equal: each of the
+    two log-probabilities may deviate by the tolerance.
     """
     figures = {**asdict(comparison), "tolerance": tolerance, "effect": effect}
     message = (

@@ -15,11 +15,11 @@ from vllm_steer.steers import Steer
 
 @dataclass(frozen=True)
 class ReferenceComparison:
-    """How an engine's answers compare with a reference, over all tokens of some answers.
+    """An engine's output compared with the reference, over all tokens of some completions.
 
-    difference  largest difference of a token's log-probability
-    shortfall   how much less likely than its best choice the reference finds a token at most
-    agreement   share of tokens that are the reference's choice too
+    difference  maximum difference of a token's log-probability
+    shortfall   maximum gap, in the reference, between its best token and the engine's
+    agreement   share of tokens that are also the reference's choice
     """
 
     difference: float
@@ -28,7 +28,7 @@ class ReferenceComparison:
 
 
 def load_model(name: str, dtype: str) -> Any:
-    """A model to compare with, on a GPU where there is one; ``SteerError`` if there is none."""
+    """Load the reference model, on a GPU if there is one. Raises ``SteerError`` if that fails."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -44,7 +44,7 @@ def load_model(name: str, dtype: str) -> Any:
 def log_probabilities(
     model: Any, completion: Completion, setting: Setting, steers: Mapping[str, Steer]
 ) -> torch.Tensor:
-    """The reference's log-probabilities ``[tokens, vocab]`` at each token that was written."""
+    """The reference's log-probabilities ``[tokens, vocab]`` at each generated token."""
     ids = torch.tensor([[*completion.prompt, *completion.tokens]], device=model.device)
     with hf.steered(model, setting, steers, prompt_length=len(completion.prompt)):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
@@ -58,7 +58,7 @@ def compare_with_reference(
     *,
     steered: bool = True,
 ) -> ReferenceComparison:
-    """How answers compare with the reference under their own settings, or under none."""
+    """Compare completions with the reference, under their own settings or unsteered."""
     differences, shortfalls, agreements = [], [], []
     for completion in completions:
         log_probs = log_probabilities(

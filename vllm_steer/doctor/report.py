@@ -32,10 +32,12 @@ def examine(
     options: Mapping[str, Any] | None = None,
     steer_config: str | None = None,
 ) -> Iterator[Finding]:
-    """All findings on a model. ``options`` are vLLM's for the engine of the parity trials.
+    """Examine a model and yield all findings.
 
-    Memory is told for the dtype that the engine takes, without one for ``dtype``, where ``auto`` is
-    the config's. Raises ``SteerError`` for a steer config that cannot be read.
+    ``dtype`` and ``options`` are engine arguments of the parity trials, which ``engine`` False
+    skips; ``steer_config`` names a config whose steers' memory is reported. Memory is that for the
+    engine's dtype; without an engine for ``dtype``, where ``auto`` is the config's. Raises
+    ``SteerError`` for a steer config that cannot be read.
     """
     environment_findings = list(environment())
     yield from environment_findings
@@ -59,7 +61,7 @@ def _parity(
     *,
     engine: bool,
 ) -> Iterator[Finding]:
-    """The trials' findings, or why there are none; that of the engine has its dtype."""
+    """The findings of the trials, or the reason why there are none; the engine's has its dtype."""
     if not engine:
         yield Finding(PARITY, "engine", "not tested", "switched off by --no-engine")
         return
@@ -82,7 +84,7 @@ def failed(findings: Sequence[Finding]) -> bool:
 
 
 def table(model: str, findings: Sequence[Finding]) -> Table:
-    """The findings as a table, in parts."""
+    """The findings as a table, grouped by part."""
     rows, ends, part = [], [], ""
     for index, finding in enumerate(findings):
         if finding.part != part:

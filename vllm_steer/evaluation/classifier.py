@@ -1,15 +1,15 @@
-"""Text classification models as judges: sentiment, toxicity, formality and others.
+"""Text classification models as judges of sentiment, toxicity, formality and the like.
 
-For each prompt ``x`` and its continuations ``g``, ``p(g)`` the probability of the wanted label:
+For each prompt ``x``, with ``p(g)`` the probability of the target label for its continuation ``g``:
 
-    share        mean over prompts of the share of texts whose likeliest label is the wanted one
-    std          the standard deviation of that share over the prompts
+    share        mean over prompts of the share of texts whose most probable label is the target
+    std          standard deviation of that share over the prompts
     probability  mean over prompts of the mean p(g)
-    max          mean over prompts of max_g p(g), beginning at 0: "expected maximum"
+    max          mean over prompts of max(0, max_g p(g)), the "expected maximum"
     any          share of the prompts with at least one p(g) > 0.5
 
 Sources: share and std: the sentiment judge of Han et al., ACL 2024 (arXiv 2305.12798);
-max and any: Gehman et al., 2020 (arXiv 2009.11462), as Han et al. take them.
+max and any: Gehman et al., 2020 (arXiv 2009.11462), as Han et al. use them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,18 +45,20 @@ class Classifier:
 
     @property
     def independent(self) -> bool:
-        """Whether each label is a question of its own, answered by a sigmoid."""
+        """Whether each label is an independent binary decision (sigmoid) and not one of several
+        (softmax).
+        """
         config = self.model.config
         return bool(config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
 @dataclass(frozen=True)
 class ClassifierJudge:
-    """Figures of one label, see the module.
+    """Figures of one label; the module's docstring defines them.
 
-    ``continuation`` False shows the classifier prompt and continuation, as the authors' sentiment
-    judge does; True the continuation alone, as their toxicity judge does. The model is moved to
-    ``device`` (None: a GPU where there is one) when it is first asked.
+    With ``continuation`` False the classifier reads prompt and continuation, as in the authors'
+    sentiment judge; with True it reads the continuation alone, as in their toxicity judge. The
+    model moves to ``device`` (None: a GPU if there is one) at its first use.
     """
 
     name: str
@@ -67,7 +69,7 @@ class ClassifierJudge:
     effect: str = "share"
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``share``, ``std``, ``probability``, ``max``, ``any``; NaN where there is no prompt."""
+        """``share``, ``std``, ``probability``, ``max`` and ``any``; NaN without prompts."""
         label_probabilities = self._probabilities(answers)
         return figures(
             _by_prompt(label_probabilities[:, self.label].tolist(), answers),
@@ -75,7 +77,7 @@ class ClassifierJudge:
         )
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
-        """1.0 where the wanted label is the likeliest (an independent one above 0.5), else 0.0."""
+        """1.0 if the target label is the most probable (if independent: above 0.5), else 0.0."""
         values: list[float | None] = self._has_label(self._probabilities(answers)).tolist()
         return _by_prompt(values, answers)
 
@@ -97,7 +99,7 @@ class ClassifierJudge:
 
 
 def _by_prompt(values: Iterable[T], answers: Sequence[Answers]) -> list[list[T]]:
-    """One value a text, in lists of each prompt's texts."""
+    """Group one value per text by prompt."""
     remaining = iter(values)
     return [list(islice(remaining, len(answer.texts))) for answer in answers]
 
@@ -105,7 +107,7 @@ def _by_prompt(values: Iterable[T], answers: Sequence[Answers]) -> list[list[T]]
 def figures(
     probability: Sequence[Sequence[float]], verdicts: Sequence[Sequence[float]]
 ) -> dict[str, float]:
-    """The figures from each prompt's probabilities and its 1 or 0 for the wanted label."""
+    """The figures, from target probabilities and 0/1 verdicts, both by prompt and text."""
     shares = [mean(values) for values in verdicts]
     highest = [max([0.0, *values]) for values in probability]
     return {
@@ -119,9 +121,10 @@ def figures(
 
 @torch.no_grad()
 def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
-    """``[texts, labels]``, float64, on the CPU: softmax, or a sigmoid for independent labels.
+    """Label probabilities ``[texts, labels]``, float64, on the CPU: softmax, or sigmoid if
+    independent.
 
-    Texts longer than the model reads are cut at their end.
+    Texts longer than the model's maximum are truncated at their end.
     """
     tokenizer, model = classifier.tokenizer, classifier.model
     longest = min(
@@ -145,9 +148,10 @@ def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
 
 
 def label_index(classifier: Classifier, label: str) -> int:
-    """SteerRole output a label is; an empty one is output 1, or 0 of a model with one label.
+    """The index of a label among the model's outputs; an empty label means 1, or 0 with a single
+    label.
 
-    Raises ``SteerError`` for a label that the model does not have, and a model of no labels.
+    Raises ``SteerError`` for an unknown label and for a regression model.
     """
     if classifier.model.config.problem_type == "regression":
         raise SteerError(f"model {classifier.name} has no labels: it is a regression model")
@@ -162,7 +166,7 @@ def label_index(classifier: Classifier, label: str) -> int:
 
 
 def load_classifier(name: str) -> Classifier:
-    """A folder or a hub id. Raises ``SteerError`` if there is no such classification model."""
+    """Load a classifier from a folder or the hub; ``SteerError`` if it is not a classifier."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 

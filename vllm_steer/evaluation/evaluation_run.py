@@ -1,4 +1,4 @@
-"""Runs an evaluation: generate, judge, report; each part resumes."""
+"""Runs an evaluation: generate, judge, report. Every stage can be resumed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,11 +32,12 @@ _VERSIONS: Final = ("torch", "vllm")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is asked: a model, a steer's file, prompts, strengths, judges, and how to sample.
+    """What to evaluate: model, steer file, prompts, strengths, judges, sampling and engine options.
 
-    ``judges`` are specifications, see ``make_judges``; none given means perplexity by the model
-    itself, diversity and repetition. ``options`` are the steer's options as in a request
-    (``layers``, ``phase``, ``schedule``). ``control_seed`` is the random control's.
+    ``judges`` are judge specifications, see ``make_judges``; empty selects perplexity by the model
+    itself, diversity and repetition. ``options`` are the options of a dose (``layers``, ``phase``,
+    ``schedule``). ``control_seed`` seeds the random control. ``folder`` is the run folder;
+    ``restart`` discards a run in it.
     """
 
     model: str
@@ -53,22 +54,23 @@ class EvaluationSettings:
 
     @property
     def specs(self) -> tuple[str, ...]:
-        """The judges asked for, or the default ones."""
+        """The judge specifications: those given, or the default ones."""
         return self.judges or (f"perplexity:{self.model}", *DEFAULT_JUDGES)
 
 
 def evaluate(
     settings: EvaluationSettings, make_judges: MakeJudges, progress: Progress
 ) -> EvaluationReport:
-    """Run an evaluation, or the rest of it, and write its report into the run's folder.
+    """Run or resume an evaluation and write its report into the run folder.
 
-    Texts are generated setting by setting in vLLM; a setting that is finished in the folder is not
-    generated again. Judges come after the engine is gone, for they may need its memory; their
-    figures are always taken anew.
+    The steer, a random steer of equal norm and the unsteered model generate texts in vLLM at each
+    strength; texts that the run folder already has are not generated again. Judges run after the
+    engine has released its memory; their figures are always recomputed. ``make_judges`` maps judge
+    specifications to judges and the reasons of unavailable ones; ``progress`` reports the stages.
 
-    Raises ``SteerError`` for a steer or a judge that cannot be, a folder of another run, no judge
-    available, a folder that another process is using, and a file that cannot be written: what was
-    written before stays.
+    Raises ``SteerError`` for an invalid steer, dose or judge, if no judge is available, for a run
+    folder with other settings or in use by another process, and for a file that cannot be written.
+    Results written before the error are kept.
     """
     steer = load_steer(settings.steer)
     read_dose("steer", {"strength": 1.0, **settings.options}, steer)
@@ -107,7 +109,10 @@ def _evaluate(
 
 
 def run_metadata(settings: EvaluationSettings, steer: Steer) -> dict[str, Any]:
-    """All that decides the texts of a setting, in plain data; strengths and judges may be added."""
+    """Everything that determines the texts of a condition, as plain data: the settings of the run.
+
+    Strengths and judges are not part of it, so a later run may add some.
+    """
     from vllm_steer.version import __version__
 
     # The digest leaves the schedule out: a request chooses it, and this one takes the file's.

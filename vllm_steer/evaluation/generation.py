@@ -1,4 +1,4 @@
-"""Generates texts with a real vLLM engine, steered or not."""
+"""Generates steered and unsteered texts with a vLLM engine."""
 
 import gc
 import os
@@ -24,7 +24,7 @@ _ENVIRONMENT: Final = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """vLLM's own engine arguments that matter here; None leaves vLLM's default."""
+    """Engine arguments of vLLM; None selects vLLM's default."""
 
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -34,7 +34,7 @@ class EngineOptions:
 
     @property
     def output_affecting(self) -> dict[str, Any]:
-        """Those that can change a text."""
+        """The arguments that affect generated texts: part of a run's settings."""
         return {
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -54,7 +54,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Engine:
-    """A running engine that holds steers by name."""
+    """A running vLLM engine with named steers."""
 
     llm: Any
 
@@ -66,11 +66,12 @@ class Engine:
         *,
         on_text: Callable[[int], None] | None = None,
     ) -> list[Answers]:
-        """``sampling.samples`` continuations of each prompt; ``steer`` as in a request, or none.
+        """Generate ``sampling.samples`` continuations of each prompt.
 
-        Where one of its strengths is dynamic, the answers have each text's strengths.
-        ``on_text`` is called with the number of texts that are written. Raises ``SteerError`` for
-        a prompt that the model has no room for.
+        ``steer`` is the steer value of a request, None for unsteered. With a dynamic strength the
+        answers include the strengths of each text. ``on_text`` receives the number of texts
+        generated so far. Raises ``SteerError`` for a prompt that exceeds the model's maximum length
+        with ``max_tokens``.
         """
         tokens = [self._tokens(prompt, sampling) for prompt in prompts]
         sequences = [(p, k) for p in range(len(prompts)) for k in range(sampling.samples)]
@@ -107,10 +108,10 @@ class Engine:
 
 @contextmanager
 def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> Iterator[Engine]:
-    """vLLM with a model and the steers of some files; its memory is free again after the block.
+    """Run vLLM with a model and the steers of the given files; the exit frees the engine's memory.
 
     Raises ``SteerError`` if vLLM cannot start, if a steer does not fit the model, and if the plugin
-    is switched off, so that nothing would be steered.
+    is disabled, since requests would then run unsteered.
     """
     for name, value in _ENVIRONMENT.items():  # read when vLLM is first imported
         os.environ.setdefault(name, value)

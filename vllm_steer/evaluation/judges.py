@@ -1,7 +1,7 @@
-"""Judges by name, as ``--judge`` takes them: ``classifier:MODEL:LABEL``, ``diversity``, ...
+"""Judges by specification, as for ``--judge``: ``classifier:MODEL:LABEL``, ``diversity``, ...
 
-A judge that is not available (a model that cannot be loaded, a package that is not installed, a
-service that is not offered) is named with the reason. Nothing else ever answers under its name.
+An unavailable judge (missing model, package or service) is reported with the reason and is never
+replaced by another one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,13 +30,13 @@ _PERSPECTIVE: Final = (
 
 
 def make_judge(spec: str, *, device: str | None = None) -> Judge:
-    """The judge that a spec asks for, one of ``FORMS``; the spec is its name.
+    """The judge of a specification, one of ``FORMS``; the specification is the judge's name.
 
-    Models are loaded on the CPU and moved to ``device`` (None: a GPU where there is one) when the
-    judge is first asked.
+    Models are loaded on the CPU and move to ``device`` (None: a GPU if there is one) at their first
+    use.
 
-    Raises ``JudgeUnavailableError`` with the reason, and ``SteerError`` for a misspelt spec, an
-    unknown label or language, and a lexicon that cannot be read.
+    Raises ``JudgeUnavailableError`` if a model, package or service is missing, and ``SteerError``
+    for an invalid specification, an unknown label or language, and an invalid lexicon.
     """
     kind, _, argument = spec.partition(":")
     if kind not in _BUILDERS:
@@ -47,9 +47,9 @@ def make_judge(spec: str, *, device: str | None = None) -> Judge:
 def make_judges(
     specs: Iterable[str], *, device: str | None = None
 ) -> tuple[list[Judge], dict[str, str]]:
-    """The available judges in their order, each once, and for each other spec why it is not.
+    """The available judges, without duplicates, and the reason for each unavailable specification.
 
-    Raises ``SteerError`` as ``make_judge`` does for what is wrong rather than missing.
+    Raises ``SteerError`` for invalid specifications, as ``make_judge`` does.
     """
     judges: list[Judge] = []
     missing: dict[str, str] = {}
@@ -128,6 +128,7 @@ def _perspective(spec: str, argument: str, device: str | None) -> Judge:
 
 
 def _load_or_unavailable(load: Callable[[], T]) -> T:
+    """Call ``load``; a ``SteerError`` becomes a ``JudgeUnavailableError``."""
     try:
         return load()
     except SteerError as error:

@@ -1,7 +1,7 @@
-"""SteerRole language texts are in, by langdetect.
+"""Language identification as a judge, with langdetect.
 
-Source: Scalena et al., BlackboxNLP 2024 (arXiv 2406.17563): the mean of the probability
-that langdetect gives the wanted language, 0 where it does not name it.
+Source: Scalena et al., BlackboxNLP 2024 (arXiv 2406.17563): the mean probability that langdetect
+gives the target language, 0 if langdetect does not list it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,16 @@ from vllm_steer.optional import require_package
 
 @dataclass(frozen=True)
 class LanguageJudge:
-    """How surely the continuations are in one language; the prompts are not looked at."""
+    """Probability and share of one language in the continuations; prompts are not read."""
 
     name: str
     code: str
     effect: str = "probability"
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``probability``, and ``share``: how often the language is the likeliest one."""
+        """``probability``, and ``share``: the share of texts whose most probable language is the
+        target.
+        """
         detections = {text: detect_languages(text) for answer in answers for text in answer.texts}
         return {
             "probability": mean_over_prompts(
@@ -32,7 +34,9 @@ class LanguageJudge:
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
-        """1.0 where the language is the likeliest one; 0.0 else, and for a text without letters."""
+        """1.0 if the target is the most probable language, else 0.0, also for a text without
+        letters.
+        """
         return [
             [self._likeliest(detect_languages(text)) for text in answer.texts] for answer in answers
         ]
@@ -42,9 +46,9 @@ class LanguageJudge:
 
 
 def detect_languages(text: str) -> dict[str, float]:
-    """Languages and their probabilities, likeliest first; none for a text without letters.
+    """Probabilities by language, the most probable first; empty for a text without letters.
 
-    langdetect draws at random: its seed is set to 0, so that a text has one answer.
+    langdetect samples at random; a fixed seed of 0 makes the result deterministic.
     """
     langdetect = require_package("langdetect")
     langdetect.DetectorFactory.seed = 0
@@ -55,7 +59,7 @@ def detect_languages(text: str) -> dict[str, float]:
 
 
 def check_code(code: str) -> None:
-    """Raise ``SteerError`` for a language that langdetect does not know."""
+    """Raise ``SteerError`` for a language that langdetect does not support."""
     factory = require_package("langdetect.detector_factory")
     factory.init_factory()
     # The public functions make their own detector from this factory; only it knows the list.

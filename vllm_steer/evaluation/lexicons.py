@@ -1,4 +1,4 @@
-"""Word lists as judges: a text has the label of most of its listed words."""
+"""Word lists as judges: a text gets the label with the most listed words."""
 
 import os
 import re
@@ -26,9 +26,9 @@ EMBEDDED_NAMES: Final = ("sentiment", "formality", "language=en|fr|de|es")
 
 @dataclass(frozen=True)
 class LexiconJudge:
-    """``share``: mean over the prompts of the continuations' verdicts, ``tie`` for those of none.
+    """``share``: mean over prompts of the verdicts; an undecided text counts as ``tie``.
 
-    ``undecided`` is the share of the texts that no word tells, or as many words on either side.
+    ``undecided`` is the share of texts without a listed word or with equally many on both sides.
     """
 
     name: str
@@ -37,7 +37,7 @@ class LexiconJudge:
     effect: str = "share"
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``share`` and ``undecided``; the prompts are not looked at."""
+        """``share`` and ``undecided`` of the continuations; prompts are not read."""
         verdicts = {text: self.verdict(text) for answer in answers for text in answer.texts}
 
         def value(text: str) -> float:
@@ -50,12 +50,14 @@ class LexiconJudge:
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
-        """Each text's verdict; None where nothing tells, or as much on either side."""
+        """The verdict of each text; None if undecided."""
         return [[self.verdict(text) for text in answer.texts] for answer in answers]
 
 
 def by_words(positive: frozenset[str], negative: frozenset[str]) -> Verdict:
-    """1.0 where positive words outnumber negative ones, 0.0 the reverse, None for a tie or none."""
+    """A verdict by counts: 1.0 for more positive words, 0.0 for more negative words, None for a
+    tie.
+    """
 
     def verdict(text: str) -> float | None:
         counts = Counter(_WORD.findall(text.lower()))
@@ -66,9 +68,11 @@ def by_words(positive: frozenset[str], negative: frozenset[str]) -> Verdict:
 
 
 def embedded_judge(name: str, lexicon: str) -> LexiconJudge:
-    """A judge by the embedded corpus's own words: ``sentiment``, ``formality``, ``language=fr``.
+    """A judge with the embedded corpus's word lists: ``sentiment``, ``formality`` or
+    ``language=fr``.
 
-    A text of no one language counts 0 for ``language``. Raises ``SteerError`` for another name.
+    For ``language``, a text without a single majority language counts as 0. Raises ``SteerError``
+    for an unknown list.
     """
     kind, _, code = lexicon.partition("=")
     if lexicon in ("sentiment", "formality"):
@@ -81,10 +85,10 @@ def embedded_judge(name: str, lexicon: str) -> LexiconJudge:
 
 
 def read_lexicon(path: str | Path) -> Verdict:
-    """The verdict of a YAML or JSON file ``{positive: [words], negative: [words]}``.
+    """Read a YAML or JSON file ``{positive: [words], negative: [words]}``.
 
-    Words are compared in lower case and whole. Raises ``SteerError`` for a file that cannot be
-    read or is another shape, a word that is no single word, and a word on both sides.
+    Whole words are compared in lower case. Raises ``SteerError`` for a file that cannot be read or
+    has another structure, for an entry that is not a single word, and for a word in both lists.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):

@@ -1,4 +1,4 @@
-"""Generates the texts that a run's folder does not have yet."""
+"""Generates the texts that a run folder does not have yet."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from vllm_steer.evaluation.sampling import Sampling
 
 
 class ProgressCallback(Protocol):
-    """``advance(done)`` moves a bar of progress; ``said`` replaces its text."""
+    """``advance(done)`` sets the position of a progress bar; ``description`` replaces its text."""
 
     def __call__(self, done: int, *, description: str | None = None) -> None: ...
 
@@ -23,7 +23,7 @@ Progress = Callable[[str, int | None], AbstractContextManager[ProgressCallback]]
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """Texts under a setting: after which prompts, and with which ``steer`` of a request."""
+    """A text set to generate: its prompts, sampling and the ``steer`` value of its requests."""
 
     text_set: TextSet
     prompts: Sequence[str]
@@ -32,7 +32,7 @@ class GenerationTask:
 
     @property
     def count(self) -> int:
-        """How many they are."""
+        """Number of texts."""
         return len(self.prompts) * self.sampling.samples
 
 
@@ -44,9 +44,9 @@ def write_missing(
     options: EngineOptions,
     progress: Progress,
 ) -> None:
-    """Generate the texts that the run lacks; an engine is started for them, and gone afterwards.
+    """Generate the missing texts of a run in one engine, which is then shut down.
 
-    ``steers`` are the files of the steers by the names that requests have for them.
+    ``steers`` maps the steer names in the requests to files.
     """
     task_by_name = {task.text_set.name: task for task in tasks}
     missing = run.missing([task.text_set for task in task_by_name.values()])

@@ -1,15 +1,15 @@
-"""Perplexity of continuations by another model: how natural it finds them after their prompts.
+"""Perplexity of continuations given their prompts, by another language model.
 
-With ``L(x)`` the negative log-likelihood of a text's tokens but the first, ``n(x)`` their number
-including the first, ``p`` a prompt and ``g`` its continuation:
+With ``L(x)`` the negative log-likelihood of all tokens of a text but the first, ``n(x)`` the number
+of all its tokens, ``p`` a prompt and ``g`` its continuation:
 
     ppl = exp((L(p + g) - L(p)) / (n(p + g) - n(p)))
 
-Prompt and continuation are tokenised as one text, the prompt also alone, by the tokenizer as it
-is: one that adds a beginning-of-text token adds it to both, where it is never scored. GPT-2's adds
-none, so a prompt of one token has no ``L(p)`` and its continuations no perplexity.
+Prompt and continuation are tokenised as one text, and the prompt also alone. If the tokenizer adds
+a beginning-of-text token, it adds it to both, and that token is not scored. GPT-2's tokenizer adds
+none, so ``L(p)`` is undefined for a prompt of one token, and so is the perplexity after it.
 
-Source: Han et al., ACL 2024 (arXiv 2305.12798), as the authors' evaluation does it.
+Source: Han et al., ACL 2024 (arXiv 2305.12798), as in the authors' evaluation script.
 """
 
 import math
@@ -34,23 +34,23 @@ _LARGEST_EXPONENT: Final = 700.0
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The negative log-likelihood of a continuation, in nats, and its number of tokens."""
+    """Negative log-likelihood of a continuation, in nats, and its number of tokens."""
 
     nll: float
     num_tokens: int
 
     @property
     def perplexity(self) -> float:
-        """NaN where the likelihood is."""
+        """``exp(nll / num_tokens)``; NaN if undefined."""
         return _exp(self.nll / self.num_tokens) if self.num_tokens > 0 else math.nan
 
 
 @dataclass(frozen=True)
 class PerplexityJudge:
-    """Perplexity of the continuations by a model, see the module.
+    """Perplexity of the continuations by a model; the module's docstring defines it.
 
-    The model is moved to ``device`` (None: a GPU where there is one) when it is first asked, so
-    that an engine started before finds the GPU as it was.
+    The model moves to ``device`` (None: a GPU if there is one) at its first use, so that it takes
+    no GPU memory from an engine that runs before.
     """
 
     name: str
@@ -59,20 +59,21 @@ class PerplexityJudge:
     effect: None = None
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """The figures of ``summary``. Raises ``SteerError`` for a text longer than the model reads.
+        """The figures of ``summary``, with a log-softmax in float32, or float64 for a float64
+        model.
 
-        A model's logits may have any dtype; their log-softmax is taken in float32.
+        Raises ``SteerError`` for a text longer than the model's maximum.
         """
         self.judge.model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return summary(likelihoods(self.judge, answers))
 
 
 def summary(values: Sequence[Likelihood]) -> dict[str, float]:
-    """The authors' two figures over all texts, and two that say what their mean leaves out.
+    """Summary statistics of the perplexities of all texts.
 
-    ``perplexity`` is the mean of the perplexities below 1e4, ``dropped`` the share of the texts
-    that this leaves out (outliers and texts without a perplexity), ``median`` the median with the
-    outliers, ``total_perplexity`` is ``exp(sum of nll / sum of tokens)``, outliers included.
+    ``perplexity`` is the authors' mean of the perplexities below 1e4; ``dropped`` is the share of
+    texts that this mean excludes (outliers and undefined perplexities). ``median`` and
+    ``total_perplexity = exp(sum of nll / sum of tokens)`` include the outliers.
     """
     scored = [likelihood for likelihood in values if not math.isnan(likelihood.perplexity)]
     inliers = [likelihood.perplexity for likelihood in scored if likelihood.perplexity < OUTLIER]
@@ -92,10 +93,10 @@ def summary(values: Sequence[Likelihood]) -> dict[str, float]:
 
 
 def likelihoods(judge: LanguageModel, answers: Sequence[Answers]) -> list[Likelihood]:
-    """The likelihood of each continuation after its prompt, in the order of the answers.
+    """The likelihood of each continuation given its prompt, in the order of the answers.
 
-    NaN for a continuation that adds no token, and after a prompt of a single token that is not
-    the beginning-of-text token.
+    NaN for a continuation that adds no token, and after a prompt of one token other than the
+    beginning-of-text token.
     """
     prompts = _encode(judge, [answer.prompt for answer in answers])
     texts = _encode(judge, [answer.prompt + text for answer in answers for text in answer.texts])
@@ -111,10 +112,10 @@ def likelihoods(judge: LanguageModel, answers: Sequence[Answers]) -> list[Likeli
 
 @torch.no_grad()
 def text_nll(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
-    """``-sum_t>0 log p(x_t | x_<t)`` of each row of token ids; NaN for fewer than two.
+    """``-sum_t>0 log p(x_t | x_<t)`` of each row of token ids; NaN for fewer than two tokens.
 
-    Rows are padded on the right, where causal attention never sees the padding. The log-softmax is
-    taken in float32 (float64 for a float64 model), the sum in float64.
+    Rows are padded on the right, which causal attention never reads. The log-softmax is computed in
+    float32 (float64 for a float64 model), the sum in float64.
     """
     costs = [math.nan] * len(rows)
     for batch in _batches(rows, model.config.vocab_size):
@@ -132,7 +133,7 @@ def text_nll(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
 
 
 def _batches(rows: Sequence[Sequence[int]], vocab_size: int) -> Iterator[list[int]]:
-    """Places of the rows of two tokens and more, longest first, by the size of their logits."""
+    """Indices of the rows of at least two tokens, longest first, in batches of limited logits."""
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
         if len(rows[index]) < 2:

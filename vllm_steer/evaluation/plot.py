@@ -1,4 +1,4 @@
-"""Figures of an evaluation: effect and perplexity over strength, and effect over perplexity."""
+"""Plots of an evaluation: effect and perplexity over strength, and effect over perplexity."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ _SMOOTH: Final = 200
 
 
 def draw_report(report: EvaluationReport, path: Path) -> None:
-    """Write a PNG: a panel for each pair of figures that the report has.
+    """Write a PNG with one panel per pair of quantities that the report has.
 
-    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
     panels = _panels(report)
     size = (4.6 * max(1, len(panels)), 4.0)
@@ -75,7 +75,7 @@ def _trade(
 
 
 def _normalised(axis: Any, report: EvaluationReport) -> None:
-    """Points of the effect normalised by perplexity, and the curves fitted to them."""
+    """Points of the perplexity-normalised effect and their fitted curves."""
     for index, (judge, by_steer) in enumerate(report.normalised.items()):
         for steer, fit in by_steer.items():
             if isinstance(fit, str):
@@ -90,14 +90,14 @@ def _normalised(axis: Any, report: EvaluationReport) -> None:
 
 
 def _use_log_scale(axis: Any, set_scale: Callable[[str], object]) -> None:
-    """A logarithmic axis where values span a decade or more; else its ticks would not be read."""
+    """Use a logarithmic axis if the values span a decade or more; below, it has too few ticks."""
     low, high = axis.get_data_interval()
     if 0 < 10 * low <= high:
         set_scale("log")
 
 
 def _dense_strengths(strengths: Sequence[float]) -> list[float]:
-    """Strengths close enough for a smooth curve."""
+    """Strengths on a dense grid, for a smooth curve."""
     first, last = strengths[0], strengths[-1]
     return [first + (last - first) * i / _SMOOTH for i in range(_SMOOTH + 1)]
 

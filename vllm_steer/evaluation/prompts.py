@@ -1,4 +1,4 @@
-"""Prompts from a user's file."""
+"""Prompts from a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,15 @@ class Prompts:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run writes down of them."""
+        """File name, digest and number of prompts, for the settings of a run."""
         return {"file": self.file, "sha256": self.sha256, "count": len(self.texts)}
 
 
 def read_prompts(path: str | Path, *, field: str = "prompt", count: int | None = None) -> Prompts:
-    """Rows with a ``field`` that is a text or ``{"text": ...}``; of ``.txt`` a prompt a line.
+    """Read prompts: the ``field`` of each row, a string or ``{"text": ...}``; in ``.txt`` one per
+    line.
 
-    ``count`` takes the first so many. Raises ``SteerError`` naming each bad row, for a file without
+    ``count`` limits their number. Raises ``SteerError`` with each invalid row, for a file without
     rows and for a count below 1.
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""The report of a run: the figures of the steer, the unsteered model and the control."""
+"""The report of an evaluation: figures of the steer, the unsteered model and the random control."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ STEERS: Final[tuple[SteerRole, ...]] = ("steer", "random")
 
 @dataclass(frozen=True)
 class JudgeEntry:
-    """A judge by its name, and the name of its figure that is an effect, if it has one."""
+    """A judge's name, and the name of its effect figure, None for a judge without one."""
 
     name: str
     effect: str | None
@@ -28,12 +28,11 @@ class JudgeEntry:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """All of a run's figures.
+    """All figures of an evaluation.
 
-    ``about`` is what the texts come from, as the run's settings say it; ``missing`` says of judges
-    that are not available why; ``normalised`` has the effect normalised by perplexity, by judge and
-    by steer (``steer``, ``random``), where there is an effect and a perplexity, or why it cannot
-    be had.
+    ``metadata`` is what determines the texts; ``scores`` has the figures by judge and condition;
+    ``missing`` has the reason for each unavailable judge. ``normalised`` has, by judge and steer
+    (``steer``, ``random``), the perplexity-normalised effect, or the reason why there is none.
     """
 
     metadata: Mapping[str, Any]
@@ -44,17 +43,17 @@ class EvaluationReport:
     normalised: Mapping[str, Mapping[str, Pnes | str]]
 
     def figure(self, judge: str, steer: SteerRole, strength: float, figure: str) -> float:
-        """One figure; at strength 0 the unsteered model's, whichever steer is asked for."""
+        """One figure; at strength 0 that of the unsteered model, for either steer."""
         condition = Condition("none" if strength == 0 else steer, strength)
         return self.scores[judge][condition.name].get(figure, math.nan)
 
     @property
     def strengths(self) -> list[float]:
-        """All strengths, 0 included, ascending."""
+        """All strengths, ascending, including 0."""
         return sorted({condition.strength for condition in self.conditions})
 
     def curve(self, judge: str, steer: SteerRole, figure: str) -> list[float]:
-        """A figure over the strengths."""
+        """A figure at each of ``strengths``."""
         return [self.figure(judge, steer, strength, figure) for strength in self.strengths]
 
     @property
@@ -86,7 +85,7 @@ def make_report(
     scores: Scores,
     missing: Mapping[str, str],
 ) -> EvaluationReport:
-    """The report, with effects normalised by the first judge that has a perplexity."""
+    """The report, with effects normalised by the perplexity of the first judge that measures it."""
     unnormalised = EvaluationReport(metadata, tuple(conditions), tuple(judges), scores, missing, {})
     perplexity = perplexity_judge(unnormalised)
     if perplexity is None:
@@ -109,7 +108,7 @@ def make_report(
 
 
 def perplexity_judge(report: EvaluationReport) -> str | None:
-    """The first judge whose figures have a perplexity."""
+    """The first judge that measures perplexity."""
     for judge in report.judges:
         if any(PERPLEXITY in figures for figures in report.scores[judge.name].values()):
             return judge.name
@@ -117,7 +116,7 @@ def perplexity_judge(report: EvaluationReport) -> str | None:
 
 
 def tables(report: EvaluationReport) -> Iterator[Table]:
-    """A table for each judge: at each strength the control's figures beside the steer's."""
+    """One table per judge: the figures of steer and control at each strength."""
     for judge in report.judges:
         scores = report.scores[judge.name]
         names = list(dict.fromkeys(name for figures in scores.values() for name in figures))
@@ -143,7 +142,7 @@ def _pnes_table(report: EvaluationReport) -> Table:
 
 
 def markdown(report: EvaluationReport) -> str:
-    """The same tables in Markdown, after a line on the run."""
+    """The report in Markdown: a description of the run and the tables."""
     prompts = report.metadata["prompts"]
     title = f"{report.metadata['steer']['file']} on {report.metadata['model']}"
     lines = [
@@ -164,7 +163,7 @@ def markdown(report: EvaluationReport) -> str:
 
 
 def without_effect(report: EvaluationReport) -> Iterator[str]:
-    """For each effect that is not normalised by perplexity, why."""
+    """The reason for each effect without a perplexity-normalised effect."""
     for judge, by_steer in report.normalised.items():
         for steer, fit in by_steer.items():
             if isinstance(fit, str):

@@ -1,10 +1,11 @@
-"""The folder of a run: what was asked, and the texts of every setting that is finished.
+"""Run folders: the settings of a run and the texts of each finished condition.
 
-    settings.json              what the texts come from
+    settings.json              what determines the texts
     random.safetensors         the random control
-    generations/NAME.jsonl     one row per prompt, in the LM-Steer authors' form; whole or not there
+    generations/NAME.jsonl     one row per prompt, in the format of the LM-Steer authors
 
-Killed at any time, a run goes on where it was: a setting whose file is there is finished.
+Files are written atomically: a condition with a file is finished, and an interrupted run resumes
+with the next one.
 """
 
 import json
@@ -41,7 +42,7 @@ _FILES: Final = RunFiles(
 
 
 class TextSet(Protocol):
-    """Something that texts are written under: the name of its file, and what its rows say of it."""
+    """A set of texts that is stored under one file name, with metadata for each of its rows."""
 
     @property
     def name(self) -> str: ...
@@ -52,24 +53,24 @@ class TextSet(Protocol):
 
 @dataclass(frozen=True)
 class Condition:
-    """A steer, the random control or none, at a strength."""
+    """An experimental condition: the steer, the random control or no steer, at a strength."""
 
     steer: SteerRole
     strength: float
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the rows of its texts say."""
+        """The metadata in each row of its texts."""
         return {"steer": self.steer, "strength": self.strength}
 
     @property
     def name(self) -> str:
-        """Such as ``steer+2.5``; the unsteered model is ``none``."""
+        """The file name, such as ``steer+2.5``; ``none`` for the unsteered model."""
         return "none" if self.steer == "none" else f"{self.steer}{self.strength:+.12g}"
 
 
 def condition_grid(strengths: Sequence[float]) -> list[Condition]:
-    """The unsteered model once, then the steer and its control at each other strength."""
+    """The unsteered model once, then the steer and the random control at each nonzero strength."""
     steered = [s for s in strengths if s != 0]
     roles: tuple[SteerRole, SteerRole] = ("steer", "random")
     return [Condition("none", 0.0), *(Condition(steer, s) for steer in roles for s in steered)]
@@ -83,15 +84,15 @@ class Run:
 
     @property
     def control(self) -> Path:
-        """Where the random steer is kept."""
+        """Path of the random steer."""
         return self.folder / _CONTROL
 
     def missing(self, text_sets: Sequence[S]) -> list[S]:
-        """The settings whose texts are not written yet."""
+        """The text sets that have not been generated yet."""
         return [text_set for text_set in text_sets if not self._path(text_set).is_file()]
 
     def write(self, text_set: TextSet, answers: Sequence[Answers]) -> None:
-        """Keep the texts of a setting; its file appears whole."""
+        """Store the texts of a text set atomically."""
         rows = (
             {
                 "prompt": {"text": answer.prompt},
@@ -104,7 +105,7 @@ class Run:
         write_text(self._path(text_set), "".join(lines))
 
     def read(self, text_set: TextSet) -> list[Answers]:
-        """The texts of a finished setting; ``SteerError`` if its file is not as it was written."""
+        """Read the texts of a text set. Raises ``SteerError`` if its file is damaged."""
         path = self._path(text_set)
         try:
             with path.open(encoding="utf-8") as file:
@@ -121,11 +122,11 @@ class Run:
 
 
 def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool = False) -> Run:
-    """A new run's folder, or that of an earlier run with the same ``settings`` or without texts.
+    """Open a new run folder, or one of a run with the same ``settings`` or without texts.
 
-    ``restart`` discards what an earlier run wrote there, and nothing else. Raises ``SteerError``
-    for a folder with other settings, naming them, for one with other things in it, and for one that
-    cannot be written.
+    ``restart`` deletes the files of an earlier run, and no others. Raises ``SteerError`` for a
+    folder of a run with other settings, with the differences, for a folder with other files, and
+    for a folder that cannot be written.
     """
     folder = Path(folder)
     begun = any((folder / _GENERATIONS).glob(f"*{_TEXTS}"))

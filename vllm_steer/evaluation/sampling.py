@@ -1,4 +1,4 @@
-"""How texts are sampled, and the settings of the LM-Steer authors."""
+"""Sampling settings, and the preset of the LM-Steer authors."""
 
 import math
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ _LARGEST_SEED: Final = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling of ``samples`` texts per prompt, text ``k`` with seed ``seed + k``.
+    """Sampling parameters: ``samples`` texts per prompt, text ``k`` with seed ``seed + k``.
 
-    The seeds are the same for every prompt. ``exact_length`` suppresses the end of the text until
-    ``max_tokens``, so that every text has exactly as many. ``top_k`` 0 keeps the whole vocabulary;
-    ``temperature`` 0 takes the likeliest token, and then one text per prompt is all there is.
+    The seeds are the same for every prompt. ``exact_length`` suppresses the end-of-text token, so
+    that every text has exactly ``max_tokens`` tokens. ``top_k`` 0 keeps the whole vocabulary;
+    ``temperature`` 0 is greedy decoding, which allows one text per prompt only.
 
     Raises ``SteerError`` for values out of range.
     """
@@ -50,7 +50,7 @@ class Sampling:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The sampling as plain data."""
+        """The sampling parameters as plain data."""
         return asdict(self)
 
 
@@ -61,7 +61,7 @@ PRESETS: Final[Mapping[str, Sampling]] = {
 
 
 def sampling_of(preset: str | None, overrides: Mapping[str, Any]) -> Sampling:
-    """A preset, or the defaults, with what is given (and not None) in its place.
+    """A preset, or the defaults, with the overrides that are not None.
 
     Raises ``SteerError`` for an unknown preset and for values out of range.
     """

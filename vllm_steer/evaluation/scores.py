@@ -1,4 +1,4 @@
-"""Scores every setting with every judge."""
+"""Scores of all conditions by all judges."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,9 +18,10 @@ def score(
     *,
     on_condition: Callable[[int, str], None] | None = None,
 ) -> Scores:
-    """Every judge's figures of every setting; kept in the run's ``scores.json`` judge by judge.
+    """Score every condition with every judge; ``scores.json`` is updated after each judge.
 
-    ``on_setting`` is called with the settings scored so far, over all judges, and the judge.
+    ``on_condition`` receives the number of conditions scored so far, over all judges, and the
+    judge's name.
     """
     scores: dict[str, dict[str, Figures]] = {}
     done = 0

@@ -1,4 +1,4 @@
-"""Parses the strengths to try: a list, a range, or both."""
+"""Parsing of strengths: lists and ranges."""
 
 import math
 from typing import Final
@@ -11,10 +11,10 @@ _ALLOWED: Final = "expected numbers such as '-5,-2,2,5', or first:last:step such
 
 
 def parse_strengths(spec: str) -> tuple[float, ...]:
-    """Ascending distinct strengths from ``"-5,-2,0"`` or ``"-5:5:2.5"``, always with 0.
+    """Distinct strengths, ascending and including 0, from ``"-5,-2,0"`` or ``"-5:5:2.5"``.
 
-    The last value of a range is included where a step meets it. Strength 0 is the unsteered model,
-    which every figure is compared to. Raises ``SteerError`` for anything else.
+    A range includes its last value if a step reaches it. Strength 0 is the unsteered model, the
+    reference of all figures. Raises ``SteerError`` for anything else.
     """
     strengths = {0.0}
     for part in spec.split(","):
@@ -23,7 +23,9 @@ def parse_strengths(spec: str) -> tuple[float, ...]:
 
 
 def parse_range(spec: str) -> tuple[float, float]:
-    """The two ends of ``"0:10"`` or ``"0:-10"``; ``SteerError`` unless they differ in size."""
+    """The ends of ``"0:10"`` or ``"0:-10"``. Raises ``SteerError`` unless the second is farther
+    from 0.
+    """
     parts = spec.split(":")
     if len(parts) != 2:
         raise SteerError(f"range is {spec!r}; expected two strengths such as '0:10' or '0:-10'")

@@ -1,4 +1,4 @@
-"""A picture of a steer's description: norms, singular values and accuracies."""
+"""Plots of a steer's description: norms, singular values and accuracies."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +11,11 @@ _WIDTH, _HEIGHT, _DOTS = 7.0, 3.2, 150
 
 
 def write_plot(description: Description, path: str | Path) -> None:
-    """Write a description as a PNG file, whole or not at all.
+    """Write a description as a PNG file, atomically.
 
-    Of an ``lm_steer`` the singular values of each free column, or the columns' norms where there
-    are none; of a ``vector`` the norms per layer, and below them scores and accuracies where the
-    file has some; of a ``delta`` the norms per step, a line a layer.
+    For an ``lm_steer``: the singular values of each free column, else the columns' norms. For a
+    ``vector``: the norms per layer, and scores and accuracies if the file has any. For a ``delta``:
+    the norms per step, one line per layer.
 
     Raises ``SteerError`` if matplotlib is not installed or the file cannot be written.
     """

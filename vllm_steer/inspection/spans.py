@@ -2,7 +2,7 @@
 
     maximise  sum over spans of sum_{a <= t < b} x_t
 
-over at most ``spans`` spans ``[a, b)`` of at most ``longest`` places that share none.
+over at most ``spans`` disjoint spans ``[a, b)`` of at most ``longest`` elements.
 
 Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024 (arXiv 2305.12798),
 section 5: 4 spans of at most 10 tokens.
@@ -18,7 +18,7 @@ _ROUNDING = 1e-9
 
 
 class ScoredSpan(NamedTuple):
-    """Places ``begin`` to ``end``, the end excluded, and their sum."""
+    """A span ``[begin, end)`` of a sequence and its sum."""
 
     begin: int
     end: int
@@ -26,12 +26,12 @@ class ScoredSpan(NamedTuple):
 
 
 def best_spans(values: Sequence[float], *, spans: int = 4, longest: int = 10) -> list[ScoredSpan]:
-    """The spans in their order; none has a sum of 0 or less, and two may touch.
+    """The best disjoint spans, in order; each has a sum above 0, and two may be adjacent.
 
-    Exact, by dynamic programming in ``O(len(values) * spans * longest)``: with ``S`` the sums of
-    the first ``t`` places, ``best[k][t]`` is the largest of ``best[k-1][t]``, ``best[k][t-1]`` and
-    ``best[k-1][t-l] + S[t] - S[t-l]`` over the lengths ``l``. Of choices within 1e-9 of each other,
-    which is rounding, one of the fewest spans is taken.
+    Exact, by dynamic programming in ``O(len(values) * spans * longest)``: with ``S[t]`` the sum of
+    the first ``t`` values, ``best[k][t]`` is the maximum of ``best[k-1][t]``, ``best[k][t-1]`` and
+    ``best[k-1][t-l] + S[t] - S[t-l]`` over the lengths ``l``. Among solutions within 1e-9
+    (rounding), one with the fewest spans is returned.
     """
     sums = [0.0, *accumulate(values)]
     best, choices = [0.0] * len(sums), []
@@ -44,9 +44,9 @@ def best_spans(values: Sequence[float], *, spans: int = 4, longest: int = 10) ->
 def _add_span(
     fewer: Sequence[float], sums: Sequence[float], longest: int
 ) -> tuple[list[float], list[int]]:
-    """The best totals with one span more, and the length of the span that ends at each place.
+    """The best totals with one more span, and the length of the span that ends at each position.
 
-    In place of a length there may be ``_NONE`` or ``_FEWER``.
+    ``_NONE`` or ``_FEWER`` may stand in place of a length.
     """
     best, lengths = [0.0], [_FEWER]
     for t in range(1, len(sums)):

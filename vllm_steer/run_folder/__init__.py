@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time has it, and a later one resumes what is in it."""
+"""Run folders: locked by one process at a time, and resumed by later ones."""
 
 from vllm_steer.run_folder.lock import locked
 from vllm_steer.run_folder.resumption import SETTINGS, RunFiles, open_with_settings, prepare

@@ -1,7 +1,7 @@
-"""A lock file gives a run folder to one process at a time, and names that process.
+"""Lock files that give a run folder to one process at a time and name that process.
 
-The lock is the kernel's (``flock``): it ends with the process, however that ends. A file that is
-left behind is no lock.
+The lock is the kernel's (``flock``) and ends with the process in any case; a lock file that was
+left behind locks nothing.
 """
 
 import fcntl
@@ -31,10 +31,10 @@ _descriptors: set[int] = set()
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """The folder, made if it is not there, is this process's alone while the block runs.
+    """Lock a folder for this process while the block runs; the folder is created if necessary.
 
-    A block within one that has the same folder is let through. Raises ``SteerError`` naming the
-    process that has it, and for a folder that cannot be used.
+    A nested block with the same folder does nothing. Raises ``SteerError`` with the process that
+    holds the lock, and for a folder that cannot be used.
     """
     try:
         path = os.path.realpath(folder)
@@ -57,7 +57,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def _create(folder: Path) -> bool:
-    """Whether the folder had to be made."""
+    """Create the folder if necessary; whether it was created."""
     existed = os.path.isdir(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _create(folder: Path) -> bool:
 
 
 def _acquire(folder: Path) -> int:
-    """The descriptor of the lock file, locked and with this process's name in it."""
+    """Lock the lock file, write this process's record into it and return its descriptor."""
     while True:
         try:
             descriptor = os.open(folder / LOCK, _FLAGS, 0o666)
@@ -109,7 +109,7 @@ def _lock(folder: Path, descriptor: int) -> None:
 
 
 def _is_current(folder: Path, descriptor: int) -> bool:
-    """Whether the locked file is still the one that others find."""
+    """Whether the locked file is still the one in the folder."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(folder / LOCK))
     except FileNotFoundError:
@@ -131,12 +131,12 @@ def _release(folder: Path, descriptor: int) -> None:
 
 
 def unusable(folder: Path, error: OSError | ValueError) -> SteerError:
-    """The error for a run folder that the system does not let be used."""
+    """The error for a run folder that the operating system refuses."""
     return SteerError(f"run folder {folder}: cannot be used ({cause(error)})")
 
 
 def _close_in_child() -> None:
-    """A child that lives longer than its parent must not keep the parent's lock."""
+    """Release the locks in a forked child, which may outlive its parent."""
     for descriptor in _descriptors:
         with suppress(OSError):
             os.close(descriptor)

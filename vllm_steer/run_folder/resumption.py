@@ -1,4 +1,4 @@
-"""Resumes a run under the settings that it began with, or discards it on request."""
+"""Resumes a run with the settings it was started with, or discards it on request."""
 
 import json
 import os
@@ -24,24 +24,24 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The names of the files that a kind of run writes; ``texts/*.jsonl`` are all of a subfolder.
+    """The names of the files of a kind of run; ``texts/*.jsonl`` are all such files of a subfolder.
 
-    ``work`` is discarded with the run, in this order: a file that tells a run's folder from others
-    comes last, so that what is left after a kill is still a run's folder. ``kept`` stays.
+    ``work`` is deleted with the run, in this order: the file that identifies a run folder comes
+    last, so that an interrupted deletion leaves a run folder. ``persistent`` files are kept.
     """
 
     work: tuple[str, ...]
     persistent: tuple[str, ...] = ()
 
     def discard(self, folder: Path) -> None:
-        """Remove the work, and nothing else."""
+        """Delete the work files, and no others."""
         for path, pattern in _pattern_folders(folder, self.work):
             for entry in list(os.scandir(path)):
                 if fnmatchcase(entry.name, pattern):
                     os.unlink(entry.path)
 
     def clear_unfinished(self, folder: Path) -> None:
-        """Remove what a killed process was writing."""
+        """Delete the temporary files of a process that was killed."""
         for path, pattern in _pattern_folders(folder, (*self.work, *self.persistent)):
             clear_unfinished(path, partial(fnmatchcase, pat=pattern))
 
@@ -49,10 +49,10 @@ class RunFiles:
 def open_with_settings(
     folder: Path, files: RunFiles, settings: Mapping[str, Any], *, begun: bool, restart: bool
 ) -> None:
-    """``prepare`` for a run that keeps its settings, ``made_by`` among them, in ``settings.json``.
+    """``prepare`` for a run that stores its settings, including ``made_by``, in ``settings.json``.
 
-    Raises ``SteerError`` as well for a folder that holds anything without such settings: they are
-    the sign that it is a run's.
+    Also raises ``SteerError`` for a folder with other files and without such settings, since it is
+    not a run folder.
     """
     previous = _read_settings(folder, files, settings["made_by"])
     if not prepare(folder, files, settings, previous, begun=begun, restart=restart):
@@ -68,11 +68,11 @@ def prepare(
     begun: bool = True,
     restart: bool = False,
 ) -> bool:
-    """Make a folder ready for a run with the settings ``asked``; whether there is one to resume.
+    """Prepare a folder for a run with ``settings``; whether there is a run to resume.
 
-    ``found`` are the settings of the run that is there, or None. That run is discarded for
-    ``restart``, and where it has other settings and no work to lose (not ``begun``). Raises
-    ``SteerError`` naming the settings that differ otherwise, and for a folder that cannot be used.
+    ``previous`` are the settings of the run in the folder, or None. That run is discarded with
+    ``restart``, and if its settings differ and it has no work yet (``begun`` False). Otherwise
+    raises ``SteerError`` with the settings that differ; also for a folder that cannot be used.
     """
     differences = (
         [] if previous is None else list(_differences(previous, json.loads(json.dumps(settings))))
@@ -122,7 +122,7 @@ def _pattern_folders(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[
 
 
 def _differences(previous: Any, settings: Any, key_path: str = "") -> Iterator[str]:
-    """Where two sets of settings differ, in words."""
+    """Descriptions of the differences between two sets of settings."""
     if isinstance(previous, dict) and isinstance(settings, dict):
         for key in dict.fromkeys([*settings, *previous]):
             inner = f"{key_path}.{key}" if key_path else key

@@ -1,4 +1,4 @@
-"""Selects the layers to try."""
+"""Parsing of the layers to try."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -13,20 +13,20 @@ _ALL: Final = "all"
 
 @dataclass(frozen=True)
 class CandidateLayers:
-    """Some of a steer's layers, by the name they were asked for; None where it acts in no layer."""
+    """A subset of a steer's layers and its name; ``layers`` is None for a steer at the LM head."""
 
     name: str
     layers: tuple[int, ...] | None
 
 
 def parse_candidates(spec: str | None, steer: Steer) -> list[CandidateLayers]:
-    """Candidates from ``"top:1,2,4;all;0-3"``; None keeps the steer as it is.
+    """Candidates from ``"top:1,2,4;all;0-3"``; None means all layers of the steer.
 
-    ``top:k`` are the ``k`` layers of the highest ``layer_scores``, the lower layer first where
-    scores are equal; ``all`` are all that the steer has. Equal candidates are tried once.
+    ``top:k`` are the ``k`` layers with the highest ``layer_scores``, the lower layer first for
+    equal scores; ``all`` are all layers of the steer. Duplicates are dropped.
 
-    Raises ``SteerError`` for layers that the steer does not have, for an LM-Steer, which has none,
-    and for ``top`` of a steer without scores.
+    Raises ``SteerError`` for layers that the steer does not have, for an LM-Steer, and for ``top``
+    with a steer without scores.
     """
     if spec is None:
         return [CandidateLayers(_ALL, steer.layers)]

@@ -1,4 +1,4 @@
-"""The result of a sweep: plain data, a table and a figure."""
+"""The result of a sweep as plain data, table and plot."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ _DECADE: Final = 10.0
 
 
 def data(result: SweepResult, best: Point | None, output: Path | None) -> dict[str, Any]:
-    """All points in the order they were measured, and which one was taken, if one was."""
+    """All points in the order of measurement, the selected point and the file written, if any."""
     return {
         **result.metadata,
         "steer": str(result.settings.steer),
@@ -30,7 +30,7 @@ def data(result: SweepResult, best: Point | None, output: Path | None) -> dict[s
 
 
 def table(result: SweepResult, best: Point | None) -> Table:
-    """A row for each point, by layers and strength; the one that was taken is marked."""
+    """One row per point, by layers and strength; the selected one is marked."""
     names = list(dict.fromkeys(point.candidate for point in result.points))
     points = sorted(result.points, key=lambda p: (names.index(p.candidate), p.strength))
     rows = [
@@ -55,9 +55,9 @@ def _note(point: Point, result: SweepResult, best: Point | None) -> str:
 
 
 def draw(result: SweepResult, best: Point | None, path: Path) -> None:
-    """Write a PNG: the effect over the ratio of perplexities, a line for each choice of layers.
+    """Write a PNG: effect over perplexity ratio, one line per candidate.
 
-    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
     with picture(path, figsize=(6.4, 4.4), layout="constrained") as figure:
         axis = figure.subplots()

@@ -1,4 +1,4 @@
-"""Searches for a strength: which points to measure, and which one to select."""
+"""Searches over strengths: the points to measure and the one to select."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 @dataclass(frozen=True)
 class Point:
-    """What a steer does in some layers at a strength; ``ratio`` is perplexity / unsteered's."""
+    """A measurement at a strength; ``ratio`` is perplexity / unsteered perplexity."""
 
     candidate: CandidateLayers
     strength: float
@@ -42,7 +42,7 @@ Measure = Callable[[CandidateLayers, float], Point]
 def grid(
     measure: Measure, candidates: Sequence[CandidateLayers], strengths: Sequence[float]
 ) -> Iterator[Point]:
-    """Every candidate at every strength but 0."""
+    """Measure every candidate at every nonzero strength."""
     for candidate in candidates:
         for strength in strengths:
             if strength != 0:
@@ -57,12 +57,12 @@ def bisection(
     rounds: int,
     budget: float,
 ) -> Iterator[Point]:
-    """For each candidate the largest strength within the budget, as it is closed in on.
+    """Measure the largest strength within the budget for each candidate, by bisection.
 
-    The far end first: if it is within the budget, that is all. Otherwise ``rounds`` halvings of
-    what lies between the largest strength known within and the smallest known outside; the near end
-    is taken to be within. So ``rounds + 1`` points at most, and a strength that is right to
-    ``|far - near| / 2^rounds`` where perplexity rises with strength.
+    The far end is measured first and is the result if it is within the budget. Otherwise ``rounds``
+    bisections follow between the largest strength known to be within the budget (at first the near
+    end, unmeasured) and the smallest one known to exceed it. That takes at most ``rounds + 1``
+    points; the error is at most ``|far - near| / 2^rounds`` if perplexity increases with strength.
     """
     for candidate in candidates:
         inside, outside = ends
@@ -80,7 +80,7 @@ def bisection(
 
 
 def within(point: Point, budget: float) -> bool:
-    """Whether the texts are natural enough; a perplexity that is not finite never is."""
+    """Whether a point is within the budget; never for a perplexity that is not finite."""
     return math.isfinite(point.ratio) and point.ratio <= budget
 
 
@@ -92,13 +92,13 @@ def choose(
     direction: Direction,
     texts: int,
 ) -> Point:
-    """The point within the budget whose effect differs most from ``unsteered`` in a direction.
+    """The point within the budget whose effect differs most from ``unsteered`` in ``direction``.
 
-    Of equal effects the one of lower perplexity. A difference has to exceed two standard errors of
-    the difference of two shares over ``texts`` texts, ``2 sqrt((e(1-e) + e0(1-e0)) / texts)``:
-    chance alone makes one as large in few sweeps.
+    Equal effects are decided by the lower perplexity. The difference must exceed two standard
+    errors of the difference of two shares, ``2 sqrt((e(1-e) + e0(1-e0)) / texts)``, with ``e`` and
+    ``e0`` the effects with and without steer over ``texts`` texts each.
 
-    Raises ``SteerError`` if there is no such point, saying what came nearest.
+    Raises ``SteerError`` with the closest point if there is none.
     """
     sign = 1.0 if direction == "up" else -1.0
     inside = [p for p in points if within(p, budget) and not math.isnan(p.effect)]

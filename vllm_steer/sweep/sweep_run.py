@@ -1,4 +1,4 @@
-"""Runs a sweep in one engine: measures points and selects the best within the budget."""
+"""Runs a sweep in one engine and writes its result into the steer file."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,14 +25,14 @@ OnPoint = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Search:
-    """A grid of ``strengths``, or where they are None a bisection between two ``ends``."""
+    """A grid of ``strengths``, or, if they are None, ``rounds`` bisections between two ``ends``."""
 
     strengths: tuple[float, ...] | None = None
     ends: tuple[float, float] = (0.0, 10.0)
     rounds: int = 6
 
     def points(self, candidates: int) -> int:
-        """How many points are measured at the most."""
+        """The maximum number of points."""
         if self.strengths is None:
             return candidates * (self.rounds + 1)
         return candidates * sum(strength != 0 for strength in self.strengths)
@@ -40,11 +40,15 @@ class Search:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What is asked.
+    """What to sweep: model, steer file, prompts, judges, budget, search, sampling and engine
+    options.
 
-    ``budget`` is the largest ratio of perplexity (outliers included) to the unsteered model's;
-    ``layers`` candidates as in ``parse_candidates``; ``judge`` and ``perplexity`` are the names of
-    judges, of an effect and of the perplexity.
+    ``budget`` is the maximum ratio of total perplexity to the unsteered model's. ``layers`` are
+    candidates as in ``parse_candidates``. ``judge`` and ``perplexity`` are the specifications of
+    the effect judge and of the perplexity judge; ``direction`` is whether the effect should rise or
+    fall.
+
+    Raises ``SteerError`` for a budget or a number of rounds out of range.
     """
 
     model: str
@@ -70,7 +74,7 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All points of a sweep, the unsteered model's figures, and how many texts each stands on."""
+    """All points of a sweep, the unsteered model's figures, and the number of texts per point."""
 
     settings: SweepSettings
     unsteered: Point
@@ -78,7 +82,7 @@ class SweepResult:
     texts: int
 
     def choose(self) -> Point:
-        """The point to take; ``SteerError`` if there is none, see ``search.choose``."""
+        """The selected point, see ``search.choose``. Raises ``SteerError`` if there is none."""
         return choose(
             self.points,
             self.unsteered.effect,
@@ -89,7 +93,7 @@ class SweepResult:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the points come from, as plain data."""
+        """What determines the points, as plain data."""
         return {
             "model": self.settings.model,
             "prompts": self.settings.prompts.settings,
@@ -102,10 +106,11 @@ class SweepResult:
 
 
 def sweep(settings: SweepSettings, make_judge: MakeJudge, on_point: OnPoint) -> SweepResult:
-    """Measure the unsteered model and all points, in one engine that stays up.
+    """Measure the unsteered model and all points of a search, in one engine.
 
-    ``on_point`` is called with the points measured, how many there are at the most, and what is
-    measured next. Raises ``SteerError`` for a steer, a judge or layers that cannot be.
+    ``make_judge`` maps a judge specification to a judge. ``on_point`` receives the number of points
+    measured, their maximum number, and a description of the next point. Raises ``SteerError`` for
+    an invalid steer, judge or set of layers.
     """
     steer = load_steer(settings.steer)
     candidates = parse_candidates(settings.layers, steer)
@@ -130,7 +135,9 @@ def sweep(settings: SweepSettings, make_judge: MakeJudge, on_point: OnPoint) -> 
 
 
 def check_writable(path: Path) -> None:
-    """Raise ``SteerError`` unless a file is vllm-steer's own, which alone holds what is found."""
+    """Raise ``SteerError`` unless a file is a vllm-steer file, the only format with a default
+    strength.
+    """
     if not path.is_file():
         raise SteerError(f"{path}: no such file; give the path of a steer file")
     is_own_format = is_safetensors(path) and read_header(path)[0].get("format") == FORMAT
@@ -142,10 +149,11 @@ def check_writable(path: Path) -> None:
 
 
 def write_choice(result: SweepResult, best: Point) -> Steer:
-    """Put the chosen strength, and the chosen layers if some were tried, into the steer's file.
+    """Write the selected strength, and the selected layers if candidates were given, into the steer
+    file.
 
-    The file is replaced at once; its recipe stays and takes up what the sweep found. Layers that
-    were not chosen are gone from it.
+    The file is replaced atomically; its recipe is kept and extended by the result of the sweep.
+    Layers that were not selected are removed.
     """
     steer = load_steer(result.settings.steer)
     if result.settings.layers is not None and best.candidate.layers is not None:

@@ -1,4 +1,4 @@
-"""Labelled conversations from files: an answer in its context, and whether it shows a concept."""
+"""Labelled conversations from files: an answer with its context, and whether it shows a concept."""
 
 import json
 from collections.abc import Mapping
@@ -17,9 +17,10 @@ Messages = tuple[Mapping[str, str], ...]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Two or more messages ``{"role", "content"}``, the last one the assistant's.
+    """Two or more messages ``{"role", "content"}``, the last one the assistant's answer.
 
-    ``label`` is 1 if that answer has the concept, else 0; ``place`` is for messages to the user.
+    ``label`` is 1 if the answer has the concept, else 0; ``location`` is the row, for error
+    messages.
     """
 
     messages: Messages
@@ -28,18 +29,18 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """What the answer answers: the message before it."""
+        """The message before the answer."""
         return self.messages[-2]["content"]
 
 
 def read_conversations(path: str | Path, *, labels: str | None = None) -> list[Conversation]:
-    """The conversations of a file, one a row, in their order.
+    """Read the conversations of a file, one per row.
 
-    A row has ``prompt``, ``completion`` and perhaps ``conversation_history``, a list of messages
-    before them; or ``messages`` in all. In CSV a list is JSON in its cell. ``label`` is 0 or 1, or
-    what the label map ``labels`` makes 0 or 1.
+    A row has ``prompt``, ``completion`` and optionally ``conversation_history``, a list of earlier
+    messages; or ``messages``, the whole list. In CSV a list is JSON in its cell. ``label`` is 0 or
+    1, or mapped to 0 or 1 by the label map ``labels``.
 
-    Raises ``SteerError`` naming each bad row, and for a file without rows of both labels.
+    Raises ``SteerError`` with each invalid row, and for a file without rows of both labels.
     """
     number = _zero_or_one if labels is None else label_map(labels)
     conversations = list(take(read_rows(path), lambda row: _conversation(row, number)))
@@ -120,7 +121,7 @@ def _label(row: Row, number: LabelMap) -> int:
 
 
 def _zero_or_one(value: Any) -> float:
-    """A label without a map: JSON's true and false count as 1 and 0."""
+    """The value of a label without a label map; JSON's true and false are 1 and 0."""
     try:
         if isinstance(value, str) and not is_number(value):
             raise ValueError

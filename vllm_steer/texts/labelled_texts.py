@@ -1,4 +1,4 @@
-"""Labelled texts from files: one file with a label in each row, or one file for each side."""
+"""Labelled texts from files: one file with labels, or one file per label."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +23,10 @@ def read_labelled(
     label_field: str = "label",
     labels: str | None = None,
 ) -> list[LabelledText]:
-    """The labelled texts of one file; ``labels`` is a label map, see ``label_map``.
+    """Read the labelled texts of one file; ``labels`` is a label map, see ``label_map``.
 
-    Raises ``SteerError`` naming each bad row, for a file without rows, and for labels that are all
-    0 or 1 where no map is given: 0 is no side but the middle, and what is meant is not known.
+    Raises ``SteerError`` with each invalid row, for a file without rows, and for labels that are
+    all 0 or 1 without a label map: 0 is neutral, and whether it means the opposite of 1 is unknown.
     """
     number = label_map(labels)
 
@@ -55,7 +55,7 @@ def read_labelled(
 def read_two_sides(
     positive: str | Path, negative: str | Path, *, text_field: str = "text"
 ) -> list[LabelledText]:
-    """The texts of two files: those of the first labelled 1, those of the second -1."""
+    """Read the texts of two files: those of the first get label 1, those of the second -1."""
     return [
         LabelledText(text, label)
         for path, label in ((positive, 1.0), (negative, -1.0))
@@ -64,7 +64,9 @@ def read_two_sides(
 
 
 def read_texts(path: str | Path, *, text_field: str = "text") -> Sequence[str]:
-    """The texts of one file; ``SteerError`` for bad rows and for a file without any."""
+    """Read the texts of one file. Raises ``SteerError`` for invalid rows and for a file without
+    rows.
+    """
     texts = list(take(read_rows(path), lambda row: text_of(row, text_field)))
     if not texts:
         raise SteerError(f"{path}: the file has no rows")

@@ -1,4 +1,4 @@
-"""Label maps: from what a data set calls its classes to strengths in [-1, 1]."""
+"""Label maps: from the class labels of a data set to values in [-1, 1]."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -18,10 +18,11 @@ LABEL_MAPS: Final[Mapping[str, Mapping[str, float]]] = {
 
 
 def label_map(spec: str | None) -> LabelMap:
-    """The label of a value: by a known map, by pairs such as ``good=1,bad=-1``, or as it stands.
+    """A function from labels to [-1, 1]: a named map, pairs such as ``good=1,bad=-1``, or the
+    identity.
 
-    Raises ``SteerError`` for a map that is neither; what is returned, for a value that the map does
-    not have, or that is not a number in [-1, 1].
+    Raises ``SteerError`` for an invalid map; the function raises it for a label that is not in the
+    map or not a number in [-1, 1].
     """
     if spec is None:
         return _number
@@ -37,7 +38,7 @@ def label_map(spec: str | None) -> LabelMap:
 
 
 def _keys(value: Any) -> tuple[str, ...]:
-    """What a value may be called in a map: a float column writes 1 as 1.0, JSON True as true."""
+    """The possible keys of a value: a float column writes 1 as 1.0, JSON True as true."""
     text = str(value).strip()
     return (text, text.lower()) if isinstance(value, bool) else (text, text.removesuffix(".0"))
 

@@ -1,4 +1,4 @@
-"""Rows of a text file, one at a time: JSONL, JSON, CSV, TSV or plain text."""
+"""Rows of a text file, read lazily: JSONL, JSON, CSV, TSV or plain text."""
 
 import csv
 import json
@@ -21,9 +21,9 @@ _BROKEN: Final = "it has bytes that are not UTF-8"
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values by name and its place, such as ``reviews.jsonl:12``.
+    """One row: its values by name and its location, such as ``reviews.jsonl:12``.
 
-    A row that cannot be read has a ``problem`` and no values.
+    An invalid row has a ``problem`` and no values.
     """
 
     location: str
@@ -32,13 +32,14 @@ class Row:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file in their order, read as they are asked for; blank lines are none.
+    """Read the rows of a file lazily and in order; blank lines are skipped.
 
-    By the file's ending: ``.jsonl`` an object a line, ``.json`` a list of objects, ``.csv`` and
-    ``.tsv`` with a line of names, ``.txt`` a text a line, under the name ``text``. UTF-8.
+    The format depends on the extension: ``.jsonl`` one object per line, ``.json`` a list of
+    objects, ``.csv`` and ``.tsv`` with a header line, ``.txt`` one text per line, under the name
+    ``text``; all in UTF-8.
 
-    Raises ``SteerError`` for another ending, a file that cannot be read and a JSON file that is no
-    list. A bad row does not raise: it has a ``problem``, see ``take``.
+    Raises ``SteerError`` for another extension, for a file that cannot be read and for a JSON file
+    that is not a list. An invalid row raises nothing: it has a ``problem``, see ``take``.
     """
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
@@ -62,9 +63,9 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def take(rows: Iterable[Row], read: Callable[[Row], T]) -> Iterator[T]:
-    """``read`` of every row; one ``SteerError`` at the end names each row that it refused.
+    """Apply ``read`` to every valid row; raise one ``SteerError`` at the end with all invalid rows.
 
-    ``read`` is only given rows without a problem of their own.
+    A row is invalid if it has a ``problem`` or if ``read`` raises a ``SteerError``.
     """
     problems: list[str] = []
     omitted = 0
@@ -85,7 +86,7 @@ def take(rows: Iterable[Row], read: Callable[[Row], T]) -> Iterator[T]:
 
 
 def text_of(row: Row, name: str) -> str:
-    """A row's non-empty text under a name; ``SteerError`` says what the row has instead."""
+    """A row's non-empty text under a name. Raises ``SteerError`` with what the row has instead."""
     if name not in row.values:
         raise SteerError(
             f"{row.location}: the field {name!r} is missing; the row has "
@@ -116,7 +117,7 @@ def _broken(value: Any) -> bool:
 
 
 class _MalformedFileError(Exception):
-    """The file as a whole cannot be read on; begins with the line."""
+    """The rest of the file cannot be read; the message begins with the line."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class _BadRow:
 
 
 def _lines(file: IO[str]) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers; none is longer than a row may be."""
+    """The lines with their numbers, with a limit on their length."""
     line = 1
     while text := file.readline(_LONGEST + 1):
         if len(text) > _LONGEST:
@@ -150,14 +151,14 @@ def _parse(text: str) -> Any:
 
 
 def _cause(error: ValueError | RecursionError) -> str:
-    """Why there is no JSON, without a line number: that is one of the piece that was parsed."""
+    """The reason of a JSON error, without its line number, which is relative to the parsed part."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _json(file: IO[str]) -> Iterator[tuple[int, Any]]:
-    """The items of one JSON list, without holding more of the file than an item and a chunk."""
+    """The items of a JSON list, with at most one item and one chunk of the file in memory."""
     text = _JsonReader(file)
     if text.next_letter() != "[":
         raise _MalformedFileError(f"{text.line}: a JSON file holds one list of objects")
@@ -184,7 +185,7 @@ def _json(file: IO[str]) -> Iterator[tuple[int, Any]]:
 
 
 class _JsonReader:
-    """A file read in chunks: what is ahead of a place in it, and the place's line."""
+    """A cursor in a JSON file that is read in chunks, with its line number."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file, self._text, self._position = file, "", 0
@@ -192,7 +193,9 @@ class _JsonReader:
         self.line = 1
 
     def next_letter(self) -> str:
-        """The next letter that is no space, without stepping over it; empty at the file's end."""
+        """The next character that is not white space, without consuming it; empty at the end of the
+        file.
+        """
         while True:
             while self._position < len(self._text):
                 letter = self._text[self._position]
@@ -203,12 +206,12 @@ class _JsonReader:
                 return ""
 
     def step(self) -> None:
-        """Go on by one letter."""
+        """Consume one character."""
         self.line += self._text[self._position] == "\n"
         self._position += 1
 
     def item(self) -> Any:
-        """The JSON value that begins here; ``_MalformedFileError`` if there is none."""
+        """Parse the JSON value at the cursor. Raises ``_MalformedFileError`` if it is invalid."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._position)
@@ -230,7 +233,7 @@ class _JsonReader:
                 raise _MalformedFileError(f"{self.line}: invalid JSON ({problem})")
 
     def _more(self) -> bool:
-        """Read on, as much as is unread: a long item is parsed a few times only."""
+        """Read as much as is unparsed, so that a long item is parsed only a few times."""
         unread = self._text[self._position :]
         more = self._file.read(max(_CHUNK, len(unread)))
         self._text, self._position = unread + more, 0

@@ -1,4 +1,4 @@
-"""``vllm-steer fit concept``: a concept vector from answers with and without the concept."""
+"""``vllm-steer fit concept``: a concept vector from answers with and without a concept."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -122,7 +122,7 @@ def _show_first(
     max_tokens: int,
     max_length: int,
 ) -> None:
-    """What the model reads of the first row, and the tokens of it that count, on stderr."""
+    """Print the first row as the model reads it, and the tokens used of it, to stderr."""
     from vllm_steer.fit.answer_tokens import answer_tokens, render
 
     tokenizer = language.tokenizer

@@ -40,12 +40,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.
 
 
 def read_layers(layers: str | None) -> tuple[int, ...] | None:
-    """The layers that an option names; None for all."""
+    """The layers of an option; None for all."""
     return None if layers is None else parse_layers(layers)
 
 
 def reject_options(context: typer.Context, options: Sequence[str], reason: str) -> None:
-    """``SteerError`` for options that were given although they mean nothing, for the reason."""
+    """Raise ``SteerError`` if one of the options was given although it does not apply."""
     names = [name for name in options if _is_explicit(context, name)]
     if names:
         flags = ", ".join("--" + name.replace("_", "-") for name in names)
@@ -58,14 +58,14 @@ def _is_explicit(context: typer.Context, name: str) -> bool:
 
 
 def open_model(name: str, dtype: str, device: str | None) -> "LanguageModel":
-    """The model, imported and loaded only when a command runs."""
+    """Load the model; heavy imports happen only here."""
     from vllm_steer.models import load_language_model
 
     return load_language_model(name, dtype=dtype, device=device)
 
 
 def settings_of(context: typer.Context, files: Sequence[str]) -> dict[str, Any]:
-    """What the user chose or left at its default: all that decides the fit, for the recipe."""
+    """The options that affect the fit, for the recipe."""
     excluded = {"model", "output", "device", "force", "as_json", "description", "default_strength"}
     return {
         name: value
@@ -83,7 +83,7 @@ def write(
     description: str,
     recipe: Mapping[str, Any],
 ) -> Guidance:
-    """Write the file, whole or not at all; the steer as it was written."""
+    """Write the steer file atomically; return the steer as written."""
     from vllm_steer.files import save_steer
     from vllm_steer.models import EMBEDDED
 
@@ -106,7 +106,7 @@ def report(
     *,
     as_json: bool,
 ) -> None:
-    """Print the figures to standard output: as JSON, or the layers in a table."""
+    """Print the figures to standard output, as JSON or as a table of the layers."""
     if as_json:
         tables = {name: {str(layer): x for layer, x in t.items()} for name, t in by_layer.items()}
         summary = {"kind": steer.kind, "site": steer.site, "layers": format_layers(steer.layers)}

@@ -128,7 +128,7 @@ def _texts(
     label_field: str,
     labels: str | None,
 ) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
-    """The files by name and SHA-256, and what is in them."""
+    """Name and SHA-256 of the files, and their labelled texts."""
     from vllm_steer.digest import file_digest
     from vllm_steer.foreign import printable
     from vllm_steer.texts import read_labelled, read_two_sides
@@ -145,7 +145,7 @@ def _texts(
 
 
 def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among the options; refuses a bad one before a model is loaded."""
+    """The training settings among the options. Raises ``SteerError`` before a model is loaded."""
     from vllm_steer.fit.lm_steer_settings import Settings
 
     values = {f.name: params[f.name] for f in fields(Settings) if f.name in params}
@@ -187,7 +187,7 @@ def _fit(
 
 
 def _finish(steer: "LMSteer", output: Path, folder: Path, plot: bool) -> None:
-    """The steer first: until it is written the run can be gone on with."""
+    """Write the steer first, so that the run can be resumed until the file exists."""
     from vllm_steer.files import save_steer
     from vllm_steer.fit.loss_plot import plot_losses
     from vllm_steer.fit.training_run import LOSS_PLOT, finish_run, read_losses

@@ -106,7 +106,7 @@ def _sides(
     label_field: str,
     labels: str | None,
 ) -> "Sides":
-    """The texts of the one source that is given."""
+    """The texts of the source that was given."""
     from vllm_steer.fit.pairs import read_pairs, sides_of
     from vllm_steer.texts import read_labelled, read_two_sides
 

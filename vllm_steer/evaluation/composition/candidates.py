@@ -1,4 +1,4 @@
-"""The strengths that each method tries for each property, and their requests."""
+"""Candidate strengths of each method and property, and the requests they stand for."""
 
 import hashlib
 import itertools
@@ -24,19 +24,19 @@ NOTHING_DYNAMIC: Final = "does not apply: no property here is dynamic"
 
 @dataclass(frozen=True)
 class Choice:
-    """A method with a dose for every property of the file."""
+    """A method with a dose for every property."""
 
     method: Method
     doses: Doses
 
     def of(self, combination: Combination) -> dict[str, Any]:
-        """The ``steer`` value of a request for some of the properties."""
+        """The ``steer`` value of a request for a combination."""
         return {name: dict(self.doses[name]) for name in combination if name in self.doses}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Texts to write: which part of the comparison they are for, and under which steers."""
+    """A text set of a comparison: the part it belongs to and the steers it is generated with."""
 
     part: Part
     combination: Combination
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Such as ``test.fr+cheer.fixed.1b2c3d4e``: the same for the same request."""
+        """A file name such as ``test.fr+cheer.fixed.1b2c3d4e``, equal for equal requests."""
         if self.method == "none":  # the same texts for every combination
             where = f".{label(self.combination)}" if self.part == "examples" else ""
             return f"{self.part}{where}.none"
@@ -54,7 +54,7 @@ class Candidate:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the rows of its texts say."""
+        """The metadata in each row of its texts."""
         return {
             "part": self.part,
             "combination": None if self.method == "none" else label(self.combination),
@@ -64,10 +64,10 @@ class Candidate:
 
 
 def make_candidate(part: Part, combination: Combination, choice: Choice) -> Candidate:
-    """The texts of a combination under a choice.
+    """The text set of a combination with a choice.
 
-    Where none of its doses follows the choice's schedule or is dynamic, they are those of fixed
-    strengths, and are written once.
+    If none of the doses is dynamic or follows the schedule of the choice's method, the texts are
+    those of fixed strengths and are generated only once.
     """
     steer = choice.of(combination)
     follows = choice.method in ("none", "fixed") or any(
@@ -77,10 +77,10 @@ def make_candidate(part: Part, combination: Combination, choice: Choice) -> Cand
 
 
 def choices(method: Method, spec: ComparisonSpec, steers: Mapping[str, Steer]) -> list[Choice]:
-    """Every choice that a method has: the product of what each property has to try.
+    """All choices of a method: the product of the doses that each property tries.
 
-    On the schedules ``start`` and ``dim`` the deltas follow the schedule; steers of other kinds
-    have none and stay at their fixed strengths. Dynamic strengths share ``top_p`` and ``kl``.
+    With the schedules ``start`` and ``dim``, step deltas follow the schedule and other steers keep
+    their fixed strengths. Dynamic strengths share ``top_p`` and ``kl``.
     """
     if method == "none":
         return [Choice(method, {})]
@@ -103,7 +103,7 @@ def choices(method: Method, spec: ComparisonSpec, steers: Mapping[str, Steer]) -
 def skip_reason(
     method: Method, combination: Combination, spec: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> str | None:
-    """Why a combination has no row of a method; None where it has one."""
+    """The reason why a combination has no row of a method; None if it has one."""
     deltas = any(isinstance(steers[name], DeltaSteer) for name in combination)
     if method in SCHEDULES[1:] and not deltas:
         return NOT_FOR_THIS_KIND

@@ -1,4 +1,4 @@
-"""Runs a comparison: select, generate, judge, report; each part resumes."""
+"""Runs a comparison: select strengths, generate, judge, report. Every stage can be resumed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,10 +48,12 @@ from vllm_steer.steers import Steer
 def compare(
     settings: ComparisonSettings, make_judges: MakeJudges, progress: Progress
 ) -> ComparisonReport:
-    """Run a comparison, or the rest of it, and write its report into the run's folder.
+    """Run or resume a comparison and write its report into the run folder.
 
-    The engine is gone whenever judges are asked; texts that are finished in the folder are not
-    generated again. Raises ``SteerError`` for a file, a steer, a judge or a folder that cannot be.
+    No engine runs while judges score texts, and existing texts are not generated again.
+    ``make_judges`` maps judge specifications to judges and the reasons of unavailable ones;
+    ``progress`` reports the stages. Raises ``SteerError`` for an invalid specification, steer,
+    judge or run folder.
     """
     if not settings.tolerance >= 0:
         raise SteerError(
@@ -89,10 +91,10 @@ def compare(
 
 @dataclass(frozen=True)
 class _TextGenerator:
-    """Writes the texts of candidates into the run's folder.
+    """Generates the texts of candidates into the run folder.
 
-    Those of the part ``examples`` are written greedily after the examples' plain prompts, one text
-    each: dPPL needs their strengths only.
+    Texts of the part ``examples`` are generated greedily from the plain prompts, one text each:
+    dPPL needs only their strengths.
     """
 
     settings: ComparisonSettings
@@ -102,7 +104,7 @@ class _TextGenerator:
     progress: Progress
 
     def write(self, candidates: Iterable[Candidate]) -> None:
-        """Generate the texts that are not there yet."""
+        """Generate the texts that are missing."""
         texts = list(map(self._texts, candidates))
         files = {
             name: candidate.steer.resolve() for name, candidate in self.spec.properties.items()
@@ -147,7 +149,7 @@ def _select_strengths(
 def _rows(
     spec: ComparisonSpec, steers: Mapping[str, Steer], selected: SelectedStrengths
 ) -> Iterator[ComparisonRow]:
-    """The rows of each combination in the order of the methods, the best fixed one after them."""
+    """The rows of each combination in the order of the methods, then the best fixed strengths."""
     for combination in spec.combinations:
         seen = combination in spec.seen
         for method, choice in selected.methods.items():
@@ -196,7 +198,7 @@ def _measure(
 def _missing_rows(
     spec: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> list[tuple[Combination, str, str]]:
-    """Combination, method and reason of each row that there is not."""
+    """Combination, method and reason of each row that the report does not have."""
     return [
         (combination, method, reason)
         for combination in spec.combinations

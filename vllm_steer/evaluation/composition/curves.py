@@ -1,4 +1,4 @@
-"""Strength over tokens: measured for dynamic steers, stated for fixed and scheduled ones."""
+"""Strength over tokens: measured for dynamic strengths, computed for fixed and scheduled ones."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from vllm_steer.steers.schedules import course
 
 @dataclass(frozen=True)
 class Curve:
-    """Over the texts that reached a token: mean and quartiles of the strength, and their number."""
+    """Mean and quartiles of the strength at each token, and the number of texts that reach it."""
 
     mean: tuple[float, ...]
     lower: tuple[float, ...]
@@ -23,7 +23,7 @@ class Curve:
 
 
 def dynamic_curves(answers: Sequence[Answers]) -> dict[str, Curve]:
-    """A curve for each dynamic steer; none where no strength was dynamic."""
+    """One curve per dynamic steer; empty if no strength was dynamic."""
     texts_by_steer: dict[str, list[Sequence[float]]] = {}
     for answer in answers:
         for strengths in answer.strengths:
@@ -33,7 +33,7 @@ def dynamic_curves(answers: Sequence[Answers]) -> dict[str, Curve]:
 
 
 def scheduled_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> tuple[float, ...]:
-    """The strength at each token of a dose that is not dynamic: see ``DeltaSteer``."""
+    """The strength at each token of a fixed or scheduled dose, see ``DeltaSteer``."""
     strength = float(dose["strength"])
     if not isinstance(steer, DeltaSteer):
         return (strength,) * num_tokens
@@ -42,7 +42,7 @@ def scheduled_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> t
 
 
 def raw_strengths(answers: Sequence[Answers]) -> dict[str, list[list[list[float]]]]:
-    """Every strength by steer, prompt and text."""
+    """All strengths by steer, prompt, text and token."""
     names = dict.fromkeys(name for a in answers for strengths in a.strengths for name in strengths)
     return {
         name: [[list(strengths.get(name, ())) for strengths in a.strengths] for a in answers]
@@ -63,7 +63,7 @@ def _curve(texts: Sequence[Sequence[float]]) -> Curve:
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile, interpolated between the values; both the value where one is."""
+    """First and third quartile with linear interpolation; a single value is both."""
     if len(values) < 2:
         return (values[0], values[0]) if values else (math.nan, math.nan)
     low, _, high = quantiles(values, n=4, method="inclusive")

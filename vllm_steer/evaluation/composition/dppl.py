@@ -1,16 +1,16 @@
-"""dPPL: what steering costs against the model's own answers to prompts with demonstrations.
+"""dPPL: the cost of steering, relative to the model's own answers to prompts with demonstrations.
 
-With ``g`` the model's greedy answer to a prompt with demonstrations (ICL), its end-of-text token
-included, ``q`` the same prompt without them, and ``a`` the strengths under which ``q`` is read:
+With ``g`` the model's greedy answer to a prompt with demonstrations (ICL), including its
+end-of-text token, ``q`` the same prompt without demonstrations, and ``a`` the strengths:
 
-    PPL_icl     = exp(mean_t -ln p(g_t | icl prompt, g_<t))               not steered
+    PPL_icl     = exp(mean_t -ln p(g_t | icl prompt, g_<t))               unsteered
     PPL_steered = exp(mean_t -ln p_a(g_t | q, g_<t))                      teacher forcing
     dPPL        = PPL_steered - PPL_icl
 
-A dynamic steer's ``a`` are the strengths of its own free generation after ``q``, and its mean is
+For a dynamic steer, ``a`` are the strengths of its own free generation from ``q``, and the mean is
 over the first ``min(|g|, |a|)`` tokens. Mean and median are over the examples whose ``g`` has all
-the properties, as the authors plot them: against another answer the difference says nothing. A few
-answers that a steer finds impossible rule the mean; read the median.
+the properties, as in the authors' plots. The median is the robust figure: a few answers that are
+very improbable under steering dominate the mean.
 
 Source: Scalena et al., "Multi-property Steering of Large Language Models with Dynamic Activation
 Composition", BlackboxNLP 2024 (arXiv 2406.17563), section 4, and the authors' code.
@@ -37,7 +37,7 @@ from vllm_steer.texts.icl import icl_prompts, read_examples
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A prompt with demonstrations of the properties, and the same one without."""
+    """A prompt with demonstrations of the properties, and the same prompt without them."""
 
     icl: str
     plain: str
@@ -45,7 +45,7 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class GoldAnswer:
-    """The model's own answer to an example's prompt with demonstrations."""
+    """The model's own answer to a prompt with demonstrations."""
 
     tokens: tuple[int, ...]
     text: str
@@ -53,10 +53,10 @@ class GoldAnswer:
 
 
 def read_icl(path: Path, demonstrations: int, instruction: str) -> list[PromptPair]:
-    """Examples from rows of ``input`` and ``output``, or of ``icl`` and ``prompt`` as they stand.
+    """Read prompt pairs from rows with ``icl`` and ``prompt``, or with ``input`` and ``output``.
 
-    Inputs and outputs are grouped as ``texts.icl`` does it; without its demonstrations a prompt is
-    ``Q:{input}\\nA:``, with no instruction. Raises ``SteerError`` for bad rows and for too few.
+    Inputs and outputs are grouped as in ``texts.icl``; the prompt without demonstrations is
+    ``Q:{input}\\nA:``, without an instruction. Raises ``SteerError`` for invalid or too few rows.
     """
     first = next(iter(read_rows(path)), None)
     if first is None:
@@ -75,7 +75,7 @@ def read_icl(path: Path, demonstrations: int, instruction: str) -> list[PromptPa
 
 @torch.no_grad()
 def gold_answer(language: LanguageModel, example: PromptPair, max_tokens: int) -> GoldAnswer:
-    """The greedy answer of at most so many tokens; ``SteerError`` for a prompt without room."""
+    """The greedy answer of at most ``max_tokens`` tokens; ``SteerError`` if it cannot fit."""
     model = language.model
     tokens = torch.tensor([_encode(language, example.icl, max_tokens)], device=model.device)
     settings = {"max_new_tokens": max_tokens, "do_sample": False, "num_beams": 1}
@@ -87,9 +87,10 @@ def gold_answer(language: LanguageModel, example: PromptPair, max_tokens: int) -
 
 @torch.no_grad()
 def nll(language: LanguageModel, prompt: str, answer: Sequence[int]) -> torch.Tensor:
-    """``-ln p`` of each token of an answer after a prompt, ``[tokens]`` float64, one forward pass.
+    """``-ln p`` of each token of an answer given a prompt, ``[tokens]`` float64, in one forward
+    pass.
 
-    The log-softmax is taken in float32, or in float64 for a float64 model.
+    The log-softmax is computed in float32, or in float64 for a float64 model.
     """
     prompt_tokens = _encode(language, prompt, len(answer))
     tokens = torch.tensor([[*prompt_tokens, *answer]], device=language.model.device)
@@ -113,7 +114,7 @@ def steered_perplexity(
 ) -> float:
     """``PPL_steered`` of one example; ``strengths`` are the dynamic ones of its free generation.
 
-    NaN for an answer, or a free generation, without a token.
+    NaN if the answer or the free generation has no token.
     """
     dynamic = strengths or {}
     length = min([len(gold.tokens), *map(len, dynamic.values())])
@@ -128,7 +129,7 @@ def steered_perplexity(
 def figures(
     steered: Sequence[float], golds: Sequence[GoldAnswer], has_properties: Sequence[bool]
 ) -> dict[str, Any]:
-    """``mean`` and ``median`` of dPPL over the examples that are kept; NaN where none is."""
+    """``mean`` and ``median`` of dPPL over the examples with the properties; NaN without any."""
     pairs = zip(steered, golds, has_properties, strict=True)
     differences = [value - gold.perplexity for value, gold, is_counted in pairs if is_counted]
     numbers = [value for value in differences if not math.isnan(value)]
@@ -141,7 +142,7 @@ def figures(
 
 
 def _forced_dose(dose: Mapping[str, Any], strengths: Sequence[float] | None) -> dict[str, Any]:
-    """A dose for ``hf.steered``: a dynamic strength becomes the list of what it was."""
+    """A dose for ``hf.steered``: a dynamic strength becomes the list of its recorded strengths."""
     if strengths is None:
         return dict(dose)
     layers = {"layers": dose["layers"]} if "layers" in dose else {}

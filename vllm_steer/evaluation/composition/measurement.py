@@ -20,7 +20,7 @@ NO_EXAMPLES = "no prompts with demonstrations were given (examples)"
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """A combination under a method; ``title`` is what the report calls the method."""
+    """A combination with a method; ``title`` is the method's name in the report."""
 
     title: str
     candidate: Candidate
@@ -29,11 +29,11 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row's figures.
+    """The figures of a row.
 
-    ``accuracy`` is the share of the texts that have all the properties at once, ``shares`` that of
-    each by itself, ``judges`` the figures of the further judges; ``dppl`` says why where it has no
-    figures. ``curves`` are the dynamic strengths over tokens.
+    ``accuracy`` is the share of texts with all the properties at once, ``shares`` the share of each
+    property, ``judges`` the figures of the other judges. ``dppl`` has the dPPL figures, or the
+    reason why there are none. ``curves`` are the dynamic strengths over tokens.
     """
 
     row: ComparisonRow
@@ -47,7 +47,9 @@ class RowResult:
 
 @dataclass(frozen=True)
 class DpplReferences:
-    """What dPPL is taken with: the model, the examples and the model's own answers to them."""
+    """Inputs of dPPL: the model, the prompt pairs, the gold answers and whether they have the
+    properties.
+    """
 
     language: LanguageModel
     examples: Sequence[PromptPair]
@@ -63,7 +65,7 @@ def measure(
     references: DpplReferences | None,
     steers: Mapping[str, Steer],
 ) -> RowResult:
-    """The figures of a row whose texts are written."""
+    """The figures of a row whose texts have been generated."""
     candidate = row.candidate
     answers = run.read(candidate)
     names = candidate.combination
@@ -84,7 +86,7 @@ def read_references(
     properties: PropertyJudges,
     max_tokens: int,
 ) -> dict[Combination, DpplReferences]:
-    """The model's own answers to each combination's examples, and which have the properties."""
+    """The gold answers of each combination's prompt pairs, and whether they have the properties."""
     references = {}
     for combination, rows in examples.items():
         golds = [dppl.gold_answer(language, row, max_tokens) for row in rows]
@@ -97,7 +99,7 @@ def read_references(
 
 
 def examples_candidate(candidate: Candidate) -> Candidate:
-    """The free generation whose dynamic strengths dPPL reads the answers under."""
+    """The free generation that yields the dynamic strengths for dPPL."""
     return Candidate("examples", candidate.combination, candidate.method, candidate.steer)
 
 

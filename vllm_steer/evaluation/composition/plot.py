@@ -1,4 +1,4 @@
-"""Figures of a comparison: strength over tokens, and perplexity over accuracy."""
+"""Plots of a comparison: strength over tokens, and accuracy over perplexity."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ _COLUMNS: Final = 4
 
 
 def draw_strengths(report: ComparisonReport, path: Path) -> None:
-    """Write a PNG with a panel per property: its strength at each token.
+    """Write a PNG with one panel per property: its strength at each token.
 
-    Of a dynamic strength the mean over texts and the band between the quartiles, for each
-    combination that has the property; thin lines for the strengths of the other methods.
+    A dynamic strength is drawn as the mean over texts with a band between the quartiles, for each
+    combination with the property; thin lines are the strengths of the other methods.
 
-    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
     names = list(report.spec.properties)
     with _panels(len(names), path) as axes:
@@ -33,7 +33,8 @@ def draw_strengths(report: ComparisonReport, path: Path) -> None:
 
 
 def draw_prices(report: ComparisonReport, path: Path) -> None:
-    """Write a PNG with a panel per combination: share with all properties over perplexity.
+    """Write a PNG with one panel per combination: share of texts with all properties over
+    perplexity.
 
     Raises ``SteerError`` as ``draw_strengths`` does.
     """
@@ -92,7 +93,7 @@ def _prices(axis: Any, rows: Sequence[RowResult], combination: Combination, seen
 
 @contextmanager
 def _panels(count: int, path: Path) -> Iterator[Sequence[Any]]:
-    """The axes of so many panels, at most four in a row; written as a PNG when the block ends."""
+    """Axes for ``count`` panels, at most four per row; the exit writes the PNG."""
     columns = min(count, _COLUMNS)
     rows = -(-count // columns)
     size = (4.6 * columns, 4.0 * rows)

@@ -1,4 +1,4 @@
-"""The share of texts that have each property of a combination, and all of them at once."""
+"""The share of texts with each property of a combination, and with all of them at once."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ Verdicts = Sequence[Sequence[bool]]
 
 
 class PropertyJudges:
-    """The judge of each property. Texts that were judged are not judged again."""
+    """The judge of each property, with a cache of its verdicts by text set."""
 
     def __init__(self, spec: ComparisonSpec, judges: Mapping[str, PropertyJudge]) -> None:
         self._judges = judges
@@ -21,7 +21,7 @@ class PropertyJudges:
         self._cache: dict[tuple[str, str], Verdicts] = {}
 
     def has(self, name: str, texts: str, answers: Sequence[Answers]) -> Verdicts:
-        """Whether each text has the property; an undecided one has not, nor its opposite."""
+        """Whether each text has the property; an undecided text has neither it nor its opposite."""
         if (name, texts) not in self._cache:
             target = self._targets[name]
             verdicts = self._judges[name].verdicts(answers)
@@ -36,14 +36,15 @@ class PropertyJudges:
 
 
 def share(verdicts: Verdicts) -> float:
-    """The mean over prompts of the share of a prompt's texts; NaN where there is no text."""
+    """Mean over prompts of the share of true verdicts; NaN without texts."""
     return mean(mean(map(float, row)) for row in verdicts)
 
 
 def property_judges(spec: ComparisonSpec) -> dict[str, PropertyJudge]:
     """A judge for each property.
 
-    Raises ``SteerError`` for one that is misspelt or not available, and one that tells no property.
+    Raises ``SteerError`` for an invalid or unavailable judge, and for one without verdicts per
+    text.
     """
     judges: dict[str, PropertyJudge] = {}
     for name, prop in spec.properties.items():

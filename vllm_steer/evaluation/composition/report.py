@@ -1,4 +1,4 @@
-"""The report of a comparison: a table for each combination, and what was chosen."""
+"""The report of a comparison: the selected strengths and a table for each combination."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +23,10 @@ _FIGURES: Final = {PERPLEXITY: "perplexity", "median": "median", "dist-2": "dist
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """All of a comparison's figures.
+    """All figures of a comparison.
 
-    ``about`` is what the texts come from, ``absences`` names combination, method and reason of the
-    rows that there are not, ``missing`` the judges that are not available.
+    ``metadata`` is what determines the texts, ``missing_rows`` has combination, method and reason
+    of each row that the report lacks, ``missing`` the reason for each unavailable judge.
     """
 
     metadata: Mapping[str, Any]
@@ -66,7 +66,7 @@ class ComparisonReport:
 
     @property
     def strengths(self) -> dict[str, Any]:
-        """Every dynamic strength by combination and property: by prompt, text and token."""
+        """All dynamic strengths by combination, property, prompt, text and token."""
         return {
             label(result.row.candidate.combination): raw_strengths(result.answers)
             for result in self.rows
@@ -75,7 +75,7 @@ class ComparisonReport:
 
 
 def tables(report: ComparisonReport) -> Iterator[Table]:
-    """What was chosen, and a table for each combination; dPPL where there is any."""
+    """The selected strengths, and a table for each combination, with dPPL if there is any."""
     columns = [Column("method"), *(Column(name, "g") for name in report.spec.properties)]
     yield Table("strengths", columns, list(_strengths(report)))
     for combination in report.spec.combinations:
@@ -93,7 +93,7 @@ def tables(report: ComparisonReport) -> Iterator[Table]:
 
 
 def markdown(report: ComparisonReport) -> str:
-    """The same tables in Markdown, after a line on the run."""
+    """The report in Markdown: a description of the run and the tables."""
     prompts, selection_prompts = report.metadata["prompts"], report.metadata["choosing_prompts"]
     selection_source = "the same ones"
     if selection_prompts:
@@ -116,7 +116,7 @@ def markdown(report: ComparisonReport) -> str:
 
 
 def notes(report: ComparisonReport) -> Iterator[str]:
-    """What is not there, and why: rows, dPPL, judges."""
+    """The missing rows, dPPL figures and judges, each with the reason."""
     subjects: dict[tuple[str, str], list[str]] = {}
     for combination, method, reason in report.missing_rows:
         subjects.setdefault((method, reason), []).append(label(combination))
@@ -132,7 +132,7 @@ def notes(report: ComparisonReport) -> Iterator[str]:
 
 
 def _strengths(report: ComparisonReport) -> Iterator[list[str]]:
-    """What each method gives to each property, and the best fixed strengths where they differ."""
+    """The dose of each method and property, and the best fixed strengths where they differ."""
     names = list(report.spec.properties)
     for method, choice in report.selected.methods.items():
         yield [method, *(_dose_text(choice.doses.get(name)) for name in names)]
@@ -157,7 +157,7 @@ def _cells(result: RowResult, several: bool, judged: bool) -> list[str | float]:
 
 
 def _first(result: RowResult, name: str) -> float:
-    """A figure by the first judge that has it."""
+    """A figure of the first judge that has it; NaN if none has."""
     return next((f[name] for f in result.judges.values() if name in f), math.nan)
 
 

@@ -1,12 +1,12 @@
 """Selects one set of strengths and options per method, on the seen combinations.
 
-For a choice ``c`` of a method, over the seen combinations ``S`` that the method has:
+For a choice ``c`` of a method, over the seen combinations ``S`` to which the method applies:
 
-    accuracy(c)   = mean over S of the share of texts that have all the properties at once
+    accuracy(c)   = mean over S of the share of texts with all the properties at once
     perplexity(c) = exp(mean over S of ln(total perplexity))
 
-Of the choices whose accuracy is at most ``tolerance`` below the highest one, that of the lowest
-perplexity is taken, and of equals the first: the same rule for every method.
+Among the choices whose accuracy is at most ``tolerance`` below the highest one, the first one with
+the lowest perplexity is selected. The rule is the same for every method.
 """
 
 import math
@@ -29,7 +29,7 @@ from vllm_steer.steers import Steer
 
 @dataclass(frozen=True)
 class SelectionScores:
-    """What decides: accuracy, and perplexity as its price."""
+    """The criteria of the selection: accuracy and perplexity."""
 
     accuracy: float
     perplexity: float
@@ -40,10 +40,10 @@ Measure = Callable[[Choice, Combination], SelectionScores]
 
 @dataclass(frozen=True)
 class SelectedStrengths:
-    """What was chosen and on what.
+    """The result of the selection.
 
-    ``methods`` has the choice of each method that any seen combination has, ``best`` the fixed
-    strengths that are best for each seen combination by itself, ``tried`` what was measured.
+    ``methods`` has the choice of each method that applies to a seen combination, ``best_fixed`` the
+    best fixed strengths of each seen combination by itself, ``measurements`` all scores.
     """
 
     methods: Mapping[Method, Choice]
@@ -52,7 +52,7 @@ class SelectedStrengths:
 
 
 class StrengthSelection:
-    """Chooses for every method, on texts of ``part``: the choosing prompts' or the test's own."""
+    """Selects a choice per method, on texts of ``part``: selection prompts or test prompts."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class StrengthSelection:
 
     @property
     def candidates(self) -> list[Candidate]:
-        """The texts to choose on, each once; none of a method that has a single choice."""
+        """The text sets to score, without duplicates; none for a method with a single choice."""
         unique = {
             candidate.name: candidate
             for method, space in self._spaces.items()
@@ -86,7 +86,7 @@ class StrengthSelection:
     def select(
         self, measurements: Sequence[tuple[Candidate, SelectionScores]]
     ) -> SelectedStrengths:
-        """The choices, from the figures of all ``candidates``."""
+        """Select the choices, given the scores of all ``candidates``."""
         by_name = {candidate.name: figures for candidate, figures in measurements}
 
         def measure(choice: Choice, combination: Combination) -> SelectionScores:
@@ -108,10 +108,10 @@ def choose(
     measure: Measure,
     tolerance: float,
 ) -> Choice:
-    """The best of some choices over some combinations, see the module.
+    """The best choice over some combinations; the module's docstring has the rule.
 
-    A text of no perplexity (NaN) is as bad as one of an infinite one. Raises ``SteerError`` where
-    nothing is there to choose on.
+    An undefined perplexity (NaN) counts as infinite. Raises ``SteerError`` without choices or
+    without combinations.
     """
     if not options or not combinations:
         raise SteerError("there are no strengths to select from, or no combinations to select on")

@@ -1,4 +1,4 @@
-"""What a comparison is asked to do, and what is settled before anything is written."""
+"""The settings of a comparison, and the checks and metadata derived from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,11 +21,12 @@ _VERSIONS: Final = ("torch", "vllm")
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """What is asked: a model, the file of properties, prompts, and how to sample.
+    """What to compare: model, specification file, prompts, judges, sampling and engine options.
 
-    Strengths and options are chosen on the ``choosing`` prompts, without them on the same prompts
-    that are reported. ``tolerance`` is that of ``choose``. ``judges`` are judges of the texts as a
-    whole; perplexity by the model itself and diversity stand for those kinds where none is given.
+    Strengths and options are selected on ``selection_prompts``, or on ``prompts`` without them.
+    ``tolerance`` is that of ``choose``. ``judges`` score whole texts; perplexity by the model
+    itself and diversity are added unless a judge of that kind is given. ``folder`` is the run
+    folder; ``restart`` discards a run in it.
     """
 
     model: str
@@ -41,14 +42,14 @@ class ComparisonSettings:
 
     @property
     def specs(self) -> tuple[str, ...]:
-        """Perplexity and diversity first, then the judges given beside them."""
+        """The judge specifications: default ones first, then those given."""
         kinds = {spec.partition(":")[0] for spec in self.judges}
         usual = {"perplexity": f"perplexity:{self.model}", "diversity": "diversity"}
         return (*(spec for kind, spec in usual.items() if kind not in kinds), *self.judges)
 
 
 def check_doses(spec: ComparisonSpec, steers: Mapping[str, Steer]) -> None:
-    """Raise ``SteerError`` for a dose that a request could not have."""
+    """Raise ``SteerError`` for a dose that is invalid in a request."""
     for method in spec.methods:
         for choice in choices(method, spec, steers):
             for name, dose in choice.doses.items():
@@ -58,7 +59,10 @@ def check_doses(spec: ComparisonSpec, steers: Mapping[str, Steer]) -> None:
 def comparison_metadata(
     settings: ComparisonSettings, spec: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> dict[str, Any]:
-    """All that decides the texts of a request; combinations and strengths may be added."""
+    """Everything that determines the texts of a request: the settings of the run.
+
+    Combinations and strengths are not part of it, so a later run may add some.
+    """
     from vllm_steer.version import __version__
 
     return {

@@ -37,7 +37,7 @@ Combination = tuple[str, ...]
 
 
 def _as_list(value: Any) -> Any:
-    """One value stands for a list of it."""
+    """A single value becomes a list of one."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -52,12 +52,12 @@ _STRICT: Final = ConfigDict(extra="forbid", frozen=True)
 
 
 class Property(BaseModel):
-    """A property: the steer that brings it about, the judge that says whether a text has it.
+    """A property: the steer that induces it and the judge that detects it.
 
-    ``strengths`` are tried at fixed strength and on a schedule, ``max`` as the maximum of a dynamic
-    strength; ``dynamic`` False keeps the steer at a fixed strength among dynamic ones. ``opposite``
-    asks the judge for the other side. ``layers`` and ``phase`` are as in a request; a dynamic
-    strength has no phase.
+    ``strengths`` are tried as fixed strengths and with schedules, ``max`` as maxima of dynamic
+    strengths. ``dynamic`` False keeps the strength fixed when other properties are dynamic.
+    ``opposite`` inverts the judge's verdict. ``layers`` and ``phase`` are as in a request; a
+    dynamic strength has no phase.
     """
 
     model_config = _STRICT
@@ -82,12 +82,12 @@ class Property(BaseModel):
 
 
 class ComparisonSpec(BaseModel):
-    """The file as a whole; paths are absolute once it is loaded.
+    """The specification file; ``load`` makes its paths absolute.
 
-    Strengths and options are chosen on the ``seen`` combinations and taken over for the ``unseen``
-    ones. ``top_p`` and ``kl`` are tried for dynamic strengths, the same for all properties.
-    ``examples`` name a file of prompts with demonstrations per combination, see ``dppl``;
-    ``demonstrations`` and ``instruction`` are for those of inputs and outputs.
+    Strengths and options are selected on the ``seen`` combinations and applied to the ``unseen``
+    ones. ``top_p`` and ``kl`` are tried for dynamic strengths, with one value for all properties.
+    ``examples`` maps combinations to files of prompts with demonstrations, see ``dppl``;
+    ``demonstrations`` and ``instruction`` apply to files of inputs and outputs.
     """
 
     model_config = _STRICT
@@ -104,7 +104,7 @@ class ComparisonSpec(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> "ComparisonSpec":
-        """Read the file. Raises ``SteerError`` with each wrong value and what is expected."""
+        """Read a file. Raises ``SteerError`` with each invalid value and what is expected."""
         path = Path(path)
         if not os.path.isfile(path):
             problem = "is not a regular file" if os.path.lexists(path) else "no such file"
@@ -123,7 +123,7 @@ class ComparisonSpec(BaseModel):
 
     @property
     def combinations(self) -> tuple[Combination, ...]:
-        """The seen ones first."""
+        """All combinations, the seen ones first."""
         return (*self.seen, *self.unseen)
 
     @field_validator("properties")
@@ -188,7 +188,7 @@ class ComparisonSpec(BaseModel):
             )
 
     def _normalized(self, folder: Path) -> "ComparisonSpec":
-        """Absolute paths; each combination once, its properties in the order of the file."""
+        """Absolute paths and distinct combinations, with properties in the order of the file."""
         order = list(self.properties)
 
         def ordered(combination: Combination) -> Combination:
@@ -215,7 +215,7 @@ def _absolute(folder: Path, path: Path) -> Path:
 
 
 def label(combination: Combination) -> str:
-    """As it stands in the file: ``fr+cheer``."""
+    """The name of a combination, as in the file: ``fr+cheer``."""
     return "+".join(combination)
 
 
