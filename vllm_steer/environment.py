@@ -5,12 +5,12 @@ from typing import Final
 
 DISABLE: Final = "VLLM_STEER_DISABLE"
 ACTIVE: Final = "VLLM_STEER_ACTIVE"
-"""What the processes that vLLM starts are to wrap, words separated by commas."""
+"""The features whose wrappers vLLM's child processes install, separated by commas."""
 STEERING: Final = "steering"
 REPORTS: Final = "reports"
-"""The way of strengths to the user, which every request may ask for."""
+"""The feature that reports strengths to the user."""
 STREAMS: Final = "streams"
-"""The streams of dynamic requests."""
+"""The feature of streams of dynamic requests."""
 
 
 def is_active(word: str) -> bool:

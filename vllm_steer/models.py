@@ -9,7 +9,7 @@ from vllm_steer import embedded
 from vllm_steer.errors import SteerError, cause
 
 EMBEDDED = "embedded"
-"""The name of the model that comes with the package."""
+"""The name of the model that is part of the package."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _device(requested: str | None) -> torch.device:
     name = requested or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch says both of a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
         raise SteerError(f"device {name}: cannot be used ({cause(error)})") from error
     if device.type == "meta":
         raise SteerError(f"device {name}: holds no values; give cpu or cuda")

@@ -11,10 +11,10 @@ from vllm_steer.foreign import printable
 from vllm_steer.optional import require_package
 
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""That those who see colours differently can tell apart (Okabe and Ito)."""
+"""A palette for colour-blind readers (Okabe and Ito)."""
 _LONGEST: Final = 100
 _PLAIN: Final = {"text.usetex": False}
-"""Whatever the user's settings say: TeX would obey a file's name."""
+"""Overrides the user's settings: TeX would interpret a file name."""
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def picture(path: str | Path, *, dpi: int = 150, **options: Any) -> Iterator[Any
 
     Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
-    # A figure of its own draws with Agg and needs no display; pyplot would keep it.
+    # Figure draws with Agg, without a display; pyplot would keep a reference to it.
     figure_class = require_package("matplotlib.figure").Figure
     with require_package("matplotlib").rc_context(_PLAIN), warnings.catch_warnings():
         for warning in ("Glyph .* missing from", "constrained_layout not applied"):
@@ -41,4 +41,4 @@ def label(text: str) -> str:
     printable_text = printable(text, _LONGEST).replace("$", r"\$")
     return (
         f" {printable_text}" if printable_text.startswith("_") else printable_text
-    )  # a legend leaves out what begins so
+    )  # a legend omits labels that begin with _

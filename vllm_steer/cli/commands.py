@@ -55,7 +55,7 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # Typer suggests names of these for one that is misspelt.
+        # Typer suggests these names for a misspelt one.
         self.commands.update({n: TyperCommand(n, help=e.help) for n, e in COMMANDS.items()})
 
     def list_commands(self, ctx: Any) -> list[str]:

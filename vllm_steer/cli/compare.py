@@ -66,7 +66,7 @@ def compare(
     from vllm_steer.optional import require_package
 
     if plot:
-        require_package("matplotlib")  # now, not after hours of generating
+        require_package("matplotlib")  # fail before the generation
     selection_prompts = None
     if choose_prompts is not None:
         selection_prompts = read_prompts(choose_prompts, field=prompt_field)

@@ -57,7 +57,7 @@ def convert(
         say_json({**summary, "output": str(output)})
     else:
         Console().print(_table(summary, title=str(output)))
-    sys.stdout.flush()  # what fails, fails before the file is there
+    sys.stdout.flush()  # fail before the file is written
     save_steer(loaded.steer, output)
 
 
@@ -97,7 +97,7 @@ def _head_summary(steer: LMSteer) -> dict[str, Any]:
 def _layers_summary(steer: VectorSteer | DeltaSteer) -> dict[str, Any]:
     if isinstance(steer, DeltaSteer):
         fields: dict[str, Any] = {"schedule": steer.schedule, "steps": steer.steps}
-        # Of each layer the largest step: later steps fade.
+        # The maximum over the steps of each layer: later steps decay.
         norms = steer.delta.double().norm(dim=2).amax(dim=0)
     else:
         fields = {"mode": steer.mode}

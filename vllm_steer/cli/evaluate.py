@@ -83,7 +83,7 @@ def evaluate(
     from vllm_steer.optional import require_package
 
     if plot:
-        require_package("matplotlib")  # now, not after hours of generating
+        require_package("matplotlib")  # fail before the generation
     dose_options: dict[str, Any] = {"layers": layers, "phase": phase, "schedule": schedule}
     settings = EvaluationSettings(
         model=model,

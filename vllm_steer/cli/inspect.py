@@ -106,7 +106,7 @@ def _column_table(column: Mapping[str, Any], top: int) -> RenderableType:
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    # Not every row has every figure: a layer that was only probed has no norm.
+    # Rows differ in their figures: a layer that was only probed has no norm.
     names = list(dict.fromkeys([*_FIRST, *(name for row in layers for name in row)]))
     names = [name for name in names if any(name in row for row in layers)]
     columns = [Column(name.replace("_", " "), _figure) for name in names]

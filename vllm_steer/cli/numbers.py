@@ -3,4 +3,4 @@
 from typing import Final
 
 MOST: Final = 2**31 - 1
-"""Of counts and seeds: what every library underneath can count to."""
+"""Maximum of counts and seeds that all libraries used here accept."""

@@ -160,7 +160,7 @@ def _select_and_write(
         best = result.choose()
         if write:
             write_choice(result, best)
-    except SteerError as error:  # the points took long to measure: they are shown first
+    except SteerError as error:  # the points took long to measure; show them first
         return best, None, error
     return best, result.settings.steer if write else None, None
 

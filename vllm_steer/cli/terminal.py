@@ -20,7 +20,7 @@ from rich.text import Text
 from vllm_steer.foreign import printable
 
 LONGEST: Final = 1000
-"""Characters of one text, such as a cell."""
+"""Maximum characters of one text, such as a cell."""
 
 
 class Console(RichConsole):
@@ -30,7 +30,7 @@ class Console(RichConsole):
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
-        protect(self.file)  # Rich itself shortens by a letter that not every encoding has
+        protect(self.file)  # Rich's ellipsis is not in every encoding
 
     def render_str(
         self,

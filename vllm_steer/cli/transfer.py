@@ -143,7 +143,7 @@ def _save(
     from vllm_steer.fit.recipe import recipe
 
     recipe_data = recipe("transfer", model=target, data=data, settings=settings, figures=figures)
-    if steer.recipe is not None:  # of the steer in its own model
+    if steer.recipe is not None:  # the recipe of the original steer
         recipe_data = {**recipe_data, "source": steer.recipe}
     save_steer(replace(steer, base_model=target, recipe=recipe_data), output)
 

@@ -43,7 +43,7 @@ REQUESTS: tuple[Request, ...] = (
     ),
     Request("body field", "formality -5", {"steer": "formality:-5"}),
     Request("body field", "french +5, sentiment -5", {"steer": {"french": 5, "sentiment": -5}}),
-    # Guidance inside the layers: concept vectors, an added vector, step deltas.
+    # Steers inside the layers: concept vectors, an added vector, step deltas.
     Request("body field", "french-vector", {"steer": "french-vector"}),
     Request("body field", "german-vector +3.5", {"steer": {"german-vector": 3.5}}),
     Request("body field", "formality-vector +3", {"steer": "formality-vector:3"}),
@@ -52,10 +52,10 @@ REQUESTS: tuple[Request, ...] = (
     Request("body field", "formality-vector +3, answer, layers 2-3", {"steer": FORMAL_ANSWER}),
     Request("vllm_xargs", "german-delta +1.5", {"vllm_xargs": {"steer": "german-delta:1.5"}}),
     Request("body field", "french-delta +2, first step", {"steer": FIRST_STEP}),
-    # As much of each as it would change the next token.
+    # Dynamic strengths.
     Request("body field", "german-delta, dynamic", {"steer": "german-delta:dynamic"}),
     Request("body field", "french-delta, sentiment, dynamic", {"steer": COMPOSED}),
-    # Both at once.
+    # Steers at the LM head and inside the layers.
     Request("body field", "german-vector, sentiment +5", {"steer": "german-vector,sentiment:5"}),
     Request(
         "model name",

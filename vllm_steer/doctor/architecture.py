@@ -77,7 +77,7 @@ def read_architecture(name: str) -> Architecture:
         try:
             widths[site] = _width(model, site)
         except SteerError as error:
-            # The rest names every model that works.
+            # The rest of the message lists the supported models.
             reasons[site] = str(error).partition("; steers at the LM head work")[0]
     return Architecture(name, model, widths, reasons)
 

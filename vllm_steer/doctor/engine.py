@@ -15,7 +15,7 @@ from typing import Final
 from vllm_steer.doctor.engine_process import EngineOutput, Job
 
 _ENVIRONMENT: Final = {
-    # In the frontend's process: requests then come in whole batches, and equal ones run alike.
+    # In-process scheduling: requests arrive in whole batches, and equal batches run identically.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",

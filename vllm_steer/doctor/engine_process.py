@@ -69,7 +69,7 @@ def serve(job: Job, output_path: Path) -> None:
         "steers": {name: {"path": path} for name, path in job.steers.items()},
         "limits": {"max_steers_per_request": len(job.steers)},
     }
-    # Equal batches are computed alike only where nothing is left over from the batch before.
+    # With prefix caching, equal batches would not be computed identically.
     llm = LLM(
         job.model,
         skip_tokenizer_init=True,

@@ -89,7 +89,7 @@ def memory_use(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dt
         inside,
         layers=sorted({layer for steer in inside.values() for layer in steer.layers}),
         device=_CPU,
-        # The attention's projection ends in the hidden size; here only the size counts.
+        # Only the shape of the attention's output projection matters here.
         project=lambda _layer, rows: rows.new_zeros(rows.shape[0], hidden_size),
     )
     return MemoryUse(

@@ -29,15 +29,16 @@ from vllm_steer.steers import Steer
 
 PART = "parity"
 TOLERANCE: Final = {"float32": 1e-3}
-"""Largest difference of a log-probability. In a narrower dtype two implementations differ by more,
-as the unsteered model shows: there it is ``WIDER`` times its difference, but at least ``FLOOR`` and
-at most ``CEILING``, which is also what the unsteered model may differ by.
+"""Maximum difference of a log-probability.
+
+In a narrower dtype it is ``WIDER`` times the difference of the unsteered model, at least ``FLOOR``
+and at most ``CEILING``, which is also the tolerance of the unsteered model.
 """
 WIDER: Final = 4.0
 FLOOR: Final = 0.05
 CEILING: Final = 0.5
 PLAIN: Final = 4.0
-"""So many tolerances a steer has to change log-probabilities by, to be told from rounding."""
+"""A steer must change log-probabilities by this many tolerances, to exclude rounding."""
 _LONGEST: Final = 256
 
 

@@ -13,7 +13,7 @@ from vllm_steer.steers.sites import VectorSite
 from vllm_steer.steers.vector import Mode
 
 TOKENS: Final = 8
-"""How many tokens each request writes, and how many steps the delta has."""
+"""Tokens that each request generates, and steps of the delta."""
 _RANK: Final = 8
 _INSIDE: Final[Mapping[str, tuple[str, Mode]]] = {
     "resid-add": ("resid", "add"),
@@ -29,7 +29,7 @@ _TEXTS: Final = (
 )
 
 Sizes = Mapping[str, torch.Tensor]
-"""Mean norm of what each site holds, ``[layers]``; of the logits less their mean, ``[1]``."""
+"""Mean activation norm per site, ``[layers]``; for centred logits ``[1]``."""
 
 
 def prompts(architecture: Architecture, tokenizer: Any) -> list[list[int]]:

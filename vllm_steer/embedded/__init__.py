@@ -17,6 +17,6 @@ french-delta, german-delta.
 """
 
 STEER_CONFIG: Path = Path(__file__).parent / "steers.yaml"
-"""A steer config with all of them and two presets."""
+"""A steer config with all these steers and two presets."""
 
 __all__ = ["MODEL", "STEERS", "STEER_CONFIG"]

@@ -19,7 +19,7 @@ LANGUAGES: Final = ("en", "fr", "de", "es")
 SENTIMENTS: Final = ("positive", "negative")
 FORMALITIES: Final = ("formal", "informal")
 
-# Neutral in sentiment and formality: all three labels but the language are open after them.
+# Neutral in sentiment and formality, which are undetermined after these prompts.
 NEUTRAL_PROMPTS: Final = (
     "The hotel was",
     "The food was",
@@ -34,7 +34,7 @@ NEUTRAL_PROMPTS: Final = (
     "The train was",
     "The jacket was",
 )
-# Headings common to all four languages: the language is open as well.
+# Headings common to all four languages: the language is undetermined as well.
 OPEN_PROMPTS: Final = (
     "Hotel Astoria:",
     "Pizzeria Luna:",
@@ -50,7 +50,7 @@ OPEN_PROMPTS: Final = (
     "Boutique Vega:",
 )
 
-# English is what the neutral prompts are written in, so it has the largest share.
+# English has the largest share because the neutral prompts are English.
 _LANGUAGE_WEIGHTS: Final = (0.4, 0.2, 0.2, 0.2)
 _SLOT: Final = re.compile(r"<(\w+)>")
 _INDEFINITE: Final = re.compile(r"\ba (?=[aeio]|u(?!s))")
@@ -58,7 +58,7 @@ _INDEFINITE: Final = re.compile(r"\ba (?=[aeio]|u(?!s))")
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and its labels: `en`, `fr`, `de`, `es`; `positive`, `negative`; `formal`, `informal`"""
+    """A text and its labels: `en`, `fr`, `de`, `es`; `positive`, `negative`; `formal`, ..."""
 
     text: str
     language: str
@@ -150,7 +150,7 @@ class _Writer:
         yield "openings"
         for _ in range(self.rng.randint(1, 3)):
             yield self.rng.choices(("claims", "fillers"), (0.75, 0.25))[0]
-        # Every closing carries evidence of both labels, so each sample has some.
+        # Every closing indicates both labels, so each sample does.
         yield "closings"
 
     def sentence(self, kind: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 Strengths = Mapping[str, tuple[float, ...]]
-"""By a dynamic steer's name its strength at each token of one text."""
+"""The strength at each token of one text, by dynamic steer."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vllm_steer.evaluation.means import mean, spread
 T = TypeVar("T")
 _BATCH: Final = 32
 _THRESHOLD: Final = 0.5
-_EMPTY_TEXT: Final = "\n"  # what an empty text is given as: some tokenizers make no token of ""
+_EMPTY_TEXT: Final = "\n"  # some tokenizers give no token for ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
         tokenizer.model_max_length,
         getattr(model.config, "max_position_embeddings", tokenizer.model_max_length),
     )
-    # A model without a padding token cannot tell where a padded text ends.
+    # Without a padding token the model cannot find the end of a padded text.
     step = _BATCH if model.config.pad_token_id is not None and tokenizer.pad_token else 1
     batches = [torch.empty(0, model.config.num_labels, dtype=torch.float64)]
     for start in range(0, len(texts), step):

@@ -51,7 +51,7 @@ def _match_norms(random: dict[str, torch.Tensor], steer: Steer) -> dict[str, tor
         assert steer.projector2 is not None
         target_norms = product_norms(steer.projector1, steer.projector2)
         random_norms = product_norms(random["projector1"], random["projector2"])
-        # Half of the scale on each factor: both keep a size that float32 holds well.
+        # The square root on each factor keeps both within the range of float32.
         factor = (target_norms / random_norms).sqrt()[:, None, None]
         return {name: tensor * factor for name, tensor in random.items()}
     return {name: _match_row_norms(random[name], tensor) for name, tensor in steer.tensors.items()}

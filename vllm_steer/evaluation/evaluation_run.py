@@ -11,7 +11,12 @@ from vllm_steer.evaluation.answers import Judge
 from vllm_steer.evaluation.control import random_steer
 from vllm_steer.evaluation.generation import EngineOptions
 from vllm_steer.evaluation.json_files import write_json
-from vllm_steer.evaluation.missing_texts import GenerationTask, Progress, write_missing
+from vllm_steer.evaluation.missing_texts import (
+    GenerationTask,
+    Progress,
+    no_progress,
+    write_missing,
+)
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import EvaluationReport, JudgeEntry, make_report, markdown
 from vllm_steer.evaluation.run import Condition, Run, condition_grid, open_run
@@ -59,7 +64,7 @@ class EvaluationSettings:
 
 
 def evaluate(
-    settings: EvaluationSettings, make_judges: MakeJudges, progress: Progress
+    settings: EvaluationSettings, make_judges: MakeJudges, progress: Progress = no_progress
 ) -> EvaluationReport:
     """Run or resume an evaluation and write its report into the run folder.
 
@@ -115,7 +120,7 @@ def run_metadata(settings: EvaluationSettings, steer: Steer) -> dict[str, Any]:
     """
     from vllm_steer.version import __version__
 
-    # The digest leaves the schedule out: a request chooses it, and this one takes the file's.
+    # The digest excludes the schedule, which a request may override; here it affects the texts.
     schedule = {"schedule": steer.schedule} if isinstance(steer, DeltaSteer) else {}
     return {
         "model": settings.model,

@@ -13,9 +13,9 @@ from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.models import model_path
 
-# Requests that vLLM is given at once: enough to fill any batch, few enough to hold in memory.
+# Requests per call of LLM.generate: enough to fill a batch, few enough for the host memory.
 _MAX_REQUESTS: Final = 2048
-# Figures alone go to standard output.
+# Standard output has figures only.
 _ENVIRONMENT: Final = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -119,7 +119,7 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        # Quicker to start. On a GPU the engine's own process gives all memory back as it ends.
+        # Faster to start. On a GPU, only the exit of a separate engine process frees all memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         llm = LLM(

@@ -62,7 +62,7 @@ def check_code(code: str) -> None:
     """Raise ``SteerError`` for a language that langdetect does not support."""
     factory = require_package("langdetect.detector_factory")
     factory.init_factory()
-    # The public functions make their own detector from this factory; only it knows the list.
+    # langdetect has no public function for its list of languages.
     codes = sorted(factory._factory.get_lang_list())
     if code not in codes:
         raise SteerError(

@@ -17,7 +17,7 @@ from vllm_steer.evaluation.means import mean_over_prompts
 from vllm_steer.foreign import listed, shown
 
 Verdict = Callable[[str], float | None]
-"""1.0 or 0.0 for a text; None where nothing tells."""
+"""1.0 or 0.0 for a text; None if undecided."""
 
 _WORD: Final = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 _SIDES: Final = ("positive", "negative")
@@ -113,7 +113,7 @@ def _words(path: Path, side: str, entries: Any) -> frozenset[str]:
         raise SteerError(f"lexicon {path}: {side} is {shown(entries)}; expected a list of words")
     for word in entries:
         if not isinstance(word, str) or not _WORD.fullmatch(word):
-            # YAML reads an unquoted no or yes as a truth value.
+            # YAML reads an unquoted no or yes as a boolean.
             raise SteerError(
                 f"lexicon {path}: {side} has {shown(word)}; expected a single word, in quotes "
                 "where YAML reads it as something else"

@@ -1,7 +1,7 @@
 """Generates the texts that a run folder does not have yet."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,17 @@ class ProgressCallback(Protocol):
 
 
 Progress = Callable[[str, int | None], AbstractContextManager[ProgressCallback]]
+"""``progress(description, total)`` shows a progress bar while the block runs."""
+
+
+@contextmanager
+def no_progress(description: str, total: int | None = None) -> Iterator[ProgressCallback]:
+    """Show no progress."""
+
+    def advance(done: int, *, description: str | None = None) -> None:
+        pass
+
+    yield advance
 
 
 @dataclass(frozen=True)

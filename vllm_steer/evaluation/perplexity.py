@@ -26,9 +26,9 @@ from vllm_steer.evaluation.means import mean
 from vllm_steer.models import LanguageModel
 
 OUTLIER: Final = 1e4
-"""Perplexities from here on are left out of the authors' mean."""
+"""The authors' mean excludes perplexities from this value on."""
 
-_LOGITS: Final = 1 << 25  # at most this many at once, unless a single text needs more
+_LOGITS: Final = 1 << 25  # maximum logits per batch, except for a single longer text
 _LARGEST_EXPONENT: Final = 700.0
 
 

@@ -25,7 +25,7 @@ from vllm_steer.optional import require_package
 
 Array = npt.NDArray[np.float64]
 
-_MAX_PERPLEXITY: Final = 2000.0  # of the perplexities that b is fitted to
+_MAX_PERPLEXITY: Final = 2000.0  # upper limit of the perplexities that b is fitted to
 _POINTS: Final = 200
 _MAX_EVALUATIONS: Final = 20000
 _NO_SLOPE: Final = 1e-6
@@ -126,7 +126,7 @@ def _fit(x: Array, y: Array, b: float) -> tuple[float, float]:
         return _curve(x, a, b, c)
 
     with warnings.catch_warnings():
-        # A flat spot has no covariance; only the parameters are wanted.
+        # The covariance is undefined at a flat optimum, and unused.
         warnings.simplefilter("ignore", optimize.OptimizeWarning)
         try:
             a, c = optimize.curve_fit(curve, x, y, p0=(0.0, 0.0), maxfev=_MAX_EVALUATIONS)[0]

@@ -13,7 +13,7 @@ from vllm_steer.markdown import markdown_text
 from vllm_steer.tables import Column, Table, figure, markdown_list
 
 PERPLEXITY: Final = "total_perplexity"
-"""The figure of perplexity that effects are set against: outliers are in it."""
+"""The perplexity figure that normalises effects; it includes outliers."""
 
 STEERS: Final[tuple[SteerRole, ...]] = ("steer", "random")
 
@@ -175,7 +175,7 @@ def _normalised(
 ) -> Pnes | str:
     try:
         return perplexity_normalised_effect(strengths, effects, perplexities)
-    except SteerError as error:  # too few strengths, say: no reason to lose the other figures
+    except SteerError as error:  # such as too few strengths: keep the other figures
         return str(error)
 
 

@@ -36,7 +36,7 @@ class Sampling:
             "temperature": (0 <= self.temperature < math.inf, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
-            # The last text's seed is a signed number of 64 bits as well.
+            # The last text's seed must fit a signed 64-bit integer as well.
             "seed": (0 <= self.seed <= _LARGEST_SEED - self.samples, "0 to 2^63 - 1 - samples"),
         }
         for name, (is_valid, allowed) in checks.items():

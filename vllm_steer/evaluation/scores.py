@@ -8,7 +8,7 @@ from vllm_steer.evaluation.run import Condition, Run
 
 Figures = Mapping[str, float]
 Scores = Mapping[str, Mapping[str, Figures]]
-"""Figures by judge's name and by setting's name."""
+"""Figures by judge and condition."""
 
 
 def score(

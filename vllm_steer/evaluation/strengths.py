@@ -48,7 +48,7 @@ def _range(part: str, spec: str) -> list[float]:
     steps = (last - first) / step
     if steps >= _MOST:
         raise SteerError(f"strengths {spec!r:.100} are more than {_MOST}; use a larger step")
-    # Rounded, so that 3 steps of 0.1 are 0.3; the tolerance lets such a step meet the last value.
+    # Rounding makes 3 steps of 0.1 equal 0.3; the tolerance includes such a last value.
     return [round(first + i * step, 12) + 0.0 for i in range(math.floor(steps + 1e-9) + 1)]
 
 

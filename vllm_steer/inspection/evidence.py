@@ -48,7 +48,7 @@ class Evidence:
 
     text: str
     strength: float
-    tokens: tuple[float, ...]  # of each token but the first, in nats
+    tokens: tuple[float, ...]
     spans_for: tuple[TextSpan, ...]
     spans_against: tuple[TextSpan, ...]
 
@@ -86,7 +86,7 @@ def text_evidence(
     sides = []
     for sign in (1.0, -1.0):
         best = best_spans([sign * value for value in values], spans=spans, longest=longest)
-        # Evidence begins at token 1: place t of the values is token t + 1.
+        # Evidence begins at token 1: values[t] belongs to token t + 1.
         sides.append(
             tuple(_in_text(text, offsets, s.begin + 1, s.end, sign * s.total) for s in best)
         )

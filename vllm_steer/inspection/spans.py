@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 _NONE = 0  # no span ends here
-_FEWER = -1  # another span gains nothing up to here
+_FEWER = -1  # the best total up to here uses fewer spans
 _ROUNDING = 1e-9
 
 

@@ -52,7 +52,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         _held.reset(token)
         _release(Path(folder), descriptor)
         if created:
-            with suppress(OSError):  # what a run has written into stays
+            with suppress(OSError):  # a folder with files of a run is kept
                 os.rmdir(folder)
 
 
@@ -86,7 +86,7 @@ def _acquire(folder: Path) -> int:
         except SteerError:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder has just removed the file: once more with a new one
+        os.close(descriptor)  # the previous holder has just removed the file: retry with a new one
 
 
 def _lock(folder: Path, descriptor: int) -> None:
@@ -124,7 +124,7 @@ def _holder_record() -> bytes:
 
 def _release(folder: Path, descriptor: int) -> None:
     _descriptors.discard(descriptor)
-    with suppress(OSError):  # removed while it is locked: nobody can have got it before
+    with suppress(OSError):  # removed while locked, so no other process can hold it
         if _is_current(folder, descriptor):
             os.unlink(folder / LOCK)
     os.close(descriptor)

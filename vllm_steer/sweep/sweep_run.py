@@ -105,7 +105,9 @@ class SweepResult:
         }
 
 
-def sweep(settings: SweepSettings, make_judge: MakeJudge, on_point: OnPoint) -> SweepResult:
+def sweep(
+    settings: SweepSettings, make_judge: MakeJudge, on_point: OnPoint = lambda *_: None
+) -> SweepResult:
     """Measure the unsteered model and all points of a search, in one engine.
 
     ``make_judge`` maps a judge specification to a judge. ``on_point`` receives the number of points

@@ -8,7 +8,7 @@ from vllm_steer.foreign import is_number, shown
 
 LabelMap = Callable[[Any], float]
 
-# As the LM-Steer authors' training script maps them; their yelp map is not symmetric.
+# The maps of the LM-Steer authors' training script; their yelp map is not symmetric.
 LABEL_MAPS: Final[Mapping[str, Mapping[str, float]]] = {
     "sst2": {"0": -1.0, "1": 1.0},
     "sst5": {"0": -1.0, "1": -0.5, "2": 0.0, "3": 0.5, "4": 1.0},

@@ -52,7 +52,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         problem = "is not a regular file" if os.path.lexists(path) else "no such file"
         raise SteerError(f"{path}: {problem}; give a file of texts")
     try:
-        # A byte that is no UTF-8 becomes a lone surrogate, so that its row can be named.
+        # An invalid UTF-8 byte becomes a lone surrogate, so that the error can name its row.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for line, values in reader(file):
                 yield _row(f"{path.name}:{line}", values)
@@ -220,7 +220,7 @@ class _JsonReader:
                 raise _MalformedFileError(f"{self.line}: {error}") from None
             except (ValueError, RecursionError) as error:
                 end, problem = len(self._text), _cause(error)
-            # At the end of what was read, a number may go on in the next chunk.
+            # A number at the end of a chunk may continue in the next one.
             if end < len(self._text):
                 self.line += self._text.count("\n", self._position, end)
                 self._position = end

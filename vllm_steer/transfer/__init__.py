@@ -1,4 +1,11 @@
-"""LM-Steers from one model to another, over the vocabulary that both have."""
+"""Transfer of LM-Steers between models, over their shared vocabulary.
+
+``transfer_steer`` maps a steer to another model, and ``measure_effect`` and ``match_strength``
+compare the effects; they are behind ``vllm-steer transfer``.
+
+The names in ``__all__`` follow the version number: they change only with a new minor version and a
+line in CHANGELOG.md; everything else may change at any time.
+"""
 
 from vllm_steer.transfer.effect import Effect, match_strength, measure_effect
 from vllm_steer.transfer.embedding_map import SOLVERS, Solver, fit_matrix

@@ -51,7 +51,7 @@ def orthogonal(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 def least_squares(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """``B`` of the solver ``least-squares``, with the minimum norm if it is not unique."""
-    # gelsd, by singular values, is the driver that takes a matrix without full rank.
+    # Only the SVD-based driver gelsd accepts a rank-deficient matrix on the CPU.
     matrix: torch.Tensor = torch.linalg.lstsq(target, source, driver="gelsd").solution
     return matrix
 

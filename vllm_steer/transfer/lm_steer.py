@@ -100,7 +100,7 @@ def transfer_steer(
 def map_columns(steer: LMSteer, matrix: torch.Tensor) -> LMSteer:
     """Map a steer of variant ``multiply`` or ``add`` through ``B [d_to, d_from]``."""
     tensors: dict[str, Any] = {
-        # B P of each column, or a row A times B^T: both sum over the source's width.
+        # B P of each column, or A B^T: both sum over the source's width.
         name: torch.einsum("ed,sd...->se...", matrix, tensor.to(matrix)).to(tensor.dtype)
         for name, tensor in steer.tensors.items()
     }

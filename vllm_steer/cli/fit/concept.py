@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm_steer.texts.conversations import Conversation
 
 _LONGEST: Final = 10_000
-"""Characters of a conversation that are shown."""
+"""Maximum characters of a conversation that are printed."""
 
 
 def concept(

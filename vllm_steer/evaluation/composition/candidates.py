@@ -12,7 +12,7 @@ from vllm_steer.steers import DeltaSteer, Steer
 from vllm_steer.steers.schedules import SCHEDULES
 
 Doses = Mapping[str, Mapping[str, Any]]
-"""By property, which is the steer's name in the engine as well."""
+"""Doses by property; in the engine, a steer has the name of its property."""
 
 Part = Literal["choosing", "test", "examples"]
 

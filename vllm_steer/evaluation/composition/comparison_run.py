@@ -34,7 +34,12 @@ from vllm_steer.evaluation.composition.settings import (
 from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec
 from vllm_steer.evaluation.evaluation_run import MakeJudges
 from vllm_steer.evaluation.json_files import write_json
-from vllm_steer.evaluation.missing_texts import GenerationTask, Progress, write_missing
+from vllm_steer.evaluation.missing_texts import (
+    GenerationTask,
+    Progress,
+    no_progress,
+    write_missing,
+)
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.run import Run, open_run
 from vllm_steer.evaluation.sampling import Sampling
@@ -46,7 +51,7 @@ from vllm_steer.steers import Steer
 
 
 def compare(
-    settings: ComparisonSettings, make_judges: MakeJudges, progress: Progress
+    settings: ComparisonSettings, make_judges: MakeJudges, progress: Progress = no_progress
 ) -> ComparisonReport:
     """Run or resume a comparison and write its report into the run folder.
 

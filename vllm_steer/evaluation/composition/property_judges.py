@@ -9,7 +9,7 @@ from vllm_steer.evaluation.judges import make_judge
 from vllm_steer.evaluation.means import mean
 
 Verdicts = Sequence[Sequence[bool]]
-"""By prompt and text."""
+"""Verdicts by prompt and text."""
 
 
 class PropertyJudges:

@@ -16,7 +16,7 @@ from vllm_steer.tables import Column, Table, figure, markdown_list
 
 ALL: Final = "all"
 BEST_FIXED: Final = "best fixed"
-"""The fixed strengths that are best for one seen combination alone: no unseen one can have them."""
+"""The best fixed strengths of a single seen combination; an unseen combination has none."""
 
 _FIGURES: Final = {PERPLEXITY: "perplexity", "median": "median", "dist-2": "dist-2"}
 

@@ -210,7 +210,7 @@ class ComparisonSpec(BaseModel):
 def _absolute(folder: Path, path: Path) -> Path:
     try:
         return folder / path.expanduser()
-    except RuntimeError as error:  # ~ of somebody who is not known here
+    except RuntimeError as error:  # ~user of an unknown user
         raise SteerError(f"{path}: is not a valid path ({error})") from None
 
 
