@@ -1,7 +1,7 @@
-"""Happy and sad children's stories, written from templates: `python tests/stories.py FOLDER`.
+"""Children's stories with a happy or a sad end, from templates: `python tests/stories.py FOLDER`.
 
-Writes ``happy.txt`` and ``sad.txt`` (a story a line), ``prompts.txt`` (beginnings that leave the
-end open) and ``lexicon.yaml`` (the words that tell the one from the other, for a lexicon judge).
+Writes ``happy.txt`` and ``sad.txt`` (one story per line), ``prompts.txt`` (beginnings that both
+share) and ``lexicon.yaml`` (the words that distinguish them, for a lexicon judge).
 """
 
 import argparse
@@ -66,9 +66,9 @@ _BEGINNINGS: Final = (
 
 
 def stories(side: str, count: int, *, seed: int = 0) -> list[str]:
-    """``count`` different stories that end ``happy`` or ``sad``, the same for the same arguments.
+    """``count`` distinct stories that end ``happy`` or ``sad``, deterministic for equal arguments.
 
-    The sides differ in their middles and ends alone; there are some ten thousand of each.
+    The two kinds differ only in their middles and ends; there are about ten thousand of each.
     """
     rng = random.Random(seed)
     texts: dict[str, None] = {}
@@ -78,7 +78,7 @@ def stories(side: str, count: int, *, seed: int = 0) -> list[str]:
 
 
 def prompts() -> list[str]:
-    """Beginnings that both sides have."""
+    """Beginnings that both kinds share."""
     pairs = itertools.product(_WHO[:3], _BEGINNINGS)
     return [
         _filled(beginning, who, _THINGS[0], _PLACES[0]) + f" {who[2]}" for who, beginning in pairs
@@ -86,7 +86,7 @@ def prompts() -> list[str]:
 
 
 def write(folder: Path, *, count: int = 300, seed: int = 0) -> None:
-    """All files into a folder."""
+    """Write all files into a folder."""
     for side in SIDES:
         (folder / f"{side}.txt").write_text("\n".join(stories(side, count, seed=seed)) + "\n")
     (folder / "prompts.txt").write_text("\n".join(prompts()) + "\n")

@@ -1,4 +1,4 @@
-"""The commands of the documentation run, page by page, as they stand there."""
+"""The commands of the documentation, run page by page exactly as written."""
 
 import os
 import re
@@ -27,7 +27,7 @@ _FENCE = re.compile(r"^(`{3,})(.*)$")
 
 
 def blocks(markdown: str, language: str = "sh") -> list[str]:
-    """The fenced blocks of one language in their order."""
+    """The fenced blocks of one language, in order."""
     result: list[str] = []
     fence, expected, lines = "", False, []
     for line in markdown.splitlines():
@@ -45,7 +45,7 @@ def blocks(markdown: str, language: str = "sh") -> list[str]:
 
 
 def run(commands: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
-    """Run blocks as one script in ``folder``; empty, or what failed with the end of its output."""
+    """Run blocks as one script in ``folder``; return the error with its output, else nothing."""
     log = folder.with_name(f"{folder.name}.log")
     saved = {name: value for name, value in os.environ.items() if name not in OURS}
     environment = {
@@ -82,7 +82,7 @@ def run(commands: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
 
 
 def subcommands(command: Any = None, before: str = "vllm-steer") -> list[str]:
-    """Every command of the command line as it is typed."""
+    """Every command of the command line as typed."""
     command = command or typer.main.get_command(app)
     if not hasattr(command, "list_commands"):
         return [before]

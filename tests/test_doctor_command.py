@@ -1,4 +1,4 @@
-"""``vllm-steer doctor`` as a user runs it, with a real engine of its own."""
+"""``vllm-steer doctor`` with a real engine."""
 
 import json
 import os

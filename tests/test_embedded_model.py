@@ -1,5 +1,5 @@
-"""The embedded model follows its steers: LM-Steers by a generation loop written here and nowhere
-else, vectors and deltas on Hugging Face's `generate`.
+"""The embedded model responds to its steers: LM-Steers in a generation loop of this test, vectors
+and deltas in Hugging Face's `generate`.
 """
 
 import itertools
@@ -135,7 +135,7 @@ def _guided(setting: str, samples: int) -> tuple[str, ...]:
 
 
 def guided(strengths: measure.Strengths, samples: int = 16) -> tuple[str, ...]:
-    """Texts after the open prompts, each setting sampled once."""
+    """Texts after the open prompts; each setting is sampled once."""
     return _guided(json.dumps(strengths), samples)
 
 

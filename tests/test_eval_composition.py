@@ -127,7 +127,7 @@ def test_the_first_strength_is_the_divergence_of_the_first_token(report: Any, fo
 
 
 def _top(logits: torch.Tensor) -> list[int]:
-    """The likeliest tokens up to the one that takes their sum beyond one half."""
+    """The most probable tokens up to the one at which their sum exceeds one half."""
     top_tokens: list[int] = []
     total = 0.0
     for token in logits.argsort(descending=True).tolist():

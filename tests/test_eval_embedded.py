@@ -1,4 +1,4 @@
-"""``vllm-steer eval`` on the embedded model, in a process of its own with a real engine."""
+"""``vllm-steer eval`` on the embedded model, in a separate process with a real engine."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def asked(folder: Path, prompts: Path) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def killed(folder: Path, line: Any) -> dict[str, Any]:
-    """What a run leaves that is killed as soon as its first setting is finished."""
+    """The run folder of a run that was killed after its first condition."""
     first = folder / "generations" / "none.jsonl"
     process = subprocess.Popen(command(*line), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     give_up = time.monotonic() + 120
@@ -81,7 +81,7 @@ def killed(folder: Path, line: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def evaluated(killed: Any, line: Any) -> subprocess.CompletedProcess[str]:
-    """The same command again, to its end: all figures below are those of a run that was killed."""
+    """The report of the same command after it resumed: all tests below use that run."""
     return run(*line)
 
 

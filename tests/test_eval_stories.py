@@ -1,4 +1,4 @@
-"""Fit, eval and sweep, one after the other, on a real model: stories that end happily or sadly."""
+"""Fit, eval and sweep in sequence on a real model: stories that end happily or sadly."""
 
 import json
 import os

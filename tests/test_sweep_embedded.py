@@ -1,4 +1,4 @@
-"""``vllm-steer sweep`` on the embedded model, in a process of its own with a real engine."""
+"""``vllm-steer sweep`` on the embedded model, in a separate process with a real engine."""
 
 import dataclasses
 import json

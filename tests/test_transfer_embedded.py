@@ -1,7 +1,7 @@
-"""The embedded model's sentiment steer in a second model: half of its effect is kept at least.
+"""The embedded model's sentiment steer keeps at least half of its effect in a second model.
 
-What the steer does is counted in sampled text: the share of positive texts by the lexicon, at +v
-less at -v. No part of the transfer looks at it.
+The effect is measured on sampled texts: the share of positive texts by the lexicon, at +v minus
+that at -v. The transfer itself does not use it.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ def transferred(models: dict[str, Any], steer: LMSteer, solver: Solver) -> Trans
 
 
 def gap(model: Any, steer: LMSteer, strength: float, samples: int = SAMPLES) -> float:
-    """The share of positive texts at +strength less that at -strength."""
+    """The share of positive texts at +strength minus that at -strength."""
     shares = [
         lexicon.positive_share(
             sample(
@@ -96,7 +96,7 @@ def test_texts_speak_for_the_transferred_steer_too(models: dict[str, Any], steer
 
 
 class _Vocabulary:
-    """A tokenizer's table and no more."""
+    """A tokenizer with only a vocabulary."""
 
     def __init__(self, numbers: dict[str, int]) -> None:
         self._numbers = numbers

@@ -1,4 +1,4 @@
-"""An engine and a judge that stand in for real ones, for tests of evaluations."""
+"""A fake engine and a fake judge for tests of evaluations."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ from vllm_steer.sweep import sweep_run
 
 
 @dataclass
-class StandIn:
-    """Writes `good` in 10 + 2 * strength of 20 texts; remembers what it is asked."""
+class FakeEngine:
+    """A fake engine: 10 + 2 * strength of 20 texts are `good`; it records its requests."""
 
     requests: list[Any] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
     fails_after: int = 1000
 
     @contextmanager
-    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["StandIn"]:
+    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["FakeEngine"]:
         assert all(path.exists() for path in files.values())
         self.files = dict(files)
         yield self
@@ -49,8 +49,8 @@ class StandIn:
 
 
 @dataclass(frozen=True)
-class Price:
-    """A stand-in for perplexity: 4 times 1 + the share of good texts above one half."""
+class FakePerplexity:
+    """A fake perplexity judge: 4 times 1 plus the share of good texts above one half."""
 
     name: str = "perplexity:m"
     effect: None = None
@@ -61,13 +61,13 @@ class Price:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    engine = StandIn()
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
     monkeypatch.setattr(missing_texts, "engine", engine.engine)
     monkeypatch.setattr(sweep_run, "engine", engine.engine)
     from vllm_steer.evaluation import judges
 
-    monkeypatch.setitem(judges._BUILDERS, "perplexity", lambda *_: Price())  # type: ignore[index]
+    monkeypatch.setitem(judges._BUILDERS, "perplexity", lambda *_: FakePerplexity())  # type: ignore[index]
     return engine
 
 

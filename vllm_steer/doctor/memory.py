@@ -58,12 +58,14 @@ def config_memory(
     steers = {
         name: load_steer(entry.path, **entry.facts) for name, entry in sorted(config.steers.items())
     }
-    unfit = {name: reason for name, s in steers.items() if (reason := _unfit(architecture, s))}
-    fitting = {name: steer for name, steer in steers.items() if name not in unfit}
+    mismatches = {
+        name: reason for name, s in steers.items() if (reason := _mismatch(architecture, s))
+    }
+    fitting = {name: steer for name, steer in steers.items() if name not in mismatches}
     use = memory_use(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
     for name, steer in steers.items():
-        if name in unfit:
-            yield Finding(PART, name, "FAILED", unfit[name])
+        if name in mismatches:
+            yield Finding(PART, name, "FAILED", mismatches[name])
         else:
             size = use.steers[name]
             message = f"{_size(size)}, {steer.kind} at {steer.site}"
@@ -139,7 +141,7 @@ def _table_bytes(table: SiteTable) -> int:
     return sum(table.nbytes for table in tables if table is not None)
 
 
-def _unfit(architecture: Architecture, steer: Steer) -> str:
+def _mismatch(architecture: Architecture, steer: Steer) -> str:
     """The reason why a steer does not fit a model; empty if it fits."""
     try:
         with hf.steered(architecture.model, {"steer": 1.0}, {"steer": steer}):

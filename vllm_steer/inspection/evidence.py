@@ -114,8 +114,8 @@ def _log_likelihoods(model: Any, steer: Steer, ids: torch.Tensor, strength: floa
     with hf.steered(model, {"steer": strength}, {"steer": steer}, prompt_length=1):
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     wide = widened(logits)
-    chosen = wide.gather(1, tokens[0, 1:, None])[:, 0]
-    return chosen - wide.logsumexp(dim=1)
+    token_logits = wide.gather(1, tokens[0, 1:, None])[:, 0]
+    return token_logits - wide.logsumexp(dim=1)
 
 
 def _encode(model: LanguageModel, text: str) -> tuple[torch.Tensor, list[tuple[int, int]]]:

@@ -202,7 +202,7 @@ class _JsonReader:
                 if letter not in " \t\r\n":
                     return letter
                 self.step()
-            if not self._more():
+            if not self._read_more():
                 return ""
 
     def step(self) -> None:
@@ -229,15 +229,15 @@ class _JsonReader:
                 raise _MalformedFileError(
                     f"{self.line}: invalid JSON within {_LONGEST} characters ({problem})"
                 )
-            if not self._more():
+            if not self._read_more():
                 raise _MalformedFileError(f"{self.line}: invalid JSON ({problem})")
 
-    def _more(self) -> bool:
+    def _read_more(self) -> bool:
         """Read as much as is unparsed, so that a long item is parsed only a few times."""
         unread = self._text[self._position :]
-        more = self._file.read(max(_CHUNK, len(unread)))
-        self._text, self._position = unread + more, 0
-        return bool(more)
+        chunk = self._file.read(max(_CHUNK, len(unread)))
+        self._text, self._position = unread + chunk, 0
+        return bool(chunk)
 
 
 def _csv(file: IO[str]) -> Iterator[tuple[int, Any]]:

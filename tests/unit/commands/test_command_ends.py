@@ -1,4 +1,4 @@
-"""How a command ends: one line and an exit code, whatever goes wrong."""
+"""Every error of a command is one line and an exit code."""
 
 import os
 import shlex

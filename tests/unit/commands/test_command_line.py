@@ -1,4 +1,4 @@
-"""The command line as a whole: fast help, the version, and a line for each command."""
+"""The command line: fast help, the version, and a line for each command."""
 
 import subprocess
 import sys

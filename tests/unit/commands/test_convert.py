@@ -1,4 +1,4 @@
-"""``vllm-steer convert``: any tool's file becomes one of vllm-steer's, and is described."""
+"""``vllm-steer convert``: converts the files of other tools and summarises them."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ from vllm_steer.cli import app
 
 
 def convert(*arguments: Any) -> Any:
-    """The command in this process; a refusal is raised."""
+    """Run the command in this process; raise its ``SteerError``."""
     result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
     if isinstance(result.exception, SteerError):
         raise result.exception
@@ -33,7 +33,7 @@ def convert(*arguments: Any) -> Any:
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a separate process."""
     run = "from vllm_steer.cli import main; main()"
     line = [sys.executable, "-c", run, "convert", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=120)

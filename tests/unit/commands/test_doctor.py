@@ -1,4 +1,4 @@
-"""The parts of the doctor: what a model's config and the environment tell."""
+"""The doctor's checks of a model's config and of the environment."""
 
 import io
 from pathlib import Path

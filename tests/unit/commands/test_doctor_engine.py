@@ -1,4 +1,4 @@
-"""The doctor's engine, in a process of its own: why it ended, and what it had answered."""
+"""The doctor's engine process: why it ended, and its output until then."""
 
 import re
 import stat

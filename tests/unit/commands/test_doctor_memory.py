@@ -1,4 +1,4 @@
-"""The doctor's account of memory."""
+"""The doctor's report of memory."""
 
 from pathlib import Path
 from typing import Any

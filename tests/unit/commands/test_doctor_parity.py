@@ -1,4 +1,4 @@
-"""The doctor's comparison of an engine's answers with the reference's."""
+"""The doctor's comparison of an engine's output with the reference."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ def model() -> Any:
 
 @torch.no_grad()
 def greedy(model: Any, steer: LMSteer | None, prompt: list[int], strength: float) -> Completion:
-    """Greedy text of softmax(W (c + epsilon v A)), one forward pass a token."""
+    """Greedy tokens of softmax(W (c + epsilon v A)), with one forward pass per token."""
     tokens: list[int] = []
     logprobs: list[float] = []
     for _ in range(6):
@@ -37,7 +37,7 @@ def greedy(model: Any, steer: LMSteer | None, prompt: list[int], strength: float
     return Completion({"it": strength} if steer else {}, prompt, tokens, logprobs)
 
 
-def served(model: Any, steer: LMSteer, strength: float = 1.0) -> EngineOutput:
+def engine_output(model: Any, steer: LMSteer, strength: float = 1.0) -> EngineOutput:
     prompts = [[5, 6, 7], [40, 50, 60, 70]]
     unsteered = [greedy(model, None, prompt, 0) for prompt in prompts]
     large = [greedy(model, steer, prompt, strength) for prompt in prompts]
@@ -47,7 +47,7 @@ def served(model: Any, steer: LMSteer, strength: float = 1.0) -> EngineOutput:
 
 def test_answers_by_the_formula_are_found_equal(model: Any) -> None:
     steer = add_steer()
-    findings = by_name(compare(model, {"it": steer}, served(model, steer)))
+    findings = by_name(compare(model, {"it": steer}, engine_output(model, steer)))
     assert [findings[name].state for name in ("unsteered", "it")] == ["ok", "ok"]
     assert findings["it"].figures["difference"] < 1e-4
     assert findings["it"].figures["agreement"] == 1
@@ -55,14 +55,14 @@ def test_answers_by_the_formula_are_found_equal(model: Any) -> None:
 
 
 def test_a_wrong_reference_is_reported_as_failed(model: Any) -> None:
-    findings = by_name(compare(model, {"it": add_steer(2)}, served(model, add_steer(1))))
+    findings = by_name(compare(model, {"it": add_steer(2)}, engine_output(model, add_steer(1))))
     assert findings["unsteered"].state == "ok"
     assert findings["it"].state == "FAILED" and "not steered" not in findings["it"].message
     assert failed(list(findings.values()))
 
 
 def test_an_engine_that_does_not_steer_is_reported_as_such(model: Any) -> None:
-    answers = served(model, add_steer())
+    answers = engine_output(model, add_steer())
     plain = [replace(a, setting={"it": 1.0}) for a in answers.batches["unsteered"]]
     answers.batches["large"] = plain
     findings = by_name(compare(model, {"it": add_steer()}, answers))
@@ -74,7 +74,7 @@ def test_an_engine_that_does_not_steer_is_reported_as_such(model: Any) -> None:
 
 def test_a_steer_too_weak_to_tell_is_not_tested(model: Any) -> None:
     weak = add_steer(size=1e-4)
-    findings = by_name(compare(model, {"it": weak}, served(model, weak)))
+    findings = by_name(compare(model, {"it": weak}, engine_output(model, weak)))
     assert (
         findings["it"].state == "not tested"
         and "too small a change to verify" in findings["it"].message
@@ -84,7 +84,7 @@ def test_a_steer_too_weak_to_tell_is_not_tested(model: Any) -> None:
 def test_a_token_that_is_not_the_references_choice_fails_though_its_logprob_is_right(
     model: Any,
 ) -> None:
-    answers = served(model, add_steer())
+    answers = engine_output(model, add_steer())
     first = answers.batches["unsteered"][0]
     with torch.no_grad():
         logits = model(torch.tensor([first.prompt])).logits[0, -1]
@@ -102,7 +102,7 @@ def test_a_narrow_dtype_is_judged_by_how_far_the_unsteered_model_is_off(model: A
         ]
 
     def judged(unsteered: float, large: float) -> list[str]:
-        answers = replace(served(model, add_steer(size=3)), dtype="bfloat16")
+        answers = replace(engine_output(model, add_steer(size=3)), dtype="bfloat16")
         off(answers, "unsteered", unsteered)
         off(answers, "large", large)
         return [f.state for f in compare(model, {"it": add_steer(size=3)}, answers)]
@@ -115,7 +115,7 @@ def test_a_narrow_dtype_is_judged_by_how_far_the_unsteered_model_is_off(model: A
 
 
 def test_zero_steers_must_keep_every_bit(model: Any) -> None:
-    answers = served(model, add_steer())
+    answers = engine_output(model, add_steer())
     assert zero_steers(answers).state == "ok"
     first, second = answers.batches["zero"]
     bit = [torch.nextafter(torch.tensor(x), torch.tensor(0.0)).item() for x in first.logprobs]
@@ -125,7 +125,7 @@ def test_zero_steers_must_keep_every_bit(model: Any) -> None:
 
 
 def test_steers_that_the_engine_did_not_come_to_are_not_tested(model: Any) -> None:
-    answers = served(model, add_steer())
+    answers = engine_output(model, add_steer())
     del answers.batches["large"]
     findings = by_name(compare(model, {"it": add_steer()}, answers))
     assert (findings["unsteered"].state, findings["it"].state) == ("ok", "not tested")

@@ -1,4 +1,4 @@
-"""Evidence against two forward passes with the steer's equation written out."""
+"""Evidence, compared with two forward passes that apply the steer's equation."""
 
 from types import SimpleNamespace
 from typing import Any

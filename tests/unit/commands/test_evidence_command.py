@@ -1,4 +1,4 @@
-"""``vllm-steer evidence``: where its texts come from and what it prints."""
+"""``vllm-steer evidence``: its inputs and its output."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ BLAME = "The hotel was dreadful. I regret every minute of it."
 
 
 def evidence(*arguments: Any) -> str:
-    """What the command prints; a refusal is raised."""
+    """The output of the command; raises its ``SteerError``."""
     line = ["evidence", str(SENTIMENT), "embedded", *map(str, arguments)]
     result = CliRunner().invoke(app, line)
     if isinstance(result.exception, SteerError):

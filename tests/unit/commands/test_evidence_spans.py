@@ -1,4 +1,4 @@
-"""The span search against all choices of spans."""
+"""The span search, compared with an exhaustive search."""
 
 import itertools
 import random
@@ -10,15 +10,15 @@ from vllm_steer.inspection import best_spans
 
 
 def by_brute_force(values: Sequence[float], spans: int, longest: int) -> float:
-    """The best total over every choice of at most so many spans that share no place."""
+    """The best total over all sets of at most ``spans`` disjoint spans."""
     every = [
         (a, b) for a in range(len(values)) for b in range(a + 1, min(a + longest, len(values)) + 1)
     ]
     best = 0.0
     for count in range(1, spans + 1):
-        for chosen in itertools.combinations(every, count):
-            if all(x[1] <= y[0] for x, y in itertools.pairwise(chosen)):
-                best = max(best, sum(sum(values[a:b]) for a, b in chosen))
+        for subset in itertools.combinations(every, count):
+            if all(x[1] <= y[0] for x, y in itertools.pairwise(subset)):
+                best = max(best, sum(sum(values[a:b]) for a, b in subset))
     return best
 
 

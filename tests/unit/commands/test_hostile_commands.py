@@ -1,4 +1,4 @@
-"""Commands on a terminal, given foreign texts: nothing is obeyed, and no file is half done."""
+"""Commands with untrusted text on a terminal: printed literally, and no partial files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from command_tools import MAIN, call, steer_of
-from eval_tools import StandIn
+from eval_tools import FakeEngine
 from hostile_texts import HOSTILE, assert_shown
 
 from vllm_steer import SteerError, VectorSteer, load_steer, save_steer
@@ -24,7 +24,7 @@ ALL = "".join(text for text in HOSTILE.values() if len(text) < 1000)
 
 
 def on_a_terminal(*line: Any, **environment: str) -> tuple[int, str]:
-    """Exit code and output of a command in a process of its own on a pseudo-terminal."""
+    """Exit code and output of a command in a separate process on a pseudo-terminal."""
     ours, theirs = pty.openpty()
     arguments = {**os.environ, "COLUMNS": "100", **environment}
     command = [sys.executable, "-c", MAIN, *(os.fspath(part) for part in line)]
@@ -86,7 +86,7 @@ def test_a_picture_takes_any_name(tmp_path: Path) -> None:
 
 
 def foreign_names(folder: Path) -> Mapping[str, Any]:
-    """The stand-in's folder again, with foreign names of everything in it."""
+    """The fixture's folder with untrusted text in every name."""
     name = ALL.replace("/", "-")[:120]
     words, prompts = folder / f"w{name}.yaml", folder / f"p{name}.txt"
     (folder / "words.yaml").rename(words)
@@ -96,7 +96,7 @@ def foreign_names(folder: Path) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("shown_as", ["tables", "json"])
-def test_eval_shows_foreign_names(folder: Path, stand_in: StandIn, shown_as: str) -> None:
+def test_eval_shows_foreign_names(folder: Path, fake_engine: FakeEngine, shown_as: str) -> None:
     pytest.importorskip("matplotlib")
     foreign, run = foreign_names(folder), folder / "run"
     line = ["eval", f"m{ALL}", foreign["steer"], "--prompts", foreign["prompts"], "--out", run]
@@ -110,7 +110,7 @@ def test_eval_shows_foreign_names(folder: Path, stand_in: StandIn, shown_as: str
     assert json.loads((run / "report.json").read_text())["model"] == f"m{ALL}"
 
 
-def test_sweep_shows_foreign_names(folder: Path, stand_in: StandIn) -> None:
+def test_sweep_shows_foreign_names(folder: Path, fake_engine: FakeEngine) -> None:
     pytest.importorskip("matplotlib")
     foreign = foreign_names(folder)
     line = ["sweep", f"m{ALL}", foreign["steer"], "--prompts", foreign["prompts"]]
@@ -152,9 +152,11 @@ def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.Mo
     from vllm_steer.evaluation import judges, missing_texts
 
     pytest.importorskip("matplotlib")
-    engine = comparison_tools.StandIn()
+    engine = comparison_tools.FakeEngine()
     monkeypatch.setattr(missing_texts, "engine", engine.engine)
-    monkeypatch.setitem(judges._BUILDERS, "perplexity", lambda *_: comparison_tools.Price())  # type: ignore[index]
+    monkeypatch.setitem(
+        judges._BUILDERS, "perplexity", lambda *_: comparison_tools.FakePerplexity()
+    )  # type: ignore[index]
     name = ALL.replace("/", "-")[:100]
     (tmp_path / f"w{name}.yaml").write_text("positive: [good]\nnegative: [bad]\n")
     (tmp_path / f"p{name}.txt").write_text("It was\n")

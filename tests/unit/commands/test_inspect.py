@@ -1,4 +1,4 @@
-"""``vllm-steer inspect``: what is said of each kind of steer file."""
+"""``vllm-steer inspect``: the description of each kind of steer file."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SENTIMENT = STEERS / "sentiment.safetensors"
 
 
 def inspect(*arguments: Any) -> str:
-    """What the command prints; a refusal is raised."""
+    """The output of the command; raises its ``SteerError``."""
     result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
     if isinstance(result.exception, SteerError):
         raise result.exception
@@ -37,7 +37,7 @@ def saved(steer: Steer, folder: Path) -> Path:
 
 
 def probed() -> VectorSteer:
-    """A concept of layers 1 and 3 of 0 to 3, all probed; nothing was left to validate layer 3."""
+    """A concept vector with layers 1 and 3; layers 0 to 3 were probed, 3 without validation."""
     recipe = {
         "method": "concept",
         "figures": {

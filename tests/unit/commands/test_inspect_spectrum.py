@@ -1,4 +1,4 @@
-"""Singular values through the factors against the decomposition of the whole matrix."""
+"""Singular values from the factors, compared with the decomposition of the full matrix."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Nearest tokens against scores counted by hand; the output embedding against the loaded model."""
+"""Nearest tokens, compared with scores by hand; output embeddings, with those of loaded models."""
 
 import json
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_a_steer_of_another_width_is_refused(steer: Any, message: str) -> None:
 
 
 def saved(folder: Path, **changes: Any) -> Path:
-    """A small Llama in a folder; its head is its own unless the change ties it."""
+    """Save a small Llama; its head is untied unless a keyword ties it."""
     config = transformers.LlamaConfig(
         vocab_size=40,
         hidden_size=8,
@@ -155,7 +155,7 @@ def loaded(folder: Path) -> torch.Tensor:
 
 @pytest.fixture
 def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Call it once what is expected has been loaded."""
+    """Make every later load of a model fail."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the whole model is loaded")

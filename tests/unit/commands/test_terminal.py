@@ -1,4 +1,4 @@
-"""Foreign text on a terminal: shown, bounded, never obeyed; in tables, titles, bars and lines."""
+"""Untrusted text on a terminal is printed literally and truncated: tables, titles, bars, lines."""
 
 import io
 import json
@@ -24,7 +24,7 @@ hostile = pytest.mark.parametrize("text", TEXTS, ids=IDS)
 
 
 class Stream(io.TextIOWrapper):
-    """A terminal of some encoding that fails at what it does not have."""
+    """A terminal with an encoding that raises errors for characters it lacks."""
 
     def __init__(self, encoding: str = "utf-8") -> None:
         super().__init__(io.BytesIO(), encoding=encoding, errors="strict")
@@ -104,8 +104,8 @@ def test_json_is_read_back_and_shows_nothing_else(
 @hostile
 def test_a_bar_shows_its_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream()
-    made = lambda **_: terminal(stream)  # noqa: E731
-    monkeypatch.setattr(progress_module, "Console", made)
+    make_console = lambda **_: terminal(stream)  # noqa: E731
+    monkeypatch.setattr(progress_module, "Console", make_console)
     with progress(text, 3) as advance:
         advance(1, description=text)
         advance(2)

@@ -1,4 +1,4 @@
-"""Transfer against explicit matrices, its solvers against naive ones, all in float64."""
+"""Transfer, compared with explicit matrices; solvers, with naive implementations in float64."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -182,7 +182,7 @@ def test_authors_solver_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def models(matrix: torch.Tensor | None = None) -> tuple[Any, Any]:
-    """Source and target, embedding and tokenizer: tokens 0 to 39 and 10 to 49 by name."""
+    """Embedding and tokenizer of source and target, with tokens 0 to 39 and 10 to 49."""
     target_rows = normal(SHARED, TO, seed=4)
     source_rows = normal(SHARED, FROM, seed=5)
     if matrix is not None:

@@ -17,7 +17,7 @@ SENTIMENT = STEERS / "sentiment.safetensors"
 
 
 def transfer(output: Path, *options: Any, steer: Path = SENTIMENT) -> str:
-    """What the command prints; a refusal is raised."""
+    """The output of the command; raises its ``SteerError``."""
     line = ["transfer", steer, "embedded", SISTER, output, *options]
     result = CliRunner().invoke(app, list(map(str, line)))
     if isinstance(result.exception, SteerError):

@@ -1,4 +1,4 @@
-"""The effect on labelled texts and the matching of strengths, on a model small enough to redo."""
+"""The effect on labelled texts and the matching of strengths, on a tiny model."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def model() -> LanguageModel:
 
 
 def add_steer(model: LanguageModel, epsilon: float = 0.5) -> LMSteer:
-    """Towards the embeddings of the positive texts' tokens and away from the negative one's."""
+    """A steer towards the embeddings of the positive texts and away from the negative ones."""
     head = model.model.get_output_embeddings().weight
     sides = [
         head[torch.tensor(model.tokenizer(TEXTS[row].text)["input_ids"])].sum(0) for row in (0, 1)
@@ -47,7 +47,7 @@ def add_steer(model: LanguageModel, epsilon: float = 0.5) -> LMSteer:
 
 
 def totals(model: LanguageModel, steer: LMSteer, strength: float) -> list[tuple[float, int]]:
-    """``log p_{+v}(x) - log p_{-v}(x)`` of each labelled text, and its tokens but the first."""
+    """``log p_{+v}(x) - log p_{-v}(x)`` of each text, and its number of predicted tokens."""
     result = []
     for text, label in TEXTS:
         if label == 0:
@@ -58,8 +58,8 @@ def totals(model: LanguageModel, steer: LMSteer, strength: float) -> list[tuple[
         total = 0.0
         for sign in (1, -1):
             logits = (h + sign * strength * steer.epsilon * steer.add[0]) @ head.T
-            chosen = logits.log_softmax(1)[:-1].gather(1, ids[1:, None])
-            total += sign * chosen.sum().item()
+            token_logits = logits.log_softmax(1)[:-1].gather(1, ids[1:, None])
+            total += sign * token_logits.sum().item()
         result.append((total, len(ids) - 1))
     return result
 

@@ -1,4 +1,4 @@
-"""Foreign text in Markdown comes out of a renderer as the text that it is."""
+"""Untrusted text in Markdown is rendered literally."""
 
 import pytest
 from hostile_texts import HOSTILE
@@ -36,7 +36,7 @@ def parser() -> MarkdownIt:
 
 
 def texts(source: str, kind: str) -> tuple[list[str], set[str]]:
-    """The text of each inline part, and every type of token that there is."""
+    """The text of each inline token, and the types of all tokens."""
     tokens = parser().parse(source)
     inline = [token for token in tokens if token.type == "inline"]
     inner = {child.type for token in inline for child in token.children or ()}

@@ -1,4 +1,4 @@
-"""Pictures: whole or not there, and their texts shown as they are, whatever the user's settings."""
+"""Pictures are written atomically and show texts literally, whatever the user's settings."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``vllm-steer eval`` and ``sweep`` with a stand-in engine: what it is asked, what is said."""
+"""``vllm-steer eval`` and ``sweep`` with a fake engine: their requests and their output."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from eval_tools import StandIn
+from eval_tools import FakeEngine
 from typer.testing import CliRunner
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, load_steer, save_steer
@@ -34,10 +34,10 @@ def sweep(folder: Path, *options: Any) -> Any:
     return call("sweep", folder, "--judge", f"lexicon:{folder / 'words.yaml'}", *options)
 
 
-def test_every_setting_is_asked_for_once(folder: Path, stand_in: StandIn) -> None:
+def test_every_setting_is_asked_for_once(folder: Path, fake_engine: FakeEngine) -> None:
     completed = evaluate(folder, "--json", "--layers", "1-2", "--phase", "prompt")
     options = {"layers": "1-2", "phase": "prompt"}
-    assert stand_in.requests == [
+    assert fake_engine.requests == [
         None,
         {"steer": {"strength": -2.0, **options}},
         {"steer": {"strength": 2.0, **options}},
@@ -52,39 +52,43 @@ def test_every_setting_is_asked_for_once(folder: Path, stand_in: StandIn) -> Non
 
 
 def test_a_deltas_schedule_is_asked_for_and_decides_the_run(
-    folder: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
     save_steer(DeltaSteer(delta=torch.ones(3, 2, 4), layers=(0, 1)), folder / "v")
     assert json.loads(evaluate(folder, "--json").stdout)["steer"]["schedule"] == "fixed"
     with pytest.raises(SteerError, match=r"steer\.schedule was 'fixed' and is now 'dim'"):
         evaluate(folder, "--schedule", "dim")
     evaluate(folder, "--schedule", "dim", "--restart")
-    assert stand_in.requests[-1] == {"random": {"strength": 2.0, "schedule": "dim"}}
+    assert fake_engine.requests[-1] == {"random": {"strength": 2.0, "schedule": "dim"}}
 
 
-def test_the_control_in_the_folder_is_the_one_that_was_run(folder: Path, stand_in: StandIn) -> None:
+def test_the_control_in_the_folder_is_the_one_that_was_run(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
     evaluate(folder)
-    assert stand_in.files["random"] == folder / "run" / "random.safetensors"
-    original, control = load_steer(folder / "v"), load_steer(stand_in.files["random"])
+    assert fake_engine.files["random"] == folder / "run" / "random.safetensors"
+    original, control = load_steer(folder / "v"), load_steer(fake_engine.files["random"])
     torch.testing.assert_close(control.vectors.norm(dim=1), original.vectors.norm(dim=1))
 
 
 def test_an_interrupted_run_goes_on_and_strengths_can_be_added(
-    folder: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
-    stand_in.fails_after = 2
+    fake_engine.fails_after = 2
     assert evaluate(folder).exit_code != 0
     assert not (folder / "run" / "report.json").exists()
-    stand_in.fails_after = 1000
+    fake_engine.fails_after = 1000
     evaluate(folder)
-    assert len(stand_in.requests) == 5
+    assert len(fake_engine.requests) == 5
     evaluate(folder, strengths="-2,2,4")
-    assert stand_in.requests[5:] == [{"steer": {"strength": 4.0}}, {"random": {"strength": 4.0}}]
+    assert fake_engine.requests[5:] == [{"steer": {"strength": 4.0}}, {"random": {"strength": 4.0}}]
     evaluate(folder)
-    assert len(stand_in.requests) == 7
+    assert len(fake_engine.requests) == 7
 
 
-def test_another_steer_under_the_same_name_is_another_run(folder: Path, stand_in: StandIn) -> None:
+def test_another_steer_under_the_same_name_is_another_run(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
     evaluate(folder)
     save_steer(VectorSteer(vectors=torch.ones(4, 3), layers=(0, 1, 2, 3)), folder / "v")
     with pytest.raises(SteerError, match=r"other settings: different steer\.sha256;"):
@@ -96,7 +100,7 @@ def test_another_steer_under_the_same_name_is_another_run(folder: Path, stand_in
 
 
 def test_what_is_wrong_is_said_before_anything_is_generated(
-    folder: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
     with pytest.raises(SteerError, match="judge 'taste' is unknown"):
         evaluate(folder, "--judge", "taste")
@@ -109,10 +113,10 @@ def test_what_is_wrong_is_said_before_anything_is_generated(
             *("eval", folder, "--strengths", "1", "--out", folder / "run"),
             *("--judge", "perspective", "--no-plot"),
         )
-    assert not stand_in.requests and not (folder / "run").exists()
+    assert not fake_engine.requests and not (folder / "run").exists()
 
 
-def test_a_sweep_writes_the_best_within_the_budget(folder: Path, stand_in: StandIn) -> None:
+def test_a_sweep_writes_the_best_within_the_budget(folder: Path, fake_engine: FakeEngine) -> None:
     # Good texts: 10 + 2 v of 20; perplexity ratio 1 + v / 10: within 1.35 lies v <= 3.5.
     completed = sweep(folder, "--strengths", "1:5:1", "--budget", 1.35, "--json", "--write")
     result = json.loads(completed.stdout)
@@ -122,9 +126,11 @@ def test_a_sweep_writes_the_best_within_the_budget(folder: Path, stand_in: Stand
     assert load_steer(folder / "v").layers == (0, 1, 2, 3)
 
 
-def test_a_sweep_asks_for_the_layers_of_each_candidate(folder: Path, stand_in: StandIn) -> None:
+def test_a_sweep_asks_for_the_layers_of_each_candidate(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
     sweep(folder, "--strengths", "2", "--budget", 1.35, "--layers", "all;1-2", "--write")
-    assert stand_in.requests == [
+    assert fake_engine.requests == [
         None,
         {"steer": {"strength": 2.0}},
         {"steer": {"strength": 2.0, "layers": "1-2"}},
@@ -133,7 +139,7 @@ def test_a_sweep_asks_for_the_layers_of_each_candidate(folder: Path, stand_in: S
 
 
 def test_without_a_choice_the_points_are_shown_and_the_file_stays(
-    folder: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
     before = (folder / "v").read_bytes()
     line = ["sweep", "m", folder / "v", "--prompts", folder / "prompts.txt", "--strengths", "4,5"]
@@ -150,7 +156,7 @@ def test_without_a_choice_the_points_are_shown_and_the_file_stays(
 
 @pytest.mark.parametrize("broken", ["plot", "steer"])
 def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
-    folder: Path, stand_in: StandIn, broken: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, fake_engine: FakeEngine, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise SteerError("no space left")
@@ -184,8 +190,8 @@ def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(
-    folder: Path, stand_in: StandIn, options: list[str], message: str
+    folder: Path, fake_engine: FakeEngine, options: list[str], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
         sweep(folder, *options)
-    assert not stand_in.requests
+    assert not fake_engine.requests

@@ -1,4 +1,4 @@
-"""``vllm-steer compare`` with a stand-in engine: the run and its report."""
+"""``vllm-steer compare`` with a fake engine: the run and its report."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from comparison_tools import TEXTS, Price, StandIn
+from comparison_tools import TEXTS, FakeEngine, FakePerplexity
 from typer.testing import CliRunner
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, save_steer
@@ -17,12 +17,12 @@ from vllm_steer.evaluation import missing_texts
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    engine = StandIn()
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
     monkeypatch.setattr(missing_texts, "engine", engine.engine)
     from vllm_steer.evaluation import judges
 
-    monkeypatch.setitem(judges._BUILDERS, "perplexity", lambda *_: Price())  # type: ignore[index]
+    monkeypatch.setitem(judges._BUILDERS, "perplexity", lambda *_: FakePerplexity())  # type: ignore[index]
     return engine
 
 
@@ -68,7 +68,7 @@ def rows(report: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
 
 
 def test_strengths_are_chosen_on_the_seen_and_taken_over_for_the_unseen(
-    folder: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
     completed = compare(folder, "--json", "--choose-prompts", folder / "others.txt")
     report = json.loads(completed.stdout)
@@ -81,15 +81,15 @@ def test_strengths_are_chosen_on_the_seen_and_taken_over_for_the_unseen(
     assert result["a+b", "dynamic"]["all"] == 1.0
     assert result["a+b", "none"]["all"] == 0.0
     # SelectedStrengths on the other prompts alone, reported on these alone.
-    prompts_by_steers = {steer and tuple(steer): set() for _, steer in stand_in.requests}
-    for prompts, steer in stand_in.requests:
+    prompts_by_steers = {steer and tuple(steer): set() for _, steer in fake_engine.requests}
+    for prompts, steer in fake_engine.requests:
         prompts_by_steers[steer and tuple(steer)].add(prompts)
     assert prompts_by_steers["a", "b"] == {("It was", "She was")}
     assert prompts_by_steers[None] == {("It was", "She was")}
     assert prompts_by_steers[("a",)] == {("He was",), ("It was", "She was")}
 
 
-def test_figures_are_those_of_the_texts(folder: Path, stand_in: StandIn) -> None:
+def test_figures_are_those_of_the_texts(folder: Path, fake_engine: FakeEngine) -> None:
     result = rows(json.loads(compare(folder, "--json").stdout))
     figures = result["a+b", "fixed"]["figures"]
     assert figures["perplexity:m"]["total_perplexity"] == 2 + 3
@@ -98,7 +98,7 @@ def test_figures_are_those_of_the_texts(folder: Path, stand_in: StandIn) -> None
     assert figures["diversity"]["dist-2"] == pytest.approx(4 / 12)
 
 
-def test_a_row_that_a_kind_does_not_have_is_named(folder: Path, stand_in: StandIn) -> None:
+def test_a_row_that_a_kind_does_not_have_is_named(folder: Path, fake_engine: FakeEngine) -> None:
     completed = compare(folder, "--json")
     report = json.loads(completed.stdout)
     assert [(a["combination"], a["method"]) for a in report["absent"]] == [
@@ -116,7 +116,9 @@ def test_a_row_that_a_kind_does_not_have_is_named(folder: Path, stand_in: StandI
     }
 
 
-def test_strengths_come_back_with_the_texts_and_as_curves(folder: Path, stand_in: StandIn) -> None:
+def test_strengths_come_back_with_the_texts_and_as_curves(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
     compare(folder, plot=True)
     run = folder / "run"
     strengths = json.loads((run / "strengths.json").read_text())
@@ -133,23 +135,23 @@ def test_strengths_come_back_with_the_texts_and_as_curves(folder: Path, stand_in
 
 
 def test_an_interrupted_comparison_goes_on_and_may_be_asked_for_more(
-    folder: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
-    stand_in.fails_after = 3
+    fake_engine.fails_after = 3
     assert compare(folder).exit_code != 0
     assert not (folder / "run" / "report.json").exists()
-    stand_in.fails_after = 1000
+    fake_engine.fails_after = 1000
     compare(folder)
-    num_requests = len(stand_in.requests)
+    num_requests = len(fake_engine.requests)
     compare(folder)
-    assert len(stand_in.requests) == num_requests
+    assert len(fake_engine.requests) == num_requests
     write(folder, unseen=[], seen=["a", "b", "a+b"])
     compare(folder, "--tolerance", "0.1")
-    new = [steer for _, steer in stand_in.requests[num_requests:]]
+    new = [steer for _, steer in fake_engine.requests[num_requests:]]
     assert new and all(set(steer) == {"a", "b"} for steer in new)
 
 
-def test_other_prompts_are_another_comparison(folder: Path, stand_in: StandIn) -> None:
+def test_other_prompts_are_another_comparison(folder: Path, fake_engine: FakeEngine) -> None:
     compare(folder)
     with pytest.raises(SteerError, match=r"choosing_prompts was None and is now \{'file'"):
         compare(folder, "--choose-prompts", folder / "others.txt")
@@ -167,15 +169,15 @@ def test_other_prompts_are_another_comparison(folder: Path, stand_in: StandIn) -
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(
-    folder: Path, stand_in: StandIn, options: list[str], message: str
+    folder: Path, fake_engine: FakeEngine, options: list[str], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
         compare(folder, *options)
-    assert not stand_in.requests and not (folder / "run").exists()
+    assert not fake_engine.requests and not (folder / "run").exists()
 
 
 def test_a_dose_that_no_request_could_have_is_refused_first(
-    folder: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
     content = yaml.safe_load((folder / "asked.yaml").read_text())
     content["properties"]["a"]["layers"] = "7"

@@ -1,4 +1,4 @@
-"""Properties and combinations: what a file may say, what is tried, what is chosen, what is told."""
+"""The parts of a comparison: specification, candidates, selection, property judges, curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -202,15 +202,15 @@ def test_over_combinations_shares_are_averaged_and_perplexities_by_their_logarit
 
 def test_one_strength_per_property_serves_all_seen_combinations(tmp_path: Path) -> None:
     spec = load(tmp_path, seen=["fr", "cheer", "fr+cheer"], methods=["fixed"])
-    choosing = StrengthSelection(spec, STEERS, 0.0)
+    selection = StrengthSelection(spec, STEERS, 0.0)
     # Alone fr does best at 1.5, and together with cheer at 1, by more.
     accuracy = {(1.5,): 0.6, (1,): 0.5, (2,): 1.0, (4,): 1.0, (1, 4): 0.9, (1.5, 4): 0.5}
-    tried = []
-    for candidate in choosing.candidates:
+    measurements = []
+    for candidate in selection.candidates:
         strengths = tuple(dose["strength"] for dose in candidate.steer.values())
-        tried.append((candidate, SelectionScores(accuracy.get(strengths, 0.1), 4.0)))
-    assert len(tried) == 2 + 2 + 4
-    selected = choosing.select(tried)
+        measurements.append((candidate, SelectionScores(accuracy.get(strengths, 0.1), 4.0)))
+    assert len(measurements) == 2 + 2 + 4
+    selected = selection.select(measurements)
     assert [dose["strength"] for dose in selected.methods["fixed"].doses.values()] == [1, 4]
     assert selected.best_fixed[("fr",)].of(("fr",)) == {
         "fr": {"strength": 1.5, "schedule": "fixed"}
@@ -219,11 +219,11 @@ def test_one_strength_per_property_serves_all_seen_combinations(tmp_path: Path) 
 
 def test_nothing_is_tried_where_there_is_one_choice(tmp_path: Path) -> None:
     fr = {**FR, "strengths": 1}
-    choosing = StrengthSelection(
+    selection = StrengthSelection(
         load(tmp_path, properties={"fr": fr}, seen="fr"), {"fr": DELTA}, 0.02
     )
-    assert choosing.candidates == []
-    selected = choosing.select([])
+    assert selection.candidates == []
+    selected = selection.select([])
     assert list(selected.methods) == ["none", "fixed", "start", "dim", "dynamic"]
 
 

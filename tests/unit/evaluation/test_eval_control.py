@@ -1,4 +1,4 @@
-"""The random control: everything is the steer's own but the direction, the norms included."""
+"""The random control keeps all properties of the steer, including norms, but the direction."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""dPPL beside its definition computed another way, and listed strengths on Hugging Face."""
+"""dPPL, compared with another computation of its definition; lists of strengths in Hugging Face."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What vLLM is asked for each text, and how its texts come back."""
+"""The requests that vLLM gets for each text, and the texts that come back."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from vllm_steer.evaluation.sampling import Sampling, sampling_of
 
 
 class FakeLLM:
-    """Answers each request with its prompt's first token, its seed and its steer."""
+    """Answers each request with the first token of its prompt, its seed and its steer."""
 
     def __init__(self, max_model_len: int = 100) -> None:
         config = SimpleNamespace(max_model_len=max_model_len)

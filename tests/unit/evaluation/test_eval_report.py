@@ -1,4 +1,4 @@
-"""The report: figures where they belong, unsteered and control beside, nothing in JSON's way."""
+"""The report of an evaluation: figures, the unsteered model and the control, valid JSON."""
 
 import json
 import math
@@ -30,7 +30,7 @@ LEXICON, PERPLEXITY = JudgeEntry("lexicon:mine", "share"), JudgeEntry("perplexit
 
 @dataclass(frozen=True)
 class Letters:
-    """A stand-in judge: the share of the texts that hold a letter."""
+    """A fake judge: the share of texts with a letter."""
 
     letter: str
     effect: str | None = "share"

@@ -1,4 +1,4 @@
-"""The run folder: finished settings stay, another run's is refused, nothing is half there."""
+"""Run folders: finished conditions are kept, other runs are refused, files are atomic."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Strengths, sampling and prompts: what a user writes and what it comes to."""
+"""Parsing of strengths, sampling settings and prompts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Text classifiers as judges, against forward passes of one text at a time."""
+"""Text classifiers as judges, compared with forward passes of single texts."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ Save = Callable[..., str]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """A random BERT and its tokenizer in a folder; keywords go to the configuration."""
+    """Save a random BERT and its tokenizer; keywords are settings of its config."""
 
     def make(kind: Any = BertForSequenceClassification, **fields: Any) -> str:
         pieces = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
@@ -59,7 +59,7 @@ def save(tmp_path: Path) -> Save:
 
 
 def logits_of(folder: str, text: str) -> list[float]:
-    """One text, through transformers."""
+    """The logits of one text with Transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         encoded = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
@@ -72,7 +72,7 @@ def softmax(row: list[float]) -> list[float]:
 
 
 def expected(figures: list[list[list[float]]], label: int) -> dict[str, float]:
-    """The figures from the probabilities of each prompt's texts."""
+    """The figures, from the probabilities of each prompt's texts."""
     shares = [sum(p.index(max(p)) == label for p in texts) / len(texts) for texts in figures]
     mean = sum(shares) / len(shares)
     highest = [max(p[label] for p in texts) for texts in figures]

@@ -1,4 +1,4 @@
-"""Judges by their specs: which are made, which are not available, which are misspelt."""
+"""Judge specifications: valid, unavailable and invalid ones."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""Language identification, against langdetect itself."""
+"""Language identification, compared with langdetect itself."""
 
 import pytest
 

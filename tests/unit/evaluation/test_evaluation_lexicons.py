@@ -1,4 +1,4 @@
-"""Lists of telling words, counted by hand."""
+"""Word lists as judges, compared with counts by hand."""
 
 import json
 from pathlib import Path

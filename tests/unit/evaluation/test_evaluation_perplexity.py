@@ -1,4 +1,4 @@
-"""Conditional perplexity, against the mean loss of one text at a time, in float64."""
+"""Conditional perplexity, compared with the mean loss of single texts in float64."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ ANSWERS = (
 
 @cache
 def gpt2() -> LanguageModel:
-    """A GPT-2 of whole words; like GPT-2's own, its tokenizer adds no beginning-of-text token."""
+    """A tiny GPT-2 with a word tokenizer that, like GPT-2's, adds no beginning-of-text token."""
     tokenizer = Tokenizer(
         models.WordLevel({word: folder for folder, word in enumerate(WORDS)}, unk_token="<s>")
     )
@@ -45,7 +45,7 @@ def gpt2() -> LanguageModel:
 
 
 def loss(judge: LanguageModel, text: str) -> tuple[float, int]:
-    """The mean negative log-likelihood of one text's tokens but the first, and their number."""
+    """Mean negative log-likelihood of all tokens but the first, and their number."""
     ids = judge.tokenizer(text)["input_ids"]
     with torch.no_grad():
         p = judge.model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)

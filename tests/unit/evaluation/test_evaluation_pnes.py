@@ -1,4 +1,4 @@
-"""PNES, against curves whose constants are known and a search over a grid."""
+"""PNES, compared with curves of known constants and a grid search."""
 
 import math
 

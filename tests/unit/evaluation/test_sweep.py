@@ -1,4 +1,4 @@
-"""The sweep's points and its choice, on curves that are known."""
+"""Points and selection of a sweep, on known curves."""
 
 import dataclasses
 import math
@@ -167,7 +167,7 @@ def test_a_steer_without_layers_or_scores_has_no_such_candidates(make_steer: Any
         parse_candidates("top:1", delta)
 
 
-def swept(steer: Path, points: Sequence[Point], layers: str | None = None) -> SweepResult:
+def sweep_result(steer: Path, points: Sequence[Point], layers: str | None = None) -> SweepResult:
     settings = SweepSettings("m", steer, PROMPTS, "lexicon:x", "perplexity:m", layers=layers)
     return SweepResult(
         settings, Point(CandidateLayers("none", None), 0.0, 0.5, 4.0, 1.0), tuple(points), 400
@@ -177,7 +177,7 @@ def swept(steer: Path, points: Sequence[Point], layers: str | None = None) -> Sw
 def test_what_is_written_keeps_the_recipe_and_all_layers(tmp_path: Path) -> None:
     path = tmp_path / "v"
     save_steer(vector(recipe={"method": "mean"}, description="mine"), path)
-    result = swept(path, [point(2.5, 0.9, 1.1)])
+    result = sweep_result(path, [point(2.5, 0.9, 1.1)])
     write_choice(result, result.choose())
     written = load_steer(path)
     assert torch.equal(written.vectors, vector().vectors)
@@ -191,7 +191,7 @@ def test_the_chosen_layers_are_written_if_some_were_tried(tmp_path: Path) -> Non
     path = tmp_path / "v"
     save_steer(vector(layer_scores=(1.0, 4.0, 2.0, 3.0)), path)
     top = CandidateLayers("top:2", (3, 8))
-    result = swept(path, [point(2.5, 0.9, 1.1, top)], layers="top:2")
+    result = sweep_result(path, [point(2.5, 0.9, 1.1, top)], layers="top:2")
     write_choice(result, result.choose())
     written = load_steer(path)
     assert (written.layers, written.layer_scores) == ((3, 8), (4.0, 3.0))
@@ -210,7 +210,7 @@ def test_only_a_file_of_our_own_is_written_to(tmp_path: Path) -> None:
 
 def test_all_points_are_reported_and_the_choice_is_marked(tmp_path: Path) -> None:
     points = [point(4, 0.95, 1.4), point(2, 0.9, 1.1), point(3, 0.9, math.nan)]
-    result = swept(tmp_path / "v", points)
+    result = sweep_result(tmp_path / "v", points)
     message = report.data(result, result.choose(), None)
     assert [(p["strength"], p["within_budget"]) for p in message["points"]] == [
         (4, False),

@@ -1,4 +1,4 @@
-"""One process at a time uses a run folder: others are told its name, and the lock ends with it."""
+"""Run folders are locked by one process at a time; the lock ends with the process."""
 
 import os
 import re
@@ -34,7 +34,7 @@ with locked(sys.argv[1]):
 
 @contextmanager
 def holder(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has the folder until the block ends."""
+    """Another process that holds the folder until the block ends."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), *more],
         stdin=subprocess.PIPE,
@@ -142,7 +142,7 @@ def test_another_thread_is_not_let_through(tmp_path: Path) -> None:
 
 
 def test_one_after_the_other_many_times(tmp_path: Path) -> None:
-    """Removing the file never lets two in."""
+    """Removing the lock file never admits two processes."""
     program = (
         "import os, sys, time\n"
         "from vllm_steer import SteerError\n"

@@ -1,4 +1,4 @@
-"""Files of labelled conversations, and what is said of rows that are none."""
+"""Files of labelled conversations, and the errors of invalid rows."""
 
 import json
 from pathlib import Path

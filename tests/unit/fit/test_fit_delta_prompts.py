@@ -1,4 +1,4 @@
-"""Prompts with demonstrations, letter by letter, and the prompts that are drawn."""
+"""Prompts with demonstrations, and the drawing of prompts."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The happy and sad stories: clearly the one or the other, and otherwise alike."""
+"""The happy and the sad stories are clearly distinct, and equal otherwise."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Texts from files: every format's rows with their places, and what is said of bad ones."""
+"""Texts from files: the rows of every format with their locations; errors of invalid rows."""
 
 import json
 import os
@@ -259,7 +259,7 @@ def test_a_key_that_stands_twice_in_a_row_is_refused(name: str, content: str, pu
 
 
 def test_a_quoted_value_of_a_tsv_file_stays_in_its_cell(put: Any) -> None:
-    """Tab-separated files are mostly written without quotes: rows would go into one."""
+    """Most TSV files are written without quoting, where a quote would merge rows."""
     path = put("a.tsv", 'text\tlabel\n"a b\t1\nc"\t-1\nd\t1\n')
     with pytest.raises(SteerError, match=r"a\.tsv:2: a quoted value with a tab or a line break"):
         read_labelled(path)

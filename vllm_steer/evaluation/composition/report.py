@@ -47,17 +47,17 @@ class ComparisonReport:
         return {
             **self.metadata,
             "properties": {
-                name: each.model_dump(mode="json", exclude={"steer"})
-                for name, each in self.spec.properties.items()
+                name: item.model_dump(mode="json", exclude={"steer"})
+                for name, item in self.spec.properties.items()
             },
             "seen": list(map(label, self.spec.seen)),
             "unseen": list(map(label, self.spec.unseen)),
             "chosen": {method: dict(c.doses) for method, c in self.selected.methods.items()},
             "choosing": [
-                {**each.metadata, **asdict(figures)} for each, figures in self.selected.measurements
+                {**item.metadata, **asdict(figures)} for item, figures in self.selected.measurements
             ],
             "not_at_hand": dict(self.missing),
-            "rows": [_row_data(each) for each in self.rows],
+            "rows": [_row_data(item) for item in self.rows],
             "absent": [
                 {"combination": label(combination), "method": method, "reason": reason}
                 for combination, method, reason in self.missing_rows
