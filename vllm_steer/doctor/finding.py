@@ -30,4 +30,5 @@ class Finding:
     @property
     def as_json(self) -> dict[str, Any]:
         """The finding as plain data."""
-        return asdict(self)
+        data = asdict(self)
+        return {"said" if key == "message" else key: value for key, value in data.items()}

@@ -154,3 +154,9 @@ def test_the_table_shows_brackets_as_they_are() -> None:
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(table("m", [Finding("parity", "engine", "FAILED", "shape [/red] [2]")]))
     assert "shape [/red] [2]" in console.export_text()
+
+
+def test_the_keys_of_a_finding_in_json() -> None:
+    data = Finding("model", "sizes", "-", "hidden size 64", {"hidden_size": 64}).as_json
+    assert list(data) == ["part", "name", "state", "said", "figures"]
+    assert data["said"] == "hidden size 64"
