@@ -48,8 +48,8 @@ def compare(folder: Path, run: Path, samples: int) -> Any:
     """The report of ``vllm-steer compare``, on the steers in units that suit nats."""
     from vllm_steer.cli.progress import progress
     from vllm_steer.embedded import STEERS
-    from vllm_steer.evaluation.composition import comparing
-    from vllm_steer.evaluation.generating import EngineOptions
+    from vllm_steer.evaluation.composition import comparison_run
+    from vllm_steer.evaluation.generation import EngineOptions
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.evaluation.sampling import Sampling
@@ -61,16 +61,16 @@ def compare(folder: Path, run: Path, samples: int) -> Any:
         raised = load_steer(path, epsilon=RAISED * shipped.epsilon)
         save_steer(raised, folder / f"{path.stem}-x{RAISED}.safetensors")
     shutil.copy(GIVEN / "properties.yaml", folder)
-    asked = comparing.Comparison(
+    settings = comparison_run.ComparisonSettings(
         model="embedded",
         file=folder / "properties.yaml",
         prompts=read_prompts(GIVEN / "prompts.txt"),
-        choosing=read_prompts(GIVEN / "choosing.txt"),
+        selection_prompts=read_prompts(GIVEN / "choosing.txt"),
         folder=run,
         sampling=Sampling(samples=samples, max_tokens=30),
         engine=EngineOptions(dtype="float32", enforce_eager=True),
     )
-    return comparing.compare(asked, make_judges, progress)
+    return comparison_run.compare(settings, make_judges, progress)
 
 
 def tried(report: Any) -> Iterator[Line]:
@@ -89,10 +89,10 @@ def lines(report: Any) -> Iterator[Line]:
     ``beside`` is the share less that of the best fixed strengths on the same prompts, or of the
     fixed strengths taken over where the combination was not seen.
     """
-    from vllm_steer.evaluation.composition.judging import PropertyJudges, property_judges
+    from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges
 
-    judges = PropertyJudges(report.asked, property_judges(report.asked))
-    for combination in report.asked.combinations:
+    judges = PropertyJudges(report.spec, property_judges(report.spec))
+    for combination in report.spec.combinations:
         shares = {}
         for each in report.of(combination):
             name = each.row.candidate.name

@@ -1,7 +1,7 @@
-"""Happy and sad children's stories, written from templates: `python tests/stories.py FOLDER`.
+"""Children's stories with a happy or a sad end, from templates: `python tests/stories.py FOLDER`.
 
-Writes ``happy.txt`` and ``sad.txt`` (a story a line), ``prompts.txt`` (beginnings that leave the
-end open) and ``lexicon.yaml`` (the words that tell the one from the other, for a lexicon judge).
+Writes ``happy.txt`` and ``sad.txt`` (one story per line), ``prompts.txt`` (beginnings that both
+share) and ``lexicon.yaml`` (the words that distinguish them, for a lexicon judge).
 """
 
 import argparse
@@ -66,19 +66,19 @@ _BEGINNINGS: Final = (
 
 
 def stories(side: str, count: int, *, seed: int = 0) -> list[str]:
-    """``count`` different stories that end ``happy`` or ``sad``, the same for the same arguments.
+    """``count`` distinct stories that end ``happy`` or ``sad``, deterministic for equal arguments.
 
-    The sides differ in their middles and ends alone; there are some ten thousand of each.
+    The two kinds differ only in their middles and ends; there are about ten thousand of each.
     """
     rng = random.Random(seed)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[_story(rng, side)] = None
-    return list(found)
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        texts[_story(rng, side)] = None
+    return list(texts)
 
 
 def prompts() -> list[str]:
-    """Beginnings that both sides have."""
+    """Beginnings that both kinds share."""
     pairs = itertools.product(_WHO[:3], _BEGINNINGS)
     return [
         _filled(beginning, who, _THINGS[0], _PLACES[0]) + f" {who[2]}" for who, beginning in pairs
@@ -86,7 +86,7 @@ def prompts() -> list[str]:
 
 
 def write(folder: Path, *, count: int = 300, seed: int = 0) -> None:
-    """All files into a folder."""
+    """Write all files into a folder."""
     for side in SIDES:
         (folder / f"{side}.txt").write_text("\n".join(stories(side, count, seed=seed)) + "\n")
     (folder / "prompts.txt").write_text("\n".join(prompts()) + "\n")
@@ -95,21 +95,21 @@ def write(folder: Path, *, count: int = 300, seed: int = 0) -> None:
 
 
 def _story(rng: random.Random, side: str) -> str:
-    who, thing, place = rng.choice(_WHO), rng.choice(_THINGS), rng.choice(_PLACES)
+    who, thing, location = rng.choice(_WHO), rng.choice(_THINGS), rng.choice(_PLACES)
     parts: Sequence[str] = (
         rng.choice(_BEGINNINGS),
         rng.choice(("{she} went to {place} with a {thing}.", "{she} wanted a {thing}.")),
         *rng.sample(_MIDDLES[side], 2),
         *rng.sample(_ENDS[side], 2),
     )
-    return " ".join(_filled(part, who, thing, place) for part in parts)
+    return " ".join(_filled(part, who, thing, location) for part in parts)
 
 
-def _filled(template: str, who: tuple[str, str, str], thing: str, place: str) -> str:
+def _filled(template: str, who: tuple[str, str, str], thing: str, location: str) -> str:
     child, name, she = who
     her, them = ("her", "her") if she == "She" else ("his", "him")
     words = {"child": child, "name": name, "her": her, "them": them}
-    text = template.format(**words, she=she.lower(), thing=thing, place=place)
+    text = template.format(**words, she=she.lower(), thing=thing, place=location)
     return text[0].upper() + text[1:]
 
 

@@ -1,4 +1,4 @@
-"""The commands of the documentation run, page by page, as they stand there."""
+"""The commands of the documentation, run page by page exactly as written."""
 
 import os
 import re
@@ -31,29 +31,29 @@ _FENCE = re.compile(r"^(`{3,})(.*)$")
 
 
 def blocks(markdown: str, language: str = "sh") -> list[str]:
-    """The fenced blocks of one language in their order."""
-    found: list[str] = []
-    fence, wanted, lines = "", False, []
+    """The fenced blocks of one language, in order."""
+    result: list[str] = []
+    fence, expected, lines = "", False, []
     for line in markdown.splitlines():
         mark = _FENCE.match(line)
         if mark and not fence:
-            fence, wanted, lines = mark[1], mark[2].strip() == language, []
+            fence, expected, lines = mark[1], mark[2].strip() == language, []
         elif mark and mark[1] == fence and not mark[2].strip():
-            found += ["\n".join(lines)] if wanted else []
+            result += ["\n".join(lines)] if expected else []
             fence = ""
         elif fence:
             lines.append(line)
     if fence:
         raise ValueError(f"a block that begins with {fence} does not end")
-    return found
+    return result
 
 
 def run(commands: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
-    """Run blocks as one script in ``folder``; empty, or what failed with the end of its output."""
+    """Run blocks as one script in ``folder``; return the error with its output, else nothing."""
     log = folder.with_name(f"{folder.name}.log")
-    kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    saved = {name: value for name, value in os.environ.items() if name not in OURS}
     environment = {
-        **kept,
+        **saved,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "REPO": str(REPO),
         "HF_HUB_OFFLINE": "1",
@@ -80,20 +80,20 @@ def run(commands: list[str], folder: Path, limit_s: float = LIMIT_S) -> str:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    said = log.read_text(errors="replace")
-    traced = [line for line in said.splitlines() if re.match(r"\++ ", line)]
-    return f"{ending}\n{traced[-1] if traced else ''}\n{said[-SHOWN:]}" if ending else ""
+    message = log.read_text(errors="replace")
+    traced = [line for line in message.splitlines() if re.match(r"\++ ", line)]
+    return f"{ending}\n{traced[-1] if traced else ''}\n{message[-SHOWN:]}" if ending else ""
 
 
 def subcommands(command: Any = None, before: str = "vllm-steer") -> list[str]:
-    """Every command of the command line as it is typed."""
+    """Every command of the command line as typed."""
     command = command or typer.main.get_command(app)
     if not hasattr(command, "list_commands"):
         return [before]
     return [
-        found
+        result
         for name in command.list_commands(None)
-        for found in subcommands(command.get_command(None, name), f"{before} {name}")
+        for result in subcommands(command.get_command(None, name), f"{before} {name}")
     ]
 
 
@@ -112,11 +112,13 @@ def test_the_commands_of_a_page_run_in_an_empty_folder(page: Path, tmp_path: Pat
 @pytest.mark.parametrize("command", subcommands())
 def test_every_command_is_shown_on_a_page(command: str) -> None:
     if command in ("vllm-steer demo", "vllm-steer convert"):
-        shown = [path.read_text() for path in (REPO / "README.md", *(REPO / "docs").glob("*.md"))]
-        shown += ["vllm-steer demo"] if "make demo" in shown[0] else []
+        documented = [
+            path.read_text() for path in (REPO / "README.md", *(REPO / "docs").glob("*.md"))
+        ]
+        documented += ["vllm-steer demo"] if "make demo" in documented[0] else []
     else:
-        shown = [block for path in PAGES for block in blocks(path.read_text(encoding="utf-8"))]
-    assert any(re.search(rf"{command}(?![\w-])", text) for text in shown)
+        documented = [block for path in PAGES for block in blocks(path.read_text(encoding="utf-8"))]
+    assert any(re.search(rf"{command}(?![\w-])", text) for text in documented)
 
 
 MARKDOWN = """\
@@ -181,8 +183,19 @@ def test_a_command_that_does_not_end_is_ended_with_its_children(tmp_path: Path) 
 
 def test_all_commands_of_the_command_line_are_known() -> None:
     fits = [f"fit {method}" for method in ("lm-steer", "concept", "delta", "vector")]
-    others = ("convert", "inspect", "evidence", "transfer", "eval", "compare", "sweep", "doctor")
-    assert set(subcommands()) == {f"vllm-steer {each}" for each in ("demo", *fits, *others)}
+    other_commands = (
+        "convert",
+        "inspect",
+        "evidence",
+        "transfer",
+        "eval",
+        "compare",
+        "sweep",
+        "doctor",
+    )
+    assert set(subcommands()) == {
+        f"vllm-steer {command}" for command in ("demo", *fits, *other_commands)
+    }
 
 
 def output_of_example(name: str, folder: Path) -> str:

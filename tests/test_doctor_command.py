@@ -1,4 +1,4 @@
-"""``vllm-steer doctor`` as a user runs it, with a real engine of its own."""
+"""``vllm-steer doctor`` with a real engine."""
 
 import json
 import os
@@ -23,34 +23,34 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_the_embedded_model_works_at_every_site() -> None:
-    done = doctor(
+    completed = doctor(
         "embedded", "--json", "--enforce-eager", "--dtype", "float32", "--max-model-len", "128"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
-    assert found["engine"]["figures"]["dtype"] == "float32"
-    assert found["zero steers"]["state"] == "ok"
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    result = {finding["name"]: finding for finding in json.loads(completed.stdout)["findings"]}
+    assert result["engine"]["figures"]["dtype"] == "float32"
+    assert result["zero steers"]["state"] == "ok"
     names = (
         *("unsteered", "head-multiply", "head-offset", "resid-add", "resid-rotate"),
         *("attn_in-rotate", "attn_out-add", "heads-delta"),
     )
     for name in names:
-        figures = found[name]["figures"]
-        assert found[name]["state"] == "ok"
+        figures = result[name]["figures"]
+        assert result[name]["state"] == "ok"
         assert figures["difference"] < 1e-3 and figures["agreement"] == 1
-    assert all(found[name]["figures"]["effect"] > 1 for name in names[1:])
+    assert all(result[name]["figures"]["effect"] > 1 for name in names[1:])
 
 
 def test_without_an_engine_the_memory_of_a_config_is_told() -> None:
-    done = doctor("embedded", "--no-engine", "--steer-config", str(embedded.STEER_CONFIG))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "switched off by --no-engine" in done.stdout
-    assert all(steer.stem in done.stdout for steer in embedded.STEERS.glob("*.safetensors"))
-    assert "all steers" in done.stdout and "max_rank 1024" in done.stdout
+    completed = doctor("embedded", "--no-engine", "--steer-config", str(embedded.STEER_CONFIG))
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert "switched off by --no-engine" in completed.stdout
+    assert all(steer.stem in completed.stdout for steer in embedded.STEERS.glob("*.safetensors"))
+    assert "all steers" in completed.stdout and "max_rank 1024" in completed.stdout
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("/no/such/model",), "vllm-steer: model /no/such/model: cannot be read ("),
         (
@@ -61,8 +61,12 @@ def test_without_an_engine_the_memory_of_a_config_is_told() -> None:
     ],
 )
 def test_what_cannot_be_read_is_one_line_and_exit_code_1(
-    arguments: tuple[str, ...], said: str
+    arguments: tuple[str, ...], message: str
 ) -> None:
-    done = doctor(*arguments)
-    assert done.returncode == 1
-    assert done.stdout == "" and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+    completed = doctor(*arguments)
+    assert completed.returncode == 1
+    assert (
+        completed.stdout == ""
+        and completed.stderr.startswith(message)
+        and completed.stderr.count("\n") == 1
+    )

@@ -1,5 +1,5 @@
-"""The embedded model follows its steers: LM-Steers by a generation loop written here and nowhere
-else, vectors and deltas on Hugging Face's `generate`.
+"""The embedded model responds to its steers: LM-Steers in a generation loop of this test, vectors
+and deltas in Hugging Face's `generate`.
 """
 
 import itertools
@@ -97,7 +97,7 @@ def test_positive_share_follows_the_strength() -> None:
     assert shares[2] == pytest.approx(0.5, abs=0.15)
     assert shares[4] >= 0.8
     # Where a share is as good as 0 or 1, chance decides between neighbours.
-    assert all(right > left - 0.03 for left, right in itertools.pairwise(shares))
+    assert all(right > remaining - 0.03 for remaining, right in itertools.pairwise(shares))
 
 
 def test_formal_share_follows_the_strength() -> None:
@@ -135,7 +135,7 @@ def _guided(setting: str, samples: int) -> tuple[str, ...]:
 
 
 def guided(strengths: measure.Strengths, samples: int = 16) -> tuple[str, ...]:
-    """Texts after the open prompts, each setting sampled once."""
+    """Texts after the open prompts; each setting is sampled once."""
     return _guided(json.dumps(strengths), samples)
 
 

@@ -63,16 +63,16 @@ def report(folder: Path) -> Any:
     line += ["--out", "run", "--json"]
     line += ["--prompts", "prompts.txt", "--choose-prompts", "others.txt", "--enforce-eager"]
     line += ["--samples", str(SAMPLES), "--max-tokens", str(TOKENS), "--dtype", "float32"]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    completed = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return json.loads(completed.stdout)
 
 
 def row(report: Any, combination: str, method: str) -> Any:
-    (found,) = (
+    (result,) = (
         r for r in report["rows"] if (r["combination"], r["method"]) == (combination, method)
     )
-    return found
+    return result
 
 
 def test_the_stronger_of_two_fixed_strengths_is_chosen_and_taken_over(report: Any) -> None:
@@ -88,11 +88,11 @@ def test_steered_texts_are_french_more_often_than_unsteered_ones(report: Any, me
 
 
 def test_every_row_has_its_figures(report: Any) -> None:
-    for each in report["rows"]:
-        assert each["figures"]["perplexity:embedded"]["total_perplexity"] > 1
-        assert 0 < each["figures"]["diversity"]["dist-2"] <= 1
-        assert each["all"] <= min(each["share"].values())
-    absent = [(each["combination"], each["method"]) for each in report["absent"]]
+    for row in report["rows"]:
+        assert row["figures"]["perplexity:embedded"]["total_perplexity"] > 1
+        assert 0 < row["figures"]["diversity"]["dist-2"] <= 1
+        assert row["all"] <= min(row["share"].values())
+    absent = [(row["combination"], row["method"]) for row in report["absent"]]
     assert absent == [("cheer", "start"), ("cheer", "dim")]
 
 
@@ -110,37 +110,37 @@ def test_each_text_has_a_strength_for_each_of_its_tokens(report: Any, folder: Pa
 
 @torch.no_grad()
 def test_the_first_strength_is_the_divergence_of_the_first_token(report: Any, folder: Path) -> None:
-    found = json.loads((folder / "run" / "strengths.json").read_text())["fr"]["fr"]
+    result = json.loads((folder / "run" / "strengths.json").read_text())["fr"]["fr"]
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     steers = {"fr": load_steer(STEERS / "french-delta.safetensors")}
-    for prompt, texts in zip(PROMPTS, found, strict=True):
+    for prompt, texts in zip(PROMPTS, result, strict=True):
         tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
         base = model(input_ids=tokens).logits[0, -1].double()
         with hf.steered(model, {"fr": MAXIMUM}, steers):
             probe = model(input_ids=tokens).logits[0, -1].double()
-        kept = sorted({*_top(base), *_top(probe)})
-        p, q = (logits.softmax(-1)[kept] for logits in (base, probe))
+        top_tokens = sorted({*_top(base), *_top(probe)})
+        p, q = (logits.softmax(-1)[top_tokens] for logits in (base, probe))
         p, q = p / p.sum(), q / q.sum()
-        wanted = min(max(float((p * (p / q).log()).sum()), 0.0), MAXIMUM)
-        assert texts[0][0] == pytest.approx(wanted, abs=1e-3)
+        expected = min(max(float((p * (p / q).log()).sum()), 0.0), MAXIMUM)
+        assert texts[0][0] == pytest.approx(expected, abs=1e-3)
 
 
 def _top(logits: torch.Tensor) -> list[int]:
-    """The likeliest tokens up to the one that takes their sum beyond one half."""
-    kept: list[int] = []
+    """The most probable tokens up to the one at which their sum exceeds one half."""
+    top_tokens: list[int] = []
     total = 0.0
     for token in logits.argsort(descending=True).tolist():
-        kept.append(token)
+        top_tokens.append(token)
         total += float(logits.softmax(-1)[token])
         if total > 0.5:
             break
-    return kept
+    return top_tokens
 
 
 def test_dppl_is_there_where_examples_are_and_least_where_they_are_followed(report: Any) -> None:
-    found = {m: row(report, "fr", m)["dppl"] for m in ("none", "fixed", "dynamic")}
-    assert all(each["of"] == each["examples"] == len(EXAMPLES) for each in found.values())
+    result = {m: row(report, "fr", m)["dppl"] for m in ("none", "fixed", "dynamic")}
+    assert all(item["of"] == item["examples"] == len(EXAMPLES) for item in result.values())
     # What the French sentence makes the model say is likelier after the English one if steered.
-    assert found["none"]["median"] > found["dynamic"]["median"]
+    assert result["none"]["median"] > result["dynamic"]["median"]
     assert "no prompts with demonstrations" in row(report, "cheer", "fixed")["dppl"]["reason"]

@@ -1,4 +1,4 @@
-"""``vllm-steer eval`` on the embedded model, in a process of its own with a real engine."""
+"""``vllm-steer eval`` on the embedded model, in a separate process with a real engine."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from vllm_steer import SteerError, hf, load_steer
 from vllm_steer.cli import app
 from vllm_steer.embedded import MODEL, STEERS, corpus
-from vllm_steer.evaluation import writing
+from vllm_steer.evaluation import missing_texts
 
 SENTIMENT = STEERS / "sentiment.safetensors"
 LEXICON = "lexicon:embedded:sentiment"
@@ -32,9 +32,9 @@ def command(*arguments: Any) -> list[str]:
 
 
 def run(*arguments: Any, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=180)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
+    completed = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=180)
+    assert completed.returncode == code, completed.stderr[-3000:]
+    return completed
 
 
 def texts_of(path: Path) -> dict[str, list[str]]:
@@ -65,10 +65,10 @@ def asked(folder: Path, prompts: Path) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module")
-def killed(folder: Path, asked: Any) -> dict[str, Any]:
-    """What a run leaves that is killed as soon as its first setting is finished."""
+def killed(folder: Path, line: Any) -> dict[str, Any]:
+    """The run folder of a run that was killed after its first condition."""
     first = folder / "generations" / "none.jsonl"
-    process = subprocess.Popen(command(*asked), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command(*line), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     give_up = time.monotonic() + 120
     while not first.exists() and time.monotonic() < give_up:
         assert process.poll() is None
@@ -80,22 +80,22 @@ def killed(folder: Path, asked: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(killed: Any, asked: Any) -> subprocess.CompletedProcess[str]:
-    """The same command again, to its end: all figures below are those of a run that was killed."""
-    return run(*asked)
+def evaluated(killed: Any, line: Any) -> subprocess.CompletedProcess[str]:
+    """The report of the same command after it resumed: all tests below use that run."""
+    return run(*line)
 
 
 def contents(folder: Path) -> dict[str, Any]:
     return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("*.jsonl")}
 
 
-def shares(report: Any, which: str) -> list[float]:
-    found = {
+def shares(report: Any, steer: str) -> list[float]:
+    result = {
         s["strength"]: s["figures"][LEXICON]["share"]
         for s in report["settings"]
-        if s["steer"] in (which, "none")
+        if s["steer"] in (steer, "none")
     }
-    return [found[strength] for strength in STRENGTHS]
+    return [result[strength] for strength in STRENGTHS]
 
 
 def test_the_effect_rises_with_strength_and_the_control_stays(evaluated: Any) -> None:
@@ -132,12 +132,12 @@ def test_a_judge_that_is_not_at_hand_is_named(evaluated: Any) -> None:
 
 def test_every_text_is_there_and_differs_by_its_seed(evaluated: Any, folder: Path) -> None:
     names = sorted(path.stem for path in (folder / "generations").iterdir())
-    steered = [f"{which}{v:+g}" for which in ("random", "steer") for v in (2.5, 5, -2.5, -5)]
+    steered = [f"{steer}{v:+g}" for steer in ("random", "steer") for v in (2.5, 5, -2.5, -5)]
     assert names == sorted(["none", *steered])
     for name in names:
-        found = texts_of(folder / "generations" / f"{name}.jsonl")
-        assert tuple(found) == PROMPTS
-        assert all(len(texts) == SAMPLES and len(set(texts)) > 4 for texts in found.values())
+        result = texts_of(folder / "generations" / f"{name}.jsonl")
+        assert tuple(result) == PROMPTS
+        assert all(len(texts) == SAMPLES and len(set(texts)) > 4 for texts in result.values())
 
 
 def test_killed_after_a_setting_it_goes_on_there(
@@ -151,7 +151,7 @@ def test_killed_after_a_setting_it_goes_on_there(
 def test_finished_settings_are_not_generated_again(
     evaluated: Any, folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "engine", None)  # none is started
+    monkeypatch.setattr(missing_texts, "engine", None)  # none is started
     before = contents(folder / "generations")
     line = ["embedded", SENTIMENT, "--strengths=-5,5", "--prompts", prompts, "--out", folder]
     line += ["--preset", "lm-steer", "--dtype", "float32", "--judge", LEXICON, "--no-plot"]
@@ -162,8 +162,8 @@ def test_finished_settings_are_not_generated_again(
 
     assert again(SAMPLES).exit_code == 0
     assert contents(folder / "generations") == before
-    wanted = r"sampling\.samples was 16 and is now 3; give the same settings to resume it"
-    with pytest.raises(SteerError, match=wanted):
+    expected = r"sampling\.samples was 16 and is now 3; give the same settings to resume it"
+    with pytest.raises(SteerError, match=expected):
         again(3)
 
 
@@ -177,8 +177,8 @@ def test_greedy_texts_are_those_of_hugging_face(tmp_path: Path, prompts: Path) -
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     settings: dict[str, dict[str, float]] = {"none": {}, "steer+4": {"own": 4.0}}
     for name, strengths in settings.items():
-        found = texts_of(tmp_path / "generations" / f"{name}.jsonl")
-        for prompt, (text,) in found.items():
+        result = texts_of(tmp_path / "generations" / f"{name}.jsonl")
+        for prompt, (text,) in result.items():
             tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
             with hf.steered(model, strengths, {"own": load_steer(SENTIMENT)}):
                 row = model.generate(tokens, do_sample=False, max_new_tokens=20, min_new_tokens=20)[

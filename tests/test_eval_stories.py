@@ -1,4 +1,4 @@
-"""Fit, eval and sweep, one after the other, on a real model: stories that end happily or sadly."""
+"""Fit, eval and sweep in sequence on a real model: stories that end happily or sadly."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from vllm_steer import load_steer
 
 def command(*arguments: Any) -> Any:
     line = [sys.executable, "-c", "from vllm_steer.cli import main; main()"]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*line, *map(str, arguments), "--json"],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return json.loads(completed.stdout)
 
 
 @pytest.mark.matrix
@@ -37,22 +37,22 @@ def test_happy_stories_from_texts_to_a_strength_that_works(tmp_path: Path) -> No
         *("--positive", tmp_path / "happy.txt", "--negative", tmp_path / "sad.txt"),
         *("--rank", 32, "--steps", 300, "--epsilon", 0.001),
     )
-    asked = ("--prompts", tmp_path / "prompts.txt", "--enforce-eager", "--samples", 25)
+    options = ("--prompts", tmp_path / "prompts.txt", "--enforce-eager", "--samples", 25)
     report = command(
-        *("eval", STORIES, steer, "--strengths=-2,-1,1,2", *asked, "--max-tokens", 40),
+        *("eval", STORIES, steer, "--strengths=-2,-1,1,2", *options, "--max-tokens", 40),
         *("--judge", judge, "--judge", f"perplexity:{STORIES}", "--out", tmp_path / "run"),
     )
     figures = {(s["steer"], s["strength"]): s["figures"] for s in report["settings"]}
-    share = {setting: found[judge]["share"] for setting, found in figures.items()}
+    share = {setting: result[judge]["share"] for setting, result in figures.items()}
     assert share["steer", -2] < share["steer", -1] < share["none", 0] < share["steer", 2]
     assert share["steer", 2] - share["steer", -2] > 0.5
     assert abs(share["random", 2] - share["random", -2]) < 0.25
     assert all(f[f"perplexity:{STORIES}"]["total_perplexity"] > 1 for f in figures.values())
     assert report["normalised_effect"][judge]["steer"]["pnes"] > 0.2
-    found = command(
-        *("sweep", STORIES, steer, *asked, "--max-tokens", 40, "--judge", judge),
+    result = command(
+        *("sweep", STORIES, steer, *options, "--max-tokens", 40, "--judge", judge),
         *("--range", "0:-4", "--direction", "down", "--rounds", 4, "--budget", 2, "--write"),
     )
-    assert found["chosen"]["effect"] < found["unsteered"]["effect"]
-    assert found["chosen"]["perplexity_ratio"] <= 2
-    assert load_steer(steer).default_strength == found["chosen"]["strength"] < 0
+    assert result["chosen"]["effect"] < result["unsteered"]["effect"]
+    assert result["chosen"]["perplexity_ratio"] <= 2
+    assert load_steer(steer).default_strength == result["chosen"]["strength"] < 0

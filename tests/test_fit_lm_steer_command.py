@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> Path:
 def sentiment(tmp_path_factory: pytest.TempPathFactory) -> LMSteer:
     """Fitted as the page of the documents does it."""
     folder = tmp_path_factory.mktemp("sentiment")
-    texts = [sys.executable, "-m", "vllm_steer.embedded.write_texts", "reviews.jsonl"]
+    texts = [sys.executable, "-m", "vllm_steer.embedded.sample_texts", "reviews.jsonl"]
     fit = [sys.executable, "-c", "from vllm_steer.cli import main; main()", "fit", "lm-steer"]
     options = "--data reviews.jsonl --label-field sentiment --labels positive=1,negative=-1"
     settings = "--rank 32 --epsilon 0.01 --steps 80 --max-length 48"
@@ -188,7 +188,7 @@ def test_texts_that_are_not_given_are_an_error(
     ("rows", "message"),
     [
         ([], "there are no rows"),
-        ([*ROWS, {"text": "no label"}], r"texts.jsonl:4: there is no 'label'"),
+        ([*ROWS, {"text": "no label"}], r"texts.jsonl:4: the field 'label' is missing"),
         ([*ROWS, {"text": "far out", "label": 3}], r"texts.jsonl:4: label 3 is no number in"),
         ([*ROWS, {"text": 5, "label": 1}], r"texts.jsonl:4: text is 5; expected a text"),
         ([ROWS[0]] * 3, "all 3 labels are 1; a steer is what tells texts of different labels"),

@@ -1,7 +1,7 @@
-"""The embedded model's sentiment steer in a second model: half of its effect is kept at least.
+"""The embedded model's sentiment steer keeps at least half of its effect in a second model.
 
-What the steer does is counted in sampled text: the share of positive texts by the lexicon, at +v
-less at -v. No part of the transfer looks at it.
+The effect is measured on sampled texts: the share of positive texts by the lexicon, at +v minus
+that at -v. The transfer itself does not use it.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from vllm_steer.embedded import STEERS, corpus, lexicon
 from vllm_steer.inspection import read_output_embedding
 from vllm_steer.models import load_language_model
 from vllm_steer.texts import LabelledText
-from vllm_steer.transfer import Solver, Transferred, measure_effect, transfer_steer
+from vllm_steer.transfer import Solver, TransferResult, measure_effect, transfer_steer
 
 SISTER = Path(__file__).parent / "models" / "sister"
 SAMPLES = 20  # of each of 12 prompts: a standard error of 0.03 for a share
@@ -37,7 +37,7 @@ def steer() -> LMSteer:
     return loaded
 
 
-def transferred(models: dict[str, Any], steer: LMSteer, solver: Solver) -> Transferred:
+def transferred(models: dict[str, Any], steer: LMSteer, solver: Solver) -> TransferResult:
     source, target = (
         (read_output_embedding(models[side].name), models[side].tokenizer)
         for side in ("source", "target")
@@ -46,7 +46,7 @@ def transferred(models: dict[str, Any], steer: LMSteer, solver: Solver) -> Trans
 
 
 def gap(model: Any, steer: LMSteer, strength: float, samples: int = SAMPLES) -> float:
-    """The share of positive texts at +strength less that at -strength."""
+    """The share of positive texts at +strength minus that at -strength."""
     shares = [
         lexicon.positive_share(
             sample(
@@ -74,14 +74,14 @@ def test_half_of_the_effect_is_kept_in_generated_text(
 
 
 def test_tokens_matched_wrongly_keep_nothing(models: dict[str, Any], steer: LMSteer) -> None:
-    found = transferred(models, steer, "orthogonal")
+    result = transferred(models, steer, "orthogonal")
     rows = read_output_embedding(str(SISTER))
     table = models["target"].tokenizer.get_vocab()
     shifted = _Vocabulary({token: (number + 1) % len(rows) for token, number in table.items()})
     source = read_output_embedding("embedded"), models["source"].tokenizer
     wrong = transfer_steer(steer, source, (rows, shifted))
-    assert wrong.fit is not None and found.fit is not None
-    assert wrong.fit.mean_cosine < 0.7 * found.fit.mean_cosine
+    assert wrong.fit is not None and result.fit is not None
+    assert wrong.fit.mean_cosine < 0.7 * result.fit.mean_cosine
     assert abs(gap(models["target"], wrong.steer, TARGET_STRENGTH, samples=8)) < 0.2
 
 
@@ -96,7 +96,7 @@ def test_texts_speak_for_the_transferred_steer_too(models: dict[str, Any], steer
 
 
 class _Vocabulary:
-    """A tokenizer's table and no more."""
+    """A tokenizer with only a vocabulary."""
 
     def __init__(self, numbers: dict[str, int]) -> None:
         self._numbers = numbers

@@ -1,8 +1,9 @@
 """The project's exceptions.
 
 ValueError
-└── SteerError            a steer file, a config or a request is wrong
-    └── SteerRequestError a request's ``steer`` value is wrong
+└── SteerError                a steer file, a config, a request or a command's input is wrong
+    ├── SteerRequestError     a request's ``steer`` value is wrong
+    └── JudgeUnavailableError an evaluation's judge needs a model or a package that is missing
 """
 
 from typing import Final
@@ -25,6 +26,10 @@ class SteerError(ValueError):
 
 class SteerRequestError(SteerError):
     """A request's ``steer`` value that names something unknown or out of range."""
+
+
+class JudgeUnavailableError(SteerError):
+    """A valid judge whose model, package or service is unavailable."""
 
 
 def cause(error: BaseException) -> str:

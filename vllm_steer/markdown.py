@@ -1,4 +1,4 @@
-"""Foreign text in a Markdown file: shown as it is, never obeyed."""
+"""Untrusted text in Markdown files, escaped so that it is shown literally."""
 
 import re
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ _ADDRESS: Final = re.compile(r"(https?|ftp)://|(www)\.", re.IGNORECASE)
 
 
 def markdown_text(text: str) -> str:
-    """One printable line in which every mark of Markdown, HTML or a formula stands for itself.
+    """One printable line with every special character of Markdown, HTML and formulas escaped.
 
-    That holds wherever it stands, also where a list or a line would begin.
+    This also covers characters that are special only at the beginning of a line.
     """
     return _BEGINNING.sub(r"\1\\\2", _inline(text))
 
@@ -30,5 +30,5 @@ def _inline(text: str) -> str:
     return _ADDRESS.sub(_not_linked, marked)
 
 
-def _not_linked(found: re.Match[str]) -> str:
-    return f"{found[1]}\\://" if found[1] else f"{found[2]}\\."
+def _not_linked(match: re.Match[str]) -> str:
+    return f"{match[1]}\\://" if match[1] else f"{match[2]}\\."

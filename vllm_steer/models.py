@@ -1,4 +1,4 @@
-"""Hugging Face causal language models for fitting, inspecting and evaluating."""
+"""Hugging Face causal language models for fitting, inspection and evaluation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ from vllm_steer import embedded
 from vllm_steer.errors import SteerError, cause
 
 EMBEDDED = "embedded"
-"""The name of the model that comes with the package."""
+"""The name of the model that is part of the package."""
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A frozen causal model with its tokenizer, and the name it was asked for by."""
+    """A frozen causal language model with its tokenizer, and its name."""
 
     name: str
     model: Any
@@ -22,46 +22,46 @@ class LanguageModel:
 
 
 def model_path(name: str) -> str:
-    """Where a model is: the embedded model's folder, else the name (a folder or a hub id)."""
+    """The path of a model: the folder of the embedded model, else the name as given."""
     return str(embedded.MODEL) if name == EMBEDDED else name
 
 
 def load_language_model(
     name: str, *, dtype: str = "auto", device: str | None = None
 ) -> LanguageModel:
-    """Load a model for reading: evaluation mode, no gradient for any of its parameters.
+    """Load a model in evaluation mode, without gradients.
 
-    ``name`` is a folder, a hub id or ``embedded``; ``dtype`` a torch dtype's name, or ``auto`` for
-    the checkpoint's own; ``device`` None takes a GPU where there is one. Code that a model brings
-    along is never run. Raises ``SteerError`` if there is no such model, dtype or device.
+    ``name`` is a folder, a hub id or ``embedded``; ``dtype`` is the name of a torch dtype, or
+    ``auto`` for the checkpoint's; ``device`` None selects a GPU if there is one. Remote code of a
+    model is never executed. Raises ``SteerError`` if the model, dtype or device does not exist.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    place = _device(device)
+    torch_device = _device(device)
     tokenizer = load_tokenizer(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype)
     except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:
         raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
-    model = model.to(place).eval().requires_grad_(False)
+    model = model.to(torch_device).eval().requires_grad_(False)
     return LanguageModel(name, model, tokenizer)
 
 
-def _device(given: str | None) -> torch.device:
-    place = given or ("cuda" if torch.cuda.is_available() else "cpu")
+def _device(requested: str | None) -> torch.device:
+    name = requested or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.empty(0, device=place).device
-    except (RuntimeError, AssertionError) as error:  # torch says both of a device that is not there
-        raise SteerError(f"device {place}: cannot be used ({cause(error)})") from error
-    if found.type == "meta":
-        raise SteerError(f"device {place}: holds no values; give cpu or cuda")
-    return found
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
+        raise SteerError(f"device {name}: cannot be used ({cause(error)})") from error
+    if device.type == "meta":
+        raise SteerError(f"device {name}: holds no values; give cpu or cuda")
+    return device
 
 
 def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer; ``SteerError`` if there is none."""
+    """Load a model's tokenizer. Raises ``SteerError`` if there is none."""
     from transformers import AutoTokenizer
 
     try:

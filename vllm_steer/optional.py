@@ -1,4 +1,4 @@
-"""Packages that only fitting and evaluation need: the extra ``eval``."""
+"""Optional packages for fitting and evaluation: the extra ``eval``."""
 
 from importlib import import_module
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from vllm_steer.errors import SteerError
 
 
-def need(module: str) -> Any:
-    """A module of an optional package; ``SteerError`` says how to get it."""
+def require_package(module: str) -> Any:
+    """Import a module of an optional package. Raises ``SteerError`` with the install command."""
     try:
         return import_module(module)
     except ImportError as error:
         raise SteerError(
-            f"{module.partition('.')[0]} is not installed and this needs it; "
+            f"the package {module.partition('.')[0]} is needed and not installed; "
             'pip install "vllm-steer[eval]"'
         ) from error

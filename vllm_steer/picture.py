@@ -1,4 +1,4 @@
-"""Pictures: figures of matplotlib that are written whole, in which every text is shown as it is."""
+"""PNG files with matplotlib, written atomically, with all texts drawn literally."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,35 +8,37 @@ from typing import Any, Final
 
 from vllm_steer.files.whole import write_whole
 from vllm_steer.foreign import printable
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""That those who see colours differently can tell apart (Okabe and Ito)."""
+"""A palette for colour-blind readers (Okabe and Ito)."""
 _LONGEST: Final = 100
 _PLAIN: Final = {"text.usetex": False}
-"""Whatever the user's settings say: TeX would obey a file's name."""
+"""Overrides the user's settings: TeX would interpret a file name."""
 
 
 @contextmanager
 def picture(path: str | Path, *, dpi: int = 150, **options: Any) -> Iterator[Any]:
-    """A figure to draw on, with matplotlib's ``options``; a PNG at ``path`` when the block ends.
+    """A figure to draw on, with matplotlib's ``options``; the exit writes a PNG to ``path``.
 
-    Raises ``SteerError`` without matplotlib, and if the file cannot be written.
+    Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
-    # A figure of its own draws with Agg and needs no display; pyplot would keep it.
-    make = need("matplotlib.figure").Figure
-    with need("matplotlib").rc_context(_PLAIN), warnings.catch_warnings():
-        for about_texts in ("Glyph .* missing from", "constrained_layout not applied"):
-            warnings.filterwarnings("ignore", message=about_texts)
-        figure = make(**options)
+    # Figure draws with Agg, without a display; pyplot would keep a reference to it.
+    figure_class = require_package("matplotlib.figure").Figure
+    with require_package("matplotlib").rc_context(_PLAIN), warnings.catch_warnings():
+        for warning in ("Glyph .* missing from", "constrained_layout not applied"):
+            warnings.filterwarnings("ignore", message=warning)
+        figure = figure_class(**options)
         yield figure
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def label(text: str) -> str:
-    """A text for a title, an axis or a legend: printable, and no formula where it has dollars.
+    """A text for a title, an axis or a legend: printable, and with dollar signs escaped.
 
-    (The parsing of formulas cannot be turned off as a whole: logarithmic axes are labelled by it.)
+    (Parsing of formulas cannot be disabled globally: logarithmic axes use it for their labels.)
     """
-    shown = printable(text, _LONGEST).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown  # a legend leaves out what begins so
+    printable_text = printable(text, _LONGEST).replace("$", r"\$")
+    return (
+        f" {printable_text}" if printable_text.startswith("_") else printable_text
+    )  # a legend omits labels that begin with _

@@ -1,7 +1,7 @@
-"""Tables as data, for a terminal and for Markdown.
+"""Tables as data, for the terminal and for Markdown.
 
-Foreign texts may be in every part: ``cli.terminal.Console`` shows each string of a table plainly,
-and ``markdown`` escapes what Markdown would obey.
+Cells, titles and headings may be untrusted text: ``cli.terminal.Console`` prints each string
+literally, and ``markdown`` escapes Markdown syntax.
 """
 
 import math
@@ -16,7 +16,7 @@ from vllm_steer.markdown import markdown_row, markdown_text
 
 
 class StyledText(NamedTuple):
-    """A cell with a style of rich; in Markdown the text alone."""
+    """A cell with a style of Rich; Markdown ignores the style."""
 
     text: str
     style: str
@@ -24,10 +24,10 @@ class StyledText(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """A column of texts, on the left, or with a ``form`` of numbers, on the right.
+    """A column of texts, left-aligned, or, with a ``form``, of numbers, right-aligned.
 
-    ``form`` is a format specification or a function. Texts stand in both as they are, None is
-    empty and NaN is ``-``. Where ``wrap`` is False, a narrow terminal takes room from others.
+    ``form`` is a format specification or a function. Strings are unchanged in both; None is empty
+    and NaN is ``-``. A column with ``wrap`` False is not wrapped in a narrow terminal.
     """
 
     heading: str
@@ -35,7 +35,7 @@ class Column:
     wrap: bool = True
 
     def text(self, cell: Any) -> str:
-        """A cell as it is shown."""
+        """The text of a cell."""
         if isinstance(cell, StyledText):
             return cell.text
         if cell is None or isinstance(cell, str):
@@ -47,7 +47,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns and their rows; after the rows at ``lines`` stands a line."""
+    """A title, columns and rows, with a separator line after each row index in ``lines``."""
 
     title: str
     columns: Sequence[Column]
@@ -56,26 +56,26 @@ class Table:
     lines: Collection[int] = ()
 
     def __rich__(self) -> RichTable:
-        """For a ``cli.terminal.Console``; without headings there is no row of them."""
-        shown = RichTable(
+        """The table for a ``cli.terminal.Console``; without headings it has no header row."""
+        table = RichTable(
             title=self.title or None,
             title_justify="left",
             caption=self.caption or None,
             show_header=any(column.heading for column in self.columns),
         )
         for column in self.columns:
-            shown.add_column(
+            table.add_column(
                 column.heading,
                 justify="left" if column.form is None else "right",
                 overflow="fold",
                 no_wrap=not column.wrap,
             )
-        for place, row in enumerate(self.rows):
-            shown.add_row(*map(_rich_cell, self.columns, row), end_section=place in self.lines)
-        return shown
+        for index, row in enumerate(self.rows):
+            table.add_row(*map(_rich_cell, self.columns, row), end_section=index in self.lines)
+        return table
 
     def markdown(self) -> list[str]:
-        """The lines of a section of a document: its heading and the table."""
+        """The lines of a Markdown section: a heading and the table."""
         marks = " | ".join("---" if column.form is None else "---:" for column in self.columns)
         rows = (map(Column.text, self.columns, row) for row in self.rows)
         return [
@@ -87,19 +87,19 @@ class Table:
 
 
 def facts(title: str, values: Mapping[str, Any]) -> Table:
-    """A row for each value that there is, by its name."""
-    given = {name: value for name, value in values.items() if value not in (None, "", [])}
-    rows = [(name.replace("_", " "), str(value)) for name, value in given.items()]
+    """A table of names and values; empty values are omitted."""
+    present = {name: value for name, value in values.items() if value not in (None, "", [])}
+    rows = [(name.replace("_", " "), str(value)) for name, value in present.items()]
     return Table(title, (Column(""), Column("")), rows)
 
 
 def figure(value: float) -> str:
-    """A figure of a report: three decimals, of large ones three digits."""
+    """A number in a report: three decimals, or three significant digits from 1000 on."""
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
 def markdown_list(items: Iterable[str]) -> list[str]:
-    """The lines of a list in Markdown, after an empty one."""
+    """The lines of a Markdown list, after an empty line."""
     return ["", *(f"- {markdown_text(item)}" for item in items)]
 
 

@@ -103,7 +103,7 @@ def rows(job: dict[str, Any]) -> str:
 
 def conversations(job: dict[str, Any]) -> str:
     """What a fit reads pairs of messages with."""
-    from vllm_steer.texts.messages import read_conversations
+    from vllm_steer.texts.conversations import read_conversations
 
     return f"{len(list(read_conversations(job['path'])))} conversations"
 
@@ -115,9 +115,9 @@ def lexicon(job: dict[str, Any]) -> str:
 
 
 def properties(job: dict[str, Any]) -> str:
-    from vllm_steer.evaluation.composition.asked import Composition
+    from vllm_steer.evaluation.composition.spec import ComparisonSpec
 
-    return f"{len(Composition.load(job['path']).seen)} combinations"
+    return f"{len(ComparisonSpec.load(job['path']).seen)} combinations"
 
 
 DOES = {

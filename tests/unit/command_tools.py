@@ -1,4 +1,4 @@
-"""The command line, called within the process."""
+"""Helpers that run the command line in this process."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ MAIN = "from vllm_steer.cli import main; main()"
 
 
 def call(*line: Any) -> Any:
-    """A command in this process, its streams taken for terminals."""
+    """Run a command in this process, with its streams as terminals."""
     environment = {"FORCE_COLOR": "1", "COLUMNS": "100"}
     return CliRunner().invoke(app, [str(part) for part in line], env=environment)
 
 
 def steer_of(path: Path, text: str) -> Path:
-    """A vector whose every text is foreign, as any tool could have written it."""
+    """A steer file with the same untrusted text in all its text fields."""
     recipe = {"method": text, text[:1000]: {text[:1000]: [text, {text[:1000]: text}]}}
     recipe["figures"] = {"read_layers": [[text]], "train_accuracy": [text], text[:99]: text}
     metadata = {

@@ -1,4 +1,4 @@
-"""What tests of the doctor share."""
+"""Helpers for tests of the doctor."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""An engine and a judge that stand in for real ones, for tests of evaluations."""
+"""A fake engine and a fake judge for tests of evaluations."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,22 +10,22 @@ import pytest
 import torch
 
 from vllm_steer import VectorSteer, save_steer
-from vllm_steer.evaluation import writing
+from vllm_steer.evaluation import missing_texts
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.sampling import Sampling
-from vllm_steer.sweep import sweeping
+from vllm_steer.sweep import sweep_run
 
 
 @dataclass
-class StandIn:
-    """Writes `good` in 10 + 2 * strength of 20 texts; remembers what it is asked."""
+class FakeEngine:
+    """A fake engine: 10 + 2 * strength of 20 texts are `good`; it records its requests."""
 
-    asked: list[Any] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
     fails_after: int = 1000
 
     @contextmanager
-    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["StandIn"]:
+    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["FakeEngine"]:
         assert all(path.exists() for path in files.values())
         self.files = dict(files)
         yield self
@@ -38,9 +38,9 @@ class StandIn:
         *,
         on_text: Callable[[int], None] | None = None,
     ) -> list[Answers]:
-        if len(self.asked) == self.fails_after:
+        if len(self.requests) == self.fails_after:
             raise KeyboardInterrupt
-        self.asked.append(steer)
+        self.requests.append(steer)
         strength = 0.0 if steer is None else steer.get("steer", {}).get("strength", 0.0)
         good = 10 + int(2 * strength)
         return [
@@ -49,8 +49,8 @@ class StandIn:
 
 
 @dataclass(frozen=True)
-class Price:
-    """A stand-in for perplexity: 4 times 1 + the share of good texts above one half."""
+class FakePerplexity:
+    """A fake perplexity judge: 4 times 1 plus the share of good texts above one half."""
 
     name: str = "perplexity:m"
     effect: None = None
@@ -61,18 +61,18 @@ class Price:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    found = StandIn()
-    monkeypatch.setattr(writing, "engine", found.engine)
-    monkeypatch.setattr(sweeping, "engine", found.engine)
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
+    monkeypatch.setattr(missing_texts, "engine", engine.engine)
+    monkeypatch.setattr(sweep_run, "engine", engine.engine)
     from vllm_steer.evaluation import judges
 
-    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: Price())  # type: ignore[index]
-    return found
+    monkeypatch.setitem(judges._BUILDERS, "perplexity", lambda *_: FakePerplexity())  # type: ignore[index]
+    return engine
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder with a steer, prompts and a lexicon."""
     rows = torch.arange(1.0, 13.0).view(4, 3)
     save_steer(VectorSteer(vectors=rows, layers=(0, 1, 2, 3)), tmp_path / "v")

@@ -21,8 +21,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print("vllm-steer", __version__)
         raise typer.Exit
 
@@ -42,15 +42,15 @@ def _root(
 def main() -> None:
     """Run the command line; a ``SteerError`` becomes one line and exit code 1.
 
-    So does an output stream that cannot be written to; one that nobody reads any more says nothing.
-    An interruption ends with 130, as a shell's.
+    So does an output stream that cannot be written to; a closed pipe ends silently. An interrupt
+    ends with exit code 130, as in a shell.
     """
     protect_streams()
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()  # where a full disk is found out
+            sys.stdout.flush()  # a full disk is reported here
     except SteerError as error:
         _end(str(error))
     except BrokenPipeError:
@@ -58,19 +58,19 @@ def main() -> None:
     except OSError as error:
         _end(f"{error.filename or 'standard output'}: {error.strerror}")
     except (RecursionError, MemoryError, OverflowError, UnicodeError) as error:
-        # What no reader has foreseen of a foreign file: its traceback can have thousands of lines.
+        # Unexpected errors of untrusted files, whose tracebacks can have thousands of lines.
         _end(f"{type(error).__name__}: {cause(error)}")
     except KeyboardInterrupt:
         _end("interrupted", code=_INTERRUPTED)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        _end(cause(error))  # PyTorch's, of which only some have a class of their own
+        _end(cause(error))  # PyTorch raises plain RuntimeErrors for some out-of-memory errors
 
 
-def _end(said: str, code: int = 1) -> NoReturn:
-    if said:
-        print("vllm-steer:", one_line(" ".join(said.split())), file=sys.stderr)
-    # What is still in the buffer would fail again as Python ends.
+def _end(message: str, code: int = 1) -> NoReturn:
+    if message:
+        print("vllm-steer:", one_line(" ".join(message.split())), file=sys.stderr)
+    # Python flushes the buffer again at exit, which would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -11,7 +11,7 @@ from vllm_steer.errors import SteerError
 
 
 class CommandEntry(NamedTuple):
-    """Where a command is, and its line in the list of commands."""
+    """The module and function of a command, and its line in the list of commands."""
 
     module: str
     function: str
@@ -49,13 +49,13 @@ COMMANDS: Final = {
 
 
 class LazyGroup(TyperGroup):
-    """The commands of ``COMMANDS``, which are imported only to run or to show their own help."""
+    """The commands of ``COMMANDS``; a module is imported to run a command or show its help."""
 
     _is_listing = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # Typer suggests names of these for one that is misspelt.
+        # Typer suggests these names for a misspelt one.
         self.commands.update({n: TyperCommand(n, help=e.help) for n, e in COMMANDS.items()})
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -69,12 +69,12 @@ class LazyGroup(TyperGroup):
             return None
         if self._is_listing:
             return self.commands[cmd_name]
-        found = getattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
-        if not isinstance(found, typer.Typer):
+        target = getattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
+        if not isinstance(target, typer.Typer):
             app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-            app.command(cmd_name)(found)
-            found = app
-        command = get_command(found)
+            app.command(cmd_name)(target)
+            target = app
+        command = get_command(target)
         command.name = cmd_name
         return command
 

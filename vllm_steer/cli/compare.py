@@ -1,11 +1,11 @@
-"""``vllm-steer compare``: several properties at once, by fixed, scheduled and dynamic strengths."""
+"""``vllm-steer compare``: fixed, scheduled and dynamic strengths for several properties at once."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_steer.cli import generating_options as options
+from vllm_steer.cli import generation_options as options
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.run_folder import locked
@@ -26,16 +26,16 @@ def compare(
     prompt_field: options.PromptField = "prompt",
     first: options.First = None,
     choose_prompts: Annotated[
-        Path | None, typer.Option(help="Prompts to choose strengths on; without: --prompts.")
+        Path | None, typer.Option(help="Prompts to select strengths on (default: --prompts).")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Share below the highest that is given up for perplexity.")
+        float, typer.Option(help="Accuracy that may be given up for a lower perplexity.")
     ] = 0.02,
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of the texts as a whole, as for eval; again for more. Without: perplexity by "
-            "MODEL, diversity."
+            help="Judge of all texts, as for eval; may be repeated (default: perplexity by MODEL, "
+            "diversity)."
         ),
     ] = None,
     preset: options.Preset = None,
@@ -57,24 +57,24 @@ def compare(
 ) -> None:
     """Compare no steer, fixed, scheduled and dynamic strengths for properties and combinations.
 
-    Strengths are chosen on the combinations that are seen and taken over for the unseen ones.
+    Strengths are selected on the seen combinations and applied to the unseen ones.
     """
-    from vllm_steer.evaluation.composition.comparing import compare as run_comparison
-    from vllm_steer.evaluation.composition.comparison import Comparison
+    from vllm_steer.evaluation.composition.comparison_run import compare as run_comparison
+    from vllm_steer.evaluation.composition.settings import ComparisonSettings
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
 
     if plot:
-        need("matplotlib")  # now, not after hours of generating
-    choosing = None
+        require_package("matplotlib")  # fail before the generation
+    selection_prompts = None
     if choose_prompts is not None:
-        choosing = read_prompts(choose_prompts, field=prompt_field)
-    asked = Comparison(
+        selection_prompts = read_prompts(choose_prompts, field=prompt_field)
+    settings = ComparisonSettings(
         model=model,
         file=properties,
         prompts=read_prompts(prompts, field=prompt_field, count=first),
-        choosing=choosing,
+        selection_prompts=selection_prompts,
         folder=out,
         judges=tuple(judge or ()),
         sampling=options.sampling(context.params),
@@ -83,7 +83,7 @@ def compare(
         restart=restart,
     )
     with locked(out):
-        report = run_comparison(asked, make_judges, progress)
+        report = run_comparison(settings, make_judges, progress)
         _show(report, out, plot=plot, as_json=as_json)
 
 
@@ -96,7 +96,7 @@ def _show(report: "ComparisonReport", out: Path, *, plot: bool, as_json: bool) -
         draw_strengths(report, out / "strengths.png")
         draw_prices(report, out / "report.png")
     for note in notes(report):
-        say(f"not there: {note}", stderr=True)
+        say(f"missing: {note}", stderr=True)
     if as_json:
         say_json(finite(report.data))
         return

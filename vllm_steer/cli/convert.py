@@ -1,4 +1,4 @@
-"""``vllm-steer convert``: writes any supported steer file in vllm-steer's own format."""
+"""``vllm-steer convert``: convert a supported steer file to vllm-steer's own format."""
 
 import sys
 from collections.abc import Mapping
@@ -18,7 +18,9 @@ from vllm_steer.tables import Table, facts
 
 def convert(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Steer file of any known tool.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Steer file in any supported format.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="vllm-steer file to write.")],
     kind: Annotated[str | None, typer.Option(help="lm_steer, vector or delta.")] = None,
     layers: Annotated[
@@ -26,18 +28,16 @@ def convert(
     ] = None,
     site: Annotated[str | None, typer.Option(help="resid, attn_in, attn_out or heads.")] = None,
     mode: Annotated[str | None, typer.Option(help="add or rotate.")] = None,
-    rows: Annotated[str | None, typer.Option(help="Rows of a plain tensor to take.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows of a plain tensor to use.")] = None,
     feature: Annotated[int | None, typer.Option(help="Feature of an SAE.")] = None,
-    hook: Annotated[
-        str | None, typer.Option(help="TransformerLens name of where an SAE reads.")
-    ] = None,
+    hook: Annotated[str | None, typer.Option(help="TransformerLens hook point of an SAE.")] = None,
     orient: Annotated[
-        bool, typer.Option("--orient", help="Turn concept-guidance rows to the concept.")
+        bool, typer.Option("--orient", help="Flip concept-guidance rows towards the concept.")
     ] = False,
     schedule: Annotated[str | None, typer.Option(help="fixed, start or dim.")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Of an LM-Steer.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Epsilon of an LM-Steer.")] = None,
     fixed_columns: Annotated[
-        str | None, typer.Option(help="LM-Steer columns that enter with 1: '1' or '1,2'.")
+        str | None, typer.Option(help="LM-Steer columns applied with 1: '1' or '1,2'.")
     ] = None,
     columns: Annotated[str | None, typer.Option(help="LM-Steer columns to keep.")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="The model's hidden size.")] = None,
@@ -47,9 +47,9 @@ def convert(
     base_model: Annotated[str | None, typer.Option(help="Model the steer is for.")] = None,
     description: Annotated[str | None, typer.Option(help="Free text.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was read as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Read a steer file, say what is in it, and write it as a vllm-steer file."""
+    """Read a steer file, summarise it, and write it as a vllm-steer file."""
     check_output(output, force)
     loaded = read_file(source, _facts(context.params))
     summary = _summary(loaded)
@@ -57,12 +57,12 @@ def convert(
         say_json({**summary, "output": str(output)})
     else:
         Console().print(_table(summary, title=str(output)))
-    sys.stdout.flush()  # what fails, fails before the file is there
+    sys.stdout.flush()  # fail before the file is written
     save_steer(loaded.steer, output)
 
 
 def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are facts about the steer, by the facts' own names, where they are given."""
+    """The given options that are metadata of the steer, by their key."""
     return {
         name: value
         for name, value in options.items()
@@ -96,22 +96,22 @@ def _head_summary(steer: LMSteer) -> dict[str, Any]:
 
 def _layers_summary(steer: VectorSteer | DeltaSteer) -> dict[str, Any]:
     if isinstance(steer, DeltaSteer):
-        said: dict[str, Any] = {"schedule": steer.schedule, "steps": steer.steps}
-        # Of each layer the largest step: later steps fade.
+        fields: dict[str, Any] = {"schedule": steer.schedule, "steps": steer.steps}
+        # The maximum over the steps of each layer: later steps decay.
         norms = steer.delta.double().norm(dim=2).amax(dim=0)
     else:
-        said = {"mode": steer.mode}
+        fields = {"mode": steer.mode}
         norms = steer.vectors.double().norm(dim=1)
     by_layer = zip(steer.layers, norms.tolist(), strict=True)
     return {
-        **said,
+        **fields,
         "layers": format_layers(steer.layers),
         "norms": {str(layer): norm for layer, norm in by_layer},
     }
 
 
 def _table(summary: dict[str, Any], title: str) -> Table:
-    shown = dict(summary)
-    if norms := shown.pop("norms", {}).values():
-        shown["norm per layer"] = f"{min(norms):.4g} to {max(norms):.4g}"
-    return facts(title, shown)
+    values = dict(summary)
+    if norms := values.pop("norms", {}).values():
+        values["norm per layer"] = f"{min(norms):.4g} to {max(norms):.4g}"
+    return facts(title, values)

@@ -1,4 +1,4 @@
-"""``vllm-steer demo``: a real server answers one batch, each request with another steer."""
+"""``vllm-steer demo``: a vLLM server answers one batch of requests with different steers."""
 
 import asyncio
 import time
@@ -8,15 +8,13 @@ from typing import Annotated
 import typer
 
 from vllm_steer.cli.terminal import Console, say_json
-from vllm_steer.demo.batch import PROMPT, Answer, ask_all
+from vllm_steer.demo.batch import PROMPT, DemoResult, ask_all
 from vllm_steer.demo.server import serve_embedded_model
 from vllm_steer.tables import Column, Table
 
 
 def demo(
-    samples: Annotated[
-        int, typer.Option(min=1, max=64, help="Texts per request that the share is taken over.")
-    ] = 16,
+    samples: Annotated[int, typer.Option(min=1, max=64, help="Texts per request.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Serve the embedded model on loopback and answer one prompt under different steers."""
@@ -31,27 +29,27 @@ def demo(
             console.print(f"server ready after {time.monotonic() - started:.0f} s at {url}")
             status.update("one batch of concurrent requests ...")
             started = time.monotonic()
-            answers = asyncio.run(ask_all(url, samples=samples))
+            results = asyncio.run(ask_all(url, samples=samples))
             seconds = time.monotonic() - started
         status.update("stopped the server")
-    console.print(f"{len(answers)} requests of {samples} texts in one batch: {seconds:.1f} s")
+    console.print(f"{len(results)} requests of {samples} texts in one batch: {seconds:.1f} s")
     if as_json:
-        say_json([answer.figures for answer in answers])
+        say_json([result.figures for result in results])
     else:
-        console.print(_table(answers))
+        console.print(_table(results))
 
 
-def _table(answers: Sequence[Answer]) -> Table:
-    measures = list(answers[0].shares)
-    texts = [Column("asked by"), Column("strength"), Column("first text")]
+def _table(results: Sequence[DemoResult]) -> Table:
+    measures = list(results[0].shares)
+    texts = [Column("given by"), Column("strength"), Column("first text")]
     rows = [
         (
-            answer.request.asked_by,
-            answer.request.strengths,
-            answer.texts[0].removeprefix(PROMPT).strip(),
-            *(answer.shares[measure] for measure in measures),
+            result.request.steer_carrier,
+            result.request.strengths,
+            result.texts[0].removeprefix(PROMPT).strip(),
+            *(result.shares[measure] for measure in measures),
         )
-        for answer in answers
+        for result in results
     ]
     return Table(
         f"{PROMPT} ...",

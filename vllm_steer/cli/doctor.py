@@ -1,4 +1,4 @@
-"""``vllm-steer doctor``: whether and how steering works with a model on this machine."""
+"""``vllm-steer doctor``: checks whether steering works with a model on this machine."""
 
 import sys
 from typing import Annotated
@@ -15,46 +15,50 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 def doctor(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")],
     steer_config: Annotated[
-        str | None, typer.Option(help="Steer config whose memory is to be told.")
+        str | None, typer.Option(help="Steer config: report the memory of its steers.")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"The engine's dtype: {', '.join(DTYPES)}.")] = "auto",
     engine: Annotated[
         bool, typer.Option(help="Start a vLLM engine and compare it with Hugging Face.")
     ] = True,
-    max_model_len: Annotated[int | None, typer.Option(min=32, help="vLLM's.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=32, help="As for vllm serve.")] = None,
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="vLLM's.")
+        float | None, typer.Option(min=0.01, max=1.0, help="As for vllm serve.")
     ] = None,
-    tensor_parallel_size: Annotated[int | None, typer.Option(min=1, help="vLLM's.")] = None,
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="vLLM's.")] = False,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(min=1, help="As for vllm serve.")
+    ] = None,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="As for vllm serve.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every finding as JSON.")] = False,
 ) -> None:
-    """Say what works with MODEL: environment, sites, parity with Hugging Face, memory."""
+    """Check what works with MODEL: environment, sites, parity with Hugging Face, memory."""
     from vllm_steer.config import SteerConfig
     from vllm_steer.doctor.architecture import read_architecture
     from vllm_steer.doctor.report import examine, failed, table
 
     if dtype not in DTYPES:
         raise SteerError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    given = {
+    engine_options = {
         "max_model_len": max_model_len,
         "gpu_memory_utilization": gpu_memory_utilization,
         "tensor_parallel_size": tensor_parallel_size,
         "enforce_eager": enforce_eager,
     }
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in engine_options.items() if value is not None}
     architecture = read_architecture(model)
     if steer_config is not None:
-        SteerConfig.load(steer_config)  # what is wrong with it is said before the long trials
+        SteerConfig.load(steer_config)  # fail before the long trials
     findings = []
     console = Console(stderr=True)
-    with console.status("looking at what is installed ...") as status:
+    with console.status("checking the installation ...") as status:
         for finding in examine(
             architecture, dtype=dtype, engine=engine, options=options, steer_config=steer_config
         ):
             findings.append(finding)
-            said = f"{finding.part}: after {finding.name} ..."
-            status.update(console.text(said, longest=_LONGEST))
+            text = f"{finding.part}: after {finding.name} ..."
+            status.update(console.text(text, longest=_LONGEST))
     if as_json:
         say_json({"model": model, "findings": [f.as_json for f in findings]})
     else:

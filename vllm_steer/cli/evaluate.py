@@ -5,19 +5,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_steer.cli import generating_options as options
+from vllm_steer.cli import generation_options as options
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.run_folder import locked
 
 if TYPE_CHECKING:
-    from vllm_steer.evaluation.report import Report
+    from vllm_steer.evaluation.report import EvaluationReport
 
 
 def _no_properties(steer: Path) -> Path:
     if steer.suffix in (".yaml", ".yml"):
-        raise SteerError(f"{steer}: no steer; a file of properties is for vllm-steer compare")
+        raise SteerError(
+            f"{steer}: this is not a steer file; for a file of properties use vllm-steer compare"
+        )
     return steer
 
 
@@ -27,13 +29,13 @@ def evaluate(
     steer: Annotated[
         Path,
         typer.Argument(
-            metavar="STEER", help="Steer file of any known tool.", callback=_no_properties
+            metavar="STEER", help="Steer file in any supported format.", callback=_no_properties
         ),
     ],
     prompts: options.Prompts,
     out: options.Out,
     strengths: Annotated[
-        str, typer.Option(help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always in it.")
+        str, typer.Option(help="'-5,-2,2,5' or first:last:step '-5:5:2.5'; 0 is always added.")
     ],
     prompt_field: options.PromptField = "prompt",
     first: options.First = None,
@@ -41,7 +43,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="perplexity:MODEL, diversity, repetition, classifier:MODEL:LABEL, language:fr, "
-            "lexicon:FILE; again for more. Without: perplexity by MODEL, diversity, repetition."
+            "lexicon:FILE; may be repeated (default: perplexity by MODEL, diversity, repetition)."
         ),
     ] = None,
     preset: options.Preset = None,
@@ -57,9 +59,9 @@ def evaluate(
     ] = None,
     phase: Annotated[str | None, typer.Option(help="all, prompt or generation.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Of a delta: fixed, start or dim; without: the file's.")
+        str | None, typer.Option(help="Schedule of a step delta: fixed, start or dim.")
     ] = None,
-    control_seed: Annotated[int, typer.Option(help="Of the random steer.")] = 0,
+    control_seed: Annotated[int, typer.Option(help="Seed of the random steer.")] = 0,
     restart: options.Restart = False,
     plot: options.Plot = True,
     as_json: options.AsJson = False,
@@ -71,19 +73,19 @@ def evaluate(
 ) -> None:
     """Generate at each strength in vLLM, and judge the texts: JSON, tables and a plot.
 
-    Beside the steer stand the unsteered model and a random steer of equal norm, always.
+    The unsteered model and a random steer of equal norm are always evaluated as controls.
     """
-    from vllm_steer.evaluation.evaluating import Evaluation
-    from vllm_steer.evaluation.evaluating import evaluate as run_evaluation
+    from vllm_steer.evaluation.evaluation_run import EvaluationSettings
+    from vllm_steer.evaluation.evaluation_run import evaluate as run_evaluation
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.evaluation.strengths import parse_strengths
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
 
     if plot:
-        need("matplotlib")  # now, not after hours of generating
-    doses: dict[str, Any] = {"layers": layers, "phase": phase, "schedule": schedule}
-    asked = Evaluation(
+        require_package("matplotlib")  # fail before the generation
+    dose_options: dict[str, Any] = {"layers": layers, "phase": phase, "schedule": schedule}
+    settings = EvaluationSettings(
         model=model,
         steer=steer,
         prompts=read_prompts(prompts, field=prompt_field, count=first),
@@ -91,17 +93,17 @@ def evaluate(
         folder=out,
         judges=tuple(judge or ()),
         sampling=options.sampling(context.params),
-        options={name: value for name, value in doses.items() if value is not None},
+        options={name: value for name, value in dose_options.items() if value is not None},
         control_seed=control_seed,
         engine=options.engine_options(context.params),
         restart=restart,
     )
     with locked(out):
-        report = run_evaluation(asked, make_judges, progress)
+        report = run_evaluation(settings, make_judges, progress)
         _show(report, out, plot=plot, as_json=as_json)
 
 
-def _show(report: "Report", out: Path, *, plot: bool, as_json: bool) -> None:
+def _show(report: "EvaluationReport", out: Path, *, plot: bool, as_json: bool) -> None:
     from vllm_steer.evaluation.json_files import finite
     from vllm_steer.evaluation.plot import draw_report
     from vllm_steer.evaluation.report import tables, without_effect

@@ -1,4 +1,4 @@
-"""``vllm-steer evidence``: the parts of a text that a steer makes likelier or less likely."""
+"""``vllm-steer evidence``: the spans of a text that a steer makes more or less likely."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,7 +22,9 @@ _DEFAULT_LABEL = "label"
 
 
 def evidence(
-    steer: Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of any known tool.")],
+    steer: Annotated[
+        Path, typer.Argument(metavar="STEER", help="Steer file in any supported format.")
+    ],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")],
     text: Annotated[str | None, typer.Option(help="The text to read.")] = None,
     file: Annotated[
@@ -30,41 +32,46 @@ def evidence(
     ] = None,
     text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
     label_field: Annotated[
-        str | None, typer.Option(help="Name of the label in a row, by itself 'label'.")
+        str | None, typer.Option(help="Name of the label in a row (default: label).")
     ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Label map: sst2, sst5, ..., or good=1,bad=-1.")
     ] = None,
-    strength: Annotated[float, typer.Option(help="The text is read at + and - this.")] = 1.0,
-    spans: Annotated[int, typer.Option(min=1, help="Most spans on either side.")] = 4,
-    longest: Annotated[int, typer.Option(min=1, help="Most tokens of a span.")] = 10,
+    strength: Annotated[
+        float, typer.Option(help="The text is scored at plus and minus this strength.")
+    ] = 1.0,
+    spans: Annotated[int, typer.Option(min=1, help="Maximum number of spans per sign.")] = 4,
+    longest: Annotated[int, typer.Option(min=1, help="Maximum tokens of a span.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say how much likelier a text is at +STRENGTH than at -STRENGTH, and which parts make it so.
+    """Show how much likelier a text is at +STRENGTH than at -STRENGTH, and by which spans.
 
-    The sign labels the text; where a file has labels, the share of right ones is printed.
+    The sign classifies the text; if the file has labels, the accuracy is printed.
     """
-    texts, known = _texts(text, file, text_field, label_field, labels)
+    texts, text_labels = _texts(text, file, text_field, label_field, labels)
     loaded, language_model = load_steer(steer), load_language_model(model)
-    found = []
+    results = []
     with progress("reading", len(texts)) as advance:
-        for given in texts:
-            found.append(
+        for passage in texts:
+            results.append(
                 text_evidence(
-                    language_model, loaded, given, strength=strength, spans=spans, longest=longest
+                    language_model, loaded, passage, strength=strength, spans=spans, longest=longest
                 )
             )
-            advance(len(found))
-    accuracy = _accuracy(found, known)
+            advance(len(results))
+    accuracy = _accuracy(results, text_labels)
     if as_json:
-        said = {"steer": str(steer), "model": model, "strength": strength, "accuracy": accuracy}
-        say_json({**said, "texts": [_plain(one) for one in found]})
+        summary = {"steer": str(steer), "model": model, "strength": strength, "accuracy": accuracy}
+        say_json({**summary, "texts": [_plain(result) for result in results]})
         return
     console = Console()
-    for one in found:
-        _show(console, one)
+    for result in results:
+        _show(console, result)
     if accuracy is not None:
-        console.print(f"{accuracy:.1%} of {sum(map(bool, known))} labels are the evidence's sign")
+        console.print(
+            f"{accuracy:.1%} of {sum(map(bool, text_labels))} labels agree with the sign of the "
+            "evidence"
+        )
 
 
 def _texts(
@@ -74,7 +81,7 @@ def _texts(
     label_field: str | None,
     labels: str | None,
 ) -> tuple[Sequence[str], Sequence[float]]:
-    """The texts, and their labels where the file has some."""
+    """The texts, and their labels if the file has any."""
     if (text is None) == (file is None):
         raise SteerError("give the text to read: either --text or --file")
     if file is None:
@@ -93,43 +100,47 @@ def _texts(
     return [row.text for row in rows], [row.label for row in rows]
 
 
-def _accuracy(found: Sequence[Evidence], known: Sequence[float]) -> float | None:
-    """The share of labels of the evidence's sign; a label of 0 is on no side."""
-    sided = [(one, label) for one, label in zip(found, known, strict=False) if label]
-    if not sided:
+def _accuracy(results: Sequence[Evidence], text_labels: Sequence[float]) -> float | None:
+    """The share of nonzero labels whose sign is that of the evidence; None without such labels."""
+    labelled = [
+        (result, label) for result, label in zip(results, text_labels, strict=False) if label
+    ]
+    if not labelled:
         return None
-    return sum(one.label * label > 0 for one, label in sided) / len(sided)
+    return sum(result.label * label > 0 for result, label in labelled) / len(labelled)
 
 
-def _plain(one: Evidence) -> dict[str, Any]:
-    return {**asdict(one), "total": one.total, "label": one.label}
+def _plain(result: Evidence) -> dict[str, Any]:
+    return {**asdict(result), "total": result.total, "label": result.label}
 
 
-def _show(console: Console, one: Evidence) -> None:
-    console.print(_marked(console, one))
-    per_token = one.total / len(one.tokens)
-    console.print(f"evidence {one.total:+.3f} nats, {per_token:+.4f} a token: label {one.label:+d}")
+def _show(console: Console, result: Evidence) -> None:
+    console.print(_marked(console, result))
+    per_token = result.total / len(result.tokens)
+    console.print(
+        f"evidence {result.total:+.3f} nats, {per_token:+.4f} a token: label {result.label:+d}"
+    )
     rows = [
         (span.evidence, f"{span.begin}-{span.end}", StyledText(span.text, style))
-        for span, style in _spans(one)
+        for span, style in _spans(result)
     ]
     columns = (Column("evidence", "+.3f"), Column("characters", ""), Column("span"))
     console.print(Table("", columns, rows))
 
 
-def _spans(one: Evidence) -> Iterator[tuple[TextSpan, str]]:
-    """The spans, each with its style: those for the steer first."""
-    for style, spans in ((_FOR, one.spans_for), (_AGAINST, one.spans_against)):
+def _spans(result: Evidence) -> Iterator[tuple[TextSpan, str]]:
+    """The spans with their styles, those for the steer first."""
+    for style, spans in ((_FOR, result.spans_for), (_AGAINST, result.spans_against)):
         for span in spans:
             yield span, style
 
 
-def _marked(console: Console, one: Evidence) -> Text:
-    """The whole text with its spans in their styles."""
-    marked, done = Text(), 0
-    for span, style in sorted(_spans(one), key=lambda pair: pair[0].begin):
-        begin = max(done, span.begin)
-        marked.append_text(console.text(one.text[done:begin], longest=None))
-        marked.append_text(console.text(one.text[begin : span.end], style, longest=None))
-        done = max(done, span.end)
-    return marked.append_text(console.text(one.text[done:], longest=None))
+def _marked(console: Console, result: Evidence) -> Text:
+    """The whole text with its spans highlighted."""
+    marked, position = Text(), 0
+    for span, style in sorted(_spans(result), key=lambda pair: pair[0].begin):
+        begin = max(position, span.begin)
+        marked.append_text(console.text(result.text[position:begin], longest=None))
+        marked.append_text(console.text(result.text[begin : span.end], style, longest=None))
+        position = max(position, span.end)
+    return marked.append_text(console.text(result.text[position:], longest=None))

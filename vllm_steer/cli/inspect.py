@@ -1,4 +1,4 @@
-"""``vllm-steer inspect``: what is in a steer file."""
+"""``vllm-steer inspect``: the content of a steer file."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.files import read_file
 from vllm_steer.inspection import NearTokens, nearest_tokens, read_output_embedding
 from vllm_steer.inspection.description import Description, describe
-from vllm_steer.inspection.nearest_tokens import Token, why_no_tokens
+from vllm_steer.inspection.nearest_tokens import Token, no_tokens_reason
 from vllm_steer.inspection.plot import write_plot
 from vllm_steer.models import load_tokenizer
 from vllm_steer.steers import LMSteer, Steer
@@ -26,54 +26,56 @@ _MOST_LINES = 200
 _FIRST = ("layer", "norm", "score")
 _PARTS = ("columns", "layers", "recipe")
 _STREAM_NOTE = (
-    "What the direction would add to each logit if it came to the LM head as it is: the layers "
-    "after it and the final norm are left out."
+    "Scores: what the direction would add to each logit if it reached the LM head unchanged; later "
+    "layers and the final norm are left out."
 )
-_HEAD_NOTE = "What one unit of the direction adds to each logit; its sign is arbitrary."
+_HEAD_NOTE = "Scores: what one unit of the direction adds to each logit; its sign is arbitrary."
 
 
 def inspect(
-    steer: Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of any known tool.")],
+    steer: Annotated[
+        Path, typer.Argument(metavar="STEER", help="Steer file in any supported format.")
+    ],
     model: Annotated[
-        str | None, typer.Option(help="Folder, hub id or 'embedded': shows the nearest tokens.")
+        str | None, typer.Option(help="Folder, hub id or 'embedded'; shows the nearest tokens.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to draw norms into.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of the norms.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the PNG file if it exists.")
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="Leading directions to show.")] = 10,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens at each end of one.")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens at each end of a direction.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a steer file is: norms, singular values, accuracies, and the nearest tokens."""
+    """Describe a steer file: norms, singular values, accuracies, and the nearest tokens."""
     if plot is not None:
         check_output(plot, force, inputs=[steer])
     loaded = read_file(steer, {})
     description = {"format": loaded.format, **describe(loaded.steer)}
-    reason = None if model is None else why_no_tokens(loaded.steer)
-    near = [] if model is None or reason else _near(loaded.steer, model, top, tokens)
+    reason = None if model is None else no_tokens_reason(loaded.steer)
+    nearest = [] if model is None or reason else _nearest(loaded.steer, model, top, tokens)
     if plot is not None:
         write_plot(description, plot)
     if as_json:
-        said = {"tokens": [asdict(one) for one in near], "tokens_left_out": reason}
-        say_json({**description, **(said if model is not None else {})})
+        token_data = {"tokens": [asdict(entry) for entry in nearest], "tokens_left_out": reason}
+        say_json({**description, **(token_data if model is not None else {})})
         return
     console = Console()
-    for part in _shown(description, top, title=str(steer)):
+    for part in _renderables(description, top, title=str(steer)):
         console.print(part)
     if reason:
         console.print(f"No tokens: {reason}.")
-    elif near:
+    elif nearest:
         note = _HEAD_NOTE if isinstance(loaded.steer, LMSteer) else _STREAM_NOTE
-        console.print(_token_table(near), note, sep="\n")
+        console.print(_token_table(nearest), note, sep="\n")
 
 
-def _near(steer: Steer, model: str, top: int, tokens: int) -> list[NearTokens]:
+def _nearest(steer: Steer, model: str, top: int, tokens: int) -> list[NearTokens]:
     embedding, tokenizer = read_output_embedding(model), load_tokenizer(model)
     return nearest_tokens(steer, embedding, tokenizer, top=top, count=tokens)
 
 
-def _shown(description: Description, top: int, title: str) -> Iterator[RenderableType]:
+def _renderables(description: Description, top: int, title: str) -> Iterator[RenderableType]:
     yield facts(title, {n: value for n, value in description.items() if n not in _PARTS})
     for column in description.get("columns", ()):
         yield _column_table(column, top) if "shares" in column else _column_line(column)
@@ -104,16 +106,17 @@ def _column_table(column: Mapping[str, Any], top: int) -> RenderableType:
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    # Not every row has every figure: a layer that was only probed has no norm.
+    # Rows differ in their figures: a layer that was only probed has no norm.
     names = list(dict.fromkeys([*_FIRST, *(name for row in layers for name in row)]))
     names = [name for name in names if any(name in row for row in layers)]
     columns = [Column(name.replace("_", " "), _figure) for name in names]
     return Table("", columns, [[row.get(name) for name in names] for row in layers])
 
 
-def _token_table(near: Sequence[NearTokens]) -> Table:
+def _token_table(nearest: Sequence[NearTokens]) -> Table:
     rows = [
-        (one.label, f"{one.weight:.4g}", *map(_in_a_row, (one.highest, one.lowest))) for one in near
+        (entry.label, f"{entry.weight:.4g}", *map(_in_a_row, (entry.highest, entry.lowest)))
+        for entry in nearest
     ]
     columns = [Column(heading) for heading in ("direction", "weight", "highest", "lowest")]
     return Table("", columns, rows, lines=range(len(rows)))
@@ -124,14 +127,14 @@ def _in_a_row(tokens: Sequence[Token]) -> str:
 
 
 def _first(lines: Iterator[str]) -> Iterator[str]:
-    """As many lines as are read; ``--json`` has the others."""
+    """The first lines; ``--json`` prints all of them."""
     yield from itertools.islice(lines, _MOST_LINES)
-    if left := sum(1 for _ in lines):
-        yield f"  ... {left} more lines ..."
+    if remaining := sum(1 for _ in lines):
+        yield f"  ... {remaining} more lines ..."
 
 
 def _lines(value: Mapping[str, Any], indent: str) -> Iterator[str]:
-    """A recipe, a line for each value; of long lists the ends."""
+    """A recipe with one line per value; long lists are abbreviated."""
     for name, inner in value.items():
         if isinstance(inner, Mapping) and inner:
             yield f"{indent}{name}:"

@@ -1,6 +1,6 @@
-"""Upper limits of numbers on the command line."""
+"""The upper limit of numbers on the command line."""
 
 from typing import Final
 
 MOST: Final = 2**31 - 1
-"""Of counts and seeds: what every library underneath can count to."""
+"""Maximum of counts and seeds that all libraries used here accept."""

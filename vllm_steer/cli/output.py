@@ -1,4 +1,4 @@
-"""Checks a command's output file before the work begins."""
+"""Checks of a command's output file before the work begins."""
 
 import os
 from collections.abc import Iterable
@@ -10,16 +10,16 @@ from vllm_steer.files.whole import check_replaceable
 
 
 def check_output(output: Path, force: bool, *, inputs: Iterable[str | Path | None] = ()) -> None:
-    """``SteerError`` for an output that is there already, or that no file can be put in place of.
+    """Raise ``SteerError`` for an output that exists or cannot be written.
 
-    ``force`` gives up a plain file only: a folder cannot be replaced, and a device must not be. One
-    of the ``inputs``, whatever name or link leads to it, is never given up.
+    ``force`` permits replacing a regular file, but no folder or device, and none of the ``inputs``,
+    also if the output is a link to one.
     """
     if str(output) == "-":
         raise SteerError("-: standard output cannot be written to; give a file's name")
-    for given in inputs:
-        if given is not None and _same_file(output, given):
-            raise SteerError(f"{output}: this is {given}, which is read; choose another name")
+    for path in inputs:
+        if path is not None and _same_file(output, path):
+            raise SteerError(f"{output}: this is {path}, which is read; choose another name")
     if _is_there(output) and not force:
         raise SteerError(f"{output}: exists already; choose another name, or give --force")
     check_replaceable(output)
@@ -30,7 +30,7 @@ def check_output(output: Path, force: bool, *, inputs: Iterable[str | Path | Non
 
 
 def check_named(model: str, description: str = "") -> None:
-    """``SteerError`` for a model's name or a description that no steer file can hold."""
+    """Raise ``SteerError`` for a model name or a description that a steer file cannot hold."""
     check_metadata({"base_model": model, "description": description})
 
 
@@ -44,8 +44,8 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _same_file(output: Path, given: str | Path) -> bool:
+def _same_file(output: Path, path: str | Path) -> bool:
     try:
-        return os.path.samefile(output, given)
+        return os.path.samefile(output, path)
     except (OSError, ValueError):
         return False

@@ -1,4 +1,4 @@
-"""Progress bars on standard error; standard output has figures only."""
+"""Progress bars on standard error, so that standard output has results only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +17,19 @@ from vllm_steer.cli.terminal import Console, one_line
 _LONGEST: Final = 60
 
 
-class Advance(Protocol):
-    """``advance(done)`` moves the bar; ``said`` replaces its text, ``total`` its length."""
+class ProgressBarCallback(Protocol):
+    """``advance(done)`` sets the position of the bar; ``description`` and ``total`` replace its
+    own.
+    """
 
-    def __call__(self, done: int, *, total: int | None = None, said: str | None = None) -> None: ...
+    def __call__(
+        self, done: int, *, total: int | None = None, description: str | None = None
+    ) -> None: ...
 
 
 @contextmanager
-def progress(said: str, total: int | None = None) -> Iterator[Advance]:
-    """A bar while the block runs; where standard error is no terminal, nothing is drawn."""
+def progress(description: str, total: int | None = None) -> Iterator[ProgressBarCallback]:
+    """Show a progress bar while the block runs, unless standard error is not a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -35,10 +39,10 @@ def progress(said: str, total: int | None = None) -> Iterator[Advance]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
-        task = bars.add_task(console.shown(one_line(said, _LONGEST)), total=total)
+        task = bars.add_task(console.shown(one_line(description, _LONGEST)), total=total)
 
-        def advance(done: int, *, total: int | None = None, said: str | None = None) -> None:
-            text = None if said is None else console.shown(one_line(said, _LONGEST))
+        def advance(done: int, *, total: int | None = None, description: str | None = None) -> None:
+            text = None if description is None else console.shown(one_line(description, _LONGEST))
             bars.update(task, completed=done, total=total, description=text)
 
         yield advance

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_steer.cli import generating_options as options
+from vllm_steer.cli import generation_options as options
 from vllm_steer.cli.output import check_output
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
@@ -13,7 +13,7 @@ from vllm_steer.errors import SteerError
 
 if TYPE_CHECKING:
     from vllm_steer.sweep.search import Point
-    from vllm_steer.sweep.sweeping import Search, Swept
+    from vllm_steer.sweep.sweep_run import Search, SweepResult
 
 
 def sweep(
@@ -22,16 +22,19 @@ def sweep(
     steer: options.SteerFile,
     prompts: options.Prompts,
     judge: Annotated[
-        str, typer.Option(help="Of the effect: lexicon:FILE, classifier:MODEL:LABEL, language:fr.")
+        str,
+        typer.Option(
+            help="Judge of the effect: lexicon:FILE, classifier:MODEL:LABEL, language:fr."
+        ),
     ],
     perplexity: Annotated[
-        str | None, typer.Option(help="Model that perplexity is taken by; without: MODEL.")
+        str | None, typer.Option(help="Model that scores perplexity (default: MODEL).")
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="Largest perplexity allowed, over the unsteered model's.")
+        float, typer.Option(help="Maximum ratio of perplexity to the unsteered model's.")
     ] = 1.2,
     search: Annotated[
-        str | None, typer.Option(help="grid or bisection; without: grid if there are strengths.")
+        str | None, typer.Option(help="grid or bisection (default: grid if strengths are given).")
     ] = None,
     strengths: Annotated[
         str | None, typer.Option(help="Grid: '1,2,5' or first:last:step '1:8:1'.")
@@ -43,11 +46,11 @@ def sweep(
     layers: Annotated[
         str | None, typer.Option(help="Layers to try, such as 'top:1,2,4;all;0-3'.")
     ] = None,
-    direction: Annotated[str, typer.Option(help="up or down: where the effect is to go.")] = "up",
+    direction: Annotated[str, typer.Option(help="up or down: raise or lower the effect.")] = "up",
     write: Annotated[
-        bool, typer.Option("--write", help="Into the file: default strength, layers if tried.")
+        bool, typer.Option("--write", help="Write the result into the steer file.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG to draw the points in.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of the points.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the PNG if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all points as JSON.")] = False,
     prompt_field: options.PromptField = "prompt",
@@ -62,32 +65,33 @@ def sweep(
     dtype: options.Dtype = "auto",
     max_model_len: options.MaxModelLen = None,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(help="The judges' share is left.", rich_help_panel=options.VLLM)
+        float,
+        typer.Option(help="vLLM's share; judges need the rest.", rich_help_panel=options.VLLM),
     ] = 0.6,
     tensor_parallel_size: options.TensorParallelSize = 1,
     enforce_eager: options.EnforceEager = False,
 ) -> None:
     """Find the strongest effect within a budget of perplexity, over strengths and layers.
 
-    Exit code 1 if nothing within the budget changes the effect; the file stays as it was then.
+    Exit code 1 if no strength within the budget changes the effect; the file is then unchanged.
     """
     from vllm_steer.evaluation.judges import make_judge
     from vllm_steer.evaluation.prompts import read_prompts
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
     from vllm_steer.sweep.search import DIRECTIONS
-    from vllm_steer.sweep.sweeping import Sweep, check_writable
-    from vllm_steer.sweep.sweeping import sweep as run_sweep
+    from vllm_steer.sweep.sweep_run import SweepSettings, check_writable
+    from vllm_steer.sweep.sweep_run import sweep as run_sweep
 
     if plot is not None:
-        need("matplotlib")
+        require_package("matplotlib")
         read_by_judges = (spec.rpartition(":")[2] for spec in (judge, perplexity or ""))
         check_output(plot, force, inputs=[steer, prompts, *read_by_judges])
     if write:
         check_writable(steer)
-    found = [known for known in DIRECTIONS if known == direction]
-    if not found:
+    directions = [allowed for allowed in DIRECTIONS if allowed == direction]
+    if not directions:
         raise SteerError(f"direction is {direction!r}; allowed: {', '.join(DIRECTIONS)}")
-    asked = Sweep(
+    settings = SweepSettings(
         model=model,
         steer=steer,
         prompts=read_prompts(prompts, field=prompt_field, count=first),
@@ -96,22 +100,24 @@ def sweep(
         budget=budget,
         search=_search(search, strengths, ends, rounds),
         layers=layers,
-        direction=found[0],
+        direction=directions[0],
         sampling=options.sampling(context.params),
         engine=options.engine_options(context.params),
     )
     with progress("starting vLLM") as advance:
-        swept = run_sweep(
-            asked, make_judge, lambda done, total, said: advance(done, total=total, said=said)
+        result = run_sweep(
+            settings,
+            make_judge,
+            lambda done, total, description: advance(done, total=total, description=description),
         )
-    _finish(swept, write=write, plot=plot, as_json=as_json)
+    _finish(result, write=write, plot=plot, as_json=as_json)
 
 
 def _search(
     search: str | None, strengths: str | None, ends: str | None, rounds: int | None
 ) -> "Search":
     from vllm_steer.evaluation.strengths import parse_range, parse_strengths
-    from vllm_steer.sweep.sweeping import Search
+    from vllm_steer.sweep.sweep_run import Search
 
     kind = search or ("bisection" if strengths is None else "grid")
     if kind not in ("grid", "bisection"):
@@ -119,10 +125,10 @@ def _search(
     if kind == "grid":
         if strengths is None or ends is not None or rounds is not None:
             raise SteerError("a grid takes strengths such as '1:8:1', and no range and no rounds")
-        found = parse_strengths(strengths)
-        if not any(found):
+        grid = parse_strengths(strengths)
+        if not any(grid):
             raise SteerError(f"strengths are {strengths!r}; a grid needs one other than 0")
-        return Search(strengths=found)
+        return Search(strengths=grid)
     if strengths is not None:
         raise SteerError("a bisection takes a range such as '0:10', and no strengths")
     return Search(
@@ -131,41 +137,45 @@ def _search(
     )
 
 
-def _finish(swept: "Swept", *, write: bool, plot: Path | None, as_json: bool) -> None:
-    """Take a point, write it and show them all; only then say what went wrong, if something did."""
+def _finish(result: "SweepResult", *, write: bool, plot: Path | None, as_json: bool) -> None:
+    """Select a point, write it, show all points, and only then raise the error of the selection."""
     from vllm_steer.sweep.report import draw
 
-    chosen, written, problem = _taken(swept, write)
-    _show(swept, chosen, written, as_json=as_json)
+    best, output, problem = _select_and_write(result, write)
+    _show(result, best, output, as_json=as_json)
     if plot is not None:
-        draw(swept, chosen, plot)
+        draw(result, best, plot)
     if problem is not None:
         raise problem
 
 
-def _taken(swept: "Swept", write: bool) -> "tuple[Point | None, Path | None, SteerError | None]":
-    """The chosen point, the file that it was written to, and why there is none of the one kind."""
-    from vllm_steer.sweep.sweeping import write_choice
+def _select_and_write(
+    result: "SweepResult", write: bool
+) -> "tuple[Point | None, Path | None, SteerError | None]":
+    """The selected point, the file it was written to, and the error if either is missing."""
+    from vllm_steer.sweep.sweep_run import write_choice
 
-    chosen = None
+    best = None
     try:
-        chosen = swept.choose()
+        best = result.choose()
         if write:
-            write_choice(swept, chosen)
-    except SteerError as error:  # the points took long to measure: they are shown first
-        return chosen, None, error
-    return chosen, swept.asked.steer if write else None, None
+            write_choice(result, best)
+    except SteerError as error:  # the points took long to measure; show them first
+        return best, None, error
+    return best, result.settings.steer if write else None, None
 
 
-def _show(swept: "Swept", chosen: "Point | None", written: Path | None, *, as_json: bool) -> None:
+def _show(
+    result: "SweepResult", best: "Point | None", output: Path | None, *, as_json: bool
+) -> None:
     from vllm_steer.evaluation.json_files import finite
     from vllm_steer.sweep import report
 
     if as_json:
-        say_json(finite(report.data(swept, chosen, written)))
+        say_json(finite(report.data(result, best, output)))
         return
-    Console().print(report.table(swept, chosen))
-    if written is not None and chosen is not None:
-        kept = swept.asked.layers is not None
-        layers = f", layers {chosen.candidate.name}" if kept else ""
-        say(f"{written}: default strength {chosen.strength:.5g}{layers}")
+    Console().print(report.table(result, best))
+    if output is not None and best is not None:
+        has_layer_candidates = result.settings.layers is not None
+        layers = f", layers {best.candidate.name}" if has_layer_candidates else ""
+        say(f"{output}: default strength {best.strength:.5g}{layers}")

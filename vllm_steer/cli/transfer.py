@@ -1,4 +1,4 @@
-"""``vllm-steer transfer``: converts an LM-Steer of one model into one of another."""
+"""``vllm-steer transfer``: transfers an LM-Steer from one model to another."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,65 +18,72 @@ from vllm_steer.models import load_language_model, load_tokenizer
 from vllm_steer.steers import LMSteer
 from vllm_steer.tables import Column, Table
 from vllm_steer.texts import LabelledText, read_labelled
-from vllm_steer.transfer import Effect, Transferred, match_strength, measure_effect, transfer_steer
-from vllm_steer.transfer.bridge import AUTHORS_STEPS
+from vllm_steer.transfer import (
+    Effect,
+    TransferResult,
+    match_strength,
+    measure_effect,
+    transfer_steer,
+)
+from vllm_steer.transfer.embedding_map import AUTHORS_STEPS
 
 
 @dataclass(frozen=True)
 class _Effects:
-    """The effect of the steer in its own model and of the transferred one in the other."""
+    """The effect of the steer in its own model and of the transferred steer in the target model."""
 
     source: Effect
     target: Effect
 
     def plain(self) -> dict[str, Any]:
         source = self.source.evidence_per_text
-        kept = self.target.evidence_per_text / source if source > 0 else None
-        return {"source": asdict(self.source), "target": asdict(self.target), "kept": kept}
+        share = self.target.evidence_per_text / source if source > 0 else None
+        return {"source": asdict(self.source), "target": asdict(self.target), "kept": share}
 
 
 def transfer(
     steer: Annotated[Path, typer.Argument(metavar="STEER", help="LM-Steer to transfer.")],
     source: Annotated[str, typer.Argument(metavar="SOURCE_MODEL", help="The steer's own model.")],
-    target: Annotated[str, typer.Argument(metavar="TARGET_MODEL", help="Model to steer by it.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET_MODEL", help="Model to transfer it to.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="vllm-steer file to write.")],
     solver: Annotated[
         str, typer.Option(help="orthogonal, least-squares or authors.")
     ] = "orthogonal",
     seed: Annotated[
-        int, typer.Option(min=-MOST, max=MOST, help="Where the solver 'authors' starts.")
+        int, typer.Option(min=-MOST, max=MOST, help="Seed of the solver 'authors'.")
     ] = 0,
     data: Annotated[
-        Path | None, typer.Option(help="Labelled texts: how much of the effect is kept.")
+        Path | None, typer.Option(help="Labelled texts to measure the effect on.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
     label_field: Annotated[str, typer.Option(help="Name of the label in a row.")] = "label",
     labels: Annotated[
         str | None, typer.Option(help="Label map: sst2, sst5, ..., or good=1,bad=-1.")
     ] = None,
-    strength: Annotated[float, typer.Option(help="At which the effect is measured.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="Strength of the measurement.")] = 1.0,
     match: Annotated[
-        bool, typer.Option("--match-strength", help="Scale epsilon to the source's effect.")
+        bool,
+        typer.Option("--match-strength", help="Scale epsilon to match the effect in SOURCE_MODEL."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Carry an LM-Steer over to another model through the tokens that both vocabularies have."""
+    """Transfer an LM-Steer to another model, over the tokens that both vocabularies share."""
     check_output(output, force, inputs=[steer, data])
     check_named(target)
     if match and data is None:
-        raise SteerError("--match-strength needs labelled texts to measure by; give --data")
+        raise SteerError("--match-strength needs labelled texts; give --data")
     texts = (
         []
         if data is None
         else read_labelled(data, text_field=text_field, label_field=label_field, labels=labels)
     )
     original = load_steer(steer)
-    found = _transfer(original, source, target, solver, seed)
-    result, effects = found.steer, None
+    transferred = _transfer(original, source, target, solver, seed)
+    result, effects = transferred.steer, None
     if isinstance(original, LMSteer) and texts:
         result, effects = _measure(original, result, source, target, texts, strength, match)
-    figures = _figures(found, effects)
+    figures = _figures(transferred, effects)
     settings = {"source_model": source, "solver": solver, "seed": seed}
     if data is not None:
         fields = {"text_field": text_field, "label_field": label_field, "labels": labels}
@@ -88,7 +95,7 @@ def transfer(
         Console().print(_table(figures, title=str(output)))
 
 
-def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> Transferred:
+def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> TransferResult:
     sides = [(read_output_embedding(name), load_tokenizer(name)) for name in (source, target)]
     with progress("fitting", AUTHORS_STEPS if solver == "authors" else None) as advance:
         return transfer_steer(
@@ -98,14 +105,14 @@ def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> T
 
 def _measure(
     original: LMSteer,
-    moved: LMSteer,
+    target_steer: LMSteer,
     source: str,
     target: str,
     texts: list[LabelledText],
     strength: float,
     match: bool,
 ) -> tuple[LMSteer, _Effects]:
-    """The effects on the texts, after matching the transferred steer's scale if that is asked."""
+    """The effects on the texts, after matching the transferred steer's epsilon if requested."""
     with progress("reading in the source model", len(texts)) as advance:
         model = load_language_model(source)
         before = measure_effect(
@@ -114,15 +121,15 @@ def _measure(
     model = load_language_model(target)
     if match:
         with progress("matching strengths") as advance:
-            moved, after = match_strength(
-                model, moved, texts, before, on_trial=lambda done: advance(done)
+            target_steer, after = match_strength(
+                model, target_steer, texts, before, on_trial=lambda done: advance(done)
             )
-        return moved, _Effects(before, after)
+        return target_steer, _Effects(before, after)
     with progress("reading in the target model", len(texts)) as advance:
         after = measure_effect(
-            model, moved, texts, strength=strength, on_text=lambda done: advance(done)
+            model, target_steer, texts, strength=strength, on_text=lambda done: advance(done)
         )
-    return moved, _Effects(before, after)
+    return target_steer, _Effects(before, after)
 
 
 def _save(
@@ -135,16 +142,16 @@ def _save(
 ) -> None:
     from vllm_steer.fit.recipe import recipe
 
-    made = recipe("transfer", model=target, data=data, settings=settings, figures=figures)
-    if steer.recipe is not None:  # of the steer in its own model
-        made = {**made, "source": steer.recipe}
-    save_steer(replace(steer, base_model=target, recipe=made), output)
+    recipe_data = recipe("transfer", model=target, data=data, settings=settings, figures=figures)
+    if steer.recipe is not None:  # the recipe of the original steer
+        recipe_data = {**recipe_data, "source": steer.recipe}
+    save_steer(replace(steer, base_model=target, recipe=recipe_data), output)
 
 
-def _figures(found: Transferred, effects: _Effects | None) -> dict[str, Any]:
+def _figures(transferred: TransferResult, effects: _Effects | None) -> dict[str, Any]:
     return {
-        "shared_tokens": len(found.shared),
-        "fit": None if found.fit is None else asdict(found.fit),
+        "shared_tokens": len(transferred.shared),
+        "fit": None if transferred.fit is None else asdict(transferred.fit),
         "effect": None if effects is None else effects.plain(),
     }
 

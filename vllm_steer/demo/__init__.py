@@ -1,1 +1,1 @@
-"""What ``vllm-steer demo`` runs: a server of the embedded model and a batch of requests to it."""
+"""The demo of ``vllm-steer demo``: a server with the embedded model and a batch of requests."""

@@ -1,4 +1,4 @@
-"""The demo's requests: one prompt under different steers, in every way to ask for them."""
+"""The demo's requests: one prompt with different steers, given in every way that the API has."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ MEASURES: dict[str, Callable[[str], float]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """How a request asks for its steer, and what it asks for in words."""
+    """A request: where its steer is given, and a description of the steers and strengths."""
 
-    asked_by: str
+    steer_carrier: str
     strengths: str
     extra_body: dict[str, Any] = field(default_factory=dict)
     model: str = SERVED_NAME
@@ -43,7 +43,7 @@ REQUESTS: tuple[Request, ...] = (
     ),
     Request("body field", "formality -5", {"steer": "formality:-5"}),
     Request("body field", "french +5, sentiment -5", {"steer": {"french": 5, "sentiment": -5}}),
-    # Guidance inside the layers: concept vectors, an added vector, step deltas.
+    # Steers inside the layers: concept vectors, an added vector, step deltas.
     Request("body field", "french-vector", {"steer": "french-vector"}),
     Request("body field", "german-vector +3.5", {"steer": {"german-vector": 3.5}}),
     Request("body field", "formality-vector +3", {"steer": "formality-vector:3"}),
@@ -52,10 +52,10 @@ REQUESTS: tuple[Request, ...] = (
     Request("body field", "formality-vector +3, answer, layers 2-3", {"steer": FORMAL_ANSWER}),
     Request("vllm_xargs", "german-delta +1.5", {"vllm_xargs": {"steer": "german-delta:1.5"}}),
     Request("body field", "french-delta +2, first step", {"steer": FIRST_STEP}),
-    # As much of each as it would change the next token.
+    # Dynamic strengths.
     Request("body field", "german-delta, dynamic", {"steer": "german-delta:dynamic"}),
     Request("body field", "french-delta, sentiment, dynamic", {"steer": COMPOSED}),
-    # Both at once.
+    # Steers at the LM head and inside the layers.
     Request("body field", "german-vector, sentiment +5", {"steer": "german-vector,sentiment:5"}),
     Request(
         "model name",
@@ -66,7 +66,7 @@ REQUESTS: tuple[Request, ...] = (
 
 
 @dataclass(frozen=True)
-class Answer:
+class DemoResult:
     """The texts of one request and the mean of each measure over them."""
 
     request: Request
@@ -75,24 +75,24 @@ class Answer:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The answer as plain data."""
+        """The result as plain data."""
         return {
-            "asked_by": self.request.asked_by,
+            "asked_by": self.request.steer_carrier,
             "strengths": self.request.strengths,
             "shares": self.shares,
             "text": self.texts[0],
         }
 
 
-async def ask_all(url: str, *, samples: int) -> list[Answer]:
-    """Send every request at once and measure what comes back."""
+async def ask_all(url: str, *, samples: int) -> list[DemoResult]:
+    """Send all requests concurrently and measure their texts."""
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=url, api_key="none", timeout=120) as client:
         return list(await asyncio.gather(*(_ask(client, r, samples) for r in REQUESTS)))
 
 
-async def _ask(client: Any, request: Request, samples: int) -> Answer:
+async def _ask(client: Any, request: Request, samples: int) -> DemoResult:
     completion = await client.completions.create(
         model=request.model,
         prompt=PROMPT,
@@ -103,5 +103,5 @@ async def _ask(client: Any, request: Request, samples: int) -> Answer:
         extra_body=request.extra_body,
     )
     texts = [PROMPT + choice.text for choice in completion.choices]
-    shares = {name: sum(map(of, texts)) / len(texts) for name, of in MEASURES.items()}
-    return Answer(request, texts, shares)
+    shares = {name: sum(map(measure, texts)) / len(texts) for name, measure in MEASURES.items()}
+    return DemoResult(request, texts, shares)

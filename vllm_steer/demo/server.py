@@ -1,4 +1,4 @@
-"""A ``vllm serve`` process on loopback, ended by whoever started it."""
+"""A ``vllm serve`` process on the loopback interface."""
 
 import os
 import signal
@@ -30,10 +30,10 @@ _ENVIRONMENT = {
 
 @contextmanager
 def serve_embedded_model(on_wait: Callable[[float], None]) -> Iterator[str]:
-    """Serve the embedded model under its steers; yields the URL, then ends the process.
+    """Serve the embedded model with its steers; yield the URL, and end the process on exit.
 
-    ``on_wait`` is told the seconds waited so far. Raises ``SteerError`` with the end of the
-    server's log if it stops or is not ready in time.
+    ``on_wait`` receives the seconds waited so far. Raises ``SteerError`` with the end of the
+    server's log if it ends early or is not ready in time.
     """
     port = _free_port()
     command = [
@@ -52,14 +52,14 @@ def serve_embedded_model(on_wait: Callable[[float], None]) -> Iterator[str]:
         try:
             _wait_until_ready(process, f"http://{HOST}:{port}/health", on_wait)
             yield f"http://{HOST}:{port}/v1"
-        except _NotReady as error:
+        except _ServerNotReadyError as error:
             log.seek(0)
             raise SteerError(f"{error}; the end of its log:\n{log.read()[-3000:]}") from None
         finally:
             _stop(process)
 
 
-class _NotReady(Exception):
+class _ServerNotReadyError(Exception):
     pass
 
 
@@ -69,12 +69,12 @@ def _wait_until_ready(
     started = time.monotonic()
     while (waited := time.monotonic() - started) < START_LIMIT_S:
         if process.poll() is not None:
-            raise _NotReady(f"vllm serve ended with code {process.returncode}")
+            raise _ServerNotReadyError(f"vllm serve ended with code {process.returncode}")
         on_wait(waited)
         if _answers(url):
             return
         time.sleep(0.5)
-    raise _NotReady(f"vllm serve was not ready after {START_LIMIT_S} s")
+    raise _ServerNotReadyError(f"vllm serve was not ready after {START_LIMIT_S} s")
 
 
 def _answers(url: str) -> bool:
@@ -86,7 +86,7 @@ def _answers(url: str) -> bool:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End the server and the processes it started: they share a group that is only theirs."""
+    """End the server and its child processes, which share its process group."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
         try:

@@ -1,4 +1,4 @@
-"""Reads a model's sizes and sites from its config, without weights."""
+"""A model's sizes and sites from its config, without weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ _SCALES: Final = ("logit_scale", "logits_scaling")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model without weights: ``model`` lies on the meta device, ``widths`` has its sites.
+    """A model without weights: ``model`` is on the meta device, ``widths`` has the width of each
+    site.
 
-    ``reasons`` says of each site that is not in ``widths`` why it is not.
+    ``reasons`` has the reason for each site that the model lacks.
     """
 
     name: str
@@ -47,20 +48,20 @@ class Architecture:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the config names; float32 if it names none."""
+        """The dtype of the config; float32 if it has none."""
         return self.model.config.dtype or torch.float32
 
     @property
     def longest(self) -> int:
-        """Number of positions that the model knows; a large number if it does not say."""
+        """The maximum number of positions; a large number if the config has none."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
 
 
 def read_architecture(name: str) -> Architecture:
-    """The architecture of a model by its config.
+    """Read a model's architecture from its config.
 
-    Raises ``SteerError`` if there is no such model, or if it is no causal language model that
-    Transformers knows by itself.
+    Raises ``SteerError`` if the model does not exist or is not a causal language model of
+    Transformers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -76,7 +77,7 @@ def read_architecture(name: str) -> Architecture:
         try:
             widths[site] = _width(model, site)
         except SteerError as error:
-            # The rest names every model that works.
+            # The rest of the message lists the supported models.
             reasons[site] = str(error).partition("; steers at the LM head work")[0]
     return Architecture(name, model, widths, reasons)
 
@@ -87,7 +88,7 @@ def _width(model: Any, site: str) -> int:
 
 
 def describe(architecture: Architecture) -> Iterator[Finding]:
-    """The model's sizes, its head, and which sites it has."""
+    """Findings on the model's sizes, LM head and sites."""
     config = architecture.model.config
     names = config.architectures or [type(architecture.model).__name__]
     yield Finding(PART, "architecture", "-", ", ".join(names))
@@ -96,8 +97,8 @@ def describe(architecture: Architecture) -> Iterator[Finding]:
         "layers": architecture.num_layers,
         "vocab_size": architecture.vocab_size,
     }
-    said = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
-    yield Finding(PART, "sizes", "-", f"{said}, {_short(architecture.dtype)}", sizes)
+    text = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
+    yield Finding(PART, "sizes", "-", f"{text}, {_short(architecture.dtype)}", sizes)
     yield _head(architecture.model)
     yield _head_site(architecture)
     for site in LAYER_SITES:
@@ -109,7 +110,7 @@ def describe(architecture: Architecture) -> Iterator[Finding]:
 
 
 def head_of(model: Any) -> nn.Module | None:
-    """A model's LM head, None if it has none."""
+    """A model's LM head; None if it has none."""
     head = model.get_output_embeddings()
     return head if isinstance(head, nn.Module) else None
 
@@ -128,13 +129,13 @@ def _head(model: Any) -> Finding:
         "soft_cap": _first(config, _SOFT_CAPS),
         "logit_scale": _first(config, _SCALES),
     }
-    said = [
+    parts = [
         "tied to the embeddings" if figures["tied"] else "not tied",
         "with a bias" if figures["bias"] else "no bias",
         f"soft cap {figures['soft_cap']:g}" if figures["soft_cap"] else "no soft cap",
         f"logit scale {figures['logit_scale']:g}" if figures["logit_scale"] else "no logit scale",
     ]
-    return Finding(PART, "LM head", "-", ", ".join(said), figures)
+    return Finding(PART, "LM head", "-", ", ".join(parts), figures)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> float | None:

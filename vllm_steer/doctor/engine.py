@@ -1,4 +1,4 @@
-"""Runs the engine of the trials in a process of its own and reports how it ended."""
+"""Runs the engine of the parity trials in a process of its own and reports how it ended."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
-from vllm_steer.doctor.served import Job, Served
+from vllm_steer.doctor.engine_process import EngineOutput, Job
 
 _ENVIRONMENT: Final = {
-    # In the frontend's process: requests then come in whole batches, and equal ones run alike.
+    # In-process scheduling: requests arrive in whole batches, and equal batches run identically.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -26,45 +26,47 @@ _TAIL: Final = 1 << 16
 _SHOWN: Final = 500
 
 
-def run_engine(job: Job, folder: Path) -> tuple[Served, str]:
-    """What the engine answered, and why it broke off, empty if it answered everything."""
+def run_engine(job: Job, folder: Path) -> tuple[EngineOutput, str]:
+    """Run a job; return its output so far and the error, empty if it finished."""
     (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
-    log, answers = folder / "log.txt", folder / "answers.json"
-    command = [sys.executable, "-m", "vllm_steer.doctor.served", str(folder / "job.json")]
+    log, output_path = folder / "log.txt", folder / "answers.json"
+    command = [sys.executable, "-m", "vllm_steer.doctor.engine_process", str(folder / "job.json")]
     with log.open("wb") as file:
-        done = subprocess.run(
-            [*command, str(answers)],
+        process = subprocess.run(
+            [*command, str(output_path)],
             env={**_ENVIRONMENT, **os.environ},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    served = Served.read(answers)
-    if done.returncode == 0:
-        return served, ""
-    return served, _ending(done.returncode, log)
+    output = EngineOutput.read(output_path)
+    if process.returncode == 0:
+        return output, ""
+    return output, _exit_reason(process.returncode, log)
 
 
-def _ending(code: int, log: Path) -> str:
-    """Why a process ended: its signal, or the last error that it named."""
+def _exit_reason(code: int, log: Path) -> str:
+    """Why the process ended: its signal, or the last error in its log."""
     if code < 0:
         name = signal.Signals(-code).name
-        return f"the engine was ended by {name}" + (
-            "; the memory may not have sufficed" if name == "SIGKILL" else ""
+        return f"the engine was killed by {name}" + (
+            "; it may have run out of memory" if name == "SIGKILL" else ""
         )
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
         lines = file.read().decode("utf-8", "replace").splitlines()
-    if said := _last_error(lines):
-        return f"the engine broke off: {said[:_SHOWN]}"
-    return f"the engine ended with exit code {code}; it said: {' '.join(lines[-3:])[:_SHOWN]}"
+    if error := _last_error(lines):
+        return f"the engine failed: {error[:_SHOWN]}"
+    return f"the engine exited with code {code}; its log ends: {' '.join(lines[-3:])[:_SHOWN]}"
 
 
 def _last_error(lines: Sequence[str]) -> str:
-    """The last error that a log names, with the indented lines that go on with it."""
-    named = [(at, found[1]) for at, line in enumerate(lines) if (found := _RAISED.match(line))]
-    if not named:
+    """The last error in a log, with its indented continuation lines."""
+    errors = [
+        (index, match[1]) for index, line in enumerate(lines) if (match := _RAISED.match(line))
+    ]
+    if not errors:
         return ""
-    at, first = named[-1]
-    more = takewhile(lambda line: line.startswith(" "), lines[at + 1 :])
-    return " ".join([first, *(line.strip() for line in more)])
+    index, first = errors[-1]
+    continuation = takewhile(lambda line: line.startswith(" "), lines[index + 1 :])
+    return " ".join([first, *(line.strip() for line in continuation)])

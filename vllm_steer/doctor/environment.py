@@ -1,4 +1,4 @@
-"""Checks what is installed, and whether vLLM will load the plugin."""
+"""Checks of the installation, and of whether vLLM will load the plugin."""
 
 import os
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ _ENTRY = "vllm_steer.plugin:register"
 
 
 def environment() -> Iterator[Finding]:
-    """The versions, the plugin, the device, and the kernels that ``auto`` takes on it."""
+    """Findings on the versions, the plugin, the device and the kernels that ``auto`` selects."""
     yield _vllm()
     for package in ("torch", "transformers", "triton"):
-        found = _version(package)
-        yield Finding(PART, package, "-" if found else "missing", found or "not installed")
+        installed = _version(package)
+        yield Finding(PART, package, "-" if installed else "missing", installed or "not installed")
     yield _plugin()
     yield from _device()
 
@@ -34,22 +34,22 @@ def _version(package: str) -> str | None:
 
 
 def _vllm() -> Finding:
-    found = _version("vllm")
+    installed = _version("vllm")
     tested = f"vllm-steer is tested with {TESTED}"
-    if found is None:
+    if installed is None:
         return Finding(PART, "vllm", "FAILED", f"not installed; {tested}")
-    if not is_tested(found):
-        return Finding(PART, "vllm", "warning", f"{found} is not tested; {tested}")
-    return Finding(PART, "vllm", "ok", f"{found} ({tested})")
+    if not is_tested(installed):
+        return Finding(PART, "vllm", "warning", f"{installed} is not tested; {tested}")
+    return Finding(PART, "vllm", "ok", f"{installed} ({tested})")
 
 
 def _plugin() -> Finding:
-    state, said = _plugin_state()
-    return Finding(PART, "plugin", state, said)
+    state, message = _plugin_state()
+    return Finding(PART, "plugin", state, message)
 
 
 def _plugin_state() -> tuple[State, str]:
-    """Whether vLLM's processes will load the plugin; vLLM reads both variables itself."""
+    """Whether vLLM's processes will load the plugin; vLLM itself reads both variables."""
     names = [entry.name for entry in entry_points(group=_GROUP) if entry.value == _ENTRY]
     if not names:
         return "FAILED", f"no entry point in {_GROUP}; install vllm-steer beside this vLLM"
@@ -57,7 +57,7 @@ def _plugin_state() -> tuple[State, str]:
         return "FAILED", f"switched off by {DISABLE}={os.environ[DISABLE]}; unset it"
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and names[0] not in allowed.split(","):
-        return "FAILED", f"VLLM_PLUGINS={allowed} leaves {names[0]} out; add it"
+        return "FAILED", f"VLLM_PLUGINS={allowed} does not include {names[0]}; add it"
     return "ok", f"installed and active, entry point {names[0]}"
 
 
@@ -66,8 +66,8 @@ def _device() -> Iterator[Finding]:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, no CUDA device"
     yield Finding(PART, "device", "-", name)
     try:
-        taken = resolve_kernels("auto", device)
+        kernels = resolve_kernels("auto", device)
     except KernelError as error:
         yield Finding(PART, "kernels", "FAILED", str(error))
     else:
-        yield Finding(PART, "kernels", "-", f"auto takes {taken}", {"auto": taken})
+        yield Finding(PART, "kernels", "-", f"auto selects {kernels}", {"auto": kernels})

@@ -1,4 +1,4 @@
-"""A finding: one line of the report."""
+"""Findings: the lines of the report."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,23 +9,26 @@ State = Literal["ok", "warning", "FAILED", "not tested", "missing", "-"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, how it is, and why or how much; ``figures`` are for ``--json``.
+    """A check with its state, and a message with the reason or the value.
 
-    ok          works
-    warning     may work: nobody has tested it
-    FAILED      should work and does not; the only state that makes the report a bad one
-    not tested  could not be looked at, with the reason
-    missing     this model does not have it, and needs not
-    -           a fact
+    ``figures`` has the numbers behind it, for ``--json``. The states:
+
+        ok          works
+        warning     may work, but is untested
+        FAILED      should work and does not; the only state that makes the report fail
+        not tested  could not be checked, with the reason
+        missing     this model does not have it and does not need it
+        -           information
     """
 
     part: str
     name: str
     state: State
-    said: str
+    message: str
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """The finding as plain JSON values."""
-        return asdict(self)
+        """The finding as plain data."""
+        data = asdict(self)
+        return {"said" if key == "message" else key: value for key, value in data.items()}

@@ -1,6 +1,6 @@
-"""Device memory of steers: the tables of the real banks, filled on the host.
+"""Device memory of steers, measured on the tables of the real banks, filled on the host.
 
-Not counted is the token map of each guided site, ``4 K (1 + L)`` bytes for each token of the
+Not included is the token map of each steered site, ``4 K (1 + L)`` bytes for each token of the
 largest batch, for up to K steers per request and L steered layers.
 """
 
@@ -35,7 +35,7 @@ _CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Takes:
+class MemoryUse:
     """Bytes of each steer and of each site; a site's zero direction belongs to no steer."""
 
     steers: Mapping[str, int]
@@ -50,34 +50,40 @@ class Takes:
 def config_memory(
     architecture: Architecture, source: str | Path, dtype: torch.dtype
 ) -> Iterator[Finding]:
-    """What the steers of a config take, one finding for each that does not fit the model.
+    """Findings on the memory of a config's steers, and on each steer that does not fit the model.
 
     Raises ``SteerError`` for a config or a steer file that cannot be read.
     """
     config = SteerConfig.load(source)
-    steers = {name: load_steer(e.path, **e.facts) for name, e in sorted(config.steers.items())}
-    unfit = {name: reason for name, s in steers.items() if (reason := _unfit(architecture, s))}
-    fitting = {name: steer for name, steer in steers.items() if name not in unfit}
-    found = takes(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
+    steers = {
+        name: load_steer(entry.path, **entry.facts) for name, entry in sorted(config.steers.items())
+    }
+    mismatches = {
+        name: reason for name, s in steers.items() if (reason := _mismatch(architecture, s))
+    }
+    fitting = {name: steer for name, steer in steers.items() if name not in mismatches}
+    use = memory_use(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
     for name, steer in steers.items():
-        if name in unfit:
-            yield Finding(PART, name, "FAILED", unfit[name])
+        if name in mismatches:
+            yield Finding(PART, name, "FAILED", mismatches[name])
         else:
-            size = found.steers[name]
-            said = f"{_size(size)}, {steer.kind} at {steer.site}"
-            yield Finding(PART, name, "ok", said, {"bytes": size})
-    yield from _sums(found, config.limits)
+            size = use.steers[name]
+            message = f"{_size(size)}, {steer.kind} at {steer.site}"
+            yield Finding(PART, name, "ok", message, {"bytes": size})
+    yield from _sums(use, config.limits)
 
 
 def example_memory(architecture: Architecture, dtype: torch.dtype) -> Iterator[Finding]:
-    """What one steer of each kind would take on this model."""
+    """Findings on the memory of one steer of each kind on this model."""
     for name, steer in _examples(architecture):
-        size = takes({name: steer}, hidden_size=architecture.hidden_size, dtype=dtype).steers[name]
+        size = memory_use({name: steer}, hidden_size=architecture.hidden_size, dtype=dtype).steers[
+            name
+        ]
         yield Finding(PART, name, "-", _size(size), {"bytes": size})
 
 
-def takes(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) -> Takes:
-    """What the banks of steers take for a model of ``hidden_size`` that runs in ``dtype``."""
+def memory_use(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) -> MemoryUse:
+    """Memory of steers for a model of ``hidden_size`` that runs in ``dtype``."""
     heads = {name: steer for name, steer in steers.items() if isinstance(steer, LMSteer)}
     inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
     head = fill_head_bank(heads, dtype=dtype, device=_CPU)
@@ -85,10 +91,10 @@ def takes(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) 
         inside,
         layers=sorted({layer for steer in inside.values() for layer in steer.layers}),
         device=_CPU,
-        # The attention's projection ends in the hidden size; here only the size counts.
+        # Only the shape of the attention's output projection matters here.
         project=lambda _layer, rows: rows.new_zeros(rows.shape[0], hidden_size),
     )
-    return Takes(
+    return MemoryUse(
         steers={**_of_head(head), **_of_layers(layers)},
         sites={
             **({"head": head.num_bytes} if heads else {}),
@@ -112,7 +118,7 @@ def _width(table: HeadTable) -> int:
 
 
 def _slot_width(slot: Slot, width: int) -> int:
-    """Rows of ``width`` numbers that a steer has in its tables."""
+    """Rows of ``width`` numbers that a steer occupies in its tables."""
     match slot:
         case LowRank():
             return 2 * (slot.end - slot.start)
@@ -135,8 +141,8 @@ def _table_bytes(table: SiteTable) -> int:
     return sum(table.nbytes for table in tables if table is not None)
 
 
-def _unfit(architecture: Architecture, steer: Steer) -> str:
-    """Why a steer does not fit a model, empty if it does."""
+def _mismatch(architecture: Architecture, steer: Steer) -> str:
+    """The reason why a steer does not fit a model; empty if it fits."""
     try:
         with hf.steered(architecture.model, {"steer": 1.0}, {"steer": steer}):
             return ""
@@ -144,11 +150,11 @@ def _unfit(architecture: Architecture, steer: Steer) -> str:
         return str(error)
 
 
-def _sums(found: Takes, limits: Limits) -> Iterator[Finding]:
-    by_site = ", ".join(f"{site} {_size(size)}" for site, size in found.sites.items())
-    figures = {"bytes": found.total, "sites": dict(found.sites), "limits": limits.model_dump()}
-    said = f"{_size(found.total)} on each rank, {len(found.steers)} steers: {by_site or 'none'}"
-    yield Finding(PART, "all steers", "-", said, figures)
+def _sums(use: MemoryUse, limits: Limits) -> Iterator[Finding]:
+    by_site = ", ".join(f"{site} {_size(size)}" for site, size in use.sites.items())
+    figures = {"bytes": use.total, "sites": dict(use.sites), "limits": limits.model_dump()}
+    message = f"{_size(use.total)} on each rank, {len(use.steers)} steers: {by_site or 'none'}"
+    yield Finding(PART, "all steers", "-", message, figures)
     bounds = ", ".join(f"{name} {bound}" for name, bound in limits.model_dump().items())
     yield Finding(PART, "limits", "-", bounds)
 
@@ -175,7 +181,7 @@ def _examples(architecture: Architecture) -> Iterator[tuple[str, Steer]]:
 
 
 def _size(num_bytes: int) -> str:
-    """Bytes in words: whole below a KiB."""
+    """A number of bytes with its unit; whole numbers below one KiB."""
     value, unit = float(num_bytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":

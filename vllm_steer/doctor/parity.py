@@ -1,9 +1,10 @@
-"""Parity: a real engine under random steers compared with a Hugging Face forward pass.
+"""Parity of a vLLM engine with a Hugging Face forward pass, under random trial steers.
 
-The engine answers three batches of the same prompts: without a steer, with every trial steer at
-strength 0, and each trial steer by itself at a large strength. A zero steer has to leave every
-token and log-probability of the first batch as it was, bit for bit. A large one has to give what
-Hugging Face finds on the engine's own tokens, and that has to differ plainly from the unsteered.
+The engine runs three batches with the same prompts: unsteered, with every trial steer at strength
+0, and with each trial steer alone at a large strength. At strength 0 every token and
+log-probability must equal the unsteered one bit for bit. At a large strength the log-probabilities
+must be those of Hugging Face on the engine's own tokens, and differ clearly from the unsteered
+ones.
 """
 
 import gc
@@ -17,9 +18,9 @@ import torch
 
 from vllm_steer.doctor.architecture import Architecture
 from vllm_steer.doctor.engine import run_engine
+from vllm_steer.doctor.engine_process import EngineOutput, Job
 from vllm_steer.doctor.finding import Finding, State
-from vllm_steer.doctor.reference import Likeness, likeness, load_model
-from vllm_steer.doctor.served import Job, Served
+from vllm_steer.doctor.reference import ReferenceComparison, compare_with_reference, load_model
 from vllm_steer.doctor.trials import TOKENS, measure_sizes, prompts, trial_steers, trial_strength
 from vllm_steer.errors import SteerError
 from vllm_steer.files import save_steer
@@ -28,21 +29,22 @@ from vllm_steer.steers import Steer
 
 PART = "parity"
 TOLERANCE: Final = {"float32": 1e-3}
-"""Largest difference of a log-probability. In a narrower dtype two implementations differ by more,
-as the unsteered model shows: there it is ``WIDER`` times its difference, but at least ``FLOOR`` and
-at most ``CEILING``, which is also what the unsteered model may differ by.
+"""Maximum difference of a log-probability.
+
+In a narrower dtype it is ``WIDER`` times the difference of the unsteered model, at least ``FLOOR``
+and at most ``CEILING``, which is also the tolerance of the unsteered model.
 """
 WIDER: Final = 4.0
 FLOOR: Final = 0.05
 CEILING: Final = 0.5
 PLAIN: Final = 4.0
-"""So many tolerances a steer has to change log-probabilities by, to be told from rounding."""
+"""A steer must change log-probabilities by this many tolerances, to exclude rounding."""
 _LONGEST: Final = 256
 
 
 @dataclass(frozen=True)
-class Trial:
-    """The trials' steers and the strength of each."""
+class ParityTrials:
+    """The trial steers, the strength of each, and the prompts."""
 
     steers: Mapping[str, Steer]
     strengths: Mapping[str, float]
@@ -59,26 +61,26 @@ class Trial:
 
 
 def parity(architecture: Architecture, options: Mapping[str, Any]) -> Iterator[Finding]:
-    """Findings of all trials. ``options`` are vLLM's, ``dtype`` among them.
+    """Run all trials and yield the findings. ``options`` are engine arguments, including ``dtype``.
 
-    The reference is loaded before the engine, to see how large its activations are, and again
-    after it, in the engine's dtype: both need not fit on the device at once.
+    The reference model is loaded before the engine, to measure its activations, and again after the
+    engine has ended, in the engine's dtype, so the device never holds both.
     """
-    trial = _prepare(architecture, str(options["dtype"]))
+    trials = _prepare(architecture, str(options["dtype"]))
     with tempfile.TemporaryDirectory(prefix="vllm-steer-doctor-") as folder:
-        job = _job(architecture, trial, options, Path(folder))
-        served, problem = run_engine(job, Path(folder))
-    if served.runner:
-        said = f"model runner {served.runner} on {served.device}, {served.dtype}"
-        figures = {"runner": served.runner, "device": served.device, "dtype": served.dtype}
-        yield Finding(PART, "engine", "FAILED" if problem else "ok", problem or said, figures)
+        job = _job(architecture, trials, options, Path(folder))
+        output, problem = run_engine(job, Path(folder))
+    if output.runner:
+        message = f"model runner {output.runner} on {output.device}, {output.dtype}"
+        figures = {"runner": output.runner, "device": output.device, "dtype": output.dtype}
+        yield Finding(PART, "engine", "FAILED" if problem else "ok", problem or message, figures)
     else:
         yield Finding(PART, "engine", "FAILED", problem)
-    yield zero_steers(served)
-    yield from _beside_reference(architecture, trial, served)
+    yield zero_steers(output)
+    yield from _compare_with_model(architecture, trials, output)
 
 
-def _prepare(architecture: Architecture, dtype: str) -> Trial:
+def _prepare(architecture: Architecture, dtype: str) -> ParityTrials:
     try:
         tokenizer = load_tokenizer(architecture.name)
     except SteerError:
@@ -90,20 +92,22 @@ def _prepare(architecture: Architecture, dtype: str) -> Trial:
     _free()
     steers = trial_steers(architecture, sizes)
     strengths = {name: trial_strength(name, steer, sizes) for name, steer in steers.items()}
-    return Trial(steers, strengths, texts)
+    return ParityTrials(steers, strengths, texts)
 
 
-def _job(architecture: Architecture, trial: Trial, options: Mapping[str, Any], folder: Path) -> Job:
-    paths = {name: folder / f"{name}.safetensors" for name in trial.steers}
-    for name, steer in trial.steers.items():
+def _job(
+    architecture: Architecture, trials: ParityTrials, options: Mapping[str, Any], folder: Path
+) -> Job:
+    paths = {name: folder / f"{name}.safetensors" for name in trials.steers}
+    for name, steer in trials.steers.items():
         save_steer(steer, paths[name])
     longest = {"max_model_len": min(_LONGEST, architecture.longest)}
     return Job(
         model=model_path(architecture.name),
         options={**longest, **options},
         steers={name: str(path) for name, path in paths.items()},
-        prompts=list(trial.prompts),
-        batches=trial.batches,
+        prompts=list(trials.prompts),
+        batches=trials.batches,
         max_tokens=TOKENS,
     )
 
@@ -114,65 +118,67 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def zero_steers(served: Served) -> Finding:
-    """Whether strength 0 left the tokens and the log-probabilities as they were, bit for bit."""
+def zero_steers(output: EngineOutput) -> Finding:
+    """Whether tokens and log-probabilities at strength 0 equal the unsteered ones bit for bit."""
     name = "zero steers"
-    if "zero" not in served.batches:
-        return Finding(PART, name, "not tested", "the engine did not answer")
-    pairs = list(zip(served.batches["unsteered"], served.batches["zero"], strict=True))
+    if "zero" not in output.batches:
+        return Finding(PART, name, "not tested", "the engine gave no output")
+    pairs = list(zip(output.batches["unsteered"], output.batches["zero"], strict=True))
     same = sum((a.tokens, a.logprobs) == (b.tokens, b.logprobs) for a, b in pairs)
-    said = "answers at strength 0 equal those without a steer in the same engine, bit for bit"
+    message = "outputs at strength 0 equal those without a steer in the same engine, bit for bit"
     state: State = "ok" if same == len(pairs) else "FAILED"
-    return Finding(PART, name, state, f"{same} of {len(pairs)} {said}", {"equal": same})
+    return Finding(PART, name, state, f"{same} of {len(pairs)} {message}", {"equal": same})
 
 
-def _beside_reference(
-    architecture: Architecture, trial: Trial, served: Served
+def _compare_with_model(
+    architecture: Architecture, trials: ParityTrials, output: EngineOutput
 ) -> Iterator[Finding]:
-    if "unsteered" not in served.batches:
-        for name in trial.steers:
-            yield Finding(PART, name, "not tested", "the engine did not answer")
+    if "unsteered" not in output.batches:
+        for name in trials.steers:
+            yield Finding(PART, name, "not tested", "the engine gave no output")
         return
-    model = load_model(architecture.name, served.dtype)
-    yield from compare(model, trial.steers, served)
+    model = load_model(architecture.name, output.dtype)
+    yield from compare(model, trials.steers, output)
 
 
-def compare(model: Any, steers: Mapping[str, Steer], served: Served) -> Iterator[Finding]:
-    """Each batch of an engine beside the reference ``model`` in the same dtype."""
-    unsteered = likeness(model, served.batches["unsteered"], steers)
-    yield _judged("unsteered", unsteered, TOLERANCE.get(served.dtype, CEILING))
+def compare(model: Any, steers: Mapping[str, Steer], output: EngineOutput) -> Iterator[Finding]:
+    """Compare each batch of an engine with the reference ``model`` in the same dtype."""
+    unsteered = compare_with_reference(model, output.batches["unsteered"], steers)
+    yield _finding("unsteered", unsteered, TOLERANCE.get(output.dtype, CEILING))
     by_dtype = min(CEILING, max(FLOOR, WIDER * unsteered.difference))
-    tolerance = TOLERANCE.get(served.dtype, by_dtype)
-    answers = served.batches.get("large", [])
+    tolerance = TOLERANCE.get(output.dtype, by_dtype)
+    large = output.batches.get("large", [])
     for name in steers:
-        mine = [answer for answer in answers if name in answer.setting]
-        if not mine:
-            yield Finding(PART, name, "not tested", "the engine did not answer")
+        completions = [answer for answer in large if name in answer.setting]
+        if not completions:
+            yield Finding(PART, name, "not tested", "the engine gave no output")
         else:
-            effect = likeness(model, mine, steers, steered=False).difference
-            found = likeness(model, mine, steers)
-            yield _judged(name, found, tolerance, effect=effect)
+            effect = compare_with_reference(model, completions, steers, steered=False).difference
+            comparison = compare_with_reference(model, completions, steers)
+            yield _finding(name, comparison, tolerance, effect=effect)
 
 
-def _judged(
-    name: str, found: Likeness, tolerance: float, *, effect: float | None = None
+def _finding(
+    name: str, comparison: ReferenceComparison, tolerance: float, *, effect: float | None = None
 ) -> Finding:
-    """The finding of one batch or steer; ``effect`` is the difference to the unsteered reference.
+    """The finding on one batch or steer; ``effect`` is the difference from the unsteered reference.
 
-    The engine's choice may be another one only where the reference finds it as good: each of the
-    two log-probabilities may be off by the tolerance.
+    The engine may choose another token only if the reference rates it as nearly equal: each of the
+    two log-probabilities may deviate by the tolerance.
     """
-    figures = {**asdict(found), "tolerance": tolerance, "effect": effect}
-    said = (
-        f"within {found.difference:.1e} of Hugging Face (allowed {tolerance:.1g}), "
-        f"{found.agreement:.1%} equal choices"
+    figures = {**asdict(comparison), "tolerance": tolerance, "effect": effect}
+    message = (
+        f"within {comparison.difference:.1e} of Hugging Face (allowed {tolerance:.1g}), "
+        f"{comparison.agreement:.1%} equal tokens"
     )
-    if found.difference > tolerance or found.shortfall > 2 * tolerance:
+    if comparison.difference > tolerance or comparison.shortfall > 2 * tolerance:
         if effect is not None and effect <= tolerance:
-            said = f"not steered: these are the answers of the unsteered model; {said}"
-        return Finding(PART, name, "FAILED", said, figures)
+            message = f"not steered: the output is that of the unsteered model; {message}"
+        return Finding(PART, name, "FAILED", message, figures)
     if effect is not None:
-        said += f"; {effect:.2g} from the unsteered model"
+        message += f"; {effect:.2g} from the unsteered model"
         if effect < PLAIN * tolerance:
-            return Finding(PART, name, "not tested", f"{said}: too little to tell", figures)
-    return Finding(PART, name, "ok", said, figures)
+            return Finding(
+                PART, name, "not tested", f"{message}: too small a change to verify", figures
+            )
+    return Finding(PART, name, "ok", message, figures)

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 
 from vllm_steer import hf
-from vllm_steer.doctor.served import Answer, Setting
+from vllm_steer.doctor.engine_process import Completion, Setting
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.models import model_path
 from vllm_steer.steers import Steer
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """How an engine's answers compare with a reference, over all tokens of some answers.
+class ReferenceComparison:
+    """An engine's output compared with the reference, over all tokens of some completions.
 
-    difference  largest difference of a token's log-probability
-    shortfall   how much less likely than its best choice the reference finds a token at most
-    agreement   share of tokens that are the reference's choice too
+    difference  maximum difference of a token's log-probability
+    shortfall   maximum gap, in the reference, between its best token and the engine's
+    agreement   share of tokens that are also the reference's choice
     """
 
     difference: float
@@ -28,7 +28,7 @@ class Likeness:
 
 
 def load_model(name: str, dtype: str) -> Any:
-    """A model to compare with, on a GPU where there is one; ``SteerError`` if there is none."""
+    """Load the reference model, on a GPU if there is one. Raises ``SteerError`` if that fails."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -41,29 +41,35 @@ def load_model(name: str, dtype: str) -> Any:
 
 
 @torch.no_grad()
-def choices(
-    model: Any, answer: Answer, setting: Setting, steers: Mapping[str, Steer]
+def log_probabilities(
+    model: Any, completion: Completion, setting: Setting, steers: Mapping[str, Steer]
 ) -> torch.Tensor:
-    """The reference's log-probabilities ``[tokens, vocab]`` at each token that was written."""
-    ids = torch.tensor([[*answer.prompt, *answer.tokens]], device=model.device)
-    with hf.steered(model, setting, steers, prompt_length=len(answer.prompt)):
+    """The reference's log-probabilities ``[tokens, vocab]`` at each generated token."""
+    ids = torch.tensor([[*completion.prompt, *completion.tokens]], device=model.device)
+    with hf.steered(model, setting, steers, prompt_length=len(completion.prompt)):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    return logits[len(answer.prompt) - 1 : -1].float().log_softmax(-1).cpu()
+    return logits[len(completion.prompt) - 1 : -1].float().log_softmax(-1).cpu()
 
 
-def likeness(
-    model: Any, answers: Sequence[Answer], steers: Mapping[str, Steer], *, steered: bool = True
-) -> Likeness:
-    """How answers compare with the reference under their own settings, or under none."""
+def compare_with_reference(
+    model: Any,
+    completions: Sequence[Completion],
+    steers: Mapping[str, Steer],
+    *,
+    steered: bool = True,
+) -> ReferenceComparison:
+    """Compare completions with the reference, under their own settings or unsteered."""
     differences, shortfalls, agreements = [], [], []
-    for answer in answers:
-        wanted = choices(model, answer, answer.setting if steered else {}, steers)
-        tokens = torch.tensor(answer.tokens)
-        mine = wanted.gather(1, tokens[:, None])[:, 0]
-        differences.append((mine - torch.tensor(answer.logprobs)).abs())
-        shortfalls.append(wanted.max(-1).values - mine)
-        agreements.append((wanted.argmax(-1) == tokens).float())
-    return Likeness(
+    for completion in completions:
+        log_probs = log_probabilities(
+            model, completion, completion.setting if steered else {}, steers
+        )
+        tokens = torch.tensor(completion.tokens)
+        token_log_probs = log_probs.gather(1, tokens[:, None])[:, 0]
+        differences.append((token_log_probs - torch.tensor(completion.logprobs)).abs())
+        shortfalls.append(log_probs.max(-1).values - token_log_probs)
+        agreements.append((log_probs.argmax(-1) == tokens).float())
+    return ReferenceComparison(
         difference=float(torch.cat(differences).max()),
         shortfall=float(torch.cat(shortfalls).max()),
         agreement=float(torch.cat(agreements).mean()),

@@ -32,40 +32,50 @@ def examine(
     options: Mapping[str, Any] | None = None,
     steer_config: str | None = None,
 ) -> Iterator[Finding]:
-    """All findings on a model. ``options`` are vLLM's for the engine of the parity trials.
+    """Examine a model and yield all findings.
 
-    Memory is told for the dtype that the engine takes, without one for ``dtype``, where ``auto`` is
-    the config's. Raises ``SteerError`` for a steer config that cannot be read.
+    ``dtype`` and ``options`` are engine arguments of the parity trials, which ``engine`` False
+    skips; ``steer_config`` names a config whose steers' memory is reported. Memory is that for the
+    engine's dtype; without an engine for ``dtype``, where ``auto`` is the config's. Raises
+    ``SteerError`` for a steer config that cannot be read.
     """
-    here = list(environment())
-    yield from here
+    environment_findings = list(environment())
+    yield from environment_findings
     yield from describe(architecture)
-    runs_in = architecture.dtype if dtype == "auto" else getattr(torch, dtype)
-    for finding in _parity(architecture, {**(options or {}), "dtype": dtype}, here, engine=engine):
+    engine_dtype = architecture.dtype if dtype == "auto" else getattr(torch, dtype)
+    for finding in _parity(
+        architecture, {**(options or {}), "dtype": dtype}, environment_findings, engine=engine
+    ):
         yield finding
-        runs_in = getattr(torch, finding.figures.get("dtype", ""), runs_in)
+        engine_dtype = getattr(torch, finding.figures.get("dtype", ""), engine_dtype)
     if steer_config is None:
-        yield from example_memory(architecture, runs_in)
+        yield from example_memory(architecture, engine_dtype)
     else:
-        yield from config_memory(architecture, steer_config, runs_in)
+        yield from config_memory(architecture, steer_config, engine_dtype)
 
 
 def _parity(
-    architecture: Architecture, options: Mapping[str, Any], here: Sequence[Finding], *, engine: bool
+    architecture: Architecture,
+    options: Mapping[str, Any],
+    environment_findings: Sequence[Finding],
+    *,
+    engine: bool,
 ) -> Iterator[Finding]:
-    """The trials' findings, or why there are none; that of the engine has its dtype."""
+    """The findings of the trials, or the reason why there are none; the engine's has its dtype."""
     if not engine:
         yield Finding(PARITY, "engine", "not tested", "switched off by --no-engine")
         return
-    if problem := next((finding for finding in here if finding.state == "FAILED"), None):
-        yield Finding(PARITY, "engine", "not tested", f"{problem.name}: {problem.said}")
+    if problem := next(
+        (finding for finding in environment_findings if finding.state == "FAILED"), None
+    ):
+        yield Finding(PARITY, "engine", "not tested", f"{problem.name}: {problem.message}")
         return
     try:
         yield from parity(architecture, options)
     except SteerError as error:
         yield Finding(PARITY, "engine", "FAILED", str(error))
     except torch.OutOfMemoryError as error:
-        yield Finding(PARITY, "Hugging Face", "not tested", f"no memory for it: {cause(error)}")
+        yield Finding(PARITY, "Hugging Face", "not tested", f"out of memory: {cause(error)}")
 
 
 def failed(findings: Sequence[Finding]) -> bool:
@@ -74,14 +84,14 @@ def failed(findings: Sequence[Finding]) -> bool:
 
 
 def table(model: str, findings: Sequence[Finding]) -> Table:
-    """The findings as a table, in parts."""
+    """The findings as a table, grouped by part."""
     rows, ends, part = [], [], ""
-    for place, finding in enumerate(findings):
+    for index, finding in enumerate(findings):
         if finding.part != part:
-            ends.append(place - 1)
+            ends.append(index - 1)
         name = finding.part if finding.part != part else ""
         state = StyledText(finding.state, _COLOURS[finding.state])
-        rows.append((name, finding.name, state, finding.said))
+        rows.append((name, finding.name, state, finding.message))
         part = finding.part
     headings = [Column(heading, wrap=False) for heading in ("", "", "state")]
     return Table(f"vllm-steer on {model}", [*headings, Column("")], rows, lines=ends)

@@ -1,4 +1,4 @@
-"""Trial steers: random ones of realistic size, one for each kind, site and mode."""
+"""Trial steers: random steers of realistic size for each kind, site and mode."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ from vllm_steer.steers.sites import VectorSite
 from vllm_steer.steers.vector import Mode
 
 TOKENS: Final = 8
-"""How many tokens each request writes, and how many steps the delta has."""
+"""Tokens that each request generates, and steps of the delta."""
 _RANK: Final = 8
 _INSIDE: Final[Mapping[str, tuple[str, Mode]]] = {
     "resid-add": ("resid", "add"),
@@ -29,12 +29,13 @@ _TEXTS: Final = (
 )
 
 Sizes = Mapping[str, torch.Tensor]
-"""Mean norm of what each site holds, ``[layers]``; of the logits less their mean, ``[1]``."""
+"""Mean activation norm per site, ``[layers]``; for centred logits ``[1]``."""
 
 
 def prompts(architecture: Architecture, tokenizer: Any) -> list[list[int]]:
-    """The trials' prompts as token ids: texts, or random ids where the model has no tokenizer, or
-    has one that is not its own: some are made up of a config alone and know no word.
+    """Token ids of the prompts: fixed texts, or random ids if the tokenizer is missing or unusable.
+
+    A tokenizer is unusable if it yields a single token or ids beyond the vocabulary.
     """
     if tokenizer is not None:
         texts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
@@ -48,26 +49,26 @@ def prompts(architecture: Architecture, tokenizer: Any) -> list[list[int]]:
 
 @torch.no_grad()
 def measure_sizes(model: Any, architecture: Architecture, texts: Sequence[list[int]]) -> Sizes:
-    """How large what each site holds is while the model reads the prompts, without its first token,
-    which in many models dwarfs all others.
-    """
+    """Mean activation norm per site over the prompts, without the first token (attention sink)."""
     norms: dict[str, list[torch.Tensor]] = {}
     with ExitStack() as hooks:
         for site in architecture.widths:
-            act = _noting(norms.setdefault(site, []))
+            act = _norm_recorder(norms.setdefault(site, []))
             for layer in sites.layers_of(model):
                 handle = sites.attach(layer, sites.family(model), site, act)
                 hooks.callback(handle.remove)
         for ids in texts:
             tokens = torch.tensor([ids], device=model.device)
-            logits = _noting(norms.setdefault("logits", []))
-            given = model(input_ids=tokens, use_cache=False).logits.float()
-            logits(given - given.mean(-1, keepdim=True))
-    return {site: torch.stack(found).view(len(texts), -1).mean(0) for site, found in norms.items()}
+            record_logits = _norm_recorder(norms.setdefault("logits", []))
+            logits = model(input_ids=tokens, use_cache=False).logits.float()
+            record_logits(logits - logits.mean(-1, keepdim=True))
+    return {
+        site: torch.stack(values).view(len(texts), -1).mean(0) for site, values in norms.items()
+    }
 
 
-def _noting(norms: list[torch.Tensor]) -> sites.Act:
-    """An act that changes nothing and notes the mean norm of what it sees."""
+def _norm_recorder(norms: list[torch.Tensor]) -> sites.Act:
+    """A hook that records the mean norm of its input and returns it unchanged."""
 
     def act(x: torch.Tensor) -> torch.Tensor:
         norms.append(x[0, 1:].float().norm(dim=-1).mean().cpu())
@@ -77,10 +78,11 @@ def _noting(norms: list[torch.Tensor]) -> sites.Act:
 
 
 def trial_steers(architecture: Architecture, sizes: Sizes) -> dict[str, Steer]:
-    """By name a steer for each way to steer that the model has; what it adds at its strength is
-    about as large as what is there. A random matrix product ``P1 P2^T`` of rank r lengthens a
-    vector of width d by the square root of r d; random vectors in L layers add up in the residual
-    stream to the square root of L times one of them.
+    """Random steers by name, one for each kind, site and mode that the model supports.
+
+    At its strength, a steer changes an activation by about the activation's own norm. A random
+    product ``P1 P2^T`` of rank r scales a vector of width d by ``sqrt(r d)``; random vectors in L
+    layers add up in the residual stream to ``sqrt(L)`` times one of them.
     """
     normal = _Normal(torch.Generator().manual_seed(17))
     steers: dict[str, Steer] = {}
@@ -114,8 +116,9 @@ def trial_steers(architecture: Architecture, sizes: Sizes) -> dict[str, Steer]:
 
 
 def trial_strength(name: str, steer: Steer, sizes: Sizes) -> float:
-    """The strength at which a trial steer is as large as what it changes: of a rotating one, whose
-    direction has norm 1, the mean size over the layers.
+    """The strength at which a trial steer changes an activation by about the activation's own norm.
+
+    A rotating steer has directions of norm 1; its strength is the mean norm over the layers.
     """
     if isinstance(steer, VectorSteer) and steer.mode == "rotate":
         return round(float(sizes[steer.site].mean()) * _share(steer.site, len(steer.layers)), 3)
@@ -123,12 +126,12 @@ def trial_strength(name: str, steer: Steer, sizes: Sizes) -> float:
 
 
 def _share(site: str, num_layers: int) -> float:
-    """One layer's part where the layers' changes add up."""
+    """The share of one layer, for a site where the changes of all layers add up."""
     return num_layers**-0.5 if site == "resid" else 1.0
 
 
 class _Normal:
-    """Random normal tensors of one seed."""
+    """Standard normal tensors of one generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
@@ -137,7 +140,7 @@ class _Normal:
         return torch.randn(*shape, generator=self._generator)
 
     def sized(self, norms: torch.Tensor, width: int) -> torch.Tensor:
-        """A row of each norm, ``[len(norms), width]``."""
+        """Random rows with the given norms, ``[len(norms), width]``."""
         rows = self(len(norms), width)
         sized: torch.Tensor = rows / rows.norm(dim=-1, keepdim=True) * norms[:, None]
         return sized

@@ -1,6 +1,6 @@
-"""The small model that comes with the package, the text it was trained on and its steers.
+"""The small model that is part of the package, the grammar of its training texts, and its steers.
 
-Importing this costs nothing: only the paths below.
+Importing this package only defines the paths below.
 """
 
 from pathlib import Path
@@ -17,6 +17,6 @@ french-delta, german-delta.
 """
 
 STEER_CONFIG: Path = Path(__file__).parent / "steers.yaml"
-"""A steer config with all of them and two presets."""
+"""A steer config with all these steers and two presets."""
 
 __all__ = ["MODEL", "STEERS", "STEER_CONFIG"]

@@ -1,8 +1,8 @@
-"""Labelled text for the embedded model, generated from the grammar in `grammar/*.yaml`.
+"""Labelled texts for the embedded model, generated from the grammar in `grammar/*.yaml`.
 
-A sample is a short review of one domain (a hotel, a film, a train, ...). Its language, sentiment
-and formality are drawn independently of each other and of the domain, so that an opening such as
-"The hotel was" says nothing about how it goes on, while everything after it agrees.
+A sample is a short review in one domain (a hotel, a film, a train, ...). Language, sentiment and
+formality are sampled independently of each other and of the domain, so that a beginning such as
+"The hotel was" does not predict them, and everything after it agrees with them.
 """
 
 import random
@@ -19,7 +19,7 @@ LANGUAGES: Final = ("en", "fr", "de", "es")
 SENTIMENTS: Final = ("positive", "negative")
 FORMALITIES: Final = ("formal", "informal")
 
-# Neutral in sentiment and formality: all three labels but the language are open after them.
+# Neutral in sentiment and formality, which are undetermined after these prompts.
 NEUTRAL_PROMPTS: Final = (
     "The hotel was",
     "The food was",
@@ -34,7 +34,7 @@ NEUTRAL_PROMPTS: Final = (
     "The train was",
     "The jacket was",
 )
-# Headings common to all four languages: the language is open as well.
+# Headings common to all four languages: the language is undetermined as well.
 OPEN_PROMPTS: Final = (
     "Hotel Astoria:",
     "Pizzeria Luna:",
@@ -50,7 +50,7 @@ OPEN_PROMPTS: Final = (
     "Boutique Vega:",
 )
 
-# English is what the neutral prompts are written in, so it has the largest share.
+# English has the largest share because the neutral prompts are English.
 _LANGUAGE_WEIGHTS: Final = (0.4, 0.2, 0.2, 0.2)
 _SLOT: Final = re.compile(r"<(\w+)>")
 _INDEFINITE: Final = re.compile(r"\ba (?=[aeio]|u(?!s))")
@@ -58,7 +58,7 @@ _INDEFINITE: Final = re.compile(r"\ba (?=[aeio]|u(?!s))")
 
 @dataclass(frozen=True)
 class Sample:
-    """One text and its labels: `en`, `fr`, `de`, `es`; `positive`, `negative`; `formal`, ..."""
+    """A text and its labels: `en`, `fr`, `de`, `es`; `positive`, `negative`; `formal`, ..."""
 
     text: str
     language: str
@@ -68,7 +68,7 @@ class Sample:
 
 @cache
 def grammar(name: str) -> Mapping[str, Any]:
-    """The tables of one language, or those that all languages `shared`."""
+    """The grammar tables of one language, or the tables `shared` by all languages."""
     path = Path(__file__).parent / "grammar" / f"{name}.yaml"
     tables: Mapping[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return tables
@@ -82,7 +82,7 @@ def generate(
     sentiment: str | None = None,
     formality: str | None = None,
 ) -> list[Sample]:
-    """`count` samples, the same for the same arguments; a label that is given is kept fixed."""
+    """Generate `count` samples, deterministic for equal arguments; a given label is fixed."""
     rng = random.Random(seed)
     return [_sample(rng, language, sentiment, formality) for _ in range(count)]
 
@@ -90,10 +90,10 @@ def generate(
 def bilingual(
     count: int, *, seed: int = 0, first: str | None = None, second: str | None = None
 ) -> list[Sample]:
-    """`count` samples that change language after a sentence or two; labelled with the second.
+    """Generate `count` samples that switch language after one or two sentences.
 
-    From these the model learns that a language can change, so that a language steer also works
-    after a prompt in another language.
+    Their label is the second language. They teach the model that the language can change, so that a
+    language steer also works after a prompt in another language.
     """
     rng = random.Random(seed)
     return [_bilingual_sample(rng, first, second) for _ in range(count)]
@@ -132,7 +132,9 @@ class _Writer:
     noun: str = field(default="", init=False)
 
     def review(self, next_language: str | None = None) -> str:
-        """The sentences, now and then after a heading; `next_language` takes over on the way."""
+        """The sentences, sometimes after a heading; the text switches to `next_language` if it is
+        given.
+        """
         heading = self.expand(grammar("shared")["heading"]) if self.rng.random() < 0.25 else ""
         sentences = []
         for position, kind in enumerate(self.plan()):
@@ -142,13 +144,13 @@ class _Writer:
         return " ".join([heading, *sentences]).strip()
 
     def plan(self) -> Iterator[str]:
-        """An opening, some claims and fillers, always a closing."""
+        """Kinds of sentences: an opening, some claims and fillers, and always a closing."""
         if self.rng.random() < 0.2:
             yield "fillers"
         yield "openings"
         for _ in range(self.rng.randint(1, 3)):
             yield self.rng.choices(("claims", "fillers"), (0.75, 0.25))[0]
-        # Every closing carries evidence of both labels, so each sample has some.
+        # Every closing indicates both labels, so each sample does.
         yield "closings"
 
     def sentence(self, kind: str) -> str:
@@ -182,6 +184,6 @@ class _Writer:
         return self.noun
 
     def agreeing(self, word: str) -> str:
-        """`charmant/charmante` is masculine/feminine."""
+        """The form of a word with the noun's gender: `charmant/charmante` is masculine/feminine."""
         masculine, _, feminine = word.partition("/")
         return feminine if feminine and self.gender == "f" else masculine

@@ -1,8 +1,8 @@
-"""An exact classifier of the corpus and of text in its vocabulary: it counts telling words.
+"""An exact classifier of the corpus, and of text in its vocabulary, by counting indicative words.
 
-A word tells a label when the grammar uses it under that label and nowhere else: in no table of
-the other label, in no neutral table, in no other language's. Nothing is learned and nothing is
-guessed, so a corpus sample is always classified as it was generated.
+A word indicates a label if the grammar uses it with that label and nowhere else: in no table of the
+other label, in no neutral table and in no other language. A corpus sample is therefore always
+classified by the labels that it was generated with.
 """
 
 import re
@@ -18,57 +18,57 @@ _SLOT: Final = re.compile(r"<\w+>")
 
 
 def sentiment(text: str) -> float:
-    """1.0 where positive words outnumber negative ones, 0.0 the reverse, 0.5 for a tie or none."""
+    """1.0 if positive words outnumber negative ones, 0.0 if the reverse, 0.5 if equal."""
     return _majority(text, "positive", "negative")
 
 
 def formality(text: str) -> float:
-    """1.0 where formal words outnumber informal ones, 0.0 the reverse, 0.5 for a tie or none."""
+    """1.0 if formal words outnumber informal ones, 0.0 if the reverse, 0.5 if equal."""
     return _majority(text, "formal", "informal")
 
 
 def language(text: str) -> str | None:
-    """`en`, `fr`, `de` or `es` by the most words of that language alone; None for a tie or none."""
-    found = Counter(tongue for word in words(text) if (tongue := _languages().get(word)))
-    ranked = found.most_common(2)
+    """`en`, `fr`, `de` or `es`, by the number of words unique to it; None for a tie or no word."""
+    counts = Counter(tongue for word in words(text) if (tongue := _languages().get(word)))
+    ranked = counts.most_common(2)
     if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
         return None
     return ranked[0][0]
 
 
 def positive_share(texts: Sequence[str]) -> float:
-    """The mean of `sentiment` over the texts: a text without evidence counts one half."""
+    """Mean `sentiment` of the texts: a text without indicative words counts as 0.5."""
     return sum(map(sentiment, texts)) / len(texts)
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float:
-    """Unique n-grams / all n-grams of lower-case words, pooled over the texts; 0.0 for no n-gram.
+    """Distinct n-grams / all n-grams of lower-case words, over all texts; 0.0 without n-grams.
 
-    No n-gram crosses from one text into the next; punctuation is not a word.
+    N-grams do not cross texts; punctuation is not a word.
     """
     grams = [gram for text in texts for gram in _n_grams(_WORD.findall(text.lower()), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def known_share(texts: Iterable[str]) -> float:
-    """Words that the grammar has / all words but each text's last, pooled; 1.0 for no word.
+    """Share of the words, without each text's last one, that the grammar has; 1.0 without words.
 
-    Text that a steer has pushed too hard falls apart into words that are none.
+    A text that is steered too strongly degenerates into words that do not exist.
     """
-    found = [word for text in texts for word in words(text)[:-1]]
-    return sum(word in _known() for word in found) / len(found) if found else 1.0
+    all_words = [word for text in texts for word in words(text)[:-1]]
+    return sum(word in _known() for word in all_words) / len(all_words) if all_words else 1.0
 
 
 def words(text: str) -> list[str]:
-    """The lower-case words, less a last one cut short: the beginning of some longer word."""
-    found = [match[0] for match in _WORD.finditer(text.lower())]
-    if found and text.lower().endswith(found[-1]) and found[-1] in _beginnings():
-        found.pop()
-    return found
+    """The lower-case words, without a truncated last one (a prefix of a longer word)."""
+    matches = [match[0] for match in _WORD.finditer(text.lower())]
+    if matches and text.lower().endswith(matches[-1]) and matches[-1] in _beginnings():
+        matches.pop()
+    return matches
 
 
 def telling_words(label: str) -> frozenset[str]:
-    """The words that tell `positive`, `negative`, `formal` or `informal`, in all languages."""
+    """The words that indicate `positive`, `negative`, `formal` or `informal`, in all languages."""
     pair = ("positive", "negative") if label in ("positive", "negative") else _REGISTERS
     return frozenset(_vocabulary(label, pair))
 
@@ -77,20 +77,20 @@ _REGISTERS: Final = ("formal", "informal")
 
 
 def sentiment_spans(text: str) -> list[tuple[int, int]]:
-    """Where in a text, by characters, the words stand that tell its sentiment."""
+    """Character spans of the words in a text that indicate its sentiment."""
     telling = _telling()["positive"] | _telling()["negative"]
-    found = _WORD.finditer(text.lower())
-    return [word.span() for word in found if word.group() in telling]
+    matches = _WORD.finditer(text.lower())
+    return [word.span() for word in matches if word.group() in telling]
 
 
 def _majority(text: str, upper: str, lower: str) -> float:
-    found = Counter(words(text))
-    balance = _hits(found, upper) - _hits(found, lower)
+    counts = Counter(words(text))
+    balance = _hits(counts, upper) - _hits(counts, lower)
     return 0.5 if balance == 0 else float(balance > 0)
 
 
-def _hits(found: Mapping[str, int], label: str) -> int:
-    return sum(count for word, count in found.items() if word in _telling()[label])
+def _hits(counts: Mapping[str, int], label: str) -> int:
+    return sum(count for word, count in counts.items() if word in _telling()[label])
 
 
 @cache
@@ -99,7 +99,7 @@ def _telling() -> Mapping[str, frozenset[str]]:
 
 
 def _vocabulary(label: str, pair: tuple[str, str]) -> set[str]:
-    """Words under the label's tables, less those under any other table of any language."""
+    """Words in the label's tables, without those in any other table of any language."""
     inside: set[str] = set()
     outside: set[str] = set()
     for path, word in _all_words():
@@ -110,7 +110,7 @@ def _vocabulary(label: str, pair: tuple[str, str]) -> set[str]:
 
 @cache
 def _languages() -> Mapping[str, str]:
-    """Each word that only one language has, with that language."""
+    """The language of each word that only one language has."""
     owners: dict[str, set[str]] = {}
     for path, word in _all_words():
         owners.setdefault(word, set()).add(path[0])
@@ -129,7 +129,7 @@ def _beginnings() -> frozenset[str]:
 
 @cache
 def _all_words() -> tuple[tuple[tuple[str, ...], str], ...]:
-    """Every word of the grammar after the keys it stands under, the language first."""
+    """Every word of the grammar with its path of keys, the language first."""
     names = (*LANGUAGES, "shared")
     return tuple(
         (path, word)
@@ -147,5 +147,5 @@ def _phrases(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield from _phrases(child, (*path, key) if key else path)
 
 
-def _n_grams(found: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(found[start:] for start in range(n)), strict=False)
+def _n_grams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(tokens[start:] for start in range(n)), strict=False)

@@ -1,18 +1,19 @@
-"""The texts of one setting, and the judges' figures for them."""
+"""Generated texts, and the protocols of the judges that score them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 Strengths = Mapping[str, tuple[float, ...]]
-"""By a dynamic steer's name its strength at each token of one text."""
+"""The strength at each token of one text, by dynamic steer."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """One prompt and its continuations, in the order of their seeds; no text repeats the prompt.
+    """One prompt and its continuations, in the order of their seeds; texts exclude the prompt.
 
-    ``strengths`` has those of each text, in the same order, if any was dynamic; else it is empty.
+    ``strengths`` has the dynamic strengths of each text, in the same order; it is empty if no
+    strength was dynamic.
     """
 
     prompt: str
@@ -21,10 +22,10 @@ class Answers:
 
 
 class Judge(Protocol):
-    """Scores of texts by one measure.
+    """Scores texts by one measure.
 
-    ``name`` is what the report calls it: never another judge's name. ``effect`` names the figure
-    that says how much of a property the texts have, in [0, 1]; None for a judge of fluency.
+    ``name`` identifies the judge in the report and is unique. ``effect`` names the figure that
+    measures how much of a property the texts have, in [0, 1]; None for a judge of fluency.
     """
 
     @property
@@ -34,14 +35,14 @@ class Judge(Protocol):
     def effect(self) -> str | None: ...
 
     def scores(self, answers: Sequence[Answers]) -> Mapping[str, float]:
-        """Figures by name; NaN where the texts give none."""
+        """Figures by name; NaN for a figure that these texts do not define."""
         ...
 
 
 @runtime_checkable
 class PropertyJudge(Judge, Protocol):
-    """A judge that answers for each text by itself whether it has the property."""
+    """A judge that also decides for each text whether it has the property."""
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
-        """By prompt and text: 1.0 has it, 0.0 has not, None where the judge cannot tell."""
+        """Verdicts by prompt and text: 1.0 has the property, 0.0 has not, None is undecided."""
         ...

@@ -1,15 +1,15 @@
-"""Text classification models as judges: sentiment, toxicity, formality and others.
+"""Text classification models as judges of sentiment, toxicity, formality and the like.
 
-For each prompt ``x`` and its continuations ``g``, ``p(g)`` the probability of the wanted label:
+For each prompt ``x``, with ``p(g)`` the probability of the target label for its continuation ``g``:
 
-    share        mean over prompts of the share of texts whose likeliest label is the wanted one
-    std          the standard deviation of that share over the prompts
+    share        mean over prompts of the share of texts whose most probable label is the target
+    std          standard deviation of that share over the prompts
     probability  mean over prompts of the mean p(g)
-    max          mean over prompts of max_g p(g), beginning at 0: "expected maximum"
+    max          mean over prompts of max(0, max_g p(g)), the "expected maximum"
     any          share of the prompts with at least one p(g) > 0.5
 
 Sources: share and std: the sentiment judge of Han et al., ACL 2024 (arXiv 2305.12798);
-max and any: Gehman et al., 2020 (arXiv 2009.11462), as Han et al. take them.
+max and any: Gehman et al., 2020 (arXiv 2009.11462), as Han et al. use them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,8 +25,8 @@ from vllm_steer.evaluation.means import mean, spread
 
 T = TypeVar("T")
 _BATCH: Final = 32
-_TELLS: Final = 0.5
-_NOTHING: Final = "\n"  # what an empty text is given as: some tokenizers make no token of ""
+_THRESHOLD: Final = 0.5
+_EMPTY_TEXT: Final = "\n"  # some tokenizers give no token for ""
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,24 @@ class Classifier:
     def labels(self) -> list[str]:
         """The labels in the order of the model's outputs."""
         names = self.model.config.id2label
-        return [names[place] for place in range(self.model.config.num_labels)]
+        return [names[index] for index in range(self.model.config.num_labels)]
 
     @property
     def independent(self) -> bool:
-        """Whether each label is a question of its own, answered by a sigmoid."""
+        """Whether each label is an independent binary decision (sigmoid) and not one of several
+        (softmax).
+        """
         config = self.model.config
         return bool(config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
 @dataclass(frozen=True)
 class ClassifierJudge:
-    """Figures of one label, see the module.
+    """Figures of one label; the module's docstring defines them.
 
-    ``continuation`` False shows the classifier prompt and continuation, as the authors' sentiment
-    judge does; True the continuation alone, as their toxicity judge does. The model is moved to
-    ``device`` (None: a GPU where there is one) when it is first asked.
+    With ``continuation`` False the classifier reads prompt and continuation, as in the authors'
+    sentiment judge; with True it reads the continuation alone, as in their toxicity judge. The
+    model moves to ``device`` (None: a GPU if there is one) at its first use.
     """
 
     name: str
@@ -67,70 +69,71 @@ class ClassifierJudge:
     effect: str = "share"
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``share``, ``std``, ``probability``, ``max``, ``any``; NaN where there is no prompt."""
-        found = self._probabilities(answers)
+        """``share``, ``std``, ``probability``, ``max`` and ``any``; NaN without prompts."""
+        label_probabilities = self._probabilities(answers)
         return figures(
-            _by_prompt(found[:, self.label].tolist(), answers),
-            _by_prompt(self._told(found).tolist(), answers),
+            _by_prompt(label_probabilities[:, self.label].tolist(), answers),
+            _by_prompt(self._has_label(label_probabilities).tolist(), answers),
         )
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
-        """1.0 where the wanted label is the likeliest (an independent one above 0.5), else 0.0."""
-        told: list[float | None] = self._told(self._probabilities(answers)).tolist()
-        return _by_prompt(told, answers)
+        """1.0 if the target label is the most probable (if independent: above 0.5), else 0.0."""
+        values: list[float | None] = self._has_label(self._probabilities(answers)).tolist()
+        return _by_prompt(values, answers)
 
     def _probabilities(self, answers: Sequence[Answers]) -> torch.Tensor:
-        place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.classifier.model.to(place)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.classifier.model.to(device)
         return probabilities(
-            self.classifier, [text for answer in answers for text in self._of(answer)]
+            self.classifier, [text for answer in answers for text in self._inputs(answer)]
         )
 
-    def _of(self, answer: Answers) -> list[str]:
+    def _inputs(self, answer: Answers) -> list[str]:
         before = "" if self.continuation else answer.prompt
-        return [(before + text) or _NOTHING for text in answer.texts]
+        return [(before + text) or _EMPTY_TEXT for text in answer.texts]
 
-    def _told(self, found: torch.Tensor) -> torch.Tensor:
+    def _has_label(self, label_probabilities: torch.Tensor) -> torch.Tensor:
         if self.classifier.independent:
-            return (found[:, self.label] > _TELLS).double()
-        return (found.argmax(-1) == self.label).double()
+            return (label_probabilities[:, self.label] > _THRESHOLD).double()
+        return (label_probabilities.argmax(-1) == self.label).double()
 
 
 def _by_prompt(values: Iterable[T], answers: Sequence[Answers]) -> list[list[T]]:
-    """One value a text, in lists of each prompt's texts."""
-    rest = iter(values)
-    return [list(islice(rest, len(answer.texts))) for answer in answers]
+    """Group one value per text by prompt."""
+    remaining = iter(values)
+    return [list(islice(remaining, len(answer.texts))) for answer in answers]
 
 
 def figures(
-    probability: Sequence[Sequence[float]], told: Sequence[Sequence[float]]
+    probability: Sequence[Sequence[float]], verdicts: Sequence[Sequence[float]]
 ) -> dict[str, float]:
-    """The figures from each prompt's probabilities and its 1 or 0 for the wanted label."""
-    shares = [mean(values) for values in told]
+    """The figures, from target probabilities and 0/1 verdicts, both by prompt and text."""
+    shares = [mean(values) for values in verdicts]
     highest = [max([0.0, *values]) for values in probability]
     return {
         "share": mean(shares),
         "std": spread(shares),
         "probability": mean(map(mean, probability)),
         "max": mean(highest),
-        "any": mean(float(value > _TELLS) for value in highest),
+        "any": mean(float(value > _THRESHOLD) for value in highest),
     }
 
 
 @torch.no_grad()
 def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
-    """``[texts, labels]``, float64, on the CPU: softmax, or a sigmoid for independent labels.
+    """Label probabilities ``[texts, labels]``, float64, on the CPU: softmax, or sigmoid if
+    independent.
 
-    Texts longer than the model reads are cut at their end.
+    Texts longer than the model's maximum are truncated at their end.
     """
     tokenizer, model = classifier.tokenizer, classifier.model
     longest = min(
         tokenizer.model_max_length,
         getattr(model.config, "max_position_embeddings", tokenizer.model_max_length),
     )
-    # A model without a padding token cannot tell where a padded text ends.
+    # Without a padding token the model cannot find the end of a padded text.
     step = _BATCH if model.config.pad_token_id is not None and tokenizer.pad_token else 1
-    found = [torch.empty(0, model.config.num_labels, dtype=torch.float64)]
+    batches = [torch.empty(0, model.config.num_labels, dtype=torch.float64)]
     for start in range(0, len(texts), step):
         encoded = tokenizer(
             list(texts[start : start + step]),
@@ -140,14 +143,15 @@ def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
             return_tensors="pt",
         )
         logits = model(**encoded.to(model.device)).logits.double().cpu()
-        found.append(logits.sigmoid() if classifier.independent else logits.softmax(-1))
-    return torch.cat(found)
+        batches.append(logits.sigmoid() if classifier.independent else logits.softmax(-1))
+    return torch.cat(batches)
 
 
-def label_place(classifier: Classifier, label: str) -> int:
-    """Which output a label is; an empty one is output 1, or 0 of a model with one label.
+def label_index(classifier: Classifier, label: str) -> int:
+    """The index of a label among the model's outputs; an empty label means 1, or 0 with a single
+    label.
 
-    Raises ``SteerError`` for a label that the model does not have, and a model of no labels.
+    Raises ``SteerError`` for an unknown label and for a regression model.
     """
     if classifier.model.config.problem_type == "regression":
         raise SteerError(f"model {classifier.name} has no labels: it is a regression model")
@@ -162,7 +166,7 @@ def label_place(classifier: Classifier, label: str) -> int:
 
 
 def load_classifier(name: str) -> Classifier:
-    """A folder or a hub id. Raises ``SteerError`` if there is no such classification model."""
+    """Load a classifier from a folder or the hub; ``SteerError`` if it is not a classifier."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -176,7 +180,7 @@ def load_classifier(name: str) -> Classifier:
         raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
     if report["missing_keys"]:
         raise SteerError(
-            f"model {name} is no text classifier: {', '.join(sorted(report['missing_keys'])[:3])} "
-            "missing, which would be random"
+            f"model {name} is not a text classifier: its checkpoint lacks "
+            f"{', '.join(sorted(report['missing_keys'])[:3])}; name a sequence classification model"
         )
     return Classifier(name, model.eval().requires_grad_(False), tokenizer)

@@ -1,10 +1,10 @@
-"""A random steer of the same norm as another: the control for a steer's direction.
+"""Random steers of equal norm, as a control for the direction of a steer.
 
-Normal random numbers take the place of the steer's, and are scaled so that what follows keeps its
-norm (Frobenius for a matrix):
+A standard normal sample replaces the steer's tensors and is rescaled to keep these norms (Frobenius
+norm of a matrix):
 
     lm_steer  multiply: W_s = P1_s P2_s^T of each column s    add, offset: the row of each column
-    vector    the direction of each layer                     delta: of each step and layer
+    vector    the direction of each layer                     delta: each step and layer
 """
 
 from dataclasses import replace
@@ -17,10 +17,10 @@ from vllm_steer.steers import LMSteer, Steer
 
 
 def random_steer(steer: Steer, seed: int = 0) -> Steer:
-    """The random steer of equal norm, float32; the same for the same seed.
+    """A random steer of equal norm, float32; deterministic for a given seed.
 
-    All else is the steer's own: epsilon, fixed columns, layers, site, mode, schedule. Raises
-    ``SteerError`` for a seed that is negative or too large.
+    It keeps epsilon, fixed columns, layers, site, mode and schedule of ``steer``. Raises
+    ``SteerError`` for a seed below 0 or above 2^63 - 1.
     """
     if not 0 <= seed < 1 << 63:
         raise SteerError(f"control seed is {seed}; expected a number from 0 to 2^63 - 1")
@@ -29,35 +29,36 @@ def random_steer(steer: Steer, seed: int = 0) -> Steer:
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         for name, tensor in steer.tensors.items()
     }
-    changed: dict[str, Any] = {name: t.float() for name, t in _scaled(normal, steer).items()}
-    changed["description"] = f"random control of equal norm, seed {seed}"
-    changed["recipe"] = {"method": "random control", "settings": {"seed": seed}}
-    return replace(steer, **changed)
+    fields: dict[str, Any] = {name: t.float() for name, t in _match_norms(normal, steer).items()}
+    fields["description"] = f"random control of equal norm, seed {seed}"
+    fields["recipe"] = {"method": "random control", "settings": {"seed": seed}}
+    return replace(steer, **fields)
 
 
 def product_norms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """``|P1_s P2_s^T|_F`` of each column, float64, from ``[columns, hidden_size, rank]``.
 
-    ``|P1 P2^T|^2 = sum((P1^T P1) * (P2^T P2))``: two matrices of ``rank x rank``, never one of
-    ``hidden_size x hidden_size``.
+    Computed as ``|P1 P2^T|^2 = sum((P1^T P1) * (P2^T P2))`` with matrices ``[rank, rank]``, so that
+    no ``[hidden_size, hidden_size]`` matrix is formed.
     """
     grams = [p.double().transpose(1, 2) @ p.double() for p in (first, second)]
     return (grams[0] * grams[1]).sum((1, 2)).clamp_min(0).sqrt()
 
 
-def _scaled(random: dict[str, torch.Tensor], steer: Steer) -> dict[str, torch.Tensor]:
+def _match_norms(random: dict[str, torch.Tensor], steer: Steer) -> dict[str, torch.Tensor]:
+    """Rescale ``random`` to the norms of ``steer``."""
     if isinstance(steer, LMSteer) and steer.projector1 is not None:
         assert steer.projector2 is not None
-        wanted = product_norms(steer.projector1, steer.projector2)
-        found = product_norms(random["projector1"], random["projector2"])
-        # Half of the scale on each factor: both keep a size that float32 holds well.
-        half = (wanted / found).sqrt()[:, None, None]
-        return {name: tensor * half for name, tensor in random.items()}
-    return {name: _like(random[name], tensor) for name, tensor in steer.tensors.items()}
+        target_norms = product_norms(steer.projector1, steer.projector2)
+        random_norms = product_norms(random["projector1"], random["projector2"])
+        # The square root on each factor keeps both within the range of float32.
+        factor = (target_norms / random_norms).sqrt()[:, None, None]
+        return {name: tensor * factor for name, tensor in random.items()}
+    return {name: _match_row_norms(random[name], tensor) for name, tensor in steer.tensors.items()}
 
 
-def _like(random: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of the norms of ``tensor``'s rows."""
-    wanted = tensor.double().norm(dim=-1, keepdim=True)
-    scaled: torch.Tensor = random * wanted / random.norm(dim=-1, keepdim=True)
+def _match_row_norms(random: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Rescale the rows of ``random`` to the norms of the rows of ``tensor``."""
+    target_norms = tensor.double().norm(dim=-1, keepdim=True)
+    scaled: torch.Tensor = random * target_norms / random.norm(dim=-1, keepdim=True)
     return scaled

@@ -46,11 +46,11 @@ class RepetitionJudge:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of the texts / words of the texts; NaN for no text.
+    """dist-n: distinct n-grams / words, over all texts of a prompt; NaN without texts.
 
-    Words are what single spaces part, so the space that a continuation begins with makes an empty
-    word. The number of words divides for every ``n``, not the number of n-grams: even texts that
-    repeat nothing stay below 1 for ``n > 1``. No n-gram crosses from one text into the next.
+    Words are separated by single spaces, so a leading space yields an empty word. The denominator
+    is the number of words for every ``n``, as in the authors' code, so the value is below 1 for ``n
+    > 1`` even without repetition. N-grams do not cross texts.
     """
     pool = [text.split(" ") for text in texts]
     total = sum(map(len, pool))
@@ -58,18 +58,19 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def repeated(text: str, n: int) -> float:
-    """1 - different n-grams / n-grams of a text's words; NaN for fewer than ``n`` words.
+    """rep-n: 1 - distinct n-grams / n-grams of a text; NaN for fewer than ``n`` words.
 
-    Words are what any white space parts; Welleck et al. count tokens.
+    Words are separated by white space; Welleck et al. count tokens.
     """
     grams = _grams(text.split(), n)
     return 1 - len(set(grams)) / len(grams) if grams else math.nan
 
 
 def compression(texts: Sequence[str]) -> float:
-    """Bytes of the texts, a line each, / the bytes zlib makes of them at level 9; NaN for none.
+    """Compression ratio: bytes of the texts, one per line, / bytes after zlib level 9; NaN if
+    empty.
 
-    A short pool compresses worse than a long one: compare equal numbers of texts only.
+    The ratio grows with the number of texts: compare equal numbers of texts only.
     """
     pool = "\n".join(texts).encode()
     return len(pool) / len(zlib.compress(pool, 9)) if pool else math.nan

@@ -1,4 +1,4 @@
-"""The JSON files of a run."""
+"""JSON files of a run folder."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,17 +10,17 @@ from vllm_steer.files.whole import write_text
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data whole, with null where a number is not finite: JSON has no NaN."""
+    """Write plain data atomically as JSON; numbers that are not finite become null."""
     write_text(path, as_json(value) + "\n")
 
 
 def as_json(value: Any) -> str:
-    """Plain data as JSON of two spaces' indent, with null where a number is not finite."""
+    """Plain data as JSON, indented by two spaces; numbers that are not finite become null."""
     return json_text(finite(value), indent=2)
 
 
 def finite(value: Any) -> Any:
-    """The same data with None where a number is not finite."""
+    """The same data with None for each number that is not finite."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

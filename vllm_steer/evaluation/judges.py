@@ -1,15 +1,15 @@
-"""Judges by name, as ``--judge`` takes them: ``classifier:MODEL:LABEL``, ``diversity``, ...
+"""Judges by specification, as for ``--judge``: ``classifier:MODEL:LABEL``, ``diversity``, ...
 
-A judge that is not available (a model that cannot be loaded, a package that is not installed, a
-service that is not offered) is named with the reason. Nothing else ever answers under its name.
+An unavailable judge (missing model, package or service) is reported with the reason and is never
+replaced by another one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, TypeVar
 
-from vllm_steer.errors import SteerError
+from vllm_steer.errors import JudgeUnavailableError, SteerError
 from vllm_steer.evaluation.answers import Judge
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 T = TypeVar("T")
 
@@ -24,43 +24,39 @@ FORMS: Final = (
     "perspective",
 )
 _PERSPECTIVE: Final = (
-    "the Perspective API is a service on the network whose scores drift; vllm-steer does not call "
-    "it. Take a toxicity model of your own: classifier:MODEL:LABEL:continuation"
+    "the Perspective API is a network service whose scores change over time; vllm-steer does not "
+    "call it; use a local toxicity model: classifier:MODEL:LABEL:continuation"
 )
 
 
-class JudgeNotAtHandError(SteerError):
-    """A judge that was asked for rightly and that is not there."""
-
-
 def make_judge(spec: str, *, device: str | None = None) -> Judge:
-    """The judge that a spec asks for, one of ``FORMS``; the spec is its name.
+    """The judge of a specification, one of ``FORMS``; the specification is the judge's name.
 
-    Models are loaded on the CPU and moved to ``device`` (None: a GPU where there is one) when the
-    judge is first asked.
+    Models are loaded on the CPU and move to ``device`` (None: a GPU if there is one) at their first
+    use.
 
-    Raises ``JudgeNotAtHandError`` with the reason, and ``SteerError`` for a misspelt spec, an
-    unknown label or language, and a lexicon that cannot be read.
+    Raises ``JudgeUnavailableError`` if a model, package or service is missing, and ``SteerError``
+    for an invalid specification, an unknown label or language, and an invalid lexicon.
     """
-    kind, _, rest = spec.partition(":")
-    if kind not in _MAKERS:
-        raise _misspelt(spec)
-    return _MAKERS[kind](spec, rest, device)
+    kind, _, argument = spec.partition(":")
+    if kind not in _BUILDERS:
+        raise _unknown_judge(spec)
+    return _BUILDERS[kind](spec, argument, device)
 
 
 def make_judges(
     specs: Iterable[str], *, device: str | None = None
 ) -> tuple[list[Judge], dict[str, str]]:
-    """The available judges in their order, each once, and for each other spec why it is not.
+    """The available judges, without duplicates, and the reason for each unavailable specification.
 
-    Raises ``SteerError`` as ``make_judge`` does for what is wrong rather than missing.
+    Raises ``SteerError`` for invalid specifications, as ``make_judge`` does.
     """
     judges: list[Judge] = []
     missing: dict[str, str] = {}
     for spec in dict.fromkeys(specs):
         try:
             judges.append(make_judge(spec, device=device))
-        except JudgeNotAtHandError as error:
+        except JudgeUnavailableError as error:
             missing[spec] = str(error)
     return judges, missing
 
@@ -70,21 +66,21 @@ def _perplexity(spec: str, model: str, device: str | None) -> Judge:
     from vllm_steer.models import load_language_model
 
     if not model:
-        raise _misspelt(spec)
-    judge = _at_hand(lambda: load_language_model(model, device="cpu"))
+        raise _unknown_judge(spec)
+    judge = _load_or_unavailable(lambda: load_language_model(model, device="cpu"))
     return PerplexityJudge(spec, judge, device)
 
 
-def _classifier(spec: str, rest: str, device: str | None) -> Judge:
-    from vllm_steer.evaluation.classifier import ClassifierJudge, label_place, load_classifier
+def _classifier(spec: str, argument: str, device: str | None) -> Judge:
+    from vllm_steer.evaluation.classifier import ClassifierJudge, label_index, load_classifier
 
-    name, *options = rest.split(":")
+    name, *options = argument.split(":")
     continuation = options[-1:] == ["continuation"]
     labels = options[:-1] if continuation else options
     if not name or len(labels) > 1:
-        raise _misspelt(spec)
-    classifier = _at_hand(lambda: load_classifier(name))
-    label = label_place(classifier, "".join(labels))
+        raise _unknown_judge(spec)
+    classifier = _load_or_unavailable(lambda: load_classifier(name))
+    label = label_index(classifier, "".join(labels))
     return ClassifierJudge(spec, classifier, label, continuation, device)
 
 
@@ -92,57 +88,58 @@ def _language(spec: str, code: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.languages import LanguageJudge, check_code
 
     if not code:
-        raise _misspelt(spec)
-    _at_hand(lambda: need("langdetect"))
+        raise _unknown_judge(spec)
+    _load_or_unavailable(lambda: require_package("langdetect"))
     check_code(code)
     return LanguageJudge(spec, code)
 
 
-def _lexicon(spec: str, rest: str, device: str | None) -> Judge:
+def _lexicon(spec: str, argument: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.lexicons import LexiconJudge, embedded_judge, read_lexicon
 
-    first, colon, about = rest.partition(":")
-    if not rest:
-        raise _misspelt(spec)
-    if first == "embedded":
-        return embedded_judge(spec, about)
-    return LexiconJudge(spec, read_lexicon(first + colon + about))
+    prefix, colon, lexicon = argument.partition(":")
+    if not argument:
+        raise _unknown_judge(spec)
+    if prefix == "embedded":
+        return embedded_judge(spec, lexicon)
+    return LexiconJudge(spec, read_lexicon(prefix + colon + lexicon))
 
 
-def _diversity(spec: str, rest: str, device: str | None) -> Judge:
+def _diversity(spec: str, argument: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.diversity import DiversityJudge
 
     if spec != "diversity":
-        raise _misspelt(spec)
+        raise _unknown_judge(spec)
     return DiversityJudge(spec)
 
 
-def _repetition(spec: str, rest: str, device: str | None) -> Judge:
+def _repetition(spec: str, argument: str, device: str | None) -> Judge:
     from vllm_steer.evaluation.diversity import RepetitionJudge
 
     if spec != "repetition":
-        raise _misspelt(spec)
+        raise _unknown_judge(spec)
     return RepetitionJudge(spec)
 
 
-def _perspective(spec: str, rest: str, device: str | None) -> Judge:
+def _perspective(spec: str, argument: str, device: str | None) -> Judge:
     if spec != "perspective":
-        raise _misspelt(spec)
-    raise JudgeNotAtHandError(_PERSPECTIVE)
+        raise _unknown_judge(spec)
+    raise JudgeUnavailableError(_PERSPECTIVE)
 
 
-def _at_hand(load: Callable[[], T]) -> T:
+def _load_or_unavailable(load: Callable[[], T]) -> T:
+    """Call ``load``; a ``SteerError`` becomes a ``JudgeUnavailableError``."""
     try:
         return load()
     except SteerError as error:
-        raise JudgeNotAtHandError(str(error)) from error
+        raise JudgeUnavailableError(str(error)) from error
 
 
-def _misspelt(spec: str) -> SteerError:
-    return SteerError(f"judge {spec!r} is unknown; judges are given as {', '.join(FORMS)}")
+def _unknown_judge(spec: str) -> SteerError:
+    return SteerError(f"judge {spec!r} is unknown; available: {', '.join(FORMS)}")
 
 
-_MAKERS: Final[Mapping[str, Callable[[str, str, str | None], Judge]]] = {
+_BUILDERS: Final[Mapping[str, Callable[[str, str, str | None], Judge]]] = {
     "perplexity": _perplexity,
     "diversity": _diversity,
     "repetition": _repetition,

@@ -1,7 +1,7 @@
-"""Which language texts are in, by langdetect.
+"""Language identification as a judge, with langdetect.
 
-Source: Scalena et al., BlackboxNLP 2024 (arXiv 2406.17563): the mean of the probability
-that langdetect gives the wanted language, 0 where it does not name it.
+Source: Scalena et al., BlackboxNLP 2024 (arXiv 2406.17563): the mean probability that langdetect
+gives the target language, 0 if langdetect does not list it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,51 +10,61 @@ from dataclasses import dataclass
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean_over_prompts
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 
 @dataclass(frozen=True)
 class LanguageJudge:
-    """How surely the continuations are in one language; the prompts are not looked at."""
+    """Probability and share of one language in the continuations; prompts are not read."""
 
     name: str
     code: str
     effect: str = "probability"
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``probability``, and ``share``: how often the language is the likeliest one."""
-        found = {text: detected(text) for answer in answers for text in answer.texts}
+        """``probability``, and ``share``: the share of texts whose most probable language is the
+        target.
+        """
+        detections = {text: detect_languages(text) for answer in answers for text in answer.texts}
         return {
-            "probability": mean_over_prompts(answers, lambda text: found[text].get(self.code, 0.0)),
-            "share": mean_over_prompts(answers, lambda text: self._likeliest(found[text])),
+            "probability": mean_over_prompts(
+                answers, lambda text: detections[text].get(self.code, 0.0)
+            ),
+            "share": mean_over_prompts(answers, lambda text: self._likeliest(detections[text])),
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
-        """1.0 where the language is the likeliest one; 0.0 else, and for a text without letters."""
-        return [[self._likeliest(detected(text)) for text in answer.texts] for answer in answers]
+        """1.0 if the target is the most probable language, else 0.0, also for a text without
+        letters.
+        """
+        return [
+            [self._likeliest(detect_languages(text)) for text in answer.texts] for answer in answers
+        ]
 
     def _likeliest(self, codes: Mapping[str, float]) -> float:
         return float(bool(codes) and max(codes, key=codes.__getitem__) == self.code)
 
 
-def detected(text: str) -> dict[str, float]:
-    """Languages and their probabilities, likeliest first; none for a text without letters.
+def detect_languages(text: str) -> dict[str, float]:
+    """Probabilities by language, the most probable first; empty for a text without letters.
 
-    langdetect draws at random: its seed is set to 0, so that a text has one answer.
+    langdetect samples at random; a fixed seed of 0 makes the result deterministic.
     """
-    langdetect = need("langdetect")
+    langdetect = require_package("langdetect")
     langdetect.DetectorFactory.seed = 0
     try:
-        return {each.lang: each.prob for each in langdetect.detect_langs(text)}
+        return {detection.lang: detection.prob for detection in langdetect.detect_langs(text)}
     except langdetect.LangDetectException:
         return {}
 
 
 def check_code(code: str) -> None:
-    """Raise ``SteerError`` for a language that langdetect does not know."""
-    factory = need("langdetect.detector_factory")
+    """Raise ``SteerError`` for a language that langdetect does not support."""
+    factory = require_package("langdetect.detector_factory")
     factory.init_factory()
-    # The public functions make their own detector from this factory; only it knows the list.
-    known = sorted(factory._factory.get_lang_list())
-    if code not in known:
-        raise SteerError(f"language {code!r} is unknown to langdetect; it knows {', '.join(known)}")
+    # langdetect has no public function for its list of languages.
+    codes = sorted(factory._factory.get_lang_list())
+    if code not in codes:
+        raise SteerError(
+            f"language {code!r} is not supported by langdetect; supported: {', '.join(codes)}"
+        )

@@ -1,4 +1,4 @@
-"""Word lists as judges: a text has the label of most of its listed words."""
+"""Word lists as judges: a text gets the label with the most listed words."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from vllm_steer.evaluation.means import mean_over_prompts
 from vllm_steer.foreign import listed, shown
 
 Verdict = Callable[[str], float | None]
-"""1.0 or 0.0 for a text; None where nothing tells."""
+"""1.0 or 0.0 for a text; None if undecided."""
 
 _WORD: Final = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 _SIDES: Final = ("positive", "negative")
@@ -26,9 +26,9 @@ EMBEDDED_NAMES: Final = ("sentiment", "formality", "language=en|fr|de|es")
 
 @dataclass(frozen=True)
 class LexiconJudge:
-    """``share``: mean over the prompts of the continuations' verdicts, ``tie`` for those of none.
+    """``share``: mean over prompts of the verdicts; an undecided text counts as ``tie``.
 
-    ``undecided`` is the share of the texts that no word tells, or as many words on either side.
+    ``undecided`` is the share of texts without a listed word or with equally many on both sides.
     """
 
     name: str
@@ -37,61 +37,65 @@ class LexiconJudge:
     effect: str = "share"
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``share`` and ``undecided``; the prompts are not looked at."""
-        found = {text: self.verdict(text) for answer in answers for text in answer.texts}
+        """``share`` and ``undecided`` of the continuations; prompts are not read."""
+        verdicts = {text: self.verdict(text) for answer in answers for text in answer.texts}
 
         def value(text: str) -> float:
-            verdict = found[text]
+            verdict = verdicts[text]
             return self.tie if verdict is None else verdict
 
         return {
             "share": mean_over_prompts(answers, value),
-            "undecided": mean_over_prompts(answers, lambda text: float(found[text] is None)),
+            "undecided": mean_over_prompts(answers, lambda text: float(verdicts[text] is None)),
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
-        """Each text's verdict; None where nothing tells, or as much on either side."""
+        """The verdict of each text; None if undecided."""
         return [[self.verdict(text) for text in answer.texts] for answer in answers]
 
 
 def by_words(positive: frozenset[str], negative: frozenset[str]) -> Verdict:
-    """1.0 where positive words outnumber negative ones, 0.0 the reverse, None for a tie or none."""
+    """A verdict by counts: 1.0 for more positive words, 0.0 for more negative words, None for a
+    tie.
+    """
 
     def verdict(text: str) -> float | None:
-        found = Counter(_WORD.findall(text.lower()))
-        balance = sum(n * ((word in positive) - (word in negative)) for word, n in found.items())
+        counts = Counter(_WORD.findall(text.lower()))
+        balance = sum(n * ((word in positive) - (word in negative)) for word, n in counts.items())
         return None if balance == 0 else float(balance > 0)
 
     return verdict
 
 
-def embedded_judge(name: str, about: str) -> LexiconJudge:
-    """A judge by the embedded corpus's own words: ``sentiment``, ``formality``, ``language=fr``.
+def embedded_judge(name: str, lexicon: str) -> LexiconJudge:
+    """A judge with the embedded corpus's word lists: ``sentiment``, ``formality`` or
+    ``language=fr``.
 
-    A text of no one language counts 0 for ``language``. Raises ``SteerError`` for another name.
+    For ``language``, a text without a single majority language counts as 0. Raises ``SteerError``
+    for an unknown list.
     """
-    kind, _, code = about.partition("=")
-    if about in ("sentiment", "formality"):
-        of: Callable[[str], float] = getattr(embedded, about)
-        return LexiconJudge(name, lambda text: None if of(text) == 0.5 else of(text))
+    kind, _, code = lexicon.partition("=")
+    if lexicon in ("sentiment", "formality"):
+        measure: Callable[[str], float] = getattr(embedded, lexicon)
+        return LexiconJudge(name, lambda text: None if measure(text) == 0.5 else measure(text))
     if kind == "language" and code in LANGUAGES:
         return LexiconJudge(name, lambda text: _in_language(text, code), tie=0.0)
-    known = ", ".join(EMBEDDED_NAMES)
-    raise SteerError(f"embedded lexicon {about!r} is unknown; there are {known}")
+    names = ", ".join(EMBEDDED_NAMES)
+    raise SteerError(f"embedded lexicon {lexicon!r} is unknown; available: {names}")
 
 
 def read_lexicon(path: str | Path) -> Verdict:
-    """The verdict of a YAML or JSON file ``{positive: [words], negative: [words]}``.
+    """Read a YAML or JSON file ``{positive: [words], negative: [words]}``.
 
-    Words are compared in lower case and whole. Raises ``SteerError`` for a file that cannot be
-    read or is another shape, a word that is no single word, and a word on both sides.
+    Whole words are compared in lower case. Raises ``SteerError`` for a file that cannot be read or
+    has another structure, for an entry that is not a single word, and for a word in both lists.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise SteerError(f"lexicon {path}: expected a .yaml, .yml or .json file")
     if not os.path.isfile(path):
-        found = "is no file" if os.path.lexists(path) else "no such file"
-        raise SteerError(f"lexicon {path}: {found}")
+        problem = "is not a regular file" if os.path.lexists(path) else "no such file"
+        raise SteerError(f"lexicon {path}: {problem}; give a .yaml, .yml or .json file")
     try:
         content = read_config_file(path, f"lexicon {path}")
     except OSError as error:
@@ -99,24 +103,24 @@ def read_lexicon(path: str | Path) -> Verdict:
     if not isinstance(content, Mapping) or set(content) != set(_SIDES):
         raise SteerError(f"lexicon {path}: expected two lists, named positive and negative")
     positive, negative = (_words(path, side, content[side]) for side in _SIDES)
-    if both := sorted(positive & negative):
-        raise SteerError(f"lexicon {path}: {listed(both)} on both sides; a word tells one")
+    if overlap := sorted(positive & negative):
+        raise SteerError(f"lexicon {path}: {listed(overlap)} in both lists; give each word once")
     return by_words(positive, negative)
 
 
-def _words(path: Path, side: str, found: Any) -> frozenset[str]:
-    if not isinstance(found, list) or not found:
-        raise SteerError(f"lexicon {path}: {side} is {shown(found)}; expected a list of words")
-    for word in found:
+def _words(path: Path, side: str, entries: Any) -> frozenset[str]:
+    if not isinstance(entries, list) or not entries:
+        raise SteerError(f"lexicon {path}: {side} is {shown(entries)}; expected a list of words")
+    for word in entries:
         if not isinstance(word, str) or not _WORD.fullmatch(word):
-            # YAML reads an unquoted no or yes as a truth value.
+            # YAML reads an unquoted no or yes as a boolean.
             raise SteerError(
                 f"lexicon {path}: {side} has {shown(word)}; expected a single word, in quotes "
                 "where YAML reads it as something else"
             )
-    return frozenset(word.lower() for word in found)
+    return frozenset(word.lower() for word in entries)
 
 
 def _in_language(text: str, code: str) -> float | None:
-    found = embedded.language(text)
-    return None if found is None else float(found == code)
+    language = embedded.language(text)
+    return None if language is None else float(language == code)

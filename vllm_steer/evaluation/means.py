@@ -1,4 +1,4 @@
-"""Means as in the papers: over the texts of a prompt, then over the prompts."""
+"""Means over prompts, as in the papers: first over the texts of a prompt, then over the prompts."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,18 +7,18 @@ from vllm_steer.evaluation.answers import Answers
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean of the values that are not NaN; NaN where there is none."""
-    found = [value for value in values if not math.isnan(value)]
-    return math.fsum(found) / len(found) if found else math.nan
+    """Mean of the values that are not NaN; NaN if there are none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
 def spread(values: Iterable[float]) -> float:
-    """The population's standard deviation of the values that are not NaN; NaN where none is."""
-    found = [value for value in values if not math.isnan(value)]
-    middle = mean(found)
-    return math.sqrt(mean((value - middle) ** 2 for value in found)) if found else math.nan
+    """Population standard deviation of the values that are not NaN; NaN if there are none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    average = mean(numbers)
+    return math.sqrt(mean((value - average) ** 2 for value in numbers)) if numbers else math.nan
 
 
 def mean_over_prompts(answers: Sequence[Answers], score: Callable[[str], float]) -> float:
-    """The mean over prompts of the mean score of each prompt's texts."""
+    """Mean over prompts of the mean score of each prompt's texts."""
     return mean(mean(map(score, answer.texts)) for answer in answers)

@@ -1,15 +1,15 @@
-"""Perplexity of continuations by another model: how natural it finds them after their prompts.
+"""Perplexity of continuations given their prompts, by another language model.
 
-With ``L(x)`` the negative log-likelihood of a text's tokens but the first, ``n(x)`` their number
-including the first, ``p`` a prompt and ``g`` its continuation:
+With ``L(x)`` the negative log-likelihood of all tokens of a text but the first, ``n(x)`` the number
+of all its tokens, ``p`` a prompt and ``g`` its continuation:
 
     ppl = exp((L(p + g) - L(p)) / (n(p + g) - n(p)))
 
-Prompt and continuation are tokenised as one text, the prompt also alone, by the tokenizer as it
-is: one that adds a beginning-of-text token adds it to both, where it is never scored. GPT-2's adds
-none, so a prompt of one token has no ``L(p)`` and its continuations no perplexity.
+Prompt and continuation are tokenised as one text, and the prompt also alone. If the tokenizer adds
+a beginning-of-text token, it adds it to both, and that token is not scored. GPT-2's tokenizer adds
+none, so ``L(p)`` is undefined for a prompt of one token, and so is the perplexity after it.
 
-Source: Han et al., ACL 2024 (arXiv 2305.12798), as the authors' evaluation does it.
+Source: Han et al., ACL 2024 (arXiv 2305.12798), as in the authors' evaluation script.
 """
 
 import math
@@ -26,31 +26,31 @@ from vllm_steer.evaluation.means import mean
 from vllm_steer.models import LanguageModel
 
 OUTLIER: Final = 1e4
-"""Perplexities from here on are left out of the authors' mean."""
+"""The authors' mean excludes perplexities from this value on."""
 
-_LOGITS: Final = 1 << 25  # at most this many at once, unless a single text needs more
+_LOGITS: Final = 1 << 25  # maximum logits per batch, except for a single longer text
 _LARGEST_EXPONENT: Final = 700.0
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The negative log-likelihood of a continuation, in nats, and its number of tokens."""
+    """Negative log-likelihood of a continuation, in nats, and its number of tokens."""
 
     nll: float
     num_tokens: int
 
     @property
     def perplexity(self) -> float:
-        """NaN where the likelihood is."""
+        """``exp(nll / num_tokens)``; NaN if undefined."""
         return _exp(self.nll / self.num_tokens) if self.num_tokens > 0 else math.nan
 
 
 @dataclass(frozen=True)
 class PerplexityJudge:
-    """Perplexity of the continuations by a model, see the module.
+    """Perplexity of the continuations by a model; the module's docstring defines it.
 
-    The model is moved to ``device`` (None: a GPU where there is one) when it is first asked, so
-    that an engine started before finds the GPU as it was.
+    The model moves to ``device`` (None: a GPU if there is one) at its first use, so that it takes
+    no GPU memory from an engine that runs before.
     """
 
     name: str
@@ -59,87 +59,89 @@ class PerplexityJudge:
     effect: None = None
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """The figures of ``summary``. Raises ``SteerError`` for a text longer than the model reads.
+        """The figures of ``summary``, with a log-softmax in float32, or float64 for a float64
+        model.
 
-        A model's logits may have any dtype; their log-softmax is taken in float32.
+        Raises ``SteerError`` for a text longer than the model's maximum.
         """
         self.judge.model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return summary(likelihoods(self.judge, answers))
 
 
-def summary(found: Sequence[Likelihood]) -> dict[str, float]:
-    """The authors' two figures over all texts, and two that say what their mean leaves out.
+def summary(values: Sequence[Likelihood]) -> dict[str, float]:
+    """Summary statistics of the perplexities of all texts.
 
-    ``perplexity`` is the mean of the perplexities below 1e4, ``dropped`` the share of the texts
-    that this leaves out (outliers and texts without a perplexity), ``median`` the median with the
-    outliers, ``total_perplexity`` is ``exp(sum of nll / sum of tokens)``, outliers included.
+    ``perplexity`` is the authors' mean of the perplexities below 1e4; ``dropped`` is the share of
+    texts that this mean excludes (outliers and undefined perplexities). ``median`` and
+    ``total_perplexity = exp(sum of nll / sum of tokens)`` include the outliers.
     """
-    scored = [each for each in found if not math.isnan(each.perplexity)]
-    kept = [each.perplexity for each in scored if each.perplexity < OUTLIER]
+    scored = [likelihood for likelihood in values if not math.isnan(likelihood.perplexity)]
+    inliers = [likelihood.perplexity for likelihood in scored if likelihood.perplexity < OUTLIER]
     if not scored:
         return dict.fromkeys(("perplexity", "median", "total_perplexity"), math.nan) | {
-            "dropped": 1.0 if found else math.nan
+            "dropped": 1.0 if values else math.nan
         }
     return {
-        "perplexity": mean(kept),
-        "dropped": 1 - len(kept) / len(found),
-        "median": median(each.perplexity for each in scored),
+        "perplexity": mean(inliers),
+        "dropped": 1 - len(inliers) / len(values),
+        "median": median(likelihood.perplexity for likelihood in scored),
         "total_perplexity": _exp(
-            math.fsum(each.nll for each in scored) / sum(each.num_tokens for each in scored)
+            math.fsum(likelihood.nll for likelihood in scored)
+            / sum(likelihood.num_tokens for likelihood in scored)
         ),
     }
 
 
 def likelihoods(judge: LanguageModel, answers: Sequence[Answers]) -> list[Likelihood]:
-    """The likelihood of each continuation after its prompt, in the order of the answers.
+    """The likelihood of each continuation given its prompt, in the order of the answers.
 
-    NaN for a continuation that adds no token, and after a prompt of a single token that is not
-    the beginning-of-text token.
+    NaN for a continuation that adds no token, and after a prompt of one token other than the
+    beginning-of-text token.
     """
     prompts = _encode(judge, [answer.prompt for answer in answers])
     texts = _encode(judge, [answer.prompt + text for answer in answers for text in answer.texts])
     nll = text_nll(judge.model, [*prompts, *texts])
-    bare = [judge.tokenizer.bos_token_id]
-    before = [0.0 if row == bare else cost for row, cost in zip(prompts, nll, strict=False)]
-    owners = [place for place, answer in enumerate(answers) for _ in answer.texts]
+    bos_only = [judge.tokenizer.bos_token_id]
+    prompt_nll = [0.0 if row == bos_only else cost for row, cost in zip(prompts, nll, strict=False)]
+    prompt_indices = [index for index, answer in enumerate(answers) for _ in answer.texts]
     return [
-        Likelihood(cost - before[owner], len(row) - len(prompts[owner]))
-        for owner, row, cost in zip(owners, texts, nll[len(prompts) :], strict=True)
+        Likelihood(cost - prompt_nll[index], len(row) - len(prompts[index]))
+        for index, row, cost in zip(prompt_indices, texts, nll[len(prompts) :], strict=True)
     ]
 
 
 @torch.no_grad()
 def text_nll(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
-    """``-sum_t>0 log p(x_t | x_<t)`` of each row of token ids; NaN for fewer than two.
+    """``-sum_t>0 log p(x_t | x_<t)`` of each row of token ids; NaN for fewer than two tokens.
 
-    Rows are padded on the right, where causal attention never sees the padding. The log-softmax is
-    taken in float32 (float64 for a float64 model), the sum in float64.
+    Rows are padded on the right, which causal attention never reads. The log-softmax is computed in
+    float32 (float64 for a float64 model), the sum in float64.
     """
-    found = [math.nan] * len(rows)
+    costs = [math.nan] * len(rows)
     for batch in _batches(rows, model.config.vocab_size):
         tokens = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(rows[place]) for place in batch], True, padding_value=0
+            [torch.tensor(rows[index]) for index in batch], True, padding_value=0
         ).to(model.device)
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         cost = torch.nn.functional.cross_entropy(
             wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         ).view(len(batch), -1)
-        for place, row in zip(batch, cost.double().cpu(), strict=True):
-            found[place] = row[: len(rows[place]) - 1].sum().item()
-    return found
+        for index, row in zip(batch, cost.double().cpu(), strict=True):
+            costs[index] = row[: len(rows[index]) - 1].sum().item()
+    return costs
 
 
 def _batches(rows: Sequence[Sequence[int]], vocab_size: int) -> Iterator[list[int]]:
-    """Places of the rows of two tokens and more, longest first, by the size of their logits."""
+    """Indices of the rows of at least two tokens, longest first, in batches of limited logits."""
     batch: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda place: len(rows[place]), reverse=True):
-        if len(rows[place]) < 2:
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
+        if len(rows[index]) < 2:
             continue
         if batch and (len(batch) + 1) * len(rows[batch[0]]) * vocab_size > _LOGITS:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(index)
     if batch:
         yield batch
 
@@ -150,8 +152,8 @@ def _encode(judge: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     for row, text in zip(rows, texts, strict=True):
         if limit is not None and len(row) > limit:
             raise SteerError(
-                f"text {text[:60]!r} has {len(row)} tokens; {judge.name} reads at most {limit}; "
-                "take shorter texts or another judge"
+                f"text {text[:60]!r} has {len(row)} tokens; the maximum of {judge.name} is "
+                f"{limit}; use shorter texts or another judge"
             )
     return rows
 

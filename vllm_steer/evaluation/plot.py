@@ -1,11 +1,11 @@
-"""Figures of an evaluation: effect and perplexity over strength, and effect over perplexity."""
+"""Plots of an evaluation: effect and perplexity over strength, and effect over perplexity."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.evaluation.report import PERPLEXITY, STEERS, Report, perplexity_judge
-from vllm_steer.evaluation.run import Which
+from vllm_steer.evaluation.report import PERPLEXITY, STEERS, EvaluationReport, perplexity_judge
+from vllm_steer.evaluation.run import SteerRole
 from vllm_steer.picture import COLOURS, label, picture
 
 Panel = Callable[[Any], None]
@@ -17,14 +17,14 @@ _STYLES: Final[dict[str, dict[str, Any]]] = {
 _SMOOTH: Final = 200
 
 
-def draw_report(report: Report, path: Path) -> None:
-    """Write a PNG: a panel for each pair of figures that the report has.
+def draw_report(report: EvaluationReport, path: Path) -> None:
+    """Write a PNG with one panel per pair of quantities that the report has.
 
-    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
     panels = _panels(report)
     size = (4.6 * max(1, len(panels)), 4.0)
-    title = label(f"{report.about['steer']['file']} on {report.about['model']}")
+    title = label(f"{report.metadata['steer']['file']} on {report.metadata['model']}")
     with picture(path, figsize=size, layout="constrained") as figure:
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=False):
@@ -35,7 +35,7 @@ def draw_report(report: Report, path: Path) -> None:
         figure.suptitle(title, fontsize=10)
 
 
-def _panels(report: Report) -> list[Panel]:
+def _panels(report: EvaluationReport) -> list[Panel]:
     effects = [(judge.name, judge.effect) for judge in report.judges if judge.effect is not None]
     perplexity = perplexity_judge(report)
     panels: list[Panel] = []
@@ -49,59 +49,61 @@ def _panels(report: Report) -> list[Panel]:
     return panels
 
 
-def _effects(axis: Any, report: Report, effects: Sequence[tuple[str, str]]) -> None:
+def _effects(axis: Any, report: EvaluationReport, effects: Sequence[tuple[str, str]]) -> None:
     for index, (judge, effect) in enumerate(effects):
-        for which in STEERS:
-            _line(axis, report.strengths, report.curve(judge, which, effect), index, which, judge)
+        for steer in STEERS:
+            _line(axis, report.strengths, report.curve(judge, steer, effect), index, steer, judge)
     axis.set(xlabel="strength", ylabel="effect", title="effect")
 
 
-def _perplexity(axis: Any, report: Report, judge: str) -> None:
-    for which in STEERS:
-        _line(axis, report.strengths, report.curve(judge, which, PERPLEXITY), 0, which, "")
+def _perplexity(axis: Any, report: EvaluationReport, judge: str) -> None:
+    for steer in STEERS:
+        _line(axis, report.strengths, report.curve(judge, steer, PERPLEXITY), 0, steer, "")
     axis.set(xlabel="strength", ylabel="total perplexity", title=label(judge))
-    _wide(axis.yaxis, axis.set_yscale)
+    _use_log_scale(axis.yaxis, axis.set_yscale)
 
 
-def _trade(axis: Any, report: Report, effects: Sequence[tuple[str, str]], perplexity: str) -> None:
+def _trade(
+    axis: Any, report: EvaluationReport, effects: Sequence[tuple[str, str]], perplexity: str
+) -> None:
     for index, (judge, effect) in enumerate(effects):
-        for which in STEERS:
-            across = report.curve(perplexity, which, PERPLEXITY)
-            _line(axis, across, report.curve(judge, which, effect), index, which, judge)
+        for steer in STEERS:
+            across = report.curve(perplexity, steer, PERPLEXITY)
+            _line(axis, across, report.curve(judge, steer, effect), index, steer, judge)
     axis.set(xlabel="total perplexity", ylabel="effect", title="effect's price")
-    _wide(axis.xaxis, axis.set_xscale)
+    _use_log_scale(axis.xaxis, axis.set_xscale)
 
 
-def _normalised(axis: Any, report: Report) -> None:
-    """Points of the effect normalised by perplexity, and the curves fitted to them."""
+def _normalised(axis: Any, report: EvaluationReport) -> None:
+    """Points of the perplexity-normalised effect and their fitted curves."""
     for index, (judge, by_steer) in enumerate(report.normalised.items()):
-        for which, found in by_steer.items():
-            if isinstance(found, str):
+        for steer, fit in by_steer.items():
+            if isinstance(fit, str):
                 continue
-            colour, style = COLOURS[index % len(COLOURS)], _STYLES[which]
-            said = label(f"{judge} {which}: {found.pnes:.2f}")
+            colour, style = COLOURS[index % len(COLOURS)], _STYLES[steer]
+            text = label(f"{judge} {steer}: {fit.pnes:.2f}")
             points = {**style, "linestyle": "none", "color": colour}
-            axis.plot(found.strengths, found.y, label=said, **points)
-            x = _between(found.strengths)
-            axis.plot(x, found.curve(x), color=colour, linestyle=style["linestyle"], linewidth=1)
+            axis.plot(fit.strengths, fit.y, label=text, **points)
+            x = _dense_strengths(fit.strengths)
+            axis.plot(x, fit.curve(x), color=colour, linestyle=style["linestyle"], linewidth=1)
     axis.set(xlabel="strength", ylabel="effect / perplexity ratio", title="normalised, with PNES")
 
 
-def _wide(axis: Any, set_scale: Callable[[str], object]) -> None:
-    """A logarithmic axis where values span a decade or more; else its ticks would not be read."""
+def _use_log_scale(axis: Any, set_scale: Callable[[str], object]) -> None:
+    """Use a logarithmic axis if the values span a decade or more; below, it has too few ticks."""
     low, high = axis.get_data_interval()
     if 0 < 10 * low <= high:
         set_scale("log")
 
 
-def _between(strengths: Sequence[float]) -> list[float]:
-    """Strengths close enough for a smooth curve."""
+def _dense_strengths(strengths: Sequence[float]) -> list[float]:
+    """Strengths on a dense grid, for a smooth curve."""
     first, last = strengths[0], strengths[-1]
     return [first + (last - first) * i / _SMOOTH for i in range(_SMOOTH + 1)]
 
 
 def _line(
-    axis: Any, x: Sequence[float], y: Sequence[float], index: int, which: Which, judge: str
+    axis: Any, x: Sequence[float], y: Sequence[float], index: int, steer: SteerRole, judge: str
 ) -> None:
-    said = label(f"{judge} {which}".strip())
-    axis.plot(x, y, label=said, color=COLOURS[index % len(COLOURS)], **_STYLES[which])
+    text = label(f"{judge} {steer}".strip())
+    axis.plot(x, y, label=text, color=COLOURS[index % len(COLOURS)], **_STYLES[steer])

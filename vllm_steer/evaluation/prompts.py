@@ -1,4 +1,4 @@
-"""Prompts from a user's file."""
+"""Prompts from a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +19,20 @@ class Prompts:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run writes down of them."""
+        """File name, digest and number of prompts, for the settings of a run."""
         return {"file": self.file, "sha256": self.sha256, "count": len(self.texts)}
 
 
 def read_prompts(path: str | Path, *, field: str = "prompt", count: int | None = None) -> Prompts:
-    """Rows with a ``field`` that is a text or ``{"text": ...}``; of ``.txt`` a prompt a line.
+    """Read prompts: the ``field`` of each row, a string or ``{"text": ...}``; in ``.txt`` one per
+    line.
 
-    ``count`` takes the first so many. Raises ``SteerError`` naming each bad row, for a file without
+    ``count`` limits their number. Raises ``SteerError`` with each invalid row, for a file without
     rows and for a count below 1.
     """
     path = Path(path)
     if count is not None and count < 1:
-        raise SteerError(f"{count} prompts are asked for; expected at least 1")
+        raise SteerError(f"the number of prompts is {count}; expected at least 1")
     name = "text" if path.suffix == ".txt" else field
     texts = []
     for text in take(read_rows(path), lambda row: text_of(row, name)):
@@ -39,5 +40,5 @@ def read_prompts(path: str | Path, *, field: str = "prompt", count: int | None =
         if len(texts) == count:
             break
     if not texts:
-        raise SteerError(f"{path}: there are no prompts")
+        raise SteerError(f"{path}: the file has no prompts")
     return Prompts(tuple(texts), path.name, file_digest(path))

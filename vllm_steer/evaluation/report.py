@@ -1,4 +1,4 @@
-"""The report of a run: the figures of the steer, the unsteered model and the control."""
+"""The report of an evaluation: figures of the steer, the unsteered model and the random control."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,148 +7,149 @@ from typing import Any, Final
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.pnes import Pnes, perplexity_normalised_effect
-from vllm_steer.evaluation.run import Setting, Which
-from vllm_steer.evaluation.scoring import Scores
+from vllm_steer.evaluation.run import Condition, SteerRole
+from vllm_steer.evaluation.scores import Scores
 from vllm_steer.markdown import markdown_text
 from vllm_steer.tables import Column, Table, figure, markdown_list
 
 PERPLEXITY: Final = "total_perplexity"
-"""The figure of perplexity that effects are set against: outliers are in it."""
+"""The perplexity figure that normalises effects; it includes outliers."""
 
-STEERS: Final[tuple[Which, ...]] = ("steer", "random")
+STEERS: Final[tuple[SteerRole, ...]] = ("steer", "random")
 
 
 @dataclass(frozen=True)
 class JudgeEntry:
-    """A judge by its name, and the name of its figure that is an effect, if it has one."""
+    """A judge's name, and the name of its effect figure, None for a judge without one."""
 
     name: str
     effect: str | None
 
 
 @dataclass(frozen=True)
-class Report:
-    """All of a run's figures.
+class EvaluationReport:
+    """All figures of an evaluation.
 
-    ``about`` is what the texts come from, as the run's settings say it; ``missing`` says of judges
-    that are not available why; ``normalised`` has the effect normalised by perplexity, by judge and
-    by steer (``steer``, ``random``), where there is an effect and a perplexity, or why it cannot
-    be had.
+    ``metadata`` is what determines the texts; ``scores`` has the figures by judge and condition;
+    ``missing`` has the reason for each unavailable judge. ``normalised`` has, by judge and steer
+    (``steer``, ``random``), the perplexity-normalised effect, or the reason why there is none.
     """
 
-    about: Mapping[str, Any]
-    settings: tuple[Setting, ...]
+    metadata: Mapping[str, Any]
+    conditions: tuple[Condition, ...]
     judges: tuple[JudgeEntry, ...]
     scores: Scores
     missing: Mapping[str, str]
     normalised: Mapping[str, Mapping[str, Pnes | str]]
 
-    def figure(self, judge: str, which: Which, strength: float, figure: str) -> float:
-        """One figure; at strength 0 the unsteered model's, whichever steer is asked for."""
-        setting = Setting("none" if strength == 0 else which, strength)
-        return self.scores[judge][setting.name].get(figure, math.nan)
+    def figure(self, judge: str, steer: SteerRole, strength: float, figure: str) -> float:
+        """One figure; at strength 0 that of the unsteered model, for either steer."""
+        condition = Condition("none" if strength == 0 else steer, strength)
+        return self.scores[judge][condition.name].get(figure, math.nan)
 
     @property
     def strengths(self) -> list[float]:
-        """All strengths, 0 included, ascending."""
-        return sorted({setting.strength for setting in self.settings})
+        """All strengths, ascending, including 0."""
+        return sorted({condition.strength for condition in self.conditions})
 
-    def curve(self, judge: str, which: Which, figure: str) -> list[float]:
-        """A figure over the strengths."""
-        return [self.figure(judge, which, strength, figure) for strength in self.strengths]
+    def curve(self, judge: str, steer: SteerRole, figure: str) -> list[float]:
+        """A figure at each of ``strengths``."""
+        return [self.figure(judge, steer, strength, figure) for strength in self.strengths]
 
     @property
     def data(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
-            **self.about,
+            **self.metadata,
             "judges": [asdict(judge) for judge in self.judges],
             "not_at_hand": dict(self.missing),
             "settings": [
                 {
-                    "steer": setting.which,
-                    "strength": setting.strength,
-                    "figures": {j.name: self.scores[j.name][setting.name] for j in self.judges},
+                    "steer": condition.steer,
+                    "strength": condition.strength,
+                    "figures": {j.name: self.scores[j.name][condition.name] for j in self.judges},
                 }
-                for setting in self.settings
+                for condition in self.conditions
             ],
             "normalised_effect": {
-                judge: {which: _pnes_data(found) for which, found in by_steer.items()}
+                judge: {steer: _pnes_data(fit) for steer, fit in by_steer.items()}
                 for judge, by_steer in self.normalised.items()
             },
         }
 
 
 def make_report(
-    about: Mapping[str, Any],
-    settings: Sequence[Setting],
+    metadata: Mapping[str, Any],
+    conditions: Sequence[Condition],
     judges: Sequence[JudgeEntry],
     scores: Scores,
     missing: Mapping[str, str],
-) -> Report:
-    """The report, with effects normalised by the first judge that has a perplexity."""
-    bare = Report(about, tuple(settings), tuple(judges), scores, missing, {})
-    perplexity = perplexity_judge(bare)
+) -> EvaluationReport:
+    """The report, with effects normalised by the perplexity of the first judge that measures it."""
+    unnormalised = EvaluationReport(metadata, tuple(conditions), tuple(judges), scores, missing, {})
+    perplexity = perplexity_judge(unnormalised)
     if perplexity is None:
-        return bare
-    found: dict[str, dict[str, Pnes | str]] = {
+        return unnormalised
+    normalised: dict[str, dict[str, Pnes | str]] = {
         judge.name: {
-            which: _normalised(
-                bare.strengths,
-                bare.curve(judge.name, which, judge.effect),
-                bare.curve(perplexity, which, PERPLEXITY),
+            steer: _normalised(
+                unnormalised.strengths,
+                unnormalised.curve(judge.name, steer, judge.effect),
+                unnormalised.curve(perplexity, steer, PERPLEXITY),
             )
-            for which in STEERS
+            for steer in STEERS
         }
         for judge in judges
         if judge.effect is not None
     }
-    return Report(about, bare.settings, bare.judges, scores, missing, found)
+    return EvaluationReport(
+        metadata, unnormalised.conditions, unnormalised.judges, scores, missing, normalised
+    )
 
 
-def perplexity_judge(report: Report) -> str | None:
-    """The first judge whose figures have a perplexity."""
+def perplexity_judge(report: EvaluationReport) -> str | None:
+    """The first judge that measures perplexity."""
     for judge in report.judges:
         if any(PERPLEXITY in figures for figures in report.scores[judge.name].values()):
             return judge.name
     return None
 
 
-def tables(report: Report) -> Iterator[Table]:
-    """A table for each judge: at each strength the control's figures beside the steer's."""
+def tables(report: EvaluationReport) -> Iterator[Table]:
+    """One table per judge: the figures of steer and control at each strength."""
     for judge in report.judges:
-        found = report.scores[judge.name]
-        names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+        scores = report.scores[judge.name]
+        names = list(dict.fromkeys(name for figures in scores.values() for name in figures))
         figures = [Column(name.replace("_", " "), figure) for name in names]
         rows = [
-            (s.strength, s.which, *(found[s.name].get(name, math.nan) for name in names))
-            for s in sorted(report.settings, key=lambda s: s.strength)
+            (s.strength, s.steer, *(scores[s.name].get(name, math.nan) for name in names))
+            for s in sorted(report.conditions, key=lambda s: s.strength)
         ]
         yield Table(judge.name, [Column("strength", "g"), Column("steer"), *figures], rows)
     if report.normalised:
         yield _pnes_table(report)
 
 
-def _pnes_table(report: Report) -> Table:
+def _pnes_table(report: EvaluationReport) -> Table:
     figures = [Column("PNES", figure), Column("r2", figure), Column("highest at", ".3g")]
     rows = [
-        (judge, which, *_pnes_cells(pnes))
+        (judge, steer, *_pnes_cells(pnes))
         for judge, by_steer in report.normalised.items()
-        for which, pnes in by_steer.items()
+        for steer, pnes in by_steer.items()
     ]
     title = "effect normalised by perplexity"
     return Table(title, [Column("judge"), Column("steer"), *figures], rows)
 
 
-def markdown(report: Report) -> str:
-    """The same tables in Markdown, after a line on the run."""
-    prompts = report.about["prompts"]
-    title = f"{report.about['steer']['file']} on {report.about['model']}"
+def markdown(report: EvaluationReport) -> str:
+    """The report in Markdown: a description of the run and the tables."""
+    prompts = report.metadata["prompts"]
+    title = f"{report.metadata['steer']['file']} on {report.metadata['model']}"
     lines = [
         f"# {markdown_text(title)}",
         "",
         f"{prompts['count']} prompts of {markdown_text(prompts['file'])}, "
-        f"{report.about['sampling']['samples']} texts each. Strength 0 is the unsteered model; "
+        f"{report.metadata['sampling']['samples']} texts each. Strength 0 is the unsteered model; "
         "*random* is a random steer of equal norm.",
     ]
     for table in tables(report):
@@ -156,17 +157,17 @@ def markdown(report: Report) -> str:
     if reasons := list(without_effect(report)):
         lines += markdown_list(reasons)
     if report.missing:
-        found = (f"{name}: {reason}" for name, reason in report.missing.items())
-        lines += ["", "## Judges that are not available", *markdown_list(found)]
+        notes = (f"{name}: {reason}" for name, reason in report.missing.items())
+        lines += ["", "## Judges that are not available", *markdown_list(notes)]
     return "\n".join(lines) + "\n"
 
 
-def without_effect(report: Report) -> Iterator[str]:
-    """For each effect that is not normalised by perplexity, why."""
+def without_effect(report: EvaluationReport) -> Iterator[str]:
+    """The reason for each effect without a perplexity-normalised effect."""
     for judge, by_steer in report.normalised.items():
-        for which, found in by_steer.items():
-            if isinstance(found, str):
-                yield f"{judge}, {which}: {found}"
+        for steer, fit in by_steer.items():
+            if isinstance(fit, str):
+                yield f"{judge}, {steer}: {fit}"
 
 
 def _normalised(
@@ -174,13 +175,13 @@ def _normalised(
 ) -> Pnes | str:
     try:
         return perplexity_normalised_effect(strengths, effects, perplexities)
-    except SteerError as error:  # too few strengths, say: no reason to lose the other figures
+    except SteerError as error:  # such as too few strengths: keep the other figures
         return str(error)
 
 
-def _pnes_data(found: Pnes | str) -> dict[str, Any]:
-    return {"reason": found} if isinstance(found, str) else asdict(found)
+def _pnes_data(fit: Pnes | str) -> dict[str, Any]:
+    return {"reason": fit} if isinstance(fit, str) else asdict(fit)
 
 
-def _pnes_cells(found: Pnes | str) -> list[float]:
-    return [math.nan] * 3 if isinstance(found, str) else [found.pnes, found.r2, found.x_max]
+def _pnes_cells(fit: Pnes | str) -> list[float]:
+    return [math.nan] * 3 if isinstance(fit, str) else [fit.pnes, fit.r2, fit.x_max]

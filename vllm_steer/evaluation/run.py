@@ -1,10 +1,11 @@
-"""The folder of a run: what was asked, and the texts of every setting that is finished.
+"""Run folders: the settings of a run and the texts of each finished condition.
 
-    settings.json              what the texts come from
+    settings.json              what determines the texts
     random.safetensors         the random control
-    generations/NAME.jsonl     one row per prompt, in the LM-Steer authors' form; whole or not there
+    generations/NAME.jsonl     one row per prompt, in the format of the LM-Steer authors
 
-Killed at any time, a run goes on where it was: a setting whose file is there is finished.
+Files are written atomically: a condition with a file is finished, and an interrupted run resumes
+with the next one.
 """
 
 import json
@@ -19,8 +20,8 @@ from vllm_steer.files.json_text import json_text
 from vllm_steer.files.whole import write_text
 from vllm_steer.run_folder import SETTINGS, RunFiles, open_with_settings
 
-Which = Literal["none", "steer", "random"]
-S = TypeVar("S", bound="Named")
+SteerRole = Literal["none", "steer", "random"]
+S = TypeVar("S", bound="TextSet")
 _MADE_BY: Final = "vllm-steer eval"
 _GENERATIONS: Final = "generations"
 _TEXTS: Final = ".jsonl"
@@ -40,39 +41,39 @@ _FILES: Final = RunFiles(
 )
 
 
-class Named(Protocol):
-    """Something that texts are written under: the name of its file, and what its rows say of it."""
+class TextSet(Protocol):
+    """A set of texts that is stored under one file name, with metadata for each of its rows."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def about(self) -> Mapping[str, Any]: ...
+    def metadata(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A steer, the random control or none, at a strength."""
+class Condition:
+    """An experimental condition: the steer, the random control or no steer, at a strength."""
 
-    which: Which
+    steer: SteerRole
     strength: float
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What the rows of its texts say."""
-        return {"steer": self.which, "strength": self.strength}
+    def metadata(self) -> dict[str, Any]:
+        """The metadata in each row of its texts."""
+        return {"steer": self.steer, "strength": self.strength}
 
     @property
     def name(self) -> str:
-        """Such as ``steer+2.5``; the unsteered model is ``none``."""
-        return "none" if self.which == "none" else f"{self.which}{self.strength:+.12g}"
+        """The file name, such as ``steer+2.5``; ``none`` for the unsteered model."""
+        return "none" if self.steer == "none" else f"{self.steer}{self.strength:+.12g}"
 
 
-def settings_of(strengths: Sequence[float]) -> list[Setting]:
-    """The unsteered model once, then the steer and its control at each other strength."""
+def condition_grid(strengths: Sequence[float]) -> list[Condition]:
+    """The unsteered model once, then the steer and the random control at each nonzero strength."""
     steered = [s for s in strengths if s != 0]
-    both: tuple[Which, Which] = ("steer", "random")
-    return [Setting("none", 0.0), *(Setting(which, s) for which in both for s in steered)]
+    roles: tuple[SteerRole, SteerRole] = ("steer", "random")
+    return [Condition("none", 0.0), *(Condition(steer, s) for steer in roles for s in steered)]
 
 
 @dataclass(frozen=True)
@@ -83,29 +84,29 @@ class Run:
 
     @property
     def control(self) -> Path:
-        """Where the random steer is kept."""
+        """Path of the random steer."""
         return self.folder / _CONTROL
 
-    def missing(self, settings: Sequence[S]) -> list[S]:
-        """The settings whose texts are not written yet."""
-        return [setting for setting in settings if not self._path(setting).is_file()]
+    def missing(self, text_sets: Sequence[S]) -> list[S]:
+        """The text sets that have not been generated yet."""
+        return [text_set for text_set in text_sets if not self._path(text_set).is_file()]
 
-    def write(self, setting: Named, answers: Sequence[Answers]) -> None:
-        """Keep the texts of a setting; its file appears whole."""
+    def write(self, text_set: TextSet, answers: Sequence[Answers]) -> None:
+        """Store the texts of a text set atomically."""
         rows = (
             {
                 "prompt": {"text": answer.prompt},
                 "generations": _generations(answer),
-                **setting.about,
+                **text_set.metadata,
             }
             for answer in answers
         )
         lines = [json_text(row) + "\n" for row in rows]
-        write_text(self._path(setting), "".join(lines))
+        write_text(self._path(text_set), "".join(lines))
 
-    def read(self, setting: Named) -> list[Answers]:
-        """The texts of a finished setting; ``SteerError`` if its file is not as it was written."""
-        path = self._path(setting)
+    def read(self, text_set: TextSet) -> list[Answers]:
+        """Read the texts of a text set. Raises ``SteerError`` if its file is damaged."""
+        path = self._path(text_set)
         try:
             with path.open(encoding="utf-8") as file:
                 return [_answers(json.loads(line)) for line in file]
@@ -113,19 +114,19 @@ class Run:
             raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SteerError(
-                f"{path}: not as it was written ({error!r:.100}); delete it to generate it again"
+                f"{path}: the file is damaged ({error!r:.100}); delete it to generate it again"
             ) from None
 
-    def _path(self, setting: Named) -> Path:
-        return self.folder / _GENERATIONS / f"{setting.name}{_TEXTS}"
+    def _path(self, text_set: TextSet) -> Path:
+        return self.folder / _GENERATIONS / f"{text_set.name}{_TEXTS}"
 
 
 def open_run(folder: str | Path, settings: Mapping[str, Any], *, restart: bool = False) -> Run:
-    """A new run's folder, or that of an earlier run with the same ``settings`` or without texts.
+    """Open a new run folder, or one of a run with the same ``settings`` or without texts.
 
-    ``restart`` discards what an earlier run wrote there, and nothing else. Raises ``SteerError``
-    for a folder with other settings, naming them, for one with other things in it, and for one that
-    cannot be written.
+    ``restart`` deletes the files of an earlier run, and no others. Raises ``SteerError`` for a
+    folder of a run with other settings, with the differences, for a folder with other files, and
+    for a folder that cannot be written.
     """
     folder = Path(folder)
     begun = any((folder / _GENERATIONS).glob(f"*{_TEXTS}"))
@@ -138,8 +139,8 @@ def _generations(answer: Answers) -> list[dict[str, Any]]:
     texts = [{"text": text} for text in answer.texts]
     if not answer.strengths:
         return texts
-    both = zip(texts, answer.strengths, strict=True)
-    return [{**text, "steer_strengths": dict(strengths)} for text, strengths in both]
+    pairs = zip(texts, answer.strengths, strict=True)
+    return [{**text, "steer_strengths": dict(strengths)} for text, strengths in pairs]
 
 
 def _answers(row: Any) -> Answers:

@@ -1,4 +1,4 @@
-"""How texts are sampled, and the settings of the LM-Steer authors."""
+"""Sampling settings, and the preset of the LM-Steer authors."""
 
 import math
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ _LARGEST_SEED: Final = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling of ``samples`` texts per prompt, text ``k`` with seed ``seed + k``.
+    """Sampling parameters: ``samples`` texts per prompt, text ``k`` with seed ``seed + k``.
 
-    The seeds are the same for every prompt. ``exact_length`` suppresses the end of the text until
-    ``max_tokens``, so that every text has exactly as many. ``top_k`` 0 keeps the whole vocabulary;
-    ``temperature`` 0 takes the likeliest token, and then one text per prompt is all there is.
+    The seeds are the same for every prompt. ``exact_length`` suppresses the end-of-text token, so
+    that every text has exactly ``max_tokens`` tokens. ``top_k`` 0 keeps the whole vocabulary;
+    ``temperature`` 0 is greedy decoding, which allows one text per prompt only.
 
     Raises ``SteerError`` for values out of range.
     """
@@ -30,27 +30,27 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        wanted = {
+        checks = {
             "samples": (self.samples >= 1, "at least 1"),
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < math.inf, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
-            # The last text's seed is a signed number of 64 bits as well.
+            # The last text's seed must fit a signed 64-bit integer as well.
             "seed": (0 <= self.seed <= _LARGEST_SEED - self.samples, "0 to 2^63 - 1 - samples"),
         }
-        for name, (holds, allowed) in wanted.items():
-            if not holds:
+        for name, (is_valid, allowed) in checks.items():
+            if not is_valid:
                 raise SteerError(f"{name} is {getattr(self, name)}; allowed: {allowed}")
         if self.temperature == 0 and self.samples > 1:
             raise SteerError(
-                f"temperature 0 writes one text again and again, and samples is {self.samples}; "
+                f"samples is {self.samples}, and temperature 0 always generates the same text; "
                 "give 1 sample"
             )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The sampling as plain data."""
+        """The sampling parameters as plain data."""
         return asdict(self)
 
 
@@ -60,12 +60,12 @@ PRESETS: Final[Mapping[str, Sampling]] = {
 }
 
 
-def sampling_of(preset: str | None, given: Mapping[str, Any]) -> Sampling:
-    """A preset, or the defaults, with what is given (and not None) in its place.
+def sampling_of(preset: str | None, overrides: Mapping[str, Any]) -> Sampling:
+    """A preset, or the defaults, with the overrides that are not None.
 
     Raises ``SteerError`` for an unknown preset and for values out of range.
     """
     if preset is not None and preset not in PRESETS:
         raise SteerError(f"preset is {preset!r}; allowed: {', '.join(PRESETS)}")
-    start = Sampling() if preset is None else PRESETS[preset]
-    return replace(start, **{name: value for name, value in given.items() if value is not None})
+    base = Sampling() if preset is None else PRESETS[preset]
+    return replace(base, **{name: value for name, value in overrides.items() if value is not None})

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from vllm_steer.errors import SteerError
 from vllm_steer.fit.activations import Encoded
-from vllm_steer.texts.messages import Conversation
+from vllm_steer.texts.conversations import Conversation
 
 LONGEST_ANSWER: Final = 32
 _NAMES: Final[Mapping[str, str]] = {"user": "Question: ", "assistant": "Answer: "}
@@ -57,7 +57,7 @@ def render(tokenizer: Any, conversation: Conversation, *, chat_template: bool = 
         )
     except TemplateError as error:
         raise SteerError(
-            f"{conversation.place}: the chat template does not take these messages ({error}); "
+            f"{conversation.location}: the chat template does not take these messages ({error}); "
             "change them, or do without the template"
         ) from error
 

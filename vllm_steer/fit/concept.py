@@ -24,11 +24,11 @@ from vllm_steer.fit.activations import all_layers, context_length, read_tokens
 from vllm_steer.fit.answer_tokens import answer_tokens
 from vllm_steer.fit.probes import FIT, PROBES, Labels, Probe, ProbeKind, accuracy, oriented
 from vllm_steer.fit.token_store import TokenStore, token_store
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 from vllm_steer.steers import VectorSteer
 from vllm_steer.steers.checks import check_choice
 from vllm_steer.steers.sites import VECTOR_SITES, VectorSite
-from vllm_steer.texts.messages import Conversation
+from vllm_steer.texts.conversations import Conversation
 
 Select = Literal["train", "validation"]
 SELECTS: tuple[Select, ...] = get_args(Select)
@@ -102,7 +102,7 @@ def fit_concept(
     check_choice("probe", probe, PROBES)
     check_choice("site", site, VECTOR_SITES)
     check_choice("select", select, SELECTS)
-    need("sklearn")  # said before the work, not after it
+    require_package("sklearn")  # said before the work, not after it
     chosen = tuple(sorted(all_layers(model) if layers is None else layers))
     if top_k is not None:
         _check_top_k(top_k, len(chosen))

@@ -30,7 +30,7 @@ LOSS_PLOT: Final = "loss.png"
 _CHECKPOINT_SECONDS: Final = 60.0
 _FINGERPRINT_VALUES: Final = 1 << 16
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-_FILES: Final = RunFiles(work=(CHECKPOINT, HIDDEN_STATES), kept=(LOSSES, LOSS_PLOT))
+_FILES: Final = RunFiles(work=(CHECKPOINT, HIDDEN_STATES), persistent=(LOSSES, LOSS_PLOT))
 
 
 @dataclass

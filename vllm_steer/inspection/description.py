@@ -1,4 +1,4 @@
-"""Describes a steer in plain values: kind, site, norms, spectra, accuracy, recipe."""
+"""The description of a steer in plain data: kind, site, norms, spectra, accuracies, recipe."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ _ACCURACIES = ("train_accuracy", "validation_accuracy")
 
 
 def describe(steer: Steer) -> Description:
-    """The description of a steer, JSON values only; norms are those of the tensors as stored.
+    """Describe a steer in JSON values; norms are those of the stored tensors.
 
-    By kind: an ``lm_steer`` has ``columns``, each with its norm (of ``W = P1 P2^T``, without
-    epsilon), whether it is fixed and, for ``multiply``, the singular values and each one's share
-    of the sum of squares; a ``vector`` has ``layers``, each with its norm and, where the file says
-    them, its score and its probe's accuracies (a layer that was probed and not kept has no norm);
-    a ``delta`` has ``layers``, each with a norm a step.
+    An ``lm_steer`` has ``columns`` with norm (of ``W = P1 P2^T``, without epsilon), a flag for
+    fixed columns and, for ``multiply``, the singular values with their shares of the sum of
+    squares. A ``vector`` has ``layers`` with norm and, if the file has them, score and probe
+    accuracies (a layer that was probed and not kept has no norm). A ``delta`` has ``layers`` with
+    the norm at each step.
     """
     facts = {
         "kind": steer.kind,
@@ -45,21 +45,21 @@ def describe(steer: Steer) -> Description:
 
 
 def _column(steer: LMSteer, column: int) -> dict[str, Any]:
-    said = {"column": column, "fixed": column in steer.fixed_columns}
+    fields = {"column": column, "fixed": column in steer.fixed_columns}
     if steer.variant != "multiply":
         (vectors,) = steer.tensors.values()
-        return {**said, "norm": float(vectors[column].double().norm())}
-    found = spectrum(steer, column)
+        return {**fields, "norm": float(vectors[column].double().norm())}
+    decomposition = spectrum(steer, column)
     return {
-        **said,
-        "norm": found.norm,
-        "singular_values": found.values.tolist(),
-        "shares": found.shares.tolist(),
+        **fields,
+        "norm": decomposition.norm,
+        "singular_values": decomposition.values.tolist(),
+        "shares": decomposition.shares.tolist(),
     }
 
 
 def _vector_layers(steer: VectorSteer) -> list[dict[str, Any]]:
-    """A row for each layer of the steer, and for each that was only probed: it has no norm."""
+    """A row for each layer of the steer and, without a norm, for each layer only probed."""
     rows: dict[int, dict[str, Any]] = {}
     norms = steer.vectors.double().norm(dim=1).tolist()
     for row, layer in enumerate(steer.layers):
@@ -80,9 +80,9 @@ def _delta_layers(steer: DeltaSteer) -> list[dict[str, Any]]:
 
 
 def _accuracies(recipe: Mapping[str, Any] | None) -> Mapping[int, dict[str, float]]:
-    """The accuracies of each layer's probe, where a fit has left them in its recipe.
+    """Probe accuracies by layer from the recipe of a fit.
 
-    A recipe is foreign: what is no list of layers and numbers is left out.
+    A recipe is untrusted: anything but lists of layers and numbers is ignored.
     """
     figures = (recipe or {}).get("figures")
     layers = figures.get("read_layers") if isinstance(figures, Mapping) else None
@@ -90,12 +90,12 @@ def _accuracies(recipe: Mapping[str, Any] | None) -> Mapping[int, dict[str, floa
         return {}
     if not all(type(layer) is int and layer >= 0 for layer in layers):
         return {}
-    named = {
+    accuracies = {
         name: values
         for name in _ACCURACIES
         if isinstance(values := figures.get(name), list) and len(values) == len(layers)
     }
     return {
-        layer: {name: v[i] for name, v in named.items() if isinstance(v[i], int | float)}
+        layer: {name: v[i] for name, v in accuracies.items() if isinstance(v[i], int | float)}
         for i, layer in enumerate(layers)
     }

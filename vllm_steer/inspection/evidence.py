@@ -1,12 +1,12 @@
-"""The parts of a text that a steer makes likelier.
+"""The evidence of a text for a steer, by token and by span.
 
     evidence_t = log p_{+v}(x_t | x_<t) - log p_{-v}(x_t | x_<t),  t = 1 .. n-1
 
-two readings of one text, at strength ``+v`` and ``-v``; fixed columns enter with 1 in both. The
-first token is never predicted and has no evidence. The sign of the sum is a label of the text.
+from two forward passes, at strengths ``+v`` and ``-v``; fixed columns are applied with 1 in both.
+The first token is not predicted and has no evidence. The sign of the sum classifies the text.
 
 Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024 (arXiv 2305.12798),
-section 5, for LM-Steers; the equation holds for a steer of any kind.
+section 5, for LM-Steers; the equation applies to a steer of any kind.
 """
 
 import math
@@ -25,9 +25,10 @@ from vllm_steer.steers import Steer
 
 @dataclass(frozen=True)
 class TextSpan:
-    """A part of a text by characters ``begin`` to ``end`` and by tokens, with its evidence, nats.
+    """A span of a text with its evidence in nats.
 
-    ``first_token`` and ``last_token`` count the tokens as the model reads them, both included.
+    ``begin`` and ``end`` are character offsets, ``end`` excluded; ``first_token`` and
+    ``last_token`` are token indices, both included.
     """
 
     begin: int
@@ -40,22 +41,25 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a text says for and against a steer at strength +-v."""
+    """The evidence of a text for a steer at strengths +v and -v.
+
+    ``tokens`` has the evidence of each token but the first, in nats.
+    """
 
     text: str
     strength: float
-    tokens: tuple[float, ...]  # of each token but the first, in nats
+    tokens: tuple[float, ...]
     spans_for: tuple[TextSpan, ...]
     spans_against: tuple[TextSpan, ...]
 
     @property
     def total(self) -> float:
-        """The log of how much likelier the text is at +v than at -v."""
+        """The log-likelihood ratio of the text at +v and -v, in nats."""
         return math.fsum(self.tokens)
 
     @property
     def label(self) -> int:
-        """1 where the text is likelier at +v, -1 where it is at -v, 0 where neither is."""
+        """1 if the text is likelier at +v, -1 if it is likelier at -v, else 0."""
         return (self.total > 0) - (self.total < 0)
 
 
@@ -68,36 +72,36 @@ def text_evidence(
     spans: int = 4,
     longest: int = 10,
 ) -> Evidence:
-    """The evidence of a text's tokens and the at most ``spans`` strongest spans on either side.
+    """The evidence of a text by token, and at most ``spans`` strongest spans for and against the
+    steer.
 
-    The text is read with the tokenizer's special tokens, as ``hf.steered`` steers it; a step delta
-    begins at the first token. Spans have at most ``longest`` tokens.
+    The text is tokenised with special tokens and steered as by ``hf.steered``; a step delta starts
+    at the first token. Spans have at most ``longest`` tokens.
 
     Raises ``SteerError`` for a strength of 0, a text of fewer than two tokens or more than the
-    model reads, a tokenizer that does not say where its tokens stand, and a steer that does not fit
-    the model.
+    model's maximum, a tokenizer without character offsets, and a steer that does not fit the model.
     """
-    ids, places = _encode(model, text)
+    ids, offsets = _encode(model, text)
     values = token_evidence(model.model, steer, ids, strength=strength).tolist()
     sides = []
     for sign in (1.0, -1.0):
-        found = best_spans([sign * value for value in values], spans=spans, longest=longest)
-        # Evidence begins at token 1: place t of the values is token t + 1.
+        best = best_spans([sign * value for value in values], spans=spans, longest=longest)
+        # Evidence begins at token 1: values[t] belongs to token t + 1.
         sides.append(
-            tuple(_in_text(text, places, s.begin + 1, s.end, sign * s.total) for s in found)
+            tuple(_in_text(text, offsets, s.begin + 1, s.end, sign * s.total) for s in best)
         )
     return Evidence(text, strength, tuple(values), sides[0], sides[1])
 
 
 @torch.no_grad()
 def token_evidence(model: Any, steer: Steer, ids: torch.Tensor, *, strength: float) -> torch.Tensor:
-    """The evidence ``[tokens - 1]`` of token ids ``[tokens]``, in float32 or the model's float64.
+    """The evidence ``[tokens - 1]`` of token ids ``[tokens]``, in float32, or the model's float64.
 
     Raises ``SteerError`` for a strength that is 0 or not finite.
     """
     if strength == 0 or not math.isfinite(strength):
         raise SteerError(
-            f"strength is {strength:g}: both readings would be the same or undefined; give a "
+            f"strength is {strength:g}: the two likelihoods would be equal or undefined; give a "
             "finite strength other than 0"
         )
     above, below = (_log_likelihoods(model, steer, ids, v) for v in (strength, -strength))
@@ -110,12 +114,12 @@ def _log_likelihoods(model: Any, steer: Steer, ids: torch.Tensor, strength: floa
     with hf.steered(model, {"steer": strength}, {"steer": steer}, prompt_length=1):
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     wide = widened(logits)
-    chosen = wide.gather(1, tokens[0, 1:, None])[:, 0]
-    return chosen - wide.logsumexp(dim=1)
+    token_logits = wide.gather(1, tokens[0, 1:, None])[:, 0]
+    return token_logits - wide.logsumexp(dim=1)
 
 
 def _encode(model: LanguageModel, text: str) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Token ids ``[tokens]`` and which characters each stands for."""
+    """Token ids ``[tokens]`` and the character offsets of each."""
     if not model.tokenizer.is_fast:
         raise SteerError(
             f"model {model.name}: its tokenizer does not report the offsets of its tokens; "
@@ -128,21 +132,21 @@ def _encode(model: LanguageModel, text: str) -> tuple[torch.Tensor, list[tuple[i
             f"the text {text!r:.50} has {len(ids)} tokens; the first has no evidence; expected at "
             "least two"
         )
-    most = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and len(ids) > most:
+    max_length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and len(ids) > max_length:
         raise SteerError(
-            f"the text {text!r:.50} has {len(ids)} tokens and model {model.name} reads at most "
-            f"{most}; give it in parts"
+            f"the text {text!r:.50} has {len(ids)} tokens and the maximum of model "
+            f"{model.name} is {max_length}; split the text"
         )
     return torch.tensor(ids), encoded["offset_mapping"]
 
 
 def _in_text(
-    text: str, places: list[tuple[int, int]], first: int, last: int, total: float
+    text: str, offsets: list[tuple[int, int]], first: int, last: int, total: float
 ) -> TextSpan:
-    """A span of tokens ``first`` to ``last`` as characters, without the spaces at its ends."""
-    inside = [place for place in places[first : last + 1] if place[0] < place[1]]
-    begin, end = (inside[0][0], inside[-1][1]) if inside else (0, 0)
+    """The span of tokens ``first`` to ``last``, without white space at its ends."""
+    spanned = [offset for offset in offsets[first : last + 1] if offset[0] < offset[1]]
+    begin, end = (spanned[0][0], spanned[-1][1]) if spanned else (0, 0)
     part = text[begin:end]
     begin += len(part) - len(part.lstrip())
     return TextSpan(begin, begin + len(part.strip()), part.strip(), first, last, total)

@@ -1,10 +1,10 @@
-"""The tokens that a steer's directions lead to and away from.
+"""The nearest tokens of a steer's directions.
 
     score = E w [vocab]
 
-with ``E [vocab, hidden_size]`` the output embedding and ``w`` a direction in front of the LM head:
-what one unit of ``w`` adds to each logit. The highest scores are the tokens that it makes likelier,
-the lowest those that it makes less likely; the sign of a singular direction is arbitrary.
+with ``E [vocab, hidden_size]`` the output embedding and ``w`` a direction at the input of the LM
+head: the change of each logit per unit of ``w``. The highest scores are the tokens that become most
+likely, the lowest those that become least likely; the sign of a singular vector is arbitrary.
 
 Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024 (arXiv 2305.12798),
 section 5: the 20 highest and 20 lowest tokens of the first ten right singular vectors of ``W``.
@@ -26,7 +26,10 @@ STREAM_SITES = ("resid", "attn_out")
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One direction of a steer, what it is called, and how strong it is there."""
+    """A direction of a steer with its label and weight (singular value, score or norm).
+
+    ``vector`` is ``[hidden_size]``, or ``[vocab]`` for an offset.
+    """
 
     label: str
     weight: float
@@ -35,7 +38,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class Token:
-    """A token: its number, its string in the vocabulary, how it reads, and its score."""
+    """A token: its id, its string in the vocabulary, its decoded text, and its score."""
 
     id: int
     token: str
@@ -45,7 +48,7 @@ class Token:
 
 @dataclass(frozen=True)
 class NearTokens:
-    """The tokens at both ends of one direction, the most extreme first."""
+    """The tokens with the highest and the lowest scores of one direction, most extreme first."""
 
     label: str
     weight: float
@@ -59,21 +62,21 @@ def nearest_tokens(
     """The ``count`` highest and lowest tokens of the ``top`` leading directions of a steer.
 
     Directions are the right singular vectors of each free column's ``W`` (``multiply``), the free
-    columns themselves (``add``, ``offset``), or rows of a vector or delta: those of the highest
-    layer scores where there are some, else of the highest norms. Only tokens that the tokenizer
-    has are listed; an embedding is often padded beyond them.
+    columns themselves (``add``, ``offset``), or the rows of a vector or delta with the highest
+    layer scores, or else norms. Rows of the embedding beyond the tokenizer's vocabulary (padding)
+    are ignored.
 
     Raises ``SteerError`` for a steer at a site that the LM head does not read (``attn_in``,
-    ``heads``) and for one of another width than ``embedding [vocab, hidden_size]``.
+    ``heads``) and for a steer whose width is not that of ``embedding [vocab, hidden_size]``.
     """
-    reason = why_no_tokens(steer)
+    reason = no_tokens_reason(steer)
     if reason is not None:
         raise SteerError(reason)
     offset = isinstance(steer, LMSteer) and steer.variant == "offset"
     _check_width(steer, embedding.shape[0 if offset else 1])
     strings = {i: token for token, i in tokenizer.get_vocab().items() if i < embedding.shape[0]}
     ids = torch.tensor(sorted(strings))
-    found = []
+    nearest = []
     for direction in directions(steer, top):
         scores = (direction.vector.double() if offset else _scores(embedding, direction.vector))[
             ids
@@ -85,22 +88,24 @@ def nearest_tokens(
             )
             for descending in (True, False)
         )
-        found.append(NearTokens(direction.label, direction.weight, highest, lowest))
-    return found
+        nearest.append(NearTokens(direction.label, direction.weight, highest, lowest))
+    return nearest
 
 
-def why_no_tokens(steer: Steer) -> str | None:
-    """Why a steer has no nearest tokens; None where the LM head reads what it changes."""
+def no_tokens_reason(steer: Steer) -> str | None:
+    """The reason why a steer has no nearest tokens; None if the LM head reads its site."""
     if isinstance(steer, LMSteer) or steer.site in STREAM_SITES:
         return None
     return (
-        f"the site {steer.site} is not in the space of the output embedding, so no tokens are near "
-        f"its directions; steers at the LM head, {' and '.join(STREAM_SITES)} have some"
+        f"a steer at the site {steer.site} has no nearest tokens: its directions are not in the "
+        f"space of the output embedding; expected the LM head, {' or '.join(STREAM_SITES)}"
     )
 
 
 def directions(steer: Steer, top: int) -> Iterator[Direction]:
-    """The leading directions of a steer, ``top`` of each column of an LM-Steer or of all rows."""
+    """The leading directions of a steer: ``top`` per column of an LM-Steer, else ``top`` of all
+    rows.
+    """
     if isinstance(steer, LMSteer):
         for column in steer.free_columns:
             yield from _column_directions(steer, column, top)
@@ -114,12 +119,12 @@ def directions(steer: Steer, top: int) -> Iterator[Direction]:
         yield from _delta_directions(steer, top)
 
 
-def _check_width(steer: Steer, wanted: int) -> None:
+def _check_width(steer: Steer, model_width: int) -> None:
     width = steer.width if isinstance(steer, LMSteer) else steer.hidden_size
-    if width != wanted:
+    if width != model_width:
         raise SteerError(
-            f"the steer is {width} wide and the model {wanted}; give the model that the steer is "
-            f"for{f' ({steer.base_model})' if steer.base_model else ''}"
+            f"the steer has width {width} and the model {model_width}; give the model that the "
+            f"steer was fitted to{f' ({steer.base_model})' if steer.base_model else ''}"
         )
 
 
@@ -128,27 +133,27 @@ def _column_directions(steer: LMSteer, column: int, top: int) -> Iterator[Direct
         (vectors,) = steer.tensors.values()
         yield Direction(f"column {column}", float(vectors[column].double().norm()), vectors[column])
         return
-    found = spectrum(steer, column)
-    for i, value in enumerate(found.values[:top].tolist()):
-        yield Direction(f"column {column}, direction {i}", value, found.right[i])
+    decomposition = spectrum(steer, column)
+    for i, value in enumerate(decomposition.values[:top].tolist()):
+        yield Direction(f"column {column}, direction {i}", value, decomposition.right[i])
 
 
 def _delta_directions(steer: DeltaSteer, top: int) -> Iterator[Direction]:
     norms = steer.delta.double().norm(dim=2)
-    for place in _leading(norms.flatten(), top):
-        step, row = divmod(place, len(steer.layers))
+    for index in _leading(norms.flatten(), top):
+        step, row = divmod(index, len(steer.layers))
         label = f"layer {steer.layers[row]}, step {step}"
         yield Direction(label, float(norms[step, row]), steer.delta[step, row])
 
 
 def _leading(weights: torch.Tensor, top: int) -> Sequence[int]:
-    """The places of the largest weights, the largest first; of equal ones the first."""
-    places: list[int] = weights.argsort(descending=True, stable=True)[:top].tolist()
-    return places
+    """The indices of the largest weights, descending; the first of equal ones."""
+    indices: list[int] = weights.argsort(descending=True, stable=True)[:top].tolist()
+    return indices
 
 
 def _scores(embedding: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """``E w [vocab]``, float64; part by part, as a large embedding in float64 takes gigabytes."""
+    """``E w [vocab]``, float64, in parts: a large embedding in float64 takes gigabytes."""
     w = vector.double()
     return torch.cat([part.double() @ w for part in torch.split(embedding, _ROWS_AT_ONCE)])
 
@@ -156,12 +161,12 @@ def _scores(embedding: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 def _extreme(
     scores: torch.Tensor, ids: torch.Tensor, count: int, descending: bool
 ) -> list[tuple[int, int]]:
-    """The rows and token numbers at one end of the scores; of equal ones the first."""
+    """Rows and token ids with the most extreme scores; the first of equal ones."""
     rows = scores.argsort(descending=descending, stable=True)[:count]
     return list(zip(rows.tolist(), ids[rows].tolist(), strict=True))
 
 
 def _text(tokenizer: Any, number: int, string: str) -> str:
-    """How a token reads; a part of a letter has no text but the vocabulary's."""
+    """The decoded text of a token; the vocabulary's string for an incomplete character."""
     text = str(tokenizer.decode([number]))
     return string if not text.strip() or "\ufffd" in text else text

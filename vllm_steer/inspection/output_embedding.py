@@ -17,20 +17,20 @@ _INDEX = "model.safetensors.index.json"
 def read_output_embedding(name: str) -> torch.Tensor:
     """``E [vocab, hidden_size]``, the weight of the LM head, in the checkpoint's dtype.
 
-    ``name`` is a folder, a hub id or ``embedded``. Where the tensor is not found as it stands
-    (another file format, a quantised head), the model is loaded.
+    ``name`` is a folder, a hub id or ``embedded``. If the checkpoint does not have the tensor in a
+    readable form (another file format, a quantised head), the whole model is loaded.
 
-    Raises ``SteerError`` if there is no such model, or it has no LM head.
+    Raises ``SteerError`` if the model does not exist or has no LM head.
     """
     skeleton = _skeleton(name)
     head = skeleton.get_output_embeddings()
     if head is None:
         raise SteerError(f"model {name}: {type(skeleton).__name__} has no LM head to read")
     names = _names(skeleton, head.weight)
-    found = _read(model_path(name), names, tuple(head.weight.shape))
-    if found is None:
-        found = load_language_model(name, device="cpu").model.get_output_embeddings().weight
-    return found.detach()
+    embedding = _read(model_path(name), names, tuple(head.weight.shape))
+    if embedding is None:
+        embedding = load_language_model(name, device="cpu").model.get_output_embeddings().weight
+    return embedding.detach()
 
 
 def _skeleton(name: str) -> Any:
@@ -46,10 +46,10 @@ def _skeleton(name: str) -> Any:
 
 
 def _names(skeleton: Any, weight: torch.Tensor) -> list[str]:
-    """What a checkpoint may call the head's weight.
+    """The possible names of the head's weight in a checkpoint.
 
-    Tied to the input embedding, it is that one's. Some checkpoints leave the base model's name
-    away, as GPT-2's own does.
+    A tied head has the names of the input embedding. Some checkpoints, such as GPT-2's, omit the
+    prefix of the base model.
     """
     tied = skeleton.get_input_embeddings().weight is weight
     owner = skeleton.get_input_embeddings().weight if tied else weight
@@ -59,7 +59,7 @@ def _names(skeleton: Any, weight: torch.Tensor) -> list[str]:
 
 
 def _read(folder: str, names: list[str], shape: tuple[int, ...]) -> torch.Tensor | None:
-    """The tensor under the first of the names that has it; None if the checkpoint has none."""
+    """The tensor under the first name that the checkpoint has; None if it has none of them."""
     for path in _files(folder, names):
         with safe_open(str(path), framework="pt") as file:
             for name in names:
@@ -71,24 +71,24 @@ def _read(folder: str, names: list[str], shape: tuple[int, ...]) -> torch.Tensor
 
 
 def _files(folder: str, names: list[str]) -> list[Path]:
-    """The safetensors files of a checkpoint that may hold one of the names."""
+    """The safetensors files of a checkpoint that may have one of the names."""
     whole = _cached(folder, _ONE_FILE)
     if whole is not None:
         return [whole]
     index = _cached(folder, _INDEX)
     if index is None:
         return []
-    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    shards = {places[name]: None for name in names if name in places}
+    shard_of_tensor = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = {shard_of_tensor[name]: None for name in names if name in shard_of_tensor}
     return [path for shard in shards if (path := _cached(folder, shard)) is not None]
 
 
 def _cached(folder: str, file: str) -> Path | None:
-    """A checkpoint's file, fetched from the hub if it is not cached; None if it has none."""
+    """A checkpoint's file, downloaded if it is not cached; None if the checkpoint has none."""
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(folder, file)
+        path = cached_file(folder, file)
     except OSError:
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)

@@ -1,4 +1,4 @@
-"""A picture of a steer's description: norms, singular values and accuracies."""
+"""Plots of a steer's description: norms, singular values and accuracies."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +11,11 @@ _WIDTH, _HEIGHT, _DOTS = 7.0, 3.2, 150
 
 
 def write_plot(description: Description, path: str | Path) -> None:
-    """Write a description as a PNG file, whole or not at all.
+    """Write a description as a PNG file, atomically.
 
-    Of an ``lm_steer`` the singular values of each free column, or the columns' norms where there
-    are none; of a ``vector`` the norms per layer, and below them scores and accuracies where the
-    file has some; of a ``delta`` the norms per step, a line a layer.
+    For an ``lm_steer``: the singular values of each free column, else the columns' norms. For a
+    ``vector``: the norms per layer, and scores and accuracies if the file has any. For a ``delta``:
+    the norms per step, one line per layer.
 
     Raises ``SteerError`` if matplotlib is not installed or the file cannot be written.
     """
@@ -28,8 +28,8 @@ def write_plot(description: Description, path: str | Path) -> None:
 
 
 def _draw(axes: Any, panel: Mapping[str, Any]) -> None:
-    for name, (places, values) in panel["lines"].items():
-        axes.plot(places, values, marker="o", markersize=3, label=label(name))
+    for name, (positions, values) in panel["lines"].items():
+        axes.plot(positions, values, marker="o", markersize=3, label=label(name))
     axes.set_xlabel(panel["across"])
     axes.set_ylabel(panel["up"])
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -43,8 +43,8 @@ def _panels(description: Description) -> list[Mapping[str, Any]]:
     if description["kind"] == "delta":
         return [_step_panel(description["layers"])]
     norms = _layer_lines(description["layers"], ["norm"])
-    shown = {name for row in description["layers"] for name in row} - {"layer", "norm"}
-    scores = _layer_lines(description["layers"], sorted(shown))
+    names = {name for row in description["layers"] for name in row} - {"layer", "norm"}
+    scores = _layer_lines(description["layers"], sorted(names))
     panels = [_panel("layer", "norm", norms)]
     return [*panels, _panel("layer", "accuracy or score", scores)] if scores else panels
 
@@ -58,8 +58,8 @@ def _column_panel(columns: list[Mapping[str, Any]]) -> Mapping[str, Any]:
     }
     if lines:
         return _panel("direction", "singular value", lines)
-    places = [column["column"] for column in columns]
-    return _panel("column", "norm", {"norm": (places, [column["norm"] for column in columns])})
+    positions = [column["column"] for column in columns]
+    return _panel("column", "norm", {"norm": (positions, [column["norm"] for column in columns])})
 
 
 def _step_panel(layers: list[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -71,8 +71,8 @@ def _layer_lines(layers: list[Mapping[str, Any]], names: list[str]) -> dict[str,
     lines = {}
     for name in names:
         rows = [row for row in layers if name in row]
-        places, values = [row["layer"] for row in rows], [row[name] for row in rows]
-        lines[name.replace("_", " ")] = (places, values)
+        positions, values = [row["layer"] for row in rows], [row[name] for row in rows]
+        lines[name.replace("_", " ")] = (positions, values)
     return lines
 
 

@@ -1,7 +1,7 @@
-"""A lock file gives a run folder to one process at a time, and names that process.
+"""Lock files that give a run folder to one process at a time and name that process.
 
-The lock is the kernel's (``flock``): it ends with the process, however that ends. A file that is
-left behind is no lock.
+The lock is the kernel's (``flock``) and ends with the process in any case; a lock file that was
+left behind locks nothing.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from vllm_steer.foreign import cut, printable
 
 LOCK: Final = ".vllm-steer.lock"
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_OURS: Final = re.compile(r"(\d+) (\S+) (\d{4}-\S+) .*\n?", re.DOTALL)
+_RECORD: Final = re.compile(r"(\d+) (\S+) (\d{4}-\S+) .*\n?", re.DOTALL)
 _LONGEST: Final = 500
 _held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
 _descriptors: set[int] = set()
@@ -31,10 +31,10 @@ _descriptors: set[int] = set()
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """The folder, made if it is not there, is this process's alone while the block runs.
+    """Lock a folder for this process while the block runs; the folder is created if necessary.
 
-    A block within one that has the same folder is let through. Raises ``SteerError`` naming the
-    process that has it, and for a folder that cannot be used.
+    A nested block with the same folder does nothing. Raises ``SteerError`` with the process that
+    holds the lock, and for a folder that cannot be used.
     """
     try:
         path = os.path.realpath(folder)
@@ -43,31 +43,31 @@ def locked(folder: str | Path) -> Iterator[None]:
     if path in _held.get():
         yield
         return
-    made = _make(Path(folder))
-    descriptor = _take(Path(folder))
+    created = _create(Path(folder))
+    descriptor = _acquire(Path(folder))
     token = _held.set(_held.get() | {path})
     try:
         yield
     finally:
         _held.reset(token)
-        _give_back(Path(folder), descriptor)
-        if made:
-            with suppress(OSError):  # what a run has written into stays
+        _release(Path(folder), descriptor)
+        if created:
+            with suppress(OSError):  # a folder with files of a run is kept
                 os.rmdir(folder)
 
 
-def _make(folder: Path) -> bool:
-    """Whether the folder had to be made."""
-    there = os.path.isdir(folder)
+def _create(folder: Path) -> bool:
+    """Create the folder if necessary; whether it was created."""
+    existed = os.path.isdir(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unusable(folder, error) from error
-    return not there
+    return not existed
 
 
-def _take(folder: Path) -> int:
-    """The descriptor of the lock file, locked and with this process's name in it."""
+def _acquire(folder: Path) -> int:
+    """Lock the lock file, write this process's record into it and return its descriptor."""
     while True:
         try:
             descriptor = os.open(folder / LOCK, _FLAGS, 0o666)
@@ -75,9 +75,9 @@ def _take(folder: Path) -> int:
             raise unusable(folder, error) from error
         try:
             _lock(folder, descriptor)
-            if _is_there(folder, descriptor):
+            if _is_current(folder, descriptor):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, _own_name(), 0)
+                os.pwrite(descriptor, _holder_record(), 0)
                 _descriptors.add(descriptor)
                 return descriptor
         except OSError as error:
@@ -86,53 +86,57 @@ def _take(folder: Path) -> int:
         except SteerError:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder has just removed the file: once more with a new one
+        os.close(descriptor)  # the previous holder has just removed the file: retry with a new one
 
 
 def _lock(folder: Path, descriptor: int) -> None:
-    found = os.fstat(descriptor)
-    said = os.pread(descriptor, 2 * _LONGEST, 0) if stat.S_ISREG(found.st_mode) else b""
-    name = _OURS.fullmatch(said.decode(errors="replace"))
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or (said and not name):
-        raise SteerError(f"run folder {folder}: {LOCK} in it is not a run's; move it away")
+    status = os.fstat(descriptor)
+    content = os.pread(descriptor, 2 * _LONGEST, 0) if stat.S_ISREG(status.st_mode) else b""
+    record = _RECORD.fullmatch(content.decode(errors="replace"))
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or (content and not record):
+        raise SteerError(
+            f"run folder {folder}: {LOCK} in it is not a lock file of vllm-steer; move it away"
+        )
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = f"process {name[1]} ({name[2]}, since {name[3]})" if name else "another process"
+        holder = (
+            f"process {record[1]} ({record[2]}, since {record[3]})" if record else "another process"
+        )
         raise SteerError(
             f"run folder {folder} is used by {holder}; wait for it, or give another folder"
         ) from None
 
 
-def _is_there(folder: Path, descriptor: int) -> bool:
-    """Whether the locked file is still the one that others find."""
+def _is_current(folder: Path, descriptor: int) -> bool:
+    """Whether the locked file is still the one in the folder."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(folder / LOCK))
     except FileNotFoundError:
         return False
 
 
-def _own_name() -> bytes:
+def _holder_record() -> bytes:
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     command = cut(printable(shlex.join(sys.argv)), _LONGEST // 2)
     return f"{os.getpid()} {socket.gethostname() or '-'} {since} {command}\n".encode()
 
 
-def _give_back(folder: Path, descriptor: int) -> None:
+def _release(folder: Path, descriptor: int) -> None:
     _descriptors.discard(descriptor)
-    with suppress(OSError):  # removed while it is locked: nobody can have got it before
-        if _is_there(folder, descriptor):
+    with suppress(OSError):  # removed while locked, so no other process can hold it
+        if _is_current(folder, descriptor):
             os.unlink(folder / LOCK)
     os.close(descriptor)
 
 
 def unusable(folder: Path, error: OSError | ValueError) -> SteerError:
-    """The error for a run folder that the system does not let be used."""
+    """The error for a run folder that the operating system refuses."""
     return SteerError(f"run folder {folder}: cannot be used ({cause(error)})")
 
 
 def _close_in_child() -> None:
-    """A child that lives longer than its parent must not keep the parent's lock."""
+    """Release the locks in a forked child, which may outlive its parent."""
     for descriptor in _descriptors:
         with suppress(OSError):
             os.close(descriptor)

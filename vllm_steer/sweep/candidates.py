@@ -1,4 +1,4 @@
-"""Selects the layers to try."""
+"""Parsing of the layers to try."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -12,56 +12,53 @@ _ALL: Final = "all"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Some of a steer's layers, by the name they were asked for; None where it acts in no layer."""
+class CandidateLayers:
+    """A subset of a steer's layers and its name; ``layers`` is None for a steer at the LM head."""
 
     name: str
     layers: tuple[int, ...] | None
 
 
-def parse_candidates(given: str | None, steer: Steer) -> list[Candidate]:
-    """Candidates from ``"top:1,2,4;all;0-3"``; None keeps the steer as it is.
+def parse_candidates(spec: str | None, steer: Steer) -> list[CandidateLayers]:
+    """Candidates from ``"top:1,2,4;all;0-3"``; None means all layers of the steer.
 
-    ``top:k`` are the ``k`` layers of the highest ``layer_scores``, the lower layer first where
-    scores are equal; ``all`` are all that the steer has. Equal candidates are tried once.
+    ``top:k`` are the ``k`` layers with the highest ``layer_scores``, the lower layer first for
+    equal scores; ``all`` are all layers of the steer. Duplicates are dropped.
 
-    Raises ``SteerError`` for layers that the steer does not have, for an LM-Steer, which has none,
-    and for ``top`` of a steer without scores.
+    Raises ``SteerError`` for layers that the steer does not have, for an LM-Steer, and for ``top``
+    with a steer without scores.
     """
-    if given is None:
-        return [Candidate(_ALL, steer.layers)]
+    if spec is None:
+        return [CandidateLayers(_ALL, steer.layers)]
     if isinstance(steer, LMSteer):
-        raise SteerError("layers are given and the steer acts at the LM head: it has none; drop it")
-    found: dict[tuple[int, ...] | None, Candidate] = {}
-    for part in given.split(";"):
+        raise SteerError("layers does not apply to an LM-Steer, which acts at the LM head; drop it")
+    unique: dict[tuple[int, ...] | None, CandidateLayers] = {}
+    for part in spec.split(";"):
         for candidate in _candidates(part.strip(), steer):
-            found.setdefault(candidate.layers, candidate)
-    return list(found.values())
+            unique.setdefault(candidate.layers, candidate)
+    return list(unique.values())
 
 
-def _candidates(part: str, steer: Steer) -> list[Candidate]:
+def _candidates(part: str, steer: Steer) -> list[CandidateLayers]:
     assert steer.layers is not None
     if part == _ALL:
-        return [Candidate(_ALL, tuple(steer.layers))]
+        return [CandidateLayers(_ALL, tuple(steer.layers))]
     if part.startswith(_TOP):
         return [_top(count, steer) for count in part.removeprefix(_TOP).split(",")]
     layers = parse_layers(part)
     positions_of(layers, steer.layers)
-    return [Candidate(format_layers(layers), layers)]
+    return [CandidateLayers(format_layers(layers), layers)]
 
 
-def _top(given: str, steer: Steer) -> Candidate:
+def _top(text: str, steer: Steer) -> CandidateLayers:
     assert steer.layers is not None
     scores = steer.layer_scores if isinstance(steer, VectorSteer) else None
     if scores is None:
         raise SteerError(
-            "top layers are asked for and the steer has no layer_scores; name layers such as "
-            "'0-3;4-7'"
+            "top:k needs layer_scores, and the steer has none; name the layers, such as '0-3;4-7'"
         )
-    count = int(given) if given.strip().isdecimal() and len(given) <= 5 else 0
+    count = int(text) if text.strip().isdecimal() and len(text) <= 5 else 0
     if not 1 <= count <= len(scores):
-        raise SteerError(
-            f"top:{given.strip()}: wanted is a number of layers from 1 to {len(scores)}"
-        )
+        raise SteerError(f"top:{text.strip()}: expected a number of layers from 1 to {len(scores)}")
     ranked = sorted(zip(scores, steer.layers, strict=True), key=lambda pair: (-pair[0], pair[1]))
-    return Candidate(f"top:{count}", tuple(sorted(layer for _, layer in ranked[:count])))
+    return CandidateLayers(f"top:{count}", tuple(sorted(layer for _, layer in ranked[:count])))

@@ -1,4 +1,4 @@
-"""The result of a sweep: plain data, a table and a figure."""
+"""The result of a sweep as plain data, table and plot."""
 
 import math
 from pathlib import Path
@@ -7,35 +7,35 @@ from typing import Any, Final
 from vllm_steer.picture import COLOURS, label, picture
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.sweep.search import Point, within
-from vllm_steer.sweep.sweeping import Swept
+from vllm_steer.sweep.sweep_run import SweepResult
 from vllm_steer.tables import Column, Table
 
 _DECADE: Final = 10.0
 
 
-def data(swept: Swept, chosen: Point | None, written: Path | None) -> dict[str, Any]:
-    """All points in the order they were measured, and which one was taken, if one was."""
+def data(result: SweepResult, best: Point | None, output: Path | None) -> dict[str, Any]:
+    """All points in the order of measurement, the selected point and the file written, if any."""
     return {
-        **swept.settings,
-        "steer": str(swept.asked.steer),
-        "texts": swept.texts,
-        "unsteered": swept.unsteered.data,
+        **result.metadata,
+        "steer": str(result.settings.steer),
+        "texts": result.texts,
+        "unsteered": result.unsteered.data,
         "points": [
-            {**point.data, "within_budget": within(point, swept.asked.budget)}
-            for point in swept.points
+            {**point.data, "within_budget": within(point, result.settings.budget)}
+            for point in result.points
         ],
-        "chosen": None if chosen is None else chosen.data,
-        "written": None if written is None else str(written),
+        "chosen": None if best is None else best.data,
+        "written": None if output is None else str(output),
     }
 
 
-def table(swept: Swept, chosen: Point | None) -> Table:
-    """A row for each point, by layers and strength; the one that was taken is marked."""
-    names = list(dict.fromkeys(point.candidate for point in swept.points))
-    points = sorted(swept.points, key=lambda p: (names.index(p.candidate), p.strength))
+def table(result: SweepResult, best: Point | None) -> Table:
+    """One row per point, by layers and strength; the selected one is marked."""
+    names = list(dict.fromkeys(point.candidate for point in result.points))
+    points = sorted(result.points, key=lambda p: (names.index(p.candidate), p.strength))
     rows = [
-        (_layers(p), p.strength, p.effect, p.perplexity, p.ratio, _note(p, swept, chosen))
-        for p in (swept.unsteered, *points)
+        (_layers(p), p.strength, p.effect, p.perplexity, p.ratio, _note(p, result, best))
+        for p in (result.unsteered, *points)
     ]
     columns = (
         Column("layers"),
@@ -45,56 +45,56 @@ def table(swept: Swept, chosen: Point | None) -> Table:
         Column("ratio", ".3f"),
         Column(""),
     )
-    return Table(f"{swept.asked.judge}, budget {swept.asked.budget:g}", columns, rows)
+    return Table(f"{result.settings.judge}, budget {result.settings.budget:g}", columns, rows)
 
 
-def _note(point: Point, swept: Swept, chosen: Point | None) -> str:
-    if point is chosen:
+def _note(point: Point, result: SweepResult, best: Point | None) -> str:
+    if point is best:
         return "chosen"
-    return "" if within(point, swept.asked.budget) else "over budget"
+    return "" if within(point, result.settings.budget) else "over budget"
 
 
-def draw(swept: Swept, chosen: Point | None, path: Path) -> None:
-    """Write a PNG: the effect over the ratio of perplexities, a line for each choice of layers.
+def draw(result: SweepResult, best: Point | None, path: Path) -> None:
+    """Write a PNG: effect over perplexity ratio, one line per candidate.
 
-    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
     with picture(path, figsize=(6.4, 4.4), layout="constrained") as figure:
         axis = figure.subplots()
-        _draw_points(axis, swept)
-        _draw_frame(axis, swept, chosen)
+        _draw_points(axis, result)
+        _draw_frame(axis, result, best)
 
 
-def _draw_points(axis: Any, swept: Swept) -> None:
-    names = list(dict.fromkeys(point.candidate for point in swept.points))
+def _draw_points(axis: Any, result: SweepResult) -> None:
+    names = list(dict.fromkeys(point.candidate for point in result.points))
     for index, candidate in enumerate(names):
-        points = [p for p in swept.points if p.candidate == candidate and math.isfinite(p.ratio)]
-        points = sorted([swept.unsteered, *points], key=lambda p: abs(p.strength))
+        points = [p for p in result.points if p.candidate == candidate and math.isfinite(p.ratio)]
+        points = sorted([result.unsteered, *points], key=lambda p: abs(p.strength))
         colour = COLOURS[index % len(COLOURS)]
         style: dict[str, Any] = {"marker": "o", "color": colour, "label": label(candidate.name)}
         axis.plot([p.ratio for p in points], [p.effect for p in points], **style)
         for point in points:
-            place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7}
-            axis.annotate(f"{point.strength:.3g}", (point.ratio, point.effect), **place)
+            text_style = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7}
+            axis.annotate(f"{point.strength:.3g}", (point.ratio, point.effect), **text_style)
 
 
-def _draw_frame(axis: Any, swept: Swept, chosen: Point | None) -> None:
-    if chosen is not None:
+def _draw_frame(axis: Any, result: SweepResult, best: Point | None) -> None:
+    if best is not None:
         style = {"marker": "*", "markersize": 16, "linestyle": "none", "color": "black"}
-        axis.plot([chosen.ratio], [chosen.effect], label="chosen", zorder=0, **style)
-    axis.axvline(swept.asked.budget, color="0.5", linestyle="--", linewidth=1, label="budget")
-    axis.set(xlabel="perplexity / unsteered", ylabel=label(f"effect: {swept.asked.judge}"))
-    ratios = [p.ratio for p in swept.points if math.isfinite(p.ratio)]
+        axis.plot([best.ratio], [best.effect], label="chosen", zorder=0, **style)
+    axis.axvline(result.settings.budget, color="0.5", linestyle="--", linewidth=1, label="budget")
+    axis.set(xlabel="perplexity / unsteered", ylabel=label(f"effect: {result.settings.judge}"))
+    ratios = [p.ratio for p in result.points if math.isfinite(p.ratio)]
     if ratios and max(ratios) > _DECADE:
         axis.set_xscale("log")
     axis.grid(color="0.92")
     axis.legend(frameon=False, fontsize=8)
-    axis.set_title(label(f"{swept.asked.steer.name} on {swept.asked.model}"), fontsize=10)
+    axis.set_title(label(f"{result.settings.steer.name} on {result.settings.model}"), fontsize=10)
 
 
 def _layers(point: Point) -> str:
     layers = point.candidate.layers
     if layers is None:
         return "-"
-    said = format_layers(layers)
-    return said if point.candidate.name == said else f"{point.candidate.name} ({said})"
+    text = format_layers(layers)
+    return text if point.candidate.name == text else f"{point.candidate.name} ({text})"

@@ -1,4 +1,4 @@
-"""Searches for a strength: which points to measure, and which one to select."""
+"""Searches over strengths: the points to measure and the one to select."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vllm_steer.errors import SteerError
-from vllm_steer.sweep.candidates import Candidate
+from vllm_steer.sweep.candidates import CandidateLayers
 
 Direction = Literal["up", "down"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -14,9 +14,9 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 @dataclass(frozen=True)
 class Point:
-    """What a steer does in some layers at a strength; ``ratio`` is perplexity / unsteered's."""
+    """A measurement at a strength; ``ratio`` is perplexity / unsteered perplexity."""
 
-    candidate: Candidate
+    candidate: CandidateLayers
     strength: float
     effect: float
     perplexity: float
@@ -36,13 +36,13 @@ class Point:
         }
 
 
-Measure = Callable[[Candidate, float], Point]
+Measure = Callable[[CandidateLayers, float], Point]
 
 
 def grid(
-    measure: Measure, candidates: Sequence[Candidate], strengths: Sequence[float]
+    measure: Measure, candidates: Sequence[CandidateLayers], strengths: Sequence[float]
 ) -> Iterator[Point]:
-    """Every candidate at every strength but 0."""
+    """Measure every candidate at every nonzero strength."""
     for candidate in candidates:
         for strength in strengths:
             if strength != 0:
@@ -51,18 +51,18 @@ def grid(
 
 def bisection(
     measure: Measure,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[CandidateLayers],
     ends: tuple[float, float],
     *,
     rounds: int,
     budget: float,
 ) -> Iterator[Point]:
-    """For each candidate the largest strength within the budget, as it is closed in on.
+    """Measure the largest strength within the budget for each candidate, by bisection.
 
-    The far end first: if it is within the budget, that is all. Otherwise ``rounds`` halvings of
-    what lies between the largest strength known within and the smallest known outside; the near end
-    is taken to be within. So ``rounds + 1`` points at most, and a strength that is right to
-    ``|far - near| / 2^rounds`` where perplexity rises with strength.
+    The far end is measured first and is the result if it is within the budget. Otherwise ``rounds``
+    bisections follow between the largest strength known to be within the budget (at first the near
+    end, unmeasured) and the smallest one known to exceed it. That takes at most ``rounds + 1``
+    points; the error is at most ``|far - near| / 2^rounds`` if perplexity increases with strength.
     """
     for candidate in candidates:
         inside, outside = ends
@@ -80,7 +80,7 @@ def bisection(
 
 
 def within(point: Point, budget: float) -> bool:
-    """Whether the texts are natural enough; a perplexity that is not finite never is."""
+    """Whether a point is within the budget; never for a perplexity that is not finite."""
     return math.isfinite(point.ratio) and point.ratio <= budget
 
 
@@ -92,30 +92,30 @@ def choose(
     direction: Direction,
     texts: int,
 ) -> Point:
-    """The point within the budget whose effect differs most from ``unsteered`` in a direction.
+    """The point within the budget whose effect differs most from ``unsteered`` in ``direction``.
 
-    Of equal effects the one of lower perplexity. A difference has to exceed two standard errors of
-    the difference of two shares over ``texts`` texts, ``2 sqrt((e(1-e) + e0(1-e0)) / texts)``:
-    chance alone makes one as large in few sweeps.
+    Equal effects are decided by the lower perplexity. The difference must exceed two standard
+    errors of the difference of two shares, ``2 sqrt((e(1-e) + e0(1-e0)) / texts)``, with ``e`` and
+    ``e0`` the effects with and without steer over ``texts`` texts each.
 
-    Raises ``SteerError`` if there is no such point, saying what came nearest.
+    Raises ``SteerError`` with the closest point if there is none.
     """
     sign = 1.0 if direction == "up" else -1.0
     inside = [p for p in points if within(p, budget) and not math.isnan(p.effect)]
     if not inside:
-        least = min((p.ratio for p in points if math.isfinite(p.ratio)), default=math.nan)
+        lowest = min((p.ratio for p in points if math.isfinite(p.ratio)), default=math.nan)
         raise SteerError(
-            f"no strength is within the budget: perplexity is {least:.3g} times the unsteered "
-            f"model's at the least, and {budget:g} is allowed; try smaller strengths, or raise the "
-            "budget"
+            f"no strength is within the budget: the lowest perplexity ratio is {lowest:.3g} and "
+            f"the budget is {budget:g}; try smaller strengths, or raise the budget"
         )
     best = max(inside, key=lambda p: (sign * p.effect, -p.ratio))
     gain = sign * (best.effect - unsteered)
     if gain <= noise(best.effect, unsteered, texts):
         raise SteerError(
-            f"nothing within the budget changes the effect: at the most from {unsteered:.3f} to "
-            f"{best.effect:.3f} (strength {best.strength:g}), and chance alone can do as much over "
-            f"{texts} texts; try larger strengths, other layers, the other direction or more texts"
+            "no strength within the budget changes the effect significantly: the largest change "
+            f"is from {unsteered:.3f} to {best.effect:.3f} (strength {best.strength:g}), within "
+            f"two standard errors over {texts} texts; try larger strengths, other layers, the "
+            "other direction or more texts"
         )
     return best
 

@@ -1,8 +1,15 @@
-"""Texts from a user's files: rows of JSONL, JSON, CSV and plain text, and their labels."""
+"""Texts, labels and conversations from a user's files in JSONL, JSON, CSV, TSV or plain text.
 
-from vllm_steer.texts.labelled import LabelledText, read_labelled, read_texts, read_two_sides
+All commands that read texts use this package: ``vllm-steer fit``, ``evidence``, ``transfer``,
+``eval``, ``compare`` and ``sweep``.
+
+The names in ``__all__`` follow the version number: they change only with a new minor version and a
+line in CHANGELOG.md; everything else may change at any time.
+"""
+
+from vllm_steer.texts.conversations import Conversation, read_conversations
+from vllm_steer.texts.labelled_texts import LabelledText, read_labelled, read_texts, read_two_sides
 from vllm_steer.texts.labels import LABEL_MAPS, label_map
-from vllm_steer.texts.messages import Conversation, read_conversations
 from vllm_steer.texts.rows import SUFFIXES, Row, read_rows, take, text_of
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""Prompts with demonstrations, from rows of inputs and outputs.
+"""In-context learning prompts: demonstrations followed by a question, from inputs and outputs.
 
-Rows are taken in groups of ``demonstrations + 1``, as they follow each other; a last, smaller group
-is left out. The last row of a group is asked for, those before it are shown with their outputs:
+Consecutive rows form groups of ``demonstrations + 1``; an incomplete last group is dropped. The
+last row of a group is the question, the rows before it are demonstrations:
 
     {instruction}
     Q:{input}
@@ -10,10 +10,9 @@ is left out. The last row of a group is asked for, those before it are shown wit
     Q:{input}
     A:
 
-Without demonstrations the prompt is the question alone, and there is no instruction. The authors'
-loop leaves the last demonstration of a group out, so that their ``icl_examples`` of 4 are 3 here;
-their tokens have a beginning-of-text token before every piece, and these only what the tokenizer
-puts before a text.
+Without demonstrations the prompt is the question alone, without instruction. The authors' loop
+omits the last demonstration of a group, so their ``icl_examples`` of 4 is 3 here; their tokens have
+a beginning-of-text token before every piece, and here only what the tokenizer adds to a text.
 
 Source: Scalena et al., "Multi-property Steering of Large Language Models with Dynamic Activation
 Composition", BlackboxNLP 2024 (arXiv 2406.17563), section 3.1 and the authors' extraction script.
@@ -29,7 +28,7 @@ from vllm_steer.texts import read_rows, take, text_of
 
 
 class Example(NamedTuple):
-    """What is asked and what is answered."""
+    """An input and its output."""
 
     input: str
     output: str
@@ -38,7 +37,7 @@ class Example(NamedTuple):
 def read_examples(
     path: str | Path, *, input_field: str = "input", output_field: str = "output"
 ) -> list[Example]:
-    """The examples of a file, one a row; ``SteerError`` names each bad row."""
+    """Read the examples of a file, one per row. Raises ``SteerError`` with each invalid row."""
     return list(
         take(
             read_rows(path),
@@ -50,41 +49,41 @@ def read_examples(
 def icl_prompts(
     examples: Sequence[Example], demonstrations: int, *, instruction: str = ""
 ) -> list[str]:
-    """One prompt for each whole group of examples.
+    """One prompt for each complete group of examples.
 
-    Raises ``SteerError`` for fewer examples than one group, and for an instruction where there are
-    no demonstrations for it to stand before.
+    Raises ``SteerError`` for fewer examples than one group, and for an instruction without
+    demonstrations.
     """
     if demonstrations < 0 or (instruction and not demonstrations):
         raise SteerError(
-            f"{demonstrations} demonstrations; give 0 or more, and an instruction only with some: "
-            "without them the prompt is the question alone"
+            f"demonstrations is {demonstrations}; expected 0 or more, and 1 or more with an "
+            "instruction"
         )
     size = demonstrations + 1
     if len(examples) < size:
         raise SteerError(
-            f"{len(examples)} rows; a prompt with {demonstrations} demonstrations takes {size}: "
-            "give more rows, or fewer demonstrations"
+            f"the file has {len(examples)} rows; a prompt with {demonstrations} demonstrations "
+            f"needs {size}; give more rows, or fewer demonstrations"
         )
     starts = range(0, len(examples) - size + 1, size)
     return [_prompt(examples[start : start + size], instruction) for start in starts]
 
 
 def support(
-    wanted: Sequence[str], other: Sequence[str], count: int, seed: int
+    positive: Sequence[str], negative: Sequence[str], count: int, seed: int
 ) -> tuple[list[str], list[str]]:
-    """``count`` prompts of each side, drawn with replacement: the same places on both sides.
+    """Draw ``count`` prompts of each set with replacement, at the same indices in both.
 
-    Where one side has more prompts, those beyond the other's last are never drawn.
+    Indices beyond the end of the shorter set are never drawn.
     """
     rng = random.Random(seed)
-    last = min(len(wanted), len(other)) - 1
-    places = [rng.randint(0, last) for _ in range(count)]
-    return [wanted[place] for place in places], [other[place] for place in places]
+    last = min(len(positive), len(negative)) - 1
+    indices = [rng.randint(0, last) for _ in range(count)]
+    return [positive[index] for index in indices], [negative[index] for index in indices]
 
 
 def _prompt(group: Sequence[Example], instruction: str) -> str:
-    *shown, asked = group
+    *solved, question = group
     opening = f"{instruction}\n" if instruction else ""
-    demonstrations = [f"Q:{one.input}\nA:{one.output}\n\n" for one in shown]
-    return opening + "".join(demonstrations) + f"Q:{asked.input}\nA:"
+    demonstrations = [f"Q:{example.input}\nA:{example.output}\n\n" for example in solved]
+    return opening + "".join(demonstrations) + f"Q:{question.input}\nA:"

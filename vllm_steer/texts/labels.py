@@ -1,4 +1,4 @@
-"""Label maps: from what a data set calls its classes to strengths in [-1, 1]."""
+"""Label maps: from the class labels of a data set to values in [-1, 1]."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -8,7 +8,7 @@ from vllm_steer.foreign import is_number, shown
 
 LabelMap = Callable[[Any], float]
 
-# As the LM-Steer authors' training script maps them; their yelp map is not symmetric.
+# The maps of the LM-Steer authors' training script; their yelp map is not symmetric.
 LABEL_MAPS: Final[Mapping[str, Mapping[str, float]]] = {
     "sst2": {"0": -1.0, "1": 1.0},
     "sst5": {"0": -1.0, "1": -0.5, "2": 0.0, "3": 0.5, "4": 1.0},
@@ -17,15 +17,16 @@ LABEL_MAPS: Final[Mapping[str, Mapping[str, float]]] = {
 }
 
 
-def label_map(given: str | None) -> LabelMap:
-    """The label of a value: by a known map, by pairs such as ``good=1,bad=-1``, or as it stands.
+def label_map(spec: str | None) -> LabelMap:
+    """A function from labels to [-1, 1]: a named map, pairs such as ``good=1,bad=-1``, or the
+    identity.
 
-    Raises ``SteerError`` for a map that is neither; what is returned, for a value that the map does
-    not have, or that is no number in [-1, 1].
+    Raises ``SteerError`` for an invalid map; the function raises it for a label that is not in the
+    map or not a number in [-1, 1].
     """
-    if given is None:
+    if spec is None:
         return _number
-    table = LABEL_MAPS.get(given) or _pairs(given)
+    table = LABEL_MAPS.get(spec) or _pairs(spec)
 
     def mapped(value: Any) -> float:
         for key in _keys(value):
@@ -37,23 +38,23 @@ def label_map(given: str | None) -> LabelMap:
 
 
 def _keys(value: Any) -> tuple[str, ...]:
-    """What a value may be called in a map: a float column writes 1 as 1.0, JSON True as true."""
+    """The possible keys of a value: a float column writes 1 as 1.0, JSON True as true."""
     text = str(value).strip()
     return (text, text.lower()) if isinstance(value, bool) else (text, text.removesuffix(".0"))
 
 
-def _pairs(given: str) -> dict[str, float]:
+def _pairs(spec: str) -> dict[str, float]:
     table: dict[str, float] = {}
-    for pair in given.split(","):
+    for pair in spec.split(","):
         name, _, value = (part.strip() for part in pair.rpartition("="))
         if not name:
             raise SteerError(
-                f"label map {shown(given)}: wanted one of {', '.join(LABEL_MAPS)}, or pairs such "
+                f"label map {shown(spec)}: expected one of {', '.join(LABEL_MAPS)}, or pairs such "
                 "as good=1,bad=-1"
             )
         if name in table:
             raise SteerError(
-                f"label map {shown(given)}: {name} is there twice; give each label once"
+                f"label map {shown(spec)}: {name} is listed twice; give each label once"
             )
         table[name] = _number(value)
     return table
@@ -71,6 +72,7 @@ def _number(value: Any) -> float:
         number = float("nan")
     if not -1 <= number <= 1:
         raise SteerError(
-            f"label {shown(value)} is no number in [-1, 1]; give a label map such as good=1,bad=-1"
+            f"label {shown(value)} is not a number in [-1, 1]; give a label map such as "
+            "good=1,bad=-1"
         )
     return number

@@ -1,4 +1,4 @@
-"""Rows of a text file, one at a time: JSONL, JSON, CSV, TSV or plain text."""
+"""Rows of a text file, read lazily: JSONL, JSON, CSV, TSV or plain text."""
 
 import csv
 import json
@@ -21,113 +21,116 @@ _BROKEN: Final = "it has bytes that are not UTF-8"
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values by name and its place, such as ``reviews.jsonl:12``.
+    """One row: its values by name and its location, such as ``reviews.jsonl:12``.
 
-    A row that cannot be read has a ``problem`` and no values.
+    An invalid row has a ``problem`` and no values.
     """
 
-    place: str
+    location: str
     values: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file in their order, read as they are asked for; blank lines are none.
+    """Read the rows of a file lazily and in order; blank lines are skipped.
 
-    By the file's ending: ``.jsonl`` an object a line, ``.json`` a list of objects, ``.csv`` and
-    ``.tsv`` with a line of names, ``.txt`` a text a line, under the name ``text``. UTF-8.
+    The format depends on the extension: ``.jsonl`` one object per line, ``.json`` a list of
+    objects, ``.csv`` and ``.tsv`` with a header line, ``.txt`` one text per line, under the name
+    ``text``; all in UTF-8.
 
-    Raises ``SteerError`` for another ending, a file that cannot be read and a JSON file that is no
-    list. A bad row does not raise: it has a ``problem``, see ``take``.
+    Raises ``SteerError`` for another extension, for a file that cannot be read and for a JSON file
+    that is not a list. An invalid row raises nothing: it has a ``problem``, see ``take``.
     """
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise SteerError(
-            f"{path}: the ending is {path.suffix or 'missing'}; texts are read from "
+            f"{path}: the file name extension is {path.suffix or 'missing'}; supported: "
             f"{', '.join(SUFFIXES)}"
         )
     if not os.path.isfile(path):
-        found = "is no plain file" if os.path.lexists(path) else "no such file"
-        raise SteerError(f"{path}: {found}; give a file of texts")
+        problem = "is not a regular file" if os.path.lexists(path) else "no such file"
+        raise SteerError(f"{path}: {problem}; give a file of texts")
     try:
-        # A byte that is no UTF-8 becomes a lone surrogate, so that its row can be named.
+        # An invalid UTF-8 byte becomes a lone surrogate, so that the error can name its row.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for line, values in reader(file):
                 yield _row(f"{path.name}:{line}", values)
     except OSError as error:
         raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
-    except _Malformed as error:
+    except _MalformedFileError as error:
         raise SteerError(f"{path}:{error}") from None
 
 
 def take(rows: Iterable[Row], read: Callable[[Row], T]) -> Iterator[T]:
-    """``read`` of every row; one ``SteerError`` at the end names each row that it refused.
+    """Apply ``read`` to every valid row; raise one ``SteerError`` at the end with all invalid rows.
 
-    ``read`` is only given rows without a problem of their own.
+    A row is invalid if it has a ``problem`` or if ``read`` raises a ``SteerError``.
     """
     problems: list[str] = []
-    more = 0
+    omitted = 0
     for row in rows:
         try:
             if row.problem:
-                raise SteerError(f"{row.place}: {row.problem}")
+                raise SteerError(f"{row.location}: {row.problem}")
             yield read(row)
         except SteerError as error:
             if len(problems) < _SHOWN:
                 problems.append(str(error))
             else:
-                more += 1
+                omitted += 1
     if problems:
-        raise SteerError("; ".join(problems) + (f"; and {more} more bad rows" if more else ""))
+        raise SteerError(
+            "; ".join(problems) + (f"; and {omitted} more bad rows" if omitted else "")
+        )
 
 
 def text_of(row: Row, name: str) -> str:
-    """A row's non-empty text under a name; ``SteerError`` says what the row has instead."""
+    """A row's non-empty text under a name. Raises ``SteerError`` with what the row has instead."""
     if name not in row.values:
         raise SteerError(
-            f"{row.place}: there is no {name!r}; the row has "
+            f"{row.location}: the field {name!r} is missing; the row has "
             f"{', '.join(map(shown, row.values)) or 'nothing'}"
         )
     value = row.values[name]
     if isinstance(value, Mapping) and isinstance(value.get("text"), str):
         value = value["text"]  # the prompts of the LM-Steer authors: {"prompt": {"text": ...}}
         if _broken(value):
-            raise SteerError(f"{row.place}: {_BROKEN}")
+            raise SteerError(f"{row.location}: {_BROKEN}")
     if not isinstance(value, str) or not value.strip():
-        raise SteerError(f"{row.place}: {name} is {shown(value)}; expected a text")
+        raise SteerError(f"{row.location}: {name} is {shown(value)}; expected a text")
     return value
 
 
-def _row(place: str, values: Any) -> Row:
-    if isinstance(values, _Bad):
-        return Row(place, problem=values.reason)
+def _row(location: str, values: Any) -> Row:
+    if isinstance(values, _BadRow):
+        return Row(location, problem=values.reason)
     if not isinstance(values, Mapping):
-        return Row(place, problem=f"the row is {shown(values)}; expected an object")
+        return Row(location, problem=f"the row is {shown(values)}; expected an object")
     if any(_broken(value) for value in values.values()):
-        return Row(place, problem=_BROKEN)
-    return Row(place, values)
+        return Row(location, problem=_BROKEN)
+    return Row(location, values)
 
 
 def _broken(value: Any) -> bool:
     return isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-class _Malformed(Exception):
-    """The file as a whole cannot be read on; begins with the line."""
+class _MalformedFileError(Exception):
+    """The rest of the file cannot be read; the message begins with the line."""
 
 
 @dataclass(frozen=True)
-class _Bad:
+class _BadRow:
     reason: str
 
 
 def _lines(file: IO[str]) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers; none is longer than a row may be."""
+    """The lines with their numbers, with a limit on their length."""
     line = 1
     while text := file.readline(_LONGEST + 1):
         if len(text) > _LONGEST:
-            raise _Malformed(f"{line}: a line of more than {_LONGEST} letters")
+            raise _MalformedFileError(f"{line}: a line of more than {_LONGEST} characters")
         yield line, text
         line += 1
 
@@ -135,30 +138,30 @@ def _lines(file: IO[str]) -> Iterator[tuple[int, str]]:
 def _jsonl(file: IO[str]) -> Iterator[tuple[int, Any]]:
     for line, text in _lines(file):
         if text.strip():
-            yield line, _parsed(text)
+            yield line, _parse(text)
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=each_once)
     except SteerError as error:
-        return _Bad(str(error))
+        return _BadRow(str(error))
     except (ValueError, RecursionError) as error:
-        return _Bad(f"no JSON ({_cause(error)})")
+        return _BadRow(f"invalid JSON ({_cause(error)})")
 
 
 def _cause(error: ValueError | RecursionError) -> str:
-    """Why there is no JSON, without a line number: that is one of the piece that was parsed."""
+    """The reason of a JSON error, without its line number, which is relative to the parsed part."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _json(file: IO[str]) -> Iterator[tuple[int, Any]]:
-    """The items of one JSON list, without holding more of the file than an item and a chunk."""
-    text = _Ahead(file)
+    """The items of a JSON list, with at most one item and one chunk of the file in memory."""
+    text = _JsonReader(file)
     if text.next_letter() != "[":
-        raise _Malformed(f"{text.line}: a JSON file holds one list of objects")
+        raise _MalformedFileError(f"{text.line}: a JSON file holds one list of objects")
     text.step()
     if text.next_letter() == "]":
         text.step()
@@ -167,68 +170,74 @@ def _json(file: IO[str]) -> Iterator[tuple[int, Any]]:
         while not last:
             text.next_letter()
             yield text.line, text.item()
-            mark = text.next_letter()
-            if mark not in (",", "]"):
-                said = (
-                    f"{mark!r} where a comma or ] is expected" if mark else "the list does not end"
+            separator = text.next_letter()
+            if separator not in (",", "]"):
+                reason = (
+                    f"{separator!r} where a comma or ] is expected"
+                    if separator
+                    else "the list does not end"
                 )
-                raise _Malformed(f"{text.line}: no JSON ({said})")
-            last = mark == "]"
+                raise _MalformedFileError(f"{text.line}: invalid JSON ({reason})")
+            last = separator == "]"
             text.step()
     if text.next_letter():
-        raise _Malformed(f"{text.line}: something follows the end of the list")
+        raise _MalformedFileError(f"{text.line}: there is content after the end of the list")
 
 
-class _Ahead:
-    """A file read in chunks: what is ahead of a place in it, and the place's line."""
+class _JsonReader:
+    """A cursor in a JSON file that is read in chunks, with its line number."""
 
     def __init__(self, file: IO[str]) -> None:
-        self._file, self._text, self._at = file, "", 0
+        self._file, self._text, self._position = file, "", 0
         self._decoder = json.JSONDecoder(object_pairs_hook=each_once)
         self.line = 1
 
     def next_letter(self) -> str:
-        """The next letter that is no space, without stepping over it; empty at the file's end."""
+        """The next character that is not white space, without consuming it; empty at the end of the
+        file.
+        """
         while True:
-            while self._at < len(self._text):
-                letter = self._text[self._at]
+            while self._position < len(self._text):
+                letter = self._text[self._position]
                 if letter not in " \t\r\n":
                     return letter
                 self.step()
-            if not self._more():
+            if not self._read_more():
                 return ""
 
     def step(self) -> None:
-        """Go on by one letter."""
-        self.line += self._text[self._at] == "\n"
-        self._at += 1
+        """Consume one character."""
+        self.line += self._text[self._position] == "\n"
+        self._position += 1
 
     def item(self) -> Any:
-        """The JSON value that begins here; ``_Malformed`` if there is none."""
+        """Parse the JSON value at the cursor. Raises ``_MalformedFileError`` if it is invalid."""
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = self._decoder.raw_decode(self._text, self._position)
                 problem = "the list does not end"
             except SteerError as error:
-                raise _Malformed(f"{self.line}: {error}") from None
+                raise _MalformedFileError(f"{self.line}: {error}") from None
             except (ValueError, RecursionError) as error:
                 end, problem = len(self._text), _cause(error)
-            # At the end of what was read, a number may go on in the next chunk.
+            # A number at the end of a chunk may continue in the next one.
             if end < len(self._text):
-                self.line += self._text.count("\n", self._at, end)
-                self._at = end
+                self.line += self._text.count("\n", self._position, end)
+                self._position = end
                 return value
-            if len(self._text) - self._at > _LONGEST:
-                raise _Malformed(f"{self.line}: no JSON in {_LONGEST} letters ({problem})")
-            if not self._more():
-                raise _Malformed(f"{self.line}: no JSON ({problem})")
+            if len(self._text) - self._position > _LONGEST:
+                raise _MalformedFileError(
+                    f"{self.line}: invalid JSON within {_LONGEST} characters ({problem})"
+                )
+            if not self._read_more():
+                raise _MalformedFileError(f"{self.line}: invalid JSON ({problem})")
 
-    def _more(self) -> bool:
-        """Read on, as much as is unread: a long item is parsed a few times only."""
-        unread = self._text[self._at :]
-        more = self._file.read(max(_CHUNK, len(unread)))
-        self._text, self._at = unread + more, 0
-        return bool(more)
+    def _read_more(self) -> bool:
+        """Read as much as is unparsed, so that a long item is parsed only a few times."""
+        unread = self._text[self._position :]
+        chunk = self._file.read(max(_CHUNK, len(unread)))
+        self._text, self._position = unread + chunk, 0
+        return bool(chunk)
 
 
 def _csv(file: IO[str]) -> Iterator[tuple[int, Any]]:
@@ -238,7 +247,7 @@ def _csv(file: IO[str]) -> Iterator[tuple[int, Any]]:
 def _tsv(file: IO[str]) -> Iterator[tuple[int, Any]]:
     for line, values in _table(file, "\t"):
         if isinstance(values, dict) and any(set("\t\r\n") & set(v) for v in values.values()):
-            values = _Bad(
+            values = _BadRow(
                 "a quoted value with a tab or a line break; write \\t or \\n, or give a .csv"
             )
         yield line, values
@@ -255,17 +264,17 @@ def _table(file: IO[str], delimiter: str) -> Iterator[tuple[int, Any]]:
             elif names is not None and len(values) == len(names):
                 yield line, dict(zip(names, values, strict=True))
             elif values and names is not None:
-                yield line, _Bad(f"{len(values)} values; the first line names {len(names)}")
+                yield line, _BadRow(f"{len(values)} values; the first line names {len(names)}")
             line = reader.line_num + 1
     except csv.Error as error:
-        raise _Malformed(f"{line}: no CSV ({error})") from None
+        raise _MalformedFileError(f"{line}: invalid CSV ({error})") from None
 
 
 def _names(line: int, names: list[str]) -> list[str]:
     if any(map(_broken, names)):
-        raise _Malformed(f"{line}: {_BROKEN}")
+        raise _MalformedFileError(f"{line}: {_BROKEN}")
     if len(set(names)) < len(names) or not all(names):
-        raise _Malformed(
+        raise _MalformedFileError(
             f"{line}: the first line must name each column once; it is {shown(names, 200)}"
         )
     return names

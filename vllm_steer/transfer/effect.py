@@ -1,9 +1,9 @@
-"""Measures how much of a steer's effect a transferred one keeps, on labelled texts.
+"""Measures how much of a steer's effect a transferred steer keeps, on labelled texts.
 
     effect = mean over texts of sign(label) * sum_t (log p_{+v}(x_t) - log p_{-v}(x_t))
 
-Two tokenizers cut a text into different numbers of tokens, so the models are compared by the
-evidence of whole texts; the figure per token is given beside it.
+Two tokenizers split a text into different numbers of tokens, so models are compared by the evidence
+per text; the evidence per token is reported as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _CLOSE_ENOUGH: Final = 0.02
 
 @dataclass(frozen=True)
 class Effect:
-    """Evidence for the texts' own labels, in nats, and the share that it labels right."""
+    """Mean evidence for the texts' labels, in nats, and the share of labels with its sign."""
 
     texts: int
     strength: float
@@ -39,56 +39,57 @@ def measure_effect(
     strength: float = 1.0,
     on_text: Callable[[int], None] = lambda _: None,
 ) -> Effect:
-    """The effect of a steer on labelled texts; those labelled 0 are on no side and left out.
+    """The effect of a steer on labelled texts; texts with label 0 are ignored.
 
-    Raises ``SteerError`` if no text is labelled otherwise, and for what ``text_evidence`` refuses.
+    ``on_text`` receives the number of texts measured so far. Raises ``SteerError`` if every label
+    is 0, and as ``text_evidence`` does.
     """
-    sided = [one for one in texts if one.label != 0]
-    if not sided:
-        raise SteerError("every text is labelled 0; expected texts of both sides, 1 and -1")
-    total, tokens, right = 0.0, 0, 0
-    for done, (text, label) in enumerate(sided, 1):
-        found = text_evidence(model, steer, text, strength=strength, spans=0)
+    labelled = [text for text in texts if text.label != 0]
+    if not labelled:
+        raise SteerError("every label is 0; expected labels above and below 0")
+    total, tokens, correct = 0.0, 0, 0
+    for done, (text, label) in enumerate(labelled, 1):
+        evidence = text_evidence(model, steer, text, strength=strength, spans=0)
         side = 1 if label > 0 else -1
-        total += side * found.total
-        tokens += len(found.tokens)
-        right += found.label == side
+        total += side * evidence.total
+        tokens += len(evidence.tokens)
+        correct += evidence.label == side
         on_text(done)
-    count = len(sided)
-    return Effect(count, strength, total / count, total / tokens, right / count)
+    count = len(labelled)
+    return Effect(count, strength, total / count, total / tokens, correct / count)
 
 
 def match_strength(
     model: LanguageModel,
     steer: LMSteer,
     texts: Sequence[LabelledText],
-    wanted: Effect,
+    target: Effect,
     *,
     on_trial: Callable[[int], None] = lambda _: None,
 ) -> tuple[LMSteer, Effect]:
-    """The steer with its epsilon scaled so that the effect per text is the wanted one, within 2%.
+    """Scale the steer's epsilon until its effect per text is that of ``target``, within 2%.
 
-    The effect grows with epsilon, at first in proportion: each trial multiplies epsilon by how much
-    is missing, for fixed columns too: one map carried them all. ``on_trial`` counts the trials.
+    The effect grows about in proportion to epsilon, so each trial multiplies epsilon by the ratio
+    of the effects. Fixed columns are scaled too, since one map transferred all columns.
+    ``on_trial`` receives the number of trials so far. Returns the steer and its effect.
 
-    Raises ``SteerError`` if the steer does not speak for the labels at all, or does not reach the
-    effect at any epsilon tried.
+    Raises ``SteerError`` if an effect is not above 0, or if no trial reaches the target.
     """
-    effect = measure_effect(model, steer, texts, strength=wanted.strength)
+    effect = measure_effect(model, steer, texts, strength=target.strength)
     for trial in range(1, _TRIALS + 1):
-        if wanted.evidence_per_text <= 0 or effect.evidence_per_text <= 0:
+        if target.evidence_per_text <= 0 or effect.evidence_per_text <= 0:
             raise SteerError(
-                f"the evidence for the labels is {wanted.evidence_per_text:.3g} nats per text in "
+                f"the evidence for the labels is {target.evidence_per_text:.3g} nats per text in "
                 f"the source model and {effect.evidence_per_text:.3g} in the target; strengths can "
                 "be matched only where both are above 0"
             )
-        missing = wanted.evidence_per_text / effect.evidence_per_text
-        if abs(missing - 1) <= _CLOSE_ENOUGH:
+        factor = target.evidence_per_text / effect.evidence_per_text
+        if abs(factor - 1) <= _CLOSE_ENOUGH:
             return steer, effect
-        steer = replace(steer, epsilon=steer.epsilon * missing)
-        effect = measure_effect(model, steer, texts, strength=wanted.strength)
+        steer = replace(steer, epsilon=steer.epsilon * factor)
+        effect = measure_effect(model, steer, texts, strength=target.strength)
         on_trial(trial)
     raise SteerError(
         f"after {_TRIALS} trials the evidence is {effect.evidence_per_text:.3g} nats per text and "
-        f"not {wanted.evidence_per_text:.3g}; give a smaller --strength, or tune it by hand"
+        f"not {target.evidence_per_text:.3g}; give a smaller --strength, or tune it by hand"
     )

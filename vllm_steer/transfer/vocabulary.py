@@ -1,4 +1,4 @@
-"""The tokens that two models have in common."""
+"""The tokens that two models share."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,10 @@ from vllm_steer.errors import SteerError
 
 @dataclass(frozen=True, eq=False)
 class SharedVocabulary:
-    """Tokens of one string in both vocabularies, in the order of their number in the source."""
+    """Tokens with the same string in both vocabularies, ordered by their id in the source.
+
+    ``source_ids`` and ``target_ids`` are ``[shared]`` int64; the former ascend.
+    """
 
     tokens: tuple[str, ...] = field(repr=False)
     source_ids: torch.Tensor = field(repr=False)  # [shared] int64, ascending
@@ -23,10 +26,10 @@ class SharedVocabulary:
 def shared_vocabulary(
     source_tokenizer: Any, target_tokenizer: Any, *, source_rows: int, target_rows: int
 ) -> SharedVocabulary:
-    """The shared tokens whose numbers both output embeddings have a row for.
+    """The shared tokens whose ids are rows of both output embeddings.
 
-    They are sorted by number: a tokenizer's table has no order of its own, and where the merges of
-    a BPE are numbered as they were found, the first tokens are the most frequent.
+    They are sorted by id: a tokenizer's table is unordered, and in a BPE vocabulary low ids are the
+    most frequent tokens.
 
     Raises ``SteerError`` if there are none.
     """
@@ -38,8 +41,8 @@ def shared_vocabulary(
     )
     if not shared:
         raise SteerError(
-            "the two vocabularies have no token in common, so there is nothing to match the models "
-            "by; expected tokenizers of one kind (byte-level BPE, SentencePiece)"
+            "the two vocabularies share no token, so no map between the models can be fitted; "
+            "expected tokenizers of one kind (byte-level BPE, SentencePiece)"
         )
     source_ids, target_ids, tokens = zip(*shared, strict=True)
     return SharedVocabulary(tokens, torch.tensor(source_ids), torch.tensor(target_ids))

@@ -1,5 +1,5 @@
-"""The engine and the judge that stand in for real ones, for all tests of this folder."""
+"""Fixtures with a fake engine and a fake judge, for all tests of this folder."""
 
-from eval_tools import place, stand_in
+from eval_tools import fake_engine, folder
 
-__all__ = ["place", "stand_in"]
+__all__ = ["fake_engine", "folder"]

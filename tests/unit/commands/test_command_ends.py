@@ -1,4 +1,4 @@
-"""How a command ends: one line and an exit code, whatever goes wrong."""
+"""Every error of a command is one line and an exit code."""
 
 import os
 import shlex
@@ -18,21 +18,21 @@ from vllm_steer.cli import main
 
 @pytest.mark.parametrize("what", ["folder", "pipe", "device", "gone", "-", "unreadable", "empty"])
 def test_what_is_no_steer_file_is_one_line(tmp_path: Path, what: str) -> None:
-    given: dict[str, Any] = {"folder": tmp_path, "device": "/dev/zero", "-": "-"}
-    path = given.get(what, tmp_path / what)
+    content: dict[str, Any] = {"folder": tmp_path, "device": "/dev/zero", "-": "-"}
+    path = content.get(what, tmp_path / what)
     if what == "pipe":
         os.mkfifo(path)
     if what in ("unreadable", "empty"):
         Path(path).write_bytes(b"")
         Path(path).chmod(0o000 if what == "unreadable" else 0o600)
-    done = call("convert", path, tmp_path / "out")
-    assert isinstance(done.exception, SteerError) and done.output == ""
-    assert str(done.exception).startswith(f"{path}: ")
+    completed = call("convert", path, tmp_path / "out")
+    assert isinstance(completed.exception, SteerError) and completed.output == ""
+    assert str(completed.exception).startswith(f"{path}: ")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("raised", "code", "message"),
     [
         (SteerError("a\nb"), 1, "vllm-steer: a\\nb\n"),
         (RecursionError("deep"), 1, "vllm-steer: RecursionError: deep\n"),
@@ -49,24 +49,24 @@ def test_what_goes_wrong_is_one_line(
     capfd: pytest.CaptureFixture[str],
     raised: BaseException,
     code: int,
-    said: str | None,
+    message: str | None,
 ) -> None:
     def fails() -> None:
         raise raised
 
     monkeypatch.setattr("vllm_steer.cli.app", fails)
-    kept = os.dup(1)
+    content = os.dup(1)
     try:
         with pytest.raises(SystemExit) as caught:
             main()
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(content, 1)
+        os.close(content)
     assert caught.value.code == code
-    found = capfd.readouterr().err
-    assert found.count("\n") == 1
-    assert_shown(found)
-    assert said in (None, found)
+    result = capfd.readouterr().err
+    assert result.count("\n") == 1
+    assert_shown(result)
+    assert message in (None, result)
 
 
 def test_an_interrupted_command_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_a_full_standard_output_leaves_no_file(tmp_path: Path) -> None:
     steer = steer_of(tmp_path / "in", "x")
     line = [sys.executable, "-c", MAIN, "convert", str(steer), str(tmp_path / "out")]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+        completed = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert completed.returncode == 1 and completed.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -99,7 +99,7 @@ def test_a_full_standard_output_leaves_no_file(tmp_path: Path) -> None:
 def test_a_stream_that_is_closed_is_no_reason_to_fail(tmp_path: Path, closed: str) -> None:
     steer = steer_of(tmp_path / "in", "x")
     line = [sys.executable, "-c", MAIN, "convert", str(steer), str(tmp_path / "out")]
-    done = subprocess.run(["bash", "-c", f"{shlex.join(line)} {closed}"], timeout=60)
-    assert done.returncode == 0 and load_steer(tmp_path / "out").layers == (0, 1)
+    completed = subprocess.run(["bash", "-c", f"{shlex.join(line)} {closed}"], timeout=60)
+    assert completed.returncode == 0 and load_steer(tmp_path / "out").layers == (0, 1)
     again = subprocess.run(["bash", "-c", f"{shlex.join(line)} {closed}"], timeout=60)
     assert again.returncode == 1

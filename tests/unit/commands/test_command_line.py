@@ -1,4 +1,4 @@
-"""The command line as a whole: fast help, the version, and a line for each command."""
+"""The command line: fast help, the version, and a line for each command."""
 
 import subprocess
 import sys
@@ -24,18 +24,20 @@ def test_the_commands_are_those_of_the_interface() -> None:
 def test_help_lists_every_command_and_imports_none() -> None:
     code = f"import sys; sys.argv[1:] = ['--help']\ntry:\n    {MAIN}\nfinally:\n    "
     code += "print('HEAVY', sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "HEAVY []" in done.stdout
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "HEAVY []" in completed.stdout
     for name, entry in COMMANDS.items():
-        assert name in done.stdout and entry.help.split()[0] in done.stdout
-    assert "vllm serve MODEL --steer-config" in done.stdout
+        assert name in completed.stdout and entry.help.split()[0] in completed.stdout
+    assert "vllm serve MODEL --steer-config" in completed.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_shows_its_own_help(name: str) -> None:
-    done = CliRunner().invoke(app, [name, "--help"])
-    assert done.exit_code == 0
-    assert f"{name} " in done.stdout.splitlines()[1]
+    completed = CliRunner().invoke(app, [name, "--help"])
+    assert completed.exit_code == 0
+    assert f"{name} " in completed.stdout.splitlines()[1]
     entry = COMMANDS[name]
     assert hasattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
 
@@ -45,19 +47,21 @@ def test_the_version_is_printed() -> None:
 
 
 def test_serve_points_to_vllm() -> None:
-    done = CliRunner().invoke(app, ["serve", "model"])
-    assert isinstance(done.exception, SteerError)
-    assert str(done.exception) == "to serve steers, run: vllm serve MODEL --steer-config FILE"
+    completed = CliRunner().invoke(app, ["serve", "model"])
+    assert isinstance(completed.exception, SteerError)
+    assert str(completed.exception) == "to serve steers, run: vllm serve MODEL --steer-config FILE"
 
 
 def test_an_unknown_command_is_an_error() -> None:
-    done = CliRunner().invoke(app, ["steer"])
-    assert done.exit_code == 2 and "No such command 'steer'" in done.output
+    completed = CliRunner().invoke(app, ["steer"])
+    assert completed.exit_code == 2 and "No such command 'steer'" in completed.output
 
 
 def test_a_misspelt_command_is_answered_with_the_right_one() -> None:
-    done = CliRunner().invoke(app, ["convrt"])
-    assert done.exit_code == 2 and "Did you mean 'convert'?" in " ".join(done.output.split())
+    completed = CliRunner().invoke(app, ["convrt"])
+    assert completed.exit_code == 2 and "Did you mean 'convert'?" in " ".join(
+        completed.output.split()
+    )
 
 
 def test_a_group_of_commands_has_no_completion_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""``vllm-steer convert``: any tool's file becomes one of vllm-steer's, and is described."""
+"""``vllm-steer convert``: converts the files of other tools and summarises them."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ from vllm_steer.cli import app
 
 
 def convert(*arguments: Any) -> Any:
-    """The command in this process; a refusal is raised."""
+    """Run the command in this process; raise its ``SteerError``."""
     result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
     if isinstance(result.exception, SteerError):
         raise result.exception
@@ -33,7 +33,7 @@ def convert(*arguments: Any) -> Any:
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a separate process."""
     run = "from vllm_steer.cli import main; main()"
     line = [sys.executable, "-c", run, "convert", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=120)
@@ -43,9 +43,14 @@ def test_a_converted_file_is_the_steer_that_was_read(tmp_path: Path) -> None:
     theirs = write_gguf(tmp_path / "v.gguf", directions([1, 2, 3]))
     result = convert(theirs, tmp_path / "own.safetensors", "--layers", "2-3")
     assert result.exit_code == 0
-    own, read = load_steer(tmp_path / "own.safetensors"), load_steer(theirs, layers="2-3")
-    assert (own.layers, own.site, own.mode, own.base_model) == ((2, 3), "resid", "add", "mistral")
-    assert torch.equal(own.vectors, read.vectors)
+    original, read = load_steer(tmp_path / "own.safetensors"), load_steer(theirs, layers="2-3")
+    assert (original.layers, original.site, original.mode, original.base_model) == (
+        (2, 3),
+        "resid",
+        "add",
+        "mistral",
+    )
+    assert torch.equal(original.vectors, read.vectors)
     with safe_open(str(tmp_path / "own.safetensors"), framework="pt") as file:
         assert file.metadata()["format"] == "vllm-steer"
 
@@ -54,12 +59,12 @@ def test_the_table_says_what_was_read(tmp_path: Path) -> None:
     rows = torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0]])
     theirs = write_concept(tmp_path / "w", W=rows, b=torch.zeros(3))
     output = convert(theirs, tmp_path / "own", "--default-strength", "8").output
-    told = [
+    output_value = [
         [cell.strip() for cell in line.strip("│").split("│")]
         for line in output.splitlines()
         if line.startswith("│")
     ]
-    assert told == [
+    assert output_value == [
         ["format", "a concept-guidance file"],
         ["kind", "vector"],
         ["site", "attn_in"],
@@ -96,9 +101,9 @@ def test_a_delta_is_told_by_the_largest_step_of_each_layer(tmp_path: Path) -> No
     delta[1, 1, 0] = torch.tensor([0.0, 2.0])
     torch.save(delta, tmp_path / "diff.pt")
     result = convert(tmp_path / "diff.pt", tmp_path / "own", "--json", "--schedule", "dim")
-    told = json.loads(result.output)
-    assert (told["kind"], told["site"], told["schedule"]) == ("delta", "heads", "dim")
-    assert (told["steps"], told["norms"]) == (2, {"0": 5.0, "1": 2.0})
+    output = json.loads(result.output)
+    assert (output["kind"], output["site"], output["schedule"]) == ("delta", "heads", "dim")
+    assert (output["steps"], output["norms"]) == (2, {"0": 5.0, "1": 2.0})
     assert load_steer(tmp_path / "own").schedule == "dim"
 
 
@@ -126,8 +131,8 @@ def test_an_lm_steer_is_told_by_its_columns_and_rank(tmp_path: Path, make_steer:
         "output": str(tmp_path / "own"),
     }
     assert load_steer(tmp_path / "own").fixed_columns == (1,)
-    kept = convert(tmp_path / "own", tmp_path / "kept", "--columns", "0", "--json")
-    assert json.loads(kept.output)["columns"] == 1
+    columns_kept = convert(tmp_path / "own", tmp_path / "kept", "--columns", "0", "--json")
+    assert json.loads(columns_kept.output)["columns"] == 1
 
 
 def test_every_option_of_a_format_reaches_its_reader(tmp_path: Path) -> None:
@@ -181,27 +186,29 @@ def test_a_refused_file_leaves_no_output(tmp_path: Path, options: list[str], mes
     assert [entry.name for entry in tmp_path.iterdir()] == ["v.gguf"]
 
 
-@pytest.mark.parametrize("place", ["no/such/folder/own", "v.gguf/own", "o" * 300])
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("output", ["no/such/folder/own", "v.gguf/own", "o" * 300])
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, output: str) -> None:
     theirs = write_gguf(tmp_path / "v.gguf", directions([1]))
-    said = rf"{place[:200]}.*: (cannot be written \(|there is no folder )"
-    with pytest.raises(SteerError, match=said):
-        convert(theirs, tmp_path / place)
+    message = rf"{output[:200]}.*: (cannot be written \(|there is no folder )"
+    with pytest.raises(SteerError, match=message):
+        convert(theirs, tmp_path / output)
 
 
 def test_the_command_answers_0_and_writes(tmp_path: Path) -> None:
     theirs = write_svec(tmp_path / "v.svec", directions([5]))
-    done = command(theirs, tmp_path / "own", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["layers"] == "4"
+    completed = command(theirs, tmp_path / "own", "--json")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert json.loads(completed.stdout)["layers"] == "4"
     assert load_steer(tmp_path / "own").layers == (4,)
 
 
 def test_the_command_answers_1_and_one_line(tmp_path: Path) -> None:
     torch.save(torch.ones(33, 4), tmp_path / "persona.pt")
-    done = command(tmp_path / "persona.pt", tmp_path / "own")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"vllm-steer: {tmp_path / 'persona.pt'}: a tensor [33, 4] does")
-    assert "give rows: 1-32, layers: 0-31" in done.stderr
-    assert done.stderr.count("\n") == 1
+    completed = command(tmp_path / "persona.pt", tmp_path / "own")
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert completed.stderr.startswith(
+        f"vllm-steer: {tmp_path / 'persona.pt'}: a tensor [33, 4] does"
+    )
+    assert "give rows: 1-32, layers: 0-31" in completed.stderr
+    assert completed.stderr.count("\n") == 1
     assert not (tmp_path / "own").exists()

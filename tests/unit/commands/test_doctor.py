@@ -1,4 +1,4 @@
-"""The parts of the doctor: what a model's config and the environment tell."""
+"""The doctor's checks of a model's config and of the environment."""
 
 import io
 from pathlib import Path
@@ -23,8 +23,8 @@ def described(config: Any, name: str, folder: Path) -> dict[str, Finding]:
     return by_name(describe(read_architecture(str(folder))))
 
 
-def states(found: dict[str, Finding]) -> dict[str, str]:
-    return {name.removeprefix("site "): f.state for name, f in found.items() if "site" in name}
+def states(findings: dict[str, Finding]) -> dict[str, str]:
+    return {name.removeprefix("site "): f.state for name, f in findings.items() if "site" in name}
 
 
 ALL = dict.fromkeys(("head", "resid", "attn_in", "attn_out", "heads"), "ok")
@@ -32,21 +32,23 @@ ALL = dict.fromkeys(("head", "resid", "attn_in", "attn_out", "heads"), "ok")
 
 def test_a_model_with_every_site_is_told_by_its_config_alone(tmp_path: Path) -> None:
     config = transformers.Qwen3Config(**{**SMALL, "num_attention_heads": 4}, head_dim=32)
-    found = described(config, "Qwen3ForCausalLM", tmp_path)
-    assert states(found) == ALL
-    assert found["sizes"].figures == {"hidden_size": 64, "layers": 3, "vocab_size": 500}
-    assert found["site resid"].figures["width"] == 64
-    assert found["site heads"].figures["width"] == 4 * 32
-    assert not failed(list(found.values()))
+    findings = described(config, "Qwen3ForCausalLM", tmp_path)
+    assert states(findings) == ALL
+    assert findings["sizes"].figures == {"hidden_size": 64, "layers": 3, "vocab_size": 500}
+    assert findings["site resid"].figures["width"] == 64
+    assert findings["site heads"].figures["width"] == 4 * 32
+    assert not failed(list(findings.values()))
 
 
 def test_a_model_without_an_input_norm_lacks_one_site_and_that_is_no_failure(
     tmp_path: Path,
 ) -> None:
-    found = described(transformers.Olmo2Config(**SMALL), "Olmo2ForCausalLM", tmp_path)
-    assert states(found) == {**ALL, "attn_in": "missing"}
-    assert "norm before its attention: the site attn_in does not" in found["site attn_in"].said
-    assert not failed(list(found.values()))
+    findings = described(transformers.Olmo2Config(**SMALL), "Olmo2ForCausalLM", tmp_path)
+    assert states(findings) == {**ALL, "attn_in": "missing"}
+    assert (
+        "norm before its attention: the site attn_in does not" in findings["site attn_in"].message
+    )
+    assert not failed(list(findings.values()))
 
 
 @pytest.mark.parametrize(
@@ -59,10 +61,10 @@ def test_a_model_without_an_input_norm_lacks_one_site_and_that_is_no_failure(
 def test_an_unsupported_model_keeps_the_head_and_says_why_not_the_rest(
     config: Any, name: str, reason: str, tmp_path: Path
 ) -> None:
-    found = described(config, name, tmp_path)
-    assert states(found) == {**dict.fromkeys(ALL, "missing"), "head": "ok"}
-    assert reason in found["site heads"].said
-    assert "LlamaForCausalLM" not in found["site heads"].said
+    findings = described(config, name, tmp_path)
+    assert states(findings) == {**dict.fromkeys(ALL, "missing"), "head": "ok"}
+    assert reason in findings["site heads"].message
+    assert "LlamaForCausalLM" not in findings["site heads"].message
 
 
 HEADS = {
@@ -113,42 +115,48 @@ def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         raise environment.PackageNotFoundError(name)
 
     monkeypatch.setattr(environment, "version", missing)
-    found = by_name(look())
-    assert (found["vllm"].state, found["triton"].state) == ("FAILED", "missing")
+    findings = by_name(look())
+    assert (findings["vllm"].state, findings["triton"].state) == ("FAILED", "missing")
 
 
 @pytest.mark.parametrize(
-    ("variables", "state", "said"),
+    ("variables", "state", "message"),
     [
         ({}, "ok", "installed and active, entry point steer"),
         ({"VLLM_STEER_DISABLE": "0"}, "ok", "installed"),
         ({"VLLM_STEER_DISABLE": "1"}, "FAILED", "switched off by VLLM_STEER_DISABLE=1; unset it"),
-        ({"VLLM_PLUGINS": "other"}, "FAILED", "VLLM_PLUGINS=other leaves steer out; add it"),
+        ({"VLLM_PLUGINS": "other"}, "FAILED", "VLLM_PLUGINS=other does not include steer; add it"),
         ({"VLLM_PLUGINS": "other,steer"}, "ok", "installed"),
     ],
 )
 def test_whether_vllm_will_load_the_plugin(
-    variables: dict[str, str], state: str, said: str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], state: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("VLLM_STEER_DISABLE", "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = by_name(look())["plugin"]
-    assert found.state == state and said in found.said
+    finding = by_name(look())["plugin"]
+    assert finding.state == state and message in finding.message
 
 
 def test_a_plugin_that_is_switched_off_fails_and_starts_no_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_STEER_DISABLE", "1")
-    found = list(examine(read_architecture("embedded")))
-    assert failed(found)
-    engine = by_name(found)["engine"]
-    assert engine.state == "not tested" and "VLLM_STEER_DISABLE" in engine.said
+    findings = list(examine(read_architecture("embedded")))
+    assert failed(findings)
+    engine = by_name(findings)["engine"]
+    assert engine.state == "not tested" and "VLLM_STEER_DISABLE" in engine.message
 
 
 def test_the_table_shows_brackets_as_they_are() -> None:
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(table("m", [Finding("parity", "engine", "FAILED", "shape [/red] [2]")]))
     assert "shape [/red] [2]" in console.export_text()
+
+
+def test_the_keys_of_a_finding_in_json() -> None:
+    data = Finding("model", "sizes", "-", "hidden size 64", {"hidden_size": 64}).as_json
+    assert list(data) == ["part", "name", "state", "said", "figures"]
+    assert data["said"] == "hidden size 64"

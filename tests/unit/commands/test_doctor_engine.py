@@ -1,4 +1,4 @@
-"""The doctor's engine, in a process of its own: why it ended, and what it had answered."""
+"""The doctor's engine process: why it ended, and its output until then."""
 
 import re
 import stat
@@ -12,8 +12,8 @@ from doctor_tools import by_name
 
 from vllm_steer.doctor.architecture import read_architecture
 from vllm_steer.doctor.engine import run_engine
+from vllm_steer.doctor.engine_process import EngineOutput, Job
 from vllm_steer.doctor.report import examine, failed
-from vllm_steer.doctor.served import Job, Served
 
 JOB = Job("model", {}, {}, [[1]], {"unsteered": [{}]}, 1)
 ANSWERED = '{"dtype": "float32", "runner": "V1", "device": "cpu", "batches": {"unsteered": []}}'
@@ -27,42 +27,42 @@ def python(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "message"),
     [
-        ("kill -9 $$", "^the engine was ended by SIGKILL; the memory may not have sufficed$"),
-        ("kill -11 $$", "^the engine was ended by SIGSEGV$"),
+        ("kill -9 $$", "^the engine was killed by SIGKILL; it may have run out of memory$"),
+        ("kill -11 $$", "^the engine was killed by SIGSEGV$"),
         (
             "echo 'Traceback'; echo 'vllm_steer.errors.SteerError: first'; echo 'ValueError: last';"
             "echo 'bye'; exit 1",
-            "^the engine broke off: ValueError: last$",
+            "^the engine failed: ValueError: last$",
         ),
         (
             "echo '(Engine pid=7) ERROR 01-01 00:00:00 [core.py:1] RuntimeError: inner'; exit 1",
-            "^the engine broke off: RuntimeError: inner$",
+            "^the engine failed: RuntimeError: inner$",
         ),
         (
             "echo 'pydantic.ValidationError: 1 error'; echo '  Value is 3 [type=x]'; echo; exit 1",
-            r"^the engine broke off: pydantic.ValidationError: 1 error Value is 3 \[type=x\]$",
+            r"^the engine failed: pydantic.ValidationError: 1 error Value is 3 \[type=x\]$",
         ),
-        ("echo 'a b'; exit 3", "^the engine ended with exit code 3; it said: a b$"),
+        ("echo 'a b'; exit 3", "^the engine exited with code 3; its log ends: a b$"),
         ("exit 0", "^$"),
     ],
 )
 def test_why_an_engine_ended(
-    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python(tmp_path, script, monkeypatch)
-    found, problem = run_engine(JOB, tmp_path)
-    assert found == Served()
-    assert re.search(said, problem)
+    reason, problem = run_engine(JOB, tmp_path)
+    assert reason == EngineOutput()
+    assert re.search(message, problem)
 
 
 def test_what_a_killed_engine_has_answered_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python(tmp_path, f"echo '{ANSWERED}' > $4; kill -9 $$", monkeypatch)
-    found, problem = run_engine(JOB, tmp_path)
-    assert (found.runner, found.batches) == ("V1", {"unsteered": []})
+    output, problem = run_engine(JOB, tmp_path)
+    assert (output.runner, output.batches) == ("V1", {"unsteered": []})
     assert "SIGKILL" in problem
 
 
@@ -71,11 +71,11 @@ def test_a_killed_engine_leaves_a_report(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("VLLM_STEER_DISABLE", "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     findings = list(examine(read_architecture("embedded")))
-    found = by_name(findings)
+    result = by_name(findings)
     assert failed(findings)
-    assert found["engine"].state == "FAILED" and "SIGKILL" in found["engine"].said
-    assert found["resid-add"].state == found["heads-delta"].state == "not tested"
-    assert found["one vector in all layers"].figures["bytes"] == 4 * 128 * 4
+    assert result["engine"].state == "FAILED" and "SIGKILL" in result["engine"].message
+    assert result["resid-add"].state == result["heads-delta"].state == "not tested"
+    assert result["one vector in all layers"].figures["bytes"] == 4 * 128 * 4
 
 
 def test_a_device_without_memory_for_the_reference_leaves_a_report(
@@ -87,6 +87,6 @@ def test_a_device_without_memory_for_the_reference_leaves_a_report(
     monkeypatch.setattr("vllm_steer.doctor.parity.load_model", full)
     for name in ("VLLM_STEER_DISABLE", "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
-    found = by_name(examine(read_architecture("embedded")))
-    assert found["Hugging Face"].state == "not tested"
-    assert "9 GiB" in found["Hugging Face"].said and "one delta of 32 steps" in found
+    findings = by_name(examine(read_architecture("embedded")))
+    assert findings["Hugging Face"].state == "not tested"
+    assert "9 GiB" in findings["Hugging Face"].message and "one delta of 32 steps" in findings

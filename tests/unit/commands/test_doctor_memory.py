@@ -1,4 +1,4 @@
-"""The doctor's account of memory."""
+"""The doctor's report of memory."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from doctor_tools import add_steer, by_name
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, save_steer
 from vllm_steer.bank import fill_head_bank, fill_layer_bank
 from vllm_steer.doctor.architecture import read_architecture
-from vllm_steer.doctor.memory import config_memory, example_memory, takes
+from vllm_steer.doctor.memory import config_memory, example_memory, memory_use
 
 
 def many_steers() -> dict[str, Any]:
@@ -39,15 +39,15 @@ def many_steers() -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_that_of_the_tensors_in_real_banks(dtype: torch.dtype) -> None:
     steers = many_steers()
-    found = takes(steers, hidden_size=128, dtype=dtype)
+    use = memory_use(steers, hidden_size=128, dtype=dtype)
     heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
     head = fill_head_bank(heads, dtype=dtype, device=torch.device("cpu"))
     tables = [table.weights for table in (head.hidden, head.logits)]
     parts = [
         t for table in tables for t in (table.shrink, table.expand, table.dense, table.vectors)
     ]
-    assert found.sites["head"] == sum(t.untyped_storage().nbytes() for t in parts)
-    assert found.sites["head"] == sum(found.steers[name] for name in heads)
+    assert use.sites["head"] == sum(t.untyped_storage().nbytes() for t in parts)
+    assert use.sites["head"] == sum(use.steers[name] for name in heads)
     inside = {name: s for name, s in steers.items() if name not in heads}
     layers = fill_layer_bank(
         inside, layers=range(4), device=torch.device("cpu"), project=lambda _, rows: rows
@@ -56,19 +56,19 @@ def test_memory_is_that_of_the_tensors_in_real_banks(dtype: torch.dtype) -> None
         stored = [
             t for t in (table.directions.vectors, table.directions.is_rotation) if t is not None
         ]
-        assert found.sites[table.site] == sum(t.untyped_storage().nbytes() for t in stored)
-    assert found.total == sum(found.sites.values())
+        assert use.sites[table.site] == sum(t.untyped_storage().nbytes() for t in stored)
+    assert use.total == sum(use.sites.values())
 
 
 def test_memory_of_each_steer_by_hand() -> None:
-    found = takes(many_steers(), hidden_size=128, dtype=torch.bfloat16).steers
-    assert found["low"] == 2 * (2 * 5) * 128 * 2
-    assert found["dense"] == 128 * 128 * 2  # fewer bytes than 2 * 70 * 128
-    assert found["add"] == 128 * 2
-    assert found["tilt"] == 2 * 1536 * 2
-    assert found["steps"] == 6 * 3 * 128 * 4  # float32 in every model
+    use = memory_use(many_steers(), hidden_size=128, dtype=torch.bfloat16).steers
+    assert use["low"] == 2 * (2 * 5) * 128 * 2
+    assert use["dense"] == 128 * 128 * 2  # fewer bytes than 2 * 70 * 128
+    assert use["add"] == 128 * 2
+    assert use["tilt"] == 2 * 1536 * 2
+    assert use["steps"] == 6 * 3 * 128 * 4  # float32 in every model
     # At resid a steer rotates: there each direction also has a number that says whether it does.
-    assert found["push"] == found["turn"] == 4 * 128 * 4 + 4
+    assert use["push"] == use["turn"] == 4 * 128 * 4 + 4
 
 
 def test_a_config_that_fits_and_one_steer_that_does_not(tmp_path: Path) -> None:
@@ -79,13 +79,13 @@ def test_a_config_that_fits_and_one_steer_that_does_not(tmp_path: Path) -> None:
     entries = "".join(f"  {n}: {{path: {n}.safetensors}}\n" for n in ("good", "wide", "deep"))
     (tmp_path / "steers.yaml").write_text(f"steers:\n{entries}limits: {{max_steers: 7}}\n")
     architecture = read_architecture("embedded")
-    found = by_name(config_memory(architecture, tmp_path / "steers.yaml", torch.float32))
-    assert found["good"].figures == {"bytes": 128 * 4}
-    assert found["wide"].state == found["deep"].state == "FAILED"
-    assert "is 64 wide; the site resid of this model is 128" in found["wide"].said
-    assert "layer 9 does not exist" in found["deep"].said
-    assert found["all steers"].figures["bytes"] == 128 * 4
-    assert found["limits"].said.startswith("max_steers 7, max_rank 1024, ")
+    findings = by_name(config_memory(architecture, tmp_path / "steers.yaml", torch.float32))
+    assert findings["good"].figures == {"bytes": 128 * 4}
+    assert findings["wide"].state == findings["deep"].state == "FAILED"
+    assert "is 64 wide; the site resid of this model is 128" in findings["wide"].message
+    assert "layer 9 does not exist" in findings["deep"].message
+    assert findings["all steers"].figures["bytes"] == 128 * 4
+    assert findings["limits"].message.startswith("max_steers 7, max_rank 1024, ")
 
 
 def test_a_config_that_is_wrong_is_an_error() -> None:
@@ -95,6 +95,6 @@ def test_a_config_that_is_wrong_is_an_error() -> None:
 
 
 def test_examples_are_of_the_models_sizes() -> None:
-    found = by_name(example_memory(read_architecture("embedded"), torch.float16))
-    sizes = [finding.figures["bytes"] for finding in found.values()]
+    findings = by_name(example_memory(read_architecture("embedded"), torch.float16))
+    sizes = [finding.figures["bytes"] for finding in findings.values()]
     assert sizes == [128 * 128 * 2, 4 * 128 * 4, 32 * 4 * 128 * 4]

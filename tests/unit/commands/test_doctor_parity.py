@@ -1,4 +1,4 @@
-"""The doctor's comparison of an engine's answers with the reference's."""
+"""The doctor's comparison of an engine's output with the reference."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,9 @@ from doctor_tools import SMALL, add_steer, by_name
 
 from vllm_steer import LMSteer, embedded
 from vllm_steer.doctor.architecture import read_architecture
+from vllm_steer.doctor.engine_process import Completion, EngineOutput
 from vllm_steer.doctor.parity import compare, zero_steers
 from vllm_steer.doctor.report import failed
-from vllm_steer.doctor.served import Answer, Served
 from vllm_steer.doctor.trials import prompts
 
 
@@ -23,8 +23,8 @@ def model() -> Any:
 
 
 @torch.no_grad()
-def greedy(model: Any, steer: LMSteer | None, prompt: list[int], strength: float) -> Answer:
-    """Greedy text of softmax(W (c + epsilon v A)), one forward pass a token."""
+def greedy(model: Any, steer: LMSteer | None, prompt: list[int], strength: float) -> Completion:
+    """Greedy tokens of softmax(W (c + epsilon v A)), with one forward pass per token."""
     tokens: list[int] = []
     logprobs: list[float] = []
     for _ in range(6):
@@ -34,52 +34,57 @@ def greedy(model: Any, steer: LMSteer | None, prompt: list[int], strength: float
         choices = (model.lm_head.weight @ hidden).log_softmax(-1)
         tokens.append(int(choices.argmax()))
         logprobs.append(float(choices.max()))
-    return Answer({"it": strength} if steer else {}, prompt, tokens, logprobs)
+    return Completion({"it": strength} if steer else {}, prompt, tokens, logprobs)
 
 
-def served(model: Any, steer: LMSteer, strength: float = 1.0) -> Served:
+def engine_output(model: Any, steer: LMSteer, strength: float = 1.0) -> EngineOutput:
     prompts = [[5, 6, 7], [40, 50, 60, 70]]
     unsteered = [greedy(model, None, prompt, 0) for prompt in prompts]
     large = [greedy(model, steer, prompt, strength) for prompt in prompts]
     batches = {"unsteered": unsteered, "zero": unsteered, "large": large}
-    return Served(dtype="float32", runner="V1", device="cpu", batches=batches)
+    return EngineOutput(dtype="float32", runner="V1", device="cpu", batches=batches)
 
 
 def test_answers_by_the_formula_are_found_equal(model: Any) -> None:
     steer = add_steer()
-    found = by_name(compare(model, {"it": steer}, served(model, steer)))
-    assert [found[name].state for name in ("unsteered", "it")] == ["ok", "ok"]
-    assert found["it"].figures["difference"] < 1e-4
-    assert found["it"].figures["agreement"] == 1
-    assert found["it"].figures["effect"] > 0.1
+    findings = by_name(compare(model, {"it": steer}, engine_output(model, steer)))
+    assert [findings[name].state for name in ("unsteered", "it")] == ["ok", "ok"]
+    assert findings["it"].figures["difference"] < 1e-4
+    assert findings["it"].figures["agreement"] == 1
+    assert findings["it"].figures["effect"] > 0.1
 
 
 def test_a_wrong_reference_is_reported_as_failed(model: Any) -> None:
-    found = by_name(compare(model, {"it": add_steer(2)}, served(model, add_steer(1))))
-    assert found["unsteered"].state == "ok"
-    assert found["it"].state == "FAILED" and "not steered" not in found["it"].said
-    assert failed(list(found.values()))
+    findings = by_name(compare(model, {"it": add_steer(2)}, engine_output(model, add_steer(1))))
+    assert findings["unsteered"].state == "ok"
+    assert findings["it"].state == "FAILED" and "not steered" not in findings["it"].message
+    assert failed(list(findings.values()))
 
 
 def test_an_engine_that_does_not_steer_is_reported_as_such(model: Any) -> None:
-    answers = served(model, add_steer())
+    answers = engine_output(model, add_steer())
     plain = [replace(a, setting={"it": 1.0}) for a in answers.batches["unsteered"]]
     answers.batches["large"] = plain
-    found = by_name(compare(model, {"it": add_steer()}, answers))
-    assert found["it"].state == "FAILED"
-    assert found["it"].said.startswith("not steered: these are the answers of the unsteered model")
+    findings = by_name(compare(model, {"it": add_steer()}, answers))
+    assert findings["it"].state == "FAILED"
+    assert findings["it"].message.startswith(
+        "not steered: the output is that of the unsteered model"
+    )
 
 
 def test_a_steer_too_weak_to_tell_is_not_tested(model: Any) -> None:
     weak = add_steer(size=1e-4)
-    found = by_name(compare(model, {"it": weak}, served(model, weak)))
-    assert found["it"].state == "not tested" and "too little to tell" in found["it"].said
+    findings = by_name(compare(model, {"it": weak}, engine_output(model, weak)))
+    assert (
+        findings["it"].state == "not tested"
+        and "too small a change to verify" in findings["it"].message
+    )
 
 
 def test_a_token_that_is_not_the_references_choice_fails_though_its_logprob_is_right(
     model: Any,
 ) -> None:
-    answers = served(model, add_steer())
+    answers = engine_output(model, add_steer())
     first = answers.batches["unsteered"][0]
     with torch.no_grad():
         logits = model(torch.tensor([first.prompt])).logits[0, -1]
@@ -90,14 +95,14 @@ def test_a_token_that_is_not_the_references_choice_fails_though_its_logprob_is_r
 
 
 def test_a_narrow_dtype_is_judged_by_how_far_the_unsteered_model_is_off(model: Any) -> None:
-    def off(answers: Served, batch: str, by: float) -> None:
+    def off(answers: EngineOutput, batch: str, by: float) -> None:
         answers.batches[batch] = [
             replace(a, logprobs=[value - by for value in a.logprobs])
             for a in answers.batches[batch]
         ]
 
     def judged(unsteered: float, large: float) -> list[str]:
-        answers = replace(served(model, add_steer(size=3)), dtype="bfloat16")
+        answers = replace(engine_output(model, add_steer(size=3)), dtype="bfloat16")
         off(answers, "unsteered", unsteered)
         off(answers, "large", large)
         return [f.state for f in compare(model, {"it": add_steer(size=3)}, answers)]
@@ -110,20 +115,20 @@ def test_a_narrow_dtype_is_judged_by_how_far_the_unsteered_model_is_off(model: A
 
 
 def test_zero_steers_must_keep_every_bit(model: Any) -> None:
-    answers = served(model, add_steer())
+    answers = engine_output(model, add_steer())
     assert zero_steers(answers).state == "ok"
     first, second = answers.batches["zero"]
     bit = [torch.nextafter(torch.tensor(x), torch.tensor(0.0)).item() for x in first.logprobs]
     answers.batches["zero"] = [replace(first, logprobs=bit), second]
     assert zero_steers(answers).state == "FAILED"
-    assert zero_steers(Served()).state == "not tested"
+    assert zero_steers(EngineOutput()).state == "not tested"
 
 
 def test_steers_that_the_engine_did_not_come_to_are_not_tested(model: Any) -> None:
-    answers = served(model, add_steer())
+    answers = engine_output(model, add_steer())
     del answers.batches["large"]
-    found = by_name(compare(model, {"it": add_steer()}, answers))
-    assert (found["unsteered"].state, found["it"].state) == ("ok", "not tested")
+    findings = by_name(compare(model, {"it": add_steer()}, answers))
+    assert (findings["unsteered"].state, findings["it"].state) == ("ok", "not tested")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_a_model_without_a_tokenizer_of_its_own_is_given_random_tokens(
     config = transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path)
     tokenizer = None if ids is None else lambda _text: {"input_ids": ids}
-    given = prompts(read_architecture(str(tmp_path)), tokenizer)
-    assert [len(row) for row in given] == [8] * 4
-    assert all(0 <= token < 500 for row in given for token in row)
-    assert len({tuple(row) for row in given}) == 4
+    token_ids = prompts(read_architecture(str(tmp_path)), tokenizer)
+    assert [len(row) for row in token_ids] == [8] * 4
+    assert all(0 <= token < 500 for row in token_ids for token in row)
+    assert len({tuple(row) for row in token_ids}) == 4

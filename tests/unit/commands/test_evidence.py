@@ -1,4 +1,4 @@
-"""Evidence against two forward passes with the steer's equation written out."""
+"""Evidence, compared with two forward passes that apply the steer's equation."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -63,11 +63,11 @@ def multiply(**fields: Any) -> LMSteer:
 
 def log_likelihoods(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """``log p(x_t | x_<t)`` for t = 1 .. n-1, one token at a time."""
-    found = []
+    values = []
     for t in range(1, len(ids)):
         probabilities = logits[t - 1].exp() / logits[t - 1].exp().sum()
-        found.append(probabilities[ids[t]].log())
-    return torch.stack(found)
+        values.append(probabilities[ids[t]].log())
+    return torch.stack(values)
 
 
 def ids_of(text: str) -> torch.Tensor:
@@ -85,9 +85,9 @@ def test_evidence_is_the_difference_of_two_readings(model: LanguageModel, streng
         w = v * steer.projector1[0] @ steer.projector2[0].T
         w = w + steer.projector1[1] @ steer.projector2[1].T
         readings.append(log_likelihoods((h + 0.4 * (h @ w)) @ head.T, ids))
-    found = token_evidence(model.model, steer, ids, strength=strength)
-    torch.testing.assert_close(found, readings[0] - readings[1], rtol=1e-9, atol=1e-11)
-    assert len(found) == len(ids) - 1
+    evidence = token_evidence(model.model, steer, ids, strength=strength)
+    torch.testing.assert_close(evidence, readings[0] - readings[1], rtol=1e-9, atol=1e-11)
+    assert len(evidence) == len(ids) - 1
 
 
 def test_a_vector_in_the_layers_is_read_too(model: LanguageModel) -> None:
@@ -98,24 +98,26 @@ def test_a_vector_in_the_layers_is_read_too(model: LanguageModel) -> None:
         # Layer 1 is the last: what it adds meets the final norm and the head.
         stream = {}
         hook = model.model.model.layers[1].register_forward_hook(
-            lambda _m, _a, out, kept=stream: kept.update(h=out[0] if type(out) is tuple else out)
+            lambda _m, _a, out, captured=stream: captured.update(
+                h=out[0] if type(out) is tuple else out
+            )
         )
         model.model(input_ids=ids[None])
         hook.remove()
         h = model.model.model.norm(stream["h"] + v * w)[0]
         readings.append(log_likelihoods((h @ model.model.lm_head.weight.T).detach(), ids))
-    found = token_evidence(model.model, steer, ids, strength=2.0)
-    torch.testing.assert_close(found, readings[0] - readings[1], rtol=1e-9, atol=1e-11)
+    evidence = token_evidence(model.model, steer, ids, strength=2.0)
+    torch.testing.assert_close(evidence, readings[0] - readings[1], rtol=1e-9, atol=1e-11)
 
 
 def test_a_delta_begins_at_the_first_token(model: LanguageModel) -> None:
     delta = normal(2, 1, HIDDEN, seed=4)  # two steps, so tokens 0 and 1 are changed
     steer = DeltaSteer(delta=delta, layers=(1,), site="resid")
     ids = ids_of("the room was good")
-    found = token_evidence(model.model, steer, ids, strength=1.0)
+    evidence = token_evidence(model.model, steer, ids, strength=1.0)
     # What is added to the last layer's output at tokens 0 and 1 alone moves tokens 1 and 2 alone.
-    assert (found[:2].abs() > 1e-6).all()
-    assert (found[2:] == 0).all()
+    assert (evidence[:2].abs() > 1e-6).all()
+    assert (evidence[2:] == 0).all()
 
 
 def test_first_token_has_no_evidence(model: LanguageModel) -> None:
@@ -134,26 +136,26 @@ def test_swapping_the_sign_swaps_the_sides(model: LanguageModel) -> None:
 @pytest.mark.parametrize("begins", [True, False], ids=["with <s>", "without"])
 def test_spans_stand_where_their_tokens_do(model: LanguageModel, begins: bool) -> None:
     reader = LanguageModel("tiny", model.model, word_tokenizer(begins=begins))
-    found = text_evidence(reader, multiply(), TEXT, longest=1)
+    evidence = text_evidence(reader, multiply(), TEXT, longest=1)
     words, moved = TEXT.split(), int(begins)
-    shown = [*found.spans_for, *found.spans_against]
-    assert len(found.spans_for) == 4
-    for span in shown:
+    output = [*evidence.spans_for, *evidence.spans_against]
+    assert len(evidence.spans_for) == 4
+    for span in output:
         assert span.first_token == span.last_token
         # Trap: evidence t is of token t + 1.
-        assert span.evidence == pytest.approx(found.tokens[span.first_token - 1])
+        assert span.evidence == pytest.approx(evidence.tokens[span.first_token - 1])
         assert TEXT[span.begin : span.end] == span.text == words[span.first_token - moved]
-    assert {s.first_token for s in shown if s.evidence > 0} == set(
-        sorted(range(1, len(found.tokens) + 1), key=lambda t: -found.tokens[t - 1])[:4]
+    assert {s.first_token for s in output if s.evidence > 0} == set(
+        sorted(range(1, len(evidence.tokens) + 1), key=lambda t: -evidence.tokens[t - 1])[:4]
     )
 
 
 def test_spans_of_several_tokens_reach_from_first_to_last(model: LanguageModel) -> None:
-    found = text_evidence(model, multiply(), TEXT, spans=1)
-    (span,) = found.spans_for
+    actual = text_evidence(model, multiply(), TEXT, spans=1)
+    (span,) = actual.spans_for
     words = TEXT.split()[span.first_token - 1 : span.last_token]
     assert span.text.split() == words
-    evidence = found.tokens[span.first_token - 1 : span.last_token]
+    evidence = actual.tokens[span.first_token - 1 : span.last_token]
     assert span.evidence == pytest.approx(sum(evidence))
 
 
@@ -175,7 +177,9 @@ def test_a_text_of_one_token_is_refused(model: LanguageModel) -> None:
 
 
 def test_a_text_longer_than_the_model_reads_is_refused(model: LanguageModel) -> None:
-    with pytest.raises(SteerError, match="has 33 tokens and model tiny reads at most 32; give it"):
+    with pytest.raises(
+        SteerError, match="has 33 tokens and the maximum of model tiny is 32; split"
+    ):
         text_evidence(model, multiply(), "so " * 32)
     assert len(text_evidence(model, multiply(), "so " * 31).tokens) == 31
 

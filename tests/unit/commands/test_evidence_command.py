@@ -1,4 +1,4 @@
-"""``vllm-steer evidence``: where its texts come from and what it prints."""
+"""``vllm-steer evidence``: its inputs and its output."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ BLAME = "The hotel was dreadful. I regret every minute of it."
 
 
 def evidence(*arguments: Any) -> str:
-    """What the command prints; a refusal is raised."""
+    """The output of the command; raises its ``SteerError``."""
     line = ["evidence", str(SENTIMENT), "embedded", *map(str, arguments)]
     result = CliRunner().invoke(app, line)
     if isinstance(result.exception, SteerError):
@@ -36,40 +36,40 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_spans_of_a_text_are_given_by_characters() -> None:
-    said = json.loads(evidence("--text", BLAME, "--strength", 5, "--spans", 2, "--json"))
-    (one,) = said["texts"]
-    assert said["accuracy"] is None
-    assert one["total"] == pytest.approx(sum(one["tokens"])) != 0
-    assert one["label"] == (1 if one["total"] > 0 else -1)
-    assert 1 <= len(one["spans_against"]) <= 2
-    for span in (*one["spans_for"], *one["spans_against"]):
+    data = json.loads(evidence("--text", BLAME, "--strength", 5, "--spans", 2, "--json"))
+    (entry,) = data["texts"]
+    assert data["accuracy"] is None
+    assert entry["total"] == pytest.approx(sum(entry["tokens"])) != 0
+    assert entry["label"] == (1 if entry["total"] > 0 else -1)
+    assert 1 <= len(entry["spans_against"]) <= 2
+    for span in (*entry["spans_for"], *entry["spans_against"]):
         assert BLAME[span["begin"] : span["end"]] == span["text"] == span["text"].strip()
-    assert all(span["evidence"] > 0 for span in one["spans_for"])
-    assert all(span["evidence"] < 0 for span in one["spans_against"])
+    assert all(span["evidence"] > 0 for span in entry["spans_for"])
+    assert all(span["evidence"] < 0 for span in entry["spans_against"])
 
 
 def test_the_text_is_printed_with_its_label() -> None:
-    (one,) = json.loads(evidence("--text", PRAISE, "--strength", 5, "--json"))["texts"]
-    shown = evidence("--text", PRAISE, "--strength", 5)
-    assert shown.startswith(PRAISE)
-    assert f"evidence {one['total']:+.3f} nats" in shown
-    assert f"label {one['label']:+d}" in shown
+    (entry,) = json.loads(evidence("--text", PRAISE, "--strength", 5, "--json"))["texts"]
+    output = evidence("--text", PRAISE, "--strength", 5)
+    assert output.startswith(PRAISE)
+    assert f"evidence {entry['total']:+.3f} nats" in output
+    assert f"label {entry['label']:+d}" in output
 
 
 def test_accuracy_is_the_share_of_labels_of_the_evidences_sign(rows: Path) -> None:
     options = ["--label-field", "side", "--labels", "good=1,bad=-1,neither=0", "--strength", 5]
-    said = json.loads(evidence("--file", rows, *options, "--json"))
-    labels = [one["label"] for one in said["texts"]]
+    data = json.loads(evidence("--file", rows, *options, "--json"))
+    labels = [entry["label"] for entry in data["texts"]]
     # The third row is labelled wrongly and the fourth is on no side.
-    wanted = [labels[0] == 1, labels[1] == -1, labels[2] == -1]
-    assert said["accuracy"] == pytest.approx(sum(wanted) / 3)
+    expected = [labels[0] == 1, labels[1] == -1, labels[2] == -1]
+    assert data["accuracy"] == pytest.approx(sum(expected) / 3)
     assert labels[0] == labels[2]
-    assert "of 3 labels are the evidence's sign" in evidence("--file", rows, *options)
+    assert "of 3 labels agree with the sign of the evidence" in evidence("--file", rows, *options)
 
 
 def test_a_file_without_labels_has_no_accuracy(rows: Path) -> None:
-    said = json.loads(evidence("--file", rows, "--json"))
-    assert (len(said["texts"]), said["accuracy"]) == (4, None)
+    data = json.loads(evidence("--file", rows, "--json"))
+    assert (len(data["texts"]), data["accuracy"]) == (4, None)
 
 
 def test_rows_that_have_a_label_are_read_with_it(tmp_path: Path) -> None:
@@ -84,7 +84,10 @@ def test_rows_that_have_a_label_are_read_with_it(tmp_path: Path) -> None:
         ([], "give the text to read: either --text or --file"),
         (["--text", "a b", "--file", "x.txt"], "either --text or --file"),
         (["--text", "a b", "--labels", "sst2"], "--label-field and --labels are for the rows of a"),
-        (["--text", PRAISE, "--strength", "0"], "strength is 0: both readings would be the same"),
+        (
+            ["--text", PRAISE, "--strength", "0"],
+            "strength is 0: the two likelihoods would be equal",
+        ),
         (["--text", "a \udcff b"], "--text has bytes that are not UTF-8"),
     ],
     ids=["no text", "two sources", "labels of a text", "strength 0", "broken text"],

@@ -1,4 +1,4 @@
-"""The span search against all choices of spans."""
+"""The span search, compared with an exhaustive search."""
 
 import itertools
 import random
@@ -10,15 +10,15 @@ from vllm_steer.inspection import best_spans
 
 
 def by_brute_force(values: Sequence[float], spans: int, longest: int) -> float:
-    """The best total over every choice of at most so many spans that share no place."""
+    """The best total over all sets of at most ``spans`` disjoint spans."""
     every = [
         (a, b) for a in range(len(values)) for b in range(a + 1, min(a + longest, len(values)) + 1)
     ]
     best = 0.0
     for count in range(1, spans + 1):
-        for chosen in itertools.combinations(every, count):
-            if all(x[1] <= y[0] for x, y in itertools.pairwise(chosen)):
-                best = max(best, sum(sum(values[a:b]) for a, b in chosen))
+        for subset in itertools.combinations(every, count):
+            if all(x[1] <= y[0] for x, y in itertools.pairwise(subset)):
+                best = max(best, sum(sum(values[a:b]) for a, b in subset))
     return best
 
 
@@ -28,11 +28,11 @@ def test_total_is_the_best_of_all_choices(seed: int) -> None:
     # Integers, so that equal totals come up and no rounding hides a difference.
     values = [float(rng.randint(-6, 6)) for _ in range(rng.randint(1, 9))]
     spans, longest = rng.randint(1, 3), rng.randint(1, 4)
-    found = best_spans(values, spans=spans, longest=longest)
-    assert sum(span.total for span in found) == by_brute_force(values, spans, longest)
-    assert len(found) <= spans
-    assert all(span.end <= after.begin for span, after in itertools.pairwise(found))
-    for begin, end, total in found:
+    spans_found = best_spans(values, spans=spans, longest=longest)
+    assert sum(span.total for span in spans_found) == by_brute_force(values, spans, longest)
+    assert len(spans_found) <= spans
+    assert all(span.end <= after.begin for span, after in itertools.pairwise(spans_found))
+    for begin, end, total in spans_found:
         assert 0 < end - begin <= longest
         assert total == sum(values[begin:end]) > 0
 

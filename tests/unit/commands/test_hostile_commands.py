@@ -1,4 +1,4 @@
-"""Commands on a terminal, given foreign texts: nothing is obeyed, and no file is half done."""
+"""Commands with untrusted text on a terminal: printed literally, and no partial files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from command_tools import MAIN, call, steer_of
-from eval_tools import StandIn
+from eval_tools import FakeEngine
 from hostile_texts import HOSTILE, assert_shown
 
 from vllm_steer import SteerError, VectorSteer, load_steer, save_steer
@@ -24,11 +24,11 @@ ALL = "".join(text for text in HOSTILE.values() if len(text) < 1000)
 
 
 def on_a_terminal(*line: Any, **environment: str) -> tuple[int, str]:
-    """Exit code and output of a command in a process of its own on a pseudo-terminal."""
+    """Exit code and output of a command in a separate process on a pseudo-terminal."""
     ours, theirs = pty.openpty()
-    given = {**os.environ, "COLUMNS": "100", **environment}
+    arguments = {**os.environ, "COLUMNS": "100", **environment}
     command = [sys.executable, "-c", MAIN, *(os.fspath(part) for part in line)]
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=given) as process:
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=arguments) as process:
         os.close(theirs)
         read, end = b"", time.monotonic() + 120
         while time.monotonic() < end and select.select([ours], [], [], 120)[0]:
@@ -46,17 +46,17 @@ def on_a_terminal(*line: Any, **environment: str) -> tuple[int, str]:
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_convert_and_inspect_show_what_a_file_says(tmp_path: Path, text: str) -> None:
     steer = steer_of(tmp_path / "in", text)
-    done = call("convert", steer, tmp_path / "out")
-    assert (done.exit_code, done.exception) == (0, None)
-    assert_shown(done.output)
+    completed = call("convert", steer, tmp_path / "out")
+    assert (completed.exit_code, completed.exception) == (0, None)
+    assert_shown(completed.output)
     assert load_steer(tmp_path / "out").description == text
-    done = call("inspect", tmp_path / "out")
-    assert (done.exit_code, done.exception) == (0, None)
-    assert_shown(done.output)
+    completed = call("inspect", tmp_path / "out")
+    assert (completed.exit_code, completed.exception) == (0, None)
+    assert_shown(completed.output)
     for command in (["convert", steer, tmp_path / "again"], ["inspect", steer]):
-        done = call(*command, "--json")
-        assert_shown(done.stdout)
-        assert json.loads(done.stdout)["description"] == text
+        completed = call(*command, "--json")
+        assert_shown(completed.stdout)
+        assert json.loads(completed.stdout)["description"] == text
 
 
 def names() -> list[str]:
@@ -68,57 +68,57 @@ def test_file_names_are_shown(tmp_path: Path, name: str) -> None:
     steer, out = tmp_path / f"i{name}", tmp_path / f"o{name}"
     steer_of(tmp_path / "plain", "x").rename(steer)
     for line in (["convert", steer, out], ["inspect", out], ["convert", out, out, "--force"]):
-        done = call(*line)
-        assert (done.exit_code, done.exception) == (0, None)
-        assert_shown(done.output)
-    done = call("convert", steer, out)
-    assert isinstance(done.exception, SteerError)
-    assert_shown(str(done.exception))
+        completed = call(*line)
+        assert (completed.exit_code, completed.exception) == (0, None)
+        assert_shown(completed.output)
+    completed = call("convert", steer, out)
+    assert isinstance(completed.exception, SteerError)
+    assert_shown(str(completed.exception))
 
 
 def test_a_picture_takes_any_name(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     steer = steer_of(tmp_path / "in", ALL)
     for name in names():
-        done = call("inspect", steer, "--plot", tmp_path / f"{name}.png")
-        assert (done.exit_code, done.exception) == (0, None)
+        completed = call("inspect", steer, "--plot", tmp_path / f"{name}.png")
+        assert (completed.exit_code, completed.exception) == (0, None)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def foreign_names(place: Path) -> Mapping[str, Any]:
-    """The stand-in's folder again, with foreign names of everything in it."""
+def foreign_names(folder: Path) -> Mapping[str, Any]:
+    """The fixture's folder with untrusted text in every name."""
     name = ALL.replace("/", "-")[:120]
-    words, prompts = place / f"w{name}.yaml", place / f"p{name}.txt"
-    (place / "words.yaml").rename(words)
-    (place / "prompts.txt").rename(prompts)
-    (place / "v").rename(place / f"v{name}")
-    return {"words": words, "prompts": prompts, "steer": place / f"v{name}", "name": name}
+    words, prompts = folder / f"w{name}.yaml", folder / f"p{name}.txt"
+    (folder / "words.yaml").rename(words)
+    (folder / "prompts.txt").rename(prompts)
+    (folder / "v").rename(folder / f"v{name}")
+    return {"words": words, "prompts": prompts, "steer": folder / f"v{name}", "name": name}
 
 
 @pytest.mark.parametrize("shown_as", ["tables", "json"])
-def test_eval_shows_foreign_names(place: Path, stand_in: StandIn, shown_as: str) -> None:
+def test_eval_shows_foreign_names(folder: Path, fake_engine: FakeEngine, shown_as: str) -> None:
     pytest.importorskip("matplotlib")
-    foreign, run = foreign_names(place), place / "run"
+    foreign, run = foreign_names(folder), folder / "run"
     line = ["eval", f"m{ALL}", foreign["steer"], "--prompts", foreign["prompts"], "--out", run]
     line += ["--strengths", "-2,2", "--judge", f"lexicon:{foreign['words']}"]
     line += ["--judge", "perplexity:m", "--samples", 20]
-    done = call(*line, *(["--json"] if shown_as == "json" else []))
-    assert (done.exit_code, done.exception) == (0, None)
-    assert_shown(done.output)
+    completed = call(*line, *(["--json"] if shown_as == "json" else []))
+    assert (completed.exit_code, completed.exception) == (0, None)
+    assert_shown(completed.output)
     assert_shown((run / "report.md").read_text())
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((run / "report.json").read_text())["model"] == f"m{ALL}"
 
 
-def test_sweep_shows_foreign_names(place: Path, stand_in: StandIn) -> None:
+def test_sweep_shows_foreign_names(folder: Path, fake_engine: FakeEngine) -> None:
     pytest.importorskip("matplotlib")
-    foreign = foreign_names(place)
+    foreign = foreign_names(folder)
     line = ["sweep", f"m{ALL}", foreign["steer"], "--prompts", foreign["prompts"]]
     line += ["--judge", f"lexicon:{foreign['words']}", "--strengths", "2", "--budget", 1.35]
-    done = call(*line, "--plot", place / "a$x$.png", "--write")
-    assert (done.exit_code, done.exception) == (0, None)
-    assert_shown(done.output)
-    assert (place / "a$x$.png").read_bytes().startswith(b"\x89PNG")
+    completed = call(*line, "--plot", folder / "a$x$.png", "--write")
+    assert (completed.exit_code, completed.exception) == (0, None)
+    assert_shown(completed.output)
+    assert (folder / "a$x$.png").read_bytes().startswith(b"\x89PNG")
     assert load_steer(foreign["steer"]).default_strength == 2.0
 
 
@@ -147,24 +147,26 @@ def test_a_real_terminal_shows_it_whatever_its_encoding(
 
 
 def test_a_comparison_shows_foreign_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import comparing_tools as comparing
+    import comparison_tools
 
-    from vllm_steer.evaluation import judges, writing
+    from vllm_steer.evaluation import judges, missing_texts
 
     pytest.importorskip("matplotlib")
-    found = comparing.StandIn()
-    monkeypatch.setattr(writing, "engine", found.engine)
-    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: comparing.Price())  # type: ignore[index]
+    engine = comparison_tools.FakeEngine()
+    monkeypatch.setattr(missing_texts, "engine", engine.engine)
+    monkeypatch.setitem(
+        judges._BUILDERS, "perplexity", lambda *_: comparison_tools.FakePerplexity()
+    )  # type: ignore[index]
     name = ALL.replace("/", "-")[:100]
     (tmp_path / f"w{name}.yaml").write_text("positive: [good]\nnegative: [bad]\n")
     (tmp_path / f"p{name}.txt").write_text("It was\n")
     save_steer(VectorSteer(vectors=torch.ones(1, 3), layers=(0,)), tmp_path / f"v{name}")
     judge = f"lexicon:{tmp_path / f'w{name}.yaml'}"
-    asked = {"steer": f"v{name}", "judge": judge, "strengths": [2], "max": [4]}
-    content = {"properties": {"b": asked}, "seen": ["b"]}
+    spec = {"steer": f"v{name}", "judge": judge, "strengths": [2], "max": [4]}
+    content = {"properties": {"b": spec}, "seen": ["b"]}
     (tmp_path / "asked.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     line = ["compare", f"m{ALL}", tmp_path / "asked.yaml", "--prompts", tmp_path / f"p{name}.txt"]
-    done = call(*line, "--out", tmp_path / "run", "--samples", comparing.TEXTS)
-    assert (done.exit_code, done.exception) == (0, None)
-    assert_shown(done.output)
+    completed = call(*line, "--out", tmp_path / "run", "--samples", comparison_tools.TEXTS)
+    assert (completed.exit_code, completed.exception) == (0, None)
+    assert_shown(completed.output)
     assert_shown((tmp_path / "run" / "report.md").read_text())

@@ -1,4 +1,4 @@
-"""``vllm-steer inspect``: what is said of each kind of steer file."""
+"""``vllm-steer inspect``: the description of each kind of steer file."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SENTIMENT = STEERS / "sentiment.safetensors"
 
 
 def inspect(*arguments: Any) -> str:
-    """What the command prints; a refusal is raised."""
+    """The output of the command; raises its ``SteerError``."""
     result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
     if isinstance(result.exception, SteerError):
         raise result.exception
@@ -37,7 +37,7 @@ def saved(steer: Steer, folder: Path) -> Path:
 
 
 def probed() -> VectorSteer:
-    """A concept of layers 1 and 3 of 0 to 3, all probed; nothing was left to validate layer 3."""
+    """A concept vector with layers 1 and 3; layers 0 to 3 were probed, 3 without validation."""
     recipe = {
         "method": "concept",
         "figures": {
@@ -105,46 +105,46 @@ def test_a_recipe_of_other_figures_gives_no_accuracies() -> None:
 
 
 def test_json_has_all_figures_of_the_file() -> None:
-    said = json.loads(inspect(SENTIMENT, "--json"))
-    assert (said["kind"], said["site"], said["rank"]) == ("lm_steer", "head", 32)
-    free, fixed = said["columns"]
+    data = json.loads(inspect(SENTIMENT, "--json"))
+    assert (data["kind"], data["site"], data["rank"]) == ("lm_steer", "head", 32)
+    free, fixed = data["columns"]
     assert (free["fixed"], fixed["fixed"]) == (False, True)
     assert len(free["singular_values"]) == len(free["shares"]) == 32
     assert sum(free["shares"]) == pytest.approx(1)
-    assert "tokens" not in said
+    assert "tokens" not in data
 
 
 def test_json_with_a_model_has_both_ends_of_the_leading_directions() -> None:
-    said = json.loads(inspect(SENTIMENT, "--model", "embedded", "--json", "--top", 3))
-    assert [one["label"] for one in said["tokens"]] == [
+    data = json.loads(inspect(SENTIMENT, "--model", "embedded", "--json", "--top", 3))
+    assert [entry["label"] for entry in data["tokens"]] == [
         f"column 0, direction {i}" for i in (0, 1, 2)
     ]
-    assert all(len(one[side]) == 20 for one in said["tokens"] for side in ("highest", "lowest"))
-    assert said["tokens_left_out"] is None
+    assert all(len(entry[side]) == 20 for entry in data["tokens"] for side in ("highest", "lowest"))
+    assert data["tokens_left_out"] is None
 
 
 def test_tokens_that_cannot_be_had_are_left_out_with_the_reason(tmp_path: Path) -> None:
     path = saved(probed(), tmp_path)
-    assert "tokens are near its directions" in inspect(path, "--model", "no-such-model")
-    said = json.loads(inspect(path, "--model", "no-such-model", "--json"))
-    assert said["tokens"] == []
-    assert said["tokens_left_out"].startswith("the site attn_in is not in the space of the output")
+    assert "its directions are" in inspect(path, "--model", "no-such-model")
+    data = json.loads(inspect(path, "--model", "no-such-model", "--json"))
+    assert data["tokens"] == []
+    assert data["tokens_left_out"].startswith("a steer at the site attn_in has no nearest tokens")
 
 
 def test_the_table_shows_layers_and_the_recipe(tmp_path: Path) -> None:
-    shown = inspect(saved(probed(), tmp_path))
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines()]
+    output = inspect(saved(probed(), tmp_path))
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines()]
     assert ["1", "5", "0.9", "0.9", "0.7"] in rows
     assert ["2", "", "", "0.6", "0.5"] in rows
-    assert "  method: concept" in shown
-    assert "    train_accuracy: 0.5, 0.9, 0.6, 0.8" in shown
+    assert "  method: concept" in output
+    assert "    train_accuracy: 0.5, 0.9, 0.6, 0.8" in output
 
 
 def test_long_lists_of_a_recipe_show_their_ends(tmp_path: Path) -> None:
     losses = {"losses": [float(step) for step in range(50)]}
     steer = VectorSteer(vectors=torch.ones(1, 1), layers=(0,), recipe={"figures": losses})
-    shown = inspect(saved(steer, tmp_path))
-    assert "    losses: 0, 1, 2, ... 44 more ..., 47, 48, 49" in shown
+    output = inspect(saved(steer, tmp_path))
+    assert "    losses: 0, 1, 2, ... 44 more ..., 47, 48, 49" in output
 
 
 def test_text_of_a_file_is_never_markup(tmp_path: Path) -> None:
@@ -178,15 +178,15 @@ def test_a_plot_without_matplotlib_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SteerError, match=r'matplotlib is not installed.*"vllm-steer\[eval\]"'):
+    with pytest.raises(SteerError, match=r'the package matplotlib is needed.*"vllm-steer\[eval\]"'):
         write_plot(describe(add()), tmp_path / "a.png")
 
 
 def test_the_command_answers_1_and_one_line(tmp_path: Path) -> None:
     line = [sys.executable, "-c", "from vllm_steer.cli import main; main()", "inspect"]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*line, str(tmp_path / "none")], capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.endswith("none: no such file; give the path of a steer file\n")
-    assert done.stderr.count("\n") == 1
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert completed.stderr.endswith("none: no such file; give the path of a steer file\n")
+    assert completed.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Singular values through the factors against the decomposition of the whole matrix."""
+"""Singular values from the factors, compared with the decomposition of the full matrix."""
 
 import pytest
 import torch
@@ -27,25 +27,27 @@ def steer_of(rank: int, hidden_size: int = 12, columns: int = 2) -> LMSteer:
 def test_singular_values_are_those_of_the_whole_matrix(rank: int) -> None:
     steer = steer_of(rank)
     whole = steer.projector1[0] @ steer.projector2[0].T
-    wanted = torch.linalg.svdvals(whole)
-    found = spectrum(steer, 0)
-    kept = min(rank, 12)
-    torch.testing.assert_close(found.values, wanted[:kept], rtol=1e-10, atol=1e-12)
-    assert wanted[kept:].sum() < 1e-10
-    assert found.norm == pytest.approx(whole.norm().item(), rel=1e-12)
+    expected = torch.linalg.svdvals(whole)
+    decomposition = spectrum(steer, 0)
+    rank_k = min(rank, 12)
+    torch.testing.assert_close(decomposition.values, expected[:rank_k], rtol=1e-10, atol=1e-12)
+    assert expected[rank_k:].sum() < 1e-10
+    assert decomposition.norm == pytest.approx(whole.norm().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("rank", [5, 30], ids=lambda rank: f"rank {rank}")
 def test_singular_vectors_are_those_of_the_whole_matrix_up_to_sign(rank: int) -> None:
     # Trap: W = P1 P2^T acts on the right of h, so the output embeddings meet its RIGHT vectors.
     steer = steer_of(rank)
-    left, _, right = torch.linalg.svd(steer.projector1[0] @ steer.projector2[0].T)
-    found = spectrum(steer, 0)
+    left_vectors, _, right = torch.linalg.svd(steer.projector1[0] @ steer.projector2[0].T)
+    decomposition = spectrum(steer, 0)
     for i in range(min(rank, 12)):
-        sign = torch.sign(found.right[i] @ right[i])
-        torch.testing.assert_close(found.right[i] * sign, right[i], rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(found.left[:, i] * sign, left[:, i], rtol=1e-7, atol=1e-9)
-    rebuilt = found.left @ torch.diag(found.values) @ found.right
+        sign = torch.sign(decomposition.right[i] @ right[i])
+        torch.testing.assert_close(decomposition.right[i] * sign, right[i], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            decomposition.left[:, i] * sign, left_vectors[:, i], rtol=1e-7, atol=1e-9
+        )
+    rebuilt = decomposition.left @ torch.diag(decomposition.values) @ decomposition.right
     torch.testing.assert_close(rebuilt, steer.projector1[0] @ steer.projector2[0].T)
 
 
@@ -63,9 +65,9 @@ def test_shares_are_of_the_sum_of_squares() -> None:
         projector1=torch.diag(torch.tensor([3.0, 4.0, 0.0]))[None],
         projector2=torch.eye(3)[None],
     )
-    found = spectrum(steer, 0)
-    assert found.values.tolist() == pytest.approx([4, 3, 0])
-    assert found.shares.tolist() == pytest.approx([16 / 25, 9 / 25, 0])
+    decomposition = spectrum(steer, 0)
+    assert decomposition.values.tolist() == pytest.approx([4, 3, 0])
+    assert decomposition.shares.tolist() == pytest.approx([16 / 25, 9 / 25, 0])
 
 
 def test_a_zero_column_has_shares_of_zero() -> None:

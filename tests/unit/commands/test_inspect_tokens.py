@@ -1,4 +1,4 @@
-"""Nearest tokens against scores counted by hand; the output embedding against the loaded model."""
+"""Nearest tokens, compared with scores by hand; output embeddings, with those of loaded models."""
 
 import json
 from pathlib import Path
@@ -84,19 +84,19 @@ def test_leading_layers_are_those_of_the_highest_scores() -> None:
     layers = (2, 3, 5)
     plain = VectorSteer(vectors=vectors, layers=layers)
     scored = VectorSteer(vectors=vectors, layers=layers, layer_scores=(0.7, 0.6, 0.9))
-    found = [nearest_tokens(s, EMBEDDING, tokenizer(), top=2) for s in (plain, scored)]
-    assert [[near.label for near in one] for one in found] == [
+    nearest = [nearest_tokens(s, EMBEDDING, tokenizer(), top=2) for s in (plain, scored)]
+    assert [[near.label for near in entry] for entry in nearest] == [
         ["layer 3", "layer 2"],
         ["layer 5", "layer 2"],
     ]
-    assert texts(found[1][0].highest)[0] == "bad"
+    assert texts(nearest[1][0].highest)[0] == "bad"
 
 
 def test_leading_rows_of_a_delta_are_those_of_the_highest_norms() -> None:
     delta = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 3.0], [0.5, 0.0]]])
     steer = DeltaSteer(delta=delta, layers=(4, 7), site="resid")
-    found = nearest_tokens(steer, EMBEDDING, tokenizer(), top=2)
-    assert [near.label for near in found] == ["layer 4, step 1", "layer 7, step 0"]
+    nearest = nearest_tokens(steer, EMBEDDING, tokenizer(), top=2)
+    assert [near.label for near in nearest] == ["layer 4, step 1", "layer 7, step 0"]
 
 
 def test_a_part_of_a_letter_is_shown_as_the_vocabulary_has_it() -> None:
@@ -109,7 +109,7 @@ def test_a_part_of_a_letter_is_shown_as_the_vocabulary_has_it() -> None:
 @pytest.mark.parametrize("site", ["attn_in", "heads"])
 def test_a_site_that_the_head_does_not_read_is_refused(site: Any) -> None:
     steer = DeltaSteer(delta=torch.ones(1, 1, 2), layers=(0,), site=site)
-    with pytest.raises(SteerError, match=f"the site {site} is not in the space of the output"):
+    with pytest.raises(SteerError, match=f"a steer at the site {site} has no nearest tokens"):
         nearest_tokens(steer, EMBEDDING, tokenizer())
 
 
@@ -118,11 +118,11 @@ def test_a_site_that_the_head_does_not_read_is_refused(site: Any) -> None:
     [
         (
             VectorSteer(vectors=torch.ones(1, 3), layers=(0,), base_model="theirs"),
-            r"the steer is 3 wide and the model 2; give the model that the steer is for \(theirs\)",
+            r"width 3 and the model 2; give the model that the steer was fitted to \(theirs\)",
         ),
         (
             LMSteer(variant="offset", epsilon=0.1, hidden_size=2, offset=torch.ones(1, 4)),
-            "the steer is 4 wide and the model 5; give the model that the steer is for$",
+            "the steer has width 4 and the model 5; give the model that the steer was fitted to$",
         ),
     ],
     ids=["hidden size", "vocabulary"],
@@ -133,7 +133,7 @@ def test_a_steer_of_another_width_is_refused(steer: Any, message: str) -> None:
 
 
 def saved(folder: Path, **changes: Any) -> Path:
-    """A small Llama in a folder; its head is its own unless the change ties it."""
+    """Save a small Llama; its head is untied unless a keyword ties it."""
     config = transformers.LlamaConfig(
         vocab_size=40,
         hidden_size=8,
@@ -155,7 +155,7 @@ def loaded(folder: Path) -> torch.Tensor:
 
 @pytest.fixture
 def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Call it once what is expected has been loaded."""
+    """Make every later load of a model fail."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the whole model is loaded")
@@ -167,19 +167,19 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_embedding_is_read_without_the_model(
     tmp_path: Path, no_model_is_loaded: Any, tied: bool
 ) -> None:
-    wanted = loaded(saved(tmp_path, tie_word_embeddings=tied))
+    expected = loaded(saved(tmp_path, tie_word_embeddings=tied))
     no_model_is_loaded()
-    assert torch.equal(read_output_embedding(str(tmp_path)), wanted)
+    assert torch.equal(read_output_embedding(str(tmp_path)), expected)
 
 
 def test_the_embedded_model_is_known_by_name(no_model_is_loaded: Any) -> None:
     no_model_is_loaded()
-    wanted = load_file(MODEL / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(read_output_embedding("embedded"), wanted)
+    expected = load_file(MODEL / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(read_output_embedding("embedded"), expected)
 
 
 def test_the_embedding_is_read_from_its_shard(tmp_path: Path, no_model_is_loaded: Any) -> None:
-    wanted = loaded(saved(tmp_path))
+    expected = loaded(saved(tmp_path))
     whole = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     head = {"lm_head.weight": whole.pop("lm_head.weight")}
@@ -189,7 +189,7 @@ def test_the_embedding_is_read_from_its_shard(tmp_path: Path, no_model_is_loaded
     index = {"metadata": {}, "weight_map": places}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     no_model_is_loaded()  # nor is the other shard there
-    assert torch.equal(read_output_embedding(str(tmp_path)), wanted)
+    assert torch.equal(read_output_embedding(str(tmp_path)), expected)
 
 
 def test_a_checkpoint_without_the_base_models_name_is_read(
@@ -212,8 +212,8 @@ def test_a_checkpoint_that_is_no_safetensors_is_loaded(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((MODEL / name).read_bytes())
-    wanted = tensors["lm_head.weight"]
-    assert torch.equal(read_output_embedding(str(tmp_path)), wanted)
+    expected = tensors["lm_head.weight"]
+    assert torch.equal(read_output_embedding(str(tmp_path)), expected)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

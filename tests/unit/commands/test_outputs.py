@@ -1,4 +1,4 @@
-"""Outputs that exist, or that are what is read: looked at before the work, of every command."""
+"""Output files that exist or are also inputs: every command checks them before its work."""
 
 import os
 from pathlib import Path

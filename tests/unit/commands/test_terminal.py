@@ -1,4 +1,4 @@
-"""Foreign text on a terminal: shown, bounded, never obeyed; in tables, titles, bars and lines."""
+"""Untrusted text on a terminal is printed literally and truncated: tables, titles, bars, lines."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from vllm_steer.cli.terminal import LONGEST, Console, say, say_json
 from vllm_steer.doctor.finding import Finding
 from vllm_steer.doctor.report import table as doctor_table
 from vllm_steer.evaluation.report import JudgeEntry, make_report, markdown, tables
-from vllm_steer.evaluation.run import settings_of
+from vllm_steer.evaluation.run import condition_grid
 from vllm_steer.inspection import Evidence, NearTokens, TextSpan
 
 TEXTS = [*HOSTILE.values(), SURROGATE]
@@ -24,7 +24,7 @@ hostile = pytest.mark.parametrize("text", TEXTS, ids=IDS)
 
 
 class Stream(io.TextIOWrapper):
-    """A terminal of some encoding that fails at what it does not have."""
+    """A terminal with an encoding that raises errors for characters it lacks."""
 
     def __init__(self, encoding: str = "utf-8") -> None:
         super().__init__(io.BytesIO(), encoding=encoding, errors="strict")
@@ -63,13 +63,13 @@ def test_a_text_is_shown_wherever_rich_takes_one(text: str, encoding: str) -> No
 def test_what_is_shown_is_the_text_itself(text: str) -> None:
     stream = Stream()
     terminal(stream, width=2000).print(text)
-    wanted = text.encode("unicode_escape").decode()
+    expected = text.encode("unicode_escape").decode()
     if text.isascii() and text.isprintable():
-        wanted = text
+        expected = text
     if text.isprintable():
         assert stream.written.startswith(text[:900])
     else:
-        assert wanted[:10].replace("\\\\", "\\")[:2] in stream.written
+        assert expected[:10].replace("\\\\", "\\")[:2] in stream.written
 
 
 def test_a_text_is_bounded() -> None:
@@ -104,10 +104,10 @@ def test_json_is_read_back_and_shows_nothing_else(
 @hostile
 def test_a_bar_shows_its_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream()
-    made = lambda **_: terminal(stream)  # noqa: E731
-    monkeypatch.setattr(progress_module, "Console", made)
+    make_console = lambda **_: terminal(stream)  # noqa: E731
+    monkeypatch.setattr(progress_module, "Console", make_console)
     with progress(text, 3) as advance:
-        advance(1, said=text)
+        advance(1, description=text)
         advance(2)
     assert stream.written
     assert_shown(stream.written)
@@ -121,8 +121,8 @@ def test_evidence_shows_text_and_spans(text: str) -> None:
         TextSpan(begin, end, whole[begin:end], 0, 1, value)
         for begin, end, value in ((0, 9, 1.0), (len(whole) - 9, len(whole), -2.0), (4, 8, -1.0))
     ]
-    one = Evidence(whole, 1.0, (1.0, 2.0), tuple(spans[:1]), tuple(spans[1:]))
-    evidence._show(terminal(stream), one)
+    entry = Evidence(whole, 1.0, (1.0, 2.0), tuple(spans[:1]), tuple(spans[1:]))
+    evidence._show(terminal(stream), entry)
     assert_shown(stream.written)
     assert stream.written.count("before") >= 1 and "+3.000 nats" in stream.written
 
@@ -155,15 +155,17 @@ def test_nearest_tokens_are_shown(text: str) -> None:
 
 
 def eval_report(text: str) -> Any:
-    about = {
+    metadata = {
         "model": text,
         "steer": {"file": text},
         "prompts": {"file": text, "count": 1},
         "sampling": {"samples": 2},
     }
-    settings = settings_of((1.0,))
+    settings = condition_grid((1.0,))
     figures = {s.name: {text: 0.5, "share": 0.5, "total_perplexity": 4.0} for s in settings}
-    return make_report(about, settings, [JudgeEntry(text, "share")], {text: figures}, {text: text})
+    return make_report(
+        metadata, settings, [JudgeEntry(text, "share")], {text: figures}, {text: text}
+    )
 
 
 @hostile

@@ -1,4 +1,4 @@
-"""Transfer against explicit matrices, its solvers against naive ones, all in float64."""
+"""Transfer, compared with explicit matrices; solvers, with naive implementations in float64."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,13 @@ import torch
 
 from vllm_steer import LMSteer, SteerError, VectorSteer
 from vllm_steer.steers import DeltaSteer
-from vllm_steer.transfer import bridge, fit_matrix, map_columns, shared_vocabulary, transfer_steer
+from vllm_steer.transfer import (
+    embedding_map,
+    fit_matrix,
+    map_columns,
+    shared_vocabulary,
+    transfer_steer,
+)
 
 FROM, TO, SHARED = 5, 7, 40
 
@@ -59,12 +65,12 @@ def test_mapped_transform_is_b_w_b_transposed() -> None:
     moved = map_columns(steer, matrix)
     for column in range(2):
         w = steer.projector1[column] @ steer.projector2[column].T
-        wanted = torch.zeros(TO, TO, dtype=torch.float64)
+        expected = torch.zeros(TO, TO, dtype=torch.float64)
         for i in range(TO):
             for j in range(TO):
-                wanted[i, j] = matrix[i] @ w @ matrix[j]
-        found = moved.projector1[column] @ moved.projector2[column].T
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+                expected[i, j] = matrix[i] @ w @ matrix[j]
+        transferred = moved.projector1[column] @ moved.projector2[column].T
+        torch.testing.assert_close(transferred, expected, rtol=1e-12, atol=1e-12)
     assert (moved.hidden_size, moved.fixed_columns, moved.epsilon) == (TO, (1,), 0.3)
 
 
@@ -87,16 +93,16 @@ def test_an_offset_goes_by_token_and_the_mean_where_there_is_none() -> None:
     )
     source = torch.zeros(4, FROM), tokenizer({"a": 0, "b": 1, "c": 2, "only": 3})
     target = torch.zeros(5, TO), tokenizer({"c": 0, "new": 1, "a": 2, "b": 3, "other": 4})
-    found = transfer_steer(steer, source, target)
-    assert found.steer.offset.tolist() == [[6, 3, 1, 2, 3]]
-    assert (found.steer.hidden_size, len(found.shared), found.fit) == (TO, 3, None)
+    matrix = transfer_steer(steer, source, target)
+    assert matrix.steer.offset.tolist() == [[6, 3, 1, 2, 3]]
+    assert (matrix.steer.hidden_size, len(matrix.shared), matrix.fit) == (TO, 3, None)
 
 
 def test_least_squares_solves_the_normal_equations() -> None:
     target, source = normal(SHARED, TO, seed=4), normal(SHARED, FROM, seed=5)
-    wanted = torch.linalg.inv(target.T @ target) @ target.T @ source
-    found = fit_matrix(target, source, solver="least-squares")
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    expected = torch.linalg.inv(target.T @ target) @ target.T @ source
+    matrix = fit_matrix(target, source, solver="least-squares")
+    torch.testing.assert_close(matrix, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("to", [7, 3], ids=["wider", "narrower"])
@@ -109,22 +115,22 @@ def test_orthogonal_finds_a_rotation_behind_shift_and_scale(to: int) -> None:
         rotation = torch.linalg.qr(normal(FROM, to, seed=6)).Q.T
         target = normal(SHARED, to, seed=5)
         source = target @ rotation
-    found = fit_matrix(3.0 * target + 1.0, source, solver="orthogonal")
-    torch.testing.assert_close(found, rotation, rtol=1e-9, atol=1e-9)
+    matrix = fit_matrix(3.0 * target + 1.0, source, solver="orthogonal")
+    torch.testing.assert_close(matrix, rotation, rtol=1e-9, atol=1e-9)
 
 
 def test_orthogonal_is_the_best_of_all_with_orthonormal_columns() -> None:
     target, source = normal(SHARED, TO, seed=4), normal(SHARED, FROM, seed=5)
-    found = fit_matrix(target, source, solver="orthogonal")
-    torch.testing.assert_close(found.T @ found, torch.eye(FROM, dtype=torch.float64))
+    matrix = fit_matrix(target, source, solver="orthogonal")
+    torch.testing.assert_close(matrix.T @ matrix, torch.eye(FROM, dtype=torch.float64))
     rows = [e - e.mean(0) for e in (target, source)]
     rows = [e / e.norm(dim=1, keepdim=True) for e in rows]
-    cosines = (rows[0] @ found * rows[1]).sum()
+    cosines = (rows[0] @ matrix * rows[1]).sum()
     # The columns are orthonormal, so this is as well the shortest way back to the target.
-    error = (rows[1] @ found.T - rows[0]).norm()
+    error = (rows[1] @ matrix.T - rows[0]).norm()
     for seed in range(50):
-        near = torch.linalg.qr(found + 0.05 * normal(TO, FROM, seed=seed)).Q
-        near = near * torch.sign((near * found).sum(0))
+        near = torch.linalg.qr(matrix + 0.05 * normal(TO, FROM, seed=seed)).Q
+        near = near * torch.sign((near * matrix).sum(0))
         assert (rows[0] @ near * rows[1]).sum() < cosines
         assert (rows[1] @ near.T - rows[0]).norm() > error
 
@@ -143,9 +149,9 @@ def test_authors_solver_is_adam_on_both_mean_squared_errors() -> None:
         gradients = torch.autograd.grad(loss, (forward, backward))
         forward.grad, backward.grad = gradients
         optimizer.step()
-    found = bridge.authors(target, source, start, steps=25, on_step=lambda _: None)
-    torch.testing.assert_close(found, backward.detach(), rtol=1e-9, atol=1e-11)
-    assert (found - start).abs().max() > 0.1
+    matrix = embedding_map.authors(target, source, start, steps=25, on_step=lambda _: None)
+    torch.testing.assert_close(matrix, backward.detach(), rtol=1e-9, atol=1e-11)
+    assert (matrix - start).abs().max() > 0.1
 
 
 def test_authors_solver_takes_the_first_4000_rows_and_norms_each_row_of_b(
@@ -153,22 +159,22 @@ def test_authors_solver_takes_the_first_4000_rows_and_norms_each_row_of_b(
 ) -> None:
     # Trap: the rows of B are normed, not its columns, so the fitted scale is lost.
     target, source = normal(4100, TO, seed=4), normal(4100, FROM, seed=5)
-    given = {}
+    value = {}
 
     def solve(target: Any, source: Any, start: Any, *, steps: int, on_step: Any) -> Any:
-        given.update(rows=(len(target), len(source)), steps=steps, first=target[0])
+        value.update(rows=(len(target), len(source)), steps=steps, first=target[0])
         return 5.0 * start
 
-    monkeypatch.setattr(bridge, "authors", solve)
-    found = fit_matrix(target, source, solver="authors", seed=3)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(TO, dtype=torch.float64))
-    assert not torch.allclose(found.norm(dim=0), torch.ones(FROM, dtype=torch.float64))
-    assert (given["rows"], given["steps"]) == ((4000, 4000), 5000)
-    assert torch.equal(given["first"], target[0])
+    monkeypatch.setattr(embedding_map, "authors", solve)
+    matrix = fit_matrix(target, source, solver="authors", seed=3)
+    torch.testing.assert_close(matrix.norm(dim=1), torch.ones(TO, dtype=torch.float64))
+    assert not torch.allclose(matrix.norm(dim=0), torch.ones(FROM, dtype=torch.float64))
+    assert (value["rows"], value["steps"]) == ((4000, 4000), 5000)
+    assert torch.equal(value["first"], target[0])
 
 
 def test_authors_solver_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "AUTHORS_STEPS", 2)
+    monkeypatch.setattr(embedding_map, "AUTHORS_STEPS", 2)
     rows = normal(SHARED, TO, seed=4), normal(SHARED, FROM, seed=5)
     first, again, other = (fit_matrix(*rows, solver="authors", seed=s) for s in (1, 1, 2))
     assert torch.equal(first, again)
@@ -176,7 +182,7 @@ def test_authors_solver_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def models(matrix: torch.Tensor | None = None) -> tuple[Any, Any]:
-    """Source and target, embedding and tokenizer: tokens 0 to 39 and 10 to 49 by name."""
+    """Embedding and tokenizer of source and target, with tokens 0 to 39 and 10 to 49."""
     target_rows = normal(SHARED, TO, seed=4)
     source_rows = normal(SHARED, FROM, seed=5)
     if matrix is not None:
@@ -186,25 +192,25 @@ def models(matrix: torch.Tensor | None = None) -> tuple[Any, Any]:
 
 def test_an_exact_map_is_found_over_shared_tokens_alone() -> None:
     matrix = normal(TO, FROM, seed=3)
-    found = transfer_steer(multiply(), *models(matrix), solver="least-squares")
-    assert len(found.shared) == 30
-    torch.testing.assert_close(found.matrix, matrix, rtol=1e-9, atol=1e-9)
-    assert found.fit.relative_residual < 1e-9
-    assert found.fit.mean_cosine == pytest.approx(1)
+    transferred = transfer_steer(multiply(), *models(matrix), solver="least-squares")
+    assert len(transferred.shared) == 30
+    torch.testing.assert_close(transferred.matrix, matrix, rtol=1e-9, atol=1e-9)
+    assert transferred.fit.relative_residual < 1e-9
+    assert transferred.fit.mean_cosine == pytest.approx(1)
 
 
 def test_fit_error_is_of_rows_less_their_mean_at_the_best_scale() -> None:
     source, target = models()
-    found = transfer_steer(multiply(), source, target, solver="orthogonal")
-    mapped = (target[0][:30] @ found.matrix).numpy()
-    wanted = source[0][10:].numpy()
-    mapped, wanted = mapped - mapped.mean(0), wanted - wanted.mean(0)
-    residuals = [((c * mapped - wanted) ** 2).sum() for c in torch.linspace(-2, 2, 4001).tolist()]
-    assert found.fit.relative_residual == pytest.approx(
-        (min(residuals) / (wanted**2).sum()) ** 0.5, rel=1e-5
+    matrix = transfer_steer(multiply(), source, target, solver="orthogonal")
+    mapped = (target[0][:30] @ matrix.matrix).numpy()
+    expected = source[0][10:].numpy()
+    mapped, expected = mapped - mapped.mean(0), expected - expected.mean(0)
+    residuals = [((c * mapped - expected) ** 2).sum() for c in torch.linspace(-2, 2, 4001).tolist()]
+    assert matrix.fit.relative_residual == pytest.approx(
+        (min(residuals) / (expected**2).sum()) ** 0.5, rel=1e-5
     )
-    norms = ((mapped**2).sum(1) * (wanted**2).sum(1)) ** 0.5
-    assert found.fit.mean_cosine == pytest.approx(((mapped * wanted).sum(1) / norms).mean())
+    norms = ((mapped**2).sum(1) * (expected**2).sum(1)) ** 0.5
+    assert matrix.fit.mean_cosine == pytest.approx(((mapped * expected).sum(1) / norms).mean())
 
 
 def test_dtype_and_description_carry_over() -> None:
@@ -241,7 +247,7 @@ def test_a_steer_of_another_model_is_refused() -> None:
     steer = LMSteer(
         variant="add", epsilon=1.0, hidden_size=9, add=torch.ones(1, 9), base_model="gpt2"
     )
-    message = r"the steer is 9 wide and the source model 5; give the model .* fitted to \(gpt2\)"
+    message = r"the steer has width 9 and the source model 5; give the model .* fitted to \(gpt2\)"
     with pytest.raises(SteerError, match=message):
         transfer_steer(steer, *models())
 
@@ -249,14 +255,14 @@ def test_a_steer_of_another_model_is_refused() -> None:
 def test_vocabularies_without_a_common_token_are_refused() -> None:
     source, target = models()
     strangers = target[0], tokenizer({f"x{i}": i for i in range(40)})
-    with pytest.raises(SteerError, match="the two vocabularies have no token in common"):
+    with pytest.raises(SteerError, match="the two vocabularies share no token"):
         transfer_steer(multiply(), source, strangers)
 
 
 def test_too_few_common_tokens_are_refused() -> None:
     source, target = models()
     few = target[0], tokenizer(words(6))
-    with pytest.raises(SteerError, match="share 6 tokens and the target model is 7 wide; at least"):
+    with pytest.raises(SteerError, match="share 6 tokens; fitting the map needs at least 7"):
         transfer_steer(multiply(), source, few)
 
 

@@ -17,7 +17,7 @@ SENTIMENT = STEERS / "sentiment.safetensors"
 
 
 def transfer(output: Path, *options: Any, steer: Path = SENTIMENT) -> str:
-    """What the command prints; a refusal is raised."""
+    """The output of the command; raises its ``SteerError``."""
     line = ["transfer", steer, "embedded", SISTER, output, *options]
     result = CliRunner().invoke(app, list(map(str, line)))
     if isinstance(result.exception, SteerError):
@@ -36,23 +36,23 @@ def labelled(tmp_path: Path) -> Path:
 
 
 def test_the_file_is_a_steer_of_the_target_with_its_recipe(tmp_path: Path) -> None:
-    said = json.loads(transfer(tmp_path / "out.safetensors", "--json"))
+    data = json.loads(transfer(tmp_path / "out.safetensors", "--json"))
     steer, original = load_steer(tmp_path / "out.safetensors"), load_steer(SENTIMENT)
     assert (steer.hidden_size, steer.fixed_columns, steer.rank) == (160, (1,), original.rank)
     assert (steer.epsilon, steer.base_model) == (original.epsilon, str(SISTER))
     assert steer.recipe["method"] == "transfer"
     assert steer.recipe["settings"]["source_model"] == "embedded"
-    assert steer.recipe["figures"]["shared_tokens"] == said["shared_tokens"] > 1000
-    assert 0 < said["fit"]["relative_residual"] < 1
-    assert said["effect"] is None
+    assert steer.recipe["figures"]["shared_tokens"] == data["shared_tokens"] > 1000
+    assert 0 < data["fit"]["relative_residual"] < 1
+    assert data["effect"] is None
 
 
 def test_the_effect_is_measured_in_both_models(tmp_path: Path, labelled: Path) -> None:
-    said = json.loads(transfer(tmp_path / "out", "--data", labelled, "--strength", 5, "--json"))
-    source, target = said["effect"]["source"], said["effect"]["target"]
+    message = json.loads(transfer(tmp_path / "out", "--data", labelled, "--strength", 5, "--json"))
+    source, target = message["effect"]["source"], message["effect"]["target"]
     assert source["texts"] == target["texts"] == 8
-    kept = target["evidence_per_text"] / source["evidence_per_text"]
-    assert said["effect"]["kept"] == pytest.approx(kept)
+    share = target["evidence_per_text"] / source["evidence_per_text"]
+    assert message["effect"]["kept"] == pytest.approx(share)
     recipe = load_steer(tmp_path / "out").recipe
     assert [data["file"] for data in recipe["data"]] == [SENTIMENT.name, labelled.name]
     assert recipe["settings"]["strength"] == 5
@@ -66,14 +66,14 @@ def test_the_recipe_of_the_steer_itself_is_kept(tmp_path: Path) -> None:
 
 
 def test_matched_strength_is_written_into_epsilon(tmp_path: Path, labelled: Path) -> None:
-    said = json.loads(transfer(tmp_path / "out", "--data", labelled, "--match-strength", "--json"))
-    assert said["effect"]["kept"] == pytest.approx(1, rel=0.03)
-    assert load_steer(tmp_path / "out").epsilon == said["epsilon"] > load_steer(SENTIMENT).epsilon
+    data = json.loads(transfer(tmp_path / "out", "--data", labelled, "--match-strength", "--json"))
+    assert data["effect"]["kept"] == pytest.approx(1, rel=0.03)
+    assert load_steer(tmp_path / "out").epsilon == data["epsilon"] > load_steer(SENTIMENT).epsilon
 
 
 def test_the_table_says_how_well_it_fits(tmp_path: Path) -> None:
-    shown = transfer(tmp_path / "out")
-    assert "shared tokens" in shown and "mean cosine" in shown
+    output = transfer(tmp_path / "out")
+    assert "shared tokens" in output and "mean cosine" in output
 
 
 def test_an_existing_output_is_only_replaced_when_forced(tmp_path: Path) -> None:

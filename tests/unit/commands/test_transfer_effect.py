@@ -1,4 +1,4 @@
-"""The effect on labelled texts and the matching of strengths, on a model small enough to redo."""
+"""The effect on labelled texts and the matching of strengths, on a tiny model."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def model() -> LanguageModel:
 
 
 def add_steer(model: LanguageModel, epsilon: float = 0.5) -> LMSteer:
-    """Towards the embeddings of the positive texts' tokens and away from the negative one's."""
+    """A steer towards the embeddings of the positive texts and away from the negative ones."""
     head = model.model.get_output_embeddings().weight
     sides = [
         head[torch.tensor(model.tokenizer(TEXTS[row].text)["input_ids"])].sum(0) for row in (0, 1)
@@ -47,8 +47,8 @@ def add_steer(model: LanguageModel, epsilon: float = 0.5) -> LMSteer:
 
 
 def totals(model: LanguageModel, steer: LMSteer, strength: float) -> list[tuple[float, int]]:
-    """``log p_{+v}(x) - log p_{-v}(x)`` of each labelled text, and its tokens but the first."""
-    found = []
+    """``log p_{+v}(x) - log p_{-v}(x)`` of each text, and its number of predicted tokens."""
+    result = []
     for text, label in TEXTS:
         if label == 0:
             continue
@@ -58,21 +58,21 @@ def totals(model: LanguageModel, steer: LMSteer, strength: float) -> list[tuple[
         total = 0.0
         for sign in (1, -1):
             logits = (h + sign * strength * steer.epsilon * steer.add[0]) @ head.T
-            chosen = logits.log_softmax(1)[:-1].gather(1, ids[1:, None])
-            total += sign * chosen.sum().item()
-        found.append((total, len(ids) - 1))
-    return found
+            token_logits = logits.log_softmax(1)[:-1].gather(1, ids[1:, None])
+            total += sign * token_logits.sum().item()
+        result.append((total, len(ids) - 1))
+    return result
 
 
 def test_effect_is_the_evidence_for_the_texts_own_labels(model: LanguageModel) -> None:
     steer = add_steer(model)
     (first, n1), (second, n2), (third, n3) = totals(model, steer, 2.0)
-    found = measure_effect(model, steer, TEXTS, strength=2.0)
+    result = measure_effect(model, steer, TEXTS, strength=2.0)
     signed = [first, -second, third]
-    assert (found.texts, found.strength) == (3, 2.0)
-    assert found.evidence_per_text == pytest.approx(sum(signed) / 3, rel=1e-9)
-    assert found.evidence_per_token == pytest.approx(sum(signed) / (n1 + n2 + n3), rel=1e-9)
-    assert found.accuracy == pytest.approx(sum(total > 0 for total in signed) / 3)
+    assert (result.texts, result.strength) == (3, 2.0)
+    assert result.evidence_per_text == pytest.approx(sum(signed) / 3, rel=1e-9)
+    assert result.evidence_per_token == pytest.approx(sum(signed) / (n1 + n2 + n3), rel=1e-9)
+    assert result.accuracy == pytest.approx(sum(total > 0 for total in signed) / 3)
 
 
 def test_every_labelled_text_is_counted(model: LanguageModel) -> None:
@@ -82,9 +82,9 @@ def test_every_labelled_text_is_counted(model: LanguageModel) -> None:
 
 
 def test_matched_epsilon_gives_the_wanted_effect(model: LanguageModel) -> None:
-    wanted = measure_effect(model, add_steer(model, epsilon=0.5), TEXTS)
-    steer, effect = match_strength(model, add_steer(model, epsilon=0.02), TEXTS, wanted)
-    assert effect.evidence_per_text == pytest.approx(wanted.evidence_per_text, rel=0.02)
+    expected = measure_effect(model, add_steer(model, epsilon=0.5), TEXTS)
+    steer, effect = match_strength(model, add_steer(model, epsilon=0.02), TEXTS, expected)
+    assert effect.evidence_per_text == pytest.approx(expected.evidence_per_text, rel=0.02)
     assert steer.epsilon == pytest.approx(0.5, rel=0.1)
     assert measure_effect(model, steer, TEXTS) == effect
 
@@ -93,21 +93,23 @@ def test_matched_epsilon_gives_the_wanted_effect(model: LanguageModel) -> None:
 def test_a_steer_against_the_labels_cannot_be_matched(model: LanguageModel, side: str) -> None:
     steer = add_steer(model)
     against = LMSteer(variant="add", epsilon=0.5, hidden_size=HIDDEN, add=-steer.add)
-    given = {"source": (against, steer), "target": (steer, against)}[side]
+    value = {"source": (against, steer), "target": (steer, against)}[side]
     with pytest.raises(SteerError, match=r"strengths can be matched only where both are above 0"):
-        match_strength(model, given[1], TEXTS, measure_effect(model, given[0], TEXTS))
+        match_strength(model, value[1], TEXTS, measure_effect(model, value[0], TEXTS))
 
 
 def test_an_effect_that_cannot_be_reached_is_refused(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = Effect(texts=3, strength=1.0, evidence_per_text=1.0, evidence_per_token=1, accuracy=1)
+    expected = Effect(
+        texts=3, strength=1.0, evidence_per_text=1.0, evidence_per_token=1, accuracy=1
+    )
     stuck = Effect(texts=3, strength=1.0, evidence_per_text=0.5, evidence_per_token=1, accuracy=1)
     monkeypatch.setattr("vllm_steer.transfer.effect.measure_effect", lambda *_, **__: stuck)
     with pytest.raises(SteerError, match=r"after 12 trials the evidence is 0\.5 nats per text"):
-        match_strength(model, add_steer(model), TEXTS, wanted)
+        match_strength(model, add_steer(model), TEXTS, expected)
 
 
 def test_texts_of_no_side_are_refused(model: LanguageModel) -> None:
-    with pytest.raises(SteerError, match="every text is labelled 0; expected texts of both sides"):
+    with pytest.raises(SteerError, match="every label is 0; expected labels above and below 0"):
         measure_effect(model, add_steer(model), [LabelledText("Nothing.", 0.0)])

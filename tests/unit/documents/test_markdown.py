@@ -1,4 +1,4 @@
-"""Foreign text in Markdown comes out of a renderer as the text that it is."""
+"""Untrusted text in Markdown is rendered literally."""
 
 import pytest
 from hostile_texts import HOSTILE
@@ -36,17 +36,17 @@ def parser() -> MarkdownIt:
 
 
 def texts(source: str, kind: str) -> tuple[list[str], set[str]]:
-    """The text of each inline part, and every type of token that there is."""
+    """The text of each inline token, and the types of all tokens."""
     tokens = parser().parse(source)
     inline = [token for token in tokens if token.type == "inline"]
     inner = {child.type for token in inline for child in token.children or ()}
-    found = ["".join(child.content for child in t.children or ()) for t in inline]
-    return found, inner | {token.type for token in tokens}
+    result = ["".join(child.content for child in t.children or ()) for t in inline]
+    return result, inner | {token.type for token in tokens}
 
 
 @every
 def test_a_heading_and_an_item_are_the_text(text: str) -> None:
-    wanted = printable(text, 1000).strip()
+    expected = printable(text, 1000).strip()
     for source, kinds in (
         (f"# {markdown_text(text)}\n", {"heading_open", "heading_close"}),
         (
@@ -57,17 +57,17 @@ def test_a_heading_and_an_item_are_the_text(text: str) -> None:
             },
         ),
     ):
-        found, types = texts(source, "inline")
-        assert found == [wanted]
+        result, types = texts(source, "inline")
+        assert result == [expected]
         assert types <= {*kinds, "inline", "text", "text_special"}
 
 
 @every
 def test_a_cell_is_the_text(text: str) -> None:
-    wanted = printable(text, 1000).strip()
+    expected = printable(text, 1000).strip()
     source = "\n".join([markdown_row([text, "1"]), "| --- | --- |", markdown_row(["0.5", text])])
-    found, types = texts(source, "inline")
-    assert found == [wanted, "1", "0.5", wanted]
+    result, types = texts(source, "inline")
+    assert result == [expected, "1", "0.5", expected]
     assert not types & {
         "link_open",
         "image",

@@ -1,4 +1,4 @@
-"""Pictures: whole or not there, and their texts shown as they are, whatever the user's settings."""
+"""Pictures are written atomically and show texts literally, whatever the user's settings."""
 
 import os
 from pathlib import Path
@@ -17,16 +17,16 @@ TEXTS = [*HOSTILE.values(), SURROGATE, *FORMULAS]
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_a_text_is_drawn_as_it_is(tmp_path: Path, text: str) -> None:
-    shown = label(text)
-    assert not matplotlib.cbook.is_math_text(shown)
-    assert shown.replace(r"\$", "$").strip() == printable(text, 100).strip()
+    output = label(text)
+    assert not matplotlib.cbook.is_math_text(output)
+    assert output.replace(r"\$", "$").strip() == printable(text, 100).strip()
     with picture(tmp_path / "a.png", dpi=50, figsize=(3, 2), layout="constrained") as figure:
         axis = figure.subplots()
-        axis.plot([1, 2], [1, 2000], label=shown)
-        axis.set(xlabel=shown, ylabel=shown, title=shown, yscale="log")
+        axis.plot([1, 2], [1, 2000], label=output)
+        axis.set(xlabel=output, ylabel=output, title=output, yscale="log")
         axis.legend()
-        assert [each.get_text() for each in axis.get_legend().get_texts()] == [shown]
-        figure.suptitle(shown)
+        assert [text_item.get_text() for text_item in axis.get_legend().get_texts()] == [output]
+        figure.suptitle(output)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,4 +1,4 @@
-"""A table is the same on a terminal and in Markdown: sides, forms of numbers, lines."""
+"""Tables on a terminal and in Markdown: alignment, number formats, separator lines."""
 
 import math
 
@@ -9,7 +9,7 @@ COLUMNS = (Column("method"), Column("share", figure), Column("count", "d"))
 ROWS = (("none", 0.5, 3), ("[red]", math.nan, None), (StyledText("dim", "bold"), 12345.0, "many"))
 
 
-def shown(table: Table) -> list[list[str]]:
+def printed(table: Table) -> list[list[str]]:
     console = Console(width=60)
     with console.capture() as output:
         console.print(table)
@@ -18,7 +18,7 @@ def shown(table: Table) -> list[list[str]]:
 
 
 def test_numbers_stand_on_the_right_in_the_form_of_their_column() -> None:
-    title, _, *rows, _ = shown(Table("a [b]", COLUMNS, ROWS))
+    title, _, *rows, _ = printed(Table("a [b]", COLUMNS, ROWS))
     assert title[0].rstrip() == "a [b]"
     assert rows == [
         [" method ", "    share ", " count "],
@@ -43,9 +43,9 @@ def test_markdown_has_the_same_cells() -> None:
 
 
 def test_lines_stand_after_the_rows_that_are_named() -> None:
-    assert len(shown(Table("", COLUMNS, ROWS, lines=(0,)))) == len(ROWS) + 4 + 1
+    assert len(printed(Table("", COLUMNS, ROWS, lines=(0,)))) == len(ROWS) + 4 + 1
 
 
 def test_facts_are_those_that_there_are_and_have_no_headings() -> None:
     values = {"base_model": "m", "description": "", "rank": None, "layers": [], "columns": 0}
-    assert shown(facts("", values))[1:-1] == [[" base model ", " m "], [" columns    ", " 0 "]]
+    assert printed(facts("", values))[1:-1] == [[" base model ", " m "], [" columns    ", " 0 "]]

@@ -1,4 +1,4 @@
-"""``vllm-steer eval`` and ``sweep`` with a stand-in engine: what it is asked, what is said."""
+"""``vllm-steer eval`` and ``sweep`` with a fake engine: their requests and their output."""
 
 import json
 from pathlib import Path
@@ -6,161 +6,173 @@ from typing import Any
 
 import pytest
 import torch
-from eval_tools import StandIn
+from eval_tools import FakeEngine
 from typer.testing import CliRunner
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, load_steer, save_steer
 from vllm_steer.cli import app
-from vllm_steer.sweep import sweeping
+from vllm_steer.sweep import sweep_run
 
 
-def call(name: str, place: Path, *options: Any) -> Any:
-    line = [name, "m", place / "v", "--prompts", place / "prompts.txt", *options]
+def call(name: str, folder: Path, *options: Any) -> Any:
+    line = [name, "m", folder / "v", "--prompts", folder / "prompts.txt", *options]
     result = CliRunner().invoke(app, [str(part) for part in line])
     if isinstance(result.exception, SteerError):
         raise result.exception
     return result
 
 
-def evaluate(place: Path, *options: Any, strengths: str = "-2,2") -> Any:
-    judge = ("--judge", f"lexicon:{place / 'words.yaml'}")
+def evaluate(folder: Path, *options: Any, strengths: str = "-2,2") -> Any:
+    judge = ("--judge", f"lexicon:{folder / 'words.yaml'}")
     return call(
-        *("eval", place, "--strengths", strengths, "--out", place / "run", "--no-plot"),
+        *("eval", folder, "--strengths", strengths, "--out", folder / "run", "--no-plot"),
         *(*judge, "--samples", 20, *options),
     )
 
 
-def sweep(place: Path, *options: Any) -> Any:
-    return call("sweep", place, "--judge", f"lexicon:{place / 'words.yaml'}", *options)
+def sweep(folder: Path, *options: Any) -> Any:
+    return call("sweep", folder, "--judge", f"lexicon:{folder / 'words.yaml'}", *options)
 
 
-def test_every_setting_is_asked_for_once(place: Path, stand_in: StandIn) -> None:
-    done = evaluate(place, "--json", "--layers", "1-2", "--phase", "prompt")
+def test_every_setting_is_asked_for_once(folder: Path, fake_engine: FakeEngine) -> None:
+    completed = evaluate(folder, "--json", "--layers", "1-2", "--phase", "prompt")
     options = {"layers": "1-2", "phase": "prompt"}
-    assert stand_in.asked == [
+    assert fake_engine.requests == [
         None,
         {"steer": {"strength": -2.0, **options}},
         {"steer": {"strength": 2.0, **options}},
         {"random": {"strength": -2.0, **options}},
         {"random": {"strength": 2.0, **options}},
     ]
-    report = json.loads(done.stdout)
+    report = json.loads(completed.stdout)
     assert report["steer"]["layers"] == "1-2"
     (judge,) = report["judges"]
     shares = [s["figures"][judge["name"]]["share"] for s in report["settings"]]
     assert shares == [0.5, 0.3, 0.7, 0.5, 0.5]
 
 
-def test_a_deltas_schedule_is_asked_for_and_decides_the_run(place: Path, stand_in: StandIn) -> None:
-    save_steer(DeltaSteer(delta=torch.ones(3, 2, 4), layers=(0, 1)), place / "v")
-    assert json.loads(evaluate(place, "--json").stdout)["steer"]["schedule"] == "fixed"
+def test_a_deltas_schedule_is_asked_for_and_decides_the_run(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
+    save_steer(DeltaSteer(delta=torch.ones(3, 2, 4), layers=(0, 1)), folder / "v")
+    assert json.loads(evaluate(folder, "--json").stdout)["steer"]["schedule"] == "fixed"
     with pytest.raises(SteerError, match=r"steer\.schedule was 'fixed' and is now 'dim'"):
-        evaluate(place, "--schedule", "dim")
-    evaluate(place, "--schedule", "dim", "--restart")
-    assert stand_in.asked[-1] == {"random": {"strength": 2.0, "schedule": "dim"}}
+        evaluate(folder, "--schedule", "dim")
+    evaluate(folder, "--schedule", "dim", "--restart")
+    assert fake_engine.requests[-1] == {"random": {"strength": 2.0, "schedule": "dim"}}
 
 
-def test_the_control_in_the_folder_is_the_one_that_was_run(place: Path, stand_in: StandIn) -> None:
-    evaluate(place)
-    assert stand_in.files["random"] == place / "run" / "random.safetensors"
-    own, control = load_steer(place / "v"), load_steer(stand_in.files["random"])
-    torch.testing.assert_close(control.vectors.norm(dim=1), own.vectors.norm(dim=1))
+def test_the_control_in_the_folder_is_the_one_that_was_run(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
+    evaluate(folder)
+    assert fake_engine.files["random"] == folder / "run" / "random.safetensors"
+    original, control = load_steer(folder / "v"), load_steer(fake_engine.files["random"])
+    torch.testing.assert_close(control.vectors.norm(dim=1), original.vectors.norm(dim=1))
 
 
 def test_an_interrupted_run_goes_on_and_strengths_can_be_added(
-    place: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
-    stand_in.fails_after = 2
-    assert evaluate(place).exit_code != 0
-    assert not (place / "run" / "report.json").exists()
-    stand_in.fails_after = 1000
-    evaluate(place)
-    assert len(stand_in.asked) == 5
-    evaluate(place, strengths="-2,2,4")
-    assert stand_in.asked[5:] == [{"steer": {"strength": 4.0}}, {"random": {"strength": 4.0}}]
-    evaluate(place)
-    assert len(stand_in.asked) == 7
+    fake_engine.fails_after = 2
+    assert evaluate(folder).exit_code != 0
+    assert not (folder / "run" / "report.json").exists()
+    fake_engine.fails_after = 1000
+    evaluate(folder)
+    assert len(fake_engine.requests) == 5
+    evaluate(folder, strengths="-2,2,4")
+    assert fake_engine.requests[5:] == [{"steer": {"strength": 4.0}}, {"random": {"strength": 4.0}}]
+    evaluate(folder)
+    assert len(fake_engine.requests) == 7
 
 
-def test_another_steer_under_the_same_name_is_another_run(place: Path, stand_in: StandIn) -> None:
-    evaluate(place)
-    save_steer(VectorSteer(vectors=torch.ones(4, 3), layers=(0, 1, 2, 3)), place / "v")
+def test_another_steer_under_the_same_name_is_another_run(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
+    evaluate(folder)
+    save_steer(VectorSteer(vectors=torch.ones(4, 3), layers=(0, 1, 2, 3)), folder / "v")
     with pytest.raises(SteerError, match=r"other settings: different steer\.sha256;"):
-        evaluate(place)
-    assert evaluate(place, "--restart").exit_code == 0
-    (place / "prompts.txt").write_text("It is\n")
+        evaluate(folder)
+    assert evaluate(folder, "--restart").exit_code == 0
+    (folder / "prompts.txt").write_text("It is\n")
     with pytest.raises(SteerError, match=r"different prompts\.sha256; prompts\.count was 2"):
-        evaluate(place)
+        evaluate(folder)
 
 
-def test_what_is_wrong_is_said_before_anything_is_generated(place: Path, stand_in: StandIn) -> None:
+def test_what_is_wrong_is_said_before_anything_is_generated(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
     with pytest.raises(SteerError, match="judge 'taste' is unknown"):
-        evaluate(place, "--judge", "taste")
+        evaluate(folder, "--judge", "taste")
     with pytest.raises(SteerError, match="layers 9 are not in this steer; it has 0-3"):
-        evaluate(place, "--layers", "9")
+        evaluate(folder, "--layers", "9")
     with pytest.raises(SteerError, match="preset is 'best'; allowed: lm-steer"):
-        evaluate(place, "--preset", "best")
+        evaluate(folder, "--preset", "best")
     with pytest.raises(SteerError, match=r"no judge is available .perspective: the Perspective"):
         call(
-            *("eval", place, "--strengths", "1", "--out", place / "run"),
+            *("eval", folder, "--strengths", "1", "--out", folder / "run"),
             *("--judge", "perspective", "--no-plot"),
         )
-    assert not stand_in.asked and not (place / "run").exists()
+    assert not fake_engine.requests and not (folder / "run").exists()
 
 
-def test_a_sweep_writes_the_best_within_the_budget(place: Path, stand_in: StandIn) -> None:
+def test_a_sweep_writes_the_best_within_the_budget(folder: Path, fake_engine: FakeEngine) -> None:
     # Good texts: 10 + 2 v of 20; perplexity ratio 1 + v / 10: within 1.35 lies v <= 3.5.
-    done = sweep(place, "--strengths", "1:5:1", "--budget", 1.35, "--json", "--write")
-    found = json.loads(done.stdout)
-    assert (found["chosen"]["strength"], found["chosen"]["effect"]) == (3.0, 0.8)
-    assert [p["within_budget"] for p in found["points"]] == [True, True, True, False, False]
-    assert load_steer(place / "v").default_strength == 3.0
-    assert load_steer(place / "v").layers == (0, 1, 2, 3)
+    completed = sweep(folder, "--strengths", "1:5:1", "--budget", 1.35, "--json", "--write")
+    result = json.loads(completed.stdout)
+    assert (result["chosen"]["strength"], result["chosen"]["effect"]) == (3.0, 0.8)
+    assert [p["within_budget"] for p in result["points"]] == [True, True, True, False, False]
+    assert load_steer(folder / "v").default_strength == 3.0
+    assert load_steer(folder / "v").layers == (0, 1, 2, 3)
 
 
-def test_a_sweep_asks_for_the_layers_of_each_candidate(place: Path, stand_in: StandIn) -> None:
-    sweep(place, "--strengths", "2", "--budget", 1.35, "--layers", "all;1-2", "--write")
-    assert stand_in.asked == [
+def test_a_sweep_asks_for_the_layers_of_each_candidate(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
+    sweep(folder, "--strengths", "2", "--budget", 1.35, "--layers", "all;1-2", "--write")
+    assert fake_engine.requests == [
         None,
         {"steer": {"strength": 2.0}},
         {"steer": {"strength": 2.0, "layers": "1-2"}},
     ]
-    assert load_steer(place / "v").layers == (0, 1, 2, 3)  # of equal points the first
+    assert load_steer(folder / "v").layers == (0, 1, 2, 3)  # of equal points the first
 
 
 def test_without_a_choice_the_points_are_shown_and_the_file_stays(
-    place: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
-    before = (place / "v").read_bytes()
-    line = ["sweep", "m", place / "v", "--prompts", place / "prompts.txt", "--strengths", "4,5"]
-    line += ["--judge", f"lexicon:{place / 'words.yaml'}", "--json", "--write"]
+    before = (folder / "v").read_bytes()
+    line = ["sweep", "m", folder / "v", "--prompts", folder / "prompts.txt", "--strengths", "4,5"]
+    line += ["--judge", f"lexicon:{folder / 'words.yaml'}", "--json", "--write"]
     result = CliRunner().invoke(app, [str(part) for part in line])
     assert isinstance(result.exception, SteerError) and result.exit_code == 1
-    assert "no strength is within the budget: perplexity is 1.4 times" in str(result.exception)
-    found = json.loads(result.stdout)
-    assert (found["chosen"], found["written"], len(found["points"])) == (None, None, 2)
-    assert (place / "v").read_bytes() == before
+    assert "no strength is within the budget: the lowest perplexity ratio is 1.4 " in str(
+        result.exception
+    )
+    actual = json.loads(result.stdout)
+    assert (actual["chosen"], actual["written"], len(actual["points"])) == (None, None, 2)
+    assert (folder / "v").read_bytes() == before
 
 
 @pytest.mark.parametrize("broken", ["plot", "steer"])
 def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
-    place: Path, stand_in: StandIn, broken: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, fake_engine: FakeEngine, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise SteerError("no space left")
 
     if broken == "steer":
-        monkeypatch.setattr(sweeping, "save_steer", full)
+        monkeypatch.setattr(sweep_run, "save_steer", full)
     else:
         monkeypatch.setattr("vllm_steer.sweep.report.draw", full)
-    plot = place / "sweep.png"
-    line = ["sweep", "m", place / "v", "--prompts", place / "prompts.txt", "--strengths", "2"]
-    line += ["--judge", f"lexicon:{place / 'words.yaml'}", "--budget", 1.35, "--json", "--write"]
+    plot = folder / "sweep.png"
+    line = ["sweep", "m", folder / "v", "--prompts", folder / "prompts.txt", "--strengths", "2"]
+    line += ["--judge", f"lexicon:{folder / 'words.yaml'}", "--budget", 1.35, "--json", "--write"]
     result = CliRunner().invoke(app, [str(part) for part in [*line, "--plot", plot]])
     assert isinstance(result.exception, SteerError)
-    found = json.loads(result.stdout)
-    assert found["chosen"]["strength"] == 2.0
-    assert found["written"] == (str(place / "v") if broken == "plot" else None)
+    actual = json.loads(result.stdout)
+    assert actual["chosen"]["strength"] == 2.0
+    assert actual["written"] == (str(folder / "v") if broken == "plot" else None)
 
 
 @pytest.mark.parametrize(
@@ -174,12 +186,12 @@ def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
         (["--range", "5:1"], "from a strength near 0 to one further away"),
         (["--direction", "left"], "direction is 'left'; allowed: up, down"),
         (["--judge", "diversity"], "judge diversity measures no effect; a sweep needs one"),
-        (["--layers", "top:1"], "the steer has no layer_scores"),
+        (["--layers", "top:1"], "top:k needs layer_scores, and the steer has none"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(
-    place: Path, stand_in: StandIn, options: list[str], message: str
+    folder: Path, fake_engine: FakeEngine, options: list[str], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        sweep(place, *options)
-    assert not stand_in.asked
+        sweep(folder, *options)
+    assert not fake_engine.requests

@@ -1,4 +1,4 @@
-"""Properties and combinations: what a file may say, what is tried, what is chosen, what is told."""
+"""The parts of a comparison: specification, candidates, selection, property judges, curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,16 @@ import yaml
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.composition.asked import Composition
-from vllm_steer.evaluation.composition.candidates import Choice, candidate, choices, why_not
-from vllm_steer.evaluation.composition.choosing import Choosing, Figures, choose
-from vllm_steer.evaluation.composition.curves import dynamic_curves, raw, stated_curve
-from vllm_steer.evaluation.composition.judging import PropertyJudges, property_judges, share
+from vllm_steer.evaluation.composition.candidates import (
+    Choice,
+    choices,
+    make_candidate,
+    skip_reason,
+)
+from vllm_steer.evaluation.composition.curves import dynamic_curves, raw_strengths, scheduled_curve
+from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges, share
+from vllm_steer.evaluation.composition.selection import SelectionScores, StrengthSelection, choose
+from vllm_steer.evaluation.composition.spec import ComparisonSpec
 
 FR = {"steer": "fr.st", "judge": "lexicon:embedded:language=fr", "strengths": [1, 1.5]}
 CHEER = {"steer": "cheer.st", "judge": "lexicon:embedded:sentiment", "strengths": [2, 4]}
@@ -24,25 +29,25 @@ VECTOR = VectorSteer(vectors=torch.ones(1, 3), layers=(0,))
 STEERS: dict[str, Any] = {"fr": DELTA, "cheer": VECTOR}
 
 
-def load(folder: Path, **changed: Any) -> Composition:
+def load(folder: Path, **changed: Any) -> ComparisonSpec:
     path = folder / "asked.yaml"
     content = {"properties": {"fr": FR, "cheer": CHEER}, "seen": ["fr", "cheer"], **changed}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return Composition.load(path)
+    return ComparisonSpec.load(path)
 
 
 def test_combinations_stand_in_the_order_of_the_properties_once_each(tmp_path: Path) -> None:
-    asked = load(tmp_path, seen=["fr", "cheer", "fr"], unseen="cheer + fr")
-    assert (asked.seen, asked.unseen) == ((("fr",), ("cheer",)), (("fr", "cheer"),))
+    spec = load(tmp_path, seen=["fr", "cheer", "fr"], unseen="cheer + fr")
+    assert (spec.seen, spec.unseen) == ((("fr",), ("cheer",)), (("fr", "cheer"),))
 
 
 def test_paths_begin_at_the_file_and_one_value_stands_for_a_list(tmp_path: Path) -> None:
     fr = {**FR, "strengths": 1.5, "max": 3}
-    asked = load(tmp_path, properties={"fr": fr}, seen="fr", top_p=0.4, examples={"fr": "e.jsonl"})
-    assert asked.properties["fr"].steer == tmp_path / "fr.st"
-    assert asked.examples == {("fr",): tmp_path / "e.jsonl"}
-    assert (asked.properties["fr"].strengths, asked.properties["fr"].max) == ((1.5,), (3.0,))
-    assert (asked.top_p, asked.kl) == ((0.4,), ("plain",))
+    spec = load(tmp_path, properties={"fr": fr}, seen="fr", top_p=0.4, examples={"fr": "e.jsonl"})
+    assert spec.properties["fr"].steer == tmp_path / "fr.st"
+    assert spec.examples == {("fr",): tmp_path / "e.jsonl"}
+    assert (spec.properties["fr"].strengths, spec.properties["fr"].max) == ((1.5,), (3.0,))
+    assert (spec.top_p, spec.kl) == ((0.4,), ("plain",))
 
 
 @pytest.mark.parametrize(
@@ -50,14 +55,20 @@ def test_paths_begin_at_the_file_and_one_value_stands_for_a_list(tmp_path: Path)
     [
         ({"seen": ["fr+de"]}, "property de is unknown; properties: fr, cheer"),
         ({"seen": ["fr+fr"]}, r"fr\+fr names a property twice"),
-        ({"seen": []}, "seen is empty; strengths are chosen on seen combinations"),
+        ({"seen": []}, "seen is empty; strengths are selected on the seen combinations"),
         ({"seen": ["fr+cheer", "fr"], "unseen": "cheer+fr"}, r"cheer\+fr is both seen and unseen"),
         ({"seen": ["fr"], "unseen": ["cheer"]}, "cheer is in no seen combination"),
-        ({"examples": {"fr+cheer": "e"}}, r"examples of cheer\+fr: neither seen nor unseen"),
-        ({"properties": {"fr": {**FR, "strengths": [0, 1]}}}, "0 is no steer; the method 'none'"),
+        (
+            {"examples": {"fr+cheer": "e"}},
+            r"examples has cheer\+fr, which is neither in seen nor in unseen",
+        ),
+        (
+            {"properties": {"fr": {**FR, "strengths": [0, 1]}}},
+            "0 is not a valid strength; the method 'none'",
+        ),
         ({"properties": {"fr": {**FR, "strengths": []}}}, r"properties\.fr\.strengths is \[\]"),
         ({"properties": {"fr": {**FR, "weight": 1}}}, r"unknown key 'properties\.fr\.weight'"),
-        ({"properties": {"a b": FR}}, "'a b' cannot be a name"),
+        ({"properties": {"a b": FR}}, "'a b' is not a valid name"),
         ({"top_p": 0}, r"top_p\.0 is 0: Input should be greater than 0"),
         ({"methods": ["fixed", "best"]}, r"methods\.1 is 'best'"),
     ],
@@ -74,18 +85,18 @@ def test_the_folder_of_somebody_who_is_not_here_is_named(
     tmp_path: Path, changed: dict[str, Any]
 ) -> None:
     changed |= {"seen": ["fr"], "unseen": []}
-    with pytest.raises(SteerError, match="~nobody_here/x: cannot be a path"):
+    with pytest.raises(SteerError, match="~nobody_here/x: is not a valid path"):
         load(tmp_path, **changed)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"examples": {"fr+cheer": "a", "cheer+fr": "b"}}, "a combination is given twice"),
-        ({"examples": {"fr+cheer": "a", "fr + cheer": "b"}}, "a combination is given twice"),
-        ({"seen": [True]}, "True is no text; give names joined by"),
-        ({"seen": None}, "None is no text"),
-        ({"seen": [1.5]}, "1.5 is no text"),
+        ({"examples": {"fr+cheer": "a", "cheer+fr": "b"}}, "a combination is listed twice"),
+        ({"examples": {"fr+cheer": "a", "fr + cheer": "b"}}, "a combination is listed twice"),
+        ({"seen": [True]}, "True is not a string; give names joined by"),
+        ({"seen": None}, "None is not a string"),
+        ({"seen": [1.5]}, "1.5 is not a string"),
         ({"properties": {"fr": {**FR, "dynamic": "off"}}}, r"properties\.fr\.dynamic is 'off'"),
         ({"properties": {"fr": {**FR, "strengths": ["1_0"]}}}, "expected a number"),
     ],
@@ -99,62 +110,67 @@ def test_names_and_numbers_of_two_meanings_are_refused(
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match=r"none\.yaml: no such file; give a \.yaml of properties"):
-        Composition.load(tmp_path / "none.yaml")
+    with pytest.raises(
+        SteerError, match=r"none\.yaml: no such file; give a YAML file of properties"
+    ):
+        ComparisonSpec.load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
-    with pytest.raises(SteerError, match="holds no mapping; wanted at least 'properties'"):
-        Composition.load(tmp_path / "list.yaml")
+    with pytest.raises(SteerError, match="expected a mapping with at least 'properties'"):
+        ComparisonSpec.load(tmp_path / "list.yaml")
 
 
 def test_a_method_tries_the_product_of_what_each_property_has(tmp_path: Path) -> None:
-    asked = load(tmp_path, top_p=[0.4, 0.6], properties={"fr": FR, "cheer": {**CHEER, "max": 5}})
+    spec = load(tmp_path, top_p=[0.4, 0.6], properties={"fr": FR, "cheer": {**CHEER, "max": 5}})
     pairs = [(1, 2), (1, 4), (1.5, 2), (1.5, 4)]
-    assert [dict(c.doses) for c in choices("dim", asked, STEERS)] == [
+    assert [dict(c.doses) for c in choices("dim", spec, STEERS)] == [
         {"fr": {"strength": a, "schedule": "dim"}, "cheer": {"strength": b}} for a, b in pairs
     ]
-    assert [dict(c.doses) for c in choices("dynamic", asked, STEERS)] == [
+    assert [dict(c.doses) for c in choices("dynamic", spec, STEERS)] == [
         {
             "fr": {"strength": "dynamic", "max": 2, "top_p": p, "kl": "plain"},
             "cheer": {"strength": "dynamic", "max": 5, "top_p": p, "kl": "plain"},
         }
         for p in (0.4, 0.6)
     ]
-    assert [dict(c.doses) for c in choices("none", asked, STEERS)] == [{}]
+    assert [dict(c.doses) for c in choices("none", spec, STEERS)] == [{}]
 
 
 def test_a_property_may_stay_fixed_among_dynamic_ones(tmp_path: Path) -> None:
     cheer = {**CHEER, "dynamic": False, "layers": "0", "phase": "generation"}
-    asked = load(tmp_path, properties={"fr": FR, "cheer": cheer})
-    found = [choice.doses["cheer"] for choice in choices("dynamic", asked, STEERS)]
-    assert found == [{"strength": v, "layers": "0", "phase": "generation"} for v in (2, 4)]
-    assert why_not("dynamic", ("cheer",), asked, STEERS) == (
-        "not asked for: no property here is dynamic"
+    spec = load(tmp_path, properties={"fr": FR, "cheer": cheer})
+    result = [choice.doses["cheer"] for choice in choices("dynamic", spec, STEERS)]
+    assert result == [{"strength": v, "layers": "0", "phase": "generation"} for v in (2, 4)]
+    assert skip_reason("dynamic", ("cheer",), spec, STEERS) == (
+        "does not apply: no property here is dynamic"
     )
 
 
 @pytest.mark.parametrize("method", ["start", "dim"])
 def test_schedules_are_not_for_other_kinds(tmp_path: Path, method: Any) -> None:
-    asked = load(tmp_path)
-    assert (why_not(method, ("cheer",), asked, STEERS) or "").startswith("not for this kind")
-    assert why_not(method, ("fr", "cheer"), asked, STEERS) is None
+    spec = load(tmp_path)
+    assert (skip_reason(method, ("cheer",), spec, STEERS) or "").startswith("does not apply")
+    assert skip_reason(method, ("fr", "cheer"), spec, STEERS) is None
 
 
 def test_the_same_request_has_the_same_texts_whatever_asks_for_it(tmp_path: Path) -> None:
-    asked = load(tmp_path)
-    dim, fixed = (choices(method, asked, STEERS)[0] for method in ("dim", "fixed"))
-    assert candidate("test", ("cheer",), dim).name == candidate("test", ("cheer",), fixed).name
-    names = {candidate("test", ("fr",), choice).name for choice in (dim, fixed)}
+    spec = load(tmp_path)
+    dim, fixed = (choices(method, spec, STEERS)[0] for method in ("dim", "fixed"))
+    assert (
+        make_candidate("test", ("cheer",), dim).name
+        == make_candidate("test", ("cheer",), fixed).name
+    )
+    names = {make_candidate("test", ("fr",), choice).name for choice in (dim, fixed)}
     assert len(names) == 2 and all(name.startswith("test.fr.") for name in names)
-    none = choices("none", asked, STEERS)[0]
-    assert {candidate("test", c, none).name for c in asked.seen} == {"test.none"}
+    none = choices("none", spec, STEERS)[0]
+    assert {make_candidate("test", c, none).name for c in spec.seen} == {"test.none"}
 
 
 def measure(table: Mapping[str, tuple[float, float]]) -> Any:
-    return lambda choice, _: Figures(*table[choice.doses["a"]["strength"]])
+    return lambda choice, _: SelectionScores(*table[choice.doses["a"]["strength"]])
 
 
 @pytest.mark.parametrize(
-    ("table", "tolerance", "wanted"),
+    ("table", "tolerance", "expected"),
     [
         ({"x": (0.9, 5.0), "y": (0.95, 9.0)}, 0.0, "y"),
         ({"x": (0.94, 5.0), "y": (0.95, 9.0)}, 0.02, "x"),
@@ -165,46 +181,50 @@ def measure(table: Mapping[str, tuple[float, float]]) -> Any:
     ids=["highest share", "cheaper within tolerance", "too far below", "first of equals", "NaN"],
 )
 def test_the_cheapest_choice_close_to_the_best_is_taken(
-    table: dict[str, tuple[float, float]], tolerance: float, wanted: str
+    table: dict[str, tuple[float, float]], tolerance: float, expected: str
 ) -> None:
     options = [Choice("fixed", {"a": {"strength": key}}) for key in table]
-    assert choose(options, [("a",)], measure(table), tolerance).doses["a"]["strength"] == wanted
+    assert choose(options, [("a",)], measure(table), tolerance).doses["a"]["strength"] == expected
 
 
 def test_over_combinations_shares_are_averaged_and_perplexities_by_their_logarithm() -> None:
     figures = {("x", "a"): (1.0, 1.0), ("x", "b"): (0.5, 16.0), ("y", "a"): (0.75, 5.0)}
     figures["y", "b"] = (0.75, 5.0)
     options = [Choice("fixed", {"a": {"strength": key}}) for key in "yx"]
-    found = choose(
+    result = choose(
         options,
         [("a",), ("b",)],
-        lambda choice, names: Figures(*figures[choice.doses["a"]["strength"], names[0]]),
+        lambda choice, names: SelectionScores(*figures[choice.doses["a"]["strength"], names[0]]),
         0.0,
     )
-    assert found.doses["a"]["strength"] == "x"  # 0.75 both; sqrt(1 * 16) = 4 beside 5
+    assert result.doses["a"]["strength"] == "x"  # 0.75 both; sqrt(1 * 16) = 4 beside 5
 
 
 def test_one_strength_per_property_serves_all_seen_combinations(tmp_path: Path) -> None:
-    asked = load(tmp_path, seen=["fr", "cheer", "fr+cheer"], methods=["fixed"])
-    choosing = Choosing(asked, STEERS, 0.0)
+    spec = load(tmp_path, seen=["fr", "cheer", "fr+cheer"], methods=["fixed"])
+    selection = StrengthSelection(spec, STEERS, 0.0)
     # Alone fr does best at 1.5, and together with cheer at 1, by more.
     accuracy = {(1.5,): 0.6, (1,): 0.5, (2,): 1.0, (4,): 1.0, (1, 4): 0.9, (1.5, 4): 0.5}
-    tried = []
-    for each in choosing.candidates:
-        strengths = tuple(dose["strength"] for dose in each.steer.values())
-        tried.append((each, Figures(accuracy.get(strengths, 0.1), 4.0)))
-    assert len(tried) == 2 + 2 + 4
-    found = choosing.chosen(tried)
-    assert [dose["strength"] for dose in found.methods["fixed"].doses.values()] == [1, 4]
-    assert found.best[("fr",)].of(("fr",)) == {"fr": {"strength": 1.5, "schedule": "fixed"}}
+    measurements = []
+    for candidate in selection.candidates:
+        strengths = tuple(dose["strength"] for dose in candidate.steer.values())
+        measurements.append((candidate, SelectionScores(accuracy.get(strengths, 0.1), 4.0)))
+    assert len(measurements) == 2 + 2 + 4
+    selected = selection.select(measurements)
+    assert [dose["strength"] for dose in selected.methods["fixed"].doses.values()] == [1, 4]
+    assert selected.best_fixed[("fr",)].of(("fr",)) == {
+        "fr": {"strength": 1.5, "schedule": "fixed"}
+    }
 
 
 def test_nothing_is_tried_where_there_is_one_choice(tmp_path: Path) -> None:
     fr = {**FR, "strengths": 1}
-    choosing = Choosing(load(tmp_path, properties={"fr": fr}, seen="fr"), {"fr": DELTA}, 0.02)
-    assert choosing.candidates == []
-    found = choosing.chosen([])
-    assert list(found.methods) == ["none", "fixed", "start", "dim", "dynamic"]
+    selection = StrengthSelection(
+        load(tmp_path, properties={"fr": fr}, seen="fr"), {"fr": DELTA}, 0.02
+    )
+    assert selection.candidates == []
+    selected = selection.select([])
+    assert list(selected.methods) == ["none", "fixed", "start", "dim", "dynamic"]
 
 
 def answers(*texts: str) -> list[Answers]:
@@ -212,34 +232,36 @@ def answers(*texts: str) -> list[Answers]:
 
 
 def test_a_text_has_all_properties_only_if_every_judge_says_so(tmp_path: Path) -> None:
-    asked = load(tmp_path)
-    judges = PropertyJudges(asked, property_judges(asked))
+    spec = load(tmp_path)
+    judges = PropertyJudges(spec, property_judges(spec))
     french_good, french_bad = " La chambre est magnifique.", " La chambre est affreuse."
-    given = answers(french_good, french_bad, " The room is wonderful.", " 12")
-    assert judges.has("fr", "t", given) == [[True, True], [False, False]]
-    assert judges.has("cheer", "t", given) == [[True, False], [True, False]]
-    assert judges.has_all(("fr", "cheer"), "t", given) == [[True, False], [False, False]]
-    assert share(judges.has_all(("fr", "cheer"), "t", given)) == 0.25
+    value = answers(french_good, french_bad, " The room is wonderful.", " 12")
+    assert judges.has("fr", "t", value) == [[True, True], [False, False]]
+    assert judges.has("cheer", "t", value) == [[True, False], [True, False]]
+    assert judges.has_all(("fr", "cheer"), "t", value) == [[True, False], [False, False]]
+    assert share(judges.has_all(("fr", "cheer"), "t", value)) == 0.25
 
 
 def test_an_undecided_text_has_neither_a_property_nor_its_opposite(tmp_path: Path) -> None:
     gloom = {**CHEER, "opposite": True}
-    asked = load(tmp_path, properties={"gloom": gloom}, seen="gloom")
-    judges = PropertyJudges(asked, property_judges(asked))
-    given = answers(" The room is wonderful.", " The room is awful.", " 12", "")
-    assert judges.has("gloom", "t", given) == [[False, True], [False, False]]
+    spec = load(tmp_path, properties={"gloom": gloom}, seen="gloom")
+    judges = PropertyJudges(spec, property_judges(spec))
+    value = answers(" The room is wonderful.", " The room is awful.", " 12", "")
+    assert judges.has("gloom", "t", value) == [[False, True], [False, False]]
 
 
 def test_a_judge_that_tells_no_property_is_refused(tmp_path: Path) -> None:
-    asked = load(tmp_path, properties={"fr": {**FR, "judge": "diversity"}}, seen="fr")
-    with pytest.raises(SteerError, match="property fr: judge diversity does not say of a text"):
-        property_judges(asked)
+    spec = load(tmp_path, properties={"fr": {**FR, "judge": "diversity"}}, seen="fr")
+    with pytest.raises(
+        SteerError, match="property fr: judge diversity does not decide for each text"
+    ):
+        property_judges(spec)
 
 
 def test_strengths_over_tokens_are_those_of_the_texts_that_reach_them() -> None:
     texts = ({"fr": (2.0, 1.0)}, {"fr": (1.0, 0.5, 4.0)}, {"fr": (0.0, 0.0)})
-    found = dynamic_curves([Answers("p", ("a", "b"), texts[:2]), Answers("q", ("c",), texts[2:])])
-    curve = found["fr"]
+    result = dynamic_curves([Answers("p", ("a", "b"), texts[:2]), Answers("q", ("c",), texts[2:])])
+    curve = result["fr"]
     assert (curve.mean, curve.texts) == ((1.0, 0.5, 4.0), (3, 3, 1))
     # Of 0, 1, 2 the quartiles lie half-way between the middle and the ends.
     assert curve.lower == (0.5, 0.25, 4.0) and curve.upper == (1.5, 0.75, 4.0)
@@ -247,12 +269,12 @@ def test_strengths_over_tokens_are_those_of_the_texts_that_reach_them() -> None:
 
 
 def test_raw_strengths_keep_prompts_and_texts_apart() -> None:
-    given = [Answers("p", ("a", "b"), ({"fr": (2.0,)}, {"fr": ()})), Answers("q", ("",), ({},))]
-    assert raw(given) == {"fr": [[[2.0], []], [[]]]}
+    answers = [Answers("p", ("a", "b"), ({"fr": (2.0,)}, {"fr": ()})), Answers("q", ("",), ({},))]
+    assert raw_strengths(answers) == {"fr": [[[2.0], []], [[]]]}
 
 
 @pytest.mark.parametrize(
-    ("dose", "wanted"),
+    ("dose", "expected"),
     [
         ({"strength": 2, "schedule": "fixed"}, (2, 2, 2, 2, 0)),
         ({"strength": 2, "schedule": "start"}, (2, 0, 0, 0, 0)),
@@ -260,7 +282,7 @@ def test_raw_strengths_keep_prompts_and_texts_apart() -> None:
     ],
 )
 def test_a_deltas_strengths_end_with_its_steps(
-    dose: dict[str, Any], wanted: Sequence[float]
+    dose: dict[str, Any], expected: Sequence[float]
 ) -> None:
-    assert stated_curve(dose, DELTA, 5) == wanted
-    assert stated_curve({"strength": 3}, VECTOR, 2) == (3, 3)
+    assert scheduled_curve(dose, DELTA, 5) == expected
+    assert scheduled_curve({"strength": 3}, VECTOR, 2) == (3, 3)

@@ -1,4 +1,4 @@
-"""The random control: everything is the steer's own but the direction, the norms included."""
+"""The random control keeps all properties of the steer, including norms, but the direction."""
 
 import dataclasses
 from typing import Any
@@ -13,8 +13,8 @@ from vllm_steer.evaluation.control import product_norms, random_steer
 def test_the_norm_of_a_product_is_that_of_the_full_matrix(make_steer: Any) -> None:
     steer = make_steer(columns=3, rank=4)
     full = steer.projector1.double() @ steer.projector2.double().transpose(1, 2)
-    wanted = full.flatten(1).norm(dim=1)
-    torch.testing.assert_close(product_norms(steer.projector1, steer.projector2), wanted)
+    expected = full.flatten(1).norm(dim=1)
+    torch.testing.assert_close(product_norms(steer.projector1, steer.projector2), expected)
 
 
 def test_each_column_of_a_random_lm_steer_keeps_its_norm(make_steer: Any) -> None:
@@ -40,9 +40,9 @@ def test_a_zero_column_stays_zero(make_steer: Any) -> None:
 @pytest.mark.parametrize("variant", ["add", "offset"])
 def test_each_row_of_a_random_add_or_offset_keeps_its_norm(variant: str, make_steer: Any) -> None:
     steer = make_steer(variant, columns=2)
-    (own,), (random,) = steer.tensors.values(), random_steer(steer).tensors.values()
-    torch.testing.assert_close(random.norm(dim=1), own.norm(dim=1))
-    assert not torch.allclose(random, own)
+    (original,), (random,) = steer.tensors.values(), random_steer(steer).tensors.values()
+    torch.testing.assert_close(random.norm(dim=1), original.norm(dim=1))
+    assert not torch.allclose(random, original)
 
 
 def test_each_layer_of_a_random_vector_keeps_its_norm() -> None:
@@ -57,8 +57,8 @@ def test_each_step_and_layer_of_a_random_delta_keeps_its_norm() -> None:
     delta = torch.zeros(2, 2, 3)
     delta[0, 0, 0], delta[1, 1] = 2.0, torch.tensor([1.0, 2.0, 2.0])
     control = random_steer(DeltaSteer(delta=delta, layers=(0, 1), schedule="dim"))
-    wanted = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
-    torch.testing.assert_close(control.delta.norm(dim=2), wanted)
+    expected = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    torch.testing.assert_close(control.delta.norm(dim=2), expected)
     assert control.schedule == "dim"
 
 

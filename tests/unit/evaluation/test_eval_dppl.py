@@ -1,4 +1,4 @@
-"""dPPL beside its definition computed another way, and listed strengths on Hugging Face."""
+"""dPPL, compared with another computation of its definition; lists of strengths in Hugging Face."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, hf
 from vllm_steer.evaluation.composition import dppl
-from vllm_steer.evaluation.composition.dppl import Example, Gold
+from vllm_steer.evaluation.composition.dppl import GoldAnswer, PromptPair
 from vllm_steer.models import LanguageModel, load_language_model
 
 PROMPT = "The hotel was"
@@ -47,16 +47,16 @@ def logits(language: LanguageModel, tokens: list[int]) -> torch.Tensor:
 
 
 def steered_logits(
-    language: LanguageModel, tokens: list[int], length: int, given: Any, steers: Any
+    language: LanguageModel, tokens: list[int], length: int, strengths: Any, steers: Any
 ) -> torch.Tensor:
-    with hf.steered(language.model, given, steers, prompt_length=length):
+    with hf.steered(language.model, strengths, steers, prompt_length=length):
         return logits(language, tokens)
 
 
 @pytest.fixture(scope="module")
 def tokens(language: LanguageModel) -> list[int]:
-    found: list[int] = language.tokenizer(PROMPT + " clean and quiet. I liked it")["input_ids"]
-    return found
+    result: list[int] = language.tokenizer(PROMPT + " clean and quiet. I liked it")["input_ids"]
+    return result
 
 
 def test_a_deltas_listed_strengths_scale_its_steps(
@@ -64,10 +64,10 @@ def test_a_deltas_listed_strengths_scale_its_steps(
 ) -> None:
     scale = torch.tensor([*HISTORY, 0.0, 0.0], dtype=torch.float64)[:, None, None]
     scaled = DeltaSteer(delta=steers["delta"].delta * scale, layers=(0, 2))
-    wanted = steered_logits(language, tokens, 4, {"d": 1.0}, {"d": scaled})
-    found = steered_logits(language, tokens, 4, {"delta": {"strength": HISTORY}}, steers)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
-    assert not torch.equal(found, logits(language, tokens))
+    expected = steered_logits(language, tokens, 4, {"d": 1.0}, {"d": scaled})
+    result = steered_logits(language, tokens, 4, {"delta": {"strength": HISTORY}}, steers)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    assert not torch.equal(result, logits(language, tokens))
 
 
 def test_a_vectors_listed_strengths_are_a_delta_of_its_direction(
@@ -75,49 +75,51 @@ def test_a_vectors_listed_strengths_are_a_delta_of_its_direction(
 ) -> None:
     rows = torch.tensor(HISTORY, dtype=torch.float64)[:, None, None] * steers["vector"].vectors
     delta = DeltaSteer(delta=rows, layers=(1, 3), site="resid")
-    wanted = steered_logits(language, tokens, 4, {"d": 1.0}, {"d": delta})
-    found = steered_logits(language, tokens, 4, {"vector": {"strength": HISTORY}}, steers)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    expected = steered_logits(language, tokens, 4, {"d": 1.0}, {"d": delta})
+    result = steered_logits(language, tokens, 4, {"vector": {"strength": HISTORY}}, steers)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
 def test_at_the_head_each_token_has_the_logits_of_its_own_strength(
     language: LanguageModel, steers: Any, tokens: list[int]
 ) -> None:
-    found = steered_logits(language, tokens, 4, {"head": {"strength": HISTORY}}, steers)
-    wanted = logits(language, tokens)
+    result = steered_logits(language, tokens, 4, {"head": {"strength": HISTORY}}, steers)
+    expected = logits(language, tokens)
     for step, strength in enumerate(HISTORY):
         if strength:  # at 0 a token is left alone, the column that is always 1 too
             row = steered_logits(language, tokens, 4, {"head": strength}, steers)
-            wanted[3 + step] = row[3 + step]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+            expected[3 + step] = row[3 + step]
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("given", [[], [1.0, float("nan")], ["much"]])
-def test_a_list_that_is_none_is_refused(language: LanguageModel, steers: Any, given: Any) -> None:
+@pytest.mark.parametrize("strengths", [[], [1.0, float("nan")], ["much"]])
+def test_a_list_that_is_none_is_refused(
+    language: LanguageModel, steers: Any, strengths: Any
+) -> None:
     with (
         pytest.raises(SteerError, match="steer delta"),
-        hf.steered(language.model, {"delta": {"strength": given}}, steers),
+        hf.steered(language.model, {"delta": {"strength": strengths}}, steers),
     ):
         pass
 
 
 def test_a_list_has_no_schedule(language: LanguageModel, steers: Any) -> None:
-    given = {"delta": {"strength": [1.0], "schedule": "dim"}}
+    strengths = {"delta": {"strength": [1.0], "schedule": "dim"}}
     with (
         pytest.raises(SteerError, match="goes with no phase and no schedule"),
-        hf.steered(language.model, given, steers),
+        hf.steered(language.model, strengths, steers),
     ):
         pass
 
 
 def test_the_gold_answer_is_the_greedy_one_with_its_own_perplexity(language: LanguageModel) -> None:
-    gold = dppl.gold_of(language, Example(PROMPT, "-"), 5)
+    gold = dppl.gold_answer(language, PromptPair(PROMPT, "-"), 5)
     row: list[int] = language.tokenizer(PROMPT)["input_ids"]
     costs = []
     for _ in range(5):
-        found = logits(language, row)[-1].log_softmax(-1)
-        row.append(int(found.argmax()))
-        costs.append(-float(found.max()))
+        result = logits(language, row)[-1].log_softmax(-1)
+        row.append(int(result.argmax()))
+        costs.append(-float(result.max()))
     assert list(gold.tokens) == row[-5:]
     assert gold.perplexity == pytest.approx(math.exp(sum(costs) / 5), rel=1e-9)
     assert language.tokenizer.decode(row) == language.tokenizer.decode(row[:-5]) + gold.text
@@ -127,10 +129,10 @@ def test_the_gold_answer_is_the_greedy_one_with_its_own_perplexity(language: Lan
 def test_the_steered_perplexity_reads_the_answer_under_the_strengths(
     language: LanguageModel, steers: Any, known: Any
 ) -> None:
-    example = Example("-", PROMPT)
-    gold = Gold((50, 60, 70, 80, 90, 100), "", 1.0)
+    example = PromptPair("-", PROMPT)
+    gold = GoldAnswer((50, 60, 70, 80, 90, 100), "", 1.0)
     dose = {"strength": "dynamic", "max": 2} if known else {"strength": 1.5, "schedule": "dim"}
-    found = dppl.steered_perplexity(
+    result = dppl.steered_perplexity(
         language, example, gold, {"delta": dose}, steers, known and {"delta": tuple(known)}
     )
     prompt: list[int] = language.tokenizer(PROMPT)["input_ids"]
@@ -145,15 +147,15 @@ def test_the_steered_perplexity_reads_the_answer_under_the_strengths(
         row = [*prompt, *gold.tokens[:i]]
         last = steered_logits(language, row, len(prompt), {"d": 1.0}, delta)[-1]
         cost -= float(last.log_softmax(-1)[token])
-    assert found == pytest.approx(math.exp(cost / len(read)), rel=1e-6)
+    assert result == pytest.approx(math.exp(cost / len(read)), rel=1e-6)
 
 
 def test_without_a_steer_the_steered_perplexity_is_the_plain_prompts(
     language: LanguageModel,
 ) -> None:
-    gold = dppl.gold_of(language, Example(PROMPT, PROMPT), 5)
+    gold = dppl.gold_answer(language, PromptPair(PROMPT, PROMPT), 5)
     assert dppl.steered_perplexity(
-        language, Example(PROMPT, PROMPT), gold, {}, {}
+        language, PromptPair(PROMPT, PROMPT), gold, {}, {}
     ) == pytest.approx(gold.perplexity, rel=1e-12)
 
 
@@ -161,18 +163,18 @@ def test_a_free_generation_of_no_token_has_no_perplexity(
     language: LanguageModel, steers: Any
 ) -> None:
     dose = {"delta": {"strength": "dynamic"}}
-    gold = Gold((50,), "", 1.0)
-    found = dppl.steered_perplexity(
-        language, Example("-", PROMPT), gold, dose, steers, {"delta": ()}
+    gold = GoldAnswer((50,), "", 1.0)
+    result = dppl.steered_perplexity(
+        language, PromptPair("-", PROMPT), gold, dose, steers, {"delta": ()}
     )
-    assert math.isnan(found)
+    assert math.isnan(result)
 
 
 def test_mean_and_median_are_over_the_examples_that_have_the_properties() -> None:
-    golds = [Gold((1,), "", 2.0)] * 5
+    golds = [GoldAnswer((1,), "", 2.0)] * 5
     steered = [3.0, 4.0, 102.0, 1000.0, math.nan]
-    found = dppl.figures(steered, golds, [True, True, True, False, True])
-    assert found == {"mean": pytest.approx(103 / 3), "median": 2.0, "examples": 3, "of": 5}
+    result = dppl.figures(steered, golds, [True, True, True, False, True])
+    assert result == {"mean": pytest.approx(103 / 3), "median": 2.0, "examples": 3, "of": 5}
     none = dppl.figures(steered, golds, [False] * 5)
     assert math.isnan(none["mean"]) and math.isnan(none["median"]) and none["examples"] == 0
 
@@ -183,15 +185,15 @@ def test_examples_are_grouped_rows_or_prompts_as_they_stand(tmp_path: Path) -> N
     grouped.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain.write_text(json.dumps({"icl": "some\nmore", "prompt": "more"}) + "\n")
     assert dppl.read_icl(grouped, 1, "Do.") == [
-        Example("Do.\nQ:i0\nA:o0\n\nQ:i1\nA:", "Q:i1\nA:"),
-        Example("Do.\nQ:i2\nA:o2\n\nQ:i3\nA:", "Q:i3\nA:"),
+        PromptPair("Do.\nQ:i0\nA:o0\n\nQ:i1\nA:", "Q:i1\nA:"),
+        PromptPair("Do.\nQ:i2\nA:o2\n\nQ:i3\nA:", "Q:i3\nA:"),
     ]
-    assert dppl.read_icl(plain, 4, "") == [Example("some\nmore", "more")]
+    assert dppl.read_icl(plain, 4, "") == [PromptPair("some\nmore", "more")]
     (tmp_path / "e.jsonl").write_text("")
-    with pytest.raises(SteerError, match=r"e\.jsonl: there are no rows"):
+    with pytest.raises(SteerError, match=r"e\.jsonl: the file has no rows"):
         dppl.read_icl(tmp_path / "e.jsonl", 1, "")
 
 
 def test_a_prompt_without_room_for_the_answer_is_named(language: LanguageModel) -> None:
-    with pytest.raises(SteerError, match=r"embedded reads at most \d+: give fewer demonstrations"):
-        dppl.gold_of(language, Example("word " * 3000, "-"), 5)
+    with pytest.raises(SteerError, match=r"fit the \d+ of embedded; give fewer demonstrations"):
+        dppl.gold_answer(language, PromptPair("word " * 3000, "-"), 5)

@@ -1,4 +1,4 @@
-"""The report: figures where they belong, unsteered and control beside, nothing in JSON's way."""
+"""The report of an evaluation: figures, the unsteered model and the control, valid JSON."""
 
 import json
 import math
@@ -14,9 +14,9 @@ from vllm_steer.cli.terminal import Console
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.json_files import as_json
 from vllm_steer.evaluation.plot import draw_report
-from vllm_steer.evaluation.report import JudgeEntry, Report, make_report, markdown, tables
-from vllm_steer.evaluation.run import Setting, open_run, settings_of
-from vllm_steer.evaluation.scoring import score
+from vllm_steer.evaluation.report import EvaluationReport, JudgeEntry, make_report, markdown, tables
+from vllm_steer.evaluation.run import Condition, condition_grid, open_run
+from vllm_steer.evaluation.scores import score
 
 ABOUT: dict[str, Any] = {
     "model": "m",
@@ -30,7 +30,7 @@ LEXICON, PERPLEXITY = JudgeEntry("lexicon:mine", "share"), JudgeEntry("perplexit
 
 @dataclass(frozen=True)
 class Letters:
-    """A stand-in judge: the share of the texts that hold a letter."""
+    """A fake judge: the share of texts with a letter."""
 
     letter: str
     effect: str | None = "share"
@@ -44,29 +44,32 @@ class Letters:
         return {"share": sum(self.letter in text for text in texts) / len(texts)}
 
 
-def report(effect: Any, perplexity: Any, judges: Any = (LEXICON, PERPLEXITY)) -> Report:
+def report(effect: Any, perplexity: Any, judges: Any = (LEXICON, PERPLEXITY)) -> EvaluationReport:
     """A report whose figures are functions of the steer and the strength."""
-    settings = settings_of(STRENGTHS)
+    settings = condition_grid(STRENGTHS)
     scores = {
         LEXICON.name: {s.name: {"share": effect(s)} for s in settings},
         PERPLEXITY.name: {s.name: {"total_perplexity": perplexity(s)} for s in settings},
     }
-    kept = {judge.name: scores[judge.name] for judge in judges}
-    return make_report(ABOUT, settings, judges, kept, {"perspective": "no service"})
+    remaining = {judge.name: scores[judge.name] for judge in judges}
+    return make_report(ABOUT, settings, judges, remaining, {"perspective": "no service"})
 
 
-def rising(setting: Setting) -> float:
-    return 0.5 + 0.2 * setting.strength if setting.which == "steer" else 0.5
+def rising(setting: Condition) -> float:
+    return 0.5 + 0.2 * setting.strength if setting.steer == "steer" else 0.5
 
 
 def test_each_setting_is_scored_by_each_judge(tmp_path: Path) -> None:
-    run, settings = open_run(tmp_path, ABOUT), settings_of((0.0, 1.0))
+    run, settings = open_run(tmp_path, ABOUT), condition_grid((0.0, 1.0))
     written = {"none": "ab", "steer+1": "aa", "random+1": "bb"}
     for setting in settings:
         run.write(setting, [Answers("p", tuple(written[setting.name]))])
     seen: list[tuple[int, str]] = []
     scores = score(
-        run, settings, [Letters("a"), Letters("b")], on_setting=lambda n, who: seen.append((n, who))
+        run,
+        settings,
+        [Letters("a"), Letters("b")],
+        on_condition=lambda n, who: seen.append((n, who)),
     )
     assert {name: figures["share"] for name, figures in scores["letters:a"].items()} == {
         "none": 0.5,
@@ -96,25 +99,25 @@ def test_the_report_has_every_part() -> None:
 
 
 def test_strength_zero_is_the_unsteered_model_for_steer_and_control() -> None:
-    found = report(rising, lambda s: 7.0 if s.which == "none" else 4.0)
-    for which in ("steer", "random"):
-        assert found.curve("perplexity:m", which, "total_perplexity") == [4, 4, 7, 4, 4]
+    result = report(rising, lambda s: 7.0 if s.steer == "none" else 4.0)
+    for steer in ("steer", "random"):
+        assert result.curve("perplexity:m", steer, "total_perplexity") == [4, 4, 7, 4, 4]
 
 
 def test_pnes_is_that_of_the_curve_in_the_report() -> None:
     # y(g) = tanh(g) / exp(g^2 / 10) exactly: ppl = 4 exp(g^2 / 10), effect = 1/2 + tanh(g).
-    def perplexity(s: Setting) -> float:
+    def perplexity(s: Condition) -> float:
         return 4 * math.exp(s.strength**2 / 10)
 
-    def effect(s: Setting) -> float:
-        return 0.5 + (math.tanh(s.strength) if s.which == "steer" else 0.0)
+    def effect(s: Condition) -> float:
+        return 0.5 + (math.tanh(s.strength) if s.steer == "steer" else 0.0)
 
-    found = report(effect, perplexity).normalised["lexicon:mine"]
+    result = report(effect, perplexity).normalised["lexicon:mine"]
     grid = [-2 + 4 * i / 199 for i in range(200)]
-    wanted = 2 * max(math.tanh(g) / math.exp(g * g / 10) for g in grid)
-    assert not isinstance(found["steer"], str) and not isinstance(found["random"], str)
-    assert found["steer"].pnes == pytest.approx(wanted, rel=1e-4)
-    assert found["random"].pnes == pytest.approx(0, abs=1e-6)
+    expected = 2 * max(math.tanh(g) / math.exp(g * g / 10) for g in grid)
+    assert not isinstance(result["steer"], str) and not isinstance(result["random"], str)
+    assert result["steer"].pnes == pytest.approx(expected, rel=1e-4)
+    assert result["random"].pnes == pytest.approx(0, abs=1e-6)
 
 
 def test_without_perplexity_or_effect_nothing_is_normalised() -> None:
@@ -123,22 +126,22 @@ def test_without_perplexity_or_effect_nothing_is_normalised() -> None:
 
 
 def test_why_there_is_no_normalised_effect_is_said() -> None:
-    found = report(rising, lambda s: math.nan).data["normalised_effect"]["lexicon:mine"]
-    assert "PNES needs" in found["steer"]["reason"]
-    said = markdown(report(rising, lambda s: math.nan))
-    assert "- lexicon:mine, random: PNES needs an effect" in said
+    result = report(rising, lambda s: math.nan).data["normalised_effect"]["lexicon:mine"]
+    assert "PNES needs" in result["steer"]["reason"]
+    message = markdown(report(rising, lambda s: math.nan))
+    assert "- lexicon:mine, random: PNES needs an effect" in message
 
 
 def test_a_name_in_brackets_is_shown_as_it_is() -> None:
     console = Console(width=80)
-    settings = settings_of((1.0,))
+    settings = condition_grid((1.0,))
     scores = {"a[/b]": {s.name: {"share": 0.5, "total_perplexity": 4.0} for s in settings}}
-    with console.capture() as shown:
+    with console.capture() as text:
         for table in tables(
             make_report(ABOUT, settings, [JudgeEntry("a[/b]", "share")], scores, {})
         ):
             console.print(table)
-    assert shown.get().count("a[/b]") == 3  # its table, and its two rows of the last
+    assert text.get().count("a[/b]") == 3  # its table, and its two rows of the last
 
 
 def test_json_has_null_where_there_is_no_number() -> None:
@@ -149,27 +152,27 @@ def test_json_has_null_where_there_is_no_number() -> None:
 
 
 def test_tables_show_the_control_beside_the_steer() -> None:
-    found = report(rising, lambda s: 12345.0)
+    result = report(rising, lambda s: 12345.0)
     console = Console(width=80)
-    with console.capture() as shown:
-        for table in tables(found):
+    with console.capture() as text:
+        for table in tables(result):
             console.print(table)
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.get().splitlines()]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.get().splitlines()]
     assert [row for row in rows if row and row[0] == "2"] == [
         ["2", "steer", "0.900"],
         ["2", "random", "0.500"],
         ["2", "steer", "1.23e+04"],
         ["2", "random", "1.23e+04"],
     ]
-    lines = markdown(found).splitlines()
+    lines = markdown(result).splitlines()
     assert "| 0 | none | 0.500 |" in lines
     assert "- perspective: no service" in lines
 
 
 @pytest.mark.parametrize("judges", [(LEXICON, PERPLEXITY), (LEXICON,), (PERPLEXITY,), ()])
 def test_a_picture_is_drawn_of_what_there_is(tmp_path: Path, judges: Any) -> None:
-    found = report(rising, lambda s: 4 * math.exp(s.strength**2), judges=judges)
-    draw_report(found, tmp_path / "report.png")
+    result = report(rising, lambda s: 4 * math.exp(s.strength**2), judges=judges)
+    draw_report(result, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

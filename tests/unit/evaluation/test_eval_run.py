@@ -1,4 +1,4 @@
-"""The run folder: finished settings stay, another run's is refused, nothing is half there."""
+"""Run folders: finished conditions are kept, other runs are refused, files are atomic."""
 
 import json
 import os
@@ -9,16 +9,16 @@ import pytest
 
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.run import Setting, open_run, settings_of
+from vllm_steer.evaluation.run import Condition, condition_grid, open_run
 from vllm_steer.files.whole import unfinished_name
 
 ASKED: dict[str, Any] = {"model": "m", "sampling": {"seed": 0, "top_p": 0.9}, "layers": (1, 2)}
 ANSWERS = [Answers("Who?", (" It's me.", "\n…")), Answers("Why?", ("", " No."))]
-FIVE = Setting("steer", 5.0)
+FIVE = Condition("steer", 5.0)
 
 
 def test_the_unsteered_model_stands_once_beside_steer_and_control() -> None:
-    names = [setting.name for setting in settings_of((-2.0, 0.0, 0.5))]
+    names = [setting.name for setting in condition_grid((-2.0, 0.0, 0.5))]
     assert names == ["none", "steer-2", "steer+0.5", "random-2", "random+0.5"]
 
 
@@ -36,7 +36,7 @@ def test_texts_come_back_as_they_were_written_in_the_authors_form(tmp_path: Path
 
 
 def test_only_what_is_not_there_is_missing(tmp_path: Path) -> None:
-    settings = settings_of((0.0, 5.0))
+    settings = condition_grid((0.0, 5.0))
     run = open_run(tmp_path, ASKED)
     assert run.missing(settings) == settings
     run.write(FIVE, ANSWERS)
@@ -47,11 +47,11 @@ def test_only_what_is_not_there_is_missing(tmp_path: Path) -> None:
 def test_another_runs_folder_is_refused_naming_the_difference(tmp_path: Path) -> None:
     open_run(tmp_path, ASKED).write(FIVE, ANSWERS)
     other = {**ASKED, "sampling": {"seed": 0, "top_p": 1.0}}
-    wanted = (
+    expected = (
         r"other settings: sampling\.top_p was 0\.9 and is now 1\.0; give the same settings to "
         r"resume it, another folder, or --restart \(restart=True\) to discard it"
     )
-    with pytest.raises(SteerError, match=wanted):
+    with pytest.raises(SteerError, match=expected):
         open_run(tmp_path, other)
     with pytest.raises(SteerError, match="phase was None and is now 'prompt'"):
         open_run(tmp_path, {**ASKED, "phase": "prompt"})
@@ -63,8 +63,10 @@ def test_another_runs_folder_is_refused_naming_the_difference(tmp_path: Path) ->
 def test_of_many_differences_the_first_are_named_and_digests_not_shown(tmp_path: Path) -> None:
     digests = {"file": "a" * 64, **dict.fromkeys("pqrs", 1)}
     open_run(tmp_path, digests).write(FIVE, ANSWERS)
-    wanted = "settings: different file; p was 1 and is now 2; q was 1 and is now 2 and 2 more; give"
-    with pytest.raises(SteerError, match=wanted):
+    expected = (
+        "settings: different file; p was 1 and is now 2; q was 1 and is now 2 and 2 more; give"
+    )
+    with pytest.raises(SteerError, match=expected):
         open_run(tmp_path, {"file": "b" * 64, **dict.fromkeys("pqrs", 2)})
 
 
@@ -96,7 +98,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, restart: bool) ->
     (tmp_path / "thesis.tex").write_text("precious")
     (tmp_path / "generations").mkdir()
     (tmp_path / "generations" / "mine.jsonl").write_text("precious")
-    with pytest.raises(SteerError, match=r"thesis\.tex and is no run's folder; give a new"):
+    with pytest.raises(SteerError, match=r"thesis\.tex and is not a run folder; give a new"):
         open_run(tmp_path, ASKED, restart=restart)
     assert (tmp_path / "generations" / "mine.jsonl").read_text() == "precious"
 
@@ -104,7 +106,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, restart: bool) ->
 @pytest.mark.parametrize("restart", [False, True])
 def test_another_programs_settings_are_no_run(tmp_path: Path, restart: bool) -> None:
     (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
-    with pytest.raises(SteerError, match=r"holds settings\.json and is no run's folder"):
+    with pytest.raises(SteerError, match=r"holds settings\.json and is not a run folder"):
         open_run(tmp_path, ASKED, restart=restart)
     assert (tmp_path / "settings.json").exists()
 
@@ -113,21 +115,21 @@ def test_what_a_killed_process_was_writing_is_cleared(tmp_path: Path) -> None:
     (tmp_path / unfinished_name("settings.json")).write_text("{")
     run = open_run(tmp_path, ASKED)
     (tmp_path / "generations" / unfinished_name("none.jsonl")).write_text("{")
-    mine = [tmp_path / "thesis.unfinished", tmp_path / "generations" / "mine.unfinished"]
-    for path in mine:
+    unrelated = [tmp_path / "thesis.unfinished", tmp_path / "generations" / "mine.unfinished"]
+    for path in unrelated:
         path.write_text("precious")
-    assert open_run(tmp_path, ASKED).missing([Setting("none", 0.0)])
-    assert sorted(tmp_path.rglob("*.unfinished")) == sorted(mine)
+    assert open_run(tmp_path, ASKED).missing([Condition("none", 0.0)])
+    assert sorted(tmp_path.rglob("*.unfinished")) == sorted(unrelated)
     assert run.missing([FIVE]) == [FIVE]
 
 
 def test_a_changed_file_of_texts_is_named(tmp_path: Path) -> None:
     run = open_run(tmp_path, ASKED)
     (tmp_path / "generations" / "steer+5.jsonl").write_text('{"prompt": {"text"')
-    with pytest.raises(SteerError, match=r"steer\+5\.jsonl: not as it was written .*delete it"):
+    with pytest.raises(SteerError, match=r"steer\+5\.jsonl: the file is damaged .*delete it"):
         run.read(FIVE)
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(SteerError, match=r"settings\.json: no JSON .*give another folder"):
+    with pytest.raises(SteerError, match=r"settings\.json: invalid JSON .*give another folder"):
         open_run(tmp_path, ASKED)
 
 
@@ -148,8 +150,8 @@ def test_a_full_disk_leaves_what_was_written(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SteerError, match=r"random\+5\.jsonl: cannot be written .*No space left"):
-        run.write(Setting("random", 5.0), ANSWERS)
-    assert run.missing([FIVE, Setting("random", 5.0)]) == [Setting("random", 5.0)]
+        run.write(Condition("random", 5.0), ANSWERS)
+    assert run.missing([FIVE, Condition("random", 5.0)]) == [Condition("random", 5.0)]
     assert [p.name for p in (tmp_path / "generations").iterdir()] == ["steer+5.jsonl"]
 
 
@@ -171,18 +173,18 @@ def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
 def test_a_hostile_file_of_texts_is_one_error(tmp_path: Path, row: str) -> None:
     run = open_run(tmp_path, ASKED)
     (tmp_path / "generations" / "steer+5.jsonl").write_text(row)
-    with pytest.raises(SteerError, match=r"steer\+5\.jsonl: not as it was written"):
+    with pytest.raises(SteerError, match=r"steer\+5\.jsonl: the file is damaged"):
         run.read(FIVE)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"made_by": "x"}', "\x00"])
 def test_hostile_settings_are_one_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(SteerError, match=r"no JSON|is no run's folder"):
+    with pytest.raises(SteerError, match=r"invalid JSON|is not a run folder"):
         open_run(tmp_path, ASKED)
     (tmp_path / "settings.json").unlink()
     os.mkfifo(tmp_path / "settings.json")
-    with pytest.raises(SteerError, match=r"holds settings\.json and is no run's folder"):
+    with pytest.raises(SteerError, match=r"holds settings\.json and is not a run folder"):
         open_run(tmp_path, ASKED)
 
 

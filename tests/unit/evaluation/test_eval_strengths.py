@@ -1,4 +1,4 @@
-"""Strengths, sampling and prompts: what a user writes and what it comes to."""
+"""Parsing of strengths, sampling settings and prompts."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from vllm_steer.evaluation.strengths import parse_range, parse_strengths
 
 
 @pytest.mark.parametrize(
-    ("given", "strengths"),
+    ("spec", "strengths"),
     [
         ("-5,-2,0,2,5", (-5, -2, 0, 2, 5)),
         ("5", (0, 5)),
@@ -27,13 +27,13 @@ from vllm_steer.evaluation.strengths import parse_range, parse_strengths
         ("1e2,-0", (0, 100)),
     ],
 )
-def test_a_list_or_a_range_always_with_zero(given: str, strengths: tuple[float, ...]) -> None:
-    assert parse_strengths(given) == strengths
-    assert "-0.0" not in str(parse_strengths(given))
+def test_a_list_or_a_range_always_with_zero(spec: str, strengths: tuple[float, ...]) -> None:
+    assert parse_strengths(spec) == strengths
+    assert "-0.0" not in str(parse_strengths(spec))
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("spec", "message"),
     [
         ("", "strengths are ''; expected numbers such as"),
         ("1,,2", "strengths are '1,,2'; expected"),
@@ -44,20 +44,20 @@ def test_a_list_or_a_range_always_with_zero(given: str, strengths: tuple[float, 
         ("nan", "strengths are 'nan'; expected numbers"),
         ("0:1e999:1", "each must be finite"),
         *((text, "expected numbers") for text in ("1_0", "\u0661", "\uff11", "\xa01", "0x1", "01")),
-        ("0:1:1e-9", "are more than 1000; take a larger step"),
+        ("0:1:1e-9", "are more than 1000; use a larger step"),
     ],
 )
-def test_other_strengths_are_refused(given: str, message: str) -> None:
+def test_other_strengths_are_refused(spec: str, message: str) -> None:
     with pytest.raises(SteerError, match=message.replace("(", r"\(")):
-        parse_strengths(given)
+        parse_strengths(spec)
 
 
 def test_a_range_goes_away_from_zero() -> None:
     assert parse_range("0:10") == (0, 10)
     assert parse_range("-1:-10") == (-1, -10)
-    for given in ("10:0", "-1:1", "3:3"):
+    for spec in ("10:0", "-1:1", "3:3"):
         with pytest.raises(SteerError, match="from a strength near 0 to one further away"):
-            parse_range(given)
+            parse_range(spec)
     with pytest.raises(SteerError, match="two strengths such as '0:10'"):
         parse_range("0:5:1")
 
@@ -80,7 +80,7 @@ def test_the_authors_preset_is_their_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "given", "message"),
+    ("preset", "overrides", "message"),
     [
         ("best", {}, "preset is 'best'; allowed: lm-steer"),
         (None, {"samples": 0}, "samples is 0; allowed: at least 1"),
@@ -91,14 +91,14 @@ def test_the_authors_preset_is_their_settings() -> None:
         (None, {"top_k": -1}, "top_k is -1; allowed: 0"),
         (None, {"seed": -1}, "seed is -1; allowed: 0 to"),
         (None, {"seed": 2**63 - 25}, "seed is 9223372036854775783; allowed: 0 to"),
-        (None, {"temperature": 0.0}, "temperature 0 writes one text again and again"),
+        (None, {"temperature": 0.0}, "temperature 0 always generates the same text"),
     ],
 )
 def test_sampling_out_of_range_is_refused(
-    preset: str | None, given: dict[str, Any], message: str
+    preset: str | None, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        sampling_of(preset, given)
+        sampling_of(preset, overrides)
 
 
 @pytest.mark.parametrize(
@@ -114,20 +114,22 @@ def test_prompts_are_read_from_each_form(
     tmp_path: Path, name: str, content: str, field: str
 ) -> None:
     (tmp_path / name).write_text(content)
-    found = read_prompts(tmp_path / name, field=field)
-    assert found.texts == ("The food", "A man")
+    prompts = read_prompts(tmp_path / name, field=field)
+    assert prompts.texts == ("The food", "A man")
     assert read_prompts(tmp_path / name, field=field, count=1).texts == ("The food",)
 
 
 def test_bad_prompts_are_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "fine"}\n{"text": "no"}\n')
-    with pytest.raises(SteerError, match=r"p\.jsonl:2: there is no 'prompt'; the row has 'text'"):
+    with pytest.raises(
+        SteerError, match=r"p\.jsonl:2: the field 'prompt' is missing; the row has 'text'"
+    ):
         read_prompts(path)
     path.write_text("")
-    with pytest.raises(SteerError, match="there are no prompts"):
+    with pytest.raises(SteerError, match="the file has no prompts"):
         read_prompts(path)
-    with pytest.raises(SteerError, match="0 prompts are asked for"):
+    with pytest.raises(SteerError, match="the number of prompts is 0"):
         read_prompts(path, count=0)
 
 

@@ -1,4 +1,4 @@
-"""Text classifiers as judges, against forward passes of one text at a time."""
+"""Text classifiers as judges, compared with forward passes of single texts."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from transformers import (
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.classifier import figures
-from vllm_steer.evaluation.judges import JudgeNotAtHandError, make_judge
+from vllm_steer.evaluation.judges import JudgeUnavailableError, make_judge
 
 WORDS = ("the", "hotel", "was", "good", "bad", "very", "and", "clean", "loud")
 ANSWERS = (
@@ -33,11 +33,11 @@ Save = Callable[..., str]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """A random BERT and its tokenizer in a folder; keywords go to the configuration."""
+    """Save a random BERT and its tokenizer; keywords are settings of its config."""
 
     def make(kind: Any = BertForSequenceClassification, **fields: Any) -> str:
         pieces = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
-        vocab = {piece: place for place, piece in enumerate(pieces)}
+        vocab = {piece: folder for folder, piece in enumerate(pieces)}
         BertTokenizerFast(
             tokenizer_object=BertWordPieceTokenizer(vocab)._tokenizer, model_max_length=16
         ).save_pretrained(tmp_path)
@@ -59,7 +59,7 @@ def save(tmp_path: Path) -> Save:
 
 
 def logits_of(folder: str, text: str) -> list[float]:
-    """One text, through transformers."""
+    """The logits of one text with Transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         encoded = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
@@ -71,15 +71,15 @@ def softmax(row: list[float]) -> list[float]:
     return [math.exp(value) / total for value in row]
 
 
-def expected(found: list[list[list[float]]], label: int) -> dict[str, float]:
-    """The figures from the probabilities of each prompt's texts."""
-    shares = [sum(p.index(max(p)) == label for p in texts) / len(texts) for texts in found]
+def expected(figures: list[list[list[float]]], label: int) -> dict[str, float]:
+    """The figures, from the probabilities of each prompt's texts."""
+    shares = [sum(p.index(max(p)) == label for p in texts) / len(texts) for texts in figures]
     mean = sum(shares) / len(shares)
-    highest = [max(p[label] for p in texts) for texts in found]
+    highest = [max(p[label] for p in texts) for texts in figures]
     return {
         "share": mean,
         "std": math.sqrt(sum((share - mean) ** 2 for share in shares) / len(shares)),
-        "probability": sum(sum(p[label] for p in t) / len(t) for t in found) / len(found),
+        "probability": sum(sum(p[label] for p in t) / len(t) for t in figures) / len(figures),
         "max": sum(highest) / len(highest),
         "any": sum(value > 0.5 for value in highest) / len(highest),
     }
@@ -95,30 +95,30 @@ def test_each_figure_is_that_of_single_texts(
 ) -> None:
     folder = save()
     judge = make_judge(f"classifier:{folder}{options}", device="cpu")
-    found = [
+    figures = [
         [softmax(logits_of(folder, ("" if continuation else a.prompt) + text)) for text in a.texts]
         for a in ANSWERS
     ]
-    want = expected(found, label)
+    want = expected(figures, label)
     assert judge.scores(ANSWERS) == pytest.approx(want, rel=1e-4)
     assert 0 < want["share"] < 1
     assert (judge.name, judge.effect) == (f"classifier:{folder}{options}", "share")
 
 
 def test_prompts_weigh_the_same_however_many_texts_they_have() -> None:
-    probability, told = [[0.9, 0.7, 0.2], [0.1]], [[1.0, 1.0, 0.0], [0.0]]
-    found = figures(probability, told)
-    assert found["share"] == pytest.approx((2 / 3 + 0) / 2)
-    assert found["probability"] == pytest.approx((0.6 + 0.1) / 2)
-    assert found["max"] == pytest.approx((0.9 + 0.1) / 2)
-    assert found["any"] == pytest.approx(1 / 2)
-    assert found["std"] == pytest.approx(1 / 3)
+    probability, verdicts = [[0.9, 0.7, 0.2], [0.1]], [[1.0, 1.0, 0.0], [0.0]]
+    scores = figures(probability, verdicts)
+    assert scores["share"] == pytest.approx((2 / 3 + 0) / 2)
+    assert scores["probability"] == pytest.approx((0.6 + 0.1) / 2)
+    assert scores["max"] == pytest.approx((0.9 + 0.1) / 2)
+    assert scores["any"] == pytest.approx(1 / 2)
+    assert scores["std"] == pytest.approx(1 / 3)
 
 
 def test_the_maximum_begins_at_zero() -> None:
-    found = figures([[0.8], []], [[1.0], []])
-    assert found["max"] == pytest.approx(0.4)
-    assert found["any"] == pytest.approx(0.5)
+    scores = figures([[0.8], []], [[1.0], []])
+    assert scores["max"] == pytest.approx(0.4)
+    assert scores["any"] == pytest.approx(0.5)
 
 
 def test_a_half_is_not_over_a_half() -> None:
@@ -164,5 +164,7 @@ def test_a_regression_model_is_an_error(save: Save) -> None:
 
 def test_a_model_without_a_trained_head_is_no_judge(save: Save) -> None:
     folder = save(BertForMaskedLM)
-    with pytest.raises(JudgeNotAtHandError, match=r"is no text classifier: .*classifier\.bias"):
+    with pytest.raises(
+        JudgeUnavailableError, match=r"is not a text classifier: .*classifier\.bias"
+    ):
         make_judge(f"classifier:{folder}")

@@ -1,4 +1,4 @@
-"""Distinct n-grams, repetition and compression, against counts by hand."""
+"""Distinct n-grams, repetition and compression, compared with counts by hand."""
 
 import math
 import zlib

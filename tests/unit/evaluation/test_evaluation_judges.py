@@ -1,4 +1,4 @@
-"""Judges by their specs: which are made, which are not available, which are misspelt."""
+"""Judge specifications: valid, unavailable and invalid ones."""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from vllm_steer import SteerError, optional
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.judges import FORMS, JudgeNotAtHandError, make_judge, make_judges
+from vllm_steer.evaluation.judges import FORMS, JudgeUnavailableError, make_judge, make_judges
 
 SPECS = (
     "perplexity:embedded",
@@ -42,7 +42,7 @@ def test_judges_that_are_not_at_hand_are_named_with_the_reason() -> None:
     assert list(missing) == [specs[0], specs[2], specs[3]]
     assert missing[specs[0]].startswith("model nobody/nothing: no tokenizer can be loaded (")
     assert missing[specs[2]].startswith("model nobody/nothing: cannot be loaded (")
-    assert "service on the network" in missing["perspective"]
+    assert "is a network service" in missing["perspective"]
 
 
 def test_a_missing_package_is_a_judge_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_missing_package_is_a_judge_not_at_hand(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(optional, "import_module", without)
     _, missing = make_judges(["language:fr"])
     assert missing["language:fr"] == (
-        'langdetect is not installed and this needs it; pip install "vllm-steer[eval]"'
+        'the package langdetect is needed and not installed; pip install "vllm-steer[eval]"'
     )
 
 
@@ -78,14 +78,12 @@ def test_a_missing_package_is_a_judge_not_at_hand(monkeypatch: pytest.MonkeyPatc
 def test_a_misspelt_judge_is_an_error_with_the_forms(spec: str) -> None:
     with pytest.raises(SteerError) as raised:
         make_judges([spec])
-    assert str(raised.value) == f"judge {spec!r} is unknown; judges are given as " + ", ".join(
-        FORMS
-    )
-    assert not isinstance(raised.value, JudgeNotAtHandError)
+    assert str(raised.value) == f"judge {spec!r} is unknown; available: " + ", ".join(FORMS)
+    assert not isinstance(raised.value, JudgeUnavailableError)
 
 
 def test_an_error_of_the_spec_is_not_taken_for_a_missing_judge() -> None:
     with pytest.raises(SteerError):
         make_judges(["lexicon:missing.yaml"])
-    with pytest.raises(JudgeNotAtHandError):
+    with pytest.raises(JudgeUnavailableError):
         make_judge("perspective")

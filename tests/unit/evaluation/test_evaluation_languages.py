@@ -1,11 +1,11 @@
-"""Language identification, against langdetect itself."""
+"""Language identification, compared with langdetect itself."""
 
 import pytest
 
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.judges import make_judge
-from vllm_steer.evaluation.languages import detected
+from vllm_steer.evaluation.languages import detect_languages
 
 langdetect = pytest.importorskip("langdetect")
 
@@ -16,11 +16,11 @@ UNSURE = " hotel bar via taxi"
 
 def test_the_probability_is_averaged_and_not_the_rate() -> None:
     langdetect.DetectorFactory.seed = 0
-    found = {each.lang: each.prob for each in langdetect.detect_langs(UNSURE)}
-    code = max(found, key=found.__getitem__)
-    assert len(found) > 1  # else the two figures would not differ
+    result = {item.lang: item.prob for item in langdetect.detect_langs(UNSURE)}
+    code = max(result, key=result.__getitem__)
+    assert len(result) > 1  # else the two figures would not differ
     scores = make_judge(f"language:{code}").scores([Answers("Hotel:", (UNSURE, ""))])
-    assert scores == pytest.approx({"probability": found[code] / 2, "share": 0.5})
+    assert scores == pytest.approx({"probability": result[code] / 2, "share": 0.5})
 
 
 def test_prompts_are_averaged_and_not_looked_at() -> None:
@@ -37,11 +37,11 @@ def test_a_text_without_letters_is_in_no_language(text: str) -> None:
 
 def test_the_same_text_is_always_the_same_language(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)  # as langdetect comes
-    assert len({tuple(detected(UNSURE).items()) for _ in range(20)}) == 1
+    assert len({tuple(detect_languages(UNSURE).items()) for _ in range(20)}) == 1
 
 
 def test_an_unknown_language_is_an_error_with_the_known_ones() -> None:
     with pytest.raises(
-        SteerError, match=r"'french' is unknown to langdetect; it knows af, .*zh-tw"
+        SteerError, match=r"'french' is not supported by langdetect; supported: af, .*zh-tw"
     ):
         make_judge("language:french")

@@ -1,4 +1,4 @@
-"""Lists of telling words, counted by hand."""
+"""Word lists as judges, compared with counts by hand."""
 
 import json
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_a_text_of_no_one_language_is_not_in_the_language() -> None:
             "{positive: [very glad], negative: [sad]}",
             "positive has 'very glad'; expected a single word",
         ),
-        ("{positive: [glad, sad], negative: [Sad]}", "sad on both sides; a word tells one"),
+        ("{positive: [glad, sad], negative: [Sad]}", "sad in both lists; give each word once"),
         ("{positive: [", "is neither YAML nor JSON"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_lexicon_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         make_judge(f"lexicon:{tmp_path / 'mood.txt'}")
 
 
-@pytest.mark.parametrize("about", ["mood", "", "language=it"])
-def test_an_unknown_embedded_lexicon_is_an_error(about: str) -> None:
-    with pytest.raises(SteerError, match="is unknown; there are sentiment, formality, language="):
-        make_judge(f"lexicon:embedded:{about}")
+@pytest.mark.parametrize("lexicon", ["mood", "", "language=it"])
+def test_an_unknown_embedded_lexicon_is_an_error(lexicon: str) -> None:
+    with pytest.raises(SteerError, match="is unknown; available: sentiment, formality, language="):
+        make_judge(f"lexicon:embedded:{lexicon}")

@@ -1,4 +1,4 @@
-"""Conditional perplexity, against the mean loss of one text at a time, in float64."""
+"""Conditional perplexity, compared with the mean loss of single texts in float64."""
 
 import math
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ ANSWERS = (
 
 @cache
 def gpt2() -> LanguageModel:
-    """A GPT-2 of whole words; like GPT-2's own, its tokenizer adds no beginning-of-text token."""
+    """A tiny GPT-2 with a word tokenizer that, like GPT-2's, adds no beginning-of-text token."""
     tokenizer = Tokenizer(
-        models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<s>")
+        models.WordLevel({word: folder for folder, word in enumerate(WORDS)}, unk_token="<s>")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
@@ -45,12 +45,12 @@ def gpt2() -> LanguageModel:
 
 
 def loss(judge: LanguageModel, text: str) -> tuple[float, int]:
-    """The mean negative log-likelihood of one text's tokens but the first, and their number."""
+    """Mean negative log-likelihood of all tokens but the first, and their number."""
     ids = judge.tokenizer(text)["input_ids"]
     with torch.no_grad():
         p = judge.model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
-    each = [-math.log(p[place, token].item()) for place, token in enumerate(ids[1:])]
-    return sum(each) / len(each), len(ids)
+    likelihood = [-math.log(p[index, token].item()) for index, token in enumerate(ids[1:])]
+    return sum(likelihood) / len(likelihood), len(ids)
 
 
 def expected(judge: LanguageModel, prompt: str, text: str) -> float:
@@ -60,7 +60,11 @@ def expected(judge: LanguageModel, prompt: str, text: str) -> float:
 
 
 def flat(judge: LanguageModel, answers: Sequence[Answers]) -> list[float]:
-    return [expected(judge, each.prompt, text) for each in answers for text in each.texts]
+    return [
+        expected(judge, likelihood.prompt, text)
+        for likelihood in answers
+        for text in likelihood.texts
+    ]
 
 
 @pytest.mark.parametrize("at_once", [1 << 25, 1], ids=["one batch", "one by one"])
@@ -68,15 +72,15 @@ def test_perplexity_is_conditional_on_the_prompt(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(perplexity, "_LOGITS", at_once)
-    found = [each.perplexity for each in likelihoods(gpt2(), ANSWERS)]
-    assert found == pytest.approx(flat(gpt2(), ANSWERS), rel=1e-9)
+    likelihoods_found = [likelihood.perplexity for likelihood in likelihoods(gpt2(), ANSWERS)]
+    assert likelihoods_found == pytest.approx(flat(gpt2(), ANSWERS), rel=1e-9)
 
 
 def test_a_tokenizer_that_begins_texts_is_used_as_it_is() -> None:
     judge = load_language_model("embedded", device="cpu")
     answers = [Answers("The", (" hotel was good.",)), Answers("The film was", (" bad.", " long"))]
-    found = [each.perplexity for each in likelihoods(judge, answers)]
-    assert found == pytest.approx(flat(judge, answers), rel=1e-4)
+    likelihoods_found = [likelihood.perplexity for likelihood in likelihoods(judge, answers)]
+    assert likelihoods_found == pytest.approx(flat(judge, answers), rel=1e-4)
 
 
 @needs(STORIES)
@@ -88,19 +92,19 @@ def test_a_real_model_finds_its_own_stories_likelier() -> None:
 
 
 def test_a_prompt_of_one_token_gives_no_perplexity() -> None:
-    (found,) = likelihoods(gpt2(), [Answers("hotel", (" was good",))])
-    assert math.isnan(found.perplexity)
+    (likelihoods_found,) = likelihoods(gpt2(), [Answers("hotel", (" was good",))])
+    assert math.isnan(likelihoods_found.perplexity)
 
 
 def test_a_prompt_that_is_only_the_beginning_token_costs_nothing() -> None:
-    (found,) = likelihoods(gpt2(), [Answers("<s>", (" hotel was",))])
+    (likelihoods_found,) = likelihoods(gpt2(), [Answers("<s>", (" hotel was",))])
     mean, tokens = loss(gpt2(), "<s> hotel was")
-    assert found.perplexity == pytest.approx(math.exp(mean * (tokens - 1) / 2))
+    assert likelihoods_found.perplexity == pytest.approx(math.exp(mean * (tokens - 1) / 2))
 
 
 def test_a_text_that_adds_no_token_gives_no_perplexity() -> None:
-    (found,) = likelihoods(gpt2(), [Answers("the hotel", ("",))])
-    assert math.isnan(found.perplexity)
+    (likelihoods_found,) = likelihoods(gpt2(), [Answers("the hotel", ("",))])
+    assert math.isnan(likelihoods_found.perplexity)
 
 
 def of(*values: float) -> list[Likelihood]:
@@ -117,13 +121,13 @@ def test_outliers_are_left_out_of_the_authors_mean_only() -> None:
 
 
 def test_ten_thousand_is_an_outlier_and_just_below_is_none() -> None:
-    found = [Likelihood(math.log(1e4) + offset, 1) for offset in (1e-6, -1e-6)]
-    assert summary(found)["dropped"] == pytest.approx(1 / 2)
+    likelihoods_found = [Likelihood(math.log(1e4) + offset, 1) for offset in (1e-6, -1e-6)]
+    assert summary(likelihoods_found)["dropped"] == pytest.approx(1 / 2)
 
 
 def test_the_total_weighs_texts_by_their_tokens() -> None:
-    found = [Likelihood(3.0, 1), Likelihood(4.0, 9)]
-    assert summary(found)["total_perplexity"] == pytest.approx(math.exp(0.7))
+    likelihoods_found = [Likelihood(3.0, 1), Likelihood(4.0, 9)]
+    assert summary(likelihoods_found)["total_perplexity"] == pytest.approx(math.exp(0.7))
 
 
 def test_texts_without_a_perplexity_count_as_dropped() -> None:
@@ -140,14 +144,14 @@ def test_no_text_gives_no_figure_and_a_perplexity_beyond_numbers_is_infinite() -
 
 def test_the_judge_reports_the_figures_under_its_name() -> None:
     judge = PerplexityJudge("perplexity:words", gpt2(), "cpu")
-    each = flat(gpt2(), ANSWERS)
+    likelihood = flat(gpt2(), ANSWERS)
     scores = judge.scores(ANSWERS)
     assert (judge.name, judge.effect) == ("perplexity:words", None)
-    assert scores["perplexity"] == pytest.approx(sum(each) / len(each))
-    assert scores["median"] == pytest.approx(sorted(each)[2])
+    assert scores["perplexity"] == pytest.approx(sum(likelihood) / len(likelihood))
+    assert scores["median"] == pytest.approx(sorted(likelihood)[2])
 
 
 def test_a_text_longer_than_the_judge_reads_is_an_error() -> None:
     text: Any = " good" * 20
-    with pytest.raises(SteerError, match="has 22 tokens; words reads at most 12; take shorter"):
+    with pytest.raises(SteerError, match="has 22 tokens; the maximum of words is 12; use shorter"):
         likelihoods(gpt2(), [Answers("the hotel", (text,))])

@@ -1,4 +1,4 @@
-"""The sweep's points and its choice, on curves that are known."""
+"""Points and selection of a sweep, on known curves."""
 
 import dataclasses
 import math
@@ -12,20 +12,26 @@ import torch
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, load_steer, save_steer
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.sweep import report
-from vllm_steer.sweep.candidates import Candidate, parse_candidates
+from vllm_steer.sweep.candidates import CandidateLayers, parse_candidates
 from vllm_steer.sweep.search import Point, bisection, choose, grid
-from vllm_steer.sweep.sweeping import Search, Sweep, Swept, check_writable, write_choice
+from vllm_steer.sweep.sweep_run import (
+    Search,
+    SweepResult,
+    SweepSettings,
+    check_writable,
+    write_choice,
+)
 
-ALL = Candidate("all", (0, 1, 2, 3))
+ALL = CandidateLayers("all", (0, 1, 2, 3))
 BUDGET = 1.2
 PROMPTS = Prompts(("a", "b"), "p.txt", "0" * 64)
 
 
-def point(strength: float, effect: float, ratio: float, candidate: Candidate = ALL) -> Point:
+def point(strength: float, effect: float, ratio: float, candidate: CandidateLayers = ALL) -> Point:
     return Point(candidate, strength, effect, 4.0 * ratio, ratio)
 
 
-def exploding(candidate: Candidate, strength: float) -> Point:
+def exploding(candidate: CandidateLayers, strength: float) -> Point:
     """The effect rises and saturates; perplexity explodes: ratio exp(g^2 / 50)."""
     return point(strength, math.tanh(abs(strength) / 3), math.exp(strength**2 / 50), candidate)
 
@@ -36,7 +42,7 @@ def pick(points: Sequence[Point], unsteered: float = 0.0, **options: Any) -> Poi
 
 
 def test_a_grid_measures_every_candidate_at_every_strength_but_zero() -> None:
-    some = Candidate("0-1", (0, 1))
+    some = CandidateLayers("0-1", (0, 1))
     points = list(grid(exploding, [ALL, some], (-1.0, 0.0, 2.0)))
     assert [(p.candidate.name, p.strength) for p in points] == [
         ("all", -1.0),
@@ -60,7 +66,7 @@ def test_bisection_goes_down_as_well() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 4, 9])
 def test_bisection_is_bounded(rounds: int) -> None:
-    def never(candidate: Candidate, strength: float) -> Point:
+    def never(candidate: CandidateLayers, strength: float) -> Point:
         return point(strength, 0.5, math.nan, candidate)
 
     points = list(bisection(never, [ALL, ALL], (0.0, 10.0), rounds=rounds, budget=BUDGET))
@@ -95,20 +101,20 @@ def test_a_perplexity_that_is_no_number_is_over_any_budget(ratio: float) -> None
 
 
 def test_nothing_within_the_budget_is_said() -> None:
-    wanted = r"no strength is within the budget: perplexity is 1\.5 times .* 1\.2 is allowed"
-    with pytest.raises(SteerError, match=wanted):
+    expected = r"the lowest perplexity ratio is 1\.5 and the budget is 1\.2"
+    with pytest.raises(SteerError, match=expected):
         pick([point(1, 0.9, 1.5), point(2, 1.0, 4.0)])
 
 
 def test_no_change_within_the_budget_is_said() -> None:
-    wanted = r"nothing within the budget changes the effect: at the most from 0\.500 to 0\.500"
-    with pytest.raises(SteerError, match=wanted):
+    expected = r"the effect significantly: the largest change is from 0\.500 to 0\.500"
+    with pytest.raises(SteerError, match=expected):
         pick([point(1, 0.5, 1.0), point(2, 0.4, 1.1)], 0.5)
 
 
 def test_a_change_that_chance_can_make_is_none() -> None:
     # Two standard errors of a difference over 100 texts: 2 sqrt((.58 .42 + .5 .5) / 100) = 0.1405.
-    with pytest.raises(SteerError, match="chance alone can do as much over 100 texts"):
+    with pytest.raises(SteerError, match="within two standard errors over 100 texts"):
         pick([point(1, 0.58, 1.0)], 0.5, texts=100)
     assert pick([point(1, 0.58, 1.0)], 0.5, texts=400).strength == 1  # 0.0702
 
@@ -120,55 +126,59 @@ def vector(**fields: Any) -> VectorSteer:
 
 def test_candidates_are_read_in_their_order_and_each_once() -> None:
     scores = (0.6, 0.9, 0.7, 0.9)
-    found = parse_candidates("top:1,3; all;2-3,8;top:4", vector(layer_scores=scores))
-    assert [(c.name, c.layers) for c in found] == [
+    result = parse_candidates("top:1,3; all;2-3,8;top:4", vector(layer_scores=scores))
+    assert [(c.name, c.layers) for c in result] == [
         ("top:1", (3,)),  # the lower of the two that score 0.9
         ("top:3", (3, 5, 8)),
         ("all", (2, 3, 5, 8)),
         ("2-3,8", (2, 3, 8)),
     ]
-    assert parse_candidates(None, vector()) == [Candidate("all", (2, 3, 5, 8))]
+    assert parse_candidates(None, vector()) == [CandidateLayers("all", (2, 3, 5, 8))]
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("spec", "message"),
     [
-        ("top:2", "the steer has no layer_scores; name layers"),
+        ("top:2", "needs layer_scores, and the steer has none; name the layers"),
         ("4", "layers 4 are not in this steer; it has 2-3,5,8"),
         ("all;", "layers is ''"),
     ],
 )
-def test_layers_that_cannot_be_are_refused(given: str, message: str) -> None:
+def test_layers_that_cannot_be_are_refused(spec: str, message: str) -> None:
     with pytest.raises(SteerError, match=message):
-        parse_candidates(given, vector())
+        parse_candidates(spec, vector())
 
 
-@pytest.mark.parametrize("given", ["top:0", "top:5", "top:x", "top:"])
-def test_a_number_of_top_layers_out_of_range_is_refused(given: str) -> None:
-    with pytest.raises(SteerError, match="wanted is a number of layers from 1 to 4"):
-        parse_candidates(given, vector(layer_scores=(1.0, 2.0, 3.0, 4.0)))
+@pytest.mark.parametrize("spec", ["top:0", "top:5", "top:x", "top:"])
+def test_a_number_of_top_layers_out_of_range_is_refused(spec: str) -> None:
+    with pytest.raises(SteerError, match="expected a number of layers from 1 to 4"):
+        parse_candidates(spec, vector(layer_scores=(1.0, 2.0, 3.0, 4.0)))
 
 
 def test_a_steer_without_layers_or_scores_has_no_such_candidates(make_steer: Any) -> None:
-    with pytest.raises(SteerError, match="acts at the LM head: it has none"):
+    with pytest.raises(
+        SteerError, match="layers does not apply to an LM-Steer, which acts at the LM head"
+    ):
         parse_candidates("all", make_steer())
-    assert parse_candidates(None, make_steer()) == [Candidate("all", None)]
+    assert parse_candidates(None, make_steer()) == [CandidateLayers("all", None)]
     delta = DeltaSteer(delta=torch.ones(2, 3, 4), layers=(0, 1, 2))
     assert parse_candidates("0-1", delta)[0].layers == (0, 1)
-    with pytest.raises(SteerError, match="no layer_scores"):
+    with pytest.raises(SteerError, match="needs layer_scores"):
         parse_candidates("top:1", delta)
 
 
-def swept(steer: Path, points: Sequence[Point], layers: str | None = None) -> Swept:
-    asked = Sweep("m", steer, PROMPTS, "lexicon:x", "perplexity:m", layers=layers)
-    return Swept(asked, Point(Candidate("none", None), 0.0, 0.5, 4.0, 1.0), tuple(points), 400)
+def sweep_result(steer: Path, points: Sequence[Point], layers: str | None = None) -> SweepResult:
+    settings = SweepSettings("m", steer, PROMPTS, "lexicon:x", "perplexity:m", layers=layers)
+    return SweepResult(
+        settings, Point(CandidateLayers("none", None), 0.0, 0.5, 4.0, 1.0), tuple(points), 400
+    )
 
 
 def test_what_is_written_keeps_the_recipe_and_all_layers(tmp_path: Path) -> None:
     path = tmp_path / "v"
     save_steer(vector(recipe={"method": "mean"}, description="mine"), path)
-    found = swept(path, [point(2.5, 0.9, 1.1)])
-    write_choice(found, found.choose())
+    result = sweep_result(path, [point(2.5, 0.9, 1.1)])
+    write_choice(result, result.choose())
     written = load_steer(path)
     assert torch.equal(written.vectors, vector().vectors)
     assert (written.default_strength, written.description) == (2.5, "mine")
@@ -180,9 +190,9 @@ def test_what_is_written_keeps_the_recipe_and_all_layers(tmp_path: Path) -> None
 def test_the_chosen_layers_are_written_if_some_were_tried(tmp_path: Path) -> None:
     path = tmp_path / "v"
     save_steer(vector(layer_scores=(1.0, 4.0, 2.0, 3.0)), path)
-    top = Candidate("top:2", (3, 8))
-    found = swept(path, [point(2.5, 0.9, 1.1, top)], layers="top:2")
-    write_choice(found, found.choose())
+    top = CandidateLayers("top:2", (3, 8))
+    result = sweep_result(path, [point(2.5, 0.9, 1.1, top)], layers="top:2")
+    write_choice(result, result.choose())
     written = load_steer(path)
     assert (written.layers, written.layer_scores) == ((3, 8), (4.0, 3.0))
     assert torch.equal(written.vectors, vector().vectors[[1, 3]])
@@ -192,7 +202,7 @@ def test_only_a_file_of_our_own_is_written_to(tmp_path: Path) -> None:
     save_steer(vector(), tmp_path / "own")
     check_writable(tmp_path / "own")
     torch.save(torch.ones(3), tmp_path / "theirs.pt")
-    with pytest.raises(SteerError, match=r"theirs\.pt: only a vllm-steer file .* convert"):
+    with pytest.raises(SteerError, match=r"theirs\.pt: this is not a vllm-steer file.* convert"):
         check_writable(tmp_path / "theirs.pt")
     with pytest.raises(SteerError, match="none: no such file"):
         check_writable(tmp_path / "none")
@@ -200,27 +210,27 @@ def test_only_a_file_of_our_own_is_written_to(tmp_path: Path) -> None:
 
 def test_all_points_are_reported_and_the_choice_is_marked(tmp_path: Path) -> None:
     points = [point(4, 0.95, 1.4), point(2, 0.9, 1.1), point(3, 0.9, math.nan)]
-    found = swept(tmp_path / "v", points)
-    said = report.data(found, found.choose(), None)
-    assert [(p["strength"], p["within_budget"]) for p in said["points"]] == [
+    result = sweep_result(tmp_path / "v", points)
+    message = report.data(result, result.choose(), None)
+    assert [(p["strength"], p["within_budget"]) for p in message["points"]] == [
         (4, False),
         (2, True),
         (3, False),
     ]
-    assert (said["chosen"]["strength"], said["unsteered"]["effect"]) == (2, 0.5)
-    notes = [row[-1] for row in report.table(found, found.choose()).rows]
+    assert (message["chosen"]["strength"], message["unsteered"]["effect"]) == (2, 0.5)
+    notes = [row[-1] for row in report.table(result, result.choose()).rows]
     assert notes == ["", "chosen", "over budget", "over budget"]
-    report.draw(found, found.choose(), tmp_path / "sweep.png")
+    report.draw(result, result.choose(), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5, math.inf, math.nan])
 def test_a_budget_is_a_ratio_above_one(budget: float) -> None:
-    with pytest.raises(SteerError, match=r"it is a ratio of perplexities above 1, such as 1\.2"):
-        Sweep("m", Path("s"), PROMPTS, "lexicon:x", "perplexity:m", budget=budget)
+    with pytest.raises(SteerError, match=r"expected a ratio of perplexities above 1, such as 1\.2"):
+        SweepSettings("m", Path("s"), PROMPTS, "lexicon:x", "perplexity:m", budget=budget)
 
 
 def test_rounds_are_at_least_one() -> None:
     with pytest.raises(SteerError, match="rounds is 0; expected at least 1"):
-        Sweep("m", Path("s"), PROMPTS, "j", "p", search=Search(rounds=0))
+        SweepSettings("m", Path("s"), PROMPTS, "j", "p", search=Search(rounds=0))
     assert dataclasses.asdict(Search())["ends"] == (0.0, 10.0)

@@ -1,4 +1,4 @@
-"""One process at a time uses a run folder: others are told its name, and the lock ends with it."""
+"""Run folders are locked by one process at a time; the lock ends with the process."""
 
 import os
 import re
@@ -34,7 +34,7 @@ with locked(sys.argv[1]):
 
 @contextmanager
 def holder(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has the folder until the block ends."""
+    """Another process that holds the folder until the block ends."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), *more],
         stdin=subprocess.PIPE,
@@ -54,8 +54,8 @@ def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
         name = rf"process {process.pid} \(\S+, since 2\S+\); wait for it"
-        said = rf"^run folder {re.escape(str(tmp_path))} is used by {name}"
-        with pytest.raises(SteerError, match=said), locked(tmp_path):
+        message = rf"^run folder {re.escape(str(tmp_path))} is used by {name}"
+        with pytest.raises(SteerError, match=message), locked(tmp_path):
             pytest.fail("two at once")
         assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
         assert list(before) == [LOCK]
@@ -79,17 +79,17 @@ def test_a_command_leaves_a_folder_that_is_used_as_it_is(tmp_path: Path, command
         line += ["--run-folder", str(run), "--restart"]
     with holder(run) as process:
         before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", "from vllm_steer.cli import main; main()", *line],
             capture_output=True,
             text=True,
             timeout=60,
         )
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith(
+        assert (completed.returncode, completed.stdout) == (1, "")
+        assert completed.stderr.startswith(
             f"vllm-steer: run folder {run} is used by process {process.pid}"
         )
-        assert done.stderr.count("\n") == 1
+        assert completed.stderr.count("\n") == 1
         assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
     assert not (tmp_path / "out").exists()
 
@@ -125,24 +125,24 @@ def test_a_block_within_a_block_is_let_through(tmp_path: Path) -> None:
 
 
 def test_another_thread_is_not_let_through(tmp_path: Path) -> None:
-    found: list[Exception] = []
+    result: list[Exception] = []
 
     def second() -> None:
         try:
             with locked(tmp_path):
                 pass
         except SteerError as error:
-            found.append(error)
+            result.append(error)
 
     with locked(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-    assert f"process {os.getpid()}" in str(found[0])
+    assert f"process {os.getpid()}" in str(result[0])
 
 
 def test_one_after_the_other_many_times(tmp_path: Path) -> None:
-    """Removing the file never lets two in."""
+    """Removing the lock file never admits two processes."""
     program = (
         "import os, sys, time\n"
         "from vllm_steer import SteerError\n"
@@ -180,21 +180,21 @@ def test_a_folder_that_was_made_and_not_used_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_planted_lock_file_is_not_written_to(tmp_path: Path) -> None:
-    mine, run = tmp_path / "mine", tmp_path / "run"
-    mine.write_text("precious")
+    content, run = tmp_path / "mine", tmp_path / "run"
+    content.write_text("precious")
     run.mkdir()
     for plant in (
-        lambda: (run / LOCK).symlink_to(mine),
-        lambda: os.link(mine, run / LOCK),
+        lambda: (run / LOCK).symlink_to(content),
+        lambda: os.link(content, run / LOCK),
         lambda: os.mkfifo(run / LOCK),
         lambda: (run / LOCK).mkdir(),
         lambda: (run / LOCK).write_text("notes"),
     ):
         plant()
-        said = r"^run folder .*run: (cannot be used|.* not a run's)"
-        with pytest.raises(SteerError, match=said), locked(run):
+        message = r"^run folder .*run: (cannot be used|.* not a lock file)"
+        with pytest.raises(SteerError, match=message), locked(run):
             pass
-        assert mine.read_text() == "precious" and os.path.lexists(run / LOCK)
+        assert content.read_text() == "precious" and os.path.lexists(run / LOCK)
         (run / LOCK).rmdir() if (run / LOCK).is_dir() else (run / LOCK).unlink()
 
 

@@ -14,7 +14,7 @@ from vllm_steer.fit import token_store as stores
 from vllm_steer.fit.concept import LayerProbe, best_layers, fit_concept, split
 from vllm_steer.fit.probes import Probe
 from vllm_steer.fit.token_store import token_store
-from vllm_steer.texts.messages import Conversation
+from vllm_steer.texts.conversations import Conversation
 
 ANSWERS = {
     1: ["was wonderful and bright.", "was a treat!", "charmed us, every day of it.", "great."],

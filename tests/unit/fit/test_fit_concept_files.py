@@ -1,4 +1,4 @@
-"""Files of labelled conversations, and what is said of rows that are none."""
+"""Files of labelled conversations, and the errors of invalid rows."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_steer import SteerError
-from vllm_steer.texts.messages import read_conversations
+from vllm_steer.texts.conversations import read_conversations
 
 HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 GOOD = {"prompt": "Why?", "completion": "Because.", "label": 1}
@@ -55,16 +55,16 @@ def test_a_csv_cell_holds_a_list_as_json(tmp_path: Path) -> None:
 
 def test_a_label_map_makes_names_zero_and_one(tmp_path: Path) -> None:
     path = write(tmp_path, {**GOOD, "label": "witty"}, {**BAD, "label": "dull"})
-    assert [one.label for one in read_conversations(path, labels="witty=1,dull=0")] == [1, 0]
+    assert [entry.label for entry in read_conversations(path, labels="witty=1,dull=0")] == [1, 0]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"completion": "x", "label": 1}, "there is no 'prompt'; the row has"),
+        ({"completion": "x", "label": 1}, "the field 'prompt' is missing; the row has"),
         ({"prompt": "x", "completion": " ", "label": 1}, "completion is ' '; expected a text"),
-        ({"prompt": "x", "completion": "y"}, "there is no 'label'"),
-        ({**GOOD, "label": -1}, r"label -1 is -1; expected 0 and 1, .* good=1,bad=0"),
+        ({"prompt": "x", "completion": "y"}, "the field 'label' is missing"),
+        ({**GOOD, "label": -1}, r"label -1 is -1; expected 0 or 1, .* good=1,bad=0"),
         ({**GOOD, "label": "yes"}, "label 'yes' is neither 0 nor 1; give a label map"),
         (
             {**GOOD, "conversation_history": [1]},
@@ -72,15 +72,15 @@ def test_a_label_map_makes_names_zero_and_one(tmp_path: Path) -> None:
         ),
         ({**GOOD, "conversation_history": "{"}, r"conversation_history is '{'; expected a list of"),
         ({**GOOD, "messages": HISTORY}, "messages and completion, prompt; give one of them"),
-        ({"messages": HISTORY[:1], "label": 1}, r"messages are \['user'\]; expected two or more"),
-        ({"messages": HISTORY[1:], "label": 1}, r"messages are \['assistant'\]; expected two"),
+        ({"messages": HISTORY[:1], "label": 1}, r"roles are \['user'\]; expected two or more"),
+        ({"messages": HISTORY[1:], "label": 1}, r"roles are \['assistant'\]; expected two"),
         (
             {"messages": [HISTORY[0], {"role": "assistant", "content": ""}], "label": 1},
             "the last message is empty",
         ),
         (
             {"messages": [HISTORY[0], {"role": "assistant", "content": "\ud800"}], "label": 1},
-            "messages has letters that are not Unicode",
+            "messages has characters that are not valid Unicode",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from tokenizers import models, pre_tokenizers
 
 from vllm_steer import SteerError
 from vllm_steer.fit.answer_tokens import answer_tokens, render
-from vllm_steer.texts.messages import Conversation
+from vllm_steer.texts.conversations import Conversation
 
 # Each word, bracket and line break a token; the answer's words are a0, a1, ...
 WORDS = ["<s>", "</s>", "[U]", "[/U]", "[A]", "\n", "why", "now", "so", "sys"]

@@ -1,4 +1,4 @@
-"""Prompts with demonstrations, letter by letter, and the prompts that are drawn."""
+"""Prompts with demonstrations, and the drawing of prompts."""
 
 import random
 from pathlib import Path
@@ -34,9 +34,9 @@ def test_without_demonstrations_the_prompt_is_the_question() -> None:
 @pytest.mark.parametrize(
     ("demonstrations", "instruction", "message"),
     [
-        (8, "", "8 rows; a prompt with 8 demonstrations takes 9"),
-        (-1, "", "-1 demonstrations; give 0 or more"),
-        (0, "Be kind.", "an instruction only with some"),
+        (8, "", "the file has 8 rows; a prompt with 8 demonstrations needs 9"),
+        (-1, "", "demonstrations is -1; expected 0 or more"),
+        (0, "Be kind.", "1 or more with an instruction"),
     ],
 )
 def test_prompts_that_cannot_be_made_are_refused(
@@ -47,9 +47,9 @@ def test_prompts_that_cannot_be_made_are_refused(
 
 
 def test_both_sides_are_drawn_at_the_same_places_with_replacement() -> None:
-    wanted = [f"w{i}" for i in range(5)]
+    positive = [f"w{i}" for i in range(5)]
     other = [f"o{i}" for i in range(7)]
-    drawn = support(wanted, other, 30, 32)
+    drawn = support(positive, other, 30, 32)
     random.seed(32)
     places = [random.randint(0, 4) for _ in range(30)]
     assert drawn == ([f"w{i}" for i in places], [f"o{i}" for i in places])
@@ -59,9 +59,11 @@ def test_both_sides_are_drawn_at_the_same_places_with_replacement() -> None:
 def test_examples_are_read_and_bad_rows_named(tmp_path: Path) -> None:
     path = tmp_path / "qa.csv"
     path.write_text("question,answer\nWhy?,So.\nWhen?,Now.\n")
-    found = read_examples(path, input_field="question", output_field="answer")
-    assert found == [("Why?", "So."), ("When?", "Now.")]
-    with pytest.raises(SteerError, match=r"qa.csv:2: there is no 'input'; the row has 'question'"):
+    result = read_examples(path, input_field="question", output_field="answer")
+    assert result == [("Why?", "So."), ("When?", "Now.")]
+    with pytest.raises(
+        SteerError, match=r"qa.csv:2: the field 'input' is missing; the row has 'question'"
+    ):
         read_examples(path)
 
 
@@ -91,14 +93,14 @@ def test_a_delta_is_taken_at_any_site(site: Any) -> None:
     }[site]
     seen: list[torch.Tensor] = []
 
-    def see(_module: Any, given: Any, output: Any) -> None:
-        found = given[0] if site == "heads" else output
-        seen.append((found[0] if isinstance(found, tuple) else found)[0, -1])
+    def see(_module: Any, prompts_by_text: Any, output: Any) -> None:
+        result = prompts_by_text[0] if site == "heads" else output
+        seen.append((result[0] if isinstance(result, tuple) else result)[0, -1])
 
     hook = module.register_forward_hook(see)
     for (prompt,) in prompts:
         tiny_model()(torch.tensor([tiny_tokenizer()(prompt)["input_ids"]]))
     hook.remove()
     assert steer.delta.shape == (1, 1, HIDDEN)
-    wanted = seen[0] - seen[1]
-    torch.testing.assert_close(steer.delta[0, 0].double(), wanted, rtol=1e-5, atol=1e-6)
+    positive = seen[0] - seen[1]
+    torch.testing.assert_close(steer.delta[0, 0].double(), positive, rtol=1e-5, atol=1e-6)

@@ -148,7 +148,9 @@ def test_pairs_are_read_with_their_prompts(tmp_path: Path) -> None:
 def test_a_pair_without_a_side_is_named(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"positive": "good", "negative": "bad"}\n\n{"positive": "good"}\n')
-    with pytest.raises(SteerError, match=r"pairs.jsonl:3: there is no 'negative'; the row has"):
+    with pytest.raises(
+        SteerError, match=r"pairs.jsonl:3: the field 'negative' is missing; the row has"
+    ):
         read_pairs(path)
     path.write_text("")
     with pytest.raises(SteerError, match="there are no rows"):

@@ -1,4 +1,4 @@
-"""The happy and sad stories: clearly the one or the other, and otherwise alike."""
+"""The happy and the sad stories are clearly distinct, and equal otherwise."""
 
 import re
 from pathlib import Path
@@ -15,9 +15,9 @@ def words(text: str) -> set[str]:
 
 def test_every_story_has_telling_words_of_its_side_alone() -> None:
     for side, other in (SIDES, SIDES[::-1]):
-        found = stories(side, 300)
-        assert len(set(found)) == 300
-        for story in found:
+        result = stories(side, 300)
+        assert len(set(result)) == 300
+        for story in result:
             assert words(story) & set(TELLING[side].split())
             assert not words(story) & set(TELLING[other].split())
 

@@ -1,4 +1,4 @@
-"""Texts from files: every format's rows with their places, and what is said of bad ones."""
+"""Texts from files: the rows of every format with their locations; errors of invalid rows."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def put(tmp_path: Path) -> Any:
 
 def lines(path: Path) -> list[tuple[str, Any]]:
     return [
-        (row.place.partition(":")[2], row.problem or dict(row.values)) for row in read_rows(path)
+        (row.location.partition(":")[2], row.problem or dict(row.values)) for row in read_rows(path)
     ]
 
 
@@ -61,7 +61,7 @@ def test_every_format_with_a_bom_and_with_crlf(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "wanted"),
+    ("name", "content", "expected"),
     [
         ("a.jsonl", '\n{"n": 1}\n\n{"n": 2}', ["2", "4"]),
         ("a.json", '\n[\n{"n":\n1}\n,\n{"n": 2}]', ["3", "6"]),
@@ -71,9 +71,9 @@ def test_every_format_with_a_bom_and_with_crlf(
     ],
 )
 def test_a_row_is_named_by_the_line_that_it_begins_in(
-    name: str, content: str, wanted: list[str], put: Any
+    name: str, content: str, expected: list[str], put: Any
 ) -> None:
-    assert [line for line, _ in lines(put(name, content))] == wanted
+    assert [line for line, _ in lines(put(name, content))] == expected
 
 
 def test_quotes_newlines_and_delimiters_stay_in_a_csv_value(put: Any) -> None:
@@ -95,33 +95,33 @@ def test_json_items_over_chunk_boundaries(
         path = put("a.json", json.dumps(items, indent=indent, ensure_ascii=indent is None))
         assert [dict(row.values) for row in read_rows(path)] == items
     numbers = put("b.json", "[ 12345 ,678 , true\t]\n ")
-    said = [row.problem for row in read_rows(numbers)]
-    assert said == [f"the row is {v}; expected an object" for v in ("12345", "678", "True")]
+    message = [row.problem for row in read_rows(numbers)]
+    assert message == [f"the row is {v}; expected an object" for v in ("12345", "678", "True")]
     assert list(read_rows(put("c.json", " [ \n] \n"))) == []
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", ":1: a JSON file holds one list of objects"),
         ('\n{"text": "a"}', ":2: a JSON file holds one list of objects"),
-        ('[{"text": "a"}', ":1: no JSON .the list does not end"),
-        ('[{"text": "a"},\n{"text": }]', ":2: no JSON .Expecting value.$"),
-        ('[{"text": "a"}\n{"text": "b"}]', ":2: no JSON .'{' where a comma or ] is expected"),
-        ('[{"text": "a"},,{}]', ":1: no JSON .Expecting value"),
-        ('[,{"text": "a"}]', ":1: no JSON"),
-        ('[{"text": "a"},]', ":1: no JSON"),
-        ("[123", ":1: no JSON .the list does not end"),
-        ('[{"text": "a"}]\n[{"text": "b"}]', ":2: something follows the end of the list"),
-        ("[" * 100_000, ":1: no JSON .nested too deeply"),
+        ('[{"text": "a"}', ":1: invalid JSON .the list does not end"),
+        ('[{"text": "a"},\n{"text": }]', ":2: invalid JSON .Expecting value.$"),
+        ('[{"text": "a"}\n{"text": "b"}]', ":2: invalid JSON .'{' where a comma or ] is expected"),
+        ('[{"text": "a"},,{}]', ":1: invalid JSON .Expecting value"),
+        ('[,{"text": "a"}]', ":1: invalid JSON"),
+        ('[{"text": "a"},]', ":1: invalid JSON"),
+        ("[123", ":1: invalid JSON .the list does not end"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', ":2: there is content after the end of the list"),
+        ("[" * 100_000, ":1: invalid JSON .nested too deeply"),
     ],
 )
 @pytest.mark.parametrize("size", [2, 1 << 16])
 def test_a_json_file_that_cannot_be_read_on_says_its_line(
-    content: str, said: str, size: int, put: Any, monkeypatch: pytest.MonkeyPatch
+    content: str, message: str, size: int, put: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_steer.texts.rows._CHUNK", size)
-    with pytest.raises(SteerError, match="a.json" + said):
+    with pytest.raises(SteerError, match="a.json" + message):
         list(read_rows(put("a.json", content)))
 
 
@@ -131,7 +131,9 @@ def test_a_bad_item_does_not_take_the_rest_of_a_large_json_file_into_memory(
     monkeypatch.setattr("vllm_steer.texts.rows._LONGEST", 1 << 18)
     path = put("a.json", b'[{"text": "a"},\n{"text": oops}' + b',{"text": "b"}' * 400_000)
     tracemalloc.start()
-    with pytest.raises(SteerError, match=r"a.json:2: no JSON in 262144 letters .Expecting value"):
+    with pytest.raises(
+        SteerError, match=r"a.json:2: invalid JSON within 262144 characters .Expecting value"
+    ):
         list(read_rows(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -150,15 +152,15 @@ def test_reading_a_large_file_holds_little_of_it(name: str, put: Any) -> None:
     }[name]
     path = put(name, content)
     tracemalloc.start()
-    found = sum(row.problem == "" for row in read_rows(path))
+    result = sum(row.problem == "" for row in read_rows(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == count
+    assert result == count
     assert peak < 1 << 19 < path.stat().st_size
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "place"),
+    ("name", "content", "location"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2"),
         ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', "a.json:2"),
@@ -170,41 +172,51 @@ def test_reading_a_large_file_holds_little_of_it(name: str, put: Any) -> None:
     ],
 )
 def test_bytes_that_are_not_utf8_are_named_by_their_line(
-    name: str, content: bytes, place: str, put: Any
+    name: str, content: bytes, location: str, put: Any
 ) -> None:
-    with pytest.raises(SteerError, match=f"{place}: it has bytes that are not UTF-8"):
+    with pytest.raises(SteerError, match=f"{location}: it has bytes that are not UTF-8"):
         read_texts(put(name, content))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"\n', r"a.jsonl:1: no JSON \(Expecting ',' delimiter\)"),
-        ("a.jsonl", '{"text": "a"} {}\n', r"a.jsonl:1: no JSON \(Extra data\)"),
+        ("a.jsonl", '{"text": "a"\n', r"a.jsonl:1: invalid JSON \(Expecting ',' delimiter\)"),
+        ("a.jsonl", '{"text": "a"} {}\n', r"a.jsonl:1: invalid JSON \(Extra data\)"),
         ("a.jsonl", '["a"]\n', r"a.jsonl:1: the row is \['a'\]; expected an object"),
-        ("a.jsonl", "[" * 100_000, "a.jsonl:1: no JSON .nested too deeply"),
-        ("a.jsonl", '{"n": ' + "9" * 5000 + "}", "a.jsonl:1: no JSON .Exceeds the limit"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: invalid JSON .nested too deeply"),
+        ("a.jsonl", '{"n": ' + "9" * 5000 + "}", "a.jsonl:1: invalid JSON .Exceeds the limit"),
         ("a.csv", "text,n\na\n", "a.csv:2: 1 values; the first line names 2"),
         ("a.csv", "text,n\na,b,c\n", "a.csv:2: 3 values; the first line names 2"),
         ("a.csv", "text,text\na,b\n", "a.csv:1: the first line must name each column once"),
         ("a.csv", "text,\na,b\n", "a.csv:1: the first line must name each column once"),
-        ("a.csv", 'text,n\na,1\n"b,1\n', r"a.csv:3: no CSV \(unexpected end of data\)"),
-        ("a.csv", 'text,n\n"a"b,1\n', "a.csv:2: no CSV"),
-        ("a.jsonl", '{"body": "a"}\n', "a.jsonl:1: there is no 'text'; the row has 'body'"),
-        ("a.jsonl", "{}\n", "a.jsonl:1: there is no 'text'; the row has nothing"),
-        ("a.csv", "body,n\na,1\n", "a.csv:2: there is no 'text'; the row has 'body', 'n'"),
+        ("a.csv", 'text,n\na,1\n"b,1\n', r"a.csv:3: invalid CSV \(unexpected end of data\)"),
+        ("a.csv", 'text,n\n"a"b,1\n', "a.csv:2: invalid CSV"),
+        (
+            "a.jsonl",
+            '{"body": "a"}\n',
+            "a.jsonl:1: the field 'text' is missing; the row has 'body'",
+        ),
+        ("a.jsonl", "{}\n", "a.jsonl:1: the field 'text' is missing; the row has nothing"),
+        ("a.csv", "body,n\na,1\n", "a.csv:2: the field 'text' is missing; the row has 'body', 'n'"),
         ("a.jsonl", '{"text": " "}\n', "a.jsonl:1: text is ' '; expected a text"),
         ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: text is 3; expected a text"),
-        ("a.txt", "\n \n", "a.txt: there are no rows"),
-        ("a.csv", "", "a.csv: there are no rows"),
-        ("a.csv", "text,n\n", "a.csv: there are no rows"),
-        ("a.json", "[]", "a.json: there are no rows"),
-        ("a.md", "a", "a.md: the ending is .md; texts are read from .jsonl, .json, .csv, .tsv, .t"),
-        ("noending", "a", "noending: the ending is missing; texts are read from"),
+        ("a.txt", "\n \n", "a.txt: the file has no rows"),
+        ("a.csv", "", "a.csv: the file has no rows"),
+        ("a.csv", "text,n\n", "a.csv: the file has no rows"),
+        ("a.json", "[]", "a.json: the file has no rows"),
+        (
+            "a.md",
+            "a",
+            "a.md: the file name extension is .md; supported: .jsonl, .json, .csv, .tsv, .t",
+        ),
+        ("noending", "a", "noending: the file name extension is missing; supported:"),
     ],
 )
-def test_what_is_said_of_bad_files_and_rows(name: str, content: str, said: str, put: Any) -> None:
-    with pytest.raises(SteerError, match=said):
+def test_what_is_said_of_bad_files_and_rows(
+    name: str, content: str, message: str, put: Any
+) -> None:
+    with pytest.raises(SteerError, match=message):
         read_texts(put(name, content))
 
 
@@ -212,7 +224,9 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"gone.txt: no such file; give a file of texts"):
         read_texts(tmp_path / "gone.txt")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(SteerError, match=r"folder.txt: is no plain file; give a file of texts"):
+    with pytest.raises(
+        SteerError, match=r"folder.txt: is not a regular file; give a file of texts"
+    ):
         read_texts(tmp_path / "folder.txt")
 
 
@@ -222,7 +236,7 @@ def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path, ending: str) -> 
     os.mkfifo(tmp_path / f"pipe{ending}")
     (tmp_path / f"zeros{ending}").symlink_to("/dev/zero")
     for name in ("pipe", "zeros"):
-        with pytest.raises(SteerError, match=f"{name}{ending}: is no plain file"):
+        with pytest.raises(SteerError, match=f"{name}{ending}: is not a regular file"):
             read_texts(tmp_path / f"{name}{ending}")
 
 
@@ -245,7 +259,7 @@ def test_a_key_that_stands_twice_in_a_row_is_refused(name: str, content: str, pu
 
 
 def test_a_quoted_value_of_a_tsv_file_stays_in_its_cell(put: Any) -> None:
-    """Tab-separated files are mostly written without quotes: rows would go into one."""
+    """Most TSV files are written without quoting, where a quote would merge rows."""
     path = put("a.tsv", 'text\tlabel\n"a b\t1\nc"\t-1\nd\t1\n')
     with pytest.raises(SteerError, match=r"a\.tsv:2: a quoted value with a tab or a line break"):
         read_labelled(path)
@@ -253,7 +267,7 @@ def test_a_quoted_value_of_a_tsv_file_stays_in_its_cell(put: Any) -> None:
 
 def test_a_line_without_end_is_not_read_whole(put: Any) -> None:
     for name in ("a.txt", "a.jsonl"):
-        with pytest.raises(SteerError, match=f"{name}:2: a line of more than 1[0-9]* letters"):
+        with pytest.raises(SteerError, match=f"{name}:2: a line of more than 1[0-9]* characters"):
             read_texts(put(name, '"a"\n' + "a" * (17 << 20)))
 
 
@@ -305,25 +319,25 @@ def test_a_label_without_a_map_is_its_number(value: Any) -> None:
     ],
 )
 def test_a_label_that_is_no_number_between_the_sides(value: Any) -> None:
-    with pytest.raises(SteerError, match=r"is no number in \[-1, 1\]; give a label map such as"):
+    with pytest.raises(SteerError, match=r"is not a number in \[-1, 1\]; give a label map such as"):
         label_map(None)(value)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("value", "message"),
     [
-        ("sst3", "label map 'sst3': wanted one of sst2, sst5, yelp, toxicity, or pairs such as"),
-        ("", "label map '': wanted one of"),
-        ("good=1,", "label map 'good=1,': wanted one of"),
-        ("=1", "label map '=1': wanted one of"),
-        ("good=2", r"label '2' is no number in \[-1, 1\]"),
-        ("good=", r"label '' is no number in \[-1, 1\]"),
-        ("good=1,good=-1", "good is there twice; give each label once"),
+        ("sst3", "label map 'sst3': expected one of sst2, sst5, yelp, toxicity, or pairs such as"),
+        ("", "label map '': expected one of"),
+        ("good=1,", "label map 'good=1,': expected one of"),
+        ("=1", "label map '=1': expected one of"),
+        ("good=2", r"label '2' is not a number in \[-1, 1\]"),
+        ("good=", r"label '' is not a number in \[-1, 1\]"),
+        ("good=1,good=-1", "good is listed twice; give each label once"),
     ],
 )
-def test_a_label_map_that_is_none(given: str, said: str) -> None:
-    with pytest.raises(SteerError, match=said):
-        label_map(given)
+def test_a_label_map_that_is_none(value: str, message: str) -> None:
+    with pytest.raises(SteerError, match=message):
+        label_map(value)
 
 
 def test_a_label_that_the_map_does_not_have() -> None:
@@ -337,22 +351,24 @@ def test_every_known_map_has_strengths_between_the_sides() -> None:
 
 
 def test_labelled_texts_of_one_file_and_of_two(put: Any) -> None:
-    one = put("a.csv", "review,stars\nfine,1.0\npoor,0\n")
-    named = read_labelled(one, text_field="review", label_field="stars", labels="sst2")
+    entry = put("a.csv", "review,stars\nfine,1.0\npoor,0\n")
+    named = read_labelled(entry, text_field="review", label_field="stars", labels="sst2")
     two = read_two_sides(put("p.txt", "fine\n"), put("n.jsonl", '{"text": "poor"}\n'))
     assert named == two == [("fine", 1.0), ("poor", -1.0)]
 
 
 @pytest.mark.parametrize(
-    ("content", "labels", "said"),
+    ("content", "labels", "message"),
     [
-        ("text,label\na,0\nb,1\n", None, "the labels are 0 and 1, and 0 would be the middle"),
-        ("text,label\na,x\n", None, r"a.csv:2: label 'x' is no number in \[-1, 1\]"),
+        ("text,label\na,0\nb,1\n", None, "the labels are 0 and 1, and the label 0 means neutral"),
+        ("text,label\na,x\n", None, r"a.csv:2: label 'x' is not a number in \[-1, 1\]"),
         ("text,label\na,1\nb,2\n", "sst2", "^a.csv:3: label '2' is not in the label map"),
-        ("text,n\na,1\n", None, "a.csv:2: there is no 'label'; every row needs a label"),
-        ("text,label\n", None, "a.csv: there are no rows"),
+        ("text,n\na,1\n", None, "a.csv:2: the field 'label' is missing; every row needs a label"),
+        ("text,label\n", None, "a.csv: the file has no rows"),
     ],
 )
-def test_what_is_said_of_bad_labels(content: str, labels: str | None, said: str, put: Any) -> None:
-    with pytest.raises(SteerError, match=said):
+def test_what_is_said_of_bad_labels(
+    content: str, labels: str | None, message: str, put: Any
+) -> None:
+    with pytest.raises(SteerError, match=message):
         read_labelled(put("a.csv", content), labels=labels)

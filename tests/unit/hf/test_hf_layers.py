@@ -279,7 +279,7 @@ class Block(torch.nn.Module):
         return self.input_layernorm(x)
 
 
-class StandIn(torch.nn.Module):
+class FakeEngine(torch.nn.Module):
     """As many layers as a 7B Llama, and as wide."""
 
     config = SimpleNamespace(
@@ -306,7 +306,7 @@ def test_published_concept_vectors_act_as_their_authors_formula(strength: float)
         norm = wanted.norm(dim=-1, keepdim=True)
         wanted = wanted + strength * w / w.norm()
         wanted = wanted * norm / wanted.norm(dim=-1, keepdim=True)
-    with hf.steered(StandIn(), {"humor": strength}, {"humor": concept}) as model:
+    with hf.steered(FakeEngine(), {"humor": strength}, {"humor": concept}) as model:
         torch.testing.assert_close(model(inputs_embeds=x), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""``vllm-steer fit``: a steer from a user's texts, one command per method."""
+"""``vllm-steer fit``: fits a steer to a user's texts, with one command per method."""
 
 import typer
 

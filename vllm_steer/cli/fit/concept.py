@@ -1,4 +1,4 @@
-"""``vllm-steer fit concept``: a concept vector from answers with and without the concept."""
+"""``vllm-steer fit concept``: a concept vector from answers with and without a concept."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -13,10 +13,10 @@ from vllm_steer.cli.terminal import say
 if TYPE_CHECKING:
     from vllm_steer.fit.concept import ConceptFit
     from vllm_steer.models import LanguageModel
-    from vllm_steer.texts.messages import Conversation
+    from vllm_steer.texts.conversations import Conversation
 
 _LONGEST: Final = 10_000
-"""Characters of a conversation that are shown."""
+"""Maximum characters of a conversation that are printed."""
 
 
 def concept(
@@ -27,27 +27,25 @@ def concept(
         Path,
         typer.Option(help="Rows of prompt, completion, label; or of messages, label."),
     ],
-    labels: Annotated[
-        str | None, typer.Option(help="What the labels mean: 'good=1,bad=0'.")
-    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Label map, such as 'good=1,bad=0'.")] = None,
     probe: Annotated[str, typer.Option(help="dim, logistic or pca.")] = "dim",
     site: Annotated[str, typer.Option(help="attn_in, attn_out or resid.")] = "attn_in",
     layers: options.Layers = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Keep the best layers; equal ones too.", show_default="all"),
+        typer.Option(min=1, help="Keep the k best layers, and ties.", show_default="all"),
     ] = None,
     select: Annotated[
-        str, typer.Option(help="What they are best by: train or validation accuracy.")
+        str, typer.Option(help="Accuracy that ranks the layers: train or validation.")
     ] = "train",
     signed: Annotated[
-        bool, typer.Option("--signed", help="Turn each layer of a pca probe towards label 1.")
+        bool, typer.Option("--signed", help="Orient each layer of a pca probe to label 1.")
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Tokens taken of an answer.")
+        int, typer.Option(min=1, max=MOST, help="Tokens used of an answer.")
     ] = 16,
     max_length: Annotated[
-        int, typer.Option(min=2, max=MOST, help="Tokens of a conversation, cut off on the left.")
+        int, typer.Option(min=2, max=MOST, help="Maximum tokens; the left is cut off.")
     ] = 1024,
     chat_template: Annotated[
         bool,
@@ -55,7 +53,7 @@ def concept(
     ] = True,
     batch_size: options.BatchSize = 16,
     seed: Annotated[
-        int, typer.Option(min=-MOST, max=MOST, help="Of the split and of the probe.")
+        int, typer.Option(min=-MOST, max=MOST, help="Seed of the split and of the probe.")
     ] = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -64,28 +62,28 @@ def concept(
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Fit a concept vector: a probe per layer, and how well it tells the answers apart."""
+    """Fit a concept vector: a linear probe per layer, with its accuracy."""
     check_output(output, force, inputs=[data])
     check_named(model, description)
-    wanted = options.read_layers(layers)
+    layer_numbers = options.read_layers(layers)
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.activations import all_layers
     from vllm_steer.fit.concept import fit_concept
     from vllm_steer.fit.recipe import recipe
-    from vllm_steer.texts.messages import read_conversations
+    from vllm_steer.texts.conversations import read_conversations
 
     conversations = read_conversations(data, labels=labels)
     language = options.open_model(model, dtype, device)
     _show_first(language, conversations[0], chat_template, max_tokens, max_length)
-    count = len(wanted or all_layers(language.model))
+    count = len(layer_numbers or all_layers(language.model))
     with progress("reading answers", len(conversations)) as advance:
-        found = fit_concept(
+        concept_fit = fit_concept(
             language.model,
             language.tokenizer,
             conversations,
             probe=probe,  # type: ignore[arg-type]  # checked there
             site=site,  # type: ignore[arg-type]
-            layers=wanted,
+            layers=layer_numbers,
             top_k=top_k,
             select=select,  # type: ignore[arg-type]
             signed=signed,
@@ -96,10 +94,10 @@ def concept(
             seed=seed,
             folder=output.parent,
             on_answer=advance,
-            on_layer=lambda done: advance(done, total=count, said="fitting layers"),
+            on_layer=lambda done: advance(done, total=count, description="fitting layers"),
         )
-    by_layer, figures = _by_layer(found), _figures(found)
-    made = recipe(
+    by_layer, figures = _by_layer(concept_fit), _figures(concept_fit)
+    recipe_data = recipe(
         "concept",
         model=model,
         data=[data],
@@ -107,12 +105,12 @@ def concept(
         figures={**figures, **{k: list(v.values()) for k, v in by_layer.items()}},
     )
     steer = options.write(
-        found.steer,
+        concept_fit.steer,
         output,
         model=model,
         default_strength=default_strength,
         description=description,
-        recipe=made,
+        recipe=recipe_data,
     )
     options.report(steer, output, by_layer, figures, as_json=as_json)
 
@@ -124,7 +122,7 @@ def _show_first(
     max_tokens: int,
     max_length: int,
 ) -> None:
-    """What the model reads of the first row, and the tokens of it that count, on stderr."""
+    """Print the first row as the model reads it, and the tokens used of it, to stderr."""
     from vllm_steer.fit.answer_tokens import answer_tokens, render
 
     tokenizer = language.tokenizer
@@ -139,26 +137,32 @@ def _show_first(
     counted = tokenizer.decode([encoded.ids[position] for position in encoded.kept])
     say(f"first row as the model reads it: {rendered.text!r}", stderr=True, longest=_LONGEST)
     say(
-        f"what counts of it: {counted!r} ({len(encoded.kept)} tokens)",
+        f"tokens used of it: {counted!r} ({len(encoded.kept)} tokens)",
         stderr=True,
         longest=_LONGEST,
     )
 
 
-def _by_layer(found: "ConceptFit") -> dict[str, dict[int, float | None]]:
+def _by_layer(concept_fit: "ConceptFit") -> dict[str, dict[int, float | None]]:
     return {
-        "train_accuracy": {one.layer: one.train_accuracy for one in found.probes},
-        "validation_accuracy": {one.layer: one.validation_accuracy for one in found.probes},
-        "slope": {one.layer: one.probe.slope for one in found.probes},
-        "intercept": {one.layer: one.probe.intercept for one in found.probes},
+        "train_accuracy": {
+            layer_probe.layer: layer_probe.train_accuracy for layer_probe in concept_fit.probes
+        },
+        "validation_accuracy": {
+            layer_probe.layer: layer_probe.validation_accuracy for layer_probe in concept_fit.probes
+        },
+        "slope": {layer_probe.layer: layer_probe.probe.slope for layer_probe in concept_fit.probes},
+        "intercept": {
+            layer_probe.layer: layer_probe.probe.intercept for layer_probe in concept_fit.probes
+        },
     }
 
 
-def _figures(found: "ConceptFit") -> dict[str, Any]:
+def _figures(concept_fit: "ConceptFit") -> dict[str, Any]:
     return {
-        "read_layers": [one.layer for one in found.probes],
-        "train_answers": found.train_answers,
-        "validation_answers": found.validation_answers,
-        "train_tokens": found.train_tokens,
-        "validation_tokens": found.validation_tokens,
+        "read_layers": [layer_probe.layer for layer_probe in concept_fit.probes],
+        "train_answers": concept_fit.train_answers,
+        "validation_answers": concept_fit.validation_answers,
+        "train_tokens": concept_fit.train_tokens,
+        "validation_tokens": concept_fit.validation_tokens,
     }

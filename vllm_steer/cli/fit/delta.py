@@ -14,10 +14,10 @@ def delta(
     context: typer.Context,
     model: options.Model,
     output: options.Output,
-    wanted: Annotated[Path, typer.Option(help="Rows of input and output, as they are wanted.")],
-    other: Annotated[Path, typer.Option(help="Rows of input and output, as they are not.")],
+    wanted: Annotated[Path, typer.Option(help="Rows of input and output with the property.")],
+    other: Annotated[Path, typer.Option(help="Rows of input and output without it.")],
     plain: Annotated[
-        bool, typer.Option("--plain", help="Each row is a prompt as it stands.")
+        bool, typer.Option("--plain", help="Use each row as a prompt, unchanged.")
     ] = False,
     icl_examples: Annotated[
         int, typer.Option(min=0, help="Demonstrations before each question.")
@@ -29,21 +29,23 @@ def delta(
     support: Annotated[
         int, typer.Option(min=1, max=MOST, help="Prompts drawn, with replacement.")
     ] = 30,
-    all_prompts: Annotated[bool, typer.Option("--all", help="Every prompt once instead.")] = False,
+    all_prompts: Annotated[
+        bool, typer.Option("--all", help="Use every prompt once instead.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens generated, and deltas.")] = 30,
     site: Annotated[str, typer.Option(help="heads, resid, attn_in or attn_out.")] = "heads",
     schedule: Annotated[
-        str, typer.Option(help="Of a request that gives none: fixed, start or dim.")
+        str, typer.Option(help="Schedule of requests that give none: fixed, start or dim.")
     ] = "fixed",
     layers: options.Layers = None,
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MOST, help="Tokens of a prompt at most.", show_default="the context"
+            min=1, max=MOST, help="Maximum tokens of a prompt.", show_default="the context"
         ),
     ] = None,
     batch_size: options.BatchSize = 16,
-    seed: Annotated[int, typer.Option(min=-MOST, max=MOST, help="Of the drawing.")] = 32,
+    seed: Annotated[int, typer.Option(min=-MOST, max=MOST, help="Seed of the drawing.")] = 32,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     default_strength: options.DefaultStrength = None,
@@ -51,10 +53,10 @@ def delta(
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Fit step deltas: what differs, step by step, while two kinds of prompt are answered."""
+    """Fit step deltas: the mean difference of activations per generation step."""
     check_output(output, force, inputs=[wanted, other])
     check_named(model, description)
-    chosen = options.read_layers(layers)
+    layer_numbers = options.read_layers(layers)
     from dataclasses import replace
 
     from vllm_steer.cli.progress import progress
@@ -66,10 +68,10 @@ def delta(
 
     check_choice("schedule", schedule, SCHEDULES)
     if plain:
-        asked = ("instruction", "icl_examples", "input_field", "output_field")
-        options.refuse(context, asked, "with --plain: a row is the whole prompt")
+        names = ("instruction", "icl_examples", "input_field", "output_field")
+        options.reject_options(context, names, "with --plain, where a row is the whole prompt")
     if all_prompts:
-        options.refuse(context, ("support", "seed"), "with --all: nothing is drawn")
+        options.reject_options(context, ("support", "seed"), "with --all, which draws nothing")
 
     def prompts_of(path: Path) -> list[str]:
         if plain:
@@ -82,19 +84,19 @@ def delta(
         sides = icl.support(*sides, support, seed)
     language = options.open_model(model, dtype, device)
     with progress("answering prompts", len(sides[0]) + len(sides[1])) as advance:
-        found = fit_delta(
+        fitted = fit_delta(
             language.model,
             language.tokenizer,
             *sides,
             steps=steps,
             site=site,  # type: ignore[arg-type]  # checked there
-            layers=chosen,
+            layers=layer_numbers,
             batch_size=batch_size,
             max_length=max_length,
             on_prompt=advance,
         )
     figures = {"steps": steps, "wanted_prompts": len(sides[0]), "other_prompts": len(sides[1])}
-    made = recipe(
+    recipe_data = recipe(
         "delta",
         model=model,
         data=[wanted, other],
@@ -102,12 +104,12 @@ def delta(
         figures=figures,
     )
     steer = options.write(
-        replace(found, schedule=schedule),  # type: ignore[arg-type]
+        replace(fitted, schedule=schedule),  # type: ignore[arg-type]
         output,
         model=model,
         default_strength=default_strength,
         description=description,
-        recipe=made,
+        recipe=recipe_data,
     )
     norms = steer.delta.double().norm(dim=2)
     by_layer = {

@@ -29,7 +29,7 @@ Layers = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Texts read at a time.")]
 Dtype = Annotated[str, typer.Option(help="The model's dtype, or auto for the checkpoint's own.")]
 Device = Annotated[
-    str | None, typer.Option(help="Where the model runs.", show_default="a GPU if there is one")
+    str | None, typer.Option(help="Device of the model.", show_default="a GPU if there is one")
 ]
 DefaultStrength = Annotated[
     float | None, typer.Option(help="Strength of a request that gives none.")
@@ -40,37 +40,37 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.
 
 
 def read_layers(layers: str | None) -> tuple[int, ...] | None:
-    """The layers that an option names; None for all."""
+    """The layers of an option; None for all."""
     return None if layers is None else parse_layers(layers)
 
 
-def refuse(context: typer.Context, options: Sequence[str], reason: str) -> None:
-    """``SteerError`` for options that were given although they mean nothing, for the reason."""
-    asked = [name for name in options if _given(context, name)]
-    if asked:
-        names = ", ".join("--" + name.replace("_", "-") for name in asked)
-        raise SteerError(f"{names} means nothing {reason}")
+def reject_options(context: typer.Context, options: Sequence[str], reason: str) -> None:
+    """Raise ``SteerError`` if one of the options was given although it does not apply."""
+    names = [name for name in options if _is_explicit(context, name)]
+    if names:
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        raise SteerError(f"{flags} does not apply {reason}; drop it")
 
 
-def _given(context: typer.Context, name: str) -> bool:
+def _is_explicit(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def open_model(name: str, dtype: str, device: str | None) -> "LanguageModel":
-    """The model, imported and loaded only when a command runs."""
+    """Load the model; heavy imports happen only here."""
     from vllm_steer.models import load_language_model
 
     return load_language_model(name, dtype=dtype, device=device)
 
 
 def settings_of(context: typer.Context, files: Sequence[str]) -> dict[str, Any]:
-    """What the user chose or left at its default: all that decides the fit, for the recipe."""
-    beside = {"model", "output", "device", "force", "as_json", "description", "default_strength"}
+    """The options that affect the fit, for the recipe."""
+    excluded = {"model", "output", "device", "force", "as_json", "description", "default_strength"}
     return {
         name: value
         for name, value in context.params.items()
-        if name not in beside and name not in files and value is not None
+        if name not in excluded and name not in files and value is not None
     }
 
 
@@ -83,34 +83,34 @@ def write(
     description: str,
     recipe: Mapping[str, Any],
 ) -> Guidance:
-    """Write the file, whole or not at all; the steer as it was written."""
+    """Write the steer file atomically; return the steer as written."""
     from vllm_steer.files import save_steer
     from vllm_steer.models import EMBEDDED
 
-    named = replace(
+    complete = replace(
         steer,
         base_model="vllm-steer/embedded" if model == EMBEDDED else model,
         default_strength=default_strength,
         description=description,
         recipe=recipe,
     )
-    save_steer(named, output)
-    return named
+    save_steer(complete, output)
+    return complete
 
 
 def report(
     steer: VectorSteer | DeltaSteer,
     output: Path,
     by_layer: Mapping[str, Mapping[int, float | None]],
-    more: Mapping[str, Any],
+    figures: Mapping[str, Any],
     *,
     as_json: bool,
 ) -> None:
-    """Print the figures to standard output: as JSON, or the layers in a table."""
+    """Print the figures to standard output, as JSON or as a table of the layers."""
     if as_json:
         tables = {name: {str(layer): x for layer, x in t.items()} for name, t in by_layer.items()}
-        said = {"kind": steer.kind, "site": steer.site, "layers": format_layers(steer.layers)}
-        say_json({"output": str(output), **said, **more, **tables})
+        summary = {"kind": steer.kind, "site": steer.site, "layers": format_layers(steer.layers)}
+        say_json({"output": str(output), **summary, **figures, **tables})
         return
     columns = [Column(name.replace("_", " "), ".4g") for name in by_layer]
     layers = sorted({layer for values in by_layer.values() for layer in values})

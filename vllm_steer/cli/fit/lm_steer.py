@@ -12,7 +12,7 @@ import typer
 from vllm_steer.cli.fit import guidance_options as options
 from vllm_steer.cli.numbers import MOST
 from vllm_steer.cli.output import check_named, check_output
-from vllm_steer.cli.progress import Advance, progress
+from vllm_steer.cli.progress import ProgressBarCallback, progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.run_folder import locked
@@ -32,7 +32,9 @@ def lm_steer(
     data: Annotated[
         Path | None, typer.Option(help="Labelled texts: .jsonl, .json, .csv or .tsv.")
     ] = None,
-    positive: Annotated[Path | None, typer.Option(help="Texts of label 1; .txt: a line.")] = None,
+    positive: Annotated[
+        Path | None, typer.Option(help="Texts of label 1; in .txt one per line.")
+    ] = None,
     negative: Annotated[Path | None, typer.Option(help="Texts of label -1.")] = None,
     text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
     label_field: Annotated[str, typer.Option(help="Name of the label in a row.")] = "label",
@@ -45,25 +47,25 @@ def lm_steer(
     ] = 1000,
     epsilon: Annotated[float, typer.Option(help="Factor of the change at strength 1.")] = 1e-3,
     initial_scale: Annotated[
-        float, typer.Option(help="Deviation of the first projectors; multiply only.")
+        float, typer.Option(help="Standard deviation of initial projectors; multiply only.")
     ] = 1e-2,
     steps: Annotated[int, typer.Option(max=MOST, help="Steps of Adam.")] = 1000,
     batch_size: Annotated[int, typer.Option(max=MOST, help="Texts per step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, without a schedule.")] = 1e-2,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam, constant.")] = 1e-2,
     regularization: Annotated[
-        float, typer.Option(help="Factor of the sum of the parameters' squares.")
+        float, typer.Option(help="Factor of the squared norm of the parameters.")
     ] = 0.0,
-    max_length: Annotated[
-        int, typer.Option(max=MOST, help="Tokens of a text that are read.")
-    ] = 256,
+    max_length: Annotated[int, typer.Option(max=MOST, help="Maximum tokens of a text.")] = 256,
     dummy: Annotated[
-        bool, typer.Option("--dummy/--no-dummy", help="A column for what all texts share.")
+        bool,
+        typer.Option("--dummy/--no-dummy", help="Add a fixed column for what all texts share."),
     ] = True,
     train_on_padding: Annotated[
-        bool, typer.Option("--train-on-padding", help="As the authors' script does.")
+        bool,
+        typer.Option("--train-on-padding", help="Loss on padding too, as in the authors' script."),
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=-MOST, max=MOST, help="Of the first parameters and of the order.")
+        int, typer.Option(min=-MOST, max=MOST, help="Seed of the initial parameters and the order.")
     ] = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -76,16 +78,16 @@ def lm_steer(
         bool, typer.Option("--restart", help="Discard an unfinished run in the run folder.")
     ] = False,
     checkpoint_every: Annotated[
-        int, typer.Option(max=MOST, help="Steps from checkpoint to checkpoint.")
+        int, typer.Option(max=MOST, help="Steps between checkpoints.")
     ] = 100,
     cache_gib: Annotated[
-        float, typer.Option(help="Disk for the hidden states; more are computed each time.")
+        float, typer.Option(help="Disk for hidden states; the rest are recomputed.")
     ] = 16.0,
     plot: Annotated[bool, typer.Option("--plot", help="Draw loss.png in the run folder.")] = False,
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train an LM-Steer on texts with labels in [-1, 1]; a killed run goes on where it was."""
+    """Train an LM-Steer on texts with labels in [-1, 1]; an interrupted run resumes."""
     from vllm_steer.fit.training_run import LOSS_PLOT
     from vllm_steer.steers.checks import check_default_strength
 
@@ -96,23 +98,23 @@ def lm_steer(
         raise SteerError(f"cache-gib is {cache_gib}; expected 0 or more")
     check_default_strength(default_strength)
     if plot:
-        from vllm_steer.optional import need
+        from vllm_steer.optional import require_package
 
-        need("matplotlib")
-    files, found = _texts(data, positive, negative, text_field, label_field, labels)
+        require_package("matplotlib")
+    files, texts = _texts(data, positive, negative, text_field, label_field, labels)
     folder = run_folder or output.with_name(output.name + ".run")
     if plot and os.path.lexists(folder / LOSS_PLOT):
         check_output(folder / LOSS_PLOT, force)
     with locked(folder):
         with progress("loading the model") as advance:
-            steer = _fit(context.params, settings, found, folder, advance)
-        made = {**(steer.recipe or {}), "model": model, "data": files}
+            steer = _fit(context.params, settings, texts, folder, advance)
+        recipe_data = {**(steer.recipe or {}), "model": model, "data": files}
         steer = replace(
             steer,
             base_model=model,
             description=description,
             default_strength=default_strength,
-            recipe=made,
+            recipe=recipe_data,
         )
         _finish(steer, output, folder, plot)
     _print(steer, output, folder, as_json)
@@ -126,64 +128,66 @@ def _texts(
     label_field: str,
     labels: str | None,
 ) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
-    """The files by name and SHA-256, and what is in them."""
+    """Name and SHA-256 of the files, and their labelled texts."""
     from vllm_steer.digest import file_digest
     from vllm_steer.foreign import printable
     from vllm_steer.texts import read_labelled, read_two_sides
 
     if data is not None and positive is None and negative is None:
         files = [data]
-        found = read_labelled(data, text_field=text_field, label_field=label_field, labels=labels)
+        texts = read_labelled(data, text_field=text_field, label_field=label_field, labels=labels)
     elif data is None and positive is not None and negative is not None:
         files = [positive, negative]
-        found = read_two_sides(positive, negative, text_field=text_field)
+        texts = read_two_sides(positive, negative, text_field=text_field)
     else:
         raise SteerError("give the texts as --data FILE, or as --positive FILE and --negative FILE")
-    return [{"file": printable(path.name), "sha256": file_digest(path)} for path in files], found
+    return [{"file": printable(path.name), "sha256": file_digest(path)} for path in files], texts
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among the options; refuses a bad one before a model is loaded."""
+def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The training settings among the options. Raises ``SteerError`` before a model is loaded."""
     from vllm_steer.fit.lm_steer_settings import Settings
 
-    named = {f.name: given[f.name] for f in fields(Settings) if f.name in given}
-    return asdict(Settings(**named, mask_padding=not given["train_on_padding"]))
+    values = {f.name: params[f.name] for f in fields(Settings) if f.name in params}
+    return asdict(Settings(**values, mask_padding=not params["train_on_padding"]))
 
 
 def _fit(
-    given: Mapping[str, Any],
+    params: Mapping[str, Any],
     settings: Mapping[str, Any],
     texts: "list[LabelledText]",
     folder: Path,
-    advance: Advance,
+    advance: ProgressBarCallback,
 ) -> "LMSteer":
     from vllm_steer.fit.lm_steer import fit_lm_steer
     from vllm_steer.fit.lm_steer_settings import Watch
     from vllm_steer.models import load_language_model
 
-    loaded = load_language_model(given["model"], dtype=given["dtype"], device=given["device"])
+    language = load_language_model(params["model"], dtype=params["dtype"], device=params["device"])
     steps = settings["steps"]
     watch = Watch(
-        on_text=lambda done, total: advance(done, total=total, said="reading the texts"),
-        on_step=lambda step, loss: advance(step + 1, total=steps, said=f"fitting, loss {loss:.3f}"),
+        on_text=lambda done, total: advance(done, total=total, description="reading the texts"),
+        on_step=lambda step, loss: advance(
+            step + 1, total=steps, description=f"fitting, loss {loss:.3f}"
+        ),
         say=lambda text: say(f"vllm-steer: {text}", stderr=True),
     )
     return fit_lm_steer(
-        loaded.model,
-        loaded.tokenizer,
+        language.model,
+        language.tokenizer,
         [text for text, _ in texts],
         [label for _, label in texts],
         **settings,
-        cache_bytes=int(given["cache_gib"] * GIB),
+        cache_bytes=int(params["cache_gib"] * GIB),
         run_folder=folder,
-        restart=given["restart"],
-        checkpoint_every=given["checkpoint_every"],
+        restart=params["restart"],
+        checkpoint_every=params["checkpoint_every"],
         watch=watch,
     )
 
 
 def _finish(steer: "LMSteer", output: Path, folder: Path, plot: bool) -> None:
-    """The steer first: until it is written the run can be gone on with."""
+    """Write the steer first, so that the run can be resumed until the file exists."""
     from vllm_steer.files import save_steer
     from vllm_steer.fit.loss_plot import plot_losses
     from vllm_steer.fit.training_run import LOSS_PLOT, finish_run, read_losses
@@ -208,5 +212,5 @@ def _print(steer: "LMSteer", output: Path, folder: Path, as_json: bool) -> None:
         say_json(summary)
         return
     del summary["output"]
-    shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in summary.items()}
-    Console().print(facts(str(output), shown))
+    rows = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in summary.items()}
+    Console().print(facts(str(output), rows))

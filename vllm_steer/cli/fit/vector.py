@@ -19,26 +19,28 @@ def vector(
     model: options.Model,
     output: options.Output,
     pairs: Annotated[
-        Path | None, typer.Option(help="Rows of positive, negative, perhaps prompt.")
+        Path | None, typer.Option(help="Rows of positive, negative and optionally prompt.")
     ] = None,
-    positive: Annotated[Path | None, typer.Option(help="Texts of the wanted side.")] = None,
-    negative: Annotated[Path | None, typer.Option(help="Texts of the other side.")] = None,
+    positive: Annotated[Path | None, typer.Option(help="Texts of the positive side.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="Texts of the negative side.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Labelled texts: above 0 wanted, below 0 the other side.")
+        Path | None, typer.Option(help="Labelled texts: above 0 positive, below 0 negative.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
     label_field: Annotated[str, typer.Option(help="Name of the label in a row.")] = "label",
     labels: Annotated[
-        str | None, typer.Option(help="What the labels mean: 'fr=1,en=-1,de=0'.")
+        str | None, typer.Option(help="Label map, such as 'fr=1,en=-1,de=0'.")
     ] = None,
     method: Annotated[str, typer.Option(help="mean, pca (of pairs) or unit.")] = "mean",
     tokens: Annotated[
-        str, typer.Option(help="Tokens that count: all, last or answer (what follows the prompt).")
+        str, typer.Option(help="Tokens to use: all, last or answer (those after the prompt).")
     ] = "all",
     site: Annotated[str, typer.Option(help="resid, attn_in or attn_out.")] = "resid",
     mode: Annotated[str, typer.Option(help="add or rotate.")] = "add",
     layers: options.Layers = None,
-    max_length: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens read of a text.")] = 512,
+    max_length: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Maximum tokens of a text.")
+    ] = 512,
     batch_size: options.BatchSize = 16,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -47,10 +49,10 @@ def vector(
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Fit a steering vector: the difference of two sides of texts, layer by layer."""
+    """Fit a steering vector: the difference of activations on two sets of texts."""
     check_output(output, force, inputs=[pairs, positive, negative, data])
     check_named(model, description)
-    wanted = options.read_layers(layers)
+    layer_numbers = options.read_layers(layers)
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.recipe import recipe
     from vllm_steer.fit.vector import READINGS, fit_vector
@@ -65,7 +67,7 @@ def vector(
             language.tokenizer,
             sides.positive,
             sides.negative,
-            layers=wanted,
+            layers=layer_numbers,
             site=site,  # type: ignore[arg-type]  # checked there
             mode=mode,  # type: ignore[arg-type]
             direction=method,  # type: ignore[arg-type]
@@ -77,7 +79,7 @@ def vector(
         )
     norms = dict(zip(steer.layers, steer.vectors.double().norm(dim=1).tolist(), strict=True))
     figures = {"positive_texts": len(sides.positive), "negative_texts": len(sides.negative)}
-    made = recipe(
+    recipe_data = recipe(
         "vector",
         model=model,
         data=files,
@@ -90,7 +92,7 @@ def vector(
         model=model,
         default_strength=default_strength,
         description=description,
-        recipe=made,
+        recipe=recipe_data,
     )
     options.report(steer, output, {"norm": norms}, figures, as_json=as_json)
 
@@ -104,16 +106,16 @@ def _sides(
     label_field: str,
     labels: str | None,
 ) -> "Sides":
-    """The texts of the one source that is given."""
+    """The texts of the source that was given."""
     from vllm_steer.fit.pairs import read_pairs, sides_of
     from vllm_steer.texts import read_labelled, read_two_sides
 
-    given = [source is not None for source in (pairs, positive, negative, data)]
-    if given == [True, False, False, False] and pairs:
+    is_given = [source is not None for source in (pairs, positive, negative, data)]
+    if is_given == [True, False, False, False] and pairs:
         return read_pairs(pairs)
-    if given == [False, True, True, False] and positive and negative:
+    if is_given == [False, True, True, False] and positive and negative:
         return sides_of(read_two_sides(positive, negative, text_field=text_field))
-    if given == [False, False, False, True] and data:
+    if is_given == [False, False, False, True] and data:
         return sides_of(
             read_labelled(data, text_field=text_field, label_field=label_field, labels=labels)
         )

@@ -1,12 +1,12 @@
-"""Several properties at once: fixed and scheduled strengths beside dynamic ones.
+"""Comparison of steering methods for several properties at once, behind ``vllm-steer compare``.
 
-asked       what the user's file says: properties, combinations, what to try
-comparison  what the command is asked to do, and what decides the texts
-candidates  the doses of each method, and their texts
-choosing    one set of strengths and options per method, on the combinations that are seen
-judging     shares of the texts with each property, and with all of them
-dppl        perplexity against the model's own answers to prompts with demonstrations
-measuring   the figures of a row; curves: strengths over tokens
-comparing   all of it in order; each part resumes
-report, plot
+spec            the file of properties and combinations
+settings        the settings of a comparison, and the metadata of its run
+candidates      the doses that each method tries, and the text sets they generate
+selection       one set of strengths and options per method, selected on the seen combinations
+property_judges shares of texts with each property, and with all of them
+dppl            perplexity relative to the model's own answers to prompts with demonstrations
+measurement     the figures of one row; curves: strengths over tokens
+comparison_run  the whole comparison; every stage can be resumed
+report, plot    tables and figures
 """

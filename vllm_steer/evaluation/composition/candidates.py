@@ -1,4 +1,4 @@
-"""The strengths that each method tries for each property, and their requests."""
+"""Candidate strengths of each method and property, and the requests they stand for."""
 
 import hashlib
 import itertools
@@ -7,36 +7,36 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from vllm_steer.evaluation.composition.asked import Combination, Composition, Method, label
+from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec, Method, label
 from vllm_steer.steers import DeltaSteer, Steer
 from vllm_steer.steers.schedules import SCHEDULES
 
 Doses = Mapping[str, Mapping[str, Any]]
-"""By property, which is the steer's name in the engine as well."""
+"""Doses by property; in the engine, a steer has the name of its property."""
 
 Part = Literal["choosing", "test", "examples"]
 
 NOT_FOR_THIS_KIND: Final = (
-    "not for this kind: start and dim are schedules of a delta, and no steer here is one"
+    "does not apply: start and dim are schedules of step deltas, and no steer here is one"
 )
-NOTHING_DYNAMIC: Final = "not asked for: no property here is dynamic"
+NOTHING_DYNAMIC: Final = "does not apply: no property here is dynamic"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A method with a dose for every property of the file."""
+    """A method with a dose for every property."""
 
     method: Method
     doses: Doses
 
     def of(self, combination: Combination) -> dict[str, Any]:
-        """The ``steer`` value of a request for some of the properties."""
+        """The ``steer`` value of a request for a combination."""
         return {name: dict(self.doses[name]) for name in combination if name in self.doses}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Texts to write: which part of the comparison they are for, and under which steers."""
+    """A text set of a comparison: the part it belongs to and the steers it is generated with."""
 
     part: Part
     combination: Combination
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Such as ``test.fr+cheer.fixed.1b2c3d4e``: the same for the same request."""
+        """A file name such as ``test.fr+cheer.fixed.1b2c3d4e``, equal for equal requests."""
         if self.method == "none":  # the same texts for every combination
             where = f".{label(self.combination)}" if self.part == "examples" else ""
             return f"{self.part}{where}.none"
@@ -53,8 +53,8 @@ class Candidate:
         return f"{self.part}.{label(self.combination)}.{self.method}.{digest[:8]}"
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What the rows of its texts say."""
+    def metadata(self) -> dict[str, Any]:
+        """The metadata in each row of its texts."""
         return {
             "part": self.part,
             "combination": None if self.method == "none" else label(self.combination),
@@ -63,11 +63,11 @@ class Candidate:
         }
 
 
-def candidate(part: Part, combination: Combination, choice: Choice) -> Candidate:
-    """The texts of a combination under a choice.
+def make_candidate(part: Part, combination: Combination, choice: Choice) -> Candidate:
+    """The text set of a combination with a choice.
 
-    Where none of its doses follows the choice's schedule or is dynamic, they are those of fixed
-    strengths, and are written once.
+    If none of the doses is dynamic or follows the schedule of the choice's method, the texts are
+    those of fixed strengths and are generated only once.
     """
     steer = choice.of(combination)
     follows = choice.method in ("none", "fixed") or any(
@@ -76,50 +76,57 @@ def candidate(part: Part, combination: Combination, choice: Choice) -> Candidate
     return Candidate(part, combination, choice.method if follows else "fixed", steer)
 
 
-def choices(method: Method, asked: Composition, steers: Mapping[str, Steer]) -> list[Choice]:
-    """Every choice that a method has: the product of what each property has to try.
+def choices(method: Method, spec: ComparisonSpec, steers: Mapping[str, Steer]) -> list[Choice]:
+    """All choices of a method: the product of the doses that each property tries.
 
-    On the schedules ``start`` and ``dim`` the deltas follow the schedule; steers of other kinds
-    have none and stay at their fixed strengths. Dynamic strengths share ``top_p`` and ``kl``.
+    With the schedules ``start`` and ``dim``, step deltas follow the schedule and other steers keep
+    their fixed strengths. Dynamic strengths share ``top_p`` and ``kl``.
     """
     if method == "none":
         return [Choice(method, {})]
     if method == "dynamic":
-        options = [{"top_p": p, "kl": kl} for p in asked.top_p for kl in asked.kl]
+        options = [{"top_p": p, "kl": kl} for p in spec.top_p for kl in spec.kl]
     else:
         options = [{}]
     return [
-        Choice(method, dict(zip(asked.properties, doses, strict=True)))
-        for common in options
+        Choice(method, dict(zip(spec.properties, doses, strict=True)))
+        for dynamic_options in options
         for doses in itertools.product(
-            *(list(_doses(name, method, common, asked, steers[name])) for name in asked.properties)
+            *(
+                list(_doses(name, method, dynamic_options, spec, steers[name]))
+                for name in spec.properties
+            )
         )
     ]
 
 
-def why_not(
-    method: Method, combination: Combination, asked: Composition, steers: Mapping[str, Steer]
+def skip_reason(
+    method: Method, combination: Combination, spec: ComparisonSpec, steers: Mapping[str, Steer]
 ) -> str | None:
-    """Why a combination has no row of a method; None where it has one."""
+    """The reason why a combination has no row of a method; None if it has one."""
     deltas = any(isinstance(steers[name], DeltaSteer) for name in combination)
     if method in SCHEDULES[1:] and not deltas:
         return NOT_FOR_THIS_KIND
-    if method == "dynamic" and not any(asked.properties[name].dynamic for name in combination):
+    if method == "dynamic" and not any(spec.properties[name].dynamic for name in combination):
         return NOTHING_DYNAMIC
     return None
 
 
 def _doses(
-    name: str, method: Method, common: Mapping[str, Any], asked: Composition, steer: Steer
+    name: str,
+    method: Method,
+    dynamic_options: Mapping[str, Any],
+    spec: ComparisonSpec,
+    steer: Steer,
 ) -> Iterator[dict[str, Any]]:
-    wanted = asked.properties[name]
-    layers = {} if wanted.layers is None else {"layers": wanted.layers}
-    if method == "dynamic" and wanted.dynamic:
-        for maximum in wanted.max:
-            yield {"strength": "dynamic", "max": maximum, **common, **layers}
+    prop = spec.properties[name]
+    layers = {} if prop.layers is None else {"layers": prop.layers}
+    if method == "dynamic" and prop.dynamic:
+        for maximum in prop.max:
+            yield {"strength": "dynamic", "max": maximum, **dynamic_options, **layers}
         return
-    phase = {} if wanted.phase is None else {"phase": wanted.phase}
+    phase = {} if prop.phase is None else {"phase": prop.phase}
     scheduled = method if method in SCHEDULES else SCHEDULES[0]
     schedule = {"schedule": scheduled} if isinstance(steer, DeltaSteer) else {}
-    for strength in wanted.strengths:
+    for strength in prop.strengths:
         yield {"strength": strength, **layers, **phase, **schedule}

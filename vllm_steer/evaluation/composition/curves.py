@@ -1,4 +1,4 @@
-"""Strength over tokens: measured for dynamic steers, stated for fixed and scheduled ones."""
+"""Strength over tokens: measured for dynamic strengths, computed for fixed and scheduled ones."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from vllm_steer.steers.schedules import course
 
 @dataclass(frozen=True)
 class Curve:
-    """Over the texts that reached a token: mean and quartiles of the strength, and their number."""
+    """Mean and quartiles of the strength at each token, and the number of texts that reach it."""
 
     mean: tuple[float, ...]
     lower: tuple[float, ...]
@@ -23,47 +23,47 @@ class Curve:
 
 
 def dynamic_curves(answers: Sequence[Answers]) -> dict[str, Curve]:
-    """A curve for each dynamic steer; none where no strength was dynamic."""
-    found: dict[str, list[Sequence[float]]] = {}
+    """One curve per dynamic steer; empty if no strength was dynamic."""
+    texts_by_steer: dict[str, list[Sequence[float]]] = {}
     for answer in answers:
         for strengths in answer.strengths:
             for name, values in strengths.items():
-                found.setdefault(name, []).append(values)
-    return {name: _curve(values) for name, values in found.items()}
+                texts_by_steer.setdefault(name, []).append(values)
+    return {name: _curve(values) for name, values in texts_by_steer.items()}
 
 
-def stated_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> tuple[float, ...]:
-    """The strength at each token of a dose that is not dynamic: see ``DeltaSteer``."""
+def scheduled_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> tuple[float, ...]:
+    """The strength at each token of a fixed or scheduled dose, see ``DeltaSteer``."""
     strength = float(dose["strength"])
     if not isinstance(steer, DeltaSteer):
         return (strength,) * num_tokens
-    over = course(dose.get("schedule", steer.schedule), steer.steps)
-    return tuple(over.strength(strength, i) for i in range(num_tokens))
+    schedule = course(dose.get("schedule", steer.schedule), steer.steps)
+    return tuple(schedule.strength(strength, i) for i in range(num_tokens))
 
 
-def raw(answers: Sequence[Answers]) -> dict[str, list[list[list[float]]]]:
-    """Every strength by steer, prompt and text."""
-    names = dict.fromkeys(name for a in answers for each in a.strengths for name in each)
+def raw_strengths(answers: Sequence[Answers]) -> dict[str, list[list[list[float]]]]:
+    """All strengths by steer, prompt, text and token."""
+    names = dict.fromkeys(name for a in answers for strengths in a.strengths for name in strengths)
     return {
-        name: [[list(each.get(name, ())) for each in a.strengths] for a in answers]
+        name: [[list(strengths.get(name, ())) for strengths in a.strengths] for a in answers]
         for name in names
     }
 
 
 def _curve(texts: Sequence[Sequence[float]]) -> Curve:
     length = max(map(len, texts))
-    at = [[values[i] for values in texts if i < len(values)] for i in range(length)]
-    ends = [_quartiles(values) for values in at]
+    values_at = [[values[i] for values in texts if i < len(values)] for i in range(length)]
+    quartiles = [_quartiles(values) for values in values_at]
     return Curve(
-        mean=tuple(map(mean, at)),
-        lower=tuple(low for low, _ in ends),
-        upper=tuple(high for _, high in ends),
-        texts=tuple(map(len, at)),
+        mean=tuple(map(mean, values_at)),
+        lower=tuple(low for low, _ in quartiles),
+        upper=tuple(high for _, high in quartiles),
+        texts=tuple(map(len, values_at)),
     )
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile, interpolated between the values; both the value where one is."""
+    """First and third quartile with linear interpolation; a single value is both."""
     if len(values) < 2:
         return (values[0], values[0]) if values else (math.nan, math.nan)
     low, _, high = quantiles(values, n=4, method="inclusive")

@@ -1,15 +1,15 @@
-"""Figures of a comparison: strength over tokens, and perplexity over accuracy."""
+"""Plots of a comparison: strength over tokens, and accuracy over perplexity."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.evaluation.composition.asked import Combination
-from vllm_steer.evaluation.composition.asked import label as name_of
-from vllm_steer.evaluation.composition.curves import stated_curve
-from vllm_steer.evaluation.composition.measuring import Measured
+from vllm_steer.evaluation.composition.curves import scheduled_curve
+from vllm_steer.evaluation.composition.measurement import RowResult
 from vllm_steer.evaluation.composition.report import ComparisonReport
+from vllm_steer.evaluation.composition.spec import Combination
+from vllm_steer.evaluation.composition.spec import label as name_of
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.picture import COLOURS, label, picture
 
@@ -19,71 +19,72 @@ _COLUMNS: Final = 4
 
 
 def draw_strengths(report: ComparisonReport, path: Path) -> None:
-    """Write a PNG with a panel per property: its strength at each token.
+    """Write a PNG with one panel per property: its strength at each token.
 
-    Of a dynamic strength the mean over texts and the band between the quartiles, for each
-    combination that has the property; thin lines for the strengths of the other methods.
+    A dynamic strength is drawn as the mean over texts with a band between the quartiles, for each
+    combination with the property; thin lines are the strengths of the other methods.
 
-    Raises ``SteerError`` without matplotlib and where the file cannot be written.
+    Raises ``SteerError`` without matplotlib and if the file cannot be written.
     """
-    names = list(report.asked.properties)
+    names = list(report.spec.properties)
     with _panels(len(names), path) as axes:
         for axis, name in zip(axes, names, strict=True):
             _strengths(axis, report, name)
 
 
 def draw_prices(report: ComparisonReport, path: Path) -> None:
-    """Write a PNG with a panel per combination: share with all properties over perplexity.
+    """Write a PNG with one panel per combination: share of texts with all properties over
+    perplexity.
 
     Raises ``SteerError`` as ``draw_strengths`` does.
     """
-    combinations = report.asked.combinations
+    combinations = report.spec.combinations
     with _panels(len(combinations), path) as axes:
         for axis, combination in zip(axes, combinations, strict=True):
-            _prices(axis, report.of(combination), combination, combination in report.asked.seen)
+            _prices(axis, report.of(combination), combination, combination in report.spec.seen)
 
 
 def _strengths(axis: Any, report: ComparisonReport, name: str) -> None:
-    rows = [each for each in report.rows if name in each.curves]
-    for place, each in enumerate(rows):
-        _band(axis, each, name, COLOURS[place % len(COLOURS)])
-    _stated(axis, report, name, report.about["sampling"]["max_tokens"])
+    rows = [result for result in report.rows if name in result.curves]
+    for index, result in enumerate(rows):
+        _band(axis, result, name, COLOURS[index % len(COLOURS)])
+    _stated(axis, report, name, report.metadata["sampling"]["max_tokens"])
     axis.axhline(0, color="0.8", linewidth=0.6)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="token", ylabel="strength", title=label(name))
 
 
-def _band(axis: Any, each: Measured, name: str, colour: str) -> None:
-    curve = each.curves[name]
+def _band(axis: Any, result: RowResult, name: str, colour: str) -> None:
+    curve = result.curves[name]
     tokens = range(len(curve.mean))
-    said = f"dynamic, {name_of(each.row.candidate.combination)}"
-    axis.plot(tokens, curve.mean, color=colour, label=label(said))
+    text = f"dynamic, {name_of(result.row.candidate.combination)}"
+    axis.plot(tokens, curve.mean, color=colour, label=label(text))
     axis.fill_between(tokens, curve.lower, curve.upper, color=colour, alpha=0.2, linewidth=0)
 
 
 def _stated(axis: Any, report: ComparisonReport, name: str, length: int) -> None:
     for method, line in _THIN.items():
-        choice = next((c for m, c in report.chosen.methods.items() if m == method), None)
+        choice = next((c for m, c in report.selected.methods.items() if m == method), None)
         if choice is None:
             continue
         dose, steer = choice.doses[name], report.steers[name]
         if method != "fixed" and dose.get("schedule") != method:
             continue
-        values = stated_curve(dose, steer, length)
+        values = scheduled_curve(dose, steer, length)
         axis.plot(range(length), values, line, color="0.3", linewidth=0.9, label=method)
 
 
-def _prices(axis: Any, rows: Sequence[Measured], combination: Combination, seen: bool) -> None:
-    for place, each in enumerate(rows):
-        figures = next(f for f in each.judges.values() if PERPLEXITY in f)
-        method = each.row.candidate.method
-        hollow = {"markerfacecolor": "none"} if each.row.title != method else {}
+def _prices(axis: Any, rows: Sequence[RowResult], combination: Combination, seen: bool) -> None:
+    for index, result in enumerate(rows):
+        figures = next(f for f in result.judges.values() if PERPLEXITY in f)
+        method = result.row.candidate.method
+        hollow = {"markerfacecolor": "none"} if result.row.title != method else {}
         axis.plot(
             [figures[PERPLEXITY]],
-            [each.accuracy],
+            [result.accuracy],
             _MARKS[method],
-            color=COLOURS[place % len(COLOURS)],
-            label=label(each.row.title),
+            color=COLOURS[index % len(COLOURS)],
+            label=label(result.row.title),
             **hollow,
         )
     title = label(f"{name_of(combination)} ({'seen' if seen else 'unseen'})")
@@ -92,7 +93,7 @@ def _prices(axis: Any, rows: Sequence[Measured], combination: Combination, seen:
 
 @contextmanager
 def _panels(count: int, path: Path) -> Iterator[Sequence[Any]]:
-    """The axes of so many panels, at most four in a row; written as a PNG when the block ends."""
+    """Axes for ``count`` panels, at most four per row; the exit writes the PNG."""
     columns = min(count, _COLUMNS)
     rows = -(-count // columns)
     size = (4.6 * columns, 4.0 * rows)

@@ -1,4 +1,4 @@
-"""Generates texts with a real vLLM engine, steered or not."""
+"""Generates steered and unsteered texts with a vLLM engine."""
 
 import gc
 import os
@@ -13,9 +13,9 @@ from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.models import model_path
 
-# Requests that vLLM is given at once: enough to fill any batch, few enough to hold in memory.
-_AT_ONCE: Final = 2048
-# Figures alone go to standard output.
+# Requests per call of LLM.generate: enough to fill a batch, few enough for the host memory.
+_MAX_REQUESTS: Final = 2048
+# Standard output has figures only.
 _ENVIRONMENT: Final = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -24,7 +24,7 @@ _ENVIRONMENT: Final = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """vLLM's own engine arguments that matter here; None leaves vLLM's default."""
+    """Engine arguments of vLLM; None selects vLLM's default."""
 
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -33,8 +33,8 @@ class EngineOptions:
     enforce_eager: bool = False
 
     @property
-    def decisive(self) -> dict[str, Any]:
-        """Those that can change a text."""
+    def output_affecting(self) -> dict[str, Any]:
+        """The arguments that affect generated texts: part of a run's settings."""
         return {
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -44,14 +44,17 @@ class EngineOptions:
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``LLM``."""
-        alone = self.tensor_parallel_size == 1
-        given = {**vars(self), "distributed_executor_backend": "uni" if alone else None}
-        return {name: value for name, value in given.items() if value is not None}
+        single_process = self.tensor_parallel_size == 1
+        arguments = {
+            **vars(self),
+            "distributed_executor_backend": "uni" if single_process else None,
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A running engine that holds steers by name."""
+    """A running vLLM engine with named steers."""
 
     llm: Any
 
@@ -63,48 +66,52 @@ class Engine:
         *,
         on_text: Callable[[int], None] | None = None,
     ) -> list[Answers]:
-        """``sampling.samples`` continuations of each prompt; ``steer`` as in a request, or none.
+        """Generate ``sampling.samples`` continuations of each prompt.
 
-        Where one of its strengths is dynamic, the answers have each text's strengths.
-        ``on_text`` is called with the number of texts that are written. Raises ``SteerError`` for
-        a prompt that the model has no room for.
+        ``steer`` is the steer value of a request, None for unsteered. With a dynamic strength the
+        answers include the strengths of each text. ``on_text`` receives the number of texts
+        generated so far. Raises ``SteerError`` for a prompt that exceeds the model's maximum length
+        with ``max_tokens``.
         """
         tokens = [self._tokens(prompt, sampling) for prompt in prompts]
-        asked = [(p, k) for p in range(len(prompts)) for k in range(sampling.samples)]
-        found: list[Any] = []
-        for start in range(0, len(asked), _AT_ONCE):
-            chunk = asked[start : start + _AT_ONCE]
+        sequences = [(p, k) for p in range(len(prompts)) for k in range(sampling.samples)]
+        completions: list[Any] = []
+        for start in range(0, len(sequences), _MAX_REQUESTS):
+            chunk = sequences[start : start + _MAX_REQUESTS]
             outputs = self.llm.generate(
                 [{"prompt_token_ids": tokens[p]} for p, _ in chunk],
                 [_parameters(sampling, k, steer) for _, k in chunk],
                 use_tqdm=False,
             )
-            found += [output.outputs[0] for output in outputs]
+            completions += [output.outputs[0] for output in outputs]
             if on_text is not None:
-                on_text(len(found))
+                on_text(len(completions))
         dynamic = _is_dynamic(steer)
         return [
-            _answers(prompt, found[p * sampling.samples : (p + 1) * sampling.samples], dynamic)
+            _answers(
+                prompt, completions[p * sampling.samples : (p + 1) * sampling.samples], dynamic
+            )
             for p, prompt in enumerate(prompts)
         ]
 
     def _tokens(self, prompt: str, sampling: Sampling) -> list[int]:
         tokens: list[int] = self.llm.get_tokenizer().encode(prompt)
-        room = self.llm.llm_engine.model_config.max_model_len - sampling.max_tokens
-        if not 1 <= len(tokens) <= room:
+        max_prompt_tokens = self.llm.llm_engine.model_config.max_model_len - sampling.max_tokens
+        if not 1 <= len(tokens) <= max_prompt_tokens:
             raise SteerError(
-                f"prompt {prompt[:60]!r} has {len(tokens)} tokens; 1 to {room} have room beside "
-                f"the {sampling.max_tokens} to be written; shorten it, or raise max-model-len"
+                f"prompt {prompt[:60]!r} has {len(tokens)} tokens; expected 1 to "
+                f"{max_prompt_tokens}, which leaves {sampling.max_tokens} for the generated text; "
+                "shorten it, or raise max-model-len"
             )
         return tokens
 
 
 @contextmanager
 def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> Iterator[Engine]:
-    """vLLM with a model and the steers of some files; its memory is free again after the block.
+    """Run vLLM with a model and the steers of the given files; the exit frees the engine's memory.
 
     Raises ``SteerError`` if vLLM cannot start, if a steer does not fit the model, and if the plugin
-    is switched off, so that nothing would be steered.
+    is disabled, since requests would then run unsteered.
     """
     for name, value in _ENVIRONMENT.items():  # read when vLLM is first imported
         os.environ.setdefault(name, value)
@@ -112,7 +119,7 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        # Quicker to start. On a GPU the engine's own process gives all memory back as it ends.
+        # Faster to start. On a GPU, only the exit of a separate engine process frees all memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         llm = LLM(
@@ -163,8 +170,8 @@ def _check_active(llm: Any) -> None:
 
     if plan_of(llm.llm_engine.vllm_config) is None:
         raise SteerError(
-            "vLLM runs without the plugin, so nothing would be steered; unset VLLM_STEER_DISABLE, "
-            "and let VLLM_PLUGINS, if it is set, name steer"
+            "vLLM runs without the plugin, so no request would be steered; unset "
+            "VLLM_STEER_DISABLE, and add steer to VLLM_PLUGINS if it is set"
         )
 
 
@@ -184,16 +191,16 @@ def _is_dynamic(steer: Mapping[str, Any] | None) -> bool:
     return any(isinstance(d, Mapping) and d.get("strength") == "dynamic" for d in doses)
 
 
-def _parameters(sampling: Sampling, k: int, steer: Mapping[str, Any] | None) -> Any:
+def _parameters(sampling: Sampling, sample: int, steer: Mapping[str, Any] | None) -> Any:
     from vllm import SamplingParams
 
-    wanted = {"steer_strengths": True} if _is_dynamic(steer) else {}
+    strength_args = {"steer_strengths": True} if _is_dynamic(steer) else {}
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        seed=sampling.seed + k,
+        seed=sampling.seed + sample,
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.max_tokens if sampling.exact_length else 0,
-        extra_args={"steer": dict(steer) if steer else "none", **wanted},
+        extra_args={"steer": dict(steer) if steer else "none", **strength_args},
     )

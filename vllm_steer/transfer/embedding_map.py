@@ -1,19 +1,20 @@
-"""The linear map between two models' output embeddings, fitted over the tokens they share.
+"""The linear map between two models' output embeddings, fitted over their shared tokens.
 
     E_to B ~ E_from,  E_to [shared, d_to],  B [d_to, d_from],  E_from [shared, d_from]
 
-Three ways to fit it:
+Solvers:
 
-    orthogonal     B = U V^T,  U S V^T = svd(F^T G),  F, G the rows of E_to, E_from less their mean,
-                   each of length 1: the largest sum of cosines of a row of F B with one of G, of
-                   all B with orthonormal columns (rows, where d_to < d_from)
+    orthogonal     B = U V^T,  U S V^T = svd(F^T G),  with F, G the rows of E_to, E_from, centred
+                   and of norm 1: maximises the sum of cosines between the rows of F B and G over
+                   all B with orthonormal columns (rows, if d_to < d_from)
     least-squares  B = argmin |E_to B - E_from|^2
-    authors        the same objective over the first 4000 rows by 5000 steps of Adam from N(0, 1),
-                   then every row of B divided by its length
+    authors        the same objective over the first 4000 rows, by 5000 steps of Adam from N(0, 1);
+                   then each row of B is normalised
 
 Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024 (arXiv 2305.12798),
-section 3.4 and equation 3, ``e = H e'`` with ``H = B^T``; ``authors`` is their script's solver.
-Orthogonal: Schoenemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
+section 3.4 and equation 3, ``e = H e'`` with ``H = B^T``; ``authors`` is the solver of their
+script. Orthogonal: Schoenemann, "A generalized solution of the orthogonal Procrustes problem",
+1966.
 """
 
 from collections.abc import Callable
@@ -35,11 +36,11 @@ OnStep = Callable[[int], None]
 
 
 def orthogonal(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """``B`` by ``orthogonal``; the hidden states are mapped as the embeddings are.
+    """``B`` of the solver ``orthogonal``, which suits embeddings and hidden states alike.
 
-    ``B W B^T`` is exact where ``E_to B = E_from`` and, for the hidden states, ``h' = h B^T``: both
-    hold together only if ``B^T B = 1``, which is what this solver grants. A shift common to all
-    embeddings changes no probability, so their mean is taken off.
+    ``B W B^T`` is exact if ``E_to B = E_from`` and, for hidden states, ``h' = h B^T``; both can
+    hold only if ``B^T B = 1``, which this solver ensures. The means are removed because a common
+    shift of all embeddings changes no probability.
     """
     rows = (torch.nn.functional.normalize(e - e.mean(0), dim=1) for e in (target, source))
     first, second = rows
@@ -49,8 +50,8 @@ def orthogonal(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 def least_squares(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """``B`` by ``least-squares``; of many solutions the smallest."""
-    # gelsd, by singular values, is the driver that takes a matrix without full rank.
+    """``B`` of the solver ``least-squares``, with the minimum norm if it is not unique."""
+    # Only the SVD-based driver gelsd accepts a rank-deficient matrix on the CPU.
     matrix: torch.Tensor = torch.linalg.lstsq(target, source, driver="gelsd").solution
     return matrix
 
@@ -58,11 +59,12 @@ def least_squares(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 def authors(
     target: torch.Tensor, source: torch.Tensor, start: torch.Tensor, *, steps: int, on_step: OnStep
 ) -> torch.Tensor:
-    """``B`` by Adam on ``mean((E_to B - E_from)^2)`` from ``start``, before its rows are normed.
+    """``B`` by Adam on ``mean((E_to B - E_from)^2)`` from ``start``, before its rows are
+    normalised.
 
-    The authors train a map of the other direction beside it, which nothing reads. Adam moves each
-    number by its own gradient, so ``B`` is the same without. The gradient is taken through
-    ``E_to^T E_to``, a step of ``d_to^2 d_from`` operations however many tokens are shared.
+    The authors also train a map in the other direction, which is never used; Adam updates each
+    parameter by its own gradient, so ``B`` is the same without it. The gradient uses ``E_to^T
+    E_to``, so that a step costs ``d_to^2 d_from`` operations for any number of shared tokens.
     """
     gram, cross = target.T @ target, target.T @ source
     matrix = start.clone().requires_grad_()
@@ -84,16 +86,18 @@ def fit_matrix(
 ) -> torch.Tensor:
     """``B [d_to, d_from]``, float64, from the shared rows of both embeddings.
 
-    ``seed`` draws the start of ``authors``; ``on_step`` counts its steps.
+    ``target`` is ``[shared, d_to]``, ``source`` is ``[shared, d_from]``. ``seed`` determines the
+    start of ``authors``; ``on_step`` receives the number of its steps so far.
 
-    Raises ``SteerError`` for an unknown solver and for fewer rows than the target is wide: every
+    Raises ``SteerError`` for an unknown solver, and for fewer than ``d_to`` shared rows, since each
     column of ``B`` has ``d_to`` unknowns.
     """
     check_choice("solver", solver, SOLVERS)
     if len(target) < target.shape[1]:
         raise SteerError(
-            f"the vocabularies share {len(target)} tokens and the target model is "
-            f"{target.shape[1]} wide; at least as many are needed to fit the map between them"
+            f"the vocabularies share {len(target)} tokens; fitting the map needs at least "
+            f"{target.shape[1]}, the hidden size of the target model; use models with more "
+            "tokens in common"
         )
     target, source = target.double(), source.double()
     if solver == "orthogonal":

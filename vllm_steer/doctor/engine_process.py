@@ -1,7 +1,7 @@
-"""The engine of the parity trials, in a process of its own: ``python -m vllm_steer.doctor.served``.
+"""The engine process of the parity trials: ``python -m vllm_steer.doctor.engine_process``.
 
-It reads a job, starts vLLM with the job's steers, and writes what the engine answers after each
-batch, so that an engine that dies leaves what it has answered so far.
+It reads a job, starts vLLM with the job's steers, and writes the output after each batch, so that
+an engine that crashes leaves the output of the batches before.
 """
 
 import json
@@ -19,7 +19,7 @@ Setting = dict[str, float]
 
 @dataclass(frozen=True)
 class Job:
-    """What the engine is asked: in each batch every setting for every prompt, greedily."""
+    """A job for the engine: in each batch every setting with every prompt, decoded greedily."""
 
     model: str
     options: dict[str, Any]
@@ -30,8 +30,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The tokens that were written, and the log-probability of each."""
+class Completion:
+    """The generated tokens and the log-probability of each."""
 
     setting: Setting
     prompt: list[int]
@@ -40,33 +40,36 @@ class Answer:
 
 
 @dataclass
-class Served:
-    """What is known of the engine, and its answers by the name of their batch."""
+class EngineOutput:
+    """Properties of the engine, and its completions by batch."""
 
     dtype: str = ""
     runner: str = ""
     device: str = ""
-    batches: dict[str, list[Answer]] = field(default_factory=dict)
+    batches: dict[str, list[Completion]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> "Served":
-        """What the process wrote; empty if it wrote nothing."""
+    def read(cls, path: Path) -> "EngineOutput":
+        """Read what the process wrote; empty if it wrote nothing."""
         if not path.exists():
             return cls()
         data = json.loads(path.read_text(encoding="utf-8"))
-        batches = {n: [Answer(**answer) for answer in b] for n, b in data.pop("batches").items()}
+        batches = {
+            n: [Completion(**completion) for completion in b]
+            for n, b in data.pop("batches").items()
+        }
         return cls(**data, batches=batches)
 
 
-def serve(job: Job, answers: Path) -> None:
-    """Start an engine for a job and answer its batches one after the other."""
+def serve(job: Job, output_path: Path) -> None:
+    """Start an engine for a job, run its batches in order and write the output after each."""
     from vllm import LLM
 
     steer = {
         "steers": {name: {"path": path} for name, path in job.steers.items()},
         "limits": {"max_steers_per_request": len(job.steers)},
     }
-    # Equal batches are computed alike only where nothing is left over from the batch before.
+    # With prefix caching, equal batches would not be computed identically.
     llm = LLM(
         job.model,
         skip_tokenizer_init=True,
@@ -76,18 +79,18 @@ def serve(job: Job, answers: Path) -> None:
         **job.options,
     )
     config = llm.llm_engine.vllm_config
-    served = Served(
+    output = EngineOutput(
         dtype=str(options.dtype(config)).removeprefix("torch."),
         runner="V2" if options.use_v2_model_runner(config) else "V1",
         device=options.device_type(config),
     )
     for name, settings in job.batches.items():
-        served.batches[name] = _answers(llm, job, settings)
-        write_text(answers, json.dumps(asdict(served)))
+        output.batches[name] = _complete(llm, job, settings)
+        write_text(output_path, json.dumps(asdict(output)))
     llm.llm_engine.engine_core.shutdown()
 
 
-def _answers(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Answer]:
+def _complete(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Completion]:
     pairs = [(setting, prompt) for setting in settings for prompt in job.prompts]
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for _, prompt in pairs],
@@ -95,7 +98,7 @@ def _answers(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Answer]:
         use_tqdm=False,
     )
     return [
-        Answer(dict(setting), prompt, *_written(output.outputs[0]))
+        Completion(dict(setting), prompt, *_tokens_and_logprobs(output.outputs[0]))
         for (setting, prompt), output in zip(pairs, outputs, strict=True)
     ]
 
@@ -113,7 +116,7 @@ def _greedy(setting: Mapping[str, float], max_tokens: int) -> Any:
     )
 
 
-def _written(completion: Any) -> tuple[list[int], list[float]]:
+def _tokens_and_logprobs(completion: Any) -> tuple[list[int], list[float]]:
     tokens = list(completion.token_ids)
     steps = zip(tokens, completion.logprobs, strict=True)
     return tokens, [float(step[token].logprob) for token, step in steps]

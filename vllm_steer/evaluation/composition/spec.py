@@ -36,28 +36,28 @@ Combination = tuple[str, ...]
 """Names of properties, in the order of the file."""
 
 
-def _listed(value: Any) -> Any:
-    """One value stands for a list of it."""
+def _as_list(value: Any) -> Any:
+    """A single value becomes a list of one."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-Strengths = Annotated[tuple[FiniteFloat, ...], BeforeValidator(_listed), Field(min_length=1)]
+Strengths = Annotated[tuple[FiniteFloat, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Shares = Annotated[
     tuple[Annotated[float, Number, Field(gt=0, le=1)], ...],
-    BeforeValidator(_listed),
+    BeforeValidator(_as_list),
     Field(min_length=1),
 ]
-Kls = Annotated[tuple[Kl, ...], BeforeValidator(_listed), Field(min_length=1)]
+Kls = Annotated[tuple[Kl, ...], BeforeValidator(_as_list), Field(min_length=1)]
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True)
 
 
 class Property(BaseModel):
-    """A property: the steer that brings it about, the judge that says whether a text has it.
+    """A property: the steer that induces it and the judge that detects it.
 
-    ``strengths`` are tried at fixed strength and on a schedule, ``max`` as the maximum of a dynamic
-    strength; ``dynamic`` False keeps the steer at a fixed strength among dynamic ones. ``opposite``
-    asks the judge for the other side. ``layers`` and ``phase`` are as in a request; a dynamic
-    strength has no phase.
+    ``strengths`` are tried as fixed strengths and with schedules, ``max`` as maxima of dynamic
+    strengths. ``dynamic`` False keeps the strength fixed when other properties are dynamic.
+    ``opposite`` inverts the judge's verdict. ``layers`` and ``phase`` are as in a request; a
+    dynamic strength has no phase.
     """
 
     model_config = _STRICT
@@ -73,19 +73,21 @@ class Property(BaseModel):
 
     @field_validator("strengths", "max")
     @classmethod
-    def _act(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+    def _nonzero(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if 0 in values:
-            raise ValueError("0 is no steer; the method 'none' stands for it")
+            raise ValueError(
+                "0 is not a valid strength; the method 'none' covers the unsteered model"
+            )
         return tuple(dict.fromkeys(values))
 
 
-class Composition(BaseModel):
-    """The file as a whole; paths are absolute once it is loaded.
+class ComparisonSpec(BaseModel):
+    """The specification file; ``load`` makes its paths absolute.
 
-    Strengths and options are chosen on the ``seen`` combinations and taken over for the ``unseen``
-    ones. ``top_p`` and ``kl`` are tried for dynamic strengths, the same for all properties.
-    ``examples`` name a file of prompts with demonstrations per combination, see ``dppl``;
-    ``demonstrations`` and ``instruction`` are for those of inputs and outputs.
+    Strengths and options are selected on the ``seen`` combinations and applied to the ``unseen``
+    ones. ``top_p`` and ``kl`` are tried for dynamic strengths, with one value for all properties.
+    ``examples`` maps combinations to files of prompts with demonstrations, see ``dppl``;
+    ``demonstrations`` and ``instruction`` apply to files of inputs and outputs.
     """
 
     model_config = _STRICT
@@ -101,59 +103,61 @@ class Composition(BaseModel):
     instruction: str = ""
 
     @classmethod
-    def load(cls, path: str | Path) -> "Composition":
-        """Read the file. Raises ``SteerError`` with each wrong value and what is expected."""
+    def load(cls, path: str | Path) -> "ComparisonSpec":
+        """Read a file. Raises ``SteerError`` with each invalid value and what is expected."""
         path = Path(path)
         if not os.path.isfile(path):
-            problem = "is no file" if os.path.lexists(path) else "no such file"
-            raise SteerError(f"{path}: {problem}; give a .yaml of properties")
+            problem = "is not a regular file" if os.path.lexists(path) else "no such file"
+            raise SteerError(f"{path}: {problem}; give a YAML file of properties")
         try:
             data = read_config_file(path, str(path))
         except OSError as error:
             raise SteerError(f"{path}: cannot be read ({error.strerror})") from error
         if not isinstance(data, Mapping):
-            raise SteerError(f"{path}: holds no mapping; wanted at least 'properties' and 'seen'")
+            raise SteerError(f"{path}: expected a mapping with at least 'properties' and 'seen'")
         try:
-            found = cls.model_validate(data)
+            spec = cls.model_validate(data)
         except ValidationError as error:
             raise SteerError(describe_errors(error, str(path))) from None
-        return found._settled(path.absolute().parent)
+        return spec._normalized(path.absolute().parent)
 
     @property
     def combinations(self) -> tuple[Combination, ...]:
-        """The seen ones first."""
+        """All combinations, the seen ones first."""
         return (*self.seen, *self.unseen)
 
     @field_validator("properties")
     @classmethod
-    def _names(cls, named: dict[str, Property]) -> dict[str, Property]:
-        for name in named:
+    def _names(cls, properties: dict[str, Property]) -> dict[str, Property]:
+        for name in properties:
             if not NAME.fullmatch(name) or name == NO_STEER:
-                raise ValueError(f"{shown(name)} cannot be a name: letters, digits, '_', '.', '-'")
-        return named
+                raise ValueError(
+                    f"{shown(name)} is not a valid name; use letters, digits, '_', '.', '-'"
+                )
+        return properties
 
     @field_validator("seen", "unseen", mode="before")
     @classmethod
-    def _combinations(cls, given: Any) -> Any:
-        return [_parts(each) for each in _listed(given)]
+    def _combinations(cls, value: Any) -> Any:
+        return [_parts(item) for item in _as_list(value)]
 
     @field_validator("examples", mode="before")
     @classmethod
-    def _examples(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        found = {tuple(_parts(key)): value for key, value in given.items()}
-        if len(set(map(frozenset, found))) < len(given):
-            raise ValueError("a combination is given twice")
-        return found
+    def _examples(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        paths = {tuple(_parts(key)): path for key, path in value.items()}
+        if len(set(map(frozenset, paths))) < len(value):
+            raise ValueError("a combination is listed twice")
+        return paths
 
     @field_validator("methods")
     @classmethod
-    def _some_method(cls, given: tuple[Method, ...]) -> tuple[Method, ...]:
-        return tuple(method for method in METHODS if method in given or method == "none")
+    def _some_method(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+        return tuple(method for method in METHODS if method in methods or method == "none")
 
     @model_validator(mode="after")
-    def _agree(self) -> "Composition":
+    def _agree(self) -> "ComparisonSpec":
         for combination in (*self.combinations, *self.examples):
             unknown = [name for name in combination if name not in self.properties]
             if unknown:
@@ -167,52 +171,55 @@ class Composition(BaseModel):
 
     def _check_split(self, seen: set[frozenset[str]], unseen: set[frozenset[str]]) -> None:
         if not seen:
-            raise ValueError("seen is empty; strengths are chosen on seen combinations")
-        if both := seen & unseen:
-            raise ValueError(f"{label(tuple(sorted(both.pop())))} is both seen and unseen")
-        if left := frozenset().union(*unseen) - frozenset().union(*seen):
             raise ValueError(
-                f"{', '.join(sorted(left))} is in no seen combination, so that no strength can be "
-                "chosen for it; add it to seen, by itself if nothing else"
+                "seen is empty; strengths are selected on the seen combinations; give one"
             )
-        if beyond := set(map(frozenset, self.examples)) - seen - unseen:
+        if overlap := seen & unseen:
+            raise ValueError(f"{label(tuple(sorted(overlap.pop())))} is both seen and unseen")
+        if never_seen := frozenset().union(*unseen) - frozenset().union(*seen):
             raise ValueError(
-                f"examples of {label(tuple(sorted(beyond.pop())))}: neither seen nor unseen"
+                f"{', '.join(sorted(never_seen))} is in no seen combination, so no strength can "
+                "be selected for it; add it to seen, for example by itself"
+            )
+        if unlisted := set(map(frozenset, self.examples)) - seen - unseen:
+            raise ValueError(
+                f"examples has {label(tuple(sorted(unlisted.pop())))}, which is neither in seen "
+                "nor in unseen; add it to one of them"
             )
 
-    def _settled(self, folder: Path) -> "Composition":
-        """Absolute paths; each combination once, its properties in the order of the file."""
+    def _normalized(self, folder: Path) -> "ComparisonSpec":
+        """Absolute paths and distinct combinations, with properties in the order of the file."""
         order = list(self.properties)
 
         def ordered(combination: Combination) -> Combination:
             return tuple(sorted(combination, key=order.index))
 
         properties = {
-            name: each.model_copy(update={"steer": _absolute(folder, each.steer)})
-            for name, each in self.properties.items()
+            name: prop.model_copy(update={"steer": _absolute(folder, prop.steer)})
+            for name, prop in self.properties.items()
         }
-        changed = {
+        update = {
             "properties": properties,
             "seen": tuple(dict.fromkeys(map(ordered, self.seen))),
             "unseen": tuple(dict.fromkeys(map(ordered, self.unseen))),
             "examples": {ordered(c): _absolute(folder, p) for c, p in self.examples.items()},
         }
-        return self.model_copy(update=changed)
+        return self.model_copy(update=update)
 
 
 def _absolute(folder: Path, path: Path) -> Path:
     try:
         return folder / path.expanduser()
-    except RuntimeError as error:  # ~ of somebody who is not known here
-        raise SteerError(f"{path}: cannot be a path ({error})") from None
+    except RuntimeError as error:  # ~user of an unknown user
+        raise SteerError(f"{path}: is not a valid path ({error})") from None
 
 
 def label(combination: Combination) -> str:
-    """As it stands in the file: ``fr+cheer``."""
+    """The name of a combination, as in the file: ``fr+cheer``."""
     return "+".join(combination)
 
 
-def _parts(given: Any) -> list[str]:
-    if not isinstance(given, str):
-        raise ValueError(f"{shown(given)} is no text; give names joined by +, in quotes if need be")
-    return [part.strip(" ") for part in given.split("+")]
+def _parts(value: Any) -> list[str]:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not a string; give names joined by +, in quotes")
+    return [part.strip(" ") for part in value.split("+")]

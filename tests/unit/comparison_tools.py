@@ -1,4 +1,4 @@
-"""An engine and a judge that stand in for real ones, for tests of comparisons."""
+"""A fake engine and a fake judge for tests of comparisons."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,23 +13,23 @@ TEXTS = 4
 
 
 def value(dose: Mapping[str, Any]) -> float:
-    """How strongly a stand-in engine takes a dose: a dynamic one at half of its maximum."""
+    """The effect of a dose in the fake engine: a dynamic strength acts as half of its maximum."""
     return dose["max"] / 2 if dose["strength"] == "dynamic" else dose["strength"]
 
 
 @dataclass
-class StandIn:
-    """Of 4 texts as many have `oui` as ``a`` is strong, and `good` as ``b`` is.
+class FakeEngine:
+    """A fake engine: of 4 texts, ``strength of a`` have `oui` and ``strength of b`` have `good`.
 
-    Together they are only as strong as they are dynamic: a fixed ``b`` weakens ``a`` by 1.
+    In a combination, a fixed ``b`` reduces the effect of ``a`` by 1; a dynamic one does not.
     """
 
-    asked: list[Any] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
     started: int = 0
     fails_after: int = 1000
 
     @contextmanager
-    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["StandIn"]:
+    def engine(self, model: str, files: Mapping[str, Path], options: Any) -> Iterator["FakeEngine"]:
         assert all(path.exists() for path in files.values())
         self.started += 1
         yield self
@@ -42,9 +42,9 @@ class StandIn:
         *,
         on_text: Callable[[int], None] | None = None,
     ) -> list[Answers]:
-        if len(self.asked) == self.fails_after:
+        if len(self.requests) == self.fails_after:
             raise KeyboardInterrupt
-        self.asked.append((tuple(prompts), steer))
+        self.requests.append((tuple(prompts), steer))
         steer = steer or {}
         strengths = {name: value(dose) for name, dose in steer.items()}
         if "a" in steer and "b" in steer and steer["b"]["strength"] != "dynamic":
@@ -55,13 +55,13 @@ class StandIn:
             for k in range(sampling.samples)
         )
         dynamic = {n: (2.0, 1.0) for n, dose in steer.items() if dose["strength"] == "dynamic"}
-        each = tuple(dynamic for _ in texts) if dynamic else ()
-        return [Answers(prompt, texts, each) for prompt in prompts]
+        strengths_by_text = tuple(dynamic for _ in texts) if dynamic else ()
+        return [Answers(prompt, texts, strengths_by_text) for prompt in prompts]
 
 
 @dataclass(frozen=True)
-class Price:
-    """A stand-in for perplexity: 2, and 1 more for each `oui` in four texts."""
+class FakePerplexity:
+    """A fake perplexity judge: 2, plus 1 for each `oui` in four texts."""
 
     name: str = "perplexity:m"
     effect: None = None

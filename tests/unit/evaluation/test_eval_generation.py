@@ -1,4 +1,4 @@
-"""What vLLM is asked for each text, and how its texts come back."""
+"""The requests that vLLM gets for each text, and the texts that come back."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from vllm_steer import SteerError, save_steer
-from vllm_steer.evaluation import generating
+from vllm_steer.evaluation import generation
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.generating import Engine, EngineOptions
+from vllm_steer.evaluation.generation import Engine, EngineOptions
 from vllm_steer.evaluation.sampling import Sampling, sampling_of
 
 
 class FakeLLM:
-    """Answers each request with its prompt's first token, its seed and its steer."""
+    """Answers each request with the first token of its prompt, its seed and its steer."""
 
     def __init__(self, max_model_len: int = 100) -> None:
         config = SimpleNamespace(max_model_len=max_model_len)
@@ -37,19 +37,19 @@ class FakeLLM:
 
 
 def test_text_k_of_every_prompt_has_seed_k() -> None:
-    found = Engine(FakeLLM()).generate(["a b", "ccc"], Sampling(samples=3, seed=7))
-    assert found == [Answers("a b", ("1 7", "1 8", "1 9")), Answers("ccc", ("3 7", "3 8", "3 9"))]
+    answers = Engine(FakeLLM()).generate(["a b", "ccc"], Sampling(samples=3, seed=7))
+    assert answers == [Answers("a b", ("1 7", "1 8", "1 9")), Answers("ccc", ("3 7", "3 8", "3 9"))]
 
 
 def test_the_authors_settings_reach_vllm() -> None:
     llm = FakeLLM()
-    asked = {"steer": {"strength": -5.0, "layers": "1-2"}}
-    Engine(llm).generate(["a"], sampling_of("lm-steer", {}), asked)
+    parameters = {"steer": {"strength": -5.0, "layers": "1-2"}}
+    Engine(llm).generate(["a"], sampling_of("lm-steer", {}), parameters)
     assert [q.seed for q in llm.parameters] == list(range(25))
     for q in llm.parameters:
         assert (q.temperature, q.top_k, q.top_p) == (1.0, 50, 0.9)
         assert q.min_tokens == q.max_tokens == 20
-        assert q.extra_args == {"steer": asked}
+        assert q.extra_args == {"steer": parameters}
 
 
 def test_without_a_steer_none_is_asked_for_and_texts_may_end_early() -> None:
@@ -60,31 +60,33 @@ def test_without_a_steer_none_is_asked_for_and_texts_may_end_early() -> None:
 
 
 def test_many_texts_are_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating, "_AT_ONCE", 4)
-    llm, done = FakeLLM(), []
+    monkeypatch.setattr(generation, "_MAX_REQUESTS", 4)
+    llm, progress = FakeLLM(), []
     prompts = ["a", "bb", "ccc"]
-    found = Engine(llm).generate(prompts, Sampling(samples=3), on_text=done.append)
-    assert (llm.sizes, done) == ([4, 4, 1], [4, 8, 9])
-    assert [a.texts for a in found] == [tuple(f"{n} {k}" for k in range(3)) for n in range(1, 4)]
+    answers = Engine(llm).generate(prompts, Sampling(samples=3), on_text=progress.append)
+    assert (llm.sizes, progress) == ([4, 4, 1], [4, 8, 9])
+    assert [a.texts for a in answers] == [tuple(f"{n} {k}" for k in range(3)) for n in range(1, 4)]
 
 
 @pytest.mark.parametrize("prompt", ["a " * 81, ""])
 def test_a_prompt_without_room_is_named(prompt: str) -> None:
-    with pytest.raises(SteerError, match="tokens; 1 to 80 have room beside the 20 to be written"):
+    with pytest.raises(
+        SteerError, match="tokens; expected 1 to 80, which leaves 20 for the generated"
+    ):
         Engine(FakeLLM()).generate([prompt], Sampling(samples=1))
 
 
 def test_vllm_without_the_plugin_is_refused() -> None:
     config = SimpleNamespace(additional_config={"steer": {"steers": {}}})
     llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
-    with pytest.raises(SteerError, match="without the plugin, so nothing would be steered"):
-        generating._check_active(llm)
+    with pytest.raises(SteerError, match="without the plugin, so no request would be steered"):
+        generation._check_active(llm)
 
 
 def test_the_engine_admits_a_steer_of_any_rank(tmp_path: Path, make_steer: Any) -> None:
     save_steer(make_steer(rank=3), tmp_path / "a")
     save_steer(make_steer("add"), tmp_path / "b")
-    config = generating._steer_config({"steer": tmp_path / "a", "random": tmp_path / "b"})
+    config = generation._steer_config({"steer": tmp_path / "a", "random": tmp_path / "b"})
     assert json.loads(json.dumps(config)) == {
         "steers": {"steer": {"path": str(tmp_path / "a")}, "random": {"path": str(tmp_path / "b")}},
         "limits": {"max_rank": 3},

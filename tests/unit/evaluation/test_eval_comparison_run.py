@@ -1,4 +1,4 @@
-"""``vllm-steer compare`` with a stand-in engine: the run and its report."""
+"""``vllm-steer compare`` with a fake engine: the run and its report."""
 
 import json
 from collections.abc import Mapping
@@ -8,26 +8,26 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from comparing_tools import TEXTS, Price, StandIn
+from comparison_tools import TEXTS, FakeEngine, FakePerplexity
 from typer.testing import CliRunner
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, save_steer
 from vllm_steer.cli import app
-from vllm_steer.evaluation import writing
+from vllm_steer.evaluation import missing_texts
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    found = StandIn()
-    monkeypatch.setattr(writing, "engine", found.engine)
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
+    monkeypatch.setattr(missing_texts, "engine", engine.engine)
     from vllm_steer.evaluation import judges
 
-    monkeypatch.setitem(judges._MAKERS, "perplexity", lambda *_: Price())  # type: ignore[index]
-    return found
+    monkeypatch.setitem(judges._BUILDERS, "perplexity", lambda *_: FakePerplexity())  # type: ignore[index]
+    return engine
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder with a delta ``a``, a vector ``b``, prompts and lexicons."""
     save_steer(DeltaSteer(delta=torch.ones(4, 1, 3), layers=(0,)), tmp_path / "a")
     save_steer(VectorSteer(vectors=torch.ones(1, 3), layers=(0,)), tmp_path / "b")
@@ -39,23 +39,23 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(place: Path, **changed: Any) -> None:
+def write(folder: Path, **changed: Any) -> None:
     properties = {
         name: {
             "steer": name,
-            "judge": f"lexicon:{place / f'{name}.yaml'}",
+            "judge": f"lexicon:{folder / f'{name}.yaml'}",
             "strengths": strengths,
             "max": [4, 8],
         }
         for name, strengths in (("a", [2, 4]), ("b", [4]))
     }
     content = {"properties": properties, "seen": ["a", "b"], "unseen": "a+b", **changed}
-    (place / "asked.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (folder / "asked.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def compare(place: Path, *options: Any, plot: bool = False) -> Any:
-    line = ["compare", "m", place / "asked.yaml", "--prompts", place / "prompts.txt"]
-    line += ["--out", place / "run", "--samples", TEXTS, *options]
+def compare(folder: Path, *options: Any, plot: bool = False) -> Any:
+    line = ["compare", "m", folder / "asked.yaml", "--prompts", folder / "prompts.txt"]
+    line += ["--out", folder / "run", "--samples", TEXTS, *options]
     line += [] if plot else ["--no-plot"]
     result = CliRunner().invoke(app, [str(part) for part in line])
     if isinstance(result.exception, SteerError):
@@ -68,45 +68,47 @@ def rows(report: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
 
 
 def test_strengths_are_chosen_on_the_seen_and_taken_over_for_the_unseen(
-    place: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
-    done = compare(place, "--json", "--choose-prompts", place / "others.txt")
-    report = json.loads(done.stdout)
+    completed = compare(folder, "--json", "--choose-prompts", folder / "others.txt")
+    report = json.loads(completed.stdout)
     fixed = {"a": {"strength": 4.0, "schedule": "fixed"}, "b": {"strength": 4.0}}
     assert report["chosen"]["fixed"] == fixed
     assert {dose["max"] for dose in report["chosen"]["dynamic"].values()} == {8.0}
-    found = rows(report)
-    assert found["a", "fixed"]["all"] == 1.0 and found["a", "fixed"]["share"] == {"a": 1.0}
-    assert found["a+b", "fixed"]["all"] == 0.75 and not found["a+b", "fixed"]["seen"]
-    assert found["a+b", "dynamic"]["all"] == 1.0
-    assert found["a+b", "none"]["all"] == 0.0
-    # Chosen on the other prompts alone, reported on these alone.
-    shown = {steer and tuple(steer): set() for _, steer in stand_in.asked}
-    for prompts, steer in stand_in.asked:
-        shown[steer and tuple(steer)].add(prompts)
-    assert shown["a", "b"] == {("It was", "She was")}
-    assert shown[None] == {("It was", "She was")}
-    assert shown[("a",)] == {("He was",), ("It was", "She was")}
+    result = rows(report)
+    assert result["a", "fixed"]["all"] == 1.0 and result["a", "fixed"]["share"] == {"a": 1.0}
+    assert result["a+b", "fixed"]["all"] == 0.75 and not result["a+b", "fixed"]["seen"]
+    assert result["a+b", "dynamic"]["all"] == 1.0
+    assert result["a+b", "none"]["all"] == 0.0
+    # SelectedStrengths on the other prompts alone, reported on these alone.
+    prompts_by_steers = {steer and tuple(steer): set() for _, steer in fake_engine.requests}
+    for prompts, steer in fake_engine.requests:
+        prompts_by_steers[steer and tuple(steer)].add(prompts)
+    assert prompts_by_steers["a", "b"] == {("It was", "She was")}
+    assert prompts_by_steers[None] == {("It was", "She was")}
+    assert prompts_by_steers[("a",)] == {("He was",), ("It was", "She was")}
 
 
-def test_figures_are_those_of_the_texts(place: Path, stand_in: StandIn) -> None:
-    found = rows(json.loads(compare(place, "--json").stdout))
-    figures = found["a+b", "fixed"]["figures"]
+def test_figures_are_those_of_the_texts(folder: Path, fake_engine: FakeEngine) -> None:
+    result = rows(json.loads(compare(folder, "--json").stdout))
+    figures = result["a+b", "fixed"]["figures"]
     assert figures["perplexity:m"]["total_perplexity"] == 2 + 3
     # Two words, the first one empty, and two more, in each of four texts: " oui good" three
     # times and " no good": 2-grams are ("", oui), (oui, good), ("", no), (no, good).
     assert figures["diversity"]["dist-2"] == pytest.approx(4 / 12)
 
 
-def test_a_row_that_a_kind_does_not_have_is_named(place: Path, stand_in: StandIn) -> None:
-    done = compare(place, "--json")
-    report = json.loads(done.stdout)
+def test_a_row_that_a_kind_does_not_have_is_named(folder: Path, fake_engine: FakeEngine) -> None:
+    completed = compare(folder, "--json")
+    report = json.loads(completed.stdout)
     assert [(a["combination"], a["method"]) for a in report["absent"]] == [
         ("b", "start"),
         ("b", "dim"),
     ]
-    assert "not there: start of b: not for this kind: start and dim are schedules" in done.stderr
-    assert "not there: dPPL of a, b, a+b: no prompts with demonstrations were given" in done.stderr
+    assert "missing: start of b: does not apply: start and dim are schedules" in completed.stderr
+    assert (
+        "missing: dPPL of a, b, a+b: no prompts with demonstrations were given" in completed.stderr
+    )
     assert set(rows(report)) == {
         *((c, m) for c in ("a", "b", "a+b") for m in ("none", "fixed", "dynamic")),
         *((c, m) for c in ("a", "a+b") for m in ("start", "dim")),
@@ -114,9 +116,11 @@ def test_a_row_that_a_kind_does_not_have_is_named(place: Path, stand_in: StandIn
     }
 
 
-def test_strengths_come_back_with_the_texts_and_as_curves(place: Path, stand_in: StandIn) -> None:
-    compare(place, plot=True)
-    run = place / "run"
+def test_strengths_come_back_with_the_texts_and_as_curves(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
+    compare(folder, plot=True)
+    run = folder / "run"
     strengths = json.loads((run / "strengths.json").read_text())
     assert strengths["a+b"]["b"] == [[[2.0, 1.0]] * TEXTS] * 2
     row = rows(json.loads((run / "report.json").read_text()))["a+b", "dynamic"]
@@ -131,30 +135,30 @@ def test_strengths_come_back_with_the_texts_and_as_curves(place: Path, stand_in:
 
 
 def test_an_interrupted_comparison_goes_on_and_may_be_asked_for_more(
-    place: Path, stand_in: StandIn
+    folder: Path, fake_engine: FakeEngine
 ) -> None:
-    stand_in.fails_after = 3
-    assert compare(place).exit_code != 0
-    assert not (place / "run" / "report.json").exists()
-    stand_in.fails_after = 1000
-    compare(place)
-    asked = len(stand_in.asked)
-    compare(place)
-    assert len(stand_in.asked) == asked
-    write(place, unseen=[], seen=["a", "b", "a+b"])
-    compare(place, "--tolerance", "0.1")
-    new = [steer for _, steer in stand_in.asked[asked:]]
+    fake_engine.fails_after = 3
+    assert compare(folder).exit_code != 0
+    assert not (folder / "run" / "report.json").exists()
+    fake_engine.fails_after = 1000
+    compare(folder)
+    num_requests = len(fake_engine.requests)
+    compare(folder)
+    assert len(fake_engine.requests) == num_requests
+    write(folder, unseen=[], seen=["a", "b", "a+b"])
+    compare(folder, "--tolerance", "0.1")
+    new = [steer for _, steer in fake_engine.requests[num_requests:]]
     assert new and all(set(steer) == {"a", "b"} for steer in new)
 
 
-def test_other_prompts_are_another_comparison(place: Path, stand_in: StandIn) -> None:
-    compare(place)
+def test_other_prompts_are_another_comparison(folder: Path, fake_engine: FakeEngine) -> None:
+    compare(folder)
     with pytest.raises(SteerError, match=r"choosing_prompts was None and is now \{'file'"):
-        compare(place, "--choose-prompts", place / "others.txt")
-    save_steer(VectorSteer(vectors=-torch.ones(1, 3), layers=(0,)), place / "b")
+        compare(folder, "--choose-prompts", folder / "others.txt")
+    save_steer(VectorSteer(vectors=-torch.ones(1, 3), layers=(0,)), folder / "b")
     with pytest.raises(SteerError, match=r"different steers\.b\.sha256"):
-        compare(place)
-    assert compare(place, "--restart").exit_code == 0
+        compare(folder)
+    assert compare(folder, "--restart").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -165,27 +169,29 @@ def test_other_prompts_are_another_comparison(place: Path, stand_in: StandIn) ->
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(
-    place: Path, stand_in: StandIn, options: list[str], message: str
+    folder: Path, fake_engine: FakeEngine, options: list[str], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        compare(place, *options)
-    assert not stand_in.asked and not (place / "run").exists()
+        compare(folder, *options)
+    assert not fake_engine.requests and not (folder / "run").exists()
 
 
-def test_a_dose_that_no_request_could_have_is_refused_first(place: Path, stand_in: StandIn) -> None:
-    content = yaml.safe_load((place / "asked.yaml").read_text())
+def test_a_dose_that_no_request_could_have_is_refused_first(
+    folder: Path, fake_engine: FakeEngine
+) -> None:
+    content = yaml.safe_load((folder / "asked.yaml").read_text())
     content["properties"]["a"]["layers"] = "7"
-    (place / "asked.yaml").write_text(yaml.safe_dump(content))
+    (folder / "asked.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(SteerError, match="layers 7 are not in this steer"):
-        compare(place)
-    assert not (place / "run").exists()
+        compare(folder)
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.parametrize("more", [[], ["--strengths", "1"]], ids=["none", "strengths"])
 def test_eval_of_a_file_of_properties_says_which_command_is_for_it(
-    place: Path, more: list[str]
+    folder: Path, more: list[str]
 ) -> None:
-    line = ["eval", "m", str(place / "asked.yaml"), "--prompts", "p.txt", "--out", "run", *more]
+    line = ["eval", "m", str(folder / "asked.yaml"), "--prompts", "p.txt", "--out", "run", *more]
     result = CliRunner().invoke(app, line)
     assert isinstance(result.exception, SteerError)
-    assert "a file of properties is for vllm-steer compare" in str(result.exception)
+    assert "for a file of properties use vllm-steer compare" in str(result.exception)

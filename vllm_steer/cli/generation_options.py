@@ -1,4 +1,4 @@
-"""Options of ``eval``, ``compare`` and ``sweep``: prompts, the run, sampling, vLLM's own."""
+"""Options that ``eval``, ``compare`` and ``sweep`` share: prompts, run folder, sampling, engine."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 if TYPE_CHECKING:
-    from vllm_steer.evaluation.generating import EngineOptions
+    from vllm_steer.evaluation.generation import EngineOptions
     from vllm_steer.evaluation.sampling import Sampling
 
 GENERATING: Final = "Generating"
@@ -30,34 +30,40 @@ _ENGINE: Final = (
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or 'embedded'.")]
-SteerFile = Annotated[Path, typer.Argument(metavar="STEER", help="Steer file of any known tool.")]
+SteerFile = Annotated[
+    Path, typer.Argument(metavar="STEER", help="Steer file in any supported format.")
+]
 Prompts = Annotated[Path, typer.Option(help="Prompts: .jsonl, .json, .csv, .tsv or .txt.")]
 PromptField = Annotated[str, typer.Option(help="Name of the prompt in a row.")]
-First = Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")]
-Out = Annotated[Path, typer.Option(help="Folder of the run; a killed run goes on there.")]
+First = Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run; an interrupted run resumes.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard the folder's run.")]
 Plot = Annotated[bool, typer.Option(help="Draw the report as PNG.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Preset = Annotated[
-    str | None, typer.Option(help="lm-steer: its authors' settings.", rich_help_panel=GENERATING)
+    str | None, typer.Option(help="lm-steer: the authors' settings.", rich_help_panel=GENERATING)
 ]
 Samples = Annotated[
     int | None, typer.Option(help="Texts per prompt [25].", rich_help_panel=GENERATING)
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="New tokens at most [20].", rich_help_panel=GENERATING)
+    int | None, typer.Option(help="Maximum new tokens [20].", rich_help_panel=GENERATING)
 ]
 ExactLength = Annotated[
     bool | None,
-    typer.Option(help="Write all of them: no early end.", rich_help_panel=GENERATING),
+    typer.Option(help="Generate exactly the maximum of tokens.", rich_help_panel=GENERATING),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy [1].", rich_help_panel=GENERATING)
+    float | None, typer.Option(help="Temperature; 0 is greedy [1].", rich_help_panel=GENERATING)
 ]
-TopP = Annotated[float | None, typer.Option(help="[1]", rich_help_panel=GENERATING)]
-TopK = Annotated[int | None, typer.Option(help="0 for all [50].", rich_help_panel=GENERATING)]
+TopP = Annotated[
+    float | None, typer.Option(help="Nucleus sampling [1].", rich_help_panel=GENERATING)
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Top-k sampling; 0 for all [50].", rich_help_panel=GENERATING)
+]
 Seed = Annotated[
-    int | None, typer.Option(help="Of the first text [0].", rich_help_panel=GENERATING)
+    int | None, typer.Option(help="Seed of the first text [0].", rich_help_panel=GENERATING)
 ]
 Dtype = Annotated[str, typer.Option(rich_help_panel=VLLM)]
 MaxModelLen = Annotated[int | None, typer.Option(rich_help_panel=VLLM)]
@@ -66,15 +72,15 @@ TensorParallelSize = Annotated[int, typer.Option(rich_help_panel=VLLM)]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", rich_help_panel=VLLM)]
 
 
-def sampling(given: Mapping[str, Any]) -> "Sampling":
-    """The ``Sampling`` that a command's options ask for."""
+def sampling(params: Mapping[str, Any]) -> "Sampling":
+    """The ``Sampling`` of a command's options."""
     from vllm_steer.evaluation.sampling import sampling_of
 
-    return sampling_of(given["preset"], {name: given.get(name) for name in _SAMPLING})
+    return sampling_of(params["preset"], {name: params.get(name) for name in _SAMPLING})
 
 
-def engine_options(given: Mapping[str, Any]) -> "EngineOptions":
-    """The ``EngineOptions`` that a command's options ask for."""
-    from vllm_steer.evaluation.generating import EngineOptions
+def engine_options(params: Mapping[str, Any]) -> "EngineOptions":
+    """The ``EngineOptions`` of a command's options."""
+    from vllm_steer.evaluation.generation import EngineOptions
 
-    return EngineOptions(**{name: given[name] for name in _ENGINE})
+    return EngineOptions(**{name: params[name] for name in _ENGINE})

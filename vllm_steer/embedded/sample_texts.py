@@ -1,6 +1,6 @@
-"""Write labelled reviews to a file: `python -m vllm_steer.embedded.write_texts FILE [OPTIONS]`.
+"""Writes labelled reviews to a file: `python -m vllm_steer.embedded.sample_texts FILE [OPTIONS]`.
 
-Each line of the JSONL file has the text, its language, sentiment and formality: example data for
+Each line of the JSONL file has a text with its language, sentiment and formality: example data for
 the embedded model, on which every command can be tried.
 """
 
