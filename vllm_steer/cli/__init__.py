@@ -7,6 +7,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from vllm_steer.cli.commands import LazyGroup
+from vllm_steer.cli.libraries import VERBOSE, set_verbosity
 from vllm_steer.cli.terminal import one_line, protect_streams
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.version import __version__
@@ -17,6 +18,7 @@ app = typer.Typer(
     name="vllm-steer",
     cls=LazyGroup,
     no_args_is_help=True,
+    rich_markup_mode=None,  # its boxes cut option names in a terminal of 80 columns
     pretty_exceptions_enable=False,
 )
 
@@ -32,6 +34,9 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option(VERBOSE, help="With any command: show messages of vLLM and PyTorch.")
+    ] = False,
 ) -> None:
     """Steer a language model per request while vLLM serves it.
 
@@ -46,6 +51,9 @@ def main() -> None:
     ends with exit code 130, as in a shell.
     """
     protect_streams()
+    # Before libraries are imported, and wherever in the line it stands.
+    set_verbosity(VERBOSE in sys.argv)
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != VERBOSE]
     try:
         try:
             app()

@@ -71,7 +71,9 @@ class LazyGroup(TyperGroup):
             return self.commands[cmd_name]
         target = getattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
         if not isinstance(target, typer.Typer):
-            app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+            app = typer.Typer(
+                pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False
+            )
             app.command(cmd_name)(target)
             target = app
         command = get_command(target)

@@ -8,7 +8,6 @@ import typer
 from vllm_steer.cli import generation_options as options
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
-from vllm_steer.run_folder import locked
 
 if TYPE_CHECKING:
     from vllm_steer.evaluation.composition.report import ComparisonReport
@@ -64,6 +63,7 @@ def compare(
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.optional import require_package
+    from vllm_steer.run_folder import locked
 
     if plot:
         require_package("matplotlib")  # fail before the generation

@@ -3,17 +3,17 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_steer.cli.output import check_output
 from vllm_steer.cli.terminal import Console, say_json
-from vllm_steer.files import Loaded, read_file, save_steer
-from vllm_steer.files.facts import Facts
-from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
-from vllm_steer.steers.layers import format_layers
 from vllm_steer.tables import Table, facts
+
+if TYPE_CHECKING:
+    from vllm_steer.files import Loaded
+    from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
 
 
 def convert(
@@ -50,6 +50,8 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Read a steer file, summarise it, and write it as a vllm-steer file."""
+    from vllm_steer.files import read_file, save_steer
+
     check_output(output, force)
     loaded = read_file(source, _facts(context.params))
     summary = _summary(loaded)
@@ -63,6 +65,8 @@ def convert(
 
 def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
     """The given options that are metadata of the steer, by their key."""
+    from vllm_steer.files.facts import Facts
+
     return {
         name: value
         for name, value in options.items()
@@ -70,7 +74,9 @@ def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _summary(loaded: Loaded) -> dict[str, Any]:
+def _summary(loaded: "Loaded") -> dict[str, Any]:
+    from vllm_steer.steers import LMSteer
+
     steer = loaded.steer
     return {
         "format": loaded.format,
@@ -84,7 +90,7 @@ def _summary(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _head_summary(steer: LMSteer) -> dict[str, Any]:
+def _head_summary(steer: "LMSteer") -> dict[str, Any]:
     return {
         "variant": steer.variant,
         "epsilon": steer.epsilon,
@@ -94,7 +100,10 @@ def _head_summary(steer: LMSteer) -> dict[str, Any]:
     }
 
 
-def _layers_summary(steer: VectorSteer | DeltaSteer) -> dict[str, Any]:
+def _layers_summary(steer: "VectorSteer | DeltaSteer") -> dict[str, Any]:
+    from vllm_steer.steers import DeltaSteer
+    from vllm_steer.steers.layers import format_layers
+
     if isinstance(steer, DeltaSteer):
         fields: dict[str, Any] = {"schedule": steer.schedule, "steps": steer.steps}
         # The maximum over the steps of each layer: later steps decay.

@@ -9,7 +9,6 @@ from vllm_steer.cli import generation_options as options
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.run_folder import locked
 
 if TYPE_CHECKING:
     from vllm_steer.evaluation.report import EvaluationReport
@@ -81,6 +80,7 @@ def evaluate(
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.evaluation.strengths import parse_strengths
     from vllm_steer.optional import require_package
+    from vllm_steer.run_folder import locked
 
     if plot:
         require_package("matplotlib")  # fail before the generation

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -11,11 +11,11 @@ from rich.text import Text
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.files import load_steer
-from vllm_steer.inspection import Evidence, TextSpan, text_evidence
-from vllm_steer.models import load_language_model
 from vllm_steer.tables import Column, StyledText, Table
-from vllm_steer.texts import LabelledText, read_labelled, read_rows, read_texts
+
+if TYPE_CHECKING:
+    from vllm_steer.inspection import Evidence, TextSpan
+    from vllm_steer.texts import LabelledText
 
 _FOR, _AGAINST = "bold green", "bold red"
 _DEFAULT_LABEL = "label"
@@ -48,6 +48,10 @@ def evidence(
 
     The sign classifies the text; if the file has labels, the accuracy is printed.
     """
+    from vllm_steer.files import load_steer
+    from vllm_steer.inspection import text_evidence
+    from vllm_steer.models import load_language_model
+
     texts, text_labels = _texts(text, file, text_field, label_field, labels)
     loaded, language_model = load_steer(steer), load_language_model(model)
     results = []
@@ -82,6 +86,8 @@ def _texts(
     labels: str | None,
 ) -> tuple[Sequence[str], Sequence[float]]:
     """The texts, and their labels if the file has any."""
+    from vllm_steer.texts import read_labelled, read_rows, read_texts
+
     if (text is None) == (file is None):
         raise SteerError("give the text to read: either --text or --file")
     if file is None:
@@ -100,7 +106,7 @@ def _texts(
     return [row.text for row in rows], [row.label for row in rows]
 
 
-def _accuracy(results: Sequence[Evidence], text_labels: Sequence[float]) -> float | None:
+def _accuracy(results: "Sequence[Evidence]", text_labels: Sequence[float]) -> float | None:
     """The share of nonzero labels whose sign is that of the evidence; None without such labels."""
     labelled = [
         (result, label) for result, label in zip(results, text_labels, strict=False) if label
@@ -110,11 +116,11 @@ def _accuracy(results: Sequence[Evidence], text_labels: Sequence[float]) -> floa
     return sum(result.label * label > 0 for result, label in labelled) / len(labelled)
 
 
-def _plain(result: Evidence) -> dict[str, Any]:
+def _plain(result: "Evidence") -> dict[str, Any]:
     return {**asdict(result), "total": result.total, "label": result.label}
 
 
-def _show(console: Console, result: Evidence) -> None:
+def _show(console: Console, result: "Evidence") -> None:
     console.print(_marked(console, result))
     per_token = result.total / len(result.tokens)
     console.print(
@@ -128,14 +134,14 @@ def _show(console: Console, result: Evidence) -> None:
     console.print(Table("", columns, rows))
 
 
-def _spans(result: Evidence) -> Iterator[tuple[TextSpan, str]]:
+def _spans(result: "Evidence") -> "Iterator[tuple[TextSpan, str]]":
     """The spans with their styles, those for the steer first."""
     for style, spans in ((_FOR, result.spans_for), (_AGAINST, result.spans_against)):
         for span in spans:
             yield span, style
 
 
-def _marked(console: Console, result: Evidence) -> Text:
+def _marked(console: Console, result: "Evidence") -> Text:
     """The whole text with its spans highlighted."""
     marked, position = Text(), 0
     for span, style in sorted(_spans(result), key=lambda pair: pair[0].begin):

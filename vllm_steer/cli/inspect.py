@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -12,14 +12,13 @@ from rich.text import Text
 
 from vllm_steer.cli.output import check_output
 from vllm_steer.cli.terminal import Console, say_json
-from vllm_steer.files import read_file
-from vllm_steer.inspection import NearTokens, nearest_tokens, read_output_embedding
-from vllm_steer.inspection.description import Description, describe
-from vllm_steer.inspection.nearest_tokens import Token, no_tokens_reason
-from vllm_steer.inspection.plot import write_plot
-from vllm_steer.models import load_tokenizer
-from vllm_steer.steers import LMSteer, Steer
 from vllm_steer.tables import Column, Table, facts
+
+if TYPE_CHECKING:
+    from vllm_steer.inspection import NearTokens
+    from vllm_steer.inspection.description import Description
+    from vllm_steer.inspection.nearest_tokens import Token
+    from vllm_steer.steers import Steer
 
 _LONGEST_LIST = 6
 _MOST_LINES = 200
@@ -48,6 +47,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Describe a steer file: norms, singular values, accuracies, and the nearest tokens."""
+    from vllm_steer.files import read_file
+    from vllm_steer.inspection.description import describe
+    from vllm_steer.inspection.nearest_tokens import no_tokens_reason
+
     if plot is not None:
         check_output(plot, force, inputs=[steer])
     loaded = read_file(steer, {})
@@ -55,6 +58,8 @@ def inspect(
     reason = None if model is None else no_tokens_reason(loaded.steer)
     nearest = [] if model is None or reason else _nearest(loaded.steer, model, top, tokens)
     if plot is not None:
+        from vllm_steer.inspection.plot import write_plot
+
         write_plot(description, plot)
     if as_json:
         token_data = {"tokens": [asdict(entry) for entry in nearest], "tokens_left_out": reason}
@@ -66,16 +71,19 @@ def inspect(
     if reason:
         console.print(f"No tokens: {reason}.")
     elif nearest:
-        note = _HEAD_NOTE if isinstance(loaded.steer, LMSteer) else _STREAM_NOTE
+        note = _HEAD_NOTE if loaded.steer.kind == "lm_steer" else _STREAM_NOTE
         console.print(_token_table(nearest), note, sep="\n")
 
 
-def _nearest(steer: Steer, model: str, top: int, tokens: int) -> list[NearTokens]:
+def _nearest(steer: "Steer", model: str, top: int, tokens: int) -> "list[NearTokens]":
+    from vllm_steer.inspection import nearest_tokens, read_output_embedding
+    from vllm_steer.models import load_tokenizer
+
     embedding, tokenizer = read_output_embedding(model), load_tokenizer(model)
     return nearest_tokens(steer, embedding, tokenizer, top=top, count=tokens)
 
 
-def _renderables(description: Description, top: int, title: str) -> Iterator[RenderableType]:
+def _renderables(description: "Description", top: int, title: str) -> Iterator[RenderableType]:
     yield facts(title, {n: value for n, value in description.items() if n not in _PARTS})
     for column in description.get("columns", ()):
         yield _column_table(column, top) if "shares" in column else _column_line(column)
@@ -113,7 +121,7 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     return Table("", columns, [[row.get(name) for name in names] for row in layers])
 
 
-def _token_table(nearest: Sequence[NearTokens]) -> Table:
+def _token_table(nearest: "Sequence[NearTokens]") -> Table:
     rows = [
         (entry.label, f"{entry.weight:.4g}", *map(_in_a_row, (entry.highest, entry.lowest)))
         for entry in nearest
@@ -122,7 +130,7 @@ def _token_table(nearest: Sequence[NearTokens]) -> Table:
     return Table("", columns, rows, lines=range(len(rows)))
 
 
-def _in_a_row(tokens: Sequence[Token]) -> str:
+def _in_a_row(tokens: "Sequence[Token]") -> str:
     return "  ".join(token.text.strip() for token in tokens)
 
 

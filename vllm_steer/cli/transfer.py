@@ -3,37 +3,29 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_steer.cli.numbers import MOST
+from vllm_steer.cli.numbers import bounded
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import progress
 from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.files import load_steer, save_steer
-from vllm_steer.inspection import read_output_embedding
-from vllm_steer.models import load_language_model, load_tokenizer
-from vllm_steer.steers import LMSteer
 from vllm_steer.tables import Column, Table
-from vllm_steer.texts import LabelledText, read_labelled
-from vllm_steer.transfer import (
-    Effect,
-    TransferResult,
-    match_strength,
-    measure_effect,
-    transfer_steer,
-)
-from vllm_steer.transfer.embedding_map import AUTHORS_STEPS
+
+if TYPE_CHECKING:
+    from vllm_steer.steers import LMSteer
+    from vllm_steer.texts import LabelledText
+    from vllm_steer.transfer import Effect, TransferResult
 
 
 @dataclass(frozen=True)
 class _Effects:
     """The effect of the steer in its own model and of the transferred steer in the target model."""
 
-    source: Effect
-    target: Effect
+    source: "Effect"
+    target: "Effect"
 
     def plain(self) -> dict[str, Any]:
         source = self.source.evidence_per_text
@@ -49,9 +41,7 @@ def transfer(
     solver: Annotated[
         str, typer.Option(help="orthogonal, least-squares or authors.")
     ] = "orthogonal",
-    seed: Annotated[
-        int, typer.Option(min=-MOST, max=MOST, help="Seed of the solver 'authors'.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(callback=bounded, help="Seed of the solver 'authors'.")] = 0,
     data: Annotated[
         Path | None, typer.Option(help="Labelled texts to measure the effect on.")
     ] = None,
@@ -69,6 +59,10 @@ def transfer(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Transfer an LM-Steer to another model, over the tokens that both vocabularies share."""
+    from vllm_steer.files import load_steer
+    from vllm_steer.steers import LMSteer
+    from vllm_steer.texts import read_labelled
+
     check_output(output, force, inputs=[steer, data])
     check_named(target)
     if match and data is None:
@@ -95,7 +89,12 @@ def transfer(
         Console().print(_table(figures, title=str(output)))
 
 
-def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> TransferResult:
+def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> "TransferResult":
+    from vllm_steer.inspection import read_output_embedding
+    from vllm_steer.models import load_tokenizer
+    from vllm_steer.transfer import transfer_steer
+    from vllm_steer.transfer.embedding_map import AUTHORS_STEPS
+
     sides = [(read_output_embedding(name), load_tokenizer(name)) for name in (source, target)]
     with progress("fitting", AUTHORS_STEPS if solver == "authors" else None) as advance:
         return transfer_steer(
@@ -104,15 +103,18 @@ def _transfer(steer: Any, source: str, target: str, solver: Any, seed: int) -> T
 
 
 def _measure(
-    original: LMSteer,
-    target_steer: LMSteer,
+    original: "LMSteer",
+    target_steer: "LMSteer",
     source: str,
     target: str,
-    texts: list[LabelledText],
+    texts: "list[LabelledText]",
     strength: float,
     match: bool,
-) -> tuple[LMSteer, _Effects]:
+) -> "tuple[LMSteer, _Effects]":
     """The effects on the texts, after matching the transferred steer's epsilon if requested."""
+    from vllm_steer.models import load_language_model
+    from vllm_steer.transfer import match_strength, measure_effect
+
     with progress("reading in the source model", len(texts)) as advance:
         model = load_language_model(source)
         before = measure_effect(
@@ -133,13 +135,14 @@ def _measure(
 
 
 def _save(
-    steer: LMSteer,
+    steer: "LMSteer",
     output: Path,
     target: str,
     data: list[Path],
     settings: Mapping[str, Any],
     figures: Mapping[str, Any],
 ) -> None:
+    from vllm_steer.files import save_steer
     from vllm_steer.fit.recipe import recipe
 
     recipe_data = recipe("transfer", model=target, data=data, settings=settings, figures=figures)
@@ -148,7 +151,7 @@ def _save(
     save_steer(replace(steer, base_model=target, recipe=recipe_data), output)
 
 
-def _figures(transferred: TransferResult, effects: _Effects | None) -> dict[str, Any]:
+def _figures(transferred: "TransferResult", effects: _Effects | None) -> dict[str, Any]:
     return {
         "shared_tokens": len(transferred.shared),
         "fit": None if transferred.fit is None else asdict(transferred.fit),

@@ -71,9 +71,9 @@ def test_what_goes_wrong_is_one_line(
 
 def test_an_interrupted_command_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     program = (
-        "import time\nfrom vllm_steer import cli\nfrom vllm_steer.cli import convert\n"
+        "import time\nfrom vllm_steer import cli, files\n"
         "def wait(*_):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
-        "convert.read_file = wait\ncli.main()\n"
+        "files.read_file = wait\ncli.main()\n"
     )
     line = [sys.executable, "-c", program, "convert", "in", str(tmp_path / "out")]
     with subprocess.Popen(

@@ -1,10 +1,11 @@
 """The command line: fast help, the version, and a line for each command."""
 
+import os
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
+import typer
 from command_tools import MAIN
 from typer.testing import CliRunner
 
@@ -33,13 +34,61 @@ def test_help_lists_every_command_and_imports_none() -> None:
     assert "vllm serve MODEL --steer-config" in completed.stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_shows_its_own_help(name: str) -> None:
-    completed = CliRunner().invoke(app, [name, "--help"])
-    assert completed.exit_code == 0
-    assert f"{name} " in completed.stdout.splitlines()[1]
-    entry = COMMANDS[name]
-    assert hasattr(import_module(f"vllm_steer.cli.{entry.module}"), entry.function)
+FITS = [("fit", method) for method in ("lm-steer", "concept", "delta", "vector")]
+
+
+@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), *FITS], ids=" ".join)
+def test_every_command_shows_its_own_help_at_80_columns(command: tuple[str, ...]) -> None:
+    completed = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80"})
+    lines = completed.stdout.splitlines()
+    assert completed.exit_code == 0 and command[-1] in lines[0]
+    assert all(len(line) <= 80 for line in lines)
+    parameters = typer.main.get_command(app)
+    for name in command:
+        parameters = parameters.get_command(typer.Context(parameters), name)
+    options = [option for parameter in parameters.params for option in parameter.opts]
+    assert all(option in completed.stdout for option in options if option.startswith("-"))
+
+
+def test_no_command_imports_a_large_library_to_show_its_help() -> None:
+    commands = [[*command, "--help"] for command in (*((n,) for n in COMMANDS), *FITS)]
+    code = (
+        "import sys, io, contextlib\nfrom vllm_steer.cli import main\n"
+        f"for command in {commands!r}:\n"
+        "    sys.argv[1:] = command\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "print('HEAVY', sorted({'numpy', 'torch', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout == "HEAVY []\n"
+
+
+def test_messages_of_libraries_are_hidden_unless_they_are_requested() -> None:
+    code = (
+        "import os, sys, warnings\nsys.argv[1:] = ARGUMENTS\nfrom vllm_steer import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "warnings.warn('old', FutureWarning)\nprint(os.environ.get('VLLM_LOGGING_LEVEL'))"
+    )
+    shown = {}
+    for arguments in (["--version"], ["--version", "--verbose"]):
+        program = code.replace("ARGUMENTS", repr(arguments))
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("VLLM_LOGGING_LEVEL", "PYTHONWARNINGS")
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        shown[len(arguments)] = (done.stdout.split()[-1], "FutureWarning" in done.stderr)
+    assert shown == {1: ("ERROR", False), 2: ("INFO", True)}
 
 
 def test_the_version_is_printed() -> None:

@@ -8,7 +8,11 @@ from vllm_steer.cli.fit.lm_steer import lm_steer
 from vllm_steer.cli.fit.vector import vector
 
 fit = typer.Typer(
-    name="fit", help="Fit a steer to texts.", no_args_is_help=True, add_completion=False
+    name="fit",
+    help="Fit a steer to texts.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
 )
 fit.command("lm-steer")(lm_steer)
 fit.command()(concept)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
-from vllm_steer.cli.numbers import MOST
+from vllm_steer.cli.numbers import bounded
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.terminal import say
 
@@ -42,10 +42,10 @@ def concept(
         bool, typer.Option("--signed", help="Orient each layer of a pca probe to label 1.")
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Tokens used of an answer.")
+        int, typer.Option(min=1, callback=bounded, help="Tokens used of an answer.")
     ] = 16,
     max_length: Annotated[
-        int, typer.Option(min=2, max=MOST, help="Maximum tokens; the left is cut off.")
+        int, typer.Option(min=2, callback=bounded, help="Maximum tokens; the left is cut off.")
     ] = 1024,
     chat_template: Annotated[
         bool,
@@ -53,7 +53,7 @@ def concept(
     ] = True,
     batch_size: options.BatchSize = 16,
     seed: Annotated[
-        int, typer.Option(min=-MOST, max=MOST, help="Seed of the split and of the probe.")
+        int, typer.Option(callback=bounded, help="Seed of the split and of the probe.")
     ] = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
-from vllm_steer.cli.numbers import MOST
+from vllm_steer.cli.numbers import bounded
 from vllm_steer.cli.output import check_named, check_output
 
 
@@ -27,12 +27,14 @@ def delta(
     output_field: Annotated[str, typer.Option(help="Name of the answer in a row.")] = "output",
     text_field: Annotated[str, typer.Option(help="Name of the prompt, with --plain.")] = "text",
     support: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Prompts drawn, with replacement.")
+        int, typer.Option(min=1, callback=bounded, help="Prompts drawn, with replacement.")
     ] = 30,
     all_prompts: Annotated[
         bool, typer.Option("--all", help="Use every prompt once instead.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens generated, and deltas.")] = 30,
+    steps: Annotated[
+        int, typer.Option(min=1, callback=bounded, help="Tokens generated, and deltas.")
+    ] = 30,
     site: Annotated[str, typer.Option(help="heads, resid, attn_in or attn_out.")] = "heads",
     schedule: Annotated[
         str, typer.Option(help="Schedule of requests that give none: fixed, start or dim.")
@@ -41,11 +43,11 @@ def delta(
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MOST, help="Maximum tokens of a prompt.", show_default="the context"
+            min=1, callback=bounded, help="Maximum tokens of a prompt.", show_default="the context"
         ),
     ] = None,
     batch_size: options.BatchSize = 16,
-    seed: Annotated[int, typer.Option(min=-MOST, max=MOST, help="Seed of the drawing.")] = 32,
+    seed: Annotated[int, typer.Option(callback=bounded, help="Seed of the drawing.")] = 32,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     default_strength: options.DefaultStrength = None,

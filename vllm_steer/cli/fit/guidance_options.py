@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from vllm_steer.cli.numbers import MOST
+from vllm_steer.cli.numbers import bounded
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.steers import DeltaSteer, VectorSteer
-from vllm_steer.steers.layers import format_layers, parse_layers
 from vllm_steer.tables import Column, Table
 
 if TYPE_CHECKING:
     from vllm_steer.models import LanguageModel
+    from vllm_steer.steers import DeltaSteer, VectorSteer
 
-Guidance = TypeVar("Guidance", VectorSteer, DeltaSteer)
+Guidance = TypeVar("Guidance", "VectorSteer", "DeltaSteer")
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or 'embedded'.")
@@ -26,7 +25,7 @@ Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Steer file to wr
 Layers = Annotated[
     str | None, typer.Option(help="0-based decoder blocks: '8-31', '3,7,9'.", show_default="all")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Texts read at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, callback=bounded, help="Texts read at a time.")]
 Dtype = Annotated[str, typer.Option(help="The model's dtype, or auto for the checkpoint's own.")]
 Device = Annotated[
     str | None, typer.Option(help="Device of the model.", show_default="a GPU if there is one")
@@ -41,6 +40,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.
 
 def read_layers(layers: str | None) -> tuple[int, ...] | None:
     """The layers of an option; None for all."""
+    from vllm_steer.steers.layers import parse_layers
+
     return None if layers is None else parse_layers(layers)
 
 
@@ -99,7 +100,7 @@ def write(
 
 
 def report(
-    steer: VectorSteer | DeltaSteer,
+    steer: "VectorSteer | DeltaSteer",
     output: Path,
     by_layer: Mapping[str, Mapping[int, float | None]],
     figures: Mapping[str, Any],
@@ -107,6 +108,8 @@ def report(
     as_json: bool,
 ) -> None:
     """Print the figures to standard output, as JSON or as a table of the layers."""
+    from vllm_steer.steers.layers import format_layers
+
     if as_json:
         tables = {name: {str(layer): x for layer, x in t.items()} for name, t in by_layer.items()}
         summary = {"kind": steer.kind, "site": steer.site, "layers": format_layers(steer.layers)}

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
-from vllm_steer.cli.numbers import MOST
+from vllm_steer.cli.numbers import bounded
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import ProgressBarCallback, progress
 from vllm_steer.cli.terminal import Console, say, say_json
 from vllm_steer.errors import SteerError
-from vllm_steer.run_folder import locked
 from vllm_steer.tables import facts
 
 if TYPE_CHECKING:
@@ -43,19 +42,21 @@ def lm_steer(
     ] = None,
     variant: Annotated[str, typer.Option(help="multiply, add or offset.")] = "multiply",
     rank: Annotated[
-        int, typer.Option(max=MOST, help="Rank of the transform; multiply only.")
+        int, typer.Option(callback=bounded, help="Rank of the transform; multiply only.")
     ] = 1000,
     epsilon: Annotated[float, typer.Option(help="Factor of the change at strength 1.")] = 1e-3,
     initial_scale: Annotated[
         float, typer.Option(help="Standard deviation of initial projectors; multiply only.")
     ] = 1e-2,
-    steps: Annotated[int, typer.Option(max=MOST, help="Steps of Adam.")] = 1000,
-    batch_size: Annotated[int, typer.Option(max=MOST, help="Texts per step.")] = 32,
+    steps: Annotated[int, typer.Option(callback=bounded, help="Steps of Adam.")] = 1000,
+    batch_size: Annotated[int, typer.Option(callback=bounded, help="Texts per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam, constant.")] = 1e-2,
     regularization: Annotated[
         float, typer.Option(help="Factor of the squared norm of the parameters.")
     ] = 0.0,
-    max_length: Annotated[int, typer.Option(max=MOST, help="Maximum tokens of a text.")] = 256,
+    max_length: Annotated[
+        int, typer.Option(callback=bounded, help="Maximum tokens of a text.")
+    ] = 256,
     dummy: Annotated[
         bool,
         typer.Option("--dummy/--no-dummy", help="Add a fixed column for what all texts share."),
@@ -65,7 +66,7 @@ def lm_steer(
         typer.Option("--train-on-padding", help="Loss on padding too, as in the authors' script."),
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=-MOST, max=MOST, help="Seed of the initial parameters and the order.")
+        int, typer.Option(callback=bounded, help="Seed of the initial parameters and the order.")
     ] = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -78,7 +79,7 @@ def lm_steer(
         bool, typer.Option("--restart", help="Discard an unfinished run in the run folder.")
     ] = False,
     checkpoint_every: Annotated[
-        int, typer.Option(max=MOST, help="Steps between checkpoints.")
+        int, typer.Option(callback=bounded, help="Steps between checkpoints.")
     ] = 100,
     cache_gib: Annotated[
         float, typer.Option(help="Disk for hidden states; the rest are recomputed.")
@@ -89,6 +90,7 @@ def lm_steer(
 ) -> None:
     """Train an LM-Steer on texts with labels in [-1, 1]; an interrupted run resumes."""
     from vllm_steer.fit.training_run import LOSS_PLOT
+    from vllm_steer.run_folder import locked
     from vllm_steer.steers.checks import check_default_strength
 
     check_output(output, force, inputs=[data, positive, negative])

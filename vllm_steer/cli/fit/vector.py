@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
-from vllm_steer.cli.numbers import MOST
+from vllm_steer.cli.numbers import bounded
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.errors import SteerError
 
@@ -39,7 +39,7 @@ def vector(
     mode: Annotated[str, typer.Option(help="add or rotate.")] = "add",
     layers: options.Layers = None,
     max_length: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Maximum tokens of a text.")
+        int, typer.Option(min=1, callback=bounded, help="Maximum tokens of a text.")
     ] = 512,
     batch_size: options.BatchSize = 16,
     dtype: options.Dtype = "auto",

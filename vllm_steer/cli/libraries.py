@@ -1,0 +1,26 @@
+"""The messages of vLLM, PyTorch and their extensions, which a command shows with --verbose only."""
+
+import os
+import warnings
+from typing import Final
+
+VERBOSE: Final = "--verbose"
+_QUIET: Final = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # such as NUMA binding
+    "PYTHONWARNINGS": "ignore",  # of processes that are started from here
+}
+
+
+def set_verbosity(is_verbose: bool) -> None:
+    """Show or hide the messages of libraries; call it before they are imported.
+
+    What the user has set in the environment stays as it is.
+    """
+    if is_verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+        return
+    if "PYTHONWARNINGS" not in os.environ:
+        warnings.simplefilter("ignore")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
