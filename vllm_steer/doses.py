@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from vllm_steer.steers.schedules import Schedule, course
+from vllm_steer.steers.schedules import Schedule, schedule_curve
 
 RequestPhase = Literal["all", "prompt", "generation"]
 """What a request may ask for; ``answer`` belongs to strengths that change per token."""
@@ -69,6 +69,6 @@ def token_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int
     elif dose.phase == "answer":
         first = prompt_len - 1
     if steps is not None:
-        taken = course(dose.schedule, steps).last
-        first, last = max(first, prompt_len - 1), min(last, prompt_len - 1 + taken)
+        num_steps = schedule_curve(dose.schedule, steps).last
+        first, last = max(first, prompt_len - 1), min(last, prompt_len - 1 + num_steps)
     return first, last

@@ -6,7 +6,7 @@ from typing import Any
 from vllm_steer.errors import SteerError
 
 
-def need(module: str) -> Any:
+def require_package(module: str) -> Any:
     """A module of an optional package; ``SteerError`` says how to get it."""
     try:
         return import_module(module)

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.files.whole import write_whole
-from vllm_steer.foreign import printable
-from vllm_steer.optional import need
+from vllm_steer.files.atomic_write import write_atomically
+from vllm_steer.optional import require_package
+from vllm_steer.untrusted_text import printable
 
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """That those who see colours differently can tell apart (Okabe and Ito)."""
@@ -24,13 +24,13 @@ def picture(path: str | Path, *, dpi: int = 150, **options: Any) -> Iterator[Any
     Raises ``SteerError`` without matplotlib, and if the file cannot be written.
     """
     # A figure of its own draws with Agg and needs no display; pyplot would keep it.
-    make = need("matplotlib.figure").Figure
-    with need("matplotlib").rc_context(_PLAIN), warnings.catch_warnings():
+    make = require_package("matplotlib.figure").Figure
+    with require_package("matplotlib").rc_context(_PLAIN), warnings.catch_warnings():
         for about_texts in ("Glyph .* missing from", "constrained_layout not applied"):
             warnings.filterwarnings("ignore", message=about_texts)
         figure = make(**options)
         yield figure
-        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def label(text: str) -> str:

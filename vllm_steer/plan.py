@@ -16,7 +16,7 @@ from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.kernels.dispatch import Kernels
-from vllm_steer.request import DoseMemo, check_request, resolve
+from vllm_steer.request import DoseCache, check_request, resolve
 from vllm_steer.steers import DeltaSteer, LMSteer, Schedule, Steer
 from vllm_steer.steers.content import content_digest
 
@@ -60,7 +60,7 @@ class SteerPlan(BaseModel):
     presets: dict[str, dict[str, float | str | dict[str, Any]]]
     default: str
     limits: Limits
-    _resolved: DoseMemo = PrivateAttr(default_factory=DoseMemo)
+    _resolved: DoseCache = PrivateAttr(default_factory=DoseCache)
 
     @classmethod
     def of(cls, config: SteerConfig) -> "SteerPlan":
@@ -79,8 +79,8 @@ class SteerPlan(BaseModel):
             limits=config.limits,
         )
         for preset in plan.presets:
-            check_request(preset, plan, place=f"preset {preset}")
-        check_request(plan.default, plan, place="default")
+            check_request(preset, plan, source=f"preset {preset}")
+        check_request(plan.default, plan, source="default")
         return plan
 
     @classmethod
@@ -97,10 +97,10 @@ class SteerPlan(BaseModel):
         """The sites that the steers act at."""
         return frozenset(steer.site for steer in self.steers.values())
 
-    def doses(self, asked: Any) -> tuple[Dose, ...]:
+    def doses(self, value: Any) -> tuple[Dose, ...]:
         """The doses for a request's ``steer`` value, resolved once; None takes the default."""
-        asked = self.default if asked is None else asked
-        return self._resolved.get(asked, lambda value: resolve(value, self))
+        value = self.default if value is None else value
+        return self._resolved.get(value, lambda value: resolve(value, self))
 
 
 def is_plan(data: Any) -> bool:

@@ -57,16 +57,16 @@ def steer_tokens_(
             **constants,
         )
         return
-    kept = hidden if residual is None else residual
+    residual_or_hidden = hidden if residual is None else residual
     block, num_warps = _block(width, ROTATE_BLOCK)
     rotate[(num_tokens,)](
-        *_strided(hidden, kept),
+        *_strided(hidden, residual_or_hidden),
         *table,
         directions.is_rotation,
         *doses,
         depth,
         BLOCK=block,
-        ALIGNED=_aligned(hidden, kept, vectors),
+        ALIGNED=_aligned(hidden, residual_or_hidden, vectors),
         RESIDUAL=residual is not None,
         num_warps=num_warps,
         **constants,

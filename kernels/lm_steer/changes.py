@@ -14,7 +14,7 @@ EXACT = {"enable_fp_fusion": False}  # products and sums round one by one, in ev
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class ResultBuffers:
     """The result in the making; ``changes [P, width]`` float32 is empty where ``fused``."""
 
     x: torch.Tensor
@@ -28,7 +28,7 @@ class Target:
         return self.x.shape[1]
 
 
-def begin(x: torch.Tensor, metadata: BatchMetadata) -> Target:
+def allocate(x: torch.Tensor, metadata: BatchMetadata) -> ResultBuffers:
     """Room for the result; rows that no pair touches are copied."""
     if x.data_ptr() % 16:  # kernels are compiled for aligned tensors; a window may begin anywhere
         x = x.clone()
@@ -36,10 +36,12 @@ def begin(x: torch.Tensor, metadata: BatchMetadata) -> Target:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if whole else _copy(x)
     pairs = 0 if metadata.sums is None else metadata.rows.shape[0]
     changes = torch.empty(pairs, x.shape[1], dtype=torch.float32, device=x.device)
-    return Target(x, out, changes, fused=metadata.sums is None)
+    return ResultBuffers(x, out, changes, fused=metadata.sums is None)
 
 
-def finish(target: Target, weights: SteerWeights, metadata: BatchMetadata) -> torch.Tensor:
+def add_changes(
+    target: ResultBuffers, weights: SteerWeights, metadata: BatchMetadata
+) -> torch.Tensor:
     """Add the constant slots' changes, then all changes by row; the result."""
     x, out, width = target.x, target.out, target.width
     blocks = triton.cdiv(width, BLOCK_WIDTH)

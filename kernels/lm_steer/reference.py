@@ -15,7 +15,7 @@ from vllm_steer.kernels.lm_steer.operands import (
 
 
 @dataclass(frozen=True, eq=False)
-class ReadRows:
+class HostRows:
     """The pairs as they are, but for the scales ``[P]`` float32, which lie on the device."""
 
     rows: IntArray
@@ -23,16 +23,16 @@ class ReadRows:
     groups: tuple[tuple[int, int, int], ...]
 
 
-def prepare(steered: SteeredRows, weights: SteerWeights, device: torch.device) -> ReadRows:
+def prepare(steered: SteeredRows, weights: SteerWeights, device: torch.device) -> HostRows:
     """The pairs as they are: the reference reads them on the host."""
-    return ReadRows(steered.rows, torch.tensor(steered.scales, device=device), steered.groups)
+    return HostRows(steered.rows, torch.tensor(steered.scales, device=device), steered.groups)
 
 
 def warm_up(weights: SteerWeights, dtype: torch.dtype) -> None:
     """Nothing to compile."""
 
 
-def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: ReadRows) -> torch.Tensor:
+def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: HostRows) -> torch.Tensor:
     """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
     Computed in float64 whatever the dtypes, rounded once to ``x.dtype``; rows without a pair are

@@ -63,10 +63,10 @@ def compare(
     from vllm_steer.evaluation.composition.comparison import Comparison
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
 
     if plot:
-        need("matplotlib")  # now, not after hours of generating
+        require_package("matplotlib")  # now, not after hours of generating
     choosing = None
     if choose_prompts is not None:
         choosing = read_prompts(choose_prompts, field=prompt_field)

@@ -9,8 +9,8 @@ import typer
 
 from vllm_steer.cli.output import check_output
 from vllm_steer.cli.terminal import Console, say_json
-from vllm_steer.files import Loaded, read_file, save_steer
-from vllm_steer.files.facts import Facts
+from vllm_steer.files import LoadedFile, read_file, save_steer
+from vllm_steer.files.steer_metadata import SteerMetadata
 from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.tables import Table, facts
@@ -66,11 +66,11 @@ def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in options.items()
-        if name in Facts.model_fields and value is not None and value is not False
+        if name in SteerMetadata.model_fields and value is not None and value is not False
     }
 
 
-def _summary(loaded: Loaded) -> dict[str, Any]:
+def _summary(loaded: LoadedFile) -> dict[str, Any]:
     steer = loaded.steer
     return {
         "format": loaded.format,

@@ -78,10 +78,10 @@ def evaluate(
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
     from vllm_steer.evaluation.strengths import parse_strengths
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
 
     if plot:
-        need("matplotlib")  # now, not after hours of generating
+        require_package("matplotlib")  # now, not after hours of generating
     doses: dict[str, Any] = {"layers": layers, "phase": phase, "schedule": schedule}
     asked = Evaluation(
         model=model,

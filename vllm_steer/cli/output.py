@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.safetensors_bytes import check_metadata
-from vllm_steer.files.whole import check_replaceable
+from vllm_steer.files.atomic_write import check_replaceable
+from vllm_steer.files.safetensors_writer import check_metadata
 
 
 def check_output(output: Path, force: bool, *, inputs: Iterable[str | Path | None] = ()) -> None:

@@ -73,13 +73,13 @@ def sweep(
     """
     from vllm_steer.evaluation.judges import make_judge
     from vllm_steer.evaluation.prompts import read_prompts
-    from vllm_steer.optional import need
+    from vllm_steer.optional import require_package
     from vllm_steer.sweep.search import DIRECTIONS
     from vllm_steer.sweep.sweeping import Sweep, check_writable
     from vllm_steer.sweep.sweeping import sweep as run_sweep
 
     if plot is not None:
-        need("matplotlib")
+        require_package("matplotlib")
         read_by_judges = (spec.rpartition(":")[2] for spec in (judge, perplexity or ""))
         check_output(plot, force, inputs=[steer, prompts, *read_by_judges])
     if write:

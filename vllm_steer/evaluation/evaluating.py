@@ -18,7 +18,7 @@ from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.evaluation.scoring import score
 from vllm_steer.evaluation.writing import Progress, Texts, write_missing
 from vllm_steer.files import load_steer, save_steer
-from vllm_steer.files.whole import write_text
+from vllm_steer.files.atomic_write import write_text
 from vllm_steer.request import read_dose
 from vllm_steer.run_folder import locked
 from vllm_steer.steers import DeltaSteer, Steer

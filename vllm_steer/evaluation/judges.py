@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Judge
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ def _language(spec: str, code: str, device: str | None) -> Judge:
 
     if not code:
         raise _misspelt(spec)
-    _at_hand(lambda: need("langdetect"))
+    _at_hand(lambda: require_package("langdetect"))
     check_code(code)
     return LanguageJudge(spec, code)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean_over_prompts
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def detected(text: str) -> dict[str, float]:
 
     langdetect draws at random: its seed is set to 0, so that a text has one answer.
     """
-    langdetect = need("langdetect")
+    langdetect = require_package("langdetect")
     langdetect.DetectorFactory.seed = 0
     try:
         return {each.lang: each.prob for each in langdetect.detect_langs(text)}
@@ -52,7 +52,7 @@ def detected(text: str) -> dict[str, float]:
 
 def check_code(code: str) -> None:
     """Raise ``SteerError`` for a language that langdetect does not know."""
-    factory = need("langdetect.detector_factory")
+    factory = require_package("langdetect.detector_factory")
     factory.init_factory()
     # The public functions make their own detector from this factory; only it knows the list.
     known = sorted(factory._factory.get_lang_list())

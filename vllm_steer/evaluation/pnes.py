@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 Array = npt.NDArray[np.float64]
 
@@ -120,7 +120,7 @@ def _cost(x: Array, ratio: Array) -> float:
 
 def _fit(x: Array, y: Array, b: float) -> tuple[float, float]:
     """``a`` and ``c`` by least squares from the authors' start."""
-    optimize = need("scipy.optimize")
+    optimize = require_package("scipy.optimize")
 
     def curve(x: Array, a: float, c: float) -> Array:
         return _curve(x, a, b, c)

@@ -10,7 +10,7 @@ from vllm_steer.steers.lm_steer import VARIANTS, Variant
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class LMSteerSettings:
     """The paper's choices by default; what they mean is said at ``fit_lm_steer``.
 
     Raises ``SteerError`` for a value that makes no sense, naming what is expected.
@@ -49,7 +49,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watch:
+class FitCallbacks:
     """``on_text`` is told texts read and of how many, ``on_step`` a step and its loss, ``say`` what
     a user wants to know.
     """

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from vllm_steer.errors import SteerError
 from vllm_steer.fit.token_store import Rows
-from vllm_steer.optional import need
+from vllm_steer.optional import require_package
 
 ProbeKind = Literal["dim", "logistic", "pca"]
 PROBES: tuple[ProbeKind, ...] = get_args(ProbeKind)
@@ -72,7 +72,7 @@ def fit_dim(x: Rows, y: Labels, seed: int) -> Probe:
 
 def fit_logistic(x: Rows, y: Labels, seed: int) -> Probe:
     """A logistic regression with the l2 penalty at C = 1, without an intercept."""
-    regression = need("sklearn.linear_model").LogisticRegression(
+    regression = require_package("sklearn.linear_model").LogisticRegression(
         solver="liblinear", C=1.0, fit_intercept=False, max_iter=300, tol=1e-3, random_state=seed
     )
     rows = np.concatenate(list(_prepared(x, None, True))).astype(x.dtype, copy=False)
@@ -86,7 +86,7 @@ def fit_pca(x: Rows, y: Labels, seed: int) -> Probe:
     rng = np.random.default_rng(seed)  # the same pairs in each layer
     first, second = rng.permutation(len(x))[: len(x) // 2 * 2].reshape(-1, 2).T
     signs = rng.choice([-1.0, 1.0], size=(len(first), 1)).astype(x.dtype)
-    pca = need("sklearn.decomposition").PCA(n_components=1, random_state=seed)
+    pca = require_package("sklearn.decomposition").PCA(n_components=1, random_state=seed)
     direction = pca.fit((x[first] - x[second]) * signs).components_[0].astype(np.float64)
     return _with_slope(Probe(direction, normalized=False), x, y, tolerance=1e-2)
 
@@ -119,12 +119,12 @@ def accuracy(probe: Probe, x: Rows, y: Labels, lengths: Sequence[int]) -> float 
 
 
 def _with_slope(probe: Probe, x: Rows, y: Labels, tolerance: float) -> Probe:
-    linear_model = need("sklearn.linear_model")
+    linear_model = require_package("sklearn.linear_model")
     # C is the inverse of the penalty: infinite is none.
     regression = linear_model.LogisticRegression(C=np.inf, max_iter=500, tol=tolerance)
     with warnings.catch_warnings():
         # Tokens that a threshold tells apart have no finite slope: wherever it stops is as good.
-        warnings.simplefilter("ignore", need("sklearn.exceptions").ConvergenceWarning)
+        warnings.simplefilter("ignore", require_package("sklearn.exceptions").ConvergenceWarning)
         regression.fit(probe.project(x)[:, None], y)
     slope, intercept = regression.coef_[0, 0], regression.intercept_[0]
     return replace(probe, slope=float(slope), intercept=float(intercept))

@@ -16,8 +16,8 @@ large a value may be. Strengths of one steer that is
 named more than once with like options add up; a dynamic one is named once.
 """
 
-from vllm_steer.request.memo import DoseMemo
-from vllm_steer.request.options import Dosable, read_dose
+from vllm_steer.request.dose_cache import DoseCache
+from vllm_steer.request.options import SteerAttributes, read_dose
 from vllm_steer.request.resolution import check_request, resolve
 
-__all__ = ["Dosable", "DoseMemo", "check_request", "read_dose", "resolve"]
+__all__ = ["DoseCache", "SteerAttributes", "check_request", "read_dose", "resolve"]

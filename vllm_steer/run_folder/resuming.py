@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError, cause
+from vllm_steer.files.atomic_write import finished_name, remove_unfinished, write_text
 from vllm_steer.files.json_text import json_text
-from vllm_steer.files.whole import clear_unfinished, finished_name, write_text
-from vllm_steer.foreign import listed, shown
-from vllm_steer.foreign import name as named
 from vllm_steer.run_folder.lock import LOCK, unusable
+from vllm_steer.untrusted_text import listed, shown
+from vllm_steer.untrusted_text import name as named
 
 SETTINGS: Final = "settings.json"
 _SHOWN: Final = 3
@@ -43,7 +43,7 @@ class RunFiles:
     def clear_unfinished(self, folder: Path) -> None:
         """Remove what a killed process was writing."""
         for place, pattern in _places(folder, (*self.work, *self.kept)):
-            clear_unfinished(place, partial(fnmatchcase, pat=pattern))
+            remove_unfinished(place, partial(fnmatchcase, pat=pattern))
 
 
 def open_with_settings(

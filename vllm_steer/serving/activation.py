@@ -1,6 +1,6 @@
 """Decides what an engine's processes wrap, before the first of them starts."""
 
-from vllm_steer.compat.features import why_unavailable
+from vllm_steer.compat.features import unavailable_reason
 from vllm_steer.environment import REPORTS, STEERING, STREAMS, activate
 
 
@@ -11,7 +11,7 @@ def activate_steering(*, may_be_dynamic: bool) -> None:
     for it is then refused. Its streams are left out where no request may ask for it.
     """
     activate(STEERING)
-    if why_unavailable("dynamic strength") is None:
+    if unavailable_reason("dynamic strength") is None:
         activate(REPORTS)
         if may_be_dynamic:
             activate(STREAMS)

@@ -32,12 +32,12 @@ def add_steer_config_flag(parser: Any) -> Any:
 
     @functools.wraps(parse)
     def parse_and_fold(*args: Any, **kwargs: Any) -> Any:
-        namespace, rest = parse(*args, **kwargs)
+        namespace, unknown_args = parse(*args, **kwargs)
         try:
             fold(namespace)
         except SteerError as error:
             parser.error(str(error))
-        return namespace, rest
+        return namespace, unknown_args
 
     parser.parse_known_args = parse_and_fold
     return parser
@@ -49,13 +49,13 @@ def fold(namespace: argparse.Namespace) -> None:
     Raises ``SteerError`` for a config that cannot be read or that is given twice.
     """
     source = getattr(namespace, "steer_config", None)
-    given = getattr(namespace, "additional_config", None) or {}
+    additional_config = getattr(namespace, "additional_config", None) or {}
     if source is not None:
-        if "steer" in given:
+        if "steer" in additional_config:
             raise SteerError(f"{FLAG} and additional_config['steer'] are both given; give one")
-        namespace.additional_config = given | {"steer": source}
+        namespace.additional_config = additional_config | {"steer": source}
         namespace.steer_config = None
-    elif given.get("steer") is None:
+    elif additional_config.get("steer") is None:
         return
     config = SteerConfig.load(namespace.additional_config["steer"])
     # Before vLLM starts a fork server, whose children have the environment of its start.

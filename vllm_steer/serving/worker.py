@@ -9,7 +9,7 @@ import torch
 
 from vllm_steer.bank import fill_head_bank
 from vllm_steer.compat import options
-from vllm_steer.compat.patching import advice, wrap
+from vllm_steer.compat.patching import version_advice, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels import upload
 from vllm_steer.kernels.dispatch import guidance_backend, lm_steer_backend
@@ -24,7 +24,7 @@ from vllm_steer.steers import LMSteer
 
 logger = logging.getLogger("vllm.vllm_steer")
 
-_UNSTEERED = f"requests would run unsteered; {advice()}"
+_UNSTEERED = f"requests would run unsteered; {version_advice()}"
 
 
 def steer_worker(worker: Any) -> None:
@@ -37,9 +37,11 @@ def steer_worker(worker: Any) -> None:
     if plan is None:
         return
     steering = _WorkerSteering(worker, plan)
-    wrap(worker, "load_model", functools.partial(_then, steering.after_load))
+    wrap(worker, "load_model", functools.partial(_call_after, steering.after_load))
     wrap(
-        worker, "compile_or_warm_up_model", functools.partial(_then, steering.verify_sites_reached)
+        worker,
+        "compile_or_warm_up_model",
+        functools.partial(_call_after, steering.verify_sites_reached),
     )
 
 
@@ -75,8 +77,8 @@ class _WorkerSteering:
         if self._head is not None:
             self._head.attach(model)
         if self._layers is not None:
-            places = options.static_forward_context(config)
-            self._layers.attach(model, places, options.num_layers(config))
+            forward_context = options.static_forward_context(config)
+            self._layers.attach(model, forward_context, options.num_layers(config))
 
     def _make(self, model: Any) -> None:
         """Banks and batch, if this rank has a site that some steer acts at."""
@@ -173,7 +175,7 @@ def _select_no_adapter(runner: Any, num_rows: int) -> None:
     runner.lora_manager.set_active_adapters(set(), LoRAMapping(none, none, is_prefill=True))
 
 
-def _then(act: Callable[[], None], original: Any, *args: Any, **kwargs: Any) -> Any:
+def _call_after(act: Callable[[], None], original: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
     act()
     return result

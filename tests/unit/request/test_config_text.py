@@ -110,7 +110,7 @@ def test_values_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> 
         (NESTED_MERGE, "c: line 3: the key 'y' is given twice"),
         ('{"a": 1e999}', "c: the number '1e999' is too large"),
         ("a: {<<: {b: 1}, <<: {c: 1}}", "c: line 1: the key '<<' is given twice"),
-        ('{"a": NaN}', "c: NaN is no JSON number"),
+        ('{"a": NaN}', "c: NaN is not a JSON number"),
         ('{"a": 1' + "0" * 400 + "}", "c: a whole number of 401 digits; at most 20 are read"),
     ],
     ids=range(33),

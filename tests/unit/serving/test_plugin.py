@@ -234,7 +234,7 @@ def test_other_additional_config_is_kept_and_the_callers_is_not_changed(register
 
 
 def test_a_config_that_cannot_be_served_stops_the_engine(registered: Any) -> None:
-    assert "gone: no such file" in registered["refused"]
+    assert "gone: does not exist" in registered["refused"]
 
 
 def test_a_disabled_plugin_changes_nothing(processes: dict[str, Callable[[], Any]]) -> None:

@@ -96,9 +96,9 @@ def lm_steer(
         raise SteerError(f"cache-gib is {cache_gib}; expected 0 or more")
     check_default_strength(default_strength)
     if plot:
-        from vllm_steer.optional import need
+        from vllm_steer.optional import require_package
 
-        need("matplotlib")
+        require_package("matplotlib")
     files, found = _texts(data, positive, negative, text_field, label_field, labels)
     folder = run_folder or output.with_name(output.name + ".run")
     if plot and os.path.lexists(folder / LOSS_PLOT):
@@ -128,8 +128,8 @@ def _texts(
 ) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
     """The files by name and SHA-256, and what is in them."""
     from vllm_steer.digest import file_digest
-    from vllm_steer.foreign import printable
     from vllm_steer.texts import read_labelled, read_two_sides
+    from vllm_steer.untrusted_text import printable
 
     if data is not None and positive is None and negative is None:
         files = [data]
@@ -144,10 +144,10 @@ def _texts(
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among the options; refuses a bad one before a model is loaded."""
-    from vllm_steer.fit.lm_steer_settings import Settings
+    from vllm_steer.fit.lm_steer_settings import LMSteerSettings
 
-    named = {f.name: given[f.name] for f in fields(Settings) if f.name in given}
-    return asdict(Settings(**named, mask_padding=not given["train_on_padding"]))
+    named = {f.name: given[f.name] for f in fields(LMSteerSettings) if f.name in given}
+    return asdict(LMSteerSettings(**named, mask_padding=not given["train_on_padding"]))
 
 
 def _fit(
@@ -158,12 +158,12 @@ def _fit(
     advance: Advance,
 ) -> "LMSteer":
     from vllm_steer.fit.lm_steer import fit_lm_steer
-    from vllm_steer.fit.lm_steer_settings import Watch
+    from vllm_steer.fit.lm_steer_settings import FitCallbacks
     from vllm_steer.models import load_language_model
 
     loaded = load_language_model(given["model"], dtype=given["dtype"], device=given["device"])
     steps = settings["steps"]
-    watch = Watch(
+    watch = FitCallbacks(
         on_text=lambda done, total: advance(done, total=total, said="reading the texts"),
         on_step=lambda step, loss: advance(step + 1, total=steps, said=f"fitting, loss {loss:.3f}"),
         say=lambda text: say(f"vllm-steer: {text}", stderr=True),
@@ -178,7 +178,7 @@ def _fit(
         run_folder=folder,
         restart=given["restart"],
         checkpoint_every=given["checkpoint_every"],
-        watch=watch,
+        callbacks=watch,
     )
 
 

@@ -54,8 +54,10 @@ class RequestGroup:
     @property
     def needs_blocks(self) -> bool:
         """Whether a member has tokens to compute and waits for a slot and blocks only."""
-        waiting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        return any(member.status in waiting and self.is_pending(member) for member in self.members)
+        waiting_statuses = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        return any(
+            member.status in waiting_statuses and self.is_pending(member) for member in self.members
+        )
 
     @property
     def num_not_running(self) -> int:

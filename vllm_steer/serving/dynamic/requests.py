@@ -31,9 +31,9 @@ class StrengthPool:
 
     def take(self, length: int) -> int:
         """The first index of a range of ``length`` zeros."""
-        for place, (start, size) in enumerate(self._free):
+        for index, (start, size) in enumerate(self._free):
             if size >= length:
-                self._free[place : place + 1] = (
+                self._free[index : index + 1] = (
                     [(start + length, size - length)] if size > length else []
                 )
                 self.values[start : start + length] = 0.0

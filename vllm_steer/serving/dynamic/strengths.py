@@ -39,8 +39,8 @@ class RequestLogits:
     @property
     def is_complete(self) -> bool:
         """Whether base and all probes of the step are there."""
-        wanted = {None, *self.request.active(self.step)}
-        return wanted <= self.rows.keys() | self.request.kept.keys()
+        needed_roles = {None, *self.request.active(self.step)}
+        return needed_roles <= self.rows.keys() | self.request.kept.keys()
 
 
 @dataclass(eq=False)
@@ -129,8 +129,8 @@ class StrengthComputation:
         steps: dict[str, int] = {}
         for req_id, step in streams.steps.items():
             role = self.requests.role(req_id)
-            own = self.requests.get(req_id)
-            if own is not None and own.at_head:
+            dynamic_request = self.requests.get(req_id)
+            if dynamic_request is not None and dynamic_request.at_head:
                 steps[req_id] = step
             if role is None:
                 continue
@@ -194,7 +194,7 @@ class StrengthComputation:
         self, jobs: Sequence[_Job], batch: torch.Tensor, logits: torch.Tensor, first: int
     ) -> None:
         """Compute the strengths of some doses into the pool and start their copy to the host."""
-        kept = {
+        stored_rows = {
             id(row): row
             for job in jobs
             for row in (job.base, job.probe)
@@ -202,10 +202,14 @@ class StrengthComputation:
         }
         bases = sorted({job.base for job in jobs if isinstance(job.base, int)})
         probes = sorted({job.probe for job in jobs if isinstance(job.probe, int)})
-        places = {
-            key: place
-            for place, key in enumerate(
-                [*(("base", row) for row in bases), *(("probe", row) for row in probes), *kept]
+        row_index = {
+            key: index
+            for index, key in enumerate(
+                [
+                    *(("base", row) for row in bases),
+                    *(("probe", row) for row in probes),
+                    *stored_rows,
+                ]
             )
         }
         table, numbers, authors = [], [], []
@@ -215,8 +219,8 @@ class StrengthComputation:
             assert dose.dynamic is not None
             base = ("base", job.base) if isinstance(job.base, int) else id(job.base)
             probe = ("probe", job.probe) if isinstance(job.probe, int) else id(job.probe)
-            where = request.starts[job.index] + job.entry.step
-            table.append((places[base], places[probe], where))
+            pool_index = request.starts[job.index] + job.entry.step
+            table.append((row_index[base], row_index[probe], pool_index))
             numbers.append((dose.dynamic.top_p, abs(dose.strength), np.sign(dose.strength)))
             authors.append(dose.dynamic.kl == "authors")
         bases_at, probes_at, (base_of, probe_of, pool_at), (top_p, maximum, sign), divided = upload(
@@ -229,11 +233,11 @@ class StrengthComputation:
             ],
             logits.device,
         )
-        rows = logits.new_empty(len(places), logits.shape[1])
+        rows = logits.new_empty(len(row_index), logits.shape[1])
         torch.index_select(batch, 0, bases_at, out=rows[: len(bases)])
         torch.index_select(logits, 0, probes_at, out=rows[len(bases) : len(bases) + len(probes)])
-        for place, row in enumerate(kept.values(), start=len(bases) + len(probes)):
-            rows[place].copy_(row)
+        for index, row in enumerate(stored_rows.values(), start=len(bases) + len(probes)):
+            rows[index].copy_(row)
         strengths, _ = strength_of_rows(
             rows, base_of, probe_of, top_p=top_p, maximum=maximum, kl=divided, backend=self._backend
         )

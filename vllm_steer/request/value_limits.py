@@ -9,63 +9,63 @@ from itertools import islice
 from typing import Any, Final, NoReturn
 
 from vllm_steer.errors import SteerRequestError
-from vllm_steer.foreign import shown
+from vllm_steer.untrusted_text import shown
 
-LONGEST: Final = 16_000
+MAX_CHARACTERS: Final = 16_000
 """Characters of a text, or of an object as JSON."""
-MOST_PARTS: Final = 64
+MAX_PARTS: Final = 64
 """Parts between commas, or keys of an object."""
-MOST_OPTIONS: Final = 16
-DEEPEST: Final = 4
+MAX_OPTIONS: Final = 16
+MAX_DEPTH: Final = 4
 SPACES: Final = " \t\r\n"
-_BITS: Final = (-(2**63), 2**64)
-_PLAIN: Final = (str, int, float, bool, type(None))
+_INTEGER_RANGE: Final = (-(2**63), 2**64)
+_PLAIN_TYPES: Final = (str, int, float, bool, type(None))
 
 
 def check_text(text: str) -> None:
     """Raise ``SteerRequestError`` for a text that is too long or has too many parts."""
-    if len(text) > LONGEST:
+    if len(text) > MAX_CHARACTERS:
         too_long()
     parts = text.count(",") + 1
-    if parts > MOST_PARTS and not text.lstrip(SPACES).startswith("{"):
+    if parts > MAX_PARTS and not text.lstrip(SPACES).startswith("{"):
         _too_many_parts(parts)
 
 
-def check_object(asked: Mapping[Any, Any]) -> None:
+def check_object(steer: Mapping[Any, Any]) -> None:
     """Raise ``SteerRequestError`` for an object that is too large or too deep."""
-    if len(asked) > MOST_PARTS:
-        _too_many_parts(len(asked))
-    for given in asked.values():
-        if isinstance(given, Mapping) and len(given) > MOST_OPTIONS:
+    if len(steer) > MAX_PARTS:
+        _too_many_parts(len(steer))
+    for options in steer.values():
+        if isinstance(options, Mapping) and len(options) > MAX_OPTIONS:
             raise SteerRequestError(
-                f"steer has {len(given)} options for one steer; at most {MOST_OPTIONS} are allowed"
+                f"steer has {len(options)} options for one steer; at most {MAX_OPTIONS} are allowed"
             )
-    left = LONGEST
-    for value, depth in _walk(asked):
-        left -= _length(value)
-        if left < 0:
+    remaining = MAX_CHARACTERS
+    for value, depth in _walk(steer):
+        remaining -= _length(value)
+        if remaining < 0:
             too_long()
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise SteerRequestError(
-                f"steer is nested more than {DEEPEST} deep; a steer's options are two levels"
+                f"steer is nested more than {MAX_DEPTH} deep; a steer's options are two levels"
             )
 
 
-def check_plain(asked: Any) -> None:
+def check_plain(steer: Any) -> None:
     """Raise ``SteerRequestError`` for a value that does not travel to vLLM's engine process.
 
     Only what JSON has travels, exactly: NumPy's numbers and subclasses of ``str`` do not. For
     values under the ceilings.
     """
-    for value, _ in _walk(asked):
+    for value, _ in _walk(steer):
         if isinstance(value, dict | list | tuple):
             continue
-        if type(value) not in _PLAIN:
+        if type(value) not in _PLAIN_TYPES:
             raise SteerRequestError(
                 f"steer holds {shown(value)} of type {type(value).__name__}, which does not travel "
                 "to the engine; allowed: plain numbers, strings, dicts and lists"
             )
-        if isinstance(value, int) and not _BITS[0] <= value < _BITS[1]:
+        if isinstance(value, int) and not _INTEGER_RANGE[0] <= value < _INTEGER_RANGE[1]:
             raise SteerRequestError(
                 f"steer holds {shown(value)}; whole numbers have at most 64 bits, larger ones are "
                 "written like 1e30"
@@ -73,26 +73,30 @@ def check_plain(asked: Any) -> None:
 
 
 def too_long() -> NoReturn:
-    """Raise the error for a value of more than ``LONGEST`` characters."""
-    raise SteerRequestError(f"steer is longer than {LONGEST} characters, the most that is allowed")
+    """Raise the error for a value of more than ``MAX_CHARACTERS`` characters."""
+    raise SteerRequestError(
+        f"steer is longer than {MAX_CHARACTERS} characters, the most that is allowed"
+    )
 
 
 def _too_many_parts(parts: int) -> NoReturn:
-    raise SteerRequestError(f"steer has {parts} parts; at most {MOST_PARTS} are allowed")
+    raise SteerRequestError(f"steer has {parts} parts; at most {MAX_PARTS} are allowed")
 
 
-def _walk(asked: Any) -> Iterable[tuple[Any, int]]:
+def _walk(root: Any) -> Iterable[tuple[Any, int]]:
     """A value and all inside it with their depth, in any order; endless for a value without end."""
-    waiting = [(asked, 0)]
-    while waiting:
-        value, depth = waiting.pop()
+    pending = [(root, 0)]
+    while pending:
+        value, depth = pending.pop()
         yield value, depth
         if isinstance(value, Mapping):
-            waiting += [
-                (inner, depth + 1) for pair in islice(value.items(), LONGEST + 1) for inner in pair
+            pending += [
+                (inner, depth + 1)
+                for pair in islice(value.items(), MAX_CHARACTERS + 1)
+                for inner in pair
             ]
         elif isinstance(value, list | tuple):
-            waiting += [(inner, depth + 1) for inner in value[: LONGEST + 1]]
+            pending += [(inner, depth + 1) for inner in value[: MAX_CHARACTERS + 1]]
 
 
 def _length(value: Any) -> int:
