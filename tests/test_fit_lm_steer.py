@@ -173,7 +173,7 @@ def test_a_small_cache_computes_the_states_again_and_learns_the_same(tokenizer: 
         LABELS,
         **options,
         cache_bytes=0,
-        callbacks=FitCallbacks(say=said.append),
+        callbacks=FitCallbacks(on_message=said.append),
     )
     torch.testing.assert_close(again.tensors, stored.tensors, rtol=1e-9, atol=1e-9)
     assert "computed for each step" in said[0]

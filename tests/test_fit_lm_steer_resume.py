@@ -115,7 +115,7 @@ def test_a_fit_says_that_it_goes_on_and_reads_no_text_again(
         fit(model, tokenizer, tmp_path, watch=end_at(9))
     said: list[str] = []
     read: list[int] = []
-    watch = FitCallbacks(say=said.append, on_text=lambda done, _: read.append(done))
+    watch = FitCallbacks(on_message=said.append, on_text=lambda done, _: read.append(done))
     fit(model, tokenizer, tmp_path, watch=watch)
     assert said == ["going on after step 8 of 12"]
     assert read == []

@@ -34,7 +34,7 @@ LONGEST_NAME = 200
 _LONGEST_PATH = 200
 NO_STEER = "none"
 DYNAMIC = "dynamic"
-"""Stands for a strength that follows from the text."""
+"""The strength value that selects a dynamic strength."""
 
 
 def _mix_entry(value: Any) -> Any:
@@ -61,18 +61,18 @@ MixEntry = Annotated[Any, BeforeValidator(_mix_entry)]
 
 
 class SteerEntry(SteerMetadata):
-    """One steer of a config: a file and the facts that the file does not say."""
+    """One steer of a config: a file and overrides of its metadata."""
 
     path: Path
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What is handed to ``load_steer`` beside the path."""
+    def overrides(self) -> dict[str, Any]:
+        """The overrides for ``load_steer``."""
         return self.model_dump(exclude={"path"}, exclude_none=True)
 
 
 class Limits(BaseModel):
-    """What an engine admits; ``max_strength`` None leaves strengths unbounded."""
+    """Limits for requests and steers; ``max_strength`` None means unlimited."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -186,5 +186,7 @@ def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str
     except OSError as error:
         raise SteerError(f"{origin} cannot be read: {error.strerror}") from None
     if not isinstance(data, Mapping):
-        raise SteerError(f"steer config {path} holds no mapping; wanted at least the key 'steers'")
+        raise SteerError(
+            f"steer config {path} is not a mapping; expected at least the key 'steers'"
+        )
     return data, path.parent, str(path)

@@ -21,7 +21,7 @@ END: Final = 2**63 - 1
 
 @dataclass(frozen=True)
 class Dynamic:
-    """How a strength follows from what the steer does, token by token: see ``dynamic.strength``.
+    """Options of a dynamic strength, see ``dynamic.strength``.
 
     top_p    the share of probability that the compared tokens cover, in (0, 1]
     kl       ``plain``, or divided by the number of compared tokens as the ``authors`` do
@@ -52,7 +52,7 @@ class Dose:
 
 
 def is_dynamic(doses: Iterable[Dose]) -> bool:
-    """Whether any strength follows from the text."""
+    """True if any dose has a dynamic strength."""
     return any(dose.dynamic for dose in doses)
 
 

@@ -5,10 +5,10 @@ from typing import Final
 
 DISABLE: Final = "VLLM_STEER_DISABLE"
 ACTIVE: Final = "VLLM_STEER_ACTIVE"
-"""What the processes that vLLM starts are to wrap, words separated by commas."""
+"""Comma-separated features that the processes of vLLM wrap; set by the plugin."""
 STEERING: Final = "steering"
 REPORTS: Final = "reports"
-"""The way of strengths to the user, which every request may ask for."""
+"""Strengths in outputs."""
 STREAMS: Final = "streams"
 """The streams of dynamic requests."""
 

@@ -1,8 +1,8 @@
 """The divergence in numpy on a CPU, without sorting the vocabulary.
 
-A distribution's likeliest tokens are nearly always a few: they are read off its first 64. Rows that
-these do not decide are counted into bins by their distance from the likeliest token; the bin that
-crosses ``top_p`` is the only one that is sorted. Sums and the KL are in float64.
+``top(p)`` nearly always has few tokens, so the 64 most likely are examined first. For other rows
+the tokens are counted in bins by their distance from the most likely token; only the bin in which
+the cumulative probability crosses ``top_p`` is sorted. Sums and the KL are in float64.
 """
 
 from dataclasses import dataclass
@@ -138,7 +138,7 @@ def _binned(x: FloatArray, top_p: FloatArray) -> BoolArray:
 
 
 def _indices(mask: BoolArray) -> tuple[IntArray, IntArray]:
-    """Row and column of what is true, row by row: numpy's own is slow with two dimensions."""
+    """Row and column indices of true elements; faster than ``numpy.nonzero`` in two dimensions."""
     flat = np.flatnonzero(mask)
     rows = flat // mask.shape[1]
     return rows, flat - rows * mask.shape[1]

@@ -1,8 +1,8 @@
-"""Activation guidance as two operations of one step: map the tokens, then steer them per layer.
+"""Activation guidance in two operations per step: map the tokens, then steer them in each layer.
 
-``reference`` is the equations in float64, ``torch_gather`` runs on every device, ``cpu`` computes
-the changes of all layers before the forward pass, ``triton_fused`` runs on CUDA. All but the
-reference implement ``GuidanceBackend``; ``dispatch`` selects one.
+``reference`` implements the equations in float64, ``torch_gather`` runs on every device, ``cpu``
+computes the changes of all layers before the forward pass, ``triton_fused`` runs on CUDA. All but
+the reference implement ``GuidanceBackend``; ``dispatch`` selects one.
 """
 
 from vllm_steer.kernels.guidance.backend import GuidanceBackend

@@ -43,7 +43,7 @@ def steer_tokens_(
     token_map: TokenMap,
     depth: int,
 ) -> None:
-    """``x = hidden + residual`` becomes ``x + change``, or that at ``x``'s norm where one turns."""
+    """``x = hidden + residual`` becomes ``x + change``, rescaled to ``|x|`` if a dose rotates."""
     vectors = directions.vectors[layer].double()
     for token in range(hidden.shape[0]):
         change = torch.zeros_like(vectors[0])

@@ -99,13 +99,18 @@ def add(
 
 @triton.jit
 def _stream(
-    row, residual_row, columns, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, RESIDUAL: tl.constexpr
+    row,
+    residual_address,
+    columns,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """``hidden`` and ``x = hidden + residual`` at some columns of a token, in float32."""
     pointers = _pointers(row, columns, ALIGNED)
     hidden = tl.load(pointers, mask=columns < WIDTH, other=0.0).to(tl.float32)
     if RESIDUAL:
-        residual_pointers = _pointers(residual_row, columns, ALIGNED)
+        residual_pointers = _pointers(residual_address, columns, ALIGNED)
         x = hidden + tl.load(residual_pointers, mask=columns < WIDTH, other=0.0).to(tl.float32)
     else:
         x = hidden
@@ -178,13 +183,13 @@ def rotate(
     if tl.sum(acts.to(tl.int32), axis=0) == 0:
         return
     row = (hidden, token, hidden_row, hidden_column)
-    residual_row = (residual, token, residual_row, residual_column)
+    residual_address = (residual, token, residual_row, residual_column)
     doses = (which, which_dose, strengths, strengths_dose, depth)
     table = (vectors, vectors_row, vectors_column)
     rotates = _any_rotates(acts, which, which_dose, turns, DOSES)
     columns = tl.arange(0, BLOCK)
     if WIDTH <= BLOCK:
-        stream = _stream(row, residual_row, columns, WIDTH, ALIGNED, RESIDUAL)
+        stream = _stream(row, residual_address, columns, WIDTH, ALIGNED, RESIDUAL)
         change = _change(doses, table, columns, WIDTH, ALIGNED)
         x, steered = stream[1], stream[1] + change
         ratio = _ratio(x * x, steered * steered)
@@ -194,13 +199,13 @@ def rotate(
         after = tl.zeros([BLOCK], tl.float32)
         if rotates:
             for start in range(0, WIDTH, BLOCK):
-                _, x = _stream(row, residual_row, start + columns, WIDTH, ALIGNED, RESIDUAL)
+                _, x = _stream(row, residual_address, start + columns, WIDTH, ALIGNED, RESIDUAL)
                 steered = x + _change(doses, table, start + columns, WIDTH, ALIGNED)
                 before += x * x
                 after += steered * steered
         ratio = _ratio(before, after)
         for start in range(0, WIDTH, BLOCK):
             block_columns = start + columns
-            stream = _stream(row, residual_row, block_columns, WIDTH, ALIGNED, RESIDUAL)
+            stream = _stream(row, residual_address, block_columns, WIDTH, ALIGNED, RESIDUAL)
             change = _change(doses, table, block_columns, WIDTH, ALIGNED)
             _write(row, block_columns, stream, change, rotates, ratio, WIDTH, ALIGNED, RESIDUAL)

@@ -1,4 +1,4 @@
-"""Where the Triton backends write the pairs' changes, and what both share."""
+"""The result buffers of the Triton backends, and the sum of the changes per row."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ EXACT = {"enable_fp_fusion": False}  # products and sums round one by one, in ev
 
 @dataclass(frozen=True, eq=False)
 class ResultBuffers:
-    """The result in the making; ``changes [P, width]`` float32 is empty where ``fused``."""
+    """The result; ``changes [P, width]`` float32 is empty if ``fused``."""
 
     x: torch.Tensor
     out: torch.Tensor
@@ -29,7 +29,7 @@ class ResultBuffers:
 
 
 def allocate(x: torch.Tensor, metadata: BatchMetadata) -> ResultBuffers:
-    """Room for the result; rows that no pair touches are copied."""
+    """Allocate the result; rows without a pair are copied."""
     if x.data_ptr() % 16:  # kernels are compiled for aligned tensors; a window may begin anywhere
         x = x.clone()
     whole = metadata.touched == x.shape[0]
@@ -42,7 +42,7 @@ def allocate(x: torch.Tensor, metadata: BatchMetadata) -> ResultBuffers:
 def add_changes(
     target: ResultBuffers, weights: SteerWeights, metadata: BatchMetadata
 ) -> torch.Tensor:
-    """Add the constant slots' changes, then all changes by row; the result."""
+    """Add the changes of constant slots, then sum all changes per row; returns the result."""
     x, out, width = target.x, target.out, target.width
     blocks = triton.cdiv(width, BLOCK_WIDTH)
     if metadata.constant is not None:

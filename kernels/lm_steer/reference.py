@@ -16,7 +16,7 @@ from vllm_steer.kernels.lm_steer.operands import (
 
 @dataclass(frozen=True, eq=False)
 class HostRows:
-    """The pairs as they are, but for the scales ``[P]`` float32, which lie on the device."""
+    """The pairs on the host, with scales ``[P]`` float32 on the device."""
 
     rows: IntArray
     scales: torch.Tensor
@@ -24,7 +24,7 @@ class HostRows:
 
 
 def prepare(steered: SteeredRows, weights: SteerWeights, device: torch.device) -> HostRows:
-    """The pairs as they are: the reference reads them on the host."""
+    """The pairs; the reference reads them on the host."""
     return HostRows(steered.rows, torch.tensor(steered.scales, device=device), steered.groups)
 
 

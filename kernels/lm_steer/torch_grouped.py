@@ -23,14 +23,14 @@ class GroupedRows:
     rows     ``[P]`` int64, the row of each pair
     scales   ``[P]`` float32, epsilon times strength; may be written to
     touched  ``[U]`` int64, every row of ``rows`` once, ascending
-    places   ``[P]`` int64, where each pair's row stands in ``touched``
+    touched_index  ``[P]`` int64, the index of each pair's row in ``touched``
     groups   ``(slot, start, end)`` on the host: pairs ``start:end`` use ``slot``
     """
 
     rows: torch.Tensor
     scales: torch.Tensor
     touched: torch.Tensor
-    places: torch.Tensor
+    touched_index: torch.Tensor
     groups: tuple[tuple[int, int, int], ...]
 
 
@@ -55,7 +55,7 @@ def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: GroupedRows) -> 
     host. Returns a new tensor; rows without a pair are copied unchanged.
     """
     rows, scales = x.index_select(0, steered.rows), steered.scales[:, None]
-    masked = torch.where(scales != 0, rows, 0.0)  # of a row that is not finite nothing may stay
+    masked = torch.where(scales != 0, rows, 0.0)  # 0 * inf would be NaN
     scaled = (masked * scales).to(weights.dtype)
     changes = torch.empty_like(scaled)
     for slot, start, end in steered.groups:
@@ -64,7 +64,7 @@ def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: GroupedRows) -> 
     if steered.touched.shape == steered.rows.shape:  # one steer per row: no sums to take
         return x.index_copy(0, steered.rows, (rows + changes).to(x.dtype))
     total = x.index_select(0, steered.touched).float()
-    total.index_add_(0, steered.places, changes.float())
+    total.index_add_(0, steered.touched_index, changes.float())
     return x.index_copy(0, steered.touched, total.to(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""What the Triton backends share: prepare the batch, launch its kernels, sum the changes."""
+"""The common part of the Triton backends: prepare a batch, launch its kernels, sum the changes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerWeights
 
 @dataclass(frozen=True)
 class KernelArguments:
-    """All that one call's kernels need: the result in the making, weights, pairs, block sizes."""
+    """The arguments of one call's kernels: result buffers, weights, metadata, block sizes."""
 
     target: ResultBuffers
     weights: SteerWeights

@@ -32,7 +32,7 @@ def dump(body: Any) -> bytes:
 def make_plan() -> SteerPlan:
     steer = PlannedSteer(
         path="/x",  # type: ignore[arg-type]
-        facts={},
+        overrides={},
         kind="lm_steer",
         site="head",
         hidden_size=6,

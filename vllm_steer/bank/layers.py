@@ -17,7 +17,7 @@ Project = Callable[[int, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class DirectionRange:
-    """Where a steer lies: its first direction, its steps (None for a vector), its layers."""
+    """The directions of a steer: the first one, its steps (None for a vector), its layers."""
 
     start: int
     steps: int | None
@@ -101,7 +101,7 @@ def _table(
 
 
 def _check_range(name: str, layer: int, rows: torch.Tensor) -> None:
-    """A value that is not finite would reach tokens that do not even take the steer: 0 * inf."""
+    """Raise ``SteerError`` for non-finite values: 0 * inf is NaN, even for unsteered tokens."""
     if not torch.isfinite(rows).all():
         raise SteerError(
             f"steer {name} has values at the heads of layer {layer} beyond the range of the "

@@ -30,7 +30,7 @@ def missing_in(
 
 @cache
 def unavailable_reason(feature: Feature) -> str | None:
-    """Why the installed vLLM cannot serve a feature, and what to do; None if it can."""
+    """The reason why the installed vLLM cannot serve a feature; None if it can."""
     if feature == "dynamic strength" and is_active(REPORTS):
         return None  # it was looked up where the engine was configured
     names = tuple(name for name in all_names() if name.feature == feature)

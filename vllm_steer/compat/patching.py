@@ -50,13 +50,13 @@ def missing_name(name: VllmName, owner: Any = None) -> str:
 
 
 def unknown_behavior(observation: str) -> str:
-    """The message for a vLLM that has all names and does something else with them."""
+    """The error message for a vLLM that has all names and behaves differently."""
     return (
-        f"vllm-steer: {observation}: vLLM {installed_version()} works in an unknown way; "
+        f"vllm-steer: {observation}: vLLM {installed_version()} behaves in an unknown way; "
         f"{version_advice()}"
     )
 
 
 def version_advice() -> str:
-    """What to do about a vLLM that is not known."""
+    """Advice for an unknown vLLM version."""
     return f"vllm-steer is tested with vLLM {TESTED}: install one of these versions"

@@ -55,7 +55,7 @@ def config_memory(
     Raises ``SteerError`` for a config or a steer file that cannot be read.
     """
     config = SteerConfig.load(source)
-    steers = {name: load_steer(e.path, **e.facts) for name, e in sorted(config.steers.items())}
+    steers = {name: load_steer(e.path, **e.overrides) for name, e in sorted(config.steers.items())}
     unfit = {name: reason for name, s in steers.items() if (reason := _unfit(architecture, s))}
     fitting = {name: steer for name, steer in steers.items() if name not in unfit}
     found = takes(fitting, hidden_size=architecture.hidden_size, dtype=dtype)

@@ -17,7 +17,7 @@ Pick = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class SelectedTokens:
-    """A text as token ids, and the ascending positions of those that are to be read."""
+    """The token ids of a text, and the ascending positions of the tokens to read."""
 
     ids: Sequence[int]
     kept: Sequence[int]
@@ -25,7 +25,7 @@ class SelectedTokens:
 
 @dataclass(frozen=True)
 class Recording:
-    """What the last forward pass had at one site, layer by layer."""
+    """The activations of the last forward pass at one site, by layer."""
 
     pick: Pick
     at: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [..., width]
@@ -35,7 +35,7 @@ class Recording:
         return torch.stack([sites.widened(self.at[layer]).cpu() for layer in sorted(self.at)], -2)
 
     def keep(self, layer: int) -> sites.Act:
-        """An act that changes nothing and keeps what is picked of a layer."""
+        """A hook that records a layer's picked activations and changes nothing."""
 
         def act(x: torch.Tensor) -> torch.Tensor:
             # A copy: a view would keep every token of every layer in memory.
@@ -67,7 +67,7 @@ def all_layers(model: Any) -> tuple[int, ...]:
 
 
 def context_length(model: Any, max_tokens: int) -> int:
-    """``max_tokens`` tokens, or as many as the model can read where it says that these are fewer."""
+    """``max_tokens``, or the model's ``max_position_embeddings`` if that is smaller."""
     return min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens)
 
 

@@ -105,7 +105,7 @@ def fit_lm_steer(
             run = training_run.Checkpoints(
                 Path(run_folder), run_settings, checkpoint_every, restart
             )
-        training = train(fit, run, cache_bytes=cache_bytes, watch=callbacks or FitCallbacks())
+        training = train(fit, run, cache_bytes=cache_bytes, callbacks=callbacks or FitCallbacks())
     return _steer(fit, training)
 
 

@@ -37,7 +37,7 @@ from vllm_steer.run_folder import locked
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What is fitted to what, the same from the first step to the last."""
+    """The inputs of a fit, constant over all steps."""
 
     model: Any
     head: LMHead
@@ -50,7 +50,7 @@ class FitInputs:
 def train(
     fit: FitInputs, run: Checkpoints | None, *, cache_bytes: int, callbacks: FitCallbacks
 ) -> TrainingState:
-    """All steps that are still to be done; with a ``run`` its checkpoint is then the last step's.
+    """Run the remaining steps; with a ``run``, the last checkpoint is that of the last step.
 
     Raises ``SteerError`` for a run of other settings, a file that cannot be written, and a loss
     that is no number.
@@ -69,12 +69,14 @@ def train(
             run.settings.update(_run_identity(fit, cached))
             resume(run, training)
             if training.step:
-                callbacks.say(f"going on after step {training.step} of {fit.settings.steps}")
+                callbacks.on_message(f"going on after step {training.step} of {fit.settings.steps}")
         if cached:
             fetch = _from_file(fit, stored, stack, callbacks)
         else:
             size = f"{stored.bytes / 2**30:.1f} GiB"
-            callbacks.say(f"the hidden states take {size}: they are computed for each step instead")
+            callbacks.on_message(
+                f"the hidden states take {size}: they are computed for each step instead"
+            )
             fetch = fetch_from_model(fit.model, fit.encoded)
         for _ in range(training.step, fit.settings.steps):
             _step(fit, training, fetch)
@@ -112,7 +114,7 @@ def _step(fit: FitInputs, training: TrainingState, fetch: FetchHiddenStates) -> 
 
 
 def _tokens(fit: FitInputs, batch: TextBatch, hidden_states: torch.Tensor) -> TokenBatch:
-    """A step's tokens on the model's device, each with its text's strengths."""
+    """The tokens of a step on the model's device, with the strengths of their texts."""
     device, wide = fit.head.weight.device, widened(hidden_states.to(fit.head.weight.device))
     pairs = list(zip(batch.rows, batch.counts, strict=True))
     targets = torch.cat([fit.encoded.targets(row, count) for row, count in pairs])
@@ -145,7 +147,7 @@ def _initial_state(fit: FitInputs) -> TrainingState:
 
 
 def _run_identity(fit: FitInputs, cached: bool) -> dict[str, Any]:
-    """What else a run has to have in common with the one that it goes on with."""
+    """Properties that must be equal for a run to be resumed."""
     return {
         "model": fingerprint(fit.head.weight),
         "dtype": str(fit.head.weight.dtype),

@@ -46,7 +46,7 @@ class PassPositions:
 class SteppedDose(Dose):
     """A dose whose strength at generation step ``i`` is ``history[i]``, and 0 at any other token.
 
-    Its ``strength`` is 1 and says nothing.
+    Its ``strength`` is always 1.
     """
 
     history: tuple[float, ...] = ()
@@ -73,7 +73,7 @@ def coefficients(dose: Dose, span: PassPositions, num_steps: int | None) -> torc
 
 
 class PositionTracker:
-    """Where in its text a model is: from the length of its KV cache and from ``generate``.
+    """Tracks absolute token positions across forward passes and ``generate`` calls.
 
     Outside of ``generate`` a forward pass with an empty cache begins a text. Within it, that is
     also what every step without a cache looks like, so there the prompt is what ``generate`` was

@@ -14,10 +14,10 @@ Doses = tuple[Dose, ...]
 
 
 class DoseCache:
-    """The doses of the values that were asked for last, at most ``MAX_ENTRIES`` of them.
+    """LRU cache of at most ``MAX_ENTRIES`` resolved values.
 
-    Errors are not kept. All memos are equal and a pickled one is empty: a plan with one compares
-    and travels as if it had none.
+    Errors are not cached. All caches are equal and pickle as empty, so that they affect neither
+    comparison nor serialization of a plan.
     """
 
     def __init__(self) -> None:
@@ -25,9 +25,9 @@ class DoseCache:
         self._doses: OrderedDict[Any, Doses] = OrderedDict()
 
     def get(self, value: Any, resolve: Callable[[Any], Doses]) -> Doses:
-        """The doses of a value, from ``resolve`` where they are not known yet.
+        """The doses of a value; ``resolve`` computes them if they are not cached.
 
-        What is resolved is a copy: another thread may change the caller's dict meanwhile.
+        A copy of the value is resolved, as another thread may modify the caller's dict.
         """
         if isinstance(value, Mapping):
             check_object(value)
@@ -56,14 +56,14 @@ class DoseCache:
 
 
 def _copied(value: Any) -> Any:
-    """Mappings as dicts, and all that is in them; for values under the ceilings."""
+    """Deep copy of a value within the limits, with mappings as dicts."""
     if isinstance(value, Mapping):
         return {key: _copied(inner) for key, inner in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def frozen(value: Any) -> Any:
-    """A hashable form of a value, which tells 1, 1.0 and True apart; None if it has none."""
+    """A hashable key of a value that distinguishes 1, 1.0 and True; None if there is none."""
     if type(value) is not dict and (type(value) is not str or len(value) > MAX_CHARACTERS):
         return None
     try:

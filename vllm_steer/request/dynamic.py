@@ -16,9 +16,8 @@ DEFAULT_MAX: Final = 2.0
 
 
 def dynamic_options(name: str, value: Any) -> dict[str, str] | None:
-    """The options that ``dynamic``, ``dynamic:MAX`` or ``dynamic:MAX:TOP_P`` is short for.
-
-    None for anything else, which may be a number.
+    """Expand ``dynamic``, ``dynamic:MAX`` or ``dynamic:MAX:TOP_P`` to options; None for other
+    values.
     """
     pieces = [piece.strip(SPACES) for piece in value.split(":")] if isinstance(value, str) else []
     if DYNAMIC not in pieces[:1]:
@@ -32,9 +31,9 @@ def dynamic_options(name: str, value: Any) -> dict[str, str] | None:
 
 
 def requests_dynamic(name: str, options: Mapping[Any, Any]) -> bool:
-    """Whether the strength is to follow from the text.
+    """True if the strength is dynamic.
 
-    Raises ``SteerRequestError`` for options that do not go together with that, or without it.
+    Raises ``SteerRequestError`` for options that cannot be combined with that.
     """
     if options.get("schedule") == DYNAMIC:
         if "strength" in options:
@@ -65,7 +64,7 @@ def requests_dynamic(name: str, options: Mapping[Any, Any]) -> bool:
 
 
 def read_dynamic(name: str, options: Mapping[Any, Any]) -> tuple[float, Dynamic]:
-    """The maximum, whose sign is the direction, and the rest of what was asked for."""
+    """The maximum, whose sign is the direction, and the other options of a dynamic strength."""
     return _maximum(name, options.get("max")), Dynamic(
         top_p=_top_p(name, options.get("top_p")),
         kl=Dynamic.kl if options.get("kl") is None else choice(name, "kl", options["kl"], KLS),

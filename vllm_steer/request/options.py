@@ -18,7 +18,7 @@ _OPTIONS = ("strength", "layers", "phase", "schedule", *DYNAMIC_OPTIONS)
 
 
 class SteerAttributes(Protocol):
-    """What a dose has to fit: a steer, or what a plan says of one."""
+    """Attributes needed to validate a dose; ``Steer`` and ``PlannedSteer`` both have them."""
 
     @property
     def kind(self) -> str: ...
@@ -85,7 +85,7 @@ def _check_options(name: str, options: Mapping[Any, Any], steer: SteerAttributes
 
 
 def _layers(name: str, value: Any, steer: SteerAttributes) -> tuple[int, ...] | None:
-    """The layers asked for; None where they are all that the steer has."""
+    """The requested layers; None for all layers of the steer."""
     if value is None or steer.layers is None:
         return None
     try:

@@ -20,9 +20,9 @@ ALLOWED = (
 
 
 def parse(value: Any) -> Iterator[tuple[str, Options]]:
-    """Each name with the options given, none where it stands alone.
+    """Parse a value to names and their options; a name alone has no options.
 
-    Raises ``SteerRequestError``, before it reads any of it, for a value above the ceilings.
+    Raises ``SteerRequestError`` for a value above the limits, before parsing it.
     """
     if isinstance(value, str):
         check_text(value)
@@ -35,7 +35,7 @@ def parse(value: Any) -> Iterator[tuple[str, Options]]:
 
 
 def options_of(name: str, value: Any) -> Options:
-    """One steer's options from what stands beside its name: options, a strength, ``dynamic``."""
+    """The options of a steer from its value: options, a strength, or ``dynamic``."""
     if isinstance(value, Mapping):
         return value
     dynamic = dynamic_options(name, value)

@@ -17,7 +17,7 @@ from vllm_steer.untrusted_text import listed, shown
 
 
 class SteerCatalog(Protocol):
-    """What decides on a request: steers and presets by name, and limits. A ``SteerPlan`` is one."""
+    """The steers, presets and limits that resolve a request; ``SteerPlan`` has them."""
 
     @property
     def steers(self) -> Mapping[str, SteerAttributes]: ...
@@ -33,9 +33,9 @@ _MAX_FLOAT32 = float(np.finfo(np.float32).max)  # strengths are float32 on the d
 
 
 def resolve(value: Any, plan: SteerCatalog) -> tuple[Dose, ...]:
-    """The doses of a request: presets opened, like doses added up, zeros dropped.
+    """Resolve a value to doses: expand presets, add equal doses, drop zero strengths.
 
-    Raises ``SteerRequestError`` for anything that the plan does not know or does not admit.
+    Raises ``SteerRequestError`` for unknown names and for values outside the limits.
     """
     expanded = [
         dose for name, options in parse(value) for dose in _expand_name(name, options, plan)
@@ -54,7 +54,7 @@ def resolve(value: Any, plan: SteerCatalog) -> tuple[Dose, ...]:
 
 
 def check_request(value: Any, plan: SteerCatalog, *, source: str) -> None:
-    """Raise a start-up error if a value written in a config would not be admitted."""
+    """Raise ``SteerError`` if a value in a config would not be admitted."""
     try:
         resolve(value, plan)
     except SteerRequestError as error:
@@ -77,7 +77,7 @@ def _expand_name(name: str, options: Options, plan: SteerCatalog) -> Iterator[Do
 
 
 def _factor(name: str, options: Options) -> float:
-    """What a preset's mix is multiplied with, the maximum of a dynamic steer too."""
+    """The factor of a preset's mix; it also multiplies the maximum of a dynamic steer."""
     if options.get("strength") == DYNAMIC:
         raise SteerRequestError(
             f"{name} is a preset: its strength is a factor of its mix, a number; ask for 'dynamic' "

@@ -1,7 +1,7 @@
 """Size limits of a ``steer`` value, checked before it is parsed.
 
-Far above what a request needs, and low enough that reading a value costs next to nothing. A value
-in Python can hold itself, or one tuple sixty times over: the walk over it is bounded as well.
+The limits are far above what a request needs, and low enough that parsing a value is cheap. A
+Python value may contain itself or share containers, so the traversal is bounded as well.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,10 +52,10 @@ def check_object(steer: Mapping[Any, Any]) -> None:
 
 
 def check_plain(steer: Any) -> None:
-    """Raise ``SteerRequestError`` for a value that does not travel to vLLM's engine process.
+    """Raise ``SteerRequestError`` for a value that cannot be sent to vLLM's engine process.
 
-    Only what JSON has travels, exactly: NumPy's numbers and subclasses of ``str`` do not. For
-    values under the ceilings.
+    Only JSON types can be sent, without NumPy numbers and subclasses of ``str``. The value must be
+    within the limits.
     """
     for value, _ in _walk(steer):
         if isinstance(value, dict | list | tuple):
@@ -84,7 +84,7 @@ def _too_many_parts(parts: int) -> NoReturn:
 
 
 def _walk(root: Any) -> Iterable[tuple[Any, int]]:
-    """A value and all inside it with their depth, in any order; endless for a value without end."""
+    """A value and its descendants with their depth; infinite if a value contains itself."""
     pending = [(root, 0)]
     while pending:
         value, depth = pending.pop()

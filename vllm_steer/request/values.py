@@ -11,7 +11,7 @@ Choice = TypeVar("Choice", bound=str)
 
 
 def number(name: str, option: str, raw: Any, *, expected: str) -> float:
-    """A finite number, also from a string; ``SteerRequestError`` says what is ``expected``."""
+    """A finite number, also from a string; error messages include ``expected``."""
     try:
         value = _float(raw)
     except (ValueError, OverflowError):
@@ -24,7 +24,7 @@ def number(name: str, option: str, raw: Any, *, expected: str) -> float:
 
 
 def choice(name: str, option: str, value: Any, allowed: tuple[Choice, ...]) -> Choice:
-    """The one of the allowed words that was given."""
+    """Check that a value is one of the allowed words."""
     for word in allowed:
         if isinstance(value, str) and value == word:
             return word
@@ -34,7 +34,7 @@ def choice(name: str, option: str, value: Any, allowed: tuple[Choice, ...]) -> C
 
 
 def key_name(key: Any) -> str:
-    """A dict's key as a name; what is no string is no name and is answered as it is shown."""
+    """A dict key as a name; a key that is not a string is described, for the error message."""
     return key if isinstance(key, str) else shown(key)
 
 

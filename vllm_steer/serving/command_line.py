@@ -1,7 +1,7 @@
 """``--steer-config``, moved into ``additional_config`` when vLLM parses its command line.
 
-Folding at parse time, not later, because API server processes are started from the parsed
-arguments alone, before any plugin is loaded in them.
+This happens at parse time, because API server processes are started with the parsed arguments,
+before a plugin is loaded in them.
 """
 
 import argparse
@@ -78,12 +78,14 @@ def _serve_presets(namespace: argparse.Namespace, config: SteerConfig) -> None:
 
 
 def _names_preset(name: str, names: list[str], config: SteerConfig) -> bool:
-    """Whether a served name is ``BASE:preset`` of another one; refuses one that only looks so."""
+    """True if a name is ``BASE:preset`` of a served one; ``SteerError`` if BASE is unknown."""
     base, colon, preset = name.rpartition(":")
     if not colon or preset not in config.presets:
         return False
     if base not in names:
         raise SteerError(
-            f"the served model name {name} ends like a model of preset {preset}; rename one"
+            f"the served model name {name} looks like preset {preset} of a model {base}, which "
+            "is not "
+            "served; rename the model or the preset"
         )
     return True

@@ -25,15 +25,16 @@ def check_engine_for(doses: Sequence[Dose], plan: SteerPlan, vllm_config: Any) -
             raise _incompatible(name, f"{advice}, {_OR_FIXED}")
     if options.lora_config(vllm_config) is not None and _any_at_head(doses, plan):
         raise _incompatible(
-            "LoRA for a steer at the LM head: its unsteered and probing rows there are none of a "
-            "request's own and would go without the adapter",
+            "LoRA for a steer at the LM head: LoRA would not be applied to the extra LM-head "
+            "rows that "
+            "compute the strength",
             "restart without enable_lora, ask for a steer inside the layers, " + _OR_FIXED,
         )
     check_available(_OR_FIXED)
     num_needed, num_slots = num_streams(doses, plan), options.max_requests_at_once(vllm_config)
     if num_needed > num_slots:
         raise SteerRequestError(
-            f"the dynamic strengths need {num_needed} streams side by side and the engine runs "
+            f"the dynamic strengths need {num_needed} streams at once and the engine runs "
             f"{num_slots} requests at once; ask for fewer dynamic steers, or restart with "
             f"--max-num-seqs {num_needed} or more"
         )

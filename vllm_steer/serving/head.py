@@ -26,7 +26,7 @@ from vllm_steer.serving.dynamic.strengths import DynamicStep
 from vllm_steer.serving.head_rows import HeadRows
 
 RowParts = list[tuple[slice, Any]]
-"""Rows that are steered at once, and their pairs as the backend prepared them."""
+"""Slices of rows, and the backend's metadata for each."""
 
 
 @dataclass
@@ -208,7 +208,7 @@ class SteeredHead:
 
 
 def _covers_all_rows(parts: RowParts, x: torch.Tensor) -> bool:
-    """Whether there is one part, of all rows."""
+    """True if there is one part with all rows."""
     return len(parts) == 1 and parts[0][0].start == 0 and parts[0][0].stop >= x.shape[0]
 
 

@@ -19,7 +19,7 @@ _BATCHES_KEPT = 4
 
 
 class SiteState(Enum):
-    """What the next forward pass finds at a site.
+    """The state of a site before the next forward pass.
 
     WARMUP         a dummy run of start-up, which computes the widest step
     IDLE           nothing to do
@@ -201,7 +201,7 @@ class SiteLayer:
     layer: int
 
     def steer_(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Steer the place's tensor in place."""
+        """Steer the site's tensor in place."""
         self.site.steer_(hidden, residual, self.layer)
 
 

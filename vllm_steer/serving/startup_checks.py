@@ -1,4 +1,4 @@
-"""Start-up checks: a plan that does not fit the model, a feature that rules steering out."""
+"""Start-up checks: the plan must fit the model, and no feature may be incompatible."""
 
 import logging
 from collections.abc import Callable
@@ -22,7 +22,7 @@ logger = logging.getLogger("vllm.vllm_steer")
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Raise ``SteerError`` if the plan does not fit the model or a feature is in its way."""
+    """Raise ``SteerError`` if the plan does not fit the model or a feature is incompatible."""
     plan = plan_of(vllm_config)
     assert plan is not None
     _warn_of_version()
@@ -40,7 +40,7 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def can_be_dynamic(vllm_config: Any) -> bool:
-    """Whether requests of this engine may ask for dynamic strength."""
+    """True if requests of this engine may use dynamic strength."""
     return options.speculative_config(vllm_config) is None
 
 
@@ -105,7 +105,7 @@ def _warn_of_version() -> None:
         )
 
 
-# They see a request's tokens and its salt at most, never the keys of its blocks.
+# These connectors use the tokens and the salt of a request, not its block keys.
 _TOKEN_HASHING = ("ExampleConnector", "FlexKV", "HF3FS", "LMCache")
 
 

@@ -47,9 +47,10 @@ _op = torch.ops.vllm_steer.steer_tokens_.default
 
 
 def steer_tokens_(hidden: torch.Tensor, residual: torch.Tensor | None, layer_name: str) -> None:
-    """Steer ``hidden`` ``[tokens, width]`` in place, as the named place of this engine says.
+    """Steer ``hidden`` ``[tokens, width]`` in place, by the site and layer that ``layer_name``
+    refers to.
 
-    ``residual`` is the other half of the residual stream where the place needs its norm, else None.
+    ``residual`` is the other half of the residual stream if the site needs its norm, else None.
     Traced by torch.compile together with the module whose hook calls it.
     """
     _op(hidden, residual, _encode_layer_name(layer_name))

@@ -83,7 +83,7 @@ def _cached_columns(
     table: SiteTable,
     columns_by_request: dict[str, RequestColumns],
 ) -> RequestColumns:
-    """The request's columns; an id may come again with another request."""
+    """The request's cached columns; an id may be reused by another request."""
     if req_id not in columns_by_request or columns_by_request[req_id].request is not request:
         columns_by_request[req_id] = _columns(request, table)
     return columns_by_request[req_id]

@@ -81,7 +81,7 @@ class _WorkerSteering:
             self._layers.attach(model, forward_context, options.num_layers(config))
 
     def _make(self, model: Any) -> None:
-        """Banks and batch, if this rank has a site that some steer acts at."""
+        """Create banks and batch if this rank has a site of a steer."""
         from vllm.distributed.parallel_state import get_pp_group
 
         config, device = self._worker.vllm_config, self._worker.model_runner.device
@@ -135,7 +135,8 @@ class _WorkerSteering:
                 self._dummy_run_head()
             if unreached := self._head.unreached_tables():
                 raise SteerError(
-                    f"the model computes its logits past the steers of its {', '.join(unreached)}: "
+                    "the model computes its logits without calling the hooks of its "
+                    f"{', '.join(unreached)}: "
                     f"{_UNSTEERED}"
                 )
             self._head.start_serving()
@@ -144,7 +145,7 @@ class _WorkerSteering:
                 self._dummy_run_layers()
             if unreached := self._layers.unreached_sites():
                 raise SteerError(
-                    f"the model's forward pass goes past {', '.join(unreached)}: {_UNSTEERED}"
+                    f"the model's forward pass does not reach {', '.join(unreached)}: {_UNSTEERED}"
                 )
             self._layers.start_serving()
 
@@ -168,7 +169,7 @@ class _WorkerSteering:
 
 
 def _select_no_adapter(runner: Any, num_rows: int) -> None:
-    """Without a mapping vLLM's LoRA layers would read indices that nobody has written yet."""
+    """Set an empty LoRA mapping: vLLM's LoRA layers would read uninitialized indices otherwise."""
     from vllm.lora.layers import LoRAMapping
 
     none = (0,) * num_rows

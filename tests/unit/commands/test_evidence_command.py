@@ -85,7 +85,7 @@ def test_rows_that_have_a_label_are_read_with_it(tmp_path: Path) -> None:
         (["--text", "a b", "--file", "x.txt"], "either --text or --file"),
         (["--text", "a b", "--labels", "sst2"], "--label-field and --labels are for the rows of a"),
         (["--text", PRAISE, "--strength", "0"], "strength is 0: both readings would be the same"),
-        (["--text", "a \udcff b"], "--text has bytes that are not UTF-8"),
+        (["--text", "a \udcff b"], "--text has characters that are not valid Unicode"),
     ],
     ids=["no text", "two sources", "labels of a text", "strength 0", "broken text"],
 )

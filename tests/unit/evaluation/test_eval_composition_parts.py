@@ -102,7 +102,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"none\.yaml: no such file; give a \.yaml of properties"):
         Composition.load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
-    with pytest.raises(SteerError, match="holds no mapping; wanted at least 'properties'"):
+    with pytest.raises(SteerError, match="is not a mapping; wanted at least 'properties'"):
         Composition.load(tmp_path / "list.yaml")
 
 

@@ -119,7 +119,7 @@ def test_checkpoints_of_any_floating_dtype_load(tmp_path: Path, dtype: torch.dty
 
 
 @pytest.mark.parametrize(
-    ("key", "variant", "field", "width", "facts"),
+    ("key", "variant", "field", "width", "overrides"),
     [
         ("add_vec", "add", "add", HIDDEN, {}),
         ("offset_vec", "offset", "offset", 11, {"hidden_size": HIDDEN}),
@@ -127,13 +127,13 @@ def test_checkpoints_of_any_floating_dtype_load(tmp_path: Path, dtype: torch.dty
     ids=["add", "offset"],
 )
 def test_the_other_adaptor_classes_load(
-    tmp_path: Path, key: str, variant: str, field: str, width: int, facts: dict[str, Any]
+    tmp_path: Path, key: str, variant: str, field: str, width: int, overrides: dict[str, Any]
 ) -> None:
     vectors = torch.randn(COLUMNS, width)
     path = save(
         tmp_path / "a.pt", training_arguments(adaptor_class=variant), {key: nn.Parameter(vectors)}
     )
-    steer = load_steer(path, **facts)
+    steer = load_steer(path, **overrides)
     assert steer.variant == variant
     assert torch.equal(steer.tensors[field], vectors)
 

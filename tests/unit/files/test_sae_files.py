@@ -63,7 +63,7 @@ def test_an_attention_hook_is_the_attention_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("overrides", "message"),
     [
         ({}, "the SAE has 8 features; give the key feature, a number from 0 to 7"),
         ({"feature": 8}, "feature 8: the SAE has 8 features"),
@@ -92,10 +92,10 @@ def test_an_attention_hook_is_the_attention_output(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("write", SAES[:2])
 def test_what_an_sae_leaves_open_is_asked_for(
-    tmp_path: Path, write: Callable[[Path], Path], facts: dict[str, Any], message: str
+    tmp_path: Path, write: Callable[[Path], Path], overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        load_steer(write(tmp_path / "weights"), **facts)
+        load_steer(write(tmp_path / "weights"), **overrides)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_facts_choose_and_replace_in_a_delta(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("overrides", "message"),
     [
         ({"kind": "vector"}, "is delta and the key kind is vector"),
         ({"layers": "3"}, "layers 3 are not in this steer; it has 0-2"),
@@ -45,10 +45,10 @@ def test_facts_choose_and_replace_in_a_delta(tmp_path: Path) -> None:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_facts_that_do_not_fit_a_delta_are_refused(
-    tmp_path: Path, facts: dict[str, Any], message: str
+    tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        load_steer(save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4)), **facts)
+        load_steer(save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4)), **overrides)
 
 
 def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "said"),
+    ("overrides", "said"),
     [
         ({}, "does not say which layer each row is for"),
         ({"layers": "0-4"}, "has 6 rows and the key layers has 5"),
@@ -71,11 +71,11 @@ def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
     ids=["nothing", "too-few", "other-rows", "no-layers"],
 )
 def test_a_vector_per_row_is_asked_for_the_rows_blocks(
-    tmp_path: Path, facts: dict[str, Any], said: str
+    tmp_path: Path, overrides: dict[str, Any], said: str
 ) -> None:
     path = save(tmp_path / "v.pt", torch.randn(BLOCKS + 1, WIDTH))
     with pytest.raises(SteerError) as caught:
-        load_steer(path, **facts)
+        load_steer(path, **overrides)
     message = str(caught.value)
     assert (
         f"a tensor [6, 6] {said}; give the key layers, one 0-based decoder block per row" in message
@@ -134,19 +134,19 @@ def test_a_trained_parameter_and_an_ordered_dict_are_read(tmp_path: Path) -> Non
 def test_a_3d_tensor_is_asked_whether_it_is_a_delta(tmp_path: Path) -> None:
     delta = torch.randn(4, 2, 6)
     path = save(tmp_path / "d.pt", delta)
-    for facts in ({}, {"kind": "delta"}, {"layers": "8-9"}, {"kind": "delta", "layers": "8"}):
+    for overrides in ({}, {"kind": "delta"}, {"layers": "8-9"}, {"kind": "delta", "layers": "8"}):
         with pytest.raises(
             SteerError,
             match=r"\[4, 2, 6\] may be a step delta of 4 steps and 2 layers; if so, " r"give ki",
         ):
-            load_steer(path, **facts)
+            load_steer(path, **overrides)
     steer = load_steer(path, kind="delta", layers="8-9", site="resid")
     assert (steer.kind, steer.layers, steer.site) == ("delta", (8, 9), "resid")
     assert torch.equal(steer.delta, delta)
 
 
 @pytest.mark.parametrize(
-    ("content", "facts", "message"),
+    ("content", "overrides", "message"),
     [
         (torch.tensor(1.0), {"layers": 1}, r"a tensor \[\]; expected \[d\], \[L, d\]"),
         (torch.ones(0), {"layers": 1}, r"a tensor \[0\]; expected"),
@@ -187,8 +187,8 @@ def test_a_3d_tensor_is_asked_whether_it_is_a_delta(tmp_path: Path) -> None:
     ids=range(23),
 )
 def test_tensors_that_cannot_be_are_refused_with_what_was_found(
-    tmp_path: Path, content: Any, facts: dict[str, Any], message: str
+    tmp_path: Path, content: Any, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message) as caught:
-        load_steer(save(tmp_path / "v.pt", content), **facts)
+        load_steer(save(tmp_path / "v.pt", content), **overrides)
     assert str(tmp_path / "v.pt") in str(caught.value)

@@ -273,13 +273,13 @@ def test_a_zero_vector_can_be_added_but_not_rotated_to(tmp_path: Path) -> None:
     vectors[1] = 0
     path = write(tmp_path / "steer", {}, {"vectors": vectors})
     assert load_steer(path).mode == "add"
-    with pytest.raises(SteerError, match="the vector of layer 4 is zero: there is no direction"):
+    with pytest.raises(SteerError, match="the vector of layer 4 is zero and has no direction"):
         load_steer(path, mode="rotate")
     assert load_steer(path, mode="add", layers="1,5").layers == (1, 5)
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("overrides", "message"),
     [
         ({"layers": "1-3"}, "layers 2-3 are not in this steer; it has 1,4-5"),
         (
@@ -301,14 +301,14 @@ def test_a_zero_vector_can_be_added_but_not_rotated_to(tmp_path: Path) -> None:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_facts_that_do_not_fit_the_file_are_refused(
-    tmp_path: Path, facts: dict[str, Any], message: str
+    tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        load_steer(write(tmp_path / "steer", {}), **facts)
+        load_steer(write(tmp_path / "steer", {}), **overrides)
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("overrides", "message"),
     [
         ({"orient": "yes"}, "orient is 'yes'"),
         ({"rows": "x"}, "rows is 'x'.*0-based rows such as '1-32'"),
@@ -322,6 +322,8 @@ def test_facts_that_do_not_fit_the_file_are_refused(
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
 )
-def test_malformed_facts_are_refused(tmp_path: Path, facts: dict[str, Any], message: str) -> None:
+def test_malformed_facts_are_refused(
+    tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SteerError, match=message):
-        load_steer(write(tmp_path / "steer", {}), **facts)
+        load_steer(write(tmp_path / "steer", {}), **overrides)

@@ -172,7 +172,7 @@ def test_reading_a_large_file_holds_little_of_it(name: str, put: Any) -> None:
 def test_bytes_that_are_not_utf8_are_named_by_their_line(
     name: str, content: bytes, place: str, put: Any
 ) -> None:
-    with pytest.raises(SteerError, match=f"{place}: it has bytes that are not UTF-8"):
+    with pytest.raises(SteerError, match=f"{place}: it has characters that are not valid Unicode"):
         read_texts(put(name, content))
 
 

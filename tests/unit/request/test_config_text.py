@@ -106,7 +106,7 @@ def test_values_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> 
         ("a: 1 # \u2028b: 2", r"c: line 1: the character \\u2028"),
         ("a: x\u2029b: 2", r"c: line 1: the character \\u2029"),
         ('a: "\\ud83d\\ude00"', "c: line 1: .* has letters that are not Unicode"),
-        ('{"a": "\\ud83d"}', "c: a text has letters that are not Unicode"),
+        ('{"a": "\\ud83d"}', "c: a string has characters that are not valid Unicode"),
         (NESTED_MERGE, "c: line 3: the key 'y' is given twice"),
         ('{"a": 1e999}', "c: the number '1e999' is too large"),
         ("a: {<<: {b: 1}, <<: {c: 1}}", "c: line 1: the key '<<' is given twice"),

@@ -220,7 +220,7 @@ def test_a_method_that_is_gone_is_named_with_what_it_is_for() -> None:
         "install one of these versions"
     )
     assert "EngineCore.add_request" in missing_name(names.names_of("dynamic strength")[0])
-    assert f"vLLM {installed_version()} works in an unknown way" in unknown_behavior("a step")
+    assert f"vLLM {installed_version()} behaves in an unknown way" in unknown_behavior("a step")
 
 
 OLD = """
@@ -289,7 +289,7 @@ def test_the_command_names_what_is_missing(
     assert main([]) == 0
     assert "missing" not in capsys.readouterr().out
     empty = package(tmp_path)
-    monkeypatch.setattr("vllm_steer.compat.__main__.Source.of", lambda given: empty)
+    monkeypatch.setattr("vllm_steer.compat.__main__.VllmSource.of", lambda given: empty)
     assert main([]) == 1
     said = capsys.readouterr().out
     assert "missing: vllm.v1.engine.core:EngineCore.add_request (wrapped)" in said
@@ -315,7 +315,7 @@ def test_a_feature_that_this_vllm_lacks_says_why(
 ) -> None:
     assert unavailable_reason("dynamic strength") is None
     empty = package(tmp_path)
-    monkeypatch.setattr("vllm_steer.compat.features.Source.of", lambda given: empty)
+    monkeypatch.setattr("vllm_steer.compat.features.VllmSource.of", lambda given: empty)
     unavailable_reason.cache_clear()
     try:
         reason = unavailable_reason("LoRA")

@@ -85,7 +85,7 @@ IN_STREAMS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"scheduler_config__max_num_seqs": 2},
-        r"need 3 streams side by side and the engine runs 2 requests at once; .* "
+        r"need 3 streams at once and the engine runs 2 requests at once; .* "
         r"--max-num-seqs 3 or more",
     ),
     ({"scheduler_config__max_num_active_seqs": 2}, "the engine runs 2 requests at once"),
@@ -132,7 +132,7 @@ def test_each_probed_steer_needs_a_seat() -> None:
     two = engine(scheduler_config__max_num_seqs=3)
     admit(params("fr:dynamic,word:dynamic"), two)
     admit(params("word:dynamic,push:1"), engine(scheduler_config__max_num_seqs=2))
-    with pytest.raises(RejectedSteer, match="need 4 streams side by side and the engine runs 3"):
+    with pytest.raises(RejectedSteer, match="need 4 streams at once and the engine runs 3"):
         admit(params("fr:dynamic,de:dynamic"), two)
 
 
@@ -141,7 +141,9 @@ def test_an_engine_with_lora_serves_dynamic_strength_inside_the_layers_only() ->
     admit(params(INSIDE), engine(**lora))
     admit(params("fr:dynamic,word:1"), engine(**lora))
     for steer in (AT_HEAD, MIXED, "fr:dynamic,word:dynamic"):
-        assert_refused(steer, lora, "LoRA for a steer at the LM head: .* without the adapter; rest")
+        assert_refused(
+            steer, lora, "LoRA for a steer at the LM head: LoRA would not be applied .*; rest"
+        )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_nobody_else_may_say_that_a_request_is_a_stream(steer: str | None) -> No
         lambda: key_request(request(forged), engine()),
         lambda: admit(params(steer, extra={STREAM: 0}), engine()),
     ):
-        with pytest.raises(RejectedSteer, match=f"{STREAM} is given, .*; leave it away"):
+        with pytest.raises(RejectedSteer, match=f"{STREAM} is given and is reserved .*; remove it"):
             call()
     admit(forged, SimpleNamespace(additional_config=None))
 

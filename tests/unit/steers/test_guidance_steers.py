@@ -58,7 +58,8 @@ def test_a_delta_knows_what_it_is(site: Any, schedule: Any) -> None:
         ({"layer_scores": ()}, "layer_scores has 0 numbers for 2 layers"),
         (
             {"vectors": torch.tensor([[1.0], [0]]), "mode": "rotate"},
-            "the vector of layer 4 is zero: there is no direction to rotate to; leave the layer",
+            "the vector of layer 4 is zero and has no direction to rotate towards; remove the "
+            "layer",
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -166,7 +166,7 @@ def _fit(
     watch = FitCallbacks(
         on_text=lambda done, total: advance(done, total=total, said="reading the texts"),
         on_step=lambda step, loss: advance(step + 1, total=steps, said=f"fitting, loss {loss:.3f}"),
-        say=lambda text: say(f"vllm-steer: {text}", stderr=True),
+        on_message=lambda text: say(f"vllm-steer: {text}", stderr=True),
     )
     return fit_lm_steer(
         loaded.model,

@@ -19,7 +19,7 @@ _GATE_METHODS_BEFORE_0_31 = ("_is_blocked_waiting_status", "_try_promote_blocked
 
 
 class GroupAdmission:
-    """The slots and blocks of one scheduler, as its groups share them."""
+    """Admission of request groups to the slots and blocks of one scheduler."""
 
     def __init__(self, scheduler: Any, groups: Mapping[str, RequestGroup]) -> None:
         self._scheduler = scheduler
@@ -27,7 +27,7 @@ class GroupAdmission:
         self._next: RequestGroup | None = None
 
     def begin_step(self) -> None:
-        """The scheduler goes through its waiting requests from the first on."""
+        """Start a step: the scheduler visits its waiting requests from the first one."""
         self._next = None
 
     def may_schedule(self, group: RequestGroup | None, request: Any) -> bool:
@@ -72,7 +72,7 @@ class GroupAdmission:
         return None
 
     def resume_next(self) -> None:
-        """A request or a group has ended: the oldest suspended group may be scheduled again."""
+        """Let the oldest suspended group be scheduled, after a request or a group has ended."""
         suspended = [group for group in self._groups.values() if group.suspended]
         if suspended:
             min(suspended, key=lambda group: group.main.arrival_time).suspended = False

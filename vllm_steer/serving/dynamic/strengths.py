@@ -38,14 +38,14 @@ class RequestLogits:
 
     @property
     def is_complete(self) -> bool:
-        """Whether base and all probes of the step are there."""
+        """True if the rows of base and all probes of the step are available."""
         needed_roles = {None, *self.request.active(self.step)}
-        return needed_roles <= self.rows.keys() | self.request.kept.keys()
+        return needed_roles <= self.rows.keys() | self.request.stored_rows.keys()
 
 
 @dataclass(eq=False)
 class DynamicStep:
-    """What has to be computed from the logits of one step.
+    """The strengths to compute from the logits of one step.
 
     probes     the extra rows of the LM head's product, after the R rows of the batch
     request_logits   the logits rows of base and probes, by request
@@ -62,7 +62,7 @@ class DynamicStep:
 
 @dataclass
 class PendingStrengths:
-    """Strengths on their way to the host.
+    """Strengths that are being copied to the host.
 
     keys    request id and index of the dose, in the order of the numbers in ``copies``
     copies  each with the event that follows it, None on a CPU
@@ -97,7 +97,7 @@ class PendingStrengths:
 
 
 _DOSES_AT_ONCE = 64
-"""Bounds the rows of logits that are copied side by side: two per dose."""
+"""Limits the logits rows that are copied at once: two per dose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ class StrengthComputation:
                 continue
             main, request, dose = role
             # vLLM computes an earlier step again if it has dropped the tokens after it.
-            if step != request.known:
+            if step != request.last_step:
                 entry = request_logits.setdefault(main, RequestLogits(main, request, step))
                 entry.rows[dose] = row_of[req_id]
         if not request_logits and not steps:
@@ -182,13 +182,13 @@ class StrengthComputation:
             if not entry.is_complete:
                 for role, row in entry.rows.items():
                     if row in rows:
-                        entry.request.kept[role] = logits[row - first].clone()
+                        entry.request.stored_rows[role] = logits[row - first].clone()
 
     def finish_step(self, step: DynamicStep) -> None:
-        """All parts have been computed: drop the rows that were kept for them."""
+        """Drop stored rows after all parts have been computed."""
         for entry in step.request_logits:
             if entry.is_complete:
-                entry.request.known, entry.request.kept = entry.step, {}
+                entry.request.last_step, entry.request.stored_rows = entry.step, {}
 
     def _write(
         self, jobs: Sequence[_Job], batch: torch.Tensor, logits: torch.Tensor, first: int
@@ -271,5 +271,5 @@ class StrengthComputation:
 
 def _jobs(entry: RequestLogits) -> list[_Job]:
     """The doses of a complete entry that act at its step."""
-    of: dict[Role, int | torch.Tensor] = {**entry.request.kept, **entry.rows}
+    of: dict[Role, int | torch.Tensor] = {**entry.request.stored_rows, **entry.rows}
     return [_Job(entry, index, of[None], of[index]) for index in entry.request.active(entry.step)]
