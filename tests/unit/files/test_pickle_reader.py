@@ -173,7 +173,9 @@ def test_a_tensor_lies_within_its_storage_and_a_storage_within_its_record(tmp_pa
     with pytest.raises(SteerError, match=r"declares 3 values and its record has"):
         read(hand_made(path, held=4, said=4, offset=2, size=3))
     for said in (3, 5):  # PyTorch reads neither
-        with pytest.raises(SteerError, match=rf"claims {said} values in torch.float32; .* 16 byte"):
+        with pytest.raises(
+            SteerError, match=rf"declares {said} values in torch.float32; .* 16 byte"
+        ):
             read(hand_made(path, held=4, said=said, offset=0, size=3))
 
 
