@@ -15,10 +15,10 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 def numbers(text: str) -> list[int]:
     """Whole numbers from 1 on, in order, each once: ``1,4,32``."""
-    found = sorted({int(part) for part in text.split(",")})
-    if found[0] < 1:
+    values = sorted({int(part) for part in text.split(",")})
+    if values[0] < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1, as in 1,4,32")
-    return found
+    return values
 
 
 def add_names(parser: argparse.ArgumentParser, flag: str, known: Collection[str]) -> None:

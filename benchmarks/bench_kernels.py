@@ -28,7 +28,7 @@ from benchmarks.operations import divergence, guidance, lm_steer, timing
 from benchmarks.operations.divergence import DivergenceCase
 from benchmarks.operations.guidance import GuidanceCase
 from benchmarks.operations.lm_steer import LMSteerCase
-from benchmarks.operations.measure import Bench, Case, lines
+from benchmarks.operations.measure import MeasurementSetup, OperationCase, lines
 from benchmarks.result import Result
 
 REACH = 4  # sets of inputs fill the last cache so many times
@@ -53,7 +53,7 @@ class Grid:
     doses: tuple[int, ...]
     repeats: int
 
-    def cases(self) -> Iterator[Case]:
+    def cases(self) -> Iterator[OperationCase]:
         """Of all sections."""
         batches = {(rows, min(d, rows)) for rows, d in product(self.rows, self.distinct)}
         for shape, batch in product(self.shapes, sorted(batches)):
@@ -129,9 +129,9 @@ def measure(args: argparse.Namespace, grid: Grid, result: Result) -> None:
             result.add(line, None if "skipped" in line else _words(line))
 
 
-def _bench(grid: Grid, *, quick: bool) -> Bench:
+def _bench(grid: Grid, *, quick: bool) -> MeasurementSetup:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Bench(
+    return MeasurementSetup(
         device=device,
         dtype=torch.bfloat16,
         repeats=grid.repeats,

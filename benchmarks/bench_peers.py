@@ -21,7 +21,7 @@ from benchmarks import arguments
 from benchmarks.decode import PROMPT_TOKENS
 from benchmarks.dummy_model import SHAPES, write_checkpoint, write_steers, write_vectors
 from benchmarks.engines import set_environment
-from benchmarks.peers.job import Job
+from benchmarks.peers.job import PeerJob
 from benchmarks.processes import in_own_process
 from benchmarks.result import Result
 
@@ -62,14 +62,14 @@ def measure(peer: str, args: argparse.Namespace, folder: Path) -> tuple[list[Lin
         write_vectors(sizes, steers)
     given = {key: getattr(args, key) for key in ("dtype", "rank", "rows", "repeats", "steps")}
     try:
-        return in_own_process(run, Job(peer, shape, model, steers, **given))
+        return in_own_process(run, PeerJob(peer, shape, model, steers, **given))
     except Exception as error:
         if peer != LORA:  # other code than ours, on a machine that it may not support
             raise
         return [{"name": peer, "shape": shape, "skipped": f"it failed: {error}"}], None
 
 
-def run(job: Job) -> tuple[list[Line], int]:
+def run(job: PeerJob) -> tuple[list[Line], int]:
     """A peer in this process."""
     module = importlib.import_module(f"benchmarks.peers.{MODULES[job.peer]}")
     return module.measure(job), torch.get_num_threads()

@@ -21,7 +21,7 @@ from benchmarks.dummy_model import SHAPES
 from benchmarks.result import Result, console
 from benchmarks.serving.cases import Servers
 from benchmarks.serving.model import write_served_model
-from benchmarks.serving.vllm_bench import Work
+from benchmarks.serving.vllm_bench import RequestLoad
 
 TOKENS = 32  # of a prompt and of an answer
 GPU_SHARE = 0.25  # of its memory, for each of three servers
@@ -43,7 +43,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path, result: Result) -> None:
     """Start the servers, compare, measure, compare again."""
     model = write_served_model(args.shape, folder, presets=args.distinct, rank=args.rank)
-    work = Work(args.requests, TOKENS, TOKENS, args.concurrency)
+    work = RequestLoad(args.requests, TOKENS, TOKENS, args.concurrency)
     with ExitStack() as stack, console.status("servers"):
         servers = Servers.start(stack, model, engine_flags(args), folder)
         servers.check(args.distinct)

@@ -24,7 +24,7 @@ Steers = Sequence[str | None]  # of each row
 
 
 @dataclass(frozen=True)
-class Leg:
+class DecodeLeg:
     """One batch: the median decode step in milliseconds, each row's tokens, and the sum of their
     log probabilities if the leg was asked for them."""
 
@@ -33,7 +33,7 @@ class Leg:
     logprobs: tuple[float, ...] = ()
 
 
-class Engine:
+class BenchmarkEngine:
     """A vLLM engine of this process."""
 
     def __init__(self, llm: Any) -> None:
@@ -50,7 +50,9 @@ class Engine:
             params = greedy(LEAD_STEPS + steps + TAIL_STEPS, logprobs=0 if logprobs else None)
             self.add(str(row), prompt(row, vocab_size), steer, params)
 
-    def leg(self, steers: Steers, steps: int, vocab_size: int, *, logprobs: bool = False) -> Leg:
+    def leg(
+        self, steers: Steers, steps: int, vocab_size: int, *, logprobs: bool = False
+    ) -> DecodeLeg:
         """Serve one batch of ``steps`` timed steps."""
         engine, times, completions = self.llm.llm_engine, [], {}
         self.start(steers, steps, vocab_size, logprobs=logprobs)
@@ -59,17 +61,17 @@ class Engine:
             outputs = engine.step()
             times.append(perf_counter() - start)
             completions.update({int(output.request_id): output.outputs[0] for output in outputs})
-        found = len(completions)
-        assert found == len(steers), f"{found} of {len(steers)} rows came back"
+        num_returned = len(completions)
+        assert num_returned == len(steers), f"{num_returned} of {len(steers)} rows came back"
         rows = [completions[row] for row in range(len(steers))]
-        return Leg(
+        return DecodeLeg(
             step_ms=median_step_ms(times, steps),
             tokens=tuple(tuple(row.token_ids) for row in rows),
             logprobs=tuple(row.cumulative_logprob for row in rows) if logprobs else (),
         )
 
 
-Asked = tuple[Any, Steers]  # an engine, and what its rows ask for
+SteeredRowsOf = tuple[Any, Steers]  # an engine, and what its rows ask for
 
 
 def median_step_ms(times: Sequence[float], steps: int) -> float:
@@ -82,29 +84,31 @@ def prompt(row: int, vocab_size: int) -> list[int]:
     return [1 + (97 * row + i) % (vocab_size - 2) for i in range(PROMPT_TOKENS)]
 
 
-def compare(plain: Asked, other: Asked, steps: int, vocab_size: int, count: int) -> list[Round]:
+def compare(
+    plain: SteeredRowsOf, other: SteeredRowsOf, steps: int, vocab_size: int, count: int
+) -> list[Round]:
     """Rounds of two batches."""
     legs = [partial(engine.leg, steers, steps, vocab_size) for engine, steers in (plain, other)]
     return interleave(legs[0], {"other": legs[1]}, count)["other"]
 
 
-def step_ms(leg: Leg) -> float:
+def step_ms(leg: DecodeLeg) -> float:
     """The figure that is compared."""
     return leg.step_ms
 
 
-def step_columns(rounds: Sequence[Round[Leg]]) -> dict[str, float | int]:
+def step_columns(rounds: Sequence[Round[DecodeLeg]]) -> dict[str, float | int]:
     """Medians of both step times, and the spread of the rounds' ratios."""
     return {
         "unsteered_ms": median([leg.step_ms for leg in plain_legs(rounds)]),
-        "steered_ms": median([one.other.step_ms for one in rounds]),
-        **spread("ratio", [one.ratio(step_ms) for one in rounds], middle="_median"),
+        "steered_ms": median([pair.other.step_ms for pair in rounds]),
+        **spread("ratio", [pair.ratio(step_ms) for pair in rounds], middle="_median"),
         "rounds": len(rounds),
     }
 
 
 def profile_steps(
-    asked: Engine, steers: Steers, steps: int, vocab_size: int
+    engine_to_profile: BenchmarkEngine, steers: Steers, steps: int, vocab_size: int
 ) -> list[dict[str, Any]]:
     """What runs in some decode steps of a batch: device time (on a CPU the host's) by kernel.
 
@@ -114,8 +118,8 @@ def profile_steps(
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    engine, on_card = asked.llm.llm_engine, torch.cuda.is_available()
-    asked.start(steers, steps, vocab_size)
+    engine, on_card = engine_to_profile.llm.llm_engine, torch.cuda.is_available()
+    engine_to_profile.start(steers, steps, vocab_size)
     for _ in range(LEAD_STEPS):
         engine.step()
     activities = [ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]

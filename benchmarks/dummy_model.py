@@ -15,7 +15,7 @@ STRENGTH = 5.0
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A model family's configuration and what one decode step of it has to read.
 
     ``read_params`` counts the parameters that every step reads once: all but tables of which
@@ -30,7 +30,7 @@ class Shape:
     kv_size: int
 
 
-def gpt2(hidden: int, layers: int, heads: int, vocab: int = 50257) -> Shape:
+def gpt2(hidden: int, layers: int, heads: int, vocab: int = 50257) -> ModelShape:
     """GPT-2: tied head, learned positions; its published files name no dtype, nor does this."""
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -43,12 +43,12 @@ def gpt2(hidden: int, layers: int, heads: int, vocab: int = 50257) -> Shape:
         "eos_token_id": vocab - 1,
     }
     read = layers * 12 * hidden**2 + vocab * hidden
-    return Shape(config, hidden, layers, vocab, read, 2 * layers * hidden)
+    return ModelShape(config, hidden, layers, vocab, read, 2 * layers * hidden)
 
 
 def llama(
     hidden: int, inner: int, layers: int, heads: int, vocab: int, kv_heads: int = 0, **changes: Any
-) -> Shape:
+) -> ModelShape:
     """Llama, its head tied unless ``changes`` of the configuration say otherwise."""
     kv_heads, head_dim = kv_heads or heads, hidden // heads
     config = {
@@ -67,7 +67,7 @@ def llama(
     }
     per_layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
     read, kv_size = layers * per_layer + vocab * hidden, 2 * layers * kv_heads * head_dim
-    return Shape(config | changes, hidden, layers, vocab, read, kv_size)
+    return ModelShape(config | changes, hidden, layers, vocab, read, kv_size)
 
 
 LLAMA_3 = {
@@ -87,7 +87,7 @@ SHAPES = {
 }
 
 
-def write_model(shape: Shape, folder: Path) -> Path:
+def write_model(shape: ModelShape, folder: Path) -> Path:
     """A model folder that ``load_format="dummy"`` can serve."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(shape.config))
@@ -95,7 +95,7 @@ def write_model(shape: Shape, folder: Path) -> Path:
 
 
 def write_checkpoint(
-    shape: Shape, folder: Path, dtype: torch.dtype, *, norm: float | None = None
+    shape: ModelShape, folder: Path, dtype: torch.dtype, *, norm: float | None = None
 ) -> Path:
     """A model folder with weights as Hugging Face initialises them, for those that have to agree
     with each other. ``norm``: the weights of a Llama's last norm.
@@ -123,7 +123,7 @@ def random_lm_steer(width: int, rank: int, epsilon: float, generator: torch.Gene
     )
 
 
-def write_steers(shape: Shape, folder: Path, *, count: int, rank: int) -> dict[str, Path]:
+def write_steers(shape: ModelShape, folder: Path, *, count: int, rank: int) -> dict[str, Path]:
     """``count`` LM-Steers ``s0``, ``s1``, ...; ``STRENGTH`` of one turns every next token."""
     from vllm_steer import save_steer
 
@@ -135,7 +135,7 @@ def write_steers(shape: Shape, folder: Path, *, count: int, rank: int) -> dict[s
     return paths
 
 
-def write_vectors(shape: Shape, folder: Path) -> dict[str, Path]:
+def write_vectors(shape: ModelShape, folder: Path) -> dict[str, Path]:
     """A steer of all layers for each figure of guidance: ``guided`` adds, ``rotated`` rotates."""
     from vllm_steer import VectorSteer, save_steer
 
@@ -167,11 +167,11 @@ def lm_steer_bytes(width: int, *, rank: int, rows: int, distinct: int, itemsize:
     return itemsize * (distinct * weight_elements(width, rank) + 2 * rows * width)
 
 
-def guided_step_bytes(shape: Shape, *, rows: int, itemsize: int) -> int:
+def guided_step_bytes(shape: ModelShape, *, rows: int, itemsize: int) -> int:
     """Guiding ``rows`` rows in every layer: each row in and out, its direction in float32."""
     return shape.layers * rows * shape.hidden_size * (2 * itemsize + 4)
 
 
-def step_bytes(shape: Shape, *, rows: int, context: int, itemsize: int) -> int:
+def step_bytes(shape: ModelShape, *, rows: int, context: int, itemsize: int) -> int:
     """An unsteered decode step: weights once, keys and values per row."""
     return itemsize * (shape.read_params + rows * context * shape.kv_size)

@@ -15,8 +15,15 @@ from typing import Any
 import torch
 
 from benchmarks import arguments
-from benchmarks.dynamic.figures import ORDINARY, STREAMS, Bench, check_steered, cost, ordinary
-from benchmarks.dynamic.served import NAMES, PROMPT_TOKENS, Served, write_served
+from benchmarks.dynamic.figures import (
+    ORDINARY,
+    STREAMS,
+    DynamicBench,
+    check_steered,
+    cost,
+    ordinary,
+)
+from benchmarks.dynamic.served import NAMES, PROMPT_TOKENS, DynamicModel, write_dynamic_model
 from benchmarks.engines import make_engine, set_environment
 from benchmarks.result import Result
 
@@ -31,7 +38,7 @@ def main() -> None:
     result = Result("dynamic_cost", args.json, **settings)
     with tempfile.TemporaryDirectory(prefix="dynamic-cost-") as folder:
         for name in args.models:
-            served = write_served(name, Path(folder) / name, steps=args.tokens)
+            served = write_dynamic_model(name, Path(folder) / name, steps=args.tokens)
             for line in measure(name, served, args):
                 words = (
                     "{model}, {what}, {requests}: {ratio:.2f} ({ratio_p20:.2f} to {ratio_p80:.2f})"
@@ -41,7 +48,7 @@ def main() -> None:
     result.show()
 
 
-def measure(name: str, served: Served, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(name: str, served: DynamicModel, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The lines of one model, its texts checked before and after."""
     llm = make_engine(
         served.folder,
@@ -51,7 +58,7 @@ def measure(name: str, served: Served, args: argparse.Namespace) -> Iterator[dic
         enable_prefix_caching=True,  # as vLLM has it by default; streams share their prompt
     )
     rounds = args.rounds or ROUNDS[name]
-    bench = Bench(name, llm, served, args.tokens, rounds)
+    bench = DynamicBench(name, llm, served, args.tokens, rounds)
     check_steered(bench)
     for requests in (1, args.requests):
         yield from cost(bench, requests)

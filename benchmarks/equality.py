@@ -5,52 +5,54 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import Leg, Steers
-from benchmarks.dummy_model import Shape
+from benchmarks.decode import DecodeLeg, Steers
+from benchmarks.dummy_model import ModelShape
 from benchmarks.rounds import Round, plain_legs
 
 CHECK_STEPS = 4
 
 
-def check_operation(name: str, shape: Shape, dtype: torch.dtype, *, rank: int, rows: int) -> None:
+def check_operation(
+    name: str, shape: ModelShape, dtype: torch.dtype, *, rank: int, rows: int
+) -> None:
     """The form that an engine of so many rows runs, against float64, on random steers of the
     model's size: of ``steered``, ``guided`` or ``rotated``.
     """
     from benchmarks.operations.guidance import GuidanceCase
     from benchmarks.operations.lm_steer import LMSteerCase
-    from benchmarks.operations.measure import Bench, Case
+    from benchmarks.operations.measure import MeasurementSetup, OperationCase
 
-    case: Case = LMSteerCase(shape.hidden_size, rank, rows, min(2, rows))
+    case: OperationCase = LMSteerCase(shape.hidden_size, rank, rows, min(2, rows))
     if name != "steered":
         case = GuidanceCase("add" if name == "guided" else "rotate", rows, shape.hidden_size, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for inputs in case.sets(Bench(device, dtype)):
+    for inputs in case.sets(MeasurementSetup(device, dtype)):
         work = case.work("auto", inputs)
         work.check(work.run())
 
 
-def check_engine(engine: Any, steers: Steers, shape: Shape) -> None:
+def check_engine(engine: Any, steers: Steers, shape: ModelShape) -> None:
     """Rows with a steer change; in one batch with them the others keep every token and logprob.
 
     Log probabilities and not tokens show the change: under dummy weights, which vLLM draws from
     one seed for every tensor, the likeliest token can be the same whatever the hidden state.
     """
     plain, mixed = (
-        engine.leg(asked, CHECK_STEPS, shape.vocab_size, logprobs=True)
-        for asked in ([None] * len(steers), steers)
+        engine.leg(row_steers, CHECK_STEPS, shape.vocab_size, logprobs=True)
+        for row_steers in ([None] * len(steers), steers)
     )
     for row, steer in enumerate(steers):
         tokens_kept = plain.tokens[row] == mixed.tokens[row]
-        kept = tokens_kept and plain.logprobs[row] == mixed.logprobs[row]
+        unchanged = tokens_kept and plain.logprobs[row] == mixed.logprobs[row]
         if steer is None:
-            assert kept, f"unsteered row {row} of {len(steers)} was changed by its neighbours"
+            assert unchanged, f"unsteered row {row} of {len(steers)} was changed by its neighbours"
         else:
-            assert not kept, f"row {row} of {len(steers)} was not changed by its steer {steer}"
+            assert not unchanged, f"row {row} of {len(steers)} was not changed by its steer {steer}"
 
 
-def check_legs(rounds: Sequence[Round[Leg]], *, steered: bool) -> None:
+def check_legs(rounds: Sequence[Round[DecodeLeg]], *, steered: bool) -> None:
     """Legs of one kind gave one output; without steers both kinds gave the same."""
     plain = {leg.tokens for leg in plain_legs(rounds)}
-    other = {one.other.tokens for one in rounds}
+    other = {pair.other.tokens for pair in rounds}
     assert len(plain) == len(other) == 1, "legs of one kind gave different tokens"
     assert steered or plain == other, "two engines without steered rows gave different tokens"

@@ -54,13 +54,13 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str | None]:
     """Python and the distributions that decide about speed; None for one that is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
-            found[name.replace("-", "_")] = importlib.metadata.version(name)
+            versions[name.replace("-", "_")] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name.replace("-", "_")] = None
-    return found
+            versions[name.replace("-", "_")] = None
+    return versions
 
 
 def describe_commit() -> dict[str, Any]:
@@ -71,8 +71,8 @@ def describe_commit() -> dict[str, Any]:
     """
     packed = Path(__file__).with_name("commit.json")
     if packed.exists():
-        found: dict[str, Any] = json.loads(packed.read_text())
-        return found
+        commit: dict[str, Any] = json.loads(packed.read_text())
+        return commit
     commit = _output("git", "rev-parse", "HEAD")
     status = _output("git", "status", "--porcelain", ":/", ":(exclude,top)benchmarks/results")
     return {"commit": commit, "dirty": None if commit is None else bool(status)}
@@ -87,7 +87,7 @@ def _cpu_model() -> str:
 def _output(*command: str) -> str | None:
     folder = Path(__file__).parent
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return completed.stdout.strip()

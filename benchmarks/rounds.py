@@ -52,7 +52,7 @@ def interleave(
 
 def plain_legs(rounds: Sequence[Round[Leg]]) -> list[Leg]:
     """The plain legs beside one case."""
-    return list(dict.fromkeys(leg for one in rounds for leg in (one.before, one.after)))
+    return list(dict.fromkeys(leg for pair in rounds for leg in (pair.before, pair.after)))
 
 
 def spread(name: str, values: Sequence[float], *, middle: str = "") -> dict[str, float]:
@@ -69,7 +69,7 @@ def median(values: Sequence[float]) -> float:
 
 def quantile(ordered: Sequence[float], share: float) -> float:
     """Linear interpolation between the two nearest values."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
+    rank = share * (len(ordered) - 1)
+    low = int(rank)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)

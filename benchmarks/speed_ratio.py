@@ -35,8 +35,8 @@ from benchmarks import dummy_model as dummy
 from benchmarks.decode import (
     LEAD_STEPS,
     PROMPT_TOKENS,
-    Engine,
-    Leg,
+    BenchmarkEngine,
+    DecodeLeg,
     compare,
     profile_steps,
     step_columns,
@@ -59,7 +59,7 @@ STEERING = ("steered", "guided", "rotated")  # figures whose B legs have every r
 
 
 @dataclass(frozen=True)
-class Case:
+class SpeedCase:
     """One line of the result: a figure, a batch size, and how many steers, or for guidance how many
     strengths, its rows share."""
 
@@ -100,22 +100,22 @@ def measure(args: argparse.Namespace, folder: Path, result: Result) -> None:
     begun = time.monotonic()
     cases = [case for figure in args.figures for case in _cases(figure, args)]
     steers = max((case.distinct for case in cases if case.name == "steered"), default=1)
-    bench = Bench(args, folder, steers=steers)
+    bench = SpeedRatioBench(args, folder, steers=steers)
     for case in cases:
         if time.monotonic() - begun > args.seconds:
             result.data["left_out"].append(vars(case))
             continue
         line = bench.line(case, bench.checked_rounds(case))
         if args.profile and case.name in STEERING:
-            asked = (bench.engine(case.name), case.steers)
-            line["profile"] = profile_steps(*asked, args.profile, bench.shape.vocab_size)
+            profiled = (bench.engine(case.name), case.steers)
+            line["profile"] = profile_steps(*profiled, args.profile, bench.shape.vocab_size)
         result.data["dtype"] = str(bench.dtype).removeprefix("torch.")
         ratio = "{ratio_median:.3f} ({ratio_p20:.3f} to {ratio_p80:.3f})".format(**line)
         result.add(line, f"{case.name}, {case.rows} rows, {case.distinct} distinct: {ratio}")
     result.write(threads=torch.get_num_threads())
 
 
-class Bench:
+class SpeedRatioBench:
     """A model, its steers, and the engines, each made when it is first needed."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, *, steers: int) -> None:
@@ -126,9 +126,9 @@ class Bench:
         self._configs = {"steered": steer_config(paths, args.rank)}
         for name, path in dummy.write_vectors(self.shape, folder / "steers").items():
             self._configs[name] = steer_config({name: path}, rank=1)
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, BenchmarkEngine] = {}
 
-    def engine(self, name: str) -> Engine:
+    def engine(self, name: str) -> BenchmarkEngine:
         """An engine by its name in the module's docstring."""
         if name not in self._engines:
             sizes, options = self._args.capture_sizes, {}
@@ -144,7 +144,7 @@ class Bench:
                 max_num_seqs=self.max_rows,
                 **options,
             )
-            self._engines[name] = Engine(llm)
+            self._engines[name] = BenchmarkEngine(llm)
         return self._engines[name]
 
     @property
@@ -158,7 +158,7 @@ class Bench:
         """The largest batch that the engines take."""
         return max(self._args.rows + [rows for rows, _ in self._args.cases or ()])
 
-    def checked_rounds(self, case: Case) -> list[Round[Leg]]:
+    def checked_rounds(self, case: SpeedCase) -> list[Round[DecodeLeg]]:
         """Equal first, then timed, then seen to have been steered."""
         steering = case.name in STEERING
         if steering:
@@ -175,7 +175,7 @@ class Bench:
             check_engine(engine, case.steers, self.shape)
         return rounds
 
-    def line(self, case: Case, rounds: list[Round[Leg]]) -> dict[str, Any]:
+    def line(self, case: SpeedCase, rounds: list[Round[DecodeLeg]]) -> dict[str, Any]:
         """The columns of a case."""
         rank = self._args.rank if case.name == "steered" else 0
         context = PROMPT_TOKENS + LEAD_STEPS + self._args.steps // 2
@@ -196,15 +196,15 @@ class Bench:
         return {**vars(case), "rank": rank, **step_columns(rounds), **predicted}
 
 
-def _cases(figure: str, args: argparse.Namespace) -> Iterator[Case]:
+def _cases(figure: str, args: argparse.Namespace) -> Iterator[SpeedCase]:
     if figure == "steered" and args.cases:
-        yield from (Case(figure, rows, distinct) for rows, distinct in args.cases)
+        yield from (SpeedCase(figure, rows, distinct) for rows, distinct in args.cases)
         return
     for rows in args.rows:
         shared = [rows] if figure in STEERING else [0]
         if figure == "steered":
             shared = sorted({min(distinct, rows) for distinct in args.distinct})
-        yield from (Case(figure, rows, distinct) for distinct in shared)
+        yield from (SpeedCase(figure, rows, distinct) for distinct in shared)
 
 
 def _arguments() -> argparse.Namespace:
@@ -218,8 +218,8 @@ def _arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=11, metavar="N", help="rounds per case")
     add("--steps", type=int, default=24, metavar="N", help="timed steps per leg")
     arguments.add_names(parser, "--figures", FIGURES)
-    said = "of the figure steered: these and not every --rows with every --distinct"
-    add("--cases", type=_pairs, metavar="ROWS:STEERS,...", help=said)
+    help_text = "of the figure steered: these and not every --rows with every --distinct"
+    add("--cases", type=_pairs, metavar="ROWS:STEERS,...", help=help_text)
     add("--capture-sizes", **counts, help="of the engines' CUDA graphs; default: vLLM's own")
     add("--gpu-memory", type=float, default=0.25, metavar="SHARE", help="of the card, per engine")
     add("--profile", type=int, default=0, metavar="N", help="profile N steps of each steered case")

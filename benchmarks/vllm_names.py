@@ -2,8 +2,8 @@
 
 from itertools import groupby
 
-from vllm_steer.compat.name import Name
 from vllm_steer.compat.names import GLOBAL, NAMES
+from vllm_steer.compat.vllm_name import VllmName
 
 
 def wrapped() -> str:
@@ -16,11 +16,11 @@ def wrapped() -> str:
     return "\n".join(lines)
 
 
-def _where(name: Name) -> str:
+def _where(name: VllmName) -> str:
     return name.process or ("a subclass" if name.use == "subclassed" else "the instance")
 
 
-def _shown(name: Name) -> str:
+def _shown(name: VllmName) -> str:
     if name.since:
         return f"{name.path} (from {name.since} on)"
     return f"{name.path} (before {name.until})" if name.until else name.path

@@ -26,9 +26,10 @@ class KernelError(ValueError):
 def lm_steer_backend(kernels: str, device: torch.device, *, max_rows: int) -> LMSteerBackend:
     """The backend of LM-Steer for an engine whose batches have up to ``max_rows`` rows.
 
-    Up to ``FEW_ROWS`` rows every pair of row and steer has its own programs, beyond that rows share
-    tiles. The two round differently, so the engine decides and not the batch: a row's result must
-    not depend on the size of its batch. Raises ``KernelError`` as ``resolve_kernels`` does.
+    Up to ``FEW_ROWS`` rows each (row, steer) pair has its own programs; above, rows share tiles.
+    The two round differently, so the choice depends on the engine's limit and not on the batch: a
+    row's result must not depend on the batch size. Raises ``KernelError`` as ``resolve_kernels``
+    does.
     """
     if resolve_kernels(kernels, device) == "torch":
         from vllm_steer.kernels.lm_steer import torch_grouped
@@ -69,7 +70,7 @@ def divergence_backend(kernels: str, device: torch.device) -> DivergenceBackend:
 
 
 def resolve_kernels(kernels: str, device: torch.device) -> Literal["triton", "torch"]:
-    """Whether ``kernels`` selects Triton or PyTorch on ``device``.
+    """Select Triton or PyTorch for ``kernels`` on ``device``.
 
     Raises ``KernelError`` for a name that does not exist, for Triton without its package, and for
     Triton on a device other than CUDA unless Triton's interpreter is on (``TRITON_INTERPRET=1``).

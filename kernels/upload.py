@@ -10,9 +10,9 @@ ALIGNMENT = 16  # of every array in the copy: what Triton compiles its widest lo
 
 
 def upload(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> list[torch.Tensor]:
-    """The arrays as tensors on ``device`` that may be written to: they share no memory with arrays.
+    """Copy arrays to ``device``; the tensors share no memory with the arrays.
 
-    On a GPU one copy from pinned memory, not waited for.
+    On a GPU this is one asynchronous copy from pinned memory.
     """
     if device.type == "cpu":
         return [torch.from_numpy(np.array(array, order="C")) for array in arrays]
@@ -32,7 +32,7 @@ def upload(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> l
 
 
 def warm_up(device: torch.device) -> None:
-    """Have pinned memory ready for what a batch uploads: 512 bytes to 1 MiB, two blocks a size.
+    """Allocate pinned memory for uploads: two blocks of each power of two, 512 bytes to 1 MiB.
 
     PyTorch pins a block of each power of two when it is first asked for and keeps it; the first
     requests would wait for that otherwise.

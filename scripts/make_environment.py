@@ -83,15 +83,15 @@ def requirements(wheel: Path) -> list[str]:
     return [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
 
 
-def torch_for(pip: list[str], wanted: str) -> tuple[str, list[str]]:
-    """A torch like ``wanted`` that can be had, and pip's options for where."""
+def torch_for(pip: list[str], vllm_version: str) -> tuple[str, list[str]]:
+    """A torch like ``vllm_version`` that can be had, and pip's options for where."""
     index = ["--extra-index-url", CPU_TORCH_INDEX]
-    if finds(pip, wanted):
-        return wanted, []
-    if finds(pip, wanted, *index, "--timeout", "10", "--retries", "0"):
-        return wanted, index
-    say(f"{wanted} is not available: installing PyPI's build for CUDA instead")
-    return wanted.partition("+")[0], []
+    if finds(pip, vllm_version):
+        return vllm_version, []
+    if finds(pip, vllm_version, *index, "--timeout", "10", "--retries", "0"):
+        return vllm_version, index
+    say(f"{vllm_version} is not available: installing PyPI's build for CUDA instead")
+    return vllm_version.partition("+")[0], []
 
 
 def vllm_stub(folder: Path, version: str) -> str:

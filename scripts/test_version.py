@@ -41,20 +41,20 @@ def main() -> None:
     parser.add_argument("version", help="the vLLM that this Python has")
     parser.add_argument("--runs", default=",".join(USUAL), help=f"some of {', '.join(RUNS)}")
     parser.add_argument("--processes", type=int, default=2, help="test processes at once")
-    asked = parser.parse_args()
-    names = asked.runs.split(",")
+    version_arg = parser.parse_args()
+    names = version_arg.runs.split(",")
     if unknown := set(names) - set(RUNS):
         parser.error(f"unknown runs: {', '.join(sorted(unknown))}")
-    path = RESULTS / f"vllm-{asked.version}.json"
+    path = RESULTS / f"vllm-{version_arg.version}.json"
     result = json.loads(path.read_text("utf-8")) if path.exists() else {"runs": {}}
-    result["vllm"] = asked.version
+    result["vllm"] = version_arg.version
     for name in names:
-        found = run(name, asked.version, asked.processes)
+        found = run(name, version_arg.version, version_arg.processes)
         result["runs"][name] = found
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         counts = ", ".join(f"{found[key]} {key}" for key in ("passed", "failed", "skipped"))
-        print(f"[vllm {asked.version}, {name}] {counts}", flush=True)
+        print(f"[vllm {version_arg.version}, {name}] {counts}", flush=True)
     sys.exit(any(result["runs"][name]["exit_code"] for name in names))
 
 

@@ -18,7 +18,7 @@ import torch
 from benchmarks import bench_kernels
 from benchmarks.operations import guidance, lm_steer, measure
 from benchmarks.operations.lm_steer import LMSteerCase
-from benchmarks.operations.measure import Bench, sets_for
+from benchmarks.operations.measure import MeasurementSetup, sets_for
 from vllm_steer.kernels.guidance import reference as guidance_reference
 from vllm_steer.kernels.lm_steer import reference as lm_steer_reference
 from vllm_steer.kernels.lm_steer.block_sizes import tile_sizes
@@ -30,9 +30,9 @@ H200 = 4.3e12
 
 
 @pytest.fixture
-def bench() -> Bench:
+def bench() -> MeasurementSetup:
     """What a run on a CPU is made with."""
-    return Bench(CPU, torch.float32, repeats=2, reach=0, bandwidth=1e9, matmul=1e9)
+    return MeasurementSetup(CPU, torch.float32, repeats=2, reach=0, bandwidth=1e9, matmul=1e9)
 
 
 CASE = LMSteerCase(width=16, rank=4, rows=8, distinct=2)
@@ -77,7 +77,7 @@ def test_bytes_of_guidance_in_numbers() -> None:
     assert case.floor_bytes(2) == 5 * 16 * 6 + 4 * 6 * 16 + 8 * 5 * 2
 
 
-def test_rows_take_the_steers_of_their_set_in_turn(bench: Bench) -> None:
+def test_rows_take_the_steers_of_their_set_in_turn(bench: MeasurementSetup) -> None:
     shelf = lm_steer.make_bank(CASE, 4, torch.float32, CPU)
     pairs = lm_steer.batch(CASE, shelf, nth=1)
     taken = {slot: pairs.rows[start:end].tolist() for slot, start, end in pairs.groups}
@@ -101,14 +101,18 @@ def test_sets_of_inputs_fill_the_cache(set_bytes: int, reach: int, sets: int) ->
 
 
 @pytest.mark.parametrize("rank", [4, 12], ids=["factors", "dense"])
-def test_the_fast_reference_of_lm_steer_is_the_written_out_one(bench: Bench, rank: int) -> None:
+def test_the_fast_reference_of_lm_steer_is_the_written_out_one(
+    bench: MeasurementSetup, rank: int
+) -> None:
     for given in replace(CASE, rank=rank).sets(replace(bench, reach=2000)):
         wanted = lm_steer_reference.steer_rows(given.x, given.tables, given.steered)
         torch.testing.assert_close(given.exact.float(), wanted)
 
 
 @pytest.mark.parametrize("mode", ["add", "rotate"])
-def test_the_fast_reference_of_guidance_is_the_written_out_one(bench: Bench, mode: Any) -> None:
+def test_the_fast_reference_of_guidance_is_the_written_out_one(
+    bench: MeasurementSetup, mode: Any
+) -> None:
     case = guidance.GuidanceCase(mode, 5, 16, doses=2)
     (given,) = case.sets(bench)
     wanted = given.before.clone()
@@ -134,10 +138,10 @@ def test_a_result_is_refused_if_it_is_wrong_unwritten_or_touches_others() -> Non
 
 
 @dataclass
-class OneWork(measure.Case):
+class OneWork(measure.OperationCase):
     """A case of one set, with this work or for that reason without."""
 
-    given: measure.Work | None = None
+    given: measure.Operation | None = None
     section = "x"
     case = "one"
     columns: ClassVar = {"section": "x"}
@@ -145,18 +149,18 @@ class OneWork(measure.Case):
     def floor_bytes(self, itemsize: int) -> int:
         return 1
 
-    def sets(self, bench: Bench) -> list[int]:
+    def sets(self, bench: MeasurementSetup) -> list[int]:
         return [0]
 
-    def work(self, form: str, inputs: int) -> measure.Work:
+    def work(self, form: str, inputs: int) -> measure.Operation:
         if self.given is None:
             raise measure.Skipped("the reason")
         return self.given
 
 
-def test_a_form_that_changes_its_mind_while_timed_fails(bench: Bench) -> None:
+def test_a_form_that_changes_its_mind_while_timed_fails(bench: MeasurementSetup) -> None:
     count = torch.zeros(1)
-    work = measure.Work(lambda: (count.add_(1).clone(),), lambda found: 0.0)
+    work = measure.Operation(lambda: (count.add_(1).clone(),), lambda found: 0.0)
     (line,) = measure.lines(OneWork(work), ["form"], bench)
     assert "the timed result is not the one that was checked" in line["failed"]
     assert "us" not in line
@@ -171,8 +175,8 @@ def test_a_replay_is_checked_on_poisoned_results_and_fresh_inputs() -> None:
 
     graph = SimpleNamespace(replay=replay)
     works = [
-        measure.Work(tuple, lambda found: 0.0, lambda: hidden.fill_(2.0)),
-        measure.Work(tuple, lambda found: 0.0),
+        measure.Operation(tuple, lambda found: 0.0, lambda: hidden.fill_(2.0)),
+        measure.Operation(tuple, lambda found: 0.0),
     ]
     measure._replay(graph, works, [(hidden,), (out, whole)])
     assert hidden.tolist() == [3.0] * 4
@@ -180,12 +184,12 @@ def test_a_replay_is_checked_on_poisoned_results_and_fresh_inputs() -> None:
     assert whole.tolist() == [-1] * 4
 
 
-def test_a_form_that_cannot_run_says_why(bench: Bench) -> None:
+def test_a_form_that_cannot_run_says_why(bench: MeasurementSetup) -> None:
     (line,) = measure.lines(OneWork(), ["form"], bench)
     assert line == {"section": "x", "dtype": "float32", "form": "form", "skipped": "the reason"}
 
 
-def test_the_floor_is_the_longer_of_moving_and_multiplying(bench: Bench) -> None:
+def test_the_floor_is_the_longer_of_moving_and_multiplying(bench: MeasurementSetup) -> None:
     found = measure.against_floor(4.0, 1000, 2000, bench)
     assert (found["floor_us"], found["bound"], found["share_of_floor"]) == (2.0, "arithmetic", 0.5)
     found = measure.against_floor(4.0, 1000, 0, bench)

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.decode import Leg
+from benchmarks.decode import DecodeLeg
 from benchmarks.dummy_model import SHAPES, write_model
 from benchmarks.peers.hf_engine import HuggingFaceEngine
-from benchmarks.peers.hf_lm_steer import WAYS, SteeredHead
+from benchmarks.peers.hf_lm_steer import WAYS, HuggingFaceSteeredHead
 from benchmarks.peers.hooks_eager import hook_layers
-from benchmarks.peers.job import Job
+from benchmarks.peers.job import PeerJob
 from benchmarks.rounds import Round
 from benchmarks.table import COLUMNS
 from vllm_steer import LMSteer, hf
@@ -52,14 +52,16 @@ def steer() -> LMSteer:
 
 
 @pytest.fixture
-def job() -> Job:
-    return Job("hooks-eager", "tiny", Path("model"), Path("steers"), "float32", 16, [1, 4], 2, 4)
+def job() -> PeerJob:
+    return PeerJob(
+        "hooks-eager", "tiny", Path("model"), Path("steers"), "float32", 16, [1, 4], 2, 4
+    )
 
 
-def rounds_of(*ratios: float) -> list[Round[Leg]]:
+def rounds_of(*ratios: float) -> list[Round[DecodeLeg]]:
     """Two rows, whose plain steps take 2 ms."""
-    plain = [Leg(2.0, ((1,), (2,))) for _ in range(len(ratios) + 1)]
-    others = [Leg(2 * ratio, ((1,), (2,))) for ratio in ratios]
+    plain = [DecodeLeg(2.0, ((1,), (2,))) for _ in range(len(ratios) + 1)]
+    others = [DecodeLeg(2 * ratio, ((1,), (2,))) for ratio in ratios]
     return [Round(*legs) for legs in zip(plain, others, plain[1:], strict=False)]
 
 
@@ -104,7 +106,7 @@ def test_both_ways_to_steer_a_head_give_the_logits_of_the_equation(
     texts = torch.tensor(PROMPTS)
     with hf.steered(model, {"s": 2.5}, {"s": steer}):
         wanted = model(texts).logits
-    head = SteeredHead(model.get_output_embeddings(), steer)
+    head = HuggingFaceSteeredHead(model.get_output_embeddings(), steer)
     head.change = WAYS[way]
     head.set_values(2.5, 2.5)
     model.set_output_embeddings(head)
@@ -113,7 +115,7 @@ def test_both_ways_to_steer_a_head_give_the_logits_of_the_equation(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_steer_values_of_a_head_weigh_its_columns(model: Any, steer: LMSteer, way: str) -> None:
-    head = SteeredHead(model.get_output_embeddings(), steer)
+    head = HuggingFaceSteeredHead(model.get_output_embeddings(), steer)
     head.change = WAYS[way]
     head.set_values(2.0, -1.0)
     x = torch.randn(3, 2, 64, dtype=torch.float64)
@@ -127,7 +129,7 @@ def test_steer_values_of_a_head_weigh_its_columns(model: Any, steer: LMSteer, wa
 def test_a_head_whose_steer_values_are_zero_is_the_plain_head(model: Any, steer: LMSteer) -> None:
     texts = torch.tensor(PROMPTS)
     wanted = model(texts).logits
-    model.set_output_embeddings(SteeredHead(model.get_output_embeddings(), steer))
+    model.set_output_embeddings(HuggingFaceSteeredHead(model.get_output_embeddings(), steer))
     assert torch.equal(model(texts).logits, wanted)
 
 
@@ -151,7 +153,7 @@ def test_the_llama_of_a_shape_has_its_size() -> None:
     assert math.isclose(llama.read_params, gpt2.read_params, rel_tol=0.02)
 
 
-def test_a_line_says_what_is_compared_with_ours_or_that_it_was_not_run(job: Job) -> None:
+def test_a_line_says_what_is_compared_with_ours_or_that_it_was_not_run(job: PeerJob) -> None:
     alone = job.line("ours guided", rounds_of(1.0, 1.5, 2.0), rank=16)
     wanted = {"rows": 2, "unsteered_ms": 2.0, "steered_ms": 3.0, "ratio_median": 1.5}
     assert alone | wanted | {"tokens_per_s": 666.7} == alone

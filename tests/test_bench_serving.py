@@ -102,7 +102,7 @@ def serve_result(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_figures_of_bench_serve_are_read() -> None:
-    found = vllm_bench.figures(serve_result(), vllm_bench.Work(2, 4, 3, 1))
+    found = vllm_bench.figures(serve_result(), vllm_bench.RequestLoad(2, 4, 3, 1))
     assert found == {
         "tok_per_s": 4.5,
         "ttft_p50_ms": 20.0,
@@ -119,7 +119,7 @@ def test_the_figures_of_bench_serve_are_read() -> None:
 )
 def test_a_leg_of_bench_serve_with_less_work_is_refused(changes: Any) -> None:
     with pytest.raises(AssertionError, match="completed, failed, output tokens"):
-        vllm_bench.figures(serve_result(**changes), vllm_bench.Work(2, 4, 3, 1))
+        vllm_bench.figures(serve_result(**changes), vllm_bench.RequestLoad(2, 4, 3, 1))
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
@@ -144,7 +144,7 @@ def test_every_leg_of_a_case_lies_between_two_plain_legs(warm_up: bool) -> None:
 
 def test_a_line_has_every_figure_over_the_mean_of_both_stock_legs() -> None:
     measured = [rounds.Round({"ms": 1.0}, {"ms": case}, {"ms": 3.0}) for case in (2.0, 3.0, 4.0)]
-    line = cases.line("guided", 1, vllm_bench.Work(8, 4, 3, 8), measured)
+    line = cases.line("guided", 1, vllm_bench.RequestLoad(8, 4, 3, 8), measured)
     assert {key: line[key] for key in line if key.startswith(("ms", "rounds"))} == {
         "rounds": 3,
         "ms": 3.0,
@@ -184,8 +184,8 @@ def test_a_request_for_an_answer_names_its_steer_by_its_model() -> None:
 
 
 def test_a_steer_without_effect_on_any_one_prompt_fails_the_check() -> None:
-    plain = [answers.Answer((1, 2), (-1.0, -2.0)), answers.Answer((3,), (-1.0,))]
-    steered = [answers.Answer((1, 2), (-1.0, -2.5)), answers.Answer((3,), (-1.5,))]
+    plain = [answers.ServedAnswer((1, 2), (-1.0, -2.0)), answers.ServedAnswer((3,), (-1.0,))]
+    steered = [answers.ServedAnswer((1, 2), (-1.0, -2.5)), answers.ServedAnswer((3,), (-1.5,))]
     answers.check_effect(plain, steered, "steered0")
     for without in (plain, [steered[0], plain[1]]):
         with pytest.raises(AssertionError, match=r"steered0, prompt \d: the steer had no"):
@@ -193,19 +193,19 @@ def test_a_steer_without_effect_on_any_one_prompt_fails_the_check() -> None:
 
 
 def test_an_unsteered_answer_that_differs_in_one_logprob_fails_the_check() -> None:
-    stock = [answers.Answer((1, 2), (-1.0, -2.0))]
+    stock = [answers.ServedAnswer((1, 2), (-1.0, -2.0))]
     answers.check_equal(stock, list(stock), "loaded")
     with pytest.raises(AssertionError, match="loaded, prompt 0"):
-        answers.check_equal(stock, [answers.Answer((1, 2), (-1.0, -2.0000002))], "loaded")
+        answers.check_equal(stock, [answers.ServedAnswer((1, 2), (-1.0, -2.0000002))], "loaded")
 
 
 @pytest.mark.parametrize("check", ["check_equal", "check_effect"])
 def test_answers_that_are_missing_or_not_finite_fail_both_checks(check: str) -> None:
-    stock = [answers.Answer((1,), (-1.0,))]
+    stock = [answers.ServedAnswer((1,), (-1.0,))]
     with pytest.raises(AssertionError, match="loaded"):
         getattr(answers, check)(stock, [], "loaded")
     with pytest.raises(AssertionError, match="not finite"):
-        getattr(answers, check)(stock, [answers.Answer((1,), (math.nan,))], "loaded")
+        getattr(answers, check)(stock, [answers.ServedAnswer((1,), (math.nan,))], "loaded")
 
 
 def test_the_log_of_a_child_that_fails_is_shown(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from vllm_steer import SteerError
 from vllm_steer.embedded import MODEL
 from vllm_steer.fit import fit_lm_steer
 from vllm_steer.fit.encoded_texts import draw_batches, encode_texts
-from vllm_steer.fit.lm_steer_settings import Watch
+from vllm_steer.fit.lm_steer_settings import FitCallbacks
 from vllm_steer.fit.objective import initial_parameters
 
 EPSILON = 0.3
@@ -46,8 +46,8 @@ def first_loss(model: Any, tokenizer: Any, **options: Any) -> float:
     """The loss before the first step."""
     losses: list[float] = []
     settings = {**SMALL, **options}
-    watch = Watch(on_step=lambda _, loss: losses.append(loss))
-    fit_lm_steer(model, tokenizer, TEXTS, LABELS, **settings, watch=watch)
+    watch = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
+    fit_lm_steer(model, tokenizer, TEXTS, LABELS, **settings, callbacks=watch)
     return losses[0]
 
 
@@ -167,7 +167,13 @@ def test_a_small_cache_computes_the_states_again_and_learns_the_same(tokenizer: 
     options = {**SMALL, "steps": 4, "batch_size": 3}
     stored = fit_lm_steer(model, tokenizer, TEXTS, LABELS, **options)
     again = fit_lm_steer(
-        model, tokenizer, TEXTS, LABELS, **options, cache_bytes=0, watch=Watch(say=said.append)
+        model,
+        tokenizer,
+        TEXTS,
+        LABELS,
+        **options,
+        cache_bytes=0,
+        callbacks=FitCallbacks(on_message=said.append),
     )
     torch.testing.assert_close(again.tensors, stored.tensors, rtol=1e-9, atol=1e-9)
     assert "computed for each step" in said[0]
@@ -186,7 +192,7 @@ def test_each_text_is_read_once(model: Any, tokenizer: Any) -> None:
         TEXTS,
         LABELS,
         **SMALL | {"steps": 20},
-        watch=Watch(on_text=lambda done, total: read.append((done, total))),
+        callbacks=FitCallbacks(on_text=lambda done, total: read.append((done, total))),
     )
     handle.remove()
     assert read == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -231,9 +237,9 @@ def test_loss_falls_and_the_model_is_left_alone(tokenizer: Any) -> None:
     model = tiny_model(tokenizer).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses: list[float] = []
-    watch = Watch(on_step=lambda _, loss: losses.append(loss))
+    watch = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
     options = {"rank": 8, "epsilon": 1.0, "steps": 40}
-    fit_lm_steer(model, tokenizer, TEXTS, LABELS, **options, watch=watch)
+    fit_lm_steer(model, tokenizer, TEXTS, LABELS, **options, callbacks=watch)
     assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -250,8 +256,8 @@ def test_dropout_is_off_while_texts_are_read(tokenizer: Any) -> None:
 
 def test_a_text_of_one_token_is_left_out(model: Any, tokenizer: Any) -> None:
     losses: list[float] = []
-    watch = Watch(on_step=lambda _, loss: losses.append(loss))
-    steer = fit_lm_steer(model, tokenizer, ["", *TEXTS], [1.0, *LABELS], **SMALL, watch=watch)
+    watch = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
+    steer = fit_lm_steer(model, tokenizer, ["", *TEXTS], [1.0, *LABELS], **SMALL, callbacks=watch)
     assert len(tokenizer("")["input_ids"]) < 2
     assert losses[0] == pytest.approx(first_loss(model, tokenizer), rel=1e-5)
     assert (steer.recipe or {})["figures"]["texts_used"] == 4

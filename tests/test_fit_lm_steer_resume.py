@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_steer import SteerError, load_steer
 from vllm_steer.embedded import MODEL, corpus
-from vllm_steer.files.whole import unfinished_name
+from vllm_steer.files.atomic_write import unfinished_name
 from vllm_steer.fit import fit_lm_steer, training_run
-from vllm_steer.fit.lm_steer_settings import Watch
+from vllm_steer.fit.lm_steer_settings import FitCallbacks
 
 STEPS = 12
 SAMPLES = corpus.generate(40, seed=1)
@@ -67,12 +67,12 @@ def fit(model: Any, tokenizer: Any, folder: Path | None, **options: Any) -> Any:
     )
 
 
-def end_at(step: int) -> Watch:
+def end_at(step: int) -> FitCallbacks:
     def on_step(done: int, _loss: float) -> None:
         if done == step:
             raise Ended
 
-    return Watch(on_step=on_step)
+    return FitCallbacks(on_step=on_step)
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -101,7 +101,7 @@ def test_an_ended_fit_goes_on_bit_for_bit(
         fit(model, tokenizer, tmp_path / "run", variant=variant, watch=end_at(ended))
     assert checkpoint_step(tmp_path / "run") == ended // 4 * 4
     steps: list[int] = []
-    watch = Watch(on_step=lambda step, _: steps.append(step))
+    watch = FitCallbacks(on_step=lambda step, _: steps.append(step))
     assert_same(whole, fit(model, tokenizer, tmp_path / "run", variant=variant, watch=watch))
     assert steps == list(range(ended // 4 * 4, STEPS))
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
@@ -115,7 +115,7 @@ def test_a_fit_says_that_it_goes_on_and_reads_no_text_again(
         fit(model, tokenizer, tmp_path, watch=end_at(9))
     said: list[str] = []
     read: list[int] = []
-    watch = Watch(say=said.append, on_text=lambda done, _: read.append(done))
+    watch = FitCallbacks(on_message=said.append, on_text=lambda done, _: read.append(done))
     fit(model, tokenizer, tmp_path, watch=watch)
     assert said == ["going on after step 8 of 12"]
     assert read == []
@@ -129,7 +129,7 @@ def test_a_fit_that_ended_while_it_read_texts_reads_them_anew(
             raise Ended
 
     with pytest.raises(Ended):
-        fit(model, tokenizer, tmp_path, watch=Watch(on_text=on_text))
+        fit(model, tokenizer, tmp_path, watch=FitCallbacks(on_text=on_text))
     assert not (tmp_path / "hidden_states.bin").exists()
     assert_same(fit(model, tokenizer, None), fit(model, tokenizer, tmp_path))
 
@@ -257,7 +257,7 @@ def test_no_room_for_a_checkpoint_keeps_the_last_one(
 
     with pytest.raises(SteerError, match=r"(loss.csv|checkpoint.safetensors): cannot be written"):
         try:
-            fit(model, tokenizer, tmp_path, watch=Watch(on_step=on_step))
+            fit(model, tokenizer, tmp_path, watch=FitCallbacks(on_step=on_step))
         finally:
             limits.__exit__(None, None, None)
     assert checkpoint_step(tmp_path) == 4

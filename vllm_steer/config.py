@@ -18,26 +18,26 @@ from pydantic import (
 
 from vllm_steer.config_text import LARGEST, read_config_file
 from vllm_steer.errors import SteerError
-from vllm_steer.files.bounds import check_nesting
-from vllm_steer.files.facts import (
-    Facts,
+from vllm_steer.files.json_text import read_json
+from vllm_steer.files.size_limits import check_nesting
+from vllm_steer.files.steer_metadata import (
     PositiveFloat,
     PositiveInt,
+    SteerMetadata,
     describe_errors,
 )
-from vllm_steer.files.json_text import read_json
-from vllm_steer.foreign import is_number, listed, printable, shown
 from vllm_steer.kernels.dispatch import Kernels
+from vllm_steer.untrusted_text import is_number, listed, printable, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 LONGEST_NAME = 200
 _LONGEST_PATH = 200
 NO_STEER = "none"
 DYNAMIC = "dynamic"
-"""Stands for a strength that follows from the text."""
+"""The strength value that selects a dynamic strength."""
 
 
-def _in_mix(value: Any) -> Any:
+def _mix_entry(value: Any) -> Any:
     """A preset's part of a steer: its strength, or its options as in a request."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
@@ -57,22 +57,22 @@ def _in_mix(value: Any) -> Any:
     return number
 
 
-InMix = Annotated[Any, BeforeValidator(_in_mix)]
+MixEntry = Annotated[Any, BeforeValidator(_mix_entry)]
 
 
-class SteerEntry(Facts):
-    """One steer of a config: a file and the facts that the file does not say."""
+class SteerEntry(SteerMetadata):
+    """One steer of a config: a file and overrides of its metadata."""
 
     path: Path
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What is handed to ``load_steer`` beside the path."""
+    def overrides(self) -> dict[str, Any]:
+        """The overrides for ``load_steer``."""
         return self.model_dump(exclude={"path"}, exclude_none=True)
 
 
 class Limits(BaseModel):
-    """What an engine admits; ``max_strength`` None leaves strengths unbounded."""
+    """Limits for requests and steers; ``max_strength`` None means unlimited."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -94,7 +94,7 @@ class SteerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steers: dict[str, SteerEntry]
-    presets: dict[str, dict[str, InMix]] = {}
+    presets: dict[str, dict[str, MixEntry]] = {}
     default: str = NO_STEER
     limits: Limits = Limits()
     kernels: Kernels = "auto"
@@ -108,7 +108,7 @@ class SteerConfig(BaseModel):
         """
         if isinstance(source, SteerConfig):
             return source
-        data, folder, origin = _read(source)
+        data, folder, origin = _read_source(source)
         try:
             config = cls.model_validate(data)
         except ValidationError as error:
@@ -117,14 +117,14 @@ class SteerConfig(BaseModel):
 
     @field_validator("steers", "presets")
     @classmethod
-    def _names_fit_the_grammar(cls, named: dict[str, Any]) -> dict[str, Any]:
-        for name in named:
+    def _names_fit_the_grammar(cls, mapping: dict[str, Any]) -> dict[str, Any]:
+        for name in mapping:
             if not NAME.fullmatch(name) or len(name) > LONGEST_NAME or name == NO_STEER:
                 raise ValueError(
                     f"{shown(name)} cannot be a name: letters, digits, '_', '.', '-' are allowed, "
                     f"at most {LONGEST_NAME}, and {NO_STEER!r} means no steer"
                 )
-        return named
+        return mapping
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "SteerConfig":
@@ -155,14 +155,14 @@ class SteerConfig(BaseModel):
         return self.model_copy(update={"steers": steers})
 
 
-def _absolute(folder: Path, path: Path, place: str) -> Path:
+def _absolute(folder: Path, path: Path, subject: str) -> Path:
     try:
         return (folder / path.expanduser()).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise SteerError(f"{place}: {shown(path)} cannot be a path: {error}") from None
+        raise SteerError(f"{subject}: {shown(path)} cannot be a path: {error}") from None
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
+def _read_source(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
     """The config's data, the folder its paths start from, and its name in messages."""
     if isinstance(source, Mapping):
         check_nesting(source, "steer config")
@@ -179,12 +179,14 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, Path, str]:
     path = _absolute(Path.cwd(), Path(source), "steer config")
     origin = f"steer config {printable(str(source), _LONGEST_PATH)}"
     if not os.path.isfile(path):  # unlike Path.is_file no error for a name that is too long
-        found = "is a folder" if os.path.isdir(path) else "no such file"
-        raise SteerError(f"{origin}: {found}")
+        problem = "is a folder" if os.path.isdir(path) else "no such file"
+        raise SteerError(f"{origin}: {problem}")
     try:
         data = read_config_file(path, f"steer config {path}")
     except OSError as error:
         raise SteerError(f"{origin} cannot be read: {error.strerror}") from None
     if not isinstance(data, Mapping):
-        raise SteerError(f"steer config {path} holds no mapping; wanted at least the key 'steers'")
+        raise SteerError(
+            f"steer config {path} is not a mapping; expected at least the key 'steers'"
+        )
     return data, path.parent, str(path)

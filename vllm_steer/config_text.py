@@ -14,9 +14,9 @@ from typing import Any, Final
 import yaml
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.bounds import DEEPEST, MOST_VALUES, check_nesting
 from vllm_steer.files.json_text import NotJSONError, read_json
-from vllm_steer.foreign import printable, shown
+from vllm_steer.files.size_limits import MAX_DEPTH, MAX_VALUES, check_nesting
+from vllm_steer.untrusted_text import printable, shown
 
 LARGEST: Final = 256 * 1024
 """Bytes of a config. PyYAML reads some 100 kB a second."""
@@ -31,9 +31,9 @@ _NUMBERS: Final = (
 )
 
 _TAG: Final = "tag:yaml.org,2002:"
-_REPLACED: Final = frozenset({_TAG + name for name in ("int", "float", "timestamp")})
+_REPLACED_TAGS: Final = frozenset({_TAG + name for name in ("int", "float", "timestamp")})
 _TEXT: Final = _TAG + "str"
-_OLD_BREAKS: Final = re.compile("[\x85\u2028\u2029]")
+_YAML11_LINE_BREAKS: Final = re.compile("[\x85\u2028\u2029]")
 _MERGE: Final = _TAG + "merge"
 
 
@@ -63,7 +63,7 @@ def read_config_text(text: str, origin: str) -> Any:
     except SteerError:
         raise
     except RecursionError:
-        raise SteerError(f"{origin} is nested more than {DEEPEST} deep") from None
+        raise SteerError(f"{origin} is nested more than {MAX_DEPTH} deep") from None
     except Exception as error:  # PyYAML's own, and whatever its constructors meet
         raise SteerError(f"{origin} is neither YAML nor JSON: {_cause(error)}") from None
 
@@ -71,9 +71,9 @@ def read_config_text(text: str, origin: str) -> Any:
 def _check_lines(text: str, origin: str) -> None:
     """Raise ``SteerError`` for what only YAML before 1.2 takes for the end of a line."""
     for number, line in enumerate(text.split("\n"), 1):
-        if found := _OLD_BREAKS.search(line):
+        if match := _YAML11_LINE_BREAKS.search(line):
             raise SteerError(
-                f"{origin}: line {number}: the character {printable(found[0])}, which ends a line "
+                f"{origin}: line {number}: the character {printable(match[0])}, which ends a line "
                 "for some readers; write it as an escape, in quotes"
             )
 
@@ -84,7 +84,7 @@ def _read_yaml(text: str, origin: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _Check(loader, origin).count(node)
+        _NodeCheck(loader, origin).count(node)
         value = loader.construct_document(node)
     finally:
         loader.dispose()
@@ -97,14 +97,14 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _regexp, _first in _NUMBERS:
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_regexp})$"), list(_first))
 
 
-class _Check:
+class _NodeCheck:
     """What a document's nodes stand for, checked before any value is made of them.
 
     Each node is checked once, however many aliases lead to it, and counted as often as they do.
@@ -124,15 +124,17 @@ class _Check:
             raise self._wrong(node, "an alias holds itself")
         if key in self._known:
             return self._known[key]
-        if depth > DEEPEST:
-            raise SteerError(f"{self._origin} is nested more than {DEEPEST} deep")
+        if depth > MAX_DEPTH:
+            raise SteerError(f"{self._origin} is nested more than {MAX_DEPTH} deep")
         self._check_tag(node)
         self._open.add(key)
         total = 1 + sum(self.count(inner, depth + 1) for inner in self._inner(node))
         self._open.discard(key)
-        if total > MOST_VALUES:
-            said = f"more than {MOST_VALUES} values, those that aliases stand for counted each time"
-            raise self._wrong(node, said)
+        if total > MAX_VALUES:
+            problem = (
+                f"more than {MAX_VALUES} values, those that aliases stand for counted each time"
+            )
+            raise self._wrong(node, problem)
         self._known[key] = total
         return total
 
@@ -160,8 +162,8 @@ class _Check:
                 for inner in merged if key.tag == _MERGE else ():
                     if isinstance(inner, yaml.MappingNode):
                         keys += self._all_keys(inner)
-            named = {key.value: key for key in reversed(keys)}
-            self._merged[id(node)] = list(named.values())
+            key_by_name = {key.value: key for key in reversed(keys)}
+            self._merged[id(node)] = list(key_by_name.values())
         return self._merged[id(node)]
 
     def _check_keys(self, keys: list[yaml.Node]) -> None:
@@ -169,10 +171,10 @@ class _Check:
         for key in keys:
             if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
                 if isinstance(key, yaml.ScalarNode):
-                    said = f"the key {shown(key.value)} is no text; put it in quotes"
+                    problem = f"the key {shown(key.value)} is no text; put it in quotes"
                 else:
-                    said = "a key is a list or a mapping; expected a text"
-                raise self._wrong(key, said)
+                    problem = "a key is a list or a mapping; expected a text"
+                raise self._wrong(key, problem)
             if key.value in seen:
                 raise self._wrong(key, f"the key {shown(key.value)} is given twice")
             seen.add(key.value)
@@ -182,15 +184,15 @@ class _Check:
         if isinstance(node, yaml.ScalarNode):
             if any("\ud800" <= letter <= "\udfff" for letter in node.value):
                 raise self._wrong(node, f"{shown(node.value)} has letters that are not Unicode")
-            own = self._loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
+            resolved_tag = self._loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
         else:
-            own = _TAG + ("seq" if isinstance(node, yaml.SequenceNode) else "map")
+            resolved_tag = _TAG + ("seq" if isinstance(node, yaml.SequenceNode) else "map")
         as_text = isinstance(node, yaml.ScalarNode) and node.tag == _TEXT
-        if node.tag != own and not as_text:
+        if node.tag != resolved_tag and not as_text:
             raise self._wrong(node, f"the tag {shown(node.tag)}; expected plain values")
 
-    def _wrong(self, node: yaml.Node, said: str) -> SteerError:
-        return SteerError(f"{self._origin}: line {node.start_mark.line + 1}: {said}")
+    def _wrong(self, node: yaml.Node, problem: str) -> SteerError:
+        return SteerError(f"{self._origin}: line {node.start_mark.line + 1}: {problem}")
 
 
 def _cause(error: Exception) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from vllm_steer.steers.schedules import Schedule, course
+from vllm_steer.steers.schedules import Schedule, schedule_curve
 
 RequestPhase = Literal["all", "prompt", "generation"]
 """What a request may ask for; ``answer`` belongs to strengths that change per token."""
@@ -21,7 +21,7 @@ END: Final = 2**63 - 1
 
 @dataclass(frozen=True)
 class Dynamic:
-    """How a strength follows from what the steer does, token by token: see ``dynamic.strength``.
+    """Options of a dynamic strength, see ``dynamic.strength``.
 
     top_p    the share of probability that the compared tokens cover, in (0, 1]
     kl       ``plain``, or divided by the number of compared tokens as the ``authors`` do
@@ -52,7 +52,7 @@ class Dose:
 
 
 def is_dynamic(doses: Iterable[Dose]) -> bool:
-    """Whether any strength follows from the text."""
+    """True if any dose has a dynamic strength."""
     return any(dose.dynamic for dose in doses)
 
 
@@ -69,6 +69,6 @@ def token_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int
     elif dose.phase == "answer":
         first = prompt_len - 1
     if steps is not None:
-        taken = course(dose.schedule, steps).last
-        first, last = max(first, prompt_len - 1), min(last, prompt_len - 1 + taken)
+        num_steps = schedule_curve(dose.schedule, steps).last
+        first, last = max(first, prompt_len - 1), min(last, prompt_len - 1 + num_steps)
     return first, last

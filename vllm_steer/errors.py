@@ -8,8 +8,8 @@ ValueError
 
 from typing import Final
 
-from vllm_steer.foreign import message as shown_message
-from vllm_steer.foreign import printable
+from vllm_steer.untrusted_text import message as shown_message
+from vllm_steer.untrusted_text import printable
 
 _LONGEST_CAUSE: Final = 200
 

@@ -94,13 +94,13 @@ def family_of(architectures: Iterable[str]) -> Family:
 
     Raises ``SteerError`` with the reason for one whose sites are not known.
     """
-    given = list(architectures)
-    for name in given:
+    names = list(architectures)
+    for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    reason = next((UNSUPPORTED[name] for name in given if name in UNSUPPORTED), None)
+    reason = next((UNSUPPORTED[name] for name in names if name in UNSUPPORTED), None)
     raise SteerError(
-        f"{', '.join(given) or 'this model'} cannot be steered inside its layers: "
+        f"{', '.join(names) or 'this model'} cannot be steered inside its layers: "
         f"{reason or 'where its sites are has not been tested'}; steers at the LM head work, and "
         f"these models take every steer: {', '.join(sorted(FAMILIES))}"
     )
@@ -108,17 +108,17 @@ def family_of(architectures: Iterable[str]) -> Family:
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     """The one list of a model's decoder blocks: as long as the model has layers."""
-    found = [
+    matches = [
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
-    if len(found) != 1:
+    if len(matches) != 1:
         raise SteerError(
-            f"{type(model).__name__} has {len(found)} module lists of {num_layers} entries; "
+            f"{type(model).__name__} has {len(matches)} module lists of {num_layers} entries; "
             "expected exactly one, its decoder layers"
         )
-    return found[0]
+    return matches[0]
 
 
 def submodule(layer: nn.Module, name: str | None, site: str) -> Any:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from vllm_steer.foreign import printable
+from vllm_steer.untrusted_text import printable
 
 _LONGEST: Final = 1000
 _MARKS: Final = re.compile(r"([\\`*_\[\]<>|&~#$@]|:(?=[\w+-]+:))")

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.files.whole import write_whole
-from vllm_steer.foreign import printable
+from vllm_steer.files.atomic_write import write_atomically
 from vllm_steer.optional import require_package
+from vllm_steer.untrusted_text import printable
 
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """A palette for colour-blind readers (Okabe and Ito)."""
@@ -30,7 +30,7 @@ def picture(path: str | Path, *, dpi: int = 150, **options: Any) -> Iterator[Any
             warnings.filterwarnings("ignore", message=warning)
         figure = figure_class(**options)
         yield figure
-        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def label(text: str) -> str:

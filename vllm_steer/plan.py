@@ -16,18 +16,18 @@ from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.kernels.dispatch import Kernels
-from vllm_steer.request import DoseMemo, check_request, resolve
+from vllm_steer.request import DoseCache, check_request, resolve
 from vllm_steer.steers import DeltaSteer, LMSteer, Schedule, Steer
 from vllm_steer.steers.content import content_digest
 
 
 class PlannedSteer(BaseModel):
-    """One steer as the plan fixes it: where it lies, what it is, what it holds."""
+    """A checked steer: its path, its properties and the digest of its content."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Path
-    facts: dict[str, Any]
+    overrides: dict[str, Any]
     kind: str
     site: str
     hidden_size: int | None
@@ -43,7 +43,7 @@ class PlannedSteer(BaseModel):
 
         Raises ``SteerError`` if the file is gone or is no longer the one that was checked.
         """
-        steer = load_steer(self.path, **self.facts)
+        steer = load_steer(self.path, **self.overrides)
         if content_digest(steer) != self.content:
             raise SteerError(f"{self.path}: the file changed while the engine was starting")
         return steer
@@ -60,11 +60,11 @@ class SteerPlan(BaseModel):
     presets: dict[str, dict[str, float | str | dict[str, Any]]]
     default: str
     limits: Limits
-    _resolved: DoseMemo = PrivateAttr(default_factory=DoseMemo)
+    _resolved: DoseCache = PrivateAttr(default_factory=DoseCache)
 
     @classmethod
     def of(cls, config: SteerConfig) -> "SteerPlan":
-        """Load and check every steer of a config once, and keep what requests and workers need."""
+        """Load and check every steer of a config."""
         from vllm_steer.version import __version__
 
         plan = cls(
@@ -79,13 +79,13 @@ class SteerPlan(BaseModel):
             limits=config.limits,
         )
         for preset in plan.presets:
-            check_request(preset, plan, place=f"preset {preset}")
-        check_request(plan.default, plan, place="default")
+            check_request(preset, plan, source=f"preset {preset}")
+        check_request(plan.default, plan, source="default")
         return plan
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SteerPlan":
-        """The plan as it arrived in a worker or in the engine core."""
+        """Restore a plan in a worker or in the engine core."""
         return cls.model_validate(data)
 
     def to_json(self) -> dict[str, Any]:
@@ -97,10 +97,10 @@ class SteerPlan(BaseModel):
         """The sites that the steers act at."""
         return frozenset(steer.site for steer in self.steers.values())
 
-    def doses(self, asked: Any) -> tuple[Dose, ...]:
+    def doses(self, value: Any) -> tuple[Dose, ...]:
         """The doses for a request's ``steer`` value, resolved once; None takes the default."""
-        asked = self.default if asked is None else asked
-        return self._resolved.get(asked, lambda value: resolve(value, self))
+        value = self.default if value is None else value
+        return self._resolved.get(value, lambda value: resolve(value, self))
 
 
 def is_plan(data: Any) -> bool:
@@ -110,7 +110,7 @@ def is_plan(data: Any) -> bool:
 
 def _plan_steer(name: str, entry: SteerEntry, limits: Limits) -> PlannedSteer:
     try:
-        steer = load_steer(entry.path, **entry.facts)
+        steer = load_steer(entry.path, **entry.overrides)
     except SteerError as error:
         raise SteerError(f"steer {name}: {error}") from error
     vocab_size = None
@@ -123,7 +123,7 @@ def _plan_steer(name: str, entry: SteerEntry, limits: Limits) -> PlannedSteer:
             )
     return PlannedSteer(
         path=entry.path,
-        facts=entry.facts,
+        overrides=entry.overrides,
         kind=steer.kind,
         site=steer.site,
         hidden_size=steer.hidden_size if vocab_size is None else None,

@@ -83,21 +83,21 @@ def _with_flag(original: Any, parser: Any) -> Any:
 
 
 def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    given = self.additional_config
-    if not isinstance(given, Mapping) or given.get("steer") is None:
+    user_config = self.additional_config
+    if not isinstance(user_config, Mapping) or user_config.get("steer") is None:
         return original(self, *args, **kwargs)
     from vllm_steer.serving.activation import activate_steering
     from vllm_steer.serving.plan_transport import resolved_additional_config
     from vllm_steer.serving.startup_checks import check_engine
 
-    resolved = resolved_additional_config(given)
+    resolved = resolved_additional_config(user_config)
     activate_steering(may_be_dynamic=self.speculative_config is None)
     patch_active()
     self.additional_config = resolved
     try:
         vllm_config = original(self, *args, **kwargs)
     finally:
-        self.additional_config = given
+        self.additional_config = user_config
     check_engine(vllm_config)
     return vllm_config
 

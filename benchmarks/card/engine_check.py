@@ -196,15 +196,15 @@ def _compare_text(
 ) -> float:
     """Up to the first choice that float32 may make otherwise."""
     completion, worst = output.outputs[0], 0.0
-    wanted, logprobs = references[f"tokens_{index}"], references[f"logprobs_{index}"]
+    expected, logprobs = references[f"tokens_{index}"], references[f"logprobs_{index}"]
     for step, (token, margin) in enumerate(
-        zip(wanted, references[f"margins_{index}"], strict=True)
+        zip(expected, references[f"margins_{index}"], strict=True)
     ):
-        found = completion.token_ids[step]
-        if found != token:
-            assert margin < SURE, f"request {index}, step {step}: token {found}, not {token}"
+        actual = completion.token_ids[step]
+        if actual != token:
+            assert margin < SURE, f"request {index}, step {step}: token {actual}, not {token}"
             break
-        error = abs(completion.logprobs[step][found].logprob - logprobs[step])
+        error = abs(completion.logprobs[step][actual].logprob - logprobs[step])
         assert error <= tolerance, f"request {index}, step {step}: logprob differs by {error:.2e}"
         worst = max(worst, error)
     return worst
@@ -246,11 +246,11 @@ def _exact(output: Any) -> list[Any]:
     ]
 
 
-def _difference(found: list[Any], wanted: list[Any]) -> float:
+def _difference(actual: list[Any], expected: list[Any]) -> float:
     """The largest difference of a logprob; infinite where the tokens are others."""
-    if [token for token, _ in found] != [token for token, _ in wanted]:
+    if [token for token, _ in actual] != [token for token, _ in expected]:
         return float("inf")
-    pairs = zip(found, wanted, strict=True)
+    pairs = zip(actual, expected, strict=True)
     return max(abs(float.fromhex(a) - float.fromhex(b)) for (_, a), (_, b) in pairs)
 
 

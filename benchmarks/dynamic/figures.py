@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.dynamic.served import Leg, Served, draw_prompts, run_leg
+from benchmarks.dynamic.served import DynamicLeg, DynamicModel, draw_prompts, run_leg
 from benchmarks.rounds import interleave, median, plain_legs, spread
 
 STREAMS = 3  # of a request with one dynamic strength: itself, base and probe
@@ -26,17 +26,17 @@ ORDINARY = 16
 
 
 @dataclass
-class Bench:
+class DynamicBench:
     """One engine, how long its requests are, and how often all of it is measured."""
 
     name: str
     llm: Any
-    served: Served
+    served: DynamicModel
     tokens: int
     rounds: int
     legs: int = 0
 
-    def leg(self, steers: Sequence[Any], *, again: bool = False) -> Leg:
+    def leg(self, steers: Sequence[Any], *, again: bool = False) -> DynamicLeg:
         """A batch with new prompts, or ``again`` with those of the last one."""
         self.legs += not again
         prompts = draw_prompts(self.legs, len(steers), self.served.vocab_size)
@@ -50,12 +50,12 @@ class Bench:
         return head | numbers | spread("ratio", ratios) | {"rounds": len(ratios)}
 
 
-def token_ms(leg: Leg) -> float:
+def token_ms(leg: DynamicLeg) -> float:
     """The figure that is compared."""
     return leg.token_ms
 
 
-def cost(bench: Bench, requests: int) -> Iterator[dict[str, Any]]:
+def cost(bench: DynamicBench, requests: int) -> Iterator[dict[str, Any]]:
     """The time of a token of each kind of strength, and the floor of two steps measured.
 
     The floor is the time of a step of ``requests`` rows and one of twice as many, both unsteered.
@@ -63,24 +63,27 @@ def cost(bench: Bench, requests: int) -> Iterator[dict[str, Any]]:
     batches = {kind: [steer] * requests for kind, steer in STRENGTHS.items()}
     batches[FLOOR] = [None] * (2 * requests)
     legs = {kind: partial(bench.leg, steers) for kind, steers in batches.items()}
-    found = interleave(partial(bench.leg, [None] * requests), legs, bench.rounds)
-    floors = [1 + one.ratio(token_ms) for one in found[FLOOR]]
-    for kind, rounds in found.items():
-        own, ratios = (
-            [token_ms(one.other) for one in rounds],
-            [one.ratio(token_ms) for one in rounds],
+    rounds_by_kind = interleave(partial(bench.leg, [None] * requests), legs, bench.rounds)
+    floors = [1 + pair.ratio(token_ms) for pair in rounds_by_kind[FLOOR]]
+    for kind, rounds in rounds_by_kind.items():
+        token_times, ratios = (
+            [token_ms(pair.other) for pair in rounds],
+            [pair.ratio(token_ms) for pair in rounds],
         )
         if kind == FLOOR:
-            own, ratios = [one.plain(token_ms) + token_ms(one.other) for one in rounds], floors
+            token_times, ratios = (
+                [pair.plain(token_ms) + token_ms(pair.other) for pair in rounds],
+                floors,
+            )
         line = bench.line("cost", kind, requests, ratios)
         line["a_ms"] = median([leg.token_ms for leg in plain_legs(rounds)])
-        line["b_ms"] = median(own)
+        line["b_ms"] = median(token_times)
         if kind == "delta dynamic":
             line["over_floor"] = median([a / b for a, b in zip(ratios, floors, strict=True)])
         yield line
 
 
-def ordinary(bench: Bench, dynamic: int) -> dict[str, Any]:
+def ordinary(bench: DynamicBench, dynamic: int) -> dict[str, Any]:
     """``ORDINARY`` ordinary requests beside ``dynamic`` ones, and beside as many streams.
 
     The first request is an ordinary one: its tokens are timed, and all of them come while the
@@ -88,19 +91,19 @@ def ordinary(bench: Bench, dynamic: int) -> dict[str, Any]:
     """
     beside_ordinary = [None] * (ORDINARY + STREAMS * dynamic)
     beside_dynamic = [None] * ORDINARY + [DYNAMIC] * dynamic
-    legs = [partial(bench.leg, asked) for asked in (beside_ordinary, beside_dynamic)]
+    legs = [partial(bench.leg, steers) for steers in (beside_ordinary, beside_dynamic)]
     rounds = interleave(legs[0], {"dynamic": legs[1]}, bench.rounds)["dynamic"]
     return bench.line(
         "ordinary",
         f"{ORDINARY} beside {dynamic} dynamic",
         ORDINARY,
-        [1 / one.ratio(token_ms) for one in rounds],
+        [1 / pair.ratio(token_ms) for pair in rounds],
         a_ms=median([leg.token_ms for leg in plain_legs(rounds)]),
-        b_ms=median([token_ms(one.other) for one in rounds]),
+        b_ms=median([token_ms(pair.other) for pair in rounds]),
     )
 
 
-def check_steered(bench: Bench) -> None:
+def check_steered(bench: DynamicBench) -> None:
     """Every kind of strength changes what is written, and no strength what others write."""
     steers = [None, *STRENGTHS.values()]
     plain = bench.leg([None] * len(steers)).tokens

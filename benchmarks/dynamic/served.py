@@ -32,7 +32,7 @@ TAIL_TOKENS = 1
 
 
 @dataclass(frozen=True)
-class Served:
+class DynamicModel:
     """A model folder and the config of its steers ``delta`` and ``lm``."""
 
     folder: Path
@@ -41,14 +41,14 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Leg:
+class DynamicLeg:
     """One batch: the time of a token, and what each request wrote."""
 
     token_ms: float
     tokens: tuple[tuple[int, ...], ...]
 
 
-def write_served(name: str, folder: Path, *, steps: int) -> Served:
+def write_dynamic_model(name: str, folder: Path, *, steps: int) -> DynamicModel:
     """Write what is served, a delta of ``steps`` steps included."""
     from transformers import AutoConfig
 
@@ -58,7 +58,7 @@ def write_served(name: str, folder: Path, *, steps: int) -> Served:
     save_steer(delta, paths["delta"])
     save_steer(lm, paths["lm"])
     vocab_size = AutoConfig.from_pretrained(model).vocab_size
-    return Served(model, steer_config(paths, max(lm.rank, 1)), vocab_size)
+    return DynamicModel(model, steer_config(paths, max(lm.rank, 1)), vocab_size)
 
 
 def _embedded(steps: int) -> tuple[Path, DeltaSteer, LMSteer]:
@@ -87,7 +87,9 @@ def draw_prompts(leg: int, count: int, vocab_size: int) -> list[list[int]]:
     return torch.randint(3, vocab_size, (count, PROMPT_TOKENS), generator=generator).tolist()
 
 
-def run_leg(llm: Any, prompts: Sequence[list[int]], steers: Sequence[Any], tokens: int) -> Leg:
+def run_leg(
+    llm: Any, prompts: Sequence[list[int]], steers: Sequence[Any], tokens: int
+) -> DynamicLeg:
     """Serve one batch, a request per prompt, with its entry of ``steers`` (None: no steer)."""
     from vllm.sampling_params import RequestOutputKind
 
@@ -104,11 +106,11 @@ def run_leg(llm: Any, prompts: Sequence[list[int]], steers: Sequence[Any], token
             if output.request_id == "0" and output.outputs[0].token_ids:
                 arrivals.append(now)
     assert all(len(row) == tokens for row in written), "a request ended early"
-    return Leg(token_time_ms(arrivals), tuple(map(tuple, written)))
+    return DynamicLeg(token_time_ms(arrivals), tuple(map(tuple, written)))
 
 
 def token_time_ms(arrivals: Sequence[float]) -> float:
     """The time of a token from the moments at which a request's tokens came."""
-    kept = arrivals[LEAD_TOKENS : len(arrivals) - TAIL_TOKENS]
-    pairs = zip(kept, kept[2:], strict=False)
+    timed = arrivals[LEAD_TOKENS : len(arrivals) - TAIL_TOKENS]
+    pairs = zip(timed, timed[2:], strict=False)
     return statistics.median((later - earlier) / 2 for earlier, later in pairs) * 1e3

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.operations.measure import Bench, Case, Tensors, Work, ours, sets_for
+from benchmarks.operations.measure import (
+    MeasurementSetup,
+    Operation,
+    OperationCase,
+    Tensors,
+    dispatched,
+    sets_for,
+)
 from vllm_steer.kernels.dispatch import divergence_backend
 from vllm_steer.kernels.divergence import torch_sort
 
@@ -15,7 +22,7 @@ SPREAD = 4.0
 
 
 @dataclass(frozen=True)
-class DivergenceCase(Case):
+class DivergenceCase(OperationCase):
     """So many ``doses``, each with a base and a probe of its own, over ``width`` tokens."""
 
     doses: int
@@ -27,7 +34,7 @@ class DivergenceCase(Case):
         """Base and probe of every dose once; a KL in float32 and a size per dose."""
         return self.doses * (2 * self.width * itemsize + 12)
 
-    def sets(self, bench: Bench) -> list[torch.Tensor]:
+    def sets(self, bench: MeasurementSetup) -> list[torch.Tensor]:
         """Random logits: the bases, then the probes."""
         generator = torch.Generator(bench.device).manual_seed(0)
         size = (2 * self.doses, self.width)
@@ -36,9 +43,9 @@ class DivergenceCase(Case):
             for _ in range(sets_for(self.floor_bytes(bench.dtype.itemsize), bench.reach))
         ]
 
-    def work(self, form: str, logits: torch.Tensor) -> Work:
+    def work(self, form: str, logits: torch.Tensor) -> Operation:
         """Ours."""
-        module = ours(divergence_backend, form, logits.device)
+        module = dispatched(divergence_backend, form, logits.device)
         doses = torch.arange(self.doses, device=logits.device)
         top_p = torch.full((self.doses,), TOP_P, device=logits.device)
 
@@ -49,10 +56,10 @@ class DivergenceCase(Case):
             """A few doses against a sort in float64."""
             few = doses[:2]
             rows = logits[torch.cat([few, few + self.doses])].double()
-            wanted, _ = torch_sort.divergence(rows, few, few + len(few), float(top_p[0]))
-            found = results[0][: len(few)].double()
-            error = float(((found - wanted).abs() / wanted.abs().clamp(min=1e-3)).max())
+            expected, _ = torch_sort.divergence(rows, few, few + len(few), float(top_p[0]))
+            actual = results[0][: len(few)].double()
+            error = float(((actual - expected).abs() / expected.abs().clamp(min=1e-3)).max())
             assert error <= 1e-3, f"a KL is wrong by {error:.2g}"
             return error
 
-        return Work(call, check)
+        return Operation(call, check)

@@ -6,7 +6,15 @@ from typing import Literal
 
 import torch
 
-from benchmarks.operations.measure import Bench, Case, Tensors, Work, ours, relative_error, sets_for
+from benchmarks.operations.measure import (
+    MeasurementSetup,
+    Operation,
+    OperationCase,
+    Tensors,
+    dispatched,
+    relative_error,
+    sets_for,
+)
 from vllm_steer.kernels.dispatch import guidance_backend
 from vllm_steer.kernels.guidance import Directions, TokenMap
 
@@ -16,7 +24,7 @@ FORMS = ("triton", "torch")
 
 
 @dataclass(frozen=True)
-class GuidanceCase(Case):
+class GuidanceCase(OperationCase):
     """All tokens take ``doses`` directions each. Rotations are of the sum of hidden state and
     residual, as in Llama; an addition needs no residual.
     """
@@ -40,7 +48,7 @@ class GuidanceCase(Case):
         directions = min(DIRECTIONS, self.rows + self.doses - 1)
         return rows + 4 * directions * self.width + 8 * self.rows * self.doses
 
-    def sets(self, bench: Bench) -> list["Inputs"]:
+    def sets(self, bench: MeasurementSetup) -> list["GuidanceInputs"]:
         """Streams of different layers."""
         generator = torch.Generator(bench.device).manual_seed(0)
 
@@ -60,7 +68,9 @@ class GuidanceCase(Case):
         for nth in range(sets_for(set_bytes, bench.reach)):
             stream = random(streams, self.rows, self.width).to(bench.dtype)
             residual = stream[1] if self.residual else None
-            sets.append(Inputs(self, stream[0], residual, directions, token_map, nth % LAYERS))
+            sets.append(
+                GuidanceInputs(self, stream[0], residual, directions, token_map, nth % LAYERS)
+            )
         return sets
 
     def _token_map(self, device: torch.device) -> TokenMap:
@@ -73,10 +83,10 @@ class GuidanceCase(Case):
             strengths.expand(LAYERS, -1, -1).contiguous().to(device),
         )
 
-    def work(self, form: str, inputs: "Inputs") -> Work:
+    def work(self, form: str, inputs: "GuidanceInputs") -> Operation:
         """Ours, on a stream of its own that it changes in place."""
         hidden, touched = inputs.before.clone(), inputs.token_map.directions[0] > 0
-        module = ours(guidance_backend, form, hidden.device)
+        module = dispatched(guidance_backend, form, hidden.device)
         rest = (inputs.directions, inputs.layer, inputs.token_map, self.doses)
 
         def run() -> Tensors:
@@ -86,11 +96,11 @@ class GuidanceCase(Case):
         def check(results: Tensors) -> float:
             return relative_error(results[0], inputs.exact, inputs.before, touched)
 
-        return Work(run, check, lambda: hidden.copy_(inputs.before))
+        return Operation(run, check, lambda: hidden.copy_(inputs.before))
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class GuidanceInputs:
     """One set: a layer's stream, and what each of its tokens takes there."""
 
     case: GuidanceCase

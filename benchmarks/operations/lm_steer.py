@@ -14,12 +14,12 @@ import torch
 
 from benchmarks.dummy_model import lm_steer_bytes, weight_elements
 from benchmarks.operations.measure import (
-    Bench,
-    Case,
+    MeasurementSetup,
+    Operation,
+    OperationCase,
     Skipped,
     Tensors,
-    Work,
-    ours,
+    dispatched,
     relative_error,
     sets_for,
 )
@@ -34,7 +34,7 @@ Call = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class LMSteerCase(Case):
+class LMSteerCase(OperationCase):
     """``rows`` rows take ``distinct`` steers of ``rank`` in turn, each at a strength of its own."""
 
     width: int
@@ -58,7 +58,7 @@ class LMSteerCase(Case):
         """Each steer's weights once, each row in and out."""
         return lm_steer_bytes(**vars(self), itemsize=itemsize)
 
-    def sets(self, bench: Bench) -> list["Inputs"]:
+    def sets(self, bench: MeasurementSetup) -> list["LMSteerInputs"]:
         """Sets that take different slots of one bank and different rows."""
         count = sets_for(self.floor_bytes(bench.dtype.itemsize), bench.reach)
         shelf = make_bank(self, count * self.distinct, bench.dtype, bench.device)
@@ -67,22 +67,22 @@ class LMSteerCase(Case):
         sets = []
         for nth in range(count):
             x, taken = torch.randn(self.rows, self.width, **like), batch(self, shelf, nth)
-            sets.append(Inputs(self, x, shelf.weights, taken))
+            sets.append(LMSteerInputs(self, x, shelf.weights, taken))
         return sets
 
-    def work(self, form: str, inputs: "Inputs") -> Work:
-        """One of ``FORMS``, a variant of ours in Triton, or ``auto``."""
+    def work(self, form: str, inputs: "LMSteerInputs") -> Operation:
+        """One of ``FORMS``, a variant of dispatched in Triton, or ``auto``."""
         call = (FORMS | VARIANTS | {"auto": partial(engine_form, "auto", None)})[form](inputs)
         touched = torch.ones(self.rows, dtype=torch.bool, device=inputs.x.device)
 
         def check(results: Tensors) -> float:
             return relative_error(results[0], inputs.exact, inputs.x, touched)
 
-        return Work(lambda: (call(),), check)
+        return Operation(lambda: (call(),), check)
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class LMSteerInputs:
     """One set: a batch's rows, and which of them take which slot of the tables."""
 
     case: LMSteerCase
@@ -148,15 +148,17 @@ def _change(scaled: torch.Tensor, tables: SteerWeights, slot: Slot) -> torch.Ten
     return scaled @ tables.dense[slot.free].double().T
 
 
-def engine_form(kernels: str, max_rows: int | None, inputs: Inputs) -> Call:
+def engine_form(kernels: str, max_rows: int | None, inputs: LMSteerInputs) -> Call:
     """Ours, as an engine of up to ``max_rows`` rows has it; None: of as many as the batch has."""
     max_rows = max_rows or inputs.case.rows
     if max_rows <= FEW_ROWS < inputs.case.rows:
         raise Skipped(f"an engine takes programs of one row for up to {FEW_ROWS} rows only")
-    return _placed(ours(lm_steer_backend, kernels, inputs.x.device, max_rows=max_rows), inputs)
+    return _placed(
+        dispatched(lm_steer_backend, kernels, inputs.x.device, max_rows=max_rows), inputs
+    )
 
 
-def addmm(inputs: Inputs) -> Call:
+def addmm(inputs: LMSteerInputs) -> Call:
     """One steer for all rows: the two products that nothing in torch does faster."""
     case, tables, x = inputs.case, inputs.tables, inputs.x
     if case.distinct > 1:
@@ -171,9 +173,9 @@ def addmm(inputs: Inputs) -> Call:
     return lambda: torch.addmm(x, (x @ down).mul_(scales), up)
 
 
-def varied(options: dict[str, int], inputs: Inputs) -> Call:
+def varied(options: dict[str, int], inputs: LMSteerInputs) -> Call:
     """``triton_tiles`` with some choices of ``tile_sizes`` varied."""
-    ours(lm_steer_backend, "triton", inputs.x.device, max_rows=FEW_ROWS + 1)
+    dispatched(lm_steer_backend, "triton", inputs.x.device, max_rows=FEW_ROWS + 1)
     from vllm_steer.kernels.lm_steer.triton_tiled import TILED, tiled
 
     form = tiled(**options)
@@ -193,7 +195,7 @@ VARIED: dict[str, dict[str, int]] = {
 """What arithmetic alone does not settle: rows of a tile, columns of a program, and who folds."""
 
 VARIANTS = {f"tiles_{name}": partial(varied, options) for name, options in VARIED.items()}
-FORMS: dict[str, Callable[[Inputs], Call]] = {
+FORMS: dict[str, Callable[[LMSteerInputs], Call]] = {
     "triton_tiles": partial(engine_form, "triton", FEW_ROWS + 1),
     "triton_rows": partial(engine_form, "triton", FEW_ROWS),
     "torch_groups": partial(engine_form, "torch", FEW_ROWS + 1),
@@ -201,6 +203,6 @@ FORMS: dict[str, Callable[[Inputs], Call]] = {
 }
 
 
-def _placed(form: Any, inputs: Inputs) -> Call:
+def _placed(form: Any, inputs: LMSteerInputs) -> Call:
     metadata = form.prepare(inputs.steered, inputs.tables, inputs.x.device)
     return lambda: form.steer_rows(inputs.x, inputs.tables, metadata)

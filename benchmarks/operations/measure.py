@@ -22,7 +22,7 @@ class Skipped(Exception):
 
 
 @dataclass(frozen=True)
-class Work:
+class Operation:
     """A form on one set of inputs.
 
     run      one call; its results, new tensors or inputs changed in place
@@ -36,7 +36,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Bench:
+class MeasurementSetup:
     """What all cases of a run have in common.
 
     repeats    samples per time
@@ -53,7 +53,7 @@ class Bench:
     matmul: float = math.inf
 
 
-class Case:
+class OperationCase:
     """A case of an operation, a dataclass of its sizes.
 
     It has ``floor_bytes(itemsize)``, the fewest bytes of one call; ``sets(bench)``, sets of inputs,
@@ -65,8 +65,8 @@ class Case:
     case: str
     flops: int | property = 0
     floor_bytes: Callable[[int], int]
-    sets: Callable[[Bench], list[Any]]
-    work: Callable[[str, Any], Work]
+    sets: Callable[[MeasurementSetup], list[Any]]
+    work: Callable[[str, Any], Operation]
 
     @property
     def columns(self) -> Line:
@@ -74,7 +74,7 @@ class Case:
         return {"section": self.section, "case": self.case, **vars(self)}
 
 
-def lines(case: Case, forms: Sequence[str], bench: Bench) -> Iterator[Line]:
+def lines(case: OperationCase, forms: Sequence[str], bench: MeasurementSetup) -> Iterator[Line]:
     """A line per form: times and what they mean, or the reason why there are none."""
     sets, dtype = case.sets(bench), str(bench.dtype).removeprefix("torch.")
     for form in forms:
@@ -82,27 +82,31 @@ def lines(case: Case, forms: Sequence[str], bench: Bench) -> Iterator[Line]:
         yield head | _form_line(case, form, sets, bench)
 
 
-def _form_line(case: Case, form: str, sets: Sequence[Any], bench: Bench) -> Line:
+def _form_line(
+    case: OperationCase, form: str, sets: Sequence[Any], bench: MeasurementSetup
+) -> Line:
     try:
-        found = measure([case.work(form, inputs) for inputs in sets], bench)
+        times = measure([case.work(form, inputs) for inputs in sets], bench)
     except Skipped as reason:
         return {"skipped": str(reason)}
     except Exception as error:  # a form that fails must not cost the results of the others
         return {"failed": f"{type(error).__name__}: {error}"}
     floor = case.floor_bytes(bench.dtype.itemsize)
-    return found | against_floor(found["us"], floor, case.flops, bench)
+    return times | against_floor(times["us"], floor, case.flops, bench)
 
 
-def measure(works: Sequence[Work], bench: Bench) -> Line:
+def measure(works: Sequence[Operation], bench: MeasurementSetup) -> Line:
     """Times in microseconds: ``us`` by graph replay on CUDA, by the clock elsewhere. On CUDA beside
     it ``host_us``, what a call costs the host.
     """
     expected = [_fresh(work) for work in works]
-    error = max(work.check(found) for work, found in zip(works, expected, strict=True))
+    error = max(
+        work.check(results_of_set) for work, results_of_set in zip(works, expected, strict=True)
+    )
 
     def confirm(results: Sequence[Tensors]) -> None:
-        for found, wanted in zip(results, expected, strict=True):
-            same = all(map(torch.equal, found, wanted))
+        for results_of_set, expected_results in zip(results, expected, strict=True):
+            same = all(map(torch.equal, results_of_set, expected_results))
             assert same, "the timed result is not the one that was checked"
 
     line: Line = {"error": float(f"{error:.2g}")}
@@ -119,7 +123,7 @@ def measure(works: Sequence[Work], bench: Bench) -> Line:
     return line
 
 
-def against_floor(us: float, floor_bytes: int, flops: int, bench: Bench) -> Line:
+def against_floor(us: float, floor_bytes: int, flops: int, bench: MeasurementSetup) -> Line:
     """What a time means: the floor is the longer of moving the bytes and of multiplying."""
     moving, multiplying = 1e6 * floor_bytes / bench.bandwidth, 1e6 * flops / bench.matmul
     floor = max(moving, multiplying)
@@ -130,7 +134,7 @@ def against_floor(us: float, floor_bytes: int, flops: int, bench: Bench) -> Line
     }
 
 
-def ours(find: Callable[..., Any], kernels: str, device: torch.device, **options: Any) -> Any:
+def dispatched(find: Callable[..., Any], kernels: str, device: torch.device, **options: Any) -> Any:
     """A form from the dispatch: ``torch``, ``triton`` or, as an engine has it, ``auto``."""
     if kernels == "triton" and device.type != "cuda":
         raise Skipped(f"the device is {device.type}: an interpreter's time is no kernel's time")
@@ -145,27 +149,27 @@ def sets_for(set_bytes: int, reach: int) -> int:
 
 
 def relative_error(
-    found: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor, touched: torch.Tensor
+    result: torch.Tensor, expected: torch.Tensor, before: torch.Tensor, touched: torch.Tensor
 ) -> float:
-    """``|found - wanted| / |wanted|`` over the ``touched [T]`` rows, which must all differ from
-    ``before``; the other rows must not differ in a bit. ``wanted`` is float64.
+    """``|result - expected| / |wanted|`` over the ``touched [T]`` rows, which must all differ from
+    ``before``; the other rows must not differ in a bit. ``expected`` is float64.
     """
-    assert torch.equal(found[~touched], before[~touched]), "a row without a steer was changed"
-    changed = (found[touched] != before[touched]).any(1).all()
+    assert torch.equal(result[~touched], before[~touched]), "a row without a steer was changed"
+    changed = (result[touched] != before[touched]).any(1).all()
     assert changed, "a steered row was not changed"
-    distance = (found[touched].double() - wanted[touched]).norm()
-    error = float(distance / wanted[touched].norm())
-    assert error <= LARGEST_ERROR[found.dtype], f"relative error {error:.2g} in {found.dtype}"
+    distance = (result[touched].double() - expected[touched]).norm()
+    error = float(distance / expected[touched].norm())
+    assert error <= LARGEST_ERROR[result.dtype], f"relative error {error:.2g} in {result.dtype}"
     return error
 
 
-def _fresh(work: Work) -> Tensors:
+def _fresh(work: Operation) -> Tensors:
     """The results of one call on inputs as they were given."""
     work.restore()
     return tuple(result.clone() for result in work.run())
 
 
-def _replay(graph: Any, works: Sequence[Work], results: Sequence[Tensors]) -> None:
+def _replay(graph: Any, works: Sequence[Operation], results: Sequence[Tensors]) -> None:
     """Run the timed graph once more on fresh inputs; poison shows what it does not write."""
     for result in (tensor for tensors in results for tensor in tensors):
         result.fill_(float("nan") if result.is_floating_point() else -1)

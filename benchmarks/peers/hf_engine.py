@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import LEAD_STEPS, TAIL_STEPS, Leg, median_step_ms, prompt
+from benchmarks.decode import LEAD_STEPS, TAIL_STEPS, DecodeLeg, median_step_ms, prompt
 
 
 class HuggingFaceEngine:
@@ -29,7 +29,7 @@ class HuggingFaceEngine:
         *,
         logprobs: bool = False,
         forced: Sequence[Sequence[int]] = (),
-    ) -> Leg:
+    ) -> DecodeLeg:
         """As ``decode.Engine.leg``; all rows take one steer. Row ``b`` goes on with ``forced[b]``
         where it is given, whatever is likeliest.
         """
@@ -50,4 +50,4 @@ class HuggingFaceEngine:
             if logprobs:
                 total += logits.float().log_softmax(-1).gather(1, inputs)[:, 0].cpu()
         by_row = tuple(zip(*tokens, strict=True))
-        return Leg(median_step_ms(times, steps), by_row, tuple(total.tolist()))
+        return DecodeLeg(median_step_ms(times, steps), by_row, tuple(total.tolist()))

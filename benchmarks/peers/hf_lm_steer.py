@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.decode import Engine
+from benchmarks.decode import BenchmarkEngine
 from benchmarks.dummy_model import STRENGTH
 from benchmarks.equality import CHECK_STEPS, check_operation
 from benchmarks.peers.hf_engine import HuggingFaceEngine
-from benchmarks.peers.job import TOLERANCE, Job
+from benchmarks.peers.job import TOLERANCE, PeerJob
 
 ASKED = f"s0:{STRENGTH}"
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -55,7 +55,7 @@ WAYS: dict[str, Change] = {
 }
 
 
-class SteeredHead(nn.Module):
+class HuggingFaceSteeredHead(nn.Module):
     """An LM head behind LM-Steers, whose change of its input is taken in one of the ``WAYS``."""
 
     def __init__(self, head: nn.Linear, steer: Any) -> None:
@@ -79,7 +79,7 @@ class SteeredHead(nn.Module):
         return self.head(x)
 
 
-def load(job: Job) -> tuple[HuggingFaceEngine, SteeredHead]:
+def load(job: PeerJob) -> tuple[HuggingFaceEngine, HuggingFaceSteeredHead]:
     """The engine and its head."""
     from transformers import AutoModelForCausalLM
 
@@ -87,13 +87,15 @@ def load(job: Job) -> tuple[HuggingFaceEngine, SteeredHead]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.torch_dtype).to(device).eval()
-    head = SteeredHead(model.get_output_embeddings(), load_steer(job.steers / "s0.safetensors"))
+    head = HuggingFaceSteeredHead(
+        model.get_output_embeddings(), load_steer(job.steers / "s0.safetensors")
+    )
     model.set_output_embeddings(head)
     return HuggingFaceEngine(model, lambda asked: head.set_values(STRENGTH if asked else 0)), head
 
 
 def check_tokens(
-    job: Job, ours: Engine, peer: HuggingFaceEngine, rows: int, steer: str | None
+    job: PeerJob, ours: BenchmarkEngine, peer: HuggingFaceEngine, rows: int, steer: str | None
 ) -> None:
     """The peer finds vLLM's tokens as likely as vLLM does, step by step through its own KV cache.
 
@@ -107,7 +109,7 @@ def check_tokens(
         assert math.isclose(found, wanted, abs_tol=allowed), f"row {row}: {found}, not {wanted}"
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
+def measure(job: PeerJob) -> list[dict[str, Any]]:
     """vllm-steer and both ways on Hugging Face, at each batch size."""
     ours = (job.engine(["s0"]), ASKED)
     peer, head = load(job)

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.decode import Engine
+from benchmarks.decode import BenchmarkEngine
 from benchmarks.dummy_model import STRENGTH
 from benchmarks.engines import greedy
-from benchmarks.peers.job import TOLERANCE, Job
+from benchmarks.peers.job import TOLERANCE, PeerJob
 
 NAME = "guided"
 GENTLE = STRENGTH / 50  # so that the tokens still count in what comes out, and can be compared
 ASKED = f"{NAME}:{GENTLE}"
 
 
-class HookedEngine(Engine):
+class HookedEngine(BenchmarkEngine):
     """Requests that ask for a steer switch the hooks on, others off: for everything that runs."""
 
     def __init__(self, llm: Any, vectors: torch.Tensor) -> None:
@@ -55,19 +55,21 @@ def _hook(layer: nn.Module, vector: torch.Tensor) -> Any:
     return layer.register_forward_hook(lambda _module, _args, output: output + vector)
 
 
-def check_prompt_logprobs(job: Job, ours: Engine, peer: Engine, steer: str) -> None:
+def check_prompt_logprobs(
+    job: PeerJob, ours: BenchmarkEngine, peer: BenchmarkEngine, steer: str
+) -> None:
     """Two vLLM engines give the tokens of one prompt the same steered log probabilities, and others
     than without the steer."""
-    plain, wanted, found = (
+    plain, expected, actual = (
         _prompt_logprobs(engine, asked, job.dimensions.vocab_size)
         for engine, asked in ((ours, None), (ours, steer), (peer, steer))
     )
-    error, change = ((other - wanted).abs() for other in (found, plain))
+    error, change = ((other - expected).abs() for other in (actual, plain))
     assert error.max() < TOLERANCE[job.dtype], f"log probabilities differ by {error.max()}"
     assert change.mean() > 4 * error.mean(), "the steer changes no more than rounding does"
 
 
-def _prompt_logprobs(asked: Engine, steer: str | None, vocab_size: int) -> torch.Tensor:
+def _prompt_logprobs(asked: BenchmarkEngine, steer: str | None, vocab_size: int) -> torch.Tensor:
     tokens = [1 + 89 * place % (vocab_size - 2) for place in range(32)]
     asked.add("prompt", tokens, steer, greedy(1, prompt_logprobs=0))
     engine, outputs = asked.llm.llm_engine, []
@@ -77,7 +79,7 @@ def _prompt_logprobs(asked: Engine, steer: str | None, vocab_size: int) -> torch
     return torch.tensor([found[token].logprob for token, found in pairs])
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
+def measure(job: PeerJob) -> list[dict[str, Any]]:
     """vllm-steer and the hooks, at each batch size."""
     from vllm_steer import load_steer
 

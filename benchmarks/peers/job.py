@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import Engine, Leg, compare, step_columns, step_ms
-from benchmarks.dummy_model import SHAPES, Shape, steer_config
+from benchmarks.decode import BenchmarkEngine, DecodeLeg, compare, step_columns, step_ms
+from benchmarks.dummy_model import SHAPES, ModelShape, steer_config
 from benchmarks.engines import make_engine
 from benchmarks.equality import check_engine, check_legs
 from benchmarks.rounds import Round, spread
@@ -18,7 +18,7 @@ Asked = tuple[Any, str]  # an engine, and the steer that each row of it asks for
 
 
 @dataclass(frozen=True)
-class Job:
+class PeerJob:
     """``model`` is a folder with weights of ``shape``, ``steers`` one with steers for it."""
 
     peer: str
@@ -32,7 +32,7 @@ class Job:
     steps: int
 
     @property
-    def dimensions(self) -> Shape:
+    def dimensions(self) -> ModelShape:
         """The shape itself."""
         return SHAPES[self.shape]
 
@@ -41,13 +41,13 @@ class Job:
         """The model's."""
         return getattr(torch, self.dtype)
 
-    def engine(self, steers: Sequence[str] = (), **options: Any) -> Engine:
+    def engine(self, steers: Sequence[str] = (), **options: Any) -> BenchmarkEngine:
         """With vllm-steer and these steers; without any it is stock vLLM, to be made first."""
         paths = {name: self.steers / f"{name}.safetensors" for name in steers}
         config = steer_config(paths, self.rank) if steers else None
         options |= {"dtype": self.dtype, "max_num_seqs": max(self.rows)}
         llm = make_engine(self.model, config, plugin=bool(steers), gpu_memory=0.4, **options)
-        return Engine(llm)
+        return BenchmarkEngine(llm)
 
     def alone(self, name: str, asked: Asked, rows: int, rank: int = 0) -> dict[str, Any]:
         """An engine's steered legs over its unsteered ones; then each row is seen to be steered."""
@@ -72,13 +72,17 @@ class Job:
             lines.append(self.beside(self.peer, ours, peer, rows, rank))
         return lines
 
-    def _rounds(self, plain: tuple[Any, str | None], other: Asked, rows: int) -> list[Round[Leg]]:
+    def _rounds(
+        self, plain: tuple[Any, str | None], other: Asked, rows: int
+    ) -> list[Round[DecodeLeg]]:
         asked = [(engine, [steer] * rows) for engine, steer in (plain, other)]
         rounds = compare(*asked, self.steps, self.dimensions.vocab_size, self.repeats)
         check_legs(rounds, steered=True)
         return rounds
 
-    def line(self, name: str, rounds: Sequence[Round[Leg]], *, rank: int = 0) -> dict[str, Any]:
+    def line(
+        self, name: str, rounds: Sequence[Round[DecodeLeg]], *, rank: int = 0
+    ) -> dict[str, Any]:
         """A measured case."""
         columns, rows = step_columns(rounds), len(rounds[0].other.tokens)
         line = {"name": name, "shape": self.shape, "rows": rows, "rank": rank, **columns}

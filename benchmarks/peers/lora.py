@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import Engine
+from benchmarks.decode import BenchmarkEngine
 from benchmarks.dummy_model import STRENGTH, write_steers
-from benchmarks.peers.job import Job
+from benchmarks.peers.job import PeerJob
 
 MAX_RANK = 64  # and a power of two, or vLLM refuses it
 ASKED = f"s0:{STRENGTH}"
 
 
-class LoraEngine(Engine):
+class LoraEngine(BenchmarkEngine):
     """Requests that ask for a steer get the adapter."""
 
     def __init__(self, llm: Any, adapter: Path) -> None:
@@ -38,7 +38,7 @@ class LoraEngine(Engine):
         self.llm.llm_engine.add_request(request_id, prompt, params, **lora)
 
 
-def write_adapter(job: Job, folder: Path) -> Path:
+def write_adapter(job: PeerJob, folder: Path) -> Path:
     """A peft adapter with random factors, both of them: it changes the model at once."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -56,7 +56,7 @@ def write_adapter(job: Job, folder: Path) -> Path:
     return folder
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
+def measure(job: PeerJob) -> list[dict[str, Any]]:
     """vllm-steer and LoRA of one rank, at each batch size."""
     with tempfile.TemporaryDirectory(prefix="lora-") as name:
         folder, rank = Path(name), min(job.rank, MAX_RANK)

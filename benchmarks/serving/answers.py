@@ -15,7 +15,7 @@ PROMPT_LENGTHS = (1, 7, 33)
 ASK_LIMIT_S = 300.0
 
 
-class Answer(NamedTuple):
+class ServedAnswer(NamedTuple):
     """The tokens of one request and the log probability of each."""
 
     tokens: tuple[int, ...]
@@ -30,7 +30,7 @@ def prompts(vocab_size: int) -> list[list[int]]:
     ]
 
 
-def ask_all(url: str, model: str, vocab_size: int) -> list[Answer]:
+def ask_all(url: str, model: str, vocab_size: int) -> list[ServedAnswer]:
     """The answers to ``prompts``, one after the other: alone in its batch each is repeatable."""
     return [answer_of(post(url, completion_body(model, p))) for p in prompts(vocab_size)]
 
@@ -48,11 +48,11 @@ def completion_body(model: str, prompt: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def answer_of(response: dict[str, Any]) -> Answer:
+def answer_of(response: dict[str, Any]) -> ServedAnswer:
     """The answer in the response to a ``completion_body``."""
     logprobs = response["choices"][0]["logprobs"]
     tokens = tuple(int(token.removeprefix("token_id:")) for token in logprobs["tokens"])
-    return Answer(tokens, tuple(logprobs["token_logprobs"]))
+    return ServedAnswer(tokens, tuple(logprobs["token_logprobs"]))
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -63,21 +63,23 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         return dict(json.load(response))
 
 
-def check_equal(stock: Sequence[Answer], found: Sequence[Answer], what: str) -> None:
+def check_equal(stock: Sequence[ServedAnswer], found: Sequence[ServedAnswer], what: str) -> None:
     """An unsteered answer is that of stock vLLM, every token and every bit of its logprob."""
     for index, (wanted, given) in enumerate(_pairs(stock, found, what)):
         assert given == wanted, f"{what}, prompt {index}: {given}; stock vLLM gives {wanted}"
 
 
-def check_effect(unsteered: Sequence[Answer], steered: Sequence[Answer], what: str) -> None:
+def check_effect(
+    unsteered: Sequence[ServedAnswer], steered: Sequence[ServedAnswer], what: str
+) -> None:
     """Every steered answer differs from the unsteered one: what was timed did steer."""
     for index, (plain, given) in enumerate(_pairs(unsteered, steered, what)):
         assert given != plain, f"{what}, prompt {index}: the steer had no effect"
 
 
 def _pairs(
-    wanted: Sequence[Answer], found: Sequence[Answer], what: str
-) -> Iterator[tuple[Answer, Answer]]:
+    wanted: Sequence[ServedAnswer], found: Sequence[ServedAnswer], what: str
+) -> Iterator[tuple[ServedAnswer, ServedAnswer]]:
     assert len(wanted) == len(found) > 0, f"{what}: {len(found)} answers for {len(wanted)}"
     for answer in found:
         assert all(map(math.isfinite, answer.logprobs)), f"{what}: not finite: {answer.logprobs}"

@@ -25,7 +25,7 @@ from benchmarks.serving import vllm_bench
 from benchmarks.serving.answers import ask_all, check_effect, check_equal
 from benchmarks.serving.model import BASE, KINDS, ServedModel
 from benchmarks.serving.processes import serving
-from benchmarks.serving.vllm_bench import Figures, Work
+from benchmarks.serving.vllm_bench import Figures, RequestLoad
 
 STOCK = "stock"
 UNSTEERED = {"steered": "loaded", "guided": "idle"}
@@ -63,7 +63,7 @@ class Servers:
             for name in self.model.models(kind, presets):
                 check_effect(stock, ask(name), name)
 
-    def lines(self, distinct: int, work: Work, repeats: int) -> Iterator[Line]:
+    def lines(self, distinct: int, work: RequestLoad, repeats: int) -> Iterator[Line]:
         """A line per kind, without steers and with them."""
 
         def leg(server: str, presets: int) -> Figures:
@@ -77,7 +77,7 @@ class Servers:
             yield line(kind if presets else UNSTEERED[kind], presets, work, found)
 
 
-def line(what: str, distinct: int, work: Work, rounds: Sequence[Round[Figures]]) -> Line:
+def line(what: str, distinct: int, work: RequestLoad, rounds: Sequence[Round[Figures]]) -> Line:
     """Of each figure ``f`` the median ``f``, and the spread ``f_ratio`` of the rounds' ratios."""
     found: Line = {"what": what, "distinct": distinct, **vars(work)}
     found["rounds"] = len(rounds)

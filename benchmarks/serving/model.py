@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.dummy_model import (
     SHAPES,
     STRENGTH,
-    Shape,
+    ModelShape,
     steer_config,
     write_model,
     write_steers,
@@ -23,7 +23,7 @@ class ServedModel:
     """A folder to serve from, and what to serve beside it."""
 
     folder: Path
-    shape: Shape
+    shape: ModelShape
     configs: dict[str, dict[str, Any]]
 
     def models(self, kind: str, distinct: int) -> list[str]:

@@ -25,7 +25,7 @@ FIGURES = {
 
 
 @dataclass(frozen=True)
-class Work:
+class RequestLoad:
     """What one leg does: so many requests of so many prompt and output tokens."""
 
     requests: int
@@ -34,7 +34,9 @@ class Work:
     concurrency: int
 
 
-def serve(url: str, tokenizer: Path, models: Sequence[str], work: Work, folder: Path) -> Figures:
+def serve(
+    url: str, tokenizer: Path, models: Sequence[str], work: RequestLoad, folder: Path
+) -> Figures:
     """One leg; requests carry the ``models`` in turn."""
     out = folder / "serve.json"
     out.unlink(missing_ok=True)
@@ -55,9 +57,9 @@ def serve(url: str, tokenizer: Path, models: Sequence[str], work: Work, folder: 
     return figures(json.loads(out.read_text()), work)
 
 
-def figures(result: dict[str, Any], work: Work) -> Figures:
+def figures(result: dict[str, Any], work: RequestLoad) -> Figures:
     """The figures in a result file, once every request is seen to have had its full answer."""
-    found = (result["completed"], result["failed"], result["total_output_tokens"])
-    wanted = (work.requests, 0, work.requests * work.output_len)
-    assert found == wanted, f"completed, failed, output tokens: {found}; wanted: {wanted}"
+    actual = (result["completed"], result["failed"], result["total_output_tokens"])
+    expected = (work.requests, 0, work.requests * work.output_len)
+    assert actual == expected, f"completed, failed, output tokens: {actual}; wanted: {expected}"
     return {figure: result[key] for figure, key in FIGURES.items()}

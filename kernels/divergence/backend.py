@@ -1,4 +1,4 @@
-"""The interface of a backend of the divergence."""
+"""The interface of a divergence backend."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ import torch
 
 
 class DivergenceBackend(Protocol):
-    """A module."""
+    """A module with this function."""
 
     def divergence(
         self,
@@ -19,6 +19,6 @@ class DivergenceBackend(Protocol):
 
         ``base_of`` and ``probe_of [D]`` int64 are their rows of ``logits [N, V]``; ``top_p`` is a
         number or ``[D]``. The KL is float32, or float64 where the logits are. A token whose logit
-        is ``-inf`` is not among the likeliest of its side; a row with a NaN or without any token
-        gives NaN. On a device nothing is read back and no shape depends on a value.
+        is ``-inf`` is never in ``top(p)``; a row with a NaN or without any token gives NaN. There
+        is no host synchronization and no shape depends on a value.
         """

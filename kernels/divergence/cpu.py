@@ -1,8 +1,8 @@
 """The divergence in numpy on a CPU, without sorting the vocabulary.
 
-A distribution's likeliest tokens are nearly always a few: they are read off its first 64. Rows that
-these do not decide are counted into bins by their distance from the likeliest token; the bin that
-crosses ``top_p`` is the only one that is sorted. Sums and the KL are in float64.
+``top(p)`` nearly always has few tokens, so the 64 most likely are examined first. For other rows
+the tokens are counted in bins by their distance from the most likely token; only the bin in which
+the cumulative probability crosses ``top_p`` is sorted. Sums and the KL are in float64.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _SPAN = 20.0  # nats from the likeliest token to the last bin, which takes all t
 
 
 @dataclass(frozen=True, eq=False)
-class _First:
+class _TopTokens:
     """The likeliest tokens of N rows, each ``[N, k]`` in falling order, and the weight of all.
 
     before  the probability of the tokens before each one
@@ -56,10 +56,10 @@ def divergence(
         sides, tokens = _likeliest(x, first, rows.ravel(), p.ravel())
         union = np.zeros((num_doses, x.shape[1]), dtype=bool)
         union[sides % num_doses, tokens] = True
-        doses, tokens = _places(union)
-        found = _divergence(x, first.values[:, 0], rows, doses, tokens)
+        doses, tokens = _indices(union)
+        kl = _divergence(x, first.values[:, 0], rows, doses, tokens)
     size = np.bincount(doses, minlength=num_doses)
-    return torch.from_numpy(found.astype(x.dtype)), torch.from_numpy(size)
+    return torch.from_numpy(kl.astype(x.dtype)), torch.from_numpy(size)
 
 
 def _divergence(
@@ -77,21 +77,21 @@ def _divergence(
     w0, w1 = np.exp(logs)
     # Tokens without probability add nothing, also where both logarithms are infinite.
     terms = np.where(w0 == 0, 0.0, w0 * (logs[0] - logs[1]))
-    sums, m0, m1 = (np.bincount(doses, each, num_doses) for each in (terms, w0, w1))
-    found: FloatArray = sums / m0 - np.log(m0) + np.log(m1)
-    return found
+    sums, m0, m1 = (np.bincount(doses, weights, num_doses) for weights in (terms, w0, w1))
+    kl: FloatArray = sums / m0 - np.log(m0) + np.log(m1)
+    return kl
 
 
-def _first(logits: torch.Tensor) -> _First:
+def _first(logits: torch.Tensor) -> _TopTokens:
     values, tokens = (part.numpy() for part in logits.topk(min(_FIRST, logits.shape[1]), dim=-1))
     sums = np.exp(logits.numpy() - values[:, :1]).sum(-1, dtype=np.float64)
     total = values[:, 0] + np.log(sums)
     weights = np.exp(values - total[:, None])
-    return _First(values, tokens, weights.cumsum(-1) - weights, total)
+    return _TopTokens(values, tokens, weights.cumsum(-1) - weights, total)
 
 
 def _likeliest(
-    x: FloatArray, first: _First, rows: IntArray, top_p: FloatArray
+    x: FloatArray, first: _TopTokens, rows: IntArray, top_p: FloatArray
 ) -> tuple[IntArray, IntArray]:
     """Pairs of a place in ``rows`` and one of that row's likeliest tokens up to and with the one
     that crosses ``top_p``; none for a row that is no distribution.
@@ -102,12 +102,12 @@ def _likeliest(
     next_one = np.minimum(count, inside.shape[1] - 1)
     decided = first.values[rows, count - 1] > first.values[rows, next_one]
     if decided.all():
-        sides, nth = _places(inside)
+        sides, nth = _indices(inside)
         return sides, first.tokens[rows[sides], nth]
     inside &= decided[:, None]
-    sides, nth = _places(inside)
+    sides, nth = _indices(inside)
     broad = np.flatnonzero(~decided & np.isfinite(first.total[rows]))
-    more, tokens = _places(_binned(x[rows[broad]], top_p[broad]))
+    more, tokens = _indices(_binned(x[rows[broad]], top_p[broad]))
     return (
         np.concatenate([sides, broad[more]]),
         np.concatenate([first.tokens[rows[sides], nth], tokens]),
@@ -126,7 +126,7 @@ def _binned(x: FloatArray, top_p: FloatArray) -> BoolArray:
     crossing = (before <= limit[:, None]).sum(-1) - 1
     crossing_bins = (crossing + np.arange(len(x)) * _BINS)[:, None]
     mask: BoolArray = bins < crossing_bins
-    rows, tokens = _places(bins == crossing_bins)
+    rows, tokens = _indices(bins == crossing_bins)
     order = np.lexsort((tokens, depth[rows, tokens], rows))
     rows, tokens = rows[order], tokens[order]
     inside = weights[rows, tokens].astype(np.float64)
@@ -137,8 +137,8 @@ def _binned(x: FloatArray, top_p: FloatArray) -> BoolArray:
     return mask
 
 
-def _places(mask: BoolArray) -> tuple[IntArray, IntArray]:
-    """Row and column of what is true, row by row: numpy's own is slow with two dimensions."""
-    places = np.flatnonzero(mask)
-    rows = places // mask.shape[1]
-    return rows, places - rows * mask.shape[1]
+def _indices(mask: BoolArray) -> tuple[IntArray, IntArray]:
+    """Row and column indices of true elements; faster than ``numpy.nonzero`` in two dimensions."""
+    flat = np.flatnonzero(mask)
+    rows = flat // mask.shape[1]
+    return rows, flat - rows * mask.shape[1]

@@ -21,7 +21,7 @@ def divergence(
         p = top_p.masked_fill(top_p >= 1, torch.inf)
     elif top_p < 1:
         p = top_p
-    found = [
+    results = [
         _of_some(
             _wide(logits[base_of[start : start + _DOSES_AT_ONCE]]),
             _wide(logits[probe_of[start : start + _DOSES_AT_ONCE]]),
@@ -29,9 +29,9 @@ def divergence(
         )
         for start in range(0, max(1, base_of.shape[0]), _DOSES_AT_ONCE)
     ]
-    if len(found) == 1:
-        return found[0]
-    kls, sizes = zip(*found, strict=True)
+    if len(results) == 1:
+        return results[0]
+    kls, sizes = zip(*results, strict=True)
     return torch.cat(kls), torch.cat(sizes)
 
 

@@ -45,9 +45,11 @@ def divergence(
         "num_warps": _WARPS,
         "enable_fp_fusion": False,
     }
-    found = (highest, thresholds, last_ties)
-    kernels.likeliest[(2 * num_doses,)](logits, logits.stride(0), rows, p, *found, **constants)
+    row_results = (highest, thresholds, last_ties)
+    kernels.likeliest[(2 * num_doses,)](
+        logits, logits.stride(0), rows, p, *row_results, **constants
+    )
     kernels.divergence[(num_doses,)](
-        logits, logits.stride(0), rows, *found, kls, sizes, num_doses, **constants
+        logits, logits.stride(0), rows, *row_results, kls, sizes, num_doses, **constants
     )
     return kls, sizes

@@ -167,15 +167,15 @@ def _ties(row, bad, good, VOCAB: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.co
 def _nth(row, threshold, nth, VOCAB: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
     """The ``nth`` token at the threshold, counted from 1 in the order of tokens."""
     lane = tl.arange(0, BLOCK)
-    seen = nth * 0
+    num_before = nth * 0
     token = nth * 0
     for start in range(0, VOCAB, BLOCK):
         at = _keys(_logits(row, start + lane, VOCAB), SHIFT) == threshold
         number = tl.sum(at.to(tl.int32), axis=0)
-        if (seen < nth) & (seen + number >= nth):
-            so_far = seen + tl.cumsum(at.to(tl.int32), axis=0)
+        if (num_before < nth) & (num_before + number >= nth):
+            so_far = num_before + tl.cumsum(at.to(tl.int32), axis=0)
             token = tl.max(tl.where(at & (so_far <= nth), start + lane, 0), axis=0)
-        seen += number
+        num_before += number
     return token
 
 
@@ -202,17 +202,17 @@ def likeliest(
     p = tl.load(top_p + program)
     most, total = _highest(row, VOCAB, BLOCK)
     limit = p.to(tl.float64) * total
-    bad = tl.full((), _RULED_OUT, tl.int32) >> SHIFT
+    low = tl.full((), _RULED_OUT, tl.int32) >> SHIFT
     searched = (p < 1) & (total == total)
-    good = tl.where(searched, _keys(most, SHIFT), bad)
+    high = tl.where(searched, _keys(most, SHIFT), low)
     above = total * 0.0
     count = tl.full((), VOCAB, tl.int32)
     if searched:
-        bad, good, above, count = _narrowed(
+        low, high, above, count = _narrowed(
             row,
             most,
             limit,
-            (bad, good, above, count),
+            (low, high, above, count),
             _keys(most - 12, SHIFT),
             _keys(most - 6, SHIFT),
             _keys(most - 3, SHIFT),
@@ -221,28 +221,28 @@ def likeliest(
             BLOCK,
             SHIFT,
         )
-    while (good.to(tl.int64) - bad.to(tl.int64) > 1) & (count > 1):
-        bad, good, above, count = _narrowed(
+    while (high.to(tl.int64) - low.to(tl.int64) > 1) & (count > 1):
+        low, high, above, count = _narrowed(
             row,
             most,
             limit,
-            (bad, good, above, count),
-            _between(bad, good, 1),
-            _between(bad, good, 2),
-            _between(bad, good, 3),
-            _between(bad, good, 4),
+            (low, high, above, count),
+            _between(low, high, 1),
+            _between(low, high, 2),
+            _between(low, high, 3),
+            _between(low, high, 4),
             VOCAB,
             BLOCK,
             SHIFT,
         )
-    logit, number = _ties(row, bad, good, VOCAB, BLOCK, SHIFT)
-    threshold = tl.where(number > 0, _keys(logit, SHIFT), good)
+    logit, number = _ties(row, low, high, VOCAB, BLOCK, SHIFT)
+    threshold = tl.where(number > 0, _keys(logit, SHIFT), high)
     weight = tl.exp(logit - most).to(tl.float64)
     within = tl.where(weight > 0, (limit - above) / tl.where(weight > 0, weight, 1.0), number)
-    wanted = tl.minimum(within, number.to(tl.float64)).to(tl.int32) + 1
+    num_ties = tl.minimum(within, number.to(tl.float64)).to(tl.int32) + 1
     last = tl.where(number > 0, VOCAB, -1)
-    if (wanted < number) & (number > 0):
-        last = _nth(row, threshold, wanted, VOCAB, BLOCK, SHIFT)
+    if (num_ties < number) & (number > 0):
+        last = _nth(row, threshold, num_ties, VOCAB, BLOCK, SHIFT)
     tl.store(highest + program, tl.where(total == total, most, float("nan")))
     tl.store(thresholds + program, threshold)
     tl.store(last_ties + program, last)
@@ -275,15 +275,15 @@ def divergence(
     ``sum w0 (ln w0 - ln w1) / m0 - ln m0 + ln m1``, 0 where the two are alike.
     """
     dose = tl.program_id(0)
-    other = dose + num_doses
+    probe = dose + num_doses
     row0 = logits + tl.load(rows + dose) * row_stride
-    row1 = logits + tl.load(rows + other) * row_stride
+    row1 = logits + tl.load(rows + probe) * row_stride
     most0 = tl.load(highest + dose)
-    most1 = tl.load(highest + other)
+    most1 = tl.load(highest + probe)
     threshold0 = tl.load(thresholds + dose)
-    threshold1 = tl.load(thresholds + other)
+    threshold1 = tl.load(thresholds + probe)
     last0 = tl.load(last_ties + dose)
-    last1 = tl.load(last_ties + other)
+    last1 = tl.load(last_ties + probe)
     lane = tl.arange(0, BLOCK)
     terms = tl.zeros((BLOCK,), tl.float32)
     m0 = tl.zeros((BLOCK,), tl.float32)
@@ -306,6 +306,6 @@ def divergence(
     sum0 = tl.sum(m0.to(tl.float64), axis=0)
     sum1 = tl.sum(m1.to(tl.float64), axis=0)
     kl = tl.sum(terms.to(tl.float64), axis=0) / sum0 - tl.log(sum0) + tl.log(sum1)
-    is_one = (most0 == most0) & (most1 == most1)
-    tl.store(kls + dose, tl.where(is_one, kl, float("nan")).to(tl.float32))
+    is_distribution = (most0 == most0) & (most1 == most1)
+    tl.store(kls + dose, tl.where(is_distribution, kl, float("nan")).to(tl.float32))
     tl.store(sizes + dose, tl.sum(size, axis=0).to(tl.int64))

@@ -1,4 +1,4 @@
-"""Activation guidance as two operations of one step: map the tokens, then steer them per layer.
+"""Activation guidance in two operations per step: map the tokens, then steer them in each layer.
 
 ``steer_tokens`` is one function over plain tensors, for use outside an engine. Behind it,
 ``reference`` is the equations in float64, ``torch_gather`` runs on every device, ``cpu`` computes

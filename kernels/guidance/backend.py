@@ -1,4 +1,4 @@
-"""The interface of a backend of activation guidance."""
+"""The interface of an activation guidance backend."""
 
 from typing import Protocol
 

@@ -1,8 +1,8 @@
 """Activation guidance on a CPU: the changes of all layers are computed once per step, in numpy.
 
-On a CPU a step of decoding is many small operations, not many numbers: tokens without a dose are
-left out, and each layer is one addition. A step too large for that, or with a direction that
-rotates, goes through ``torch_gather``.
+A decode step on a CPU is dominated by the number of operations, not by arithmetic: tokens without a
+dose are skipped, and each layer is one addition. A larger step, or one with a rotation, uses
+``torch_gather``.
 """
 
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ _MOST = 2**20  # numbers that a step may add in all layers together: 4 MiB
 
 @dataclass(frozen=True, eq=False)
 class StepChanges:
-    """What a step adds: ``by_layer [L, S, width]`` float32 to S ``tokens``, or a stretch."""
+    """The additions of a step: ``by_layer [L, S, width]`` float32 for S ``tokens`` or a slice."""
 
     tokens: IntArray | slice
     by_layer: FloatArray
 
     @classmethod
     def of(cls, tokens: IntArray, by_layer: FloatArray) -> "StepChanges":
-        """Changes of tokens that ascend."""
+        """The changes of tokens in ascending order."""
         if len(tokens) and tokens[-1] - tokens[0] + 1 == len(tokens):
             return cls(slice(int(tokens[0]), int(tokens[-1]) + 1), by_layer)
         return cls(tokens, by_layer)
 
     def __bool__(self) -> bool:
-        """Whether any token is changed."""
+        """True if any token is changed."""
         return bool(self.by_layer.shape[1])
 
     def add_(self, hidden: torch.Tensor, layer: int) -> None:
@@ -58,9 +58,9 @@ def step_changes(
     positions: torch.Tensor,
     directions: Directions,
 ) -> StepChanges | None:
-    """What the step's tokens take, by the equations of ``TokenRules`` for one dose or more.
+    """The changes of a step's tokens, by the equations of ``TokenRules``.
 
-    None for a step to be mapped. Either way a token's result has the same bits.
+    None if the step has to use ``map_tokens``; both ways give bit-identical results.
     """
     active, counts = rules.active_requests, np.diff(query_start_loc.numpy())
     if (counts == 1).all():  # decoding
@@ -92,8 +92,9 @@ def step_changes(
 def _doses(
     active: ActiveRequests, columns: IntArray | None, positions: IntArray
 ) -> tuple[IntArray, FloatArray]:
-    """Direction and strength ``[K, S]`` of tokens at these positions of requests in ``columns``;
-    None: of all active requests, one token of each.
+    """Direction and strength ``[K, S]`` of tokens at ``positions``, of requests in ``columns``.
+
+    ``columns=None``: every active request has exactly one token (decode).
     """
 
     def of(rule: Any) -> Any:

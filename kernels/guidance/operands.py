@@ -1,8 +1,9 @@
 """The operands of activation guidance: rules per request, a map per token, directions per layer.
 
-A *direction* is a row of a site's tables: a vector steer has one, a delta steer one per generation
-step; direction 0 is zero and means none. A request takes up to K doses at a site. Per step the
-rules of the R requests in the batch become the map of its T tokens, once for all layers.
+A *direction* is a row of a site's table: a vector steer has one, a step delta has one per
+generation step; direction 0 is the zero vector and means none. A request has up to K doses at a
+site. In each step the rules of the R requests of the batch are expanded to a map of its T tokens,
+once for all layers.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TokenRules:
-    """How K doses of R requests act in a site of L layers; a dose that is not there has strength 0.
+    """How K doses of R requests act at a site in L layers; missing doses have strength 0.
 
     For a token of request ``r`` at position ``p``, with ``i = p - step0_position``:
 
@@ -27,8 +28,8 @@ class TokenRules:
         strength  = strength * (1 - slope * i)                  if begin <= p < end, else 0
                     strength_pool[pool_offset + i] instead      where pool_offset >= 0
 
-    A dose with a pool offset has a strength of its own at every step: ``strength`` and ``slope``
-    are not read then, and a step beyond ``strength_pool`` has strength 0.
+    A dose with a pool offset reads its strength from the pool at every step: ``strength`` and
+    ``slope`` are ignored, and a step beyond ``strength_pool`` has strength 0.
 
     direction_start, direction_stride, step0_position, begin, end   ``[K, R]`` int64
     strength, slope   ``[K, R]`` float32
@@ -50,7 +51,7 @@ class TokenRules:
 
     @cached_property
     def active_requests(self) -> "ActiveRequests":
-        """The requests with at least one dose, of rules in the host's memory."""
+        """The requests with at least one dose; the rules must be in host memory."""
         is_active = self.layers.numpy().any((0, 1))
         rows = np.flatnonzero(is_active)
         doses = {name: getattr(self, name).numpy()[:, rows] for name in DOSE_FIELDS}

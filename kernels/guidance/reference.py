@@ -43,25 +43,25 @@ def steer_tokens_(
     token_map: TokenMap,
     depth: int,
 ) -> None:
-    """``x = hidden + residual`` becomes ``x + change``, or that at ``x``'s norm where one turns."""
+    """``x = hidden + residual`` becomes ``x + change``, rescaled to ``|x|`` if a dose rotates."""
     vectors = directions.vectors[layer].double()
     for token in range(hidden.shape[0]):
         change = torch.zeros_like(vectors[0])
-        turning, touched = False, False
+        rotates, touched = False, False
         for k in range(depth):
             strength = float(token_map.strengths[layer, k, token])
             direction = int(token_map.directions[k, token])
             if strength != 0:
                 touched = True
-                turning |= directions.is_rotation is not None and bool(
+                rotates |= directions.is_rotation is not None and bool(
                     directions.is_rotation[direction]
                 )
                 change += strength * vectors[direction]
         if not touched:
             continue
-        kept = torch.zeros_like(change) if residual is None else residual[token].double()
-        x = hidden[token].double() + kept
+        residual_row = torch.zeros_like(change) if residual is None else residual[token].double()
+        x = hidden[token].double() + residual_row
         steered = x + change
-        if turning and steered.any():
+        if rotates and steered.any():
             steered *= x.norm() / steered.norm()
-        hidden[token] = (steered - kept).to(hidden.dtype)
+        hidden[token] = (steered - residual_row).to(hidden.dtype)

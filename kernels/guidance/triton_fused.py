@@ -15,8 +15,8 @@ from vllm_steer.kernels.guidance.triton_map import map_tokens, warm_up_map
 
 __all__ = ["map_tokens", "steer_tokens_", "step_changes", "warm_up"]
 
-# An addition splits a row among programs, so that a decode step of few tokens fills the card; a
-# turn needs the norms of the whole row, so its one program takes as much of it at once as it can.
+# An addition splits a row among programs, so that a decode step of few tokens fills the GPU; a
+# rotation needs the norms of the whole row, so one program reads the row in the largest blocks.
 ADD_BLOCK, ROTATE_BLOCK = 1024, 4096
 
 
@@ -57,16 +57,16 @@ def steer_tokens_(
             **constants,
         )
         return
-    kept = hidden if residual is None else residual
+    residual_or_hidden = hidden if residual is None else residual
     block, num_warps = _block(width, ROTATE_BLOCK)
     rotate[(num_tokens,)](
-        *_strided(hidden, kept),
+        *_strided(hidden, residual_or_hidden),
         *table,
         directions.is_rotation,
         *doses,
         depth,
         BLOCK=block,
-        ALIGNED=_aligned(hidden, kept, vectors),
+        ALIGNED=_aligned(hidden, residual_or_hidden, vectors),
         RESIDUAL=residual is not None,
         num_warps=num_warps,
         **constants,

@@ -20,7 +20,7 @@ _VARYING = (
 
 
 @triton.jit
-def _places(row, columns, ALIGNED: tl.constexpr):
+def _pointers(row, columns, ALIGNED: tl.constexpr):
     """Pointers to columns of a row; where ALIGNED, the compiler may take 16 bytes at once."""
     base, index, row_stride, column_stride = row
     start = base + index * row_stride
@@ -38,7 +38,7 @@ def _doses(strengths, strengths_dose, depth, DOSES: tl.constexpr):
 
 
 @triton.jit
-def _any_turns(acts, which, which_dose, turns, DOSES: tl.constexpr):
+def _any_rotates(acts, which, which_dose, turns, DOSES: tl.constexpr):
     """Whether a dose that acts has a direction that turns."""
     direction = tl.load(which + tl.arange(0, DOSES) * which_dose, mask=acts, other=0)
     turn = tl.load(turns + direction, mask=acts, other=0.0)
@@ -55,8 +55,10 @@ def _change(doses, table, columns, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
         strength = tl.load(strengths + k * strengths_dose)
         if strength != 0:
             direction = tl.load(which + k * which_dose).to(tl.int64)
-            places = _places((vectors, direction, vectors_row, vectors_column), columns, ALIGNED)
-            change += strength * tl.load(places, mask=columns < WIDTH, other=0.0)
+            pointers = _pointers(
+                (vectors, direction, vectors_row, vectors_column), columns, ALIGNED
+            )
+            change += strength * tl.load(pointers, mask=columns < WIDTH, other=0.0)
     return change
 
 
@@ -87,22 +89,29 @@ def add(
     if tl.sum(_doses(strengths, strengths_dose, depth, DOSES).to(tl.int32), axis=0) == 0:
         return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    places = _places((hidden, token, hidden_row, hidden_column), columns, ALIGNED)
-    x = tl.load(places, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    pointers = _pointers((hidden, token, hidden_row, hidden_column), columns, ALIGNED)
+    x = tl.load(pointers, mask=columns < WIDTH, other=0.0).to(tl.float32)
     doses = (which, which_dose, strengths, strengths_dose, depth)
     table = (vectors, vectors_row, vectors_column)
     steered = x + _change(doses, table, columns, WIDTH, ALIGNED)
-    tl.store(places, rounded(steered, hidden.dtype.element_ty), mask=columns < WIDTH)
+    tl.store(pointers, rounded(steered, hidden.dtype.element_ty), mask=columns < WIDTH)
 
 
 @triton.jit
-def _stream(row, kept, columns, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, RESIDUAL: tl.constexpr):
+def _stream(
+    row,
+    residual_address,
+    columns,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
     """``hidden`` and ``x = hidden + residual`` at some columns of a token, in float32."""
-    places = _places(row, columns, ALIGNED)
-    hidden = tl.load(places, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    pointers = _pointers(row, columns, ALIGNED)
+    hidden = tl.load(pointers, mask=columns < WIDTH, other=0.0).to(tl.float32)
     if RESIDUAL:
-        kept_places = _places(kept, columns, ALIGNED)
-        x = hidden + tl.load(kept_places, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        residual_pointers = _pointers(residual_address, columns, ALIGNED)
+        x = hidden + tl.load(residual_pointers, mask=columns < WIDTH, other=0.0).to(tl.float32)
     else:
         x = hidden
     return hidden, x
@@ -111,9 +120,9 @@ def _stream(row, kept, columns, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, RESI
 @triton.jit
 def _ratio(before, after):
     """``|x| / |x + change|`` from their squares, finite where ``x + change`` is 0 and stays it."""
-    given = tl.sqrt_rn(tl.sum(before, axis=0))
-    norm = tl.sqrt_rn(tl.sum(after, axis=0))
-    return tl.div_rn(given, tl.where(norm == 0, 1.0, norm))
+    norm_before = tl.sqrt_rn(tl.sum(before, axis=0))
+    norm_after = tl.sqrt_rn(tl.sum(after, axis=0))
+    return tl.div_rn(norm_before, tl.where(norm_after == 0, 1.0, norm_after))
 
 
 @triton.jit
@@ -122,7 +131,7 @@ def _write(
     columns,
     stream,
     change,
-    turning,
+    rotates,
     ratio,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -130,11 +139,11 @@ def _write(
 ):
     """The stream becomes ``(x + change) ratio``, or ``x + change`` where it does not turn."""
     hidden, x = stream
-    steered = (x + change) * tl.where(turning, ratio, 1.0)
+    steered = (x + change) * tl.where(rotates, ratio, 1.0)
     if RESIDUAL:
-        steered = hidden + tl.where(turning, steered - x, change)
-    places = _places(row, columns, ALIGNED)
-    tl.store(places, rounded(steered, places.dtype.element_ty), mask=columns < WIDTH)
+        steered = hidden + tl.where(rotates, steered - x, change)
+    pointers = _pointers(row, columns, ALIGNED)
+    tl.store(pointers, rounded(steered, pointers.dtype.element_ty), mask=columns < WIDTH)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -174,29 +183,29 @@ def rotate(
     if tl.sum(acts.to(tl.int32), axis=0) == 0:
         return
     row = (hidden, token, hidden_row, hidden_column)
-    kept = (residual, token, residual_row, residual_column)
+    residual_address = (residual, token, residual_row, residual_column)
     doses = (which, which_dose, strengths, strengths_dose, depth)
     table = (vectors, vectors_row, vectors_column)
-    turning = _any_turns(acts, which, which_dose, turns, DOSES)
+    rotates = _any_rotates(acts, which, which_dose, turns, DOSES)
     columns = tl.arange(0, BLOCK)
     if WIDTH <= BLOCK:
-        stream = _stream(row, kept, columns, WIDTH, ALIGNED, RESIDUAL)
+        stream = _stream(row, residual_address, columns, WIDTH, ALIGNED, RESIDUAL)
         change = _change(doses, table, columns, WIDTH, ALIGNED)
         x, steered = stream[1], stream[1] + change
         ratio = _ratio(x * x, steered * steered)
-        _write(row, columns, stream, change, turning, ratio, WIDTH, ALIGNED, RESIDUAL)
+        _write(row, columns, stream, change, rotates, ratio, WIDTH, ALIGNED, RESIDUAL)
     else:
         before = tl.zeros([BLOCK], tl.float32)
         after = tl.zeros([BLOCK], tl.float32)
-        if turning:
+        if rotates:
             for start in range(0, WIDTH, BLOCK):
-                _, x = _stream(row, kept, start + columns, WIDTH, ALIGNED, RESIDUAL)
+                _, x = _stream(row, residual_address, start + columns, WIDTH, ALIGNED, RESIDUAL)
                 steered = x + _change(doses, table, start + columns, WIDTH, ALIGNED)
                 before += x * x
                 after += steered * steered
         ratio = _ratio(before, after)
         for start in range(0, WIDTH, BLOCK):
-            here = start + columns
-            stream = _stream(row, kept, here, WIDTH, ALIGNED, RESIDUAL)
-            change = _change(doses, table, here, WIDTH, ALIGNED)
-            _write(row, here, stream, change, turning, ratio, WIDTH, ALIGNED, RESIDUAL)
+            block_columns = start + columns
+            stream = _stream(row, residual_address, block_columns, WIDTH, ALIGNED, RESIDUAL)
+            change = _change(doses, table, block_columns, WIDTH, ALIGNED)
+            _write(row, block_columns, stream, change, rotates, ratio, WIDTH, ALIGNED, RESIDUAL)

@@ -76,11 +76,11 @@ def _map(
     dose = tl.program_id(1)
     row = _row_of(token, query_start_loc, num_rows, search_steps)
     rule = dose * num_rows + row
-    here = token < num_tokens
-    known = here & (row < num_rows)
-    position = tl.load(positions + token, mask=here, other=0).to(tl.int64)
-    acts = known & (position >= tl.load(begin + rule, mask=known, other=0))
-    acts = acts & (position < tl.load(end + rule, mask=known, other=0))
+    in_step = token < num_tokens
+    has_row = in_step & (row < num_rows)
+    position = tl.load(positions + token, mask=in_step, other=0).to(tl.int64)
+    acts = has_row & (position >= tl.load(begin + rule, mask=has_row, other=0))
+    acts = acts & (position < tl.load(end + rule, mask=has_row, other=0))
     # Elsewhere the step stays 0: far from its steps the line would leave float32.
     step = tl.where(acts, position - tl.load(step0_position + rule, mask=acts, other=0), 0)
     fall = tl.load(slope + rule, mask=acts, other=0.0) * step.to(tl.float32)
@@ -93,18 +93,18 @@ def _map(
     if tl.program_id(2) == 0:
         direction = tl.load(direction_start + rule, mask=acts, other=0)
         direction += tl.load(direction_stride + rule, mask=acts, other=0) * step
-        places = directions + dose * directions_dose + token * directions_token
-        tl.store(places, direction.to(tl.int32), mask=here)
+        pointers = directions + dose * directions_dose + token * directions_token
+        tl.store(pointers, direction.to(tl.int32), mask=in_step)
     layer = (tl.program_id(2) * LAYERS + tl.arange(0, LAYERS)).to(tl.int64)[:, None]
     of_layer = layers + layer * tl.num_programs(1) * num_rows
     acts_there = tl.load(
         of_layer + rule[None, :], mask=(layer < num_layers) & acts[None, :], other=0.0
     )
-    places = strengths + layer * strengths_layer + dose * strengths_dose
+    pointers = strengths + layer * strengths_layer + dose * strengths_dose
     tl.store(
-        places + token[None, :] * strengths_token,
+        pointers + token[None, :] * strengths_token,
         size[None, :] * acts_there,
-        mask=(layer < num_layers) & here[None, :],
+        mask=(layer < num_layers) & in_step[None, :],
     )
 
 

@@ -113,7 +113,7 @@ def tile_sizes(
             expand_folds=folds,
         )
     few = min(few_chunks, 256 // rows) if max_rank <= FEW_RANKS else 0  # in registers all at once
-    chunk, chunks = _chunk(width, max_rank, 64, block=64, programs=PROCESSORS, most=few)
+    chunk, chunks = _chunk(width, max_rank, 64, block=64, programs=PROCESSORS, max_chunks=few)
     folds = chunks <= few
     columns, stages = _columns_and_stages(width, rows, columns)
     return BlockSizes(
@@ -158,23 +158,25 @@ def row_sizes(width: int, max_rank: int) -> BlockSizes:
 
 
 def _chunk(
-    width: int, max_rank: int, ranks: int, *, block: int, programs: int, most: int = 0
+    width: int, max_rank: int, ranks: int, *, block: int, programs: int, max_chunks: int = 0
 ) -> tuple[int, int]:
     """Chunk of the width and their number: the longest with ``programs`` programs or more, but of
-    two blocks or more, and no more than ``most`` chunks where that is not 0.
+    two blocks or more, and no more than ``max_chunks`` chunks where that is not 0.
     """
-    wanted = max(1, -(-programs // max(1, -(-max_rank // ranks))))
+    num_chunks = max(1, -(-programs // max(1, -(-max_rank // ranks))))
     blocks = -(-width // block)
-    each = max(min(2, blocks), blocks // wanted, -(-blocks // most) if most else 1)
-    chunk = each * block
+    blocks_per_chunk = max(
+        min(2, blocks), blocks // num_chunks, -(-blocks // max_chunks) if max_chunks else 1
+    )
+    chunk = blocks_per_chunk * block
     return chunk, -(-width // chunk)
 
 
-def _columns_and_stages(width: int, rows: int, most: int) -> tuple[int, int]:
+def _columns_and_stages(width: int, rows: int, max_columns: int) -> tuple[int, int]:
     """The widest block of columns that has bytes enough in flight for one tile, or else 16, and the
     stages that fit ``SHARED_BYTES``, of 64 columns in parts by 64 numbers, and of rows as many.
     """
-    columns = most
+    columns = max_columns
     while True:
         stages = SHARED_BYTES // (WEIGHT_BYTES + 2 * 64 * rows * 64 // columns)
         programs = -(-width // columns)

@@ -110,7 +110,7 @@ def add_up(
     inside = columns < width
     at = row * x_row_stride + columns * x_column_stride
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    for place in range(tl.load(starts + touched), tl.load(starts + touched + 1)):
-        pair = tl.load(order + place).to(tl.int64)
+    for index in range(tl.load(starts + touched), tl.load(starts + touched + 1)):
+        pair = tl.load(order + index).to(tl.int64)
         total += tl.load(changes + pair * width + columns, mask=inside, other=0.0)
     tl.store(out + row * width + columns, rounded(total, out.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Where the Triton backends write the pairs' changes, and what both share."""
+"""The result buffers of the Triton backends, and the sum of the changes per row."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ EXACT = {"enable_fp_fusion": False}  # products and sums round one by one, in ev
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
-    """The result in the making; ``changes [P, width]`` float32 is empty where ``fused``."""
+class ResultBuffers:
+    """The result; ``changes [P, width]`` float32 is empty if ``fused``."""
 
     x: torch.Tensor
     out: torch.Tensor
@@ -28,19 +28,21 @@ class Target:
         return self.x.shape[1]
 
 
-def begin(x: torch.Tensor, metadata: BatchMetadata) -> Target:
-    """Room for the result; rows that no pair touches are copied."""
+def allocate(x: torch.Tensor, metadata: BatchMetadata) -> ResultBuffers:
+    """Allocate the result; rows without a pair are copied."""
     if x.data_ptr() % 16:  # kernels are compiled for aligned tensors; a window may begin anywhere
         x = x.clone()
     whole = metadata.touched == x.shape[0]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if whole else _copy(x)
     pairs = 0 if metadata.sums is None else metadata.rows.shape[0]
     changes = torch.empty(pairs, x.shape[1], dtype=torch.float32, device=x.device)
-    return Target(x, out, changes, fused=metadata.sums is None)
+    return ResultBuffers(x, out, changes, fused=metadata.sums is None)
 
 
-def finish(target: Target, weights: SteerWeights, metadata: BatchMetadata) -> torch.Tensor:
-    """Add the constant slots' changes, then all changes by row; the result."""
+def add_changes(
+    target: ResultBuffers, weights: SteerWeights, metadata: BatchMetadata
+) -> torch.Tensor:
+    """Add the changes of constant slots, then sum all changes per row; returns the result."""
     x, out, width = target.x, target.out, target.width
     blocks = triton.cdiv(width, BLOCK_WIDTH)
     if metadata.constant is not None:

@@ -65,8 +65,8 @@ def shrink(
         at = row[:, None] * x_row_stride + columns * x_column_stride
         b = load_x(x, at, live[:, None] & inside, table.dtype.element_ty)
         acc = dot(a, tl.trans(b), acc)
-    place = (chunk.to(tl.int64) * num_pairs + pairs)[None, :] * rank_stride + ranks[:, None]
-    tl.store(partials + place, acc, mask=live[None, :])  # zeros in ranks that are not there
+    index = (chunk.to(tl.int64) * num_pairs + pairs)[None, :] * rank_stride + ranks[:, None]
+    tl.store(partials + index, acc, mask=live[None, :])  # zeros in ranks that are not there
 
 
 @triton.jit

@@ -28,7 +28,7 @@ class Tiles:
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
+class RowSums:
     """Which pairs are added to each of the U touched rows: ``order[starts[u]:starts[u + 1]]``.
 
     rows    ``[U]`` int32
@@ -61,7 +61,7 @@ class BatchMetadata:
     work: torch.Tensor | None
     dense: Tiles | None
     constant: Tiles | None
-    sums: Sums | None
+    sums: RowSums | None
     touched: int
 
 
@@ -100,7 +100,7 @@ def batch_metadata(
         work=parts[2] if parts[2].numel() else None,
         dense=_filled(parts[3:5]),
         constant=_filled(parts[5:7]),
-        sums=None if single else Sums(*parts[7:]),
+        sums=None if single else RowSums(*parts[7:]),
         touched=int(np.count_nonzero(counts)),
     )
 

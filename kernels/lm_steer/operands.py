@@ -1,8 +1,7 @@
 """The operands of LM-Steer: the packed weights of steers, and the rows that use them.
 
-``scale`` is ``epsilon * strength`` of a row under a steer; what is fixed enters with ``epsilon``
-alone (the paper's dummy steer at value 1), where ``scale`` is not 0: at strength 0 a steer changes
-nothing at all.
+``scale`` is ``epsilon * strength`` of a row and a steer. Fixed columns have the factor ``epsilon``
+(the paper's dummy steer at value 1) unless ``scale`` is 0: at strength 0 a steer has no effect.
 """
 
 from dataclasses import dataclass
@@ -118,7 +117,7 @@ class SteerWeights:
 
 @dataclass(frozen=True, eq=False)
 class SteeredRows:
-    """Which rows take which slot at which scale: P pairs on the host, sorted by slot, then by row.
+    """P (row, slot, scale) entries on the host, sorted by slot, then by row.
 
     rows    ``[P]`` int64, the row of each pair
     scales  ``[P]`` float32, epsilon times strength

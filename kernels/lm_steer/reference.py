@@ -15,24 +15,24 @@ from vllm_steer.kernels.lm_steer.operands import (
 
 
 @dataclass(frozen=True, eq=False)
-class ReadRows:
-    """The pairs as they are, but for the scales ``[P]`` float32, which lie on the device."""
+class HostRows:
+    """The pairs on the host, with scales ``[P]`` float32 on the device."""
 
     rows: IntArray
     scales: torch.Tensor
     groups: tuple[tuple[int, int, int], ...]
 
 
-def prepare(steered: SteeredRows, weights: SteerWeights, device: torch.device) -> ReadRows:
-    """The pairs as they are: the reference reads them on the host."""
-    return ReadRows(steered.rows, torch.tensor(steered.scales, device=device), steered.groups)
+def prepare(steered: SteeredRows, weights: SteerWeights, device: torch.device) -> HostRows:
+    """The pairs; the reference reads them on the host."""
+    return HostRows(steered.rows, torch.tensor(steered.scales, device=device), steered.groups)
 
 
 def warm_up(weights: SteerWeights, dtype: torch.dtype) -> None:
     """Nothing to compile."""
 
 
-def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: ReadRows) -> torch.Tensor:
+def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: HostRows) -> torch.Tensor:
     """``x[b]`` plus the change of every pair ``(b, slot)``, see ``operands`` for the equations.
 
     Computed in float64 whatever the dtypes, rounded once to ``x.dtype``; rows without a pair are

@@ -47,8 +47,8 @@ def shrink_row(
         a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         mask = (ranks < rank)[:, None] & inside[None, :]
         acc += tl.load(weights + columns[None, :], mask=mask, other=0.0).to(tl.float32) * a[None, :]
-    place = (chunk.to(tl.int64) * num_pairs + pair) * rank_stride + ranks
-    tl.store(partials + place, tl.sum(acc, axis=1), mask=ranks < rank)
+    index = (chunk.to(tl.int64) * num_pairs + pair) * rank_stride + ranks
+    tl.store(partials + index, tl.sum(acc, axis=1), mask=ranks < rank)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -163,14 +163,14 @@ def dense_row(
     pairs = pair + tl.arange(0, 1)
     row = tl.load(rows + pairs).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    mine = x + tl.load(rows + pair).to(tl.int64) * x_row_stride
+    x_row = x + tl.load(rows + pair).to(tl.int64) * x_row_stride
     scale = tl.load(scales + pair)
     change = scale * row_times_matrix(
-        mine, table, free, columns, width, x_column_stride, BLOCK_OUT, BLOCK_IN
+        x_row, table, free, columns, width, x_column_stride, BLOCK_OUT, BLOCK_IN
     )
     if fixed >= 0:
         change += tl.load(epsilons + tile) * row_times_matrix(
-            mine, table, fixed, columns, width, x_column_stride, BLOCK_OUT, BLOCK_IN
+            x_row, table, fixed, columns, width, x_column_stride, BLOCK_OUT, BLOCK_IN
         )
     change = tl.where(scale != 0, change, 0.0)
     write_change(

@@ -23,23 +23,23 @@ class GroupedRows:
     rows     ``[P]`` int64, the row of each pair
     scales   ``[P]`` float32, epsilon times strength; may be written to
     touched  ``[U]`` int64, every row of ``rows`` once, ascending
-    places   ``[P]`` int64, where each pair's row stands in ``touched``
+    touched_index  ``[P]`` int64, the index of each pair's row in ``touched``
     groups   ``(slot, start, end)`` on the host: pairs ``start:end`` use ``slot``
     """
 
     rows: torch.Tensor
     scales: torch.Tensor
     touched: torch.Tensor
-    places: torch.Tensor
+    touched_index: torch.Tensor
     groups: tuple[tuple[int, int, int], ...]
 
 
 def prepare(steered: SteeredRows, weights: SteerWeights, device: torch.device) -> GroupedRows:
     """The pairs on the device, in one copy."""
-    touched, places = np.unique(steered.rows, return_inverse=True)
-    on_device = upload([steered.rows, steered.scales, touched, places], device)
-    rows, scales, touched_rows, row_places = on_device
-    return GroupedRows(rows, scales, touched_rows, row_places, steered.groups)
+    touched, touched_index = np.unique(steered.rows, return_inverse=True)
+    on_device = upload([steered.rows, steered.scales, touched, touched_index], device)
+    rows, scales, touched_rows, touched_indices = on_device
+    return GroupedRows(rows, scales, touched_rows, touched_indices, steered.groups)
 
 
 def warm_up(weights: SteerWeights, dtype: torch.dtype) -> None:
@@ -55,16 +55,16 @@ def steer_rows(x: torch.Tensor, weights: SteerWeights, steered: GroupedRows) -> 
     host. Returns a new tensor; rows without a pair are copied unchanged.
     """
     rows, scales = x.index_select(0, steered.rows), steered.scales[:, None]
-    taken = torch.where(scales != 0, rows, 0.0)  # of a row that is not finite nothing may stay
-    scaled = (taken * scales).to(weights.dtype)
+    masked = torch.where(scales != 0, rows, 0.0)  # 0 * inf would be NaN
+    scaled = (masked * scales).to(weights.dtype)
     changes = torch.empty_like(scaled)
     for slot, start, end in steered.groups:
         pairs = slice(start, end)
-        _write_change(changes[pairs], weights, slot, taken[pairs], scaled[pairs], scales[pairs])
+        _write_change(changes[pairs], weights, slot, masked[pairs], scaled[pairs], scales[pairs])
     if steered.touched.shape == steered.rows.shape:  # one steer per row: no sums to take
         return x.index_copy(0, steered.rows, (rows + changes).to(x.dtype))
     total = x.index_select(0, steered.touched).float()
-    total.index_add_(0, steered.places, changes.float())
+    total.index_add_(0, steered.touched_index, changes.float())
     return x.index_copy(0, steered.touched, total.to(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""What the Triton backends share: prepare the batch, launch its kernels, sum the changes."""
+"""The common part of the Triton backends: prepare a batch, launch its kernels, sum the changes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ import torch
 
 from vllm_steer.kernels.lm_steer import warm_up
 from vllm_steer.kernels.lm_steer.block_sizes import BlockSizes
-from vllm_steer.kernels.lm_steer.changes import Target, begin, finish
+from vllm_steer.kernels.lm_steer.changes import ResultBuffers, add_changes, allocate
 from vllm_steer.kernels.lm_steer.metadata import BatchMetadata, Tiles, batch_metadata
 from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerWeights
 
 
 @dataclass(frozen=True)
-class Batch:
-    """All that one call's kernels need: the result in the making, weights, pairs, block sizes."""
+class KernelArguments:
+    """The arguments of one call's kernels: result buffers, weights, metadata, block sizes."""
 
-    target: Target
+    target: ResultBuffers
     weights: SteerWeights
     metadata: BatchMetadata
     sizes: BlockSizes
@@ -32,8 +32,8 @@ class TritonBackend:
     """
 
     sizes: Callable[[SteerWeights], BlockSizes]
-    low_rank: Callable[[Batch, Tiles, torch.Tensor], None]
-    dense: Callable[[Batch, Tiles], None]
+    low_rank: Callable[[KernelArguments, Tiles, torch.Tensor], None]
+    dense: Callable[[KernelArguments, Tiles], None]
 
     def prepare(
         self, steered: SteeredRows, weights: SteerWeights, device: torch.device
@@ -56,13 +56,13 @@ class TritonBackend:
         ``x`` may be strided. No host synchronisation; what is allocated depends on the numbers of
         rows and pairs only.
         """
-        target = begin(x, metadata)
-        batch = Batch(target, weights, metadata, self.sizes(weights))
+        target = allocate(x, metadata)
+        batch = KernelArguments(target, weights, metadata, self.sizes(weights))
         if metadata.low_rank is not None and metadata.work is not None:
             self.low_rank(batch, metadata.low_rank, metadata.work)
         if metadata.dense is not None:
             self.dense(batch, metadata.dense)
-        return finish(target, weights, metadata)
+        return add_changes(target, weights, metadata)
 
     def warm_up(self, weights: SteerWeights, dtype: torch.dtype) -> None:
         """Compile every kernel and variant that these weights can need for rows in ``dtype``."""

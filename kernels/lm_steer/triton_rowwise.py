@@ -12,10 +12,10 @@ from vllm_steer.kernels.lm_steer.changes import EXACT
 from vllm_steer.kernels.lm_steer.metadata import Tiles
 from vllm_steer.kernels.lm_steer.operands import SteerWeights
 from vllm_steer.kernels.lm_steer.row_kernels import dense_row, expand_row, shrink_row
-from vllm_steer.kernels.lm_steer.triton_backend import Batch, TritonBackend
+from vllm_steer.kernels.lm_steer.triton_backend import KernelArguments, TritonBackend
 
 
-def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
+def _low_rank(batch: KernelArguments, tiles: Tiles, work: torch.Tensor) -> None:
     target, weights, metadata, sizes = batch.target, batch.weights, batch.metadata, batch.sizes
     x, width, pairs = target.x, target.width, metadata.rows.shape[0]
     rank_stride = weights.columns.rank_stride
@@ -59,7 +59,7 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
     )
 
 
-def _dense(batch: Batch, tiles: Tiles) -> None:
+def _dense(batch: KernelArguments, tiles: Tiles) -> None:
     target, weights, metadata, sizes = batch.target, batch.weights, batch.metadata, batch.sizes
     x, width = target.x, target.width
     dense_row[(tiles.bounds.shape[0], triton.cdiv(width, sizes.dense_out))](

@@ -12,13 +12,13 @@ from vllm_steer.kernels.lm_steer.dense_kernels import dense
 from vllm_steer.kernels.lm_steer.low_rank_kernels import expand, fold, shrink
 from vllm_steer.kernels.lm_steer.metadata import Tiles
 from vllm_steer.kernels.lm_steer.operands import SteerWeights
-from vllm_steer.kernels.lm_steer.triton_backend import Batch, TritonBackend
+from vllm_steer.kernels.lm_steer.triton_backend import KernelArguments, TritonBackend
 
 FOLD_ROWS = 8
 """Rows that one program folds: few, so that all partial sums of these are read at once."""
 
 
-def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
+def _low_rank(batch: KernelArguments, tiles: Tiles, work: torch.Tensor) -> None:
     target, weights, metadata, sizes = batch.target, batch.weights, batch.metadata, batch.sizes
     x, width, pairs = target.x, target.width, metadata.rows.shape[0]
     rank_stride = weights.columns.rank_stride
@@ -68,7 +68,9 @@ def _low_rank(batch: Batch, tiles: Tiles, work: torch.Tensor) -> None:
     )
 
 
-def _folded(batch: Batch, tiles: Tiles, work: torch.Tensor, partials: torch.Tensor) -> torch.Tensor:
+def _folded(
+    batch: KernelArguments, tiles: Tiles, work: torch.Tensor, partials: torch.Tensor
+) -> torch.Tensor:
     """What is between the factors, ``[pairs, rank_stride]`` in the weights' dtype."""
     weights, sizes, (_, pairs, rank_stride) = batch.weights, batch.sizes, partials.shape
     inner = torch.empty(pairs, rank_stride, dtype=weights.dtype, device=partials.device)
@@ -89,7 +91,7 @@ def _folded(batch: Batch, tiles: Tiles, work: torch.Tensor, partials: torch.Tens
     return inner
 
 
-def _dense(batch: Batch, tiles: Tiles) -> None:
+def _dense(batch: KernelArguments, tiles: Tiles) -> None:
     target, weights, metadata, sizes = batch.target, batch.weights, batch.metadata, batch.sizes
     x, width = target.x, target.width
     dense[(tiles.bounds.shape[0], triton.cdiv(width, sizes.dense_out))](

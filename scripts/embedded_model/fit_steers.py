@@ -20,7 +20,7 @@ from vllm_steer import LMSteer, Steer, save_steer
 from vllm_steer.embedded import MODEL, STEERS, corpus
 from vllm_steer.embedded.corpus import Sample
 from vllm_steer.fit import fit_lm_steer
-from vllm_steer.fit.lm_steer_settings import Watch
+from vllm_steer.fit.lm_steer_settings import FitCallbacks
 
 # A seed of its own: the steers never see the model's training samples.
 SEED: Final = 2_000_003
@@ -115,7 +115,7 @@ def _fit_lm_steer(
         epsilon=EPSILON,
         steps=STEPS,
         max_length=MAX_LENGTH,
-        watch=Watch(on_step=on_step),
+        callbacks=FitCallbacks(on_step=on_step),
     )
     made = {**(steer.recipe or {}), "model": "embedded", "data": f"{SAMPLES} samples, seed {SEED}"}
     return dataclasses.replace(

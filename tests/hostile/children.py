@@ -27,7 +27,7 @@ def load(job: dict[str, Any]) -> str:
     from vllm_steer import load_steer
     from vllm_steer.steers.content import content_digest
 
-    steer = load_steer(job["path"], **job.get("facts", {}))
+    steer = load_steer(job["path"], **job.get("overrides", {}))
     content_digest(steer)
     return f"loaded {steer!r}"
 

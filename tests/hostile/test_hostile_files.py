@@ -153,9 +153,9 @@ def test_the_corpus_is_as_large_as_it_is_said_to_be() -> None:
 @some_and_all(FILES_OF_A_KIND)
 def test_hostile_steer_files_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
     jobs = [
-        {"does": "load", "name": f"{name} {facts}", "path": str(path), "facts": facts}
+        {"does": "load", "name": f"{name} {overrides}", "path": str(path), "overrides": overrides}
         for number, (name, path) in enumerate(steer_files(tmp_path, each).items())
-        for facts in ({}, FACTS[number % len(FACTS)])
+        for overrides in ({}, FACTS[number % len(FACTS)])
     ]
     found = check([job | {"folder": str(tmp_path)} for job in jobs])
     loaded = {one["name"].split("-")[0] for one in found if "said" in one}
@@ -244,10 +244,16 @@ def test_hostile_files_end_a_command_in_one_line(tmp_path: Path, command: str) -
 @pytest.mark.matrix
 @pytest.mark.parametrize("of", FORMATS)
 def test_changed_files_of_every_format_give_a_steer_or_one_line(of: str, tmp_path: Path) -> None:
-    whole, facts = FORMATS[of](tmp_path)
+    whole, overrides = FORMATS[of](tmp_path)
     paths = written(tmp_path, variants(whole, SEED, 300), ".changed")
     jobs = [
-        {"does": "load", "name": name, "path": str(path), "facts": facts, "folder": str(tmp_path)}
+        {
+            "does": "load",
+            "name": name,
+            "path": str(path),
+            "overrides": overrides,
+            "folder": str(tmp_path),
+        }
         for name, path in paths.items()
     ]
     found = check(jobs)
@@ -275,7 +281,7 @@ def test_the_sample_files_are_refused_or_harmless(tmp_path: Path) -> None:
             "does": "start" if path.suffix == ".yaml" else "load",
             "name": path.name,
             "path": str(path),
-            "facts": {"feature": 0, "hook": "blocks.1.hook_resid_post"}
+            "overrides": {"feature": 0, "hook": "blocks.1.hook_resid_post"}
             if "npz" in path.name
             else {},
             "folder": str(tmp_path),

@@ -116,7 +116,7 @@ def test_a_config_that_fits_reaches_the_engine_configuration(parse: Any, folder:
 
 AT_PARSING: dict[str, tuple[Any, str]] = {
     "bad-yaml": ("steers: [", r"steers\.yaml is neither YAML nor JSON"),
-    "empty": ("", r"steers\.yaml holds no mapping; wanted at least the key 'steers'"),
+    "empty": ("", r"steers\.yaml is not a mapping; expected at least the key 'steers'"),
     "unknown-key": ({**A, "colour": "red"}, r"steers\.yaml: unknown key 'colour'"),
     "no-steers": ({"presets": {}}, r"steers\.yaml: key 'steers' is missing"),
     "too-many-steers": (
@@ -181,7 +181,7 @@ def steer(name: str, **limits: Any) -> dict[str, Any]:
 
 
 AT_CONFIGURATION: dict[str, tuple[Any, str]] = {
-    "missing-file": (steer("gone.pt"), r"steer x: .*/gone\.pt: no such file; give the path"),
+    "missing-file": (steer("gone.pt"), r"steer x: .*/gone\.pt: does not exist; give the path"),
     "no-steer-file": (
         steer("text.safetensors"),
         r"steer x: .*/text\.safetensors: neither a safetensors file nor a PyTorch \(\.pt\)",

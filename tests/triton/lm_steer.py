@@ -12,7 +12,7 @@ import torch
 from lm_steer_cases import Use, Weights, steered
 
 from vllm_steer.kernels.lm_steer import LMSteerBackend, SteeredRows, SteerWeights
-from vllm_steer.kernels.lm_steer.metadata import BatchMetadata, Sums, Tiles
+from vllm_steer.kernels.lm_steer.metadata import BatchMetadata, RowSums, Tiles
 from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
 from vllm_steer.kernels.lm_steer.triton_tiled import TILED
 
@@ -146,7 +146,7 @@ def padded(metadata: BatchMetadata, pairs: int, tiles: int, work: int, rows: int
     """
     device = metadata.rows.device
     single = torch.arange(metadata.rows.shape[0] + 1, dtype=torch.int32, device=device)
-    sums = metadata.sums or Sums(metadata.rows, single, single[:-1])
+    sums = metadata.sums or RowSums(metadata.rows, single, single[:-1])
     return BatchMetadata(
         rows=_longer(metadata.rows, pairs, NONSENSE),
         scales=_longer(metadata.scales, pairs, torch.nan),
@@ -161,7 +161,7 @@ def padded(metadata: BatchMetadata, pairs: int, tiles: int, work: int, rows: int
         ),
         dense=_longer_tiles(metadata.dense, tiles, device),
         constant=_longer_tiles(metadata.constant, tiles, device),
-        sums=Sums(
+        sums=RowSums(
             rows=_longer(sums.rows, rows, -1),
             starts=_longer(sums.starts, rows + 1, NONSENSE),
             order=_longer(sums.order, pairs, NONSENSE),

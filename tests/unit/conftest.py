@@ -70,7 +70,7 @@ def make_plan() -> MakePlan:
 def planned(name: str, default_strength: float) -> PlannedSteer:
     return PlannedSteer(
         path=Path(f"/steers/{name}.safetensors"),
-        facts={},
+        overrides={},
         kind="lm_steer",
         site="head",
         hidden_size=HIDDEN,

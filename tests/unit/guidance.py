@@ -42,7 +42,7 @@ def planned(name: str, steer: Steer) -> PlannedSteer:
     """What a plan says of a steer."""
     return PlannedSteer(
         path=Path(f"/steers/{name}.safetensors"),
-        facts={},
+        overrides={},
         kind=steer.kind,
         site=steer.site,
         hidden_size=steer.hidden_size,

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from vllm_steer.config import Limits
 from vllm_steer.plan import PlannedSteer, SteerPlan
 from vllm_steer.serving.http import Steering
-from vllm_steer.serving.http.received import Hints, ReceivedBody
-from vllm_steer.serving.http.rewriting import BODY
-from vllm_steer.serving.http.rewriting import rewrite as wanted
+from vllm_steer.serving.http.body_rewrite import BODY
+from vllm_steer.serving.http.body_rewrite import rewrite as wanted
+from vllm_steer.serving.http.request_body import ReceivedBody, SteerHints
 from vllm_steer.serving.http.routes import route_at
 
 
@@ -32,7 +32,7 @@ def dump(body: Any) -> bytes:
 def make_plan() -> SteerPlan:
     steer = PlannedSteer(
         path="/x",  # type: ignore[arg-type]
-        facts={},
+        overrides={},
         kind="lm_steer",
         site="head",
         hidden_size=6,
@@ -139,7 +139,7 @@ def rewritten(body: bytes, plan: Any, *, route: str) -> Rewritten:
     found = wanted(members, plan, place)
     if not found.members:
         return Rewritten(body, found.reports)
-    received = ReceivedBody(Hints())
+    received = ReceivedBody(SteerHints())
     received.append(found.members, to=text or body)
     return Rewritten(received.whole(), found.reports)
 

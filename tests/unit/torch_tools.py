@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from foreign_tools import directions
+from untrusted_text_tools import directions
 
 
 def save(path: Path, content: Any, **options: Any) -> Path:

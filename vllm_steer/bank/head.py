@@ -91,7 +91,7 @@ def _inner_width(slot: Slot) -> int:
 
 @dataclass
 class _TableBuilder:
-    """The tables in the making, each a list of its parts, on the host until they are whole."""
+    """Builds the tables; their parts stay on the host until the tables are complete."""
 
     dtype: torch.dtype
     device: torch.device

@@ -17,7 +17,7 @@ Project = Callable[[int, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class DirectionRange:
-    """Where a steer lies: its first direction, its steps (None for a vector), its layers."""
+    """The directions of a steer: the first one, its steps (None for a vector), its layers."""
 
     start: int
     steps: int | None
@@ -65,8 +65,8 @@ def fill_layer_bank(
     }
     tables = [
         table
-        for site, mine in by_site.items()
-        if mine and (table := _table(site, mine, set(layers), device, project))
+        for site, site_steers in by_site.items()
+        if site_steers and (table := _table(site, site_steers, set(layers), device, project))
     ]
     return LayerBank(tuple(tables))
 
@@ -74,12 +74,12 @@ def fill_layer_bank(
 def _table(
     site: str,
     steers: Mapping[str, GuidanceSteer],
-    here: set[int],
+    local_layers: set[int],
     device: torch.device,
     project: Project,
 ) -> SiteTable | None:
     """One site's table; None if no steer of it touches a layer of this rank."""
-    layers = tuple(sorted(here & {layer for s in steers.values() for layer in s.layers}))
+    layers = tuple(sorted(local_layers & {layer for s in steers.values() for layer in s.layers}))
     if not layers:
         return None
     entries, num_directions = _entries(steers)
@@ -101,7 +101,7 @@ def _table(
 
 
 def _check_range(name: str, layer: int, rows: torch.Tensor) -> None:
-    """A value that is not finite would reach tokens that do not even take the steer: 0 * inf."""
+    """Raise ``SteerError`` for non-finite values: 0 * inf is NaN, even for unsteered tokens."""
     if not torch.isfinite(rows).all():
         raise SteerError(
             f"steer {name} has values at the heads of layer {layer} beyond the range of the "
@@ -121,10 +121,10 @@ def _entries(steers: Mapping[str, GuidanceSteer]) -> tuple[dict[str, DirectionRa
 
 def _rows(steer: GuidanceSteer, layer: int) -> torch.Tensor:
     """``[directions, width]`` of one layer: a unit vector for ``rotate``."""
-    place = steer.layers.index(layer)
+    index = steer.layers.index(layer)
     if isinstance(steer, DeltaSteer):
-        return steer.delta[:, place].float()
-    vector = steer.vectors[place].double()
+        return steer.delta[:, index].float()
+    vector = steer.vectors[index].double()
     return (vector / vector.norm() if steer.mode == "rotate" else vector).float()[None]
 
 
@@ -133,13 +133,13 @@ def _is_rotation(
     entries: Mapping[str, DirectionRange],
     vectors: torch.Tensor,
 ) -> torch.Tensor | None:
-    turning = [
+    rotated = [
         entries[name].start
         for name, steer in steers.items()
         if isinstance(steer, VectorSteer) and steer.mode == "rotate"
     ]
-    if not turning:
+    if not rotated:
         return None
     is_rotation = vectors.new_zeros(vectors.shape[1])
-    is_rotation[turning] = 1.0
+    is_rotation[rotated] = 1.0
     return is_rotation

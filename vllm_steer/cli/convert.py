@@ -12,7 +12,7 @@ from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.tables import Table, facts
 
 if TYPE_CHECKING:
-    from vllm_steer.files import Loaded
+    from vllm_steer.files import LoadedFile
     from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
 
 
@@ -65,16 +65,16 @@ def convert(
 
 def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
     """The given options that are metadata of the steer, by their key."""
-    from vllm_steer.files.facts import Facts
+    from vllm_steer.files.steer_metadata import SteerMetadata
 
     return {
         name: value
         for name, value in options.items()
-        if name in Facts.model_fields and value is not None and value is not False
+        if name in SteerMetadata.model_fields and value is not None and value is not False
     }
 
 
-def _summary(loaded: "Loaded") -> dict[str, Any]:
+def _summary(loaded: "LoadedFile") -> dict[str, Any]:
     from vllm_steer.steers import LMSteer
 
     steer = loaded.steer

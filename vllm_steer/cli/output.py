@@ -13,7 +13,7 @@ def check_output(output: Path, force: bool, *, inputs: Iterable[str | Path | Non
     ``force`` permits replacing a regular file, but no folder or device, and none of the ``inputs``,
     also if the output is a link to one.
     """
-    from vllm_steer.files.whole import check_replaceable
+    from vllm_steer.files.atomic_write import check_replaceable
 
     if str(output) == "-":
         raise SteerError("-: standard output cannot be written to; give a file's name")
@@ -31,7 +31,7 @@ def check_output(output: Path, force: bool, *, inputs: Iterable[str | Path | Non
 
 def check_named(model: str, description: str = "") -> None:
     """Raise ``SteerError`` for a model name or a description that a steer file cannot hold."""
-    from vllm_steer.files.safetensors_bytes import check_metadata
+    from vllm_steer.files.safetensors_writer import check_metadata
 
     check_metadata({"base_model": model, "description": description})
 

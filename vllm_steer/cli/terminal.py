@@ -17,7 +17,7 @@ from rich.status import Status
 from rich.style import Style
 from rich.text import Text
 
-from vllm_steer.foreign import printable
+from vllm_steer.untrusted_text import printable
 
 LONGEST: Final = 1000
 """Maximum characters of one text, such as a cell."""

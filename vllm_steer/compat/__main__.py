@@ -11,9 +11,9 @@ from typing import get_args
 
 from vllm_steer.compat.difference import differences
 from vllm_steer.compat.features import all_names, missing_in
-from vllm_steer.compat.name import Feature, Name
-from vllm_steer.compat.source import INSTALLED, Source
 from vllm_steer.compat.versions import TESTED, installed_version
+from vllm_steer.compat.vllm_name import Feature, VllmName
+from vllm_steer.compat.vllm_source import INSTALLED, VllmSource
 from vllm_steer.errors import SteerError
 
 
@@ -31,26 +31,26 @@ def main(arguments: Sequence[str]) -> int:
 
 def _check() -> int:
     version = installed_version()
-    missing = missing_in(Source.of(INSTALLED), version, all_names())
+    missing = missing_in(VllmSource.of(INSTALLED), version, all_names())
     print(f"vLLM {version}; vllm-steer is tested with {TESTED}")
     for feature in get_args(Feature):
         names = [name for name in all_names() if name.feature == feature]
-        lacking = [name for name in missing if name.feature == feature]
-        print(f"{feature}: {len(names)} names, {_listed(lacking)}")
+        missing_names = [name for name in missing if name.feature == feature]
+        print(f"{feature}: {len(names)} names, {_missing_lines(missing_names)}")
     return 1 if missing else 0
 
 
-def _listed(missing: Iterable[Name]) -> str:
+def _missing_lines(missing: Iterable[VllmName]) -> str:
     lines = [f"\n  missing: {name.module}:{name.path} ({name.use})" for name in missing]
     return "".join(lines) or "all there"
 
 
 def _compare(old: str, new: str) -> int:
-    found = 0
-    for name, difference in differences(Source.of(old), Source.of(new)):
-        found += 1
+    num_differences = 0
+    for name, difference in differences(VllmSource.of(old), VllmSource.of(new)):
+        num_differences += 1
         print(f"{name.module}:{name.path} ({name.use}, {name.feature})\n{difference}\n")
-    print(f"{found} of {len(all_names())} definitions differ")
+    print(f"{num_differences} of {len(all_names())} definitions differ")
     return 0
 
 

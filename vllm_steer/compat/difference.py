@@ -5,11 +5,11 @@ import difflib
 from collections.abc import Iterator
 
 from vllm_steer.compat.features import all_names
-from vllm_steer.compat.name import Name
-from vllm_steer.compat.source import Source
+from vllm_steer.compat.vllm_name import VllmName
+from vllm_steer.compat.vllm_source import VllmSource
 
 
-def differences(old: Source, new: Source) -> Iterator[tuple[Name, str]]:
+def differences(old: VllmSource, new: VllmSource) -> Iterator[tuple[VllmName, str]]:
     """Each name whose definition is not the same, and how: ``gone``, ``new`` or a unified diff.
 
     Comments, docstrings and the layout of lines do not count. Of a class only its fields and the
@@ -31,9 +31,9 @@ def _text(definition: ast.AST | None) -> list[str] | None:
     if definition is None:
         return None
     if isinstance(definition, ast.ClassDef):
-        heads = [_head(each) for each in definition.body]
+        heads = [_head(statement) for statement in definition.body]
         return [f"class {definition.name}", *filter(None, heads)]
-    return ast.unparse(_Plain().visit(ast.parse(ast.unparse(definition)))).splitlines()
+    return ast.unparse(_DocstringRemover().visit(ast.parse(ast.unparse(definition)))).splitlines()
 
 
 def _head(node: ast.stmt) -> str:
@@ -42,7 +42,7 @@ def _head(node: ast.stmt) -> str:
     return ast.unparse(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ""
 
 
-class _Plain(ast.NodeTransformer):
+class _DocstringRemover(ast.NodeTransformer):
     """Takes docstrings out."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:

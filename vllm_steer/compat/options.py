@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from vllm_steer.compat.name import Feature, Name
 from vllm_steer.compat.versions import TESTED, installed_version
+from vllm_steer.compat.vllm_name import Feature, VllmName
 from vllm_steer.errors import SteerError
 
 _MISSING: Final = object()
@@ -36,10 +36,10 @@ class Option:
         return tuple(filter(None, self.section.split(".")))
 
     @property
-    def name(self) -> Name:
+    def name(self) -> VllmName:
         """The field among vLLM's names."""
         module, path = _MODULES[self.cls], f"{self.cls}.{self.field}"
-        return Name(module, path, "read", self.feature, since=self.since, until=self.until)
+        return VllmName(module, path, "read", self.feature, since=self.since, until=self.until)
 
     def __call__(self, vllm_config: Any) -> Any:
         """The field's value. Raises ``SteerError`` where it should be and is not."""
@@ -156,9 +156,9 @@ enable_sp: Final = Option(
 
 OPTIONS: Final = tuple(value for value in list(globals().values()) if isinstance(value, Option))
 SECTIONS: Final = tuple(
-    Name("vllm.config.compilation", "CompilationConfig.pass_config", "read", "guidance")
+    VllmName("vllm.config.compilation", "CompilationConfig.pass_config", "read", "guidance")
     if "." in section
-    else Name("vllm.config.vllm", f"VllmConfig.{section}", "read", "steering")
+    else VllmName("vllm.config.vllm", f"VllmConfig.{section}", "read", "steering")
     for section in sorted({o.section for o in OPTIONS} - {"", *(o.field for o in OPTIONS)})
 )
 """Where ``VllmConfig`` has the objects of the other classes."""

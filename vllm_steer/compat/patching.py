@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final
 
-from vllm_steer.compat.name import Name
 from vllm_steer.compat.names import NAMES
 from vllm_steer.compat.versions import TESTED, installed_version
+from vllm_steer.compat.vllm_name import VllmName
 from vllm_steer.errors import SteerError
 
 _MARK: Final = "__vllm_steer__"
@@ -25,8 +25,8 @@ def wrap(
     name = _WRAPPED[member]  # what is not declared is not wrapped
     original = getattr(owner, member, None)
     if original is None:
-        own = getattr(owner, "__name__", "").rpartition(".")[2]
-        raise SteerError(lacks(_BY_OWNER.get((own, member), name), owner))
+        owner_name = getattr(owner, "__name__", "").rpartition(".")[2]
+        raise SteerError(missing_name(_BY_OWNER.get((owner_name, member), name), owner))
     if once and hasattr(original, _MARK):
         return
 
@@ -39,21 +39,24 @@ def wrap(
     setattr(owner, member, staticmethod(wrapper) if static else wrapper)
 
 
-def lacks(name: Name, owner: Any = None) -> str:
+def missing_name(name: VllmName, owner: Any = None) -> str:
     """The message for a name that this vLLM has not."""
     kind = type(owner).__name__ if owner is not None and not hasattr(owner, "__name__") else ""
     path = f"{kind}.{name.member}" if kind else name.path
     return (
         f"vLLM {installed_version()} has no {path}, which vllm-steer needs for {name.feature}"
-        f"{f' ({name.why})' if name.why else ''}; {advice()}"
+        f"{f' ({name.why})' if name.why else ''}; {version_advice()}"
     )
 
 
-def works_otherwise(found: str) -> str:
-    """The message for a vLLM that has all names and does something else with them."""
-    return f"vllm-steer: {found}: vLLM {installed_version()} works in an unknown way; {advice()}"
+def unknown_behavior(observation: str) -> str:
+    """The error message for a vLLM that has all names and behaves differently."""
+    return (
+        f"vllm-steer: {observation}: vLLM {installed_version()} behaves in an unknown way; "
+        f"{version_advice()}"
+    )
 
 
-def advice() -> str:
-    """What to do about a vLLM that is not known."""
+def version_advice() -> str:
+    """Advice for an unknown vLLM version."""
     return f"vllm-steer is tested with vLLM {TESTED}: install one of these versions"

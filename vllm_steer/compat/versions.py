@@ -14,17 +14,17 @@ TESTED: Final = f"{OLDEST} to {NEWEST}"
 def is_tested(version: str) -> bool:
     """Whether this is a vLLM version that vllm-steer is tested with."""
     try:
-        known = Version(version)
+        parsed = Version(version)
     except InvalidVersion:
         return False
-    return known >= OLDEST and (known.major, known.minor) <= (NEWEST.major, NEWEST.minor)
+    return parsed >= OLDEST and (parsed.major, parsed.minor) <= (NEWEST.major, NEWEST.minor)
 
 
 def installed_version() -> str:
     """The version of the installed vLLM, as it says itself; ``unknown`` without one."""
-    said = getattr(sys.modules.get("vllm"), "__version__", None)
-    if isinstance(said, str):
-        return said
+    reported = getattr(sys.modules.get("vllm"), "__version__", None)
+    if isinstance(reported, str):
+        return reported
     try:
         return version("vllm")
     except PackageNotFoundError:

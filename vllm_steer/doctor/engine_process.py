@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.compat import options
-from vllm_steer.files.whole import write_text
+from vllm_steer.files.atomic_write import write_text
 
 Setting = dict[str, float]
 

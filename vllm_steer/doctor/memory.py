@@ -56,7 +56,8 @@ def config_memory(
     """
     config = SteerConfig.load(source)
     steers = {
-        name: load_steer(entry.path, **entry.facts) for name, entry in sorted(config.steers.items())
+        name: load_steer(entry.path, **entry.overrides)
+        for name, entry in sorted(config.steers.items())
     }
     mismatches = {
         name: reason for name, s in steers.items() if (reason := _mismatch(architecture, s))

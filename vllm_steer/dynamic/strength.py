@@ -1,18 +1,17 @@
-"""The strength that Dynamic Activation Composition gives a delta at one generation step.
+"""The dynamic strength of Dynamic Activation Composition at one generation step.
 
-With ``p0`` the model's next-token distribution without a steer and ``p1`` that of a probe, steered
-at the maximum strength at every step so far:
+``p0`` is the model's unsteered next-token distribution, ``p1`` that of a probe, which was steered
+at the maximum strength in every step so far:
 
-    Q        = top(p0) | top(p1), top(p) the likeliest tokens up to and with the one whose
-               cumulative probability exceeds top_p
+    Q        = top(p0) | top(p1); top(p) are the most likely tokens up to and including the one
+               at which the cumulative probability exceeds top_p
     P0, P1   = p0, p1 renormalised over Q
     KL       = sum_{v in Q} P0(v) (ln P0(v) - ln P1(v))      "plain"
                the same / |Q|                                "authors"
     strength = min(max(KL, 0), maximum)
 
-The authors' code divides by ``|Q|``: it takes a mean in place of a sum. On a model whose
-distributions are broad ``Q`` is large, and their strength is near 0. They compute in bfloat16,
-which is coarser than here.
+The authors' code divides by ``|Q|``: a mean instead of a sum. For broad distributions ``Q`` is
+large and this strength is near 0. The authors compute in bfloat16; this code uses float32.
 
 Source: Scalena et al., "Multi-property Steering of Large Language Models with Dynamic Activation
 Composition", BlackboxNLP 2024 (arXiv 2406.17563), and the authors' code.
@@ -45,16 +44,22 @@ def dynamic_strength(
     ``kl`` are one value for all rows or tensors that broadcast to ``[...]``; a ``kl`` tensor is
     bool, true for the authors' division.
 
-    Float32, or float64 where the logits are; the KL is the one before the clip, so that rounding
-    may leave it just below 0. Where several steers are composed, each has a probe of its own and
-    its own ``Q``. A token whose logit is ``-inf`` is not among the likeliest of its side, whatever
-    ``top_p``; where the probe alone rules a token of ``Q`` out, the KL is infinite and the strength
-    the maximum. A row with a NaN or without any token gives NaN, and no row touches another. Ties
-    go to the lower token. Nothing here waits for the device.
+    Results are float32, or float64 for float64 logits. The KL is returned before clipping, so
+    rounding may leave it slightly below 0. If several steers are composed, each has its own probe
+    and its own ``Q``. A token with logit ``-inf`` is never in ``top(p)``. If only the probe
+    excludes a token of ``Q``, the KL is infinite and the strength is the maximum. A row with a NaN,
+    or with no token at all, gives NaN; rows are independent. Ties go to the lower token id. There
+    is no host synchronization.
 
-    Raises ``SteerError`` for ``top_p`` outside (0, 1] and a maximum that is not above 0, where they
-    are numbers; for an unknown ``kl`` and a ``kl`` tensor that is not bool; and for logits whose
-    shapes do not belong together.
+    Raises ``SteerError`` for a number ``top_p`` outside (0, 1], a number ``maximum`` that is not
+    positive, an unknown ``kl``, a ``kl`` tensor that is not bool, and logits of inconsistent
+    shapes.
+
+    >>> import torch
+    >>> base, probe = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.0])
+    >>> strength, kl = dynamic_strength(base, probe, top_p=1.0)
+    >>> round(strength.item(), 4)
+    1.1504
     """
     _check(top_p, maximum, kl)
     _check_shapes(base_logits, probe_logits, base_of)
@@ -110,7 +115,9 @@ def _check(
     if not isinstance(kl, torch.Tensor):
         check_choice("kl", kl, KLS)
     elif kl.dtype != torch.bool:
-        raise SteerError(f"kl is a tensor of {kl.dtype}; it must be bool: true divides as authors")
+        raise SteerError(
+            f"kl is a tensor of {kl.dtype}; expected bool (true: divide by |Q| as the authors do)"
+        )
     if not isinstance(top_p, torch.Tensor) and not 0 < top_p <= 1:
         raise SteerError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if not isinstance(maximum, torch.Tensor) and not maximum > 0:
@@ -122,7 +129,7 @@ def _check_shapes(base: torch.Tensor, probe: torch.Tensor, base_of: torch.Tensor
         if base.shape != probe.shape:
             raise SteerError(
                 f"unsteered logits are {list(base.shape)}, the probe's {list(probe.shape)}; they "
-                "must be alike"
+                "must be equal"
             )
     elif base.ndim != 2 or base_of.ndim != 1 or probe.shape != (len(base_of), base.shape[1]):
         raise SteerError(

@@ -23,7 +23,7 @@ from vllm_steer.evaluation.run import Condition, Run, condition_grid, open_run
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.evaluation.scores import score
 from vllm_steer.files import load_steer, save_steer
-from vllm_steer.files.whole import write_text
+from vllm_steer.files.atomic_write import write_text
 from vllm_steer.request import read_dose
 from vllm_steer.run_folder import locked
 from vllm_steer.steers import DeltaSteer, Steer

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_steer.files.atomic_write import write_text
 from vllm_steer.files.json_text import json_text
-from vllm_steer.files.whole import write_text
 
 
 def write_json(path: Path, value: Any) -> None:

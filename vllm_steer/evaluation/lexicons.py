@@ -14,7 +14,7 @@ from vllm_steer.embedded.corpus import LANGUAGES
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean_over_prompts
-from vllm_steer.foreign import listed, shown
+from vllm_steer.untrusted_text import listed, shown
 
 Verdict = Callable[[str], float | None]
 """1.0 or 0.0 for a text; None if undecided."""

@@ -16,8 +16,8 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
+from vllm_steer.files.atomic_write import write_text
 from vllm_steer.files.json_text import json_text
-from vllm_steer.files.whole import write_text
 from vllm_steer.run_folder import SETTINGS, RunFiles, open_with_settings
 
 SteerRole = Literal["none", "steer", "random"]

@@ -4,7 +4,7 @@ import math
 from typing import Final
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import is_number
+from vllm_steer.untrusted_text import is_number
 
 _MOST: Final = 1000
 _ALLOWED: Final = "expected numbers such as '-5,-2,2,5', or first:last:step such as '-5:5:2.5'"

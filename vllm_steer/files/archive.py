@@ -1,7 +1,7 @@
-"""Zip archives of tensors, read strictly: what is checked is what is read.
+"""Reads zip archives of tensors strictly, so that all readers agree on the content.
 
-Zip readers differ in what they make of an archive that contradicts itself: names that differ in
-case only, records that overlap, two directories. Such an archive is refused as a whole.
+Zip readers interpret an inconsistent archive differently: record names that differ in case only,
+overlapping records, two directories. Such an archive is rejected as a whole.
 """
 
 import struct
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Final
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.bounds import LARGEST_HEADER, check_memory
-from vllm_steer.foreign import shown
+from vllm_steer.files.size_limits import MAX_HEADER_BYTES, check_memory
+from vllm_steer.untrusted_text import shown
 
 _END: Final = b"PK\x05\x06"
 _END_LENGTH: Final = 22
@@ -26,33 +26,35 @@ _LOCAL_HEADER: Final = 30
 _LONGEST_COMMENT: Final = 1 << 16
 _ENCRYPTED: Final = 1
 _FOLDER: Final = 0x10
-_READ: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others can ask for gigabytes
+# Other methods can allocate gigabytes.
+_SUPPORTED_COMPRESSION: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An open archive and its records by their names; ``size`` of the file in bytes."""
+    """An open archive: its records by name, and the file's ``size`` in bytes."""
 
     records: Mapping[str, zipfile.ZipInfo]
     size: int
     _zip: zipfile.ZipFile
 
     def read(self, name: str) -> bytes:
-        """A whole record, whose checksum is checked; ``SteerError`` as ``open`` raises it."""
+        """Read a whole record and verify its checksum. Raises ``SteerError`` as ``open`` does."""
         with self.open(name) as record:
             return record.read()
 
     def open(self, name: str) -> IO[bytes]:
-        """A record as a file. Raises ``SteerError`` if it unpacks to far more than the archive."""
+        """Open a record. Raises ``SteerError`` if its content is far larger than the archive."""
         check_memory(self.records[name].file_size, self.size, f"its record {shown(name)}")
         return self._zip.open(self.records[name])
 
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
-    """Open an archive. Raises ``SteerError`` for one that is damaged or that contradicts itself.
+    """Open an archive. Raises ``SteerError`` if it is damaged or inconsistent.
 
-    What fails inside of the block is a ``SteerError`` too: a damaged record can fail in any way.
+    An exception inside the ``with`` block becomes a ``SteerError`` too: reading a damaged record
+    can raise any exception.
     """
     try:
         with path.open("rb") as file:
@@ -69,32 +71,36 @@ def open_archive(path: Path) -> Iterator[Archive]:
 def _records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     records = {info.filename: info for info in archive.infolist()}
     if len({name.casefold() for name in records}) != len(archive.infolist()):
-        raise SteerError("two of its records have one name, but for upper and lower case")
+        raise SteerError("two records have names that differ in upper and lower case only")
     for info in records.values():
         if info.flag_bits & _ENCRYPTED:
             raise SteerError(f"its record {shown(info.filename)} is encrypted")
-        if info.compress_type not in _READ:
-            raise SteerError(f"its record {shown(info.filename)} is compressed, not by deflate")
+        if info.compress_type not in _SUPPORTED_COMPRESSION:
+            raise SteerError(
+                f"its record {shown(info.filename)} has an unsupported compression; expected "
+                "stored or deflate"
+            )
         if info.external_attr & _FOLDER and info.file_size:
             raise SteerError(f"its record {shown(info.filename)} is marked as a folder")
-    _check_apart(archive)
+    _check_no_overlap(archive)
     return records
 
 
-def _check_apart(archive: zipfile.ZipFile) -> None:
-    """Raise ``SteerError`` for records that overlap: few bytes would stand for many."""
-    by_place = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    starts = [info.header_offset for info in by_place]
+def _check_no_overlap(archive: zipfile.ZipFile) -> None:
+    """Raise ``SteerError`` for overlapping records: a small file could expand to a huge one."""
+    by_offset = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    starts = [info.header_offset for info in by_offset]
     if starts and starts[0] != 0:
-        raise SteerError("something stands before its first record")
-    for info, end in zip(by_place, [*starts[1:], archive.start_dir], strict=bool(starts)):
+        raise SteerError("there are bytes before the first record; expected a plain zip archive")
+    for info, end in zip(by_offset, [*starts[1:], archive.start_dir], strict=bool(starts)):
         if info.header_offset + _LOCAL_HEADER + info.compress_size > end:
-            raise SteerError(f"its record {shown(info.filename)} reaches into the next one")
+            raise SteerError(f"its record {shown(info.filename)} overlaps the next record")
 
 
 def _check_directory(file: IO[bytes], size: int) -> None:
-    """Raise ``SteerError`` for a directory of more bytes than a steer's, before it is read, and for
-    one that is not where every reader looks for it: right before the end, which names its place.
+    """Raise ``SteerError`` for a directory that is too large or not directly before its end record.
+
+    The directory's size is checked before the directory is read.
     """
     first = max(0, size - _END_LENGTH - _LONGEST_COMMENT)
     file.seek(first)
@@ -104,30 +110,39 @@ def _check_directory(file: IO[bytes], size: int) -> None:
     if end < 0 or not (tail.startswith(_END, end) and tail.endswith(b"\0\0")):
         end = tail.rfind(_END)
     if end < 0 or len(tail) < end + _END_LENGTH:
-        raise SteerError("not a readable archive (it has no end: was it cut short?)")
-    count, length, at, comment = struct.unpack_from("<HLLH", tail, end + 10)
-    behind = first + end
+        raise SteerError("not a readable archive (it has no end record: is the file truncated?)")
+    count, length, start, comment = struct.unpack_from("<HLLH", tail, end + 10)
+    end_of_directory = first + end
     locator = end - _LOCATOR_LENGTH
     if locator >= 0 and tail.startswith(_LOCATOR, locator):
-        behind = first + locator - _END64_LENGTH
-        length, at = _directory64(
-            tail[max(0, locator - _END64_LENGTH) :], behind, count, length, at
+        end_of_directory = first + locator - _END64_LENGTH
+        length, start = _directory64(
+            tail[max(0, locator - _END64_LENGTH) :], end_of_directory, count, length, start
         )
-    if length > LARGEST_HEADER:
+    if length > MAX_HEADER_BYTES:
         raise SteerError(
-            f"its directory has {length} bytes; at most {LARGEST_HEADER} are read: is it a model?"
+            f"its directory has {length} bytes; at most {MAX_HEADER_BYTES} are read: is it a "
+            "model checkpoint?"
         )
-    if at + length != behind or end + _END_LENGTH + comment != len(tail):
-        raise SteerError("its directory is not where its end says: are these two archives?")
+    if start + length != end_of_directory or end + _END_LENGTH + comment != len(tail):
+        raise SteerError(
+            "its directory is not where its end record says: are two archives concatenated?"
+        )
 
 
-def _directory64(record: bytes, behind: int, count: int, length: int, at: int) -> tuple[int, int]:
-    """Length and place of the directory by the second kind of end, for which it is ``behind``."""
+def _directory64(
+    record: bytes, end_of_directory: int, count: int, length: int, start: int
+) -> tuple[int, int]:
+    """The directory's length and start from the zip64 end record at ``end_of_directory``."""
     located = struct.unpack_from("<Q", record, _END64_LENGTH + 8)[0]
-    if located != behind or not record.startswith(_END64):
-        raise SteerError("not a readable archive (its two ends disagree)")
-    count64, length64, at64 = struct.unpack_from("<QQQ", record, 32)
-    told = ((count, count64, 0xFFFF), (length, length64, 0xFFFFFFFF), (at, at64, 0xFFFFFFFF))
-    if any(short not in (long, unsaid) for short, long, unsaid in told):
-        raise SteerError("not a readable archive (its two ends disagree)")
-    return length64, at64
+    if located != end_of_directory or not record.startswith(_END64):
+        raise SteerError("not a readable archive (its two end records disagree)")
+    count64, length64, start64 = struct.unpack_from("<QQQ", record, 32)
+    fields = (
+        (count, count64, 0xFFFF),
+        (length, length64, 0xFFFFFFFF),
+        (start, start64, 0xFFFFFFFF),
+    )
+    if any(short not in (long, unsaid) for short, long, unsaid in fields):
+        raise SteerError("not a readable archive (its two end records disagree)")
+    return length64, start64

@@ -1,47 +1,47 @@
-"""JSON out of a foreign file: bounded, and of one meaning; and JSON for a file."""
+"""Reads JSON of untrusted files strictly and within size limits, and writes JSON."""
 
 import json
 import math
 from typing import Any
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.bounds import check_nesting
-from vllm_steer.foreign import shown
+from vllm_steer.files.size_limits import check_nesting
+from vllm_steer.untrusted_text import shown
 
 
 class NotJSONError(SteerError):
-    """A text that is no JSON at all."""
+    """The text is not JSON."""
 
 
-def read_json(text: str, what: str) -> Any:
-    """The value of a JSON text.
+def read_json(text: str, subject: str) -> Any:
+    """Parse a JSON text; ``subject`` names it in error messages.
 
-    Raises ``NotJSONError`` for a text that is no JSON, and ``SteerError``, with ``what`` as its
-    name, for one that is nested too deep or holds too much, that names a key twice, or that holds
-    NaN, an infinity or a whole number of more than 20 digits: readers do not agree on those.
+    Raises ``NotJSONError`` for a text that is not JSON. Raises ``SteerError`` for values that are
+    nested too deep or too many, and for content that JSON parsers interpret differently: a
+    duplicate key, NaN, an infinity, or a whole number of more than 20 digits.
     """
     try:
         value = json.loads(
             text,
-            object_pairs_hook=each_once,
-            parse_constant=_no_constant,
+            object_pairs_hook=unique_keys,
+            parse_constant=_reject_constant,
             parse_int=_whole_number,
             parse_float=_number,
         )
     except SteerError as error:
-        raise SteerError(f"{what}: {error}") from None
+        raise SteerError(f"{subject}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise NotJSONError(f"{what} is no JSON ({cause(error)})") from None
-    check_nesting(value, what)
+        raise NotJSONError(f"{subject} is not JSON ({cause(error)})") from None
+    check_nesting(value, subject)
     if "\\u" in text and not _is_unicode(value):
-        raise SteerError(f"{what}: a text has letters that are not Unicode")
+        raise SteerError(f"{subject}: a string has characters that are not valid Unicode")
     return value
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Plain data as JSON for a file: letters of every script as they are, in valid UTF-8."""
+    """Serialize plain data as JSON in valid UTF-8, without escaping non-ASCII letters."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    # Half a surrogate pair is no UTF-8; so escaped it is the same JSON text.
+    # A lone surrogate is not valid UTF-8; its escape is the same JSON string.
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -53,18 +53,18 @@ def _is_unicode(value: Any) -> bool:
     return True
 
 
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members as a dict; ``SteerError`` for a key that is given twice."""
-    found: dict[str, Any] = {}
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object as a dict; ``SteerError`` for a duplicate key."""
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in result:
             raise SteerError(f"the key {shown(key)} is given twice")
-        found[key] = value
-    return found
+        result[key] = value
+    return result
 
 
-def _no_constant(text: str) -> Any:
-    raise SteerError(f"{text} is no JSON number")
+def _reject_constant(text: str) -> Any:
+    raise SteerError(f"{text} is not a JSON number")
 
 
 def _number(text: str) -> float:

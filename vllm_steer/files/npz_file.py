@@ -1,4 +1,4 @@
-"""NumPy archives (``.npz``): names, shapes and single rows, without unpickling anything."""
+"""Reads names, shapes and single rows of NumPy archives (``.npz``) without unpickling."""
 
 import ast
 import warnings
@@ -24,8 +24,8 @@ _LONGEST_HEADER = 10_000
 _CHUNK = 1 << 20
 
 
-def arrays_in(records: Iterable[str]) -> list[str]:
-    """The arrays among the records of an archive."""
+def array_names(records: Iterable[str]) -> list[str]:
+    """The names of the arrays among the records of an archive."""
     return [name.removesuffix(_ENDING) for name in records if name.endswith(_ENDING)]
 
 
@@ -36,7 +36,7 @@ def read_shape(archive: Archive, name: str) -> list[int]:
 
 
 def read_row(path: Path, name: str, row: int) -> torch.Tensor:
-    """One row of a floating array, in memory of its own."""
+    """One row of a floating array, as a copy."""
     with open_archive(path) as archive, _opened(archive, name) as array:
         if array.dtype.kind != "f":
             raise SteerError(f"tensor {name} is {array.dtype}; expected a floating dtype")
@@ -47,7 +47,7 @@ def read_row(path: Path, name: str, row: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Array:
-    """An array whose header was read: ``file`` stands at its first value."""
+    """An array whose header was read; ``file`` is positioned at its first value."""
 
     file: IO[bytes]
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class _Array:
         return values.reshape(self.shape, order="F")
 
     def check(self) -> None:
-        """Read to the record's end, where its checksum is looked at."""
+        """Read to the end of the record, where zipfile verifies the checksum."""
         while self.file.read(_CHUNK):
             pass
 
@@ -78,14 +78,16 @@ class _Array:
 def _opened(archive: Archive, name: str) -> Iterator[_Array]:
     record = name + _ENDING
     if name in archive.records:
-        raise SteerError(f"it holds {name} and {record}, which readers take for one another")
+        raise SteerError(
+            f"it has both {name} and {record}, which readers confuse; expected one of them"
+        )
     try:
         with archive.open(record) as file:
             array = _Array(file, *_read_header(file))
             if min(array.shape, default=0) < 0:
                 raise SteerError(f"tensor {name} is {list(array.shape)}; expected sizes from 0")
             if array.size > archive.records[record].file_size - file.tell():
-                raise SteerError(f"tensor {name} claims more values than the file holds")
+                raise SteerError(f"tensor {name} declares more values than the file has")
             yield array
     except SteerError:
         raise
@@ -103,10 +105,10 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     if len(text) > _LONGEST_HEADER:
         raise SteerError(f"an array's header has more than {_LONGEST_HEADER} bytes")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python's, of the header's text, go to the terminal
+        warnings.simplefilter("ignore")  # ast.parse may print warnings about the header's text
         written = ast.parse(text.decode("latin1").strip(), mode="eval").body
         keys = [repr(getattr(key, "value", key)) for key in getattr(written, "keys", ())]
         if len(keys) != len(set(keys)):
-            raise SteerError("a key of an array's header is given twice")
+            raise SteerError("an array's header has a duplicate key")
         shape, by_columns, dtype = _HEADERS[version](BytesIO(length + text))
     return shape, by_columns, dtype

@@ -1,4 +1,4 @@
-"""Safetensors files, of whatever tool: names, shapes and tensors."""
+"""Reads names, shapes and tensors of safetensors files."""
 
 import struct
 from collections.abc import Iterator
@@ -11,47 +11,48 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.bounds import LARGEST_HEADER, MOST_TENSORS
 from vllm_steer.files.json_text import NotJSONError, read_json
+from vllm_steer.files.size_limits import MAX_HEADER_BYTES, MAX_TENSORS
 
-_LARGEST_PLAUSIBLE = 100_000_000
+_MAX_PLAUSIBLE_HEADER = 100_000_000
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file opens with a safetensors header: a length, then a JSON object."""
+    """True if the file begins with a safetensors header: a length, then a JSON object."""
     with path.open("rb") as file:
         head = file.read(9)
     if len(head) < 9:
         return False
     length: int = struct.unpack("<Q", head[:8])[0]
-    return 0 < length <= _LARGEST_PLAUSIBLE and head[8:9] == b"{"
+    return 0 < length <= _MAX_PLAUSIBLE_HEADER and head[8:9] == b"{"
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """The metadata, and the shape of each tensor by its name; no tensor is read.
+    """The metadata, and the shape of each tensor by name; no tensor is read.
 
-    Raises ``SteerError`` for a damaged header, and for one that is larger than a steer's.
+    Raises ``SteerError`` for a damaged header and for one that is too large for a steer.
     """
     _check_header(path)
     metadata, shapes = _read_header(path)
-    if len(shapes) > MOST_TENSORS:
+    if len(shapes) > MAX_TENSORS:
         raise SteerError(
-            f"it holds {len(shapes)} tensors; a steer at most {MOST_TENSORS}: is it a model?"
+            f"it has {len(shapes)} tensors; a steer has at most {MAX_TENSORS}: is it a model "
+            "checkpoint?"
         )
     return metadata, shapes
 
 
 def _check_header(path: Path) -> None:
-    """Raise ``SteerError`` for a header that is too large, or in which a key stands twice."""
+    """Raise ``SteerError`` for a header that is too large or has a duplicate key."""
     with path.open("rb") as file:
         length: int = struct.unpack("<Q", file.read(8))[0]
-        if length > LARGEST_HEADER:
+        if length > MAX_HEADER_BYTES:
             raise SteerError(
-                f"its header has {length} bytes; a steer's has at most {LARGEST_HEADER}: is it a "
-                "model?"
+                f"its header has {length} bytes; a steer's has at most {MAX_HEADER_BYTES}: is it a "
+                "model checkpoint?"
             )
         text = file.read(length).decode(errors="surrogateescape")
-    with suppress(NotJSONError):  # the library says what is wrong with it
+    with suppress(NotJSONError):  # the library reports what is wrong
         read_json(text, "its header")
 
 
@@ -65,32 +66,30 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor by its name, in memory of its own: what was checked stays as it is, whatever
-    becomes of the file.
-    """
+    """Every tensor by name, as copies that do not change if the file does."""
     try:
-        return {name: _usable(tensor) for name, tensor in load(path.read_bytes()).items()}
-    except Exception as error:  # a dtype that this PyTorch lacks, a tensor cut short
+        return {name: _convertible(tensor) for name, tensor in load(path.read_bytes()).items()}
+    except Exception as error:  # an unknown dtype, a truncated tensor
         raise SteerError(f"not a readable safetensors file ({cause(error)})") from error
 
 
 def read_row(path: Path, name: str, row: int) -> torch.Tensor:
-    """One row of a tensor, in memory of its own; the other rows are not read."""
+    """One row of a tensor, as a copy; the other rows are not read."""
     try:
         with _opened(path) as file:
-            return _usable(file.get_slice(name)[row]).clone()
-    except Exception as error:  # a dtype that this PyTorch lacks, a tensor cut short
+            return _convertible(file.get_slice(name)[row]).clone()
+    except Exception as error:  # an unknown dtype, a truncated tensor
         raise SteerError(f"tensor {name} cannot be read ({cause(error)})") from error
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The library's reader, which would not take a name that is no UTF-8."""
+    """The library's reader, opened by file descriptor: it rejects a path that is not UTF-8."""
     with path.open("rb") as file, safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as reader:
         yield reader
 
 
-def _usable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; raises for the packed dtypes, which PyTorch reads but cannot convert."""
+def _convertible(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; raises for packed dtypes, which PyTorch loads but cannot convert."""
     tensor.flatten()[:1].to(torch.complex64)
     return tensor

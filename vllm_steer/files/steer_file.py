@@ -1,4 +1,4 @@
-"""The project's own steer file: safetensors with string metadata, format version 1."""
+"""Reads and writes vllm-steer's file format: safetensors with string metadata, version 1."""
 
 import json
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.bounds import check_nesting
-from vllm_steer.files.facts import Facts, read_facts
+from vllm_steer.files.atomic_write import write_atomically
+from vllm_steer.files.build import build_delta, build_lm_steer, build_vector, read_scores
 from vllm_steer.files.json_text import read_json
-from vllm_steer.files.make import make_delta, make_lm_steer, make_vector, read_scores
-from vllm_steer.files.safetensors_bytes import check_metadata, check_text, write_safetensors
 from vllm_steer.files.safetensors_file import read_tensors
-from vllm_steer.files.whole import write_whole
-from vllm_steer.foreign import is_number, listed, shown
+from vllm_steer.files.safetensors_writer import check_metadata, check_text, write_safetensors
+from vllm_steer.files.size_limits import check_nesting
+from vllm_steer.files.steer_metadata import SteerMetadata, read_metadata
 from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer
 from vllm_steer.steers.layers import format_layers
+from vllm_steer.untrusted_text import is_number, listed, shown
 
 FORMAT = "vllm-steer"
 FORMAT_VERSION = "1"
@@ -32,7 +32,7 @@ _LAYOUT = {
     "vector": "vectors",
     "delta": "delta",
 }
-_FACTS = (
+_METADATA_KEYS = (
     "kind",
     "variant",
     "hidden_size",
@@ -49,13 +49,22 @@ _FACTS = (
 
 
 def save_steer(steer: Steer, path: str | Path) -> None:
-    """Write a steer as one safetensors file that ``load_steer`` reads back unchanged.
+    """Write a steer to a safetensors file; ``load_steer`` returns an equal steer.
 
-    The same steer gives the same bytes. A file that is there already is replaced at once and whole,
-    or stays as it is; a symbolic link is replaced, and what it names is left alone.
+    Equal steers give equal bytes. The file is written atomically: an existing file is replaced as a
+    whole or stays unchanged. A symbolic link is replaced, not followed.
 
-    Raises ``SteerError`` if it cannot be written, and before anything is written for what could not
-    be read back: a recipe that is no JSON, texts that are no UTF-8, more metadata than is read.
+    Raises ``SteerError`` if the file cannot be written. Raises it before writing for content that
+    could not be read back: a recipe that is not JSON, strings that are not valid Unicode, or
+    metadata above the size limit.
+
+    >>> import tempfile, torch
+    >>> from vllm_steer import VectorSteer, load_steer, save_steer
+    >>> steer = VectorSteer(vectors=torch.ones(1, 8), layers=(16,), default_strength=4.0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_steer(steer, f"{folder}/calm.safetensors")
+    ...     load_steer(f"{folder}/calm.safetensors").default_strength
+    4.0
     """
     metadata = {
         "format": FORMAT,
@@ -71,36 +80,38 @@ def save_steer(steer: Steer, path: str | Path) -> None:
     if steer.recipe is not None:
         metadata["recipe"] = _recipe_text(steer.recipe)
     check_metadata(metadata)
-    _check_facts(metadata)
-    write_whole(path, lambda file: write_safetensors(file, steer.tensors, metadata))
+    _check_readable(metadata)
+    write_atomically(path, lambda file: write_safetensors(file, steer.tensors, metadata))
 
 
-def read_steer_file(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
-    """Read a file that ``save_steer`` wrote, or one of the same layout."""
-    steer = _read(path, metadata, facts)
+def read_steer_file(path: Path, metadata: Mapping[str, str], overrides: SteerMetadata) -> Steer:
+    """Read a file of ``save_steer``, or one with the same layout."""
+    steer = _read(path, metadata, overrides)
     return replace(steer, recipe=_read_recipe(metadata.get("recipe")))
 
 
-def _read(path: Path, metadata: Mapping[str, str], facts: Facts) -> Steer:
+def _read(path: Path, metadata: Mapping[str, str], overrides: SteerMetadata) -> Steer:
     _check_format(metadata)
     tensors = read_tensors(path)
     kind = metadata["kind"]
     if kind not in KINDS:
-        raise SteerError(f"kind is {shown(kind)}; this release reads {', '.join(KINDS)}")
-    if facts.kind not in (None, kind):
-        raise SteerError(f"kind is {kind} in the file but given as {facts.kind}; drop the key")
+        raise SteerError(f"kind is {shown(kind)}; expected {', '.join(KINDS)}")
+    if overrides.kind not in (None, kind):
+        raise SteerError(
+            f"kind is {kind} in the file and {overrides.kind} in the overrides; remove the key"
+        )
     _check_tensors(kind, tensors)
-    found = read_facts(_facts_in(metadata), origin="metadata")
+    file_metadata = read_metadata(_metadata_fields(metadata), origin="metadata")
     if kind == "lm_steer":
-        return make_lm_steer(tensors, facts.over(found))
-    if found.layers is None:
-        raise SteerError("metadata lacks layers")
-    # The file's layers say what its rows are, the caller's which of them to keep.
-    known = facts.over(found.model_copy(update={"layers": None}))
+        return build_lm_steer(tensors, overrides.completed_by(file_metadata))
+    if file_metadata.layers is None:
+        raise SteerError("the metadata has no layers")
+    # The file's layers number its rows; the overrides select some of them.
+    merged = overrides.completed_by(file_metadata.model_copy(update={"layers": None}))
     if kind == "delta":
-        return make_delta(tensors["delta"], found.layers, known)
+        return build_delta(tensors["delta"], file_metadata.layers, merged)
     scores = read_scores(metadata.get("layer_scores"))
-    return make_vector(tensors["vectors"], found.layers, known, layer_scores=scores)
+    return build_vector(tensors["vectors"], file_metadata.layers, merged, layer_scores=scores)
 
 
 def _read_recipe(text: str | None) -> Mapping[str, Any] | None:
@@ -113,25 +124,27 @@ def _read_recipe(text: str | None) -> Mapping[str, Any] | None:
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    """A recipe as JSON; ``SteerError`` unless it is a JSON object that is read back as it is."""
-    check_nesting(recipe, "recipe")  # first: it can stand for more than there is time to write
+    """A recipe as JSON; ``SteerError`` unless it is a JSON object that can be read back."""
+    check_nesting(recipe, "recipe")  # first: a nested value may be too large to write
     _check_texts(recipe)
     try:
         text = json.dumps(recipe, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise SteerError(f"recipe is no JSON ({cause(error)}); give plain values") from None
+        raise SteerError(
+            f"recipe is not JSON ({cause(error)}); expected plain JSON values"
+        ) from None
     _read_recipe(text)
     return text
 
 
 def _check_texts(value: Any) -> None:
-    """Raise ``SteerError`` for a key that JSON would turn into a text, and for no UTF-8."""
+    """Raise ``SteerError`` for a key that is not a string, and for invalid Unicode."""
     if isinstance(value, str):
         check_text("recipe", value)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise SteerError(f"recipe has the key {shown(key)}; JSON's keys are texts")
+                raise SteerError(f"recipe has the key {shown(key)}; expected string keys")
             check_text("recipe", key)
             _check_texts(inner)
     elif isinstance(value, list | tuple):
@@ -139,32 +152,30 @@ def _check_texts(value: Any) -> None:
             _check_texts(inner)
 
 
-def _check_facts(metadata: Mapping[str, str]) -> None:
-    """Raise ``SteerError`` for facts that could not be read back, such as too many layers."""
-    read_facts(_facts_in(metadata), origin="metadata")
+def _check_readable(metadata: Mapping[str, str]) -> None:
+    """Raise ``SteerError`` for metadata that could not be read back, such as too many layers."""
+    read_metadata(_metadata_fields(metadata), origin="metadata")
     read_scores(metadata.get("layer_scores"))
 
 
 def _size_key(kind: str) -> str:
-    """A delta has the width of its site, which need not be the model's hidden size."""
+    """The metadata key of the width: a delta's width is that of its site, not the hidden size."""
     return "width" if kind == "delta" else "hidden_size"
 
 
-def _facts_in(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata that ``Facts`` knows. Files written before deltas had ``width`` have it as
-    ``hidden_size``.
-    """
-    facts = {key: metadata[key] for key in _FACTS if key in metadata}
+def _metadata_fields(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries of ``SteerMetadata``; older delta files have ``hidden_size`` for ``width``."""
+    fields = {key: metadata[key] for key in _METADATA_KEYS if key in metadata}
     if metadata.get("kind") == "delta" and "width" in metadata:
         width = metadata["width"]
         if not is_number(width):
             raise SteerError(f"metadata: width is {shown(width)}; expected a number")
-        facts["hidden_size"] = width
-    return facts
+        fields["hidden_size"] = width
+    return fields
 
 
 def _metadata_of(steer: Steer) -> dict[str, str]:
-    """What only this kind of steer says."""
+    """The metadata of this kind of steer."""
     if isinstance(steer, LMSteer):
         return {
             "variant": steer.variant,
@@ -174,18 +185,18 @@ def _metadata_of(steer: Steer) -> dict[str, str]:
     layered = {"layers": format_layers(steer.layers), "site": steer.site}
     if isinstance(steer, DeltaSteer):
         return {**layered, "schedule": steer.schedule}
-    said = {**layered, "mode": steer.mode}
+    metadata = {**layered, "mode": steer.mode}
     if steer.layer_scores is not None:
-        said["layer_scores"] = json.dumps(list(map(float, steer.layer_scores)))
-    return said
+        metadata["layer_scores"] = json.dumps(list(map(float, steer.layer_scores)))
+    return metadata
 
 
 def _check_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    wanted = _TENSORS[kind]
-    unknown = sorted(set(tensors) - wanted)
+    allowed = _TENSORS[kind]
+    unknown = sorted(set(tensors) - allowed)
     if unknown or not tensors:
         raise SteerError(
-            f"unknown tensors {listed(unknown, none='(none)')}; a file of kind {kind} holds "
+            f"unknown tensors {listed(unknown, none='(none)')}; a file of kind {kind} has "
             f"{_LAYOUT[kind]}"
         )
 
@@ -194,19 +205,19 @@ def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise SteerError(
             f"metadata format is {shown(metadata.get('format'))}; expected {FORMAT!r}; of other "
-            "tools' safetensors files, concept-guidance's (W, b, a) and SAE weights (W_dec) are "
-            "read"
+            "tools, safetensors files of concept-guidance (W, b, a) and SAE weights (W_dec) are "
+            "supported"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise SteerError(
-            f"format_version is {shown(metadata.get('format_version'))}; this release reads "
+            f"format_version is {shown(metadata.get('format_version'))}; expected "
             f"{FORMAT_VERSION!r}"
         )
     if "kind" not in metadata:
-        raise SteerError("metadata lacks kind")
+        raise SteerError("the metadata has no kind")
     sizes = ("width", "hidden_size") if metadata["kind"] == "delta" else ("hidden_size",)
     if not any(key in metadata for key in sizes):
-        raise SteerError(f"metadata lacks {sizes[0]}")
+        raise SteerError(f"the metadata has no {sizes[0]}")
     if len({metadata[key] for key in sizes if key in metadata}) > 1:
         raise SteerError(
             f"metadata: width is {shown(metadata['width'])} and hidden_size "

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import shown
 from vllm_steer.hf import sites
+from vllm_steer.untrusted_text import shown
 
 Pick = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A text as token ids, and the ascending positions of those that are to be read."""
+class SelectedTokens:
+    """The token ids of a text, and the ascending positions of the tokens to read."""
 
     ids: Sequence[int]
     kept: Sequence[int]
@@ -25,7 +25,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Recording:
-    """What the last forward pass had at one site, layer by layer."""
+    """The activations of the last forward pass at one site, by layer."""
 
     pick: Pick
     at: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [..., width]
@@ -35,7 +35,7 @@ class Recording:
         return torch.stack([sites.widened(self.at[layer]).cpu() for layer in sorted(self.at)], -2)
 
     def keep(self, layer: int) -> sites.Act:
-        """An act that changes nothing and keeps what is picked of a layer."""
+        """A hook that records a layer's picked activations and changes nothing."""
 
         def act(x: torch.Tensor) -> torch.Tensor:
             # A copy: a view would keep every token of every layer in memory.
@@ -66,14 +66,19 @@ def all_layers(model: Any) -> tuple[int, ...]:
     return tuple(range(model.config.num_hidden_layers))
 
 
-def context_length(model: Any, wanted: int) -> int:
-    """``wanted`` tokens, or as many as the model can read where it says that these are fewer."""
-    return min(wanted, getattr(model.config, "max_position_embeddings", None) or wanted)
+def context_length(model: Any, max_tokens: int) -> int:
+    """``max_tokens``, or the model's ``max_position_embeddings`` if that is smaller."""
+    return min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens)
 
 
 @torch.no_grad()
 def read_tokens(
-    model: Any, texts: Iterable[Encoded], *, site: str, layers: Sequence[int], batch_size: int
+    model: Any,
+    texts: Iterable[SelectedTokens],
+    *,
+    site: str,
+    layers: Sequence[int],
+    batch_size: int,
 ) -> Iterator[torch.Tensor]:
     """For each text in turn ``[kept, layers, width]``, float32 (float64 of a float64 model).
 
@@ -84,18 +89,18 @@ def read_tokens(
     while batch := list(itertools.islice(remaining, batch_size)):
         rows = [torch.tensor(text.ids) for text in batch]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-        wanted = torch.zeros(tokens.shape, dtype=torch.bool)
+        selected = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, text in enumerate(batch):
-            wanted[row, list(text.kept)] = True
-        pick = _of_each(wanted.to(model.device))
+            selected[row, list(text.kept)] = True
+        pick = _pick_selected(selected.to(model.device))
         with recorded(model, site, layers, pick) as recording:
             model.base_model(input_ids=tokens, use_cache=False)
         yield from torch.split(recording.stacked(), [len(text.kept) for text in batch])
 
 
-def _of_each(wanted: torch.Tensor) -> Pick:
+def _pick_selected(selected: torch.Tensor) -> Pick:
     # On the layer's own device: a model may lie on several.
-    return lambda x: x[wanted.to(x.device)]
+    return lambda x: x[selected.to(x.device)]
 
 
 def activations(
@@ -116,17 +121,25 @@ def activations(
     attention never sees the padding; the padding is left out. Layers ascend. A float64 model gives
     float64.
 
-    Raises ``SteerError`` for a text without such tokens, and as ``recorded`` does.
+    Raises ``SteerError`` for a text without such tokens, and for a model, a layer or a site that
+    does not exist.
+
+    >>> from vllm_steer.fit import activations
+    >>> from vllm_steer.models import load_language_model
+    >>> small = load_language_model("embedded")
+    >>> (rows,) = activations(small.model, small.tokenizer, ["A dog."], site="resid", layers=[1])
+    >>> rows.ndim, rows.shape[1]
+    (3, 1)
     """
     encoded = (encode(tokenizer, text, max_length) for text in texts)
     yield from read_tokens(model, encoded, site=site, layers=layers, batch_size=batch_size)
 
 
-def encode(tokenizer: Any, text: str, max_length: int) -> Encoded:
+def encode(tokenizer: Any, text: str, max_length: int) -> SelectedTokens:
     """A text's ids and the positions of all but its special tokens; ``SteerError`` for none."""
     ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
     special = set(tokenizer.all_special_ids)
-    kept = [position for position, token in enumerate(ids) if token not in special]
-    if not kept:
+    positions = [position for position, token in enumerate(ids) if token not in special]
+    if not positions:
         raise SteerError(f"text {shown(text)} has no token but special ones")
-    return Encoded(ids, kept)
+    return SelectedTokens(ids, positions)

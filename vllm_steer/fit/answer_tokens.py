@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError
-from vllm_steer.fit.activations import Encoded
+from vllm_steer.fit.activations import SelectedTokens
 from vllm_steer.texts.conversations import Conversation
 
 LONGEST_ANSWER: Final = 32
@@ -30,14 +30,16 @@ _NAMES: Final[Mapping[str, str]] = {"user": "Question: ", "assistant": "Answer: 
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedConversation:
     """A conversation as the model reads it, and what of it stands before the answer."""
 
     text: str
     before: str
 
 
-def render(tokenizer: Any, conversation: Conversation, *, chat_template: bool = True) -> Rendered:
+def render(
+    tokenizer: Any, conversation: Conversation, *, chat_template: bool = True
+) -> RenderedConversation:
     """A conversation in the tokenizer's chat template, if it has one and ``chat_template`` is set.
 
     Raises ``SteerError`` for messages that the template does not take.
@@ -45,11 +47,11 @@ def render(tokenizer: Any, conversation: Conversation, *, chat_template: bool = 
     messages = list(conversation.messages)
     if not (chat_template and tokenizer.chat_template):
         before = plain(tokenizer, messages[:-1]) + _NAMES["assistant"].rstrip()
-        return Rendered(plain(tokenizer, messages), before)
+        return RenderedConversation(plain(tokenizer, messages), before)
     from jinja2.exceptions import TemplateError
 
     try:
-        return Rendered(
+        return RenderedConversation(
             tokenizer.apply_chat_template(messages, tokenize=False),
             tokenizer.apply_chat_template(
                 messages[:-1], tokenize=False, add_generation_prompt=True
@@ -75,7 +77,7 @@ def answer_tokens(
     max_tokens: int = 16,
     max_length: int = 1024,
     chat_template: bool = True,
-) -> Encoded:
+) -> SelectedTokens:
     """A conversation's tokens, and which of them a probe is fitted to; none of a short answer."""
     rendered = render(tokenizer, conversation, chat_template=chat_template)
     ids = ids_of(tokenizer, rendered.text)
@@ -84,13 +86,13 @@ def answer_tokens(
     ids = ids[: start + max(LONGEST_ANSWER, max_tokens + 1)]
     dropped = max(0, len(ids) - max_length)
     ids, start = ids[dropped:], max(0, start - dropped)
-    return Encoded(ids, range(start, max(start, len(ids) - 1))[:max_tokens])
+    return SelectedTokens(ids, range(start, max(start, len(ids) - 1))[:max_tokens])
 
 
 def answer_start(before: Sequence[int], ids: Sequence[int]) -> int:
     """How many tokens two texts have in common before they part."""
-    for position, (one, other) in enumerate(zip(before, ids, strict=False)):
-        if one != other:
+    for position, (token_before, token) in enumerate(zip(before, ids, strict=False)):
+        if token_before != token:
             return position
     return min(len(before), len(ids))
 

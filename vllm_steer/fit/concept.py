@@ -58,7 +58,7 @@ class ConceptFit:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _DataSplit:
     """The answers of one part of the data, the tokens of each, and where their rows are."""
 
     rows: slice
@@ -127,22 +127,24 @@ def fit_concept(
     with token_store(len(chosen), folder) as store:
         parts = list(_stored(store, (train, validation), read, on_answer))
         _check_both_labels(parts[0])
-        found = []
+        probes = []
         for index, layer in enumerate(chosen):
-            found.append(_fit_layer(layer, store.layer(index), parts, probe, signed, seed))
+            probes.append(_fit_layer(layer, store.layer(index), parts, probe, signed, seed))
             if on_layer is not None:
-                on_layer(len(found))
+                on_layer(len(probes))
     steer = VectorSteer(
-        vectors=torch.tensor(np.stack([one.probe.direction for one in found])).float(),
+        vectors=torch.tensor(
+            np.stack([layer_probe.probe.direction for layer_probe in probes])
+        ).float(),
         layers=chosen,
         site=site,
         mode="rotate",
-        layer_scores=tuple(one.train_accuracy for one in found),
+        layer_scores=tuple(layer_probe.train_accuracy for layer_probe in probes),
         base_model=model.config.name_or_path,
     )
     return ConceptFit(
-        steer=steer if top_k is None else steer.keep_layers(best_layers(found, top_k, select)),
-        probes=tuple(found),
+        steer=steer if top_k is None else steer.keep_layers(best_layers(probes, top_k, select)),
+        probes=tuple(probes),
         train_answers=len(train),
         validation_answers=len(validation),
         train_tokens=len(parts[0].labels),
@@ -157,15 +159,19 @@ def split(
     counts = Counter(conversation.prompt for conversation in conversations)
     prompts = list(counts)
     random.Random(seed).shuffle(prompts)
-    wanted, taken, for_training = int(TRAIN_SHARE * len(conversations)), 0, set()
+    num_wanted, num_answers, training_prompts = int(TRAIN_SHARE * len(conversations)), 0, set()
     for prompt in prompts:
-        if taken >= wanted:
+        if num_answers >= num_wanted:
             break
-        for_training.add(prompt)
-        taken += counts[prompt]
+        training_prompts.add(prompt)
+        num_answers += counts[prompt]
     return (
-        [one for one in conversations if one.prompt in for_training],
-        [one for one in conversations if one.prompt not in for_training],
+        [conversation for conversation in conversations if conversation.prompt in training_prompts],
+        [
+            conversation
+            for conversation in conversations
+            if conversation.prompt not in training_prompts
+        ],
     )
 
 
@@ -173,17 +179,19 @@ def best_layers(probes: Sequence[LayerProbe], top_k: int, select: Select) -> tup
     """The layers whose accuracy is at least the ``top_k``-th largest; equal ones are all kept."""
     _check_top_k(top_k, len(probes))
     scores = {
-        one.layer: one.train_accuracy if select == "train" else one.validation_accuracy
-        for one in probes
+        layer_probe.layer: layer_probe.train_accuracy
+        if select == "train"
+        else layer_probe.validation_accuracy
+        for layer_probe in probes
     }
-    known = {layer: score for layer, score in scores.items() if score is not None}
-    if not known:
+    known_scores = {layer: score for layer, score in scores.items() if score is not None}
+    if not known_scores:
         raise SteerError(
             "there is no answer to validate with: all have the prompts of the training; give "
             "answers to more prompts, or select by train"
         )
-    threshold = sorted(known.values(), reverse=True)[top_k - 1]
-    return tuple(layer for layer, score in known.items() if score >= threshold)
+    threshold = sorted(known_scores.values(), reverse=True)[top_k - 1]
+    return tuple(layer for layer, score in known_scores.items() if score >= threshold)
 
 
 def _stored(
@@ -191,23 +199,23 @@ def _stored(
     parts: Sequence[Sequence[Conversation]],
     read: Callable[[Sequence[Conversation]], Iterator[torch.Tensor]],
     on_answer: Callable[[int], None] | None,
-) -> Iterator[_Part]:
+) -> Iterator[_DataSplit]:
     """Put each part's rows into the store, one after the other, and say where they are."""
-    done = 0
+    num_read = 0
     for part in parts:
         start, lengths = store.count, []
         for rows in read(part):
             store.add(rows)
             lengths.append(len(rows))
-            done += 1
+            num_read += 1
             if on_answer is not None:
-                on_answer(done)
+                on_answer(num_read)
         labels = np.repeat([conversation.label for conversation in part], lengths).astype(int)
-        yield _Part(slice(start, store.count), labels, tuple(lengths))
+        yield _DataSplit(slice(start, store.count), labels, tuple(lengths))
 
 
 def _fit_layer(
-    layer: int, x: Any, parts: Sequence[_Part], kind: ProbeKind, signed: bool, seed: int
+    layer: int, x: Any, parts: Sequence[_DataSplit], kind: ProbeKind, signed: bool, seed: int
 ) -> LayerProbe:
     train = parts[0]
     probe = FIT[kind](x[train.rows], train.labels, seed)
@@ -222,7 +230,7 @@ def _check_top_k(top_k: int, layers: int) -> None:
         raise SteerError(f"top_k is {top_k}; there are {layers} layers to choose from")
 
 
-def _check_both_labels(train: _Part) -> None:
+def _check_both_labels(train: _DataSplit) -> None:
     counts = [int((train.labels == label).sum()) for label in (0, 1)]
     if not all(counts):
         raise SteerError(

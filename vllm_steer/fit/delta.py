@@ -19,10 +19,10 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.fit.activations import all_layers, context_length, recorded
-from vllm_steer.foreign import shown
 from vllm_steer.steers import DeltaSteer
 from vllm_steer.steers.checks import check_choice
 from vllm_steer.steers.sites import DELTA_SITES, DeltaSite
+from vllm_steer.untrusted_text import shown
 
 
 def fit_delta(
@@ -53,24 +53,27 @@ def fit_delta(
     if steps < 1:
         raise SteerError(f"steps is {steps}; a delta has at least one")
     chosen = tuple(sorted(all_layers(model) if layers is None else layers))
-    done = itertools.count(1)
-    room = context_length(model, sys.maxsize) - steps + 1  # the last token is not read again
-    if room < 1:
+    prompt_number = itertools.count(1)
+    max_prompt_tokens = (
+        context_length(model, sys.maxsize) - steps + 1
+    )  # the last token is not read again
+    if max_prompt_tokens < 1:
         raise SteerError(
-            f"steps is {steps}; the model reads {room + steps - 1} tokens, prompt and steps "
+            f"steps is {steps}; the model reads {max_prompt_tokens + steps - 1} tokens, prompt "
+            "and steps "
             "together: give fewer steps"
         )
-    longest = room if max_length is None else min(room, max_length)
+    longest = max_prompt_tokens if max_length is None else min(max_prompt_tokens, max_length)
 
     def mean(side: str, prompts: Sequence[str]) -> torch.Tensor:
         totals, counts = [], []
         for batch in _batches(tokenizer, prompts, batch_size, longest):
-            found, reached = generate_steps(model, batch, steps=steps, site=site, layers=chosen)
-            totals.append((found.double() * reached[:, :, None, None]).sum(0))
+            states, reached = generate_steps(model, batch, steps=steps, site=site, layers=chosen)
+            totals.append((states.double() * reached[:, :, None, None]).sum(0))
             counts.append(reached.sum(0))
             for _ in batch:
                 if on_prompt is not None:
-                    on_prompt(next(done))
+                    on_prompt(next(prompt_number))
         if not totals:
             raise SteerError(f"there are no {side} prompts; give at least one")
         return torch.stack(totals).sum(0) / _counts(side, counts)[:, None, None]
@@ -94,17 +97,17 @@ def generate_steps(
     """
     ends = torch.tensor(_end_tokens(model), device=model.device)
     alive = torch.ones(len(tokens), dtype=torch.bool, device=model.device)
-    found, reached, cache = [], [], None
+    states, reached, cache = [], [], None
     tokens = tokens.to(model.device)
     with recorded(model, site, layers, lambda x: x[:, -1]) as recording:
         for _ in range(steps):
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            found.append(recording.stacked())
+            states.append(recording.stacked())
             reached.append(alive.cpu())
             tokens = output.logits[:, -1:].argmax(-1)
             alive = alive & ~torch.isin(tokens[:, 0], ends)
-    return torch.stack(found, 1), torch.stack(reached, 1)
+    return torch.stack(states, 1), torch.stack(reached, 1)
 
 
 def _batches(
@@ -112,8 +115,8 @@ def _batches(
 ) -> Iterator[torch.Tensor]:
     """Prompts of equal length together, so that none is padded."""
     encoded = sorted((_encode(tokenizer, prompt, longest) for prompt in prompts), key=len)
-    for _, alike in itertools.groupby(encoded, key=len):
-        rows = list(alike)
+    for _, equal_length in itertools.groupby(encoded, key=len):
+        rows = list(equal_length)
         for start in range(0, len(rows), batch_size):
             yield torch.tensor(rows[start : start + batch_size])
 
@@ -141,7 +144,7 @@ def _counts(side: str, counts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _end_tokens(model: Any) -> list[int]:
-    given = model.generation_config.eos_token_id
-    if given is None:
+    eos = model.generation_config.eos_token_id
+    if eos is None:
         return []
-    return list(given) if isinstance(given, list | tuple) else [given]
+    return list(eos) if isinstance(eos, list | tuple) else [eos]

@@ -28,12 +28,12 @@ class EncodedTexts:
         return self._cut(row, 1, count)
 
     def _cut(self, row: int, start: int, count: int) -> torch.Tensor:
-        found = self.rows[row][start : start + count].long()
-        return torch.nn.functional.pad(found, (0, count - len(found)), value=self.end)
+        tokens = self.rows[row][start : start + count].long()
+        return torch.nn.functional.pad(tokens, (0, count - len(tokens)), value=self.end)
 
 
 @dataclass(frozen=True)
-class Batch:
+class TextBatch:
     """The texts of one step by their number, and how many positions of each are trained on."""
 
     rows: tuple[int, ...]
@@ -52,14 +52,14 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, max_length: int) -> En
     rows = []
     for start in range(0, len(texts), _ENCODED_AT_ONCE):
         part = list(texts[start : start + _ENCODED_AT_ONCE])
-        found = tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
-        rows += [torch.tensor(row, dtype=torch.int32) for row in found]
+        ids = tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
+        rows += [torch.tensor(row, dtype=torch.int32) for row in ids]
     return EncodedTexts(rows, end)
 
 
 def draw_batches(
     encoded: EncodedTexts, *, batch_size: int, steps: int, mask_padding: bool, seed: int
-) -> list[Batch]:
+) -> list[TextBatch]:
     """The batch of every step: epoch after epoch, each epoch in an order of its own.
 
     A text of fewer than two tokens has nothing to predict and is left out. With ``mask_padding``
@@ -78,11 +78,11 @@ def draw_batches(
     ]
 
 
-def _batch(encoded: EncodedTexts, rows: list[int], mask_padding: bool) -> Batch:
+def _batch(encoded: EncodedTexts, rows: list[int], mask_padding: bool) -> TextBatch:
     counts = [len(encoded.rows[row]) - 1 for row in rows]
     if not mask_padding:
         counts = [max(counts)] * len(counts)
-    return Batch(tuple(rows), tuple(counts))
+    return TextBatch(tuple(rows), tuple(counts))
 
 
 def _shuffled(rows: list[int], batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -24,7 +24,7 @@ _CHECKED_TOKENS: Final = 16
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """What a model does to a hidden state to get its logits."""
 
     weight: torch.Tensor  # [vocab, hidden_size]
@@ -45,7 +45,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Offset:
+class LogitOffset:
     """Logits that are added before scale and soft cap: ``amounts @ vectors``."""
 
     amounts: torch.Tensor  # [tokens, columns]
@@ -60,17 +60,17 @@ class HeadLoss:
     gradient: torch.Tensor  # [tokens, hidden_size], or [columns, vocab] for an offset
 
 
-def head_of(model: Any) -> Head:
+def head_of(model: Any) -> LMHead:
     """The LM head of a Hugging Face model with its bias, logit scale and soft cap."""
-    found = model.get_output_embeddings()
-    weight = getattr(found, "weight", None)
+    module = model.get_output_embeddings()
+    weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise SteerError(f"{type(model).__name__} has no LM head with a plain weight matrix")
-    bias = getattr(found, "bias", None)
+    bias = getattr(module, "bias", None)
     config = model.config
     multiplier = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    return Head(
+    return LMHead(
         weight.detach(),
         None if bias is None else bias.detach(),
         float(multiplier / divisor),
@@ -79,14 +79,17 @@ def head_of(model: Any) -> Head:
 
 
 @torch.no_grad()
-def check_head(model: Any, head: Head, tokens: torch.Tensor) -> None:
+def check_head(model: Any, head: LMHead, tokens: torch.Tensor) -> None:
     """Raise ``SteerError`` for a model whose logits are not ``head`` of its last hidden state."""
     tokens = tokens[None, :_CHECKED_TOKENS].to(model.device)
-    theirs = widened(model(input_ids=tokens, use_cache=False).logits)
+    model_logits = widened(model(input_ids=tokens, use_cache=False).logits)
     hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    ours = head.finish(head.raw_logits(hidden_states))
+    head_logits = head.finish(head.raw_logits(hidden_states))
     # Wide enough for bfloat16, and far below what a forgotten scale or norm does.
-    if theirs.shape != ours.shape or (ours - theirs).abs().max() > 0.05 * theirs.abs().max():
+    if (
+        model_logits.shape != head_logits.shape
+        or (head_logits - model_logits).abs().max() > 0.05 * model_logits.abs().max()
+    ):
         raise SteerError(
             f"{type(model).__name__}: its logits are not those of its LM head on the last hidden "
             "state, times a logit scale and under a soft cap; LM-Steers cannot be fitted to it"
@@ -95,10 +98,10 @@ def check_head(model: Any, head: Head, tokens: torch.Tensor) -> None:
 
 @torch.no_grad()
 def head_loss(
-    head: Head,
+    head: LMHead,
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
-    offset: Offset | None = None,
+    offset: LogitOffset | None = None,
     *,
     at_once: int | None = None,
 ) -> HeadLoss:
@@ -126,21 +129,23 @@ def head_loss(
     return HeadLoss(total, gradient)
 
 
-def _tokens_at_once(head: Head) -> int:
+def _tokens_at_once(head: LMHead) -> int:
     logits = _LOGITS_AT_ONCE.get(head.weight.device.type, _LOGITS_AT_ONCE["cuda"])
     return max(1, logits // len(head.weight))
 
 
 def _cross_entropy(
-    head: Head, raw: torch.Tensor, targets: torch.Tensor
+    head: LMHead, raw: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss, and its gradient by ``raw``, whose memory is used up."""
     logits = head.finish(raw)
     logs = torch.log_softmax(logits, dim=1)
-    places = targets[:, None]
-    loss = -logs.gather(1, places).sum(dtype=torch.float64)
+    target_index = targets[:, None]
+    loss = -logs.gather(1, target_index).sum(dtype=torch.float64)
     by_logits = logs.exp_()
-    by_logits.scatter_add_(1, places, by_logits.new_full((1, 1), -1.0).expand_as(places))
+    by_logits.scatter_add_(
+        1, target_index, by_logits.new_full((1, 1), -1.0).expand_as(target_index)
+    )
     if head.soft_cap:  # the slope of c tanh(x / c) is 1 - tanh^2
         by_logits.mul_(logits.div_(head.soft_cap).square_().neg_().add_(1.0))
     return loss, by_logits.mul_(head.scale) if head.scale != 1.0 else by_logits

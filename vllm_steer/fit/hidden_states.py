@@ -14,17 +14,17 @@ from typing import IO, Any, Final
 import torch
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.whole import write_whole
-from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
+from vllm_steer.files.atomic_write import write_atomically
+from vllm_steer.fit.encoded_texts import EncodedTexts, TextBatch
 
-FetchHiddenStates = Callable[[Batch], torch.Tensor]
+FetchHiddenStates = Callable[[TextBatch], torch.Tensor]
 """Of a batch ``[positions, hidden_size]``, text after text, in the model's dtype."""
 
 _WINDOW_TOKENS: Final = 4096
 
 
 @dataclass(frozen=True)
-class Stored:
+class HiddenStateFile:
     """A file of hidden states: of each text the first so many positions, at a place."""
 
     path: Path
@@ -43,55 +43,59 @@ class Stored:
         return sum(self.counts.values()) * self.position_bytes
 
 
-def plan_storage(model: Any, batches: Sequence[Batch], path: Path, hidden_size: int) -> Stored:
+def plan_storage(
+    model: Any, batches: Sequence[TextBatch], path: Path, hidden_size: int
+) -> HiddenStateFile:
     """What has to be stored for these batches: the shortest text first."""
-    needed: dict[int, int] = {}
+    longest: dict[int, int] = {}
     for batch in batches:
         for row, count in zip(batch.rows, batch.counts, strict=True):
-            needed[row] = max(count, needed.get(row, 0))
-    counts = dict(sorted(needed.items(), key=lambda item: (item[1], item[0])))
+            longest[row] = max(count, longest.get(row, 0))
+    counts = dict(sorted(longest.items(), key=lambda item: (item[1], item[0])))
     ends = itertools.accumulate(counts.values(), initial=0)
-    return Stored(path, counts, dict(zip(counts, ends, strict=False)), hidden_size, model.dtype)
+    return HiddenStateFile(
+        path, counts, dict(zip(counts, ends, strict=False)), hidden_size, model.dtype
+    )
 
 
 def write_hidden_states(
     model: Any,
     encoded: EncodedTexts,
-    stored: Stored,
+    stored: HiddenStateFile,
     on_text: Callable[[int, int], None] | None = None,
 ) -> None:
     """Read every text once and write the file, or none; a whole one that is there is kept.
 
-    ``on_text`` is told how many texts are done, and of how many. Raises ``SteerError`` if the file
-    cannot be written, as on a full disk.
+    ``on_text`` is told how many texts are num_done, and of how many. Raises ``SteerError`` if the
+    file cannot be written, as on a full disk.
     """
     if stored.path.exists() and stored.path.stat().st_size == stored.bytes:
         return
 
     def write(file: IO[bytes]) -> None:
         texts = [encoded.inputs(row, count) for row, count in stored.counts.items()]
-        for done, found in enumerate(_read(model, texts), 1):
-            file.write(_bytes_of(found.cpu()))
+        for num_done, states in enumerate(_read(model, texts), 1):
+            file.write(_bytes_of(states.cpu()))
             if on_text is not None:
-                on_text(done, len(texts))
+                on_text(num_done, len(texts))
 
-    write_whole(stored.path, write)
+    write_atomically(stored.path, write)
 
 
-def fetch_from_file(file: IO[bytes], stored: Stored) -> FetchHiddenStates:
+def fetch_from_file(file: IO[bytes], stored: HiddenStateFile) -> FetchHiddenStates:
     """Hidden states from the open file that ``write_hidden_states`` wrote.
 
     They are read, not mapped: then they never count as the process's memory, and a disk that fails
     is an error and not a signal.
     """
 
-    def fetch(batch: Batch) -> torch.Tensor:
-        found = torch.empty((sum(batch.counts), stored.hidden_size), dtype=stored.dtype)
+    def fetch(batch: TextBatch) -> torch.Tensor:
+        states = torch.empty((sum(batch.counts), stored.hidden_size), dtype=stored.dtype)
         start = 0
         for row, count in zip(batch.rows, batch.counts, strict=True):
-            _fill(file, found[start : start + count], stored.places[row] * stored.position_bytes)
+            _fill(file, states[start : start + count], stored.places[row] * stored.position_bytes)
             start += count
-        return found
+        return states
 
     return fetch
 
@@ -99,22 +103,24 @@ def fetch_from_file(file: IO[bytes], stored: Stored) -> FetchHiddenStates:
 def fetch_from_model(model: Any, encoded: EncodedTexts) -> FetchHiddenStates:
     """Hidden states that the model computes again for every batch."""
 
-    def fetch(batch: Batch) -> torch.Tensor:
+    def fetch(batch: TextBatch) -> torch.Tensor:
         pairs = zip(batch.rows, batch.counts, strict=True)
         texts = [encoded.inputs(row, count) for row, count in pairs]
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-        found = dict(zip(order, _read(model, [texts[place] for place in order]), strict=True))
-        return torch.cat([found[place] for place in range(len(texts))])
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        states_by_index = dict(
+            zip(order, _read(model, [texts[index] for index in order]), strict=True)
+        )
+        return torch.cat([states_by_index[index] for index in range(len(texts))])
 
     return fetch
 
 
-def _fill(file: IO[bytes], part: torch.Tensor, place: int) -> None:
+def _fill(file: IO[bytes], part: torch.Tensor, offset: int) -> None:
     try:
-        read = os.preadv(file.fileno(), [_bytes_of(part)], place)
+        num_read = os.preadv(file.fileno(), [_bytes_of(part)], offset)
     except OSError as error:
         raise SteerError(f"{file.name}: cannot be read ({cause(error)})") from error
-    if read != part.numel() * part.itemsize:
+    if num_read != part.numel() * part.itemsize:
         raise SteerError(f"{file.name}: it was cut short while it was in use; start again")
 
 
@@ -128,8 +134,8 @@ def _read(model: Any, texts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """For each text in turn ``[its length, hidden_size]``; lengths ascend."""
     for window in _windows(texts):
         tokens = torch.nn.utils.rnn.pad_sequence(window, batch_first=True).to(model.device)
-        found = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        for text, states in zip(window, found, strict=True):
+        hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        for text, states in zip(window, hidden_states, strict=True):
             yield states[: len(text)]
 
 

@@ -74,9 +74,9 @@ def fit_vector_by_likelihood(
             optimizer.step()
             if on_step is not None:
                 on_step(step, loss.item())
-    found = vectors.detach().float().cpu()
+    fitted = vectors.detach().float().cpu()
     return VectorSteer(
-        vectors=found, layers=chosen, site=site, base_model=model.config.name_or_path
+        vectors=fitted, layers=chosen, site=site, base_model=model.config.name_or_path
     )
 
 
@@ -87,16 +87,16 @@ def _shifted(
     """Within it the sites are changed by each row's label times its layer's vector."""
     labels = torch.zeros(0)
 
-    def shift(given: torch.Tensor) -> None:
+    def shift(new_labels: torch.Tensor) -> None:
         nonlocal labels
-        labels = given
+        labels = new_labels
 
     names, blocks = sites.family(model), sites.layers_of(model)
     with ExitStack() as hooks:
-        for place, layer in enumerate(layers):
+        for index, layer in enumerate(layers):
 
-            def steer(x: torch.Tensor, place: int = place) -> torch.Tensor:
-                return x + labels[:, None, None] * vectors[place]
+            def steer(x: torch.Tensor, index: int = index) -> torch.Tensor:
+                return x + labels[:, None, None] * vectors[index]
 
             hooks.callback(sites.attach(blocks[layer], names, site, steer).remove)
         yield shift
@@ -109,11 +109,11 @@ def _loss(model: Any, rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torc
     )
     tokens, weights = tokens.to(model.device), weights.to(model.device)
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    each = torch.nn.functional.cross_entropy(
+    losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
     )
-    wanted = weights[:, 1:].flatten()
-    return (each * wanted).sum() / wanted.sum()
+    loss_weights = weights[:, 1:].flatten()
+    return (losses * loss_weights).sum() / loss_weights.sum()
 
 
 def _encode(

@@ -16,10 +16,10 @@ from typing import Any, Final
 from vllm_steer.fit import training_run
 from vllm_steer.fit.encoded_texts import draw_batches, encode_texts
 from vllm_steer.fit.head_loss import check_head, head_of
-from vllm_steer.fit.lm_steer_settings import Settings, Watch, check_labels
-from vllm_steer.fit.lm_steer_training import Fit, train
+from vllm_steer.fit.lm_steer_settings import FitCallbacks, LMSteerSettings, check_labels
+from vllm_steer.fit.lm_steer_training import FitInputs, train
 from vllm_steer.fit.recipe import recipe
-from vllm_steer.fit.training_run import Training
+from vllm_steer.fit.training_run import TrainingState
 from vllm_steer.steers import LMSteer
 from vllm_steer.steers.lm_steer import Variant
 
@@ -48,7 +48,7 @@ def fit_lm_steer(
     run_folder: str | Path | None = None,
     restart: bool = False,
     checkpoint_every: int = 100,
-    watch: Watch | None = None,
+    callbacks: FitCallbacks | None = None,
 ) -> LMSteer:
     """The steer under which each text is most likely at its label's strength.
 
@@ -77,7 +77,7 @@ def fit_lm_steer(
     same, a setting that makes no sense, a model whose head is not understood, a run folder of other
     settings, a file that cannot be written, and a loss that is no number, naming the step.
     """
-    settings = Settings(
+    settings = LMSteerSettings(
         variant=variant,
         rank=rank,
         epsilon=epsilon,
@@ -96,23 +96,25 @@ def fit_lm_steer(
     batches = draw_batches(
         encoded, batch_size=batch_size, steps=steps, mask_padding=mask_padding, seed=seed
     )
-    fit = Fit(model, head_of(model), encoded, batches, labels, settings)
+    fit = FitInputs(model, head_of(model), encoded, batches, labels, settings)
     with _evaluation_mode(model):
         check_head(model, fit.head, encoded.rows[batches[0].rows[0]])
         run = None
         if run_folder is not None:
-            begun_with = {**asdict(settings), "texts": training_run.digest(texts, labels)}
-            run = training_run.Checkpoints(Path(run_folder), begun_with, checkpoint_every, restart)
-        training = train(fit, run, cache_bytes=cache_bytes, watch=watch or Watch())
+            run_settings = {**asdict(settings), "texts": training_run.digest(texts, labels)}
+            run = training_run.Checkpoints(
+                Path(run_folder), run_settings, checkpoint_every, restart
+            )
+        training = train(fit, run, cache_bytes=cache_bytes, callbacks=callbacks or FitCallbacks())
     return _steer(fit, training)
 
 
-def _steer(fit: Fit, training: Training) -> LMSteer:
+def _steer(fit: FitInputs, training: TrainingState) -> LMSteer:
     settings, name = fit.settings, str(fit.model.config.name_or_path)
-    used = {row for batch in fit.batches for row in batch.rows}
+    rows_used = {row for batch in fit.batches for row in batch.rows}
     figures = {
         "texts": len(fit.encoded.rows),
-        "texts_used": len(used),
+        "texts_used": len(rows_used),
         "tokens_seen": sum(sum(batch.counts) for batch in fit.batches),
         "first_loss": training.losses[0],
         "final_loss": training.losses[-1],

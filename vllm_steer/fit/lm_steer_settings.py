@@ -10,10 +10,10 @@ from vllm_steer.steers.lm_steer import VARIANTS, Variant
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The paper's choices by default; what they mean is said at ``fit_lm_steer``.
+class LMSteerSettings:
+    """Settings of a fit, described in ``fit_lm_steer``; defaults are the paper's.
 
-    Raises ``SteerError`` for a value that makes no sense, naming what is expected.
+    Raises ``SteerError`` for an invalid value.
     """
 
     variant: Variant = "multiply"
@@ -49,14 +49,17 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watch:
-    """``on_text`` is told texts read and of how many, ``on_step`` a step and its loss, ``say`` what
-    a user wants to know.
+class FitCallbacks:
+    """Progress callbacks.
+
+    on_text     called with the number of texts read and their total
+    on_step     called with a step and its loss
+    on_message  called with messages for the user
     """
 
     on_text: Callable[[int, int], None] = lambda _done, _total: None
     on_step: Callable[[int, float], None] = lambda _step, _loss: None
-    say: Callable[[str], None] = lambda _text: None
+    on_message: Callable[[str], None] = lambda _text: None
 
 
 def check_labels(texts: Sequence[str], labels: Sequence[float]) -> None:
@@ -70,6 +73,6 @@ def check_labels(texts: Sequence[str], labels: Sequence[float]) -> None:
         raise SteerError(f"label {outside[0]}; labels lie in [-1, 1]")
     if len(set(labels)) == 1:
         raise SteerError(
-            f"all {len(labels)} labels are {labels[0]:g}; a steer is what tells texts of different "
-            "labels apart, so give texts of another label too"
+            f"all {len(labels)} labels are {labels[0]:g}; a fit needs texts with "
+            "different labels; add texts with another label"
         )

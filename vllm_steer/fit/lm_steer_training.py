@@ -11,22 +11,22 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.fit.encoded_texts import Batch, EncodedTexts
-from vllm_steer.fit.head_loss import Head
+from vllm_steer.fit.encoded_texts import EncodedTexts, TextBatch
+from vllm_steer.fit.head_loss import LMHead
 from vllm_steer.fit.hidden_states import (
     FetchHiddenStates,
-    Stored,
+    HiddenStateFile,
     fetch_from_file,
     fetch_from_model,
     plan_storage,
     write_hidden_states,
 )
-from vllm_steer.fit.lm_steer_settings import Settings, Watch
-from vllm_steer.fit.objective import Tokens, initial_parameters, loss_and_gradients
+from vllm_steer.fit.lm_steer_settings import FitCallbacks, LMSteerSettings
+from vllm_steer.fit.objective import TokenBatch, initial_parameters, loss_and_gradients
 from vllm_steer.fit.training_run import (
     HIDDEN_STATES,
     Checkpoints,
-    Training,
+    TrainingState,
     fingerprint,
     resume,
     start_training,
@@ -36,24 +36,26 @@ from vllm_steer.run_folder import locked
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What is fitted to what, the same from the first step to the last."""
+class FitInputs:
+    """The inputs of a fit, constant over all steps."""
 
     model: Any
-    head: Head
+    head: LMHead
     encoded: EncodedTexts
-    batches: Sequence[Batch]  # one per step
+    batches: Sequence[TextBatch]  # one per step
     labels: Sequence[float]
-    settings: Settings
+    settings: LMSteerSettings
 
 
-def train(fit: Fit, run: Checkpoints | None, *, cache_bytes: int, watch: Watch) -> Training:
-    """All steps that are still to be done; with a ``run`` its checkpoint is then the last step's.
+def train(
+    fit: FitInputs, run: Checkpoints | None, *, cache_bytes: int, callbacks: FitCallbacks
+) -> TrainingState:
+    """Run the remaining steps; with a ``run``, the last checkpoint is that of the last step.
 
     Raises ``SteerError`` for a run of other settings, a file that cannot be written, and a loss
     that is no number.
     """
-    training = _begin(fit)
+    training = _initial_state(fit)
     with ExitStack() as stack:
         if run is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -64,30 +66,34 @@ def train(fit: Fit, run: Checkpoints | None, *, cache_bytes: int, watch: Watch) 
         stored = plan_storage(fit.model, fit.batches, folder / HIDDEN_STATES, hidden_size)
         cached = stored.bytes <= cache_bytes
         if run is not None:
-            run.settings.update(_facts(fit, cached))
+            run.settings.update(_run_identity(fit, cached))
             resume(run, training)
             if training.step:
-                watch.say(f"going on after step {training.step} of {fit.settings.steps}")
+                callbacks.on_message(f"going on after step {training.step} of {fit.settings.steps}")
         if cached:
-            fetch = _from_file(fit, stored, stack, watch)
+            fetch = _from_file(fit, stored, stack, callbacks)
         else:
             size = f"{stored.bytes / 2**30:.1f} GiB"
-            watch.say(f"the hidden states take {size}: they are computed for each step instead")
+            callbacks.on_message(
+                f"the hidden states take {size}: they are computed for each step instead"
+            )
             fetch = fetch_from_model(fit.model, fit.encoded)
         for _ in range(training.step, fit.settings.steps):
             _step(fit, training, fetch)
-            watch.on_step(training.step - 1, training.losses[-1])
+            callbacks.on_step(training.step - 1, training.losses[-1])
             if run is not None:
                 run.keep(training, last=training.step == fit.settings.steps)
     return training
 
 
-def _from_file(fit: Fit, stored: Stored, stack: ExitStack, watch: Watch) -> FetchHiddenStates:
-    write_hidden_states(fit.model, fit.encoded, stored, watch.on_text)
+def _from_file(
+    fit: FitInputs, stored: HiddenStateFile, stack: ExitStack, callbacks: FitCallbacks
+) -> FetchHiddenStates:
+    write_hidden_states(fit.model, fit.encoded, stored, callbacks.on_text)
     return fetch_from_file(stack.enter_context(stored.path.open("rb", buffering=0)), stored)
 
 
-def _step(fit: Fit, training: Training, fetch: FetchHiddenStates) -> None:
+def _step(fit: FitInputs, training: TrainingState, fetch: FetchHiddenStates) -> None:
     batch = fit.batches[training.step]
     loss, gradients = loss_and_gradients(
         fit.head,
@@ -107,18 +113,18 @@ def _step(fit: Fit, training: Training, fetch: FetchHiddenStates) -> None:
     training.losses.append(loss)
 
 
-def _tokens(fit: Fit, batch: Batch, hidden_states: torch.Tensor) -> Tokens:
-    """A step's tokens on the model's device, each with its text's strengths."""
+def _tokens(fit: FitInputs, batch: TextBatch, hidden_states: torch.Tensor) -> TokenBatch:
+    """The tokens of a step on the model's device, with the strengths of their texts."""
     device, wide = fit.head.weight.device, widened(hidden_states.to(fit.head.weight.device))
     pairs = list(zip(batch.rows, batch.counts, strict=True))
     targets = torch.cat([fit.encoded.targets(row, count) for row, count in pairs])
     of_texts = torch.ones((len(pairs), fit.settings.columns), dtype=wide.dtype)
     of_texts[:, 0] = torch.tensor([fit.labels[row] for row in batch.rows], dtype=wide.dtype)
     strengths = of_texts.repeat_interleave(torch.tensor(batch.counts), dim=0)
-    return Tokens(wide, targets.to(device), strengths.to(device))
+    return TokenBatch(wide, targets.to(device), strengths.to(device))
 
 
-def _begin(fit: Fit) -> Training:
+def _initial_state(fit: FitInputs) -> TrainingState:
     settings, (vocab_size, hidden_size) = fit.settings, fit.head.weight.shape
     try:
         start = initial_parameters(
@@ -140,8 +146,8 @@ def _begin(fit: Fit) -> Training:
     return start_training(masters, settings.learning_rate)
 
 
-def _facts(fit: Fit, cached: bool) -> dict[str, Any]:
-    """What else a run has to have in common with the one that it goes on with."""
+def _run_identity(fit: FitInputs, cached: bool) -> dict[str, Any]:
+    """Properties that must be equal for a run to be resumed."""
     return {
         "model": fingerprint(fit.head.weight),
         "dtype": str(fit.head.weight.dtype),

@@ -25,8 +25,8 @@ def plot_losses(losses: Sequence[float], path: Path) -> None:
 
 def _smooth(losses: Sequence[float]) -> list[float]:
     """The exponential mean, corrected for its start."""
-    total, weight, found = 0.0, 0.0, []
+    total, weight, smoothed = 0.0, 0.0, []
     for loss in losses:
         total, weight = _DECAY * total + loss, _DECAY * weight + 1
-        found.append(total / weight)
-    return found
+        smoothed.append(total / weight)
+    return smoothed

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_steer.fit.head_loss import Head, HeadLoss, Offset, head_loss
+from vllm_steer.fit.head_loss import HeadLoss, LMHead, LogitOffset, head_loss
 from vllm_steer.steers.lm_steer import Variant
 
 Parameters = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenBatch:
     """What one step is computed from: only tokens that are trained on, of all texts in a row."""
 
     hidden_states: torch.Tensor  # [tokens, hidden_size], float32 or float64
@@ -58,8 +58,8 @@ def initial_parameters(
 
 
 def loss_and_gradients(
-    head: Head,
-    tokens: Tokens,
+    head: LMHead,
+    tokens: TokenBatch,
     parameters: Parameters,
     *,
     epsilon: float,
@@ -74,22 +74,22 @@ def loss_and_gradients(
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     count = len(tokens.targets)
     if "offset" in leaves:
-        offset = Offset(epsilon * tokens.strengths, leaves["offset"].detach())
-        found = head_loss(head, tokens.hidden_states, tokens.targets, offset, at_once=at_once)
-        by_loss = {"offset": found.gradient / count}
+        offset = LogitOffset(epsilon * tokens.strengths, leaves["offset"].detach())
+        head_result = head_loss(head, tokens.hidden_states, tokens.targets, offset, at_once=at_once)
+        by_loss = {"offset": head_result.gradient / count}
     else:
         steered = tokens.hidden_states + epsilon * change(tokens, leaves)
-        found = head_loss(head, steered.detach(), tokens.targets, at_once=at_once)
-        by_loss = _gradients(steered, leaves, found, count)
+        head_result = head_loss(head, steered.detach(), tokens.targets, at_once=at_once)
+        by_loss = _gradients(steered, leaves, head_result, count)
     squares = sum(float(value.detach().double().square().sum()) for value in leaves.values())
-    loss = float(found.total) / count + regularization * squares
+    loss = float(head_result.total) / count + regularization * squares
     return loss, {
         name: gradient.add_(leaves[name].detach(), alpha=2 * regularization)
         for name, gradient in by_loss.items()
     }
 
 
-def change(tokens: Tokens, parameters: Parameters) -> torch.Tensor:
+def change(tokens: TokenBatch, parameters: Parameters) -> torch.Tensor:
     """``sum_s v_s (h P1_s) P2_s^T``, or ``sum_s v_s A_s``: ``[tokens, hidden_size]``."""
     if "add" in parameters:
         return tokens.strengths @ parameters["add"]
@@ -105,9 +105,9 @@ def change(tokens: Tokens, parameters: Parameters) -> torch.Tensor:
 
 
 def _gradients(
-    steered: torch.Tensor, leaves: Parameters, found: HeadLoss, count: int
+    steered: torch.Tensor, leaves: Parameters, head_result: HeadLoss, count: int
 ) -> dict[str, torch.Tensor]:
-    gradients = torch.autograd.grad(steered, list(leaves.values()), found.gradient / count)
+    gradients = torch.autograd.grad(steered, list(leaves.values()), head_result.gradient / count)
     return dict(zip(leaves, gradients, strict=True))
 
 

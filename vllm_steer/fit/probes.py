@@ -1,4 +1,4 @@
-"""Linear probes of one layer: does a token belong to a text with the concept?
+"""Linear probes of one layer: classify whether a token belongs to a text with the concept.
 
 With ``x`` ``[tokens, width]`` the activations, ``y`` in ``{0, 1}`` each token's label and
 ``s = 2y - 1``
@@ -54,8 +54,8 @@ class Probe:
         blocks = _prepared(x, self.center, self.normalized)
         return np.concatenate([block @ self.direction for block in blocks])
 
-    def says(self, x: Rows) -> NDArray[np.bool_]:
-        """For each token whether ``p > 1/2``."""
+    def predict(self, x: Rows) -> NDArray[np.bool_]:
+        """For each token, true if ``p > 1/2``."""
         return self.slope * self.project(x) + self.intercept > 0
 
 
@@ -114,7 +114,7 @@ def accuracy(probe: Probe, x: Rows, y: Labels, lengths: Sequence[int]) -> float 
     ends = np.cumsum([length for length in lengths if length])
     if not len(ends):
         return None
-    right = probe.says(x) == (y == 1)
+    right = probe.predict(x) == (y == 1)
     return float(np.mean([part.mean() for part in np.split(right, ends[:-1])]))
 
 

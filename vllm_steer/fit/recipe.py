@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.digest import file_digest
-from vllm_steer.foreign import printable
+from vllm_steer.untrusted_text import printable
 
 Recipe = Mapping[str, Any]
 

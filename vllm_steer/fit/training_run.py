@@ -17,11 +17,11 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 
-from vllm_steer import foreign
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.safetensors_bytes import write_safetensors
-from vllm_steer.files.whole import write_text, write_whole
+from vllm_steer.files.atomic_write import write_atomically, write_text
+from vllm_steer.files.safetensors_writer import write_safetensors
 from vllm_steer.run_folder import RunFiles, prepare
+from vllm_steer.untrusted_text import shown
 
 CHECKPOINT: Final = "checkpoint.safetensors"
 LOSSES: Final = "loss.csv"
@@ -34,7 +34,7 @@ _FILES: Final = RunFiles(work=(CHECKPOINT, HIDDEN_STATES), persistent=(LOSSES, L
 
 
 @dataclass
-class Training:
+class TrainingState:
     """Where a training stands; the parameters are changed in place by the optimizer."""
 
     parameters: Mapping[str, torch.Tensor]
@@ -61,14 +61,14 @@ class Checkpoints:
         if self.every < 1:
             raise SteerError(f"checkpoint_every is {self.every}; expected at least 1 step")
 
-    def keep(self, training: Training, *, last: bool) -> None:
+    def keep(self, training: TrainingState, *, last: bool) -> None:
         """Write a checkpoint if one is due: after so many steps, a minute, or the last step."""
         late = time.monotonic() - self.written > _CHECKPOINT_SECONDS
         if last or late or training.step % self.every == 0:
             self.write(training)
             self.written = time.monotonic()
 
-    def write(self, training: Training) -> None:
+    def write(self, training: TrainingState) -> None:
         """Write where the training stands; ``SteerError`` if that fails, with the last one kept."""
         write_losses(self.folder, training.losses)
         tensors = dict(training.parameters)
@@ -77,7 +77,7 @@ class Checkpoints:
             tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS if state}
         metadata = {"step": str(training.step), "settings": json.dumps(self.settings)}
         path = self.folder / CHECKPOINT
-        write_whole(path, lambda file: write_safetensors(file, tensors, metadata))
+        write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,19 @@ class _Checkpoint:
     losses: list[float]
 
 
-def start_training(parameters: Mapping[str, torch.Tensor], learning_rate: float) -> Training:
+def start_training(parameters: Mapping[str, torch.Tensor], learning_rate: float) -> TrainingState:
     """Adam without weight decay, before its first step."""
     # Not fused: on a CPU that reads a gradient of other strides than its parameter's wrongly.
     adam = torch.optim.Adam(list(parameters.values()), lr=learning_rate, fused=False)
-    return Training(parameters, adam)
+    return TrainingState(parameters, adam)
 
 
 def digest(texts: Sequence[str], labels: Sequence[float]) -> str:
     """SHA-256 of labelled texts in their order."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for text, label in zip(texts, labels, strict=True):
-        found.update(json.dumps([text, float(label)]).encode())
-    return found.hexdigest()
+        sha256.update(json.dumps([text, float(label)]).encode())
+    return sha256.hexdigest()
 
 
 def fingerprint(weight: torch.Tensor) -> str:
@@ -109,18 +109,18 @@ def fingerprint(weight: torch.Tensor) -> str:
     return hashlib.sha256(str(tuple(weight.shape)).encode() + first.tobytes()).hexdigest()
 
 
-def resume(run: Checkpoints, training: Training) -> None:
+def resume(run: Checkpoints, training: TrainingState) -> None:
     """Bring ``training`` to where the run's checkpoint stands, or begin it in its folder.
 
     Raises ``SteerError`` naming each setting of the checkpoint that is another now, and for a
     folder that cannot be written to.
     """
-    found = None if run.restart else _read(run.folder, training)
-    prepare(run.folder, _FILES, run.settings, None if found is None else found.settings)
-    if found is None:
+    checkpoint = None if run.restart else _read_checkpoint(run.folder, training)
+    prepare(run.folder, _FILES, run.settings, None if checkpoint is None else checkpoint.settings)
+    if checkpoint is None:
         run.write(training)
     else:
-        _set(training, found)
+        _restore(training, checkpoint)
 
 
 def write_losses(folder: Path, losses: Sequence[float]) -> None:
@@ -140,7 +140,7 @@ def finish_run(folder: Path) -> None:
     _FILES.discard(folder)
 
 
-def _read(folder: Path, training: Training) -> _Checkpoint | None:
+def _read_checkpoint(folder: Path, training: TrainingState) -> _Checkpoint | None:
     path = folder / CHECKPOINT
     if not path.is_file():
         return None
@@ -157,21 +157,21 @@ def _read(folder: Path, training: Training) -> _Checkpoint | None:
         ) from error
 
 
-def _set(training: Training, found: _Checkpoint) -> None:
-    training.losses[:] = found.losses
+def _restore(training: TrainingState, checkpoint: _Checkpoint) -> None:
+    training.losses[:] = checkpoint.losses
     for name, parameter in training.parameters.items():
-        saved = found.tensors[name]
+        saved = checkpoint.tensors[name]
         if saved.shape != parameter.shape:
-            raise SteerError(f"{found.path}: {name} is {foreign.shown(saved)}; give --restart")
+            raise SteerError(f"{checkpoint.path}: {name} is {shown(saved)}; give --restart")
         parameter.data.copy_(saved)
-        if found.losses:
-            moments = {m: found.tensors[f"{name}.{m}"].to(parameter.device) for m in _MOMENTS}
-            done = torch.tensor(float(training.step), device=parameter.device)
-            training.optimizer.state[parameter] = {"step": done, **moments}
+        if checkpoint.losses:
+            moments = {m: checkpoint.tensors[f"{name}.{m}"].to(parameter.device) for m in _MOMENTS}
+            step = torch.tensor(float(training.step), device=parameter.device)
+            training.optimizer.state[parameter] = {"step": step, **moments}
 
 
 def _check_tensors(
-    training: Training, tensors: Mapping[str, torch.Tensor], settings: Any, step: int
+    training: TrainingState, tensors: Mapping[str, torch.Tensor], settings: Any, step: int
 ) -> None:
     """Raise ``ValueError`` for what no checkpoint of this training can hold.
 
@@ -181,7 +181,7 @@ def _check_tensors(
         raise ValueError("its settings are no JSON object")
     moments = _MOMENTS if step else ()
     for name in training.parameters:
-        shapes = {tensors[each].shape for each in (name, *(f"{name}.{m}" for m in moments))}
+        shapes = {tensors[key].shape for key in (name, *(f"{name}.{m}" for m in moments))}
         if len(shapes) != 1:
             raise ValueError(f"the moments of {name} have other shapes than it has")
 

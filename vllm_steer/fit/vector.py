@@ -27,14 +27,20 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.fit.activations import Encoded, all_layers, context_length, encode, read_tokens
+from vllm_steer.fit.activations import (
+    SelectedTokens,
+    all_layers,
+    context_length,
+    encode,
+    read_tokens,
+)
 from vllm_steer.fit.answer_tokens import answer_start
 from vllm_steer.fit.token_store import TokenStore, token_store
-from vllm_steer.foreign import shown
 from vllm_steer.steers import Mode, VectorSteer
 from vllm_steer.steers.checks import check_choice
 from vllm_steer.steers.sites import VECTOR_SITES, VectorSite
 from vllm_steer.steers.vector import MODES
+from vllm_steer.untrusted_text import shown
 
 Direction = Literal["mean", "unit", "pca"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -42,9 +48,9 @@ Tokens = Literal["all", "last", "answer"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 Text = str | tuple[str, str]
 """A text, or a prompt and its answer, which are read as one."""
-Read = Callable[[Sequence[Text]], Iterator[torch.Tensor]]
+ReadActivations = Callable[[Sequence[Text]], Iterator[torch.Tensor]]
 # How often each direction reads a text.
-READINGS: Final[dict[Direction, int]] = {"mean": 1, "unit": 2, "pca": 1}
+PASSES_OVER_TEXTS: Final[dict[Direction, int]] = {"mean": 1, "unit": 2, "pca": 1}
 
 
 def fit_vector(
@@ -75,6 +81,16 @@ def fit_vector(
     Raises ``SteerError`` for an empty side, sides that do not differ in any layer, an unknown
     direction, mode, site or layer, a text without a token to read, and for ``pca`` two sides of
     different length or a single pair.
+
+    Source: see the module.
+
+    >>> from vllm_steer.fit import fit_vector
+    >>> from vllm_steer.models import load_language_model
+    >>> small = load_language_model("embedded")
+    >>> texts = ["A happy dog."], ["A sad dog."]
+    >>> steer = fit_vector(small.model, small.tokenizer, *texts, layers=[1])
+    >>> steer.layers, steer.mode
+    ((1,), 'add')
     """
     check_choice("direction", direction, DIRECTIONS)
     check_choice("site", site, VECTOR_SITES)
@@ -82,14 +98,14 @@ def fit_vector(
     check_choice("tokens", tokens, TOKENS)
     _check_sides(len(positive_texts), len(negative_texts), direction)
     chosen = tuple(sorted(all_layers(model) if layers is None else layers))
-    length, done = context_length(model, max_length), itertools.count(1)
+    length, text_number = context_length(model, max_length), itertools.count(1)
 
     def read(texts: Sequence[Text]) -> Iterator[torch.Tensor]:
         encoded = (encode_text(tokenizer, text, tokens, length) for text in texts)
-        found = read_tokens(model, encoded, site=site, layers=chosen, batch_size=batch_size)
-        for rows in found:
+        activations = read_tokens(model, encoded, site=site, layers=chosen, batch_size=batch_size)
+        for rows in activations:
             if on_text is not None:
-                on_text(next(done))
+                on_text(next(text_number))
             yield rows.double()
 
     if direction == "pca":
@@ -112,17 +128,17 @@ def fit_vector(
     )
 
 
-def encode_text(tokenizer: Any, text: Text, tokens: Tokens, max_length: int) -> Encoded:
+def encode_text(tokenizer: Any, text: Text, tokens: Tokens, max_length: int) -> SelectedTokens:
     """A text's ids and the positions to be read; ``SteerError`` if there are none."""
     whole = encode(tokenizer, text if isinstance(text, str) else "".join(text), max_length)
     if tokens == "last":
-        return Encoded(whole.ids, whole.kept[-1:])
+        return SelectedTokens(whole.ids, whole.kept[-1:])
     if tokens == "answer":
-        return Encoded(whole.ids, _of_answer(tokenizer, text, whole))
+        return SelectedTokens(whole.ids, _of_answer(tokenizer, text, whole))
     return whole
 
 
-def _of_answer(tokenizer: Any, text: Text, whole: Encoded) -> list[int]:
+def _of_answer(tokenizer: Any, text: Text, whole: SelectedTokens) -> list[int]:
     """The kept positions from where the tokens part from those of the prompt."""
     if isinstance(text, str):
         raise SteerError(
@@ -131,26 +147,26 @@ def _of_answer(tokenizer: Any, text: Text, whole: Encoded) -> list[int]:
         )
     prompt, answer = text
     start = answer_start(tokenizer(prompt)["input_ids"], whole.ids)
-    kept = [position for position in whole.kept if position >= start]
-    if not kept:
+    positions = [position for position in whole.kept if position >= start]
+    if not positions:
         raise SteerError(
             f"the answer {shown(answer)} has no token among the {len(whole.ids)} that are read; "
             "shorten its prompt, or read more"
         )
-    return kept
+    return positions
 
 
 def mean_difference(
-    read: Read, positive_texts: Sequence[Text], negative_texts: Sequence[Text]
+    read: ReadActivations, positive_texts: Sequence[Text], negative_texts: Sequence[Text]
 ) -> torch.Tensor:
     """``mean_P x - mean_N x [layers, width]``, float64."""
     positive, count = _sum(read(positive_texts))
-    negative, others = _sum(read(negative_texts))
-    return positive / count - negative / others
+    negative, negative_count = _sum(read(negative_texts))
+    return positive / count - negative / negative_count
 
 
 def unit_difference(
-    read: Read, positive_texts: Sequence[Text], negative_texts: Sequence[Text]
+    read: ReadActivations, positive_texts: Sequence[Text], negative_texts: Sequence[Text]
 ) -> torch.Tensor:
     """The DiM direction ``[layers, width]``, rows of length 1, float64; reads the texts twice."""
     total, count = _sum(read([*positive_texts, *negative_texts]))
@@ -158,16 +174,16 @@ def unit_difference(
 
     def votes(texts: Sequence[Text]) -> Iterator[torch.Tensor]:
         for x in read(texts):
-            away = x - mean
+            centred = x - mean
             # A token at the very mean has no direction to vote for.
-            yield away / away.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+            yield centred / centred.norm(dim=-1, keepdim=True).clamp_min(1e-30)
 
     difference = _sum(votes(positive_texts))[0] - _sum(votes(negative_texts))[0]
     return torch.nn.functional.normalize(difference, dim=-1)
 
 
 def pair_component(
-    read: Read,
+    read: ReadActivations,
     positive_texts: Sequence[Text],
     negative_texts: Sequence[Text],
     store: TokenStore,
@@ -175,9 +191,9 @@ def pair_component(
 ) -> torch.Tensor:
     """The first component of the pairs' differences ``[layers, width]``, of length 1, float64."""
     pairs = zip(positive_texts, negative_texts, strict=True)
-    found = read([text for pair in pairs for text in pair])
-    for positive in found:
-        store.add((positive.mean(0) - next(found).mean(0))[None])
+    activations = read([text for pair in pairs for text in pair])
+    for positive in activations:
+        store.add((positive.mean(0) - next(activations).mean(0))[None])
     return torch.stack(
         [first_component(torch.tensor(store.layer(i)), layer) for i, layer in enumerate(layers)]
     )
@@ -188,13 +204,13 @@ def first_component(differences: torch.Tensor, layer: int) -> torch.Tensor:
 
     Raises ``SteerError`` where the differences are all the same: they have no component.
     """
-    found = torch.linalg.svd(differences - differences.mean(0), full_matrices=False)
-    if found.S[0] <= 1e-6 * differences.norm():
+    svd = torch.linalg.svd(differences - differences.mean(0), full_matrices=False)
+    if svd.S[0] <= 1e-6 * differences.norm():
         raise SteerError(
             f"all pairs differ alike in layer {layer}, or not at all, so pca has nothing to find: "
             "give other pairs, take other tokens, or leave the layer out"
         )
-    component: torch.Tensor = found.Vh[0]
+    component: torch.Tensor = svd.Vh[0]
     sides = (differences @ component).sign().sum()
     return -component if sides < 0 else component
 

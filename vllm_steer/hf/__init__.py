@@ -1,4 +1,4 @@
-"""The same steers on a plain Hugging Face model: the reference for parity, useful by itself."""
+"""Steers a Hugging Face model with forward hooks; the reference for parity with vLLM."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,7 +10,7 @@ from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
 from vllm_steer.hf.head import change, hook_head
 from vllm_steer.hf.layers import hook_layers
-from vllm_steer.hf.positions import Reading, SteppedDose
+from vllm_steer.hf.token_positions import PositionTracker, SteppedDose
 from vllm_steer.request import read_dose
 from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
 
@@ -25,43 +25,56 @@ def steered(
     *,
     prompt_length: int | None = None,
 ) -> Iterator[nn.Module]:
-    """Within the block, every forward pass of ``model`` is steered, ``generate`` included.
+    """Steer every forward pass of ``model`` within the ``with`` block, including ``generate``.
 
     ``strengths`` maps names in ``steers`` to a strength or to options as in a request,
-    ``{"strength": 8, "layers": "20-31", "phase": "generation", "schedule": "start"}``, for all rows
-    of a batch alike. A list of numbers as the strength, ``{"strength": [1.2, 0.8]}``, is what acts
-    at each generation step from the last prompt token on, as dynamic strengths are reported; at
-    all other tokens the dose does nothing, and it has no phase and no schedule. At one site of one
-    layer all doses add up, ``w_k`` a unit vector where steer ``k`` rotates; a token that a rotating
-    dose acts on keeps its norm:
+    ``{"strength": 8, "layers": "20-31", "phase": "generation", "schedule": "start"}``, the same for
+    all rows of a batch. A list of numbers, ``{"strength": [1.2, 0.8]}``, gives the strength of each
+    generation step, beginning at the last prompt token (the format in which dynamic strengths are
+    reported); other tokens are not steered, and phase and schedule are not allowed with it. All
+    doses at one site of one layer are summed; ``w_k`` is a unit vector if steer ``k`` rotates, and
+    a token with a rotating dose keeps its norm:
 
         x' = x + sum_k a_k w_k          x' = (x + sum_k a_k w_k) |x| / |x + sum_k a_k w_k|
 
-    ``a_k`` is the strength, or 0 where the phase or the schedule leaves the token out (see
-    ``DeltaSteer``); a token with no dose keeps every bit, and so does everything at strength 0.
-    Sums are taken in float32, or in float64 for a float64 model, and rounded once to the model's
-    dtype. Of nested blocks each adds and rescales for itself. Nothing stays on the model after.
+    ``a_k`` is the strength, or 0 if phase or schedule exclude the token (see ``DeltaSteer``).
+    Tokens without a dose and doses of strength 0 leave activations bit-identical. Sums are in
+    float32 (float64 for a float64 model) and rounded once to the model's dtype. Nested blocks add
+    and rescale one after the other. All hooks are removed at the end of the block.
 
-    The prompt length ``P``, which phases and schedules count from, is ``prompt_length`` where it is
-    given (teacher forcing: prompt and answer in one forward pass); within ``generate`` the length
-    of what it was given, with a KV cache and without; else the length of the forward pass
-    that began the text, which is one with an empty cache. Positions count the tokens of a
-    row as they stand: in a batch padded on the left, the padding is part of the prompt.
+    Phases and schedules count from the prompt length ``P``. It is ``prompt_length`` if given
+    (teacher forcing: prompt and answer in one forward pass); within ``generate``, the length of its
+    input; otherwise the length of the last forward pass with an empty KV cache. Positions include
+    padding: in a left-padded batch, the padding is part of the prompt.
 
-    Raises ``SteerError`` for an unknown name, options that a request could not have either, a model
-    without the LM head, the layer or the site that a steer acts at or of an unknown architecture,
-    a steer of another width, and, at the forward pass, a text whose beginning was not seen.
+    Raises ``SteerError`` for an unknown name, options that are invalid in a request, a model of
+    unknown architecture or without the LM head, layer or site of a steer, and a steer of another
+    width. The forward pass raises it if the prompt length is unknown.
+
+    Sources: those of ``LMSteer``, ``VectorSteer`` and ``DeltaSteer``.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from vllm_steer import VectorSteer, hf
+    >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8,
+    ...                      num_hidden_layers=2, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> calm = VectorSteer(vectors=torch.ones(1, 8), layers=(0,))
+    >>> with hf.steered(model, {"calm": 4.0}, {"calm": calm}), torch.no_grad():
+    ...     steered = model(torch.tensor([[1, 2, 3]])).logits
+    >>> bool((steered == model(torch.tensor([[1, 2, 3]])).logits).all())
+    False
     """
     doses = _read_doses(strengths, steers)
     at_head = [(s, dose) for dose, s in doses if isinstance(s, LMSteer)]
     in_layers = [(d, s) for d, s in doses if isinstance(s, VectorSteer | DeltaSteer)]
-    reading = Reading(prompt_length)
+    tracker = PositionTracker(prompt_length)
     with ExitStack() as hooks:
-        for handle in hook_head(model, at_head, reading):
+        for handle in hook_head(model, at_head, tracker):
             hooks.callback(handle.remove)
         if in_layers or any(isinstance(dose, SteppedDose) for dose, _ in doses):
-            hooks.enter_context(reading.follow(model))
-            for handle in hook_layers(model, in_layers, reading):
+            hooks.enter_context(tracker.follow(model))
+            for handle in hook_layers(model, in_layers, tracker):
                 hooks.callback(handle.remove)
         yield model
 
@@ -69,32 +82,32 @@ def steered(
 def _read_doses(
     strengths: Mapping[str, float | Mapping[str, Any]], steers: Mapping[str, Steer]
 ) -> list[tuple[Dose, Steer]]:
-    """The doses of a strength other than 0, each with its steer."""
+    """The doses with non-zero strength, each with its steer."""
     unknown = sorted(set(strengths) - set(steers))
     if unknown:
         raise SteerError(f"steer {', '.join(unknown)} is unknown; steers: {', '.join(steers)}")
-    doses = [_read_dose(name, given, steers[name]) for name, given in strengths.items()]
+    doses = [_read_dose(name, value, steers[name]) for name, value in strengths.items()]
     return [(dose, steers[dose.steer]) for dose in doses if dose.strength != 0]
 
 
-def _read_dose(name: str, given: float | Mapping[str, Any], steer: Steer) -> Dose:
-    listed = given.get("strength") if isinstance(given, Mapping) else None
-    if not isinstance(listed, Sequence) or isinstance(listed, str):
-        dose = read_dose(name, given, steer)
+def _read_dose(name: str, value: float | Mapping[str, Any], steer: Steer) -> Dose:
+    strengths = value.get("strength") if isinstance(value, Mapping) else None
+    if not isinstance(strengths, Sequence) or isinstance(strengths, str):
+        dose = read_dose(name, value, steer)
         if dose.dynamic is not None:
             raise SteerError(
-                f"steer {name}: a dynamic strength is computed as vLLM serves; here, give the "
+                f"steer {name}: dynamic strengths are computed by vLLM only; give the "
                 "strengths that it reports as a list"
             )
         return dose
-    assert isinstance(given, Mapping)
-    if not listed or set(given) & {"phase", "schedule"}:
+    assert isinstance(value, Mapping)
+    if not strengths or set(value) & {"phase", "schedule"}:
         raise SteerError(
-            f"steer {name}: a list of strengths has one for each step from the last prompt token "
-            "on, at least one, and goes with no phase and no schedule"
+            f"steer {name}: a list of strengths needs at least one number, one per generation "
+            "step, and does not allow phase or schedule"
         )
-    for number in listed:
+    for number in strengths:
         read_dose(name, {"strength": number}, steer)
-    dose = read_dose(name, {**given, "strength": 1.0}, steer)
-    history = tuple(map(float, listed))
+    dose = read_dose(name, {**value, "strength": 1.0}, steer)
+    history = tuple(map(float, strengths))
     return SteppedDose(name, 1.0, layers=dose.layers, phase="answer", history=history)

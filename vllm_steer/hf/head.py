@@ -9,14 +9,16 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
-from vllm_steer.hf.positions import Reading, SteppedDose, coefficients
 from vllm_steer.hf.sites import widened
+from vllm_steer.hf.token_positions import PositionTracker, SteppedDose, coefficients
 from vllm_steer.steers import LMSteer
 
-Active = Sequence[tuple[LMSteer, Dose]]
+HeadDoses = Sequence[tuple[LMSteer, Dose]]
 
 
-def hook_head(model: nn.Module, active: Active, reading: Reading) -> Iterator[RemovableHandle]:
+def hook_head(
+    model: nn.Module, active: HeadDoses, tracker: PositionTracker
+) -> Iterator[RemovableHandle]:
     """Steer the head of ``model``; ``SteerError`` if there is none or its width is another."""
     if not active:
         return
@@ -27,11 +29,11 @@ def hook_head(model: nn.Module, active: Active, reading: Reading) -> Iterator[Re
     after = [(s, v) for s, v in active if s.variant == "offset"]
     if before:
         yield head.register_forward_pre_hook(
-            lambda _, args: (_steer(args[0], before, reading), *args[1:])
+            lambda _, args: (_steer(args[0], before, tracker), *args[1:])
         )
     if after:
         yield head.register_forward_hook(
-            lambda _module, _args, logits: _steer(logits, after, reading)
+            lambda _module, _args, logits: _steer(logits, after, tracker)
         )
 
 
@@ -51,20 +53,20 @@ def change(steer: LMSteer, x: torch.Tensor, strength: float) -> torch.Tensor:
     return steer.epsilon * (scale @ vectors.to(x)).expand(*x.shape[:-1], -1)
 
 
-def _steer(x: torch.Tensor, active: Active, reading: Reading) -> torch.Tensor:
+def _steer(x: torch.Tensor, active: HeadDoses, tracker: PositionTracker) -> torch.Tensor:
     wide = widened(x)
-    total = sum((_change(steer, wide, dose, reading) for steer, dose in active), start=wide)
+    total = sum((_change(steer, wide, dose, tracker) for steer, dose in active), start=wide)
     return total.to(x.dtype)
 
 
-def _change(steer: LMSteer, x: torch.Tensor, dose: Dose, reading: Reading) -> torch.Tensor:
+def _change(steer: LMSteer, x: torch.Tensor, dose: Dose, tracker: PositionTracker) -> torch.Tensor:
     if not isinstance(dose, SteppedDose):
         return change(steer, x, dose.strength)
     # The head may be given the last tokens alone. A change is affine in the strength, but a token
     # of strength 0 is not steered at all, whatever columns are fixed.
-    a = coefficients(dose, reading.span, None)[-x.shape[-2] :, None].to(x)
-    rest = change(steer, x, 0.0)
-    return torch.where(a != 0, rest + a * (change(steer, x, 1.0) - rest), 0.0)
+    a = coefficients(dose, tracker.span, None)[-x.shape[-2] :, None].to(x)
+    fixed_part = change(steer, x, 0.0)
+    return torch.where(a != 0, fixed_part + a * (change(steer, x, 1.0) - fixed_part), 0.0)
 
 
 def _head(model: Any) -> nn.Module:
@@ -76,6 +78,6 @@ def _head(model: Any) -> nn.Module:
 
 def _check_width(steer: LMSteer, head: nn.Module) -> None:
     vocab_size, hidden_size = head.weight.shape  # type: ignore[misc]
-    wanted = vocab_size if steer.variant == "offset" else hidden_size
-    if steer.width != wanted:
-        raise SteerError(f"the steer's width is {steer.width}; the model's LM head has {wanted}")
+    expected = vocab_size if steer.variant == "offset" else hidden_size
+    if steer.width != expected:
+        raise SteerError(f"the steer's width is {steer.width}; the model's LM head has {expected}")

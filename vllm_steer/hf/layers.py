@@ -10,14 +10,14 @@ from torch.utils.hooks import RemovableHandle
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
 from vllm_steer.hf import sites
-from vllm_steer.hf.positions import Reading, Span, coefficients
+from vllm_steer.hf.token_positions import PassPositions, PositionTracker, coefficients
 from vllm_steer.steers import DeltaSteer, VectorSteer
 
 LayerSteer = VectorSteer | DeltaSteer
 
 
 @dataclass(frozen=True)
-class Term:
+class LayerDose:
     """One dose in one layer: ``rows [steps, width]``, or one row for all tokens of a vector."""
 
     dose: Dose
@@ -25,28 +25,28 @@ class Term:
     num_steps: int | None
     rotates: bool
 
-    def changes(self, span: Span, wide: torch.Tensor) -> torch.Tensor:
+    def changes(self, span: PassPositions, wide: torch.Tensor) -> torch.Tensor:
         """``a_t w [tokens, width]``, dtype and device those of ``wide``."""
         a = coefficients(self.dose, span, self.num_steps)[:, None].to(wide)
         if self.num_steps is None:
             return a * self.rows.to(wide)
         return a * self.rows[span.steps.clamp(0, self.num_steps - 1)].to(wide)
 
-    def acts(self, span: Span) -> torch.Tensor:
+    def acts(self, span: PassPositions) -> torch.Tensor:
         """On which tokens, ``[tokens]`` bool."""
         return coefficients(self.dose, span, self.num_steps) != 0
 
 
 def hook_layers(
-    model: nn.Module, doses: Sequence[tuple[Dose, LayerSteer]], reading: Reading
+    model: nn.Module, doses: Sequence[tuple[Dose, LayerSteer]], tracker: PositionTracker
 ) -> Iterator[RemovableHandle]:
     """Steer the layers of ``model`` by every dose; ``SteerError`` for one that does not fit it."""
     names, layers = sites.family(model), sites.layers_of(model)
-    for (site, layer), terms in _terms(doses, len(layers)).items():
+    for (site, layer), terms in _layer_doses(doses, len(layers)).items():
         width = sites.site_width(model, layers[layer], names, site)
         for term in terms:
             _check_width(term, width, site)
-        yield sites.attach(layers[layer], names, site, _Steering(terms, reading))
+        yield sites.attach(layers[layer], names, site, _SiteHook(terms, tracker))
 
 
 def steer_tokens(
@@ -66,11 +66,11 @@ def steer_tokens(
 
 
 @dataclass(frozen=True)
-class _Steering:
+class _SiteHook:
     """What happens at one site of one layer in each forward pass."""
 
-    terms: Sequence[Term]
-    reading: Reading
+    terms: Sequence[LayerDose]
+    reading: PositionTracker
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         span, wide = self.reading.span, sites.widened(x)
@@ -80,32 +80,33 @@ class _Steering:
         return steer_tokens(x, changes, acts.any(0).to(x.device), turns.any(0).to(x.device))
 
 
-def _terms(
+def _layer_doses(
     doses: Sequence[tuple[Dose, LayerSteer]], num_layers: int
-) -> dict[tuple[str, int], list[Term]]:
+) -> dict[tuple[str, int], list[LayerDose]]:
     """The terms of each site and layer, in the layers that each dose acts in."""
-    terms: dict[tuple[str, int], list[Term]] = {}
+    terms: dict[tuple[str, int], list[LayerDose]] = {}
     for dose, steer in doses:
-        wanted = steer.layers if dose.layers is None else dose.layers
-        sites.check_layers_exist(wanted, num_layers)
-        for layer in wanted:
-            terms.setdefault((steer.site, layer), []).append(_term(dose, steer, layer))
+        layers = steer.layers if dose.layers is None else dose.layers
+        sites.check_layers_exist(layers, num_layers)
+        for layer in layers:
+            terms.setdefault((steer.site, layer), []).append(_layer_dose(dose, steer, layer))
     return terms
 
 
-def _term(dose: Dose, steer: LayerSteer, layer: int) -> Term:
+def _layer_dose(dose: Dose, steer: LayerSteer, layer: int) -> LayerDose:
     position = steer.layers.index(layer)
     if isinstance(steer, DeltaSteer):
-        return Term(dose, steer.delta[:, position], steer.steps, rotates=False)
+        return LayerDose(dose, steer.delta[:, position], steer.steps, rotates=False)
     row = steer.vectors[position].double()
     if steer.mode == "rotate":
-        return Term(dose, (row / row.norm())[None], None, rotates=True)
-    return Term(dose, row[None], None, rotates=False)
+        return LayerDose(dose, (row / row.norm())[None], None, rotates=True)
+    return LayerDose(dose, row[None], None, rotates=False)
 
 
-def _check_width(term: Term, width: int, site: str) -> None:
-    found = term.rows.shape[1]
-    if found != width:
+def _check_width(term: LayerDose, width: int, site: str) -> None:
+    steer_width = term.rows.shape[1]
+    if steer_width != width:
         raise SteerError(
-            f"steer {term.dose.steer} is {found} wide; the site {site} of this model is {width}"
+            f"steer {term.dose.steer} is {steer_width} wide; the site {site} of this model is "
+            f"{width}"
         )

@@ -54,9 +54,9 @@ def site_width(model: Any, layer: nn.Module, names: Family, site: str) -> int:
     return int(width)
 
 
-def check_layers_exist(wanted: tuple[int, ...], num_layers: int) -> None:
+def check_layers_exist(layers: tuple[int, ...], num_layers: int) -> None:
     """Raise ``SteerError`` for a layer that a model of ``num_layers`` does not have."""
-    beyond = [layer for layer in wanted if layer >= num_layers]
+    beyond = [layer for layer in layers if layer >= num_layers]
     if beyond:
         raise SteerError(
             f"layer {', '.join(map(str, beyond))} does not exist: this model has layers 0 to "

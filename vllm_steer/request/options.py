@@ -6,19 +6,19 @@ from typing import Any, Protocol
 from vllm_steer.config import DYNAMIC
 from vllm_steer.doses import PHASES, Dose, Phase
 from vllm_steer.errors import SteerError, SteerRequestError
-from vllm_steer.foreign import listed
-from vllm_steer.request.dynamic import DYNAMIC_OPTIONS, is_asked, read_dynamic
+from vllm_steer.request.dynamic import DYNAMIC_OPTIONS, read_dynamic, requests_dynamic
 from vllm_steer.request.parsing import options_of
 from vllm_steer.request.values import choice, key_name, number
 from vllm_steer.steers.layers import parse_layers, positions_of
 from vllm_steer.steers.schedules import SCHEDULES, Schedule
 from vllm_steer.steers.sites import acts_at_head
+from vllm_steer.untrusted_text import listed
 
 _OPTIONS = ("strength", "layers", "phase", "schedule", *DYNAMIC_OPTIONS)
 
 
-class Dosable(Protocol):
-    """What a dose has to fit: a steer, or what a plan says of one."""
+class SteerAttributes(Protocol):
+    """Attributes needed to validate a dose; ``Steer`` and ``PlannedSteer`` both have them."""
 
     @property
     def kind(self) -> str: ...
@@ -34,15 +34,15 @@ class Dosable(Protocol):
     def default_strength(self) -> float | None: ...
 
 
-def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
+def read_dose(name: str, value: Any, steer: SteerAttributes) -> Dose:
     """One steer's dose from a strength, from its options, or from None for its default strength.
 
     Raises ``SteerRequestError`` for an option that is unknown or that the steer does not have.
     """
-    options = {} if given is None else options_of(name, given)
+    options = {} if value is None else options_of(name, value)
     _check_options(name, options, steer)
     layers = _layers(name, options.get("layers"), steer)
-    if is_asked(name, options):
+    if requests_dynamic(name, options):
         maximum, dynamic = read_dynamic(name, options)
         phase: Phase = "all" if acts_at_head(steer) else "answer"
         return Dose(name, maximum, layers, phase, dynamic=dynamic)
@@ -62,12 +62,12 @@ def read_dose(name: str, given: Any, steer: Dosable) -> Dose:
     return dose
 
 
-def read_strength(name: str, given: Any) -> float:
+def read_strength(name: str, value: Any) -> float:
     """A strength that is a number."""
-    return number(name, "strength", given, wanted=f"such as {name}:1.5, or 'dynamic'")
+    return number(name, "strength", value, expected=f"such as {name}:1.5, or 'dynamic'")
 
 
-def _check_options(name: str, options: Mapping[Any, Any], steer: Dosable) -> None:
+def _check_options(name: str, options: Mapping[Any, Any], steer: SteerAttributes) -> None:
     unknown = sorted(set(map(key_name, options)) - set(_OPTIONS))
     if unknown:
         raise SteerRequestError(
@@ -84,31 +84,31 @@ def _check_options(name: str, options: Mapping[Any, Any], steer: Dosable) -> Non
         _check_has_schedule(name, steer, "ask for strength 'dynamic' instead")
 
 
-def _layers(name: str, given: Any, steer: Dosable) -> tuple[int, ...] | None:
-    """The layers asked for; None where they are all that the steer has."""
-    if given is None or steer.layers is None:
+def _layers(name: str, value: Any, steer: SteerAttributes) -> tuple[int, ...] | None:
+    """The requested layers; None for all layers of the steer."""
+    if value is None or steer.layers is None:
         return None
     try:
-        layers = parse_layers(given)
+        layers = parse_layers(value)
         positions_of(layers, steer.layers)
     except SteerError as error:
         raise SteerRequestError(f"steer {name}: {error}") from None
     return None if layers == tuple(steer.layers) else layers
 
 
-def _phase(name: str, given: Any) -> Phase:
-    return "all" if given is None else choice(name, "phase", given, PHASES)
+def _phase(name: str, value: Any) -> Phase:
+    return "all" if value is None else choice(name, "phase", value, PHASES)
 
 
-def _schedule(name: str, given: Any, steer: Dosable) -> Schedule | None:
-    if given is None:
+def _schedule(name: str, value: Any, steer: SteerAttributes) -> Schedule | None:
+    if value is None:
         return steer.schedule
     _check_has_schedule(name, steer)
-    return choice(name, "schedule", given, SCHEDULES)
+    return choice(name, "schedule", value, SCHEDULES)
 
 
-def _check_has_schedule(name: str, steer: Dosable, way_out: str = "drop it") -> None:
+def _check_has_schedule(name: str, steer: SteerAttributes, advice: str = "drop it") -> None:
     if steer.schedule is None:
         raise SteerRequestError(
-            f"steer {name} is of kind {steer.kind}: only a delta steer has a schedule; {way_out}"
+            f"steer {name} is of kind {steer.kind}: only a delta steer has a schedule; {advice}"
         )

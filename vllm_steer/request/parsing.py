@@ -6,11 +6,11 @@ from typing import Any
 
 from vllm_steer.config import NO_STEER
 from vllm_steer.errors import SteerError, SteerRequestError
-from vllm_steer.files.json_text import each_once
-from vllm_steer.foreign import shown
-from vllm_steer.request.ceilings import SPACES, check_object, check_text
+from vllm_steer.files.json_text import unique_keys
 from vllm_steer.request.dynamic import dynamic_options
+from vllm_steer.request.value_limits import SPACES, check_object, check_text
 from vllm_steer.request.values import key_name
+from vllm_steer.untrusted_text import shown
 
 Options = Mapping[Any, Any]
 
@@ -19,34 +19,34 @@ ALLOWED = (
 )
 
 
-def parse(asked: Any) -> Iterator[tuple[str, Options]]:
-    """Each name with the options given, none where it stands alone.
+def parse(value: Any) -> Iterator[tuple[str, Options]]:
+    """Parse a value to names and their options; a name alone has no options.
 
-    Raises ``SteerRequestError``, before it reads any of it, for a value above the ceilings.
+    Raises ``SteerRequestError`` for a value above the limits, before parsing it.
     """
-    if isinstance(asked, str):
-        check_text(asked)
-        yield from _parse_text(asked.strip(SPACES))
-    elif isinstance(asked, Mapping):
-        check_object(asked)
-        yield from _parse_dict(asked)
+    if isinstance(value, str):
+        check_text(value)
+        yield from _parse_text(value.strip(SPACES))
+    elif isinstance(value, Mapping):
+        check_object(value)
+        yield from _parse_dict(value)
     else:
-        raise SteerRequestError(f"steer is {shown(asked)}; allowed: {ALLOWED}")
+        raise SteerRequestError(f"steer is {shown(value)}; allowed: {ALLOWED}")
 
 
-def options_of(name: str, given: Any) -> Options:
-    """One steer's options from what stands beside its name: options, a strength, ``dynamic``."""
-    if isinstance(given, Mapping):
-        return given
-    dynamic = dynamic_options(name, given)
-    return {"strength": given} if dynamic is None else dynamic
+def options_of(name: str, value: Any) -> Options:
+    """The options of a steer from its value: options, a strength, or ``dynamic``."""
+    if isinstance(value, Mapping):
+        return value
+    dynamic = dynamic_options(name, value)
+    return {"strength": value} if dynamic is None else dynamic
 
 
 def _parse_text(text: str) -> Iterator[tuple[str, Options]]:
     if text.startswith("{"):
-        asked = _from_json(text)
-        check_object(asked)
-        yield from _parse_dict(asked)
+        parsed = _from_json(text)
+        check_object(parsed)
+        yield from _parse_dict(parsed)
     elif text.startswith("["):
         raise SteerRequestError(f"steer is {shown(text)}; allowed: {ALLOWED}")
     elif text not in ("", NO_STEER):
@@ -55,7 +55,7 @@ def _parse_text(text: str) -> Iterator[tuple[str, Options]]:
 
 def _from_json(text: str) -> Options:
     try:
-        value: Options = json.loads(text, object_pairs_hook=each_once)
+        value: Options = json.loads(text, object_pairs_hook=unique_keys)
     except SteerError as error:
         raise SteerRequestError(f"steer {shown(text)}: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -70,7 +70,7 @@ def _parse_part(part: str) -> tuple[str, Options]:
     return name, options_of(name, strength) if colon else {}
 
 
-def _parse_dict(asked: Options) -> Iterator[tuple[str, Options]]:
-    for key, given in asked.items():
+def _parse_dict(parsed: Options) -> Iterator[tuple[str, Options]]:
+    for key, value in parsed.items():
         name = key_name(key)
-        yield name, options_of(name, given)
+        yield name, options_of(name, value)

@@ -10,17 +10,17 @@ import numpy as np
 from vllm_steer.config import DYNAMIC, Limits
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError, SteerRequestError
-from vllm_steer.foreign import listed, shown
-from vllm_steer.request.ceilings import check_plain
-from vllm_steer.request.options import Dosable, read_dose, read_strength
+from vllm_steer.request.options import SteerAttributes, read_dose, read_strength
 from vllm_steer.request.parsing import Options, parse
+from vllm_steer.request.value_limits import check_plain
+from vllm_steer.untrusted_text import listed, shown
 
 
-class Admitting(Protocol):
-    """What decides on a request: steers and presets by name, and limits. A ``SteerPlan`` is one."""
+class SteerCatalog(Protocol):
+    """The steers, presets and limits that resolve a request; ``SteerPlan`` has them."""
 
     @property
-    def steers(self) -> Mapping[str, Dosable]: ...
+    def steers(self) -> Mapping[str, SteerAttributes]: ...
 
     @property
     def presets(self) -> Mapping[str, Mapping[str, Any]]: ...
@@ -29,51 +29,55 @@ class Admitting(Protocol):
     def limits(self) -> Limits: ...
 
 
-_LARGEST = float(np.finfo(np.float32).max)  # strengths are float32 on the device
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)  # strengths are float32 on the device
 
 
-def resolve(asked: Any, plan: Admitting) -> tuple[Dose, ...]:
-    """The doses of a request: presets opened, like doses added up, zeros dropped.
+def resolve(value: Any, plan: SteerCatalog) -> tuple[Dose, ...]:
+    """Resolve a value to doses: expand presets, add equal doses, drop zero strengths.
 
-    Raises ``SteerRequestError`` for anything that the plan does not know or does not admit.
+    Raises ``SteerRequestError`` for unknown names and for values outside the limits.
     """
-    named = [dose for name, options in parse(asked) for dose in _open_name(name, options, plan)]
-    _check_dynamic_alone(named)
+    expanded = [
+        dose for name, options in parse(value) for dose in _expand_name(name, options, plan)
+    ]
+    _check_dynamic_alone(expanded)
     strengths: dict[Dose, float] = {}
-    for dose in named:
+    for dose in expanded:
         like = replace(dose, strength=0.0)
         strengths[like] = strengths.get(like, 0.0) + dose.strength
-    doses = tuple(replace(like, strength=v) for like, v in strengths.items() if v != 0)
+    doses = tuple(
+        replace(like, strength=strength) for like, strength in strengths.items() if strength != 0
+    )
     _check_limits(doses, plan)
-    check_plain(asked)
+    check_plain(value)
     return doses
 
 
-def check_request(asked: Any, plan: Admitting, *, place: str) -> None:
-    """Raise a start-up error if a value written in a config would not be admitted."""
+def check_request(value: Any, plan: SteerCatalog, *, source: str) -> None:
+    """Raise ``SteerError`` if a value in a config would not be admitted."""
     try:
-        resolve(asked, plan)
+        resolve(value, plan)
     except SteerRequestError as error:
-        raise SteerError(f"{place}: {error}") from None
+        raise SteerError(f"{source}: {error}") from None
 
 
-def _open_name(name: str, options: Options, plan: Admitting) -> Iterator[Dose]:
+def _expand_name(name: str, options: Options, plan: SteerCatalog) -> Iterator[Dose]:
     if name in plan.presets:
         factor = _factor(name, options)
-        for steer, in_mix in plan.presets[name].items():
-            dose = read_dose(steer, in_mix, plan.steers[steer])
+        for steer, mix_entry in plan.presets[name].items():
+            dose = read_dose(steer, mix_entry, plan.steers[steer])
             yield replace(dose, strength=dose.strength * factor)
     elif name in plan.steers:
         yield read_dose(name, options, plan.steers[name])
     else:
-        known = f"steers: {listed(sorted(plan.steers))}"
+        available = f"steers: {listed(sorted(plan.steers))}"
         if plan.presets:
-            known += f"; presets: {listed(sorted(plan.presets))}"
-        raise SteerRequestError(f"steer {shown(name)} is unknown; {known}")
+            available += f"; presets: {listed(sorted(plan.presets))}"
+        raise SteerRequestError(f"steer {shown(name)} is unknown; {available}")
 
 
 def _factor(name: str, options: Options) -> float:
-    """What a preset's mix is multiplied with, the maximum of a dynamic steer too."""
+    """The factor of a preset's mix; it also multiplies the maximum of a dynamic steer."""
     if options.get("strength") == DYNAMIC:
         raise SteerRequestError(
             f"{name} is a preset: its strength is a factor of its mix, a number; ask for 'dynamic' "
@@ -97,7 +101,7 @@ def _check_dynamic_alone(doses: Sequence[Dose]) -> None:
             )
 
 
-def _check_limits(doses: Sequence[Dose], plan: Admitting) -> None:
+def _check_limits(doses: Sequence[Dose], plan: SteerCatalog) -> None:
     limits = plan.limits
     if len(doses) > limits.max_steers_per_request:
         raise SteerRequestError(
@@ -105,13 +109,13 @@ def _check_limits(doses: Sequence[Dose], plan: Admitting) -> None:
             "allowed per request (limits.max_steers_per_request)"
         )
     for dose in doses:
-        what = "max" if dose.dynamic else "strength"
-        if not abs(dose.strength) <= _LARGEST:
+        quantity = "max" if dose.dynamic else "strength"
+        if not abs(dose.strength) <= _MAX_FLOAT32:
             raise SteerRequestError(
-                f"steer {dose.steer} adds up to {what} {dose.strength}; it must be finite"
+                f"steer {dose.steer} adds up to {quantity} {dose.strength}; it must be finite"
             )
         if limits.max_strength is not None and abs(dose.strength) > limits.max_strength:
             raise SteerRequestError(
-                f"steer {dose.steer} has {what} {dose.strength:.15g}; allowed: "
+                f"steer {dose.steer} has {quantity} {dose.strength:.15g}; allowed: "
                 f"-{limits.max_strength:g} to {limits.max_strength:g} (limits.max_strength)"
             )

@@ -4,43 +4,43 @@ import math
 from typing import Any, TypeVar
 
 from vllm_steer.errors import SteerRequestError
-from vllm_steer.foreign import is_number, shown
-from vllm_steer.request.ceilings import SPACES
+from vllm_steer.request.value_limits import SPACES
+from vllm_steer.untrusted_text import is_number, shown
 
 Choice = TypeVar("Choice", bound=str)
 
 
-def number(name: str, option: str, given: Any, *, wanted: str) -> float:
-    """A finite number, also from a string; ``SteerRequestError`` says what is ``wanted``."""
+def number(name: str, option: str, raw: Any, *, expected: str) -> float:
+    """A finite number, also from a string; error messages include ``expected``."""
     try:
-        value = _float(given)
+        value = _float(raw)
     except (ValueError, OverflowError):
         raise SteerRequestError(
-            f"steer {name} has {option} {shown(given)}; expected a number, {wanted}"
+            f"steer {name} has {option} {shown(raw)}; expected a number, {expected}"
         ) from None
     if not math.isfinite(value):
-        raise SteerRequestError(f"steer {name} has {option} {shown(given)}; it must be finite")
+        raise SteerRequestError(f"steer {name} has {option} {shown(raw)}; it must be finite")
     return value
 
 
-def choice(name: str, option: str, given: Any, allowed: tuple[Choice, ...]) -> Choice:
-    """The one of the allowed words that was given."""
+def choice(name: str, option: str, value: Any, allowed: tuple[Choice, ...]) -> Choice:
+    """Check that a value is one of the allowed words."""
     for word in allowed:
-        if isinstance(given, str) and given == word:
+        if isinstance(value, str) and value == word:
             return word
     raise SteerRequestError(
-        f"steer {name} has {option} {shown(given)}; allowed: {', '.join(allowed)}"
+        f"steer {name} has {option} {shown(value)}; allowed: {', '.join(allowed)}"
     )
 
 
 def key_name(key: Any) -> str:
-    """A dict's key as a name; what is no string is no name and is answered as it is shown."""
+    """A dict key as a name; a key that is not a string is described, for the error message."""
     return key if isinstance(key, str) else shown(key)
 
 
-def _float(given: Any) -> float:
-    if isinstance(given, bool) or not isinstance(given, str | int | float):
+def _float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError
-    if isinstance(given, str) and not is_number(given.strip(SPACES)):
+    if isinstance(value, str) and not is_number(value.strip(SPACES)):
         raise ValueError
-    return float(given)
+    return float(value)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.foreign import cut, printable
+from vllm_steer.untrusted_text import cut, printable
 
 LOCK: Final = ".vllm-steer.lock"
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK

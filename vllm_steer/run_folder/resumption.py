@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError, cause
+from vllm_steer.files.atomic_write import finished_name, remove_unfinished, write_text
 from vllm_steer.files.json_text import json_text
-from vllm_steer.files.whole import clear_unfinished, finished_name, write_text
-from vllm_steer.foreign import listed, shown
-from vllm_steer.foreign import name as named
 from vllm_steer.run_folder.lock import LOCK, unusable
+from vllm_steer.untrusted_text import listed, shown
+from vllm_steer.untrusted_text import name as named
 
 SETTINGS: Final = "settings.json"
 _SHOWN: Final = 3
@@ -40,10 +40,10 @@ class RunFiles:
                 if fnmatchcase(entry.name, pattern):
                     os.unlink(entry.path)
 
-    def clear_unfinished(self, folder: Path) -> None:
+    def remove_unfinished(self, folder: Path) -> None:
         """Delete the temporary files of a process that was killed."""
         for path, pattern in _pattern_folders(folder, (*self.work, *self.persistent)):
-            clear_unfinished(path, partial(fnmatchcase, pat=pattern))
+            remove_unfinished(path, partial(fnmatchcase, pat=pattern))
 
 
 def open_with_settings(
@@ -90,7 +90,7 @@ def prepare(
             path.mkdir(parents=True, exist_ok=True)
         if not resumed:
             files.discard(folder)
-        files.clear_unfinished(folder)
+        files.remove_unfinished(folder)
     except OSError as error:
         raise unusable(folder, error) from error
     return resumed

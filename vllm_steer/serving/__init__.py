@@ -1,1 +1,1 @@
-"""The seam to vLLM: what reads its configuration, its requests, its batches and its model."""
+"""Integration with vLLM: its configuration, requests, batches and models."""

@@ -1,17 +1,17 @@
-"""Decides what an engine's processes wrap, before the first of them starts."""
+"""Selects the features that an engine's processes wrap, before the first process starts."""
 
-from vllm_steer.compat.features import why_unavailable
+from vllm_steer.compat.features import unavailable_reason
 from vllm_steer.environment import REPORTS, STEERING, STREAMS, activate
 
 
 def activate_steering(*, may_be_dynamic: bool) -> None:
-    """Have this process and those started from it wrap what a steered engine needs.
+    """Activate steering in this process and its child processes.
 
-    What dynamic strength needs is left out where the installed vLLM lacks a part of it: a request
-    for it is then refused. Its streams are left out where no request may ask for it.
+    Dynamic strength is not activated if the installed vLLM lacks a name that it needs; requests for
+    it are then rejected. Its streams are not activated if no request may use it.
     """
     activate(STEERING)
-    if why_unavailable("dynamic strength") is None:
+    if unavailable_reason("dynamic strength") is None:
         activate(REPORTS)
         if may_be_dynamic:
             activate(STREAMS)

@@ -8,52 +8,56 @@ from vllm_steer.serving.cache_key import SteeredSalt, steered_salt
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.reporting_state import enable_reporting
 from vllm_steer.serving.request_args import (
+    STEER,
     STREAM,
     STRENGTHS,
     RejectedSteer,
     argument,
-    asked_strengths,
     doses_of,
-    refuse_stream,
+    reject_stream_argument,
     rejecting,
+    wants_strengths,
 )
 
 
 def admit(params: Any, vllm_config: Any) -> tuple[Dose, ...]:
-    """What a request takes, by its own ``steer`` value or by the config's default.
+    """The doses of a request, from its ``steer`` value or the config's default.
 
-    Raises ``RejectedSteer`` if it cannot be served as it is steered.
+    Raises ``RejectedSteer`` if the request cannot be served with these doses.
     """
     plan = plan_of(vllm_config)
     if plan is None:
         return ()
-    with rejecting():
+    with rejecting(STREAM):
         if argument(params, STREAM) is not None:
-            refuse_stream()
-        reports = asked_strengths(params)
+            reject_stream_argument()
+    with rejecting(STRENGTHS):
+        reports = wants_strengths(params)
+    with rejecting(STEER):
         doses = doses_of(params, plan)
-        if reports or is_dynamic(doses):
+        if is_dynamic(doses):
             _check_dynamic(doses, params, plan, vllm_config)
+    if reports and not is_dynamic(doses):
+        from vllm_steer.serving.dynamic_admission import check_available
+
+        with rejecting(STRENGTHS):
+            check_available(f"remove {STRENGTHS}")
     return doses
 
 
 def _check_dynamic(doses: tuple[Dose, ...], params: Any, plan: SteerPlan, vllm_config: Any) -> None:
-    from vllm_steer.serving import dynamic_admission
+    from vllm_steer.serving.dynamic_admission import check_engine_for, check_params_for
 
-    if is_dynamic(doses):
-        dynamic_admission.check_engine_for(doses, plan, vllm_config)
-        dynamic_admission.check_params_for(doses, params)
-        enable_reporting(plan)
-    else:
-        dynamic_admission.check_served(f"leave {STRENGTHS} away")
+    check_engine_for(doses, plan, vllm_config)
+    check_params_for(doses, params)
+    enable_reporting(plan)
 
 
 def key_request(request: Any, vllm_config: Any) -> tuple[Dose, ...]:
-    """Admit a request in the engine core, and give one whose steers change its KV a prefix-cache
-    key of its own; the doses are returned.
+    """Admit a request in the engine core, set its prefix-cache key, and return its doses.
 
-    Requests of frontends that are not Python are checked here alone: ``RejectedSteer`` ends this
-    request and leaves the engine running.
+    This is the only check of requests that bypass the Python frontend. ``RejectedSteer`` ends the
+    request; the engine keeps running.
     """
     plan = plan_of(vllm_config)
     if plan is None or request.sampling_params is None:
@@ -68,7 +72,7 @@ def key_request(request: Any, vllm_config: Any) -> tuple[Dose, ...]:
     if isinstance(salt, SteeredSalt) and getattr(request, "resumable", False):
         raise RejectedSteer(
             "steers inside the layers do not work with streaming input, whose prompt grows while "
-            "its KV is kept; steer at the LM head, or 'none'"
+            "its KV stays cached; use steers at the LM head, or steer 'none'"
         )
     request.cache_salt = salt
     return doses

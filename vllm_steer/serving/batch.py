@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_steer.compat.patching import works_otherwise
+from vllm_steer.compat.patching import unknown_behavior
 from vllm_steer.doses import is_dynamic
 from vllm_steer.kernels.lm_steer import LMSteerBackend
 from vllm_steer.plan import SteerPlan
@@ -105,7 +105,9 @@ class SteeredBatch:
         Its layers then ran on the doses of another step, or on none.
         """
         if self.has_steered_requests and not self._is_announced:
-            raise RuntimeError(works_otherwise("a step with steered requests ran without its rows"))
+            raise RuntimeError(
+                unknown_behavior("a step with steered requests ran without its rows")
+            )
 
     def _set_request(self, req_id: str, request: SteeredRequest | None) -> None:
         if request is not None:

@@ -50,12 +50,12 @@ def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str 
         for key in _keys(dose, plan.steers[dose.steer], prompt_len, request)
     ]
     if not keys:
-        own: str | None = request.cache_salt
-        return own
-    at_once = sorted(key.digest for key in keys if key.position == 0)
+        user_salt: str | None = request.cache_salt
+        return user_salt
+    from_start = sorted(key.digest for key in keys if key.position == 0)
     salt = SteeredSalt(
-        f"{request.cache_salt or ''}|steer:{','.join(at_once)}"
-        if at_once
+        f"{request.cache_salt or ''}|steer:{','.join(from_start)}"
+        if from_start
         else request.cache_salt or ""
     )
     salt.keys = tuple(sorted(keys, key=lambda key: key.digest))
@@ -75,12 +75,12 @@ def with_steer_keys(
     salt = request.cache_salt
     if not isinstance(salt, SteeredSalt):
         return keys, next_mm_idx
-    mine = (
+    steer_keys = (
         ("steer", key.digest)
         for key in salt.keys
         if start_token_idx <= key.position < end_token_idx
     )
-    return (*map(_plain, keys or ()), *mine) or None, next_mm_idx
+    return (*map(_plain, keys or ()), *steer_keys) or None, next_mm_idx
 
 
 def _plain(key: Any) -> Any:
@@ -97,8 +97,8 @@ def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int, request: Any) -> Ite
         return
     if dose.dynamic:
         # Ids may come again: then all that the strengths follow from has to be alike.
-        own = (request.request_id, dose.dynamic.top_p, dose.dynamic.kl)
-        yield BlockKey(first, _digest(dose, steer, first, *own))
+        request_parts = (request.request_id, dose.dynamic.top_p, dose.dynamic.kl)
+        yield BlockKey(first, _digest(dose, steer, first, *request_parts))
         return
     yield BlockKey(first, _digest(dose, steer, first))
     if steer.steps is None and last <= prompt_len:
@@ -109,7 +109,7 @@ def _digest(dose: Dose, steer: PlannedSteer, *more: int | float | str) -> str:
     """Everything that decides what a dose does to a token: with its span, and with the request that
     a dynamic one belongs to.
     """
-    acts = [
+    effect = [
         steer.content,
         dose.strength,
         dose.layers or steer.layers,
@@ -117,7 +117,7 @@ def _digest(dose: Dose, steer: PlannedSteer, *more: int | float | str) -> str:
         steer.steps is not None and dose.phase,
         more,
     ]
-    return hashlib.sha256(json.dumps(acts).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(effect).encode()).hexdigest()[:32]
 
 
 def _prompt_len(request: Any) -> int:

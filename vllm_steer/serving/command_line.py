@@ -1,7 +1,7 @@
 """``--steer-config``, moved into ``additional_config`` when vLLM parses its command line.
 
-Folding at parse time, not later, because API server processes are started from the parsed
-arguments alone, before any plugin is loaded in them.
+This happens at parse time, because API server processes are started with the parsed arguments,
+before a plugin is loaded in them.
 """
 
 import argparse
@@ -32,12 +32,12 @@ def add_steer_config_flag(parser: Any) -> Any:
 
     @functools.wraps(parse)
     def parse_and_fold(*args: Any, **kwargs: Any) -> Any:
-        namespace, rest = parse(*args, **kwargs)
+        namespace, unknown_args = parse(*args, **kwargs)
         try:
             fold(namespace)
         except SteerError as error:
             parser.error(str(error))
-        return namespace, rest
+        return namespace, unknown_args
 
     parser.parse_known_args = parse_and_fold
     return parser
@@ -49,13 +49,13 @@ def fold(namespace: argparse.Namespace) -> None:
     Raises ``SteerError`` for a config that cannot be read or that is given twice.
     """
     source = getattr(namespace, "steer_config", None)
-    given = getattr(namespace, "additional_config", None) or {}
+    additional_config = getattr(namespace, "additional_config", None) or {}
     if source is not None:
-        if "steer" in given:
+        if "steer" in additional_config:
             raise SteerError(f"{FLAG} and additional_config['steer'] are both given; give one")
-        namespace.additional_config = given | {"steer": source}
+        namespace.additional_config = additional_config | {"steer": source}
         namespace.steer_config = None
-    elif given.get("steer") is None:
+    elif additional_config.get("steer") is None:
         return
     config = SteerConfig.load(namespace.additional_config["steer"])
     # Before vLLM starts a fork server, whose children have the environment of its start.
@@ -78,12 +78,14 @@ def _serve_presets(namespace: argparse.Namespace, config: SteerConfig) -> None:
 
 
 def _names_preset(name: str, names: list[str], config: SteerConfig) -> bool:
-    """Whether a served name is ``BASE:preset`` of another one; refuses one that only looks so."""
+    """True if a name is ``BASE:preset`` of a served one; ``SteerError`` if BASE is unknown."""
     base, colon, preset = name.rpartition(":")
     if not colon or preset not in config.presets:
         return False
     if base not in names:
         raise SteerError(
-            f"the served model name {name} ends like a model of preset {preset}; rename one"
+            f"the served model name {name} looks like preset {preset} of a model {base}, which "
+            "is not "
+            "served; rename the model or the preset"
         )
     return True

@@ -4,42 +4,46 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_steer.compat import options
-from vllm_steer.compat.features import why_unavailable
+from vllm_steer.compat.features import unavailable_reason
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.streams import needs_streams, num_streams
 from vllm_steer.steers.sites import acts_at_head
 
-_INSTEAD = "or give the steers fixed strengths"
+_OR_FIXED = "or give the steers fixed strengths"
 
 
 def check_engine_for(doses: Sequence[Dose], plan: SteerPlan, vllm_config: Any) -> None:
     """Raise ``SteerRequestError`` if an engine cannot serve doses some of which are dynamic."""
     in_streams = needs_streams(doses, plan)
-    for is_on, name, way_out in (*_REFUSED, *(_REFUSED_IN_STREAMS if in_streams else ())):
+    for is_on, name, advice in (
+        *_INCOMPATIBLE,
+        *(_INCOMPATIBLE_WITH_STREAMS if in_streams else ()),
+    ):
         if is_on(vllm_config):
-            raise _not_with(name, f"{way_out}, {_INSTEAD}")
+            raise _incompatible(name, f"{advice}, {_OR_FIXED}")
     if options.lora_config(vllm_config) is not None and _any_at_head(doses, plan):
-        raise _not_with(
-            "LoRA for a steer at the LM head: its unsteered and probing rows there are none of a "
-            "request's own and would go without the adapter",
-            "restart without enable_lora, ask for a steer inside the layers, " + _INSTEAD,
+        raise _incompatible(
+            "LoRA for a steer at the LM head: LoRA would not be applied to the extra LM-head "
+            "rows that "
+            "compute the strength",
+            "restart without enable_lora, ask for a steer inside the layers, " + _OR_FIXED,
         )
-    check_served(_INSTEAD)
-    wanted, seats = num_streams(doses, plan), options.max_requests_at_once(vllm_config)
-    if wanted > seats:
+    check_available(_OR_FIXED)
+    num_needed, num_slots = num_streams(doses, plan), options.max_requests_at_once(vllm_config)
+    if num_needed > num_slots:
         raise SteerRequestError(
-            f"the dynamic strengths need {wanted} streams side by side and the engine runs "
-            f"{seats} requests at once; ask for fewer dynamic steers, or restart with "
-            f"--max-num-seqs {wanted} or more"
+            f"the dynamic strengths need {num_needed} streams at once and the engine runs "
+            f"{num_slots} requests at once; ask for fewer dynamic steers, or restart with "
+            f"--max-num-seqs {num_needed} or more"
         )
 
 
-def check_served(way_out: str) -> None:
+def check_available(advice: str) -> None:
     """Raise ``SteerRequestError`` if the installed vLLM cannot serve dynamic strength at all."""
-    if reason := why_unavailable("dynamic strength"):
-        raise SteerRequestError(f"dynamic strength is not available: {reason}; {way_out}")
+    if reason := unavailable_reason("dynamic strength"):
+        raise SteerRequestError(f"dynamic strength is not available: {reason}; {advice}")
 
 
 def check_params_for(doses: Sequence[Dose], params: Any) -> None:
@@ -55,24 +59,24 @@ def check_params_for(doses: Sequence[Dose], params: Any) -> None:
     if params.prompt_logprobs is not None:
         raise SteerRequestError(
             f"dynamic strength ({names}) begins with the first token after the prompt, hence there "
-            f"are no prompt logprobs under it; leave prompt_logprobs away, {_INSTEAD}"
+            f"are no prompt logprobs under it; leave prompt_logprobs away, {_OR_FIXED}"
         )
 
 
 def check_input_for(doses: Sequence[Dose], plan: SteerPlan, request: Any) -> None:
     """Raise ``SteerRequestError`` for a prompt that a request's streams cannot share."""
     if getattr(request, "resumable", False):
-        raise _not_with("streaming input, whose prompt grows", "send the whole prompt")
+        raise _incompatible("streaming input, whose prompt grows", "send the whole prompt")
     if not needs_streams(doses, plan):
         return
     if getattr(request, "prompt_embeds", None) is not None:
-        raise _not_with("prompt embeddings", "send text or token ids, " + _INSTEAD)
+        raise _incompatible("prompt embeddings", "send text or token ids, " + _OR_FIXED)
     if getattr(request, "mm_features", None):
-        raise _not_with("images, audio or video in the prompt", "send text only, " + _INSTEAD)
+        raise _incompatible("images, audio or video in the prompt", "send text only, " + _OR_FIXED)
 
 
-def _not_with(name: str, way_out: str) -> SteerRequestError:
-    return SteerRequestError(f"dynamic strength does not work with {name}; {way_out}")
+def _incompatible(name: str, advice: str) -> SteerRequestError:
+    return SteerRequestError(f"dynamic strength does not work with {name}; {advice}")
 
 
 def _any_at_head(doses: Sequence[Dose], plan: SteerPlan) -> bool:
@@ -85,7 +89,7 @@ def _prefills_are_spaced(vllm_config: Any) -> bool:
     return interval > 1 and options.data_parallel_size(vllm_config) == 1
 
 
-_REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+_INCOMPATIBLE: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         lambda c: options.speculative_config(c) is not None,
         "speculative decoding: a strength is known only once the token before it is",
@@ -93,7 +97,7 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     ),
 )
 
-_REFUSED_IN_STREAMS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+_INCOMPATIBLE_WITH_STREAMS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         lambda c: options.pipeline_parallel_size(c) > 1,
         "pipeline parallelism: only the last stage would know the strengths",

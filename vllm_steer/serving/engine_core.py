@@ -1,4 +1,4 @@
-"""A request's way into the engine core: admission, prefix-cache key, streams if it needs any."""
+"""Preprocesses a request in the engine core: admission, prefix-cache key, streams."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from vllm_steer.serving.plan_transport import plan_of
 def preprocess_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
     """``EngineCore.preprocess_add_request`` for a request that may be steered.
 
-    Raises ``RejectedSteer`` for a request that cannot be served: it alone fails.
+    Raises ``RejectedSteer`` for a request that cannot be served; other requests are unaffected.
     """
     plan = plan_of(core.vllm_config)
     if plan is None or request.sampling_params is None:

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from vllm_steer.bank import HeadBank, HeadTable
-from vllm_steer.compat.patching import works_otherwise, wrap
+from vllm_steer.compat.patching import unknown_behavior, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.dynamic.head_pass import HeadPass
 from vllm_steer.serving.dynamic.strengths import DynamicStep
 from vllm_steer.serving.head_rows import HeadRows
 
-Parts = list[tuple[slice, Any]]
-"""Rows that are steered at once, and their pairs as the backend prepared them."""
+RowParts = list[tuple[slice, Any]]
+"""Slices of rows, and the backend's metadata for each."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class SteeredHead:
     is_profiled: bool = False
     may_be_dynamic: bool = True
     calls: Counter[str] = field(default_factory=Counter)
-    _logits_parts: Parts = field(default_factory=list, repr=False)
+    _logits_parts: RowParts = field(default_factory=list, repr=False)
     _starting: bool = True
 
     def attach(self, model: nn.Module) -> None:
@@ -88,16 +88,16 @@ class SteeredHead:
         args: Any,
         kwargs: Any,
         hidden_states: torch.Tensor,
-        parts: Callable[[HeadTable | None], Parts],
+        parts: Callable[[HeadTable | None], RowParts],
     ) -> Any:
         """The model's logits of ``hidden_states``, whose steered pairs ``parts`` gives by table."""
         hidden_parts, self._logits_parts = parts(self.bank.hidden), parts(self.bank.logits)
-        if hidden_parts and _is_whole(hidden_parts, hidden_states):
+        if hidden_parts and _covers_all_rows(hidden_parts, hidden_states):
             hidden_states = self._apply("hidden", hidden_states, hidden_parts[0][1])
         elif hidden_parts:
-            given, hidden_states = hidden_states, hidden_states.clone()
+            unsteered, hidden_states = hidden_states, hidden_states.clone()
             for rows, metadata in hidden_parts:
-                hidden_states[rows] = self._apply("hidden", given[rows], metadata)
+                hidden_states[rows] = self._apply("hidden", unsteered[rows], metadata)
         try:
             return original(hidden_states, *args, **kwargs)
         finally:
@@ -109,11 +109,11 @@ class SteeredHead:
         A dummy run has one row per request; a step with speculation has more, and so may a part of
         a prompt. The dummy run's own rows have already been steered.
         """
-        most = self.rows.rows_at_once or 0
+        num_rows = self.rows.rows_at_once or 0
         for name, x in (("hidden", hidden_states), ("logits", logits)):
             table = getattr(self.bank, name)
-            if table is not None and most > x.shape[0]:
-                wide = x.new_zeros(most, x.shape[1])
+            if table is not None and num_rows > x.shape[0]:
+                wide = x.new_zeros(num_rows, x.shape[1])
                 self._apply(name, wide, self.rows.rows_of(wide, table))
         if self.may_be_dynamic:
             self.rows.strengths.warm_up(logits)
@@ -137,18 +137,21 @@ class SteeredHead:
         pairs = self._pairs(self.rows.first_pass, step)
         logits: torch.Tensor | None = None
         for first, last in _spans(num_rows, whole.shape[0], self.rows.rows_at_once):
-            part = [each.part(first, last) if each is not None else None for each in pairs]
-            found = self._pass(compute, whole[first:last], part)
-            logits = found if logits is None else logits
-            self.rows.strengths.compute(step, logits, found, first)
+            part = [
+                head_pass.part(first, last) if head_pass is not None else None
+                for head_pass in pairs
+            ]
+            part_logits = self._pass(compute, whole[first:last], part)
+            logits = part_logits if logits is None else logits
+            self.rows.strengths.compute(step, logits, part_logits, first)
         assert logits is not None
         self.rows.strengths.finish_step(step)
         logits = logits[:num_rows]
         if step.alone:
             rows = _rows_at(step.alone, hidden_states)
-            again = self._pass(compute, rows, self._pairs(self.rows.second_pass, step))
-            (where,) = upload([np.array(step.alone, dtype=np.int64)], logits.device)
-            logits.index_copy_(0, where, again)
+            steered = self._pass(compute, rows, self._pairs(self.rows.second_pass, step))
+            (indices,) = upload([np.array(step.alone, dtype=np.int64)], logits.device)
+            logits.index_copy_(0, indices, steered)
         return logits
 
     def _pairs(
@@ -162,18 +165,18 @@ class SteeredHead:
     ) -> torch.Tensor:
         """The logits of ``rows`` under these pairs, by table."""
         metadata = {
-            id(table): self.rows.prepare_pass(found, table)
-            for table, found in zip(self._tables, pairs, strict=True)
+            id(table): self.rows.prepare_pass(head_pass, table)
+            for table, head_pass in zip(self._tables, pairs, strict=True)
         }
 
-        def parts(table: HeadTable | None) -> Parts:
-            found = metadata.get(id(table))
-            return [] if found is None else [(slice(0, rows.shape[0]), found)]
+        def parts(table: HeadTable | None) -> RowParts:
+            head_pass = metadata.get(id(table))
+            return [] if head_pass is None else [(slice(0, rows.shape[0]), head_pass)]
 
         logits: torch.Tensor | None = compute(rows, parts)
         if logits is None:
             raise RuntimeError(
-                works_otherwise("this rank has no logits to compute dynamic strengths from")
+                unknown_behavior("this rank has no logits to compute dynamic strengths from")
             )
         return logits
 
@@ -182,13 +185,13 @@ class SteeredHead:
         if logits is None:
             return None
         parts = self._logits_parts
-        if parts and _is_whole(parts, logits):
+        if parts and _covers_all_rows(parts, logits):
             return self._apply("logits", logits, parts[0][1])
         for rows, metadata in parts:
             logits[rows] = self._apply("logits", logits[rows], metadata)
         return logits
 
-    def _parts(self, x: torch.Tensor, table: HeadTable | None) -> Parts:
+    def _parts(self, x: torch.Tensor, table: HeadTable | None) -> RowParts:
         """The rows of ``x`` that are steered at once, and their pairs."""
         if table is None:
             return []
@@ -204,8 +207,8 @@ class SteeredHead:
         return self.rows.backend.steer_rows(x, getattr(self.bank, name).weights, metadata)
 
 
-def _is_whole(parts: Parts, x: torch.Tensor) -> bool:
-    """Whether there is one part, of all rows."""
+def _covers_all_rows(parts: RowParts, x: torch.Tensor) -> bool:
+    """True if there is one part with all rows."""
     return len(parts) == 1 and parts[0][0].start == 0 and parts[0][0].stop >= x.shape[0]
 
 
@@ -223,8 +226,8 @@ def _rows_at(rows: Sequence[int], x: torch.Tensor) -> torch.Tensor:
 
 def _logits_processor(model: nn.Module) -> Any:
     """The module that applies the LM head; a LoRA wrapper counts as the one it wraps."""
-    found = {name: m for name, m in model.named_modules() if hasattr(m, "_get_logits")}
-    outer = {n: m for n, m in found.items() if not n.endswith("base_layer")}
+    processors = {name: m for name, m in model.named_modules() if hasattr(m, "_get_logits")}
+    outer = {n: m for n, m in processors.items() if not n.endswith("base_layer")}
     if len(outer) != 1:
         raise SteerError(
             f"{type(model).__name__} has {len(outer)} logits processors; an offset steer needs "

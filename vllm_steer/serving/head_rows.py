@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vllm_steer.bank import HeadTable
-from vllm_steer.compat.patching import works_otherwise
+from vllm_steer.compat.patching import unknown_behavior
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import LMSteerBackend, SteeredRows
 from vllm_steer.serving.dynamic.head_pass import HeadPass, first_pass, second_pass
@@ -24,7 +24,7 @@ from vllm_steer.serving.step import BatchRows, SteeredRequest, Step
 
 _BATCHES_KEPT = 4
 
-FEW = 128
+MIN_ROWS_AT_ONCE = 128
 """Rows that a product of the LM head takes in about the time of one: its weights set the pace."""
 
 
@@ -33,8 +33,8 @@ class HeadRows:
 
     ``requests`` are the steered requests of the batch, which fills them. ``max_rows`` bounds the
     logits rows of a step; None if nothing does. ``rows_at_once`` is how many rows the head computes
-    at once where there are more: ``max_rows``, or ``FEW`` in a small engine. ``max_doses`` is how
-    many steers a request may have.
+    at once where there are more: ``max_rows``, or ``MIN_ROWS_AT_ONCE`` in a small engine.
+    ``max_doses`` is how many steers a request may have.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class HeadRows:
         max_doses: int,
     ) -> None:
         self.backend = backend
-        self.rows_at_once = None if max_rows is None else max(max_rows, FEW)
+        self.rows_at_once = None if max_rows is None else max(max_rows, MIN_ROWS_AT_ONCE)
         self.is_dummy_run = True
         self._requests = requests
         self._dynamic = dynamic
@@ -109,8 +109,8 @@ class HeadRows:
         num_rows = x.shape[0]
         if self._hidden_states is None or self.rows_at_once is None:
             return [slice(0, num_rows)]
-        most = self.rows_at_once
-        return [slice(at, at + most) for at in range(0, num_rows, most)]
+        size = self.rows_at_once
+        return [slice(at, at + size) for at in range(0, num_rows, size)]
 
     def rows_of(self, x: torch.Tensor, table: HeadTable) -> Any:
         """The pairs of ``x`` and a table's slots, as the backend prepared them; None if no row of
@@ -121,7 +121,7 @@ class HeadRows:
         if not self._requests:
             return None
         if self._token_rows is None or self._logits_rows is None:
-            raise RuntimeError(works_otherwise("a step reached the LM head without its rows"))
+            raise RuntimeError(unknown_behavior("a step reached the LM head without its rows"))
         if self._hidden_states is not None:
             window = self._token_rows.window(_first_token(x, self._hidden_states), x.shape[0])
             return self._prepare(steered_rows(window, self._slots_of(table)), table)
@@ -161,8 +161,8 @@ class HeadRows:
     def _pass(self, make: Any, table: HeadTable, step: DynamicStep) -> HeadPass | None:
         assert self._logits_rows is not None
         slots, requests = self._slots_of(table), self._dynamic.requests
-        found: HeadPass | None = make(step, self._logits_rows, slots, table, requests)
-        return found
+        head_pass: HeadPass | None = make(step, self._logits_rows, slots, table, requests)
+        return head_pass
 
     def _metadata_for(self, rows: BatchRows) -> dict[int, Any]:
         """The metadata kept for these rows; streams bring the same batches back in turns."""
@@ -193,6 +193,6 @@ def _first_token(x: torch.Tensor, hidden_states: torch.Tensor) -> int:
     """The row of ``hidden_states`` that its slice ``x`` begins with."""
     if x.untyped_storage().data_ptr() != hidden_states.untyped_storage().data_ptr():
         raise RuntimeError(
-            works_otherwise("prompt logprobs are of rows that are no slice of the model's output")
+            unknown_behavior("prompt logprobs are of rows that are no slice of the model's output")
         )
     return (x.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)

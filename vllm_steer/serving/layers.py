@@ -14,11 +14,11 @@ from torch import nn
 from vllm_steer.bank import SiteTable, fill_layer_bank
 from vllm_steer.bank.layers import GuidanceSteer
 from vllm_steer.compat import options
-from vllm_steer.compat.patching import advice
+from vllm_steer.compat.patching import version_advice
 from vllm_steer.errors import SteerError
 from vllm_steer.families import Family, decoder_layers, family_of, submodule
 from vllm_steer.kernels.guidance import GuidanceBackend
-from vllm_steer.serving.site import SteeredPlace, SteeredSite
+from vllm_steer.serving.site import SiteLayer, SteeredSite
 
 _PADDING = 512  # more than vLLM pads a batch by
 
@@ -30,7 +30,7 @@ class SteeredLayers:
         self.sites = sites
         self._family = family
 
-    def attach(self, model: nn.Module, places: dict[str, Any], num_layers: int) -> None:
+    def attach(self, model: nn.Module, forward_context: dict[str, Any], num_layers: int) -> None:
         """Hook the model's modules and enter their places where the forward context finds them.
 
         Raises ``SteerError`` if the model lacks a module or returns its stream in another way.
@@ -40,7 +40,7 @@ class SteeredLayers:
         for site in self.sites:
             for index, number in enumerate(site.table.layers):
                 name = f"vllm_steer.{site.table.site}.{number}"
-                places[name] = SteeredPlace(site, index)
+                forward_context[name] = SiteLayer(site, index)
                 module = _module(layers[number], self._family, site.table)
                 is_block = module is layers[number]
                 module.register_forward_hook(_hook(name, site.table, pair=pair and is_block))
@@ -82,9 +82,11 @@ def steered_layers(
     """The sites of the steers in the layers of this rank; None if they touch none of them."""
     family = family_of(options.architectures(vllm_config))
     count = options.num_layers(vllm_config)
-    here = [i for i, layer in enumerate(decoder_layers(model, count)) if not _is_elsewhere(layer)]
+    local_layers = [
+        i for i, layer in enumerate(decoder_layers(model, count)) if not _is_on_other_stage(layer)
+    ]
     project = projections(model, family, count, options.dtype(vllm_config))
-    bank = fill_layer_bank(steers, layers=here, device=device, project=project)
+    bank = fill_layer_bank(steers, layers=local_layers, device=device, project=project)
     tokens = _max_tokens(vllm_config)
     sites = tuple(
         SteeredSite(table, backend, max_doses=max_doses, max_tokens=tokens, device=device)
@@ -107,9 +109,9 @@ def projections(
         attention = submodule(layers[layer], family.attention, "heads")
         projection = submodule(attention, family.projection, "heads")
         projection = getattr(projection, "base_layer", projection)
-        mine = _own_columns(projection, rows).to(dtype)
+        local_rows = _local_columns(projection, rows).to(dtype)
         with torch.inference_mode():
-            both = _first(projection(torch.cat([mine, torch.zeros_like(mine[:1])])))
+            both = _first(projection(torch.cat([local_rows, torch.zeros_like(local_rows[:1])])))
             return (both[:-1] - both[-1:]).float().clone()
 
     return project
@@ -128,19 +130,19 @@ def _max_tokens(vllm_config: Any) -> int:
     return -(-most // _PADDING) * _PADDING
 
 
-def _is_elsewhere(layer: nn.Module) -> bool:
+def _is_on_other_stage(layer: nn.Module) -> bool:
     """Whether another pipeline stage has this layer."""
     return type(layer).__name__ == "PPMissingLayer"
 
 
-def _own_columns(projection: Any, rows: torch.Tensor) -> torch.Tensor:
+def _local_columns(projection: Any, rows: torch.Tensor) -> torch.Tensor:
     """The columns of the heads that this rank's projection takes."""
     whole = getattr(projection, "input_size", rows.shape[1])
-    mine = getattr(projection, "input_size_per_partition", whole)
+    local_width = getattr(projection, "input_size_per_partition", whole)
     if rows.shape[1] != whole:
         raise SteerError(f"a steer at heads is {rows.shape[1]} wide; the model's heads are {whole}")
-    start = getattr(projection, "tp_rank", 0) * mine
-    return rows[:, start : start + mine]
+    start = getattr(projection, "tp_rank", 0) * local_width
+    return rows[:, start : start + local_width]
 
 
 def _module(layer: nn.Module, family: Family, table: SiteTable) -> nn.Module:
@@ -164,7 +166,7 @@ def _hook(name: str, table: SiteTable, *, pair: bool) -> Callable[[Any, Any, Any
         if is_stream and not (isinstance(output, tuple) and len(output) == 2):
             raise RuntimeError(
                 f"vllm-steer: {name} returned no pair of hidden states and residual, as this model "
-                f"should; {advice()}"
+                f"should; {version_advice()}"
             )
         steer_tokens_(_first(output), output[1] if needs_residual else None, name)
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ReportingState:
-    """Until a request needs it, no output is searched for strengths.
+    """State of strength reporting; outputs are not searched for strengths until a request needs it.
 
     is_enabled  whether any request with dynamic strength, or one that asks, was admitted
     plan        the plan under which the last dynamic one was admitted
@@ -23,6 +23,6 @@ REPORTING = ReportingState()
 
 
 def enable_reporting(plan: "SteerPlan | None" = None) -> None:
-    """Have outputs searched for strengths in this process, from here on."""
+    """Enable the search for strengths in outputs in this process. Cannot be disabled again."""
     REPORTING.is_enabled = True
     REPORTING.plan = plan or REPORTING.plan

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_steer.compat.patching import works_otherwise, wrap
+from vllm_steer.compat.patching import unknown_behavior, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.batch import SteeredBatch
@@ -115,11 +115,11 @@ def _force_tokens_v2(
     if streams is not None and streams.tokens:
         slots = [runner.req_states.req_id_to_index[req_id] for req_id in streams.tokens]
         sampled = runner.req_states.last_sampled_tokens
-        where, tokens = upload(
+        indices, tokens = upload(
             [np.array(slots), np.array([token for _, token in streams.tokens.values()])],
             sampled.device,
         )
-        sampled[where, 0] = tokens
+        sampled[indices, 0] = tokens
     return original(scheduler_output, *args, **kw)
 
 
@@ -201,22 +201,24 @@ def _prompt_logprobs_v2(
         return original(logits_fn, hidden_states, *args, **kw)
 
 
-def _require_calls(runner: Any, method: str, wanted: str) -> None:
+def _require_calls(runner: Any, method: str, call: str) -> None:
     """Check that the runner's code still goes through what is wrapped.
 
-    ``wanted`` is an attribute and what it is read from: ``self.prepare_inputs`` is not the method
+    ``call`` is an attribute and what it is read from: ``self.prepare_inputs`` is not the method
     of that name of another object.
     """
-    owner, name = wanted.split(".")
+    owner, name = call.split(".")
     code = dis.get_instructions(inspect.unwrap(getattr(type(runner), method)))
-    code = (each for each in code if each.opname != "EXTENDED_ARG")  # a part of the one after it
-    reads = ((_read(before), _read(after)) for before, after in itertools.pairwise(code))
+    code = (
+        instruction for instruction in code if instruction.opname != "EXTENDED_ARG"
+    )  # a part of the one after it
+    reads = ((_name_read(before), _name_read(after)) for before, after in itertools.pairwise(code))
     if (owner, name) not in reads:
-        raise SteerError(works_otherwise(f"{type(runner).__name__}.{method} calls no {wanted}"))
+        raise SteerError(unknown_behavior(f"{type(runner).__name__}.{method} calls no {call}"))
 
 
-def _read(instruction: dis.Instruction) -> str | None:
+def _name_read(instruction: dis.Instruction) -> str | None:
     """The variable or attribute that an instruction reads, of two variables the last one."""
-    read = instruction.argval if instruction.opname.startswith("LOAD_") else None
-    last = read[-1] if isinstance(read, tuple) and read else read
+    value = instruction.argval if instruction.opname.startswith("LOAD_") else None
+    last = value[-1] if isinstance(value, tuple) and value else value
     return last if isinstance(last, str) else None

@@ -1,6 +1,6 @@
 """One site inside the layers: its table, the step's token map, and the operation.
 
-``SteeredPlace`` is what the custom op finds in vLLM's forward context: one layer of one site.
+``SiteLayer`` is what the custom op finds in vLLM's forward context: one layer of one site.
 """
 
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ from enum import Enum, auto
 import torch
 
 from vllm_steer.bank import SiteTable
-from vllm_steer.compat.patching import works_otherwise
+from vllm_steer.compat.patching import unknown_behavior
 from vllm_steer.kernels.guidance import GuidanceBackend, StepChanges, TokenMap, TokenRules
 from vllm_steer.serving.step import SteeredRequest, Step
-from vllm_steer.serving.token_rules import Columns, guidance_rules
+from vllm_steer.serving.token_rules import RequestColumns, guidance_rules
 
 _BATCHES_KEPT = 4
 
 
 class SiteState(Enum):
-    """What the next forward pass finds at a site.
+    """The state of a site before the next forward pass.
 
     WARMUP         a dummy run of start-up, which computes the widest step
     IDLE           nothing to do
@@ -61,7 +61,7 @@ class SteeredSite:
         self._state = self._unsteered_state = SiteState.WARMUP
         self._batch: list[str] | None = None
         self._rules: TokenRules
-        self._columns: dict[str, Columns] = {}
+        self._columns: dict[str, RequestColumns] = {}
         self._made: dict[tuple[str, ...], TokenRules] = {}
         self._map = TokenMap(
             directions=torch.zeros(max_doses, max_tokens, dtype=torch.int32, device=device),
@@ -151,7 +151,7 @@ class SteeredSite:
         self.reached.add(layer)
         if self._state is SiteState.AWAITING_STEP:
             raise RuntimeError(
-                works_otherwise(f"a step reached {self.table.site} without its tokens")
+                unknown_behavior(f"a step reached {self.table.site} without its tokens")
             )
         depth = self._depth
         if _capturing(self._device) or self._state is SiteState.WARMUP:
@@ -161,13 +161,15 @@ class SteeredSite:
         rows = hidden.view(-1, hidden.shape[-1])
         if rows.shape[0] > self._map.directions.shape[1]:
             raise RuntimeError(
-                works_otherwise(
+                unknown_behavior(
                     f"{rows.shape[0]} tokens at {self.table.site}, room for "
                     f"{self._map.directions.shape[1]}"
                 )
             )
-        kept = None if residual is None else residual.view(-1, residual.shape[-1])
-        self._backend.steer_tokens_(rows, kept, self.table.directions, layer, self._map, depth)
+        residual_rows = None if residual is None else residual.view(-1, residual.shape[-1])
+        self._backend.steer_tokens_(
+            rows, residual_rows, self.table.directions, layer, self._map, depth
+        )
 
     def _rules_of(
         self,
@@ -192,14 +194,14 @@ class SteeredSite:
 
 
 @dataclass(frozen=True)
-class SteeredPlace:
+class SiteLayer:
     """One layer of one site, by the layer's index in the site's table."""
 
     site: SteeredSite
     layer: int
 
     def steer_(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Steer the place's tensor in place."""
+        """Steer the site's tensor in place."""
         self.site.steer_(hidden, residual, self.layer)
 
 

@@ -1,4 +1,4 @@
-"""Start-up checks: a plan that does not fit the model, a feature that rules steering out."""
+"""Start-up checks: the plan must fit the model, and no feature may be incompatible."""
 
 import logging
 from collections.abc import Callable
@@ -22,16 +22,16 @@ logger = logging.getLogger("vllm.vllm_steer")
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Raise ``SteerError`` if the plan does not fit the model or a feature is in its way."""
+    """Raise ``SteerError`` if the plan does not fit the model or a feature is incompatible."""
     plan = plan_of(vllm_config)
     assert plan is not None
     _warn_of_version()
     _check_kernels(plan, options.device_type(vllm_config))
     inside = plan.sites != {HEAD}
-    refused = (*_REFUSED, *(_REFUSED_INSIDE if inside else ()))
-    for is_on, name, way_out in refused:
+    refused = (*_INCOMPATIBLE, *(_INCOMPATIBLE_INSIDE_LAYERS if inside else ()))
+    for is_on, name, advice in refused:
         if is_on(vllm_config):
-            raise SteerError(f"steering does not work with {name}; {way_out}")
+            raise SteerError(f"steering does not work with {name}; {advice}")
     if inside:
         _check_family(plan, vllm_config)
     for name, steer in plan.steers.items():
@@ -40,7 +40,7 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def can_be_dynamic(vllm_config: Any) -> bool:
-    """Whether requests of this engine may ask for dynamic strength."""
+    """True if requests of this engine may use dynamic strength."""
     return options.speculative_config(vllm_config) is None
 
 
@@ -65,21 +65,21 @@ def _check_kernels(plan: SteerPlan, device_type: str) -> None:
 
 def _check_steer(name: str, steer: PlannedSteer, vllm_config: Any) -> None:
     """Raise ``SteerError`` for a steer whose sizes are not the model's."""
-    place, model = f"steer {name}: {steer.path}", f"the model {options.model(vllm_config)}"
+    subject, model = f"steer {name}: {steer.path}", f"the model {options.model(vllm_config)}"
     vocab_size = options.vocab_size(vllm_config)
     if steer.vocab_size not in (None, vocab_size):
         raise SteerError(
-            f"{place}: vocabulary size is {steer.vocab_size}; {model} has {vocab_size}"
+            f"{subject}: vocabulary size is {steer.vocab_size}; {model} has {vocab_size}"
         )
-    what, wanted = "hidden size", options.hidden_size(vllm_config)
+    quantity, expected = "hidden size", options.hidden_size(vllm_config)
     if steer.site == "heads":
-        what, wanted = "width of the heads", options.heads_width(vllm_config)
-    if steer.hidden_size not in (None, wanted):
-        raise SteerError(f"{place}: {what} is {steer.hidden_size}; {model} has {wanted}")
+        quantity, expected = "width of the heads", options.heads_width(vllm_config)
+    if steer.hidden_size not in (None, expected):
+        raise SteerError(f"{subject}: {quantity} is {steer.hidden_size}; {model} has {expected}")
     num_layers = options.num_layers(vllm_config)
     if steer.layers is not None and steer.layers[-1] >= num_layers:
         raise SteerError(
-            f"{place}: layers are {format_layers(steer.layers)}; {model} has layers "
+            f"{subject}: layers are {format_layers(steer.layers)}; {model} has layers "
             f"0-{num_layers - 1}; choose some with the key layers"
         )
 
@@ -105,7 +105,7 @@ def _warn_of_version() -> None:
         )
 
 
-# They see a request's tokens and its salt at most, never the keys of its blocks.
+# These connectors use the tokens and the salt of a request, not its block keys.
 _TOKEN_HASHING = ("ExampleConnector", "FlexKV", "HF3FS", "LMCache")
 
 
@@ -115,7 +115,7 @@ def _token_hashing_connector(vllm_config: Any) -> bool:
     return any(str(name).startswith(_TOKEN_HASHING) for name in names)
 
 
-_REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+_INCOMPATIBLE: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         lambda c: options.runner_type(c) != "generate",
         "pooling models",
@@ -148,7 +148,7 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     ),
 )
 
-_REFUSED_INSIDE: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+_INCOMPATIBLE_INSIDE_LAYERS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         options.use_sequence_parallel_moe,
         "sequence-parallel mixture of experts: its ranks hold different tokens",

@@ -23,14 +23,14 @@ _LIBRARY = torch.library.Library("vllm_steer", "FRAGMENT")  # type: ignore[no-un
 
 
 def _steer_tokens_(
-    hidden: torch.Tensor, residual: torch.Tensor | None, place: LayerNameType
+    hidden: torch.Tensor, residual: torch.Tensor | None, layer_name: LayerNameType
 ) -> None:
-    steered = get_forward_context().no_compile_layers[_resolve_layer_name(place)]
-    if not steered.site.is_disabled:
-        steered.steer_(hidden, residual)
+    site_layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    if not site_layer.site.is_disabled:
+        site_layer.steer_(hidden, residual)
 
 
-def _traced(hidden: torch.Tensor, residual: torch.Tensor | None, place: LayerNameType) -> None:
+def _traced(hidden: torch.Tensor, residual: torch.Tensor | None, layer_name: LayerNameType) -> None:
     """Nothing to compute while a graph is traced: the op returns nothing."""
 
 
@@ -46,10 +46,11 @@ direct_register_custom_op(
 _op = torch.ops.vllm_steer.steer_tokens_.default
 
 
-def steer_tokens_(hidden: torch.Tensor, residual: torch.Tensor | None, place: str) -> None:
-    """Steer ``hidden`` ``[tokens, width]`` in place, as the named place of this engine says.
+def steer_tokens_(hidden: torch.Tensor, residual: torch.Tensor | None, layer_name: str) -> None:
+    """Steer ``hidden`` ``[tokens, width]`` in place, by the site and layer that ``layer_name``
+    refers to.
 
-    ``residual`` is the other half of the residual stream where the place needs its norm, else None.
+    ``residual`` is the other half of the residual stream if the site needs its norm, else None.
     Traced by torch.compile together with the module whose hook calls it.
     """
-    _op(hidden, residual, _encode_layer_name(place))
+    _op(hidden, residual, _encode_layer_name(layer_name))

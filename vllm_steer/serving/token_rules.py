@@ -12,7 +12,7 @@ from vllm_steer.doses import Dose, token_span
 from vllm_steer.kernels.guidance import TokenRules
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.step import IntArray, SteeredRequest
-from vllm_steer.steers.schedules import course
+from vllm_steer.steers.schedules import schedule_curve
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -24,7 +24,7 @@ _INTEGERS = (
 
 
 @dataclass(frozen=True)
-class Columns:
+class RequestColumns:
     """One request's doses at one site, computed once: ``[6, k]``, ``[2, k]`` and ``[L, k]``."""
 
     request: SteeredRequest
@@ -38,18 +38,18 @@ def guidance_rules(
     requests: Mapping[str, SteeredRequest],
     table: SiteTable,
     strength_pool: torch.Tensor,
-    known: dict[str, Columns] | None = None,
+    columns_by_request: dict[str, RequestColumns] | None = None,
 ) -> TokenRules:
     """The rules of a batch at one site, as deep as the most doses that one request takes there.
 
-    ``strength_pool`` holds the strengths of dynamic doses, on the device of the rules; ``known``
-    keeps each request's columns from one batch to the next.
+    ``strength_pool`` holds the strengths of dynamic doses, on the device of the rules;
+    ``columns_by_request`` keeps each request's columns from one batch to the next.
     """
-    known = {} if known is None else known
-    for gone in known.keys() - requests.keys():
-        del known[gone]
+    columns_by_request = {} if columns_by_request is None else columns_by_request
+    for ended in columns_by_request.keys() - requests.keys():
+        del columns_by_request[ended]
     columns = {
-        row: _known_columns(req_id, requests[req_id], table, known)
+        row: _cached_columns(req_id, requests[req_id], table, columns_by_request)
         for row, req_id in enumerate(req_ids)
         if req_id in requests
     }
@@ -60,38 +60,47 @@ def guidance_rules(
     floats = np.zeros((2, *shape), dtype=np.float32)
     layers = np.zeros((len(table.layers), *shape), dtype=np.float32)
     for row, column in columns.items():
-        own = column.integers.shape[1]
-        integers[:, :own, row] = column.integers
-        floats[:, :own, row] = column.floats
-        layers[:, :own, row] = column.layers
-    whole, (strength, slope), acts = upload([integers, floats, layers], strength_pool.device)
-    named = dict(zip(_INTEGERS, whole, strict=True))
+        num_doses = column.integers.shape[1]
+        integers[:, :num_doses, row] = column.integers
+        floats[:, :num_doses, row] = column.floats
+        layers[:, :num_doses, row] = column.layers
+    whole, (strength, slope), acts_in_layer = upload(
+        [integers, floats, layers], strength_pool.device
+    )
+    integers_by_field = dict(zip(_INTEGERS, whole, strict=True))
     return TokenRules(
-        **named, strength=strength, slope=slope, layers=acts, strength_pool=strength_pool
+        **integers_by_field,
+        strength=strength,
+        slope=slope,
+        layers=acts_in_layer,
+        strength_pool=strength_pool,
     )
 
 
-def _known_columns(
-    req_id: str, request: SteeredRequest, table: SiteTable, known: dict[str, Columns]
-) -> Columns:
-    """The request's columns; an id may come again with another request."""
-    if req_id not in known or known[req_id].request is not request:
-        known[req_id] = _columns(request, table)
-    return known[req_id]
+def _cached_columns(
+    req_id: str,
+    request: SteeredRequest,
+    table: SiteTable,
+    columns_by_request: dict[str, RequestColumns],
+) -> RequestColumns:
+    """The request's cached columns; an id may be reused by another request."""
+    if req_id not in columns_by_request or columns_by_request[req_id].request is not request:
+        columns_by_request[req_id] = _columns(request, table)
+    return columns_by_request[req_id]
 
 
-def _columns(request: SteeredRequest, table: SiteTable) -> Columns:
-    taken = [
+def _columns(request: SteeredRequest, table: SiteTable) -> RequestColumns:
+    site_doses = [
         (dose, table.entries[dose.steer], request.pool_offsets.get(index, _NO_OFFSET))
         for index, dose in enumerate(request.doses)
         if dose.steer in table.entries
     ]
     integers = [
-        (*_integers(dose, entry, request.prompt_len), offset) for dose, entry, offset in taken
+        (*_integers(dose, entry, request.prompt_len), offset) for dose, entry, offset in site_doses
     ]
-    floats = [(dose.strength, _slope(dose, entry)) for dose, entry, _ in taken]
-    acts = [np.isin(table.layers, dose.layers or entry.layers) for dose, entry, _ in taken]
-    return Columns(
+    floats = [(dose.strength, _slope(dose, entry)) for dose, entry, _ in site_doses]
+    acts = [np.isin(table.layers, dose.layers or entry.layers) for dose, entry, _ in site_doses]
+    return RequestColumns(
         request,
         integers=np.array(integers, dtype=np.int64).reshape(-1, len(_INTEGERS)).T,
         floats=np.array(floats, dtype=np.float32).reshape(-1, 2).T,
@@ -105,4 +114,4 @@ def _integers(dose: Dose, entry: DirectionRange, prompt_len: int) -> tuple[int, 
 
 
 def _slope(dose: Dose, entry: DirectionRange) -> float:
-    return 0.0 if entry.steps is None else course(dose.schedule, entry.steps).slope
+    return 0.0 if entry.steps is None else schedule_curve(dose.schedule, entry.steps).slope

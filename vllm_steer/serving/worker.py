@@ -9,7 +9,7 @@ import torch
 
 from vllm_steer.bank import fill_head_bank
 from vllm_steer.compat import options
-from vllm_steer.compat.patching import advice, wrap
+from vllm_steer.compat.patching import version_advice, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels import upload
 from vllm_steer.kernels.dispatch import guidance_backend, lm_steer_backend
@@ -24,7 +24,7 @@ from vllm_steer.steers import LMSteer
 
 logger = logging.getLogger("vllm.vllm_steer")
 
-_UNSTEERED = f"requests would run unsteered; {advice()}"
+_UNSTEERED = f"requests would run unsteered; {version_advice()}"
 
 
 def steer_worker(worker: Any) -> None:
@@ -37,9 +37,11 @@ def steer_worker(worker: Any) -> None:
     if plan is None:
         return
     steering = _WorkerSteering(worker, plan)
-    wrap(worker, "load_model", functools.partial(_then, steering.after_load))
+    wrap(worker, "load_model", functools.partial(_call_after, steering.after_load))
     wrap(
-        worker, "compile_or_warm_up_model", functools.partial(_then, steering.verify_sites_reached)
+        worker,
+        "compile_or_warm_up_model",
+        functools.partial(_call_after, steering.verify_sites_reached),
     )
 
 
@@ -75,11 +77,11 @@ class _WorkerSteering:
         if self._head is not None:
             self._head.attach(model)
         if self._layers is not None:
-            places = options.static_forward_context(config)
-            self._layers.attach(model, places, options.num_layers(config))
+            forward_context = options.static_forward_context(config)
+            self._layers.attach(model, forward_context, options.num_layers(config))
 
     def _make(self, model: Any) -> None:
-        """Banks and batch, if this rank has a site that some steer acts at."""
+        """Create banks and batch if this rank has a site of a steer."""
         from vllm.distributed.parallel_state import get_pp_group
 
         config, device = self._worker.vllm_config, self._worker.model_runner.device
@@ -133,7 +135,8 @@ class _WorkerSteering:
                 self._dummy_run_head()
             if unreached := self._head.unreached_tables():
                 raise SteerError(
-                    f"the model computes its logits past the steers of its {', '.join(unreached)}: "
+                    "the model computes its logits without calling the hooks of its "
+                    f"{', '.join(unreached)}: "
                     f"{_UNSTEERED}"
                 )
             self._head.start_serving()
@@ -142,7 +145,7 @@ class _WorkerSteering:
                 self._dummy_run_layers()
             if unreached := self._layers.unreached_sites():
                 raise SteerError(
-                    f"the model's forward pass goes past {', '.join(unreached)}: {_UNSTEERED}"
+                    f"the model's forward pass does not reach {', '.join(unreached)}: {_UNSTEERED}"
                 )
             self._layers.start_serving()
 
@@ -166,14 +169,14 @@ class _WorkerSteering:
 
 
 def _select_no_adapter(runner: Any, num_rows: int) -> None:
-    """Without a mapping vLLM's LoRA layers would read indices that nobody has written yet."""
+    """Set an empty LoRA mapping: vLLM's LoRA layers would read uninitialized indices otherwise."""
     from vllm.lora.layers import LoRAMapping
 
     none = (0,) * num_rows
     runner.lora_manager.set_active_adapters(set(), LoRAMapping(none, none, is_prefill=True))
 
 
-def _then(act: Callable[[], None], original: Any, *args: Any, **kwargs: Any) -> Any:
+def _call_after(act: Callable[[], None], original: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
     act()
     return result

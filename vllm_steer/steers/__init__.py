@@ -1,4 +1,4 @@
-"""What a steer is: one frozen description per kind, checked when it is made."""
+"""The kinds of steers: one frozen dataclass per kind, validated on creation."""
 
 from typing import get_args
 

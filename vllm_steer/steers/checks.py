@@ -1,4 +1,4 @@
-"""Checks that steers of every kind share."""
+"""Checks shared by all kinds of steers."""
 
 import math
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from typing import Final
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import shown
+from vllm_steer.untrusted_text import shown
 
-_PIECE: Final = 1 << 20
+_PIECE_VALUES: Final = 1 << 20
 
 
 def check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
@@ -20,24 +20,24 @@ def check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
         raise SteerError(
             f"tensor {name} is {list(tensor.shape)}; expected {dims} dimensions, none of size 0"
         )
-    bad = sum(int((~torch.isfinite(piece.float())).sum()) for piece in pieces(tensor))
-    if bad:
-        raise SteerError(f"tensor {name} has {bad} values that are NaN or infinite")
+    num_invalid = sum(int((~torch.isfinite(piece.float())).sum()) for piece in pieces(tensor))
+    if num_invalid:
+        raise SteerError(f"tensor {name} has {num_invalid} values that are NaN or infinite")
 
 
 def pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The values in their order, a few at a time: what is computed of them takes little room."""
+    """The values in order, in pieces, to bound the memory of computations on them."""
     for row in tensor if tensor.ndim > 1 else (tensor,):
-        yield from row.detach().reshape(-1).split(_PIECE)
+        yield from row.detach().reshape(-1).split(_PIECE_VALUES)
 
 
 def check_default_strength(strength: float | None) -> None:
-    """Raise ``SteerError`` for a default that is not finite."""
+    """Raise ``SteerError`` for a default strength that is not finite."""
     if strength is not None and not math.isfinite(strength):
         raise SteerError(f"default_strength is {strength}; it must be finite")
 
 
-def check_choice(name: str, given: str, allowed: tuple[str, ...]) -> None:
-    """Raise ``SteerError`` for a word that is not one of the allowed."""
-    if given not in allowed:
-        raise SteerError(f"{name} is {shown(given)}; allowed: {', '.join(allowed)}")
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ``SteerError`` for a value that is not allowed."""
+    if value not in allowed:
+        raise SteerError(f"{name} is {shown(value)}; allowed: {', '.join(allowed)}")

@@ -1,4 +1,4 @@
-"""A digest of what a steer does: equal for equal content, whatever the file's name."""
+"""Digest of a steer's effect, independent of file name and description."""
 
 import hashlib
 import json
@@ -10,17 +10,17 @@ from vllm_steer.steers.checks import pieces
 
 
 def content_digest(steer: Steer) -> str:
-    """SHA-256 over the steer's tensors and over all that decides how they act.
+    """SHA-256 of the steer's tensors and of all metadata that determines their effect.
 
-    Names, descriptions, the file's dtype and what a request chooses itself (strength, layers,
-    phase, schedule) do not enter.
+    Names, descriptions, the file's dtype and the options of a request (strength, layers, phase,
+    schedule) are not included.
     """
-    acts: dict[str, object] = {"kind": steer.kind, "site": steer.site, "layers": steer.layers}
+    effect: dict[str, object] = {"kind": steer.kind, "site": steer.site, "layers": steer.layers}
     if isinstance(steer, VectorSteer):
-        acts |= {"mode": steer.mode}
+        effect |= {"mode": steer.mode}
     elif not isinstance(steer, DeltaSteer):
-        acts |= {"epsilon": steer.epsilon, "fixed_columns": steer.fixed_columns}
-    digest = hashlib.sha256(json.dumps(acts, sort_keys=True).encode())
+        effect |= {"epsilon": steer.epsilon, "fixed_columns": steer.fixed_columns}
+    digest = hashlib.sha256(json.dumps(effect, sort_keys=True).encode())
     for name, tensor in sorted(steer.tensors.items()):
         digest.update(f"{name}{list(tensor.shape)}".encode())
         for piece in pieces(tensor):

@@ -16,22 +16,26 @@ from vllm_steer.steers.sites import DELTA_SITES, DeltaSite
 class DeltaSteer:
     """``h[P-1+i] <- h[P-1+i] + a_i * Delta[i]`` for generation step ``i``, prompt length ``P``.
 
-    Step 0 is the last prompt token, whose output the first token is chosen from. At strength ``v``
+    Step 0 is the last prompt token, from whose logits the first token is sampled. At strength ``v``
 
         fixed: a_i = v       start: a_0 = v, later 0       dim: a_i = v * (1 - i / steps)
 
-    Tokens after the last step are not changed. Sums are taken in float32.
+    Tokens after the last step are not changed. Sums are in float32.
 
     Shapes: ``delta`` ``[steps, len(layers), hidden_size]`` where ``hidden_size`` is the width of
-    the site: at ``heads``, the input of the attention's output projection, all heads side by side.
+    the site: at ``heads``, the input of the attention's output projection, the concatenated heads.
     The authors' code takes the attention block's input on GPT-2 and GPT-NeoX: site ``attn_in``.
-    ``recipe`` says how the steer was made, in plain JSON values.
+    ``recipe`` records how the steer was made, in plain JSON values.
 
-    Raises ``SteerError`` for sizes that disagree, values that are not finite, an unknown site or
-    schedule.
+    Raises ``SteerError`` for inconsistent sizes, non-finite values, an unknown site or schedule.
 
     Source: Scalena et al., "Multi-property Steering of Large Language Models with Dynamic
     Activation Composition", BlackboxNLP 2024 (arXiv 2406.17563), sections 3.2 and 3.3.
+
+    >>> import torch
+    >>> steer = DeltaSteer(delta=torch.ones(30, 2, 8), layers=(4, 5), schedule="dim")
+    >>> steer.steps, steer.layers, steer.site
+    (30, (4, 5), 'heads')
     """
 
     delta: torch.Tensor = field(repr=False)
@@ -59,7 +63,7 @@ class DeltaSteer:
 
     @property
     def steps(self) -> int:
-        """Number of generation steps, the last prompt token's included."""
+        """Number of generation steps, including step 0, the last prompt token."""
         return int(self.delta.shape[0])
 
     @property
@@ -68,6 +72,6 @@ class DeltaSteer:
         return int(self.delta.shape[2])
 
     def keep_layers(self, layers: tuple[int, ...]) -> "DeltaSteer":
-        """The steer of some of its layers; ``SteerError`` for one that it does not have."""
+        """The steer with some of its layers; ``SteerError`` for a layer that it does not have."""
         rows = positions_of(layers, self.layers)
         return replace(self, delta=self.delta[:, rows], layers=layers)

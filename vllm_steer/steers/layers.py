@@ -6,29 +6,31 @@ from numbers import Integral
 from typing import Any
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import LONGEST_LIST, printable, shown
+from vllm_steer.untrusted_text import LONGEST_LIST, printable, shown
 
-_MOST = 10_000
+_MAX_LAYERS = 10_000
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,4}")
 
 
-def parse_layers(given: Any) -> tuple[int, ...]:
+def parse_layers(value: Any) -> tuple[int, ...]:
     """Ascending 0-based layers from ``"8-31"``, ``"3,7,9"``, ``"0-3,8"``, ``7`` or ``[3, 7]``.
 
     Raises ``SteerError`` for anything else, for a layer named twice and for an empty list.
     """
-    if isinstance(given, str):
-        spans: Iterable[Iterable[int]] = (_span(part, given) for part in given.split(","))
+    if isinstance(value, str):
+        spans: Iterable[Iterable[int]] = (_span(part, value) for part in value.split(","))
     else:
-        items = given if isinstance(given, Sequence) else [given]
-        spans = ([_number(item, given)] for item in items)
+        items = value if isinstance(value, Sequence) else [value]
+        spans = ([_number(item, value)] for item in items)
     layers: set[int] = set()
     for span in spans:
-        if not layers.isdisjoint(span):  # at once: a short text can spell billions
-            raise _malformed(given)
+        if not layers.isdisjoint(
+            span
+        ):  # checked first: a short text can describe billions of layers
+            raise _malformed(value)
         layers.update(span)
     if not layers:
-        raise _malformed(given)
+        raise _malformed(value)
     return tuple(sorted(layers))
 
 
@@ -52,42 +54,42 @@ def check_layers(layers: Sequence[int], count: int, tensor: str) -> None:
     if len(layers) != count:
         raise SteerError(
             f"tensor {tensor} has {count} layers and layers names {len(layers)} "
-            f"({format_layers(layers)}); they must agree"
+            f"({format_layers(layers)}); they must be equal"
         )
 
 
-def positions_of(kept: Sequence[int], layers: Sequence[int]) -> list[int]:
-    """Where each of ``kept`` stands in ``layers``; ``SteerError`` for one that does not."""
-    places = {layer: place for place, layer in enumerate(layers)}
-    missing = sorted(set(kept) - set(places))
+def positions_of(requested: Sequence[int], layers: Sequence[int]) -> list[int]:
+    """The index of each requested layer in ``layers``; ``SteerError`` for a missing one."""
+    index_of = {layer: index for index, layer in enumerate(layers)}
+    missing = sorted(set(requested) - set(index_of))
     if missing:
         raise SteerError(f"layers {_short(missing)} are not in this steer; it has {_short(layers)}")
-    return [places[layer] for layer in kept]
+    return [index_of[layer] for layer in requested]
 
 
 def _short(layers: Iterable[int]) -> str:
     return printable(format_layers(layers), LONGEST_LIST)
 
 
-def _span(part: str, given: Any) -> range:
+def _span(part: str, value: Any) -> range:
     first, dash, last = part.partition("-")
-    start = _number(first, given)
-    stop = _number(last, given) if dash else start
+    start = _number(first, value)
+    stop = _number(last, value) if dash else start
     if stop < start:
-        raise _malformed(given)
+        raise _malformed(value)
     return range(start, stop + 1)
 
 
-def _number(item: Any, given: Any) -> int:
+def _number(item: Any, value: Any) -> int:
     if isinstance(item, str):
         text = item.strip(" \t\r\n")
         item = int(text) if _NUMBER.fullmatch(text) else None
-    if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= int(item) < _MOST:
-        raise _malformed(given)
+    if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= int(item) < _MAX_LAYERS:
+        raise _malformed(value)
     return int(item)
 
 
-def _malformed(given: Any) -> SteerError:
+def _malformed(value: Any) -> SteerError:
     return SteerError(
-        f"layers is {shown(given)}; expected 0-based layers such as '8-31', '3,7,9' or [3, 7]"
+        f"layers is {shown(value)}; expected 0-based layers such as '8-31', '3,7,9' or [3, 7]"
     )

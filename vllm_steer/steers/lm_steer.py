@@ -1,4 +1,4 @@
-"""LM-Steer: a linear change in front of the LM head."""
+"""LM-Steer: a low-rank linear map of the input of the LM head."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -22,7 +22,7 @@ _TENSORS_OF: dict[Variant, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LMSteer:
-    """A linear change of the LM head's input, one per steered dimension of style.
+    """A linear map of the LM head's input, one per column (steered dimension of style).
 
     At strength ``v`` the hidden state ``c`` (after the final norm) becomes
 
@@ -31,17 +31,24 @@ class LMSteer:
         offset:   logits + epsilon * sum_s a_s O_s   (before any soft cap or logit scale)
 
     where ``a_s`` is 1 for a fixed column (the paper's dummy steer) and ``v`` for every other;
-    at ``v = 0`` nothing is applied, the fixed columns included.
+    at ``v = 0`` no column is applied, not even a fixed one.
 
     Shapes: ``projector1``, ``projector2`` ``[columns, hidden_size, rank]``; ``add``
-    ``[columns, hidden_size]``; ``offset`` ``[columns, vocab]``. Any floating dtype. ``recipe`` says
-    how the steer was made, in plain JSON values.
+    ``[columns, hidden_size]``; ``offset`` ``[columns, vocab]``. Any floating dtype. ``recipe``
+    records how the steer was made, in plain JSON values.
 
-    Raises ``SteerError`` for missing or superfluous tensors, sizes that disagree, values that are
-    not finite, an epsilon that is not positive, or columns that are all fixed.
+    Raises ``SteerError`` for missing or superfluous tensors, inconsistent sizes, non-finite values,
+    an epsilon that is not positive, or columns that are all fixed.
 
     Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024
     (arXiv 2305.12798), section 3.
+
+    >>> import torch
+    >>> projector = torch.ones(2, 8, 4)  # two columns, hidden size 8, rank 4
+    >>> steer = LMSteer(variant="multiply", epsilon=1e-3, hidden_size=8, fixed_columns=(1,),
+    ...                 projector1=projector, projector2=projector)
+    >>> steer.columns, steer.rank, steer.free_columns
+    (2, 4, (0,))
     """
 
     variant: Variant
@@ -82,7 +89,7 @@ class LMSteer:
 
     @property
     def width(self) -> int:
-        """Width of what is changed: the hidden size, or the vocabulary for ``offset``."""
+        """Width of the steered rows: the hidden size, or the vocabulary size for ``offset``."""
         return self.vocab_size or self.hidden_size
 
     @property
@@ -92,12 +99,12 @@ class LMSteer:
 
     @property
     def total_rank(self) -> int:
-        """Rank over all columns: what one hidden state is multiplied with."""
+        """Rank over all columns."""
         return self.rank * self.columns
 
     @property
     def free_columns(self) -> tuple[int, ...]:
-        """Columns that enter with the request's strength."""
+        """Columns that are scaled by the request's strength."""
         return tuple(c for c in range(self.columns) if c not in self.fixed_columns)
 
     @property
@@ -106,12 +113,12 @@ class LMSteer:
         return int(self.offset.shape[1]) if self.offset is not None else None
 
     def _check_tensors(self) -> None:
-        wanted = _TENSORS_OF[self.variant]
-        given = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
-        if sorted(given) != sorted(wanted):
+        expected = _TENSORS_OF[self.variant]
+        present = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
+        if sorted(present) != sorted(expected):
             raise SteerError(
-                f"variant {self.variant} takes the tensors {', '.join(wanted)}; "
-                f"given: {', '.join(given) or 'none'}"
+                f"variant {self.variant} takes the tensors {', '.join(expected)}; "
+                f"given: {', '.join(present) or 'none'}"
             )
         for name, tensor in self.tensors.items():
             check_tensor(name, tensor, dims=3 if self.variant == "multiply" else 2)
@@ -136,8 +143,8 @@ class LMSteer:
             )
         if not self.free_columns:
             raise SteerError(
-                f"fixed_columns {list(self.fixed_columns)} fixes every one of {self.columns} "
-                "columns: no strength could change anything; leave one free"
+                f"fixed_columns {list(self.fixed_columns)} contains all {self.columns} "
+                "columns, so the strength would have no effect; leave at least one column free"
             )
 
 

@@ -1,4 +1,4 @@
-"""At which generation steps a step delta acts, and how strongly: the schedules, defined here alone.
+"""The schedules of step deltas: the strength at each generation step.
 
 Step 0 is the last prompt token. At strength ``v`` and with ``n`` steps of the delta
 
@@ -15,8 +15,8 @@ Schedule = Literal["fixed", "start", "dim"]
 SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)
 
 
-class Course(NamedTuple):
-    """A schedule over a delta's steps: how many it takes, and the share that each one loses."""
+class ScheduleCurve(NamedTuple):
+    """A schedule of a delta: it acts for ``last`` steps and decays by ``slope`` per step."""
 
     last: int
     slope: float
@@ -26,8 +26,8 @@ class Course(NamedTuple):
         return strength * (1 - self.slope * step) if 0 <= step < self.last else 0.0
 
 
-def course(schedule: Schedule | None, steps: int) -> Course:
-    """What a schedule makes of a delta of ``steps`` steps; None stands for ``fixed``."""
-    return Course(
+def schedule_curve(schedule: Schedule | None, steps: int) -> ScheduleCurve:
+    """The curve of a schedule for a delta of ``steps`` steps; None means ``fixed``."""
+    return ScheduleCurve(
         last=1 if schedule == "start" else steps, slope=1 / steps if schedule == "dim" else 0.0
     )

@@ -1,4 +1,4 @@
-"""Steering vectors and concept vectors: one direction per layer, added or rotated to."""
+"""Steering vectors and concept vectors: one direction per layer, added or rotated towards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,21 +22,26 @@ class VectorSteer:
         add:    h <- h + v * w
         rotate: h <- (h + v * w/|w|) * |h| / |h + v * w/|w||
 
-    Several steers of one site add up before the one rescaling of ``rotate``. Sums are taken in
-    float32. ``h`` is, by ``site``: ``resid`` the residual stream after the layer, ``attn_in`` the
-    output of the layer's input norm (the residual stream stays as it is), ``attn_out`` the output
-    of the attention block before it enters the residual stream.
+    Several steers of one site are summed before the single rescaling of ``rotate``. Sums are in
+    float32. ``h`` depends on ``site``: ``resid`` is the residual stream after the layer,
+    ``attn_in`` the output of the layer's input norm (the residual stream is unchanged),
+    ``attn_out`` the output of the attention block before it is added to the residual stream.
 
     Shapes: ``vectors`` ``[len(layers), hidden_size]``, ``layers`` 0-based and ascending,
-    ``layer_scores`` one number per layer or None. ``recipe`` says how the steer was made, in plain
-    JSON values.
+    ``layer_scores`` one number per layer or None. ``recipe`` records how the steer was made, in
+    plain JSON values.
 
-    Raises ``SteerError`` for sizes that disagree, values that are not finite, an unknown site or
-    mode, or a zero vector to rotate to.
+    Raises ``SteerError`` for inconsistent sizes, non-finite values, an unknown site or mode, or a
+    zero vector with mode ``rotate``.
 
     Source: ``rotate`` at ``attn_in`` is von Ruette et al., "A Language Model's Guide Through Latent
     Space", ICML 2024 (arXiv 2402.14433), section 3; ``add`` at ``resid`` is Turner et al.,
     "Activation Addition", 2023 (arXiv 2308.10248).
+
+    >>> import torch
+    >>> steer = VectorSteer(vectors=torch.ones(3, 8), layers=(4, 5, 6), mode="rotate")
+    >>> steer.hidden_size, steer.keep_layers((5, 6)).layers
+    (8, (5, 6))
     """
 
     vectors: torch.Tensor = field(repr=False)
@@ -67,8 +72,8 @@ class VectorSteer:
         zero = [layer for layer, row in rows if not row.float().any()]
         if self.mode == "rotate" and zero:
             raise SteerError(
-                f"the vector of layer {format_layers(zero)} is zero: there is no direction to "
-                "rotate to; leave the layer out"
+                f"the vector of layer {format_layers(zero)} is zero and has no direction to "
+                "rotate towards; remove the layer"
             )
 
     @property
@@ -82,7 +87,7 @@ class VectorSteer:
         return int(self.vectors.shape[1])
 
     def keep_layers(self, layers: tuple[int, ...]) -> "VectorSteer":
-        """The steer of some of its layers; ``SteerError`` for one that it does not have."""
+        """The steer with some of its layers; ``SteerError`` for a layer that it does not have."""
         rows = positions_of(layers, self.layers)
         scores = self.layer_scores and tuple(self.layer_scores[row] for row in rows)
         return replace(self, vectors=self.vectors[rows], layers=layers, layer_scores=scores)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.json_text import each_once
-from vllm_steer.foreign import is_number, shown
+from vllm_steer.files.json_text import unique_keys
 from vllm_steer.texts.labels import LabelMap, label_map
 from vllm_steer.texts.rows import Row, read_rows, take, text_of
+from vllm_steer.untrusted_text import is_number, shown
 
 Messages = tuple[Mapping[str, str], ...]
 
@@ -85,7 +85,7 @@ def _messages(row: Row, name: str) -> Messages:
         value = []
     if isinstance(value, str):
         try:
-            value = json.loads(value, object_pairs_hook=each_once)
+            value = json.loads(value, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError):
             value = None
     if not isinstance(value, list) or not all(map(_is_message, value)):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import is_number, shown
+from vllm_steer.untrusted_text import is_number, shown
 
 LabelMap = Callable[[Any], float]
 

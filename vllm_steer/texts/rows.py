@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 from vllm_steer.errors import SteerError
-from vllm_steer.files.json_text import each_once
-from vllm_steer.foreign import shown
+from vllm_steer.files.json_text import unique_keys
+from vllm_steer.untrusted_text import shown
 
 T = TypeVar("T")
 _CHUNK: Final = 1 << 16
@@ -143,7 +143,7 @@ def _jsonl(file: IO[str]) -> Iterator[tuple[int, Any]]:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=each_once)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except SteerError as error:
         return _BadRow(str(error))
     except (ValueError, RecursionError) as error:
@@ -189,7 +189,7 @@ class _JsonReader:
 
     def __init__(self, file: IO[str]) -> None:
         self._file, self._text, self._position = file, "", 0
-        self._decoder = json.JSONDecoder(object_pairs_hook=each_once)
+        self._decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
         self.line = 1
 
     def next_letter(self) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_tools import (
+from safetensors import safe_open
+from typer.testing import CliRunner
+from untrusted_text_tools import (
     DECODER,
     SIGNED,
     directions,
@@ -17,8 +19,6 @@ from foreign_tools import (
     write_npz,
     write_svec,
 )
-from safetensors import safe_open
-from typer.testing import CliRunner
 
 from vllm_steer import SteerError, load_steer, save_steer
 from vllm_steer.cli import app
@@ -173,8 +173,8 @@ def test_a_file_can_replace_itself(tmp_path: Path) -> None:
     [
         (["--layers", "9"], r"v\.gguf: layers 9 are not in this steer; it has 1-2"),
         (["--kind", "magic"], "kind is 'magic'"),
-        (["--feature", "3"], "feature means nothing for a GGUF control vector; drop it"),
-        (["--orient"], "orient means nothing for a GGUF control vector; drop it"),
+        (["--feature", "3"], "feature does not apply to a GGUF control vector; remove the key"),
+        (["--orient"], "orient does not apply to a GGUF control vector; remove the key"),
         (["--default-strength", "nan"], "default_strength is nan"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -140,7 +140,7 @@ def test_standard_output_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (pipe, tmp_path, Path("/dev/null")):
-        with pytest.raises(SteerError, match="no plain file and cannot be replaced"):
+        with pytest.raises(SteerError, match="not a regular file and cannot be replaced"):
             check_output(path, force=True)
         with pytest.raises(SteerError, match="exists already"):
             check_output(path, force=False)
@@ -155,6 +155,6 @@ def test_a_name_that_no_steer_file_holds_is_refused_before_the_work(
     options = ["--wanted", "a", "--other", "b"] if command == "delta" else ["--data", "a"]
     for model, description in (("m\udcff", "d"), ("m", "d\ud800")):
         line = ["fit", command, model, tmp_path / "out", *options, "--description", description]
-        with pytest.raises(SteerError, match="has bytes that are not UTF-8"):
+        with pytest.raises(SteerError, match="has characters that are not valid Unicode"):
             call(*line)
     assert os.listdir(tmp_path) == []

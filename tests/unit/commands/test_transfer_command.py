@@ -89,7 +89,7 @@ def test_an_existing_output_is_only_replaced_when_forced(tmp_path: Path) -> None
 def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"there is no folder .*nowhere; make it first"):
         transfer(tmp_path / "nowhere" / "out", steer=tmp_path / "not-looked-at")
-    with pytest.raises(SteerError, match="is no plain file and cannot be replaced"):
+    with pytest.raises(SteerError, match="is not a regular file and cannot be replaced"):
         transfer(tmp_path, "--force", steer=tmp_path / "not-looked-at")
 
 

@@ -4,8 +4,8 @@ import pytest
 from hostile_texts import HOSTILE
 from markdown_it import MarkdownIt
 
-from vllm_steer.foreign import printable
 from vllm_steer.markdown import markdown_row, markdown_text
+from vllm_steer.untrusted_text import printable
 
 MARKS = {
     "table": "a | b || c",

@@ -7,8 +7,8 @@ import pytest
 from hostile_texts import HOSTILE, SURROGATE
 
 from vllm_steer import SteerError
-from vllm_steer.foreign import printable
 from vllm_steer.picture import label, picture
+from vllm_steer.untrusted_text import printable
 
 matplotlib = pytest.importorskip("matplotlib")
 FORMULAS = ["$x$", "$", "$$", r"\$", r"\$x\$", r"a\\$b$", r"$\frac{$", "$_{^", "_hidden", r"\alpha"]

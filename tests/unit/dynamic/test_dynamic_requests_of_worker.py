@@ -98,14 +98,14 @@ def test_an_id_used_again_begins_anew(part: DynamicState) -> None:
         comes(part, req_id)
     old = part.requests.get("a")
     assert old is not None
-    old.known = 5
+    old.last_step = 5
     part.pool.values.fill_(9.0)
     for req_id in ("a", "a-base", "a-0", "a-1"):
         part.requests.remove(req_id)
     comes(part, "a-base", "walk:dynamic")
     new = part.requests.get("a")
     assert new is not None
-    assert (new.known, new.kept, list(new.starts)) == (-1, {}, [0])
+    assert (new.last_step, new.stored_rows, list(new.starts)) == (-1, {}, [0])
     assert part.pool.values[new.starts[0] : new.starts[0] + 3].tolist() == [0.0] * 3
     assert part.requests.role("a-0") is None
     assert part.pool.num_taken == 3

@@ -238,7 +238,7 @@ def test_each_step_has_its_own_strength(head: Head) -> None:
         close(logits["a"], steered(x["a"], off=value))
     request = head.batch.dynamic.requests.get("a")
     assert request is not None
-    assert request.known == 5
+    assert request.last_step == 5
 
 
 def test_a_rank_without_logits_says_so(head: Head) -> None:

@@ -10,7 +10,7 @@ import pytest
 from vllm_steer import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.run import Condition, condition_grid, open_run
-from vllm_steer.files.whole import unfinished_name
+from vllm_steer.files.atomic_write import unfinished_name
 
 ASKED: dict[str, Any] = {"model": "m", "sampling": {"seed": 0, "top_p": 0.9}, "layers": (1, 2)}
 ANSWERS = [Answers("Who?", (" It's me.", "\n…")), Answers("Why?", ("", " No."))]

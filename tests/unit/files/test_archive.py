@@ -10,7 +10,7 @@ import pytest
 
 from vllm_steer import SteerError
 from vllm_steer.files.archive import open_archive
-from vllm_steer.files.bounds import LARGEST_HEADER
+from vllm_steer.files.size_limits import MAX_HEADER_BYTES
 
 DATA = b"0123456789abcdef"
 
@@ -71,15 +71,21 @@ def two_directories() -> bytes:
 
 
 BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
-    "case": (lambda: zipped("a/x", "A/X"), "two of its records have one name"),
-    "fold": (lambda: zipped("stra\u00dfe", "STRASSE"), "two of its records have one name"),
+    "case": (
+        lambda: zipped("a/x", "A/X"),
+        "two records have names that differ in upper and lower case only",
+    ),
+    "fold": (
+        lambda: zipped("stra\u00dfe", "STRASSE"),
+        "two records have names that differ in upper and lower case only",
+    ),
     "one-place": (
         lambda: changed(TWO, entry(TWO, 1) + 42, struct.pack("<L", 0)),
-        "reaches into the next one",
+        "overlaps the next record",
     ),
     "too-long": (
         lambda: changed(TWO, entry(TWO, 0) + 20, struct.pack("<LL", 60, 60)),
-        "its record 'a' reaches into the next one",
+        "its record 'a' overlaps the next record",
     ),
     "encrypted": (
         lambda: changed(TWO, entry(TWO, 1) + 8, b"\x01\x00"),
@@ -87,38 +93,49 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "lzma": (
         lambda: zipped("a", compression=zipfile.ZIP_LZMA),
-        "its record 'a' is compressed, not by deflate",
+        "its record 'a' has an unsupported compression",
     ),
     "checksum": (lambda: TWO.replace(DATA, DATA[::-1], 1), "not a readable archive"),
     "other-name": (lambda: TWO.replace(b"a" + DATA, b"c" + DATA, 1), "not a readable archive"),
-    "cut": (lambda: TWO[:-1], "it has no end: was it cut short"),
+    "cut": (lambda: TWO[:-1], "it has no end record: is the file truncated"),
     "empty": (lambda: b"", "it has no end"),
     "large-directory": (
-        lambda: changed(TWO, TWO.rindex(b"PK\x05\x06") + 12, struct.pack("<L", LARGEST_HEADER + 1)),
+        lambda: changed(
+            TWO, TWO.rindex(b"PK\x05\x06") + 12, struct.pack("<L", MAX_HEADER_BYTES + 1)
+        ),
         "its directory has 1000001 bytes",
     ),
     "large-directory-64": (
         lambda: with_end64(TWO, 1 << 60),
         "its directory has 11529215046",
     ),
-    "end-outside": (lambda: with_end64(TWO, 10, at=1 << 40), "its two ends disagree"),
-    "short-directory": (lambda: with_end64(TWO, 10), "its directory is not where its end says"),
-    "two-archives": (lambda: zipped("a") + zipped("b"), "its directory is not where its end says"),
-    "junk-before": (lambda: b"PK\x03\x04junk" + TWO, "its directory is not where its end says"),
-    "junk-behind": (lambda: TWO + b"junk", "its directory is not where its end says"),
-    "two-directories": (lambda: two_directories(), "its two ends disagree"),
+    "end-outside": (lambda: with_end64(TWO, 10, at=1 << 40), "its two end records disagree"),
+    "short-directory": (
+        lambda: with_end64(TWO, 10),
+        "its directory is not where its end record says",
+    ),
+    "two-archives": (
+        lambda: zipped("a") + zipped("b"),
+        "its directory is not where its end record says",
+    ),
+    "junk-before": (
+        lambda: b"PK\x03\x04junk" + TWO,
+        "its directory is not where its end record says",
+    ),
+    "junk-behind": (lambda: TWO + b"junk", "its directory is not where its end record says"),
+    "two-directories": (lambda: two_directories(), "its two end records disagree"),
     "other-count": (
         lambda: changed(with_end64(TWO, LENGTH), -12, b"\x07\x00"),
-        "its two ends disagree",
+        "its two end records disagree",
     ),
     "folder": (
         lambda: changed(TWO, entry(TWO, 1) + 38, b"\x10\0\0\0"),
         "its record 'b' is marked as a folder",
     ),
-    "end-elsewhere": (lambda: with_end64(TWO, 10, at=3), "its two ends disagree"),
+    "end-elsewhere": (lambda: with_end64(TWO, 10, at=3), "its two end records disagree"),
     "bomb": (
         lambda: zipped("a", compression=zipfile.ZIP_DEFLATED, data=bytes(65 << 20)),
-        "its record 'a' would take 68157440 bytes of memory",
+        "its record 'a' needs 68157440 bytes of memory",
     ),
 }
 

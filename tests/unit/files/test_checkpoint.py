@@ -47,7 +47,11 @@ TEN = {"projector1": torch.ones(10, HIDDEN, RANK), "projector2": torch.ones(10, 
         ({"training_steer": True}, "training_steer True and dummy_steer 1 were .* columns: [1]"),
         ({"training_steer": -1}, "training_steer -1 and dummy_steer 1 were .* columns: [1]"),
         ({"training_steer": 12, "dummy_steer": None}, "12 and .* were trained; give .* keep$"),
-        (None, "10 columns, and does not say which of them were trained; .* columns: [0]"),
+        (
+            None,
+            "10 columns, and its training arguments do not say which of them were trained; .* "
+            "columns: [0]",
+        ),
     ],
     ids=[
         *("with-dummy", "without", "another", "float", "text", "bool", "negative", "beyond"),
@@ -115,7 +119,7 @@ def test_checkpoints_of_any_floating_dtype_load(tmp_path: Path, dtype: torch.dty
 
 
 @pytest.mark.parametrize(
-    ("key", "variant", "field", "width", "facts"),
+    ("key", "variant", "field", "width", "overrides"),
     [
         ("add_vec", "add", "add", HIDDEN, {}),
         ("offset_vec", "offset", "offset", 11, {"hidden_size": HIDDEN}),
@@ -123,13 +127,13 @@ def test_checkpoints_of_any_floating_dtype_load(tmp_path: Path, dtype: torch.dty
     ids=["add", "offset"],
 )
 def test_the_other_adaptor_classes_load(
-    tmp_path: Path, key: str, variant: str, field: str, width: int, facts: dict[str, Any]
+    tmp_path: Path, key: str, variant: str, field: str, width: int, overrides: dict[str, Any]
 ) -> None:
     vectors = torch.randn(COLUMNS, width)
     path = save(
         tmp_path / "a.pt", training_arguments(adaptor_class=variant), {key: nn.Parameter(vectors)}
     )
-    steer = load_steer(path, **facts)
+    steer = load_steer(path, **overrides)
     assert steer.variant == variant
     assert torch.equal(steer.tensors[field], vectors)
 
@@ -138,7 +142,7 @@ def test_an_offset_checkpoint_asks_for_the_hidden_size(tmp_path: Path) -> None:
     args = training_arguments(adaptor_class="offset")
     path = save(tmp_path / "a.pt", args, {"offset_vec": nn.Parameter(torch.ones(2, 11))})
     with pytest.raises(
-        SteerError, match=r"a.pt: an offset steer does not tell .* give hidden_size"
+        SteerError, match=r"a.pt: hidden_size cannot be read from an offset steer; give"
     ):
         load_steer(path)
 
@@ -180,8 +184,8 @@ def test_training_arguments_that_cannot_be_are_refused(
         ([None], "not an LM-Steer checkpoint"),
         ([training_arguments(), [1], 2], "not an LM-Steer checkpoint"),
         ([3, {}, 2], "not an LM-Steer checkpoint"),
-        ([None, {}, 2], "its state holds nothing"),
-        ([None, {"weight": torch.ones(2)}, 2], "its state holds weight; expected projector1"),
+        ([None, {}, 2], "its state has no keys"),
+        ([None, {"weight": torch.ones(2)}, 2], "its state has weight; expected projector1"),
         (
             [None, {"projector1": "x", "projector2": "y"}, 2],
             "projector1 is a str; expected a tensor",

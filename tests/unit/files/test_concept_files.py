@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foreign_tools import SIGNED, WIDTH, write_concept
 from outside import CONCEPT_VECTORS, needs
 from safetensors.torch import load_file
 from torch import nn
+from untrusted_text_tools import SIGNED, WIDTH, write_concept
 
 from vllm_steer import SteerError, hf, load_steer, save_steer
 
@@ -33,7 +33,7 @@ def test_orient_turns_the_rows_whose_a_is_negative(tmp_path: Path) -> None:
 
 
 def test_orient_without_a_sign_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match="orient needs the tensor a, which this file lacks"):
+    with pytest.raises(SteerError, match="orient needs the tensor a, and the file has none"):
         load_steer(write_concept(tmp_path / "logistic"), orient=True)
     broken = torch.tensor([[1.0], [0.0], [-1.0], [torch.nan]])
     with pytest.raises(SteerError, match="tensor a has 1 values that are NaN or infinite"):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_tools import BLOCKS, directions, steered, streams, write_gguf, write_svec
+from untrusted_text_tools import BLOCKS, directions, steered, streams, write_gguf, write_svec
 
 from vllm_steer import SteerError, load_steer
 
@@ -43,8 +43,8 @@ def test_facts_choose_and_replace_in_a_gguf_file(tmp_path: Path) -> None:
         ({1: np.ones((2, 3), np.float32)}, r"layer 1 is \[2, 3\] .*one dimension"),
         ({1: np.ones(6, np.int32)}, "direction.1 is I32; expected F32"),
         ({1: np.full(6, np.nan, np.float32)}, "6 values that are NaN or infinite"),
-        ({1: np.ones(6, np.float32), 2: np.ones(5, np.float32)}, "layer 2 is .*they must agree"),
-        ({}, "it holds no vectors"),
+        ({1: np.ones(6, np.float32), 2: np.ones(5, np.float32)}, "layer 2 is .*they must be equal"),
+        ({}, "the file has no vectors"),
     ],
     ids=["name", "leading-0", "negative", "large", "2d", "int", "nan", "ragged", "empty"],
 )
@@ -72,12 +72,18 @@ HUGE = {
         ONE_KEY + struct.pack("<IIQ", ARRAY, UINT8, 2**62),
         "1 values at byte 49, past",
     ),
-    "text": (struct.pack("<QQQ", 0, 1, 2**62), "claims 4611686018427387904 values at byte 32"),
-    "keys": (struct.pack("<QQ", 0, 2**62), "claims 1 values at byte 24, past its end"),
-    "tensors": (struct.pack("<QQ", 2**62, 0), "claims 1 values at byte 24, past its end"),
+    "text": (struct.pack("<QQQ", 0, 1, 2**62), "declares 4611686018427387904 values at byte 32"),
+    "keys": (
+        struct.pack("<QQ", 0, 2**62),
+        "declares 1 values at byte 24, past the end of the file",
+    ),
+    "tensors": (
+        struct.pack("<QQ", 2**62, 0),
+        "declares 1 values at byte 24, past the end of the file",
+    ),
     "dimensions": (
         struct.pack("<QQ", 1, 0) + text("direction.1") + struct.pack("<I", 2**31),
-        "claims 2147483648 values at byte 47, past its end",
+        "declares 2147483648 values at byte 47, past the end",
     ),
     "nested": (
         ONE_KEY + struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1) * 5000,
@@ -116,8 +122,8 @@ def placed(*offsets: int) -> bytes:
 @pytest.mark.parametrize(
     ("count", "width", "message"),
     [
-        (2000, 8, "it holds 2000 tensors; a steer at most 1000"),
-        (1000, 2**16, "would take 262144000 bytes of memory"),
+        (2000, 8, "it has 2000 tensors; a steer has at most 1000"),
+        (1000, 2**16, "needs 262144000 bytes of memory"),
     ],
 )
 def test_directions_over_each_other_do_not_fill_the_memory(
@@ -141,7 +147,9 @@ def test_a_direction_lies_where_a_gguf_file_may_have_one(
     """Aligned, within the file, beside the others; one near 2^64 wraps around to the header."""
     path = tmp_path / "v.gguf"
     path.write_bytes(placed(*offsets))
-    with pytest.raises(SteerError, match=r"is where none can be|not a readable GGUF|past its end"):
+    with pytest.raises(
+        SteerError, match=r"has an invalid offset|not a readable GGUF|past the " r"end of the file"
+    ):
         load_steer(path)
     path.write_bytes(placed(0, 32))
     assert load_steer(path).vectors.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
@@ -167,7 +175,7 @@ def test_direction_l_of_an_svec_file_acts_on_the_input_of_block_l(tmp_path: Path
 def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None:
     vectors = directions(range(BLOCKS))
     path = write_svec(tmp_path / "v.svec", vectors)
-    with pytest.raises(SteerError, match=r"direction 0 acts before .* give layers: 0-3; to steer"):
+    with pytest.raises(SteerError, match=r"direction 0 acts on .* give layers: 0-3; to steer"):
         load_steer(path)
     del vectors[0]
     steer = load_steer(path, layers="0-3")
@@ -186,8 +194,8 @@ def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None
             '{"model_type": "l", "directions": []}',
             "directions is \\[\\]; expected",
         ),
-        ('{"model_type": "l", "directions": {}}', "it holds no vectors"),
-        ('{"model_type": "l", "directions": {"0": [1]}}', "it holds no vectors"),
+        ('{"model_type": "l", "directions": {}}', "the file has no vectors"),
+        ('{"model_type": "l", "directions": {"0": [1]}}', "the file has no vectors"),
         ('{"model_type": "l", "directions": {"a": [1]}}', "layer 'a': expected a 0-based layer"),
         ('{"model_type": "l", "directions": {"-1": [1]}}', "layer '-1'"),
         ('{"model_type": "l", "directions": {"1.5": [1]}}', "layer '1.5'"),
@@ -201,7 +209,7 @@ def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None
             "direction '1' is .*; expected",
         ),
         ('{"model_type": "l", "directions": {"1": []}}', r"layer 1 is \[0\]"),
-        ('{"model_type": "l", "directions": {"1": [1], "2": [1, 2]}}', "they must agree"),
+        ('{"model_type": "l", "directions": {"1": [1], "2": [1, 2]}}', "they must be equal"),
         ('{"model_type": "l", "directions": {"1": [NaN]}}', "1 values that are NaN or infinite"),
         ('{"model_type": "l", "directions": {"1": [1e300]}}', "1 values that are NaN or infinite"),
         ('{"model_type": "l", "directions": {"1": [1' + "0" * 5000 + "]}}", r"v\.svec: "),
@@ -225,7 +233,7 @@ def test_an_svec_file_of_very_many_small_values_is_refused(tmp_path: Path, small
     path = tmp_path / "v.svec"
     values = ", ".join([small] * 100_001)
     path.write_text(f'{{"model_type": "x", "directions": {{"1": [1.0]}}, "z": [{values}]}}')
-    with pytest.raises(SteerError, match="JSON file of more than 100000 lists, objects and keys"):
+    with pytest.raises(SteerError, match="JSON file has more than 100000 lists, objects and keys"):
         load_steer(path)
 
 

@@ -51,9 +51,9 @@ def test_a_recipe_does_not_change_what_a_steer_is() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "recipe is no JSON"),
+        ("{", "recipe is not JSON"),
         ("[1]", "expected a JSON object"),
-        ("[" * 100_000, "recipe is no JSON"),
+        ("[" * 100_000, "recipe is not JSON"),
     ],
     ids=["broken", "list", "deep"],
 )

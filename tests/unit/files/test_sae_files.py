@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_tools import DECODER, WIDTH, steered, streams, write_npz, write_saelens
 from safetensors.torch import save_file
+from untrusted_text_tools import DECODER, WIDTH, steered, streams, write_npz, write_saelens
 
 from vllm_steer import SteerError, load_steer
 
@@ -63,30 +63,39 @@ def test_an_attention_hook_is_the_attention_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("overrides", "message"),
     [
-        ({}, "the weights of 8 SAE features; give feature, the number of one, 0 to 7"),
-        ({"feature": 8}, "feature 8: these are the weights of 8 SAE features"),
-        ({"feature": 1}, "do not say where it reads; give hook, such as hook: blocks.8"),
-        ({"feature": 1, "layers": "8"}, "do not say where it reads"),
-        ({"feature": 1, "site": "resid"}, "do not say where it reads"),
-        ({"feature": 1, "hook": "blocks.0.hook_resid_pre"}, "before block 0 there is no block"),
+        ({}, "the SAE has 8 features; give the key feature, a number from 0 to 7"),
+        ({"feature": 8}, "feature 8: the SAE has 8 features"),
+        (
+            {"feature": 1},
+            "do not contain the hook point; give the key hook, such as hook: blocks.8",
+        ),
+        ({"feature": 1, "layers": "8"}, "do not contain the hook point"),
+        ({"feature": 1, "site": "resid"}, "do not contain the hook point"),
+        (
+            {"feature": 1, "hook": "blocks.0.hook_resid_pre"},
+            "the input of block 0 cannot be steered",
+        ),
         ({"feature": 1, "hook": "blocks.1.hook_mlp_out"}, "hook_mlp_out'; allowed: blocks.N.hook"),
         ({"feature": 1, "hook": "blocks.1.attn.hook_z"}, "hook_z'; allowed"),
         ({"feature": 1, "hook": "hook_embed"}, "hook_embed'; allowed"),
-        ({"feature": 1, "hook": "blocks.1.hook_resid_post", "layers": "1"}, "drop layers and site"),
-        ({"feature": 1, "rows": "1"}, "rows means nothing for the weights of an SAE"),
-        ({"feature": 1, "kind": "delta"}, "holds a steer of kind vector; it was given as delta"),
+        (
+            {"feature": 1, "hook": "blocks.1.hook_resid_post", "layers": "1"},
+            "remove layers and site",
+        ),
+        ({"feature": 1, "rows": "1"}, "rows does not apply to the weights of an SAE"),
+        ({"feature": 1, "kind": "delta"}, "is vector and the key kind is delta"),
         ({"feature": 1, "layers": "1", "site": "heads"}, "site is 'heads'; allowed: resid"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("write", SAES[:2])
 def test_what_an_sae_leaves_open_is_asked_for(
-    tmp_path: Path, write: Callable[[Path], Path], facts: dict[str, Any], message: str
+    tmp_path: Path, write: Callable[[Path], Path], overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        load_steer(write(tmp_path / "weights"), **facts)
+        load_steer(write(tmp_path / "weights"), **overrides)
 
 
 @pytest.mark.parametrize(
@@ -122,17 +131,17 @@ def npy_header(shape: str, kind: str = "<f4", version: int = 1) -> bytes:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (npy_header("(8, 1000000000000)"), "W_dec claims more values than the file holds"),
-        (npy_header("(8, 6)"), "W_dec claims more values than the file holds"),
+        (npy_header("(8, 1000000000000)"), "W_dec declares more values than the file has"),
+        (npy_header("(8, 6)"), "W_dec declares more values than the file has"),
         (npy_header("(-8, 6)"), r"W_dec is \[-8, 6\]"),
         (npy_header("(8, 6)", version=9), r"arrays of version \(9, 0\) are not read"),
         (npy_header("__import__('os').getpid()"), "W_dec cannot be read"),
         (b"\x93NUMPY\x01\x00\xff\xff", "W_dec cannot be read"),
         (b"", "W_dec cannot be read"),
         (npy_header("(8, 6)", "|O"), "W_dec"),
-        (npy_header("(8, 6), u'descr': '<f8'"), "a key of an array's header is given twice"),
-        (npy_header("(16, 5)") + bytes(256), "W_dec claims more values than the file holds"),
-        (npy_header("(8, 6), 'descr': '<f8'"), "a key of an array's header is given twice"),
+        (npy_header("(8, 6), u'descr': '<f8'"), "an array's header has a duplicate key"),
+        (npy_header("(16, 5)") + bytes(256), "W_dec declares more values than the file has"),
+        (npy_header("(8, 6), 'descr': '<f8'"), "an array's header has a duplicate key"),
         (npy_header("(8, 6), " + " " * 10_000), "header has more than 10000 bytes"),
         (npy_header("(8, 6)", "|V2"), "W_dec"),
     ],
@@ -174,14 +183,16 @@ def test_two_records_for_one_array_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "sae.npz", "w") as archive:
         for name in ("W_dec.npy", "W_dec"):
             archive.writestr(name, npy_header("(2, 3)") + bytes(24))
-    with pytest.raises(SteerError, match=r"it holds W_dec and W_dec\.npy, which readers take for"):
+    with pytest.raises(
+        SteerError, match=r"it has both W_dec and W_dec\.npy, which readers confuse"
+    ):
         load_steer(tmp_path / "sae.npz", feature=1, layers="1", site="resid")
 
 
 def test_a_file_of_two_decoders_is_refused(tmp_path: Path) -> None:
     two = {"W_dec": torch.ones(2, 3), "w_dec": torch.ones(2, 3)}
     save_file(two, tmp_path / "two")
-    with pytest.raises(SteerError, match="it holds W_dec and w_dec; expected one decoder"):
+    with pytest.raises(SteerError, match="it has both W_dec and w_dec; expected one decoder"):
         load_steer(tmp_path / "two", feature=0, hook="blocks.1.hook_resid_post")
 
 
@@ -197,5 +208,5 @@ def test_an_npz_file_of_pickled_objects_is_refused_and_not_run(tmp_path: Path) -
 def test_an_npz_file_without_a_decoder_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "x.npz").open("wb") as file:
         np.savez(file, mean=np.zeros(3), std=np.ones(3))
-    with pytest.raises(SteerError, match="a NumPy archive of mean, std; expected the weights"):
+    with pytest.raises(SteerError, match="a NumPy archive with mean, std; expected SAE weights"):
         load_steer(tmp_path / "x.npz")

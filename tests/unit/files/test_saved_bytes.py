@@ -170,7 +170,9 @@ def test_metadata_is_measured_as_it_is_written(tmp_path: Path, letter: str) -> N
     size = len(json.dumps(letter, ensure_ascii=False).encode()) - 2
     save_steer(replace(steer, description=letter * (890_000 // size)), tmp_path / "x")
     assert load_steer(tmp_path / "x").description == letter * (890_000 // size)
-    with pytest.raises(SteerError, match=r"metadata takes .* bytes .*description; shorten it"):
+    with pytest.raises(
+        SteerError, match=r"metadata has .* bytes; .*shorten the longest entry, " r"description"
+    ):
         save_steer(replace(steer, description=letter * (901_000 // size)), tmp_path / "x")
 
 

@@ -170,7 +170,7 @@ def test_columns_that_the_steer_does_not_have_are_refused(
     tmp_path: Path, columns: list[int]
 ) -> None:
     path = write(tmp_path / "steer", {}, {"add": torch.ones(4, 6)})
-    with pytest.raises(SteerError, match=r"steer: columns .*columns 0 to 3; name each one"):
+    with pytest.raises(SteerError, match=r"steer: columns .*columns 0 to 3; list each column"):
         load_steer(path, columns=columns)
 
 
@@ -189,11 +189,11 @@ def test_a_fixed_column_named_twice_counts_once_or_is_refused(tmp_path: Path) ->
     [
         ({"format": "pt"}, "metadata format is 'pt'; expected 'vllm-steer'"),
         ({"format": None}, "metadata format is None; expected 'vllm-steer'"),
-        ({"format_version": "2"}, "format_version is '2'; this release reads '1'"),
-        ({"kind": None}, "metadata lacks kind"),
-        ({"hidden_size": None}, "metadata lacks hidden_size"),
-        ({"kind": "magic"}, "kind is 'magic'; this release reads lm_steer, vector, delta"),
-        ({"kind": "vector"}, "unknown tensors add; a file of kind vector holds vectors"),
+        ({"format_version": "2"}, "format_version is '2'; expected '1'"),
+        ({"kind": None}, "the metadata has no kind"),
+        ({"hidden_size": None}, "the metadata has no hidden_size"),
+        ({"kind": "magic"}, "kind is 'magic'; expected lm_steer, vector, delta"),
+        ({"kind": "vector"}, "unknown tensors add; a file of kind vector has vectors"),
         ({"hidden_size": "seven"}, "hidden_size is 'seven'"),
         ({"hidden_size": "7"}, "tensor width is 6 but hidden_size is 7"),
         ({"epsilon": None}, "epsilon is not in the file"),
@@ -251,7 +251,7 @@ def test_an_unknown_fact_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match=r"gone: no such file"):
+    with pytest.raises(SteerError, match=r"gone: does not exist"):
         load_steer(tmp_path / "gone")
 
 
@@ -261,14 +261,17 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         (b"", "the file is empty"),
         (b"\x08", "neither a safetensors file nor"),
         (b"hello, this is no steer", "neither a safetensors file nor"),
-        (b"\x80\x02]q\x00.", "a Python pickle, which has to be run to be read"),
+        (b"\x80\x02]q\x00.", "a Python pickle, which executes code when loaded"),
         (b"\x80\x04\x95", "a Python pickle"),
-        (b"PK\x05\x06" + bytes(18), "a zip archive of none; expected what torch.save or NumPy"),
+        (
+            b"PK\x05\x06" + bytes(18),
+            "a zip archive with none; expected an archive of torch.save or numpy",
+        ),
         (gzip.compress(b"x"), "a gzip file; unpack it first"),
-        ('{"a": 1}'.encode("utf-16"), "a text in UTF-16; save it as UTF-8"),
-        (b"\xef\xbb\xbf{}", "a text with a byte-order mark"),
+        ('{"a": 1}'.encode("utf-16"), "a text file in UTF-16; save it as UTF-8"),
+        (b"\xef\xbb\xbf{}", "a text file with a byte-order mark"),
         (b"\x93NUMPY\x01\x00", "a single NumPy array"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, not the file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the file"),
         (b"<!DOCTYPE html>", "a web page or XML"),
         ((1 << 26).to_bytes(8, "little") + b"{", "its header has 67108864 bytes; a steer's has at"),
     ],
@@ -361,6 +364,6 @@ def test_memory_that_is_out_is_one_error(tmp_path: Path, monkeypatch: pytest.Mon
     def allocate(*_: Any, **__: Any) -> None:
         torch.empty(2**55)
 
-    monkeypatch.setattr("vllm_steer.files.read_facts", allocate)
+    monkeypatch.setattr("vllm_steer.files.read_metadata", allocate)
     with pytest.raises(SteerError, match=r"steer: cannot be read \(.*memory"):
         load_steer(path)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_tools import directions, steered, streams
 from torch_tools import save, tensors
+from untrusted_text_tools import directions, steered, streams
 
 from vllm_steer import SteerError, load_steer
 
@@ -48,14 +48,14 @@ def test_steering_vectors_of_one_row_are_flattened_as_the_library_does(
     [
         ({"layer_type": "mlp"}, "layer_type is 'mlp'; allowed: decoder_block, self_attn, input_l"),
         ({"layer_type": ["mlp"]}, "layer_type is"),
-        ({"layer_activations": {}}, "it holds no vectors"),
+        ({"layer_activations": {}}, "the file has no vectors"),
         ({"layer_activations": torch.ones(6)}, "layer_activations, a dict of tensors by layer"),
         ({"layer_activations": {-1: torch.ones(6)}}, "layer -1"),
         ({"layer_activations": {"1": torch.ones(6)}}, "layer '1'"),
         ({"layer_activations": {1: torch.ones(2, 6)}}, r"layer 1 is \[2, 6\]"),
         ({"layer_activations": {1: torch.tensor(2.0)}}, r"layer 1 is \[\]"),
-        ({"layer_activations": {1: 5}}, "layer 1 holds a int"),
-        ({"multiplier": 2.0}, "it holds layer_activations, layer_type, multiplier; expected"),
+        ({"layer_activations": {1: 5}}, "layer 1 is a int"),
+        ({"multiplier": 2.0}, "it has layer_activations, layer_type, multiplier; expected"),
     ],
     ids=range(10),
 )
@@ -72,11 +72,13 @@ def test_steering_vectors_that_cannot_be_are_refused(
 def test_an_empty_steering_vector_is_refused(tmp_path: Path, steering_vectors: Any) -> None:
     content = steering_vectors({})
     vars(content).clear()
-    with pytest.raises(SteerError, match="it holds nothing; expected layer_activations"):
+    with pytest.raises(SteerError, match="it has no fields; expected layer_activations"):
         load_steer(save(tmp_path / "v.pt", content))
 
 
 def test_each_format_may_name_only_its_own_classes(tmp_path: Path, steering_vectors: Any) -> None:
     content = steering_vectors({1: torch.ones(6)}, argparse.Namespace())
-    with pytest.raises(SteerError, match=r"it names steering_vectors\..*SteeringVector, which"):
+    with pytest.raises(
+        SteerError, match=r"its pickle refers to " r"steering_vectors\..*SteeringVector;"
+    ):
         load_steer(save(tmp_path / "v.pt", content))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_tools import BLOCKS, WIDTH, directions, steered, streams
 from torch_tools import save, tensors
+from untrusted_text_tools import BLOCKS, WIDTH, directions, steered, streams
 
 from vllm_steer import DeltaSteer, SteerError, load_steer, save_steer
 
@@ -31,21 +31,24 @@ def test_facts_choose_and_replace_in_a_delta(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("overrides", "message"),
     [
-        ({"kind": "vector"}, "holds a steer of kind delta; it was given as vector"),
+        ({"kind": "vector"}, "is delta and the key kind is vector"),
         ({"layers": "3"}, "layers 3 are not in this steer; it has 0-2"),
-        ({"rows": "1"}, "rows means nothing for a delta of Dynamic"),
-        ({"mode": "add"}, "mode means nothing for a steer of kind delta"),
-        ({"hidden_size": 4}, "tensor width is 8 but the width of its site is given as 4"),
+        ({"rows": "1"}, "rows does not apply to a delta of Dynamic"),
+        ({"mode": "add"}, "mode does not apply to a steer of kind delta"),
+        (
+            {"hidden_size": 4},
+            "tensor width is 8 but the key hidden_size, the width of its site, is 4",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_facts_that_do_not_fit_a_delta_are_refused(
-    tmp_path: Path, facts: dict[str, Any], message: str
+    tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        load_steer(save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4)), **facts)
+        load_steer(save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4)), **overrides)
 
 
 def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
@@ -58,23 +61,25 @@ def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "said"),
+    ("overrides", "said"),
     [
-        ({}, "does not say which decoder block each row is for"),
-        ({"layers": "0-4"}, "has 6 rows and layers names 5"),
-        ({"layers": "0-4", "rows": "1-4"}, "has 4 rows and layers names 5"),
-        ({"rows": "1-5"}, "does not say which decoder block each row is for"),
+        ({}, "does not say which layer each row is for"),
+        ({"layers": "0-4"}, "has 6 rows and the key layers has 5"),
+        ({"layers": "0-4", "rows": "1-4"}, "has 4 rows and the key layers has 5"),
+        ({"rows": "1-5"}, "does not say which layer each row is for"),
     ],
     ids=["nothing", "too-few", "other-rows", "no-layers"],
 )
 def test_a_vector_per_row_is_asked_for_the_rows_blocks(
-    tmp_path: Path, facts: dict[str, Any], said: str
+    tmp_path: Path, overrides: dict[str, Any], said: str
 ) -> None:
     path = save(tmp_path / "v.pt", torch.randn(BLOCKS + 1, WIDTH))
     with pytest.raises(SteerError) as caught:
-        load_steer(path, **facts)
+        load_steer(path, **overrides)
     message = str(caught.value)
-    assert f"a tensor [6, 6] {said}; give layers, one decoder block (from 0) per row" in message
+    assert (
+        f"a tensor [6, 6] {said}; give the key layers, one 0-based decoder block per row" in message
+    )
     assert "row i the output of block i-1; persona vectors" in message
     assert "give rows: 1-5, layers: 0-4" in message
     assert "If row i is the output of block i, give layers: 0-5" in message
@@ -129,52 +134,61 @@ def test_a_trained_parameter_and_an_ordered_dict_are_read(tmp_path: Path) -> Non
 def test_a_3d_tensor_is_asked_whether_it_is_a_delta(tmp_path: Path) -> None:
     delta = torch.randn(4, 2, 6)
     path = save(tmp_path / "d.pt", delta)
-    for facts in ({}, {"kind": "delta"}, {"layers": "8-9"}, {"kind": "delta", "layers": "8"}):
+    for overrides in ({}, {"kind": "delta"}, {"layers": "8-9"}, {"kind": "delta", "layers": "8"}):
         with pytest.raises(
-            SteerError, match=r"\[4, 2, 6\] may be a delta of 4 steps and 2 layers; if so, give ki"
+            SteerError,
+            match=r"\[4, 2, 6\] may be a step delta of 4 steps and 2 layers; if so, " r"give ki",
         ):
-            load_steer(path, **facts)
+            load_steer(path, **overrides)
     steer = load_steer(path, kind="delta", layers="8-9", site="resid")
     assert (steer.kind, steer.layers, steer.site) == ("delta", (8, 9), "resid")
     assert torch.equal(steer.delta, delta)
 
 
 @pytest.mark.parametrize(
-    ("content", "facts", "message"),
+    ("content", "overrides", "message"),
     [
         (torch.tensor(1.0), {"layers": 1}, r"a tensor \[\]; expected \[d\], \[L, d\]"),
         (torch.ones(0), {"layers": 1}, r"a tensor \[0\]; expected"),
         (torch.ones(1, 1, 1, 1, 6), {}, r"a tensor \[1, 1, 1, 1, 6\]; expected"),
         (torch.ones(6).int(), {"layers": 1}, "torch.int32; expected a floating dtype"),
         (torch.full((6,), torch.nan), {"layers": 1}, "6 values that are NaN"),
-        (torch.ones(6), {"layers": 1, "rows": 0}, r"rows means nothing for a tensor \[6\]"),
-        (torch.ones(6), {"layers": 1, "kind": "delta"}, r"a tensor \[6\] is no delta"),
-        (torch.ones(2, 6), {"kind": "lm_steer"}, r"a tensor \[2, 6\] is no lm_steer"),
-        (torch.ones(6), {"layers": 1, "feature": 0}, "feature means nothing for a plain tensor"),
-        ({}, {}, r"it holds a dict with the keys \(none\); expected a tensor"),
+        (torch.ones(6), {"layers": 1, "rows": 0}, r"rows does not apply to a tensor \[6\]"),
+        (
+            torch.ones(6),
+            {"layers": 1, "kind": "delta"},
+            r"a tensor \[6\] cannot be a steer of " r"kind delta",
+        ),
+        (
+            torch.ones(2, 6),
+            {"kind": "lm_steer"},
+            r"a tensor \[2, 6\] cannot be a steer of kind " r"lm_steer",
+        ),
+        (torch.ones(6), {"layers": 1, "feature": 0}, "feature does not apply to a plain tensor"),
+        ({}, {}, r"its content is a dict with the keys \(none\); expected a tensor"),
         ({"3": torch.ones(6)}, {}, "a dict with the keys 3; expected .* layer .integers"),
         ({"layers": torch.ones(6)}, {}, "a dict with the keys layers; expected"),
-        ("vector", {}, "it holds a str; expected a tensor"),
-        (7, {}, "it holds a int; expected a tensor"),
+        ("vector", {}, "its content is a str; expected a tensor"),
+        (7, {}, "its content is a int; expected a tensor"),
         (
             {1: torch.ones(6), "2": torch.ones(6)},
             {},
             "layer '2': expected a 0-based layer such as 16",
         ),
         ({True: torch.ones(6)}, {}, "layer True: expected a 0-based layer"),
-        ({-1: torch.ones(6)}, {}, "layer -1: .* counted from the end has to be written"),
+        ({-1: torch.ones(6)}, {}, "layer -1: .* counted from the end must be given"),
         ({10**9: torch.ones(6)}, {}, "layer 1000000000"),
-        ({1: [1.0, 2.0]}, {}, "layer 1 holds a list; expected a tensor"),
+        ({1: [1.0, 2.0]}, {}, "layer 1 is a list; expected a tensor"),
         ({1: torch.ones(1, 6)}, {}, r"layer 1 is \[1, 6\] .*one dimension"),
-        ({1: torch.ones(6), 2: torch.ones(7)}, {}, r"layer 2 is \[7\].* they must agree"),
-        ({1: torch.ones(6), 2: torch.ones(6).half()}, {}, "float16.* they must agree"),
+        ({1: torch.ones(6), 2: torch.ones(7)}, {}, r"layer 2 is \[7\].* they must be equal"),
+        ({1: torch.ones(6), 2: torch.ones(6).half()}, {}, "float16.* they must be equal"),
         ({1: torch.ones(6), 2: torch.full((6,), torch.inf)}, {}, "6 values that are NaN or inf"),
     ],
     ids=range(23),
 )
 def test_tensors_that_cannot_be_are_refused_with_what_was_found(
-    tmp_path: Path, content: Any, facts: dict[str, Any], message: str
+    tmp_path: Path, content: Any, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message) as caught:
-        load_steer(save(tmp_path / "v.pt", content), **facts)
+        load_steer(save(tmp_path / "v.pt", content), **overrides)
     assert str(tmp_path / "v.pt") in str(caught.value)

@@ -160,8 +160,8 @@ def test_a_delta_file_has_its_width_or_an_older_ones_hidden_size(
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({}, "metadata lacks width"),
-        ({"width": "7"}, "tensor width is 6 but the width of its site is given as 7"),
+        ({}, "the metadata has no width"),
+        ({"width": "7"}, "tensor width is 6 but the key hidden_size, the width of its site, is 7"),
         ({"width": "abc"}, "metadata: width is 'abc'; expected a number"),
         ({"width": "6", "hidden_size": "8"}, "width is '6' and hidden_size '8'; a delta has one"),
     ],
@@ -201,8 +201,8 @@ def test_facts_replace_what_the_file_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"layers": None}, "metadata lacks layers"),
-        ({"layers": "1,4"}, r"vectors has 3 layers and layers names 2 \(1,4\); they must agree"),
+        ({"layers": None}, "the metadata has no layers"),
+        ({"layers": "1,4"}, r"vectors has 3 layers and layers names 2 \(1,4\); they must be equal"),
         ({"layers": "a-b"}, "layers is 'a-b'"),
         ({"layers": "4-1"}, "layers is '4-1'"),
         ({"layers": "1,1,4"}, "layers is '1,1,4'"),
@@ -212,14 +212,14 @@ def test_facts_replace_what_the_file_says(tmp_path: Path) -> None:
         ({"site": "mlp"}, "site is 'mlp'"),
         ({"mode": "multiply"}, "mode is 'multiply'"),
         ({"hidden_size": "7"}, "tensor width is 6 but hidden_size is 7"),
-        ({"schedule": "dim"}, "schedule means nothing for a steer of kind vector; drop it"),
-        ({"epsilon": "1"}, "epsilon means nothing for a steer of kind vector; drop it"),
+        ({"schedule": "dim"}, "schedule does not apply to a steer of kind vector; remove the key"),
+        ({"epsilon": "1"}, "epsilon does not apply to a steer of kind vector; remove the key"),
         ({"layer_scores": "[1, 2]"}, "layer_scores has 2 numbers for 3 layers"),
-        ({"layer_scores": "[1, 2, NaN]"}, "metadata: layer_scores: NaN is no JSON number"),
+        ({"layer_scores": "[1, 2, NaN]"}, "metadata: layer_scores: NaN is not a JSON number"),
         ({"layer_scores": '"123"'}, "layer_scores is .* a JSON list of finite numbers"),
-        ({"layer_scores": "[" * 100_000}, "metadata: layer_scores is no JSON"),
-        ({"kind": "delta"}, "unknown tensors vectors; a file of kind delta holds delta"),
-        ({"kind": "lm_steer"}, "unknown tensors vectors; a file of kind lm_steer holds proj"),
+        ({"layer_scores": "[" * 100_000}, "metadata: layer_scores is not JSON"),
+        ({"kind": "delta"}, "unknown tensors vectors; a file of kind delta has delta"),
+        ({"kind": "lm_steer"}, "unknown tensors vectors; a file of kind lm_steer has proj"),
     ],
     ids=lambda value: (
         "-".join(f"{k}={v}"[:30] for k, v in value.items()) if isinstance(value, dict) else ""
@@ -240,7 +240,7 @@ def test_wrong_metadata_is_refused_with_file_and_value(
     [
         ({"site": "mlp"}, "site is 'mlp'"),
         ({"schedule": "never"}, "schedule is 'never'"),
-        ({"mode": "add"}, "mode means nothing for a steer of kind delta; drop it"),
+        ({"mode": "add"}, "mode does not apply to a steer of kind delta; remove the key"),
         ({"layers": "1-4"}, r"delta has 3 layers and layers names 4"),
     ],
     ids=["site", "schedule", "mode", "layers"],
@@ -273,36 +273,42 @@ def test_a_zero_vector_can_be_added_but_not_rotated_to(tmp_path: Path) -> None:
     vectors[1] = 0
     path = write(tmp_path / "steer", {}, {"vectors": vectors})
     assert load_steer(path).mode == "add"
-    with pytest.raises(SteerError, match="the vector of layer 4 is zero: there is no direction"):
+    with pytest.raises(SteerError, match="the vector of layer 4 is zero and has no direction"):
         load_steer(path, mode="rotate")
     assert load_steer(path, mode="add", layers="1,5").layers == (1, 5)
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("overrides", "message"),
     [
         ({"layers": "1-3"}, "layers 2-3 are not in this steer; it has 1,4-5"),
-        ({"kind": "delta"}, "kind is vector in the file but given as delta; drop the key"),
-        ({"epsilon": 1.0}, "epsilon means nothing for a steer of kind vector; drop it"),
-        ({"columns": [0]}, "columns means nothing"),
-        ({"schedule": "fixed"}, "schedule means nothing"),
-        ({"orient": True}, "orient means nothing for a vllm-steer file; drop it"),
-        ({"rows": "1-2"}, "rows means nothing for a vllm-steer file; drop it"),
-        ({"feature": 0, "hook": "x"}, "feature, hook means nothing for a vllm-steer file; drop it"),
+        (
+            {"kind": "delta"},
+            "kind is vector in the file and delta in the overrides; remove the key",
+        ),
+        ({"epsilon": 1.0}, "epsilon does not apply to a steer of kind vector; remove the key"),
+        ({"columns": [0]}, "columns does not apply to"),
+        ({"schedule": "fixed"}, "schedule does not apply to"),
+        ({"orient": True}, "orient does not apply to a vllm-steer file; remove the key"),
+        ({"rows": "1-2"}, "rows does not apply to a vllm-steer file; remove the key"),
+        (
+            {"feature": 0, "hook": "x"},
+            "feature, hook does not apply to a vllm-steer file; remove the key",
+        ),
         ({"site": "head"}, "site is 'head'; allowed: resid, attn_in, attn_out"),
         ({"hidden_size": 4096}, "tensor width is 6 but hidden_size is 4096"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_facts_that_do_not_fit_the_file_are_refused(
-    tmp_path: Path, facts: dict[str, Any], message: str
+    tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        load_steer(write(tmp_path / "steer", {}), **facts)
+        load_steer(write(tmp_path / "steer", {}), **overrides)
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("overrides", "message"),
     [
         ({"orient": "yes"}, "orient is 'yes'"),
         ({"rows": "x"}, "rows is 'x'.*0-based rows such as '1-32'"),
@@ -316,6 +322,8 @@ def test_facts_that_do_not_fit_the_file_are_refused(
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
 )
-def test_malformed_facts_are_refused(tmp_path: Path, facts: dict[str, Any], message: str) -> None:
+def test_malformed_facts_are_refused(
+    tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SteerError, match=message):
-        load_steer(write(tmp_path / "steer", {}), **facts)
+        load_steer(write(tmp_path / "steer", {}), **overrides)

@@ -96,7 +96,7 @@ def test_pca_never_sees_the_labels_and_signed_turns_it_to_label_1(rows: tuple[An
         projected = x @ turned.direction
         assert projected[labels == 1].mean() > projected[labels == 0].mean()
         assert turned.slope > 0
-        np.testing.assert_array_equal(turned.says(x), one.says(x))
+        np.testing.assert_array_equal(turned.predict(x), one.predict(x))
 
 
 def test_the_slope_and_intercept_are_an_unpenalised_logistic_regression(

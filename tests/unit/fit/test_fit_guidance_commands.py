@@ -255,7 +255,9 @@ def test_force_replaces_plain_files_only(output: str, answers: Path, tmp_path: P
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     given = tmp_path / output if output else ""  # "" is the working folder
-    with pytest.raises(SteerError, match="is no plain file and cannot be replaced; choose another"):
+    with pytest.raises(
+        SteerError, match="is not a regular file and cannot be replaced; choose another"
+    ):
         run("vector", "embedded", given, "--pairs", answers, "--force")
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "pipe"}
     assert (tmp_path / "pipe").is_fifo()

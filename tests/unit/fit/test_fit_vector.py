@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 
 from vllm_steer import SteerError
 from vllm_steer.fit import fit_vector
-from vllm_steer.fit.activations import Encoded, read_tokens
+from vllm_steer.fit.activations import SelectedTokens, read_tokens
 from vllm_steer.fit.pairs import read_pairs, sides_of
 from vllm_steer.fit.vector import first_component
 from vllm_steer.texts import LabelledText
@@ -37,7 +37,7 @@ def tokens_of(text: str, layer: int, site: str = "resid") -> torch.Tensor:
 def test_hidden_states_of_transformers_are_the_activations() -> None:
     ids = tiny_tokenizer()(POSITIVE[0])["input_ids"]
     states = tiny_model()(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    texts = [Encoded(ids[:2], []), Encoded(ids, [0, 3]), Encoded(ids[:3], [2])]
+    texts = [SelectedTokens(ids[:2], []), SelectedTokens(ids, [0, 3]), SelectedTokens(ids[:3], [2])]
     found = list(read_tokens(tiny_model(), texts, site="resid", layers=(0, 1), batch_size=2))
     assert [list(x.shape[:2]) for x in found] == [[0, 2], [2, 2], [1, 2]]
     for column in range(2):

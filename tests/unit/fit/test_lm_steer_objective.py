@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_steer.fit.head_loss import Head, head_loss
-from vllm_steer.fit.objective import Tokens, initial_parameters, loss_and_gradients
+from vllm_steer.fit.head_loss import LMHead, head_loss
+from vllm_steer.fit.objective import TokenBatch, initial_parameters, loss_and_gradients
 
 EPSILON = 0.3
 REGULARIZATION = 0.01
@@ -25,16 +25,16 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def a_head(bias: bool = False, scale: float = 1.0, soft_cap: float | None = None) -> Head:
-    return Head(
+def a_head(bias: bool = False, scale: float = 1.0, soft_cap: float | None = None) -> LMHead:
+    return LMHead(
         normal(VOCAB, HIDDEN, seed=1), normal(VOCAB, seed=2) if bias else None, scale, soft_cap
     )
 
 
-def some_tokens(count: int = 5) -> Tokens:
+def some_tokens(count: int = 5) -> TokenBatch:
     strengths = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-0.5, 1.0], [-0.5, 1.0], [0.0, 1.0]])
     targets = torch.tensor([3, 6, 0, 2, 6])
-    return Tokens(normal(count, HIDDEN, seed=3), targets[:count], strengths.double()[:count])
+    return TokenBatch(normal(count, HIDDEN, seed=3), targets[:count], strengths.double()[:count])
 
 
 def some_parameters(variant: str, rank: int = RANK) -> dict[str, torch.Tensor]:
@@ -44,7 +44,9 @@ def some_parameters(variant: str, rank: int = RANK) -> dict[str, torch.Tensor]:
     return {variant: normal(COLUMNS, HIDDEN if variant == "add" else VOCAB, seed=4)}
 
 
-def loss_by_hand(head: Head, tokens: Tokens, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_by_hand(
+    head: LMHead, tokens: TokenBatch, parameters: dict[str, torch.Tensor]
+) -> torch.Tensor:
     """One token at a time; for `multiply` the transform as a full matrix, `e' = (1 + eps W) e`."""
     losses = []
     for h, v, target in zip(
@@ -72,7 +74,7 @@ def loss_by_hand(head: Head, tokens: Tokens, parameters: dict[str, torch.Tensor]
     return torch.stack(losses).mean() + REGULARIZATION * penalty
 
 
-def ours(head: Head, tokens: Tokens, parameters: Any, **options: Any) -> Any:
+def ours(head: LMHead, tokens: TokenBatch, parameters: Any, **options: Any) -> Any:
     return loss_and_gradients(
         head, tokens, parameters, epsilon=EPSILON, regularization=REGULARIZATION, **options
     )
@@ -114,7 +116,7 @@ def test_one_token_is_enough(variant: str) -> None:
 def test_no_more_logits_live_at_once_than_asked_for() -> None:
     seen = []
 
-    class Watched(Head):
+    class Watched(LMHead):
         def raw_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
             seen.append(len(hidden_states))
             return super().raw_logits(hidden_states)
@@ -130,9 +132,9 @@ def test_no_more_logits_live_at_once_than_asked_for() -> None:
 
 def test_a_bfloat16_head_is_within_its_rounding_of_the_formula() -> None:
     head, tokens, parameters = a_head(), some_tokens(), some_parameters("multiply")
-    narrow = Head(head.weight.bfloat16(), None)
-    exact = Head(narrow.weight.double(), None)
-    in_float32 = Tokens(tokens.hidden_states.float(), tokens.targets, tokens.strengths.float())
+    narrow = LMHead(head.weight.bfloat16(), None)
+    exact = LMHead(narrow.weight.double(), None)
+    in_float32 = TokenBatch(tokens.hidden_states.float(), tokens.targets, tokens.strengths.float())
     singles = {name: value.float() for name, value in parameters.items()}
     loss, gradients = ours(narrow, in_float32, singles)
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
@@ -147,7 +149,7 @@ def test_a_bfloat16_head_is_within_its_rounding_of_the_formula() -> None:
 
 def test_a_likely_token_and_a_hopeless_one_have_finite_losses() -> None:
     weight = torch.tensor([[200.0], [-200.0]])
-    found = head_loss(Head(weight, None), torch.ones(2, 1), torch.tensor([0, 1]))
+    found = head_loss(LMHead(weight, None), torch.ones(2, 1), torch.tensor([0, 1]))
     assert found.total.item() == pytest.approx(400.0)
     assert found.gradient.tolist() == [[0.0], [400.0]]
 

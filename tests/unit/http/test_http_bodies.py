@@ -9,9 +9,9 @@ from http_tools import PLAN, post, send_chunks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_steer.serving.http.near_misses import HOLDERS, MEANT
-from vllm_steer.serving.http.received import Hints, ReceivedBody
-from vllm_steer.serving.http.rewriting import preset_of
+from vllm_steer.serving.http.body_rewrite import preset_of
+from vllm_steer.serving.http.misspelled_fields import BODY_MISSPELLINGS, CLIENT_FIELDS
+from vllm_steer.serving.http.request_body import ReceivedBody, SteerHints
 
 
 def dump(body: Any) -> bytes:
@@ -93,7 +93,7 @@ def test_a_body_that_is_cut_short_is_passed_on_with_its_end(body: bytes) -> None
 
 
 def test_chunks_are_let_go_as_they_are_taken() -> None:
-    body = ReceivedBody(Hints())
+    body = ReceivedBody(SteerHints())
 
     async def receive() -> Any:
         return {"type": "http.request", "body": b"x", "more_body": body.length < 9}
@@ -127,7 +127,7 @@ HINTING = [
 def test_hints_are_found_across_chunks_of_any_size(body: bytes, size: int) -> None:
     whole = b'{"x": "' + b"y" * 50 + b'", ' + body[1:] if body.startswith(b"{") else body
     chunks = [whole[at : at + size] for at in range(0, len(whole), size)]
-    received = ReceivedBody(Hints(PLAN.presets))
+    received = ReceivedBody(SteerHints(PLAN.presets))
 
     async def receive() -> Any:
         return {"type": "http.request", "body": chunks.pop(0), "more_body": bool(chunks)}
@@ -138,7 +138,7 @@ def test_hints_are_found_across_chunks_of_any_size(body: bytes, size: int) -> No
 
 def test_ordinary_escapes_are_no_hints() -> None:
     body = dump({"prompt": 'völlig "normal" \u4e2d\u6587 \x00 \x1f é', "model": "base:other"})
-    assert not Hints(PLAN.presets).are_in(body)
+    assert not SteerHints(PLAN.presets).are_in(body)
 
 
 SPELLINGS = [
@@ -203,7 +203,7 @@ steer_values = st.one_of(
 )
 keys = st.sampled_from(
     ["steer", "steer_strengths", "vllm_xargs", "model", "prompt", "stream", "use_beam_search",
-     "x", *MEANT, *HOLDERS]
+     "x", *BODY_MISSPELLINGS, *CLIENT_FIELDS]
 )  # fmt: skip
 bodies = st.dictionaries(
     keys,
@@ -277,7 +277,10 @@ def test_any_body_is_served_as_json_would_have_it_or_gets_our_400(
         assert error["type"] == "BadRequestError"
         assert 0 < len(error["message"]) <= 1000
         inside = body.get("vllm_xargs")
-        nearly = {*MEANT, *HOLDERS} & {*body, *(inside if isinstance(inside, dict) else ())}
+        nearly = {*BODY_MISSPELLINGS, *CLIENT_FIELDS} & {
+            *body,
+            *(inside if isinstance(inside, dict) else ()),
+        }
         assert nearly or expected(json.loads(text)) is None
         return
     found, wanted = json.loads(b"".join(passed.chunks)), expected(json.loads(text))

@@ -153,7 +153,7 @@ def test_a_route_that_cannot_carry_a_steer_refuses_every_way_to_ask(
     assert sent[0]["status"] == 400
 
 
-REFUSAL = "steer: this route cannot carry a steer; remove it and name the base model"
+REFUSAL = "steer: this route does not support steering; remove the steer and name the base model"
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,39 @@ def test_a_refusal_on_anthropics_route_has_its_form(plan: Any) -> None:
         ({"steer": "a", "vllm_xargs": 5}, "vllm_xargs"),
         ({"steers": "a"}, "steers"),
         ({"vllm_xargs": {"vllm_steer_stream": {}}}, "vllm_xargs.vllm_steer_stream"),
+        ({"vllm_xargs": {"steer_strengths": 5}}, "vllm_xargs.steer_strengths"),
+        ({"steer": "a", "steer_strengths": "perhaps"}, "steer_strengths"),
+        ({"steer": {"a": 1}, "vllm_xargs": {"steer": "a"}}, "steer"),
+        ({"model": "base:friendly", "use_beam_search": True}, "model"),
+        ({"steer": "a:2", "use_beam_search": True}, "steer"),
+        ({"vllm_xargs": {"Steer": "a"}}, "vllm_xargs.Steer"),
     ],
     ids=str,
 )
 def test_a_refusal_names_the_field_that_was_sent(plan: Any, body: Any, param: str) -> None:
     _, (_, sent) = run(plan, [dump(body)])
     assert json.loads(sent["body"])["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"steer": "a"}, "steer"),
+        ({"vllm_xargs": {"steer": "a"}}, "vllm_xargs.steer"),
+        ({"model": "base:friendly"}, "model"),
+    ],
+    ids=str,
+)
+def test_admission_names_the_field_that_was_sent(plan: Any, body: Any, field: str) -> None:
+    from vllm_steer.serving.http.body_rewrite import rewrite
+    from vllm_steer.serving.http.json_members import MemberReader
+    from vllm_steer.serving.http.routes import Route
+    from vllm_steer.serving.request_args import CLIENT_FIELDS, RejectedSteer
+
+    members = MemberReader(("steer", "vllm_xargs", "model")).read(dump(body))
+    sent = CLIENT_FIELDS.set(rewrite(members, plan, Route(carries=True)).fields)
+    try:
+        assert RejectedSteer("the engine cannot serve it").parameter == field
+    finally:
+        CLIENT_FIELDS.reset(sent)
+    assert RejectedSteer("the engine cannot serve it").parameter == "vllm_xargs.steer"

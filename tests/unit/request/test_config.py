@@ -43,7 +43,7 @@ def assert_full(config: SteerConfig, folder: Path) -> None:
         "a": folder / "a.safetensors",
         "b": folder / "b.safetensors",
     }
-    assert config.steers["b"].facts == {"default_strength": -8.0, "epsilon": 0.5}
+    assert config.steers["b"].overrides == {"default_strength": -8.0, "epsilon": 0.5}
     assert config.presets == {"friendly": {"a": 5.0, "b": 1.5}}
     assert config.default == "friendly"
     assert config.limits.model_dump() == FULL["limits"]
@@ -92,8 +92,8 @@ A = "steers: {a: {path: a.safetensors}}\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no mapping; wanted at least the key 'steers'"),
-        ("- a\n", "holds no mapping"),
+        ("", "is not a mapping; expected at least the key 'steers'"),
+        ("- a\n", "is not a mapping"),
         ("steers: [", "is neither YAML nor JSON"),
         ("steers: !!python/object/apply:os.system ['true']\n", "line 1: the tag .*os.system'"),
         ("presets: {}\n", "key 'steers' is missing"),
@@ -153,8 +153,8 @@ def test_every_wrong_value_is_named_at_once(folder: Path) -> None:
         ("gone.yaml", r"steer config gone.yaml: no such file"),
         ("", "is a folder"),
         (".", "steer config .: is a folder"),
-        ("{", "inline steer config is no JSON"),
-        ('{"steers": {"a": {"path": "x"', "inline steer config is no JSON"),
+        ("{", "inline steer config is not JSON"),
+        ('{"steers": {"a": {"path": "x"', "inline steer config is not JSON"),
         (None, "steer config is None; expected a path to YAML or JSON, inline JSON, or a dict"),
         (5, "steer config is 5; expected"),
         (["a"], r"steer config is \['a'\]; expected"),
@@ -236,7 +236,7 @@ def test_a_steer_file_that_changes_during_the_start_is_noticed(
         save_steer(make_steer(columns=2, rank=3), folder / "a.safetensors")
     else:
         (folder / "a.safetensors").unlink()
-    wanted = "the file changed while" if change == "replaced" else "no such file"
+    wanted = "the file changed while" if change == "replaced" else "does not exist"
     with pytest.raises(SteerError, match=rf"a\.safetensors: {wanted}"):
         planned.load()
 
@@ -244,7 +244,7 @@ def test_a_steer_file_that_changes_during_the_start_is_noticed(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steers: {x: {path: gone.pt}}", r"steer x: .*gone\.pt: no such file"),
+        ("steers: {x: {path: gone.pt}}", r"steer x: .*gone\.pt: does not exist"),
         ("steers: {x: {path: steers.yaml}}", r"steer x: .*steers\.yaml: neither a safetensors"),
         ("steers: {x: {path: .}}", r"steer x: .*: is a folder; give one: a\.safetensors, b"),
         ("steers: {x: {path: ''}}", r"steer x: .*: is a folder; give one: a\.safetensors, b"),

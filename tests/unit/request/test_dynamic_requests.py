@@ -230,7 +230,7 @@ def test_a_config_may_have_dynamic_parts_and_says_where_they_are_wrong(tmp_path:
     with pytest.raises(SteerError, match="default: steer w has top_p '2'"):
         plan({}, "w:dynamic:1:2")
     with pytest.raises(SteerError, match="x: steer w has max '0'"):
-        check_request("w:dynamic:0", plan({}), place="x")
+        check_request("w:dynamic:0", plan({}), source="x")
 
 
 PAGE = (Path(__file__).parents[3] / "docs" / "dynamic.md").read_text(encoding="utf-8")

@@ -337,7 +337,8 @@ def test_ties_go_to_the_lower_token() -> None:
         ({"maximum": math.nan}, "maximum is nan; it must be above 0"),
         (
             {"kl": torch.ones(2)},
-            "kl is a tensor of torch.float32; it must be bool: true divides as authors",
+            "kl is a tensor of torch.float32; expected bool (true: divide by |Q| as the authors "
+            "do)",
         ),
         ({"kl": "reverse"}, "kl is 'reverse'; allowed: plain, authors"),
     ],
@@ -349,7 +350,7 @@ def test_a_wrong_setting_is_named(fields: dict[str, object], message: str) -> No
 
 
 def test_logits_of_different_shapes_are_refused() -> None:
-    with pytest.raises(SteerError, match=r"are \[2, 7\], the probe's \[2, 8\]; they must be alike"):
+    with pytest.raises(SteerError, match=r"are \[2, 7\], the probe's \[2, 8\]; they must be equal"):
         dynamic_strength(rows(2, 7), rows(2, 8), top_p=0.5)
 
 

@@ -215,7 +215,7 @@ def test_a_mix_that_could_not_be_served_stops_the_start() -> None:
     ]:
         plan = plan_for(STEERS, presets={"p": asked}, max_strength=10)
         with pytest.raises(SteerError, match=message) as caught:
-            check_request("p", plan, place="preset p")
+            check_request("p", plan, source="preset p")
         assert not isinstance(caught.value, SteerRequestError)
 
 

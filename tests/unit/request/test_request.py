@@ -100,7 +100,7 @@ def _plan() -> Any:
 
     one = {
         "path": "/x",
-        "facts": {},
+        "overrides": {},
         "kind": "lm_steer",
         "site": "head",
         "hidden_size": 6,

@@ -55,6 +55,26 @@ def test_a_rejection_survives_the_way_between_processes() -> None:
     assert error.parameter == "vllm_xargs.steer"
 
 
+@pytest.mark.parametrize(
+    ("extra_args", "parameter"),
+    [
+        ({"steer": "unknown"}, "vllm_xargs.steer"),
+        ({"steer_strengths": "perhaps"}, "vllm_xargs.steer_strengths"),
+        ({"vllm_steer_stream": {}}, "vllm_xargs.vllm_steer_stream"),
+    ],
+    ids=str,
+)
+def test_a_rejection_names_the_argument_at_fault(
+    engine: Any, extra_args: dict[str, Any], parameter: str
+) -> None:
+    from vllm_steer.serving.admission import admit
+    from vllm_steer.serving.request_args import RejectedSteer
+
+    with pytest.raises(RejectedSteer) as caught:
+        admit(SimpleNamespace(extra_args=extra_args), engine)
+    assert caught.value.parameter == parameter
+
+
 @pytest.mark.parametrize("steer", [None, "a:1", "none"], ids=repr)
 @pytest.mark.parametrize("salt", [None, "mine"], ids=repr)
 def test_a_steer_at_the_head_leaves_the_cache_key_alone(

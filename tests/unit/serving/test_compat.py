@@ -16,11 +16,11 @@ from vllm_steer import SteerError
 from vllm_steer.compat import names, options
 from vllm_steer.compat.__main__ import main
 from vllm_steer.compat.difference import differences
-from vllm_steer.compat.features import all_names, missing_in, why_unavailable
-from vllm_steer.compat.name import Name
-from vllm_steer.compat.patching import lacks, works_otherwise, wrap
-from vllm_steer.compat.source import INSTALLED, Source
+from vllm_steer.compat.features import all_names, missing_in, unavailable_reason
+from vllm_steer.compat.patching import missing_name, unknown_behavior, wrap
 from vllm_steer.compat.versions import installed_version
+from vllm_steer.compat.vllm_name import VllmName
+from vllm_steer.compat.vllm_source import INSTALLED, VllmSource
 
 PACKAGE = Path(vllm_steer.__file__).parent
 SEAM = [PACKAGE / "plugin.py", *sorted((PACKAGE / "serving").rglob("*.py"))]
@@ -29,7 +29,7 @@ SEAM = [PACKAGE / "plugin.py", *sorted((PACKAGE / "serving").rglob("*.py"))]
 
 def test_this_vllm_has_every_name_and_that_is_known_soon() -> None:
     begin = time.process_time()
-    missing = missing_in(Source.of(INSTALLED), installed_version(), all_names())
+    missing = missing_in(VllmSource.of(INSTALLED), installed_version(), all_names())
     assert [f"{name.module}:{name.path} ({name.feature})" for name in missing] == []
     assert time.process_time() - begin < 2
 
@@ -219,8 +219,8 @@ def test_a_method_that_is_gone_is_named_with_what_it_is_for() -> None:
         "steering (a step begins, and ends); vllm-steer is tested with vLLM 0.25.1 to 0.33: "
         "install one of these versions"
     )
-    assert "EngineCore.add_request" in lacks(names.names_of("dynamic strength")[0])
-    assert f"vLLM {installed_version()} works in an unknown way" in works_otherwise("a step")
+    assert "EngineCore.add_request" in missing_name(names.names_of("dynamic strength")[0])
+    assert f"vLLM {installed_version()} behaves in an unknown way" in unknown_behavior("a step")
 
 
 OLD = """
@@ -248,12 +248,12 @@ class Engine(Base):
 """
 
 
-def package(folder: Path, **modules: str) -> Source:
+def package(folder: Path, **modules: str) -> VllmSource:
     (folder / "vllm").mkdir(parents=True)
     (folder / "vllm" / "__init__.py").write_text("")
     for name, text in modules.items():
         (folder / "vllm" / f"{name}.py").write_text(textwrap.dedent(text))
-    return Source.of(str(folder))
+    return VllmSource.of(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_the_difference_of_two_versions(tmp_path: Path, monkeypatch: pytest.Monk
     old = package(tmp_path / "old", engine=OLD)
     new = package(tmp_path / "new", engine=NEW, other="def free(x): return x\n")
     paths = ("Engine.run", "Engine.gone", "Engine.queue", "free")
-    wanted = tuple(Name("vllm.engine", path, "called", "steering") for path in paths)
+    wanted = tuple(VllmName("vllm.engine", path, "called", "steering") for path in paths)
     monkeypatch.setattr("vllm_steer.compat.difference.all_names", lambda: wanted)
     found = {name.path: text for name, text in differences(old, new)}
     assert found == {
@@ -289,7 +289,7 @@ def test_the_command_names_what_is_missing(
     assert main([]) == 0
     assert "missing" not in capsys.readouterr().out
     empty = package(tmp_path)
-    monkeypatch.setattr("vllm_steer.compat.__main__.Source.of", lambda given: empty)
+    monkeypatch.setattr("vllm_steer.compat.__main__.VllmSource.of", lambda given: empty)
     assert main([]) == 1
     said = capsys.readouterr().out
     assert "missing: vllm.v1.engine.core:EngineCore.add_request (wrapped)" in said
@@ -313,14 +313,14 @@ def test_the_seam_is_read_without_vllm() -> None:
 def test_a_feature_that_this_vllm_lacks_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert why_unavailable("dynamic strength") is None
+    assert unavailable_reason("dynamic strength") is None
     empty = package(tmp_path)
-    monkeypatch.setattr("vllm_steer.compat.features.Source.of", lambda given: empty)
-    why_unavailable.cache_clear()
+    monkeypatch.setattr("vllm_steer.compat.features.VllmSource.of", lambda given: empty)
+    unavailable_reason.cache_clear()
     try:
-        reason = why_unavailable("LoRA")
+        reason = unavailable_reason("LoRA")
     finally:
-        why_unavailable.cache_clear()
+        unavailable_reason.cache_clear()
     assert reason is not None
     assert reason.startswith(f"vLLM {installed_version()} has no ")
     assert "LoRAMapping" in reason

@@ -17,7 +17,7 @@ from vllm_steer.doses import Dose, is_dynamic
 from vllm_steer.serving import startup_checks as startup
 from vllm_steer.serving.admission import admit, key_request
 from vllm_steer.serving.cache_key import SteeredSalt
-from vllm_steer.serving.request_args import STREAM, RejectedSteer, Stream, asked_strengths, doses_of
+from vllm_steer.serving.request_args import STREAM, RejectedSteer, Stream, doses_of, wants_strengths
 
 STEERS: dict[str, Any] = {
     "fr": delta(3, (0, 2)),
@@ -85,7 +85,7 @@ IN_STREAMS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"scheduler_config__max_num_seqs": 2},
-        r"need 3 streams side by side and the engine runs 2 requests at once; .* "
+        r"need 3 streams at once and the engine runs 2 requests at once; .* "
         r"--max-num-seqs 3 or more",
     ),
     ({"scheduler_config__max_num_active_seqs": 2}, "the engine runs 2 requests at once"),
@@ -132,7 +132,7 @@ def test_each_probed_steer_needs_a_seat() -> None:
     two = engine(scheduler_config__max_num_seqs=3)
     admit(params("fr:dynamic,word:dynamic"), two)
     admit(params("word:dynamic,push:1"), engine(scheduler_config__max_num_seqs=2))
-    with pytest.raises(RejectedSteer, match="need 4 streams side by side and the engine runs 3"):
+    with pytest.raises(RejectedSteer, match="need 4 streams at once and the engine runs 3"):
         admit(params("fr:dynamic,de:dynamic"), two)
 
 
@@ -141,7 +141,9 @@ def test_an_engine_with_lora_serves_dynamic_strength_inside_the_layers_only() ->
     admit(params(INSIDE), engine(**lora))
     admit(params("fr:dynamic,word:1"), engine(**lora))
     for steer in (AT_HEAD, MIXED, "fr:dynamic,word:dynamic"):
-        assert_refused(steer, lora, "LoRA for a steer at the LM head: .* without the adapter; rest")
+        assert_refused(
+            steer, lora, "LoRA for a steer at the LM head: LoRA would not be applied .*; rest"
+        )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_nobody_else_may_say_that_a_request_is_a_stream(steer: str | None) -> No
         lambda: key_request(request(forged), engine()),
         lambda: admit(params(steer, extra={STREAM: 0}), engine()),
     ):
-        with pytest.raises(RejectedSteer, match=f"{STREAM} is given, .*; leave it away"):
+        with pytest.raises(RejectedSteer, match=f"{STREAM} is given and is reserved .*; remove it"):
             call()
     admit(forged, SimpleNamespace(additional_config=None))
 
@@ -224,7 +226,7 @@ def test_strengths_are_asked_for_with_a_boolean_however_it_arrives(
     given: Any, wanted: bool
 ) -> None:
     asked = params(INSIDE, extra={"steer_strengths": given})
-    assert asked_strengths(asked) is wanted
+    assert wants_strengths(asked) is wanted
     admit(asked, engine())
     admit(params(extra={"steer_strengths": given}), engine())
 
@@ -234,15 +236,15 @@ def test_strengths_are_asked_for_with_a_boolean_however_it_arrives(
 def test_what_is_no_boolean_does_not_ask_for_strengths(given: Any, steer: str | None) -> None:
     asked = params(steer, extra={"steer_strengths": given})
     with pytest.raises(SteerRequestError, match=r"steer_strengths is .*; expected true or false"):
-        asked_strengths(asked)
+        wants_strengths(asked)
     with pytest.raises(RejectedSteer, match=r"steer_strengths is .*; expected true or false"):
         admit(asked, engine())
 
 
 def test_nobody_asks_for_strengths_by_asking_for_nothing() -> None:
-    assert not asked_strengths(None)
-    assert not asked_strengths(SamplingParams())
-    assert not asked_strengths(params(INSIDE))
+    assert not wants_strengths(None)
+    assert not wants_strengths(SamplingParams())
+    assert not wants_strengths(params(INSIDE))
 
 
 def test_a_stream_takes_what_its_request_lends_it() -> None:
@@ -307,10 +309,10 @@ def test_a_vllm_without_what_dynamic_strength_needs_serves_everything_else(
 
     reason = "vLLM 9.0 has no OutputProcessor.process_outputs; install another"
     for module in (dynamic_admission, features):
-        monkeypatch.setattr(module, "why_unavailable", lambda feature: reason)
+        monkeypatch.setattr(module, "unavailable_reason", lambda feature: reason)
     wrapped: list[str] = []
     monkeypatch.setattr(patching, "wrap", lambda owner, name, *_, **__: wrapped.append(name))
-    monkeypatch.setattr(activation, "why_unavailable", lambda feature: reason)
+    monkeypatch.setattr(activation, "unavailable_reason", lambda feature: reason)
     monkeypatch.delenv(environment.ACTIVE, raising=False)
     activation.activate_steering(may_be_dynamic=True)
     plugin.patch_active()

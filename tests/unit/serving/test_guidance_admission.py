@@ -58,7 +58,9 @@ def test_what_the_frontend_should_have_refused_is_refused_here(steer: Any, messa
 )
 def test_a_prompt_that_grows_while_its_kv_is_kept_cannot_be_steered_inside(steer: Any) -> None:
     """Its keys and its phases are those of the first piece, its steers those of the last."""
-    with pytest.raises(RejectedSteer, match=r"streaming input.*steer at the LM head, or 'none'"):
+    with pytest.raises(
+        RejectedSteer, match=r"streaming input.*use steers at the LM head, or " r"steer 'none'"
+    ):
         key(request(steer, resumable=True))
     assert isinstance(key(request(steer, resumable=False)), SteeredSalt)
     with pytest.raises(RejectedSteer, match="streaming input"):

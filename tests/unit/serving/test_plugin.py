@@ -68,7 +68,7 @@ first = changed(before)
 from vllm_steer.plugin import register
 register()
 register()
-facts = {
+overrides = {
     "changed": first,
     "changed_after_more": changed(before),
     "wraps": {n: wraps(getattr(EngineArgs, n)) for n in ("add_cli_args", "create_engine_config")},
@@ -81,25 +81,25 @@ def config(additional):
     )
 plain = config({}).create_engine_config()
 stock = EngineArgs.create_engine_config.__wrapped__(config({}))
-facts["hashes"] = {"plain": plain.compute_hash(), "stock": stock.compute_hash()}
-facts["changed_by_a_plain_engine"] = changed(before)
+overrides["hashes"] = {"plain": plain.compute_hash(), "stock": stock.compute_hash()}
+overrides["changed_by_a_plain_engine"] = changed(before)
 from vllm_steer.serving.plan_transport import plan_of
-facts["plain_plan"] = plan_of(plain) is None
+overrides["plain_plan"] = plan_of(plain) is None
 for path in STEERS:
     args = config({"steer": {"steers": {"a": {"path": path}}}, "other": {"kept": 1}})
     given = json.dumps(args.additional_config)
     steered = args.create_engine_config()
-    facts["hashes"][path] = steered.compute_hash()
-    facts["hashes"][path + " again"] = args.create_engine_config().compute_hash()
-    facts["other"] = steered.additional_config["other"]
-    facts["args_unchanged"] = json.dumps(args.additional_config) == given
-facts["changed_by_a_steered_engine"] = changed(before)
+    overrides["hashes"][path] = steered.compute_hash()
+    overrides["hashes"][path + " again"] = args.create_engine_config().compute_hash()
+    overrides["other"] = steered.additional_config["other"]
+    overrides["args_unchanged"] = json.dumps(args.additional_config) == given
+overrides["changed_by_a_steered_engine"] = changed(before)
 args = config({"steer": {"steers": {"a": {"path": "gone"}}}})
 try:
     args.create_engine_config()
 except ValueError as error:
-    facts["refused"] = str(error)
-print(json.dumps(facts))
+    overrides["refused"] = str(error)
+print(json.dumps(overrides))
 """
 )
 DISABLED = (
@@ -177,19 +177,19 @@ def steer_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def processes(model: Path, steer_files: list[str]) -> Iterator[dict[str, Callable[[], Any]]]:
-    """Both processes, started together; each is waited for when its facts are first asked."""
+    """Both processes, started together; each is waited for when its overrides are first asked."""
     started = {
         "registered": start(REGISTER, str(model), *steer_files),
         "disabled": start(DISABLED, VLLM_STEER_DISABLE="1"),
     }
-    facts: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
 
     def facts_of(name: str) -> Any:
-        if name not in facts:
+        if name not in overrides:
             out, errors = started[name].communicate(timeout=240)
             assert started[name].returncode == 0, errors
-            facts[name] = json.loads(out.splitlines()[-1])
-        return facts[name]
+            overrides[name] = json.loads(out.splitlines()[-1])
+        return overrides[name]
 
     yield {name: (lambda name=name: facts_of(name)) for name in started}
     for process in started.values():
@@ -234,7 +234,7 @@ def test_other_additional_config_is_kept_and_the_callers_is_not_changed(register
 
 
 def test_a_config_that_cannot_be_served_stops_the_engine(registered: Any) -> None:
-    assert "gone: no such file" in registered["refused"]
+    assert "gone: does not exist" in registered["refused"]
 
 
 def test_a_disabled_plugin_changes_nothing(processes: dict[str, Callable[[], Any]]) -> None:

@@ -87,9 +87,11 @@ def test_touched_rows_are_each_named_once_and_found_again(
     metadata = torch_grouped.prepare(found, TABLE.weights, CPU)
     assert metadata.touched.tolist() == sorted(set(found.rows.tolist()))
     assert (
-        metadata.touched[metadata.places].tolist() == metadata.rows.tolist() == found.rows.tolist()
+        metadata.touched[metadata.touched_index].tolist()
+        == metadata.rows.tolist()
+        == found.rows.tolist()
     )
-    indices = (metadata.rows, metadata.touched, metadata.places)
+    indices = (metadata.rows, metadata.touched, metadata.touched_index)
     assert {tensor.dtype for tensor in indices} == {torch.int64}
     assert metadata.scales.dtype == torch.float32
     assert metadata.scales.tolist() == found.scales.tolist()

@@ -19,7 +19,7 @@ from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.guidance import cpu, torch_gather
 from vllm_steer.serving import site as site_module
-from vllm_steer.serving.site import SteeredPlace, SteeredSite
+from vllm_steer.serving.site import SiteLayer, SteeredSite
 from vllm_steer.serving.step import SteeredRequest, Step
 
 CPU = torch.device("cpu")
@@ -300,6 +300,6 @@ def test_a_place_steers_its_own_layer(site: SteeredSite) -> None:
     site.prepare(step_of([Part("b", 0, 3)]), {"b": B}, NO_HISTORY)
     rows = [BASE[:3].clone(), BASE[:3].clone()]
     for layer in (0, 1):
-        SteeredPlace(site, layer).steer_(rows[layer], None)
+        SiteLayer(site, layer).steer_(rows[layer], None)
     assert_steered(rows, [Part("b", 0, 3)], {"b": B})
     assert torch.equal(rows[0], BASE[:3])

@@ -49,7 +49,7 @@ def test_a_delta_knows_what_it_is(site: Any, schedule: Any) -> None:
         ({"vectors": torch.ones(2, 3).long()}, "vectors is torch.int64; expected a floating dtype"),
         ({"vectors": torch.tensor([[1, NAN], [INF, 1]])}, "vectors has 2 values that are NaN or"),
         ({"vectors": torch.tensor([[1e300], [1]]).double()}, "vectors has 1 values that are NaN"),
-        ({"layers": (0,)}, r"vectors has 2 layers and layers names 1 \(0\); they must agree"),
+        ({"layers": (0,)}, r"vectors has 2 layers and layers names 1 \(0\); they must be equal"),
         ({"layers": (0, 1, 2)}, r"vectors has 2 layers and layers names 3 \(0-2\)"),
         ({"layers": (1, 0)}, r"layers \[1, 0\]: expected ascending 0-based layers, each once"),
         ({"layers": (1, 1)}, r"layers \[1, 1\]: expected ascending"),
@@ -58,7 +58,8 @@ def test_a_delta_knows_what_it_is(site: Any, schedule: Any) -> None:
         ({"layer_scores": ()}, "layer_scores has 0 numbers for 2 layers"),
         (
             {"vectors": torch.tensor([[1.0], [0]]), "mode": "rotate"},
-            "the vector of layer 4 is zero: there is no direction to rotate to; leave the layer",
+            "the vector of layer 4 is zero and has no direction to rotate towards; remove the "
+            "layer",
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -86,7 +87,7 @@ def test_a_zero_vector_may_be_added_and_a_tiny_one_turned_to() -> None:
         ({"delta": torch.ones(0, 2, 3)}, r"delta is \[0, 2, 3\]; expected 3 dimensions, none"),
         ({"delta": torch.ones(3, 2, 3).int()}, "delta is torch.int32; expected a floating dtype"),
         ({"delta": torch.full((1, 2, 1), NAN)}, "delta has 2 values that are NaN or infinite"),
-        ({"layers": (1,)}, r"delta has 2 layers and layers names 1 \(1\); they must agree"),
+        ({"layers": (1,)}, r"delta has 2 layers and layers names 1 \(1\); they must be equal"),
         ({"layers": (4, 1)}, r"layers \[4, 1\]: expected ascending"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

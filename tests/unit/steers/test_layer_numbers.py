@@ -113,7 +113,7 @@ def test_layers_are_printed_as_spans(layers: tuple[int, ...], printed: str) -> N
         ((1, 0), 2, r"layers \[1, 0\]: expected ascending 0-based layers, each once"),
         ((0, 0), 2, r"layers \[0, 0\]: expected ascending"),
         ((-1, 0), 2, r"layers \[-1, 0\]: expected ascending"),
-        ((0, 1, 2), 2, r"tensor t has 2 layers and layers names 3 \(0-2\); they must agree"),
+        ((0, 1, 2), 2, r"tensor t has 2 layers and layers names 3 \(0-2\); they must be equal"),
         ((), 1, "tensor t has 1 layers and layers names 0"),
     ],
     ids=str,

@@ -113,7 +113,7 @@ def test_a_fixed_column_outside_the_steer_is_refused(make_steer: Any, column: in
 
 
 def test_a_steer_with_every_column_fixed_is_refused(make_steer: Any) -> None:
-    with pytest.raises(SteerError, match="leave one free"):
+    with pytest.raises(SteerError, match="leave at least one column free"):
         make_steer(columns=2, fixed_columns=(0, 1))
 
 

@@ -132,8 +132,8 @@ def _texts(
 ) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
     """Name and SHA-256 of the files, and their labelled texts."""
     from vllm_steer.digest import file_digest
-    from vllm_steer.foreign import printable
     from vllm_steer.texts import read_labelled, read_two_sides
+    from vllm_steer.untrusted_text import printable
 
     if data is not None and positive is None and negative is None:
         files = [data]
@@ -148,10 +148,10 @@ def _texts(
 
 def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
     """The training settings among the options. Raises ``SteerError`` before a model is loaded."""
-    from vllm_steer.fit.lm_steer_settings import Settings
+    from vllm_steer.fit.lm_steer_settings import LMSteerSettings
 
-    values = {f.name: params[f.name] for f in fields(Settings) if f.name in params}
-    return asdict(Settings(**values, mask_padding=not params["train_on_padding"]))
+    values = {f.name: params[f.name] for f in fields(LMSteerSettings) if f.name in params}
+    return asdict(LMSteerSettings(**values, mask_padding=not params["train_on_padding"]))
 
 
 def _fit(
@@ -162,17 +162,17 @@ def _fit(
     advance: ProgressBarCallback,
 ) -> "LMSteer":
     from vllm_steer.fit.lm_steer import fit_lm_steer
-    from vllm_steer.fit.lm_steer_settings import Watch
+    from vllm_steer.fit.lm_steer_settings import FitCallbacks
     from vllm_steer.models import load_language_model
 
     language = load_language_model(params["model"], dtype=params["dtype"], device=params["device"])
     steps = settings["steps"]
-    watch = Watch(
+    callbacks = FitCallbacks(
         on_text=lambda done, total: advance(done, total=total, description="reading the texts"),
         on_step=lambda step, loss: advance(
             step + 1, total=steps, description=f"fitting, loss {loss:.3f}"
         ),
-        say=lambda text: say(f"vllm-steer: {text}", stderr=True),
+        on_message=lambda text: say(f"vllm-steer: {text}", stderr=True),
     )
     return fit_lm_steer(
         language.model,
@@ -184,7 +184,7 @@ def _fit(
         run_folder=folder,
         restart=params["restart"],
         checkpoint_every=params["checkpoint_every"],
-        watch=watch,
+        callbacks=callbacks,
     )
 
 

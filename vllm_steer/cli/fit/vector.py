@@ -11,7 +11,7 @@ from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.errors import SteerError
 
 if TYPE_CHECKING:
-    from vllm_steer.fit.pairs import Sides
+    from vllm_steer.fit.pairs import ContrastiveTexts
 
 
 def vector(
@@ -55,13 +55,13 @@ def vector(
     layer_numbers = options.read_layers(layers)
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.recipe import recipe
-    from vllm_steer.fit.vector import READINGS, fit_vector
+    from vllm_steer.fit.vector import PASSES_OVER_TEXTS, fit_vector
 
     files = [file for file in (pairs, positive, negative, data) if file is not None]
     sides = _sides(pairs, positive, negative, data, text_field, label_field, labels)
     language = options.open_model(model, dtype, device)
     count = len(sides.positive) + len(sides.negative)
-    with progress("reading texts", count * READINGS.get(method, 1)) as advance:  # type: ignore[call-overload]
+    with progress("reading texts", count * PASSES_OVER_TEXTS.get(method, 1)) as advance:  # type: ignore[call-overload]
         steer = fit_vector(
             language.model,
             language.tokenizer,
@@ -105,7 +105,7 @@ def _sides(
     text_field: str,
     label_field: str,
     labels: str | None,
-) -> "Sides":
+) -> "ContrastiveTexts":
     """The texts of the source that was given."""
     from vllm_steer.fit.pairs import read_pairs, sides_of
     from vllm_steer.texts import read_labelled, read_two_sides

@@ -6,19 +6,19 @@ them, and the tests see that each exists in the installed vLLM and that no file 
 
 from typing import Final
 
-from vllm_steer.compat.name import Feature, Name
-from vllm_steer.compat.names import dynamic_strength, others, steering
+from vllm_steer.compat.names import dynamic_strength, optional_features, steering
+from vllm_steer.compat.vllm_name import Feature, VllmName
 
-GLOBAL: Final[tuple[Name, ...]] = (*steering.GLOBAL, *dynamic_strength.GLOBAL)
+GLOBAL: Final[tuple[VllmName, ...]] = (*steering.GLOBAL, *dynamic_strength.GLOBAL)
 """Wrapped on classes and in modules, for all engines of a process."""
-NAMES: Final[tuple[Name, ...]] = (
+NAMES: Final[tuple[VllmName, ...]] = (
     *GLOBAL,
-    *steering.REST,
-    *dynamic_strength.REST,
-    *others.REST,
+    *steering.OTHER,
+    *dynamic_strength.OTHER,
+    *optional_features.OTHER,
 )
 
 
-def names_of(feature: Feature) -> tuple[Name, ...]:
+def names_of(feature: Feature) -> tuple[VllmName, ...]:
     """The names that a feature needs."""
     return tuple(name for name in NAMES if name.feature == feature)

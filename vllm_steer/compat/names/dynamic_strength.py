@@ -1,9 +1,9 @@
 """Names that dynamic strength needs: the scheduler, and the outputs that carry strengths."""
 
-from vllm_steer.compat.name import names
+from vllm_steer.compat.vllm_name import vllm_names
 
 GLOBAL = (
-    *names(
+    *vllm_names(
         "vllm.v1.engine.core:EngineCore",
         "add_request",
         "wrapped",
@@ -11,7 +11,7 @@ GLOBAL = (
         "a request's streams enter the scheduler",
         process="engine core",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.engine.output_processor:OutputProcessor",
         "add_request",
         "wrapped",
@@ -19,7 +19,7 @@ GLOBAL = (
         "which requests ask for their strengths",
         process="frontend",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.engine.output_processor:OutputProcessor",
         "process_outputs",
         "wrapped",
@@ -27,7 +27,7 @@ GLOBAL = (
         "strengths are taken off the engine's outputs",
         process="frontend",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.engine.output_processor:RequestState",
         "_new_completion_output",
         "wrapped",
@@ -38,22 +38,22 @@ GLOBAL = (
 )
 """Wrapped on classes, for all engines of a process."""
 
-REST = (
-    *names(
+OTHER = (
+    *vllm_names(
         "vllm.v1.outputs:AsyncModelRunnerOutput",
         "get_output",
         "wrapped",
         "dynamic strength",
         "strengths beside the step's tokens",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.scheduler:Scheduler",
         "schedule update_from_output finish_requests",
         "wrapped",
         "dynamic strength",
         "schedules the streams of a request",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.scheduler:Scheduler",
         "_handle_blocked_waiting_request",
         "wrapped",
@@ -61,7 +61,7 @@ REST = (
         "whether a waiting request may be scheduled",
         since="0.31",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.scheduler:Scheduler",
         "_try_promote_blocked_waiting_request",
         "wrapped",
@@ -69,64 +69,66 @@ REST = (
         "whether a waiting request may be scheduled",
         until="0.31",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.scheduler:Scheduler",
         "_is_blocked_waiting_status",
         "wrapped",
         "dynamic strength",
         "before 0.31: every waiting request is asked about",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.engine.output_processor:RequestOutputCollector",
         "put get get_nowait",
         "subclassed",
         "dynamic strength",
         "outputs that are merged keep their strengths",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "requests",
         "written",
         "dynamic strength",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         "req_states",
         "read",
         "dynamic strength",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.states:RequestState",
         "req_id_to_index",
         "read",
         "dynamic strength",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.states:RequestState",
         "last_sampled_tokens",
         "written",
         "dynamic strength",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_input_batch:CachedRequestState",
         "output_token_ids",
         "written",
         "dynamic strength",
         process="V1",
     ),
-    *names("vllm.v1.outputs:ModelRunnerOutput", "req_id_to_index", "read", "dynamic strength"),
-    *names("vllm.v1.outputs:ModelRunnerOutput", "sampled_token_ids", "written", "dynamic strength"),
-    *names(
+    *vllm_names("vllm.v1.outputs:ModelRunnerOutput", "req_id_to_index", "read", "dynamic strength"),
+    *vllm_names(
+        "vllm.v1.outputs:ModelRunnerOutput", "sampled_token_ids", "written", "dynamic strength"
+    ),
+    *vllm_names(
         "vllm.sampling_params:SamplingParams",
         "prompt_logprobs max_tokens skip_reading_prefix_cache",
         "read",
         "dynamic strength",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.request:Request",
         (
             "status num_output_tokens output_token_ids num_computed_tokens "
@@ -135,34 +137,38 @@ REST = (
         "read",
         "dynamic strength",
     ),
-    *names("vllm.v1.request:Request", "num_output_placeholders", "written", "dynamic strength"),
-    *names(
+    *vllm_names(
+        "vllm.v1.request:Request", "num_output_placeholders", "written", "dynamic strength"
+    ),
+    *vllm_names(
         "vllm.v1.request:Request",
         "append_output_token_ids is_finished take_events take_prefill_stats",
         "called",
         "dynamic strength",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.request:Request",
         "num_stale_output_tokens",
         "read",
         "dynamic strength",
         since="0.27",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.request:RequestStatus",
         "RUNNING WAITING PREEMPTED FINISHED_ABORTED FINISHED_ERROR",
         "read",
         "dynamic strength",
     ),
-    *names("vllm.v1.core.sched.interface:PauseState", "PAUSED_NEW", "read", "dynamic strength"),
-    *names(
+    *vllm_names(
+        "vllm.v1.core.sched.interface:PauseState", "PAUSED_NEW", "read", "dynamic strength"
+    ),
+    *vllm_names(
         "vllm.v1.core.sched.scheduler:Scheduler",
         "add_request _preempt_request",
         "called",
         "dynamic strength",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.scheduler:Scheduler",
         (
             "requests running pause_state "
@@ -171,47 +177,49 @@ REST = (
         "read",
         "dynamic strength",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.scheduler:Scheduler",
         "max_num_active_reqs",
         "read",
         "dynamic strength",
         since="0.31",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.scheduler:Scheduler",
         "skipped_waiting",
         "read",
         "dynamic strength",
         until="0.31",
     ),
-    *names("vllm.v1.engine", "EngineCoreOutputs FinishReason", "called", "dynamic strength"),
-    *names(
+    *vllm_names("vllm.v1.engine", "EngineCoreOutputs FinishReason", "called", "dynamic strength"),
+    *vllm_names(
         "vllm.v1.engine:EngineCoreOutput",
         "request_id new_token_ids finish_reason stop_reason events trace_headers",
         "read",
         "dynamic strength",
     ),
-    *names("vllm.v1.engine:EngineCoreOutput", "kv_transfer_params", "written", "dynamic strength"),
-    *names(
+    *vllm_names(
+        "vllm.v1.engine:EngineCoreOutput", "kv_transfer_params", "written", "dynamic strength"
+    ),
+    *vllm_names(
         "vllm.v1.engine.output_processor:OutputProcessor",
         "request_states",
         "read",
         "dynamic strength",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.engine.output_processor:RequestState",
         "external_req_id parent_req output_kind queue",
         "read",
         "dynamic strength",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.engine.output_processor:RequestOutputCollector",
         "output aggregate",
         "read",
         "dynamic strength",
     ),
-    *names("vllm.outputs:RequestOutput", "outputs", "read", "dynamic strength"),
-    *names("vllm.outputs:CompletionOutput", "index token_ids", "read", "dynamic strength"),
-    *names("vllm.sampling_params:SamplingParams", "n", "read", "dynamic strength"),
+    *vllm_names("vllm.outputs:RequestOutput", "outputs", "read", "dynamic strength"),
+    *vllm_names("vllm.outputs:CompletionOutput", "index token_ids", "read", "dynamic strength"),
+    *vllm_names("vllm.sampling_params:SamplingParams", "n", "read", "dynamic strength"),
 )

@@ -1,9 +1,9 @@
 """Names that every steered engine needs."""
 
-from vllm_steer.compat.name import names
+from vllm_steer.compat.vllm_name import vllm_names
 
 GLOBAL = (
-    *names(
+    *vllm_names(
         "vllm.engine.arg_utils:EngineArgs",
         "add_cli_args",
         "wrapped",
@@ -11,7 +11,7 @@ GLOBAL = (
         "the flag",
         process="frontend",
     ),
-    *names(
+    *vllm_names(
         "vllm.engine.arg_utils:EngineArgs",
         "create_engine_config",
         "wrapped",
@@ -19,7 +19,7 @@ GLOBAL = (
         "a config becomes a resolved plan",
         process="frontend",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.engine.input_processor:InputProcessor",
         "_validate_params",
         "wrapped",
@@ -27,7 +27,7 @@ GLOBAL = (
         "a bad request fails at admission",
         process="frontend",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.engine.core:EngineCore",
         "preprocess_add_request",
         "wrapped",
@@ -35,7 +35,7 @@ GLOBAL = (
         "admission for other frontends, and the prefix-cache key",
         process="engine core",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.kv_cache_utils",
         "generate_block_hash_extra_keys",
         "wrapped",
@@ -43,7 +43,7 @@ GLOBAL = (
         "keys of the blocks that steers change",
         process="engine core",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.block_pool",
         "generate_block_hash_extra_keys",
         "wrapped",
@@ -51,7 +51,7 @@ GLOBAL = (
         "the same function under another name",
         process="engine core",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.simple_kv_offload.manager",
         "generate_block_hash_extra_keys",
         "wrapped",
@@ -60,7 +60,7 @@ GLOBAL = (
         process="engine core",
         since="0.30",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.worker_base:WorkerWrapperBase",
         "init_device",
         "wrapped",
@@ -71,22 +71,22 @@ GLOBAL = (
 )
 """Wrapped on classes and in modules, for all engines of a process."""
 
-REST = (
-    *names(
+OTHER = (
+    *vllm_names(
         "vllm.v1.worker.gpu_worker:Worker",
         "load_model",
         "wrapped",
         "steering",
         "banks are filled once the model is loaded",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_worker:Worker",
         "compile_or_warm_up_model",
         "wrapped",
         "steering",
         "proof that every site is reached",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "execute_model sample_tokens",
         "wrapped",
@@ -94,7 +94,7 @@ REST = (
         "a step begins, and ends",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "_prepare_inputs",
         "wrapped",
@@ -102,7 +102,7 @@ REST = (
         "the rows of a step",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "_dummy_run",
         "wrapped",
@@ -110,7 +110,7 @@ REST = (
         "a pass without requests",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         "execute_model sample_tokens",
         "wrapped",
@@ -118,7 +118,7 @@ REST = (
         "a step begins, and ends",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         "prepare_inputs",
         "wrapped",
@@ -126,61 +126,61 @@ REST = (
         "the rows of a step",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.exceptions",
         "VLLMValidationError",
         "subclassed",
         "steering",
         "a refused request is HTTP 400",
     ),
-    *names("vllm.engine.arg_utils:EngineArgs", "additional_config", "written", "steering"),
-    *names("vllm.v1.engine.input_processor:InputProcessor", "vllm_config", "read", "steering"),
-    *names("vllm.v1.engine.core:EngineCore", "vllm_config scheduler", "read", "steering"),
-    *names("vllm.v1.worker.worker_base:WorkerWrapperBase", "worker", "read", "steering"),
-    *names("vllm.v1.worker.gpu_worker:Worker", "vllm_config model_runner", "read", "steering"),
-    *names(
+    *vllm_names("vllm.engine.arg_utils:EngineArgs", "additional_config", "written", "steering"),
+    *vllm_names("vllm.v1.engine.input_processor:InputProcessor", "vllm_config", "read", "steering"),
+    *vllm_names("vllm.v1.engine.core:EngineCore", "vllm_config scheduler", "read", "steering"),
+    *vllm_names("vllm.v1.worker.worker_base:WorkerWrapperBase", "worker", "read", "steering"),
+    *vllm_names("vllm.v1.worker.gpu_worker:Worker", "vllm_config model_runner", "read", "steering"),
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "get_model",
         "called",
         "steering",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "model device input_batch query_start_loc positions",
         "read",
         "steering",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "model_memory_usage",
         "written",
         "steering",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         "get_model _dummy_run",
         "called",
         "steering",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         "model device",
         "read",
         "steering",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         "model_memory_usage",
         "written",
         "steering",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         "sample",
         "read",
@@ -188,56 +188,58 @@ REST = (
         "it computes the logits",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         ("req_ids cu_num_logits_np num_scheduled_tokens query_start_loc positions num_tokens"),
         "read",
         "steering",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_input_batch:InputBatch", "req_ids", "read", "steering", process="V1"
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.output:SchedulerOutput",
         ("scheduled_new_reqs finished_req_ids num_scheduled_tokens total_num_scheduled_tokens"),
         "read",
         "steering",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.core.sched.output:NewRequestData",
         "req_id sampling_params prompt_token_ids prompt_embeds",
         "read",
         "steering",
     ),
-    *names("vllm.distributed.parallel_state", "get_pp_group", "called", "steering"),
-    *names(
+    *vllm_names("vllm.distributed.parallel_state", "get_pp_group", "called", "steering"),
+    *vllm_names(
         "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration",
         "compute_logits",
         "wrapped",
         "steering",
         "steers of the hidden state; every model has its own",
     ),
-    *names("vllm.distributed.parallel_state:GroupCoordinator", "is_last_rank", "read", "steering"),
-    *names("vllm.sampling_params:SamplingParams", "extra_args", "read", "steering"),
-    *names(
+    *vllm_names(
+        "vllm.distributed.parallel_state:GroupCoordinator", "is_last_rank", "read", "steering"
+    ),
+    *vllm_names("vllm.sampling_params:SamplingParams", "extra_args", "read", "steering"),
+    *vllm_names(
         "vllm.v1.request:Request",
         "request_id sampling_params prompt_token_ids prompt_embeds resumable",
         "read",
         "steering",
     ),
-    *names("vllm.v1.request:Request", "cache_salt", "written", "steering"),
-    *names(
+    *vllm_names("vllm.v1.request:Request", "cache_salt", "written", "steering"),
+    *vllm_names(
         "vllm.v1.engine:EngineCoreRequest",
         "request_id sampling_params prompt_token_ids prompt_embeds mm_features resumable",
         "read",
         "steering",
     ),
-    *names("vllm.v1.engine:EngineCoreRequest", "cache_salt", "written", "steering"),
-    *names(
+    *vllm_names("vllm.v1.engine:EngineCoreRequest", "cache_salt", "written", "steering"),
+    *vllm_names(
         "vllm.v1.spec_decode.metadata:SpecDecodeMetadata", "num_draft_tokens", "read", "steering"
     ),
-    *names(
+    *vllm_names(
         "vllm.engine.arg_utils:EngineArgs",
         "model served_model_name speculative_config",
         "written",

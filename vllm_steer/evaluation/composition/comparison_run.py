@@ -44,7 +44,7 @@ from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.run import Run, open_run
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.files import load_steer
-from vllm_steer.files.whole import write_text
+from vllm_steer.files.atomic_write import write_text
 from vllm_steer.models import load_language_model
 from vllm_steer.run_folder import locked
 from vllm_steer.steers import Steer

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean
 from vllm_steer.steers import DeltaSteer, Steer
-from vllm_steer.steers.schedules import course
+from vllm_steer.steers.schedules import schedule_curve
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def scheduled_curve(dose: Mapping[str, Any], steer: Steer, num_tokens: int) -> t
     strength = float(dose["strength"])
     if not isinstance(steer, DeltaSteer):
         return (strength,) * num_tokens
-    schedule = course(dose.get("schedule", steer.schedule), steer.steps)
+    schedule = schedule_curve(dose.get("schedule", steer.schedule), steer.steps)
     return tuple(schedule.strength(strength, i) for i in range(num_tokens))
 
 

@@ -26,9 +26,9 @@ from vllm_steer.config import NAME, NO_STEER
 from vllm_steer.config_text import read_config_file
 from vllm_steer.doses import Kl, RequestPhase
 from vllm_steer.errors import SteerError
-from vllm_steer.files.facts import FiniteFloat, Number, describe_errors
-from vllm_steer.foreign import listed, shown
+from vllm_steer.files.steer_metadata import FiniteFloat, Number, describe_errors
 from vllm_steer.steers.schedules import SCHEDULES, Schedule
+from vllm_steer.untrusted_text import listed, shown
 
 Method = Literal["none", Schedule, "dynamic"]
 METHODS: Final[tuple[Method, ...]] = ("none", *SCHEDULES, "dynamic")

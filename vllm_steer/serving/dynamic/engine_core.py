@@ -4,14 +4,14 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from vllm_steer.compat.patching import advice
+from vllm_steer.compat.patching import version_advice
 from vllm_steer.doses import Dose
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.cache_key import steered_salt
 from vllm_steer.serving.dynamic.request_group import RequestGroup
 from vllm_steer.serving.dynamic.scheduler import missing_scheduler_names, stream_scheduler_of
 from vllm_steer.serving.dynamic.streams import needs_streams, probed_doses
-from vllm_steer.serving.request_args import STREAM, RejectedSteer, Stream, asked_steer, doses_of
+from vllm_steer.serving.request_args import STREAM, RejectedSteer, Stream, doses_of, steer_argument
 
 
 def preprocess_dynamic(
@@ -56,7 +56,7 @@ def _check_scheduler(scheduler: Any) -> None:
     if missing := missing_scheduler_names(scheduler):
         raise RejectedSteer(
             f"dynamic strength is not available: this engine's scheduler has no "
-            f"{', '.join(missing)}; {advice()}, or give the steers fixed strengths"
+            f"{', '.join(missing)}; {version_advice()}, or give the steers fixed strengths"
         )
 
 
@@ -65,9 +65,9 @@ def _make_streams(request: Any, salt: str | None, doses: Any, plan: SteerPlan) -
     from vllm import SamplingParams
 
     params = request.sampling_params
-    made = []
+    stream_requests = []
     for dose in (None, *probed_doses(doses, plan)):
-        stream = Stream(request.request_id, asked_steer(params), dose)
+        stream = Stream(request.request_id, steer_argument(params), dose)
         stream_request = copy.copy(request)
         role = "base" if dose is None else f"probe-{dose}"
         stream_request.request_id = f"{request.request_id}-{role}"
@@ -82,8 +82,8 @@ def _make_streams(request: Any, salt: str | None, doses: Any, plan: SteerPlan) -
         stream_request.cache_salt = salt  # a base shares blocks with unsteered requests
         stream_doses = doses_of(stream_request.sampling_params, plan)
         stream_request.cache_salt = steered_salt(stream_request, stream_doses, plan)
-        made.append(stream_request)
-    return made
+        stream_requests.append(stream_request)
+    return stream_requests
 
 
 def _make_group(main: Any, doses: Any, streams: list[Any], plan: SteerPlan) -> RequestGroup:

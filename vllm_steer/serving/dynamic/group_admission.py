@@ -14,12 +14,12 @@ from typing import Any
 from vllm_steer.compat.patching import wrap
 from vllm_steer.serving.dynamic.request_group import RequestGroup
 
-_ASKED = "_handle_blocked_waiting_request"
-_ASKED_BEFORE_0_31 = ("_is_blocked_waiting_status", "_try_promote_blocked_waiting_request")
+_GATE_METHOD = "_handle_blocked_waiting_request"
+_GATE_METHODS_BEFORE_0_31 = ("_is_blocked_waiting_status", "_try_promote_blocked_waiting_request")
 
 
 class GroupAdmission:
-    """The slots and blocks of one scheduler, as its groups share them."""
+    """Admission of request groups to the slots and blocks of one scheduler."""
 
     def __init__(self, scheduler: Any, groups: Mapping[str, RequestGroup]) -> None:
         self._scheduler = scheduler
@@ -27,7 +27,7 @@ class GroupAdmission:
         self._next: RequestGroup | None = None
 
     def begin_step(self) -> None:
-        """The scheduler goes through its waiting requests from the first on."""
+        """Start a step: the scheduler visits its waiting requests from the first one."""
         self._next = None
 
     def may_schedule(self, group: RequestGroup | None, request: Any) -> bool:
@@ -72,7 +72,7 @@ class GroupAdmission:
         return None
 
     def resume_next(self) -> None:
-        """A request or a group has ended: the oldest suspended group may be scheduled again."""
+        """Let the oldest suspended group be scheduled, after a request or a group has ended."""
         suspended = [group for group in self._groups.values() if group.suspended]
         if suspended:
             min(suspended, key=lambda group: group.main.arrival_time).suspended = False
@@ -97,9 +97,9 @@ class GroupAdmission:
         """Whether a request outside of a group may still be scheduled before it."""
         excluded = {
             member.request_id
-            for other in self._groups.values()
-            if other.suspended or other is group
-            for member in other.members
+            for other_group in self._groups.values()
+            if other_group.suspended or other_group is group
+            for member in other_group.members
         }
         return any(req_id not in excluded for req_id in self._scheduler.requests)
 
@@ -117,10 +117,10 @@ class WaitingGate:
     def __init__(self, scheduler: Any, may_schedule: Callable[..., bool]) -> None:
         self._scheduler = scheduler
         self._scheduling = False
-        if hasattr(scheduler, _ASKED):
-            wrap(scheduler, _ASKED, may_schedule)
+        if hasattr(scheduler, _GATE_METHOD):
+            wrap(scheduler, _GATE_METHOD, may_schedule)
             return
-        is_blocked, promote = _ASKED_BEFORE_0_31
+        is_blocked, promote = _GATE_METHODS_BEFORE_0_31
         self._is_blocked = getattr(scheduler, is_blocked)
         self._may_schedule = may_schedule
         wrap(scheduler, is_blocked, self._with_every_status)
@@ -155,6 +155,8 @@ class WaitingGate:
 
 def missing_gate_names(scheduler: Any) -> list[str]:
     """The names that ``WaitingGate`` needs and this scheduler lacks."""
-    if hasattr(scheduler, _ASKED) or all(hasattr(scheduler, n) for n in _ASKED_BEFORE_0_31):
+    if hasattr(scheduler, _GATE_METHOD) or all(
+        hasattr(scheduler, n) for n in _GATE_METHODS_BEFORE_0_31
+    ):
         return []
-    return [_ASKED]
+    return [_GATE_METHOD]

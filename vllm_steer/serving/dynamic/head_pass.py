@@ -49,8 +49,8 @@ class HeadPass:
             scales=self.steered.scales[inside],
             groups=tuple(groups),
         )
-        stays = inside[self.dynamic_pairs]
-        return HeadPass(steered, new_index[self.dynamic_pairs[stays]], self.pool_indices[stays])
+        in_part = inside[self.dynamic_pairs]
+        return HeadPass(steered, new_index[self.dynamic_pairs[in_part]], self.pool_indices[in_part])
 
     def scale_by(self, values: torch.Tensor, scales: torch.Tensor) -> None:
         """Multiply the scales by the strengths in ``values``, on the device."""
@@ -72,7 +72,7 @@ def first_pass(
     users, slots, scales = slots_of.select(rows.req_ids)
     in_second_pass = np.zeros(rows.num_rows, dtype=bool)
     in_second_pass[step.alone] = True
-    stays = ~in_second_pass[users]
+    in_first_pass = ~in_second_pass[users]
     probes = [
         (rows.num_rows + k, table.slots[probe.steer], probe.strength * table.epsilon(probe.steer))
         for k, probe in enumerate(step.probes)
@@ -80,11 +80,11 @@ def first_pass(
     ]
     if not (probes or users.size):
         return None
-    more = np.array(probes, dtype=np.float64).reshape(-1, 3).T
+    probe_columns = np.array(probes, dtype=np.float64).reshape(-1, 3).T
     steered = sorted_pairs(
-        np.concatenate([users[stays], more[0].astype(np.int64)]),
-        np.concatenate([slots[stays], more[1].astype(slots.dtype)]),
-        np.concatenate([scales[stays], more[2].astype(np.float32)]),
+        np.concatenate([users[in_first_pass], probe_columns[0].astype(np.int64)]),
+        np.concatenate([slots[in_first_pass], probe_columns[1].astype(slots.dtype)]),
+        np.concatenate([scales[in_first_pass], probe_columns[2].astype(np.float32)]),
     )
     return _pass(steered, dict(enumerate(rows.req_ids)), step, table, requests)
 

@@ -1,4 +1,4 @@
-"""The streams of one request, as the scheduler's process sees them."""
+"""A request and its streams in the scheduler's process."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from vllm.v1.request import RequestStatus
 from vllm_steer.doses import Dose
 
 _BLOCKED = -1
-"""As the number of output placeholders: vLLM's scheduler then finds no token to schedule."""
+"""Number of output placeholders with which vLLM's scheduler finds no token to schedule."""
 
 
 @dataclass(eq=False)
@@ -54,8 +54,10 @@ class RequestGroup:
     @property
     def needs_blocks(self) -> bool:
         """Whether a member has tokens to compute and waits for a slot and blocks only."""
-        waiting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        return any(member.status in waiting and self.is_pending(member) for member in self.members)
+        waiting_statuses = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        return any(
+            member.status in waiting_statuses and self.is_pending(member) for member in self.members
+        )
 
     @property
     def num_not_running(self) -> int:
@@ -63,7 +65,7 @@ class RequestGroup:
         return len(self.members) - self.num_running if self.streams else 0
 
     def member(self, req_id: str) -> Any:
-        """The request of that id."""
+        """The member with this id."""
         return self.streams.get(req_id, self.main)
 
     def is_pending(self, member: Any) -> bool:

@@ -10,7 +10,7 @@ from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.streams import needs_streams, probed_doses
 
 Role = int | None
-"""What a row of logits is: the index of the dose that it probes; None for the base."""
+"""The role of a logits row: the index of the dose that it probes; None for the base."""
 
 
 class StrengthPool:
@@ -26,14 +26,14 @@ class StrengthPool:
 
     @property
     def num_taken(self) -> int:
-        """Numbers in use."""
+        """Number of strengths in use."""
         return self.values.numel() - sum(length for _, length in self._free)
 
     def take(self, length: int) -> int:
         """The first index of a range of ``length`` zeros."""
-        for place, (start, size) in enumerate(self._free):
+        for index, (start, size) in enumerate(self._free):
             if size >= length:
-                self._free[place : place + 1] = (
+                self._free[index : index + 1] = (
                     [(start + length, size - length)] if size > length else []
                 )
                 self.values[start : start + length] = 0.0
@@ -65,9 +65,9 @@ class DynamicRequest:
     starts  by index of a dynamic dose: where its strengths begin in the pool
     probed  the dynamic doses with a probe stream; the probes of the others are extra LM-head rows,
             from the base's hidden state
-    alone   whether the request is its own base: no dose acts inside the layers
-    known   the last generation step whose strengths are in the pool
-    kept    rows of logits ``[V]`` of the next step, until those of all streams are there
+    alone   True if the request is its own base: no dose acts inside the layers
+    last_step    the last generation step whose strengths are in the pool
+    stored_rows  logits rows ``[V]`` of the next step, until all streams have computed theirs
     """
 
     doses: tuple[Dose, ...]
@@ -75,8 +75,8 @@ class DynamicRequest:
     starts: Mapping[int, int]
     probed: tuple[int, ...]
     alone: bool
-    known: int = -1
-    kept: dict[Role, torch.Tensor] = field(default_factory=dict)
+    last_step: int = -1
+    stored_rows: dict[Role, torch.Tensor] = field(default_factory=dict)
 
     @property
     def at_head(self) -> bool:
@@ -89,7 +89,7 @@ class DynamicRequest:
 
 
 class DynamicRequests:
-    """By id the dynamic requests of a worker, and the role of each of their streams."""
+    """The dynamic requests of a worker by id, and the role of each of their streams."""
 
     def __init__(self, plan: SteerPlan, pool: StrengthPool) -> None:
         self.pool = pool
@@ -125,7 +125,7 @@ class DynamicRequests:
         return self._requests[main]
 
     def add_stream(self, stream: str, main: str, role: Role) -> None:
-        """Add a base or probe stream of a request that is there."""
+        """Add a base or probe stream of a known request."""
         self._roles[stream] = (main, role)
 
     def remove(self, req_id: str) -> None:

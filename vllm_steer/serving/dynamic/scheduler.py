@@ -24,9 +24,9 @@ from vllm_steer.serving.dynamic.request_group import RequestGroup, generation_st
 
 logger = logging.getLogger("vllm.vllm_steer")
 
-_WRAPPED = ("schedule", "update_from_output", "finish_requests")
-_NEEDED = (
-    *_WRAPPED,
+_WRAPPED_METHODS = ("schedule", "update_from_output", "finish_requests")
+_REQUIRED_NAMES = (
+    *_WRAPPED_METHODS,
     "_preempt_request",
     "requests",
     "running",
@@ -37,16 +37,16 @@ _NEEDED = (
 
 def missing_scheduler_names(scheduler: Any) -> list[str]:
     """The names that ``StreamScheduler`` needs and this scheduler lacks."""
-    missing = [name for name in _NEEDED if not hasattr(scheduler, name)]
+    missing = [name for name in _REQUIRED_NAMES if not hasattr(scheduler, name)]
     return missing + missing_gate_names(scheduler)
 
 
 def stream_scheduler_of(scheduler: Any) -> "StreamScheduler":
     """The scheduler's ``StreamScheduler``, which wraps it at the first call."""
-    found: StreamScheduler | None = getattr(scheduler, "vllm_steer_streams", None)
-    if found is None:
-        found = scheduler.vllm_steer_streams = StreamScheduler(scheduler)
-    return found
+    stream_scheduler: StreamScheduler | None = getattr(scheduler, "vllm_steer_streams", None)
+    if stream_scheduler is None:
+        stream_scheduler = scheduler.vllm_steer_streams = StreamScheduler(scheduler)
+    return stream_scheduler
 
 
 class StreamScheduler:
@@ -66,7 +66,7 @@ class StreamScheduler:
             self._with_strengths_received,
             self._with_groups_finished,
         )
-        for name, around in zip(_WRAPPED, wrappers, strict=True):
+        for name, around in zip(_WRAPPED_METHODS, wrappers, strict=True):
             wrap(scheduler, name, around)
 
     def add(self, group: RequestGroup) -> None:

@@ -1,7 +1,7 @@
-"""Which streams a request with dynamic strength is served by.
+"""The streams of a request with dynamic strength.
 
-Inside the layers it takes a base and a probe for each dynamic dose, see ``request_args``. A request
-whose doses all act at the LM head takes no other stream: its hidden state is unsteered.
+Dynamic doses inside the layers need a base stream and a probe stream each, see ``request_args``. A
+request whose doses all act at the LM head needs no other stream, as its hidden state is unsteered.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def probed_doses(doses: Sequence[Dose], plan: "SteerPlan") -> tuple[int, ...]:
 
 
 def needs_streams(doses: Sequence[Dose], plan: "SteerPlan") -> bool:
-    """Whether base and probe logits need streams, for the request's own hidden state is steered."""
+    """True if base and probe logits need streams, because the request's hidden state is steered."""
     inside = not all(acts_at_head(plan.steers[dose.steer]) for dose in doses)
     return inside and is_dynamic(doses)
 

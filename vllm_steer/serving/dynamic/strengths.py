@@ -38,14 +38,14 @@ class RequestLogits:
 
     @property
     def is_complete(self) -> bool:
-        """Whether base and all probes of the step are there."""
-        wanted = {None, *self.request.active(self.step)}
-        return wanted <= self.rows.keys() | self.request.kept.keys()
+        """True if the rows of base and all probes of the step are available."""
+        needed_roles = {None, *self.request.active(self.step)}
+        return needed_roles <= self.rows.keys() | self.request.stored_rows.keys()
 
 
 @dataclass(eq=False)
 class DynamicStep:
-    """What has to be computed from the logits of one step.
+    """The strengths to compute from the logits of one step.
 
     probes     the extra rows of the LM head's product, after the R rows of the batch
     request_logits   the logits rows of base and probes, by request
@@ -62,7 +62,7 @@ class DynamicStep:
 
 @dataclass
 class PendingStrengths:
-    """Strengths on their way to the host.
+    """Strengths that are being copied to the host.
 
     keys    request id and index of the dose, in the order of the numbers in ``copies``
     copies  each with the event that follows it, None on a CPU
@@ -97,7 +97,7 @@ class PendingStrengths:
 
 
 _DOSES_AT_ONCE = 64
-"""Bounds the rows of logits that are copied side by side: two per dose."""
+"""Limits the logits rows that are copied at once: two per dose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,14 +129,14 @@ class StrengthComputation:
         steps: dict[str, int] = {}
         for req_id, step in streams.steps.items():
             role = self.requests.role(req_id)
-            own = self.requests.get(req_id)
-            if own is not None and own.at_head:
+            dynamic_request = self.requests.get(req_id)
+            if dynamic_request is not None and dynamic_request.at_head:
                 steps[req_id] = step
             if role is None:
                 continue
             main, request, dose = role
             # vLLM computes an earlier step again if it has dropped the tokens after it.
-            if step != request.known:
+            if step != request.last_step:
                 entry = request_logits.setdefault(main, RequestLogits(main, request, step))
                 entry.rows[dose] = row_of[req_id]
         if not request_logits and not steps:
@@ -182,19 +182,19 @@ class StrengthComputation:
             if not entry.is_complete:
                 for role, row in entry.rows.items():
                     if row in rows:
-                        entry.request.kept[role] = logits[row - first].clone()
+                        entry.request.stored_rows[role] = logits[row - first].clone()
 
     def finish_step(self, step: DynamicStep) -> None:
-        """All parts have been computed: drop the rows that were kept for them."""
+        """Drop stored rows after all parts have been computed."""
         for entry in step.request_logits:
             if entry.is_complete:
-                entry.request.known, entry.request.kept = entry.step, {}
+                entry.request.last_step, entry.request.stored_rows = entry.step, {}
 
     def _write(
         self, jobs: Sequence[_Job], batch: torch.Tensor, logits: torch.Tensor, first: int
     ) -> None:
         """Compute the strengths of some doses into the pool and start their copy to the host."""
-        kept = {
+        stored_rows = {
             id(row): row
             for job in jobs
             for row in (job.base, job.probe)
@@ -202,10 +202,14 @@ class StrengthComputation:
         }
         bases = sorted({job.base for job in jobs if isinstance(job.base, int)})
         probes = sorted({job.probe for job in jobs if isinstance(job.probe, int)})
-        places = {
-            key: place
-            for place, key in enumerate(
-                [*(("base", row) for row in bases), *(("probe", row) for row in probes), *kept]
+        row_index = {
+            key: index
+            for index, key in enumerate(
+                [
+                    *(("base", row) for row in bases),
+                    *(("probe", row) for row in probes),
+                    *stored_rows,
+                ]
             )
         }
         table, numbers, authors = [], [], []
@@ -215,8 +219,8 @@ class StrengthComputation:
             assert dose.dynamic is not None
             base = ("base", job.base) if isinstance(job.base, int) else id(job.base)
             probe = ("probe", job.probe) if isinstance(job.probe, int) else id(job.probe)
-            where = request.starts[job.index] + job.entry.step
-            table.append((places[base], places[probe], where))
+            pool_index = request.starts[job.index] + job.entry.step
+            table.append((row_index[base], row_index[probe], pool_index))
             numbers.append((dose.dynamic.top_p, abs(dose.strength), np.sign(dose.strength)))
             authors.append(dose.dynamic.kl == "authors")
         bases_at, probes_at, (base_of, probe_of, pool_at), (top_p, maximum, sign), divided = upload(
@@ -229,11 +233,11 @@ class StrengthComputation:
             ],
             logits.device,
         )
-        rows = logits.new_empty(len(places), logits.shape[1])
+        rows = logits.new_empty(len(row_index), logits.shape[1])
         torch.index_select(batch, 0, bases_at, out=rows[: len(bases)])
         torch.index_select(logits, 0, probes_at, out=rows[len(bases) : len(bases) + len(probes)])
-        for place, row in enumerate(kept.values(), start=len(bases) + len(probes)):
-            rows[place].copy_(row)
+        for index, row in enumerate(stored_rows.values(), start=len(bases) + len(probes)):
+            rows[index].copy_(row)
         strengths, _ = strength_of_rows(
             rows, base_of, probe_of, top_p=top_p, maximum=maximum, kl=divided, backend=self._backend
         )
@@ -267,5 +271,5 @@ class StrengthComputation:
 
 def _jobs(entry: RequestLogits) -> list[_Job]:
     """The doses of a complete entry that act at its step."""
-    of: dict[Role, int | torch.Tensor] = {**entry.request.kept, **entry.rows}
+    of: dict[Role, int | torch.Tensor] = {**entry.request.stored_rows, **entry.rows}
     return [_Job(entry, index, of[None], of[index]) for index in entry.request.active(entry.step)]

@@ -1,17 +1,17 @@
-"""The HTTP side: ``steer`` and ``steer_strengths`` in the body, and ``BASE:preset`` as the model.
+"""HTTP requests: ``steer`` and ``steer_strengths`` in the body, ``BASE:preset`` as the model.
 
-vLLM adds the middleware by its name through its own ``--middleware``. It moves what the request
-body asks for into ``vllm_xargs``, which vLLM carries to ``SamplingParams``; checks and messages are
-those of admission. Only requests for generated text are read, behind the check of API keys, and a
-body that mentions none of it is passed on in the chunks that it came in.
+vLLM adds the middleware by its name (``--middleware``). It moves the steering arguments of a body
+to ``vllm_xargs``, which vLLM copies to ``SamplingParams``; checks and messages are those of
+admission. It reads only requests for generated text, after vLLM's check of API keys, and passes a
+body without steering arguments on in its original chunks.
 
-    middleware   where it stands in vLLM's application, and the way of one request
-    routes       which requests are read
-    received     the chunks of a body, and whether they can mention a steer
-    members      the few members of the body that matter, without the rest
-    near_misses  names that were meant for ours
-    rewriting    what is appended to the body
-    refusal      the 400
+    middleware         its position in vLLM's application, and the handling of a request
+    routes             which requests are read
+    request_body       the chunks of a body, and whether they may mention a steer
+    json_members       extracts some members of a JSON body
+    misspelled_fields  rejects misspelled field names
+    body_rewrite       the members that are appended to the body
+    bad_request        HTTP 400 responses
 """
 
 from vllm_steer.serving.http.middleware import Steering, SteerMiddleware

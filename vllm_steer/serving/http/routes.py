@@ -1,7 +1,7 @@
-"""The requests whose bodies are read: JSON requests for generated text. All others pass.
+"""The requests whose bodies are read: JSON requests for generated text.
 
-The lists hold vLLM's routes from 0.25.1 to 0.33. They are compared with the end of the path: an
-application may be served under a root path.
+The lists hold vLLM's routes from 0.25.1 to 0.33. They are compared with the end of the path, as
+an application may be served under a root path.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ STEERABLE: Final = (
     "/invocations",
     MESSAGES,
 )
-"""Their bodies have ``vllm_xargs``."""
+"""Routes whose bodies have ``vllm_xargs``."""
 TOKENS_IN: Final = "/inference/v1/generate"
 UNSTEERABLE: Final = (
     TOKENS_IN,
@@ -30,11 +30,11 @@ UNSTEERABLE: Final = (
     "/v1/responses/render",
     "/v1/messages/render",
 )
-"""They generate, or write down a request that will, and a steer in their body would be lost."""
+"""Routes that generate text, or prepare such a request, without ``vllm_xargs``."""
 
 
 class Route(NamedTuple):
-    """What a route of the application makes of a body.
+    """How a route handles a body.
 
     carries         whether its ``vllm_xargs`` reach the engine
     is_anthropic    whether errors have Anthropic's form
@@ -55,7 +55,7 @@ def route_of(scope: Mapping[str, Any]) -> Route | None:
 
 
 def route_at(path: str) -> Route | None:
-    """The route of a path; None for one that generates nothing."""
+    """The route of a path; None for one that generates no text."""
     if path.endswith(MESSAGES):
         return Route(carries=_messages_carry(), is_anthropic=True)
     if path.endswith(STEERABLE):
@@ -70,7 +70,7 @@ def route_at(path: str) -> Route | None:
 
 
 def _is_json(headers: Any) -> bool:
-    """Whether vLLM takes the body for JSON: nothing but ``application/json`` passes its check."""
+    """True if vLLM parses the body as JSON: its content type is ``application/json``."""
     for name, value in headers:
         if name.lower() == b"content-type":
             return bool(value.lower().split(b";", 1)[0] == b"application/json")
@@ -79,7 +79,7 @@ def _is_json(headers: Any) -> bool:
 
 @cache
 def _messages_carry() -> bool:
-    """Whether Anthropic's route has ``vllm_xargs``, which it has in newer vLLM versions only."""
+    """True if Anthropic's route has ``vllm_xargs`` in the installed vLLM."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
     return "vllm_xargs" in AnthropicMessagesRequest.model_fields

@@ -27,9 +27,9 @@ class ResponseStrengths:
 
     def put(self, request_id: str, index: int, strengths: Strengths, *, delta: bool) -> None:
         """A sequence's output was handed over, with its new tokens only or with all of them."""
-        waiting = self._waiting.setdefault((request_id, index), {}) if delta else {}
-        extend(waiting, strengths)
-        self._waiting[request_id, index] = waiting
+        pending = self._waiting.setdefault((request_id, index), {}) if delta else {}
+        extend(pending, strengths)
+        self._waiting[request_id, index] = pending
 
     def take(self, response_id: str, choice: int) -> Strengths:
         """The strengths of choice number ``choice`` of a response."""
@@ -40,8 +40,8 @@ class ResponseStrengths:
     def take_all(self) -> Strengths:
         """The strengths of all sequences one after the other."""
         strengths: Strengths = {}
-        for waiting in self._waiting.values():
-            extend(strengths, waiting)
+        for pending in self._waiting.values():
+            extend(strengths, pending)
         self._waiting = {}
         return strengths
 

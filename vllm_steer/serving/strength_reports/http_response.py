@@ -58,14 +58,14 @@ class StrengthsInResponse:
         await self._send({**message, "body": body})
 
     async def _events(self, message: Message) -> None:
-        whole, newline, rest = (self._kept + message.get("body", b"")).rpartition(b"\n")
+        complete, newline, remainder = (self._kept + message.get("body", b"")).rpartition(b"\n")
         if not message.get("more_body"):
-            whole, rest = whole + newline + rest, b""
+            complete, remainder = complete + newline + remainder, b""
         else:
-            whole += newline
-        self._kept = rest
-        lines = [self._event_line(line) for line in whole.split(b"\n")]
-        if whole or not message.get("more_body"):
+            complete += newline
+        self._kept = remainder
+        lines = [self._event_line(line) for line in complete.split(b"\n")]
+        if complete or not message.get("more_body"):
             await self._send({**message, "body": b"\n".join(lines)})
 
     def _event_line(self, line: bytes) -> bytes:
@@ -104,5 +104,5 @@ def add_strengths(data: Any, delivered: ResponseStrengths) -> bool:
 
 def with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
     """The headers with the length of a body that was rewritten."""
-    kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-    return [*kept, (b"content-length", str(length).encode())]
+    other_headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return [*other_headers, (b"content-length", str(length).encode())]

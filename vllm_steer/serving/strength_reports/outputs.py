@@ -11,7 +11,7 @@ from typing import Any
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.serving.dynamic.messages import REPORT
 from vllm_steer.serving.reporting_state import REPORTING, enable_reporting
-from vllm_steer.serving.request_args import STRENGTHS, asked_steer, asked_strengths
+from vllm_steer.serving.request_args import STRENGTHS, steer_argument, wants_strengths
 from vllm_steer.serving.strength_reports.delivery import Strengths
 from vllm_steer.serving.strength_reports.metrics import count_sequence, count_token
 
@@ -112,7 +112,7 @@ def take_strengths(outputs: Iterable[Any], request_states: Mapping[str, Any]) ->
 
 def sequence_strengths(sampling_params: Any) -> SequenceStrengths | None:
     """For a new sequence; None if it has no dynamic strength and does not ask."""
-    is_asked = asked_strengths(sampling_params)
+    is_asked = wants_strengths(sampling_params)
     if is_asked:
         enable_reporting()
     maxima = _maxima(sampling_params)
@@ -136,7 +136,7 @@ def _maxima(sampling_params: Any) -> dict[str, float]:
     if REPORTING.plan is None:
         return {}
     try:
-        doses = REPORTING.plan.doses(asked_steer(sampling_params))
+        doses = REPORTING.plan.doses(steer_argument(sampling_params))
     except SteerRequestError:  # admitted by another engine of this process, under its own plan
         return {}
     return {dose.steer: dose.strength for dose in doses if dose.dynamic}

@@ -21,8 +21,8 @@ class ReportingQueue(RequestOutputCollector):  # type: ignore[misc]
     steer_response: ResponseStrengths | None
 
     def put(self, output: Any) -> None:
-        waiting = self.output if self.aggregate else None
-        merged = {completion.index: completion for completion in _completions(waiting)}
+        pending = self.output if self.aggregate else None
+        merged = {completion.index: completion for completion in _completions(pending)}
         super().put(output)
         for completion in _completions(output) if merged else ():
             if completion.index in merged:

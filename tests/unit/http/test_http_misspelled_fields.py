@@ -38,7 +38,7 @@ def test_a_name_that_is_nearly_ours_is_answered_with_the_right_one(
     assert status == 400
     error = json.loads(answer)["error"]
     assert error["param"] == place
-    assert error["message"].startswith(f"{place} is not read by this server")
+    assert error["message"].startswith(f"{place} is not a field of this server")
     assert example in error["message"]
 
 
@@ -81,8 +81,8 @@ def test_the_token_route_keeps_extra_args_which_it_reads() -> None:
         ({"steer": "gone:3"}, "steer", "steer 'gone' is unknown"),
         ({"steer": 5}, "steer", "steer is 5; allowed: a string"),
         ({"steer_strengths": "maybe"}, "steer_strengths", "expected true or false"),
-        ({"steers": "a:3"}, "steers", "steer is, as a field of the body"),
-        ({"Steer": "a:3"}, "Steer", "is not read by this server"),
+        ({"steers": "a:3"}, "steers", "use steer, in the body itself"),
+        ({"Steer": "a:3"}, "Steer", "is not a field of this server"),
     ],
 )
 def test_the_token_routes_arguments_are_checked_before_a_stream_begins(

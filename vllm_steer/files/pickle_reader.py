@@ -1,9 +1,9 @@
-"""What ``torch.save`` pickles, read as data: no name is looked up, nothing is called.
+"""Reads pickles of ``torch.save`` as data: imports no name and calls no function of the pickle.
 
-A pickle is a program for a small stack machine. This one knows the instructions that ``torch.save``
-writes for numbers, texts, lists, tuples, dicts, tensors and the plain classes that it is given, and
-refuses every other. Dict keys are texts and numbers only, so that no key has to be hashed or
-compared at length, and whole numbers have at most 64 bits.
+A pickle is a program for a stack machine. This interpreter supports the opcodes that ``torch.save``
+writes for numbers, strings, lists, tuples, dicts, tensors and instances of the allowed classes, and
+rejects all others. Dict keys are strings and numbers only, so that hashing a key is cheap; integers
+have at most 64 bits.
 """
 
 import pickletools
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import shown
+from vllm_steer.untrusted_text import shown
 
-Call = Callable[[tuple[Any, ...]], Any]
+Callback = Callable[[tuple[Any, ...]], Any]
 
 _MARK: Final = object()
-_LARGEST: Final = 1 << 63
+_MAX_INTEGER: Final = 1 << 63
 _PROTOCOL: Final = 2
 _PLAIN: Final[Mapping[str, Callable[[Any], Any]]] = {
     "NONE": lambda _: None,
@@ -27,23 +27,26 @@ _PLAIN: Final[Mapping[str, Callable[[Any], Any]]] = {
     "EMPTY_TUPLE": lambda _: (),
     "MARK": lambda _: _MARK,
     **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), lambda given: given
+        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
+        lambda argument: argument,
     ),
 }
 _TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _UNREADABLE_NAMES: Final = frozenset({"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"})
 
 
-class Name:
-    """A ``module.name`` of the pickle, which is never imported."""
+class GlobalName:
+    """A ``module.name`` in a pickle; it is never imported."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
-def names_in(data: bytes) -> frozenset[str]:
-    """Every ``module.name`` in a pickle. Raises ``SteerError`` where one cannot be told, and for a
-    protocol that ``torch.save`` writes only when asked to.
+def global_names(data: bytes) -> frozenset[str]:
+    """Every ``module.name`` in a pickle.
+
+    Raises ``SteerError`` for an opcode whose name cannot be read statically, and for a protocol
+    that is not the default of ``torch.save``.
     """
     return frozenset(_names(data))
 
@@ -52,37 +55,37 @@ def _names(data: bytes) -> Iterator[str]:
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name == "PROTO" and int(argument or 0) > _PROTOCOL:
             raise SteerError(
-                f"its pickle has protocol {argument}; save it anew with torch.save's own, "
-                f"{_PROTOCOL} (without pickle_protocol)"
+                f"its pickle has protocol {argument}; expected {_PROTOCOL}; save it "
+                "again with torch.save and without pickle_protocol"
             )
         if opcode.name == "GLOBAL":
             yield str(argument).replace(" ", ".", 1)
         elif opcode.name in _UNREADABLE_NAMES:
-            raise _unknown(opcode.name)
+            raise _unsupported_opcode(opcode.name)
 
 
 def read_pickle(
     data: bytes,
     *,
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Callback],
     classes: Mapping[str, type],
-    persistent: Call,
+    persistent: Callback,
 ) -> Any:
-    """What a pickle describes.
+    """The value of a pickle.
 
-    ``calls`` are what it may call, by the full names, ``classes`` those whose plain instances it
-    may make, ``persistent`` makes something of a persistent id. Raises ``SteerError`` for any other
-    name or instruction, and anything at all for a damaged pickle.
+    ``calls`` replace the functions that the pickle may call, by full name; it may create instances
+    of ``classes``; ``persistent`` resolves persistent ids. Raises ``SteerError`` for any other name
+    or opcode, and may raise any exception for a damaged pickle.
     """
-    machine = _Machine(calls, classes, persistent)
+    machine = _StackMachine(calls, classes, persistent)
     for opcode, argument, _ in pickletools.genops(data):
         machine.step(opcode.name, argument)
     return machine.result()
 
 
-class _Machine:
+class _StackMachine:
     def __init__(
-        self, calls: Mapping[str, Call], classes: Mapping[str, type], persistent: Call
+        self, calls: Mapping[str, Callback], classes: Mapping[str, type], persistent: Callback
     ) -> None:
         self._calls = calls
         self._classes = classes
@@ -91,40 +94,46 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def result(self) -> Any:
-        if len(self._stack) != 1 or isinstance(self._stack[0], Name) or self._stack[0] is _MARK:
+        if (
+            len(self._stack) != 1
+            or isinstance(self._stack[0], GlobalName)
+            or self._stack[0] is _MARK
+        ):
             raise SteerError("its pickle does not end with one value")
         return self._stack[0]
 
     def step(self, opcode: str, argument: Any) -> None:
         if opcode in _PLAIN:
-            if isinstance(argument, int) and not -_LARGEST <= argument < _LARGEST:
-                raise SteerError(f"its pickle holds {shown(argument)}; at most 64 bits are read")
+            if isinstance(argument, int) and not -_MAX_INTEGER <= argument < _MAX_INTEGER:
+                raise SteerError(
+                    f"its pickle contains {shown(argument)}; integers have at most 64 bits"
+                )
             self._stack.append(_PLAIN[opcode](argument))
         elif opcode in _TUPLES:
             self._stack.append(tuple(self._take(_TUPLES[opcode])))
         elif (method := getattr(self, f"_do_{opcode.lower()}", None)) is not None:
             method(argument)
         else:
-            raise _unknown(opcode)
+            raise _unsupported_opcode(opcode)
 
     def _take(self, count: int) -> list[Any]:
-        taken = self._stack[-count:]
-        if len(taken) != count or any(item is _MARK for item in taken):
-            raise SteerError("its pickle takes values that are not there")
+        items = self._stack[-count:]
+        if len(items) != count or any(item is _MARK for item in items):
+            raise SteerError("its pickle pops from an empty stack; the file is damaged")
         del self._stack[-count:]
-        return taken
+        return items
 
     def _take_marked(self) -> list[Any]:
-        taken: list[Any] = []
+        items: list[Any] = []
         while (item := self._stack.pop()) is not _MARK:
-            taken.append(item)
-        return taken[::-1]
+            items.append(item)
+        return items[::-1]
 
     def _do_proto(self, _: int) -> None:
-        """Checked where the names are read."""
+        """The protocol is checked by ``global_names``."""
 
     def _do_stop(self, _: None) -> None:
-        """Nothing is left to do."""
+        """End of the pickle."""
 
     def _do_binput(self, argument: int) -> None:
         self._memo[argument] = self._take(1)[0]
@@ -153,24 +162,28 @@ class _Machine:
         self._set(self._take_marked())
 
     def _do_global(self, argument: str) -> None:
-        self._stack.append(Name(str(argument).replace(" ", ".", 1)))
+        self._stack.append(GlobalName(str(argument).replace(" ", ".", 1)))
 
     def _do_reduce(self, _: None) -> None:
         called, arguments = self._take(2)
-        if not isinstance(called, Name) or called.name not in self._calls:
-            raise SteerError(f"its pickle calls {_name(called)}; nothing of it was called")
+        if not isinstance(called, GlobalName) or called.name not in self._calls:
+            raise SteerError(
+                f"its pickle calls {_name(called)}, which is not allowed; no code was executed"
+            )
         self._stack.append(self._calls[called.name](_arguments(arguments)))
 
     def _do_newobj(self, _: None) -> None:
-        made, arguments = self._take(2)
-        if not isinstance(made, Name) or made.name not in self._classes or arguments != ():
-            raise SteerError(f"its pickle makes {_name(made)}; nothing of it was called")
-        self._stack.append(object.__new__(self._classes[made.name]))
+        cls, arguments = self._take(2)
+        if not isinstance(cls, GlobalName) or cls.name not in self._classes or arguments != ():
+            raise SteerError(
+                f"its pickle creates {_name(cls)}, which is not allowed; no code was executed"
+            )
+        self._stack.append(object.__new__(self._classes[cls.name]))
 
     def _do_build(self, _: None) -> None:
         target, state = self._take(2)
         if isinstance(target, dict):
-            return self._stack.append(target)  # attributes of an OrderedDict mean nothing here
+            return self._stack.append(target)  # attributes of an OrderedDict are ignored
         if type(target) not in self._classes.values() or not _is_state(state):
             raise SteerError(f"its pickle sets the state of {_name(target)}")
         if vars(target):
@@ -193,16 +206,16 @@ class _Machine:
             raise SteerError(f"its pickle sets items of {_name(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str | int | float | None):
-                raise SteerError(f"a dict has the key {_name(key)}; texts and numbers are read")
+                raise SteerError(f"a dict has the key {_name(key)}; expected strings and numbers")
             if key in target:
-                raise SteerError(f"a dict has the key {_name(key)} twice")
+                raise SteerError(f"a dict has the duplicate key {_name(key)}")
             target[key] = value
 
 
-def _arguments(given: Any) -> tuple[Any, ...]:
-    if not isinstance(given, tuple):
-        raise SteerError(f"its pickle calls with {_name(given)}; expected a tuple")
-    return given
+def _arguments(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, tuple):
+        raise SteerError(f"its pickle passes {_name(value)} as arguments; expected a tuple")
+    return value
 
 
 def _is_state(state: Any) -> bool:
@@ -210,10 +223,10 @@ def _is_state(state: Any) -> bool:
 
 
 def _name(value: Any) -> str:
-    return value.name if isinstance(value, Name) else shown(value)
+    return value.name if isinstance(value, GlobalName) else shown(value)
 
 
-def _unknown(opcode: str) -> SteerError:
+def _unsupported_opcode(opcode: str) -> SteerError:
     return SteerError(
-        f"its pickle uses {opcode}, which torch.save does not write; nothing of it was loaded"
+        f"its pickle uses {opcode}, which torch.save does not write; no code was executed"
     )

@@ -9,9 +9,9 @@ from http_tools import dump, load, rewrite, rewritten
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_steer.serving.http.near_misses import HOLDERS, MEANT
-from vllm_steer.serving.http.rewriting import preset_of
-from vllm_steer.serving.request_args import asked_strengths
+from vllm_steer.serving.http.body_rewrite import preset_of
+from vllm_steer.serving.http.misspelled_fields import BODY_MISSPELLINGS, CLIENT_FIELDS
+from vllm_steer.serving.request_args import wants_strengths
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_the_wish_for_strengths_arrives_as_an_argument_that_admission_reads(
     data = load(found.body)
     assert data["vllm_xargs"] == arguments
     assert "steer_strengths" not in data
-    assert asked_strengths(SimpleNamespace(extra_args=arguments)) is reports
+    assert wants_strengths(SimpleNamespace(extra_args=arguments)) is reports
 
 
 @pytest.mark.parametrize("given", [1, 1.0, "true"], ids=repr)
@@ -93,7 +93,7 @@ def test_a_wish_in_both_places_is_refused(plan: Any) -> None:
 
 
 def test_a_wish_on_a_route_that_generates_nothing_is_refused(plan: Any) -> None:
-    with pytest.raises(ValueError, match="this route cannot carry a steer"):
+    with pytest.raises(ValueError, match="this route does not support steering"):
         rewrite(dump({"steer_strengths": True}), plan, route="/generative_scoring")
 
 
@@ -135,7 +135,8 @@ def test_a_steer_in_both_places_is_refused(plan: Any) -> None:
 
 def test_a_steer_on_a_route_that_generates_nothing_is_refused(plan: Any) -> None:
     with pytest.raises(
-        ValueError, match="this route cannot carry a steer; remove it and name the base model"
+        ValueError,
+        match="this route does not support steering; remove the steer and name the base model",
     ):
         rewrite(dump({"steer": "a:3"}), plan, route="/v1/completions/render")
 
@@ -213,7 +214,7 @@ json_values = st.recursive(
         st.text().filter(
             lambda key: (
                 key not in ("steer", "steer_strengths", "vllm_xargs", "model")
-                and key not in (*MEANT, *HOLDERS)
+                and key not in (*BODY_MISSPELLINGS, *CLIENT_FIELDS)
             )
         ),
         json_values,

@@ -21,7 +21,7 @@ _MOST_ITEMS: Final = 6
 _DEEPEST: Final = 2
 _PLAIN_DIGITS: Final = 20
 _MOST_DIGITS: Final = 4000
-_HIDDEN: Final = re.compile(
+_INVISIBLE: Final = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 """Printable for Unicode and seen by nobody: fillers, and selectors of a letter's variant."""
@@ -45,14 +45,14 @@ def printable(text: str, longest: int | None = None, *, lines: bool = False) -> 
     invisible characters and lone surrogates; letters of every script stay.
     """
     text = text if longest is None else cut(text, longest)
-    if text.isprintable() and not _HIDDEN.search(text):
+    if text.isprintable() and not _INVISIBLE.search(text):
         return text
     escaped = "".join(c if _is_seen(c) or (lines and c == "\n") else _escape(c) for c in text)
     return escaped if longest is None else cut(escaped, longest)
 
 
 def _is_seen(letter: str) -> bool:
-    return letter.isprintable() and not _HIDDEN.match(letter)
+    return letter.isprintable() and not _INVISIBLE.match(letter)
 
 
 def _escape(letter: str) -> str:
@@ -67,16 +67,16 @@ def name(value: Any, longest: int = LONGEST) -> str:
 def listed(values: Iterable[Any], longest: int = LONGEST_LIST, *, none: str = "none") -> str:
     """Names in a row, as many as fit, and how many there are beside them."""
     names: list[str] = []
-    length = left = 0
+    length = num_omitted = 0
     for value in values:
-        if left or (names and length > longest):
-            left += 1
+        if num_omitted or (names and length > longest):
+            num_omitted += 1
             continue
         names.append(name(value))
         length += len(names[-1]) + 2
     if not names:
         return none
-    return ", ".join(names) + (f" and {left} more" if left else "")
+    return ", ".join(names) + (f" and {num_omitted} more" if num_omitted else "")
 
 
 def is_number(text: str) -> bool:
@@ -89,10 +89,10 @@ def message(text: str) -> str:
 
     Of a longer one the beginning and the end are kept: the end says what to do.
     """
-    return _ends(printable(_ends(text)))
+    return _shortened(printable(_shortened(text)))
 
 
-def _ends(text: str) -> str:
+def _shortened(text: str) -> str:
     if len(text) <= LONGEST_MESSAGE:
         return text
     tail = LONGEST_MESSAGE // 3

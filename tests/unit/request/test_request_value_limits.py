@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_steer import SteerRequestError
 from vllm_steer.request import resolve
-from vllm_steer.request.ceilings import LONGEST, MOST_OPTIONS, MOST_PARTS
+from vllm_steer.request.value_limits import MAX_CHARACTERS, MAX_OPTIONS, MAX_PARTS
 from vllm_steer.serving.admission import admit, key_request
 from vllm_steer.serving.request_args import RejectedSteer
 
@@ -41,17 +41,17 @@ def wide() -> dict[str, Any]:
 
 
 TOO_LARGE = {
-    "text": ("a:" + "0" * LONGEST, "longer than 16000 characters"),
-    "parts": ("a:0," * MOST_PARTS + "a:0", "65 parts; at most 64"),
+    "text": ("a:" + "0" * MAX_CHARACTERS, "longer than 16000 characters"),
+    "parts": ("a:0," * MAX_PARTS + "a:0", "65 parts; at most 64"),
     "60,000 parts": ("a," * 60_000, "longer than 16000"),
-    "json": ('{"a": "' + "0" * LONGEST + '"}', "longer than 16000 characters"),
+    "json": ('{"a": "' + "0" * MAX_CHARACTERS + '"}', "longer than 16000 characters"),
     "json-keys": (json.dumps(dict.fromkeys(map(str, range(65)), 1)), "65 parts; at most 64"),
     "json-depth": ('{"a":' * 6 + "1" + "}" * 6, "nested more than 4 deep"),
     "keys": (dict.fromkeys(map(str, range(65)), 1), "65 parts; at most 64"),
     "million-keys": (dict.fromkeys(range(10**6), 1), "1000000 parts"),
-    "options": ({"a": dict.fromkeys(map(str, range(MOST_OPTIONS + 1)), 1)}, "17 options"),
+    "options": ({"a": dict.fromkeys(map(str, range(MAX_OPTIONS + 1)), 1)}, "17 options"),
     "depth": ({"a": {"layers": [[[[1]]]]}}, "nested more than 4 deep"),
-    "key": ({"a" * (LONGEST + 1): 1}, "longer than 16000"),
+    "key": ({"a" * (MAX_CHARACTERS + 1): 1}, "longer than 16000"),
     "number": ({"a": 10**80_000}, "longer than 16000"),
     "list": ({"a": {"layers": [0] * 10**6}}, "longer than 16000"),
     "lists": (wide(), "longer than 16000"),
@@ -82,8 +82,8 @@ def test_a_value_above_the_ceilings_ends_at_once(plan: Any, case: str, door: str
 
 def test_the_largest_values_are_served(plan: Any) -> None:
     assert plan.doses(",".join(["a:1"] * 32 + ["b:0.5"] * 32))
-    assert plan.doses("a:1" + "0" * 20 + " " * (LONGEST - 30)) == plan.doses("a:1e20")
-    assert plan.doses('{"a": 1' + " " * (LONGEST - 9) + "}") == plan.doses("a:1")
+    assert plan.doses("a:1" + "0" * 20 + " " * (MAX_CHARACTERS - 30)) == plan.doses("a:1e20")
+    assert plan.doses('{"a": 1' + " " * (MAX_CHARACTERS - 9) + "}") == plan.doses("a:1")
 
 
 class Text(str):

@@ -1,10 +1,10 @@
 """Names that single features need: some sites, HTTP, LoRA, commands."""
 
-from vllm_steer.compat.name import names
+from vllm_steer.compat.vllm_name import vllm_names
 
-REST = (
-    *names("vllm", "LLM SamplingParams", "called", "command line tools"),
-    *names(
+OTHER = (
+    *vllm_names("vllm", "LLM SamplingParams", "called", "command line tools"),
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "_get_prompt_logprobs_dict",
         "wrapped",
@@ -12,7 +12,7 @@ REST = (
         "the rows of prompts",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker",
         "compute_prompt_logprobs",
         "wrapped",
@@ -20,7 +20,7 @@ REST = (
         "the rows of prompts",
         process="V2",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker",
         "compute_prompt_token_id_logprobs",
         "wrapped",
@@ -29,57 +29,61 @@ REST = (
         process="V2",
         since="0.31",
     ),
-    *names(
+    *vllm_names(
         "vllm.model_executor.layers.logits_processor:LogitsProcessor",
         "_get_logits",
         "wrapped",
         "offset steers",
         "what the LM head gives, before soft cap and scale",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "lora_manager",
         "called",
         "LoRA",
         process="V1",
     ),
-    *names(
+    *vllm_names(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         "prompt_logprobs_worker",
         "read",
         "prompt logprobs",
         process="V2",
     ),
-    *names("vllm.model_executor.models.utils", "PPMissingLayer", "read", "guidance"),
-    *names(
+    *vllm_names("vllm.model_executor.models.utils", "PPMissingLayer", "read", "guidance"),
+    *vllm_names(
         "vllm.model_executor.layers.linear:RowParallelLinear",
         "input_size input_size_per_partition tp_rank",
         "read",
         "guidance",
     ),
-    *names("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA", "base_layer", "read", "LoRA"),
-    *names("vllm.forward_context", "get_forward_context", "called", "guidance"),
-    *names("vllm.forward_context:ForwardContext", "no_compile_layers", "read", "guidance"),
-    *names(
+    *vllm_names(
+        "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA", "base_layer", "read", "LoRA"
+    ),
+    *vllm_names("vllm.forward_context", "get_forward_context", "called", "guidance"),
+    *vllm_names("vllm.forward_context:ForwardContext", "no_compile_layers", "read", "guidance"),
+    *vllm_names(
         "vllm.utils.torch_utils",
         "LayerNameType _encode_layer_name _resolve_layer_name direct_register_custom_op",
         "called",
         "guidance",
     ),
-    *names("vllm.lora.layers", "LoRAMapping", "called", "LoRA"),
-    *names("vllm.lora.worker_manager:WorkerLoRAManager", "set_active_adapters", "called", "LoRA"),
-    *names("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest", "read", "HTTP"),
-    *names(
+    *vllm_names("vllm.lora.layers", "LoRAMapping", "called", "LoRA"),
+    *vllm_names(
+        "vllm.lora.worker_manager:WorkerLoRAManager", "set_active_adapters", "called", "LoRA"
+    ),
+    *vllm_names("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest", "read", "HTTP"),
+    *vllm_names(
         "vllm.entrypoints.llm:LLM",
         "generate get_tokenizer llm_engine",
         "called",
         "command line tools",
     ),
-    *names(
+    *vllm_names(
         "vllm.distributed.parallel_state",
         "cleanup_dist_env_and_memory",
         "called",
         "command line tools",
     ),
-    *names("vllm.platforms", "current_platform", "called", "command line tools"),
+    *vllm_names("vllm.platforms", "current_platform", "called", "command line tools"),
 )

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from vllm_steer import SteerError, VectorSteer, save_steer
-from vllm_steer.files.whole import (
-    clear_unfinished,
+from vllm_steer.files.atomic_write import (
     finished_name,
+    remove_unfinished,
     unfinished_name,
+    write_atomically,
     write_text,
-    write_whole,
 )
 
 
@@ -41,14 +41,14 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> N
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(SteerError, match=r"figures\.json: cannot be written .*No space left"):
-        write_whole(path, half)
+        write_atomically(path, half)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["figures.json"]
 
 
 def test_a_real_full_disk_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match="cannot be written"):
-        write_whole(tmp_path / "x", lambda _: Path("/dev/full").write_text("x" * 10_000))
+        write_atomically(tmp_path / "x", lambda _: Path("/dev/full").write_text("x" * 10_000))
     assert os.listdir(tmp_path) == []
 
 
@@ -61,7 +61,7 @@ def test_what_is_no_plain_file_is_left_alone(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (pipe, tmp_path, Path(), Path("."), Path("/dev/null")):
-        with pytest.raises(SteerError, match="no plain file and cannot be replaced"):
+        with pytest.raises(SteerError, match="not a regular file and cannot be replaced"):
             write_text(path, "text")
     assert pipe.is_fifo() and Path("/dev/null").is_char_device()
 
@@ -80,7 +80,7 @@ def test_a_link_is_replaced_and_its_file_stays(tmp_path: Path, target: str) -> N
 def test_a_link_to_an_open_file_of_a_process_is_refused(tmp_path: Path) -> None:
     link = tmp_path / "stdout"
     link.symlink_to("/proc/self/fd/1")
-    with pytest.raises(SteerError, match=r"no plain file|an open file of a process"):
+    with pytest.raises(SteerError, match=r"not a regular file|an open file of a process"):
         write_text(link, "new")
     assert link.is_symlink()
 
@@ -110,7 +110,7 @@ def test_two_writers_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
         assert path.read_text() == "inner"
         file.write(b"whole")
 
-    write_whole(path, outer)
+    write_atomically(path, outer)
     assert path.read_text() == "outer, whole"
     assert os.listdir(tmp_path) == ["x"]
 
@@ -146,7 +146,7 @@ def test_only_what_a_killed_process_left_of_our_names_is_cleared(tmp_path: Path)
     for name in (ours, *others):
         (tmp_path / name).write_text("")
     (tmp_path / unfinished_name("report.json")).symlink_to(tmp_path / "thesis.unfinished")
-    clear_unfinished(tmp_path, {"report.json"}.__contains__)
+    remove_unfinished(tmp_path, {"report.json"}.__contains__)
     left = os.listdir(tmp_path)
     assert ours not in left and set(others) < set(left) and len(left) == len(others) + 1
 
@@ -157,7 +157,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "x", interrupted)
+        write_atomically(tmp_path / "x", interrupted)
     assert os.listdir(tmp_path) == []
 
 
@@ -176,7 +176,7 @@ def test_the_writers_own_error_is_kept(tmp_path: Path) -> None:
         raise SteerError("row 3 is bad")
 
     with pytest.raises(SteerError, match=r"^row 3 is bad$"):
-        write_whole(tmp_path / "x", refuse)
+        write_atomically(tmp_path / "x", refuse)
 
 
 def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) -> None:
@@ -184,13 +184,13 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
     path.write_text("old")
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from vllm_steer.files.whole import write_whole\n"
+        "from vllm_steer.files.atomic_write import write_atomically\n"
         "def write(file):\n"
         "    file.write(b'half')\n"
         "    file.flush()\n"
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"
-        "write_whole(Path(sys.argv[1]), write)\n"
+        "write_atomically(Path(sys.argv[1]), write)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True

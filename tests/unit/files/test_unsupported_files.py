@@ -1,4 +1,4 @@
-"""Files of other tools, all alike: told by content, narrowed by facts, refused when damaged."""
+"""Files of other tools, all alike: told by content, narrowed by overrides, refused when damaged."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_tools import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from untrusted_text_tools import (
     SIGNED,
     directions,
     write_concept,
@@ -17,8 +19,6 @@ from foreign_tools import (
     write_saelens,
     write_svec,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from vllm_steer import SteerConfig, SteerError, load_steer, save_steer
 
@@ -58,7 +58,7 @@ def test_the_file_name_does_not_matter(tmp_path: Path, name: str, ending: str) -
 def test_a_config_and_a_plan_carry_the_facts_of_a_format(tmp_path: Path, name: str) -> None:
     path = WRITERS[name](tmp_path / "steer")
     config = SteerConfig.load({"steers": {"it": {"path": str(path), **ENOUGH[name]}}})
-    sent = json.loads(json.dumps(config.steers["it"].facts))
+    sent = json.loads(json.dumps(config.steers["it"].overrides))
     assert torch.equal(load_steer(path, **sent).vectors, load_steer(path, **ENOUGH[name]).vectors)
 
 
@@ -87,9 +87,12 @@ GIVEN: dict[str, Any] = {"orient": True, "rows": "1", "feature": 1, "hook": "x",
     ("name", "fact"), [pair for pair in product(WRITERS, GIVEN) if pair not in USED]
 )
 def test_a_fact_without_a_use_is_refused(tmp_path: Path, name: str, fact: str) -> None:
-    facts = {**ENOUGH.get(name, {}), fact: GIVEN[fact]}
-    with pytest.raises(SteerError, match=r"means nothing for|given as lm_steer|is no lm_steer"):
-        load_steer(WRITERS[name](tmp_path / "steer"), **facts)
+    overrides = {**ENOUGH.get(name, {}), fact: GIVEN[fact]}
+    with pytest.raises(
+        SteerError,
+        match=r"does not apply to|the key kind is lm_steer|cannot be " r"a steer of kind",
+    ):
+        load_steer(WRITERS[name](tmp_path / "steer"), **overrides)
 
 
 @pytest.mark.parametrize("name", WRITERS)

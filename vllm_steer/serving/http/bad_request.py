@@ -2,31 +2,31 @@
 
 import json
 
-from vllm_steer.foreign import message as shown_message
 from vllm_steer.serving.http.routes import Route
 from vllm_steer.serving.strength_reports.http_response import Send
+from vllm_steer.untrusted_text import message as shown_message
 
 _TYPE = "BadRequestError"
 
 
-class Refused(ValueError):
-    """A body that cannot be served; ``parameter`` is the field that says so."""
+class BadRequest(ValueError):
+    """A body that cannot be served; ``parameter`` is the field at fault."""
 
     def __init__(self, message: str, parameter: str) -> None:
         super().__init__(shown_message(message))
         self.parameter = parameter
 
 
-async def refuse(send: Send, refused: Refused, route: Route) -> None:
-    """Send the response."""
+async def send_bad_request(send: Send, refused: BadRequest, route: Route) -> None:
+    """Send the HTTP 400 response."""
     body = json.dumps(error_body(refused, route)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 400, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def error_body(refused: Refused, route: Route) -> dict[str, object]:
-    """The error as vLLM's routers write it: Anthropic's of its own form, all others OpenAI's."""
+def error_body(refused: BadRequest, route: Route) -> dict[str, object]:
+    """The error body in the format of the route: Anthropic's or OpenAI's."""
     message = str(refused)
     if route.is_anthropic:
         return {"type": "error", "error": {"type": _TYPE, "message": message}}

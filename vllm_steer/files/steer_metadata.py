@@ -1,4 +1,4 @@
-"""Metadata of a steer: from its file, from a config or from a caller."""
+"""Metadata of a steer: from its file, or overrides from a config or a caller."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -6,31 +6,31 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import LONGEST, is_number, printable, shown
 from vllm_steer.steers import Mode, Schedule, Variant
 from vllm_steer.steers.layers import parse_layers
 from vllm_steer.steers.sites import Site
+from vllm_steer.untrusted_text import LONGEST, is_number, printable, shown
 
 _LONGEST_LAYERS = 1000
 _MOST_ERRORS = 4
 
 
 def _column_list(value: Any) -> Any:
-    """Accept '1' and '1,2', the metadata form, beside a list of numbers."""
+    """Accept '1' and '1,2', the notation of safetensors metadata, as well as a list of numbers."""
     if isinstance(value, str):
         return [part.strip(" ") for part in value.split(",")] if value.strip(" ") else []
     return value
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 'yes' and 'on' as true, which is no number; Python reads '1_0' as 10."""
+    """Reject booleans (YAML reads 'yes' and 'on' as true) and '1_0' (Python reads it as 10)."""
     if isinstance(value, bool) or (isinstance(value, str) and not is_number(value)):
         raise ValueError("expected a number")
     return value
 
 
 def _layers(value: Any) -> tuple[int, ...]:
-    # A file may repeat '0-9999' without end.
+    # A file may contain '0-9999,0-9999,...' of any length.
     if isinstance(value, bool) or (isinstance(value, str) and len(value) > _LONGEST_LAYERS):
         raise ValueError("expected layers such as '8-31'")
     return parse_layers(value)
@@ -53,13 +53,13 @@ PositiveInt = Annotated[int, Number, Field(ge=1)]
 Index = Annotated[int, Number, Field(ge=0)]
 
 
-FORMAT_FACTS = ("orient", "rows", "feature", "hook")
+FORMAT_KEYS = ("orient", "rows", "feature", "hook")
 
 
-class Facts(BaseModel):
-    """Facts about a steer. None means not said. Every field may stand in a steer config.
+class SteerMetadata(BaseModel):
+    """Metadata of a steer; None means not given. Every field is also a key of a steer config.
 
-    ``FORMAT_FACTS`` are those that only some files of other tools have a use for.
+    ``FORMAT_KEYS`` apply only to some file formats of other tools.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,34 +82,34 @@ class Facts(BaseModel):
     base_model: str | None = None
     description: str | None = None
 
-    def over(self, found: "Facts") -> "Facts":
-        """These facts, completed by what was found in the file."""
-        said = self.model_dump(exclude_none=True)
-        return Facts(**{**found.model_dump(exclude_none=True), **said})
+    def completed_by(self, file_metadata: "SteerMetadata") -> "SteerMetadata":
+        """These values, and those of ``file_metadata`` where these are None."""
+        own_values = self.model_dump(exclude_none=True)
+        return SteerMetadata(**{**file_metadata.model_dump(exclude_none=True), **own_values})
 
 
-def read_facts(given: Mapping[str, Any], *, origin: str) -> Facts:
-    """Facts from untyped values; ``SteerError`` lists each that is unknown or malformed."""
+def read_metadata(values: Mapping[str, Any], *, origin: str) -> SteerMetadata:
+    """Validate untyped values; ``SteerError`` lists each unknown or malformed key."""
     try:
-        return Facts(**given)
+        return SteerMetadata(**values)
     except ValidationError as error:
         raise SteerError(describe_errors(error, origin)) from None
 
 
 def describe_errors(error: ValidationError, origin: str) -> str:
-    """Each wrong value, where it is, what was found and what is expected; the first few of them."""
+    """List the first few invalid values: key, value and what is expected."""
     lines = []
-    wrong = error.errors(include_url=False)
-    for item in wrong[:_MOST_ERRORS]:
-        place = printable(".".join(map(str, item["loc"])), LONGEST) or origin
+    problems = error.errors(include_url=False)
+    for item in problems[:_MOST_ERRORS]:
+        field = printable(".".join(map(str, item["loc"])), LONGEST) or origin
         if item["type"] == "extra_forbidden":
-            lines.append(f"{origin}: unknown key {place!r}")
+            lines.append(f"{origin}: unknown key {field!r}")
         elif item["type"] == "missing":
-            lines.append(f"{origin}: key {place!r} is missing")
+            lines.append(f"{origin}: key {field!r} is missing")
         elif item["type"] == "value_error" and not item["loc"]:
             lines.append(f"{origin}: {item['ctx']['error']}")
         else:
-            lines.append(f"{origin}: {place} is {shown(item['input'])}: {item['msg']}")
-    if len(wrong) > _MOST_ERRORS:
-        lines.append(f"and {len(wrong) - _MOST_ERRORS} more")
+            lines.append(f"{origin}: {field} is {shown(item['input'])}: {item['msg']}")
+    if len(problems) > _MOST_ERRORS:
+        lines.append(f"and {len(problems) - _MOST_ERRORS} more")
     return "; ".join(lines)

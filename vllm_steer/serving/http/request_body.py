@@ -1,7 +1,7 @@
-"""A request's body in its original chunks, and whether it can mention a steer at all.
+"""Receives a request body in chunks and scans it for signs of a steer.
 
-Nothing here costs more than looking at each chunk once. The chunks are passed on as they came, each
-let go as it is taken: the body is never held twice.
+Each chunk is scanned once. The chunks are passed on unchanged and released one by one, so the body
+is never in memory twice.
 """
 
 import re
@@ -15,27 +15,27 @@ Receive = Callable[[], Awaitable[Message]]
 _WORDS: Final = (b"steer", b"Steer", b"STEER", b"\0")
 _ESCAPE: Final = b"\\u00"
 _ASCII_ESCAPE: Final = re.compile(rb"\\u00[2-7]")
-"""An escape for what needs none; all names that matter here are ASCII."""
+"""An escape of a printable ASCII character; all names that matter here are ASCII."""
 
 
-class Hints:
-    """Bytes without which a body asks nothing of us: spelled out, escaped, in UTF-16 or UTF-32."""
+class SteerHints:
+    """Byte sequences, one of which is in every body with a steer, in any encoding or escape."""
 
     def __init__(self, presets: Iterable[str] = ()) -> None:
         self._words = (*_WORDS, *(f":{preset}".encode() for preset in presets))
         self.overlap = max(len(_ESCAPE), *(len(word) - 1 for word in self._words))
 
     def are_in(self, text: bytes) -> bool:
-        """Whether a piece of a body holds any of them."""
+        """True if a part of a body has any of them."""
         if any(word in text for word in self._words):
             return True
         return _ESCAPE in text and _ASCII_ESCAPE.search(text) is not None
 
 
 class ReceivedBody:
-    """The chunks of a body; ``may_ask`` once any hint has come."""
+    """The chunks of a body; ``may_ask`` is true once a chunk had a hint."""
 
-    def __init__(self, hints: Hints) -> None:
+    def __init__(self, hints: SteerHints) -> None:
         self.may_ask = False
         self.length = 0
         self._hints = hints
@@ -44,7 +44,7 @@ class ReceivedBody:
         self._end: Message | None = None
 
     async def receive(self, receive: Receive) -> bool:
-        """Receive all chunks; False if the client went away before the last one."""
+        """Receive all chunks; False if the client disconnected before the last one."""
         more = True
         while more:
             message = await receive()
@@ -56,14 +56,14 @@ class ReceivedBody:
         return True
 
     def whole(self) -> bytes:
-        """A copy of the body in one piece."""
+        """The whole body, as a copy."""
         return b"".join(self._chunks)
 
     def append(self, members: bytes, to: bytes | None = None) -> None:
         """Add members at the end of the JSON object that the body is, or of another body.
 
-        The last member of a name counts. What was received is not copied: the last brace goes, and
-        comes again behind the new members.
+        The last member of a name counts. The received chunks are not copied: the closing brace is
+        removed and added again after the new members.
         """
         if to is not None:
             self._chunks = deque([to])
@@ -73,7 +73,7 @@ class ReceivedBody:
         self.length = sum(map(len, self._chunks))
 
     def replay(self, receive: Receive) -> Receive:
-        """A ``receive`` that gives the chunks once and then what comes, such as a disconnect."""
+        """A ``receive`` that returns the chunks, then further messages such as a disconnect."""
 
         async def replay() -> Message:
             if self._chunks:

@@ -10,8 +10,8 @@ import pytest
 
 from vllm_steer import SteerRequestError
 from vllm_steer.plan import SteerPlan
-from vllm_steer.request import DoseMemo, resolution, resolve
-from vllm_steer.request.memo import SIZE, frozen
+from vllm_steer.request import DoseCache, resolution, resolve
+from vllm_steer.request.dose_cache import MAX_ENTRIES, frozen
 from vllm_steer.serving.admission import admit
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.reporting_state import REPORTING
@@ -74,13 +74,13 @@ def test_errors_are_not_kept(plan: SteerPlan, parsed: list[Any]) -> None:
 
 
 def test_the_memo_is_bounded_and_forgets_the_oldest(plan: SteerPlan, parsed: list[Any]) -> None:
-    for n in range(SIZE + 1):
+    for n in range(MAX_ENTRIES + 1):
         plan.doses(f"a:{n}.5")
-    plan.doses(f"a:{SIZE}.5")
-    assert len(parsed) == SIZE + 1
+    plan.doses(f"a:{MAX_ENTRIES}.5")
+    assert len(parsed) == MAX_ENTRIES + 1
     plan.doses("a:0.5")
-    assert len(parsed) == SIZE + 2
-    assert len(plan._resolved._doses) == SIZE
+    assert len(parsed) == MAX_ENTRIES + 2
+    assert len(plan._resolved._doses) == MAX_ENTRIES
 
 
 def test_values_that_are_equal_and_unlike_are_told_apart(plan: SteerPlan) -> None:
@@ -107,7 +107,7 @@ def test_the_plan_serialises_compares_and_copies_as_before(plan: SteerPlan) -> N
 def test_a_dict_that_changes_while_it_is_resolved_does_not_stay_in_the_memo(make_plan: Any) -> None:
     plan = make_plan({"a": 1.0})
     asked = {"a": 1}
-    memo = DoseMemo()
+    memo = DoseCache()
 
     def resolve_late(value: Any) -> Any:
         asked["a"] = 7  # as another thread may, after the value was looked up
@@ -118,8 +118,8 @@ def test_a_dict_that_changes_while_it_is_resolved_does_not_stay_in_the_memo(make
 
 
 def test_threads_share_a_memo() -> None:
-    memo = DoseMemo()
+    memo = DoseCache()
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda n: memo.get(f"a:{n % 300}", lambda _: ()), range(6000)))
     assert set(results) == {()}
-    assert len(memo._doses) == SIZE
+    assert len(memo._doses) == MAX_ENTRIES

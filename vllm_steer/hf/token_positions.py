@@ -13,11 +13,11 @@ from torch import nn
 from vllm_steer.doses import Dose, token_span
 from vllm_steer.errors import SteerError
 from vllm_steer.hf.sites import layers_of
-from vllm_steer.steers.schedules import course
+from vllm_steer.steers.schedules import schedule_curve
 
 
 @dataclass(frozen=True)
-class Span:
+class PassPositions:
     """The tokens of one forward pass and where the prompt of their text ends."""
 
     positions: torch.Tensor  # [tokens] int64, from 0 at the text's first token
@@ -46,22 +46,22 @@ class Span:
 class SteppedDose(Dose):
     """A dose whose strength at generation step ``i`` is ``history[i]``, and 0 at any other token.
 
-    Its ``strength`` is 1 and says nothing.
+    Its ``strength`` is always 1.
     """
 
     history: tuple[float, ...] = ()
 
 
-def coefficients(dose: Dose, span: Span, num_steps: int | None) -> torch.Tensor:
+def coefficients(dose: Dose, span: PassPositions, num_steps: int | None) -> torch.Tensor:
     """``a [tokens]``, float64: the strength on each token, 0 where the dose does not act.
 
     ``num_steps`` is that of a delta steer, None for the other kinds.
     """
     if isinstance(dose, SteppedDose):
         last = len(dose.history) if num_steps is None else min(num_steps, len(dose.history))
-        given = torch.tensor(dose.history, dtype=torch.float64)
+        history = torch.tensor(dose.history, dtype=torch.float64)
         inside = (span.steps >= 0) & (span.steps < last)
-        return torch.where(inside, given[span.steps.clamp(0, last - 1)], 0.0)
+        return torch.where(inside, history[span.steps.clamp(0, last - 1)], 0.0)
     a = torch.full(span.positions.shape, dose.strength, dtype=torch.float64)
     if dose.phase == "all" and num_steps is None:
         return a
@@ -69,11 +69,11 @@ def coefficients(dose: Dose, span: Span, num_steps: int | None) -> torch.Tensor:
     a *= (span.positions >= first) & (span.positions < last)
     if num_steps is None:
         return a
-    return a * (1 - course(dose.schedule, num_steps).slope * span.steps.double())
+    return a * (1 - schedule_curve(dose.schedule, num_steps).slope * span.steps.double())
 
 
-class Reading:
-    """Where in its text a model is: from the length of its KV cache and from ``generate``.
+class PositionTracker:
+    """Tracks absolute token positions across forward passes and ``generate`` calls.
 
     Outside of ``generate`` a forward pass with an empty cache begins a text. Within it, that is
     also what every step without a cache looks like, so there the prompt is what ``generate`` was
@@ -90,10 +90,10 @@ class Reading:
         self._start = self._length = 0
 
     @property
-    def span(self) -> Span:
+    def span(self) -> PassPositions:
         """The tokens of the forward pass that is running."""
         positions = torch.arange(self._start, self._start + self._length)
-        return Span(positions, self._prompt_length)
+        return PassPositions(positions, self._prompt_length)
 
     @contextmanager
     def follow(self, model: nn.Module) -> Iterator[None]:
@@ -114,10 +114,10 @@ class Reading:
                 del model.generate
 
     def _before_forward(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
-        given = inspect.signature(owner.forward).bind_partial(*args, **kwargs).arguments
-        cache = given.get("past_key_values")
-        tokens = given.get("input_ids")
-        tokens = given["inputs_embeds"] if tokens is None else tokens
+        arguments = inspect.signature(owner.forward).bind_partial(*args, **kwargs).arguments
+        cache = arguments.get("past_key_values")
+        tokens = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens
         self._start = 0 if cache is None else int(cache.get_seq_length())
         self._length = tokens.shape[1]
         if not self._fixed:
@@ -135,7 +135,7 @@ class Reading:
     def _announced(self, generate: Any) -> Any:
         @functools.wraps(generate)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self._generating, self._given = True, _length_given(*args, **kwargs)
+            self._generating, self._given = True, _prompt_length_of(*args, **kwargs)
             try:
                 return generate(*args, **kwargs)
             finally:
@@ -144,7 +144,7 @@ class Reading:
         return wrapper
 
 
-def _length_given(inputs: Any = None, *_: Any, **kwargs: Any) -> int:
+def _prompt_length_of(inputs: Any = None, *_: Any, **kwargs: Any) -> int:
     """The tokens that ``generate`` is called with: a beginning-of-text token if there are none."""
     candidates = (
         kwargs.get("inputs_embeds"),
@@ -152,5 +152,5 @@ def _length_given(inputs: Any = None, *_: Any, **kwargs: Any) -> int:
         inputs,
         kwargs.get("inputs"),
     )
-    given = next((tensor for tensor in candidates if tensor is not None), None)
-    return 1 if given is None else int(given.shape[1])
+    tokens = next((tensor for tensor in candidates if tensor is not None), None)
+    return 1 if tokens is None else int(tokens.shape[1])

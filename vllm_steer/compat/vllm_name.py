@@ -21,7 +21,7 @@ Feature = Literal[
 
 
 @dataclass(frozen=True)
-class Name:
+class VllmName:
     """One name: ``path`` is ``function``, ``Class`` or ``Class.member`` in ``module``.
 
     since    the first version that has it, None: the oldest tested one
@@ -55,25 +55,25 @@ class Name:
         without a version like any: what not all of these have may be missing.
         """
         try:
-            found = Version(version)
+            parsed = Version(version)
         except InvalidVersion:
             return self.since is None and self.until is None
-        like = [Version(found.base_version)]
-        if found.is_prerelease:
-            like.append(Version(f"{found.major}.{found.minor + 1}"))
-        return all(self._is_between(each) for each in like)
+        releases = [Version(parsed.base_version)]
+        if parsed.is_prerelease:
+            releases.append(Version(f"{parsed.major}.{parsed.minor + 1}"))
+        return all(self._is_between(release) for release in releases)
 
     def _is_between(self, version: Version) -> bool:
         after = self.since is None or version >= Version(self.since)
         return after and (self.until is None or version < Version(self.until))
 
 
-def names(
-    place: str, members: str, use: Use, feature: Feature, why: str = "", **more: Any
-) -> Iterator[Name]:
+def vllm_names(
+    location: str, members: str, use: Use, feature: Feature, why: str = "", **more: Any
+) -> Iterator[VllmName]:
     """Names that are used alike: ``members``, separated by spaces, of ``module`` or
     ``module:Class``.
     """
-    module, _, owner = place.partition(":")
+    module, _, owner = location.partition(":")
     for member in members.split():
-        yield Name(module, f"{owner}.{member}" if owner else member, use, feature, why, **more)
+        yield VllmName(module, f"{owner}.{member}" if owner else member, use, feature, why, **more)

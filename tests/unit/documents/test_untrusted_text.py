@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_steer.errors import SteerError
-from vllm_steer.foreign import LONGEST_MESSAGE, cut, listed, name, printable, shown
+from vllm_steer.untrusted_text import LONGEST_MESSAGE, cut, listed, name, printable, shown
 
 
 def shared(container: type, depth: int = 60) -> Any:

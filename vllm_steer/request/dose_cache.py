@@ -6,68 +6,68 @@ from threading import Lock
 from typing import Any, Final
 
 from vllm_steer.doses import Dose
-from vllm_steer.request.ceilings import LONGEST, check_object
+from vllm_steer.request.value_limits import MAX_CHARACTERS, check_object
 
-SIZE: Final = 256
+MAX_ENTRIES: Final = 256
 
 Doses = tuple[Dose, ...]
 
 
-class DoseMemo:
-    """The doses of the values that were asked for last, at most ``SIZE`` of them.
+class DoseCache:
+    """LRU cache of at most ``MAX_ENTRIES`` resolved values.
 
-    Errors are not kept. All memos are equal and a pickled one is empty: a plan with one compares
-    and travels as if it had none.
+    Errors are not cached. All caches are equal and pickle as empty, so that they affect neither
+    comparison nor serialization of a plan.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._doses: OrderedDict[Any, Doses] = OrderedDict()
 
-    def get(self, asked: Any, resolve: Callable[[Any], Doses]) -> Doses:
-        """The doses of a value, from ``resolve`` where they are not known yet.
+    def get(self, value: Any, resolve: Callable[[Any], Doses]) -> Doses:
+        """The doses of a value; ``resolve`` computes them if they are not cached.
 
-        What is resolved is a copy: another thread may change the caller's dict meanwhile.
+        A copy of the value is resolved, as another thread may modify the caller's dict.
         """
-        if isinstance(asked, Mapping):
-            check_object(asked)
-            asked = _copied(asked)
-        key = frozen(asked)
+        if isinstance(value, Mapping):
+            check_object(value)
+            value = _copied(value)
+        key = frozen(value)
         if key is None:
-            return resolve(asked)
+            return resolve(value)
         with self._lock:
             if key in self._doses:
                 self._doses.move_to_end(key)
                 return self._doses[key]
-        doses = resolve(asked)
+        doses = resolve(value)
         with self._lock:
             self._doses[key] = doses
-            if len(self._doses) > SIZE:
+            if len(self._doses) > MAX_ENTRIES:
                 self._doses.popitem(last=False)
         return doses
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, DoseMemo)
+        return isinstance(other, DoseCache)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> tuple[type["DoseMemo"], tuple[()]]:
-        return DoseMemo, ()
+    def __reduce__(self) -> tuple[type["DoseCache"], tuple[()]]:
+        return DoseCache, ()
 
 
 def _copied(value: Any) -> Any:
-    """Mappings as dicts, and all that is in them; for values under the ceilings."""
+    """Deep copy of a value within the limits, with mappings as dicts."""
     if isinstance(value, Mapping):
         return {key: _copied(inner) for key, inner in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
-def frozen(asked: Any) -> Any:
-    """A hashable form of a value, which tells 1, 1.0 and True apart; None if it has none."""
-    if type(asked) is not dict and (type(asked) is not str or len(asked) > LONGEST):
+def frozen(value: Any) -> Any:
+    """A hashable key of a value that distinguishes 1, 1.0 and True; None if there is none."""
+    if type(value) is not dict and (type(value) is not str or len(value) > MAX_CHARACTERS):
         return None
     try:
-        return _frozen(asked)
+        return _frozen(value)
     except TypeError:
         return None
 

@@ -14,10 +14,10 @@ from typing import Final
 from vllm_steer.errors import SteerError
 
 INSTALLED: Final = "installed"
-_MOST_BASES: Final = 40
+_MAX_BASES: Final = 40
 
 
-class Source:
+class VllmSource:
     """One vLLM: ``root`` is the folder or the zip archive that holds the package ``vllm``."""
 
     def __init__(self, root: Path) -> None:
@@ -28,20 +28,20 @@ class Source:
         self._members: dict[ast.ClassDef, dict[str, ast.AST]] = {}
 
     @classmethod
-    def of(cls, given: str) -> "Source":
+    def of(cls, location: str) -> "VllmSource":
         """``installed``, a wheel, or the folder that a wheel was unpacked to.
 
         Raises ``SteerError`` where there is no vLLM.
         """
-        root = _installed() if given == INSTALLED else Path(given)
+        root = _installed() if location == INSTALLED else Path(location)
         try:
             source = cls(root)
-            found = source._text("vllm") is not None
+            has_vllm = source._text("vllm") is not None
         except (OSError, zipfile.BadZipFile):
-            found = False
-        if not found:
+            has_vllm = False
+        if not has_vllm:
             raise SteerError(
-                f"{given}: no vLLM is there; give {INSTALLED!r}, a wheel of vLLM, or the folder "
+                f"{location}: no vLLM is there; give {INSTALLED!r}, a wheel of vLLM, or the folder "
                 "that one was unpacked to"
             )
         return source
@@ -53,14 +53,14 @@ class Source:
         ``self``; of a base class too.
         """
         owner, _, member = path.partition(".")
-        found = self._in_module(module, owner)
-        if found is None or not member:
-            return None if found is None else found[1]
-        return self._in_class(*found, member) if isinstance(found[1], ast.ClassDef) else None
+        located = self._in_module(module, owner)
+        if located is None or not member:
+            return None if located is None else located[1]
+        return self._in_class(*located, member) if isinstance(located[1], ast.ClassDef) else None
 
     def _in_module(self, module: str, name: str) -> tuple[str, ast.AST] | None:
         """The module that defines a name, and the definition; imports are followed."""
-        for _ in range(_MOST_BASES):
+        for _ in range(_MAX_BASES):
             tree = self._tree(module)
             if tree is None:
                 return None
@@ -75,28 +75,28 @@ class Source:
         return None
 
     def _in_class(self, module: str, cls: ast.AST, member: str) -> ast.AST | None:
-        for each in self._with_bases(module, cls):
-            if each not in self._members:
-                self._members[each] = _members(each)
-            if member in self._members[each]:
-                return self._members[each][member]
+        for class_def in self._with_bases(module, cls):
+            if class_def not in self._members:
+                self._members[class_def] = _members(class_def)
+            if member in self._members[class_def]:
+                return self._members[class_def][member]
         return None
 
     def _with_bases(self, module: str, cls: ast.AST) -> Iterator[ast.ClassDef]:
         """A class and its bases, as far as they are vLLM's."""
-        waiting, seen = [(module, cls)], 0
-        while waiting and seen < _MOST_BASES:
-            where, each = waiting.pop(0)
-            seen += 1
-            if not isinstance(each, ast.ClassDef):
+        pending, num_visited = [(module, cls)], 0
+        while pending and num_visited < _MAX_BASES:
+            class_module, class_def = pending.pop(0)
+            num_visited += 1
+            if not isinstance(class_def, ast.ClassDef):
                 continue
-            yield each
-            for base in each.bases:
+            yield class_def
+            for base in class_def.bases:
                 name = base.value if isinstance(base, ast.Subscript) else base
                 if isinstance(name, ast.Name):
-                    found = self._in_module(where, name.id)
-                    if found is not None:
-                        waiting.append(found)
+                    located = self._in_module(class_module, name.id)
+                    if located is not None:
+                        pending.append(located)
 
     def _tree(self, module: str) -> ast.Module | None:
         if module not in self._modules:
@@ -122,11 +122,11 @@ def _installed() -> Path:
 
 def _names(tree: ast.Module) -> dict[str, ast.AST]:
     """What a module defines at its top, in ``if`` and ``try`` too."""
-    found: dict[str, ast.AST] = {}
+    definitions: dict[str, ast.AST] = {}
     for node in _statements(tree.body):
         for name in _defined(node):
-            found.setdefault(name, node)
-    return found
+            definitions.setdefault(name, node)
+    return definitions
 
 
 def _imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
@@ -141,15 +141,15 @@ def _imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
 
 def _members(cls: ast.ClassDef) -> dict[str, ast.AST]:
     """Methods and fields, and what methods give to ``self``."""
-    found: dict[str, ast.AST] = {}
+    members: dict[str, ast.AST] = {}
     for statement in _statements(cls.body):
         for name in _defined(statement):
-            found.setdefault(name, statement)
+            members.setdefault(name, statement)
     for node in ast.walk(cls):
         for target in _targets(node):
             if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
-                found.setdefault(target.attr, node)
-    return found
+                members.setdefault(target.attr, node)
+    return members
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -175,4 +175,8 @@ def _targets(node: ast.AST) -> list[ast.expr]:
         targets = [node.target]
     else:
         return []
-    return [t for each in targets for t in (each.elts if isinstance(each, ast.Tuple) else [each])]
+    return [
+        t
+        for target in targets
+        for t in (target.elts if isinstance(target, ast.Tuple) else [target])
+    ]

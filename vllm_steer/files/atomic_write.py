@@ -1,4 +1,4 @@
-"""Writes files atomically: the old file stays until the new one is complete."""
+"""Writes files atomically: a file is replaced only by a complete new one."""
 
 import os
 import re
@@ -17,16 +17,15 @@ _LONGEST_NAME: Final = 255  # bytes
 _UNFINISHED: Final = re.compile(r"\.(.+)\.[0-9a-f]{16}\.unfinished", re.DOTALL)
 
 
-def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a new file beside ``path``, then put it in the place of ``path`` at once.
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a temporary file beside ``path`` with ``write``, then rename it to ``path``.
 
-    Whatever ends the process, ``path`` is what it was before or what it is after, never a part;
-    two processes that write it at once do not disturb each other. ``path`` may be what ``write``
-    reads from. A symbolic link there is replaced, and the file that it names stays as it is. The
-    new file has the mode that the umask leaves.
+    If the process ends at any point, ``path`` has either the old or the new content. Two processes
+    may write the same path. ``write`` may read from ``path``. A symbolic link is replaced, and its
+    target stays unchanged. The new file's mode follows the umask.
 
-    Raises ``SteerError`` if it cannot be written, and for what is no plain file: a folder cannot be
-    replaced, and a device must not be.
+    Raises ``SteerError`` if the file cannot be written, and if ``path`` is a folder, a device or
+    anything else but a regular file.
     """
     path = Path(path)
     try:
@@ -35,44 +34,46 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
         _write(unfinished, path, write)
     except SteerError:
         raise
-    except Exception as error:  # the disk's errors and those of the format's own writer
+    except Exception as error:  # of the disk or of the format's writer
         raise SteerError(f"{path}: cannot be written ({cause(error)})") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """``write_whole`` of a text in UTF-8."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Write a text in UTF-8 with ``write_atomically``."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def check_replaceable(path: Path) -> None:
-    """``SteerError`` for a path at which there is something that is no plain file."""
+    """Raise ``SteerError`` if ``path`` exists and is not a regular file."""
     if not os.path.lexists(path):
         return
     if os.path.exists(path) and not os.path.isfile(path):
-        raise SteerError(f"{path}: is no plain file and cannot be replaced; choose another name")
+        raise SteerError(
+            f"{path}: is not a regular file and cannot be replaced; choose another path"
+        )
     if os.path.islink(path) and os.readlink(path).startswith("/proc/"):  # such as /dev/stdout
-        raise SteerError(f"{path}: is an open file of a process; choose another name")
+        raise SteerError(f"{path}: is an open file of a process; choose another path")
 
 
 def unfinished_name(name: str) -> str:
-    """A new name, hidden and unlike any other, for a file that is to become ``name``."""
+    """A unique hidden name for the temporary file that will become ``name``."""
     ending = f".{secrets.token_hex(_RANDOM_BYTES)}{_ENDING}"
-    kept = os.fsencode(name)[: _LONGEST_NAME - 1 - len(ending)]
-    return f".{os.fsdecode(kept)}{ending}"
+    stem = os.fsencode(name)[: _LONGEST_NAME - 1 - len(ending)]
+    return f".{os.fsdecode(stem)}{ending}"
 
 
-def clear_unfinished(folder: Path, is_ours: Callable[[str], bool]) -> None:
-    """Remove what killed processes were writing in a folder, to names that ``is_ours`` knows."""
+def remove_unfinished(folder: Path, is_own_name: Callable[[str], bool]) -> None:
+    """Remove temporary files of killed processes whose final name ``is_own_name`` accepts."""
     for entry in list(os.scandir(folder)):
         name = finished_name(entry.name)
-        if name is not None and is_ours(name) and entry.is_file(follow_symlinks=False):
+        if name is not None and is_own_name(name) and entry.is_file(follow_symlinks=False):
             os.unlink(entry.path)
 
 
 def finished_name(name: str) -> str | None:
-    """What a file with a name of ``unfinished_name`` was to become; None for any other file."""
-    found = _UNFINISHED.fullmatch(name)
-    return found[1] if found else None
+    """The final name of a temporary file; None for any other file."""
+    match = _UNFINISHED.fullmatch(name)
+    return match[1] if match else None
 
 
 def _write(unfinished: Path, path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -91,7 +92,7 @@ def _write(unfinished: Path, path: Path, write: Callable[[IO[bytes]], object]) -
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the new name to the disk; the file is in its place even where that cannot be done."""
+    """Flush the rename to the disk; ignored on file systems that cannot."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
