@@ -5,14 +5,20 @@ literally, and ``markdown`` escapes Markdown syntax.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from rich.columns import Columns
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.styled import Styled
 from rich.table import Table as RichTable
 
 from vllm_steer.markdown import markdown_row, markdown_text
+
+NARROW: Final = 110
+"""Columns of a terminal below which a table with a column of long texts has no grid."""
 
 
 class StyledText(NamedTuple):
@@ -47,16 +53,45 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns and rows, with a separator line after each row index in ``lines``."""
+    """A title, columns and rows, with a separator line after each row index in ``lines``.
+
+    In a terminal of fewer than ``NARROW`` columns a table with ``text_column``, the index of a
+    column of long texts, has no grid: each row is its short texts, a line of its figures, and the
+    long text below.
+    """
 
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
     lines: Collection[int] = ()
+    text_column: int | None = None
 
-    def __rich__(self) -> RichTable:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table for a ``cli.terminal.Console``; without headings it has no header row."""
+        if self.text_column is None or options.max_width >= NARROW:
+            yield self._grid()
+        else:
+            yield from self._records(self.text_column)
+
+    def _records(self, text_column: int) -> Iterator[RenderableType]:
+        if self.title:
+            yield Styled(self.title, "bold")
+        for index, row in enumerate(self.rows):
+            cells = list(zip(self.columns, row, strict=True))
+            _, long_text = cells.pop(text_column)
+            names = [_rich_cell(c, v) for c, v in cells if c.form is None and c.text(v)]
+            figures = [f"{c.heading} {c.text(v)}" for c, v in cells if c.form is not None]
+            yield Columns(names, padding=(0, 2))
+            for line in ("  ".join(figures), self.columns[text_column].text(long_text)):
+                if line:
+                    yield Padding(line, (0, 0, 0, 2))
+            if index in self.lines:
+                yield ""
+        if self.caption:
+            yield Styled(self.caption, "italic")
+
+    def _grid(self) -> RichTable:
         table = RichTable(
             title=self.title or None,
             title_justify="left",

@@ -56,4 +56,5 @@ def _table(results: Sequence[DemoResult]) -> Table:
         [*texts, *(Column(measure, ".0%") for measure in measures)],
         rows,
         caption="shares of each request's texts, by lexicon",
+        text_column=2,
     )

@@ -94,4 +94,4 @@ def table(model: str, findings: Sequence[Finding]) -> Table:
         rows.append((name, finding.name, state, finding.message))
         part = finding.part
     headings = [Column(heading, wrap=False) for heading in ("", "", "state")]
-    return Table(f"vllm-steer on {model}", [*headings, Column("")], rows, lines=ends)
+    return Table(f"vllm-steer on {model}", [*headings, Column("")], rows, lines=ends, text_column=3)

@@ -1,5 +1,6 @@
 """Tables on a terminal and in Markdown: alignment, number formats, separator lines."""
 
+import io
 import math
 
 from vllm_steer.cli.terminal import Console
@@ -49,3 +50,23 @@ def test_lines_stand_after_the_rows_that_are_named() -> None:
 def test_facts_are_those_that_there_are_and_have_no_headings() -> None:
     values = {"base_model": "m", "description": "", "rank": None, "layers": [], "columns": 0}
     assert printed(facts("", values))[1:-1] == [[" base model ", " m "], [" columns    ", " 0 "]]
+
+
+def test_a_narrow_terminal_shows_figures_in_a_line_and_the_long_text_below() -> None:
+    long = "word " * 30 + "[b]end[/b]"
+    table = Table(
+        "Title",
+        [Column("name"), Column("share", ".0%"), Column("text")],
+        [("first", 0.5, long), ("second [2]", 1.0, "short")],
+        text_column=2,
+    )
+    shown = {}
+    for width in (80, 120):
+        console = Console(width=width, file=io.StringIO(), record=True)
+        console.print(table)
+        shown[width] = console.export_text()
+    lines = [line.rstrip() for line in shown[80].splitlines()]
+    assert lines[:4] == ["Title", "first", "  share 50%", "  " + " ".join(["word"] * 15)]
+    assert lines[-3:] == ["second [2]", "  share 100%", "  short"]
+    assert "[b]end[/b]" in shown[80] and all(len(line) <= 80 for line in lines)
+    assert "│" in shown[120] and "│" not in shown[80]
