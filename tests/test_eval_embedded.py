@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(folder: Path, prompts: Path) -> tuple[Any, ...]:
+def line(folder: Path, prompts: Path) -> tuple[Any, ...]:
     return (
         *("embedded", SENTIMENT, "--strengths=-5:5:2.5", "--prompts", prompts, "--out", folder),
         *("--preset", "lm-steer", "--samples", SAMPLES, "--dtype", "float32", "--json"),

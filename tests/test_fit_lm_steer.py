@@ -46,8 +46,8 @@ def first_loss(model: Any, tokenizer: Any, **options: Any) -> float:
     """The loss before the first step."""
     losses: list[float] = []
     settings = {**SMALL, **options}
-    watch = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
-    fit_lm_steer(model, tokenizer, TEXTS, LABELS, **settings, callbacks=watch)
+    callbacks = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
+    fit_lm_steer(model, tokenizer, TEXTS, LABELS, **settings, callbacks=callbacks)
     return losses[0]
 
 
@@ -237,9 +237,9 @@ def test_loss_falls_and_the_model_is_left_alone(tokenizer: Any) -> None:
     model = tiny_model(tokenizer).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses: list[float] = []
-    watch = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
+    callbacks = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
     options = {"rank": 8, "epsilon": 1.0, "steps": 40}
-    fit_lm_steer(model, tokenizer, TEXTS, LABELS, **options, callbacks=watch)
+    fit_lm_steer(model, tokenizer, TEXTS, LABELS, **options, callbacks=callbacks)
     assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -256,8 +256,10 @@ def test_dropout_is_off_while_texts_are_read(tokenizer: Any) -> None:
 
 def test_a_text_of_one_token_is_left_out(model: Any, tokenizer: Any) -> None:
     losses: list[float] = []
-    watch = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
-    steer = fit_lm_steer(model, tokenizer, ["", *TEXTS], [1.0, *LABELS], **SMALL, callbacks=watch)
+    callbacks = FitCallbacks(on_step=lambda _, loss: losses.append(loss))
+    steer = fit_lm_steer(
+        model, tokenizer, ["", *TEXTS], [1.0, *LABELS], **SMALL, callbacks=callbacks
+    )
     assert len(tokenizer("")["input_ids"]) < 2
     assert losses[0] == pytest.approx(first_loss(model, tokenizer), rel=1e-5)
     assert (steer.recipe or {})["figures"]["texts_used"] == 4
@@ -314,7 +316,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step(model: Any, tokenizer: Any
         ([], [], "0 texts and 0 labels"),
         (["a"], [1.0, 1.0], "1 texts and 2 labels"),
         (["a"], [5.0], r"label 5.0; labels lie in \[-1, 1\]"),
-        (["a b", "c d"], [1.0, 1.0], "all 2 labels are 1; a steer is what tells texts of diff"),
+        (["a b", "c d"], [1.0, 1.0], "all 2 labels are 1; a fit needs texts with diff"),
         (["", ""], [1.0, -1.0], "none of the 2 texts has two tokens"),
     ],
     ids=["no texts", "a label too many", "label out of range", "one label", "empty texts"],

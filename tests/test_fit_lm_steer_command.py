@@ -187,11 +187,11 @@ def test_texts_that_are_not_given_are_an_error(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "there are no rows"),
+        ([], "the file has no rows"),
         ([*ROWS, {"text": "no label"}], r"texts.jsonl:4: the field 'label' is missing"),
-        ([*ROWS, {"text": "far out", "label": 3}], r"texts.jsonl:4: label 3 is no number in"),
+        ([*ROWS, {"text": "far out", "label": 3}], r"texts.jsonl:4: label 3 is not a number in"),
         ([*ROWS, {"text": 5, "label": 1}], r"texts.jsonl:4: text is 5; expected a text"),
-        ([ROWS[0]] * 3, "all 3 labels are 1; a steer is what tells texts of different labels"),
+        ([ROWS[0]] * 3, "all 3 labels are 1; a fit needs texts with different labels"),
         ([{"text": "a", "label": y} for y in (0, 1)], "the labels are 0 and 1"),
     ],
     ids=["empty", "no label", "label out of range", "no text", "one label", "0 and 1"],

@@ -98,11 +98,13 @@ def test_an_ended_fit_goes_on_bit_for_bit(
 ) -> None:
     whole = fit(model, tokenizer, tmp_path / "whole", variant=variant)
     with pytest.raises(Ended):
-        fit(model, tokenizer, tmp_path / "run", variant=variant, watch=end_at(ended))
+        fit(model, tokenizer, tmp_path / "run", variant=variant, callbacks=end_at(ended))
     assert checkpoint_step(tmp_path / "run") == ended // 4 * 4
     steps: list[int] = []
-    watch = FitCallbacks(on_step=lambda step, _: steps.append(step))
-    assert_same(whole, fit(model, tokenizer, tmp_path / "run", variant=variant, watch=watch))
+    callbacks = FitCallbacks(on_step=lambda step, _: steps.append(step))
+    assert_same(
+        whole, fit(model, tokenizer, tmp_path / "run", variant=variant, callbacks=callbacks)
+    )
     assert steps == list(range(ended // 4 * 4, STEPS))
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     assert_same(whole, fit(model, tokenizer, None, variant=variant))
@@ -112,11 +114,11 @@ def test_a_fit_says_that_it_goes_on_and_reads_no_text_again(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(Ended):
-        fit(model, tokenizer, tmp_path, watch=end_at(9))
+        fit(model, tokenizer, tmp_path, callbacks=end_at(9))
     said: list[str] = []
     read: list[int] = []
-    watch = FitCallbacks(on_message=said.append, on_text=lambda done, _: read.append(done))
-    fit(model, tokenizer, tmp_path, watch=watch)
+    callbacks = FitCallbacks(on_message=said.append, on_text=lambda done, _: read.append(done))
+    fit(model, tokenizer, tmp_path, callbacks=callbacks)
     assert said == ["going on after step 8 of 12"]
     assert read == []
 
@@ -129,7 +131,7 @@ def test_a_fit_that_ended_while_it_read_texts_reads_them_anew(
             raise Ended
 
     with pytest.raises(Ended):
-        fit(model, tokenizer, tmp_path, watch=FitCallbacks(on_text=on_text))
+        fit(model, tokenizer, tmp_path, callbacks=FitCallbacks(on_text=on_text))
     assert not (tmp_path / "hidden_states.bin").exists()
     assert_same(fit(model, tokenizer, None), fit(model, tokenizer, tmp_path))
 
@@ -167,7 +169,7 @@ def test_other_settings_are_refused_by_name(
     model: Any, tokenizer: Any, tmp_path: Path, options: dict[str, Any], difference: str
 ) -> None:
     with pytest.raises(Ended):
-        fit(model, tokenizer, tmp_path, watch=end_at(5))
+        fit(model, tokenizer, tmp_path, callbacks=end_at(5))
     with pytest.raises(SteerError, match=difference):
         fit(model, tokenizer, tmp_path, **options)
     assert_same(fit(model, tokenizer, None), fit(model, tokenizer, tmp_path))
@@ -177,7 +179,7 @@ def test_other_texts_and_another_model_are_refused(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(Ended):
-        fit(model, tokenizer, tmp_path, watch=end_at(5))
+        fit(model, tokenizer, tmp_path, callbacks=end_at(5))
     labels = [-label for label in LABELS]
     with pytest.raises(SteerError, match="with other settings: different texts; give"):
         fit_lm_steer(model, tokenizer, TEXTS, labels, **SETTINGS, run_folder=tmp_path)
@@ -189,7 +191,7 @@ def test_other_texts_and_another_model_are_refused(
 
 def test_restart_discards_the_unfinished_run(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(Ended):
-        fit(model, tokenizer, tmp_path, seed=7, watch=end_at(5))
+        fit(model, tokenizer, tmp_path, seed=7, callbacks=end_at(5))
     found = fit(model, tokenizer, tmp_path, restart=True)
     assert_same(fit(model, tokenizer, None), found)
     assert len(curve(tmp_path)) == STEPS
@@ -257,7 +259,7 @@ def test_no_room_for_a_checkpoint_keeps_the_last_one(
 
     with pytest.raises(SteerError, match=r"(loss.csv|checkpoint.safetensors): cannot be written"):
         try:
-            fit(model, tokenizer, tmp_path, watch=FitCallbacks(on_step=on_step))
+            fit(model, tokenizer, tmp_path, callbacks=FitCallbacks(on_step=on_step))
         finally:
             limits.__exit__(None, None, None)
     assert checkpoint_step(tmp_path) == 4

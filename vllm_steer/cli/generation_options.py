@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from vllm_steer.evaluation.generation import EngineOptions
     from vllm_steer.evaluation.sampling import Sampling
 
-GENERATING: Final = "Generating"
-VLLM: Final = "vLLM"
 _SAMPLING: Final = (
     "samples",
     "max_tokens",
@@ -40,36 +38,25 @@ Out = Annotated[Path, typer.Option(help="Folder of the run; an interrupted run r
 Restart = Annotated[bool, typer.Option("--restart", help="Discard the folder's run.")]
 Plot = Annotated[bool, typer.Option(help="Draw the report as PNG.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-Preset = Annotated[
-    str | None, typer.Option(help="lm-steer: the authors' settings.", rich_help_panel=GENERATING)
-]
-Samples = Annotated[
-    int | None, typer.Option(help="Texts per prompt [25].", rich_help_panel=GENERATING)
-]
-MaxTokens = Annotated[
-    int | None, typer.Option(help="Maximum new tokens [20].", rich_help_panel=GENERATING)
-]
+Preset = Annotated[str | None, typer.Option(help="lm-steer: the authors' settings.")]
+Samples = Annotated[int | None, typer.Option(help="Texts per prompt [25].")]
+MaxTokens = Annotated[int | None, typer.Option(help="Maximum new tokens [20].")]
 ExactLength = Annotated[
     bool | None,
-    typer.Option(help="Generate exactly the maximum of tokens.", rich_help_panel=GENERATING),
+    typer.Option(help="Generate exactly the maximum of tokens."),
 ]
-Temperature = Annotated[
-    float | None, typer.Option(help="Temperature; 0 is greedy [1].", rich_help_panel=GENERATING)
+Temperature = Annotated[float | None, typer.Option(help="Temperature; 0 is greedy [1].")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling [1].")]
+TopK = Annotated[int | None, typer.Option(help="Top-k sampling; 0 for all [50].")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the first text [0].")]
+Dtype = Annotated[str, typer.Option(help="As for vllm serve.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="As for vllm serve.")]
+GpuMemoryUtilization = Annotated[
+    float | None,
+    typer.Option(help="As for vllm serve; on a CPU without it: 2 GiB of KV cache."),
 ]
-TopP = Annotated[
-    float | None, typer.Option(help="Nucleus sampling [1].", rich_help_panel=GENERATING)
-]
-TopK = Annotated[
-    int | None, typer.Option(help="Top-k sampling; 0 for all [50].", rich_help_panel=GENERATING)
-]
-Seed = Annotated[
-    int | None, typer.Option(help="Seed of the first text [0].", rich_help_panel=GENERATING)
-]
-Dtype = Annotated[str, typer.Option(rich_help_panel=VLLM)]
-MaxModelLen = Annotated[int | None, typer.Option(rich_help_panel=VLLM)]
-GpuMemoryUtilization = Annotated[float | None, typer.Option(rich_help_panel=VLLM)]
-TensorParallelSize = Annotated[int, typer.Option(rich_help_panel=VLLM)]
-EnforceEager = Annotated[bool, typer.Option("--enforce-eager", rich_help_panel=VLLM)]
+TensorParallelSize = Annotated[int, typer.Option(help="As for vllm serve.")]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="As for vllm serve.")]
 
 
 def sampling(params: Mapping[str, Any]) -> "Sampling":

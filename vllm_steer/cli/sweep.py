@@ -66,7 +66,7 @@ def sweep(
     max_model_len: options.MaxModelLen = None,
     gpu_memory_utilization: Annotated[
         float,
-        typer.Option(help="vLLM's share; judges need the rest.", rich_help_panel=options.VLLM),
+        typer.Option(help="vLLM's share; judges need the rest."),
     ] = 0.6,
     tensor_parallel_size: options.TensorParallelSize = 1,
     enforce_eager: options.EnforceEager = False,

@@ -22,6 +22,10 @@ _ENVIRONMENT: Final = {
 }
 
 
+CPU_CACHE_GIB: Final = "2"
+"""KV cache of an engine on a CPU, unless the user gives another size."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Engine arguments of vLLM; None selects vLLM's default."""
@@ -121,6 +125,9 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
     if current_platform.is_cpu():
         # Faster to start. On a GPU, only the exit of a separate engine process frees all memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if options.gpu_memory_utilization is None:
+            # vLLM's default, most of the memory, fails as soon as another process has some.
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
     try:
         llm = LLM(
             model_path(model),

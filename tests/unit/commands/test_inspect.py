@@ -188,5 +188,5 @@ def test_the_command_answers_1_and_one_line(tmp_path: Path) -> None:
         [*line, str(tmp_path / "none")], capture_output=True, text=True, timeout=120
     )
     assert (completed.returncode, completed.stdout) == (1, "")
-    assert completed.stderr.endswith("none: no such file; give the path of a steer file\n")
+    assert completed.stderr.endswith("none: does not exist; give the path of a steer file\n")
     assert completed.stderr.count("\n") == 1

@@ -106,7 +106,7 @@ def test_a_list_that_is_none_is_refused(
 def test_a_list_has_no_schedule(language: LanguageModel, steers: Any) -> None:
     strengths = {"delta": {"strength": [1.0], "schedule": "dim"}}
     with (
-        pytest.raises(SteerError, match="goes with no phase and no schedule"),
+        pytest.raises(SteerError, match="does not allow phase or schedule"),
         hf.steered(language.model, strengths, steers),
     ):
         pass
