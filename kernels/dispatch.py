@@ -1,8 +1,8 @@
 """Selects the backend of each operation.
 
-Every operation has a ``reference`` in float64, a backend in plain PyTorch for every device, and
-Triton backends. ``auto`` selects Triton on a CUDA device and PyTorch elsewhere. An explicit choice
-is used or raises ``KernelError``; there is no silent fallback.
+Every operation has a backend in plain PyTorch for every device and Triton backends; LM-Steer and
+guidance also have a ``reference`` in float64. ``auto`` selects Triton on a CUDA device and PyTorch
+elsewhere. An explicit choice is used or raises ``KernelError``; there is no silent fallback.
 """
 
 import importlib.util

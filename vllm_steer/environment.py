@@ -7,9 +7,9 @@ DISABLE: Final = "VLLM_STEER_DISABLE"
 ACTIVE: Final = "VLLM_STEER_ACTIVE"
 """The features whose wrappers vLLM's child processes install, separated by commas."""
 STEERING: Final = "steering"
-REPORTS: Final = "reports"
+STRENGTH_REPORTS: Final = "reports"
 """The feature that reports strengths to the user."""
-STREAMS: Final = "streams"
+STREAM_REQUESTS: Final = "streams"
 """The feature of streams of dynamic requests."""
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from vllm_steer.errors import SteerError
 
-Stream = Literal["pair", "tensor"]
+BlockOutput = Literal["pair", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Family:
     input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
     projection: str = "o_proj"
-    stream: Stream = "pair"
+    stream: BlockOutput = "pair"
     last_term: str | None = None
 
 

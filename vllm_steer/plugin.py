@@ -1,4 +1,7 @@
-"""The vLLM plugin: the only place that changes vLLM's global state.
+"""The vLLM plugin: wraps vLLM's classes and modules.
+
+Instances (worker, runner, model, scheduler, output queue) are wrapped where they are made, in
+``serving``. No other file changes vLLM's global state.
 
 ``register`` runs in every vLLM process. It always adds the ``--steer-config`` flag and lets
 ``EngineArgs.create_engine_config`` notice a steer config; only when one is found are requests,
@@ -11,7 +14,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_steer.environment import REPORTS, STEERING, STREAMS, is_active, is_disabled
+from vllm_steer.environment import (
+    STEERING,
+    STREAM_REQUESTS,
+    STRENGTH_REPORTS,
+    is_active,
+    is_disabled,
+)
 
 
 def register() -> None:
@@ -31,9 +40,9 @@ def patch_active() -> None:
     """Wrap what is active in this process, once."""
     if is_active(STEERING):
         _patch_steering()
-    if is_active(REPORTS):
+    if is_active(STRENGTH_REPORTS):
         _patch_reports()
-    if is_active(STREAMS):
+    if is_active(STREAM_REQUESTS):
         _patch_streams()
 
 
@@ -53,7 +62,7 @@ def _patch_steering() -> None:
         if module is not None:
             setattr(module, extra_keys, getattr(kv_cache_utils, extra_keys))
     wrap(InputProcessor, "_validate_params", _with_admission, once=True)
-    wrap(EngineCore, "preprocess_add_request", _with_cache_key, once=True)
+    wrap(EngineCore, "preprocess_add_request", _with_engine_core_admission, once=True)
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
 
 
@@ -91,7 +100,7 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm_steer.serving.startup_checks import check_engine
 
     resolved = resolved_additional_config(user_config)
-    activate_steering(may_be_dynamic=self.speculative_config is None)
+    activate_steering(serves_dynamic=self.speculative_config is None)
     patch_active()
     self.additional_config = resolved
     try:
@@ -109,14 +118,14 @@ def _with_admission(original: Any, self: Any, params: Any, *args: Any, **kwargs:
     return original(self, params, *args, **kwargs)
 
 
-def _with_cache_key(original: Any, self: Any, request: Any) -> Any:
-    from vllm_steer.serving.engine_core import preprocess_request
+def _with_engine_core_admission(original: Any, self: Any, request: Any) -> Any:
+    from vllm_steer.serving.preprocessing import preprocess_request
 
     return preprocess_request(original, self, request)
 
 
 def _with_streams(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    from vllm_steer.serving.dynamic.engine_core import add_with_streams
+    from vllm_steer.serving.dynamic.stream_requests import add_with_streams
 
     return add_with_streams(original, self, request, *args, **kwargs)
 

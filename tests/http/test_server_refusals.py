@@ -155,7 +155,7 @@ def test_a_route_where_nothing_is_generated_is_vllms_alone(
 def test_a_steer_that_the_token_route_would_lose_is_a_bad_request(http: httpx.Client) -> None:
     body = {"model": BASE, "token_ids": [1, 5], "sampling_params": {"max_tokens": 2}}
     reply = http.post("/inference/v1/generate", json={**body, "steer": "a:3"})
-    assert_refusal(reply, "this route does not support steering; remove it")
+    assert_refusal(reply, "this route does not support steering; remove the steer")
 
 
 def test_a_route_that_generates_nothing_serves_as_ever(http: httpx.Client) -> None:

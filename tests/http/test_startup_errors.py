@@ -206,7 +206,10 @@ AT_CONFIGURATION: dict[str, tuple[Any, str]] = {
         {**A, "default": "a:9", "limits": {"max_strength": 8}},
         r"default: steer a has strength 9; allowed: -8 to 8",
     ),
-    "code": (steer("calls.pt"), r"steer x: .*/calls\.pt: it names posix\.system, which a steer"),
+    "code": (
+        steer("calls.pt"),
+        r"steer x: .*/calls\.pt: refused: its pickle refers to posix\.system",
+    ),
     "preset-above-the-limit": (
         {**A, "presets": {"p": {"a": -9}}, "limits": {"max_strength": 8}},
         r"preset p: steer a has strength -9; allowed: -8 to 8",

@@ -14,9 +14,9 @@ from vllm_steer.serving.http.request_body import ReceivedBody, SteerHints
 from vllm_steer.serving.http.routes import route_at
 
 
-def carries(path: str) -> bool:
+def passes_vllm_xargs(path: str) -> bool:
     route = route_at(path)
-    return route is not None and route.carries
+    return route is not None and route.passes_vllm_xargs
 
 
 def load(body: bytes) -> Any:

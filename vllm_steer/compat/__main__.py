@@ -11,7 +11,7 @@ from typing import get_args
 
 from vllm_steer.compat.difference import differences
 from vllm_steer.compat.features import all_names, missing_in
-from vllm_steer.compat.versions import TESTED, installed_version
+from vllm_steer.compat.versions import SUPPORTED, installed_version
 from vllm_steer.compat.vllm_name import Feature, VllmName
 from vllm_steer.compat.vllm_source import INSTALLED, VllmSource
 from vllm_steer.errors import SteerError
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
 def _check() -> int:
     version = installed_version()
     missing = missing_in(VllmSource.of(INSTALLED), version, all_names())
-    print(f"vLLM {version}; vllm-steer is tested with {TESTED}")
+    print(f"vLLM {version}; vllm-steer supports {SUPPORTED}")
     for feature in get_args(Feature):
         names = [name for name in all_names() if name.feature == feature]
         missing_names = [name for name in missing if name.feature == feature]

@@ -8,7 +8,7 @@ from vllm_steer.compat.patching import version_advice
 from vllm_steer.compat.versions import installed_version
 from vllm_steer.compat.vllm_name import Feature, VllmName
 from vllm_steer.compat.vllm_source import INSTALLED, VllmSource
-from vllm_steer.environment import REPORTS, is_active
+from vllm_steer.environment import STRENGTH_REPORTS, is_active
 from vllm_steer.errors import SteerError
 
 
@@ -31,7 +31,7 @@ def missing_in(
 @cache
 def unavailable_reason(feature: Feature) -> str | None:
     """The reason why the installed vLLM cannot serve a feature; None if it can."""
-    if feature == "dynamic strength" and is_active(REPORTS):
+    if feature == "dynamic strength" and is_active(STRENGTH_REPORTS):
         return None  # it was looked up where the engine was configured
     names = tuple(name for name in all_names() if name.feature == feature)
     try:

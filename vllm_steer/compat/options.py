@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from vllm_steer.compat.versions import TESTED, installed_version
+from vllm_steer.compat.versions import SUPPORTED, installed_version
 from vllm_steer.compat.vllm_name import Feature, VllmName
 from vllm_steer.errors import SteerError
 
@@ -55,7 +55,7 @@ class Option:
             return self.default
         raise SteerError(
             f"vLLM {installed_version()} has no {self.cls}.{self.field}, which decides whether it "
-            f"can steer; vllm-steer is tested with vLLM {TESTED}: install one of these versions"
+            f"can steer; vllm-steer supports vLLM {SUPPORTED}: install one of these versions"
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from vllm_steer.compat.names import NAMES
-from vllm_steer.compat.versions import TESTED, installed_version
+from vllm_steer.compat.versions import SUPPORTED, installed_version
 from vllm_steer.compat.vllm_name import VllmName
 from vllm_steer.errors import SteerError
 
@@ -52,11 +52,11 @@ def missing_name(name: VllmName, owner: Any = None) -> str:
 def unknown_behavior(observation: str) -> str:
     """The error message for a vLLM that has all names and behaves differently."""
     return (
-        f"vllm-steer: {observation}: vLLM {installed_version()} behaves in an unknown way; "
-        f"{version_advice()}"
+        f"vllm-steer: {observation}: vLLM {installed_version()} does not do what vllm-steer "
+        f"relies on; {version_advice()}"
     )
 
 
 def version_advice() -> str:
     """Advice for an unknown vLLM version."""
-    return f"vllm-steer is tested with vLLM {TESTED}: install one of these versions"
+    return f"vllm-steer supports vLLM {SUPPORTED}: install one of these versions"

@@ -1,4 +1,4 @@
-"""The vLLM versions that are tested, and the one that is installed."""
+"""The vLLM versions that vllm-steer supports, and the installed one."""
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -8,11 +8,11 @@ from packaging.version import InvalidVersion, Version
 
 OLDEST: Final = Version("0.25.1")
 NEWEST: Final = Version("0.33")
-TESTED: Final = f"{OLDEST} to {NEWEST}"
+SUPPORTED: Final = f"{OLDEST} to {NEWEST}"
 
 
-def is_tested(version: str) -> bool:
-    """Whether this is a vLLM version that vllm-steer is tested with."""
+def is_supported(version: str) -> bool:
+    """Whether this is a supported vLLM version; ``docs/compatibility.md`` has those that were run."""
     try:
         parsed = Version(version)
     except InvalidVersion:

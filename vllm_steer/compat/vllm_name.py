@@ -24,7 +24,7 @@ Feature = Literal[
 class VllmName:
     """One name: ``path`` is ``function``, ``Class`` or ``Class.member`` in ``module``.
 
-    since    the first version that has it, None: the oldest tested one
+    since    the first version that has it, None: the oldest supported one
     until    the first version that has it no longer, None: there is none
     process  where a wrapped name acts
     """

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import torch
 
-from vllm_steer.compat.versions import TESTED, is_tested
+from vllm_steer.compat.versions import SUPPORTED, is_supported
 from vllm_steer.doctor.finding import Finding, State
 from vllm_steer.environment import DISABLE, is_disabled
 from vllm_steer.kernels.dispatch import KernelError, resolve_kernels
@@ -35,12 +35,14 @@ def _version(package: str) -> str | None:
 
 def _vllm() -> Finding:
     installed = _version("vllm")
-    tested = f"vllm-steer is tested with {TESTED}"
+    supported = f"vllm-steer supports {SUPPORTED}"
     if installed is None:
-        return Finding(PART, "vllm", "FAILED", f"not installed; {tested}")
-    if not is_tested(installed):
-        return Finding(PART, "vllm", "warning", f"{installed} is not tested; {tested}")
-    return Finding(PART, "vllm", "ok", f"{installed} ({tested})")
+        return Finding(PART, "vllm", "FAILED", f"not installed; {supported}")
+    if not is_supported(installed):
+        return Finding(
+            PART, "vllm", "warning", f"{installed} is outside the supported range; {supported}"
+        )
+    return Finding(PART, "vllm", "ok", f"{installed} ({supported})")
 
 
 def _plugin() -> Finding:

@@ -1,10 +1,10 @@
 """Selects the features that an engine's processes wrap, before the first process starts."""
 
 from vllm_steer.compat.features import unavailable_reason
-from vllm_steer.environment import REPORTS, STEERING, STREAMS, activate
+from vllm_steer.environment import STEERING, STREAM_REQUESTS, STRENGTH_REPORTS, activate
 
 
-def activate_steering(*, may_be_dynamic: bool) -> None:
+def activate_steering(*, serves_dynamic: bool) -> None:
     """Activate steering in this process and its child processes.
 
     Dynamic strength is not activated if the installed vLLM lacks a name that it needs; requests for
@@ -12,6 +12,6 @@ def activate_steering(*, may_be_dynamic: bool) -> None:
     """
     activate(STEERING)
     if unavailable_reason("dynamic strength") is None:
-        activate(REPORTS)
-        if may_be_dynamic:
-            activate(STREAMS)
+        activate(STRENGTH_REPORTS)
+        if serves_dynamic:
+            activate(STREAM_REQUESTS)

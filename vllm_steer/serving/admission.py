@@ -53,7 +53,7 @@ def _check_dynamic(doses: tuple[Dose, ...], params: Any, plan: SteerPlan, vllm_c
     enable_reporting(plan)
 
 
-def key_request(request: Any, vllm_config: Any) -> tuple[Dose, ...]:
+def admit_and_set_cache_key(request: Any, vllm_config: Any) -> tuple[Dose, ...]:
     """Admit a request in the engine core, set its prefix-cache key, and return its doses.
 
     This is the only check of requests that bypass the Python frontend. ``RejectedSteer`` ends the

@@ -59,7 +59,7 @@ def fold(namespace: argparse.Namespace) -> None:
         return
     config = SteerConfig.load(namespace.additional_config["steer"])
     # Before vLLM starts a fork server, whose children have the environment of its start.
-    activate_steering(may_be_dynamic=getattr(namespace, "speculative_config", None) is None)
+    activate_steering(serves_dynamic=getattr(namespace, "speculative_config", None) is None)
     if hasattr(namespace, "middleware"):
         _serve_presets(namespace, config)
 

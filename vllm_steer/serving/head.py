@@ -21,7 +21,7 @@ from vllm_steer.bank import HeadBank, HeadTable
 from vllm_steer.compat.patching import unknown_behavior, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
-from vllm_steer.serving.dynamic.head_pass import HeadPass
+from vllm_steer.serving.dynamic.head_product import HeadProduct
 from vllm_steer.serving.dynamic.strengths import DynamicStep
 from vllm_steer.serving.head_rows import HeadRows
 
@@ -33,14 +33,14 @@ RowParts = list[tuple[slice, Any]]
 class SteeredHead:
     """A model's head with a bank in front of it; ``calls`` counts passes that steered rows.
 
-    ``is_profiled``: the memory profile of start-up is to see the widest step. ``may_be_dynamic``:
+    ``is_profiled``: the memory profile of start-up is to see the widest step. ``serves_dynamic``:
     the engine serves dynamic strengths.
     """
 
     bank: HeadBank
     rows: HeadRows
     is_profiled: bool = False
-    may_be_dynamic: bool = True
+    serves_dynamic: bool = True
     calls: Counter[str] = field(default_factory=Counter)
     _logits_parts: RowParts = field(default_factory=list, repr=False)
     _starting: bool = True
@@ -114,8 +114,8 @@ class SteeredHead:
             table = getattr(self.bank, name)
             if table is not None and num_rows > x.shape[0]:
                 wide = x.new_zeros(num_rows, x.shape[1])
-                self._apply(name, wide, self.rows.rows_of(wide, table))
-        if self.may_be_dynamic:
+                self._apply(name, wide, self.rows.metadata_for(wide, table))
+        if self.serves_dynamic:
             self.rows.strengths.warm_up(logits)
 
     @property
@@ -134,12 +134,12 @@ class SteeredHead:
         num_rows, whole = hidden_states.shape[0], hidden_states
         if step.probes:
             whole = torch.cat([whole, _rows_at([p.row for p in step.probes], hidden_states)])
-        pairs = self._pairs(self.rows.first_pass, step)
+        pairs = self._pairs(self.rows.first_product, step)
         logits: torch.Tensor | None = None
         for first, last in _spans(num_rows, whole.shape[0], self.rows.rows_at_once):
             part = [
-                head_pass.part(first, last) if head_pass is not None else None
-                for head_pass in pairs
+                head_product.part(first, last) if head_product is not None else None
+                for head_product in pairs
             ]
             part_logits = self._pass(compute, whole[first:last], part)
             logits = part_logits if logits is None else logits
@@ -149,29 +149,29 @@ class SteeredHead:
         logits = logits[:num_rows]
         if step.alone:
             rows = _rows_at(step.alone, hidden_states)
-            steered = self._pass(compute, rows, self._pairs(self.rows.second_pass, step))
+            steered = self._pass(compute, rows, self._pairs(self.rows.second_product, step))
             (indices,) = upload([np.array(step.alone, dtype=np.int64)], logits.device)
             logits.index_copy_(0, indices, steered)
         return logits
 
     def _pairs(
-        self, of: Callable[..., HeadPass | None], step: DynamicStep
-    ) -> list[HeadPass | None]:
+        self, of: Callable[..., HeadProduct | None], step: DynamicStep
+    ) -> list[HeadProduct | None]:
         """The pairs of a step's pass, by table."""
         return [of(table, step) for table in self._tables]
 
     def _pass(
-        self, compute: Callable[..., Any], rows: torch.Tensor, pairs: Sequence[HeadPass | None]
+        self, compute: Callable[..., Any], rows: torch.Tensor, pairs: Sequence[HeadProduct | None]
     ) -> torch.Tensor:
         """The logits of ``rows`` under these pairs, by table."""
         metadata = {
-            id(table): self.rows.prepare_pass(head_pass, table)
-            for table, head_pass in zip(self._tables, pairs, strict=True)
+            id(table): self.rows.prepare_product(head_product, table)
+            for table, head_product in zip(self._tables, pairs, strict=True)
         }
 
         def parts(table: HeadTable | None) -> RowParts:
-            head_pass = metadata.get(id(table))
-            return [] if head_pass is None else [(slice(0, rows.shape[0]), head_pass)]
+            prepared = metadata.get(id(table))
+            return [] if prepared is None else [(slice(0, rows.shape[0]), prepared)]
 
         logits: torch.Tensor | None = compute(rows, parts)
         if logits is None:
@@ -195,7 +195,7 @@ class SteeredHead:
         """The rows of ``x`` that are steered at once, and their pairs."""
         if table is None:
             return []
-        parts = [(part, self.rows.rows_of(x[part], table)) for part in self.rows.parts_of(x)]
+        parts = [(part, self.rows.metadata_for(x[part], table)) for part in self.rows.parts_of(x)]
         return [(part, metadata) for part, metadata in parts if metadata is not None]
 
     @property

@@ -16,7 +16,7 @@ from vllm_steer.bank import HeadTable
 from vllm_steer.compat.patching import unknown_behavior
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.lm_steer import LMSteerBackend, SteeredRows
-from vllm_steer.serving.dynamic.head_pass import HeadPass, first_pass, second_pass
+from vllm_steer.serving.dynamic.head_product import HeadProduct, first_product, second_product
 from vllm_steer.serving.dynamic.strengths import DynamicStep, StrengthComputation
 from vllm_steer.serving.dynamic.worker_state import DynamicState
 from vllm_steer.serving.row_slots import RequestSlots, steered_rows
@@ -112,7 +112,7 @@ class HeadRows:
         size = self.rows_at_once
         return [slice(at, at + size) for at in range(0, num_rows, size)]
 
-    def rows_of(self, x: torch.Tensor, table: HeadTable) -> Any:
+    def metadata_for(self, x: torch.Tensor, table: HeadTable) -> Any:
         """The pairs of ``x`` and a table's slots, as the backend prepared them; None if no row of
         ``x`` has one of its steers.
         """
@@ -142,27 +142,27 @@ class HeadRows:
         assert self._logits_rows.num_rows == x.shape[0]
         return step
 
-    def first_pass(self, table: HeadTable, step: DynamicStep) -> HeadPass | None:
+    def first_product(self, table: HeadTable, step: DynamicStep) -> HeadProduct | None:
         """The pairs of the step's rows and probes; None if there are none."""
-        return self._pass(first_pass, table, step)
+        return self._pass(first_product, table, step)
 
-    def second_pass(self, table: HeadTable, step: DynamicStep) -> HeadPass | None:
+    def second_product(self, table: HeadTable, step: DynamicStep) -> HeadProduct | None:
         """The pairs of the rows that are computed again under their strengths."""
-        return self._pass(second_pass, table, step)
+        return self._pass(second_product, table, step)
 
-    def prepare_pass(self, head_pass: HeadPass | None, table: HeadTable) -> Any:
+    def prepare_product(self, head_product: HeadProduct | None, table: HeadTable) -> Any:
         """A pass's pairs as the backend places them, under the strengths that are known by now."""
-        if head_pass is None:
+        if head_product is None:
             return None
-        metadata = self._prepare(head_pass.steered, table)
-        head_pass.scale_by(self._dynamic.pool.values, metadata.scales)
+        metadata = self._prepare(head_product.steered, table)
+        head_product.scale_by(self._dynamic.pool.values, metadata.scales)
         return metadata
 
-    def _pass(self, make: Any, table: HeadTable, step: DynamicStep) -> HeadPass | None:
+    def _pass(self, make: Any, table: HeadTable, step: DynamicStep) -> HeadProduct | None:
         assert self._logits_rows is not None
         slots, requests = self._slots_of(table), self._dynamic.requests
-        head_pass: HeadPass | None = make(step, self._logits_rows, slots, table, requests)
-        return head_pass
+        head_product: HeadProduct | None = make(step, self._logits_rows, slots, table, requests)
+        return head_product
 
     def _metadata_for(self, rows: BatchRows) -> dict[int, Any]:
         """The metadata kept for these rows; streams bring the same batches back in turns."""

@@ -28,7 +28,7 @@ _FALSE = (False, "false", "0")
 _TRUE = (True, "true", "1")
 
 
-CLIENT_FIELDS: ContextVar[Mapping[str, str] | None] = ContextVar(
+SENT_FIELDS: ContextVar[Mapping[str, str] | None] = ContextVar(
     "vllm_steer_client_fields", default=None
 )
 """By argument, the field of the HTTP body in which the client sent it; set by the middleware."""
@@ -42,7 +42,7 @@ class RejectedSteer(VLLMValidationError, SteerRequestError):
     """
 
     def __init__(self, message: str, argument: str = STEER) -> None:
-        fields = CLIENT_FIELDS.get() or {}
+        fields = SENT_FIELDS.get() or {}
         parameter = fields.get(argument, f"{ARGUMENTS}.{argument}")
         super().__init__(message, parameter=parameter)  # type: ignore[call-arg]
 
@@ -96,7 +96,7 @@ def reject_stream_argument() -> NoReturn:
 
 
 @dataclass(frozen=True)
-class Stream:
+class StreamRequest:
     """One base or probe stream.
 
     main   id of the request that the stream belongs to
@@ -119,10 +119,10 @@ class Stream:
         return (replace(doses_of_main[self.dose], dynamic=None),)
 
 
-def stream_of(sampling_params: Any) -> Stream | None:
+def stream_of(sampling_params: Any) -> StreamRequest | None:
     """The stream that a request is; None for a user's request."""
     args = argument(sampling_params, STREAM)
-    return None if args is None else Stream(**args)
+    return None if args is None else StreamRequest(**args)
 
 
 def argument(sampling_params: Any, name: str) -> Any:

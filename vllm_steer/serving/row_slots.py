@@ -18,9 +18,10 @@ _NONE = -1
 
 
 class RequestSlots:
-    """The slots of each steered request, and the scale of each slot: epsilon times strength.
+    """The slots of each steered request, with their scales.
 
-    For a dynamic dose the scale is epsilon; its strength is on the device. There is a line per
+    A scale is epsilon times strength; of a dynamic dose it is epsilon until its strength, which is
+    on the device, is known. There is a line per
     steered request, which is written when the request comes or ends, so that a batch takes no loop
     over its requests. The last line is an empty sentinel for all unsteered requests.
     """

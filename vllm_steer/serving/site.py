@@ -111,15 +111,16 @@ class SteeredSite:
         self.is_disabled = state is SiteState.IDLE and self._device.type != "cuda"
 
     def prepare(
-        self, step: Step, requests: Mapping[str, SteeredRequest], history: torch.Tensor
+        self, step: Step, requests: Mapping[str, SteeredRequest], strength_pool: torch.Tensor
     ) -> None:
         """Map the step's tokens to the directions that their requests take here.
 
-        ``history`` has the strengths of dynamic doses; another tensor needs ``invalidate`` first.
+        ``strength_pool`` has the strengths of dynamic doses; call ``invalidate`` before another
+        tensor.
         """
         if step.req_ids != self._batch:
             self._batch = list(step.req_ids)
-            self._rules = self._rules_of(tuple(self._batch), requests, history)
+            self._rules = self._rules_of(tuple(self._batch), requests, strength_pool)
         depth = self._rules.direction_start.shape[0]
         if depth == 0:
             self.disable()
@@ -175,14 +176,14 @@ class SteeredSite:
         self,
         req_ids: tuple[str, ...],
         requests: Mapping[str, SteeredRequest],
-        history: torch.Tensor,
+        strength_pool: torch.Tensor,
     ) -> TokenRules:
         """The rules of a batch; streams bring the same batches back in turns."""
         if req_ids not in self._made:
             if len(self._made) == _BATCHES_KEPT:
                 del self._made[next(iter(self._made))]
             self._made[req_ids] = guidance_rules(
-                req_ids, requests, self.table, history, self._columns
+                req_ids, requests, self.table, strength_pool, self._columns
             )
         return self._made[req_ids]
 

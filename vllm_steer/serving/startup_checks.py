@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_steer.compat import options
-from vllm_steer.compat.versions import TESTED, installed_version, is_tested
+from vllm_steer.compat.versions import SUPPORTED, installed_version, is_supported
 from vllm_steer.doses import is_dynamic
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.families import family_of
@@ -96,12 +96,12 @@ def _check_family(plan: SteerPlan, vllm_config: Any) -> None:
 
 def _warn_of_version() -> None:
     version = installed_version()
-    if not is_tested(version):
+    if not is_supported(version):
         logger.warning(
-            "vLLM %s is outside the range that vllm-steer is tested with (%s); the start-up checks "
+            "vLLM %s is outside the range that vllm-steer supports (%s); the start-up checks "
             "decide whether it can serve.",
             version,
-            TESTED,
+            SUPPORTED,
         )
 
 

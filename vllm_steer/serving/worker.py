@@ -115,7 +115,7 @@ class _WorkerSteering:
                 bank,
                 self._batch.head_rows,
                 is_profiled=device.type != "cpu",
-                may_be_dynamic=can_be_dynamic(config),
+                serves_dynamic=can_be_dynamic(config),
             )
         for part in (self._head, self._layers):
             if part is not None:

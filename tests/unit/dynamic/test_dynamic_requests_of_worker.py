@@ -11,7 +11,7 @@ from guidance import delta, head, plan_for, vector
 from vllm_steer.kernels.lm_steer import reference
 from vllm_steer.serving.batch import SteeredBatch, steered_request
 from vllm_steer.serving.dynamic.worker_state import DynamicState
-from vllm_steer.serving.request_args import STREAM, Stream
+from vllm_steer.serving.request_args import STREAM, StreamRequest
 
 STEERS: dict[str, Any] = {
     "walk": delta(3, (0,)),
@@ -22,7 +22,7 @@ PLAN = plan_for(STEERS)
 INSIDE = "push:dynamic:2,walk:dynamic:1.5"
 
 
-def params(steer: Any, max_tokens: int = 6, stream: Stream | None = None) -> Any:
+def params(steer: Any, max_tokens: int = 6, stream: StreamRequest | None = None) -> Any:
     extra = {"steer": steer} if stream is None else {STREAM: stream.to_args()}
     return SimpleNamespace(extra_args=extra, max_tokens=max_tokens)
 
@@ -32,7 +32,7 @@ def comes(part: DynamicState, req_id: str, steer: Any = INSIDE, max_tokens: int 
     main, _, role = req_id.partition("-")
     stream = None
     if role:
-        stream = Stream(main, steer, None if role == "base" else int(role))
+        stream = StreamRequest(main, steer, None if role == "base" else int(role))
     return steered_request(req_id, params(steer, max_tokens, stream), 4, PLAN, part)
 
 
@@ -132,7 +132,9 @@ def test_a_batch_forgets_requests_and_streams_whatever_ends_first(order: tuple[s
     arrivals = []
     for req_id in order:
         main, _, role = req_id.partition("-")
-        stream = Stream(main, INSIDE, None if role == "base" else int(role)) if role else None
+        stream = (
+            StreamRequest(main, INSIDE, None if role == "base" else int(role)) if role else None
+        )
         arrivals.append((req_id, params(INSIDE, 6, stream), 4))
     batch.begin_step(arrivals, ())
     assert batch.dynamic.requests.num_known == 4

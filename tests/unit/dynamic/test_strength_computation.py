@@ -15,7 +15,7 @@ from vllm_steer.serving.batch import steered_request
 from vllm_steer.serving.dynamic import strengths as strengths_module
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.worker_state import DynamicState
-from vllm_steer.serving.request_args import STREAM, Stream
+from vllm_steer.serving.request_args import STREAM, StreamRequest
 
 CPU = torch.device("cpu")
 VOCAB = 13
@@ -51,7 +51,7 @@ def add(part: DynamicState, main: str, steer: str, *, max_tokens: int = 8) -> No
     doses = PLAN.doses(steer)
     for dose in (None, *(i for i, d in enumerate(doses) if PLAN.steers[d.steer].site != "head")):
         name = f"{main}-{'base' if dose is None else dose}"
-        stream = {STREAM: Stream(main, steer, dose).to_args()}
+        stream = {STREAM: StreamRequest(main, steer, dose).to_args()}
         params = SimpleNamespace(extra_args=stream, max_tokens=max_tokens)
         steered_request(name, params, 3, PLAN, part)
     user = SimpleNamespace(extra_args={"steer": steer}, max_tokens=max_tokens)

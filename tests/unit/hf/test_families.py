@@ -9,8 +9,8 @@ from vllm_steer import SteerError
 from vllm_steer.families import (
     FAMILIES,
     UNSUPPORTED,
+    BlockOutput,
     Family,
-    Stream,
     decoder_layers,
     family_of,
     submodule,
@@ -35,7 +35,7 @@ def test_a_known_model_has_its_own_names(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_whole_and_not_refused(name: str) -> None:
     family = family_of([name])
-    assert family.stream in get_args(Stream)
+    assert family.stream in get_args(BlockOutput)
     assert family.attention and family.projection
     assert name not in UNSUPPORTED
 

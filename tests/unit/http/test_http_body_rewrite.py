@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_steer.serving.http.body_rewrite import preset_of
-from vllm_steer.serving.http.misspelled_fields import BODY_MISSPELLINGS, CLIENT_FIELDS
+from vllm_steer.serving.http.misspelled_fields import BODY_MISSPELLINGS, CLIENT_ONLY_FIELDS
 from vllm_steer.serving.request_args import wants_strengths
 
 
@@ -214,7 +214,7 @@ json_values = st.recursive(
         st.text().filter(
             lambda key: (
                 key not in ("steer", "steer_strengths", "vllm_xargs", "model")
-                and key not in (*BODY_MISSPELLINGS, *CLIENT_FIELDS)
+                and key not in (*BODY_MISSPELLINGS, *CLIENT_ONLY_FIELDS)
             )
         ),
         json_values,

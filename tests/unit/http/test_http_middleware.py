@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from http_tools import carries, dump, load
+from http_tools import dump, load, passes_vllm_xargs
 
 from vllm_steer.serving.http import Steering
 
@@ -133,7 +133,7 @@ def test_an_engine_without_steers_sees_every_body_as_it_came() -> None:
 )
 def test_routes_that_generate_take_a_steer(plan: Any, path: str) -> None:
     inside, sent = run(plan, [dump({"steer": "a:3"})], path=path)
-    if not carries(path):  # Anthropic's, in older vLLM versions
+    if not passes_vllm_xargs(path):  # Anthropic's, in older vLLM versions
         assert sent[0]["status"] == 400
         return
     assert load(inside.body) == {"vllm_xargs": {"steer": "a:3"}}
@@ -186,7 +186,7 @@ def test_a_refusal_on_anthropics_route_has_its_form(plan: Any) -> None:
     error = AnthropicError(type="BadRequestError", message=message)
     assert found == AnthropicErrorResponse(error=error).model_dump()
     unknown = "steer 'b' is unknown; steers: a; presets: friendly, v1"
-    assert message == (unknown if carries("/v1/messages") else REFUSAL)
+    assert message == (unknown if passes_vllm_xargs("/v1/messages") else REFUSAL)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_admission_names_the_field_that_was_sent(plan: Any, body: Any, field: st
     from vllm_steer.serving.http.body_rewrite import rewrite
     from vllm_steer.serving.http.json_members import MemberReader
     from vllm_steer.serving.http.routes import Route
-    from vllm_steer.serving.request_args import CLIENT_FIELDS, RejectedSteer
+    from vllm_steer.serving.request_args import SENT_FIELDS, RejectedSteer
 
     members = MemberReader(("steer", "vllm_xargs", "model")).read(dump(body))
-    sent = CLIENT_FIELDS.set(rewrite(members, plan, Route(carries=True)).fields)
+    sent = SENT_FIELDS.set(rewrite(members, plan, Route(passes_vllm_xargs=True)).fields)
     try:
         assert RejectedSteer("the engine cannot serve it").parameter == field
     finally:
-        CLIENT_FIELDS.reset(sent)
+        SENT_FIELDS.reset(sent)
     assert RejectedSteer("the engine cannot serve it").parameter == "vllm_xargs.steer"

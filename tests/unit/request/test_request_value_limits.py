@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vllm_steer import SteerRequestError
 from vllm_steer.request import resolve
 from vllm_steer.request.value_limits import MAX_CHARACTERS, MAX_OPTIONS, MAX_PARTS
-from vllm_steer.serving.admission import admit, key_request
+from vllm_steer.serving.admission import admit, admit_and_set_cache_key
 from vllm_steer.serving.request_args import RejectedSteer
 
 
@@ -62,7 +62,7 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("case", TOO_LARGE)
-@pytest.mark.parametrize("door", ["resolve", "doses", "admit", "key_request"])
+@pytest.mark.parametrize("door", ["resolve", "doses", "admit", "admit_and_set_cache_key"])
 def test_a_value_above_the_ceilings_ends_at_once(plan: Any, case: str, door: str) -> None:
     asked, message = TOO_LARGE[case]
     config = SimpleNamespace(additional_config={"steer": plan.to_json()})
@@ -71,7 +71,9 @@ def test_a_value_above_the_ceilings_ends_at_once(plan: Any, case: str, door: str
         "resolve": lambda: resolve(asked, plan),
         "doses": lambda: plan.doses(asked),
         "admit": lambda: admit(params, config),
-        "key_request": lambda: key_request(SimpleNamespace(sampling_params=params), config),
+        "admit_and_set_cache_key": lambda: admit_and_set_cache_key(
+            SimpleNamespace(sampling_params=params), config
+        ),
     }
     begin = time.process_time()
     with pytest.raises(SteerRequestError, match=message) as caught:

@@ -80,28 +80,28 @@ def test_a_rejection_names_the_argument_at_fault(
 def test_a_steer_at_the_head_leaves_the_cache_key_alone(
     engine: Any, steer: Any, salt: str | None
 ) -> None:
-    from vllm_steer.serving.admission import key_request
+    from vllm_steer.serving.admission import admit_and_set_cache_key
 
     params = SimpleNamespace(extra_args={"steer": steer} if steer else None)
     request = SimpleNamespace(
         sampling_params=params, cache_salt=salt, prompt_token_ids=[1, 2], prompt_embeds=None
     )
-    key_request(request, engine)
+    admit_and_set_cache_key(request, engine)
     assert request.cache_salt == salt
 
 
 def test_the_engine_core_refuses_what_the_frontend_did_not(engine: Any) -> None:
-    from vllm_steer.serving.admission import key_request
+    from vllm_steer.serving.admission import admit_and_set_cache_key
     from vllm_steer.serving.request_args import RejectedSteer
 
     params = SimpleNamespace(extra_args={"steer": "b:1"})
     with pytest.raises(RejectedSteer, match="'b' is unknown; steers: a"):
-        key_request(SimpleNamespace(sampling_params=params, cache_salt=None), engine)
+        admit_and_set_cache_key(SimpleNamespace(sampling_params=params, cache_salt=None), engine)
 
 
 def test_a_pooling_request_has_no_cache_key_of_ours(engine: Any) -> None:
-    from vllm_steer.serving.admission import key_request
+    from vllm_steer.serving.admission import admit_and_set_cache_key
 
     request = SimpleNamespace(sampling_params=None, cache_salt=None, prompt_token_ids=[1])
-    key_request(request, engine)
+    admit_and_set_cache_key(request, engine)
     assert request.cache_salt is None

@@ -56,7 +56,7 @@ def step(
 
 def strengths(batch: SteeredBatch, table: HeadTable, num_rows: int) -> dict[int, dict[str, float]]:
     """Row to steers and strengths, as the head would apply them."""
-    found = batch.head_rows.rows_of(torch.zeros(num_rows, 6), table)
+    found = batch.head_rows.metadata_for(torch.zeros(num_rows, 6), table)
     if found is None:
         return {}
     names = {slot: name for name, slot in table.slots.items()}
@@ -144,7 +144,7 @@ def test_each_shelf_takes_its_own_steers(
 def test_no_row_is_steered_when_no_request_is(batch: SteeredBatch, table: HeadTable) -> None:
     batch.begin_step([("r1", params(), 1)], ())
     assert not batch.has_steered_requests
-    assert batch.head_rows.rows_of(torch.zeros(1, 6), table) is None
+    assert batch.head_rows.metadata_for(torch.zeros(1, 6), table) is None
 
 
 def test_a_pooling_request_has_no_steers(make_plan: Any) -> None:
@@ -159,13 +159,13 @@ def test_a_step_that_was_not_announced_is_an_error_and_not_unsteered(
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     batch.begin_step([], ())
     with pytest.raises(RuntimeError, match="reached the LM head without its rows"):
-        batch.head_rows.rows_of(torch.zeros(1, 6), table)
+        batch.head_rows.metadata_for(torch.zeros(1, 6), table)
 
 
 def test_other_rows_than_announced_are_an_error(batch: SteeredBatch, table: HeadTable) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     with pytest.raises(AssertionError, match="2 logits rows, 1 announced"):
-        batch.head_rows.rows_of(torch.zeros(2, 6), table)
+        batch.head_rows.metadata_for(torch.zeros(2, 6), table)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 63])
@@ -196,11 +196,11 @@ def test_prompt_tokens_are_steered_with_the_window_of_their_rows(
             (5, 8, {0: {"b": 3}, 1: {"b": 3}, 2: {"b": 3}}),
             (2, 6, {0: {"a": 2}, 3: {"b": 3}}),
         ]:
-            found = batch.head_rows.rows_of(hidden_states[start:end], table)
+            found = batch.head_rows.metadata_for(hidden_states[start:end], table)
             rows = {} if found is None else sorted(found.rows.tolist())
             assert sorted(rows) == sorted(wanted)
         with pytest.raises(RuntimeError, match="no slice of the model's output"):
-            batch.head_rows.rows_of(hidden_states[:2].clone(), table)
+            batch.head_rows.metadata_for(hidden_states[:2].clone(), table)
     assert strengths(batch, table, 3) == {0: {"a": 2}, 2: {"b": 3}}
 
 
@@ -210,7 +210,7 @@ def test_prompt_tokens_in_a_view_that_starts_late_are_found(
     step(batch, {"r1": 1, "r2": 1}, new={"r1": None, "r2": "a:2"}, tokens={"r1": 2, "r2": 3})
     hidden_states = torch.zeros(8, 6)[3:]
     with batch.head_rows.over_tokens(hidden_states):
-        found = batch.head_rows.rows_of(hidden_states[1:4], table)
+        found = batch.head_rows.metadata_for(hidden_states[1:4], table)
     assert found is not None
     assert found.rows.tolist() == [1, 2]
 

@@ -18,9 +18,9 @@ from vllm.v1.request import Request
 from vllm_steer.compat.patching import wrap
 from vllm_steer.doses import Dose
 from vllm_steer.plan import SteerPlan
-from vllm_steer.serving.admission import key_request
+from vllm_steer.serving.admission import admit_and_set_cache_key
 from vllm_steer.serving.cache_key import SteeredSalt, steered_salt, with_steer_keys
-from vllm_steer.serving.request_args import STREAM, Stream, doses_of
+from vllm_steer.serving.request_args import STREAM, StreamRequest, doses_of
 
 STEERS: dict[str, Any] = {
     "push": vector((0, 1, 2)),
@@ -79,7 +79,7 @@ def keyed(
     given = core_request(arguments, prompt_len, salt)
     for name, value in fields.items():
         setattr(given, name, value)
-    key_request(given, engine(plan))
+    admit_and_set_cache_key(given, engine(plan))
     return scheduled(given, block=block, algorithm=algorithm)
 
 
@@ -119,7 +119,7 @@ def stream_keys(
     steer: Any, dose: int | None, *, prompt_len: int = 10, salt: str | None = None, block: int = 4
 ) -> list[bytes]:
     """The keys of a dynamic request's base (None), or of the probe of its dose ``dose``."""
-    stream = Stream("r", steer, dose).to_args()
+    stream = StreamRequest("r", steer, dose).to_args()
     given = core_request({STREAM: stream}, prompt_len, salt)
     given.request_id = f"r-{dose}"
     given.cache_salt = steered_salt(given, doses_of(given.sampling_params, PLAN), PLAN)

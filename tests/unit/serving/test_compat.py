@@ -141,7 +141,7 @@ def test_an_option_that_is_gone_is_an_error(
     for part in reversed([part for part in option.section.split(".") if part]):
         value = SimpleNamespace(**{part: value})
     if option.name.is_in("0.32.0"):
-        message = f"vLLM 0.32.0 has no {option.cls}.{option.field}, .* tested with vLLM 0.25.1 to"
+        message = f"vLLM 0.32.0 has no {option.cls}.{option.field}, .* supports vLLM 0.25.1 to"
         with pytest.raises(SteerError, match=message):
             option(value)
     else:
@@ -216,11 +216,11 @@ def test_a_method_that_is_gone_is_named_with_what_it_is_for() -> None:
         wrap(Wrapped(), "sample_tokens", lambda original: original())
     assert str(caught.value) == (
         f"vLLM {installed_version()} has no Wrapped.sample_tokens, which vllm-steer needs for "
-        "steering (a step begins, and ends); vllm-steer is tested with vLLM 0.25.1 to 0.33: "
+        "steering (a step begins, and ends); vllm-steer supports vLLM 0.25.1 to 0.33: "
         "install one of these versions"
     )
     assert "EngineCore.add_request" in missing_name(names.names_of("dynamic strength")[0])
-    assert f"vLLM {installed_version()} behaves in an unknown way" in unknown_behavior("a step")
+    assert f"vLLM {installed_version()} does not do what vllm-steer" in unknown_behavior("a step")
 
 
 OLD = """

@@ -15,9 +15,15 @@ from vllm.config import ParallelConfig, SchedulerConfig, VllmConfig
 from vllm_steer import SteerError, SteerRequestError
 from vllm_steer.doses import Dose, is_dynamic
 from vllm_steer.serving import startup_checks as startup
-from vllm_steer.serving.admission import admit, key_request
+from vllm_steer.serving.admission import admit, admit_and_set_cache_key
 from vllm_steer.serving.cache_key import SteeredSalt
-from vllm_steer.serving.request_args import STREAM, RejectedSteer, Stream, doses_of, wants_strengths
+from vllm_steer.serving.request_args import (
+    STREAM,
+    RejectedSteer,
+    StreamRequest,
+    doses_of,
+    wants_strengths,
+)
 
 STEERS: dict[str, Any] = {
     "fr": delta(3, (0, 2)),
@@ -59,7 +65,7 @@ def test_an_ordinary_engine_takes_dynamic_requests(steer: str, seats: Any) -> No
     doses = plan_for(STEERS).doses(steer)
     assert is_dynamic(doses)
     assert admit(asked, engine(**seats)) == doses
-    assert key_request(request(asked), engine(**seats)) == doses
+    assert admit_and_set_cache_key(request(asked), engine(**seats)) == doses
     assert admit(params(), engine(steer, **seats)) == doses
 
 
@@ -100,9 +106,9 @@ def assert_refused(steer: str, changed: dict[str, Any], message: str) -> None:
     """At both doors, also as the default of a request that does not ask; fixed doses are not."""
     for call in (
         lambda: admit(params(steer), engine(**changed)),
-        lambda: key_request(request(params(steer)), engine(**changed)),
+        lambda: admit_and_set_cache_key(request(params(steer)), engine(**changed)),
         lambda: admit(params(), engine(steer, **changed)),
-        lambda: key_request(request(params()), engine(steer, **changed)),
+        lambda: admit_and_set_cache_key(request(params()), engine(steer, **changed)),
     ):
         with pytest.raises(RejectedSteer, match=message) as caught:
             call()
@@ -189,24 +195,24 @@ def _asking(steer: str | None) -> dict[str, Any]:
 def test_a_prompt_that_streams_cannot_share(fields: dict[str, Any], message: str) -> None:
     for asked, config in ((params(INSIDE), engine()), (params(), engine(INSIDE))):
         with pytest.raises(RejectedSteer, match=message):
-            key_request(request(asked, **fields), config)
+            admit_and_set_cache_key(request(asked, **fields), config)
     for fixed in ("fr:1", "none", AT_HEAD):
-        key_request(request(params(fixed), **fields), engine())
+        admit_and_set_cache_key(request(params(fixed), **fields), engine())
 
 
 @pytest.mark.parametrize("steer", DYNAMIC)
 def test_a_prompt_that_grows_has_no_dynamic_strength(steer: str) -> None:
     with pytest.raises(RejectedSteer, match="streaming input, whose prompt grows; send the whole"):
-        key_request(request(params(steer), resumable=True), engine())
-    key_request(request(params("word:1"), resumable=True), engine(steer))
+        admit_and_set_cache_key(request(params(steer), resumable=True), engine())
+    admit_and_set_cache_key(request(params("word:1"), resumable=True), engine(steer))
 
 
 @pytest.mark.parametrize("steer", [None, "none", "fr:1", INSIDE])
 def test_nobody_else_may_say_that_a_request_is_a_stream(steer: str | None) -> None:
-    forged = params(steer, extra={STREAM: Stream("other", INSIDE, 0).to_args()})
+    forged = params(steer, extra={STREAM: StreamRequest("other", INSIDE, 0).to_args()})
     for call in (
         lambda: admit(forged, engine()),
-        lambda: key_request(request(forged), engine()),
+        lambda: admit_and_set_cache_key(request(forged), engine()),
         lambda: admit(params(steer, extra={STREAM: 0}), engine()),
     ):
         with pytest.raises(RejectedSteer, match=f"{STREAM} is given and is reserved .*; remove it"):
@@ -251,7 +257,7 @@ def test_a_stream_takes_what_its_request_lends_it() -> None:
     steer = {"push": 1, "fr": {"strength": "dynamic", "max": -1.5, "layers": "2"}}
 
     def of(dose: int | None, steer: Any = steer, default: str = "none") -> tuple[Dose, ...]:
-        stream = Stream("r", steer, dose).to_args()
+        stream = StreamRequest("r", steer, dose).to_args()
         return doses_of(params(extra={STREAM: stream}), plan_for(STEERS, default=default))
 
     assert of(None) == ()
@@ -261,11 +267,11 @@ def test_a_stream_takes_what_its_request_lends_it() -> None:
 
 def test_a_dynamic_request_inside_the_layers_has_a_salt_that_carries_its_keys() -> None:
     given = request(params("fr:dynamic,push:1"))
-    key_request(given, engine())
+    admit_and_set_cache_key(given, engine())
     assert isinstance(given.cache_salt, SteeredSalt)
     assert sorted(key.position for key in given.cache_salt.keys) == [0, 2]
     given = request(params(AT_HEAD))
-    key_request(given, engine())
+    admit_and_set_cache_key(given, engine())
     assert given.cache_salt is None
 
 
@@ -314,7 +320,7 @@ def test_a_vllm_without_what_dynamic_strength_needs_serves_everything_else(
     monkeypatch.setattr(patching, "wrap", lambda owner, name, *_, **__: wrapped.append(name))
     monkeypatch.setattr(activation, "unavailable_reason", lambda feature: reason)
     monkeypatch.delenv(environment.ACTIVE, raising=False)
-    activation.activate_steering(may_be_dynamic=True)
+    activation.activate_steering(serves_dynamic=True)
     plugin.patch_active()
     assert wrapped
     assert not {"add_request", "process_outputs", "_new_completion_output"} & set(wrapped)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from guidance import delta, head, params, plan_for, vector
 
-from vllm_steer.serving.admission import key_request
+from vllm_steer.serving.admission import admit_and_set_cache_key
 from vllm_steer.serving.cache_key import SteeredSalt
 from vllm_steer.serving.request_args import RejectedSteer
 
@@ -20,7 +20,7 @@ def request(steer: Any, **fields: Any) -> Any:
 
 def key(given: Any, *, default: str = "none") -> Any:
     plan = plan_for(STEERS, default=default).to_json()
-    key_request(given, SimpleNamespace(additional_config={"steer": plan}))
+    admit_and_set_cache_key(given, SimpleNamespace(additional_config={"steer": plan}))
     return given.cache_salt
 
 

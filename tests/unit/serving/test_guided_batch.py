@@ -102,7 +102,7 @@ def test_each_site_takes_the_doses_of_its_own_steers(
     assert rows(sites["attn_in"]) == [3, 4, 6]
     torch.testing.assert_close(passed(sites["resid"])[0], 2 * added("push"))
     torch.testing.assert_close(passed(sites["resid"])[6], added("push") + added("shift"))
-    found = batch.head_rows.rows_of(torch.zeros(5, WIDTH), words)
+    found = batch.head_rows.metadata_for(torch.zeros(5, WIDTH), words)
     assert found is not None
     assert found.rows.tolist() == [2, 4]
 
@@ -148,7 +148,7 @@ def test_requests_with_a_dose_at_the_head_only_leave_the_sites_idle(
     begin(batch, finished=("b",))
     announce(batch, a=(2, 1))
     assert all(rows(site) == [] for site in sites.values())
-    found = batch.head_rows.rows_of(torch.zeros(1, WIDTH), words)
+    found = batch.head_rows.metadata_for(torch.zeros(1, WIDTH), words)
     assert found is not None
     assert found.rows.tolist() == [0]
 

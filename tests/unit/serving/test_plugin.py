@@ -271,12 +271,12 @@ def test_the_distribution_enters_vllm_as_a_general_plugin_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("may_be_dynamic", "active"),
+    ("serves_dynamic", "active"),
     [(True, "steering,reports,streams"), (False, "steering,reports")],
     ids=["ordinary", "speculative"],
 )
 def test_an_engine_that_is_never_dynamic_reports_strengths_and_has_no_streams(
-    monkeypatch: pytest.MonkeyPatch, may_be_dynamic: bool, active: str
+    monkeypatch: pytest.MonkeyPatch, serves_dynamic: bool, active: str
 ) -> None:
     """A request may ask for strengths without a dynamic steer, and is told that there are none."""
     from vllm_steer import environment
@@ -284,5 +284,5 @@ def test_an_engine_that_is_never_dynamic_reports_strengths_and_has_no_streams(
 
     monkeypatch.setenv(environment.ACTIVE, "")
     for _ in range(2):
-        activate_steering(may_be_dynamic=may_be_dynamic)
+        activate_steering(serves_dynamic=serves_dynamic)
     assert os.environ[environment.ACTIVE] == active

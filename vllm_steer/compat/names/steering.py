@@ -48,7 +48,7 @@ GLOBAL = (
         "generate_block_hash_extra_keys",
         "wrapped",
         "steering",
-        "the same function under another name",
+        "the copy that this module has imported",
         process="engine core",
     ),
     *vllm_names(
@@ -56,7 +56,7 @@ GLOBAL = (
         "generate_block_hash_extra_keys",
         "wrapped",
         "steering",
-        "the same function under another name",
+        "the copy that this module has imported",
         process="engine core",
         since="0.30",
     ),

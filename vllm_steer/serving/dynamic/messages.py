@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-REPORT = "vllm_steer"
+STRENGTHS_KEY = "vllm_steer"
 """The key of an engine output's ``kv_transfer_params`` that carries strengths to the frontend."""
 
 StrengthsByRequest = dict[str, dict[int, float]]

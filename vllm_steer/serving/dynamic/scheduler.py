@@ -19,7 +19,7 @@ from vllm_steer.serving.dynamic.group_admission import (
     WaitingGate,
     missing_gate_names,
 )
-from vllm_steer.serving.dynamic.messages import REPORT, StreamStep, StrengthsByRequest
+from vllm_steer.serving.dynamic.messages import STRENGTHS_KEY, StreamStep, StrengthsByRequest
 from vllm_steer.serving.dynamic.request_group import RequestGroup, generation_step
 
 logger = logging.getLogger("vllm.vllm_steer")
@@ -191,7 +191,7 @@ class StreamScheduler:
                     if output.finish_reason is not None:
                         self._admission.resume_next()
                 elif output.new_token_ids:
-                    report = {REPORT: {"strengths": group.named_strengths()}}
+                    report = {STRENGTHS_KEY: {"strengths": group.named_strengths()}}
                     output.kv_transfer_params = (output.kv_transfer_params or {}) | report
 
     def _with_groups_finished(

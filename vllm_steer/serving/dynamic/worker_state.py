@@ -10,7 +10,7 @@ from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.requests import DynamicRequests, StrengthPool
 from vllm_steer.serving.dynamic.strengths import DynamicStep, StrengthComputation
-from vllm_steer.serving.request_args import Stream
+from vllm_steer.serving.request_args import StreamRequest
 
 
 class DynamicState:
@@ -41,7 +41,7 @@ class DynamicState:
         """
         return self.requests.add(req_id, doses, max_tokens).starts
 
-    def add_stream(self, req_id: str, stream: Stream, max_tokens: int) -> None:
+    def add_stream(self, req_id: str, stream: StreamRequest, max_tokens: int) -> None:
         """Add a base or probe stream, and its request unless that is there already."""
         self.requests.add(stream.main, self._plan.doses(stream.steer), max_tokens)
         self.requests.add_stream(req_id, stream.main, stream.dose)

@@ -15,7 +15,7 @@ from vllm_steer.serving.http.json_members import NULL, MemberReader, Members
 from vllm_steer.serving.http.misspelled_fields import (
     ARGUMENT_MISSPELLINGS,
     BODY_MISSPELLINGS,
-    CLIENT_FIELDS,
+    CLIENT_ONLY_FIELDS,
     EXTRA_ARGS,
     check_names,
     extra_args_of,
@@ -28,7 +28,7 @@ FIELDS: Final = ("steer", STRENGTHS)
 ARGUMENTS: Final = "vllm_xargs"
 BEAM_SEARCH: Final = "use_beam_search"
 BODY: Final = MemberReader(
-    (*FIELDS, ARGUMENTS, "model", BEAM_SEARCH, *BODY_MISSPELLINGS, *CLIENT_FIELDS)
+    (*FIELDS, ARGUMENTS, "model", BEAM_SEARCH, *BODY_MISSPELLINGS, *CLIENT_ONLY_FIELDS)
 )
 _ARGUMENT_READER: Final = MemberReader((*FIELDS, STREAM, *ARGUMENT_MISSPELLINGS))
 _PYDANTIC_TRUE: Final = (True, 1, "1", "true", "on", "t", "y", "yes")
@@ -121,7 +121,7 @@ def _check_carried(
 ) -> None:
     """Raise ``BadRequest`` for fields that are given twice or that the route ignores."""
     parameters = [field.parameter for field in fields.values()] or [f"{ARGUMENTS}.{STREAM}"]
-    if not route.carries:
+    if not route.passes_vllm_xargs:
         raise BadRequest(
             "steer: this route does not support steering; remove the steer and name the base model",
             parameters[0],

@@ -16,7 +16,7 @@ from vllm_steer.serving.http.json_members import MsgspecRefused, ParsedBody
 from vllm_steer.serving.http.request_body import Message, Receive, ReceivedBody, SteerHints
 from vllm_steer.serving.http.routes import Route, route_of
 from vllm_steer.serving.plan_transport import plan_of
-from vllm_steer.serving.request_args import CLIENT_FIELDS
+from vllm_steer.serving.request_args import SENT_FIELDS
 from vllm_steer.serving.strength_reports.delivery import RESPONSE_STRENGTHS, ResponseStrengths
 from vllm_steer.serving.strength_reports.http_response import Send, StrengthsInResponse, with_length
 
@@ -68,7 +68,7 @@ class Steering:
             return await self._app(scope, receive, send)
         body = ReceivedBody(self._hints_of(plan))
         rewritten = Rewrite()
-        if await body.receive(receive) and body.may_ask:
+        if await body.receive(receive) and body.may_mention_steer:
             before = body.length
             try:
                 rewritten = await _rewrite(body, plan, route, vllm_config)
@@ -76,11 +76,11 @@ class Steering:
                 return await send_bad_request(send, refused, route)
             if body.length != before:
                 scope = {**scope, "headers": with_length(scope["headers"], body.length)}
-        sent_before = CLIENT_FIELDS.set(rewritten.fields)
+        sent_before = SENT_FIELDS.set(rewritten.fields)
         try:
             await self._pass_on(scope, body.replay(receive), send, rewritten.reports)
         finally:
-            CLIENT_FIELDS.reset(sent_before)
+            SENT_FIELDS.reset(sent_before)
 
     async def _pass_on(self, scope: Message, receive: Receive, send: Send, reports: bool) -> None:
         if not reports:

@@ -21,7 +21,7 @@ BODY_MISSPELLINGS: Final = {
     **ARGUMENT_MISSPELLINGS,
     **dict.fromkeys(("steering", "Steering", "steer_config", "steerConfig"), "steer"),
 }
-CLIENT_FIELDS: Final = ("extra_body", "extra_args", "sampling_params")
+CLIENT_ONLY_FIELDS: Final = ("extra_body", "extra_args", "sampling_params")
 _ARGUMENTS: Final = ("vllm_xargs", "extra_args")
 _EXAMPLE: Final = {"steer": '"steer": "detox:5,humor"', STRENGTHS: f'"{STRENGTHS}": true'}
 _STEER_FIELDS: Final = ("steer", STRENGTHS, *BODY_MISSPELLINGS)
@@ -38,7 +38,7 @@ def check_names(body: Members, arguments: Members, route: Route) -> None:
         for name, correct in names.items():
             if _is_set(members, name):
                 raise _misspelled(f"{prefix}{name}", correct)
-    for field in CLIENT_FIELDS:
+    for field in CLIENT_ONLY_FIELDS:
         if field in body:
             _check_client_field(field, body[field], route)
 

@@ -33,10 +33,10 @@ class SteerHints:
 
 
 class ReceivedBody:
-    """The chunks of a body; ``may_ask`` is true once a chunk had a hint."""
+    """The chunks of a body; ``may_mention_steer`` is true once a chunk had a hint."""
 
     def __init__(self, hints: SteerHints) -> None:
-        self.may_ask = False
+        self.may_mention_steer = False
         self.length = 0
         self._hints = hints
         self._chunks: deque[bytes] = deque()
@@ -90,9 +90,9 @@ class ReceivedBody:
     def _add(self, chunk: bytes) -> None:
         self._chunks.append(chunk)
         self.length += len(chunk)
-        if self.may_ask:
+        if self.may_mention_steer:
             return
         overlap = self._hints.overlap
         seam = self._seam + chunk[:overlap]
-        self.may_ask = self._hints.are_in(chunk) or self._hints.are_in(seam)
+        self.may_mention_steer = self._hints.are_in(chunk) or self._hints.are_in(seam)
         self._seam = (self._seam + chunk[-overlap:])[-overlap:]

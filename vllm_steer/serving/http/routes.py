@@ -36,12 +36,12 @@ UNSTEERABLE: Final = (
 class Route(NamedTuple):
     """How a route handles a body.
 
-    carries         whether its ``vllm_xargs`` reach the engine
-    is_anthropic    whether errors have Anthropic's form
-    has_extra_args  whether the body holds ``sampling_params`` with ``extra_args`` of their own
+    passes_vllm_xargs  whether its ``vllm_xargs`` reach the engine
+    is_anthropic       whether errors have Anthropic's form
+    has_extra_args     whether the body holds ``sampling_params`` with ``extra_args`` of their own
     """
 
-    carries: bool
+    passes_vllm_xargs: bool
     is_anthropic: bool = False
     has_extra_args: bool = False
 
@@ -57,12 +57,12 @@ def route_of(scope: Mapping[str, Any]) -> Route | None:
 def route_at(path: str) -> Route | None:
     """The route of a path; None for one that generates no text."""
     if path.endswith(MESSAGES):
-        return Route(carries=_messages_carry(), is_anthropic=True)
+        return Route(passes_vllm_xargs=_messages_carry(), is_anthropic=True)
     if path.endswith(STEERABLE):
-        return Route(carries=True)
+        return Route(passes_vllm_xargs=True)
     if path.endswith(UNSTEERABLE):
         return Route(
-            carries=False,
+            passes_vllm_xargs=False,
             is_anthropic=MESSAGES in path,
             has_extra_args=path.endswith(TOKENS_IN),
         )

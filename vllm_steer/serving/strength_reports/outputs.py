@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_steer.errors import SteerRequestError
-from vllm_steer.serving.dynamic.messages import REPORT
+from vllm_steer.serving.dynamic.messages import STRENGTHS_KEY
 from vllm_steer.serving.reporting_state import REPORTING, enable_reporting
 from vllm_steer.serving.request_args import STRENGTHS, steer_argument, wants_strengths
 from vllm_steer.serving.strength_reports.delivery import Strengths
@@ -99,15 +99,15 @@ def take_strengths(outputs: Iterable[Any], request_states: Mapping[str, Any]) ->
     """Move the strengths of all ``outputs`` to their sequences."""
     for output in outputs:
         params = output.kv_transfer_params
-        if params is None or REPORT not in params:
+        if params is None or STRENGTHS_KEY not in params:
             continue
         # A new dict: an engine core in this process still holds the one that it sent.
-        output.kv_transfer_params = {k: v for k, v in params.items() if k != REPORT} or None
+        output.kv_transfer_params = {k: v for k, v in params.items() if k != STRENGTHS_KEY} or None
         sequence: SequenceStrengths | None = getattr(
             request_states.get(output.request_id), _ATTRIBUTE, None
         )
         if sequence is not None and output.new_token_ids:
-            sequence.add(params[REPORT]["strengths"])
+            sequence.add(params[STRENGTHS_KEY]["strengths"])
 
 
 def sequence_strengths(sampling_params: Any) -> SequenceStrengths | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.doses import is_dynamic
-from vllm_steer.serving.admission import key_request
+from vllm_steer.serving.admission import admit_and_set_cache_key
 from vllm_steer.serving.plan_transport import plan_of
 
 
@@ -17,9 +17,9 @@ def preprocess_request(original: Callable[..., Any], core: Any, request: Any) ->
     if plan is None or request.sampling_params is None:
         return original(core, request)
     salt = request.cache_salt
-    doses = key_request(request, core.vllm_config)
+    doses = admit_and_set_cache_key(request, core.vllm_config)
     if not is_dynamic(doses):
         return original(core, request)
-    from vllm_steer.serving.dynamic.engine_core import preprocess_dynamic
+    from vllm_steer.serving.dynamic.stream_requests import preprocess_dynamic
 
     return preprocess_dynamic(original, core, request, salt, doses, plan)

@@ -20,7 +20,7 @@ from vllm_steer.serving.step import BatchRows, IntArray
 
 
 @dataclass(frozen=True, eq=False)
-class HeadPass:
+class HeadProduct:
     """Pairs of row and slot; ``dynamic_pairs[i]`` has its strength at ``pool_indices[i]``.
 
     The scale of a dynamic pair is epsilon until ``scale_by`` multiplies it by the strength.
@@ -30,7 +30,7 @@ class HeadPass:
     dynamic_pairs: IntArray
     pool_indices: IntArray
 
-    def part(self, first: int, last: int) -> "HeadPass | None":
+    def part(self, first: int, last: int) -> "HeadProduct | None":
         """The pairs of rows ``first`` to ``last``, renumbered from 0; None if there are none."""
         inside = (self.steered.rows >= first) & (self.steered.rows < last)
         if first == 0 and inside.all():
@@ -50,7 +50,9 @@ class HeadPass:
             groups=tuple(groups),
         )
         in_part = inside[self.dynamic_pairs]
-        return HeadPass(steered, new_index[self.dynamic_pairs[in_part]], self.pool_indices[in_part])
+        return HeadProduct(
+            steered, new_index[self.dynamic_pairs[in_part]], self.pool_indices[in_part]
+        )
 
     def scale_by(self, values: torch.Tensor, scales: torch.Tensor) -> None:
         """Multiply the scales by the strengths in ``values``, on the device."""
@@ -59,20 +61,20 @@ class HeadPass:
             scales.index_put_((pairs,), scales[pairs] * values[indices])
 
 
-def first_pass(
+def first_product(
     step: DynamicStep,
     rows: BatchRows,
     slots_of: RequestSlots,
     table: HeadTable,
     requests: DynamicRequests,
-) -> HeadPass | None:
+) -> HeadProduct | None:
     """All rows but those of pass 2, and the probes."""
     if not (step.probes or slots_of):
         return None
     users, slots, scales = slots_of.select(rows.req_ids)
-    in_second_pass = np.zeros(rows.num_rows, dtype=bool)
-    in_second_pass[step.alone] = True
-    in_first_pass = ~in_second_pass[users]
+    in_second_product = np.zeros(rows.num_rows, dtype=bool)
+    in_second_product[step.alone] = True
+    in_first_product = ~in_second_product[users]
     probes = [
         (rows.num_rows + k, table.slots[probe.steer], probe.strength * table.epsilon(probe.steer))
         for k, probe in enumerate(step.probes)
@@ -82,20 +84,20 @@ def first_pass(
         return None
     probe_columns = np.array(probes, dtype=np.float64).reshape(-1, 3).T
     steered = sorted_pairs(
-        np.concatenate([users[in_first_pass], probe_columns[0].astype(np.int64)]),
-        np.concatenate([slots[in_first_pass], probe_columns[1].astype(slots.dtype)]),
-        np.concatenate([scales[in_first_pass], probe_columns[2].astype(np.float32)]),
+        np.concatenate([users[in_first_product], probe_columns[0].astype(np.int64)]),
+        np.concatenate([slots[in_first_product], probe_columns[1].astype(slots.dtype)]),
+        np.concatenate([scales[in_first_product], probe_columns[2].astype(np.float32)]),
     )
     return _pass(steered, dict(enumerate(rows.req_ids)), step, table, requests)
 
 
-def second_pass(
+def second_product(
     step: DynamicStep,
     rows: BatchRows,
     slots_of: RequestSlots,
     table: HeadTable,
     requests: DynamicRequests,
-) -> HeadPass | None:
+) -> HeadProduct | None:
     """The rows of ``step.alone``, numbered in that order."""
     req_ids = [rows.req_ids[row] for row in step.alone]
     return _pass(
@@ -109,7 +111,7 @@ def _pass(
     step: DynamicStep,
     table: HeadTable,
     requests: DynamicRequests,
-) -> HeadPass | None:
+) -> HeadProduct | None:
     """Add where the strengths of dynamic pairs are in the pool."""
     if steered is None:
         return None
@@ -124,7 +126,7 @@ def _pass(
             if pair is not None:
                 pairs.append(pair)
                 indices.append(request.starts[index] + step.steps[req_id])
-    return HeadPass(steered, np.array(pairs, dtype=np.int64), np.array(indices, dtype=np.int64))
+    return HeadProduct(steered, np.array(pairs, dtype=np.int64), np.array(indices, dtype=np.int64))
 
 
 def _find(steered: SteeredRows, row: int, slot: int) -> int | None:

@@ -11,7 +11,13 @@ from vllm_steer.serving.cache_key import steered_salt
 from vllm_steer.serving.dynamic.request_group import RequestGroup
 from vllm_steer.serving.dynamic.scheduler import missing_scheduler_names, stream_scheduler_of
 from vllm_steer.serving.dynamic.streams import needs_streams, probed_doses
-from vllm_steer.serving.request_args import STREAM, RejectedSteer, Stream, doses_of, steer_argument
+from vllm_steer.serving.request_args import (
+    STREAM,
+    RejectedSteer,
+    StreamRequest,
+    doses_of,
+    steer_argument,
+)
 
 
 def preprocess_dynamic(
@@ -67,7 +73,7 @@ def _make_streams(request: Any, salt: str | None, doses: Any, plan: SteerPlan) -
     params = request.sampling_params
     stream_requests = []
     for dose in (None, *probed_doses(doses, plan)):
-        stream = Stream(request.request_id, steer_argument(params), dose)
+        stream = StreamRequest(request.request_id, steer_argument(params), dose)
         stream_request = copy.copy(request)
         role = "base" if dose is None else f"probe-{dose}"
         stream_request.request_id = f"{request.request_id}-{role}"

@@ -17,7 +17,7 @@ from vllm_steer.kernels.lm_steer import reference, torch_grouped
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.head import SteeredHead
-from vllm_steer.serving.request_args import STREAM, Stream
+from vllm_steer.serving.request_args import STREAM, StreamRequest
 from vllm_steer.serving.step import Step
 
 CPU = torch.device("cpu")
@@ -95,7 +95,9 @@ def params(req_id: str, steer: Any) -> Any:
     main, _, role = req_id.partition("_")
     extra = {"steer": steer}
     if role:
-        extra = {STREAM: Stream(main, steer, None if role == "base" else int(role)).to_args()}
+        extra = {
+            STREAM: StreamRequest(main, steer, None if role == "base" else int(role)).to_args()
+        }
     return SimpleNamespace(extra_args=extra, max_tokens=6)
 
 
