@@ -98,6 +98,7 @@ def shares(report: Any, steer: str) -> list[float]:
     return [result[strength] for strength in STRENGTHS]
 
 
+@pytest.mark.matrix
 def test_the_effect_rises_with_strength_and_the_control_stays(evaluated: Any) -> None:
     report = json.loads(evaluated.stdout)
     steer, random = shares(report, "steer"), shares(report, "random")
@@ -110,6 +111,7 @@ def test_the_effect_rises_with_strength_and_the_control_stays(evaluated: Any) ->
     assert pnes["steer"]["pnes"] > 5 * pnes["random"]["pnes"]
 
 
+@pytest.mark.matrix
 def test_the_report_says_what_it_stands_on(evaluated: Any, folder: Path) -> None:
     report = json.loads(evaluated.stdout)
     assert json.loads((folder / "report.json").read_text()) == report
@@ -125,11 +127,13 @@ def test_the_report_says_what_it_stands_on(evaluated: Any, folder: Path) -> None
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.matrix
 def test_a_judge_that_is_not_at_hand_is_named(evaluated: Any) -> None:
     assert list(json.loads(evaluated.stdout)["not_at_hand"]) == ["perspective"]
     assert "not available: perspective: " in evaluated.stderr
 
 
+@pytest.mark.matrix
 def test_every_text_is_there_and_differs_by_its_seed(evaluated: Any, folder: Path) -> None:
     names = sorted(path.stem for path in (folder / "generations").iterdir())
     steered = [f"{steer}{v:+g}" for steer in ("random", "steer") for v in (2.5, 5, -2.5, -5)]
@@ -140,6 +144,7 @@ def test_every_text_is_there_and_differs_by_its_seed(evaluated: Any, folder: Pat
         assert all(len(texts) == SAMPLES and len(set(texts)) > 4 for texts in result.values())
 
 
+@pytest.mark.matrix
 def test_killed_after_a_setting_it_goes_on_there(
     killed: dict[str, Any], evaluated: Any, folder: Path
 ) -> None:
@@ -148,6 +153,7 @@ def test_killed_after_a_setting_it_goes_on_there(
     assert killed.items() <= now.items()
 
 
+@pytest.mark.matrix
 def test_finished_settings_are_not_generated_again(
     evaluated: Any, folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,6 +284,7 @@ def command(output: Path, data: Path, *options: str) -> list[str]:
     ]
 
 
+@pytest.mark.matrix
 def test_a_killed_command_leaves_the_old_steer_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     data, output = tmp_path / "reviews.csv", tmp_path / "steer.safetensors"
     rows = "".join(f'"{s.text}",{s.sentiment}\n' for s in SAMPLES)

@@ -31,6 +31,7 @@ def run_scenario(*arguments: str, **environment: str) -> str:
 
 
 @v1_only
+@pytest.mark.matrix
 def test_ngram_speculation_with_several_logits_rows_per_request() -> None:
     assert "accepted drafts" in run_scenario("ngram-speculation")
 

@@ -44,7 +44,16 @@ def assert_mixed_batch(
     return outputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("llama", "gpt2", "gemma2-soft-cap-tied")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in QUICK else [pytest.mark.matrix])
+        for family in FAMILIES
+    ],
+)
 def test_mixed_batch_on_each_family_with_prompt_logprobs(
     family: str, steers: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -103,6 +112,7 @@ def test_forced_preemption(llama: Path, steers: dict[str, Any], tmp_path: Path) 
 
 
 @v1_only
+@pytest.mark.matrix
 def test_compiled_model(llama: Path, steers: dict[str, Any], tmp_path: Path) -> None:
     assert_mixed_batch(llama, steers, tmp_path, enforce_eager=False)
 

@@ -306,7 +306,13 @@ def serve(request: pytest.FixtureRequest) -> Callable[[Path], tuple[int, str]]:
     return run
 
 
-@pytest.mark.parametrize("case", ["unknown-key", "wrong-hidden-size", "alias-bomb", "code"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "wrong-hidden-size",
+        *(pytest.param(c, marks=pytest.mark.matrix) for c in ("unknown-key", "alias-bomb", "code")),
+    ],
+)
 def test_a_real_server_ends_with_an_error_code_and_the_message(
     serve: Any, folder: Path, case: str
 ) -> None:
