@@ -10,7 +10,10 @@ HAS_CARD = torch.cuda.is_available()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark this folder's tests, those in float16 as the longer matrix; without a card and without the interpreter none of them can run."""
+    """Mark this folder's tests, those in float16 for the longer matrix.
+
+    Without a card and without the interpreter none of them can run.
+    """
     here = os.path.dirname(__file__)
     for item in items:
         if str(item.path).startswith(here):

@@ -12,7 +12,7 @@ SUPPORTED: Final = f"{OLDEST} to {NEWEST}"
 
 
 def is_supported(version: str) -> bool:
-    """Whether this is a supported vLLM version; ``docs/compatibility.md`` has those that were run."""
+    """Whether this vLLM version is supported. Which were run: ``docs/compatibility.md``."""
     try:
         parsed = Version(version)
     except InvalidVersion:
