@@ -8,9 +8,9 @@ from pathlib import Path
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser that is described by the first line of ``doc`` and asks for ``--json``."""
-    made = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
-    made.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
-    return made
+    result = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    result.add_argument("--json", type=Path, required=True, metavar="OUT", help="result file")
+    return result
 
 
 def numbers(text: str) -> list[int]:
@@ -30,11 +30,11 @@ def add_names(parser: argparse.ArgumentParser, flag: str, known: Collection[str]
             raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {list(known)}")
         return names
 
-    said = f"some of {', '.join(known)}, in the order to measure them in"
-    parser.add_argument(flag, type=parse, default=list(known), metavar="NAME,...", help=said)
+    help_text = f"some of {', '.join(known)}, in the order to measure them in"
+    parser.add_argument(flag, type=parse, default=list(known), metavar="NAME,...", help=help_text)
 
 
 def add_seconds(parser: argparse.ArgumentParser) -> None:
     """The time of a run."""
-    said = "begin no case later than this; what is left out stands in the result"
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help=said)
+    help_text = "begin no case later than this; what is left out stands in the result"
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="N", help=help_text)

@@ -58,8 +58,10 @@ class Grid:
         batches = {(rows, min(d, rows)) for rows, d in product(self.rows, self.distinct)}
         for shape, batch in product(self.shapes, sorted(batches)):
             yield LMSteerCase(*shape, *batch)
-        for mode, tokens, taken in product(("add", "rotate"), self.tokens, self.directions):
-            yield GuidanceCase(mode, tokens, self.width, taken)
+        for mode, tokens, num_directions in product(
+            ("add", "rotate"), self.tokens, self.directions
+        ):
+            yield GuidanceCase(mode, tokens, self.width, num_directions)
         for doses in self.doses:
             yield DivergenceCase(doses, self.vocab)
 

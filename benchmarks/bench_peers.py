@@ -47,8 +47,8 @@ def main() -> None:
             lines, threads = measure(peer, args, Path(folder))
             result.data["threads"] = threads or result.data.get("threads")
             for line in lines:
-                said = line.get("skipped") or f"{line['rows']} rows: {line['ratio_median']}"
-                result.add(line, f"{line['name']}, {said}")
+                message = line.get("skipped") or f"{line['rows']} rows: {line['ratio_median']}"
+                result.add(line, f"{line['name']}, {message}")
     result.show()
 
 
@@ -60,9 +60,9 @@ def measure(peer: str, args: argparse.Namespace, folder: Path) -> tuple[list[Lin
         write_checkpoint(sizes, model, getattr(torch, args.dtype))
         write_steers(sizes, steers, count=1, rank=args.rank)
         write_vectors(sizes, steers)
-    given = {key: getattr(args, key) for key in ("dtype", "rank", "rows", "repeats", "steps")}
+    options = {key: getattr(args, key) for key in ("dtype", "rank", "rows", "repeats", "steps")}
     try:
-        return in_own_process(run, PeerJob(peer, shape, model, steers, **given))
+        return in_own_process(run, PeerJob(peer, shape, model, steers, **options))
     except Exception as error:
         if peer != LORA:  # other code than ours, on a machine that it may not support
             raise

@@ -75,10 +75,10 @@ def compare(folder: Path, run: Path, samples: int) -> Any:
 
 def tried(report: Any) -> Iterator[Line]:
     """What was tried for ``PAIR``."""
-    for each in report.data["choosing"]:
-        if each["combination"] == PAIR:
-            found = {"method": each["method"], "strengths": in_words(each["steer"])}
-            yield found | {"all": each["accuracy"], "perplexity": each["perplexity"]}
+    for candidate in report.data["choosing"]:
+        if candidate["combination"] == PAIR:
+            row = {"method": candidate["method"], "strengths": in_words(candidate["steer"])}
+            yield row | {"all": candidate["accuracy"], "perplexity": candidate["perplexity"]}
 
 
 def lines(report: Any) -> Iterator[Line]:
@@ -94,25 +94,25 @@ def lines(report: Any) -> Iterator[Line]:
     judges = PropertyJudges(report.spec, property_judges(report.spec))
     for combination in report.spec.combinations:
         shares = {}
-        for each in report.of(combination):
-            name = each.row.candidate.name
-            texts = zip(*judges.has_all(combination, name, each.answers), strict=True)
-            shares[each.row.title] = [statistics.fmean(of_seed) for of_seed in texts]
+        for setting in report.of(combination):
+            name = setting.row.candidate.name
+            texts = zip(*judges.has_all(combination, name, setting.answers), strict=True)
+            shares[setting.row.title] = [statistics.fmean(of_seed) for of_seed in texts]
         other = shares.get("best fixed", shares.get("fixed"))
-        for each in report.of(combination):
-            own = shares[each.row.title]
-            beside, error = mean_and_error([a - b for a, b in zip(own, other, strict=True)])
-            figures = {name: of for judge in each.judges.values() for name, of in judge.items()}
+        for setting in report.of(combination):
+            own_shares = shares[setting.row.title]
+            beside, error = mean_and_error([a - b for a, b in zip(own_shares, other, strict=True)])
+            figures = {name: of for judge in setting.judges.values() for name, of in judge.items()}
             yield {
                 "combination": "+".join(combination),
-                "seen": each.row.seen,
-                "method": each.row.title,
-                "strengths": in_words(dict(each.row.candidate.steer)),
-                "all": each.accuracy,
-                "all_error": mean_and_error(own)[1],
+                "seen": setting.row.seen,
+                "method": setting.row.title,
+                "strengths": in_words(dict(setting.row.candidate.steer)),
+                "all": setting.accuracy,
+                "all_error": mean_and_error(own_shares)[1],
                 "beside": beside,
                 "beside_error": error,
-                "shares": dict(each.shares),
+                "shares": dict(setting.shares),
                 "perplexity": figures["total_perplexity"],
                 "median": figures["median"],
                 "dist_2": figures["dist-2"],
@@ -126,13 +126,13 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def in_words(steer: dict[str, Any]) -> str:
     """Strengths as the table has them: ``fr 1.25, cheer to 0.75 (top-p 0.5)``."""
-    said = []
+    parts = []
     for name, dose in steer.items():
         if dose["strength"] == "dynamic":
-            said.append(f"{name} to {dose['max']:g} (top-p {dose['top_p']:g})")
+            parts.append(f"{name} to {dose['max']:g} (top-p {dose['top_p']:g})")
         else:
-            said.append(f"{name} {dose['strength']:g}")
-    return ", ".join(said)
+            parts.append(f"{name} {dose['strength']:g}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

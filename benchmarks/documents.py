@@ -32,8 +32,8 @@ def filled(text: str) -> str:
 
     def fill(block: re.Match[str]) -> str:
         start, kind, name, end = block.groups()
-        made = wrapped() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
-        return f"{start}\n{made}\n\n{end}"
+        text = wrapped() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
+        return f"{start}\n{text}\n\n{end}"
 
     return BLOCK.sub(fill, text)
 

@@ -42,8 +42,8 @@ def gpt2(hidden: int, layers: int, heads: int, vocab: int = 50257) -> ModelShape
         "bos_token_id": vocab - 1,
         "eos_token_id": vocab - 1,
     }
-    read = layers * 12 * hidden**2 + vocab * hidden
-    return ModelShape(config, hidden, layers, vocab, read, 2 * layers * hidden)
+    num_weights = layers * 12 * hidden**2 + vocab * hidden
+    return ModelShape(config, hidden, layers, vocab, num_weights, 2 * layers * hidden)
 
 
 def llama(
@@ -66,8 +66,8 @@ def llama(
         "eos_token_id": vocab - 1,
     }
     per_layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
-    read, kv_size = layers * per_layer + vocab * hidden, 2 * layers * kv_heads * head_dim
-    return ModelShape(config | changes, hidden, layers, vocab, read, kv_size)
+    num_weights, kv_size = layers * per_layer + vocab * hidden, 2 * layers * kv_heads * head_dim
+    return ModelShape(config | changes, hidden, layers, vocab, num_weights, kv_size)
 
 
 LLAMA_3 = {

@@ -76,23 +76,23 @@ def resources(compiled: Any) -> Resources:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source)]
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "-o", f"{folder}/cubin"], check=True, capture_output=True, text=True
         )
-    said = done.stdout + done.stderr
+    output = process.stdout + process.stderr
     return Resources(
-        registers=_number(r"Used (\d+) registers", said),
+        registers=_number(r"Used (\d+) registers", output),
         shared_bytes=compiled.metadata.shared,
-        spilled_bytes=_number(r"(\d+) bytes spill stores", said),
+        spilled_bytes=_number(r"(\d+) bytes spill stores", output),
         tensor_cores="wgmma" in ptx or "mma.sync" in ptx,
     )
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"the assembler did not say {pattern!r}:\n{text}")
-    return int(found[1])
+    return int(match[1])
 
 
 def lm_steer_tables(width: int, rank: int, dtype: torch.dtype) -> SteerWeights:

@@ -10,13 +10,13 @@ from multiprocessing import get_context
 from typing import Any
 
 
-def in_own_process(function: Callable[..., Any], *given: object) -> Any:
+def in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
     """What ``function`` returns or raises in a new Python, which ends with it.
 
     For what changes its process for good, such as vLLM and its plugins, and for peak memory.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *given).result()
+        return pool.submit(function, *arguments).result()
 
 
 def end_group(process: "subprocess.Popen[Any]", patience_s: float) -> None:

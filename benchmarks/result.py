@@ -23,12 +23,12 @@ class Result:
         self._path = path
         self.data: dict[str, Any] = {**describe_run(benchmark), **settings, "rows": []}
 
-    def add(self, line: dict[str, Any], said: str | None = None) -> None:
+    def add(self, line: dict[str, Any], message: str | None = None) -> None:
         """Add a line, write the file, show ``said``."""
         self.data["rows"].append(line)
         self.write()
-        if said is not None:
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
+        if message is not None:
+            console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def write(self, **settings: Any) -> None:
         """Write the file, with more ``settings`` than the head had."""

@@ -168,8 +168,8 @@ class SpeedRatioBench:
             half = [steer if row % 2 == 0 else None for row, steer in enumerate(case.steers)]
             check_engine(engine, half, self.shape)
         plain, other = (self.engine(name) for name in FIGURES[case.name])
-        asked = (plain, [None] * case.rows), (other, case.steers)
-        rounds = compare(*asked, self._args.steps, self.shape.vocab_size, self._args.repeats)
+        sides = (plain, [None] * case.rows), (other, case.steers)
+        rounds = compare(*sides, self._args.steps, self.shape.vocab_size, self._args.repeats)
         check_legs(rounds, steered=steering)
         if steering:
             check_engine(engine, case.steers, self.shape)

@@ -177,10 +177,10 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def title(result: Line) -> str:
     """What was measured, where and with what."""
     machine, versions = result["machine"], result["versions"]
-    what = [result[key] for key in ("shape", "dtype") if key in result]
+    parts = [result[key] for key in ("shape", "dtype") if key in result]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     used = [f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions[name]]
-    return ", ".join([*what, device, *used, result["date"][:10]])
+    return ", ".join([*parts, device, *used, result["date"][:10]])
 
 
 def origin(result: Line) -> str:
@@ -204,7 +204,7 @@ def over_batch_sizes(rows: list[Line]) -> Cells:
             pivot.setdefault((line["name"], steers), {})[line["rows"]] = ratio(line)
     heads = ["figure", "steers", *(f"{size} row{'s' * (size > 1)}" for size in sizes)]
     return heads, [
-        [*name, *(found.get(size, "-") for size in sizes)] for name, found in pivot.items()
+        [*name, *(cells.get(size, "-") for size in sizes)] for name, cells in pivot.items()
     ]
 
 
@@ -215,8 +215,8 @@ def _steers(line: Line) -> list[str]:
     if line["name"] != "steered":
         return ["a strength per row"]
     one_each = ["one per row"] if line["distinct"] == line["rows"] else []
-    few = [str(line["distinct"])] if line["distinct"] <= SHARED else []
-    return [*few, *one_each]
+    counts = [str(line["distinct"])] if line["distinct"] <= SHARED else []
+    return [*counts, *one_each]
 
 
 def over_forms(rows: list[Line]) -> Cells:
@@ -230,8 +230,8 @@ def over_forms(rows: list[Line]) -> Cells:
         case = tuple(line[key] for key in ("width", "rank", "rows", "distinct"))
         pivot.setdefault(case, {"floor": number("floor_us", 1)(line)})[line["form"]] = time(line)
     return ["d", "r", "rows", "steers", "floor", *forms], [
-        [*map(str, case), *(found.get(name, "-") for name in ("floor", *forms))]
-        for case, found in pivot.items()
+        [*map(str, case), *(cells.get(name, "-") for name in ("floor", *forms))]
+        for case, cells in pivot.items()
     ]
 
 

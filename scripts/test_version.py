@@ -49,11 +49,11 @@ def main() -> None:
     result = json.loads(path.read_text("utf-8")) if path.exists() else {"runs": {}}
     result["vllm"] = version_arg.version
     for name in names:
-        found = run(name, version_arg.version, version_arg.processes)
-        result["runs"][name] = found
+        counts_of_run = run(name, version_arg.version, version_arg.processes)
+        result["runs"][name] = counts_of_run
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        counts = ", ".join(f"{found[key]} {key}" for key in ("passed", "failed", "skipped"))
+        counts = ", ".join(f"{counts_of_run[key]} {key}" for key in ("passed", "failed", "skipped"))
         print(f"[vllm {version_arg.version}, {name}] {counts}", flush=True)
     sys.exit(any(result["runs"][name]["exit_code"] for name in names))
 

@@ -24,9 +24,9 @@ def call(path: str, *arguments: Any) -> Raw:
     return Raw(name(path) + code(tuple(arguments)) + b"R")
 
 
-def namespace(**said: Any) -> Raw:
+def namespace(**fields: Any) -> Raw:
     """An ``argparse.Namespace`` with these attributes."""
-    return made("argparse.Namespace", dict(said))
+    return made("argparse.Namespace", dict(fields))
 
 
 def made(cls: str, state: Any) -> Raw:
@@ -104,21 +104,23 @@ def archive(
     pickle: bytes | None,
     *,
     folder: str = "archive",
-    where: str | None = None,
+    folder_name: str | None = None,
     records: Mapping[str, bytes] | None = None,
-    more: Iterable[tuple[str, bytes]] = (),
+    extra_records: Iterable[tuple[str, bytes]] = (),
     compression: int = zipfile.ZIP_STORED,
 ) -> bytes:
     """What ``torch.save`` writes, by hand: the pickle, its storages, and whatever else."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as written:
+    with zipfile.ZipFile(file, "w", compression) as zip_file:
         if pickle is not None:
-            written.writestr(zipfile.ZipInfo(where or f"{folder}/data.pkl"), pickle, compression)
+            zip_file.writestr(
+                zipfile.ZipInfo(folder_name or f"{folder}/data.pkl"), pickle, compression
+            )
         for key, data in ({"0": FLOATS} if records is None else records).items():
-            written.writestr(zipfile.ZipInfo(f"{folder}/data/{key}"), data, compression)
-        for extra, data in more:
-            written.writestr(zipfile.ZipInfo(extra), data, compression)
-        written.writestr(zipfile.ZipInfo(f"{folder}/version"), b"3\n", compression)
+            zip_file.writestr(zipfile.ZipInfo(f"{folder}/data/{key}"), data, compression)
+        for extra, data in extra_records:
+            zip_file.writestr(zipfile.ZipInfo(extra), data, compression)
+        zip_file.writestr(zipfile.ZipInfo(f"{folder}/version"), b"3\n", compression)
     return file.getvalue()
 
 

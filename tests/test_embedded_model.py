@@ -197,14 +197,14 @@ def test_guided_sentiment_follows_the_sign_of_the_strength_in_english() -> None:
 
 @pytest.mark.parametrize("name", ["french-vector", "french-delta"])
 @pytest.mark.parametrize("sentiment", [-5.0, 5.0])
-def test_language_and_sentiment_are_reached_at_once(name: str, sentiment: float) -> None:
+def test_language_and_sentiment_are_steered_together(name: str, sentiment: float) -> None:
     texts = guided(at_default(name) | {"sentiment": sentiment})
     positive = lexicon.positive_share(texts)
     assert language_share(texts, "fr") >= 0.8
     assert positive >= 0.7 if sentiment > 0 else positive <= 0.3
 
 
-def test_a_vector_a_delta_and_an_lm_steer_are_reached_at_once() -> None:
+def test_a_vector_a_delta_and_an_lm_steer_act_together() -> None:
     (strengths,) = (mix for name, mix in plan().presets.items() if name == "french-thanks")
     texts = guided(strengths)
     assert language_share(texts, "fr") >= 0.8
@@ -274,7 +274,7 @@ def test_distinct_n_pools_the_texts() -> None:
     assert lexicon.distinct_n(["a"], 2) == 0.0
 
 
-def test_known_share_counts_words_that_the_grammar_has() -> None:
+def test_known_share_counts_words_of_the_grammar() -> None:
     assert lexicon.known_share(["The hotel wasissful. The shower"]) == 3 / 4
     assert lexicon.known_share(["", "The"]) == 1.0
     assert lexicon.known_share(s.text for s in corpus.generate(500, seed=5)) == 1.0

@@ -133,21 +133,21 @@ def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
         def batch(size: int, **options: Any) -> str:
             """The last requests: batches that need padding, with other neighbours each time."""
             some = fixed[-size:]
-            found = _ask(llm, [requests[i] for i in some], tokens, **options)
-            return _compare(some, found, references)
+            outputs = _ask(llm, [requests[i] for i in some], tokens, **options)
+            return _compare(some, outputs, references)
 
         def without_steers() -> str:
-            found = [_exact(output) for output in _ask(llm, plain, tokens)]
-            worst = max(map(_difference, found, unsteered))
-            pairs = enumerate(zip(found, unsteered, strict=True))
+            numbers = [_exact(output) for output in _ask(llm, plain, tokens)]
+            worst = max(map(_difference, numbers, unsteered))
+            pairs = enumerate(zip(numbers, unsteered, strict=True))
             different = [i for i, (one, other) in pairs if one != other]
             assert not different, f"requests {different} differ, logprobs by {worst:.1e}"
-            return f"{len(found)} requests, number for number"
+            return f"{len(numbers)} requests, number for number"
 
         def dynamic_strengths() -> str:
             most = len(references[f"tokens_{dynamic[0]}"])
-            found = _ask(llm, [requests[i] for i in dynamic], most)
-            return _compare_dynamic(dynamic, found, requests, references)
+            outputs = _ask(llm, [requests[i] for i in dynamic], most)
+            return _compare_dynamic(dynamic, outputs, requests, references)
 
         run("all together, prompt logprobs", lambda: batch(len(fixed), prompt_logprobs=1))
         run("batches of 13, 3 and 1", lambda: "; ".join(batch(size) for size in (13, 3, 1)))
@@ -167,11 +167,11 @@ class _Checks:
 
     def __call__(self, name: str, check: Callable[[], str]) -> None:
         try:
-            ok, said = True, check()
+            ok, report = True, check()
         except Exception:
-            ok, said = False, traceback.format_exc()[-2000:]
-        self._checks.append({"name": name, "ok": ok, "said": said})
-        print(f"{name}: {'holds' if ok else 'FAILS'}: {said.splitlines()[-1][:200]}", flush=True)
+            ok, report = False, traceback.format_exc()[-2000:]
+        self._checks.append({"name": name, "ok": ok, "said": report})
+        print(f"{name}: {'holds' if ok else 'FAILS'}: {report.splitlines()[-1][:200]}", flush=True)
 
 
 def _compare(
@@ -219,17 +219,17 @@ def _compare_dynamic(
     """Strengths and texts, up to the first step whose likeliest tokens rounding may choose."""
     worst, steps = 0.0, 0
     for index, output in zip(indices, outputs, strict=True):
-        given = output.outputs[0].steer_strengths
+        strengths = output.outputs[0].steer_strengths
         names = [
             name
             for name, dose in requests[index]["steer"].items()
             if isinstance(dose, dict) and dose["strength"] == "dynamic"
         ]
-        wanted, borders = references[f"strengths_{index}"], references[f"borders_{index}"]
+        expected, borders = references[f"strengths_{index}"], references[f"borders_{index}"]
         sure = (borders > SURE).all(0) & (references[f"margins_{index}"] > SURE)
         for step in range(len(sure) if sure.all() else int(sure.argmin())):
             for row, name in enumerate(names):
-                error = abs(given[name][step] - wanted[row, step])
+                error = abs(strengths[name][step] - expected[row, step])
                 assert error <= 1e-3, f"request {index}, {name}, step {step}: {error:.2e}"
                 worst, steps = max(worst, error), steps + 1
             token = int(references[f"tokens_{index}"][step])
@@ -273,8 +273,8 @@ def _compiled_from_now_on() -> list[str]:
 def _nothing_of_ours(compiled: list[str], result: dict[str, Any]) -> str:
     """vLLM's own kernels may compile at their first prompts; those of the plugin are ready."""
     result["compiled_while_serving"] = compiled
-    ours = [name for name in compiled if "vllm_steer" in name]
-    assert not ours, f"compiled while serving: {', '.join(ours)}"
+    own_kernels = [name for name in compiled if "vllm_steer" in name]
+    assert not own_kernels, f"compiled while serving: {', '.join(own_kernels)}"
     return f"{len(compiled)} kernels of others"
 
 

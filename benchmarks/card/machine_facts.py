@@ -45,10 +45,10 @@ def _nvidia_smi() -> list[str]:
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return []
-    return done.stdout.strip().splitlines()
+    return process.stdout.strip().splitlines()
 
 
 if __name__ == "__main__":

@@ -48,14 +48,14 @@ def main() -> None:
     _write_references(pack, dry=args.dry)
     if args.vllm is not None:
         shutil.copyfile(args.vllm, pack / "vllm.tar.xz")
-    made = {
+    facts = {
         "git": describe_commit(),
         "versions": describe_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "vllm_archive": args.vllm is not None,
     }
-    (pack / "made.json").write_text(json.dumps(made, indent=1) + "\n")
-    (pack / "benchmarks" / "commit.json").write_text(json.dumps(made["git"]) + "\n")
+    (pack / "made.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (pack / "benchmarks" / "commit.json").write_text(json.dumps(facts["git"]) + "\n")
     size = sum(path.stat().st_size for path in pack.rglob("*") if path.is_file()) / 2**20
     if size > LIMIT_MIB:
         sys.exit(f"{pack} has {size:.1f} MiB; {LIMIT_MIB} can be carried")
@@ -73,9 +73,9 @@ def _sources(folder: Path) -> Path:
 
 def _install(*options: str) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    done = subprocess.run([*pip, "--no-deps", "--no-compile", *options], cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.run([*pip, "--no-deps", "--no-compile", *options], cwd=ROOT)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -96,9 +96,9 @@ def _write_references(pack: Path, *, dry: bool) -> None:
     )
     if not dry:
         code += f"; references.write(Path({str(pack / 'data')!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def _arguments() -> argparse.Namespace:

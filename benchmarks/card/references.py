@@ -46,12 +46,12 @@ def write(folder: Path, *, few: bool = False) -> None:
     fixed = [*MIXED, *GUIDED][:: 9 if few else 1]
     dynamic = SETTINGS[:: 10 if few else 1]
     model, arrays, requests = load_reference(path), {}, []
-    asked = prompts(len(fixed) + len(dynamic))
-    for index, (setting, prompt) in enumerate(zip([*fixed, *dynamic], asked, strict=True)):
+    all_prompts = prompts(len(fixed) + len(dynamic))
+    for index, (setting, prompt) in enumerate(zip([*fixed, *dynamic], all_prompts, strict=True)):
         ids, doses = prompt["prompt_token_ids"], doses_of(setting, steers)
         is_dynamic = index >= len(fixed)
-        found = (_dynamic if is_dynamic else _fixed)(model, ids, doses, steers)
-        arrays |= {f"{name}_{index}": array for name, array in found.items()}
+        results = (_dynamic if is_dynamic else _fixed)(model, ids, doses, steers)
+        arrays |= {f"{name}_{index}": array for name, array in results.items()}
         requests.append({"prompt": ids, "steer": setting, "dynamic": is_dynamic})
     np.savez_compressed(folder / "references.npz", **arrays)
     (folder / "requests.json").write_text(json.dumps(requests, indent=1) + "\n")

@@ -45,9 +45,9 @@ class Running:
         self._json = places.out / f"{phase.name}.json"
         self._log = places.out / f"{phase.name}.log"
         self._begun = time.monotonic()
-        named = {f"{{{name}}}": path for name, path in vars(places).items()}
-        named["{json}"] = self._json
-        command = [_filled(part, named) for part in phase.command]
+        placeholders = {f"{{{name}}}": path for name, path in vars(places).items()}
+        placeholders["{json}"] = self._json
+        command = [_filled(part, placeholders) for part in phase.command]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *command],
@@ -73,20 +73,20 @@ class Running:
             "phase": self.phase.name,
             "state": state,
             "seconds": round(seconds, 1),
-            "said": self._said(),
+            "said": self._report_text(),
         }
 
-    def _said(self) -> str:
+    def _report_text(self) -> str:
         """The summary of its JSON; of a phase that left none or a half, its log's last line."""
         try:
-            found = json.loads(self._json.read_text())
+            result = json.loads(self._json.read_text())
         except (OSError, ValueError):
-            found = {}
-        if "summary" in found:
-            return str(found["summary"])[:400]
-        if "rows" in found:
-            left_out = len(found.get("left_out") or ())
-            return f"{len(found['rows'])} lines" + (f", {left_out} left out" * bool(left_out))
+            result = {}
+        if "summary" in result:
+            return str(result["summary"])[:400]
+        if "rows" in result:
+            left_out = len(result.get("left_out") or ())
+            return f"{len(result['rows'])} lines" + (f", {left_out} left out" * bool(left_out))
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else ""
 
@@ -96,9 +96,14 @@ class Summary:
 
     def __init__(self, args: argparse.Namespace, places: Places) -> None:
         self._path = places.out / "summary.json"
-        made = json.loads((places.pack / "made.json").read_text())
+        facts = json.loads((places.pack / "made.json").read_text())
         self.phases: list[dict[str, Any]] = []
-        self._data = {"dry": args.dry, "seconds": args.seconds, "pack": made, "phases": self.phases}
+        self._data = {
+            "dry": args.dry,
+            "seconds": args.seconds,
+            "pack": facts,
+            "phases": self.phases,
+        }
         self._write()
 
     def add(self, result: dict[str, Any]) -> None:
@@ -125,8 +130,8 @@ def main() -> int:
         summary = Summary(args, places)
         deadline = time.monotonic() + args.seconds
         for group in phases(dry=args.dry):
-            asked = [phase for phase in group if not args.only or phase.name in args.only]
-            _run(asked, places, deadline, summary)
+            chosen = [phase for phase in group if not args.only or phase.name in args.only]
+            _run(chosen, places, deadline, summary)
     print("\nSUMMARY", *map(summary.line, summary.phases), sep="\n", flush=True)
     return 0 if all(result["state"] == "ok" for result in summary.phases) else 1
 
@@ -146,9 +151,9 @@ def _run(group: list[Phase], places: Places, deadline: float, summary: Summary) 
             summary.add({"phase": phase.name, "state": f"did not start: {error}"})
     while running:
         time.sleep(POLL_S)
-        for each in list(running):
-            if result := each.ended():
-                running.remove(each)
+        for running_phase in list(running):
+            if result := running_phase.ended():
+                running.remove(running_phase)
                 summary.add(result)
 
 
@@ -161,10 +166,12 @@ def _filled(part: str, places: dict[str, Path]) -> str:
 def _environment(places: Places, phase: Phase) -> dict[str, str]:
     """The package and what the machine lacks come first; every process has caches of its own."""
     pack, scratch = places.pack, places.scratch
-    found = [pack / "site", scratch / "vllm", pack / "tests", pack / "extra"]
-    given = os.environ.get("PYTHONPATH")
+    folders = [pack / "site", scratch / "vllm", pack / "tests", pack / "extra"]
+    python_path = os.environ.get("PYTHONPATH")
     return {
-        "PYTHONPATH": os.pathsep.join([*map(str, found), *([given] if given else [])]),
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, folders), *([python_path] if python_path else [])]
+        ),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": "1",

@@ -43,10 +43,10 @@ class DynamicBench:
         return run_leg(self.llm, prompts, steers, self.tokens)
 
     def line(
-        self, figure: str, what: str, requests: int, ratios: Sequence[float], **numbers: Any
+        self, figure: str, label: str, requests: int, ratios: Sequence[float], **numbers: Any
     ) -> dict[str, Any]:
         """One line of the result."""
-        head = {"model": self.name, "figure": figure, "what": what, "requests": requests}
+        head = {"model": self.name, "figure": figure, "what": label, "requests": requests}
         return head | numbers | spread("ratio", ratios) | {"rounds": len(ratios)}
 
 

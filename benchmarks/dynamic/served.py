@@ -94,7 +94,7 @@ def run_leg(
     from vllm.sampling_params import RequestOutputKind
 
     engine, arrivals = llm.llm_engine, []
-    written: list[list[int]] = [[] for _ in steers]
+    tokens_by_request: list[list[int]] = [[] for _ in steers]
     for row, (prompt, steer) in enumerate(zip(prompts, steers, strict=True)):
         params = greedy(tokens, steer, output_kind=RequestOutputKind.DELTA)
         engine.add_request(str(row), {"prompt_token_ids": prompt}, params)
@@ -102,11 +102,11 @@ def run_leg(
         outputs = engine.step()
         now = perf_counter()
         for output in outputs:
-            written[int(output.request_id)] += output.outputs[0].token_ids
+            tokens_by_request[int(output.request_id)] += output.outputs[0].token_ids
             if output.request_id == "0" and output.outputs[0].token_ids:
                 arrivals.append(now)
-    assert all(len(row) == tokens for row in written), "a request ended early"
-    return DynamicLeg(token_time_ms(arrivals), tuple(map(tuple, written)))
+    assert all(len(row) == tokens for row in tokens_by_request), "a request ended early"
+    return DynamicLeg(token_time_ms(arrivals), tuple(map(tuple, tokens_by_request)))
 
 
 def token_time_ms(arrivals: Sequence[float]) -> float:

@@ -54,10 +54,12 @@ class DivergenceCase(OperationCase):
 
         def check(results: Tensors) -> float:
             """A few doses against a sort in float64."""
-            few = doses[:2]
-            rows = logits[torch.cat([few, few + self.doses])].double()
-            expected, _ = torch_sort.divergence(rows, few, few + len(few), float(top_p[0]))
-            actual = results[0][: len(few)].double()
+            two_doses = doses[:2]
+            rows = logits[torch.cat([two_doses, two_doses + self.doses])].double()
+            expected, _ = torch_sort.divergence(
+                rows, two_doses, two_doses + len(two_doses), float(top_p[0])
+            )
+            actual = results[0][: len(two_doses)].double()
             error = float(((actual - expected).abs() / expected.abs().clamp(min=1e-3)).max())
             assert error <= 1e-3, f"a KL is wrong by {error:.2g}"
             return error

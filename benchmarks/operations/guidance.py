@@ -55,13 +55,13 @@ class GuidanceCase(OperationCase):
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=bench.device, generator=generator)
 
-        vectors, turns = random(LAYERS, DIRECTIONS + 1, self.width), None
+        vectors, is_rotation = random(LAYERS, DIRECTIONS + 1, self.width), None
         vectors[:, 0] = 0
         if self.case == "rotate":
             vectors[:, 1:] /= vectors[:, 1:].norm(dim=2, keepdim=True)
-            turns = torch.ones(DIRECTIONS + 1, device=bench.device)
-            turns[0] = 0
-        directions, token_map = Directions(vectors, turns), self._token_map(bench.device)
+            is_rotation = torch.ones(DIRECTIONS + 1, device=bench.device)
+            is_rotation[0] = 0
+        directions, token_map = Directions(vectors, is_rotation), self._token_map(bench.device)
         streams = 1 + self.residual
         set_bytes = streams * self.rows * self.width * bench.dtype.itemsize
         sets = []
@@ -116,11 +116,11 @@ class GuidanceInputs:
         vectors = self.directions.vectors[self.layer].double()
         change = torch.zeros(self.before.shape, dtype=torch.float64, device=vectors.device)
         strengths = self.token_map.strengths[self.layer].double()
-        for which, strength in zip(self.token_map.directions, strengths, strict=True):
-            change += vectors[which] * strength[:, None]
-        kept = 0.0 if self.residual is None else self.residual.double()
-        x = self.before.double() + kept
+        for direction_rows, strength in zip(self.token_map.directions, strengths, strict=True):
+            change += vectors[direction_rows] * strength[:, None]
+        residual = 0.0 if self.residual is None else self.residual.double()
+        x = self.before.double() + residual
         steered = x + change
         if self.case.case == "rotate":
             steered *= x.norm(dim=1, keepdim=True) / steered.norm(dim=1, keepdim=True)
-        return steered - kept
+        return steered - residual

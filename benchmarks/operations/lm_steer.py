@@ -61,13 +61,13 @@ class LMSteerCase(OperationCase):
     def sets(self, bench: MeasurementSetup) -> list["LMSteerInputs"]:
         """Sets that take different slots of one bank and different rows."""
         count = sets_for(self.floor_bytes(bench.dtype.itemsize), bench.reach)
-        shelf = make_bank(self, count * self.distinct, bench.dtype, bench.device)
+        table = make_bank(self, count * self.distinct, bench.dtype, bench.device)
         generator = torch.Generator(bench.device).manual_seed(1)
         like = {"dtype": bench.dtype, "device": bench.device, "generator": generator}
         sets = []
         for nth in range(count):
-            x, taken = torch.randn(self.rows, self.width, **like), batch(self, shelf, nth)
-            sets.append(LMSteerInputs(self, x, shelf.weights, taken))
+            x, steered = torch.randn(self.rows, self.width, **like), batch(self, table, nth)
+            sets.append(LMSteerInputs(self, x, table.weights, steered))
         return sets
 
     def work(self, form: str, inputs: "LMSteerInputs") -> Operation:
@@ -108,8 +108,8 @@ def make_bank(case: LMSteerCase, slots: int, dtype: torch.dtype, device: torch.d
     generator = torch.Generator(device).manual_seed(0)
 
     def table(scale: float, *shape: int) -> torch.Tensor:
-        made = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-        return made.mul_(scale)
+        tensor = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        return tensor.mul_(scale)
 
     kinds: list[Slot] = [
         Dense(slot, None, 1.0)
@@ -128,14 +128,14 @@ def make_bank(case: LMSteerCase, slots: int, dtype: torch.dtype, device: torch.d
     return HeadTable({f"s{slot}": slot for slot in range(slots)}, tables)
 
 
-def batch(case: LMSteerCase, shelf: HeadTable, nth: int) -> SteeredRows:
+def batch(case: LMSteerCase, table: HeadTable, nth: int) -> SteeredRows:
     """The ``nth`` set's batch as the engine sees it: one request per row."""
     rows = BatchRows([f"r{row}" for row in range(case.rows)], np.ones(case.rows, dtype=np.int64))
     requests = {}
     for row in range(case.rows):
         dose = Dose(f"s{nth * case.distinct + row % case.distinct}", 0.5 + row % 7 / 8)
         requests[f"r{row}"] = SteeredRequest((dose,), 1)
-    pairs = steered_rows(rows, RequestSlots(shelf, requests))
+    pairs = steered_rows(rows, RequestSlots(table, requests))
     assert pairs is not None
     return pairs
 

@@ -25,16 +25,16 @@ CACHE_FILES = "/sys/devices/system/cpu/cpu0/cache"
 
 def launched(calls: Sequence[Call], repeats: int, device: torch.device) -> Samples:
     """Calls from Python in turn, each result dropped at once."""
-    turns = cycle(calls)
-    return _samples(lambda: next(turns)(), 1, repeats, device)
+    next_calls = cycle(calls)
+    return _samples(lambda: next(next_calls)(), 1, repeats, device)
 
 
 def issued(calls: Sequence[Call], repeats: int) -> Samples:
     """What issuing a call costs the host: few at a time, so that it never waits for the device."""
-    turns, samples = cycle(calls), []
+    next_calls, samples = cycle(calls), []
     for _ in range(repeats):
         torch.cuda.synchronize()
-        samples.append(_on_clock(lambda: next(turns)(), ISSUED) / ISSUED)
+        samples.append(_on_clock(lambda: next(next_calls)(), ISSUED) / ISSUED)
     torch.cuda.synchronize()
     return samples
 

@@ -24,7 +24,7 @@ from benchmarks.equality import CHECK_STEPS, check_operation
 from benchmarks.peers.hf_engine import HuggingFaceEngine
 from benchmarks.peers.job import TOLERANCE, PeerJob
 
-ASKED = f"s0:{STRENGTH}"
+STEER_STRENGTH = f"s0:{STRENGTH}"
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -91,7 +91,7 @@ def load(job: PeerJob) -> tuple[HuggingFaceEngine, HuggingFaceSteeredHead]:
         model.get_output_embeddings(), load_steer(job.steers / "s0.safetensors")
     )
     model.set_output_embeddings(head)
-    return HuggingFaceEngine(model, lambda asked: head.set_values(STRENGTH if asked else 0)), head
+    return HuggingFaceEngine(model, lambda steer: head.set_values(STRENGTH if steer else 0)), head
 
 
 def check_tokens(
@@ -101,17 +101,19 @@ def check_tokens(
 
     It is made to follow them: in bfloat16 two that are nearly as likely may swap.
     """
-    asked, vocab_size = [steer] * rows, job.dimensions.vocab_size
-    leg = ours.leg(asked, CHECK_STEPS, vocab_size, logprobs=True)
-    read = peer.leg(asked, CHECK_STEPS, vocab_size, logprobs=True, forced=leg.tokens)
+    steers, vocab_size = [steer] * rows, job.dimensions.vocab_size
+    leg = ours.leg(steers, CHECK_STEPS, vocab_size, logprobs=True)
+    peer_leg = peer.leg(steers, CHECK_STEPS, vocab_size, logprobs=True, forced=leg.tokens)
     allowed = TOLERANCE[job.dtype] * len(leg.tokens[0])
-    for row, (found, wanted) in enumerate(zip(read.logprobs, leg.logprobs, strict=True)):
-        assert math.isclose(found, wanted, abs_tol=allowed), f"row {row}: {found}, not {wanted}"
+    for row, (actual, expected) in enumerate(zip(peer_leg.logprobs, leg.logprobs, strict=True)):
+        assert math.isclose(actual, expected, abs_tol=allowed), (
+            f"row {row}: {actual}, not {expected}"
+        )
 
 
 def measure(job: PeerJob) -> list[dict[str, Any]]:
     """vllm-steer and both ways on Hugging Face, at each batch size."""
-    ours = (job.engine(["s0"]), ASKED)
+    ours = (job.engine(["s0"]), STEER_STRENGTH)
     peer, head = load(job)
     size = {"rank": job.rank, "rows": max(job.rows)}
     check_operation("steered", job.dimensions, job.torch_dtype, **size)
@@ -120,6 +122,6 @@ def measure(job: PeerJob) -> list[dict[str, Any]]:
         check_tokens(job, ours[0], peer, rows, None)
         lines.append(job.alone("ours lm-steer", ours, rows, job.rank))
         for name, head.change in WAYS.items():
-            check_tokens(job, ours[0], peer, rows, ASKED)
-            lines.append(job.beside(name, ours, (peer, ASKED), rows, job.rank))
+            check_tokens(job, ours[0], peer, rows, STEER_STRENGTH)
+            lines.append(job.beside(name, ours, (peer, STEER_STRENGTH), rows, job.rank))
     return lines

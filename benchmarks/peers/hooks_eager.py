@@ -17,7 +17,7 @@ from benchmarks.peers.job import TOLERANCE, PeerJob
 
 NAME = "guided"
 GENTLE = STRENGTH / 50  # so that the tokens still count in what comes out, and can be compared
-ASKED = f"{NAME}:{GENTLE}"
+STEER_STRENGTH = f"{NAME}:{GENTLE}"
 
 
 class HookedEngine(BenchmarkEngine):
@@ -61,22 +61,24 @@ def check_prompt_logprobs(
     """Two vLLM engines give the tokens of one prompt the same steered log probabilities, and others
     than without the steer."""
     plain, expected, actual = (
-        _prompt_logprobs(engine, asked, job.dimensions.vocab_size)
-        for engine, asked in ((ours, None), (ours, steer), (peer, steer))
+        _prompt_logprobs(engine, requested, job.dimensions.vocab_size)
+        for engine, requested in ((ours, None), (ours, steer), (peer, steer))
     )
     error, change = ((other - expected).abs() for other in (actual, plain))
     assert error.max() < TOLERANCE[job.dtype], f"log probabilities differ by {error.max()}"
     assert change.mean() > 4 * error.mean(), "the steer changes no more than rounding does"
 
 
-def _prompt_logprobs(asked: BenchmarkEngine, steer: str | None, vocab_size: int) -> torch.Tensor:
+def _prompt_logprobs(
+    benchmark_engine: BenchmarkEngine, steer: str | None, vocab_size: int
+) -> torch.Tensor:
     tokens = [1 + 89 * place % (vocab_size - 2) for place in range(32)]
-    asked.add("prompt", tokens, steer, greedy(1, prompt_logprobs=0))
-    engine, outputs = asked.llm.llm_engine, []
+    benchmark_engine.add("prompt", tokens, steer, greedy(1, prompt_logprobs=0))
+    engine, outputs = benchmark_engine.llm.llm_engine, []
     while engine.has_unfinished_requests():
         outputs += engine.step()
     pairs = zip(tokens[1:], outputs[-1].prompt_logprobs[1:], strict=True)
-    return torch.tensor([found[token].logprob for token, found in pairs])
+    return torch.tensor([candidates[token].logprob for token, candidates in pairs])
 
 
 def measure(job: PeerJob) -> list[dict[str, Any]]:
@@ -84,8 +86,8 @@ def measure(job: PeerJob) -> list[dict[str, Any]]:
     from vllm_steer import load_steer
 
     eager = job.engine(enforce_eager=True)
-    ours = (job.engine([NAME]), ASKED)
+    ours = (job.engine([NAME]), STEER_STRENGTH)
     vectors = load_steer(job.steers / f"{NAME}.safetensors").vectors
-    peer = (HookedEngine(eager.llm, vectors), ASKED)
+    peer = (HookedEngine(eager.llm, vectors), STEER_STRENGTH)
     check_prompt_logprobs(job, ours[0], *peer)
     return job.both("ours guided", ours, peer)

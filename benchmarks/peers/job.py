@@ -14,7 +14,7 @@ from benchmarks.equality import check_engine, check_legs
 from benchmarks.rounds import Round, spread
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of a token's log probability
-Asked = tuple[Any, str]  # an engine, and the steer that each row of it asks for
+SteeredEngine = tuple[Any, str]  # an engine, and the steer that each of its rows requests
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class PeerJob:
         llm = make_engine(self.model, config, plugin=bool(steers), gpu_memory=0.4, **options)
         return BenchmarkEngine(llm)
 
-    def alone(self, name: str, asked: Asked, rows: int, rank: int = 0) -> dict[str, Any]:
+    def alone(self, name: str, steered: SteeredEngine, rows: int, rank: int = 0) -> dict[str, Any]:
         """An engine's steered legs over its unsteered ones; then each row is seen to be steered."""
-        within = self._rounds((asked[0], None), asked, rows)
-        check_engine(asked[0], [asked[1]] * rows, self.dimensions)
+        within = self._rounds((steered[0], None), steered, rows)
+        check_engine(steered[0], [steered[1]] * rows, self.dimensions)
         return self.line(name, within, rank=rank)
 
     def beside(
-        self, name: str, ours: Asked, peer: Asked, rows: int, rank: int = 0
+        self, name: str, ours: SteeredEngine, peer: SteeredEngine, rows: int, rank: int = 0
     ) -> dict[str, Any]:
         """The peer's steered legs over its unsteered ones, and over vllm-steer's steered ones."""
         across = self._rounds(ours, peer, rows)
@@ -64,7 +64,9 @@ class PeerJob:
         over_ours = [one.ratio(step_ms) for one in across]
         return line | spread("over_ours", over_ours, middle="_median")
 
-    def both(self, name: str, ours: Asked, peer: Asked, rank: int = 0) -> list[dict[str, Any]]:
+    def both(
+        self, name: str, ours: SteeredEngine, peer: SteeredEngine, rank: int = 0
+    ) -> list[dict[str, Any]]:
         """vllm-steer and a peer, at each batch size."""
         lines = []
         for rows in self.rows:
@@ -73,10 +75,10 @@ class PeerJob:
         return lines
 
     def _rounds(
-        self, plain: tuple[Any, str | None], other: Asked, rows: int
+        self, plain: tuple[Any, str | None], other: SteeredEngine, rows: int
     ) -> list[Round[DecodeLeg]]:
-        asked = [(engine, [steer] * rows) for engine, steer in (plain, other)]
-        rounds = compare(*asked, self.steps, self.dimensions.vocab_size, self.repeats)
+        sides = [(engine, [steer] * rows) for engine, steer in (plain, other)]
+        rounds = compare(*sides, self.steps, self.dimensions.vocab_size, self.repeats)
         check_legs(rounds, steered=True)
         return rounds
 

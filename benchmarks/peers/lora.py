@@ -19,7 +19,7 @@ from benchmarks.dummy_model import STRENGTH, write_steers
 from benchmarks.peers.job import PeerJob
 
 MAX_RANK = 64  # and a power of two, or vLLM refuses it
-ASKED = f"s0:{STRENGTH}"
+STEER_STRENGTH = f"s0:{STRENGTH}"
 
 
 class LoraEngine(BenchmarkEngine):
@@ -63,6 +63,6 @@ def measure(job: PeerJob) -> list[dict[str, Any]]:
         write_steers(job.dimensions, folder / "steers", count=1, rank=rank)
         job = replace(job, rank=rank, steers=folder / "steers")
         served = job.engine(enable_lora=True, max_loras=1, max_lora_rank=rank)
-        peer = (LoraEngine(served.llm, write_adapter(job, folder / "adapter")), ASKED)
-        ours = (job.engine(["s0"]), ASKED)
+        peer = (LoraEngine(served.llm, write_adapter(job, folder / "adapter")), STEER_STRENGTH)
+        ours = (job.engine(["s0"]), STEER_STRENGTH)
         return job.both("ours lm-steer", ours, peer, rank)

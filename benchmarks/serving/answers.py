@@ -63,24 +63,24 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         return dict(json.load(response))
 
 
-def check_equal(stock: Sequence[ServedAnswer], found: Sequence[ServedAnswer], what: str) -> None:
+def check_equal(stock: Sequence[ServedAnswer], plugin: Sequence[ServedAnswer], what: str) -> None:
     """An unsteered answer is that of stock vLLM, every token and every bit of its logprob."""
-    for index, (wanted, given) in enumerate(_pairs(stock, found, what)):
-        assert given == wanted, f"{what}, prompt {index}: {given}; stock vLLM gives {wanted}"
+    for index, (expected, actual) in enumerate(_pairs(stock, plugin, what)):
+        assert actual == expected, f"{what}, prompt {index}: {actual}; stock vLLM gives {expected}"
 
 
 def check_effect(
     unsteered: Sequence[ServedAnswer], steered: Sequence[ServedAnswer], what: str
 ) -> None:
     """Every steered answer differs from the unsteered one: what was timed did steer."""
-    for index, (plain, given) in enumerate(_pairs(unsteered, steered, what)):
-        assert given != plain, f"{what}, prompt {index}: the steer had no effect"
+    for index, (plain, answer) in enumerate(_pairs(unsteered, steered, what)):
+        assert answer != plain, f"{what}, prompt {index}: the steer had no effect"
 
 
 def _pairs(
-    wanted: Sequence[ServedAnswer], found: Sequence[ServedAnswer], what: str
+    expected: Sequence[ServedAnswer], actual: Sequence[ServedAnswer], what: str
 ) -> Iterator[tuple[ServedAnswer, ServedAnswer]]:
-    assert len(wanted) == len(found) > 0, f"{what}: {len(found)} answers for {len(wanted)}"
-    for answer in found:
+    assert len(expected) == len(actual) > 0, f"{what}: {len(actual)} answers for {len(expected)}"
+    for answer in actual:
         assert all(map(math.isfinite, answer.logprobs)), f"{what}: not finite: {answer.logprobs}"
-    return zip(wanted, found, strict=True)
+    return zip(expected, actual, strict=True)

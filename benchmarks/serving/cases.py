@@ -73,16 +73,16 @@ class Servers:
 
         legs = {case: partial(leg, *case) for case in product(KINDS, (0, distinct))}
         rounds = interleave(partial(leg, STOCK, 0), legs, repeats, warm_up=False)
-        for (kind, presets), found in rounds.items():
-            yield line(kind if presets else UNSTEERED[kind], presets, work, found)
+        for (kind, presets), case_rounds in rounds.items():
+            yield line(kind if presets else UNSTEERED[kind], presets, work, case_rounds)
 
 
 def line(what: str, distinct: int, work: RequestLoad, rounds: Sequence[Round[Figures]]) -> Line:
     """Of each figure ``f`` the median ``f``, and the spread ``f_ratio`` of the rounds' ratios."""
-    found: Line = {"what": what, "distinct": distinct, **vars(work)}
-    found["rounds"] = len(rounds)
+    row: Line = {"what": what, "distinct": distinct, **vars(work)}
+    row["rounds"] = len(rounds)
     for figure in rounds[0].other:
         of = itemgetter(figure)
-        found[figure] = median([of(one.other) for one in rounds])
-        found |= spread(f"{figure}_ratio", [one.ratio(of) for one in rounds])
-    return found
+        row[figure] = median([of(one.other) for one in rounds])
+        row |= spread(f"{figure}_ratio", [one.ratio(of) for one in rounds])
+    return row

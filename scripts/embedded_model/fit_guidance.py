@@ -40,7 +40,7 @@ class VectorRecipe:
     """What separates the two sets of texts that a vector is fitted to, and where it enters."""
 
     description: str
-    wanted: Callable[[Sample], bool]
+    is_positive: Callable[[Sample], bool]
     site: VectorSite
     mode: Mode
     direction: Direction
@@ -142,8 +142,8 @@ def _fit_vector(
     return fit_vector(
         model,
         tokenizer,
-        [sample.text for sample in samples if recipe.wanted(sample)],
-        [sample.text for sample in samples if not recipe.wanted(sample)],
+        [sample.text for sample in samples if recipe.is_positive(sample)],
+        [sample.text for sample in samples if not recipe.is_positive(sample)],
         layers=recipe.layers,
         site=recipe.site,
         mode=recipe.mode,

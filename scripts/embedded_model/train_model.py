@@ -162,11 +162,11 @@ def optimise(
     with Progress() as progress:
         task = progress.add_task("training", total=1.0)
         for step, labels in enumerate(batches(rows, random.Random(seed))):
-            done = (time.monotonic() - start) / (60 * minutes)
-            if done >= 1:
+            progress_share = (time.monotonic() - start) / (60 * minutes)
+            if progress_share >= 1:
                 return step
             for group, peak in zip(groups, peaks, strict=True):
-                group["lr"] = peak * learning_rate(done)
+                group["lr"] = peak * learning_rate(progress_share)
             loss = batch_loss(model, labels)
             model.zero_grad()
             torch.autograd.backward(loss)
@@ -175,26 +175,28 @@ def optimise(
                 optimizer.step()
             if step % 20 == 0:
                 text = f"step {step}, loss {loss.item():.3f}"
-                progress.update(task, completed=done, description=text)
+                progress.update(task, completed=progress_share, description=text)
     raise AssertionError("the batches are endless")
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices (far fewer steps than AdamW here), AdamW for all the rest."""
     matrices: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
+    adam_parameters: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and ".layers." in name
-        (matrices if inside else rest).append(parameter)
+        (matrices if inside else adam_parameters).append(parameter)
     return [
         torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=0.02),
-        torch.optim.AdamW(rest, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(
+            adam_parameters, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
+        ),
     ]
 
 
-def learning_rate(done: float) -> float:
+def learning_rate(share: float) -> float:
     """The share of the peak learning rate when so much of the time is over."""
-    return min(done / 0.02, 0.5 + 0.5 * math.cos(math.pi * done))
+    return min(share / 0.02, 0.5 + 0.5 * math.cos(math.pi * share))
 
 
 @torch.no_grad()

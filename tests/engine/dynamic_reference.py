@@ -102,12 +102,12 @@ def _trace(
             takes.append(Take(steer, dose.layers, _fixed(dose, steer, len(ids), first)))
             continue
         probe = _logits_of_probe(model, ids, base, dose, steer, first)
-        found = _strengths(base_logits[first:], probe[first:], dose, steer)
+        result = _strengths(base_logits[first:], probe[first:], dose, steer)
         along = torch.zeros(len(ids), dtype=base.dtype)
-        along[first:] = torch.as_tensor((history or {}).get(dose.steer, found[0]))
+        along[first:] = torch.as_tensor((history or {}).get(dose.steer, result[0]))
         takes.append(Take(steer, dose.layers, along))
-        strengths[dose.steer] = found[0].tolist()
-        boundaries[dose.steer] = found[1]
+        strengths[dose.steer] = result[0].tolist()
+        boundaries[dose.steer] = result[1]
     main = _logits(model, _hidden_states(model, ids, takes, first), takes)[first:]
     logprobs = main.log_softmax(-1)
     best = logprobs.topk(2, dim=-1).values
@@ -254,8 +254,8 @@ def _logits(model: Any, hidden: torch.Tensor, takes: Sequence[Take]) -> torch.Te
             continue
         strengths = along.to(hidden.dtype)[:, None]
         for column in range(steer.columns):
-            asked = (strengths != 0).to(hidden.dtype)
-            scale = steer.epsilon * (asked if column in steer.fixed_columns else strengths)
+            is_steered = (strengths != 0).to(hidden.dtype)
+            scale = steer.epsilon * (is_steered if column in steer.fixed_columns else strengths)
             if steer.variant == "multiply":
                 change = hidden @ steer.projector1[column].to(hidden.dtype)
                 steered += scale * (change @ steer.projector2[column].to(hidden.dtype).T)

@@ -148,15 +148,19 @@ def guided_family(family: str) -> tuple[tuple[Setting, ...], dict[str, Steer]]:
     steers: dict[str, Steer] = {**random_steers(HIDDEN, VOCAB), **guidance}
     if family != "olmo2-no-input-norm":
         return GUIDED, steers
-    kept = {name: steer for name, steer in steers.items() if steer.site != "attn_in"}
-    return settings_without("attn_in", GUIDED, steers), kept
+    servable = {name: steer for name, steer in steers.items() if steer.site != "attn_in"}
+    return settings_without("attn_in", GUIDED, steers), servable
 
 
 def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:
     """A setting as doses, read without the project's parser; zero strengths are kept."""
     doses = []
-    for name, given in setting.items():
-        options = dict(given) if isinstance(given, Mapping) else {"strength": given}
+    for name, request_value in setting.items():
+        options = (
+            dict(request_value)
+            if isinstance(request_value, Mapping)
+            else {"strength": request_value}
+        )
         if "layers" in options:
             options["layers"] = _layers(options["layers"])
         if options["strength"] == "dynamic":
@@ -174,10 +178,10 @@ def dynamic(maximum: float = 2.0, **options: Any) -> dict[str, Any]:
     return {"strength": "dynamic", "max": maximum, **options}
 
 
-def _layers(given: str | Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(given, str):
-        return tuple(given)
-    spans = [part.split("-") for part in given.split(",")]
+def _layers(layers: str | Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(layers, str):
+        return tuple(layers)
+    spans = [part.split("-") for part in layers.split(",")]
     return tuple(layer for span in spans for layer in range(int(span[0]), int(span[-1]) + 1))
 
 
@@ -254,7 +258,7 @@ def is_dynamic(setting: Setting) -> bool:
 
 def reporting(params: Sequence[Any]) -> list[Any]:
     """Sampling parameters that ask for the strengths of their dynamic steers."""
-    for each in params:
-        if each.extra_args and is_dynamic(each.extra_args["steer"]):
-            each.extra_args["steer_strengths"] = True
+    for parameters in params:
+        if parameters.extra_args and is_dynamic(parameters.extra_args["steer"]):
+            parameters.extra_args["steer_strengths"] = True
     return list(params)

@@ -114,13 +114,13 @@ def compiled_in_pieces(folder: Path) -> None:
     steers and the compile cache of the first.
     """
     compile_in_pieces()
-    kept = Path(os.environ["VLLM_STEER_TEST_FOLDER"])
+    kept_folder = Path(os.environ["VLLM_STEER_TEST_FOLDER"])
     if "unsteered" in sys.argv:
-        model = save_tiny_model("llama", kept / "model", num_layers=GUIDED_LAYERS)
+        model = save_tiny_model("llama", kept_folder / "model", num_layers=GUIDED_LAYERS)
         with engine(model, enforce_eager=False) as llm:
             llm.generate(prompts(2), greedy([{}] * 2), use_tqdm=False)
     else:
-        mixed_batch(kept, enforce_eager=False)
+        mixed_batch(kept_folder, enforce_eager=False)
 
 
 def pieces_compiled(folder: Path) -> None:
@@ -140,8 +140,8 @@ def pieces_compiled(folder: Path) -> None:
     for steer in (None, config):
         before = compilation_counter.num_compiled_artifacts_saved
         with engine(model, steer, enforce_eager=False) as llm:
-            asks = {"push": 1.0} if steer else {}
-            llm.generate(prompts(1), greedy([asks]), use_tqdm=False)
+            request_value = {"push": 1.0} if steer else {}
+            llm.generate(prompts(1), greedy([request_value]), use_tqdm=False)
         saved.append(compilation_counter.num_compiled_artifacts_saved - before)
     print(json.dumps({"layers": layers, "stock": saved[0], "hooked": saved[1]}))
 
@@ -150,10 +150,10 @@ def compiled_families(folder: Path) -> None:
     """Each family named on the command line twice: compiled and saved, then loaded again."""
     compile_in_pieces()
     for family in sys.argv[2:]:
-        place = folder / family
-        model = save_tiny_model(family, place / "model", num_layers=GUIDED_LAYERS)
+        subfolder = folder / family
+        model = save_tiny_model(family, subfolder / "model", num_layers=GUIDED_LAYERS)
         settings, steers = guided_family(family)
-        reference, config = load_reference(model), steer_config(steers, place / "steers")
+        reference, config = load_reference(model), steer_config(steers, subfolder / "steers")
         for state in ("compiled", "loaded"):
             with engine(model, config, enforce_eager=False) as llm:
                 params = greedy(settings, prompt_logprobs=1)

@@ -24,17 +24,17 @@ def leftovers(llm: Any) -> dict[str, int]:
     scheduler = scheduler_of(llm)
     running, waiting = scheduler.get_request_counts()
     pool = scheduler.kv_cache_manager.block_pool
-    held = {
+    resources = {
         "running": running,
         "waiting": waiting,
         "requests": len(scheduler.requests),
         "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is the null block
     }
-    turns = getattr(scheduler, "vllm_steer_streams", None)
-    if turns is not None:
-        held["groups"] = len(turns.groups)
-        held["members"] = len(turns._group_of)
-    return {name: count for name, count in held.items() if count}
+    streams = getattr(scheduler, "vllm_steer_streams", None)
+    if streams is not None:
+        resources["groups"] = len(streams.groups)
+        resources["members"] = len(streams._group_of)
+    return {name: count for name, count in resources.items() if count}
 
 
 def pooled_strengths(llm: Any) -> int:
@@ -43,7 +43,7 @@ def pooled_strengths(llm: Any) -> int:
 
     llm.generate({"prompt_token_ids": [5]}, greedy([{}], max_tokens=1), use_tqdm=False)
     gc.collect()
-    return sum(each.num_taken for each in gc.get_objects() if type(each) is StrengthPool)
+    return sum(pool.num_taken for pool in gc.get_objects() if type(pool) is StrengthPool)
 
 
 def resident_mib() -> float:

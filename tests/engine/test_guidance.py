@@ -178,7 +178,7 @@ def test_fitted_guidance_of_the_embedded_model_in_one_batch() -> None:
     ],
     ids=["untested", "no-input-norm", "known-trap"],
 )
-def test_a_model_without_a_known_place_for_a_site_stops_the_start(
+def test_a_model_without_a_known_module_for_a_site_stops_the_start(
     config: Any, message: str, tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path / "model")

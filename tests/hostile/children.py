@@ -63,13 +63,15 @@ def agree(job: dict[str, Any]) -> str:
     from vllm_steer.files.archive import open_archive
 
     with open_archive(Path(job["path"])) as archive:
-        ours = torch_file.load(torch_file.read_names(archive), {"argparse.Namespace": Namespace})
+        own_result = torch_file.load(
+            torch_file.read_names(archive), {"argparse.Namespace": Namespace}
+        )
     try:
         with torch.serialization.safe_globals([Namespace]):
-            theirs = torch.load(job["path"], weights_only=True)
+            torch_result = torch.load(job["path"], weights_only=True)
     except Exception as error:
         return f"PyTorch refuses it: {type(error).__name__}"
-    assert _same(ours, theirs), (ours, theirs)
+    assert _same(own_result, torch_result), (own_result, torch_result)
     return "the same"
 
 
@@ -121,8 +123,8 @@ def properties(job: dict[str, Any]) -> str:
 
 
 DOES = {
-    each.__name__: each
-    for each in (load, agree, start, command, rows, conversations, lexicon, properties)
+    job_function.__name__: job_function
+    for job_function in (load, agree, start, command, rows, conversations, lexicon, properties)
 }
 
 
@@ -133,8 +135,8 @@ def child(job: dict[str, Any], to: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.chdir(job["folder"])
     out, err = Path(job["folder"], "stdout"), Path(job["folder"], "stderr")
-    for place, stream in ((out, 1), (err, 2)):
-        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    for stream_number, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(stream_number, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8")
     clock = time.monotonic()
@@ -173,24 +175,24 @@ def status(name: str) -> int:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The outcome of one job; ``signal`` or ``too_long`` where it did not end by itself."""
-    ours, theirs = os.pipe()
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.close(ours)
+        os.close(read_end)
         os.setsid()
-        child(job, theirs)
-    os.close(theirs)
+        child(job, write_end)
+    os.close(write_end)
     data, end = b"", time.monotonic() + SECONDS
     while True:
-        ready, _, _ = select.select([ours], [], [], max(0, end - time.monotonic()))
+        ready, _, _ = select.select([read_end], [], [], max(0, end - time.monotonic()))
         if not ready:
             os.kill(pid, signal.SIGKILL)
             break
-        part = os.read(ours, 1 << 16)
+        part = os.read(read_end, 1 << 16)
         if not part:
             break
         data += part
-    os.close(ours)
+    os.close(read_end)
     _, ended = os.waitpid(pid, 0)
     if data:
         return dict(json.loads(data))

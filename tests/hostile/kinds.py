@@ -42,10 +42,14 @@ class Kinds:
         self._few.add(make.__name__)
         return self.add(make)
 
-    def files(self, seed: int, each: int) -> Iterator[tuple[str, bytes]]:
+    def files(self, seed: int, count: int) -> Iterator[tuple[str, bytes]]:
         """``each`` files of every kind, named by kind and number."""
         for kind, make in self.makers.items():
-            for number in range(min(FEW, each) if kind in self._few else each):
-                made = make(random.Random(f"{seed} {kind} {number}"))
-                data = made.encode("utf-8", "surrogatepass") if isinstance(made, str) else made
+            for number in range(min(FEW, count) if kind in self._few else count):
+                content = make(random.Random(f"{seed} {kind} {number}"))
+                data = (
+                    content.encode("utf-8", "surrogatepass")
+                    if isinstance(content, str)
+                    else content
+                )
                 yield f"{kind}-{number}", data

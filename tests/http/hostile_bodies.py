@@ -48,10 +48,10 @@ def kinds(seed: int = 0) -> list[Kind]:
         wrong_types, wrong_texts, wrong_options, above_ceilings, near_misses, unlike_strengths,
         spellings, other_routes, other_requests, without_key, malformed, wrong_fields,
     )  # fmt: skip
-    made = [kind for make in makers for kind in make()]
-    made += [*random_steers(generator, 160), *random_bodies(generator, 80)]
-    assert len({kind.name for kind in made}) == len(made)
-    return made
+    result = [kind for make in makers for kind in make()]
+    result += [*random_steers(generator, 160), *random_bodies(generator, 80)]
+    assert len({kind.name for kind in result}) == len(result)
+    return result
 
 
 def dump(body: Any) -> bytes:
@@ -189,15 +189,15 @@ def unlike_strengths() -> Iterator[Kind]:
     yield Kind("twice/steer", REFUSED, dump({**BASE, **twice}))
     yield Kind("twice/strengths", REFUSED, dump(
         {**BASE, "steer_strengths": True, "vllm_xargs": {"steer_strengths": 1}}))  # fmt: skip
-    for given in ("a:3", 5, [1], True, 1.5):
-        yield Kind(f"xargs/{given}", REFUSED, dump({**BASE, "steer": "a:1", "vllm_xargs": given}))
+    for value in ("a:3", 5, [1], True, 1.5):
+        yield Kind(f"xargs/{value}", REFUSED, dump({**BASE, "steer": "a:1", "vllm_xargs": value}))
     for stream in (False, True):
         for beams in (True, 1, "true", "on"):
             body = {**BASE, "n": 2, "use_beam_search": beams, "steer": "a:1", "stream": stream}
             yield Kind(f"beams/{beams}/stream={stream}", REFUSED, dump(body))
-    for given in (1, {}, "x", [1], True):
-        body = {**BASE, "vllm_xargs": {"vllm_steer_stream": given}, "stream": True}
-        yield Kind(f"stream-of-ours/{given}", REFUSED, dump(body))
+    for value in (1, {}, "x", [1], True):
+        body = {**BASE, "vllm_xargs": {"vllm_steer_stream": value}, "stream": True}
+        yield Kind(f"stream-of-ours/{value}", REFUSED, dump(body))
 
 
 def spellings() -> Iterator[Kind]:
@@ -239,8 +239,12 @@ def other_routes() -> Iterator[Kind]:
             body = {**BASE, "messages": CONVERSATION, "steer": steer}
             yield Kind(f"route{path}/{steer}", SAME, dump(body), path)
     for path in ("/inference/v1/generate", "/generative_scoring"):
-        for asked in ({"steer": "a:1"}, {"vllm_xargs": {"steer": "a"}}, {"model": "base:friendly"}):
-            yield Kind(f"route{path}/{asked}", REFUSED, dump({**BASE, **asked}), path)
+        for fields in (
+            {"steer": "a:1"},
+            {"vllm_xargs": {"steer": "a"}},
+            {"model": "base:friendly"},
+        ):
+            yield Kind(f"route{path}/{fields}", REFUSED, dump({**BASE, **fields}), path)
     for model in ("other", "base:frindly", "base:", ":friendly", "friendly", 5, None, ["base"]):
         yield Kind(f"model/{model}", SAME, dump({**BASE, "model": model}))
 
@@ -267,8 +271,8 @@ def without_key() -> Iterator[Kind]:
 
     On ``/invocations`` vLLM asks for no key.
     """
-    made = (*wrong_types(), *above_ceilings(), *spellings(), *near_misses())
-    bodies = [kind for kind in made if kind.path != "/invocations"]
+    all_kinds = (*wrong_types(), *above_ceilings(), *spellings(), *near_misses())
+    bodies = [kind for kind in all_kinds if kind.path != "/invocations"]
     for key in (None, "wrong", ""):
         for kind in bodies[::5]:
             yield replace(kind, name=f"key={key}/{kind.name}", due=DENIED, key=key)

@@ -250,7 +250,7 @@ def test_an_additional_config_is_refused_with_the_same_message(folder: Path, cas
     ],
     ids=["pooling", "fast-prefill"],
 )
-def test_a_feature_in_the_way_stops_a_real_engine_configuration(
+def test_an_unsupported_feature_stops_a_real_engine_configuration(
     folder: Path, options: dict[str, Any], message: str
 ) -> None:
     from vllm import EngineArgs

@@ -11,9 +11,9 @@ HAS_CARD = torch.cuda.is_available()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark this folder's tests; without a card and without the interpreter none of them can run."""
-    here = os.path.dirname(__file__)
+    folder = os.path.dirname(__file__)
     for item in items:
-        if str(item.path).startswith(here):
+        if str(item.path).startswith(folder):
             item.add_marker(pytest.mark.triton)
             if not (HAS_CARD or INTERPRETED):
                 item.add_marker(pytest.mark.skip("no CUDA device; TRITON_INTERPRET=1 is not set"))

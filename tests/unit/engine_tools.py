@@ -28,8 +28,8 @@ def _made(**arguments: Any) -> Any:
     )
     with tempfile.TemporaryDirectory() as folder:
         llama.save_pretrained(folder)
-        given = {name: dict(value) for name, value in arguments.items()}
-        args = EngineArgs(folder, skip_tokenizer_init=True, max_model_len=64, **given)
+        fields = {name: dict(value) for name, value in arguments.items()}
+        args = EngineArgs(folder, skip_tokenizer_init=True, max_model_len=64, **fields)
         config = args.create_engine_config()
     config.model_config.model = "org/model"
     return config
@@ -52,8 +52,8 @@ def engine_config(plan: Any, **changed: Any) -> Any:
 
 def speculative(**changed: Any) -> Any:
     """The configuration of a draft model that costs nothing."""
-    given = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    config = copy.copy(_made(speculative_config=tuple(given.items())).speculative_config)
+    fields = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    config = copy.copy(_made(speculative_config=tuple(fields.items())).speculative_config)
     for field, value in changed.items():
         assert hasattr(config, field), field
         setattr(config, field, value)

@@ -57,11 +57,11 @@ class FakeRequest:
 
 
 class FakeScheduler:
-    """``seats`` requests at once, ``room`` tokens of KV, ``budget`` tokens a step."""
+    """``seats`` requests at once, ``num_blocks`` blocks of one token, ``budget`` tokens a step."""
 
-    def __init__(self, seats: int = 16, room: int = 10_000, budget: int = 1_000) -> None:
+    def __init__(self, seats: int = 16, num_blocks: int = 10_000, budget: int = 1_000) -> None:
         self.max_num_running_reqs = seats
-        self.room, self.budget = room, budget
+        self.num_blocks, self.budget = num_blocks, budget
         self.pause_state = PauseState.UNPAUSED
         self.running: list[FakeRequest] = []
         self.waiting: list[FakeRequest] = []
@@ -75,15 +75,15 @@ class FakeScheduler:
 
     def schedule(self) -> Any:
         scheduled: dict[str, int] = {}
-        left = 0 if self.pause_state == PauseState.PAUSED_ALL else self.budget
+        budget = 0 if self.pause_state == PauseState.PAUSED_ALL else self.budget
         preempted = False
         place = 0
-        while place < len(self.running) and left:
+        while place < len(self.running) and budget:
             request = self.running[place]
-            wanted = (
+            candidates = (
                 request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
             )
-            count = min(wanted, left)
+            count = min(candidates, budget)
             assert count >= 0
             while count and self._free() < count:
                 victim = self.running.pop()
@@ -95,32 +95,32 @@ class FakeScheduler:
             if request.status != RequestStatus.RUNNING:
                 break
             place += 1
-            left -= self._take(request, count, scheduled)
+            budget -= self._take(request, count, scheduled)
         if not preempted and self.pause_state == PauseState.UNPAUSED:
-            self._admit(left, scheduled)
+            self._admit(budget, scheduled)
         return SimpleNamespace(
             num_scheduled_tokens=scheduled, total_num_scheduled_tokens=sum(scheduled.values())
         )
 
-    def _admit(self, left: int, scheduled: dict[str, int]) -> None:
+    def _admit(self, budget: int, scheduled: dict[str, int]) -> None:
         skipped: list[FakeRequest] = []
-        while self.waiting and left and len(self.running) < self.max_num_running_reqs:
+        while self.waiting and budget and len(self.running) < self.max_num_running_reqs:
             request = self.waiting[0]
             if not self._may_be_admitted(request):
                 skipped.append(self.waiting.pop(0))
                 continue
-            count = min(request.num_tokens, left)
+            count = min(request.num_tokens, budget)
             if self._free() < request.num_tokens:  # room for the whole text, not for a part
                 break
             assert request.num_output_placeholders == 0
             assert request.prefill_stats is None or not request.num_output_tokens
             self.running.append(self.waiting.pop(0))
             request.status = RequestStatus.RUNNING
-            left -= self._take(request, count, scheduled)
+            budget -= self._take(request, count, scheduled)
         self.waiting[:0] = skipped
 
     def _free(self) -> int:
-        return self.room - sum(request.num_computed_tokens for request in self.running)
+        return self.num_blocks - sum(request.num_computed_tokens for request in self.running)
 
     @staticmethod
     def _take(request: FakeRequest, count: int, scheduled: dict[str, int]) -> int:
@@ -232,7 +232,7 @@ class FakeEngine:
 
     def __init__(self, **limits: int) -> None:
         self.scheduler = self.kind(**limits)
-        self.turns = StreamScheduler(self.scheduler)
+        self.stream_scheduler = StreamScheduler(self.scheduler)
         self.reads: list[dict[str, tuple[int, int]]] = []
         self.told: dict[str, list[tuple[int, Any]]] = {}
         self.ends: dict[str, tuple[Any, Any]] = {}
@@ -275,7 +275,7 @@ class FakeEngine:
         self._groups[req_id] = group
         self._here = {k: v for k, v in self._here.items() if k.split()[0] != req_id}
         self.told[req_id] = []
-        self.turns.add(group)
+        self.stream_scheduler.add(group)
         self.scheduler.add_request(main)
         return group
 
@@ -287,7 +287,7 @@ class FakeEngine:
         scheduled = output.num_scheduled_tokens
         requests = {r: scheduler.requests[r] for r in scheduled}
         assert len(scheduler.running) <= scheduler.max_num_running_reqs
-        turn = getattr(output, "steer_streams", None)
+        stream_step = getattr(output, "steer_streams", None)
         self.reads.append({})
         sampled = []
         for req_id, request in requests.items():
@@ -296,14 +296,14 @@ class FakeEngine:
             whole = request.num_computed_tokens == request.num_tokens
             self._token += 1
             sampled.append([self._token] if whole else [])
-        answer = {} if turn is None else self._strengths(turn)
+        strengths = {} if stream_step is None else self._strengths(stream_step)
         if self.during is not None:
             self.during()
             self.during = None
         runner_output = SimpleNamespace(
             sampled_token_ids=sampled,
             req_id_to_index={req_id: row for row, req_id in enumerate(scheduled)},
-            steer_strengths=answer if self.answers else None,
+            steer_strengths=strengths if self.answers else None,
         )
         self._tell(scheduler.update_from_output(output, runner_output))
         return scheduled
@@ -316,20 +316,22 @@ class FakeEngine:
             self.step()
         raise AssertionError(f"still there: {sorted(self.scheduler.requests)}")
 
-    def _strengths(self, turn: Any) -> dict[str, dict[int, float]]:
+    def _strengths(self, stream_step: Any) -> dict[str, dict[int, float]]:
         """Strength 10 * step + dose, once base and all probes have read the same text."""
-        answer: dict[str, dict[int, float]] = {}
+        strengths: dict[str, dict[int, float]] = {}
         for main, group in self._groups.items():
             step = group.main.num_output_tokens
             acting = [i for i, n in group.steps.items() if n is None or step < n]
             probes = {group.probes[i] for i in acting if i in group.probes}
-            wanted = {f"{main}-base", *probes} if probes or group.streams else {main}
+            expected = {f"{main}-base", *probes} if probes or group.streams else {main}
             arrived = self._here.setdefault(f"{main} {step}", set())
-            fresh = {r for r in turn.steps if r in wanted and turn.steps[r] == step} - arrived
+            fresh = {
+                r for r in stream_step.steps if r in expected and stream_step.steps[r] == step
+            } - arrived
             arrived |= fresh
-            if fresh and arrived == wanted:
-                answer[main] = {i: 10.0 * step + i for i in acting}
-        return answer
+            if fresh and arrived == expected:
+                strengths[main] = {i: 10.0 * step + i for i in acting}
+        return strengths
 
     def _tell(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for output in (o for of_client in outputs.values() for o in of_client.outputs):

@@ -30,6 +30,8 @@ SURROGATE: Final = "\udc9b\udcff\ud800"
 
 def assert_shown(output: str) -> None:
     """Nothing in the output is a command to a terminal that is not our own."""
-    rest = _OWN_STYLES.sub("", output)
-    strange = {letter for letter in rest if not letter.isprintable() and letter not in "\r\n"}
-    assert not strange, (strange, rest[:500])
+    plain_output = _OWN_STYLES.sub("", output)
+    strange = {
+        letter for letter in plain_output if not letter.isprintable() and letter not in "\r\n"
+    }
+    assert not strange, (strange, plain_output[:500])

@@ -20,9 +20,13 @@ def _scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def assert_nothing_is_left(engine: FakeEngine) -> None:
-    turns = engine.turns
-    assert (turns.groups, turns._group_of, turns._failed) == ({}, {}, {})
-    assert turns._in_flight == []
+    stream_scheduler = engine.stream_scheduler
+    assert (stream_scheduler.groups, stream_scheduler._group_of, stream_scheduler._failed) == (
+        {},
+        {},
+        {},
+    )
+    assert stream_scheduler._in_flight == []
     scheduler = engine.scheduler
     assert (scheduler.requests, scheduler.running, scheduler.waiting) == ({}, [], [])
 
@@ -35,7 +39,7 @@ def told(strengths: dict[str, float]) -> Any:
     return {"vllm_steer": {"strengths": strengths}}
 
 
-def test_base_and_probes_read_first_and_then_the_main_stream() -> None:
+def test_base_and_probes_run_before_the_main_stream() -> None:
     engine = FakeEngine()
     group = engine.dynamic("a", prompt=3, max_tokens=3, steps=(None, None))
     names = ("a-base", "a-probe-0", "a-probe-1")
@@ -64,7 +68,7 @@ def test_a_request_of_one_token_takes_two_steps() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_prompt_in_parts_is_read_by_all_before_the_main_stream_goes_on() -> None:
+def test_all_streams_read_a_chunked_prompt_before_the_main_stream_goes_on() -> None:
     engine = FakeEngine(budget=3)
     engine.dynamic("a", prompt=7, max_tokens=2)
     engine.run()
@@ -99,7 +103,7 @@ def test_a_request_that_is_its_own_base_takes_one_step_a_token() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_probe_ends_with_its_delta_and_the_last_takes_the_base_along() -> None:
+def test_a_probe_ends_with_its_delta_and_the_last_probe_ends_the_base() -> None:
     engine = FakeEngine()
     engine.dynamic("a", max_tokens=5, steps=(1, 3))
     engine.run()
@@ -129,7 +133,7 @@ def test_a_base_outlives_the_probes_where_a_dose_at_the_head_needs_it() -> None:
 
 
 @pytest.mark.parametrize("steps", range(7))
-def test_an_aborted_request_takes_its_streams_along(steps: int) -> None:
+def test_an_aborted_request_ends_its_streams(steps: int) -> None:
     """Before it was ever scheduled, while it is held, between two of its tokens."""
     engine = FakeEngine(budget=4)
     engine.dynamic("a", prompt=3, max_tokens=9)
@@ -163,7 +167,7 @@ def test_all_requests_may_be_ended_at_once() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_an_id_is_used_again_at_once() -> None:
+def test_an_id_can_be_reused_at_once() -> None:
     engine = FakeEngine()
     engine.dynamic("a", prompt=2, max_tokens=9)
     for _ in range(4):
@@ -193,7 +197,7 @@ def test_a_stream_that_ends_before_its_request_ends_it_with_an_error() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_an_id_that_failed_and_is_used_again_does_not_fail_again() -> None:
+def test_a_reused_id_of_a_failed_request_does_not_fail() -> None:
     engine = FakeEngine()
     engine.dynamic("a", max_tokens=9)
     engine.step()
@@ -215,7 +219,7 @@ def test_strengths_that_never_come_end_the_request_with_an_error() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_group_starts_only_when_all_of_it_has_a_seat() -> None:
+def test_a_group_starts_only_when_every_member_has_a_slot() -> None:
     engine = FakeEngine(seats=5)
     engine.dynamic("a", max_tokens=2)
     engine.dynamic("b", max_tokens=2)
@@ -227,7 +231,7 @@ def test_a_group_starts_only_when_all_of_it_has_a_seat() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_group_starts_although_ordinary_requests_never_cease() -> None:
+def test_a_group_starts_under_a_constant_load_of_ordinary_requests() -> None:
     engine = FakeEngine(seats=4)
     for i in range(4):
         engine.plain(f"x{i}", max_tokens=3 + i)
@@ -254,7 +258,7 @@ def test_a_request_whose_grammar_is_not_ready_waits_and_then_goes_on() -> None:
 
 
 @pytest.mark.parametrize("steps", range(8))
-def test_all_running_requests_may_be_taken_back_at_any_time(steps: int) -> None:
+def test_all_running_requests_may_be_preempted_at_any_time(steps: int) -> None:
     engine = FakeEngine()
     group = engine.dynamic("a", max_tokens=4)
     for _ in range(steps):
@@ -270,7 +274,7 @@ def test_all_running_requests_may_be_taken_back_at_any_time(steps: int) -> None:
 
 @pytest.mark.parametrize("victim", ["a", "a-base", "a-probe-0"])
 @pytest.mark.parametrize("steps", range(2, 6))
-def test_a_member_that_is_taken_back_reads_its_text_again_at_its_turn(
+def test_a_preempted_member_recomputes_its_text_when_it_is_scheduled(
     victim: str, steps: int
 ) -> None:
     engine = FakeEngine()
@@ -289,8 +293,8 @@ def test_a_member_that_is_taken_back_reads_its_text_again_at_its_turn(
     assert_nothing_is_left(engine)
 
 
-def test_groups_that_do_not_fit_together_take_turns_by_age() -> None:
-    engine = FakeEngine(room=45)
+def test_groups_that_do_not_fit_together_run_in_order_of_arrival() -> None:
+    engine = FakeEngine(num_blocks=45)
     for name in "abc":
         engine.dynamic(name, prompt=4, max_tokens=8)
     engine.run()
@@ -301,7 +305,7 @@ def test_groups_that_do_not_fit_together_take_turns_by_age() -> None:
 
 
 def test_a_lone_group_that_does_not_fit_ends_with_an_error() -> None:
-    engine = FakeEngine(room=20)
+    engine = FakeEngine(num_blocks=20)
     engine.dynamic("a", prompt=4, max_tokens=8)
     engine.run()
     assert engine.ends["a"][0] == FinishReason.ERROR
@@ -310,7 +314,7 @@ def test_a_lone_group_that_does_not_fit_ends_with_an_error() -> None:
 
 
 def test_a_group_that_does_not_fit_leaves_the_others_alone() -> None:
-    engine = FakeEngine(room=30)
+    engine = FakeEngine(num_blocks=30)
     engine.dynamic("a", prompt=4, max_tokens=20)
     engine.dynamic("b", prompt=2, max_tokens=3)
     engine.plain("x", prompt=2, max_tokens=3)
@@ -320,9 +324,11 @@ def test_a_group_that_does_not_fit_leaves_the_others_alone() -> None:
     assert_nothing_is_left(engine)
 
 
-@pytest.mark.parametrize("room", range(24, 44, 2))
-def test_a_group_that_fits_alone_outlives_the_pressure_of_ordinary_requests(room: int) -> None:
-    engine = FakeEngine(room=room)
+@pytest.mark.parametrize("num_blocks", range(24, 44, 2))
+def test_a_group_that_fits_alone_outlives_the_pressure_of_ordinary_requests(
+    num_blocks: int,
+) -> None:
+    engine = FakeEngine(num_blocks=num_blocks)
     engine.plain("x", prompt=4, max_tokens=14)
     engine.dynamic("a", prompt=4, max_tokens=4)
     engine.plain("y", prompt=4, max_tokens=14)
@@ -332,12 +338,12 @@ def test_a_group_that_fits_alone_outlives_the_pressure_of_ordinary_requests(room
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_mix_comes_to_its_end(seed: int) -> None:
+def test_any_mix_of_requests_finishes(seed: int) -> None:
     import random
 
     rng = random.Random(seed)
     engine = FakeEngine(
-        seats=rng.randint(4, 9), room=rng.randint(60, 120), budget=rng.randint(2, 9)
+        seats=rng.randint(4, 9), num_blocks=rng.randint(60, 120), budget=rng.randint(2, 9)
     )
     alive: list[str] = []
     for step in range(120):
@@ -364,8 +370,8 @@ def test_any_mix_comes_to_its_end(seed: int) -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_pause_of_all_is_no_reason_to_take_anything_back() -> None:
-    engine = FakeEngine(room=45)
+def test_a_full_pause_preempts_nothing() -> None:
+    engine = FakeEngine(num_blocks=45)
     engine.dynamic("a", prompt=4, max_tokens=8)
     engine.dynamic("b", prompt=4, max_tokens=8)
     for _ in range(3):
@@ -381,7 +387,7 @@ def test_a_pause_of_all_is_no_reason_to_take_anything_back() -> None:
 
 
 @pytest.mark.parametrize("steps", range(6))
-def test_a_pause_that_waits_for_running_requests_comes_to_its_end(steps: int) -> None:
+def test_a_pause_that_waits_for_running_requests_finishes(steps: int) -> None:
     """A group whose main stream has no seat yet cannot go on: it waits as a whole."""
     engine = FakeEngine()
     engine.dynamic("a", max_tokens=3)
@@ -397,7 +403,7 @@ def test_a_pause_that_waits_for_running_requests_comes_to_its_end(steps: int) ->
     assert_nothing_is_left(engine)
 
 
-def test_an_ordinary_request_is_none_of_the_turns_business() -> None:
+def test_an_ordinary_request_is_ignored_by_the_stream_scheduler() -> None:
     engine = FakeEngine()
     request: FakeRequest = engine.plain("x", max_tokens=2)
     engine.run()

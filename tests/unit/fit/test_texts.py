@@ -53,7 +53,7 @@ BOM = b"\xef\xbb\xbf"
 )
 @pytest.mark.parametrize("prefix", [b"", BOM], ids=["plain", "bom"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
-def test_every_format_with_a_bom_and_with_crlf(
+def test_every_format_is_read_with_a_bom_and_with_crlf(
     name: str, content: str, prefix: bytes, newline: str, put: Any
 ) -> None:
     path = put(name, prefix + content.replace("\n", newline).encode())
@@ -117,7 +117,7 @@ def test_json_items_over_chunk_boundaries(
     ],
 )
 @pytest.mark.parametrize("size", [2, 1 << 16])
-def test_a_json_file_that_cannot_be_read_on_says_its_line(
+def test_a_broken_json_file_is_named_with_its_line(
     content: str, message: str, size: int, put: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_steer.texts.rows._CHUNK", size)
@@ -213,9 +213,7 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(
         ("noending", "a", "noending: the file name extension is missing; supported:"),
     ],
 )
-def test_what_is_said_of_bad_files_and_rows(
-    name: str, content: str, message: str, put: Any
-) -> None:
+def test_errors_of_bad_files_and_rows(name: str, content: str, message: str, put: Any) -> None:
     with pytest.raises(SteerError, match=message):
         read_texts(put(name, content))
 
@@ -232,7 +230,7 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt"])
 @pytest.mark.timeout(20)
-def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path, ending: str) -> None:
+def test_reading_does_not_wait_for_a_pipe_or_device(tmp_path: Path, ending: str) -> None:
     os.mkfifo(tmp_path / f"pipe{ending}")
     (tmp_path / f"zeros{ending}").symlink_to("/dev/zero")
     for name in ("pipe", "zeros"):
@@ -241,7 +239,7 @@ def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path, ending: str) -> 
 
 
 @pytest.mark.parametrize("name", ["a\0b.txt", "\ud800.txt", "x" * 5000 + ".txt"])
-def test_a_name_that_no_file_has_is_one_error(name: str) -> None:
+def test_an_impossible_file_name_is_one_error(name: str) -> None:
     with pytest.raises(SteerError, match="no such file"):
         read_texts(name)
 
@@ -253,7 +251,7 @@ def test_a_name_that_no_file_has_is_one_error(name: str) -> None:
         ("a.json", '[{"text": "x", "label": 1, "label": -1}]'),
     ],
 )
-def test_a_key_that_stands_twice_in_a_row_is_refused(name: str, content: str, put: Any) -> None:
+def test_a_duplicate_key_of_a_row_is_refused(name: str, content: str, put: Any) -> None:
     with pytest.raises(SteerError, match=r"a\.jsonl?:1: the key 'label' is given twice"):
         read_labelled(put(name, content))
 
@@ -273,11 +271,13 @@ def test_a_line_without_end_is_not_read_whole(put: Any) -> None:
 
 def test_bad_rows_are_named_together_after_the_good_ones(put: Any) -> None:
     path = put("a.jsonl", "".join(f'{{"text": "{"x" if i % 2 else ""}"}}\n' for i in range(30)))
-    rows, good = take(read_rows(path), lambda row: text_of(row, "text")), []
+    rows, good_rows = take(read_rows(path), lambda row: text_of(row, "text")), []
     with pytest.raises(SteerError) as caught:
-        good.extend(rows)
-    places = [part.split(":")[1] for part in str(caught.value).split("; ") if "a.jsonl" in part]
-    assert places == [str(line) for line in range(1, 21, 2)]
+        good_rows.extend(rows)
+    line_numbers = [
+        part.split(":")[1] for part in str(caught.value).split("; ") if "a.jsonl" in part
+    ]
+    assert line_numbers == [str(line) for line in range(1, 21, 2)]
     assert str(caught.value).endswith("; and 5 more bad rows")
 
 
@@ -318,7 +318,7 @@ def test_a_label_without_a_map_is_its_number(value: Any) -> None:
         *("0_1", "\u0661", "\uff11", "0x1", "01"),
     ],
 )
-def test_a_label_that_is_no_number_between_the_sides(value: Any) -> None:
+def test_a_label_outside_the_range_is_refused(value: Any) -> None:
     with pytest.raises(SteerError, match=r"is not a number in \[-1, 1\]; give a label map such as"):
         label_map(None)(value)
 
@@ -335,12 +335,12 @@ def test_a_label_that_is_no_number_between_the_sides(value: Any) -> None:
         ("good=1,good=-1", "good is listed twice; give each label once"),
     ],
 )
-def test_a_label_map_that_is_none(value: str, message: str) -> None:
+def test_an_invalid_label_map_is_refused(value: str, message: str) -> None:
     with pytest.raises(SteerError, match=message):
         label_map(value)
 
 
-def test_a_label_that_the_map_does_not_have() -> None:
+def test_a_label_outside_the_map_is_refused() -> None:
     for value in ("good", True, None, 2, 1.01):
         with pytest.raises(SteerError, match="is not in the label map; it has 0=-1, 1=1"):
             label_map("sst2")(value)
@@ -352,9 +352,9 @@ def test_every_known_map_has_strengths_between_the_sides() -> None:
 
 def test_labelled_texts_of_one_file_and_of_two(put: Any) -> None:
     entry = put("a.csv", "review,stars\nfine,1.0\npoor,0\n")
-    named = read_labelled(entry, text_field="review", label_field="stars", labels="sst2")
+    rows = read_labelled(entry, text_field="review", label_field="stars", labels="sst2")
     two = read_two_sides(put("p.txt", "fine\n"), put("n.jsonl", '{"text": "poor"}\n'))
-    assert named == two == [("fine", 1.0), ("poor", -1.0)]
+    assert rows == two == [("fine", 1.0), ("poor", -1.0)]
 
 
 @pytest.mark.parametrize(
@@ -367,8 +367,6 @@ def test_labelled_texts_of_one_file_and_of_two(put: Any) -> None:
         ("text,label\n", None, "a.csv: the file has no rows"),
     ],
 )
-def test_what_is_said_of_bad_labels(
-    content: str, labels: str | None, message: str, put: Any
-) -> None:
+def test_errors_of_bad_labels(content: str, labels: str | None, message: str, put: Any) -> None:
     with pytest.raises(SteerError, match=message):
         read_labelled(put("a.csv", content), labels=labels)

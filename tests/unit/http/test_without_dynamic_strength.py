@@ -19,7 +19,9 @@ from vllm_steer.compat.names import names_of
     ),
     ids=str,
 )
-def test_the_middleware_is_imported_without_it(module: str, name: str) -> None:
+def test_the_middleware_is_imported_without_dynamic_strength(module: str, name: str) -> None:
     code = f"import {module} as m; del m.{name}; import vllm_steer.serving.http.middleware"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
