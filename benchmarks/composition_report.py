@@ -1,13 +1,13 @@
-"""Two and three properties at once on the embedded model: dynamic beside fixed strengths.
+"""Two and three properties at once on the embedded model: dynamic and fixed strengths.
 
     python -m benchmarks.composition_report --json OUT [--samples 200] [--folder FOLDER]
 
 ``vllm-steer compare`` with ``composition/properties.yaml``: strengths are chosen on
-``choosing.txt`` and reported on ``prompts.txt``. The embedded LM-Steers are written with
-``RAISED`` times their epsilon first, for a dynamic strength is in nats and their unit is small.
+``choosing.txt`` and reported on ``prompts.txt``. The embedded LM-Steers are first written with
+``RAISED`` times their epsilon, since a dynamic strength is in nats and their unit is small.
 
-``rows`` has a line for each combination and method, and ``tried`` every choice for the pair
-of language and sentiment on the prompts that it was chosen on.
+``rows`` has a line for each combination and method; ``tried`` has every choice for the pair of
+language and sentiment, on the prompts of the selection.
 """
 
 import shutil
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def compare(folder: Path, run: Path, samples: int) -> Any:
-    """The report of ``vllm-steer compare``, on the steers in units that suit nats."""
+    """The report of ``vllm-steer compare``, on steers whose unit suits nats."""
     from vllm_steer.cli.progress import progress
     from vllm_steer.embedded import STEERS
     from vllm_steer.evaluation.composition import comparison_run
@@ -74,7 +74,7 @@ def compare(folder: Path, run: Path, samples: int) -> Any:
 
 
 def tried(report: Any) -> Iterator[Line]:
-    """What was tried for ``PAIR``."""
+    """The choices that were tried for ``PAIR``."""
     for candidate in report.data["choosing"]:
         if candidate["combination"] == PAIR:
             row = {"method": candidate["method"], "strengths": in_words(candidate["steer"])}
@@ -84,10 +84,10 @@ def tried(report: Any) -> Iterator[Line]:
 def lines(report: Any) -> Iterator[Line]:
     """A line per combination and method, with standard errors over the seeds.
 
-    Text ``k`` of every prompt has the same seed, and headings so alike that their texts often are
-    the same: texts of one seed are one observation, not as many as there are prompts.
-    ``beside`` is the share less that of the best fixed strengths on the same prompts, or of the
-    fixed strengths taken over where the combination was not seen.
+    Text ``k`` of every prompt has the same seed, and the headings are so similar that their texts
+    are often equal. The texts of one seed are therefore one observation, not one per prompt.
+    ``beside`` is the share minus that of the best fixed strengths on the same prompts; for an
+    unseen combination, minus that of the reused fixed strengths.
     """
     from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges
 
@@ -125,7 +125,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def in_words(steer: dict[str, Any]) -> str:
-    """Strengths as the table has them: ``fr 1.25, cheer to 0.75 (top-p 0.5)``."""
+    """Strengths in the format of the table: ``fr 1.25, cheer to 0.75 (top-p 0.5)``."""
     parts = []
     for name, dose in steer.items():
         if dose["strength"] == "dynamic":

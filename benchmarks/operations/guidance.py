@@ -41,15 +41,15 @@ class GuidanceCase(OperationCase):
         return self.case == "rotate"
 
     def floor_bytes(self, itemsize: int) -> int:
-        """One layer: rows in and out (the residual in), the directions in use in float32, and 8
-        bytes of the map per dose.
+        """Bytes of one layer: rows in and out (the residual in), the used directions in float32,
+        and 8 bytes of the map per dose.
         """
         rows = self.rows * self.width * itemsize * (2 + self.residual)
         directions = min(DIRECTIONS, self.rows + self.doses - 1)
         return rows + 4 * directions * self.width + 8 * self.rows * self.doses
 
     def sets(self, bench: MeasurementSetup) -> list["GuidanceInputs"]:
-        """Streams of different layers."""
+        """Residual streams of different layers."""
         generator = torch.Generator(bench.device).manual_seed(0)
 
         def random(*shape: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ class GuidanceCase(OperationCase):
         return sets
 
     def _token_map(self, device: torch.device) -> TokenMap:
-        """Directions in turn, at a few strengths; a turn is by about half the norm."""
+        """Directions round-robin, at a few strengths; a rotation is by about half the norm."""
         unit = self.width**0.5 / 2 if self.case == "rotate" else 1.0
         token, dose = torch.arange(self.rows), torch.arange(self.doses)[:, None]
         strengths = (0.5 + (token + 3 * dose) % 7 / 8) * unit
@@ -84,7 +84,7 @@ class GuidanceCase(OperationCase):
         )
 
     def work(self, form: str, inputs: "GuidanceInputs") -> Operation:
-        """Ours, on a stream of its own that it changes in place."""
+        """The operation of vllm-steer, on its own residual stream, which it changes in place."""
         hidden, touched = inputs.before.clone(), inputs.token_map.directions[0] > 0
         module = dispatched(guidance_backend, form, hidden.device)
         rest = (inputs.directions, inputs.layer, inputs.token_map, self.doses)
@@ -101,7 +101,7 @@ class GuidanceCase(OperationCase):
 
 @dataclass(frozen=True, eq=False)
 class GuidanceInputs:
-    """One set: a layer's stream, and what each of its tokens takes there."""
+    """One set of inputs: a layer's residual stream, and the doses of each token."""
 
     case: GuidanceCase
     before: torch.Tensor
@@ -112,7 +112,7 @@ class GuidanceInputs:
 
     @cached_property
     def exact(self) -> torch.Tensor:
-        """The result in float64: ``x + change``, at the norm of ``x`` where it turns."""
+        """The result in float64: ``x + change``, rescaled to the norm of ``x`` where it rotates."""
         vectors = self.directions.vectors[self.layer].double()
         change = torch.zeros(self.before.shape, dtype=torch.float64, device=vectors.device)
         strengths = self.token_map.strengths[self.layer].double()

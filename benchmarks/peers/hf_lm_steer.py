@@ -5,9 +5,9 @@ section 3), in the model's dtype and uncompiled:
 
     logits = (c + epsilon * sum_s v_s (c P1_s) P2_s^T) E^T        logits = c E^T  where all v_s = 0
 
-`hf-lm-steer` takes the products as the authors' code does, one for each row and steer, which makes
-torch copy the factors once per row: the setting of the paper's 1.24. `hf-lm-steer-plain` takes one
-product per steer, which a reader of the equation would write as well. vllm-steer stands beside both
+`hf-lm-steer` computes the products as the authors' code does, one for each row and steer, so torch
+copies the factors once per row: the setting of the paper's 1.24. `hf-lm-steer-plain` computes one
+product per steer, the direct implementation of the equation. vllm-steer is measured next to both
 with the same weights and the same steer.
 """
 
@@ -56,7 +56,7 @@ WAYS: dict[str, Change] = {
 
 
 class HuggingFaceSteeredHead(nn.Module):
-    """An LM head behind LM-Steers, whose change of its input is taken in one of the ``WAYS``."""
+    """An LM head with LM-Steers at its input, computed in one of the ``WAYS``."""
 
     def __init__(self, head: nn.Linear, steer: Any) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class HuggingFaceSteeredHead(nn.Module):
         self.set_values(*[0.0] * steer.columns)
 
     def set_values(self, *values: float) -> None:
-        """One value per steer, for all rows from now on."""
+        """Set one value per steer, for all later rows."""
         self.values = torch.tensor([values]).to(self.head.weight)
         self.active = any(values)
 
@@ -97,9 +97,8 @@ def load(job: PeerJob) -> tuple[HuggingFaceEngine, HuggingFaceSteeredHead]:
 def check_tokens(
     job: PeerJob, ours: BenchmarkEngine, peer: HuggingFaceEngine, rows: int, steer: str | None
 ) -> None:
-    """The peer finds vLLM's tokens as likely as vLLM does, step by step through its own KV cache.
-
-    It is made to follow them: in bfloat16 two that are nearly as likely may swap.
+    """Check that the peer gives vLLM's tokens the same likelihood, step by step with its own KV
+    cache. The peer is forced to these tokens: in bfloat16, two nearly equal ones may swap.
     """
     steers, vocab_size = [steer] * rows, job.dimensions.vocab_size
     leg = ours.leg(steers, CHECK_STEPS, vocab_size, logprobs=True)
@@ -112,7 +111,7 @@ def check_tokens(
 
 
 def measure(job: PeerJob) -> list[dict[str, Any]]:
-    """vllm-steer and both ways on Hugging Face, at each batch size."""
+    """Measure vllm-steer and both Hugging Face variants at each batch size."""
     ours = (job.engine(["s0"]), STEER_STRENGTH)
     peer, head = load(job)
     size = {"rank": job.rank, "rows": max(job.rows)}

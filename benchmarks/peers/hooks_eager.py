@@ -1,8 +1,8 @@
-"""Forward hooks in vLLM: one vector for everybody, added to the output of each layer.
+"""Forward hooks in vLLM: one vector for all requests, added to the output of each layer.
 
-What one writes by hand: an engine with ``enforce_eager=True``, since a compiled model and CUDA
-graphs do not run Python hooks, and ``register_forward_hook`` on every layer. vllm-steer stands
-beside it with the same weights and the same vectors, compiled.
+The usual hand-written way: an engine with ``enforce_eager=True``, since a compiled model and CUDA
+graphs do not run Python hooks, and ``register_forward_hook`` on every layer. vllm-steer is measured
+with the same weights and vectors, compiled.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ from benchmarks.engines import greedy
 from benchmarks.peers.job import TOLERANCE, PeerJob
 
 NAME = "guided"
-GENTLE = STRENGTH / 50  # so that the tokens still count in what comes out, and can be compared
+GENTLE = STRENGTH / 50  # small, so that the output still depends on the tokens and can be compared
 STEER_STRENGTH = f"{NAME}:{GENTLE}"
 
 
 class HookedEngine(BenchmarkEngine):
-    """Requests that ask for a steer switch the hooks on, others off: for everything that runs."""
+    """A request with a steer enables the hooks, another disables them, for all running requests."""
 
     def __init__(self, llm: Any, vectors: torch.Tensor) -> None:
         super().__init__(llm)
@@ -29,7 +29,7 @@ class HookedEngine(BenchmarkEngine):
         self._handles: list[Any] = []
 
     def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
-        """Nothing is passed on: the vector is global."""
+        """Add a request without a steer argument: the vector is global."""
         if bool(steer) != bool(self._handles):
             self._switch()
         super().add(request_id, tokens, None, params)
@@ -45,7 +45,7 @@ class HookedEngine(BenchmarkEngine):
 
 
 def hook_layers(model: nn.Module, vectors: torch.Tensor) -> list[Any]:
-    """Add ``vectors[l]`` to what layer ``l`` of vLLM's GPT-2 returns, from now on; the handles."""
+    """Add ``vectors[l]`` to the output of layer ``l`` of vLLM's GPT-2; returns the hook handles."""
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     rows = vectors.to(next(model.parameters()))
     return [_hook(layer, row) for layer, row in zip(layers, rows, strict=True)]
@@ -58,8 +58,8 @@ def _hook(layer: nn.Module, vector: torch.Tensor) -> Any:
 def check_prompt_logprobs(
     job: PeerJob, ours: BenchmarkEngine, peer: BenchmarkEngine, steer: str
 ) -> None:
-    """Two vLLM engines give the tokens of one prompt the same steered log probabilities, and others
-    than without the steer."""
+    """Check that two vLLM engines give one prompt the same steered log probabilities, different
+    from the unsteered ones."""
     plain, expected, actual = (
         _prompt_logprobs(engine, requested, job.dimensions.vocab_size)
         for engine, requested in ((ours, None), (ours, steer), (peer, steer))
@@ -82,7 +82,7 @@ def _prompt_logprobs(
 
 
 def measure(job: PeerJob) -> list[dict[str, Any]]:
-    """vllm-steer and the hooks, at each batch size."""
+    """Measure vllm-steer and the hooks at each batch size."""
     from vllm_steer import load_steer
 
     eager = job.engine(enforce_eager=True)

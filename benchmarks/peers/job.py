@@ -1,4 +1,4 @@
-"""What one peer is asked to measure, and its lines: steered over unsteered, and over ours."""
+"""The job of one peer, and its result lines: steered over unsteered, and over vllm-steer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from benchmarks.engines import make_engine
 from benchmarks.equality import check_engine, check_legs
 from benchmarks.rounds import Round, spread
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of a token's log probability
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # tolerance of a token's log probability
 SteeredEngine = tuple[Any, str]  # an engine, and the steer that each of its rows requests
 
 
@@ -33,16 +33,18 @@ class PeerJob:
 
     @property
     def dimensions(self) -> ModelShape:
-        """The shape itself."""
+        """The model shape."""
         return SHAPES[self.shape]
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The model's."""
+        """The dtype of the model."""
         return getattr(torch, self.dtype)
 
     def engine(self, steers: Sequence[str] = (), **options: Any) -> BenchmarkEngine:
-        """With vllm-steer and these steers; without any it is stock vLLM, to be made first."""
+        """An engine with vllm-steer and these steers; without steers stock vLLM, which must be made
+        first.
+        """
         paths = {name: self.steers / f"{name}.safetensors" for name in steers}
         config = steer_config(paths, self.rank) if steers else None
         options |= {"dtype": self.dtype, "max_num_seqs": max(self.rows)}
@@ -50,7 +52,7 @@ class PeerJob:
         return BenchmarkEngine(llm)
 
     def alone(self, name: str, steered: SteeredEngine, rows: int, rank: int = 0) -> dict[str, Any]:
-        """An engine's steered legs over its unsteered ones; then each row is seen to be steered."""
+        """Compare an engine's steered and unsteered legs; then check that each row is steered."""
         within = self._rounds((steered[0], None), steered, rows)
         check_engine(steered[0], [steered[1]] * rows, self.dimensions)
         return self.line(name, within, rank=rank)
@@ -58,7 +60,9 @@ class PeerJob:
     def beside(
         self, name: str, ours: SteeredEngine, peer: SteeredEngine, rows: int, rank: int = 0
     ) -> dict[str, Any]:
-        """The peer's steered legs over its unsteered ones, and over vllm-steer's steered ones."""
+        """Compare the peer's steered legs with its unsteered ones, and with vllm-steer's steered
+        ones.
+        """
         across = self._rounds(ours, peer, rows)
         line = self.alone(name, peer, rows, rank)
         over_ours = [one.ratio(step_ms) for one in across]
@@ -67,7 +71,7 @@ class PeerJob:
     def both(
         self, name: str, ours: SteeredEngine, peer: SteeredEngine, rank: int = 0
     ) -> list[dict[str, Any]]:
-        """vllm-steer and a peer, at each batch size."""
+        """The lines of vllm-steer and a peer at each batch size."""
         lines = []
         for rows in self.rows:
             lines.append(self.alone(name, ours, rows, rank))
@@ -85,7 +89,7 @@ class PeerJob:
     def line(
         self, name: str, rounds: Sequence[Round[DecodeLeg]], *, rank: int = 0
     ) -> dict[str, Any]:
-        """A measured case."""
+        """The line of a measured case."""
         columns, rows = step_columns(rounds), len(rounds[0].other.tokens)
         line = {"name": name, "shape": self.shape, "rows": rows, "rank": rank, **columns}
         return line | {"tokens_per_s": round(1e3 * rows / columns["steered_ms"], 1)}

@@ -1,4 +1,4 @@
-"""How the embedded model's steers do: `python scripts/embedded_model/measure.py [SETTING ...]`.
+"""Measure the embedded model's steers: `python scripts/embedded_model/measure.py [SETTING ...]`.
 
 Each setting's texts are sampled at temperature 1 after headings that leave language, sentiment
 and formality open; the figures are shares of the texts by `lexicon`.
