@@ -77,7 +77,7 @@ def weights_of(steers: list[Weights], stored: str = "low-rank") -> SteerWeights:
 
 
 def steered(uses: list[Use], steers: list[Weights]) -> SteeredRows:
-    """The uses as pairs, whatever their order."""
+    """The uses as sorted pairs."""
     uses = sorted(uses, key=lambda use: (use[1], use[0]))
     rows = [row for row, _, _ in uses]
     groups, start = [], 0
@@ -93,7 +93,9 @@ def steered(uses: list[Use], steers: list[Weights]) -> SteeredRows:
 
 
 def at_strengths(uses: list[Use], strengths: Sequence[float]) -> list[Use]:
-    """The same rows and slots at strengths in turn, as their pairs lie: by slot, then by row."""
+    """The same rows and slots with repeated strengths, in the order of the pairs: by slot, then by
+    row.
+    """
     ordered = sorted(uses, key=lambda use: (use[1], use[0]))
     repeated_strengths = itertools.cycle(strengths)
     return [(row, slot, next(repeated_strengths)) for row, slot, _ in ordered]
@@ -124,13 +126,13 @@ def random_rows(num_rows: int, width: int, dtype: torch.dtype = torch.float64) -
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    """The numbers' patterns, to compare NaN and zeros by."""
+    """The bit patterns of the numbers, to compare NaN and signed zeros."""
     same_size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(same_size)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the error by the norm of what is expected."""
+    """The norm of the error divided by the norm of the expected result."""
     if expected.numel() == 0:
         return 0.0
     return float((actual.double() - expected).norm() / expected.norm())

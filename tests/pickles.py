@@ -1,4 +1,4 @@
-"""An assembler for pickles and for the archives that they travel in."""
+"""An assembler for pickles and for their archives."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ def name(path: str) -> Raw:
 
 
 def call(path: str, *arguments: Any) -> Raw:
-    """REDUCE: what a call would give."""
+    """REDUCE: the result of a call."""
     return Raw(name(path) + code(tuple(arguments)) + b"R")
 
 
@@ -60,7 +60,7 @@ def tensor(
 
 
 def shared(depth: int, of: bytes) -> Raw:
-    """A value that stands for ``2**depth`` of its kind: each pair holds the one before twice."""
+    """A value that expands to ``2**depth`` copies: each pair contains the previous one twice."""
     out = of + b"r" + struct.pack("<I", 100_000)
     for level in range(depth):
         before = struct.pack("<I", 100_000 + level)
@@ -109,7 +109,7 @@ def archive(
     extra_records: Iterable[tuple[str, bytes]] = (),
     compression: int = zipfile.ZIP_STORED,
 ) -> bytes:
-    """What ``torch.save`` writes, by hand: the pickle, its storages, and whatever else."""
+    """A hand-made ``torch.save`` file: the pickle, its storages, and extra records."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as zip_file:
         if pickle is not None:

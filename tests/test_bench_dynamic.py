@@ -1,4 +1,4 @@
-"""The benchmark of dynamic strength runs from start to end, and its parts are what they say."""
+"""The benchmark of dynamic strength runs from start to end, and its parts are correct."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""The kernels' benchmark counts what it should, makes the batches that it names, knows its own
-reference to be right, and runs from start to end."""
+"""The benchmark of the kernels: byte counts, batches, its reference, and a complete run."""
 
 import json
 import os
@@ -31,7 +30,7 @@ H200 = 4.3e12
 
 @pytest.fixture
 def bench() -> MeasurementSetup:
-    """What a run on a CPU is made with."""
+    """The setup of a run on a CPU."""
     return MeasurementSetup(CPU, torch.float32, repeats=2, reach=0, bandwidth=1e9, matmul=1e9)
 
 

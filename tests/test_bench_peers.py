@@ -1,5 +1,5 @@
-"""The comparison with other tools: each baseline computes what it is said to, and the command runs
-from start to end.
+"""The comparison with other tools: each baseline is correct, and the command runs from start to
+end.
 """
 
 import json

@@ -160,7 +160,7 @@ def test_guided_text_is_as_varied_as_unsteered_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", GUIDED_LANGUAGE_OF)
 def test_guided_text_repeats_itself_no_more_than_unsteered_text_of_its_language(name: str) -> None:
-    # Text of one language alone is less varied than the mix of four that comes unsteered.
+    # Text of one language is less varied than unsteered text, a mix of four languages.
     code = GUIDED_LANGUAGE_OF[name]
     unsteered = [text for text in guided({}, samples=80) if lexicon.language(text) == code]
     assert len(unsteered) >= 100

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.matrix
 
 PROMPTS = ("Hotel Astoria:", "Film Nova:", "Yoga Flora:", "Boutique Vega:")
 OTHERS = ("Hotel Regina:", "Film Orion:")
-# What a text begins with is what it goes on in: a French sentence in the place of an English one.
+# A text continues in the language of its beginning: a French sentence replaces an English one.
 EXAMPLES = (
     {"icl": "Le personnel était charmant.", "prompt": "The staff was charming."},
     {"icl": "La musique était magnifique.", "prompt": "The music was wonderful."},

@@ -1,4 +1,4 @@
-"""The trainer on a small model: what it does with texts, labels, padding, dtypes and its cache."""
+"""The trainer on a small model: texts, labels, padding, dtypes and the cache."""
 
 from typing import Any
 
@@ -288,7 +288,7 @@ def test_logits_that_the_head_does_not_explain_are_refused(tokenizer: Any) -> No
 def test_a_logit_scale_or_cap_of_the_model_is_applied(
     tokenizer: Any, options: str, attribute: str, value: float
 ) -> None:
-    """The hook does to the logits what the config says that the model does."""
+    """The hook applies the scale or cap of the config to the logits."""
     model = tiny_model(tokenizer, torch.float64)
     plain = losses_by_hook(model, ids_of(tokenizer), LABELS).mean().item()
     setattr(model.config, attribute, value)

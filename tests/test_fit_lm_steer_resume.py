@@ -1,4 +1,6 @@
-"""A fit that was ended, in whatever way, goes on as if nothing had happened, or loses nothing."""
+"""An interrupted fit continues with identical results, or loses nothing, for every kind of
+interruption.
+"""
 
 import csv
 import errno
@@ -39,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Ended(BaseException):
-    """Stands for whatever ends a process."""
+    """Simulates the end of a process."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Every Triton kernel as Hopper's assembler sees it: compiled here for sm_90, with no card."""
+"""Every Triton kernel, compiled for Hopper (sm_90) without a GPU."""
 
 import os
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 
-BLOCK_SHARED_BYTES = 227 * 1024  # what one block of compute capability 9.0 may have
+BLOCK_SHARED_BYTES = 227 * 1024  # limit of one block of compute capability 9.0
 BLOCK_REGISTERS = 64 * 1024
 FORMS = {"TILED": TILED, "ROWWISE": ROWWISE}
 PRODUCTS = {"shrink", "expand", "dense"}
@@ -146,7 +146,7 @@ def test_no_number_of_doses_compiles_a_kernel_after_the_first() -> None:
 
 
 def divergence_of(doses: int, vocab_size: int, dtype: torch.dtype) -> None:
-    """As a step calls it: logits, rows and p of so many doses, each in memory of its own."""
+    """The call of a step: logits, rows and p of some doses, each in its own memory."""
     logits = torch.zeros(2 * doses, vocab_size, dtype=dtype)
     rows = torch.arange(doses)
     divergence.divergence(logits, rows, rows + doses, torch.full((doses,), 0.5))

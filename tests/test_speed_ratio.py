@@ -1,4 +1,4 @@
-"""The speed benchmark runs from start to end and writes the figures that it promises."""
+"""The speed benchmark runs from start to end and writes the documented figures."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What vLLM says of a dynamic request, compared with what Hugging Face would have done."""
+"""Compares the output of vLLM for a dynamic request with the Hugging Face reference."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,11 +21,11 @@ def assert_dynamic(
     greedy: bool = True,
     tolerance: float = 1e-3,
 ) -> Trace:
-    """Every completion has the strengths of its text, and its logprobs under them; ``greedy`` ones
-    have the reference's choice as every token.
+    """Check that every completion has the strengths of its text and the logprobs under them; every
+    token of a ``greedy`` one is the reference's choice.
 
-    Where rounding decides what ``Q`` is, either strength is right, and where it decides between two
-    tokens, either token.
+    If ``Q`` depends on rounding, either strength is correct; if the choice between two tokens does,
+    either token is.
     """
     for completion in output.outputs:
         text, strengths = list(completion.token_ids), completion.steer_strengths
@@ -46,7 +46,7 @@ def assert_dynamic(
 def _history(
     trace: Trace, actual: Mapping[str, Sequence[float]], tolerance: float
 ) -> dict[str, list[float]]:
-    """Compare strengths; the history of those that rounding has made others."""
+    """Compare strengths; returns the history with the strengths that rounding changed."""
     assert actual is not None and actual.keys() == trace.strengths.keys()
     history = {}
     for name, expected in trace.strengths.items():

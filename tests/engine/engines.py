@@ -1,4 +1,4 @@
-"""Real vLLM engines in this process, and the steers and requests that the tests give them."""
+"""Real vLLM engines in this process, and the steers and requests of the tests."""
 
 import gc
 import importlib.metadata
@@ -21,7 +21,7 @@ Setting = Mapping[str, float | Mapping[str, Any]]
 RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
 vllm_version = Version(importlib.metadata.version("vllm"))
 
-# What a vLLM cannot do by itself, with the plugin turned off too.
+# Features that this vLLM lacks even without the plugin.
 ties_gemma = vllm_version < Version("0.29")
 unties_gemma = pytest.mark.skipif(
     ties_gemma,
@@ -79,7 +79,7 @@ GUIDED: tuple[Setting, ...] = (
 
 
 def random_steers(hidden_size: int, vocab_size: int) -> dict[str, LMSteer]:
-    """One steer of each variant and of mixed ranks, strong enough to change what is written."""
+    """One steer of each variant, with mixed ranks, strong enough to change the text."""
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -174,7 +174,7 @@ def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:
 
 
 def dynamic(maximum: float = 2.0, **options: Any) -> dict[str, Any]:
-    """Options of a steer whose strength follows from the text."""
+    """Options of a steer with dynamic strength."""
     return {"strength": "dynamic", "max": maximum, **options}
 
 
@@ -237,7 +237,7 @@ def prompts(count: int, *, length: int = 12, vocab_size: int = 500) -> list[dict
 
 
 def greedy(settings: Sequence[Setting], *, max_tokens: int = 12, **options: Any) -> list[Any]:
-    """Greedy sampling parameters, one per setting; an empty setting does not ask for a steer."""
+    """Greedy sampling parameters, one per setting; an empty setting has no steer."""
     from vllm import SamplingParams
 
     defaults = {"temperature": 0, "ignore_eos": True, "logprobs": 1, "detokenize": False}
@@ -252,12 +252,12 @@ def greedy(settings: Sequence[Setting], *, max_tokens: int = 12, **options: Any)
 
 
 def is_dynamic(setting: Setting) -> bool:
-    """Whether a setting asks for a strength that follows from the text."""
+    """True if a setting requests a dynamic strength."""
     return any(isinstance(o, Mapping) and o["strength"] == "dynamic" for o in setting.values())
 
 
 def reporting(params: Sequence[Any]) -> list[Any]:
-    """Sampling parameters that ask for the strengths of their dynamic steers."""
+    """Sampling parameters that request the strengths of their dynamic steers."""
     for parameters in params:
         if parameters.extra_args and is_dynamic(parameters.extra_args["steer"]):
             parameters.extra_args["steer_strengths"] = True

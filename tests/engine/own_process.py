@@ -1,9 +1,9 @@
-"""Scenarios that need a Python process of their own: ``python own_process.py SCENARIO``.
+"""Scenarios that need a separate Python process: ``python own_process.py SCENARIO``.
 
 N-gram speculation imports numba, after which vLLM's CPU platform starts no second engine in this
 process; parallel engines start workers that import the main module again; vLLM's Transformers
-backend changes the classes of the model it serves; a compile cache is met again by another process
-only; an engine without the plugin must never have loaded it.
+backend changes the classes of the model it serves; only another process reads a compile cache
+again; an engine without the plugin must never have loaded it.
 """
 
 import json
@@ -84,7 +84,7 @@ def parallel(folder: Path, **options: Any) -> None:
 
 
 def transformers_backend(folder: Path) -> None:
-    """vLLM's Transformers backend on a model that vLLM also has itself."""
+    """vLLM's Transformers backend on a model that vLLM also implements natively."""
     mixed_batch(folder, model_impl="transformers")
 
 
@@ -124,7 +124,8 @@ def compiled_in_pieces(folder: Path) -> None:
 
 
 def pieces_compiled(folder: Path) -> None:
-    """How many different pieces an engine compiles, without a steer and with a vector everywhere.
+    """The number of distinct pieces that an engine compiles, without a steer and with a vector in
+    every layer.
 
     vLLM keeps an artifact for each piece that differs from those before it.
     """
@@ -189,7 +190,7 @@ def pipeline_parallel(folder: Path) -> None:
 
 
 def stock_logprobs(folder: Path) -> None:
-    """Print, exactly, what an engine gives that has never heard of the plugin."""
+    """Print the exact output of an engine in a process that never loaded the plugin."""
     assert os.environ["VLLM_PLUGINS"] == ""
     model = save_tiny_model("llama", folder / "model", num_layers=GUIDED_LAYERS)
     with engine(model) as llm:

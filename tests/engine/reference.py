@@ -185,7 +185,7 @@ def _coefficient(dose: Dose, steer: DeltaSteer, step: int) -> float:
 
 
 def _hook(model: Any, layer: int, site: str, changes: Sequence[Change]) -> Any:
-    """Guide what passes a site, by a hook that is returned."""
+    """Guide the activations at a site with a hook; returns its handle."""
     names = MODULES[type(model).__name__]
     block = model.get_submodule(names.blocks)[layer]
     if site == "heads":
@@ -217,8 +217,8 @@ def assert_greedy(
     *,
     tolerance: float = 1e-4,
 ) -> None:
-    """Every generated token is the reference's choice after the same text, with its logprob; so are
-    the logprobs of the prompt where the request asked for them.
+    """Every generated token is the reference's choice after the same text, with its logprob; the
+    same holds for the logprobs of the prompt if requested.
     """
     _assert_choices(output, steered_logprobs(model, _text(output), strengths, steers), tolerance)
 

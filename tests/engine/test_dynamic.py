@@ -260,7 +260,7 @@ def test_a_request_without_steer_strengths_gets_none(llm: Any, prompts: Any) -> 
 
 
 def steps_of(llm: Any, prompt: Any, params: Any) -> SimpleNamespace:
-    """How often an engine runs its model for one request, and how many streams it had."""
+    """The number of model runs of an engine for one request, and its number of streams."""
     scheduler = scheduler_of(llm)
     counted = SimpleNamespace(steps=0, streams=0)
     schedule = scheduler.schedule

@@ -1,6 +1,6 @@
 """Dynamic strengths while vLLM schedules a step before the last one's tokens are known.
 
-vLLM turns asynchronous scheduling off on a CPU, where nothing is gained by it; here it is forced.
+vLLM disables asynchronous scheduling on a CPU, where it gains nothing; here it is forced.
 """
 
 import itertools
@@ -53,7 +53,7 @@ def test_strengths_and_tokens_are_those_of_the_texts(blocks: int, length: int) -
 
 
 def test_all_requests_may_be_preempted_while_a_step_is_computed() -> None:
-    """As for new weights: between a step and its outcome, that of a last token too."""
+    """As for an update of the weights: between a step and its output, also that of a last token."""
     steers = {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
     settings, outputs = [FRENCH, HEAD, {}], []
     with engine(embedded.MODEL, CONFIG, max_num_seqs=16, block_size=BLOCK) as llm:
@@ -64,12 +64,12 @@ def test_all_requests_may_be_preempted_while_a_step_is_computed() -> None:
                 core.add_request(f"{moment}-{index}", *request)
             update, steps = scheduler.update_from_output, itertools.count(1)
 
-            def taking_back(*step: Any, at: int = moment, update: Any = update, steps: Any = steps):
+            def preempting(*step: Any, at: int = moment, update: Any = update, steps: Any = steps):
                 if next(steps) == at:
                     scheduler.reset_prefix_cache(reset_running_requests=True)
                 return update(*step)
 
-            scheduler.update_from_output = taking_back
+            scheduler.update_from_output = preempting
             ended = finished(core, 3)
             scheduler.update_from_output = update
             outputs += sorted(ended, key=lambda output: output.request_id)

@@ -1,4 +1,4 @@
-"""Dynamic strengths where blocks and seats are few, and where requests end before their time."""
+"""Dynamic strengths with few KV blocks and few slots, and with requests that end early."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -55,7 +55,7 @@ def reference() -> Any:
 
 
 def texts(count: int, length: int, *, seed: int = 3) -> list[dict[str, list[int]]]:
-    """Prompts of random tokens, of that length and somewhat less."""
+    """Prompts of random tokens, of about the given length."""
     rng = random.Random(seed)
     return [
         {"prompt_token_ids": [rng.randrange(3, 1500) for _ in range(length - index % 5)]}
@@ -92,9 +92,9 @@ def test_chunked_prefill_and_preemption(reference: Any, steers: Any) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("seats", [5, 7])
-def test_few_slots_of_max_num_seqs(seats: int, reference: Any, steers: Any) -> None:
-    with engine(embedded.MODEL, CONFIG, max_num_seqs=seats) as llm:
+@pytest.mark.parametrize("max_num_seqs", [5, 7])
+def test_few_slots_of_max_num_seqs(max_num_seqs: int, reference: Any, steers: Any) -> None:
+    with engine(embedded.MODEL, CONFIG, max_num_seqs=max_num_seqs) as llm:
         outputs = serve(llm, texts(16, 12), REQUESTS)
         resources = leftovers(llm)
     assert resources == {}

@@ -1,4 +1,4 @@
-"""Vectors and deltas in a running engine: what Hugging Face writes under hooks in float64."""
+"""Vectors and deltas in a running engine, compared with Hugging Face with hooks in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def test_compiled_model(guided_llama: Path, all_steers: dict[str, Steer], tmp_pa
 def test_256_requests_with_256_strengths_in_two_waves(
     guided_llama: Path, all_steers: dict[str, Steer], tmp_path: Path
 ) -> None:
-    """A strength takes no slot: more of them than steers, and again after the first are gone."""
+    """Strengths take no slot: there may be more strengths than steers, also after requests end."""
     steers = {name: all_steers[name] for name in ("push", "turn")}
     waves = [
         [{"push": (i - 128) / 64, "turn": (i + wave) / 32} for i in range(256)] for wave in (0, 1)

@@ -1,4 +1,4 @@
-"""Prefix caching beside guidance: KV is shared where it is equal, and nowhere else."""
+"""Prefix caching with guidance: only equal KV is shared."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_16_alternating_requests_share_only_equal_blocks(
 def test_the_same_requests_fail_without_the_cache_key(
     model: Path, steers: dict[str, Steer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test above can fail: without the plugin's key guided requests take unguided KV."""
+    """The test above can fail: without the plugin's key, guided requests reuse unguided KV."""
     monkeypatch.setattr(
         "vllm_steer.serving.admission.steered_salt", lambda request, *_: request.cache_salt
     )
@@ -121,7 +121,7 @@ def test_guidance_that_begins_after_the_prompt_leaves_its_blocks_shared(
 def test_only_requests_with_equal_doses_reuse_generated_blocks(
     model: Path, steers: dict[str, Steer], tmp_path: Path
 ) -> None:
-    """A longer prompt that repeats what was generated finds unguided KV or none, and is right."""
+    """A longer prompt that repeats a generated text finds unguided KV or none, and is correct."""
     settings: tuple[Setting, ...] = ({"steps": 2.0}, {"push": {"strength": 1.5, **LATE}}, {})
     reference = load_reference(model)
     with engine(model, steer_config(steers, tmp_path), block_size=BLOCK) as llm:

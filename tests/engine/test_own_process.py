@@ -1,4 +1,4 @@
-"""Runs the scenarios of ``own_process.py`` and looks at what they say."""
+"""Runs the scenarios of ``own_process.py`` and checks their reports."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_only_a_compile_cache_made_with_steers_is_reused(
 @v1_only
 @pytest.mark.matrix
 def test_hooked_layers_compile_no_more_pieces_than_a_model_without_hooks(tmp_path: Path) -> None:
-    """Equal layers are one piece: the name of a place is an input of its graph, not a part of it.
+    """Equal layers are one piece: the name of a site is an input of its graph, not a part of it.
 
     A hook in the first and the last layer may make these two differ from the others.
     """
@@ -105,10 +105,9 @@ def test_each_family_compiled_in_pieces_and_loaded_again(part: int, tmp_path: Pa
     )
     for family in families:
         assert f"{family} compiled: " in report and f"{family} loaded: " in report
-    # vLLM cannot save what its Transformers backend compiles: those are compiled anew.
-    saved = [family for family in families if family not in BACKEND]
-    assert report.count("saved AOT compiled function") == len(saved)
-    assert report.count("Directly load AOT compilation") == len(saved)
+    # vLLM cannot save what its Transformers backend compiles: those are compiled again. saved =
+    [family for family in families if family not in BACKEND] assert report.count("saved AOT compiled
+    function") == len(saved) assert report.count("Directly load AOT compilation") == len(saved)
 
 
 def test_unsteered_rows_equal_those_of_an_engine_without_the_plugin_bit_for_bit(

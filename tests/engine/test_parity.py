@@ -1,4 +1,4 @@
-"""A steered engine writes what Hugging Face writes under the paper's formula in float64."""
+"""A steered engine equals Hugging Face with the paper's formula in float64."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What steered requests share with others: prefixes, adapters, defaults, presets."""
+"""Steered requests with shared prefixes, adapters, defaults and presets."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The Triton kernels in a running engine: what Hugging Face writes under the papers' formulas.
+"""The Triton kernels in a running engine, compared with Hugging Face and the papers' formulas.
 
-Without a GPU they run in the interpreter, which the second model runner has switched on anyway.
+Without a GPU they run in the interpreter, which the second model runner enables anyway.
 """
 
 from collections.abc import Iterator
@@ -118,7 +118,7 @@ def test_guidance_kernels_serve_every_kind_site_mode_schedule_and_phase(
 def test_the_divergence_kernels_give_the_strengths_of_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inside the layers and at the head, both backends of the KL, beside fixed doses."""
+    """Inside the layers and at the head, both forms of the KL, with fixed doses."""
     from vllm_steer.kernels.divergence import triton_fused
 
     model = save_tiny_model("llama", tmp_path / "model", num_layers=GUIDED_LAYERS)

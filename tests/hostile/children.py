@@ -1,7 +1,7 @@
-"""Runs jobs on hostile files, each in a process of its own with limits of memory and time.
+"""Runs jobs on hostile files, each in its own process with limits of memory and time.
 
-Read as a program: jobs as JSON lines on standard input, outcomes as JSON lines on standard output.
-It imports what the jobs need once and forks, so that a job costs milliseconds.
+As a program it reads jobs as JSON lines from standard input and writes outcomes as JSON lines to
+standard output. It imports the dependencies once and forks, so that a job takes milliseconds.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ LONGEST = 4000
 
 
 def load(job: dict[str, Any]) -> str:
-    """``load_steer``, and what a server's start makes of the steer."""
+    """Run ``load_steer``, and build the tables of a server's start."""
     from vllm_steer import load_steer
     from vllm_steer.steers.content import content_digest
 
@@ -54,7 +54,9 @@ def command(job: dict[str, Any]) -> str:
 
 
 def agree(job: dict[str, Any]) -> str:
-    """What is read of a ``torch.save`` file, where PyTorch reads it too: the same."""
+    """Check that a ``torch.save`` file gives the same values as PyTorch's reader, if PyTorch reads
+    it.
+    """
     from argparse import Namespace
 
     import torch
@@ -97,14 +99,14 @@ def _bits(tensor: Any) -> bytes:
 
 
 def rows(job: dict[str, Any]) -> str:
-    """What a fit or an evaluation reads texts and labels with."""
+    """Read texts and labels as a fit or an evaluation does."""
     from vllm_steer.texts import read_labelled
 
     return f"{len(list(read_labelled(job['path'])))} texts"
 
 
 def conversations(job: dict[str, Any]) -> str:
-    """What a fit reads pairs of messages with."""
+    """Read conversations as a fit does."""
     from vllm_steer.texts.conversations import read_conversations
 
     return f"{len(list(read_conversations(job['path'])))} conversations"
@@ -129,7 +131,7 @@ DOES = {
 
 
 def child(job: dict[str, Any], to: int) -> None:
-    """Does the job within its limits and writes the outcome; never returns."""
+    """Run the job within its limits and write the outcome; never returns."""
     begun = status("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -174,7 +176,7 @@ def status(name: str) -> int:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The outcome of one job; ``signal`` or ``too_long`` where it did not end by itself."""
+    """The outcome of one job; ``signal`` or ``too_long`` if it did not end by itself."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:

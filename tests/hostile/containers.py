@@ -15,7 +15,7 @@ KINDS = Kinds()
 
 @KINDS.slow
 def bombs(rng: random.Random) -> bytes:
-    """NumPy archives that unpack to far more than they are."""
+    """NumPy archives that unpack to far more than their size."""
     zeros = rng.choice([1 << 26, 1 << 28])
     order, rows = rng.random() < 0.5, zeros // 4 // 64
     text = f"{{'descr': '<f4', 'fortran_order': {order}, 'shape': ({rows}, 64), }}"
@@ -95,7 +95,7 @@ def safetensors(tensors: dict[str, Any], metadata: dict[str, str], data: bytes) 
 
 @KINDS.slow
 def one_byte_values(rng: random.Random) -> bytes:
-    """Our own format with values of one byte, each of which is eight in float64."""
+    """Our own format with one-byte values, each of which takes eight bytes in float64."""
     rows, width = 32, 1 << 20
     kind, name = rng.choice([("vector", "vectors"), ("delta", "delta")])
     shape = [rows, width] if kind == "vector" else [1, rows, width]

@@ -153,7 +153,7 @@ def large_pickle(rng: random.Random) -> bytes:
 
 @KINDS.add
 def not_torch(rng: random.Random) -> bytes:
-    """What people hand in by mistake."""
+    """Files that users pass by mistake."""
     pickle = pickled(call("os.system", f"touch {CANARY}"))
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:

@@ -88,7 +88,7 @@ def odd_values(rng: random.Random) -> bytes:
 
 @KINDS.add
 def shared_deep(rng: random.Random) -> bytes:
-    """Sixty pairs, each holding the one before twice, wherever a value may stand."""
+    """Sixty nested pairs, each with the previous one twice, at every place of a value."""
     of = rng.choice([code("ha"), code(()), code(1.5), tensor(), code("x" * 1000)])
     return saved(rng.choice(list(places(shared(rng.choice([24, 60, 500]), of), rng))))
 
@@ -125,7 +125,7 @@ def holds_itself(rng: random.Random) -> bytes:
 
 @KINDS.add
 def own_items(rng: random.Random) -> bytes:
-    """An OrderedDict whose attributes stand before a dict's methods."""
+    """An OrderedDict whose attributes shadow the methods of a dict."""
     attribute = rng.choice(["items", "keys", "values", "get", "__len__", "__iter__", "__class__"])
     huge = tensor((500_000_000,), (0,))
     value = rng.choice([name("collections.OrderedDict"), [], {}, 5, "x"])
@@ -198,7 +198,7 @@ def one_tensor_often(rng: random.Random) -> bytes:
 
 @KINDS.add
 def like_tensors(rng: random.Random) -> bytes:
-    """Namespaces with a tensor's attributes, and behind these what must not be walked."""
+    """Namespaces with a tensor's attributes and values that must not be traversed."""
     inner = rng.choice([shared(60, code(())), shared(24, code("ha")), Raw(code("\x1b[2J" * 50))])
     attributes = {"shape": (), "dtype": 1, "device": "cpu", "x": inner}
     content = dict(rng.sample(sorted(attributes.items()), rng.randrange(1, 4))) | {"dtype": inner}
@@ -207,7 +207,7 @@ def like_tensors(rng: random.Random) -> bytes:
 
 @KINDS.add
 def without_values(rng: random.Random) -> bytes:
-    """Shapes that claim nothing, for a size is 0, and have a layer for every number below 2^27."""
+    """Shapes without values, since a size is 0, and with a layer for every number below 2^27."""
     big = rng.choice([2**20, 2**27, 2**40])
     sizes = [0, *(rng.choice([1, big]) for _ in range(rng.choice([0, 1, 2, 3])))]
     rng.shuffle(sizes)
@@ -216,7 +216,7 @@ def without_values(rng: random.Random) -> bytes:
 
 @KINDS.add
 def views_with_metadata(rng: random.Random) -> bytes:
-    """Tensors that say that their values are to be read otherwise."""
+    """Tensors with metadata that changes how their values are read."""
     metadata = rng.choice(
         [
             *({"neg": 1}, {"conj": True}, {"neg": True, "x": 1}, {1: True}, "neg", ["neg"], 5),

@@ -1,7 +1,7 @@
-"""Files and configs from strangers: refused in one line or harmless, whichever way they come in.
+"""Untrusted files and configs: refused in one line or harmless, on every input path.
 
-Each is read in a process of its own with 4 GiB of memory and 20 seconds. Nothing of a file may run
-(``CANARY`` would come to be), and no process may end by a signal, by a traceback or by its limits.
+Each is read in its own process with 4 GiB of memory and 20 seconds. No code of a file may run (it
+would create ``CANARY``), and no process may end by a signal, by a traceback or by its limits.
 """
 
 import json
@@ -70,7 +70,7 @@ FACTS: tuple[dict[str, Any], ...] = (
 
 
 def outcomes(jobs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What became of each job, in their order."""
+    """The outcome of each job, in order."""
     lines = "".join(json.dumps(job) + "\n" for job in jobs)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.run(
@@ -87,7 +87,7 @@ def outcomes(jobs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def faults(outcome: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with an outcome."""
+    """The faults of an outcome."""
     for ended in ("signal", "too_long", "traceback"):
         if ended in outcome:
             yield f"{ended} {outcome[ended]}"

@@ -1,8 +1,8 @@
-"""Requests that no client should send: some hundred kinds of each, named, and what each is due.
+"""Invalid and unusual requests: some hundred named kinds, with the expected status of each.
 
-``REFUSED`` bodies ask for a steer that cannot be served: 400. ``DENIED`` ones come without the key:
-401. ``SERVED`` ones are valid in an unusual way: 200. ``SAME`` ones are vLLM's alone, and get what
-an unsteered server answers. All follow from one seed.
+``REFUSED`` bodies request a steer that cannot be served: 400. ``DENIED`` ones lack the API key:
+401. ``SERVED`` ones are valid in an unusual way: 200. ``SAME`` ones do not concern the plugin and
+get the answer of an unsteered server. All follow from one seed.
 """
 
 import json
@@ -29,7 +29,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One request, and what is due to it."""
+    """One request and its expected status."""
 
     name: str
     due: str
@@ -102,7 +102,7 @@ WRONG_TEXTS = (
 
 
 def wrong_texts() -> Iterator[Kind]:
-    """A text that comes to nothing, as a field and as an argument."""
+    """A text that is not a valid steer, as a field and as an argument."""
     for text in WRONG_TEXTS:
         yield Kind(f"text/{text!r}/field", REFUSED, dump({**BASE, "steer": text}))
         body = {**BASE, "vllm_xargs": {"steer": text}, "stream": True}
@@ -117,7 +117,7 @@ WRONG_OPTIONS = (
 
 
 def wrong_options() -> Iterator[Kind]:
-    """Every option of a steer with values that it does not take."""
+    """Every option of a steer with invalid values."""
     for option in OPTIONS:
         for literal in WRONG_OPTIONS:
             body = with_literal(f'{{"v": {{"{option}": {literal}}}}}')
@@ -156,7 +156,7 @@ def above_ceilings() -> Iterator[Kind]:
 
 
 def near_misses() -> Iterator[Kind]:
-    """Names that were meant for ours."""
+    """Misspelt names of our fields."""
     names = ("steers", "Steer", "STEER", "Steers", "steering", "steer_config", "steer_strength")
     for name in names:
         for value in ("a:1", {"a": 1}, True):
@@ -173,7 +173,7 @@ def near_misses() -> Iterator[Kind]:
 
 
 def unlike_strengths() -> Iterator[Kind]:
-    """``steer_strengths`` that is no boolean, places given twice, and beam search."""
+    """``steer_strengths`` that is not a boolean or is given twice, and beam search."""
     for literal in (
         '"yes"',
         "2",
@@ -229,7 +229,7 @@ def spellings() -> Iterator[Kind]:
 
 
 def other_routes() -> Iterator[Kind]:
-    """Routes that are none of ours, and those that would lose a steer."""
+    """Routes that the plugin does not handle, and those that would ignore a steer."""
     for path in (
         "/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/embeddings", "/score",
         "/rerank", "/pooling", "/classify", "/v1/load_lora_adapter", "/unknown", "/", "/v1",
@@ -267,10 +267,7 @@ def other_requests() -> Iterator[Kind]:
 
 
 def without_key() -> Iterator[Kind]:
-    """Whatever the body: without the key the answer is one and the same.
-
-    On ``/invocations`` vLLM asks for no key.
-    """
+    """Without the API key every body gets the same answer; ``/invocations`` needs no key."""
     all_kinds = (*wrong_types(), *above_ceilings(), *spellings(), *near_misses())
     bodies = [kind for kind in all_kinds if kind.path != "/invocations"]
     for key in (None, "wrong", ""):
@@ -295,7 +292,7 @@ def malformed() -> Iterator[Kind]:
 
 
 def wrong_fields() -> Iterator[Kind]:
-    """vLLM's own fields with wrong values, beside words that look like ours."""
+    """vLLM's own fields with wrong values, next to words that resemble our fields."""
     values = ("steer", -1, 1e400, [], {}, {"steer": 1}, True, "base:friendly", 2**70, None)
     for field in ("prompt", "max_tokens", "temperature", "stop", "n", "seed", "vllm_xargs"):
         for value in values:
@@ -308,7 +305,7 @@ LETTERS = 'xyz01_-. :,{}[]"\\\u00e9\u4e2d\u202e\x07\ud800'
 
 
 def random_value(generator: random.Random, depth: int = 0) -> Any:
-    """A JSON value with no steer's name in it."""
+    """A JSON value without the name of a steer."""
     choice = generator.randrange(8 if depth < 3 else 5)
     if choice == 0:
         return generator.choice([None, True, False])
@@ -343,7 +340,7 @@ def random_steers(generator: random.Random, count: int) -> Iterator[Kind]:
 
 
 def random_bodies(generator: random.Random, count: int) -> Iterator[Kind]:
-    """Bodies of vLLM's with random values in them, and none of ours."""
+    """Bodies with random values of vLLM's fields, and without our fields."""
     fields = ("prompt", "max_tokens", "temperature", "top_p", "seed", "stream", "user", "stop", "x")
     for at in range(count):
         body = dict(BASE)

@@ -1,4 +1,4 @@
-"""Dynamic strengths over HTTP: computed by a served model, and told in every kind of response."""
+"""Dynamic strengths over HTTP: computed by a served model, and part of every kind of response."""
 
 import json
 import sys

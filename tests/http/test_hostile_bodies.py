@@ -1,7 +1,7 @@
-"""A steered server with an API key beside an unsteered one, under bodies that nobody should send.
+"""Invalid bodies sent to a steered server with an API key and to an unsteered one.
 
-Each kind gets the answer that is due to it, no server error among them; meanwhile streams run to
-their end, no kind makes ``/health`` wait, and the memory does not grow.
+Each kind gets its expected answer, and none gets a server error; meanwhile streams run to their
+end, no kind delays ``/health``, and the memory does not grow.
 """
 
 import json
@@ -106,13 +106,13 @@ def timed(spans: dict[str, tuple[float, float]], kind: Kind) -> Iterator[None]:
 
 
 def longest_beside(polls: Spans, span: tuple[float, float]) -> float:
-    """Of the polls that were under way at some time of a span, the longest, in ms."""
+    """The longest poll, in ms, of those that overlap a span."""
     begin, end = span
     return max((1000 * (b - a) for a, b in polls if a < end and b > begin), default=0.0)
 
 
 def round_of(url: str, client: httpx.Client, kinds: Iterable[Kind]) -> dict[str, float]:
-    """By kind: the longest ``/health`` beside it."""
+    """The longest ``/health`` poll during each kind."""
     polls: Spans = []
     spans: dict[str, tuple[float, float]] = {}
     with polled(url, polls):
@@ -124,7 +124,7 @@ def round_of(url: str, client: httpx.Client, kinds: Iterable[Kind]) -> dict[str,
 
 @contextmanager
 def streaming(url: str, streams: list[str]) -> Iterator[None]:
-    """Keep one stream running meanwhile, and note the last line of each."""
+    """Context that keeps one stream running and records the last line of each."""
     over = threading.Event()
     body = {**BASE, "max_tokens": 100, "ignore_eos": True, "stream": True, "steer": "a:1"}
 
@@ -144,7 +144,7 @@ def streaming(url: str, streams: list[str]) -> Iterator[None]:
 
 
 def send_zeros_without_key(url: str) -> bytes:
-    """The head of the answer to a body of zeros, as much of which is sent as is taken."""
+    """The head of the response to a body of zeros, sent as far as the server accepts it."""
     address = urlsplit(url)
     zeros = bytes(1 << 20)
     with socket.create_connection((address.hostname or "", address.port or 0), 60) as connection:
@@ -184,7 +184,7 @@ def send_cut_bodies(url: str) -> None:
 def answers(
     tmp_path_factory: pytest.TempPathFactory, serve_with: Any, steer_config: Path
 ) -> Answers:
-    """Both servers under all kinds, once; the statuses and what was measured meanwhile."""
+    """Send all kinds to both servers once; returns the statuses and measurements."""
     folder = tmp_path_factory.mktemp("hostile")
     options = ["--served-model-name=base", f"--api-key={KEY}"]
     statuses = Answers()
@@ -287,9 +287,9 @@ def test_concurrent_streams_ran_to_their_end(answers: Answers) -> None:
 
 
 def test_no_kind_delays_the_health_route(answers: Answers) -> None:
-    """Other work of the machine may make it wait at any time; a body would each time it is sent.
+    """Other work of the machine may delay it at any time; a body would delay it each time.
 
-    Where the unsteered server waits each time too, vLLM's own reading of the body is the cause.
+    If the unsteered server is delayed each time too, vLLM's own parsing of the body is the cause.
     """
     longest_of_all = max(answers.health["steered"].values())
     assert longest_of_all > 0

@@ -1,4 +1,4 @@
-"""A served model, asked over HTTP in every way that the interface promises."""
+"""A served model with every documented form of an HTTP request."""
 
 import json
 from collections.abc import Callable, Iterator

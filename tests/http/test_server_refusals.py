@@ -1,4 +1,4 @@
-"""A served model's answers to what it cannot serve; it lives on after each of them."""
+"""Requests that a served model refuses; the server goes on after each of them."""
 
 import json
 import re

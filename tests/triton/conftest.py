@@ -10,7 +10,7 @@ HAS_CARD = torch.cuda.is_available()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark this folder's tests; without a card and without the interpreter none of them can run."""
+    """Mark this folder's tests; they need a GPU or the interpreter."""
     folder = os.path.dirname(__file__)
     for item in items:
         if str(item.path).startswith(folder):
@@ -21,5 +21,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels run here."""
+    """The device on which kernels run here."""
     return torch.device("cpu" if INTERPRETED else "cuda")

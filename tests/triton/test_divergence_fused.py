@@ -1,8 +1,8 @@
 """The divergence in Triton: likeliest tokens and KL against loops over one row in float64.
 
 The expected values sort a row in Python. Weights that are equal in the reference are equal in the
-kernel too, so a tie at the border is decided alike; where the border falls between two sums that
-differ by less than float32 can tell, no case here looks.
+kernel too, so a tie at the border is decided equally; no case here has a border between two sums
+that float32 cannot distinguish.
 """
 
 import math
@@ -24,7 +24,7 @@ def weights(row: list[float]) -> list[float]:
 
 
 def likeliest(row: list[float], top_p: float) -> set[int]:
-    """Token by token until the sum exceeds ``top_p`` of all, that token included.
+    """Tokens in order until the sum exceeds ``top_p`` of the total, including that token.
 
     Sums of equal weights are products, so a border that falls on one is exact.
     """
@@ -104,7 +104,9 @@ def test_rows_of_any_vocabulary_size(
 def test_equal_logits_are_ordered_by_token_id(
     device: torch.device, top_p: float, count: int, dtype: torch.dtype
 ) -> None:
-    """Of ``n`` alike the first ``floor(p n) + 1``; the other side's come from the other end."""
+    """Of ``n`` equal logits, the first ``floor(p n) + 1`` are taken; the other row takes them from
+    the other end.
+    """
     base = torch.full((1, 600), -INF, dtype=dtype)
     base[0, 17 : 17 + count] = -2.5
     probe = torch.zeros(1, 600, dtype=dtype)

@@ -32,7 +32,7 @@ def card(seed: int) -> torch.Generator:
 
 
 def random_directions(rotations: str, num_layers: int = 1, width: int = WIDTH) -> Directions:
-    """Unit vectors, direction 0 zero; in a site where some turn, the odd ones do."""
+    """Unit vectors, direction 0 zero; with rotations, the odd directions rotate."""
     size = (num_layers, NUM_DIRECTIONS, width)
     vectors = torch.randn(size, device="cuda", generator=card(5))
     vectors /= vectors.norm(dim=2, keepdim=True)
@@ -42,7 +42,7 @@ def random_directions(rotations: str, num_layers: int = 1, width: int = WIDTH) -
 
 
 def random_map(num_tokens: int, num_layers: int = 1, seed: int = 7) -> TokenMap:
-    """Half of the doses act; every fourth token takes none."""
+    """Half of the doses act; every fourth token has none."""
     direction_rows = torch.randint(
         1, NUM_DIRECTIONS, (DEPTH, num_tokens), device="cuda", generator=card(seed)
     )

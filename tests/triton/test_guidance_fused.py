@@ -1,4 +1,4 @@
-"""The triton_fused backend steers tokens as the equations say, in float64, of ``reference``."""
+"""The triton_fused backend against the equations of ``reference`` in float64."""
 
 import math
 import subprocess
@@ -25,7 +25,7 @@ def generator(seed: int) -> torch.Generator:
 def random_directions(
     rotations: str, width: int, device: torch.device, seed: int = 5
 ) -> Directions:
-    """Unit vectors with direction 0 zero; none, some or all of the others turn."""
+    """Unit vectors with direction 0 zero; none, some or all of the others rotate."""
     vectors = torch.randn(NUM_LAYERS, NUM_DIRECTIONS, width, generator=generator(seed))
     vectors /= vectors.norm(dim=2, keepdim=True).clamp_min(1e-6)
     vectors[:, 0] = 0
@@ -37,7 +37,9 @@ def random_directions(
 def random_map(
     num_tokens: int, depth: int, device: torch.device, doses: str = "mixed", extra_columns: int = 3
 ) -> TokenMap:
-    """``doses``: every token takes none, the same, its own, or some take and some do not."""
+    """``doses``: all tokens have none, the same, or their own doses, or only some tokens have
+    doses.
+    """
     size = (depth, num_tokens + extra_columns)
     direction_rows = torch.randint(1, NUM_DIRECTIONS, size, generator=generator(7))
     strengths = torch.randn(NUM_LAYERS, *size, generator=generator(8)) * 4
@@ -213,7 +215,7 @@ def test_a_layer_reads_its_own_vectors_and_strengths(
 def test_a_token_without_a_dose_keeps_any_bits(
     with_residual: bool, rotations: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Also beside tokens that are steered, and where its map names no direction that exists."""
+    """Also next to steered tokens, and if its map has an invalid direction."""
     info = torch.finfo(dtype)
     special_values = [
         0.0,

@@ -95,7 +95,7 @@ def with_history(token_rules: TokenRules, begin: int, history: torch.Tensor) -> 
 
 
 def marked_map(num_layers: int, depth: int, max_tokens: int, device: torch.device) -> TokenMap:
-    """Buffers of marks: an entry that was not written shows."""
+    """Buffers filled with a marker, to detect entries that were not written."""
     return TokenMap(
         torch.full((depth, max_tokens), -9, dtype=torch.int32, device=device),
         torch.full((num_layers, depth, max_tokens), -9.0, device=device),
@@ -117,7 +117,9 @@ def tokens_of(
 def assert_mapped(
     token_rules: TokenRules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
 ) -> None:
-    """What ``reference`` says in float64, within float32's rounding; the room is untouched."""
+    """Check against ``reference`` in float64, within float32 rounding; unused entries are
+    unchanged.
+    """
     num_layers, depth, max_tokens = out.strengths.shape
     expected = TokenMap(
         torch.full((depth, max_tokens), -9, dtype=torch.int64),
@@ -160,7 +162,7 @@ def test_every_token_is_mapped_by_the_rule_of_its_request(
 def test_each_token_is_mapped_to_its_request_among_any_number(
     num_requests: int, device: torch.device
 ) -> None:
-    """With requests of no token at both ends and in between."""
+    """Including requests without a token, at both ends and in between."""
     counts = [(0, 1, 3, 0, 2)[(i * 7 + num_requests) % 5] for i in range(num_requests)]
     expected = [i + 1 for i, count in enumerate(counts) for _ in range(count)]
     number = torch.arange(1, num_requests + 1, device=device)[None]
@@ -342,7 +344,7 @@ def test_a_chunk_may_span_many_steps_of_a_history(device: torch.device) -> None:
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_step_beyond_the_history_gets_strength_zero(length: int, device: torch.device) -> None:
-    """Numbers stand before and behind it in memory, and none of them may be read."""
+    """Numbers before and after it in memory must not be read."""
     memory = torch.full((length + 8,), math.nan, device=device)
     memory[4:-4] = torch.arange(1.0, length + 1, device=device)
     token_rules = one_rule(

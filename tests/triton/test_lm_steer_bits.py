@@ -1,4 +1,4 @@
-"""What LM-Steer's Triton backends leave alone; a row's bits depend on nothing but the row."""
+"""LM-Steer's Triton backends: unsteered rows are unchanged; a row's bits depend on the row only."""
 
 import itertools
 
@@ -60,7 +60,7 @@ def test_rows_without_a_steer_are_unchanged_bit_for_bit(
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(
     stored: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """Rows with one steer, whose change is added at once alone, and summed beside others."""
+    """Rows with one steer: alone the change is added directly, in a mixed batch it is summed."""
     num_rows, steers = ROWS[backend], some_steers(WIDTH, dtype, device)
     x, uses = random_rows(num_rows, WIDTH, dtype).to(device), uses_of("crowd", num_rows)
     weights = weights_of(steers, stored)
@@ -78,7 +78,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(
 def test_a_row_with_one_steer_has_the_same_bits_beside_rows_with_several(
     dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """Every slot: the batch that adds changes at once, and the batch that keeps and sums them."""
+    """For every slot: a batch that adds changes directly, and a batch that stores and sums them."""
     steers = some_steers(17, dtype, device)
     weights, x = weights_of(steers, "both"), random_rows(NUM_SLOTS + 1, 17, dtype).to(device)
     uses = [(slot, slot, 1.5) for slot in range(NUM_SLOTS)]
@@ -148,7 +148,7 @@ def test_steers_of_a_row_are_added_in_ascending_order_of_slot(
 def test_the_content_of_other_slots_does_not_change_a_row(
     width: int, stored: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """NaN in all weights but for one slot's own entries, and beside every row of ``x``."""
+    """NaN in all weights except one slot's entries, and around every row of ``x``."""
     steers = some_steers(width, dtype, device)
     weights, x = weights_of(steers, stored), random_rows(2, width, dtype).to(device)
     for slot in range(NUM_SLOTS):
@@ -182,7 +182,7 @@ def test_a_row_of_nan_does_not_change_other_rows(
 def test_longer_tables_give_the_same_bits(
     width: int, layout: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """As a CUDA graph's buffers have them, with nonsense in what is not there."""
+    """As in the buffers of a CUDA graph, with garbage in missing entries."""
     steers = some_steers(width, dtype, device)
     weights, x = weights_of(steers, "both"), random_rows(6, width, dtype).to(device)
     module, rows = BACKENDS[backend], steered(uses_of(layout, 6), steers)

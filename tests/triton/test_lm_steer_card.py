@@ -175,7 +175,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_full_batch(
 
 
 def with_rows(pairs: SteeredRows, to: np.ndarray) -> SteeredRows:
-    """The pairs of rows that stand elsewhere now: row ``b`` at ``to[b]``, sorted again."""
+    """The pairs of moved rows: row ``b`` is at ``to[b]``; sorted again."""
     rows, scales = to[pairs.rows], pairs.scales.copy()
     for _, start, end in pairs.groups:
         order = np.argsort(rows[start:end], kind="stable")
@@ -184,7 +184,7 @@ def with_rows(pairs: SteeredRows, to: np.ndarray) -> SteeredRows:
 
 
 def only_row(pairs: SteeredRows, row: int) -> SteeredRows:
-    """The pairs of one row, in a batch of its own."""
+    """The pairs of one row, as a batch."""
     pairs_of_row = [
         (slot, pair)
         for slot, start, end in pairs.groups
@@ -318,7 +318,7 @@ BEYOND = 2**31 // 4096 + 16
 
 @backends
 def test_tables_beyond_two_to_the_31_numbers_are_read(backend: str) -> None:
-    """The last slot of each kind gives what it gives in a table of its own."""
+    """The last slot of each kind gives the same result as in its own table."""
     room_for(24 << 30)
     small = a_bank(4096, [24], matrices=1, constants=1)
     num_matrices = 2**31 // 4096**2 + 2
@@ -366,7 +366,7 @@ def test_rows_beyond_two_to_the_31_numbers_are_steered(slot: int, backend: str) 
 
 
 def test_partial_sums_and_changes_beyond_two_to_the_31_numbers_are_kept_apart() -> None:
-    """So many pairs that what is kept between the kernels is that large; one row stands for all."""
+    """Enough pairs that the buffers between the kernels are that large; one row represents all."""
     room_for(64 << 30)
     weights = a_bank(4096, [1000], constants=1)
     x = torch.zeros(BEYOND, 4096, dtype=BFLOAT16, device="cuda")

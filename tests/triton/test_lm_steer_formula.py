@@ -1,4 +1,4 @@
-"""LM-Steer's Triton backends against the paper's formula in float64: how near they come.
+"""The error of LM-Steer's Triton backends against the paper's formula in float64.
 
 float32 within ``FLOAT32`` of it by norm, 16 bits within twice the error of the torch backend.
 """
@@ -319,7 +319,7 @@ def test_steers_at_strength_zero_are_left_out_of_a_row_with_several(
 def test_the_scales_of_the_metadata_may_be_overwritten_between_calls(
     layout: str, backend: str, device: torch.device
 ) -> None:
-    """They are the pairs' in their order, and nobody else's memory."""
+    """They are those of the pairs, in order, in separate memory."""
     steers, module = some_steers(33, torch.float32, device), BACKENDS[backend]
     weights, uses = weights_of(steers, "both"), uses_of(layout, 9)
     x, pairs = random_rows(9, 33, torch.float32).to(device), steered(uses, steers)

@@ -1,6 +1,6 @@
 """LM-Steer over tiles in the blocks of 16-bit weights that tensor cores take, 64 by 64.
 
-Whatever a tile holds beside a row, whoever folds, and whatever a benchmark varies.
+For any other rows of a tile, both places of the reduction, and all block sizes of a benchmark.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Checkpoints as the LM-Steer authors' trainer writes them."""
+"""Checkpoints in the format of the LM-Steer authors' trainer."""
 
 import argparse
 import zipfile

@@ -1,7 +1,8 @@
-"""A scheduler that queues, allocates and preempts as vLLM's does, and a worker that is told turns.
+"""A scheduler that queues, allocates and preempts like vLLM's, and a worker that gets the step
+plans.
 
-Room is counted in tokens. A waiting request that does not find enough for its whole text ends the
-step's admissions, one that is running takes the room of the last to come: vLLM's own rules.
+KV blocks hold one token. As in vLLM, a waiting request without enough blocks for its whole text
+ends the step's admissions, and a running one preempts the last to arrive.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -57,10 +58,12 @@ class FakeRequest:
 
 
 class FakeScheduler:
-    """``seats`` requests at once, ``num_blocks`` blocks of one token, ``budget`` tokens a step."""
+    """``max_num_seqs`` requests, ``num_blocks`` blocks of one token, ``budget`` tokens a step."""
 
-    def __init__(self, seats: int = 16, num_blocks: int = 10_000, budget: int = 1_000) -> None:
-        self.max_num_running_reqs = seats
+    def __init__(
+        self, max_num_seqs: int = 16, num_blocks: int = 10_000, budget: int = 1_000
+    ) -> None:
+        self.max_num_running_reqs = max_num_seqs
         self.num_blocks, self.budget = num_blocks, budget
         self.pause_state = PauseState.UNPAUSED
         self.running: list[FakeRequest] = []
@@ -180,7 +183,7 @@ class FakeScheduler:
 
 
 class NewScheduler(FakeScheduler):
-    """As from vLLM 0.31 on: one method is asked about every waiting request."""
+    """As in vLLM 0.31 and later: one method is called for every waiting request."""
 
     def _may_be_admitted(self, request: FakeRequest) -> bool:
         return self._handle_blocked_waiting_request(request)
@@ -198,8 +201,8 @@ class NewScheduler(FakeScheduler):
 
 
 class OldScheduler(FakeScheduler):
-    """As vLLM 0.25.1: only a request whose status blocks is asked about, placeholders outlive a
-    preemption, and ``finish_requests`` returns pairs of id and client.
+    """As in vLLM 0.25.1: the method is called only for a request with a blocking status,
+    placeholders outlive a preemption, and ``finish_requests`` returns pairs of id and client.
     """
 
     def _may_be_admitted(self, request: FakeRequest) -> bool:
@@ -225,7 +228,7 @@ class FakeEngine:
     """Steps of a scheduler and of a worker that knows the groups by itself.
 
     reads   the steps: by request the positions that it has read, ``(first, last)``
-    told    by request the tokens and what was reported with each
+    reports by request the tokens, each with its report
     """
 
     kind: type[FakeScheduler] = NewScheduler
@@ -234,7 +237,7 @@ class FakeEngine:
         self.scheduler = self.kind(**limits)
         self.stream_scheduler = StreamScheduler(self.scheduler)
         self.reads: list[dict[str, tuple[int, int]]] = []
-        self.told: dict[str, list[tuple[int, Any]]] = {}
+        self.reports: dict[str, list[tuple[int, Any]]] = {}
         self.ends: dict[str, tuple[Any, Any]] = {}
         self.during: Callable[[], None] | None = None
         self.answers = True
@@ -244,9 +247,9 @@ class FakeEngine:
 
     def plain(self, req_id: str, prompt: int = 3, max_tokens: int = 4) -> FakeRequest:
         """An ordinary request."""
-        request = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.told))
+        request = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.reports))
         self.scheduler.add_request(request)
-        self.told[req_id] = []
+        self.reports[req_id] = []
         return request
 
     def dynamic(
@@ -261,7 +264,7 @@ class FakeEngine:
         """A request of dynamic doses: those of ``steps`` have probes, ``at_head`` more have none;
         without ``steps`` it is its own base.
         """
-        main = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.told))
+        main = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.reports))
         doses = tuple(
             Dose(f"steer{i}", 2.0, dynamic=Dynamic()) for i in range(len(steps) + at_head)
         )
@@ -274,7 +277,7 @@ class FakeEngine:
         group = RequestGroup(main, doses, lengths, streams, dict(enumerate(names[1:])))
         self._groups[req_id] = group
         self._here = {k: v for k, v in self._here.items() if k.split()[0] != req_id}
-        self.told[req_id] = []
+        self.reports[req_id] = []
         self.stream_scheduler.add(group)
         self.scheduler.add_request(main)
         return group
@@ -305,7 +308,7 @@ class FakeEngine:
             req_id_to_index={req_id: row for row, req_id in enumerate(scheduled)},
             steer_strengths=strengths if self.answers else None,
         )
-        self._tell(scheduler.update_from_output(output, runner_output))
+        self._report(scheduler.update_from_output(output, runner_output))
         return scheduled
 
     def run(self, limit: int = 400) -> None:
@@ -333,10 +336,10 @@ class FakeEngine:
                 strengths[main] = {i: 10.0 * step + i for i in acting}
         return strengths
 
-    def _tell(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+    def _report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for output in (o for of_client in outputs.values() for o in of_client.outputs):
             for token in output.new_token_ids:
-                self.told[output.request_id].append((token, output.kv_transfer_params))
+                self.reports[output.request_id].append((token, output.kv_transfer_params))
             if output.finish_reason is not None:
                 assert output.request_id not in self.ends
                 self.ends[output.request_id] = (output.finish_reason, output.stop_reason)

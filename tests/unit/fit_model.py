@@ -37,7 +37,9 @@ def tiny_model() -> Any:
 
 
 def norm_outputs(model: Any, ids: list[int], layer: int) -> torch.Tensor:
-    """What a layer's input norm makes of the stream before the layer, ``[tokens, width]``."""
+    """The output of a layer's input norm for the residual stream before the layer, ``[tokens,
+    width]``.
+    """
     with torch.no_grad():
         states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         outputs: torch.Tensor = model.model.layers[layer].input_layernorm(states[layer])

@@ -1,4 +1,4 @@
-"""Foreign texts that are meant for the terminal, and how to tell that it was not obeyed."""
+"""Hostile texts for the terminal, and a check that they have no effect."""
 
 import re
 from typing import Final

@@ -1,4 +1,4 @@
-"""What tests of the middleware share."""
+"""Helpers for the tests of the middleware."""
 
 import asyncio
 import json
@@ -59,7 +59,7 @@ JSON = b"application/json"
 
 
 class Passed:
-    """What the application was given: chunks, headers and whether the rest of a body came."""
+    """The input of the application: chunks, headers and whether the rest of a body arrived."""
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
@@ -130,7 +130,7 @@ class Rewritten(NamedTuple):
 
 
 def rewritten(body: bytes, plan: Any, *, route: str) -> Rewritten:
-    """What the middleware makes of a body; the same object where it has nothing to do."""
+    """The rewritten body; the same object if nothing changes."""
     members, text = BODY.read_slowly(body)
     if members is None:
         return Rewritten(body, False)

@@ -34,7 +34,7 @@ def on_a_terminal(*line: Any, **environment: str) -> tuple[int, str]:
         while time.monotonic() < end and select.select([controller], [], [], 120)[0]:
             try:
                 part = os.read(controller, 1 << 16)
-            except OSError:  # nobody has the other end any more
+            except OSError:  # the other end is closed
                 break
             if not part:
                 break

@@ -1,4 +1,4 @@
-"""The run on a card, phase by phase: limits, what is left out, what the summary says."""
+"""The run on a GPU by phases: limits, omitted phases, summary."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def serve(
     groups: list[list[Any]],
     *options: str,
 ) -> tuple[int, dict[str, Any]]:
-    """Run these phases; the exit code, and the phases of the summary by name."""
+    """Run these phases; returns the exit code and the phases of the summary by name."""
     out = pack.parent / "out"
     monkeypatch.setattr(run, "phases", lambda dry: groups)
     monkeypatch.setattr(run, "GRACE_S", 1)
@@ -61,7 +61,7 @@ def test_a_failure_stops_no_other_phase(
 def test_a_hanging_phase_is_ended_with_its_child_processes(
     pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that does not listen to the first request."""
+    """Also a phase that ignores SIGTERM."""
     child = "import time; time.sleep(60)"
     hangs = (
         "import pathlib, signal, subprocess, sys, time;"
@@ -109,7 +109,7 @@ def test_phases_by_name_and_caches_of_their_own(
 
 
 def test_the_limits_of_a_run_on_a_card_fit_the_time_that_it_has() -> None:
-    """Were every phase to need its limit, all but the last two groups would still be begun."""
+    """If every phase needs its limit, all groups except the last two still start."""
     groups = phases.phases(dry=False)
     names = [phase.name for group in groups for phase in group]
     assert len(set(names)) == len(names)

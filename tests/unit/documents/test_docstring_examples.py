@@ -1,4 +1,4 @@
-"""Examples in docstrings run, and give what they say."""
+"""Examples in docstrings run and give the documented result."""
 
 import doctest
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What the documents say in tables is what the code and the result files say."""
+"""Tables in the documents agree with the code and the result files."""
 
 import re
 from pathlib import Path

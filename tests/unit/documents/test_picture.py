@@ -1,4 +1,4 @@
-"""Pictures are written atomically and show texts literally, whatever the user's settings."""
+"""Plots are written atomically and show texts literally, for all user settings."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What comes of testing with a vLLM: counted from pytest's report, shown in the documents."""
+"""Results of tests with a vLLM version: counted from pytest's report, shown in the documents."""
 
 import importlib
 import zipfile

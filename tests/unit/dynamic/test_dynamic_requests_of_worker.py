@@ -1,4 +1,4 @@
-"""Dynamic requests of a worker: who plays which role, and what their numbers take of the pool."""
+"""Dynamic requests of a worker: the role of each request, and their strengths in the pool."""
 
 from itertools import permutations
 from types import SimpleNamespace
@@ -27,8 +27,8 @@ def params(steer: Any, max_tokens: int = 6, stream: Stream | None = None) -> Any
     return SimpleNamespace(extra_args=extra, max_tokens=max_tokens)
 
 
-def comes(part: DynamicState, req_id: str, steer: Any = INSIDE, max_tokens: int = 6) -> Any:
-    """A request, or by the end of its id a stream."""
+def add_request(part: DynamicState, req_id: str, steer: Any = INSIDE, max_tokens: int = 6) -> Any:
+    """Add a request, or a stream if its id ends like one."""
     main, _, role = req_id.partition("-")
     stream = None
     if role:
@@ -45,7 +45,7 @@ def part() -> DynamicState:
 def test_main_request_and_streams_arrive_and_end_in_any_order(
     part: DynamicState, order: tuple[str, ...]
 ) -> None:
-    states = {req_id: comes(part, req_id) for req_id in order}
+    states = {req_id: add_request(part, req_id) for req_id in order}
     assert states["a-base"] is None
     assert [d.dynamic for d in states["a-0"].doses + states["a-1"].doses] == [None, None]
     assert [d.strength for d in states["a-0"].doses + states["a-1"].doses] == [2.0, 1.5]
@@ -71,12 +71,12 @@ def test_main_request_and_streams_arrive_and_end_in_any_order(
 def test_a_dose_takes_one_strength_per_step_that_it_can_act_in(
     part: DynamicState, steer: str, max_tokens: int, num_strengths: int
 ) -> None:
-    comes(part, "a", steer, max_tokens)
+    add_request(part, "a", steer, max_tokens)
     assert part.pool.num_taken == num_strengths
 
 
 def test_a_delta_is_active_up_to_its_last_step(part: DynamicState) -> None:
-    comes(part, "a")
+    add_request(part, "a")
     request = part.requests.get("a")
     assert request is not None
     assert [request.active(step) for step in range(6)] == [[0, 1]] * 3 + [[0]] * 3
@@ -84,10 +84,10 @@ def test_a_delta_is_active_up_to_its_last_step(part: DynamicState) -> None:
 
 def test_a_request_that_is_sent_again_keeps_its_numbers(part: DynamicState) -> None:
     """As after a preemption in vLLM's second runner."""
-    tables = comes(part, "a").pool_offsets
+    tables = add_request(part, "a").pool_offsets
     first = part.requests.get("a")
     part.pool.values[tables[0]] = 1.25
-    assert comes(part, "a").pool_offsets == tables
+    assert add_request(part, "a").pool_offsets == tables
     assert part.requests.get("a") is first
     assert part.pool.values[tables[0]] == 1.25
     assert part.pool.num_taken == 9
@@ -95,14 +95,14 @@ def test_a_request_that_is_sent_again_keeps_its_numbers(part: DynamicState) -> N
 
 def test_a_reused_id_starts_with_new_state(part: DynamicState) -> None:
     for req_id in ("a-base", "a-0", "a-1", "a"):
-        comes(part, req_id)
+        add_request(part, req_id)
     old = part.requests.get("a")
     assert old is not None
     old.last_step = 5
     part.pool.values.fill_(9.0)
     for req_id in ("a", "a-base", "a-0", "a-1"):
         part.requests.remove(req_id)
-    comes(part, "a-base", "walk:dynamic")
+    add_request(part, "a-base", "walk:dynamic")
     new = part.requests.get("a")
     assert new is not None
     assert (new.last_step, new.stored_rows, list(new.starts)) == (-1, {}, [0])
@@ -112,7 +112,7 @@ def test_a_reused_id_starts_with_new_state(part: DynamicState) -> None:
 
 
 def test_a_request_at_the_head_is_its_own_base(part: DynamicState) -> None:
-    comes(part, "a", "word:dynamic")
+    add_request(part, "a", "word:dynamic")
     role = part.requests.role("a")
     assert role is not None
     assert (role[0], role[2]) == ("a", None)

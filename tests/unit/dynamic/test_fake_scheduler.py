@@ -1,4 +1,4 @@
-"""The scheduler of other tests beside vLLM's own: the same requests, step by step."""
+"""The fake scheduler of other tests against vLLM's own: the same requests, step by step."""
 
 import inspect
 import random
@@ -18,11 +18,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 STEPS = 400
 
 
-def vllms(seats: int, num_blocks: int, budget: int) -> Scheduler:
-    """vLLM's scheduler with blocks of one token, in which room is counted as in the other one."""
+def vllm_scheduler(max_num_seqs: int, num_blocks: int, budget: int) -> Scheduler:
+    """vLLM's scheduler with blocks of one token, as in the fake scheduler."""
     config = engine_config(
         {},
-        scheduler_config__max_num_seqs=seats,
+        scheduler_config__max_num_seqs=max_num_seqs,
         scheduler_config__max_num_batched_tokens=budget,
         scheduler_config__async_scheduling=False,
         cache_config__block_size=1,
@@ -70,11 +70,11 @@ def step(scheduler: Any, requests: dict[str, Any]) -> dict[str, int]:
 def test_plain_requests_are_scheduled_as_vllm_schedules_them(seed: int) -> None:
     rng = random.Random(seed)
     limits = {
-        "seats": rng.choice([2, 3, 8]),
+        "max_num_seqs": rng.choice([2, 3, 8]),
         "num_blocks": rng.choice([24, 40, 400]),
         "budget": rng.choice([6, 16, 100]),
     }
-    fake, real = NewScheduler(**limits), vllms(**limits)
+    fake, real = NewScheduler(**limits), vllm_scheduler(**limits)
     requests: dict[str, Any] = {}
     other: dict[str, Any] = {}
     waiting = [(rng.randrange(1, 12), rng.randrange(1, 9)) for _ in range(14)]

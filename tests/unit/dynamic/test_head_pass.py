@@ -1,5 +1,5 @@
-"""The head's product in steps that work strengths out: probes beside the batch, rows that come
-again, and all other rows as they are.
+"""The head's product in steps that compute strengths: probe rows, rows that are computed again, and
+unchanged rows.
 """
 
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ class Processor(nn.Module):
 
 
 class Model(nn.Module):
-    """A linear head; ``calls`` are the numbers of rows that it was given."""
+    """A linear head; ``calls`` are the numbers of rows of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def test_ordinary_rows_equal_those_of_a_step_without_dynamic_requests(head: Head
 
 
 def test_the_second_pass_uses_the_computed_strengths_as_fixed(head: Head) -> None:
-    """Two dynamic doses and a fixed one; base and probes take none of the others."""
+    """Two dynamic doses and a fixed one; base and probes have none of the other doses."""
     x = hidden_of("b", "x", "a")
     logits, answer = head.step(
         x,
@@ -194,7 +194,7 @@ def test_the_second_pass_uses_the_computed_strengths_as_fixed(head: Head) -> Non
 
 
 def test_a_recomputed_step_keeps_its_strength(head: Head) -> None:
-    """As after a preemption: nothing is computed anew, whatever the hidden state."""
+    """As after a preemption: nothing is recomputed, for any hidden state."""
     first = hidden_of("a")
     _, answer = head.step(first, {"a": "add:dynamic:1.5"}, a=0)
     other = hidden_of("x", "a")

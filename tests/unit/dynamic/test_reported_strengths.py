@@ -260,7 +260,7 @@ def test_an_aborted_request_leaves_no_state(processor: OutputProcessor) -> None:
         step(processor, {name: (10, 0.5)})
         processor.abort_requests([name], internal=True)
         last = await queue.get()
-        step(processor, {name: (11, 0.25)})  # under way when the abort came
+        step(processor, {name: (11, 0.25)})  # in flight at the abort
         return last, record, weakref.ref(queue)
 
     last, record, queue = asyncio.run(consume())

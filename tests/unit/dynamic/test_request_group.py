@@ -1,4 +1,4 @@
-"""The streams of one request: who is due, who is needed, and what is reported."""
+"""The streams of one request: which are due, which are needed, and the reported strengths."""
 
 from fake_scheduler import FakeRequest
 from vllm.v1.request import RequestStatus
@@ -24,7 +24,7 @@ def group_of(*steps: int | None, at_head: int = 0) -> RequestGroup:
 
 
 def token(group: RequestGroup, value: int) -> list[str]:
-    """The main stream has chosen a token; the streams that end with it."""
+    """Append a token of the main stream; returns the streams that end with it."""
     group.main.append_output_token_ids(value)
     group.num_tokens += 1
     ended = group.drop_finished_streams()

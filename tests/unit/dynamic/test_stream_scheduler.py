@@ -35,7 +35,7 @@ def abort(engine: FakeEngine, *req_ids: str) -> None:
     engine.scheduler.finish_requests(req_ids, ABORTED)
 
 
-def told(strengths: dict[str, float]) -> Any:
+def report_of(strengths: dict[str, float]) -> Any:
     return {"vllm_steer": {"strengths": strengths}}
 
 
@@ -51,10 +51,10 @@ def test_base_and_probes_run_before_the_main_stream() -> None:
         dict.fromkeys(names, third), {"a": third},
         dict.fromkeys(names, fourth), {"a": fourth},
     ]  # fmt: skip
-    tokens = [token for token, _ in engine.told["a"]]
+    tokens = [token for token, _ in engine.reports["a"]]
     assert [stream.output_token_ids for stream in streams] == [tokens[:2]] * 3
-    assert [report for _, report in engine.told["a"]] == [
-        told({"steer0": 10.0 * step, "steer1": 10.0 * step + 1}) for step in range(3)
+    assert [report for _, report in engine.reports["a"]] == [
+        report_of({"steer0": 10.0 * step, "steer1": 10.0 * step + 1}) for step in range(3)
     ]
     assert engine.ends == {"a": DONE}
     assert_nothing_is_left(engine)
@@ -89,7 +89,7 @@ def test_ordinary_requests_go_on_beside_a_group() -> None:
         (0, 2), (3, 3), (4, 4), (5, 5), (6, 6),
     ]  # fmt: skip
     assert len([reads for reads in engine.reads if "x" in reads]) == 5
-    assert all(report is None for _, report in engine.told["x"])
+    assert all(report is None for _, report in engine.reports["x"])
 
 
 def test_a_request_that_is_its_own_base_takes_one_step_a_token() -> None:
@@ -97,8 +97,8 @@ def test_a_request_that_is_its_own_base_takes_one_step_a_token() -> None:
     engine.dynamic("a", max_tokens=3, steps=(), at_head=2)
     engine.run()
     assert [set(reads) for reads in engine.reads] == [{"a"}] * 3
-    assert [report for _, report in engine.told["a"]] == [
-        told({"steer0": 10.0 * step, "steer1": 10.0 * step + 1}) for step in range(3)
+    assert [report for _, report in engine.reports["a"]] == [
+        report_of({"steer0": 10.0 * step, "steer1": 10.0 * step + 1}) for step in range(3)
     ]
     assert_nothing_is_left(engine)
 
@@ -113,7 +113,7 @@ def test_a_probe_ends_with_its_delta_and_the_last_probe_ends_the_base() -> None:
         {"a-base", "a-probe-1"}, {"a"},
         {"a"}, {"a"},
     ]  # fmt: skip
-    assert [report["vllm_steer"]["strengths"] for _, report in engine.told["a"]] == [
+    assert [report["vllm_steer"]["strengths"] for _, report in engine.reports["a"]] == [
         {"steer0": 0.0, "steer1": 1.0},
         {"steer0": 0.0, "steer1": 11.0},
         {"steer0": 0.0, "steer1": 21.0},
@@ -220,7 +220,7 @@ def test_strengths_that_never_come_end_the_request_with_an_error() -> None:
 
 
 def test_a_group_starts_only_when_every_member_has_a_slot() -> None:
-    engine = FakeEngine(seats=5)
+    engine = FakeEngine(max_num_seqs=5)
     engine.dynamic("a", max_tokens=2)
     engine.dynamic("b", max_tokens=2)
     engine.run()
@@ -232,7 +232,7 @@ def test_a_group_starts_only_when_every_member_has_a_slot() -> None:
 
 
 def test_a_group_starts_under_a_constant_load_of_ordinary_requests() -> None:
-    engine = FakeEngine(seats=4)
+    engine = FakeEngine(max_num_seqs=4)
     for i in range(4):
         engine.plain(f"x{i}", max_tokens=3 + i)
     engine.dynamic("a", max_tokens=2)
@@ -265,7 +265,7 @@ def test_all_running_requests_may_be_preempted_at_any_time(steps: int) -> None:
         engine.step()
     engine.scheduler.reset_prefix_cache()
     engine.run()
-    assert [report["vllm_steer"]["strengths"] for _, report in engine.told["a"]] == [
+    assert [report["vllm_steer"]["strengths"] for _, report in engine.reports["a"]] == [
         {"steer0": 10.0 * step} for step in range(4)
     ]
     assert group.main.num_output_tokens == 4
@@ -287,7 +287,7 @@ def test_a_preempted_member_recomputes_its_text_when_it_is_scheduled(
         engine.scheduler._preempt_request(member, 0.0)
     engine.run()
     assert engine.ends == {"a": DONE}
-    assert [report["vllm_steer"]["strengths"] for _, report in engine.told["a"]] == [
+    assert [report["vllm_steer"]["strengths"] for _, report in engine.reports["a"]] == [
         {"steer0": 10.0 * step} for step in range(4)
     ]
     assert_nothing_is_left(engine)
@@ -343,7 +343,7 @@ def test_any_mix_of_requests_finishes(seed: int) -> None:
 
     rng = random.Random(seed)
     engine = FakeEngine(
-        seats=rng.randint(4, 9), num_blocks=rng.randint(60, 120), budget=rng.randint(2, 9)
+        max_num_seqs=rng.randint(4, 9), num_blocks=rng.randint(60, 120), budget=rng.randint(2, 9)
     )
     alive: list[str] = []
     for step in range(120):

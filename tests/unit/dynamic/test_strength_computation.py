@@ -1,4 +1,4 @@
-"""From logits to strengths: which rows are compared, when, and what comes out."""
+"""From logits to strengths: the compared rows, the step, and the result."""
 
 import random
 import sys
@@ -64,7 +64,7 @@ def part() -> DynamicState:
 
 
 def work(part: DynamicState, logits: dict[str, torch.Tensor], *reading: str, **steps: int) -> Any:
-    """One step: the rows of a batch, and who of it reads its last token at which step."""
+    """Run one step: the rows of a batch, and the step of each request at its last token."""
     step_plan = StreamStep(steps={req_id: steps.get(req_id[0], 0) for req_id in reading})
     part.begin_step(step_plan)
     part.announce(list(logits))
@@ -119,7 +119,7 @@ def test_the_formula_here_equals_the_reference_of_the_engine_tests(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_streams_may_arrive_in_any_step_and_order(part: DynamicState, seed: int) -> None:
-    """Two requests over six tokens; what came early is kept, other rows change meanwhile."""
+    """Two requests over six tokens; early results are kept while other rows change."""
     rng = random.Random(seed)
     steers = {"a": "push:dynamic:2:0.6,walk:dynamic:1.5:0.8", "b": "push:dynamic:-3:0.4"}
     for main, steer in steers.items():
@@ -223,7 +223,7 @@ def test_a_request_that_is_its_own_base_gets_a_strength_each_step(part: DynamicS
 
 
 def test_an_earlier_step_is_recomputed(part: DynamicState) -> None:
-    """vLLM has dropped the tokens that came after it, and chooses others."""
+    """vLLM dropped the later tokens and chooses others."""
     add(part, "a", "word:dynamic:1.5")
     for number in (0, 1, 0, 1):
         part.begin_step(StreamStep(steps={"a": number}))
@@ -250,18 +250,18 @@ def test_a_finished_request_is_not_a_base(part: DynamicState) -> None:
 def test_many_doses_are_computed_in_chunks(
     part: DynamicState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies side by side is bounded, however many requests meet in a step."""
+    """The memory of a step is bounded for any number of requests."""
     names = [f"r{i}" for i in range(150)]
     for name in names:
         add(part, name, "push:dynamic:2:0.6")
     shapes: list[int] = []
     inner = strengths_module.strength_of_rows
 
-    def seen(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def recording(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
         shapes.append(logits.shape[0])
         return inner(logits, *args, **kw)
 
-    monkeypatch.setattr(strengths_module, "strength_of_rows", seen)
+    monkeypatch.setattr(strengths_module, "strength_of_rows", recording)
     x = rows(9, *(f"{name}-{role}" for name in names for role in ("base", "0")))
     step_plan = StreamStep(steps=dict.fromkeys(x, 0))
     part.begin_step(step_plan)
@@ -283,11 +283,11 @@ def test_a_dummy_run_takes_the_memory_of_the_largest_step_and_leaves_nothing(
     shapes: list[tuple[torch.Size, torch.dtype]] = []
     inner = strengths_module.strength_of_rows
 
-    def seen(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def recording(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
         shapes.append((logits.shape, logits.dtype))
         return inner(logits, *args, **kw)
 
-    monkeypatch.setattr(strengths_module, "strength_of_rows", seen)
+    monkeypatch.setattr(strengths_module, "strength_of_rows", recording)
     before = part.pool.values.clone()
     part.strengths.warm_up(torch.zeros(3, VOCAB, dtype=torch.bfloat16))
     assert shapes == [((128, VOCAB), torch.bfloat16)]

@@ -1,4 +1,4 @@
-"""Room for strengths: ranges that never overlap, whatever comes and goes."""
+"""The strength pool: ranges never overlap as requests start and end."""
 
 import random
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("seed", range(8))
 def test_new_ranges_are_zero_and_not_shared(seed: int) -> None:
-    """Against a plain model: each range's numbers in a list of its own."""
+    """Against a simple model: one list per range."""
     rng = random.Random(seed)
     pool = StrengthPool(CPU, size=rng.choice((1, 7, 64)))
     values: dict[int, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Who is asked before a waiting request is scheduled, in each vLLM's scheduler."""
+"""The gate before a waiting request is scheduled, in the scheduler of each vLLM version."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from vllm_steer.serving.dynamic.group_admission import WaitingGate, missing_gate
 
 
 class Before:
-    """The two methods of vLLM before 0.31, and what it takes for blocked."""
+    """The two methods of vLLM before 0.31, and its test for a blocked request."""
 
     def __init__(self) -> None:
         self.promoted: list[str] = []
@@ -45,11 +45,11 @@ def request(name: str, status: str = "waiting") -> Any:
 def test_the_gate_checks_each_request_while_a_step_is_scheduled(kind: Any) -> None:
     scheduler, requests_asked = kind(), []
 
-    def may_go(is_ready: Any, request: Any) -> bool:
+    def may_be_scheduled(is_ready: Any, request: Any) -> bool:
         requests_asked.append(request.name)
         return request.name != "held" and is_ready(request)
 
-    gate = WaitingGate(scheduler, may_go)
+    gate = WaitingGate(scheduler, may_be_scheduled)
     waiting = [request("a"), request("held"), request("b", "blocked"), request("never", "blocked")]
     with gate.scheduling():
         assert [scheduler.admits(waiting_request) for waiting_request in waiting] == [

@@ -1,4 +1,4 @@
-"""The requests that vLLM gets for each text, and the texts that come back."""
+"""The requests that vLLM gets for each text, and the returned texts."""
 
 import json
 from pathlib import Path

@@ -36,7 +36,7 @@ def test_a_text_without_letters_is_in_no_language(text: str) -> None:
 
 
 def test_the_same_text_is_always_the_same_language(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)  # as langdetect comes
+    monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)  # langdetect's default
     assert len({tuple(detect_languages(UNSURE).items()) for _ in range(20)}) == 1
 
 

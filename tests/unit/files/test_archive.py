@@ -1,4 +1,4 @@
-"""Zip archives: what contradicts itself, or would unpack to far more than it is, is refused."""
+"""Zip archives: contradictory ones and decompression bombs are refused."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""The LM-Steer authors' checkpoints: read as they wrote them, asked about what they leave open.
+"""The LM-Steer authors' checkpoints: read in their format; missing metadata is requested.
 
 Every file here is written by ``torch.save``, in the layouts of the authors' trainer
 (``[args, state, step]``) and transfer script (``[None, state, step]``).

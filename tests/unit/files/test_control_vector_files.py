@@ -97,7 +97,7 @@ HUGE = {
 
 
 def over_each_other(count: int, width: int) -> bytes:
-    """A file of directions that all stand at the same place."""
+    """A file of directions that all have the same offset."""
     tensors = [
         text(f"direction.{layer}") + struct.pack("<IQIQ", 1, width, 0, 0)
         for layer in range(1, count + 1)
@@ -108,7 +108,7 @@ def over_each_other(count: int, width: int) -> bytes:
 
 
 def placed(*offsets: int) -> bytes:
-    """A file of directions of four values at these places."""
+    """A file of directions of four values at these offsets."""
     tensors = [
         text(f"direction.{layer}") + struct.pack("<IQIQ", 1, 4, 0, offset)
         for layer, offset in enumerate(offsets, 1)

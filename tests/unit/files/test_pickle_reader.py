@@ -1,4 +1,4 @@
-"""What ``torch.save`` writes, read as data: the same values as PyTorch's own reader gives."""
+"""``torch.save`` files read as data: the same values as from PyTorch's own reader."""
 
 import argparse
 import collections
@@ -42,7 +42,7 @@ def read(path: Path) -> Any:
         return torch_file.load(torch_file.read_names(archive), CLASSES)
 
 
-def theirs(path: Path) -> Any:
+def read_with_torch(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)
 
@@ -80,7 +80,7 @@ def test_tensors_of_every_dtype_and_stride_are_views_of_their_records(
     path = tmp_path / "t.pt"
     torch.save(tensors(dtype), path)
     result = read(path)
-    assert same(result, theirs(path))
+    assert same(result, read_with_torch(path))
     for name in ("transposed", "row", "strided"):  # as they were saved: one storage for all
         assert (
             result[name].untyped_storage().data_ptr()
@@ -92,7 +92,7 @@ def test_a_modules_state_and_its_parameters_are_read(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     path = tmp_path / "m.pt"
     torch.save([module.state_dict(), dict(module.named_parameters())], path)
-    result, expected = read(path), theirs(path)
+    result, expected = read(path), read_with_torch(path)
     assert same(result[0], dict(expected[0]))
     assert same(result[1], expected[1])
 
@@ -121,7 +121,7 @@ VALUES = st.recursive(
 def test_plain_values_are_those_of_pytorchs_reader(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "v.pt"
     torch.save(value, path)
-    result, expected = read(path), theirs(path)
+    result, expected = read(path), read_with_torch(path)
     assert same(result, expected) or same(result, _plain(expected))
 
 
@@ -140,7 +140,7 @@ def test_more_values_than_a_byte_can_number_are_remembered(tmp_path: Path) -> No
     path = tmp_path / "v.pt"
     words = [f"word {i}" for i in range(400)]
     torch.save([words, words[::-1], {word: [word] for word in words}], path)
-    assert same(read(path), theirs(path))
+    assert same(read(path), read_with_torch(path))
 
 
 def test_a_tensor_under_many_layers_is_bounded_in_memory(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_tensor_under_many_layers_is_bounded_in_memory(tmp_path: Path) -> None
 
 
 def hand_made(path: Path, *, storage_size: int, declared_size: int, offset: int, size: int) -> Path:
-    """A tensor of a storage of ``said`` floats, whose record holds ``held``."""
+    """A tensor of a storage of ``declared_size`` floats, whose record has ``storage_size``."""
     path.write_bytes(
         saved(
             tensor((size,), (1,), offset, of=storage("0", declared_size)),
@@ -188,7 +188,7 @@ def test_a_negative_view_is_read_as_pytorch_reads_it(tmp_path: Path) -> None:
     imaginary = torch.tensor([1 + 2j, 3 - 4j, 5 + 6j]).conj().imag
     assert imaginary.is_neg()
     torch.save({1: imaginary, 2: torch._neg_view(torch.arange(3.0))}, tmp_path / "f")
-    assert same(read(tmp_path / "f"), theirs(tmp_path / "f"))
+    assert same(read(tmp_path / "f"), read_with_torch(tmp_path / "f"))
     assert load_steer(tmp_path / "f").vectors.tolist() == [[-2, 4, -6], [0, -1, -2]]
 
 
@@ -198,7 +198,7 @@ def test_a_negative_view_is_read_as_pytorch_reads_it(tmp_path: Path) -> None:
     ids=str,
 )
 def test_other_metadata_is_refused(tmp_path: Path, metadata: Any) -> None:
-    """PyTorch acts on a key whatever it says, or fails."""
+    """PyTorch acts on any such key, or fails."""
     arguments = (storage(), 0, (4,), (1,), False, call("collections.OrderedDict"), metadata)
     (tmp_path / "f").write_bytes(saved({1: call("torch._utils._rebuild_tensor_v2", *arguments)}))
     with pytest.raises(SteerError, match=r"its pickle has a tensor with .*; save a clone of it"):

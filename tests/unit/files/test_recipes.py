@@ -1,4 +1,4 @@
-"""How a steer was made stands in its file."""
+"""The recipe of a steer is part of its file."""
 
 import hashlib
 import json

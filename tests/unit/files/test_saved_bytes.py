@@ -1,4 +1,4 @@
-"""What is saved: the same bytes in every process, and nothing that could not be read back."""
+"""Saved files: the same bytes in every process, and only content that can be read back."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Steer files: what is saved comes back, and what is wrong is named."""
+"""Steer files: saved steers are read back, and errors are named."""
 
 import gzip
 import json

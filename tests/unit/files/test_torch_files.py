@@ -1,4 +1,4 @@
-"""Vectors and deltas of ``torch.save``: what a tensor leaves open is asked for."""
+"""Vectors and deltas of ``torch.save``: missing metadata of a tensor is requested."""
 
 import collections
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of ``torch.save`` that name code, claim too much or were changed."""
+"""Files of ``torch.save`` that name code, declare too much data or were changed."""
 
 import os
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_pickle_that_contains_itself_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def valid_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("fuzz") / "v.pt"
     return save(
         path, {"layer_activations": tensors([1, 2]), "layer_type": "self_attn"}
@@ -83,9 +83,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @given(position=st.integers(0, 100_000), value=st.binary(min_size=1, max_size=3))
 def test_changed_bytes_give_a_steer_or_a_steer_error(
-    tmp_path: Path, whole: bytes, position: int, value: bytes
+    tmp_path: Path, valid_file: bytes, position: int, value: bytes
 ) -> None:
-    data = bytearray(whole)
+    data = bytearray(valid_file)
     at = position % len(data)
     data[at : at + len(value)] = value
     path = tmp_path / "changed.pt"

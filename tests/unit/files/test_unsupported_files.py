@@ -1,4 +1,4 @@
-"""Files of other tools, all alike: told by content, narrowed by overrides, refused when damaged."""
+"""Files of other tools: recognised by content, restricted by overrides, refused when damaged."""
 
 import json
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str, share: float) ->
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def valid_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     return {name: write(folder / name).read_bytes() for name, write in WRITERS.items()}
 
@@ -117,9 +117,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", WRITERS)
 @given(position=st.integers(0, 100_000), value=st.binary(min_size=1, max_size=4))
 def test_changed_bytes_give_a_steer_or_a_steer_error(
-    tmp_path: Path, whole: dict[str, bytes], name: str, position: int, value: bytes
+    tmp_path: Path, valid_files: dict[str, bytes], name: str, position: int, value: bytes
 ) -> None:
-    data = bytearray(whole[name])
+    data = bytearray(valid_files[name])
     at = position % len(data)
     data[at : at + len(value)] = value
     path = tmp_path / "changed"

@@ -1,4 +1,4 @@
-"""Files of kind ``vector`` and ``delta``: what is saved comes back, and what is wrong is named."""
+"""Files of kind ``vector`` and ``delta``: saved steers are read back, and errors are named."""
 
 import json
 import struct

@@ -21,7 +21,7 @@ WIDTH = 5
 
 @pytest.fixture
 def rows() -> tuple[Any, Any]:
-    """Tokens of unequal lengths, three of four with label 1, and not told apart without fault."""
+    """Tokens of unequal lengths, three of four with label 1, not perfectly separable."""
     rng = np.random.default_rng(5)
     y = (np.arange(240) % 4 != 0).astype(int)
     x = rng.normal(size=(240, WIDTH)) * rng.lognormal(size=(240, 1)) + [3, 0, 0, 1, 0]

@@ -91,11 +91,11 @@ def test_a_delta_can_be_fitted_at_any_site(site: Any) -> None:
     }[site]
     activations: list[torch.Tensor] = []
 
-    def see(_module: Any, prompts_by_text: Any, output: Any) -> None:
+    def record(_module: Any, prompts_by_text: Any, output: Any) -> None:
         result = prompts_by_text[0] if site == "heads" else output
         activations.append((result[0] if isinstance(result, tuple) else result)[0, -1])
 
-    hook = module.register_forward_hook(see)
+    hook = module.register_forward_hook(record)
     for (prompt,) in prompts:
         tiny_model()(torch.tensor([tiny_tokenizer()(prompt)["input_ids"]]))
     hook.remove()

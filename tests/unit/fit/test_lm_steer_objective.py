@@ -74,7 +74,7 @@ def loss_by_hand(
     return torch.stack(losses).mean() + REGULARIZATION * penalty
 
 
-def ours(head: LMHead, tokens: TokenBatch, parameters: Any, **options: Any) -> Any:
+def computed_loss(head: LMHead, tokens: TokenBatch, parameters: Any, **options: Any) -> Any:
     return loss_and_gradients(
         head, tokens, parameters, epsilon=EPSILON, regularization=REGULARIZATION, **options
     )
@@ -87,7 +87,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     variant: str, options: dict[str, Any], rank: int
 ) -> None:
     head, tokens, parameters = a_head(**options), some_tokens(), some_parameters(variant, rank)
-    loss, gradients = ours(head, tokens, parameters)
+    loss, gradients = computed_loss(head, tokens, parameters)
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     expected = loss_by_hand(head, tokens, leaves)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
@@ -99,10 +99,10 @@ def test_loss_and_gradient_are_those_of_the_formula(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunks_of_tokens_give_the_same_loss(variant: str, at_once: int) -> None:
     head, tokens, parameters = a_head(bias=True), some_tokens(), some_parameters(variant)
-    loss, gradients = ours(head, tokens, parameters, at_once=at_once)
+    loss, gradients = computed_loss(head, tokens, parameters, at_once=at_once)
     expected = loss_by_hand(head, tokens, parameters)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
-    whole = ours(head, tokens, parameters)[1]
+    whole = computed_loss(head, tokens, parameters)[1]
     torch.testing.assert_close(gradients, whole, rtol=1e-12, atol=1e-14)
 
 
@@ -110,7 +110,7 @@ def test_chunks_of_tokens_give_the_same_loss(variant: str, at_once: int) -> None
 def test_one_token_is_enough(variant: str) -> None:
     head, tokens, parameters = a_head(), some_tokens(1), some_parameters(variant)
     expected = loss_by_hand(head, tokens, parameters)
-    assert ours(head, tokens, parameters)[0] == pytest.approx(expected.item(), rel=1e-12)
+    assert computed_loss(head, tokens, parameters)[0] == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_no_more_logits_exist_at_once_than_requested() -> None:
@@ -136,7 +136,7 @@ def test_the_error_of_a_bfloat16_head_is_within_its_rounding() -> None:
     exact = LMHead(narrow.weight.double(), None)
     in_float32 = TokenBatch(tokens.hidden_states.float(), tokens.targets, tokens.strengths.float())
     singles = {name: value.float() for name, value in parameters.items()}
-    loss, gradients = ours(narrow, in_float32, singles)
+    loss, gradients = computed_loss(narrow, in_float32, singles)
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     expected = loss_by_hand(exact, tokens, leaves)
     assert loss == pytest.approx(expected.item(), rel=2e-2)

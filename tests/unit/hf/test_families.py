@@ -1,4 +1,4 @@
-"""The table of model families: what it knows, what it refuses and why, where blocks are found."""
+"""The table of model families: known and refused models, reasons, and the position of blocks."""
 
 from typing import Any, get_args
 

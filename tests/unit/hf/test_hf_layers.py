@@ -269,7 +269,7 @@ def test_a_zero_sum_is_not_normalized() -> None:
 
 
 class Block(torch.nn.Module):
-    """All of a decoder block that matters to steers at ``attn_in``: what leaves its input norm."""
+    """The part of a decoder block that steers at ``attn_in`` use: its input norm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Steers that count tokens: ``generate`` does what one forward pass over the whole text does."""
+"""Steers that count tokens: ``generate`` equals one forward pass over the whole text."""
 
 from typing import Any
 

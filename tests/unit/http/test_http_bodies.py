@@ -1,4 +1,4 @@
-"""Bodies of any kind: read as ``json.loads`` reads them, passed on in the chunks they came in."""
+"""Bodies of any kind: parsed like ``json.loads``, passed on in their original chunks."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ def test_every_content_type_that_vllm_reads_as_json_is_read(kind: bytes) -> None
     from starlette.requests import Request
     from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-    def is_taken(content_type: bytes) -> bool:
+    def is_json_type(content_type: bytes) -> bool:
         scope = {"type": "http", "headers": [(b"content-type", content_type)]}
         try:
             asyncio.run(validate_json_request(Request(scope)))
@@ -61,8 +61,8 @@ def test_every_content_type_that_vllm_reads_as_json_is_read(kind: bytes) -> None
             return False
         return True
 
-    assert is_taken(kind)
-    assert not is_taken(b"application/json ;charset=utf-8")
+    assert is_json_type(kind)
+    assert not is_json_type(b"application/json ;charset=utf-8")
     _, passed, received, _ = send_chunks([ASKING], content_type=kind)
     assert received == 1
     assert json.loads(b"".join(passed.chunks))["vllm_xargs"] == {"steer": "a:3"}
@@ -221,7 +221,7 @@ layouts = st.sampled_from(
 
 
 def expected(body: dict[str, Any]) -> dict[str, Any] | None:
-    """What a served body comes to, in plain ``json``: None where the 400 is due."""
+    """The expected body in plain ``json``; None if a 400 is expected."""
     nested = body.get("vllm_xargs")
     inside = nested if isinstance(nested, dict) else {}
     arguments = {k: inside[k] for k in ("steer", "steer_strengths") if inside.get(k) is not None}
@@ -250,8 +250,8 @@ def expected(body: dict[str, Any]) -> dict[str, Any] | None:
     return {**body, "vllm_xargs": {**inside, **merged}}
 
 
-def meant(value: Any) -> Any:
-    """A body in a form in which a steer's object and its JSON, ``true`` and "true" are one."""
+def normalised(value: Any) -> Any:
+    """A normalised body: a steer's object and its JSON text, ``true`` and "true" are equal."""
     value = {k: v for k, v in value.items() if k not in ("steer", "steer_strengths")}
     inside = value.get("vllm_xargs")
     if isinstance(inside, dict):
@@ -284,9 +284,9 @@ def test_any_body_is_served_as_json_reads_it_or_gets_our_400(
     result, expected_body = json.loads(b"".join(passed.chunks)), expected(json.loads(text))
     assert expected_body is not None
     if expected_body == json.loads(text):
-        assert b"".join(passed.chunks) == text or meant(result) == meant(expected_body)
+        assert b"".join(passed.chunks) == text or normalised(result) == normalised(expected_body)
     else:
-        assert meant(result) == meant(expected_body)
+        assert normalised(result) == normalised(expected_body)
 
 
 @given(text=st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode("utf-16")))

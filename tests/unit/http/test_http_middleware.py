@@ -20,7 +20,7 @@ HEADERS = [(b"Content-Length", b"1"), (b"x-other", b"kept")]
 
 
 class Inside:
-    """The application behind the middleware: keeps the scope and the whole body it was given."""
+    """The application after the middleware: records the scope and the whole body."""
 
     def __init__(self) -> None:
         self.scope: Any = None
@@ -50,7 +50,7 @@ def run(
     kind: str = "http",
     content_type: bytes = b"application/json",
 ) -> tuple[Inside, list[Any]]:
-    """Send one request through the middleware; returns the application and what was sent."""
+    """Send one request through the middleware; returns the application and the response messages."""
     additional = {"steer": plan.to_json()} if plan is not None else {}
     config = SimpleNamespace(additional_config=additional)
     messages: list[Any] = [

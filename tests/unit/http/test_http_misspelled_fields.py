@@ -1,4 +1,4 @@
-"""Names that are nearly ours, and requests that have nothing of them."""
+"""Misspelt names of our fields, and requests without them."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where the middleware stands: inside the check of API keys and inside everybody's middlewares."""
+"""The position of the middleware: after the check of API keys and after all other middlewares."""
 
 import asyncio
 import importlib

@@ -1,4 +1,4 @@
-"""The middleware needs nothing of vLLM that dynamic strength alone needs."""
+"""The middleware works without the parts of vLLM that only dynamic strength needs."""
 
 import subprocess
 import sys

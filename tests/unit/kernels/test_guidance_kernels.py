@@ -1,4 +1,4 @@
-"""Guidance on tensors: both backends against loops over single numbers in Python's own floats."""
+"""Guidance on tensors: both backends against loops over Python floats."""
 
 import math
 from types import ModuleType
@@ -19,7 +19,7 @@ def generator(seed: int = 11) -> torch.Generator:
 
 
 def random_directions(rotations: str, seed: int = 5) -> Directions:
-    """Tables with direction 0 zero; none, some or all of the others turn."""
+    """Tables with direction 0 zero; none, some or all of the others rotate."""
     vectors = torch.randn(NUM_LAYERS, NUM_DIRECTIONS, WIDTH, generator=generator(seed))
     vectors[:, 0] = 0
     turning = {"none": None, "some": torch.tensor([0.0, 1, 0, 0, 1, 0])}.get(
@@ -29,7 +29,9 @@ def random_directions(rotations: str, seed: int = 5) -> Directions:
 
 
 def random_map(num_tokens: int, depth: int, seed: int = 7, extra_columns: int = 3) -> TokenMap:
-    """A map with free tokens, zero strengths at stale directions, and room after its tokens."""
+    """A map with unsteered tokens, zero strengths at stale directions, and unused entries at the
+    end.
+    """
     size = (depth, num_tokens + extra_columns)
     directions = torch.randint(0, NUM_DIRECTIONS, size, generator=generator(seed))
     strengths = torch.randn(NUM_LAYERS, *size, generator=generator(seed + 1)) * 2
@@ -139,7 +141,7 @@ def test_doses_beyond_the_depth_are_not_read(backend: ModuleType) -> None:
 def test_a_token_without_a_dose_keeps_any_value(
     backend: ModuleType, dtype: torch.dtype, rotations: str
 ) -> None:
-    """Also where its map names a direction, beside tokens that are steered."""
+    """Also if its map has a direction, and next to steered tokens."""
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).tiny
     special_values = [
         0.0,
@@ -186,7 +188,7 @@ def test_a_token_that_is_not_finite_does_not_change_others(
 
 @backends
 def test_a_zero_token_is_added_to_and_not_rotated(backend: ModuleType) -> None:
-    directions = random_directions("some")  # 1 turns, 2 adds
+    directions = random_directions("some")  # direction 1 rotates, direction 2 adds
     token_map = TokenMap(
         torch.tensor([[1, 2, 1]], dtype=torch.int32), torch.full((NUM_LAYERS, 1, 3), 2.0)
     )

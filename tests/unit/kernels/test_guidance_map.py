@@ -58,7 +58,7 @@ def rules(
 
 
 def empty_map(num_layers: int, depth: int, max_tokens: int) -> TokenMap:
-    """Buffers of marks: an entry that was not written shows."""
+    """Buffers filled with a marker, to detect entries that were not written."""
     return TokenMap(
         torch.full((depth, max_tokens), -9, dtype=torch.int32),
         torch.full((num_layers, depth, max_tokens), -9.0),
@@ -115,7 +115,7 @@ def subset(token_rules: TokenRules, at: Any) -> TokenRules:
 def assert_mapped(
     token_rules: TokenRules, counts: Sequence[int], starts: Sequence[int], out: TokenMap
 ) -> None:
-    """Every entry is what the equations say in Python's numbers, and the room is untouched."""
+    """Check every entry against the equations in Python numbers; unused entries are unchanged."""
     token = 0
     for row, (count, start) in enumerate(zip(counts, starts, strict=True)):
         for position in range(start, start + count):
@@ -303,7 +303,7 @@ def test_a_dose_with_a_history_gets_its_own_strength_at_every_step(backend: Modu
 
 @backends
 def test_a_chunk_may_span_many_steps_of_a_history(backend: ModuleType) -> None:
-    """A request that is computed again from the start takes the strengths that it had."""
+    """A request that is computed again from the start keeps its strengths."""
     steps = [0.25 * step - 1 for step in range(12)]
     token_rules = rules(
         direction_start=[[1]],
@@ -325,7 +325,7 @@ def test_a_chunk_may_span_many_steps_of_a_history(backend: ModuleType) -> None:
 @backends
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_step_beyond_the_history_gets_strength_zero(backend: ModuleType, length: int) -> None:
-    """Numbers stand before and behind it in memory, and none of them may be read."""
+    """Numbers before and after it in memory must not be read."""
     memory = torch.full((length + 8,), torch.nan)
     memory[4:-4] = torch.arange(1.0, length + 1)
     token_rules = rules(
@@ -380,7 +380,7 @@ def random_directions(num_layers: int, is_rotation: float | None = None) -> Dire
 def by_reference(
     token_rules: TokenRules, step: tuple[torch.Tensor, torch.Tensor], directions: Directions
 ) -> list[torch.Tensor]:
-    """What the step adds to zeros in each layer, mapped and steered one token at a time."""
+    """The change of the step in each layer, mapped and steered one token at a time."""
     num_layers, depth = token_rules.layers.shape[:2]
     num_tokens = len(step[1])
     out = empty_map(num_layers, depth, num_tokens)
@@ -412,7 +412,7 @@ def by_reference(
 def test_the_cpu_backend_adds_the_same_as_the_map_in_every_layer(
     counts: list[int], starts: list[int], depth: int, dtype: torch.dtype
 ) -> None:
-    """Bit for bit: whether a step is mapped depends on who else is in it."""
+    """Bit for bit, since the other requests of a step decide whether it is mapped."""
     directions, step = random_directions(3), tokens_of(counts, starts)
     before = torch.randn(sum(counts), 6, generator=torch.Generator().manual_seed(7)).to(dtype)
     for seed in range(4):
@@ -460,7 +460,9 @@ def test_the_cpu_backend_leaves_rotations_and_large_steps_to_the_map() -> None:
     token_rules = rules(direction_start=[[2]], end=[[5]], strength=[[1.0]])
     turning = random_directions(1, is_rotation=1.0)
     assert cpu.step_changes(token_rules, *tokens_of([1], [4]), turning) is None
-    assert cpu.step_changes(token_rules, *tokens_of([1], [5]), turning) is not None  # takes nothing
+    assert (
+        cpu.step_changes(token_rules, *tokens_of([1], [5]), turning) is not None
+    )  # has no strength
     assert (
         cpu.step_changes(token_rules, *tokens_of([1], [4]), random_directions(1, is_rotation=0.0))
         is not None

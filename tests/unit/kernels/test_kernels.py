@@ -98,7 +98,7 @@ def test_the_error_of_the_grouped_backend_is_within_float32(
 
 
 def plain_torch(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torch.Tensor:
-    """What a model author would write: every product and every sum in the model's dtype."""
+    """The direct implementation: every product and every sum in the model's dtype."""
     y = x.clone()
     for row, slot, strength in uses:
         steer = steers[slot]
@@ -254,7 +254,7 @@ def test_steers_at_strength_zero_are_left_out_of_a_row_with_several(
 def test_the_scales_of_the_metadata_may_be_overwritten_between_calls(
     backend: str, layout: str
 ) -> None:
-    """They are the pairs' in their order, and nobody else's memory."""
+    """They are those of the pairs, in order, in separate memory."""
     x, steers, module = random_rows(9, 63), some_steers(63), BACKENDS[backend]
     weights, uses = weights_of(steers), uses_of(layout, 9)
     pairs = steered(uses, steers)

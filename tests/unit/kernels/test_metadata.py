@@ -1,4 +1,4 @@
-"""What the host prepares for LM-Steer's kernels: tiles, sums, block sizes, copies, the backend."""
+"""Host-side preparation of LM-Steer's kernels: tiles, sums, block sizes, copies, the backend."""
 
 import importlib.util
 import subprocess
@@ -58,7 +58,7 @@ def weights_with(slots: tuple[Slot, ...], width: int = 4) -> SteerWeights:
 
 
 def pairs_of(uses: list[tuple[int, int]]) -> SteeredRows:
-    """``(slot, row)`` of each pair, sorted; each pair's scale is its place."""
+    """``(slot, row)`` of each pair, sorted; the scale of a pair is its index."""
     slots = [slot for slot, _ in uses]
     groups = [(s, slots.index(s), slots.index(s) + slots.count(s)) for s in dict.fromkeys(slots)]
     return SteeredRows(
@@ -254,7 +254,9 @@ def test_one_tile_at_rank_1000_has_about_one_shrink_program_per_multiprocessor(
 
 @pytest.mark.parametrize("width", [4096, 5120, 8192])
 def test_one_tile_has_enough_weights_in_flight_for_the_fastest_memory(width: int) -> None:
-    """Of every product in 16 bits: what 4.3 TB/s at 0.8 us need; two programs share a processor."""
+    """For every product in 16 bits: the bytes that 4.3 TB/s at 0.8 us need; two programs per
+    processor.
+    """
     sizes = tile_sizes(width, 1000, 2)
     programs = programs_of_one_tile(sizes, width, 1000)
     for name, stages, parts in (
@@ -270,7 +272,7 @@ def test_one_tile_has_enough_weights_in_flight_for_the_fastest_memory(width: int
 
 @pytest.mark.parametrize("width", [4096, 8192])
 def test_one_row_has_enough_weights_in_flight_for_the_fastest_memory(width: int) -> None:
-    """What each program takes at once, for nothing is pipelined."""
+    """The bytes that each program loads at once, since nothing is pipelined."""
     sizes = row_sizes(width, 1000)
     programs = programs_of_one_tile(sizes, width, 1000)
     assert programs["shrink"] * sizes.shrink_ranks * sizes.shrink_width * 2 >= IN_FLIGHT
@@ -313,7 +315,7 @@ def test_every_product_in_16_bits_takes_64_weights_as_tensor_cores_do(
 def test_expand_reduces_the_partial_sums_of_low_ranks_itself(
     width: int, rank: int, folds: bool
 ) -> None:
-    """A launch less, whatever the batch; of rank 1000 these are too many to read again."""
+    """One launch less for every batch; at rank 1000 there are too many partial sums to read again."""
     sizes = tile_sizes(width, rank, 2)
     assert sizes.expand_folds == folds
     assert not folds or sizes.chunks <= FEW_CHUNKS

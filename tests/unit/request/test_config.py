@@ -1,4 +1,4 @@
-"""``--steer-config`` and the plan made from it: what is read, and what stops the start."""
+"""``--steer-config`` and the plan made from it: valid configs, and errors that stop the start."""
 
 import json
 from pathlib import Path

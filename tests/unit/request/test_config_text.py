@@ -1,4 +1,4 @@
-"""A config's text: one meaning, bounded size, YAML 1.2's numbers."""
+"""The text of a config: unambiguous, of bounded size, with the numbers of YAML 1.2."""
 
 import json
 import math

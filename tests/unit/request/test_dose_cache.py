@@ -1,4 +1,4 @@
-"""Values that were resolved before are not resolved again, and the plan stays the plan."""
+"""The cache of resolved values; the plan itself is unchanged."""
 
 import copy
 import pickle

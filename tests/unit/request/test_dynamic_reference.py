@@ -39,7 +39,7 @@ OUTPUT = normal(2, WIDTH, WIDTH, seed=2)
 
 
 class RunningMean(torch.nn.Module):
-    """The plainest attention there is: each position takes the mean of all up to it."""
+    """A minimal attention: each position is the mean of all positions up to it."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Dynamic strength in a request: the doses that each way to ask for it comes to, and each error."""
+"""Dynamic strength in a request: the doses of each notation, and each error."""
 
 import json
 import math
@@ -238,7 +238,7 @@ def test_a_config_may_have_dynamic_parts_and_says_where_they_are_wrong(tmp_path:
 PAGE = (Path(__file__).parents[3] / "docs" / "dynamic.md").read_text(encoding="utf-8")
 
 
-def shown(language: str) -> list[str]:
+def examples_of(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -248,11 +248,11 @@ def test_every_request_and_preset_of_the_page_resolves() -> None:
         "formal": vector(tuple(range(16))),
         "detox": head(),
     }
-    config = yaml.safe_load("\n".join(shown("yaml")))
+    config = yaml.safe_load("\n".join(examples_of("yaml")))
     plan = plan_for(steers, presets=config["presets"], default=config["default"])
     (formal,) = (dose for dose in plan.doses(None) if dose.steer == "formal")
     assert formal == inside("formal", 3.0, 0.4)
-    bodies = [json.loads(body) for body in shown("json")]
+    bodies = [json.loads(body) for body in examples_of("json")]
     request_value = [body["steer"] for body in bodies] + re.findall(r'"steer": "([^".]*)"', PAGE)
     request_value += re.findall(r"`((?:french|parisian):.*?)`", PAGE)
     assert len(request_value) >= 8

@@ -1,4 +1,4 @@
-"""A request's options: layers, phase and schedule, and the doses that they come to."""
+"""A request's options layers, phase and schedule, and the resulting doses."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a request's ``steer`` value comes to, and how a wrong one is answered."""
+"""The doses of a request's ``steer`` value, and the errors of wrong values."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def plan(make_plan: Any) -> Any:
 
 
 def resolve(request_value: Any, plan: Any) -> dict[str, float]:
-    """Names and strengths of the doses, where no steer comes to more than one."""
+    """Names and strengths of the doses, with at most one dose per steer."""
     return by_name(request.resolve(request_value, plan))
 
 

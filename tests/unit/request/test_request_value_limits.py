@@ -1,4 +1,4 @@
-"""How large a request's value may be, and what no engine could be sent."""
+"""Limits of the size of a request's value, and values that cannot be sent to an engine."""
 
 import json
 import time

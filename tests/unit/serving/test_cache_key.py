@@ -208,7 +208,7 @@ def test_all_and_prompt_are_the_same_within_the_prompt(prompt_len: int, blocks: 
 def test_a_longer_prompt_with_the_same_text_shares_until_the_shorter_one_ends(
     steer: Any, blocks: int
 ) -> None:
-    """The second prompt repeats what the first request generated."""
+    """The second prompt repeats the generated text of the first request."""
     assert shared(keys(steer, prompt_len=10), keys(steer, prompt_len=14)) == blocks
 
 
@@ -430,7 +430,9 @@ def test_a_base_has_the_keys_of_an_unsteered_request(prompt_len: int, salt: str 
 
 @pytest.mark.parametrize("prompt_len", PROMPT_LENGTHS)
 def test_equal_probes_share_all_their_blocks(prompt_len: int) -> None:
-    """A probe takes its own dose at its maximum: nothing else of its request changes its KV."""
+    """A probe has only its own dose at its maximum: other doses of the request do not change its
+    KV.
+    """
 
     def probe(steer: Any, dose: int = 0) -> list[bytes]:
         return stream_keys(steer, dose, prompt_len=prompt_len)

@@ -1,4 +1,4 @@
-"""Which requests with dynamic strength an engine takes in, and how the others are answered."""
+"""Admission of requests with dynamic strength, and the errors of refused ones."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,7 +33,7 @@ DYNAMIC = [INSIDE, "push:dynamic", "fr:dynamic,de:dynamic:1", AT_HEAD, MIXED]
 
 
 def engine(default: str = "none", **changed: Any) -> Any:
-    """An engine's config that can serve dynamic strengths, but for what is changed in it.
+    """The config of an engine that can serve dynamic strengths, with changes.
 
     A change may be a function that makes it: some vLLM refuses it while it is made.
     """
@@ -53,14 +53,16 @@ def request(sampling_params: Any, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("steer", DYNAMIC)
-@pytest.mark.parametrize("seats", [{}, {"scheduler_config__max_num_active_seqs": None}], ids=str)
-def test_an_ordinary_engine_takes_dynamic_requests(steer: str, seats: Any) -> None:
+@pytest.mark.parametrize(
+    "scheduler_options", [{}, {"scheduler_config__max_num_active_seqs": None}], ids=str
+)
+def test_an_ordinary_engine_takes_dynamic_requests(steer: str, scheduler_options: Any) -> None:
     sampling = params(steer, temperature=0.7, logprobs=3, n=2, extra={"steer_strengths": True})
     doses = plan_for(STEERS).doses(steer)
     assert is_dynamic(doses)
-    assert admit(sampling, engine(**seats)) == doses
-    assert key_request(request(sampling), engine(**seats)) == doses
-    assert admit(params(), engine(steer, **seats)) == doses
+    assert admit(sampling, engine(**scheduler_options)) == doses
+    assert key_request(request(sampling), engine(**scheduler_options)) == doses
+    assert admit(params(), engine(steer, **scheduler_options)) == doses
 
 
 EVERYWHERE: list[tuple[dict[str, Any], str]] = [
@@ -151,7 +153,10 @@ def test_an_engine_with_lora_serves_dynamic_strength_inside_the_layers_only() ->
     [
         (lambda steer: params(steer, prompt_logprobs=2), r"leave prompt_logprobs away, or give"),
         (lambda steer: params(steer, prompt_logprobs=0), "there are no prompt logprobs under it"),
-        (lambda steer: SimpleNamespace(extra_args=_asking(steer)), "has SimpleNamespace; generate"),
+        (
+            lambda steer: SimpleNamespace(extra_args=_arguments_of(steer)),
+            "has SimpleNamespace; generate",
+        ),
     ],
     ids=["prompt-logprobs", "prompt-logprobs-0", "others"],
 )
@@ -174,7 +179,7 @@ def test_a_dynamic_default_is_not_for_pooling() -> None:
     admit(PoolingParams(), engine("fr:1"))
 
 
-def _asking(steer: str | None) -> dict[str, Any]:
+def _arguments_of(steer: str | None) -> dict[str, Any]:
     return {} if steer is None else {"steer": steer}
 
 

@@ -1,4 +1,4 @@
-"""The reference of the engine tests, against what a few of its cases are when written out by hand.
+"""The reference of the engine tests, compared with a few cases calculated by hand.
 
 ``P`` is the prompt's length: row ``P - 1`` of the log-probabilities chooses the first token.
 """
@@ -60,10 +60,10 @@ def entering(model: Any, module: str, *doses: Dose) -> torch.Tensor:
     """What enters a module, per position."""
     inputs: list[torch.Tensor] = []
 
-    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(args[0] if args else kwargs["hidden_states"])
 
-    hook = model.get_submodule(module).register_forward_pre_hook(look, with_kwargs=True)
+    hook = model.get_submodule(module).register_forward_pre_hook(record, with_kwargs=True)
     logprobs(model, *doses)
     hook.remove()
     return inputs[0][0]

@@ -127,7 +127,7 @@ def test_a_forward_pass_before_its_tokens_are_announced_is_an_error(
 def test_a_step_without_tokens_is_followed_by_steps_of_both_kinds(
     batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
-    """A runner that is told of a request may have nothing to run."""
+    """A runner may get a request and have nothing to run."""
     begin(batch, ("a", "push:2", 1))
     begin(batch)
     announce(batch, a=(0, 1))
@@ -184,7 +184,7 @@ def test_a_request_that_waits_a_step_is_steered_when_it_returns(
 def test_a_preempted_request_that_is_sent_again_walks_the_same_steps(
     batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
-    """With the tokens it had generated: its prompt is still its own."""
+    """With its generated tokens: its prompt length is unchanged."""
     begin(batch, ("a", "walk:2", 3))
     announce(batch, a=(0, 3))
     begin(batch)

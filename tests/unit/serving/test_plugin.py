@@ -278,7 +278,7 @@ def test_the_distribution_enters_vllm_as_a_general_plugin_only() -> None:
 def test_an_engine_that_is_never_dynamic_reports_strengths_and_has_no_streams(
     monkeypatch: pytest.MonkeyPatch, may_be_dynamic: bool, active: str
 ) -> None:
-    """A request may ask for strengths without a dynamic steer, and is told that there are none."""
+    """A request may ask for strengths without a dynamic steer, and gets none."""
     from vllm_steer import environment
     from vllm_steer.serving.activation import activate_steering
 

@@ -1,4 +1,4 @@
-"""From doses to rules: which token takes which direction, told by what the token is."""
+"""From doses to rules: the direction and strength of each token."""
 
 from typing import Any
 
@@ -153,7 +153,7 @@ def test_doses_of_other_sites_and_of_waiting_requests_take_no_depth() -> None:
 
 
 def test_the_cache_between_batches_changes_no_rule() -> None:
-    """Over joining, leaving, waiting and ids that come again, with like and with other doses."""
+    """With requests that join, leave and wait, and reused ids with equal and other doses."""
     on = table(0, 1, 2, 3)
     memo: dict[str, Any] = {}
     push, walk = (Dose("push", 2.0),), (Dose("walk", 1.0, schedule="dim"), Dose("spin", 3.0))
@@ -213,7 +213,7 @@ def test_a_strength_is_float32_without_a_warning(strength: float) -> None:
 
 
 def expected(dose: Dose, position: int, prompt_len: int) -> tuple[int, float]:
-    """The step and the strength of one token, by what the token is; step -1 for none."""
+    """The expected step and strength of one token, from its definition; step -1 for none."""
     steer = STEERS[dose.steer]
     is_prompt = position < prompt_len
     if dose.phase == ("generation" if is_prompt else "prompt"):

@@ -1,4 +1,4 @@
-"""What stops an engine's start, and what it warns of."""
+"""Errors and warnings at the start of an engine."""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The op in the modules of a block: which tensor it changes, which it leaves, what it refuses."""
+"""The op in the modules of a block: changed tensors, unchanged tensors, refusals."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ PAIR, TENSOR = Family(), Family(stream="tensor")
 
 
 class Plain(nn.Module):
-    """A module that returns what it was given, in the form that it is told to."""
+    """A module that returns its input in the given form."""
 
     def __init__(self, form: Any = lambda x: x) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def test_the_norms_output_is_steered_and_the_stream_beside_it_is_not(
 
 
 def test_two_sites_of_one_module_act_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the heads, then at the attention's output, which turns what the heads have changed."""
+    """At the heads, then at the attention's output, which rotates the changed activations."""
     model = model_of()
     steers = {"walk": delta(TOKENS, (1,)), "bend": vector((1,), site="attn_out", mode="rotate")}
     layers = attached(steers, model, monkeypatch)

@@ -1,4 +1,4 @@
-"""A site's buffers over steps: what a captured graph reads is this step's doses and no others.
+"""A site's buffers over steps: a captured graph reads the doses of the current step only.
 
 A graph replays on the whole of the buffers, deeper than the step and longer than its tokens; a
 replay here is the same call with the same reach.
@@ -118,7 +118,7 @@ def one_token(row: int, layer: int, doses: Sequence[Dose], prompt_len: int, posi
 def assert_steered(
     actual: Sequence[torch.Tensor], parts: Sequence[Part], requests: Mapping[str, SteeredRequest]
 ) -> None:
-    """Each row is what its own request asks for; a row of nobody or of no dose is unchanged."""
+    """Check that each row has the doses of its own request; other rows are unchanged."""
     owners = [(part.req_id, part.start + i) for part in parts for i in range(part.count)]
     for layer, hidden in zip(LAYERS, actual, strict=True):
         for row in range(len(hidden)):
@@ -143,7 +143,7 @@ def serve(
     parts: Sequence[Part],
     requests: Mapping[str, SteeredRequest],
 ) -> None:
-    """One step; a graph's replay and an eager pass give what the requests ask for.
+    """Run one step and check it for a graph replay and for an eager pass.
 
     The cpu has no graphs.
     """

@@ -1,4 +1,4 @@
-"""What a worker does when its model is loaded, and what its runner is held to from then on."""
+"""The worker after its model is loaded, and the checks of its runner."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ WIDTH, VOCAB, LAYERS = 16, 11, 2
 
 
 class Model(nn.Module):
-    """A head, and layers that nobody runs."""
+    """A head, and layers that are never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class V2Runner:
 
 
 class PreparesElsewhere(V2Runner):
-    """Only the model's state is asked: the runner's own method is not called any more."""
+    """Only the model's state is used: the runner's own method is not called."""
 
     def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> Any:
         self.model_state.prepare_inputs(scheduler_output)

@@ -1,4 +1,4 @@
-"""The bank holds steers as the operation wants them: what comes out is the steer's own formula."""
+"""The bank stores steers for the operation: the result equals the steer's formula."""
 
 from typing import Any
 

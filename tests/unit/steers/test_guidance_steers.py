@@ -1,4 +1,4 @@
-"""Vector and delta steers as descriptions: what they refuse, what they keep, what they are."""
+"""Vector and delta steers: validation, kept layers, properties."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The layers' bank: what lies in its tables, and directions at the heads through a projection."""
+"""The bank of the layers: its tables, and projected directions at the heads."""
 
 from typing import Any
 

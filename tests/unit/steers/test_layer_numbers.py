@@ -1,4 +1,4 @@
-"""Layer numbers: what may be written for them, how they are printed, where they stand."""
+"""Layer numbers: notation, printing and positions."""
 
 import json
 import time

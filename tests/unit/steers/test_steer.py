@@ -1,4 +1,4 @@
-"""A steer is checked when it is made, and says what it found and what it wanted."""
+"""A steer is validated when it is created; errors name the found and the expected value."""
 
 import math
 import subprocess
