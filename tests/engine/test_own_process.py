@@ -105,9 +105,10 @@ def test_each_family_compiled_in_pieces_and_loaded_again(part: int, tmp_path: Pa
     )
     for family in families:
         assert f"{family} compiled: " in report and f"{family} loaded: " in report
-    # vLLM cannot save what its Transformers backend compiles: those are compiled again. saved =
-    [family for family in families if family not in BACKEND] assert report.count("saved AOT compiled
-    function") == len(saved) assert report.count("Directly load AOT compilation") == len(saved)
+    # vLLM cannot save what its Transformers backend compiles: those are compiled again.
+    saved = [family for family in families if family not in BACKEND]
+    assert report.count("saved AOT compiled function") == len(saved)
+    assert report.count("Directly load AOT compilation") == len(saved)
 
 
 def test_unsteered_rows_equal_those_of_an_engine_without_the_plugin_bit_for_bit(

@@ -174,7 +174,7 @@ def test_a_very_deep_body_is_refused_or_left_to_vllm(plan: Any) -> None:
     ids=["escaped-key", "utf-16", "spaced", "byte-order-mark"],
 )
 def test_a_steer_in_any_spelling_of_json_is_never_lost(plan: Any, body: bytes) -> None:
-    """vLLM parses the body with ``json.loads``: a steer that this finds is never served unsteered."""
+    """vLLM parses with ``json.loads``: a steer that this finds is never served unsteered."""
     try:
         json.loads(body)
     except ValueError:

@@ -50,7 +50,7 @@ def run(
     kind: str = "http",
     content_type: bytes = b"application/json",
 ) -> tuple[Inside, list[Any]]:
-    """Send one request through the middleware; returns the application and the response messages."""
+    """Send one request through the middleware; returns the application and the response."""
     additional = {"steer": plan.to_json()} if plan is not None else {}
     config = SimpleNamespace(additional_config=additional)
     messages: list[Any] = [

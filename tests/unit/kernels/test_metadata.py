@@ -315,7 +315,7 @@ def test_every_product_in_16_bits_takes_64_weights_as_tensor_cores_do(
 def test_expand_reduces_the_partial_sums_of_low_ranks_itself(
     width: int, rank: int, folds: bool
 ) -> None:
-    """One launch less for every batch; at rank 1000 there are too many partial sums to read again."""
+    """One launch less per batch; rank 1000 has too many partial sums to read again."""
     sizes = tile_sizes(width, rank, 2)
     assert sizes.expand_folds == folds
     assert not folds or sizes.chunks <= FEW_CHUNKS
