@@ -32,8 +32,8 @@ def filled(text: str) -> str:
 
     def fill(block: re.Match[str]) -> str:
         start, kind, name, end = block.groups()
-        text = wrapped() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
-        return f"{start}\n{text}\n\n{end}"
+        table = wrapped() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
+        return f"{start}\n{table}\n\n{end}"
 
     return BLOCK.sub(fill, text)
 
