@@ -1,1 +1,1 @@
-"""What steering costs: each benchmark is a module, ``python -m benchmarks.NAME --json OUT``."""
+"""Benchmarks of steering. Each is a module: ``python -m benchmarks.NAME --json OUT``."""

@@ -1,4 +1,4 @@
-"""Every form of every steering operation by itself: time, floor, and share of the floor reached.
+"""Benchmark of every form of every steering operation: time, floor, and share of the floor reached.
 
     python -m benchmarks.bench_kernels --json OUT [--grid full|short] [--quick] [--variants]
         [--seconds N]
@@ -9,8 +9,8 @@ forms in plain torch. A form that cannot run a case has a line with the reason i
 one that fails has a line with the error, and the run then ends with code 1.
 
 ``--grid short`` is for a few minutes on a card. ``--variants`` adds LM-Steer in Triton with other
-block sizes than an engine takes. After ``--seconds`` no further case is begun, and those left out
-stand in the result.
+block sizes than an engine takes. After ``--seconds`` no further case starts, and the result lists
+the cases left out.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from benchmarks.operations.lm_steer import LMSteerCase
 from benchmarks.operations.measure import MeasurementSetup, OperationCase, lines
 from benchmarks.result import Result
 
-REACH = 4  # sets of inputs fill the last cache so many times
+REACH = 4  # how many times the sets of inputs fill the last-level cache
 FORMS: dict[str, tuple[str, ...]] = {
     "lm_steer": tuple(lm_steer.FORMS),
     "guidance": guidance.FORMS,
@@ -54,12 +54,14 @@ class Grid:
     repeats: int
 
     def cases(self) -> Iterator[OperationCase]:
-        """Of all sections."""
+        """The cases of all sections."""
         batches = {(rows, min(d, rows)) for rows, d in product(self.rows, self.distinct)}
         for shape, batch in product(self.shapes, sorted(batches)):
             yield LMSteerCase(*shape, *batch)
-        for mode, tokens, taken in product(("add", "rotate"), self.tokens, self.directions):
-            yield GuidanceCase(mode, tokens, self.width, taken)
+        for mode, tokens, num_directions in product(
+            ("add", "rotate"), self.tokens, self.directions
+        ):
+            yield GuidanceCase(mode, tokens, self.width, num_directions)
         for doses in self.doses:
             yield DivergenceCase(doses, self.vocab)
 

@@ -1,12 +1,12 @@
-"""What a user would run instead: decode steps of vllm-steer and of its alternatives.
+"""Benchmark of decode steps: vllm-steer and its alternatives.
 
     python -m benchmarks.bench_peers --json OUT [--shape gpt2-medium] [--rows 1,8,32] [--only ...]
 
 Every peer (see ``peers/``) decodes the same batch on the same random checkpoint, in a process of
 its own, with interleaved legs. For each batch size its own steered step is compared with its own
-unsteered step, and with the steered step of vllm-steer in the same process. vLLM's LoRA knows no
-GPT-2: it and vllm-steer beside it get a Llama of the same size. LoRA that cannot run here gets a
-line ``skipped`` with the reason, and no figure.
+unsteered step, and with the steered step of vllm-steer in the same process. vLLM's LoRA does not
+support GPT-2, so LoRA and its vllm-steer run use a Llama of the same size. If LoRA cannot run here,
+its line has ``skipped`` with the reason, and no figure.
 """
 
 import argparse
@@ -47,30 +47,30 @@ def main() -> None:
             lines, threads = measure(peer, args, Path(folder))
             result.data["threads"] = threads or result.data.get("threads")
             for line in lines:
-                said = line.get("skipped") or f"{line['rows']} rows: {line['ratio_median']}"
-                result.add(line, f"{line['name']}, {said}")
+                message = line.get("skipped") or f"{line['rows']} rows: {line['ratio_median']}"
+                result.add(line, f"{line['name']}, {message}")
     result.show()
 
 
 def measure(peer: str, args: argparse.Namespace, folder: Path) -> tuple[list[Line], int | None]:
-    """The lines of one peer, and the threads that vLLM left to torch."""
+    """The lines of one peer, and the number of threads that vLLM set for torch."""
     shape = f"{args.shape}-as-llama" if peer == LORA else args.shape
     model, steers, sizes = folder / shape / "model", folder / shape / "steers", SHAPES[shape]
     if not model.exists():
         write_checkpoint(sizes, model, getattr(torch, args.dtype))
         write_steers(sizes, steers, count=1, rank=args.rank)
         write_vectors(sizes, steers)
-    given = {key: getattr(args, key) for key in ("dtype", "rank", "rows", "repeats", "steps")}
+    options = {key: getattr(args, key) for key in ("dtype", "rank", "rows", "repeats", "steps")}
     try:
-        return in_own_process(run, PeerJob(peer, shape, model, steers, **given))
+        return in_own_process(run, PeerJob(peer, shape, model, steers, **options))
     except Exception as error:
-        if peer != LORA:  # other code than ours, on a machine that it may not support
+        if peer != LORA:  # third-party code that may not support this machine
             raise
         return [{"name": peer, "shape": shape, "skipped": f"it failed: {error}"}], None
 
 
 def run(job: PeerJob) -> tuple[list[Line], int]:
-    """A peer in this process."""
+    """Measure a peer in this process."""
     module = importlib.import_module(f"benchmarks.peers.{MODULES[job.peer]}")
     return module.measure(job), torch.get_num_threads()
 

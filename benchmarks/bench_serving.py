@@ -1,10 +1,10 @@
-"""What a steered vLLM costs as its users see it, measured by `vllm bench serve`.
+"""Benchmark of a steered server with `vllm bench serve`.
 
     python -m benchmarks.bench_serving --json OUT [--shape gpt2-medium] [--rank 1000] ...
 
 Servers on dummy weights are measured against stock vLLM with the plugin off (see
-``serving/cases.py``). Before and after, answers are compared: unsteered ones are those of stock
-vLLM, steered ones differ.
+``serving/cases.py``). Before and after, answers are compared: unsteered answers must equal those of
+stock vLLM, steered ones must differ.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from benchmarks.serving.cases import Servers
 from benchmarks.serving.model import write_served_model
 from benchmarks.serving.vllm_bench import RequestLoad
 
-TOKENS = 32  # of a prompt and of an answer
-GPU_SHARE = 0.25  # of its memory, for each of three servers
+TOKENS = 32  # tokens of a prompt and of an answer
+GPU_SHARE = 0.25  # share of GPU memory for each of three servers
 QUICK = {"distinct": 2, "concurrency": 4, "repeats": 1, "requests": 8}
 
 
 def main() -> None:
     """Parse, measure, write, print."""
-    # An end by SIGTERM has to end the servers too: it becomes an exception.
+    # SIGTERM must end the servers too, so it becomes an exception.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     args = _arguments()
     names = ("shape", "dtype", "rank", "repeats")
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, folder: Path, result: Result) -> None:
 
 
 def engine_flags(args: argparse.Namespace) -> list[str]:
-    """Arguments of every server here; all else is as vLLM sets it by default.
+    """Arguments of every server here; all others have the defaults of vLLM.
 
     No prefix cache: every leg sends the same prompts. Quick runs do not compile.
     """

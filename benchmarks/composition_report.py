@@ -1,13 +1,13 @@
-"""Two and three properties at once on the embedded model: dynamic beside fixed strengths.
+"""Two and three properties at once on the embedded model: dynamic and fixed strengths.
 
     python -m benchmarks.composition_report --json OUT [--samples 200] [--folder FOLDER]
 
 ``vllm-steer compare`` with ``composition/properties.yaml``: strengths are chosen on
-``choosing.txt`` and reported on ``prompts.txt``. The embedded LM-Steers are written with
-``RAISED`` times their epsilon first, for a dynamic strength is in nats and their unit is small.
+``choosing.txt`` and reported on ``prompts.txt``. The embedded LM-Steers are first written with
+``RAISED`` times their epsilon, since a dynamic strength is in nats and their unit is small.
 
-``rows`` has a line for each combination and method, and ``tried`` every choice for the pair
-of language and sentiment on the prompts that it was chosen on.
+``rows`` has a line for each combination and method; ``tried`` has every choice for the pair of
+language and sentiment, on the prompts of the selection.
 """
 
 import shutil
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def compare(folder: Path, run: Path, samples: int) -> Any:
-    """The report of ``vllm-steer compare``, on the steers in units that suit nats."""
+    """The report of ``vllm-steer compare``, on steers whose unit suits nats."""
     from vllm_steer.cli.progress import progress
     from vllm_steer.embedded import STEERS
     from vllm_steer.evaluation.composition import comparison_run
@@ -74,45 +74,45 @@ def compare(folder: Path, run: Path, samples: int) -> Any:
 
 
 def tried(report: Any) -> Iterator[Line]:
-    """What was tried for ``PAIR``."""
-    for each in report.data["choosing"]:
-        if each["combination"] == PAIR:
-            found = {"method": each["method"], "strengths": in_words(each["steer"])}
-            yield found | {"all": each["accuracy"], "perplexity": each["perplexity"]}
+    """The choices that were tried for ``PAIR``."""
+    for candidate in report.data["choosing"]:
+        if candidate["combination"] == PAIR:
+            row = {"method": candidate["method"], "strengths": in_words(candidate["steer"])}
+            yield row | {"all": candidate["accuracy"], "perplexity": candidate["perplexity"]}
 
 
 def lines(report: Any) -> Iterator[Line]:
     """A line per combination and method, with standard errors over the seeds.
 
-    Text ``k`` of every prompt has the same seed, and headings so alike that their texts often are
-    the same: texts of one seed are one observation, not as many as there are prompts.
-    ``beside`` is the share less that of the best fixed strengths on the same prompts, or of the
-    fixed strengths taken over where the combination was not seen.
+    Text ``k`` of every prompt has the same seed, and the headings are so similar that their texts
+    are often equal. The texts of one seed are therefore one observation, not one per prompt.
+    ``beside`` is the share minus that of the best fixed strengths on the same prompts; for an
+    unseen combination, minus that of the reused fixed strengths.
     """
     from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges
 
     judges = PropertyJudges(report.spec, property_judges(report.spec))
     for combination in report.spec.combinations:
         shares = {}
-        for each in report.of(combination):
-            name = each.row.candidate.name
-            texts = zip(*judges.has_all(combination, name, each.answers), strict=True)
-            shares[each.row.title] = [statistics.fmean(of_seed) for of_seed in texts]
+        for setting in report.of(combination):
+            name = setting.row.candidate.name
+            texts = zip(*judges.has_all(combination, name, setting.answers), strict=True)
+            shares[setting.row.title] = [statistics.fmean(of_seed) for of_seed in texts]
         other = shares.get("best fixed", shares.get("fixed"))
-        for each in report.of(combination):
-            own = shares[each.row.title]
-            beside, error = mean_and_error([a - b for a, b in zip(own, other, strict=True)])
-            figures = {name: of for judge in each.judges.values() for name, of in judge.items()}
+        for setting in report.of(combination):
+            own_shares = shares[setting.row.title]
+            beside, error = mean_and_error([a - b for a, b in zip(own_shares, other, strict=True)])
+            figures = {name: of for judge in setting.judges.values() for name, of in judge.items()}
             yield {
                 "combination": "+".join(combination),
-                "seen": each.row.seen,
-                "method": each.row.title,
-                "strengths": in_words(dict(each.row.candidate.steer)),
-                "all": each.accuracy,
-                "all_error": mean_and_error(own)[1],
+                "seen": setting.row.seen,
+                "method": setting.row.title,
+                "strengths": in_words(dict(setting.row.candidate.steer)),
+                "all": setting.accuracy,
+                "all_error": mean_and_error(own_shares)[1],
                 "beside": beside,
                 "beside_error": error,
-                "shares": dict(each.shares),
+                "shares": dict(setting.shares),
                 "perplexity": figures["total_perplexity"],
                 "median": figures["median"],
                 "dist_2": figures["dist-2"],
@@ -125,14 +125,14 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def in_words(steer: dict[str, Any]) -> str:
-    """Strengths as the table has them: ``fr 1.25, cheer to 0.75 (top-p 0.5)``."""
-    said = []
+    """Strengths in the format of the table: ``fr 1.25, cheer to 0.75 (top-p 0.5)``."""
+    parts = []
     for name, dose in steer.items():
         if dose["strength"] == "dynamic":
-            said.append(f"{name} to {dose['max']:g} (top-p {dose['top_p']:g})")
+            parts.append(f"{name} to {dose['max']:g} (top-p {dose['top_p']:g})")
         else:
-            said.append(f"{name} {dose['strength']:g}")
-    return ", ".join(said)
+            parts.append(f"{name} {dose['strength']:g}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

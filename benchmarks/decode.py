@@ -1,10 +1,9 @@
 """Decode steps of an engine in this process.
 
-A leg serves one batch from its prompts to its last tokens and times every engine step. All
-requests start together and end together; steps of the prefill and the first and last decode steps
-are left out, so each step counted is pure decode of the whole batch. A leg's step time is the
-median of its steps: a step that another process disturbed does not move it, which the difference
-quotient of two output lengths cannot offer.
+A leg serves one batch from its prompts to its last tokens and times every engine step. All requests
+start and end together; prefill steps and the first and last decode steps are left out, so each
+counted step is pure decode of the whole batch. A leg's step time is the median of its steps: unlike
+a difference of two output lengths, it is robust to a step that another process disturbed.
 """
 
 import statistics
@@ -20,13 +19,13 @@ from benchmarks.rounds import Round, interleave, median, plain_legs, spread
 PROMPT_TOKENS = 8
 LEAD_STEPS = 4
 TAIL_STEPS = 2
-Steers = Sequence[str | None]  # of each row
+Steers = Sequence[str | None]  # the steer of each row
 
 
 @dataclass(frozen=True)
 class DecodeLeg:
-    """One batch: the median decode step in milliseconds, each row's tokens, and the sum of their
-    log probabilities if the leg was asked for them."""
+    """One batch: the median decode step in milliseconds, each row's tokens, and, if requested, the
+    sum of their log probabilities."""
 
     step_ms: float
     tokens: tuple[tuple[int, ...], ...]
@@ -40,7 +39,7 @@ class BenchmarkEngine:
         self.llm = llm
 
     def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
-        """Add a request; those that know no steers of vllm-steer have an ``add`` of their own."""
+        """Add a request; engines without vllm-steer override this method."""
         params.extra_args = {"steer": steer} if steer else None
         self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": tokens}, params)
 
@@ -71,23 +70,23 @@ class BenchmarkEngine:
         )
 
 
-SteeredRowsOf = tuple[Any, Steers]  # an engine, and what its rows ask for
+SteeredRowsOf = tuple[Any, Steers]  # an engine, and the steer that each of its rows requests
 
 
 def median_step_ms(times: Sequence[float], steps: int) -> float:
-    """Of the timed steps, in milliseconds."""
+    """The median of the timed steps, in milliseconds."""
     return statistics.median(times[-(steps + TAIL_STEPS) : -TAIL_STEPS]) * 1e3
 
 
 def prompt(row: int, vocab_size: int) -> list[int]:
-    """Token ids."""
+    """A prompt of token ids."""
     return [1 + (97 * row + i) % (vocab_size - 2) for i in range(PROMPT_TOKENS)]
 
 
 def compare(
     plain: SteeredRowsOf, other: SteeredRowsOf, steps: int, vocab_size: int, count: int
 ) -> list[Round]:
-    """Rounds of two batches."""
+    """Interleaved rounds of two batches."""
     legs = [partial(engine.leg, steers, steps, vocab_size) for engine, steers in (plain, other)]
     return interleave(legs[0], {"other": legs[1]}, count)["other"]
 
@@ -110,10 +109,10 @@ def step_columns(rounds: Sequence[Round[DecodeLeg]]) -> dict[str, float | int]:
 def profile_steps(
     engine_to_profile: BenchmarkEngine, steers: Steers, steps: int, vocab_size: int
 ) -> list[dict[str, Any]]:
-    """What runs in some decode steps of a batch: device time (on a CPU the host's) by kernel.
+    """Profile some decode steps of a batch: device time (on a CPU host time) by kernel.
 
     A line has the kernel's name, its calls and microseconds per step; the longest come first.
-    Under the profiler steps are slower: read shares and kernels, not step times.
+    Steps are slower under the profiler: use shares and kernels, not step times.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile

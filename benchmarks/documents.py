@@ -2,7 +2,7 @@
 
 A document holds a table between two comments, ``<!-- table: NAME -->`` (or ``summary``) and
 ``<!-- end -->``, where NAME is a file in ``benchmarks/results``; for ``versions`` it is a folder.
-``<!-- names: wrapped -->`` holds what is wrapped in vLLM.
+``<!-- names: wrapped -->`` holds the names of vLLM that are wrapped.
 """
 
 import json
@@ -28,25 +28,25 @@ BLOCK = re.compile(r"(<!-- (table|summary|versions|names): (\S+) -->\n).*?(<!-- 
 
 
 def filled(text: str) -> str:
-    """A document's text with every table as its result file gives it."""
+    """A document's text with every table made from its result file."""
 
     def fill(block: re.Match[str]) -> str:
         start, kind, name, end = block.groups()
-        made = wrapped() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
-        return f"{start}\n{made}\n\n{end}"
+        table = wrapped() if kind == "names" else MAKERS[kind](_read(RESULTS / name))
+        return f"{start}\n{table}\n\n{end}"
 
     return BLOCK.sub(fill, text)
 
 
 def _read(path: Path) -> Any:
-    """A result file, or all of a folder."""
+    """Read a result file, or all result files of a folder."""
     if path.is_dir():
         return [_read(file) for file in path.glob("*.json")]
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main() -> None:
-    """Write the tables of all documents anew."""
+    """Rewrite the tables of all documents."""
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 

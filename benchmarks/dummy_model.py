@@ -1,4 +1,4 @@
-"""Models with random weights or none, random steers for them, and the fewest bytes they cost.
+"""Models with random or no weights, random steers for them, and the minimum memory traffic of both.
 
 Every input is read once and every output written once; ``itemsize`` is that of the model's dtype.
 """
@@ -16,9 +16,9 @@ STRENGTH = 5.0
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model family's configuration and what one decode step of it has to read.
+    """A model family's configuration and the data that one decode step reads.
 
-    ``read_params`` counts the parameters that every step reads once: all but tables of which
+    ``read_params`` counts the parameters that every step reads once: all except tables in which
     only single rows are looked up. ``kv_size`` is the number of keys and values per token.
     """
 
@@ -31,7 +31,7 @@ class ModelShape:
 
 
 def gpt2(hidden: int, layers: int, heads: int, vocab: int = 50257) -> ModelShape:
-    """GPT-2: tied head, learned positions; its published files name no dtype, nor does this."""
+    """GPT-2: tied head, learned positions; without a dtype, as in its published files."""
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -42,8 +42,8 @@ def gpt2(hidden: int, layers: int, heads: int, vocab: int = 50257) -> ModelShape
         "bos_token_id": vocab - 1,
         "eos_token_id": vocab - 1,
     }
-    read = layers * 12 * hidden**2 + vocab * hidden
-    return ModelShape(config, hidden, layers, vocab, read, 2 * layers * hidden)
+    num_weights = layers * 12 * hidden**2 + vocab * hidden
+    return ModelShape(config, hidden, layers, vocab, num_weights, 2 * layers * hidden)
 
 
 def llama(
@@ -66,8 +66,8 @@ def llama(
         "eos_token_id": vocab - 1,
     }
     per_layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
-    read, kv_size = layers * per_layer + vocab * hidden, 2 * layers * kv_heads * head_dim
-    return ModelShape(config | changes, hidden, layers, vocab, read, kv_size)
+    num_weights, kv_size = layers * per_layer + vocab * hidden, 2 * layers * kv_heads * head_dim
+    return ModelShape(config | changes, hidden, layers, vocab, num_weights, kv_size)
 
 
 LLAMA_3 = {
@@ -81,14 +81,14 @@ SHAPES = {
     "tiny": gpt2(64, layers=2, heads=2, vocab=512),
     "gpt2-medium": gpt2(1024, layers=24, heads=16),
     "llama-8b": llama(4096, 14336, 32, 32, 128256, kv_heads=8, **LLAMA_3),
-    # Of the width, depth and (nearly) parameters of the GPT-2, for peers that know none.
+    # Width, depth and (nearly) the parameters of the GPT-2, for peers that do not support GPT-2.
     "tiny-as-llama": llama(64, 192, 2, 2, 512),
     "gpt2-medium-as-llama": llama(1024, 2752, 24, 16, 50257),
 }
 
 
 def write_model(shape: ModelShape, folder: Path) -> Path:
-    """A model folder that ``load_format="dummy"`` can serve."""
+    """Write a model folder that ``load_format="dummy"`` can serve."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(shape.config))
     return folder
@@ -97,8 +97,8 @@ def write_model(shape: ModelShape, folder: Path) -> Path:
 def write_checkpoint(
     shape: ModelShape, folder: Path, dtype: torch.dtype, *, norm: float | None = None
 ) -> Path:
-    """A model folder with weights as Hugging Face initialises them, for those that have to agree
-    with each other. ``norm``: the weights of a Llama's last norm.
+    """Write a model folder with the weights of Hugging Face's initialisation, for engines that must
+    agree with each other. ``norm``: the weights of a Llama's last norm.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -112,8 +112,8 @@ def write_checkpoint(
 
 
 def random_lm_steer(width: int, rank: int, epsilon: float, generator: torch.Generator) -> Any:
-    """A steer of one free column. With entries of deviation ``(rank * width) ** -0.25`` the
-    product ``(c P1) P2^T`` is about as long as ``c``, whatever the rank.
+    """A steer of one free column. Entries with standard deviation ``(rank * width) ** -0.25`` give
+    ``(c P1) P2^T`` about the length of ``c``, for any rank.
     """
     from vllm_steer import LMSteer
 
@@ -124,7 +124,9 @@ def random_lm_steer(width: int, rank: int, epsilon: float, generator: torch.Gene
 
 
 def write_steers(shape: ModelShape, folder: Path, *, count: int, rank: int) -> dict[str, Path]:
-    """``count`` LM-Steers ``s0``, ``s1``, ...; ``STRENGTH`` of one turns every next token."""
+    """``count`` LM-Steers ``s0``, ``s1``, ...; one of them at ``STRENGTH`` changes every next
+    token.
+    """
     from vllm_steer import save_steer
 
     folder.mkdir(parents=True)
@@ -150,7 +152,7 @@ def write_vectors(shape: ModelShape, folder: Path) -> dict[str, Path]:
 
 
 def steer_config(paths: dict[str, Path], rank: int) -> dict[str, Any]:
-    """The steer config that loads them all."""
+    """The steer config with all of them."""
     return {
         "steers": {name: {"path": str(path)} for name, path in paths.items()},
         "limits": {"max_steers": len(paths), "max_rank": rank},
@@ -158,20 +160,20 @@ def steer_config(paths: dict[str, Path], rank: int) -> dict[str, Any]:
 
 
 def weight_elements(width: int, rank: int) -> int:
-    """Numbers of one LM-Steer as the bank keeps it."""
+    """The number of weights of one LM-Steer in the bank."""
     return min(2 * width * rank, width * width)
 
 
 def lm_steer_bytes(width: int, *, rank: int, rows: int, distinct: int, itemsize: int) -> int:
-    """``rows`` rows, read and written, that take ``distinct`` steers, each read once."""
+    """Bytes of ``rows`` rows, read and written, with ``distinct`` steers, each read once."""
     return itemsize * (distinct * weight_elements(width, rank) + 2 * rows * width)
 
 
 def guided_step_bytes(shape: ModelShape, *, rows: int, itemsize: int) -> int:
-    """Guiding ``rows`` rows in every layer: each row in and out, its direction in float32."""
+    """Bytes to guide ``rows`` rows in every layer: rows in and out, directions in float32."""
     return shape.layers * rows * shape.hidden_size * (2 * itemsize + 4)
 
 
 def step_bytes(shape: ModelShape, *, rows: int, context: int, itemsize: int) -> int:
-    """An unsteered decode step: weights once, keys and values per row."""
+    """Bytes of an unsteered decode step: weights once, keys and values per row."""
     return itemsize * (shape.read_params + rows * context * shape.kv_size)

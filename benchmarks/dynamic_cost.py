@@ -1,9 +1,9 @@
-"""What dynamic strength costs, in one process and run.
+"""Benchmark of dynamic strength, in one process and run.
 
     python -m benchmarks.dynamic_cost --json OUT [--models embedded,llama] [--rounds N] ...
 
 Engines of this process serve requests of a fixed number of greedy tokens;
-``dynamic/figures.py`` has what is compared.
+``dynamic/figures.py`` defines the figures.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def measure(name: str, served: DynamicModel, args: argparse.Namespace) -> Iterat
         served.config,
         dtype="float32",
         max_num_seqs=max(STREAMS * args.requests, ORDINARY + STREAMS * max(args.dynamic)),
-        enable_prefix_caching=True,  # as vLLM has it by default; streams share their prompt
+        enable_prefix_caching=True,  # vLLM's default; streams share their prompt
     )
     rounds = args.rounds or ROUNDS[name]
     bench = DynamicBench(name, llm, served, args.tokens, rounds)

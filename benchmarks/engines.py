@@ -16,7 +16,7 @@ ENVIRONMENT = {
 
 
 def set_environment() -> None:
-    """Set what the outer environment does not; call it before vLLM is imported."""
+    """Set missing environment variables; call it before vLLM is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -29,13 +29,13 @@ def make_engine(
     gpu_memory: float = 0.25,
     **options: Any,
 ) -> Any:
-    """An engine, compiled as vLLM does by default. ``plugin=False``: stock vLLM, if no engine with
-    the plugin was made before, for that changes vLLM in this process for good.
+    """An engine, compiled as by default. ``plugin=False``: stock vLLM, if no engine with the plugin
+    was made before, since the plugin patches vLLM in this process permanently.
     """
     os.environ["VLLM_STEER_DISABLE"] = "0" if plugin else "1"
     from vllm import LLM
 
-    if plugin:  # vLLM loads plugins once per process: an earlier engine's may have been off
+    if plugin:  # vLLM loads plugins once per process; an earlier engine may have disabled them
         from vllm_steer.plugin import register
 
         register()

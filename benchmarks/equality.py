@@ -1,4 +1,4 @@
-"""Equal first, then timed: what has to hold before and after a measurement."""
+"""Checks before and after a measurement: results must be equal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ CHECK_STEPS = 4
 def check_operation(
     name: str, shape: ModelShape, dtype: torch.dtype, *, rank: int, rows: int
 ) -> None:
-    """The form that an engine of so many rows runs, against float64, on random steers of the
-    model's size: of ``steered``, ``guided`` or ``rotated``.
+    """Check the backend of an engine with so many rows against float64, on random steers of the
+    model's size, for ``steered``, ``guided`` or ``rotated``.
     """
     from benchmarks.operations.guidance import GuidanceCase
     from benchmarks.operations.lm_steer import LMSteerCase
@@ -32,10 +32,10 @@ def check_operation(
 
 
 def check_engine(engine: Any, steers: Steers, shape: ModelShape) -> None:
-    """Rows with a steer change; in one batch with them the others keep every token and logprob.
+    """Check that rows with a steer change and other rows of the batch keep every token and logprob.
 
-    Log probabilities and not tokens show the change: under dummy weights, which vLLM draws from
-    one seed for every tensor, the likeliest token can be the same whatever the hidden state.
+    The check compares log probabilities and not tokens: under dummy weights, which vLLM draws from
+    one seed for every tensor, the most likely token can be the same for every hidden state.
     """
     plain, mixed = (
         engine.leg(row_steers, CHECK_STEPS, shape.vocab_size, logprobs=True)
@@ -51,7 +51,7 @@ def check_engine(engine: Any, steers: Steers, shape: ModelShape) -> None:
 
 
 def check_legs(rounds: Sequence[Round[DecodeLeg]], *, steered: bool) -> None:
-    """Legs of one kind gave one output; without steers both kinds gave the same."""
+    """Check that legs of one kind gave one output, and that both kinds agree without steers."""
     plain = {leg.tokens for leg in plain_legs(rounds)}
     other = {pair.other.tokens for pair in rounds}
     assert len(plain) == len(other) == 1, "legs of one kind gave different tokens"

@@ -1,7 +1,7 @@
-"""Registers, shared memory and spills of every Triton kernel, compiled for a GPU that is not there.
+"""Registers, shared memory and spills of every Triton kernel, compiled without a GPU.
 
-Within ``compiling`` the operations are called as an engine calls them, on tables in host memory;
-every launch is compiled for sm_90 instead of run, and the assembler reports what the code needs.
+Inside ``compiling``, operations run on tables in host memory as in an engine; every launch is
+compiled for sm_90 instead of executed, and the assembler reports the resources.
 """
 
 import re
@@ -26,7 +26,7 @@ SM_90 = GPUTarget("cuda", 90, 32)
 
 @dataclass(frozen=True)
 class Resources:
-    """What one thread or block of a compiled kernel needs; spills are in bytes per thread."""
+    """The resources of one thread or block of a compiled kernel; spills are in bytes per thread."""
 
     registers: int
     shared_bytes: int
@@ -35,7 +35,7 @@ class Resources:
 
 
 class AbsentDriver:
-    """Triton's view of a Hopper card when there is none: enough to compile, not to launch."""
+    """A Triton driver that emulates a Hopper GPU: sufficient to compile, not to launch."""
 
     def get_current_device(self) -> int:
         return 0
@@ -49,7 +49,7 @@ class AbsentDriver:
 
 @contextmanager
 def compiling() -> Iterator[dict[tuple[str, str], Any]]:
-    """Within it launches compile; yields what was compiled, by kernel name and hash."""
+    """Context in which launches only compile; yields the compiled kernels by name and hash."""
     compiled: dict[tuple[str, str], Any] = {}
 
     def getitem(kernel: Any, grid: Any) -> Callable[..., None]:
@@ -70,29 +70,29 @@ def compiling() -> Iterator[dict[tuple[str, str], Any]]:
 
 
 def resources(compiled: Any) -> Resources:
-    """What the assembler says of a compiled kernel."""
+    """The assembler's report on a compiled kernel."""
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source)]
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "-o", f"{folder}/cubin"], check=True, capture_output=True, text=True
         )
-    said = done.stdout + done.stderr
+    output = process.stdout + process.stderr
     return Resources(
-        registers=_number(r"Used (\d+) registers", said),
+        registers=_number(r"Used (\d+) registers", output),
         shared_bytes=compiled.metadata.shared,
-        spilled_bytes=_number(r"(\d+) bytes spill stores", said),
+        spilled_bytes=_number(r"(\d+) bytes spill stores", output),
         tensor_cores="wgmma" in ptx or "mma.sync" in ptx,
     )
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"the assembler did not say {pattern!r}:\n{text}")
-    return int(found[1])
+    return int(match[1])
 
 
 def lm_steer_tables(width: int, rank: int, dtype: torch.dtype) -> SteerWeights:

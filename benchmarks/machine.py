@@ -1,4 +1,4 @@
-"""What a figure must be read with: the machine, the versions, the commit, the command."""
+"""The context of a figure: machine, versions, commit, command."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ def describe_run(benchmark: str) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """As a user would type it in the folder of the repository."""
+    """The command line, as typed in the folder of the repository."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", module.name] if module else sys.argv[:1]
     return shlex.join(["python", *program, *sys.argv[1:]])
@@ -38,7 +38,8 @@ def _command() -> str:
 def describe_machine() -> dict[str, Any]:
     """CPU model, cores, memory and load; GPU name and driver, None without one.
 
-    ``load_average`` is taken now: call it before the measurement, to see who else was running.
+    ``load_average`` is the current load: call this before the measurement, to see the load of other
+    processes.
     """
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     on_card = torch.cuda.is_available()
@@ -53,7 +54,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str | None]:
-    """Python and the distributions that decide about speed; None for one that is missing."""
+    """Versions of Python and of the packages that determine speed; None for a missing one."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
@@ -64,10 +65,10 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def describe_commit() -> dict[str, Any]:
-    """The repository's commit and whether files differ from it, other than results; None outside
-    of git.
+    """The repository's commit and whether files other than results differ from it; None outside of
+    git.
 
-    A copy that was packed for another machine has them in ``commit.json``.
+    A copy packed for another machine has them in ``commit.json``.
     """
     packed = Path(__file__).with_name("commit.json")
     if packed.exists():

@@ -1,4 +1,4 @@
-"""Functions in a process of their own, and the end of processes with all that they started."""
+"""Runs functions in a separate process, and ends process groups."""
 
 import contextlib
 import os
@@ -10,18 +10,18 @@ from multiprocessing import get_context
 from typing import Any
 
 
-def in_own_process(function: Callable[..., Any], *given: object) -> Any:
-    """What ``function`` returns or raises in a new Python, which ends with it.
+def in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
+    """Run ``function`` in a new Python process; returns its result or raises its exception.
 
-    For what changes its process for good, such as vLLM and its plugins, and for peak memory.
+    For code that changes its process permanently, such as vLLM plugins, and for peak memory.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *given).result()
+        return pool.submit(function, *arguments).result()
 
 
 def end_group(process: "subprocess.Popen[Any]", patience_s: float) -> None:
-    """End a process that leads its group, politely; then whatever of the group is left, also when
-    the leader has ended.
+    """Terminate a process group leader, then kill the rest of the group, even if the leader has
+    ended.
     """
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)

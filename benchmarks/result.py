@@ -1,4 +1,4 @@
-"""The result file of a benchmark: its head, its lines as they come, its table at the end."""
+"""The result file of a benchmark: its head, its lines, and its table at the end."""
 
 import json
 from pathlib import Path
@@ -15,23 +15,22 @@ console = Console(stderr=True)
 class Result:
     """A description of the run, made before the measurement, and ``rows``.
 
-    The file is written anew after every line, whole or not at all: a run that is ended early keeps
-    what it has.
+    The file is rewritten atomically after every line, so an interrupted run keeps its lines.
     """
 
     def __init__(self, benchmark: str, path: Path, **settings: Any) -> None:
         self._path = path
         self.data: dict[str, Any] = {**describe_run(benchmark), **settings, "rows": []}
 
-    def add(self, line: dict[str, Any], said: str | None = None) -> None:
-        """Add a line, write the file, show ``said``."""
+    def add(self, line: dict[str, Any], message: str | None = None) -> None:
+        """Add a line, write the file, show ``message``."""
         self.data["rows"].append(line)
         self.write()
-        if said is not None:
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
+        if message is not None:
+            console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def write(self, **settings: Any) -> None:
-        """Write the file, with more ``settings`` than the head had."""
+        """Write the file, with ``settings`` added to its head."""
         self.data.update(settings)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_name(f"{self._path.name}.part")
@@ -39,5 +38,5 @@ class Result:
         beside.replace(self._path)
 
     def show(self) -> None:
-        """The table, on standard output."""
+        """Print the table to standard output."""
         print(markdown(self.data))

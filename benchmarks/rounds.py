@@ -1,8 +1,8 @@
-"""Interleaved measurements, and percentiles of what they give.
+"""Interleaved measurements, and percentiles of their results.
 
-A *leg* is one run of what is measured. Every leg of a case lies between two legs of what it is
-compared with (A B A C A ...); these three are a *round*, and the ratio of a figure in it is
-``B / ((A before + A after) / 2)``, which takes out a drift of the machine.
+A *leg* is one measured run. Every leg of a case lies between two legs of its baseline (A B A C A
+...); these three are a *round*, and the ratio of a figure in it is ``B / ((A before + A after) /
+2)``, which removes a drift of the machine.
 """
 
 import statistics
@@ -16,18 +16,18 @@ Figure = Callable[[Any], float]
 
 @dataclass(frozen=True)
 class Round(Generic[Leg]):
-    """A leg of a case between two plain ones."""
+    """A leg of a case between two baseline legs."""
 
     before: Leg
     other: Leg
     after: Leg
 
     def plain(self, figure: Figure) -> float:
-        """The mean of both plain legs."""
+        """The mean of both baseline legs."""
         return (figure(self.before) + figure(self.after)) / 2
 
     def ratio(self, figure: Figure) -> float:
-        """Case over plain."""
+        """The case over the baseline."""
         return figure(self.other) / self.plain(figure)
 
 
@@ -38,7 +38,7 @@ def interleave(
     *,
     warm_up: bool = True,
 ) -> dict[Any, list[Round[Leg]]]:
-    """``count`` rounds of every case; neighbouring rounds share a plain leg."""
+    """Run ``count`` rounds of every case; neighbouring rounds share a baseline leg."""
     for leg in (plain, *others.values()) if warm_up else ():
         leg()
     rounds: dict[Any, list[Round[Leg]]] = {key: [] for key in others}
@@ -51,7 +51,7 @@ def interleave(
 
 
 def plain_legs(rounds: Sequence[Round[Leg]]) -> list[Leg]:
-    """The plain legs beside one case."""
+    """The baseline legs before and after one case."""
     return list(dict.fromkeys(leg for pair in rounds for leg in (pair.before, pair.after)))
 
 

@@ -12,9 +12,9 @@ Engines of one configuration live in this process, as many as the figures need:
 
 A figure is the step time of one batch on one engine over that of another (``FIGURES``), from
 interleaved legs (``rounds.py``; ``decode.py`` says why a step's time is the median of steps timed
-one by one). Figures come in the order asked for. Where one that needs the plugin comes first,
-``bare`` is an engine with the plugin registered and no config, in which none of its code runs in a
-step.
+one by one). Figures are measured in the requested order. If one that needs the plugin comes first,
+``bare`` is an engine with the plugin registered and without a config, which runs none of its code
+in a step.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from benchmarks.equality import check_engine, check_legs, check_operation
 from benchmarks.result import Result
 from benchmarks.rounds import Round
 
-FIGURES = {  # the engines of each one's A and B legs; no row of an A leg is steered
+FIGURES = {  # the engines of the A and B legs of each figure; no row of an A leg is steered
     "unused": ("bare", "unused"),
     "loaded": ("bare", "steered"),
     "steered": ("steered", "steered"),
@@ -60,8 +60,8 @@ STEERING = ("steered", "guided", "rotated")  # figures whose B legs have every r
 
 @dataclass(frozen=True)
 class SpeedCase:
-    """One line of the result: a figure, a batch size, and how many steers, or for guidance how many
-    strengths, its rows share."""
+    """One line of the result: a figure, a batch size, and the number of steers (for guidance: of
+    strengths) that its rows share."""
 
     name: str
     rows: int
@@ -69,7 +69,7 @@ class SpeedCase:
 
     @property
     def steers(self) -> list[str | None]:
-        """Each row's steer in the B legs; rows take the steers in turn."""
+        """Each row's steer in the B legs; rows take the steers round-robin."""
         if self.name == "steered":
             return [f"s{row % self.distinct}:{STRENGTH}" for row in range(self.rows)]
         if self.name in STEERING:
@@ -149,17 +149,17 @@ class SpeedRatioBench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What vLLM settled on, of any engine made so far."""
+        """The dtype that vLLM selected, from any engine made so far."""
         engine = next(iter(self._engines.values()), None) or self.engine("bare")
         return engine.llm.llm_engine.vllm_config.model_config.dtype
 
     @property
     def max_rows(self) -> int:
-        """The largest batch that the engines take."""
+        """The largest batch of the engines."""
         return max(self._args.rows + [rows for rows, _ in self._args.cases or ()])
 
     def checked_rounds(self, case: SpeedCase) -> list[Round[DecodeLeg]]:
-        """Equal first, then timed, then seen to have been steered."""
+        """Check equality, measure, then check that the rows were steered."""
         steering = case.name in STEERING
         if steering:
             engine = self.engine(case.name)
@@ -168,8 +168,8 @@ class SpeedRatioBench:
             half = [steer if row % 2 == 0 else None for row, steer in enumerate(case.steers)]
             check_engine(engine, half, self.shape)
         plain, other = (self.engine(name) for name in FIGURES[case.name])
-        asked = (plain, [None] * case.rows), (other, case.steers)
-        rounds = compare(*asked, self._args.steps, self.shape.vocab_size, self._args.repeats)
+        sides = (plain, [None] * case.rows), (other, case.steers)
+        rounds = compare(*sides, self._args.steps, self.shape.vocab_size, self._args.repeats)
         check_legs(rounds, steered=steering)
         if steering:
             check_engine(engine, case.steers, self.shape)

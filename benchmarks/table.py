@@ -1,7 +1,7 @@
 """Result files as Markdown tables: ``python -m benchmarks.table RESULT.json ...`` prints them.
 
-A benchmark has a list of columns, each a heading and what a line has under it. In short form, for
-the documents, are figures over batch sizes and forms of LM-Steer.
+A benchmark has a list of columns, each a heading and a function of a line. Figures over batch sizes
+and forms of LM-Steer have a short form for the documents.
 """
 
 import json
@@ -14,27 +14,27 @@ Line = dict[str, Any]
 Cell = Callable[[Line], str]
 Columns = tuple[tuple[str, Cell], ...]
 Cells = tuple[list[str], list[list[str]]]  # the headings, and the rows
-SHARED = 4  # more distinct steers than that are one per row in the runs made so far
+SHARED = 4  # above this number, steers are one per row in all runs so far
 
 
 def number(key: str, places: int = 2) -> Cell:
-    """A figure; a dash where there is none."""
+    """A figure; a dash if missing."""
     return lambda line: "-" if line.get(key) is None else f"{line[key]:.{places}f}"
 
 
 def word(key: str) -> Cell:
-    """A name or a count; a zero or nothing is a dash."""
+    """A name or a count; a dash for zero or a missing value."""
     return lambda line: str(line.get(key) or "-")
 
 
 def spread(key: str, places: int = 3) -> Cell:
-    """From the 20th to the 80th percentile."""
+    """The range from the 20th to the 80th percentile."""
     low, high = number(f"{key}_p20", places), number(f"{key}_p80", places)
     return lambda line: "-" if low(line) == "-" else f"{low(line)} to {high(line)}"
 
 
 def beside(figure: Cell, bracketed: Cell) -> Cell:
-    """A figure, and another in brackets."""
+    """A figure, with another in brackets."""
     return lambda line: "-" if figure(line) == "-" else f"{figure(line)} ({bracketed(line)})"
 
 
@@ -49,7 +49,7 @@ def percent(key: str) -> Cell:
 
 
 def with_error(key: str) -> Cell:
-    """A share and its standard error, if it has one; a dash for what is compared with itself."""
+    """A share and its standard error, if there is one; a dash for a comparison with itself."""
 
     def cell(line: Line) -> str:
         value, error = line[key], line.get(f"{key}_error")
@@ -61,12 +61,12 @@ def with_error(key: str) -> Cell:
 
 
 def combination(line: Line) -> str:
-    """The properties, marked where nothing was chosen on them."""
+    """The properties, with a mark for an unseen combination."""
     return str(line["combination"]) + ("" if line["seen"] else " (unseen)")
 
 
 def over_ours(line: Line) -> str:
-    """A peer's step over ours."""
+    """A peer's step over that of vllm-steer."""
     if line.get("skipped"):
         return "not run"
     return beside(number("over_ours_median"), spread("over_ours", 2))(line)
@@ -175,12 +175,12 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def title(result: Line) -> str:
-    """What was measured, where and with what."""
+    """The title: figure, machine and software."""
     machine, versions = result["machine"], result["versions"]
-    what = [result[key] for key in ("shape", "dtype") if key in result]
+    parts = [result[key] for key in ("shape", "dtype") if key in result]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     used = [f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions[name]]
-    return ", ".join([*what, device, *used, result["date"][:10]])
+    return ", ".join([*parts, device, *used, result["date"][:10]])
 
 
 def origin(result: Line) -> str:
@@ -204,19 +204,19 @@ def over_batch_sizes(rows: list[Line]) -> Cells:
             pivot.setdefault((line["name"], steers), {})[line["rows"]] = ratio(line)
     heads = ["figure", "steers", *(f"{size} row{'s' * (size > 1)}" for size in sizes)]
     return heads, [
-        [*name, *(found.get(size, "-") for size in sizes)] for name, found in pivot.items()
+        [*name, *(cells.get(size, "-") for size in sizes)] for name, cells in pivot.items()
     ]
 
 
 def _steers(line: Line) -> list[str]:
-    """What the rows of a line of ``speed_ratio`` share."""
+    """The steers that the rows of a line of ``speed_ratio`` share."""
     if not line["distinct"]:
         return ["none"]
     if line["name"] != "steered":
         return ["a strength per row"]
     one_each = ["one per row"] if line["distinct"] == line["rows"] else []
-    few = [str(line["distinct"])] if line["distinct"] <= SHARED else []
-    return [*few, *one_each]
+    counts = [str(line["distinct"])] if line["distinct"] <= SHARED else []
+    return [*counts, *one_each]
 
 
 def over_forms(rows: list[Line]) -> Cells:
@@ -230,13 +230,13 @@ def over_forms(rows: list[Line]) -> Cells:
         case = tuple(line[key] for key in ("width", "rank", "rows", "distinct"))
         pivot.setdefault(case, {"floor": number("floor_us", 1)(line)})[line["form"]] = time(line)
     return ["d", "r", "rows", "steers", "floor", *forms], [
-        [*map(str, case), *(found.get(name, "-") for name in ("floor", *forms))]
-        for case, found in pivot.items()
+        [*map(str, case), *(cells.get(name, "-") for name in ("floor", *forms))]
+        for case, cells in pivot.items()
     ]
 
 
 def of_the_pair(rows: list[Line]) -> Cells:
-    """What was tried for language and sentiment, and what was chosen: share, and perplexity."""
+    """The choices for language and sentiment, with the selected one: share and perplexity."""
     share, perplexity = with_error("all"), number("perplexity")
     return ["prompts", "method", "strengths", "all", "perplexity"], [
         [

@@ -1,4 +1,4 @@
-"""Which vLLM was tested how far: the results of ``make test-version`` as a markdown table."""
+"""The test results of each vLLM version (``make test-version``) as a Markdown table."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ WITH = ("torch", "triton", "transformers", "python")
 
 
 def versions(results: list[dict[str, Any]]) -> str:
-    """A row per vLLM and a column per run, then what was skipped, and why, and what failed."""
+    """A row per vLLM version, a column per run; then skipped tests with reasons, and failures."""
     results = sorted(results, key=lambda result: Version(result["vllm"]))
-    shown = [name for name in RUNS if any(name in result["runs"] for result in results)]
-    heads = ["vLLM", *(RUNS[name] for name in shown), "with", "commit, date"]
+    names = [name for name in RUNS if any(name in result["runs"] for result in results)]
+    heads = ["vLLM", *(RUNS[name] for name in names), "with", "commit, date"]
     lines = [
         [
             result["vllm"],
-            *(_counts(result["runs"].get(name)) for name in shown),
+            *(_counts(result["runs"].get(name)) for name in names),
             _environment(result),
             _origin(result),
         ]
@@ -36,7 +36,7 @@ def versions(results: list[dict[str, Any]]) -> str:
 
 
 def _counts(run: dict[str, Any] | None) -> str:
-    """What came of a run; whatever did not pass is named."""
+    """The counts of a run; tests that did not pass are named."""
     if run is None:
         return "not run"
     parts = [f"{run['passed']} passed"]
@@ -47,16 +47,16 @@ def _counts(run: dict[str, Any] | None) -> str:
 
 
 def _environment(result: dict[str, Any]) -> str:
-    """The packages that decide, each with every version that some run had."""
-    found = [
+    """The relevant packages, each with all versions of the runs."""
+    libraries = [
         (name, sorted({str(run["versions"][name]) for run in result["runs"].values()}))
         for name in WITH
     ]
-    return ", ".join(f"{name} {' or '.join(versions)}" for name, versions in found)
+    return ", ".join(f"{name} {' or '.join(versions)}" for name, versions in libraries)
 
 
 def _origin(result: dict[str, Any]) -> str:
-    """The commits that were tested and the last day."""
+    """The tested commits and the last date."""
     runs = result["runs"].values()
     commits = {(run["git"]["commit"] or "unknown")[:12] for run in runs}
     changed = " and local changes" if any(run["git"]["dirty"] for run in runs) else ""
@@ -64,14 +64,14 @@ def _origin(result: dict[str, Any]) -> str:
 
 
 def _skipped(results: list[dict[str, Any]]) -> list[str]:
-    """Every reason for which tests were skipped, with where and how many."""
-    places: dict[str, list[str]] = {}
+    """Each reason for skipped tests, with the runs and counts."""
+    runs_by_reason: dict[str, list[str]] = {}
     for result in results:
         for name, run in _in_order(result):
             for reason, tests in run["skips"].items():
-                place = f"{result['vllm']} {RUNS[name]} ({len(tests)})"
-                places.setdefault(reason, []).append(place)
-    return [f"- skipped, {reason}: {'; '.join(where)}" for reason, where in places.items()]
+                run_name = f"{result['vllm']} {RUNS[name]} ({len(tests)})"
+                runs_by_reason.setdefault(reason, []).append(run_name)
+    return [f"- skipped, {reason}: {'; '.join(runs)}" for reason, runs in runs_by_reason.items()]
 
 
 def _failed(results: list[dict[str, Any]]) -> list[str]:

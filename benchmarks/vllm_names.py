@@ -1,4 +1,4 @@
-"""The table of what is wrapped in vLLM, from the list that the code uses."""
+"""The table of wrapped names of vLLM, from the list that the code uses."""
 
 from itertools import groupby
 
@@ -7,12 +7,12 @@ from vllm_steer.compat.vllm_name import VllmName
 
 
 def wrapped() -> str:
-    """In Markdown: first what is wrapped on classes and in modules, then what is on instances."""
+    """The table in Markdown: first names on classes and in modules, then those on instances."""
     names = [*GLOBAL, *(n for n in NAMES if n.use in ("wrapped", "subclassed") and n not in GLOBAL)]
     lines = ["| wrapped | where | feature | why |", "| --- | --- | --- | --- |"]
-    for (feature, why, where), group in groupby(names, lambda n: (n.feature, n.why, _where(n))):
+    for (feature, why, location), group in groupby(names, lambda n: (n.feature, n.why, _where(n))):
         paths = ", ".join(dict.fromkeys(f"`{_shown(name)}`" for name in group))
-        lines.append(f"| {paths} | {where} | {feature} | {why} |")
+        lines.append(f"| {paths} | {location} | {feature} | {why} |")
     return "\n".join(lines)
 
 

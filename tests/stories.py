@@ -81,7 +81,8 @@ def prompts() -> list[str]:
     """Beginnings that both kinds share."""
     pairs = itertools.product(_WHO[:3], _BEGINNINGS)
     return [
-        _filled(beginning, who, _THINGS[0], _PLACES[0]) + f" {who[2]}" for who, beginning in pairs
+        _filled(beginning, person, _THINGS[0], _PLACES[0]) + f" {person[2]}"
+        for person, beginning in pairs
     ]
 
 
@@ -95,21 +96,21 @@ def write(folder: Path, *, count: int = 300, seed: int = 0) -> None:
 
 
 def _story(rng: random.Random, side: str) -> str:
-    who, thing, location = rng.choice(_WHO), rng.choice(_THINGS), rng.choice(_PLACES)
+    person, thing, location = rng.choice(_WHO), rng.choice(_THINGS), rng.choice(_PLACES)
     parts: Sequence[str] = (
         rng.choice(_BEGINNINGS),
         rng.choice(("{she} went to {place} with a {thing}.", "{she} wanted a {thing}.")),
         *rng.sample(_MIDDLES[side], 2),
         *rng.sample(_ENDS[side], 2),
     )
-    return " ".join(_filled(part, who, thing, location) for part in parts)
+    return " ".join(_filled(part, person, thing, location) for part in parts)
 
 
-def _filled(template: str, who: tuple[str, str, str], thing: str, location: str) -> str:
-    child, name, she = who
+def _filled(template: str, person: tuple[str, str, str], thing: str, location: str) -> str:
+    child, name, she = person
     her, them = ("her", "her") if she == "She" else ("his", "him")
-    words = {"child": child, "name": name, "her": her, "them": them}
-    text = template.format(**words, she=she.lower(), thing=thing, place=location)
+    fields = {"child": child, "name": name, "her": her, "them": them}
+    text = template.format(**fields, she=she.lower(), thing=thing, place=location)
     return text[0].upper() + text[1:]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of dynamic strength runs from start to end, and its parts are what they say."""
+"""The benchmark of dynamic strength runs from start to end, and its parts are correct."""
 
 import json
 import math
@@ -38,8 +38,8 @@ CASES = [
 def test_every_figure_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     line = [sys.executable, "-m", "benchmarks.dynamic_cost", "--quick", "--json", str(path)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    process = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
     result = json.loads(path.read_text())
     assert {"cpu", "cores", "load_average"} <= set(result["machine"])
     assert (result["tokens"], result["prompt_tokens"]) == (10, 32)
@@ -51,14 +51,14 @@ def test_every_figure_is_measured(tmp_path: Path) -> None:
         assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("a_ms", "b_ms", "ratio"))
 
 
-def test_the_time_of_a_token_is_half_of_that_of_two_without_the_first_and_last() -> None:
+def test_the_token_time_leaves_out_the_first_and_last_token() -> None:
     # A slow start, then steps that alternate between 1 and 3 s, then a slow end.
     gaps = [50, 50, 50, 50, 1, 3, 1, 3, 1, 3, 90]
     arrivals = [float(sum(gaps[:count])) for count in range(len(gaps) + 1)]
     assert served.token_time_ms(arrivals) == pytest.approx(2000.0)
 
 
-def test_a_leg_has_prompts_of_its_own_and_gives_them_again() -> None:
+def test_a_leg_repeats_its_own_prompts() -> None:
     first = served.draw_prompts(1, 2, vocab_size=100)
     assert first == served.draw_prompts(1, 2, vocab_size=100)
     assert first[0] != first[1]

@@ -1,5 +1,4 @@
-"""The kernels' benchmark counts what it should, makes the batches that it names, knows its own
-reference to be right, and runs from start to end."""
+"""The benchmark of the kernels: byte counts, batches, its reference, and a complete run."""
 
 import json
 import os
@@ -31,7 +30,7 @@ H200 = 4.3e12
 
 @pytest.fixture
 def bench() -> MeasurementSetup:
-    """What a run on a CPU is made with."""
+    """The setup of a run on a CPU."""
     return MeasurementSetup(CPU, torch.float32, repeats=2, reach=0, bandwidth=1e9, matmul=1e9)
 
 
@@ -50,7 +49,7 @@ CASE = LMSteerCase(width=16, rank=4, rows=8, distinct=2)
         pytest.param(1280, 1000, 64, 4, 3.1, id="dense"),  # 4 * 1280^2 * 2 bytes and the rows
     ],
 )
-def test_the_floor_of_an_lm_steer_is_its_weights_and_rows_once(
+def test_the_floor_of_an_lm_steer_counts_its_weights_and_rows_once(
     width: int, rank: int, rows: int, distinct: int, microseconds: float
 ) -> None:
     case = LMSteerCase(width, rank, rows, distinct)
@@ -67,9 +66,9 @@ def test_bytes_and_operations_of_an_lm_steer_in_numbers() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "microseconds"), [(256, 1.0), (8192, 31.2)])
-def test_the_floor_of_guidance_is_its_rows_in_and_out(tokens: int, microseconds: float) -> None:
-    found = guidance.GuidanceCase("add", tokens, 4096, doses=1).floor_bytes(2)
-    assert found / H200 * 1e6 == pytest.approx(microseconds, rel=0.02)
+def test_the_floor_of_guidance_counts_its_rows_in_and_out(tokens: int, microseconds: float) -> None:
+    floor = guidance.GuidanceCase("add", tokens, 4096, doses=1).floor_bytes(2)
+    assert floor / H200 * 1e6 == pytest.approx(microseconds, rel=0.02)
 
 
 def test_bytes_of_guidance_in_numbers() -> None:
@@ -78,18 +77,18 @@ def test_bytes_of_guidance_in_numbers() -> None:
 
 
 def test_rows_take_the_steers_of_their_set_in_turn(bench: MeasurementSetup) -> None:
-    shelf = lm_steer.make_bank(CASE, 4, torch.float32, CPU)
-    pairs = lm_steer.batch(CASE, shelf, nth=1)
-    taken = {slot: pairs.rows[start:end].tolist() for slot, start, end in pairs.groups}
-    assert taken == {2: [0, 2, 4, 6], 3: [1, 3, 5, 7]}
+    table = lm_steer.make_bank(CASE, 4, torch.float32, CPU)
+    pairs = lm_steer.batch(CASE, table, nth=1)
+    rows_of_slots = {slot: pairs.rows[start:end].tolist() for slot, start, end in pairs.groups}
+    assert rows_of_slots == {2: [0, 2, 4, 6], 3: [1, 3, 5, 7]}
 
 
 def test_the_grid_has_every_size_once_and_no_more_steers_than_rows() -> None:
     cases = [case for case in bench_kernels.FULL.cases() if case.section == "lm_steer"]
-    found = [(case.width, case.rank, case.rows, case.distinct) for case in cases]
+    case_sizes = [(case.width, case.rank, case.rows, case.distinct) for case in cases]
     sizes = [(1, 1), (8, 1), (8, 4), (8, 8), (64, 1), (64, 4), (64, 32)]
     shapes = ((1280, 1000), (4096, 64), (4096, 1000))
-    assert found == [(*shape, *size) for shape in shapes for size in sizes]
+    assert case_sizes == [(*shape, *size) for shape in shapes for size in sizes]
 
 
 @pytest.mark.parametrize(
@@ -101,47 +100,47 @@ def test_sets_of_inputs_fill_the_cache(set_bytes: int, reach: int, sets: int) ->
 
 
 @pytest.mark.parametrize("rank", [4, 12], ids=["factors", "dense"])
-def test_the_fast_reference_of_lm_steer_is_the_written_out_one(
+def test_the_fast_reference_of_lm_steer_equals_the_float64_reference(
     bench: MeasurementSetup, rank: int
 ) -> None:
-    for given in replace(CASE, rank=rank).sets(replace(bench, reach=2000)):
-        wanted = lm_steer_reference.steer_rows(given.x, given.tables, given.steered)
-        torch.testing.assert_close(given.exact.float(), wanted)
+    for inputs in replace(CASE, rank=rank).sets(replace(bench, reach=2000)):
+        expected = lm_steer_reference.steer_rows(inputs.x, inputs.tables, inputs.steered)
+        torch.testing.assert_close(inputs.exact.float(), expected)
 
 
 @pytest.mark.parametrize("mode", ["add", "rotate"])
-def test_the_fast_reference_of_guidance_is_the_written_out_one(
+def test_the_fast_reference_of_guidance_equals_the_float64_reference(
     bench: MeasurementSetup, mode: Any
 ) -> None:
     case = guidance.GuidanceCase(mode, 5, 16, doses=2)
-    (given,) = case.sets(bench)
-    wanted = given.before.clone()
-    rest = (given.directions, given.layer, given.token_map, case.doses)
-    guidance_reference.steer_tokens_(wanted, given.residual, *rest)
-    torch.testing.assert_close(given.exact.float(), wanted)
+    (inputs,) = case.sets(bench)
+    expected = inputs.before.clone()
+    rest = (inputs.directions, inputs.layer, inputs.token_map, case.doses)
+    guidance_reference.steer_tokens_(expected, inputs.residual, *rest)
+    torch.testing.assert_close(inputs.exact.float(), expected)
 
 
 def test_a_result_is_refused_if_it_is_wrong_unwritten_or_touches_others() -> None:
     error = measure.relative_error
     before, touched = torch.ones(3, 4), torch.tensor([True, False, True])
-    wanted = before.double() + touched.double()[:, None]
-    assert error(wanted.float(), wanted, before, touched) == 0
+    expected = before.double() + touched.double()[:, None]
+    assert error(expected.float(), expected, before, touched) == 0
     spoilt = {
-        "without a steer": wanted + 1e-3,
-        "not changed": torch.cat([wanted[:2], before[2:].double()]),
-        "relative error": torch.cat([wanted[:2], wanted[2:] * 1.01]),
-        "relative error nan": wanted.where(~touched[:, None], torch.nan),
+        "without a steer": expected + 1e-3,
+        "not changed": torch.cat([expected[:2], before[2:].double()]),
+        "relative error": torch.cat([expected[:2], expected[2:] * 1.01]),
+        "relative error nan": expected.where(~touched[:, None], torch.nan),
     }
-    for message, found in spoilt.items():
+    for message, spoilt_result in spoilt.items():
         with pytest.raises(AssertionError, match=message):
-            error(found.float(), wanted, before, touched)
+            error(spoilt_result.float(), expected, before, touched)
 
 
 @dataclass
 class OneWork(measure.OperationCase):
     """A case of one set, with this work or for that reason without."""
 
-    given: measure.Operation | None = None
+    operation: measure.Operation | None = None
     section = "x"
     case = "one"
     columns: ClassVar = {"section": "x"}
@@ -153,14 +152,14 @@ class OneWork(measure.OperationCase):
         return [0]
 
     def work(self, form: str, inputs: int) -> measure.Operation:
-        if self.given is None:
+        if self.operation is None:
             raise measure.Skipped("the reason")
-        return self.given
+        return self.operation
 
 
-def test_a_form_that_changes_its_mind_while_timed_fails(bench: MeasurementSetup) -> None:
+def test_a_form_whose_result_changes_while_timed_fails(bench: MeasurementSetup) -> None:
     count = torch.zeros(1)
-    work = measure.Operation(lambda: (count.add_(1).clone(),), lambda found: 0.0)
+    work = measure.Operation(lambda: (count.add_(1).clone(),), lambda _result: 0.0)
     (line,) = measure.lines(OneWork(work), ["form"], bench)
     assert "the timed result is not the one that was checked" in line["failed"]
     assert "us" not in line
@@ -175,8 +174,8 @@ def test_a_replay_is_checked_on_poisoned_results_and_fresh_inputs() -> None:
 
     graph = SimpleNamespace(replay=replay)
     works = [
-        measure.Operation(tuple, lambda found: 0.0, lambda: hidden.fill_(2.0)),
-        measure.Operation(tuple, lambda found: 0.0),
+        measure.Operation(tuple, lambda _result: 0.0, lambda: hidden.fill_(2.0)),
+        measure.Operation(tuple, lambda _result: 0.0),
     ]
     measure._replay(graph, works, [(hidden,), (out, whole)])
     assert hidden.tolist() == [3.0] * 4
@@ -184,19 +183,27 @@ def test_a_replay_is_checked_on_poisoned_results_and_fresh_inputs() -> None:
     assert whole.tolist() == [-1] * 4
 
 
-def test_a_form_that_cannot_run_says_why(bench: MeasurementSetup) -> None:
+def test_a_form_that_cannot_run_has_a_reason(bench: MeasurementSetup) -> None:
     (line,) = measure.lines(OneWork(), ["form"], bench)
     assert line == {"section": "x", "dtype": "float32", "form": "form", "skipped": "the reason"}
 
 
-def test_the_floor_is_the_longer_of_moving_and_multiplying(bench: MeasurementSetup) -> None:
-    found = measure.against_floor(4.0, 1000, 2000, bench)
-    assert (found["floor_us"], found["bound"], found["share_of_floor"]) == (2.0, "arithmetic", 0.5)
-    found = measure.against_floor(4.0, 1000, 0, bench)
-    assert (found["floor_us"], found["bound"], found["share_of_floor"]) == (1.0, "memory", 0.25)
+def test_the_floor_is_the_longer_of_memory_and_arithmetic_time(bench: MeasurementSetup) -> None:
+    result = measure.against_floor(4.0, 1000, 2000, bench)
+    assert (result["floor_us"], result["bound"], result["share_of_floor"]) == (
+        2.0,
+        "arithmetic",
+        0.5,
+    )
+    result = measure.against_floor(4.0, 1000, 0, bench)
+    assert (result["floor_us"], result["bound"], result["share_of_floor"]) == (
+        1.0,
+        "memory",
+        0.25,
+    )
 
 
-def test_after_its_time_a_run_begins_nothing_more_and_says_what_it_left_out(
+def test_a_run_past_its_time_limit_lists_the_cases_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "new" / "result.json"
@@ -204,13 +211,13 @@ def test_after_its_time_a_run_begins_nothing_more_and_says_what_it_left_out(
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *options])
     with pytest.raises(SystemExit, match=r"0|False"):
         bench_kernels.main()
-    found = json.loads(path.read_text())
-    assert found["rows"] == [] and found["bandwidth_gb_s"] > 0
+    result = json.loads(path.read_text())
+    assert result["rows"] == [] and result["bandwidth_gb_s"] > 0
     grid = replace(bench_kernels.FULL, **bench_kernels.TINY)
-    assert found["left_out"] == [case.columns for case in grid.cases()]
+    assert result["left_out"] == [case.columns for case in grid.cases()]
 
 
-def test_a_run_that_is_ended_has_written_every_line(
+def test_an_interrupted_run_has_written_every_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "result.json"
@@ -218,8 +225,8 @@ def test_a_run_that_is_ended_has_written_every_line(
     def interrupted(case: Any, forms: Any, bench: Any) -> Iterator[dict[str, Any]]:
         for number in range(3):
             yield {"number": number, "skipped": "so"}
-            found = json.loads(path.read_text())
-            assert [line["number"] for line in found["rows"]] == list(range(number + 1))
+            result = json.loads(path.read_text())
+            assert [line["number"] for line in result["rows"]] == list(range(number + 1))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench_kernels, "lines", interrupted)
@@ -229,13 +236,13 @@ def test_a_run_that_is_ended_has_written_every_line(
     assert len(json.loads(path.read_text())["rows"]) == 3
 
 
-def test_the_short_grid_is_what_decides_about_the_kernels() -> None:
+def test_the_short_grid_has_the_cases_that_select_the_kernels() -> None:
     cases: dict[str, list[Any]] = {}
     for case in bench_kernels.SHORT.cases():
         cases.setdefault(case.section, []).append(case)
     sizes = [(1, 1), (64, 1), (64, 4), (64, 32), (256, 1), (256, 4), (256, 32)]
-    found = [(case.width, case.rank, case.rows, case.distinct) for case in cases["lm_steer"]]
-    assert found == [(4096, rank, *size) for rank in (1000, 64) for size in sizes]
+    case_sizes = [(case.width, case.rank, case.rows, case.distinct) for case in cases["lm_steer"]]
+    assert case_sizes == [(4096, rank, *size) for rank in (1000, 64) for size in sizes]
     guided = [(case.case, case.rows) for case in cases["guidance"]]
     assert guided == [("add", 64), ("add", 8192), ("rotate", 64), ("rotate", 8192)]
     assert [case.doses for case in cases["divergence"]] == [1, 64]
@@ -255,24 +262,24 @@ def test_the_short_grid_runs_from_start_to_end(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     options = ["--grid", "short", "--quick", "--variants", "--seconds", "300"]
     command = [sys.executable, "-m", "benchmarks.bench_kernels", *options, "--json", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
-    found = json.loads(path.read_text())
-    assert found["left_out"] == []
-    timed = {(line["section"], line["form"]) for line in found["rows"] if "us" in line}
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-6000:]
+    result = json.loads(path.read_text())
+    assert result["left_out"] == []
+    timed = {(line["section"], line["form"]) for line in result["rows"] if "us" in line}
     on_card = torch.cuda.is_available()
-    tiles, ours = ("triton_tiles", "triton") if on_card else ("torch_groups", "torch")
+    tiles, chosen = ("triton_tiles", "triton") if on_card else ("torch_groups", "torch")
     assert {
         ("lm_steer", tiles),
         ("lm_steer", "addmm"),
-        ("guidance", ours),
-        ("divergence", ours),
+        ("guidance", chosen),
+        ("divergence", chosen),
     } <= timed
-    for line in found["rows"]:
+    for line in result["rows"]:
         assert ("us" in line) != ("skipped" in line), line
         assert "us" not in line or {"floor_us", "share_of_floor"} <= set(line)
         assert "us" not in line or not on_card or "host_us" in line
-    variants = [line for line in found["rows"] if line["form"].startswith("tiles_")]
+    variants = [line for line in result["rows"] if line["form"].startswith("tiles_")]
     assert len(variants) == 6 * 2 * 3
 
 
@@ -281,20 +288,20 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("kernels") / "result.json"
     command = [sys.executable, "-m", "benchmarks.bench_kernels", "--quick", "--json", str(path)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-6000:]
     return json.loads(path.read_text())
 
 
 @pytest.mark.matrix
-def test_a_result_says_where_and_with_what_it_was_measured(result: dict[str, Any]) -> None:
+def test_a_result_names_the_machine_and_the_versions(result: dict[str, Any]) -> None:
     assert {"machine", "versions", "git", "command", "date", "threads"} <= set(result)
     assert (result["benchmark"], result["dtype"]) == ("kernels", "bfloat16")
     assert result["bandwidth_gb_s"] > 0 and result["matmul_tflops"] > 0
 
 
 @pytest.mark.matrix
-def test_every_section_has_times_or_reasons(result: dict[str, Any]) -> None:
+def test_every_section_has_times_or_reasons_to_skip(result: dict[str, Any]) -> None:
     timed = Counter(row["section"] for row in result["rows"] if "us" in row)
     assert set(timed) == set(bench_kernels.FORMS)
     for row in result["rows"]:

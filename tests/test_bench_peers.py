@@ -1,5 +1,5 @@
-"""The comparison with other tools: each baseline computes what it is said to, and the command runs
-from start to end.
+"""The comparison with other tools: each baseline is correct, and the command runs from start to
+end.
 """
 
 import json
@@ -61,15 +61,15 @@ def job() -> PeerJob:
 def rounds_of(*ratios: float) -> list[Round[DecodeLeg]]:
     """Two rows, whose plain steps take 2 ms."""
     plain = [DecodeLeg(2.0, ((1,), (2,))) for _ in range(len(ratios) + 1)]
-    others = [DecodeLeg(2 * ratio, ((1,), (2,))) for ratio in ratios]
-    return [Round(*legs) for legs in zip(plain, others, plain[1:], strict=False)]
+    other_legs = [DecodeLeg(2 * ratio, ((1,), (2,))) for ratio in ratios]
+    return [Round(*legs) for legs in zip(plain, other_legs, plain[1:], strict=False)]
 
 
 def test_the_hugging_face_engine_decodes_as_generate_does(model: Any) -> None:
     engine = HuggingFaceEngine(model, lambda _: None)
     leg = engine.leg([None] * 3, STEPS, VOCAB)
     prompts = torch.tensor(PROMPTS)
-    wanted = model.generate(
+    expected = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=TOKENS,
@@ -77,46 +77,46 @@ def test_the_hugging_face_engine_decodes_as_generate_does(model: Any) -> None:
         do_sample=False,
         pad_token_id=0,
     )
-    assert [list(tokens) for tokens in leg.tokens] == wanted[:, 8:].tolist()
+    assert [list(tokens) for tokens in leg.tokens] == expected[:, 8:].tolist()
 
 
-def test_the_hugging_face_engine_scores_the_tokens_that_it_is_made_to_follow(model: Any) -> None:
+def test_the_hugging_face_engine_scores_forced_tokens(model: Any) -> None:
     engine = HuggingFaceEngine(model, lambda _: None)
     forced = [[(31 * row + 7 * i) % VOCAB for i in range(TOKENS)] for row in range(3)]
     leg = engine.leg([None] * 3, STEPS, VOCAB, logprobs=True, forced=forced)
     assert [list(tokens) for tokens in leg.tokens] == forced
     texts = torch.tensor([a + b for a, b in zip(PROMPTS, forced, strict=True)])
-    read = model(texts).logits.log_softmax(-1)[:, 7:-1]
-    wanted = read.gather(2, torch.tensor(forced)[:, :, None]).sum((1, 2))
-    torch.testing.assert_close(torch.tensor(leg.logprobs).double(), wanted, rtol=0, atol=1e-4)
+    logprobs = model(texts).logits.log_softmax(-1)[:, 7:-1]
+    expected = logprobs.gather(2, torch.tensor(forced)[:, :, None]).sum((1, 2))
+    torch.testing.assert_close(torch.tensor(leg.logprobs).double(), expected, rtol=0, atol=1e-4)
 
 
 def test_the_hugging_face_engine_sets_the_steer_of_the_batch_once_per_leg(model: Any) -> None:
-    asked: list[str | None] = []
-    engine = HuggingFaceEngine(model, asked.append)
+    steers_set: list[str | None] = []
+    engine = HuggingFaceEngine(model, steers_set.append)
     engine.leg(["s0:5"] * 2, STEPS, VOCAB)
     engine.leg([None] * 2, STEPS, VOCAB)
-    assert asked == ["s0:5", None]
+    assert steers_set == ["s0:5", None]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", WAYS)
 def test_both_ways_to_steer_a_head_give_the_logits_of_the_equation(
-    model: Any, steer: LMSteer, way: str
+    model: Any, steer: LMSteer, method: str
 ) -> None:
     texts = torch.tensor(PROMPTS)
     with hf.steered(model, {"s": 2.5}, {"s": steer}):
-        wanted = model(texts).logits
+        expected = model(texts).logits
     head = HuggingFaceSteeredHead(model.get_output_embeddings(), steer)
-    head.change = WAYS[way]
+    head.change = WAYS[method]
     head.set_values(2.5, 2.5)
     model.set_output_embeddings(head)
-    torch.testing.assert_close(model(texts).logits, wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(model(texts).logits, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_steer_values_of_a_head_weigh_its_columns(model: Any, steer: LMSteer, way: str) -> None:
+@pytest.mark.parametrize("method", WAYS)
+def test_steer_values_of_a_head_scale_its_columns(model: Any, steer: LMSteer, method: str) -> None:
     head = HuggingFaceSteeredHead(model.get_output_embeddings(), steer)
-    head.change = WAYS[way]
+    head.change = WAYS[method]
     head.set_values(2.0, -1.0)
     x = torch.randn(3, 2, 64, dtype=torch.float64)
     parts = [
@@ -128,9 +128,9 @@ def test_steer_values_of_a_head_weigh_its_columns(model: Any, steer: LMSteer, wa
 
 def test_a_head_whose_steer_values_are_zero_is_the_plain_head(model: Any, steer: LMSteer) -> None:
     texts = torch.tensor(PROMPTS)
-    wanted = model(texts).logits
+    expected = model(texts).logits
     model.set_output_embeddings(HuggingFaceSteeredHead(model.get_output_embeddings(), steer))
-    assert torch.equal(model(texts).logits, wanted)
+    assert torch.equal(model(texts).logits, expected)
 
 
 def test_hooks_add_each_layer_its_vector_once_per_pass() -> None:
@@ -153,29 +153,29 @@ def test_the_llama_of_a_shape_has_its_size() -> None:
     assert math.isclose(llama.read_params, gpt2.read_params, rel_tol=0.02)
 
 
-def test_a_line_says_what_is_compared_with_ours_or_that_it_was_not_run(job: PeerJob) -> None:
+def test_a_line_names_its_comparison_or_that_it_was_skipped(job: PeerJob) -> None:
     alone = job.line("ours guided", rounds_of(1.0, 1.5, 2.0), rank=16)
-    wanted = {"rows": 2, "unsteered_ms": 2.0, "steered_ms": 3.0, "ratio_median": 1.5}
-    assert alone | wanted | {"tokens_per_s": 666.7} == alone
+    fields = {"rows": 2, "unsteered_ms": 2.0, "steered_ms": 3.0, "ratio_median": 1.5}
+    assert alone | fields | {"tokens_per_s": 666.7} == alone
     compared = alone | dict.fromkeys(("over_ours_p20", "over_ours_median", "over_ours_p80"), 2.0)
     skipped = {"name": "lora-r64", "shape": "tiny", "skipped": "it is not here"}
     _, cell = COLUMNS["peers"][-1]
-    found = [cell(line) for line in (alone, compared, skipped)]
-    assert found == ["-", "2.00 (2.00 to 2.00)", "not run"]
+    texts = [cell(line) for line in (alone, compared, skipped)]
+    assert texts == ["-", "2.00 (2.00 to 2.00)", "not run"]
 
 
 def test_an_unknown_peer_is_refused_by_the_command(tmp_path: Path) -> None:
-    done = _command(tmp_path / "out.json", "--only", "hooks-eager,magic")
-    assert done.returncode == 2
-    assert "unknown: magic; known: ['hf-lm-steer', 'hooks-eager'" in done.stderr
+    process = _command(tmp_path / "out.json", "--only", "hooks-eager,magic")
+    assert process.returncode == 2
+    assert "unknown: magic; known: ['hf-lm-steer', 'hooks-eager'" in process.stderr
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("peers") / "result.json"
     options = ["--shape", "tiny", "--rank", "16", "--dtype", "float32", "--quick"]
-    done = _command(path, *options)
-    assert done.returncode == 0, done.stderr[-4000:]
+    process = _command(path, *options)
+    assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(path.read_text())
 
 
@@ -192,15 +192,15 @@ def _command(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.matrix
-def test_every_peer_is_measured_beside_ours(result: dict[str, Any]) -> None:
+def test_every_peer_is_compared_with_vllm_steer(result: dict[str, Any]) -> None:
     cases = [(line["name"], line["shape"], line["rows"]) for line in result["rows"]]
     llama = "tiny-as-llama"
-    wanted = [
+    expected = [
         *((name, "tiny", n) for n in (1, 4) for name in ("ours lm-steer", *WAYS)),
         *((name, "tiny", n) for n in (1, 4) for name in ("ours guided", "hooks-eager")),
         *((name, llama, n) for n in (1, 4) for name in ("ours lm-steer", "lora-r64")),
     ]
-    assert cases == wanted
+    assert cases == expected
 
 
 @pytest.mark.matrix
@@ -212,13 +212,13 @@ def test_figures_are_finite_and_ordered(result: dict[str, Any]) -> None:
             if ratio == "over_ours" and line["name"].startswith("ours"):
                 assert "over_ours_median" not in line
                 continue
-            found = [line[f"{ratio}_{share}"] for share in ("p20", "median", "p80")]
-            assert all(math.isfinite(number) and number > 0 for number in found)
-            assert found == sorted(found)
+            ratios = [line[f"{ratio}_{share}"] for share in ("p20", "median", "p80")]
+            assert all(math.isfinite(number) and number > 0 for number in ratios)
+            assert ratios == sorted(ratios)
 
 
 @pytest.mark.matrix
-def test_the_result_says_where_and_with_what_it_was_measured(result: dict[str, Any]) -> None:
+def test_the_result_names_the_machine_and_the_versions(result: dict[str, Any]) -> None:
     assert result["benchmark"] == "peers"
     assert (result["shape"], result["dtype"]) == ("tiny", "float32")
     assert {"python", "torch", "vllm", "vllm_steer", "transformers"} <= set(result["versions"])

@@ -54,7 +54,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.matrix
 @pytest.mark.timeout(START_TO_END_S)
-def test_a_result_says_where_and_with_what_it_was_measured(result: dict[str, Any]) -> None:
+def test_a_result_names_the_machine_and_the_versions(result: dict[str, Any]) -> None:
     assert {"benchmark", "machine", "versions", "git", "command", "date"} <= set(result)
     assert (result["benchmark"], result["shape"], result["dtype"]) == (
         "serving",
@@ -82,8 +82,8 @@ def test_figures_and_ratios_are_finite_and_ordered(result: dict[str, Any]) -> No
     for row in result["rows"]:
         assert set(row) == KEYS | {figure + part for figure in FIGURES for part in PARTS}
         for figure in FIGURES:
-            found = [row[figure + part] for part in PARTS]
-            assert all(math.isfinite(number) and number >= 0 for number in found)
+            values = [row[figure + part] for part in PARTS]
+            assert all(math.isfinite(number) and number >= 0 for number in values)
             low, middle, high = (row[f"{figure}_ratio{part}"] for part in ("_p20", "", "_p80"))
             assert low <= middle <= high
 
@@ -102,8 +102,8 @@ def serve_result(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_figures_of_bench_serve_are_read() -> None:
-    found = vllm_bench.figures(serve_result(), vllm_bench.RequestLoad(2, 4, 3, 1))
-    assert found == {
+    legs = vllm_bench.figures(serve_result(), vllm_bench.RequestLoad(2, 4, 3, 1))
+    assert legs == {
         "tok_per_s": 4.5,
         "ttft_p50_ms": 20.0,
         "ttft_p99_ms": 30.0,
@@ -130,16 +130,16 @@ def test_every_leg_of_a_case_lies_between_two_plain_legs(warm_up: bool) -> None:
         order.append(name)
         return len(order)
 
-    found = rounds.interleave(
+    legs = rounds.interleave(
         lambda: leg("A"), {name: partial(leg, name) for name in "bc"}, 2, warm_up=warm_up
     )
     assert "".join(order) == "Abc" * warm_up + "AbAcAbAcA"
-    for key, measured in found.items():
+    for key, measured in legs.items():
         assert len(measured) == 2
         for one in measured:
             assert (one.before + 1, one.after - 1) == (one.other, one.other)
             assert order[one.other - 1] == key
-    assert rounds.plain_legs(found["b"]) == [n + 3 * warm_up for n in (1, 3, 5, 7)]
+    assert rounds.plain_legs(legs["b"]) == [n + 3 * warm_up for n in (1, 3, 5, 7)]
 
 
 def test_a_line_has_every_figure_over_the_mean_of_both_stock_legs() -> None:
@@ -160,7 +160,7 @@ def test_requests_carry_as_many_model_names_as_there_are_distinct_steers() -> No
     assert served.models("guided", 0) == ["base"]
 
 
-def test_any_token_ids_decode_to_a_text_of_as_many_tokens(tmp_path: Path) -> None:
+def test_token_ids_decode_to_a_text_of_as_many_tokens(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     model.write_tokenizer(512, tmp_path)
@@ -215,7 +215,7 @@ def test_the_log_of_a_child_that_fails_is_shown(tmp_path: Path) -> None:
         processes.run(["-c", script], log, plugin=True)
 
 
-def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
+def test_processes_of_a_child_end_with_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = (
         "import subprocess, sys, time\n"

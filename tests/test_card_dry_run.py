@@ -24,7 +24,7 @@ def test_every_phase_of_a_dry_run_says_ok(tmp_path: Path) -> None:
         (ROOT, ["benchmarks.card.pack", pack, "--dry"]),
         (pack, ["benchmarks.card.run", ".", out, "--dry", "--seconds", "800"]),
     ):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", *map(str, command)],
             cwd=folder,
             env=environment,
@@ -32,16 +32,16 @@ def test_every_phase_of_a_dry_run_says_ok(tmp_path: Path) -> None:
             text=True,
             timeout=850,
         )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        assert process.returncode == 0, (process.stdout + process.stderr)[-4000:]
     summary = json.loads((out / "summary.json").read_text())
-    assert [each["phase"] for each in summary["phases"]] == PHASES
-    assert {each["state"] for each in summary["phases"]} == {"ok"}
-    assert done.stdout.rindex("SUMMARY") < done.stdout.rindex("guided")
+    assert [phase["phase"] for phase in summary["phases"]] == PHASES
+    assert {phase["state"] for phase in summary["phases"]} == {"ok"}
+    assert process.stdout.rindex("SUMMARY") < process.stdout.rindex("guided")
     assert summary["pack"]["git"]["commit"]
     for runner in ("v1", "v2"):
-        found = json.loads((out / f"engine-{runner}.json").read_text())
-        assert found["engine"]["runner"] == runner
-        assert len(found["checks"]) == 7 and all(check["ok"] for check in found["checks"])
+        report = json.loads((out / f"engine-{runner}.json").read_text())
+        assert report["engine"]["runner"] == runner
+        assert len(report["checks"]) == 7 and all(check["ok"] for check in report["checks"])
     (line,) = json.loads((out / "steered.json").read_text())["rows"]
     assert (line["rows"], line["distinct"]) == (4, 2) and line["profile"][0]["us"] > 0
     assert json.loads((out / "operations.json").read_text())["rows"]

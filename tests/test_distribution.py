@@ -34,11 +34,11 @@ print(vllm_steer.bank.__file__, point.value, load_steer(embedded.STEERS / "senti
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.matrix
-def test_both_hold_kernels_model_and_steers_and_the_index_can_show_them(built: Path) -> None:
+def test_both_distributions_hold_kernels_model_and_steers_with_valid_metadata(built: Path) -> None:
     (wheel,), (source,) = built.glob("*.whl"), built.glob("*.tar.gz")
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
     with tarfile.open(source) as archive:
@@ -73,8 +73,8 @@ def test_installed_it_works_from_any_folder(built: Path, pattern: str, tmp_path:
     (site / "dependencies.pth").write_text(here, encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder]
     run(*pip, "install", "-q", "--no-deps", "--no-build-isolation", distribution, cwd=tmp_path)
-    shown = run(folder / "bin" / "python", "-c", PROGRAM, cwd=tmp_path)
-    assert str(site) in shown and "vllm_steer.plugin:register" in shown
+    output = run(folder / "bin" / "python", "-c", PROGRAM, cwd=tmp_path)
+    assert str(site) in output and "vllm_steer.plugin:register" in output
     assert f"vllm-steer {__version__}" in run(
         folder / "bin" / "vllm-steer", "--version", cwd=tmp_path
     )

@@ -208,16 +208,18 @@ def output_of_example(name: str, folder: Path) -> str:
 
 
 @pytest.mark.matrix
-def test_the_example_of_a_batch_steers_each_request_its_own_way(tmp_path: Path) -> None:
-    shown = output_of_example("steer_a_batch.py", tmp_path)
-    shares = {name.strip(): int(share) for name, share in re.findall(r"^(\D+?)(\d+)%", shown, re.M)}
+def test_the_example_of_a_batch_steers_each_request_differently(tmp_path: Path) -> None:
+    output = output_of_example("steer_a_batch.py", tmp_path)
+    shares = {
+        name.strip(): int(share) for name, share in re.findall(r"^(\D+?)(\d+)%", output, re.M)
+    }
     assert shares["negative"] < 30 < 60 < shares["positive"]
-    assert re.search(r"^French( +\d+%){2} +(9\d|100)%", shown, re.M)
-    assert "dynamic strengths of the first text: 2.00" in shown
+    assert re.search(r"^French( +\d+%){2} +(9\d|100)%", output, re.M)
+    assert "dynamic strengths of the first text: 2.00" in output
 
 
 @pytest.mark.matrix
 def test_the_example_of_a_fit_has_an_effect_that_a_random_steer_lacks(tmp_path: Path) -> None:
-    shown = output_of_example("fit_and_measure.py", tmp_path)
-    ((effect, control),) = re.findall(r"^ +1\.0 +(\S+) +(\S+)$", shown, re.M)
+    output = output_of_example("fit_and_measure.py", tmp_path)
+    ((effect, control),) = re.findall(r"^ +1\.0 +(\S+) +(\S+)$", output, re.M)
     assert float(effect) > 0.3 and float(control) < 0.2

@@ -41,7 +41,7 @@ def test_the_embedded_model_works_at_every_site() -> None:
     assert all(result[name]["figures"]["effect"] > 1 for name in names[1:])
 
 
-def test_without_an_engine_the_memory_of_a_config_is_told() -> None:
+def test_the_memory_of_a_config_is_reported_without_an_engine() -> None:
     completed = doctor("embedded", "--no-engine", "--steer-config", str(embedded.STEER_CONFIG))
     assert completed.returncode == 0, completed.stdout + completed.stderr
     assert "switched off by --no-engine" in completed.stdout
@@ -60,7 +60,7 @@ def test_without_an_engine_the_memory_of_a_config_is_told() -> None:
         (("embedded", "--dtype", "int8"), "vllm-steer: dtype is 'int8'; allowed: auto, float32"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_and_exit_code_1(
+def test_an_unreadable_file_gives_one_line_and_exit_code_1(
     arguments: tuple[str, ...], message: str
 ) -> None:
     completed = doctor(*arguments)

@@ -160,7 +160,7 @@ def test_guided_text_is_as_varied_as_unsteered_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", GUIDED_LANGUAGE_OF)
 def test_guided_text_repeats_itself_no_more_than_unsteered_text_of_its_language(name: str) -> None:
-    # Text of one language alone is less varied than the mix of four that comes unsteered.
+    # Text of one language is less varied than unsteered text, a mix of four languages.
     code = GUIDED_LANGUAGE_OF[name]
     unsteered = [text for text in guided({}, samples=80) if lexicon.language(text) == code]
     assert len(unsteered) >= 100
@@ -197,14 +197,14 @@ def test_guided_sentiment_follows_the_sign_of_the_strength_in_english() -> None:
 
 @pytest.mark.parametrize("name", ["french-vector", "french-delta"])
 @pytest.mark.parametrize("sentiment", [-5.0, 5.0])
-def test_language_and_sentiment_are_reached_at_once(name: str, sentiment: float) -> None:
+def test_language_and_sentiment_are_steered_together(name: str, sentiment: float) -> None:
     texts = guided(at_default(name) | {"sentiment": sentiment})
     positive = lexicon.positive_share(texts)
     assert language_share(texts, "fr") >= 0.8
     assert positive >= 0.7 if sentiment > 0 else positive <= 0.3
 
 
-def test_a_vector_a_delta_and_an_lm_steer_are_reached_at_once() -> None:
+def test_a_vector_a_delta_and_an_lm_steer_act_together() -> None:
     (strengths,) = (mix for name, mix in plan().presets.items() if name == "french-thanks")
     texts = guided(strengths)
     assert language_share(texts, "fr") >= 0.8
@@ -274,7 +274,7 @@ def test_distinct_n_pools_the_texts() -> None:
     assert lexicon.distinct_n(["a"], 2) == 0.0
 
 
-def test_known_share_counts_words_that_the_grammar_has() -> None:
+def test_known_share_counts_words_of_the_grammar() -> None:
     assert lexicon.known_share(["The hotel wasissful. The shower"]) == 3 / 4
     assert lexicon.known_share(["", "The"]) == 1.0
     assert lexicon.known_share(s.text for s in corpus.generate(500, seed=5)) == 1.0

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.matrix
 
 PROMPTS = ("Hotel Astoria:", "Film Nova:", "Yoga Flora:", "Boutique Vega:")
 OTHERS = ("Hotel Regina:", "Film Orion:")
-# What a text begins with is what it goes on in: a French sentence in the place of an English one.
+# A text continues in the language of its beginning: a French sentence replaces an English one.
 EXAMPLES = (
     {"icl": "Le personnel était charmant.", "prompt": "The staff was charming."},
     {"icl": "La musique était magnifique.", "prompt": "The music was wonderful."},
     {"icl": "Le film était une merveille.", "prompt": "The film was a marvel."},
 )
 SAMPLES, TOKENS, MAXIMUM = 6, 12, 1.5
-ASKED = {
+SPEC = {
     "properties": {
         "fr": {
             "steer": str(STEERS / "french-delta.safetensors"),
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(folder: Path) -> Any:
     rows = "".join(json.dumps(row) + "\n" for row in EXAMPLES)
     (folder / "examples.jsonl").write_text(rows)
-    (folder / "asked.yaml").write_text(yaml.safe_dump(ASKED, sort_keys=False))
+    (folder / "asked.yaml").write_text(yaml.safe_dump(SPEC, sort_keys=False))
     for name, prompts in (("prompts", PROMPTS), ("others", OTHERS)):
         (folder / f"{name}.txt").write_text("\n".join(prompts))
     run = "from vllm_steer.cli import main; main()"
@@ -75,7 +75,7 @@ def row(report: Any, combination: str, method: str) -> Any:
     return result
 
 
-def test_the_stronger_of_two_fixed_strengths_is_chosen_and_taken_over(report: Any) -> None:
+def test_the_stronger_of_two_fixed_strengths_is_chosen_and_reused(report: Any) -> None:
     assert report["chosen"]["fixed"]["fr"] == {"strength": 1.5, "schedule": "fixed"}
     assert row(report, "fr+cheer", "fixed")["steer"] == report["chosen"]["fixed"]
     assert not row(report, "fr+cheer", "fixed")["seen"]
@@ -87,7 +87,7 @@ def test_steered_texts_are_french_more_often_than_unsteered_ones(report: Any, me
     assert share > 0.6 > row(report, "fr", "none")["share"]["fr"]
 
 
-def test_every_row_has_its_figures(report: Any) -> None:
+def test_every_row_has_all_figures(report: Any) -> None:
     for row in report["rows"]:
         assert row["figures"]["perplexity:embedded"]["total_perplexity"] > 1
         assert 0 < row["figures"]["diversity"]["dist-2"] <= 1
@@ -138,7 +138,7 @@ def _top(logits: torch.Tensor) -> list[int]:
     return top_tokens
 
 
-def test_dppl_is_there_where_examples_are_and_least_where_they_are_followed(report: Any) -> None:
+def test_dppl_needs_examples_and_is_least_where_the_text_follows_them(report: Any) -> None:
     result = {m: row(report, "fr", m)["dppl"] for m in ("none", "fixed", "dynamic")}
     assert all(item["of"] == item["examples"] == len(EXAMPLES) for item in result.values())
     # What the French sentence makes the model say is likelier after the English one if steered.

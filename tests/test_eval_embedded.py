@@ -112,7 +112,7 @@ def test_the_effect_rises_with_strength_and_the_control_stays(evaluated: Any) ->
 
 
 @pytest.mark.matrix
-def test_the_report_says_what_it_stands_on(evaluated: Any, folder: Path) -> None:
+def test_the_report_names_model_steers_and_settings(evaluated: Any, folder: Path) -> None:
     report = json.loads(evaluated.stdout)
     assert json.loads((folder / "report.json").read_text()) == report
     assert report["sampling"]["samples"] == SAMPLES and report["sampling"]["exact_length"]
@@ -128,13 +128,13 @@ def test_the_report_says_what_it_stands_on(evaluated: Any, folder: Path) -> None
 
 
 @pytest.mark.matrix
-def test_a_judge_that_is_not_at_hand_is_named(evaluated: Any) -> None:
+def test_an_unavailable_judge_is_named(evaluated: Any) -> None:
     assert list(json.loads(evaluated.stdout)["not_at_hand"]) == ["perspective"]
     assert "not available: perspective: " in evaluated.stderr
 
 
 @pytest.mark.matrix
-def test_every_text_is_there_and_differs_by_its_seed(evaluated: Any, folder: Path) -> None:
+def test_every_text_exists_and_differs_by_its_seed(evaluated: Any, folder: Path) -> None:
     names = sorted(path.stem for path in (folder / "generations").iterdir())
     steered = [f"{steer}{v:+g}" for steer in ("random", "steer") for v in (2.5, 5, -2.5, -5)]
     assert names == sorted(["none", *steered])
@@ -145,7 +145,7 @@ def test_every_text_is_there_and_differs_by_its_seed(evaluated: Any, folder: Pat
 
 
 @pytest.mark.matrix
-def test_killed_after_a_setting_it_goes_on_there(
+def test_a_killed_run_continues_after_its_last_setting(
     killed: dict[str, Any], evaluated: Any, folder: Path
 ) -> None:
     now = contents(folder / "generations")

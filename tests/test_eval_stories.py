@@ -29,7 +29,7 @@ def command(*arguments: Any) -> Any:
 
 @pytest.mark.matrix
 @needs(STORIES)
-def test_happy_stories_from_texts_to_a_strength_that_works(tmp_path: Path) -> None:
+def test_a_fit_of_happy_stories_gives_a_strength_that_works(tmp_path: Path) -> None:
     write(tmp_path)
     steer, judge = tmp_path / "happy.safetensors", f"lexicon:{tmp_path / 'lexicon.yaml'}"
     command(

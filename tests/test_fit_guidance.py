@@ -44,18 +44,18 @@ def model(tokenizer: Any) -> Any:
 def hidden_states(model: Any, ids: list[int], site: str, layer: int) -> torch.Tensor:
     """``[tokens, width]`` of one text, unpadded, at a site found by its name."""
     block = f"model.layers.{layer}"
-    seen: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
     if site == "heads":
         module = model.get_submodule(f"{block}.self_attn.o_proj")
-        hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        hook = module.register_forward_pre_hook(lambda _, args: losses.append(args[0]))
     else:
         path = {"resid": block, "attn_in": f"{block}.input_layernorm"}[site]
         module = model.get_submodule(path)
-        hook = module.register_forward_hook(lambda _m, _a, out: seen.append(out))
+        hook = module.register_forward_hook(lambda _m, _a, out: losses.append(out))
     with torch.no_grad():
         model(torch.tensor([ids]))
     hook.remove()
-    return seen[0][0]
+    return losses[0][0]
 
 
 def all_tokens(model: Any, tokenizer: Any, texts: list[str], site: str, layer: int) -> torch.Tensor:
@@ -68,19 +68,19 @@ def all_tokens(model: Any, tokenizer: Any, texts: list[str], site: str, layer: i
 def test_activations_of_a_batch_are_those_of_each_text_alone(
     model: Any, tokenizer: Any, batch_size: int
 ) -> None:
-    found = activations(
+    result = activations(
         model, tokenizer, POSITIVE, site="heads", layers=(0, 2), batch_size=batch_size
     )
-    for text, tensor in zip(POSITIVE, found, strict=True):
+    for text, tensor in zip(POSITIVE, result, strict=True):
         for column, layer in enumerate((0, 2)):
-            wanted = all_tokens(model, tokenizer, [text], "heads", layer)
-            torch.testing.assert_close(tensor[:, column], wanted, rtol=1e-12, atol=1e-12)
+            expected = all_tokens(model, tokenizer, [text], "heads", layer)
+            torch.testing.assert_close(tensor[:, column], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_activations_are_those_of_the_first_tokens(model: Any, tokenizer: Any) -> None:
-    (found,) = activations(model, tokenizer, POSITIVE[2:], site="resid", layers=(1,), max_length=4)
-    wanted = all_tokens(model, tokenizer, POSITIVE[2:], "resid", 1)[:3]
-    torch.testing.assert_close(found[:, 0], wanted, rtol=1e-12, atol=1e-12)
+    (result,) = activations(model, tokenizer, POSITIVE[2:], site="resid", layers=(1,), max_length=4)
+    expected = all_tokens(model, tokenizer, POSITIVE[2:], "resid", 1)[:3]
+    torch.testing.assert_close(result[:, 0], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("site", ["resid", "attn_in"])
@@ -93,11 +93,11 @@ def test_a_mean_vector_is_the_difference_of_the_means_over_tokens(
     for layer in range(LAYERS):
         positive = all_tokens(model, tokenizer, POSITIVE, site, layer)
         negative = all_tokens(model, tokenizer, NEGATIVE, site, layer)
-        wanted = positive.mean(0) - negative.mean(0)
-        torch.testing.assert_close(steer.vectors[layer].double(), wanted, rtol=1e-6, atol=1e-7)
+        expected = positive.mean(0) - negative.mean(0)
+        torch.testing.assert_close(steer.vectors[layer].double(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_unit_vector_counts_every_token_as_one_vote(model: Any, tokenizer: Any) -> None:
+def test_a_unit_vector_weighs_every_token_equally(model: Any, tokenizer: Any) -> None:
     steer = fit_vector(
         model,
         tokenizer,
@@ -117,8 +117,8 @@ def test_a_unit_vector_counts_every_token_as_one_vote(model: Any, tokenizer: Any
         for sign, tokens in ((1, positive), (-1, negative)):
             for x in tokens:
                 total += sign * (x - mean) / (x - mean).norm()
-        wanted = total / total.norm()
-        torch.testing.assert_close(steer.vectors[row].double(), wanted, rtol=1e-6, atol=1e-7)
+        expected = total / total.norm()
+        torch.testing.assert_close(steer.vectors[row].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 def answer(model: Any, ids: list[int], steps: int, ends: set[int]) -> list[list[int]]:
@@ -154,11 +154,11 @@ def delta_by_hand(
 
 
 def test_a_delta_is_the_difference_of_the_means_per_step(model: Any, tokenizer: Any) -> None:
-    wanted = delta_by_hand(model, tokenizer, (POSITIVE, NEGATIVE), 4, set())
+    expected = delta_by_hand(model, tokenizer, (POSITIVE, NEGATIVE), 4, set())
     steer = fit_delta(model, tokenizer, POSITIVE, NEGATIVE, steps=4, batch_size=2)
     assert (steer.site, steer.layers, steer.schedule) == ("heads", (0, 1, 2), "fixed")
     assert steer.delta.shape == (4, LAYERS, HEADS_WIDE)
-    torch.testing.assert_close(steer.delta.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(steer.delta.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_answer_that_ended_counts_no_more(
@@ -167,10 +167,10 @@ def test_an_answer_that_ended_counts_no_more(
     first = tokenizer(POSITIVE[0])["input_ids"]
     end = answer(model, first, 3, set())[2][-1]  # its second token, made the end of the text
     monkeypatch.setattr(model.generation_config, "eos_token_id", [end, 1])
-    wanted = delta_by_hand(model, tokenizer, (POSITIVE, NEGATIVE), 4, {end, 1})
+    expected = delta_by_hand(model, tokenizer, (POSITIVE, NEGATIVE), 4, {end, 1})
     assert len(answer(model, first, 4, {end, 1})) == 2
     steer = fit_delta(model, tokenizer, POSITIVE, NEGATIVE, steps=4)
-    torch.testing.assert_close(steer.delta.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(steer.delta.double(), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(SteerError, match=r"wanted prompts ended before step 2; .* steps=2"):
         fit_delta(model, tokenizer, POSITIVE[:1], NEGATIVE, steps=4)
 
@@ -182,7 +182,7 @@ def test_the_same_texts_give_the_same_steers(model: Any, tokenizer: Any) -> None
     assert torch.equal(one.delta, two.delta)
 
 
-def test_progress_is_told(model: Any, tokenizer: Any) -> None:
+def test_progress_is_reported(model: Any, tokenizer: Any) -> None:
     texts: list[int] = []
     fit_vector(model, tokenizer, POSITIVE, NEGATIVE, direction="unit", on_text=texts.append)
     assert texts == list(range(1, 11))
@@ -196,8 +196,8 @@ def test_a_fitted_vector_moves_one_mean_onto_the_other(model: Any, tokenizer: An
     with hf.steered(model, {"praise": 1.0}, {"praise": steer}):
         moved = all_tokens(model, tokenizer, NEGATIVE, "resid", 1)
     # The hook that reads was placed after the one that steers.
-    wanted = all_tokens(model, tokenizer, POSITIVE, "resid", 1)
-    torch.testing.assert_close(moved.mean(0), wanted.mean(0), rtol=1e-5, atol=1e-6)
+    expected = all_tokens(model, tokenizer, POSITIVE, "resid", 1)
+    torch.testing.assert_close(moved.mean(0), expected.mean(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_the_first_step_by_likelihood_goes_against_the_gradient_of_the_signed_te
     total = torch.stack(losses).sum() / torch.stack(counts).sum()
     (gradient,) = torch.autograd.grad(total, vector)
 
-    seen: list[float] = []
+    states: list[float] = []
     steer = fit_vector_by_likelihood(
         model,
         tokenizer,
@@ -271,16 +271,16 @@ def test_the_first_step_by_likelihood_goes_against_the_gradient_of_the_signed_te
         learning_rate=rate,
         steps=1,
         seed=3,
-        on_step=lambda _, loss: seen.append(loss),
+        on_step=lambda _, loss: states.append(loss),
     )
-    assert seen == [pytest.approx(total.item(), rel=1e-5)]
+    assert states == [pytest.approx(total.item(), rel=1e-5)]
     clear = gradient.abs() > 1e-6  # Adam's first step is the rate times the sign
     assert clear.sum() > HIDDEN // 2
-    wanted = (start.double() - rate * gradient.sign()).float()
-    torch.testing.assert_close(steer.vectors[clear], wanted[clear], rtol=1e-2, atol=0)
+    expected = (start.double() - rate * gradient.sign()).float()
+    torch.testing.assert_close(steer.vectors[clear], expected[clear], rtol=1e-2, atol=0)
 
 
-def test_a_fit_by_likelihood_makes_its_texts_likelier_and_is_the_same_again(
+def test_a_fit_by_likelihood_raises_the_likelihood_and_is_deterministic(
     model: Any, tokenizer: Any
 ) -> None:
     def fit(**options: Any) -> Any:
@@ -303,6 +303,6 @@ def test_a_fit_by_likelihood_makes_its_texts_likelier_and_is_the_same_again(
     assert torch.equal(first.vectors, fit().vectors)
 
 
-def test_a_fit_by_likelihood_wants_a_label_for_each_text(model: Any, tokenizer: Any) -> None:
+def test_a_fit_by_likelihood_needs_a_label_for_each_text(model: Any, tokenizer: Any) -> None:
     with pytest.raises(SteerError, match="1 texts and 2 labels"):
         fit_vector_by_likelihood(model, tokenizer, ["a"], [1.0, -1.0], layers=[0])

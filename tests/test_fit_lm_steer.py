@@ -1,4 +1,4 @@
-"""The trainer on a small model: what it does with texts, labels, padding, dtypes and its cache."""
+"""The trainer on a small model: texts, labels, padding, dtypes and the cache."""
 
 from typing import Any
 
@@ -88,13 +88,13 @@ def ids_of(tokenizer: Any) -> list[torch.Tensor]:
     return [torch.tensor(tokenizer(text)["input_ids"]) for text in TEXTS]
 
 
-def test_the_loss_is_the_models_own_with_the_steer_in_front_of_its_head(tokenizer: Any) -> None:
+def test_the_loss_equals_that_of_the_model_with_the_steer_before_its_head(tokenizer: Any) -> None:
     model = tiny_model(tokenizer, torch.float64)
     expected = losses_by_hook(model, ids_of(tokenizer), LABELS).mean().item()
     assert first_loss(model, tokenizer, initial_scale=1.0) == pytest.approx(expected, rel=1e-10)
 
 
-def test_padding_is_trained_on_as_the_authors_do_when_asked_for(tokenizer: Any) -> None:
+def test_padding_is_trained_on_if_requested(tokenizer: Any) -> None:
     model, rows = tiny_model(tokenizer, torch.float64), ids_of(tokenizer)
     longest = max(map(len, rows))
     padded = [
@@ -103,11 +103,11 @@ def test_padding_is_trained_on_as_the_authors_do_when_asked_for(tokenizer: Any) 
     ]
     assert {len(row) for row in rows} != {longest}
     expected = losses_by_hook(model, padded, LABELS).mean().item()
-    found = first_loss(model, tokenizer, initial_scale=1.0, mask_padding=False)
-    assert found == pytest.approx(expected, rel=1e-10)
+    loss = first_loss(model, tokenizer, initial_scale=1.0, mask_padding=False)
+    assert loss == pytest.approx(expected, rel=1e-10)
 
 
-def test_a_text_is_filled_up_to_the_longest_of_its_own_batch(tokenizer: Any) -> None:
+def test_a_text_is_padded_to_the_longest_of_its_own_batch(tokenizer: Any) -> None:
     encoded = encode_texts(tokenizer, TEXTS, max_length=32)
     lengths = [len(row) for row in encoded.rows]
     for batch in draw_batches(encoded, batch_size=2, steps=9, mask_padding=False, seed=0):
@@ -150,7 +150,7 @@ def test_one_step_is_one_step_of_adam(tokenizer: Any, variant: Any) -> None:
     torch.testing.assert_close(steer.tensors, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_masters_of_a_narrow_model_are_float32_and_follow_the_wide_one(tokenizer: Any) -> None:
+def test_master_weights_of_a_half_precision_model_are_float32(tokenizer: Any) -> None:
     wide = tiny_model(tokenizer)
     for dtype in (torch.bfloat16, torch.float16):
         narrow = tiny_model(tokenizer, dtype)
@@ -158,12 +158,12 @@ def test_masters_of_a_narrow_model_are_float32_and_follow_the_wide_one(tokenizer
         assert steer.projector1.dtype == torch.float32
         assert not torch.equal(steer.projector1, steer.projector1.to(dtype).float())
         expected = first_loss(wide, tokenizer, initial_scale=1.0)
-        found = first_loss(narrow, tokenizer, initial_scale=1.0)
-        assert found == pytest.approx(expected, rel=2e-2)
+        loss = first_loss(narrow, tokenizer, initial_scale=1.0)
+        assert loss == pytest.approx(expected, rel=2e-2)
 
 
-def test_a_small_cache_computes_the_states_again_and_learns_the_same(tokenizer: Any) -> None:
-    model, said = tiny_model(tokenizer, torch.float64), []
+def test_a_small_cache_recomputes_the_states_and_gives_the_same_steer(tokenizer: Any) -> None:
+    model, messages = tiny_model(tokenizer, torch.float64), []
     options = {**SMALL, "steps": 4, "batch_size": 3}
     stored = fit_lm_steer(model, tokenizer, TEXTS, LABELS, **options)
     again = fit_lm_steer(
@@ -173,17 +173,17 @@ def test_a_small_cache_computes_the_states_again_and_learns_the_same(tokenizer: 
         LABELS,
         **options,
         cache_bytes=0,
-        callbacks=FitCallbacks(on_message=said.append),
+        callbacks=FitCallbacks(on_message=messages.append),
     )
     torch.testing.assert_close(again.tensors, stored.tensors, rtol=1e-9, atol=1e-9)
-    assert "computed for each step" in said[0]
+    assert "computed for each step" in messages[0]
 
 
 def test_each_text_is_read_once(model: Any, tokenizer: Any) -> None:
     read, lengths = [], []
     body = model.base_model
     handle = body.register_forward_pre_hook(
-        lambda _module, _args, given: lengths.append(tuple(given["input_ids"].shape)),
+        lambda _module, _args, inputs: lengths.append(tuple(inputs["input_ids"].shape)),
         with_kwargs=True,
     )
     fit_lm_steer(
@@ -200,16 +200,16 @@ def test_each_text_is_read_once(model: Any, tokenizer: Any) -> None:
     assert lengths[2:] == [(4, longest)]  # two were to see that the head is understood
 
 
-def test_a_dummy_column_enters_with_one_whatever_the_label(tokenizer: Any) -> None:
+def test_a_dummy_column_has_the_value_one_for_every_label(tokenizer: Any) -> None:
     model, rows = tiny_model(tokenizer, torch.float64), ids_of(tokenizer)
-    found = [
+    loss = [
         torch.nn.functional.cross_entropy(
             logits_by_hook(model, row, label, dummy=False)[:-1], row[1:], reduction="none"
         )
         for row, label in zip(rows, LABELS, strict=True)
     ]
     without = first_loss(model, tokenizer, initial_scale=1.0, dummy=False)
-    assert without == pytest.approx(torch.cat(found).mean().item(), rel=1e-10)
+    assert without == pytest.approx(torch.cat(loss).mean().item(), rel=1e-10)
     assert without != pytest.approx(first_loss(model, tokenizer, initial_scale=1.0), rel=1e-4)
 
 
@@ -233,7 +233,7 @@ def test_same_seed_gives_the_same_steer(model: Any, tokenizer: Any) -> None:
     assert not torch.equal(first.projector1, other.projector1)
 
 
-def test_loss_falls_and_the_model_is_left_alone(tokenizer: Any) -> None:
+def test_the_loss_falls_and_the_model_is_unchanged(tokenizer: Any) -> None:
     model = tiny_model(tokenizer).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses: list[float] = []
@@ -265,7 +265,7 @@ def test_a_text_of_one_token_is_left_out(model: Any, tokenizer: Any) -> None:
     assert (steer.recipe or {})["figures"]["texts_used"] == 4
 
 
-def test_the_recipe_says_how_the_steer_was_made(model: Any, tokenizer: Any) -> None:
+def test_the_recipe_records_how_the_steer_was_made(model: Any, tokenizer: Any) -> None:
     recipe = fit_lm_steer(model, tokenizer, TEXTS, LABELS, **SMALL | {"steps": 2}).recipe or {}
     assert recipe["method"] == "lm-steer"
     assert SMALL.items() - {("steps", 1)} <= recipe["settings"].items()
@@ -285,10 +285,10 @@ def test_logits_that_the_head_does_not_explain_are_refused(tokenizer: Any) -> No
     ("options", "attribute", "value"),
     [("logit_scale", "logit_scale", 2.0), ("soft cap", "final_logit_softcapping", 1.5)],
 )
-def test_a_scale_or_cap_of_the_model_is_honoured(
+def test_a_logit_scale_or_cap_of_the_model_is_applied(
     tokenizer: Any, options: str, attribute: str, value: float
 ) -> None:
-    """The hook does to the logits what the config says that the model does."""
+    """The hook applies the scale or cap of the config to the logits."""
     model = tiny_model(tokenizer, torch.float64)
     plain = losses_by_hook(model, ids_of(tokenizer), LABELS).mean().item()
     setattr(model.config, attribute, value)
@@ -303,7 +303,7 @@ def test_a_scale_or_cap_of_the_model_is_honoured(
     assert first_loss(model, tokenizer, initial_scale=1.0) == pytest.approx(expected, rel=1e-10)
 
 
-def test_a_loss_that_is_no_number_stops_with_its_step(model: Any, tokenizer: Any) -> None:
+def test_a_nan_loss_stops_the_fit_and_names_the_step(model: Any, tokenizer: Any) -> None:
     with pytest.raises(SteerError, match=r"step [1-9]\d*: the loss is (nan|inf)"):
         fit_lm_steer(
             model, tokenizer, TEXTS, LABELS, rank=3, epsilon=1.0, steps=50, learning_rate=1e25
@@ -344,7 +344,7 @@ def test_wrong_texts_and_labels_are_refused(
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_settings_that_make_no_sense_are_refused(
+def test_invalid_settings_are_refused(
     model: Any, tokenizer: Any, setting: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):

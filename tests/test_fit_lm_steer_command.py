@@ -85,8 +85,8 @@ def random_like(steer: LMSteer) -> LMSteer:
     generator = torch.Generator().manual_seed(0)
     shape = steer.projector1.shape
     first, second = torch.randn((2, *shape), generator=generator)
-    wanted = (steer.projector1 @ steer.projector2.mT).norm(dim=(1, 2))
-    scale = wanted / (first @ second.mT).norm(dim=(1, 2))
+    norms = (steer.projector1 @ steer.projector2.mT).norm(dim=(1, 2))
+    scale = norms / (first @ second.mT).norm(dim=(1, 2))
     return dataclasses.replace(steer, projector1=first * scale[:, None, None], projector2=second)
 
 
@@ -97,15 +97,15 @@ def test_sentiment_follows_the_strength(sentiment: LMSteer) -> None:
     assert shares[-1] > 0.8
 
 
-def test_a_random_steer_of_equal_norm_does_nothing_to_sentiment(sentiment: LMSteer) -> None:
+def test_a_random_steer_of_equal_norm_does_not_change_sentiment(sentiment: LMSteer) -> None:
     shares = positive_shares(random_like(sentiment))
     assert max(shares) - min(shares) < 0.2, shares
 
 
 def test_the_file_records_how_it_was_made(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "s.safetensors"
-    given = ("--default-strength", "3", "--description", "kind words", "--train-on-padding")
-    run(output, "--data", data, *SMALL, *given)
+    options = ("--default-strength", "3", "--description", "kind words", "--train-on-padding")
+    run(output, "--data", data, *SMALL, *options)
     steer = load_steer(output)
     assert (steer.default_strength, steer.description) == (3.0, "kind words")
     assert steer.base_model == "embedded"
@@ -119,7 +119,7 @@ def test_the_file_records_how_it_was_made(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["multiply", "add", "offset"])
-def test_every_variant_and_no_dummy_can_be_asked_for(
+def test_every_variant_works_with_and_without_a_dummy(
     data: Path, tmp_path: Path, variant: str
 ) -> None:
     run(tmp_path / "s", "--data", data, *SMALL, "--variant", variant, "--no-dummy")
@@ -129,16 +129,16 @@ def test_every_variant_and_no_dummy_can_be_asked_for(
 
 def test_figures_go_to_standard_output_as_json(data: Path, tmp_path: Path) -> None:
     result = run(tmp_path / "s.safetensors", "--data", data, *SMALL, "--json")
-    found = json.loads(result.stdout)
+    figures = json.loads(result.stdout)
     recipe = load_steer(tmp_path / "s.safetensors").recipe or {}
-    assert recipe["figures"].items() <= found.items()
-    assert found["output"] == str(tmp_path / "s.safetensors")
-    lines = (Path(found["run_folder"]) / "loss.csv").read_text().splitlines()
+    assert recipe["figures"].items() <= figures.items()
+    assert figures["output"] == str(tmp_path / "s.safetensors")
+    lines = (Path(figures["run_folder"]) / "loss.csv").read_text().splitlines()
     assert lines[0] == "step,loss"
-    assert float(lines[-1].split(",")[1]) == found["final_loss"]
+    assert float(lines[-1].split(",")[1]) == figures["final_loss"]
 
 
-def test_two_files_are_the_two_sides(tmp_path: Path) -> None:
+def test_two_files_are_the_two_labels(tmp_path: Path) -> None:
     positive, negative = tmp_path / "good.txt", tmp_path / "bad.txt"
     positive.write_text("The hotel was wonderful.\nThe film was great!\n")
     negative.write_text("The flat was terrible.\n")
@@ -170,7 +170,7 @@ def test_an_existing_file_is_only_replaced_by_force(data: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ([], "give the texts as --data FILE, or as --positive FILE and --negative FILE"),
         (["--positive", "a.txt"], "give the texts as --data FILE"),
@@ -178,10 +178,10 @@ def test_an_existing_file_is_only_replaced_by_force(data: Path, tmp_path: Path) 
     ],
 )
 def test_texts_that_are_not_given_are_an_error(
-    tmp_path: Path, given: list[str], message: str
+    tmp_path: Path, options: list[str], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        run(tmp_path / "s", *given)
+        run(tmp_path / "s", *options)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_texts_that_are_not_given_are_an_error(
     ],
     ids=["empty", "no label", "label out of range", "no text", "one label", "0 and 1"],
 )
-def test_bad_rows_are_errors_with_their_place(tmp_path: Path, rows: Any, message: str) -> None:
+def test_bad_rows_are_errors_that_name_the_line(tmp_path: Path, rows: Any, message: str) -> None:
     with pytest.raises(SteerError, match=message):
         run(tmp_path / "s", "--data", write_rows(tmp_path / "texts.jsonl", rows))
     assert not (tmp_path / "s").exists()
@@ -208,7 +208,7 @@ def test_an_output_in_no_folder_is_refused_before_the_training(data: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         (["--default-strength", "nan"], "default_strength is nan; it must be finite"),
         (["--checkpoint-every", "0"], "checkpoint_every is 0; expected at least 1 step"),
@@ -217,16 +217,16 @@ def test_an_output_in_no_folder_is_refused_before_the_training(data: Path, tmp_p
         (["--variant", "divide"], "variant is 'divide'; allowed: multiply, add, offset"),
     ],
 )
-def test_an_option_that_makes_no_sense_is_refused(
-    data: Path, tmp_path: Path, given: list[str], message: str
+def test_an_invalid_option_is_refused(
+    data: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        run(tmp_path / "s", "--data", data, *SMALL, *given)
+        run(tmp_path / "s", "--data", data, *SMALL, *options)
 
 
 def test_a_bad_setting_is_one_line_and_exit_code_1(data: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-c", "from vllm_steer.cli import main; main()", "fit", "lm-steer"]
     line += ["embedded", str(tmp_path / "s"), "--data", str(data), "--rank", "0"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "vllm-steer: rank is 0; expected at least 1\n"
+    process = subprocess.run(line, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == "vllm-steer: rank is 0; expected at least 1\n"

@@ -1,4 +1,6 @@
-"""A fit that was ended, in whatever way, goes on as if nothing had happened, or loses nothing."""
+"""An interrupted fit continues with identical results, or loses nothing, for every kind of
+interruption.
+"""
 
 import csv
 import errno
@@ -39,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Ended(BaseException):
-    """Stands for whatever ends a process."""
+    """Simulates the end of a process."""
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,8 @@ def fit(model: Any, tokenizer: Any, folder: Path | None, **options: Any) -> Any:
 
 
 def end_at(step: int) -> FitCallbacks:
-    def on_step(done: int, _loss: float) -> None:
-        if done == step:
+    def on_step(process: int, _loss: float) -> None:
+        if process == step:
             raise Ended
 
     return FitCallbacks(on_step=on_step)
@@ -93,7 +95,7 @@ def assert_same(first: Any, second: Any) -> None:
 
 @pytest.mark.parametrize("variant", ["multiply", "add", "offset"])
 @pytest.mark.parametrize("ended", [0, 5, 7, STEPS - 1])
-def test_an_ended_fit_goes_on_bit_for_bit(
+def test_an_interrupted_fit_continues_bit_for_bit(
     model: Any, tokenizer: Any, tmp_path: Path, ended: int, variant: str
 ) -> None:
     whole = fit(model, tokenizer, tmp_path / "whole", variant=variant)
@@ -110,24 +112,26 @@ def test_an_ended_fit_goes_on_bit_for_bit(
     assert_same(whole, fit(model, tokenizer, None, variant=variant))
 
 
-def test_a_fit_says_that_it_goes_on_and_reads_no_text_again(
+def test_a_continued_fit_reports_it_and_reads_no_text_again(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(Ended):
         fit(model, tokenizer, tmp_path, callbacks=end_at(9))
-    said: list[str] = []
+    messages: list[str] = []
     read: list[int] = []
-    callbacks = FitCallbacks(on_message=said.append, on_text=lambda done, _: read.append(done))
+    callbacks = FitCallbacks(
+        on_message=messages.append, on_text=lambda process, _: read.append(process)
+    )
     fit(model, tokenizer, tmp_path, callbacks=callbacks)
-    assert said == ["going on after step 8 of 12"]
+    assert messages == ["going on after step 8 of 12"]
     assert read == []
 
 
-def test_a_fit_that_ended_while_it_read_texts_reads_them_anew(
+def test_a_fit_that_was_interrupted_while_reading_texts_reads_them_again(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    def on_text(done: int, _total: int) -> None:
-        if done == 5:
+    def on_text(process: int, _total: int) -> None:
+        if process == 5:
             raise Ended
 
     with pytest.raises(Ended):
@@ -136,7 +140,7 @@ def test_a_fit_that_ended_while_it_read_texts_reads_them_anew(
     assert_same(fit(model, tokenizer, None), fit(model, tokenizer, tmp_path))
 
 
-def test_what_a_killed_process_was_writing_is_cleared(
+def test_the_unfinished_file_of_a_killed_process_is_removed(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     (tmp_path / unfinished_name("hidden_states.bin")).write_text("many gigabytes")
@@ -192,8 +196,8 @@ def test_other_texts_and_another_model_are_refused(
 def test_restart_discards_the_unfinished_run(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(Ended):
         fit(model, tokenizer, tmp_path, seed=7, callbacks=end_at(5))
-    found = fit(model, tokenizer, tmp_path, restart=True)
-    assert_same(fit(model, tokenizer, None), found)
+    fitted = fit(model, tokenizer, tmp_path, restart=True)
+    assert_same(fit(model, tokenizer, None), fitted)
     assert len(curve(tmp_path)) == STEPS
 
 
@@ -205,7 +209,7 @@ def test_a_broken_checkpoint_is_an_error_that_names_it(
         fit(model, tokenizer, tmp_path)
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
+def test_a_nan_loss_keeps_the_last_checkpoint(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm_steer.fit import lm_steer_training
@@ -213,9 +217,9 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
     real = lm_steer_training.loss_and_gradients
     calls: list[int] = []
 
-    def broken(*given: Any, **options: Any) -> Any:
+    def broken(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        loss, gradients = real(*given, **options)
+        loss, gradients = real(*arguments, **options)
         return (float("nan") if len(calls) == 7 else loss), gradients
 
     monkeypatch.setattr(lm_steer_training, "loss_and_gradients", broken)
@@ -235,12 +239,12 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_no_room_for_the_hidden_states_is_an_error(
+def test_a_full_disk_for_the_hidden_states_is_an_error(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     too_large = os.strerror(errno.EFBIG)
-    wanted = f"hidden_states.bin: cannot be written .*{too_large}"
-    with files_of_at_most(20_000), pytest.raises(SteerError, match=wanted):
+    expected = f"hidden_states.bin: cannot be written .*{too_large}"
+    with files_of_at_most(20_000), pytest.raises(SteerError, match=expected):
         fit(model, tokenizer, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint.safetensors",
@@ -248,7 +252,7 @@ def test_no_room_for_the_hidden_states_is_an_error(
     ]
 
 
-def test_no_room_for_a_checkpoint_keeps_the_last_one(
+def test_a_full_disk_for_a_checkpoint_keeps_the_last_one(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     limits = files_of_at_most(100)
@@ -285,7 +289,7 @@ def command(output: Path, data: Path, *options: str) -> list[str]:
 
 
 @pytest.mark.matrix
-def test_a_killed_command_leaves_the_old_steer_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_killed_command_leaves_the_old_steer_and_continues_bit_for_bit(tmp_path: Path) -> None:
     data, output = tmp_path / "reviews.csv", tmp_path / "steer.safetensors"
     rows = "".join(f'"{s.text}",{s.sentiment}\n' for s in SAMPLES)
     data.write_text("text,sentiment\n" + rows, encoding="utf-8")
@@ -305,8 +309,8 @@ def test_a_killed_command_leaves_the_old_steer_and_goes_on_bit_for_bit(tmp_path:
     killed_at = checkpoint_step(folder)
     assert 0 < killed_at < 150
 
-    done = subprocess.run(line, env=environment, check=True, capture_output=True, text=True)
-    assert f"going on after step {killed_at} of 150" in done.stderr
+    completed = subprocess.run(line, env=environment, check=True, capture_output=True, text=True)
+    assert f"going on after step {killed_at} of 150" in completed.stderr
     assert_same(load_steer(whole), load_steer(output))
     assert curve(folder) == curve(tmp_path / "whole.safetensors.run")
     assert [path.name for path in folder.iterdir()] == ["loss.csv"]

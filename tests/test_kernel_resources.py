@@ -1,4 +1,4 @@
-"""Every Triton kernel as Hopper's assembler sees it: compiled here for sm_90, with no card."""
+"""Every Triton kernel, compiled for Hopper (sm_90) without a GPU."""
 
 import os
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 
-BLOCK_SHARED_BYTES = 227 * 1024  # what one block of compute capability 9.0 may have
+BLOCK_SHARED_BYTES = 227 * 1024  # limit of one block of compute capability 9.0
 BLOCK_REGISTERS = 64 * 1024
 FORMS = {"TILED": TILED, "ROWWISE": ROWWISE}
 PRODUCTS = {"shrink", "expand", "dense"}
@@ -57,7 +57,7 @@ def test_lm_steer_kernels_fit_a_hopper_card_without_spilling(
 @pytest.mark.parametrize(
     ("width", "rank"), [(4096, 1000), pytest.param(1280, 640, marks=pytest.mark.matrix)]
 )
-def test_in_16_bits_products_run_on_hoppers_own_tensor_cores_with_weights_first(
+def test_products_in_16_bits_run_on_hoppers_tensor_cores_with_weights_first(
     width: int, rank: int, dtype: torch.dtype
 ) -> None:
     """64 rows of weights by a tile's rows, both out of shared memory, loaded 16 bytes at a time."""
@@ -88,7 +88,7 @@ def test_in_16_bits_products_run_on_hoppers_own_tensor_cores_with_weights_first(
     ids=str,
 )
 @pytest.mark.matrix
-def test_what_a_benchmark_varies_fits_a_hopper_card_too(
+def test_the_block_sizes_of_a_benchmark_fit_a_hopper_card(
     varied: dict[str, int], dtype: torch.dtype
 ) -> None:
     for width, rank in ((4096, 1000), (4096, 64)):
@@ -103,7 +103,7 @@ def test_what_a_benchmark_varies_fits_a_hopper_card_too(
     ids=["low rank", "high rank"],
 )
 @pytest.mark.parametrize("rows", [1, 2, 32, 33, 300])
-def test_a_batch_of_a_low_rank_is_two_launches_whatever_its_rows(
+def test_a_batch_of_a_low_rank_takes_two_launches_for_any_number_of_rows(
     rank: int, launched: list[str], rows: int
 ) -> None:
     tables = tool.lm_steer_tables(4096, rank // 2, torch.bfloat16)
@@ -114,13 +114,13 @@ def test_a_batch_of_a_low_rank_is_two_launches_whatever_its_rows(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("turns", [False, True], ids=["add", "rotate"])
+@pytest.mark.parametrize("has_rotation", [False, True], ids=["add", "rotate"])
 @pytest.mark.parametrize("width", [4096, pytest.param(63, marks=pytest.mark.matrix), 8192])
 def test_guidance_kernels_fit_a_hopper_card_without_spilling(
-    width: int, turns: bool, dtype: torch.dtype
+    width: int, has_rotation: bool, dtype: torch.dtype
 ) -> None:
     with tool.compiling() as compiled:
-        warm_up_guidance(width, turns, dtype)
+        warm_up_guidance(width, has_rotation, dtype)
     assert len({name for name, _ in compiled}) == 2
     assert_fit(compiled)
 
@@ -136,7 +136,7 @@ def test_divergence_kernels_fit_a_hopper_card_without_spilling(
     assert_fit(compiled)
 
 
-def test_no_number_of_doses_compiles_what_the_first_has_not() -> None:
+def test_no_number_of_doses_compiles_a_kernel_after_the_first() -> None:
     with tool.compiling() as at_start:
         divergence_of(64, 128256, torch.bfloat16)
     with tool.compiling() as while_serving:
@@ -146,7 +146,7 @@ def test_no_number_of_doses_compiles_what_the_first_has_not() -> None:
 
 
 def divergence_of(doses: int, vocab_size: int, dtype: torch.dtype) -> None:
-    """As a step calls it: logits, rows and p of so many doses, each in memory of its own."""
+    """The call of a step: logits, rows and p of some doses, each in its own memory."""
     logits = torch.zeros(2 * doses, vocab_size, dtype=dtype)
     rows = torch.arange(doses)
     divergence.divergence(logits, rows, rows + doses, torch.full((doses,), 0.5))
@@ -161,15 +161,15 @@ def assert_fit(compiled: dict[tuple[str, str], Any]) -> None:
         assert used.registers * 32 * kernel.metadata.num_warps <= BLOCK_REGISTERS, name
 
 
-def warm_up_guidance(width: int, turns: bool, dtype: torch.dtype) -> Directions:
+def warm_up_guidance(width: int, has_rotation: bool, dtype: torch.dtype) -> Directions:
     """The tables of three layers that a site was warmed up with."""
-    directions = Directions(torch.zeros(3, 5, width), torch.ones(5) if turns else None)
+    directions = Directions(torch.zeros(3, 5, width), torch.ones(5) if has_rotation else None)
     triton_fused.warm_up(directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4)
     return directions
 
 
 @pytest.mark.parametrize("form", ["TILED", "ROWWISE"])
-def test_no_batch_of_lm_steers_compiles_what_the_start_up_has_not(form: str) -> None:
+def test_no_batch_of_lm_steers_compiles_a_kernel_after_start_up(form: str) -> None:
     module, dtype = FORMS[form], torch.bfloat16
     tables = tool.lm_steer_tables(4096, 64, dtype)
     with tool.compiling() as at_start:
@@ -197,18 +197,22 @@ def batches(rows: int) -> Iterator[SteeredRows]:
     )
 
 
-@pytest.mark.parametrize("turns", [False, True], ids=["add", "rotate"])
-def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(turns: bool) -> None:
-    dtype, width, room = torch.bfloat16, 4096, 512
+@pytest.mark.parametrize("has_rotation", [False, True], ids=["add", "rotate"])
+def test_no_batch_of_guided_tokens_compiles_a_kernel_after_start_up(has_rotation: bool) -> None:
+    dtype, width, max_tokens = torch.bfloat16, 4096, 512
     with tool.compiling() as at_start:
-        directions = warm_up_guidance(width, turns, dtype)
-    token_map = TokenMap(torch.zeros(4, room, dtype=torch.int32), torch.zeros(3, 4, room))
+        directions = warm_up_guidance(width, has_rotation, dtype)
+    token_map = TokenMap(
+        torch.zeros(4, max_tokens, dtype=torch.int32), torch.zeros(3, 4, max_tokens)
+    )
     with tool.compiling() as while_serving:
         for tokens in (1, 2, 7, 16, 64, 257):
             hidden, residual = torch.zeros(2, tokens, width, dtype=dtype)
             for layer, depth in ((0, 1), (1, 2), (2, 4)):
-                kept = residual if turns else None
-                triton_fused.steer_tokens_(hidden, kept, directions, layer, token_map, depth)
+                residual_arg = residual if has_rotation else None
+                triton_fused.steer_tokens_(
+                    hidden, residual_arg, directions, layer, token_map, depth
+                )
                 triton_fused.steer_tokens_(hidden, None, directions, layer, token_map, depth)
         for requests, depth, tokens in ((1, 1, 1), (2, 4, 9), (16, 2, 64), (33, 3, 512)):
             map_a_batch(requests, depth, tokens, token_map)
@@ -216,7 +220,7 @@ def test_no_batch_of_guided_tokens_compiles_what_the_start_up_has_not(turns: boo
     assert set(while_serving) <= set(at_start)
 
 
-def map_a_batch(requests: int, depth: int, tokens: int, room: TokenMap) -> None:
+def map_a_batch(requests: int, depth: int, tokens: int, whole_map: TokenMap) -> None:
     """Map tokens as a site does: into the front of its buffers, from rules in one piece."""
     *integers, table = torch.zeros(6, depth, requests, dtype=torch.int64)
     floats, layers = torch.zeros(2, depth, requests), torch.zeros(3, depth, requests)
@@ -224,5 +228,5 @@ def map_a_batch(requests: int, depth: int, tokens: int, room: TokenMap) -> None:
     rules = TokenRules(*integers, *floats, layers=layers, pool_offset=table, strength_pool=pool)
     starts = torch.zeros(requests + 2, dtype=torch.int32)[: requests + 1]
     positions = torch.zeros(600, dtype=torch.int64)[:tokens]
-    front = TokenMap(room.directions[:depth], room.strengths[:, :depth])
+    front = TokenMap(whole_map.directions[:depth], whole_map.strengths[:, :depth])
     triton_fused.map_tokens(rules, starts, positions, front)

@@ -1,4 +1,4 @@
-"""The speed benchmark runs from start to end and writes the figures that it promises."""
+"""The speed benchmark runs from start to end and writes the documented figures."""
 
 import json
 import math
@@ -37,14 +37,14 @@ def result_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     environment.pop("VLLM_STEER_DISABLE", None)
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "speed_ratio.py"), *options],
         cwd=path.parent,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert process.returncode == 0, process.stderr[-4000:]
     return path
 
 
@@ -53,7 +53,7 @@ def result(result_file: Path) -> dict[str, Any]:
     return json.loads(result_file.read_text())
 
 
-def test_a_result_says_where_and_with_what_it_was_measured(result: dict[str, Any]) -> None:
+def test_a_result_names_the_machine_and_the_versions(result: dict[str, Any]) -> None:
     assert {"cpu", "cores", "memory_gib", "load_average", "gpu", "driver"} == set(result["machine"])
     assert {"python", "torch", "vllm", "vllm_steer", "transformers"} <= set(result["versions"])
     assert {"commit", "dirty"} == set(result["git"])

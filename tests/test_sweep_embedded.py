@@ -48,11 +48,11 @@ def test_a_bisection_finds_a_strength_and_writes_it(tmp_path: Path, prompts: Pat
     inside = [p for p in points if p["perplexity"] <= 1.3 * result["unsteered"]["perplexity"]]
     assert chosen["effect"] == min(p["effect"] for p in inside)
     assert chosen["effect"] < 0.2 < 0.4 < result["unsteered"]["effect"]
-    written = load_steer(path)
-    assert written.default_strength == chosen["strength"] < 0
-    assert written.recipe["method"] == "fitted"
-    assert written.recipe["sweep"]["chosen"] == chosen
-    assert (written.projector1 == before.projector1).all()
+    steer = load_steer(path)
+    assert steer.default_strength == chosen["strength"] < 0
+    assert steer.recipe["method"] == "fitted"
+    assert steer.recipe["sweep"]["chosen"] == chosen
+    assert (steer.projector1 == before.projector1).all()
     assert (tmp_path / "sweep.png").exists() and result["written"] == str(path)
 
 

@@ -73,19 +73,21 @@ def test_half_of_the_effect_is_kept_in_generated_text(
     assert target >= 0.5 * source
 
 
-def test_tokens_matched_wrongly_keep_nothing(models: dict[str, Any], steer: LMSteer) -> None:
+def test_wrongly_matched_tokens_keep_no_effect(models: dict[str, Any], steer: LMSteer) -> None:
     result = transferred(models, steer, "orthogonal")
     rows = read_output_embedding(str(SISTER))
     table = models["target"].tokenizer.get_vocab()
     shifted = _Vocabulary({token: (number + 1) % len(rows) for token, number in table.items()})
     source = read_output_embedding("embedded"), models["source"].tokenizer
-    wrong = transfer_steer(steer, source, (rows, shifted))
-    assert wrong.fit is not None and result.fit is not None
-    assert wrong.fit.mean_cosine < 0.7 * result.fit.mean_cosine
-    assert abs(gap(models["target"], wrong.steer, TARGET_STRENGTH, samples=8)) < 0.2
+    mismatched = transfer_steer(steer, source, (rows, shifted))
+    assert mismatched.fit is not None and result.fit is not None
+    assert mismatched.fit.mean_cosine < 0.7 * result.fit.mean_cosine
+    assert abs(gap(models["target"], mismatched.steer, TARGET_STRENGTH, samples=8)) < 0.2
 
 
-def test_texts_speak_for_the_transferred_steer_too(models: dict[str, Any], steer: LMSteer) -> None:
+def test_generated_texts_show_the_effect_of_the_transferred_steer(
+    models: dict[str, Any], steer: LMSteer
+) -> None:
     samples = corpus.generate(60, seed=11, language="en")
     texts = [LabelledText(s.text, 1.0 if s.sentiment == "positive" else -1.0) for s in samples]
     moved = transferred(models, steer, "orthogonal").steer

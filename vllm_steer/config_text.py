@@ -1,9 +1,10 @@
-"""The text of a steer config, YAML or JSON, as plain values: bounded, and of one meaning.
+"""Parses the text of a steer config, YAML or JSON, to plain values, within bounds and
+unambiguously.
 
-YAML lets a few bytes stand for very many values (aliases), lets a later key replace an earlier one
-without a word, and reads ``1_0`` and ``1:30`` as numbers. Here aliases are followed only as far as
-the whole stays small, a key that is given twice is an error, and numbers are decimal, as in JSON.
-(``yes`` and ``no`` are truth values, as in YAML 1.1.)
+YAML expands a few bytes to very many values (aliases), lets a later key silently replace an earlier
+one, and reads ``1_0`` and ``1:30`` as numbers. Here the expanded size of aliases is limited, a
+duplicate key is an error, and numbers are decimal, as in JSON. (``yes`` and ``no`` are booleans, as
+in YAML 1.1.)
 """
 
 import re
@@ -64,12 +65,12 @@ def read_config_text(text: str, origin: str) -> Any:
         raise
     except RecursionError:
         raise SteerError(f"{origin} is nested more than {MAX_DEPTH} deep") from None
-    except Exception as error:  # PyYAML's own, and whatever its constructors meet
+    except Exception as error:  # PyYAML's own errors, and those that its constructors raise
         raise SteerError(f"{origin} is neither YAML nor JSON: {_cause(error)}") from None
 
 
 def _check_lines(text: str, origin: str) -> None:
-    """Raise ``SteerError`` for what only YAML before 1.2 takes for the end of a line."""
+    """Raise ``SteerError`` for characters that end a line only in YAML before 1.2."""
     for number, line in enumerate(text.split("\n"), 1):
         if match := _YAML11_LINE_BREAKS.search(line):
             raise SteerError(
@@ -93,7 +94,7 @@ def _read_yaml(text: str, origin: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the numbers of YAML 1.2, and dates as texts."""
+    """PyYAML's safe loader with the numbers of YAML 1.2; dates stay strings."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -105,9 +106,9 @@ for _tag, _regexp, _first in _NUMBERS:
 
 
 class _NodeCheck:
-    """What a document's nodes stand for, checked before any value is made of them.
+    """Checks the nodes of a document before they become values.
 
-    Each node is checked once, however many aliases lead to it, and counted as often as they do.
+    Each node is checked once and counted once per alias that refers to it.
     """
 
     def __init__(self, loader: yaml.SafeLoader, origin: str) -> None:
@@ -118,7 +119,7 @@ class _NodeCheck:
         self._merged: dict[int, list[yaml.Node]] = {}
 
     def count(self, node: yaml.Node, depth: int = 0) -> int:
-        """The values that a node stands for. Raises ``SteerError`` for what may not be."""
+        """The number of values of a node. Raises ``SteerError`` for a node that is not allowed."""
         key = id(node)
         if key in self._open:
             raise self._wrong(node, "an alias holds itself")
@@ -146,13 +147,13 @@ class _NodeCheck:
         self._check_keys([key for key, _ in node.value])
         for key, value in node.value:
             if key.tag == _MERGE and isinstance(value, yaml.SequenceNode):
-                # PyYAML's releases do not agree on which one counts.
+                # PyYAML's releases differ in which one is used.
                 mappings = [m for m in value.value if isinstance(m, yaml.MappingNode)]
                 self._check_keys([k for mapping in mappings for k in self._all_keys(mapping)])
         return [part for pair in node.value for part in pair]
 
     def _all_keys(self, node: yaml.MappingNode) -> list[yaml.Node]:
-        """A mapping's keys, those that it merges too; a merge that holds itself was refused."""
+        """A mapping's keys, including merged ones; a merge that contains itself was refused."""
         if id(node) not in self._merged:
             self._merged[id(node)] = keys = []
             for key, value in node.value:
@@ -180,7 +181,7 @@ class _NodeCheck:
             seen.add(key.value)
 
     def _check_tag(self, node: yaml.Node) -> None:
-        """A value's type is what its text says: a tag beside it may only say the same."""
+        """Check that a tag agrees with the type of the value's text."""
         if isinstance(node, yaml.ScalarNode):
             if any("\ud800" <= letter <= "\udfff" for letter in node.value):
                 raise self._wrong(node, f"{shown(node.value)} has letters that are not Unicode")
@@ -196,7 +197,7 @@ class _NodeCheck:
 
 
 def _cause(error: Exception) -> str:
-    """PyYAML's problem and its place, in one line."""
+    """PyYAML's error and its position, in one line."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if problem is None or mark is None:
         return cause(error)

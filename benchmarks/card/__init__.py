@@ -1,1 +1,1 @@
-"""One prepared run on a machine with a card: the pack, the phases, the checks of an engine."""
+"""A prepared run on a machine with a GPU: the pack, the phases, the checks of an engine."""

@@ -2,9 +2,9 @@
 
     python -m benchmarks.card.engine_check DATA --json OUT [--runner v1|v2] [--eager]
 
-In one process: an engine that has no steers, then one with all of them. Every request of the whole
-batch, and of batches that need padding and get smaller, has to be what the references say; requests
-without a steer what the engine without steers gave, number for number.
+Runs an engine without steers, then one with all steers, in one process. Every request of the whole
+batch, and of smaller batches that need padding, must match the references; requests without a steer
+must equal the engine without steers, number for number.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Request = dict[str, Any]
 
 
 def main() -> int:
-    """Run every check, write what each found; 0 if all hold."""
+    """Run every check and write its result; returns 0 if all hold."""
     args = _arguments()
     _prepare(args)
     result: dict[str, Any] = {"runner": args.runner, "eager": args.eager, "checks": []}
@@ -55,9 +55,9 @@ def main() -> int:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    """The environment, before vLLM is imported."""
+    """Set the environment, before vLLM is imported."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
-    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # vLLM's attention would take TF32
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # vLLM's attention would use TF32
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     set_environment()
     if args.runner == "v2" and not torch.cuda.is_available():
@@ -71,10 +71,10 @@ def _prepare(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _engine(args: argparse.Namespace, steer: Any, num_requests: int) -> Iterator[Any]:
-    """An engine with or without steers; closed at the end of its block."""
+    """An engine with or without steers; closed at the end of the block."""
     options: dict[str, Any] = {}
     if torch.cuda.is_available():
-        # A fixed cache: a memory profile beside other processes would see theirs.
+        # A fixed cache size: a memory profile would count the memory of other processes.
         options |= {"kv_cache_memory_bytes": 1 << 28, "attention_backend": "TRITON_ATTN"}
         if not args.eager:
             options["compilation_config"] = {"cudagraph_capture_sizes": CAPTURED}
@@ -131,23 +131,25 @@ def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
         compiled = _compiled_from_now_on()
 
         def batch(size: int, **options: Any) -> str:
-            """The last requests: batches that need padding, with other neighbours each time."""
+            """A batch of the last requests: these need padding, and have different neighbours each
+            time.
+            """
             some = fixed[-size:]
-            found = _ask(llm, [requests[i] for i in some], tokens, **options)
-            return _compare(some, found, references)
+            outputs = _ask(llm, [requests[i] for i in some], tokens, **options)
+            return _compare(some, outputs, references)
 
         def without_steers() -> str:
-            found = [_exact(output) for output in _ask(llm, plain, tokens)]
-            worst = max(map(_difference, found, unsteered))
-            pairs = enumerate(zip(found, unsteered, strict=True))
+            numbers = [_exact(output) for output in _ask(llm, plain, tokens)]
+            worst = max(map(_difference, numbers, unsteered))
+            pairs = enumerate(zip(numbers, unsteered, strict=True))
             different = [i for i, (one, other) in pairs if one != other]
             assert not different, f"requests {different} differ, logprobs by {worst:.1e}"
-            return f"{len(found)} requests, number for number"
+            return f"{len(numbers)} requests, number for number"
 
         def dynamic_strengths() -> str:
             most = len(references[f"tokens_{dynamic[0]}"])
-            found = _ask(llm, [requests[i] for i in dynamic], most)
-            return _compare_dynamic(dynamic, found, requests, references)
+            outputs = _ask(llm, [requests[i] for i in dynamic], most)
+            return _compare_dynamic(dynamic, outputs, requests, references)
 
         run("all together, prompt logprobs", lambda: batch(len(fixed), prompt_logprobs=1))
         run("batches of 13, 3 and 1", lambda: "; ".join(batch(size) for size in (13, 3, 1)))
@@ -160,24 +162,24 @@ def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 class _Checks:
-    """Checks that do not stop each other."""
+    """Runs checks; a failed check does not stop the next."""
 
     def __init__(self, checks: list[dict[str, Any]]) -> None:
         self._checks = checks
 
     def __call__(self, name: str, check: Callable[[], str]) -> None:
         try:
-            ok, said = True, check()
+            ok, report = True, check()
         except Exception:
-            ok, said = False, traceback.format_exc()[-2000:]
-        self._checks.append({"name": name, "ok": ok, "said": said})
-        print(f"{name}: {'holds' if ok else 'FAILS'}: {said.splitlines()[-1][:200]}", flush=True)
+            ok, report = False, traceback.format_exc()[-2000:]
+        self._checks.append({"name": name, "ok": ok, "said": report})
+        print(f"{name}: {'holds' if ok else 'FAILS'}: {report.splitlines()[-1][:200]}", flush=True)
 
 
 def _compare(
     indices: Sequence[int], outputs: Sequence[Any], references: dict[str, np.ndarray]
 ) -> str:
-    """Tokens and logprobs of a batch; the largest difference of a logprob."""
+    """Compare tokens and logprobs of a batch; returns the largest difference of a logprob."""
     worst = 0.0
     for index, output in zip(indices, outputs, strict=True):
         worst = max(worst, _compare_text(index, output, references, TOLERANCE))
@@ -194,7 +196,7 @@ def _compare(
 def _compare_text(
     index: int, output: Any, references: dict[str, np.ndarray], tolerance: float
 ) -> float:
-    """Up to the first choice that float32 may make otherwise."""
+    """Compare a text up to the first token that float32 may choose differently."""
     completion, worst = output.outputs[0], 0.0
     expected, logprobs = references[f"tokens_{index}"], references[f"logprobs_{index}"]
     for step, (token, margin) in enumerate(
@@ -216,20 +218,20 @@ def _compare_dynamic(
     requests: Sequence[dict[str, Any]],
     references: dict[str, np.ndarray],
 ) -> str:
-    """Strengths and texts, up to the first step whose likeliest tokens rounding may choose."""
+    """Compare strengths and texts up to the first step that depends on rounding."""
     worst, steps = 0.0, 0
     for index, output in zip(indices, outputs, strict=True):
-        given = output.outputs[0].steer_strengths
+        strengths = output.outputs[0].steer_strengths
         names = [
             name
             for name, dose in requests[index]["steer"].items()
             if isinstance(dose, dict) and dose["strength"] == "dynamic"
         ]
-        wanted, borders = references[f"strengths_{index}"], references[f"borders_{index}"]
+        expected, borders = references[f"strengths_{index}"], references[f"borders_{index}"]
         sure = (borders > SURE).all(0) & (references[f"margins_{index}"] > SURE)
         for step in range(len(sure) if sure.all() else int(sure.argmin())):
             for row, name in enumerate(names):
-                error = abs(given[name][step] - wanted[row, step])
+                error = abs(strengths[name][step] - expected[row, step])
                 assert error <= 1e-3, f"request {index}, {name}, step {step}: {error:.2e}"
                 worst, steps = max(worst, error), steps + 1
             token = int(references[f"tokens_{index}"][step])
@@ -247,7 +249,7 @@ def _exact(output: Any) -> list[Any]:
 
 
 def _difference(actual: list[Any], expected: list[Any]) -> float:
-    """The largest difference of a logprob; infinite where the tokens are others."""
+    """The largest difference of a logprob; infinite if the tokens differ."""
     if [token for token, _ in actual] != [token for token, _ in expected]:
         return float("inf")
     pairs = zip(actual, expected, strict=True)
@@ -255,7 +257,7 @@ def _difference(actual: list[Any], expected: list[Any]) -> float:
 
 
 def _compiled_from_now_on() -> list[str]:
-    """The Triton kernels that are compiled while the engine serves, as they come."""
+    """A list to which each Triton kernel that is compiled from now on is appended."""
     import triton
 
     compiled: list[str] = []
@@ -271,15 +273,15 @@ def _compiled_from_now_on() -> list[str]:
 
 
 def _nothing_of_ours(compiled: list[str], result: dict[str, Any]) -> str:
-    """vLLM's own kernels may compile at their first prompts; those of the plugin are ready."""
+    """Check that no kernel of the plugin compiled while serving; vLLM's own kernels may."""
     result["compiled_while_serving"] = compiled
-    ours = [name for name in compiled if "vllm_steer" in name]
-    assert not ours, f"compiled while serving: {', '.join(ours)}"
+    own_kernels = [name for name in compiled if "vllm_steer" in name]
+    assert not own_kernels, f"compiled while serving: {', '.join(own_kernels)}"
     return f"{len(compiled)} kernels of others"
 
 
 def _facts(llm: Any) -> dict[str, Any]:
-    """What vLLM made of the configuration."""
+    """The settings that vLLM chose."""
     import triton
     import vllm
 
@@ -297,7 +299,7 @@ def _facts(llm: Any) -> dict[str, Any]:
 
 
 def _graphs(args: argparse.Namespace, result: dict[str, Any]) -> str:
-    """On a card with graphs on, some must have been captured; elsewhere there are none."""
+    """Check the CUDA graphs: on a GPU with graphs enabled some were captured, elsewhere none."""
     from vllm.compilation.counter import compilation_counter
 
     captured = compilation_counter.num_cudagraph_captured

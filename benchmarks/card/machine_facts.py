@@ -1,4 +1,4 @@
-"""The machine, its card and its software; unpacks vLLM where the pack brings it.
+"""The machine, its GPU and its software; unpacks vLLM if the pack has it.
 
 python -m benchmarks.card.machine_facts PACK SCRATCH --json OUT
 """
@@ -12,7 +12,7 @@ from benchmarks import arguments
 
 
 def main() -> None:
-    """Unpack, look, write."""
+    """Unpack vLLM, describe the machine, write the result."""
     parser = arguments.parser(__doc__)
     parser.add_argument("pack", type=Path)
     parser.add_argument("scratch", type=Path)
@@ -22,7 +22,7 @@ def main() -> None:
         with tarfile.open(piece) as archive:
             archive.extractall(args.scratch / "vllm", filter="data")
     unpacked_s = round(time.monotonic() - begun, 1)
-    # What the archive brings can be imported only now.
+    # Packages of the archive can be imported only now.
     import torch
 
     from benchmarks.operations.timing import copy_bandwidth
@@ -45,10 +45,10 @@ def _nvidia_smi() -> list[str]:
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return []
-    return done.stdout.strip().splitlines()
+    return process.stdout.strip().splitlines()
 
 
 if __name__ == "__main__":

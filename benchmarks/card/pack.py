@@ -1,12 +1,12 @@
-"""Make a folder with everything that ``run.py`` needs on a machine that reaches no network.
+"""Make a folder with everything that ``run.py`` needs on a machine without network access.
 
     python -m benchmarks.card.pack PACK [--vllm FILE]
 
-In it: the package as a wheel installs it, with its entry points; the benchmarks and the card's
-tests; a tiny model, its steers and references in float64; pytest and rich, which such a machine may
-lack; and with ``--vllm`` an archive of vLLM with what it needs, unpacked there (``tar.xz``). The
-whole stays under 60 MiB. The machine brings Python 3.11 or newer, torch, triton, transformers, and
-vLLM where no archive is given.
+It holds: the package as a wheel installs it, with its entry points; the benchmarks and the GPU
+tests; a tiny model, its steers and references in float64; pytest and rich, which the machine may
+lack; and with ``--vllm`` an archive (``tar.xz``) of vLLM and its dependencies, unpacked on the
+machine. The total is under 60 MiB. The machine needs Python 3.11 or newer, torch, triton,
+transformers, and vLLM if no archive is given.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TESTS = ("conftest.py", "outside.py", "lm_steer_cases.py", "triton")
 
 
 def main() -> None:
-    """Make the pack; refuse one that is too large to carry."""
+    """Make the pack; refuse one that is too large."""
     args = _arguments()
     pack: Path = args.pack
     if pack.exists() and any(pack.iterdir()):
@@ -48,14 +48,14 @@ def main() -> None:
     _write_references(pack, dry=args.dry)
     if args.vllm is not None:
         shutil.copyfile(args.vllm, pack / "vllm.tar.xz")
-    made = {
+    facts = {
         "git": describe_commit(),
         "versions": describe_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "vllm_archive": args.vllm is not None,
     }
-    (pack / "made.json").write_text(json.dumps(made, indent=1) + "\n")
-    (pack / "benchmarks" / "commit.json").write_text(json.dumps(made["git"]) + "\n")
+    (pack / "made.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (pack / "benchmarks" / "commit.json").write_text(json.dumps(facts["git"]) + "\n")
     size = sum(path.stat().st_size for path in pack.rglob("*") if path.is_file()) / 2**20
     if size > LIMIT_MIB:
         sys.exit(f"{pack} has {size:.1f} MiB; {LIMIT_MIB} can be carried")
@@ -63,8 +63,8 @@ def main() -> None:
 
 
 def _sources(folder: Path) -> Path:
-    """A copy of what the wheel is built from: building leaves files beside its sources, and takes
-    those of an earlier build for its own.
+    """A copy of the sources of the wheel: a build leaves files beside its sources and reuses those
+    of an earlier build.
     """
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vllm_steer"):
         _copy(ROOT / name, folder / name)
@@ -73,9 +73,9 @@ def _sources(folder: Path) -> Path:
 
 def _install(*options: str) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    done = subprocess.run([*pip, "--no-deps", "--no-compile", *options], cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.run([*pip, "--no-deps", "--no-compile", *options], cwd=ROOT)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -88,7 +88,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _write_references(pack: Path, *, dry: bool) -> None:
-    """In a process of its own, on one thread: tiny products wait for each other on several."""
+    """Write the references in a separate process, on one thread: several threads slow tiny products
+    down.
+    """
     code = (
         "import torch; from pathlib import Path; torch.set_num_threads(1); "
         "from benchmarks.card import references; "
@@ -96,9 +98,9 @@ def _write_references(pack: Path, *, dry: bool) -> None:
     )
     if not dry:
         code += f"; references.write(Path({str(pack / 'data')!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,8 +1,8 @@
-"""The phases of a run on a card: what each asks, how long it may take, what runs beside it.
+"""The phases of a run on a GPU: the command, the time limit and the parallel phases of each.
 
-A group's phases run side by side, the groups one after the other, the most telling first. Where
-a later one is cut off, the earlier ones have answered: are the kernels right, is the engine right
-with graphs on both runners, what does a steer cost in a step, how near is each kernel to its floor.
+A group's phases run in parallel, the groups in sequence, the most important first, so that an early
+end loses the least. The groups check that the kernels are correct, that the engine is correct with
+graphs on both runners, what a steer costs in a step, and how near each kernel is to its floor.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Phase:
 
 
 def phases(*, dry: bool) -> list[list[Phase]]:
-    """The groups, in order."""
+    """The groups of phases, in order."""
     return _dry() if dry else _on_a_card()
 
 
@@ -66,7 +66,7 @@ def _on_a_card() -> list[list[Phase]]:
 
 
 def _dry() -> list[list[Phase]]:
-    """The same phases at sizes for a CPU, one after the other; kernels in Triton's interpreter."""
+    """The same phases at sizes for a CPU, in sequence; kernels in Triton's interpreter."""
     some = ("triton/test_divergence_fused.py", "-k", "own or dose or infinitely")
     quick = ("--quick", "--shape", "tiny", "--rank", "16", "--figures")
     steered = ("--cases", "4:2", "--profile", "1", "--capture-sizes", "1,4")

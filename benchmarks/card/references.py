@@ -1,7 +1,7 @@
-"""Requests and their right answers: a tiny model, its steers, and Hugging Face in float64.
+"""Requests and their expected results: a tiny model, its steers, and Hugging Face in float64.
 
-Everything comes from the engine tests: their model, their settings, and the references that are
-written out there from the papers' formulas. The machine with the card computes none of it.
+All of it comes from the engine tests: their model, their settings, and their references, which
+implement the papers' formulas. The machine with the GPU computes none of it.
 
     requests.json    the prompt and the steer of each request, and which kind of reference it has
     references.npz   per request ``i``: ``tokens_i`` and ``logprobs_i`` of the greedy text,
@@ -46,12 +46,12 @@ def write(folder: Path, *, few: bool = False) -> None:
     fixed = [*MIXED, *GUIDED][:: 9 if few else 1]
     dynamic = SETTINGS[:: 10 if few else 1]
     model, arrays, requests = load_reference(path), {}, []
-    asked = prompts(len(fixed) + len(dynamic))
-    for index, (setting, prompt) in enumerate(zip([*fixed, *dynamic], asked, strict=True)):
+    all_prompts = prompts(len(fixed) + len(dynamic))
+    for index, (setting, prompt) in enumerate(zip([*fixed, *dynamic], all_prompts, strict=True)):
         ids, doses = prompt["prompt_token_ids"], doses_of(setting, steers)
         is_dynamic = index >= len(fixed)
-        found = (_dynamic if is_dynamic else _fixed)(model, ids, doses, steers)
-        arrays |= {f"{name}_{index}": array for name, array in found.items()}
+        results = (_dynamic if is_dynamic else _fixed)(model, ids, doses, steers)
+        arrays |= {f"{name}_{index}": array for name, array in results.items()}
         requests.append({"prompt": ids, "steer": setting, "dynamic": is_dynamic})
     np.savez_compressed(folder / "references.npz", **arrays)
     (folder / "requests.json").write_text(json.dumps(requests, indent=1) + "\n")
@@ -88,7 +88,7 @@ def _dynamic(
 
 
 def _choices(tokens: Sequence[int], logprobs: Any) -> dict[str, np.ndarray]:
-    """``logprobs [steps or more, vocab]`` of the tokens, and how sure each choice is."""
+    """Logprobs of the tokens and margin of each choice; ``logprobs [steps or more, vocab]``."""
     steps = logprobs[: len(tokens)]
     first, second = steps.topk(2).values.T
     return {

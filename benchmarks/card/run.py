@@ -1,12 +1,12 @@
-"""All that one short stay on a machine with a card is to find out, the most telling first.
+"""Run all checks and benchmarks for a short time on a machine with a GPU, the most important first.
 
     cd PACK; python -m benchmarks.card.run . OUT [--seconds 570] [--scratch FOLDER] [--dry]
 
-``PACK`` is the folder that ``pack.py`` has made, ``OUT`` an empty one. Nothing but the standard
-library runs here: phases are processes of their own with limits of their own, and no phase stops a
-later one. Each leaves its JSON and its log in ``OUT``; the summary is in ``summary.json`` and is
+``PACK`` is the folder that ``pack.py`` made, ``OUT`` an empty one. This script uses only the
+standard library: each phase is a process with its own time limit, and a failed phase does not stop
+a later one. Each leaves its JSON and its log in ``OUT``; the summary is in ``summary.json`` and is
 printed last. An unpacked vLLM and all caches go to ``--scratch``, else to a temporary folder.
-``--dry`` is for a machine without a card: the same phases at tiny sizes.
+``--dry`` is for a machine without a GPU: the same phases at tiny sizes.
 """
 
 import argparse
@@ -29,7 +29,7 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Places:
-    """Folders: what was carried, what comes back, what does not."""
+    """The folders of a run: the pack, the results, and scratch files."""
 
     pack: Path
     out: Path
@@ -37,7 +37,7 @@ class Places:
 
 
 class Running:
-    """A phase under way."""
+    """A running phase."""
 
     def __init__(self, phase: Phase, places: Places, limit_s: float) -> None:
         self.phase = phase
@@ -45,9 +45,9 @@ class Running:
         self._json = places.out / f"{phase.name}.json"
         self._log = places.out / f"{phase.name}.log"
         self._begun = time.monotonic()
-        named = {f"{{{name}}}": path for name, path in vars(places).items()}
-        named["{json}"] = self._json
-        command = [_filled(part, named) for part in phase.command]
+        placeholders = {f"{{{name}}}": path for name, path in vars(places).items()}
+        placeholders["{json}"] = self._json
+        command = [_filled(part, placeholders) for part in phase.command]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *command],
@@ -60,7 +60,7 @@ class Running:
             )
 
     def ended(self) -> dict[str, Any] | None:
-        """What came of it once it has ended, by itself or at its limit; None until then."""
+        """The result after its end or its time limit; None while it runs."""
         seconds = time.monotonic() - self._begun
         code = self._process.poll()
         if code is None and seconds < self.limit_s:
@@ -73,42 +73,49 @@ class Running:
             "phase": self.phase.name,
             "state": state,
             "seconds": round(seconds, 1),
-            "said": self._said(),
+            "said": self._report_text(),
         }
 
-    def _said(self) -> str:
-        """The summary of its JSON; of a phase that left none or a half, its log's last line."""
+    def _report_text(self) -> str:
+        """The summary of its JSON, or the last line of its log if the JSON is missing or
+        incomplete.
+        """
         try:
-            found = json.loads(self._json.read_text())
+            result = json.loads(self._json.read_text())
         except (OSError, ValueError):
-            found = {}
-        if "summary" in found:
-            return str(found["summary"])[:400]
-        if "rows" in found:
-            left_out = len(found.get("left_out") or ())
-            return f"{len(found['rows'])} lines" + (f", {left_out} left out" * bool(left_out))
+            result = {}
+        if "summary" in result:
+            return str(result["summary"])[:400]
+        if "rows" in result:
+            left_out = len(result.get("left_out") or ())
+            return f"{len(result['rows'])} lines" + (f", {left_out} left out" * bool(left_out))
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else ""
 
 
 class Summary:
-    """What came of the phases so far, in ``summary.json``."""
+    """The results of the phases so far, in ``summary.json``."""
 
     def __init__(self, args: argparse.Namespace, places: Places) -> None:
         self._path = places.out / "summary.json"
-        made = json.loads((places.pack / "made.json").read_text())
+        facts = json.loads((places.pack / "made.json").read_text())
         self.phases: list[dict[str, Any]] = []
-        self._data = {"dry": args.dry, "seconds": args.seconds, "pack": made, "phases": self.phases}
+        self._data = {
+            "dry": args.dry,
+            "seconds": args.seconds,
+            "pack": facts,
+            "phases": self.phases,
+        }
         self._write()
 
     def add(self, result: dict[str, Any]) -> None:
-        """Another phase."""
+        """Add the result of a phase."""
         self.phases.append({"phase": "", "state": "", "seconds": 0, "said": "", **result})
         self._write()
         print(self.line(self.phases[-1]), flush=True)
 
     def line(self, result: dict[str, Any]) -> str:
-        """A phase for the terminal."""
+        """One line about a phase, for the terminal."""
         return "{phase:<18} {state:<10} {seconds:>6} s  {said}".format(**result)
 
     def _write(self) -> None:
@@ -116,7 +123,7 @@ class Summary:
 
 
 def main() -> int:
-    """Run the phases, group after group; print the summary. 0 if all of them are ok."""
+    """Run the phases by group and print the summary; returns 0 if all are ok."""
     args = _arguments()
     with tempfile.TemporaryDirectory(prefix="card-") as temporary:
         scratch = args.scratch or Path(temporary)
@@ -125,14 +132,14 @@ def main() -> int:
         summary = Summary(args, places)
         deadline = time.monotonic() + args.seconds
         for group in phases(dry=args.dry):
-            asked = [phase for phase in group if not args.only or phase.name in args.only]
-            _run(asked, places, deadline, summary)
+            chosen = [phase for phase in group if not args.only or phase.name in args.only]
+            _run(chosen, places, deadline, summary)
     print("\nSUMMARY", *map(summary.line, summary.phases), sep="\n", flush=True)
     return 0 if all(result["state"] == "ok" for result in summary.phases) else 1
 
 
 def _run(group: list[Phase], places: Places, deadline: float, summary: Summary) -> None:
-    """Phases side by side, until all of them have ended."""
+    """Run phases in parallel until all have ended."""
     running = []
     for phase in group:
         limit = min(phase.limit_s, deadline - time.monotonic() - GRACE_S)
@@ -146,9 +153,9 @@ def _run(group: list[Phase], places: Places, deadline: float, summary: Summary) 
             summary.add({"phase": phase.name, "state": f"did not start: {error}"})
     while running:
         time.sleep(POLL_S)
-        for each in list(running):
-            if result := each.ended():
-                running.remove(each)
+        for running_phase in list(running):
+            if result := running_phase.ended():
+                running.remove(running_phase)
                 summary.add(result)
 
 
@@ -159,12 +166,14 @@ def _filled(part: str, places: dict[str, Path]) -> str:
 
 
 def _environment(places: Places, phase: Phase) -> dict[str, str]:
-    """The package and what the machine lacks come first; every process has caches of its own."""
+    """The environment: packages of the pack come first, and every process has its own caches."""
     pack, scratch = places.pack, places.scratch
-    found = [pack / "site", scratch / "vllm", pack / "tests", pack / "extra"]
-    given = os.environ.get("PYTHONPATH")
+    folders = [pack / "site", scratch / "vllm", pack / "tests", pack / "extra"]
+    python_path = os.environ.get("PYTHONPATH")
     return {
-        "PYTHONPATH": os.pathsep.join([*map(str, found), *([given] if given else [])]),
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, folders), *([python_path] if python_path else [])]
+        ),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": "1",

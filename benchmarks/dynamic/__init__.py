@@ -1,1 +1,1 @@
-"""What dynamic strength costs: the models and their batches, and the figures."""
+"""Benchmark of dynamic strength: models, batches and figures."""

@@ -1,6 +1,6 @@
 """The figures of dynamic strength, each from interleaved legs.
 
-cost      time of a token over that of as many unsteered requests
+cost      time per token over that of as many unsteered requests
 ordinary  tokens per second of ordinary requests beside dynamic ones, over the same beside as
           many ordinary requests as the dynamic ones have streams
 """
@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.dynamic.served import DynamicLeg, DynamicModel, draw_prompts, run_leg
 from benchmarks.rounds import interleave, median, plain_legs, spread
 
-STREAMS = 3  # of a request with one dynamic strength: itself, base and probe
+STREAMS = 3  # streams of a request with one dynamic strength: main, base and probe
 STRENGTHS: dict[str, Any] = {
     "delta dynamic": {"delta": {"strength": "dynamic", "max": 2.0, "top_p": 0.5}},
     "lm dynamic": {"lm": {"strength": "dynamic", "max": 5.0, "top_p": 0.5}},
@@ -27,7 +27,7 @@ ORDINARY = 16
 
 @dataclass
 class DynamicBench:
-    """One engine, how long its requests are, and how often all of it is measured."""
+    """An engine, the length of its requests, and the number of rounds."""
 
     name: str
     llm: Any
@@ -37,26 +37,26 @@ class DynamicBench:
     legs: int = 0
 
     def leg(self, steers: Sequence[Any], *, again: bool = False) -> DynamicLeg:
-        """A batch with new prompts, or ``again`` with those of the last one."""
+        """Run a batch with new prompts, or with those of the last batch if ``again``."""
         self.legs += not again
         prompts = draw_prompts(self.legs, len(steers), self.served.vocab_size)
         return run_leg(self.llm, prompts, steers, self.tokens)
 
     def line(
-        self, figure: str, what: str, requests: int, ratios: Sequence[float], **numbers: Any
+        self, figure: str, label: str, requests: int, ratios: Sequence[float], **numbers: Any
     ) -> dict[str, Any]:
         """One line of the result."""
-        head = {"model": self.name, "figure": figure, "what": what, "requests": requests}
+        head = {"model": self.name, "figure": figure, "what": label, "requests": requests}
         return head | numbers | spread("ratio", ratios) | {"rounds": len(ratios)}
 
 
 def token_ms(leg: DynamicLeg) -> float:
-    """The figure that is compared."""
+    """The compared figure."""
     return leg.token_ms
 
 
 def cost(bench: DynamicBench, requests: int) -> Iterator[dict[str, Any]]:
-    """The time of a token of each kind of strength, and the floor of two steps measured.
+    """The time per token of each kind of strength, and the measured floor of two steps.
 
     The floor is the time of a step of ``requests`` rows and one of twice as many, both unsteered.
     """
@@ -86,8 +86,8 @@ def cost(bench: DynamicBench, requests: int) -> Iterator[dict[str, Any]]:
 def ordinary(bench: DynamicBench, dynamic: int) -> dict[str, Any]:
     """``ORDINARY`` ordinary requests beside ``dynamic`` ones, and beside as many streams.
 
-    The first request is an ordinary one: its tokens are timed, and all of them come while the
-    dynamic requests, which take twice as long, still run.
+    The first request is an ordinary one and is timed: it ends while the dynamic requests, which
+    take twice as long, still run.
     """
     beside_ordinary = [None] * (ORDINARY + STREAMS * dynamic)
     beside_dynamic = [None] * ORDINARY + [DYNAMIC] * dynamic
@@ -104,7 +104,7 @@ def ordinary(bench: DynamicBench, dynamic: int) -> dict[str, Any]:
 
 
 def check_steered(bench: DynamicBench) -> None:
-    """Every kind of strength changes what is written, and no strength what others write."""
+    """Check that every kind of strength changes its own text, and no text of another request."""
     steers = [None, *STRENGTHS.values()]
     plain = bench.leg([None] * len(steers)).tokens
     mixed = bench.leg(steers, again=True).tokens

@@ -1,13 +1,13 @@
-"""The models that serve dynamic requests here, and batches of requests to them.
+"""The models of the dynamic benchmark, and batches of requests to them.
 
 embedded  the small model that comes with the package; its French delta, its steps repeated
           until there are enough, and its sentiment steer. Its steps are mostly overhead
 llama     81 M random parameters, wide enough that a step is arithmetic; random steers
 
-All requests of a leg start together, greedy, without end of text, each with a prompt of its own
-that no other leg had. A request with dynamic strength has a token every second step, all others one
-every step: the *time of a token* is half the time that the first request takes for two tokens,
-the median over its tokens but the first and last ones.
+All requests of a leg start together, greedy, without end of text, each with its own prompt, new in
+each leg. A request with dynamic strength generates a token every second step, all others one per
+step: the *time of a token* is half the time that the first request takes for two tokens, as the
+median over its tokens except the first and last ones.
 """
 
 import statistics
@@ -24,7 +24,7 @@ from benchmarks.engines import greedy
 from vllm_steer import DeltaSteer, LMSteer, load_steer, save_steer
 
 NAMES = ("embedded", "llama")
-HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 768, 2048, 8, 12, 32000  # of llama
+HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 768, 2048, 8, 12, 32000  # the shape of llama
 LOGITS_STD = 4.0  # llama's next-token distributions have about 4 nats; with 1.0, 9.9 of ln V = 10.4
 PROMPT_TOKENS = 32
 LEAD_TOKENS = 4
@@ -42,14 +42,14 @@ class DynamicModel:
 
 @dataclass(frozen=True)
 class DynamicLeg:
-    """One batch: the time of a token, and what each request wrote."""
+    """One batch: the time of a token, and the tokens of each request."""
 
     token_ms: float
     tokens: tuple[tuple[int, ...], ...]
 
 
 def write_dynamic_model(name: str, folder: Path, *, steps: int) -> DynamicModel:
-    """Write what is served, a delta of ``steps`` steps included."""
+    """Write the model and its steers, with a delta of ``steps`` steps."""
     from transformers import AutoConfig
 
     folder.mkdir(parents=True)
@@ -82,7 +82,7 @@ def _random(folder: Path, steps: int) -> tuple[Path, DeltaSteer, LMSteer]:
 
 
 def draw_prompts(leg: int, count: int, vocab_size: int) -> list[list[int]]:
-    """Prompts of random tokens, others for each leg."""
+    """Prompts of random tokens, different in each leg."""
     generator = torch.Generator().manual_seed(leg)
     return torch.randint(3, vocab_size, (count, PROMPT_TOKENS), generator=generator).tolist()
 
@@ -90,11 +90,11 @@ def draw_prompts(leg: int, count: int, vocab_size: int) -> list[list[int]]:
 def run_leg(
     llm: Any, prompts: Sequence[list[int]], steers: Sequence[Any], tokens: int
 ) -> DynamicLeg:
-    """Serve one batch, a request per prompt, with its entry of ``steers`` (None: no steer)."""
+    """Serve one batch: a request per prompt, with its entry of ``steers`` (None: no steer)."""
     from vllm.sampling_params import RequestOutputKind
 
     engine, arrivals = llm.llm_engine, []
-    written: list[list[int]] = [[] for _ in steers]
+    tokens_by_request: list[list[int]] = [[] for _ in steers]
     for row, (prompt, steer) in enumerate(zip(prompts, steers, strict=True)):
         params = greedy(tokens, steer, output_kind=RequestOutputKind.DELTA)
         engine.add_request(str(row), {"prompt_token_ids": prompt}, params)
@@ -102,15 +102,15 @@ def run_leg(
         outputs = engine.step()
         now = perf_counter()
         for output in outputs:
-            written[int(output.request_id)] += output.outputs[0].token_ids
+            tokens_by_request[int(output.request_id)] += output.outputs[0].token_ids
             if output.request_id == "0" and output.outputs[0].token_ids:
                 arrivals.append(now)
-    assert all(len(row) == tokens for row in written), "a request ended early"
-    return DynamicLeg(token_time_ms(arrivals), tuple(map(tuple, written)))
+    assert all(len(row) == tokens for row in tokens_by_request), "a request ended early"
+    return DynamicLeg(token_time_ms(arrivals), tuple(map(tuple, tokens_by_request)))
 
 
 def token_time_ms(arrivals: Sequence[float]) -> float:
-    """The time of a token from the moments at which a request's tokens came."""
+    """The time of a token, from the arrival times of a request's tokens."""
     timed = arrivals[LEAD_TOKENS : len(arrivals) - TAIL_TOKENS]
     pairs = zip(timed, timed[2:], strict=False)
     return statistics.median((later - earlier) / 2 for earlier, later in pairs) * 1e3

@@ -1,5 +1,5 @@
-"""The operations that steer, one by one: their cases, forms and baselines, and their measuring.
+"""Benchmarks of single operations: cases, forms, baselines and measurement.
 
-A case is a batch or a step: it makes sets of inputs, knows its floor, and has a piece of work for
-each form.
+A case is a batch or a step: it makes sets of inputs, has a floor, and an ``Operation`` for each
+form.
 """

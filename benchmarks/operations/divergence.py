@@ -23,7 +23,7 @@ SPREAD = 4.0
 
 @dataclass(frozen=True)
 class DivergenceCase(OperationCase):
-    """So many ``doses``, each with a base and a probe of its own, over ``width`` tokens."""
+    """``doses`` doses, each with its own base and probe, over ``width`` tokens."""
 
     doses: int
     width: int
@@ -31,7 +31,7 @@ class DivergenceCase(OperationCase):
     case = "dynamic"
 
     def floor_bytes(self, itemsize: int) -> int:
-        """Base and probe of every dose once; a KL in float32 and a size per dose."""
+        """Bytes of base and probe of every dose once, and a KL in float32 and a size per dose."""
         return self.doses * (2 * self.width * itemsize + 12)
 
     def sets(self, bench: MeasurementSetup) -> list[torch.Tensor]:
@@ -44,7 +44,7 @@ class DivergenceCase(OperationCase):
         ]
 
     def work(self, form: str, logits: torch.Tensor) -> Operation:
-        """Ours."""
+        """The operation of vllm-steer."""
         module = dispatched(divergence_backend, form, logits.device)
         doses = torch.arange(self.doses, device=logits.device)
         top_p = torch.full((self.doses,), TOP_P, device=logits.device)
@@ -53,11 +53,13 @@ class DivergenceCase(OperationCase):
             return module.divergence(logits, doses, doses + self.doses, top_p)
 
         def check(results: Tensors) -> float:
-            """A few doses against a sort in float64."""
-            few = doses[:2]
-            rows = logits[torch.cat([few, few + self.doses])].double()
-            expected, _ = torch_sort.divergence(rows, few, few + len(few), float(top_p[0]))
-            actual = results[0][: len(few)].double()
+            """Check two doses against a sort in float64."""
+            two_doses = doses[:2]
+            rows = logits[torch.cat([two_doses, two_doses + self.doses])].double()
+            expected, _ = torch_sort.divergence(
+                rows, two_doses, two_doses + len(two_doses), float(top_p[0])
+            )
+            actual = results[0][: len(two_doses)].double()
             error = float(((actual - expected).abs() / expected.abs().clamp(min=1e-3)).max())
             assert error <= 1e-3, f"a KL is wrong by {error:.2g}"
             return error

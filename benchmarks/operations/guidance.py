@@ -41,27 +41,27 @@ class GuidanceCase(OperationCase):
         return self.case == "rotate"
 
     def floor_bytes(self, itemsize: int) -> int:
-        """One layer: rows in and out (the residual in), the directions in use in float32, and 8
-        bytes of the map per dose.
+        """Bytes of one layer: rows in and out (the residual in), the used directions in float32,
+        and 8 bytes of the map per dose.
         """
         rows = self.rows * self.width * itemsize * (2 + self.residual)
         directions = min(DIRECTIONS, self.rows + self.doses - 1)
         return rows + 4 * directions * self.width + 8 * self.rows * self.doses
 
     def sets(self, bench: MeasurementSetup) -> list["GuidanceInputs"]:
-        """Streams of different layers."""
+        """Residual streams of different layers."""
         generator = torch.Generator(bench.device).manual_seed(0)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=bench.device, generator=generator)
 
-        vectors, turns = random(LAYERS, DIRECTIONS + 1, self.width), None
+        vectors, is_rotation = random(LAYERS, DIRECTIONS + 1, self.width), None
         vectors[:, 0] = 0
         if self.case == "rotate":
             vectors[:, 1:] /= vectors[:, 1:].norm(dim=2, keepdim=True)
-            turns = torch.ones(DIRECTIONS + 1, device=bench.device)
-            turns[0] = 0
-        directions, token_map = Directions(vectors, turns), self._token_map(bench.device)
+            is_rotation = torch.ones(DIRECTIONS + 1, device=bench.device)
+            is_rotation[0] = 0
+        directions, token_map = Directions(vectors, is_rotation), self._token_map(bench.device)
         streams = 1 + self.residual
         set_bytes = streams * self.rows * self.width * bench.dtype.itemsize
         sets = []
@@ -74,7 +74,7 @@ class GuidanceCase(OperationCase):
         return sets
 
     def _token_map(self, device: torch.device) -> TokenMap:
-        """Directions in turn, at a few strengths; a turn is by about half the norm."""
+        """Directions round-robin, at a few strengths; a rotation is by about half the norm."""
         unit = self.width**0.5 / 2 if self.case == "rotate" else 1.0
         token, dose = torch.arange(self.rows), torch.arange(self.doses)[:, None]
         strengths = (0.5 + (token + 3 * dose) % 7 / 8) * unit
@@ -84,7 +84,7 @@ class GuidanceCase(OperationCase):
         )
 
     def work(self, form: str, inputs: "GuidanceInputs") -> Operation:
-        """Ours, on a stream of its own that it changes in place."""
+        """The operation of vllm-steer, on its own residual stream, which it changes in place."""
         hidden, touched = inputs.before.clone(), inputs.token_map.directions[0] > 0
         module = dispatched(guidance_backend, form, hidden.device)
         rest = (inputs.directions, inputs.layer, inputs.token_map, self.doses)
@@ -101,7 +101,7 @@ class GuidanceCase(OperationCase):
 
 @dataclass(frozen=True, eq=False)
 class GuidanceInputs:
-    """One set: a layer's stream, and what each of its tokens takes there."""
+    """One set of inputs: a layer's residual stream, and the doses of each token."""
 
     case: GuidanceCase
     before: torch.Tensor
@@ -112,15 +112,15 @@ class GuidanceInputs:
 
     @cached_property
     def exact(self) -> torch.Tensor:
-        """The result in float64: ``x + change``, at the norm of ``x`` where it turns."""
+        """The result in float64: ``x + change``, rescaled to the norm of ``x`` where it rotates."""
         vectors = self.directions.vectors[self.layer].double()
         change = torch.zeros(self.before.shape, dtype=torch.float64, device=vectors.device)
         strengths = self.token_map.strengths[self.layer].double()
-        for which, strength in zip(self.token_map.directions, strengths, strict=True):
-            change += vectors[which] * strength[:, None]
-        kept = 0.0 if self.residual is None else self.residual.double()
-        x = self.before.double() + kept
+        for direction_rows, strength in zip(self.token_map.directions, strengths, strict=True):
+            change += vectors[direction_rows] * strength[:, None]
+        residual = 0.0 if self.residual is None else self.residual.double()
+        x = self.before.double() + residual
         steered = x + change
         if self.case.case == "rotate":
             steered *= x.norm(dim=1, keepdim=True) / steered.norm(dim=1, keepdim=True)
-        return steered - kept
+        return steered - residual

@@ -1,7 +1,7 @@
-"""LM-Steer: the change of a batch's rows of hidden states, under one steer each.
+"""LM-Steer: the change of a batch's rows of hidden states, with one steer each.
 
-A form takes one set of inputs and returns the call to time; what the host prepares once per batch
-stays outside of it. It raises ``Skipped`` where it cannot run the case.
+A form takes one set of inputs and returns the call to time; the preparation on the host, once per
+batch, is not timed. It raises ``Skipped`` where it cannot run the case.
 """
 
 from collections.abc import Callable
@@ -35,39 +35,39 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class LMSteerCase(OperationCase):
-    """``rows`` rows take ``distinct`` steers of ``rank`` in turn, each at a strength of its own."""
+    """``rows`` rows take ``distinct`` steers of ``rank`` round-robin, each at its own strength."""
 
     width: int
     rank: int
     rows: int
     distinct: int
     section = "lm_steer"
-    case = "grid"  # older results have others
+    case = "grid"  # older results have other sizes
 
     @property
     def dense(self) -> bool:
-        """Whether the bank keeps the products of the factors, which are smaller."""
+        """True if the bank stores the products of the factors, because they are smaller."""
         return self.width < 2 * self.rank
 
     @property
     def flops(self) -> int:
-        """A product and a sum per row and number of its steer."""
+        """One multiplication and one addition per row and weight of its steer."""
         return 2 * self.rows * weight_elements(self.width, self.rank)
 
     def floor_bytes(self, itemsize: int) -> int:
-        """Each steer's weights once, each row in and out."""
+        """Bytes of each steer's weights once, and each row in and out."""
         return lm_steer_bytes(**vars(self), itemsize=itemsize)
 
     def sets(self, bench: MeasurementSetup) -> list["LMSteerInputs"]:
-        """Sets that take different slots of one bank and different rows."""
+        """Sets with different slots of one bank and different rows."""
         count = sets_for(self.floor_bytes(bench.dtype.itemsize), bench.reach)
-        shelf = make_bank(self, count * self.distinct, bench.dtype, bench.device)
+        table = make_bank(self, count * self.distinct, bench.dtype, bench.device)
         generator = torch.Generator(bench.device).manual_seed(1)
         like = {"dtype": bench.dtype, "device": bench.device, "generator": generator}
         sets = []
         for nth in range(count):
-            x, taken = torch.randn(self.rows, self.width, **like), batch(self, shelf, nth)
-            sets.append(LMSteerInputs(self, x, shelf.weights, taken))
+            x, steered = torch.randn(self.rows, self.width, **like), batch(self, table, nth)
+            sets.append(LMSteerInputs(self, x, table.weights, steered))
         return sets
 
     def work(self, form: str, inputs: "LMSteerInputs") -> Operation:
@@ -83,7 +83,7 @@ class LMSteerCase(OperationCase):
 
 @dataclass(frozen=True, eq=False)
 class LMSteerInputs:
-    """One set: a batch's rows, and which of them take which slot of the tables."""
+    """One set of inputs: a batch's rows, and the slots that they use."""
 
     case: LMSteerCase
     x: torch.Tensor
@@ -103,13 +103,13 @@ class LMSteerInputs:
 
 
 def make_bank(case: LMSteerCase, slots: int, dtype: torch.dtype, device: torch.device) -> HeadTable:
-    """Random steers, kept as the engine's bank keeps them; a change is about as long as its row."""
+    """A bank of random steers, as in an engine; a change is about as long as its row."""
     rank, width, dense = case.rank, case.width, case.dense
     generator = torch.Generator(device).manual_seed(0)
 
     def table(scale: float, *shape: int) -> torch.Tensor:
-        made = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-        return made.mul_(scale)
+        tensor = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        return tensor.mul_(scale)
 
     kinds: list[Slot] = [
         Dense(slot, None, 1.0)
@@ -128,14 +128,14 @@ def make_bank(case: LMSteerCase, slots: int, dtype: torch.dtype, device: torch.d
     return HeadTable({f"s{slot}": slot for slot in range(slots)}, tables)
 
 
-def batch(case: LMSteerCase, shelf: HeadTable, nth: int) -> SteeredRows:
-    """The ``nth`` set's batch as the engine sees it: one request per row."""
+def batch(case: LMSteerCase, table: HeadTable, nth: int) -> SteeredRows:
+    """The batch of the ``nth`` set, as in an engine: one request per row."""
     rows = BatchRows([f"r{row}" for row in range(case.rows)], np.ones(case.rows, dtype=np.int64))
     requests = {}
     for row in range(case.rows):
         dose = Dose(f"s{nth * case.distinct + row % case.distinct}", 0.5 + row % 7 / 8)
         requests[f"r{row}"] = SteeredRequest((dose,), 1)
-    pairs = steered_rows(rows, RequestSlots(shelf, requests))
+    pairs = steered_rows(rows, RequestSlots(table, requests))
     assert pairs is not None
     return pairs
 
@@ -149,7 +149,9 @@ def _change(scaled: torch.Tensor, tables: SteerWeights, slot: Slot) -> torch.Ten
 
 
 def engine_form(kernels: str, max_rows: int | None, inputs: LMSteerInputs) -> Call:
-    """Ours, as an engine of up to ``max_rows`` rows has it; None: of as many as the batch has."""
+    """The operation of vllm-steer in an engine with up to ``max_rows`` rows; None: the rows of the
+    batch.
+    """
     max_rows = max_rows or inputs.case.rows
     if max_rows <= FEW_ROWS < inputs.case.rows:
         raise Skipped(f"an engine takes programs of one row for up to {FEW_ROWS} rows only")
@@ -159,7 +161,7 @@ def engine_form(kernels: str, max_rows: int | None, inputs: LMSteerInputs) -> Ca
 
 
 def addmm(inputs: LMSteerInputs) -> Call:
-    """One steer for all rows: the two products that nothing in torch does faster."""
+    """One steer for all rows: two products, the fastest way in torch."""
     case, tables, x = inputs.case, inputs.tables, inputs.x
     if case.distinct > 1:
         raise Skipped("one product takes one steer for all rows")

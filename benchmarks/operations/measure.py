@@ -1,4 +1,4 @@
-"""One form on one case: equal first, then timed, then seen to have done the same while timed."""
+"""Measures one form on one case: checked, then timed, then checked again on the timed calls."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,9 @@ class Skipped(Exception):
 class Operation:
     """A form on one set of inputs.
 
-    run      one call; its results, new tensors or inputs changed in place
+    run      one call; returns its results, new tensors or inputs changed in place
     check    raises ``AssertionError`` for wrong results; returns their relative error
-    restore  puts inputs back that ``run`` changes
+    restore  restores inputs that ``run`` changes
     """
 
     run: Callable[[], Tensors]
@@ -37,10 +37,10 @@ class Operation:
 
 @dataclass(frozen=True)
 class MeasurementSetup:
-    """What all cases of a run have in common.
+    """Settings of all cases of a run.
 
     repeats    samples per time
-    reach      bytes that the sets of inputs of a case fill together
+    reach      total bytes of the sets of inputs of a case
     bandwidth  bytes per second of a large copy on this machine
     matmul     floating-point operations per second of a large matrix product on it
     """
@@ -70,12 +70,12 @@ class OperationCase:
 
     @property
     def columns(self) -> Line:
-        """What names it in a line of the result."""
+        """The columns that identify it in a line of the result."""
         return {"section": self.section, "case": self.case, **vars(self)}
 
 
 def lines(case: OperationCase, forms: Sequence[str], bench: MeasurementSetup) -> Iterator[Line]:
-    """A line per form: times and what they mean, or the reason why there are none."""
+    """A line per form: times and derived figures, or the reason why there are none."""
     sets, dtype = case.sets(bench), str(bench.dtype).removeprefix("torch.")
     for form in forms:
         head = {**case.columns, "dtype": dtype, "form": form}
@@ -89,15 +89,15 @@ def _form_line(
         times = measure([case.work(form, inputs) for inputs in sets], bench)
     except Skipped as reason:
         return {"skipped": str(reason)}
-    except Exception as error:  # a form that fails must not cost the results of the others
+    except Exception as error:  # a failed form must not lose the results of the others
         return {"failed": f"{type(error).__name__}: {error}"}
     floor = case.floor_bytes(bench.dtype.itemsize)
     return times | against_floor(times["us"], floor, case.flops, bench)
 
 
 def measure(works: Sequence[Operation], bench: MeasurementSetup) -> Line:
-    """Times in microseconds: ``us`` by graph replay on CUDA, by the clock elsewhere. On CUDA beside
-    it ``host_us``, what a call costs the host.
+    """Times in microseconds: ``us`` by graph replay on CUDA, by the clock elsewhere; on CUDA also
+    ``host_us``, the host time of a call.
     """
     expected = [_fresh(work) for work in works]
     error = max(
@@ -124,7 +124,7 @@ def measure(works: Sequence[Operation], bench: MeasurementSetup) -> Line:
 
 
 def against_floor(us: float, floor_bytes: int, flops: int, bench: MeasurementSetup) -> Line:
-    """What a time means: the floor is the longer of moving the bytes and of multiplying."""
+    """Compare a time with its floor: the longer of memory time and arithmetic time."""
     moving, multiplying = 1e6 * floor_bytes / bench.bandwidth, 1e6 * flops / bench.matmul
     floor = max(moving, multiplying)
     return {
@@ -135,15 +135,15 @@ def against_floor(us: float, floor_bytes: int, flops: int, bench: MeasurementSet
 
 
 def dispatched(find: Callable[..., Any], kernels: str, device: torch.device, **options: Any) -> Any:
-    """A form from the dispatch: ``torch``, ``triton`` or, as an engine has it, ``auto``."""
+    """A form from the dispatch: ``torch``, ``triton`` or ``auto``, as in an engine."""
     if kernels == "triton" and device.type != "cuda":
         raise Skipped(f"the device is {device.type}: an interpreter's time is no kernel's time")
     return find(kernels, device, **options)
 
 
 def sets_for(set_bytes: int, reach: int) -> int:
-    """Sets of inputs that together fill ``reach`` bytes: one if it does so alone, else two or
-    more, and never more than ``SETS``.
+    """The number of sets of inputs that fill ``reach`` bytes: one if a single set does, else at
+    least two, and at most ``SETS``.
     """
     return 1 if set_bytes >= reach else min(SETS, max(2, -(-reach // set_bytes)))
 
@@ -151,8 +151,8 @@ def sets_for(set_bytes: int, reach: int) -> int:
 def relative_error(
     result: torch.Tensor, expected: torch.Tensor, before: torch.Tensor, touched: torch.Tensor
 ) -> float:
-    """``|result - expected| / |wanted|`` over the ``touched [T]`` rows, which must all differ from
-    ``before``; the other rows must not differ in a bit. ``expected`` is float64.
+    """``|result - expected| / |expected|`` over the ``touched [T]`` rows, which must all differ
+    from ``before``; the other rows must not differ in a bit. ``expected`` is float64.
     """
     assert torch.equal(result[~touched], before[~touched]), "a row without a steer was changed"
     changed = (result[touched] != before[touched]).any(1).all()
@@ -164,13 +164,15 @@ def relative_error(
 
 
 def _fresh(work: Operation) -> Tensors:
-    """The results of one call on inputs as they were given."""
+    """The results of one call on restored inputs."""
     work.restore()
     return tuple(result.clone() for result in work.run())
 
 
 def _replay(graph: Any, works: Sequence[Operation], results: Sequence[Tensors]) -> None:
-    """Run the timed graph once more on fresh inputs; poison shows what it does not write."""
+    """Run the timed graph again on fresh inputs; results are poisoned first, to detect missing
+    writes.
+    """
     for result in (tensor for tensors in results for tensor in tensors):
         result.fill_(float("nan") if result.is_floating_point() else -1)
     for work in works:

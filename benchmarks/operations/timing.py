@@ -1,10 +1,10 @@
-"""The times of one call, and the two rates that no call can beat.
+"""Times of one call, and the two rates that bound them.
 
-Several sets of inputs are called in turn, more than a cache holds, so that weights come from
+Several sets of inputs are called round-robin, more than a cache holds, so that weights come from
 memory. A *sample* is the mean of many calls, in microseconds. On a CUDA device it lies between two
 events, around launches from Python (``launched``) or around replays of a CUDA graph that holds one
-call of each set (``replayed``), which leaves out the host's share. Elsewhere the host's clock is
-read, and for what a call costs the host while the device works (``issued``).
+call of each set (``replayed``), which leaves out the host's share. The host's clock is used
+elsewhere, and for the host time of a call while the device works (``issued``).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,28 +24,32 @@ CACHE_FILES = "/sys/devices/system/cpu/cpu0/cache"
 
 
 def launched(calls: Sequence[Call], repeats: int, device: torch.device) -> Samples:
-    """Calls from Python in turn, each result dropped at once."""
-    turns = cycle(calls)
-    return _samples(lambda: next(turns)(), 1, repeats, device)
+    """Time calls from Python, round-robin; each result is dropped at once."""
+    next_calls = cycle(calls)
+    return _samples(lambda: next(next_calls)(), 1, repeats, device)
 
 
 def issued(calls: Sequence[Call], repeats: int) -> Samples:
-    """What issuing a call costs the host: few at a time, so that it never waits for the device."""
-    turns, samples = cycle(calls), []
+    """Time that the host takes to issue a call: few at a time, so that it never waits for the
+    device.
+    """
+    next_calls, samples = cycle(calls), []
     for _ in range(repeats):
         torch.cuda.synchronize()
-        samples.append(_on_clock(lambda: next(turns)(), ISSUED) / ISSUED)
+        samples.append(_on_clock(lambda: next(next_calls)(), ISSUED) / ISSUED)
     torch.cuda.synchronize()
     return samples
 
 
 def replayed(graph: "torch.cuda.CUDAGraph", calls: int, repeats: int) -> Samples:
-    """Replays of a graph of ``calls`` calls."""
+    """Time replays of a graph of ``calls`` calls."""
     return _samples(graph.replay, calls, repeats, torch.device("cuda"))
 
 
 def capture(calls: Sequence[Call]) -> tuple["torch.cuda.CUDAGraph", list[Any]]:
-    """A graph of every call once, and the results that a replay writes anew."""
+    """Capture a graph of one call of each set; returns it with the results that a replay
+    overwrites.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -59,7 +63,7 @@ def capture(calls: Sequence[Call]) -> tuple["torch.cuda.CUDAGraph", list[Any]]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus written per second by a large copy, the fastest of several: a ceiling."""
+    """Bytes read plus written per second by the fastest of several large copies: an upper bound."""
     size = 2**31 if device.type == "cuda" else 2**27
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -74,7 +78,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last cache before the memory; 32 MiB where the machine does not say."""
+    """The size of the last-level cache; 32 MiB if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     texts = [path.read_text().strip() for path in Path(CACHE_FILES).glob("index*/size")]

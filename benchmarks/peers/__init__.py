@@ -1,5 +1,5 @@
-"""What a user would run instead of vllm-steer, one file per baseline.
+"""Alternatives to vllm-steer, one file per baseline.
 
-Each has ``measure(job) -> list of result lines``, with vllm-steer beside it in legs that take
-turns, and runs in a process of its own, for some change vLLM for good.
+Each has ``measure(job) -> list of result lines``, in legs interleaved with vllm-steer, and runs in
+its own process, since some patch vLLM permanently.
 """

@@ -1,7 +1,8 @@
-"""Greedy decoding of one batch on a Hugging Face model, in legs as those of ``decode.Engine``.
+"""Greedy decoding of one batch on a Hugging Face model, in legs like those of
+``decode.BenchmarkEngine``.
 
 A step does what ``generate`` does for greedy search: one forward pass with the KV cache
-(``DynamicCache``), the likeliest token of the last position, and one look at it on the host.
+(``DynamicCache``), the most likely token of the last position, and one read of it on the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from benchmarks.decode import LEAD_STEPS, TAIL_STEPS, DecodeLeg, median_step_ms,
 
 
 class HuggingFaceEngine:
-    """``set_steer(steer or None)`` is called with what all requests of a batch ask for."""
+    """``set_steer(steer or None)`` is called with the steer of all requests of a batch."""
 
     def __init__(self, model: Any, set_steer: Callable[[str | None], None]) -> None:
         self._model = model
@@ -30,8 +31,8 @@ class HuggingFaceEngine:
         logprobs: bool = False,
         forced: Sequence[Sequence[int]] = (),
     ) -> DecodeLeg:
-        """As ``decode.Engine.leg``; all rows take one steer. Row ``b`` goes on with ``forced[b]``
-        where it is given, whatever is likeliest.
+        """As ``decode.BenchmarkEngine.leg``; all rows have one steer. Row ``b`` continues with
+        ``forced[b]`` if given, instead of the most likely token.
         """
         (steer,) = set(steers)
         self._set_steer(steer)

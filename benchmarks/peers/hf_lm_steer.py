@@ -5,9 +5,9 @@ section 3), in the model's dtype and uncompiled:
 
     logits = (c + epsilon * sum_s v_s (c P1_s) P2_s^T) E^T        logits = c E^T  where all v_s = 0
 
-`hf-lm-steer` takes the products as the authors' code does, one for each row and steer, which makes
-torch copy the factors once per row: the setting of the paper's 1.24. `hf-lm-steer-plain` takes one
-product per steer, which a reader of the equation would write as well. vllm-steer stands beside both
+`hf-lm-steer` computes the products as the authors' code does, one for each row and steer, so torch
+copies the factors once per row: the setting of the paper's 1.24. `hf-lm-steer-plain` computes one
+product per steer, the direct implementation of the equation. vllm-steer is measured next to both
 with the same weights and the same steer.
 """
 
@@ -24,7 +24,7 @@ from benchmarks.equality import CHECK_STEPS, check_operation
 from benchmarks.peers.hf_engine import HuggingFaceEngine
 from benchmarks.peers.job import TOLERANCE, PeerJob
 
-ASKED = f"s0:{STRENGTH}"
+STEER_STRENGTH = f"s0:{STRENGTH}"
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -56,7 +56,7 @@ WAYS: dict[str, Change] = {
 
 
 class HuggingFaceSteeredHead(nn.Module):
-    """An LM head behind LM-Steers, whose change of its input is taken in one of the ``WAYS``."""
+    """An LM head with LM-Steers at its input, computed in one of the ``WAYS``."""
 
     def __init__(self, head: nn.Linear, steer: Any) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class HuggingFaceSteeredHead(nn.Module):
         self.set_values(*[0.0] * steer.columns)
 
     def set_values(self, *values: float) -> None:
-        """One value per steer, for all rows from now on."""
+        """Set one value per steer, for all later rows."""
         self.values = torch.tensor([values]).to(self.head.weight)
         self.active = any(values)
 
@@ -91,27 +91,28 @@ def load(job: PeerJob) -> tuple[HuggingFaceEngine, HuggingFaceSteeredHead]:
         model.get_output_embeddings(), load_steer(job.steers / "s0.safetensors")
     )
     model.set_output_embeddings(head)
-    return HuggingFaceEngine(model, lambda asked: head.set_values(STRENGTH if asked else 0)), head
+    return HuggingFaceEngine(model, lambda steer: head.set_values(STRENGTH if steer else 0)), head
 
 
 def check_tokens(
     job: PeerJob, ours: BenchmarkEngine, peer: HuggingFaceEngine, rows: int, steer: str | None
 ) -> None:
-    """The peer finds vLLM's tokens as likely as vLLM does, step by step through its own KV cache.
-
-    It is made to follow them: in bfloat16 two that are nearly as likely may swap.
+    """Check that the peer gives vLLM's tokens the same likelihood, step by step with its own KV
+    cache. The peer is forced to these tokens: in bfloat16, two nearly equal ones may swap.
     """
-    asked, vocab_size = [steer] * rows, job.dimensions.vocab_size
-    leg = ours.leg(asked, CHECK_STEPS, vocab_size, logprobs=True)
-    read = peer.leg(asked, CHECK_STEPS, vocab_size, logprobs=True, forced=leg.tokens)
+    steers, vocab_size = [steer] * rows, job.dimensions.vocab_size
+    leg = ours.leg(steers, CHECK_STEPS, vocab_size, logprobs=True)
+    peer_leg = peer.leg(steers, CHECK_STEPS, vocab_size, logprobs=True, forced=leg.tokens)
     allowed = TOLERANCE[job.dtype] * len(leg.tokens[0])
-    for row, (found, wanted) in enumerate(zip(read.logprobs, leg.logprobs, strict=True)):
-        assert math.isclose(found, wanted, abs_tol=allowed), f"row {row}: {found}, not {wanted}"
+    for row, (actual, expected) in enumerate(zip(peer_leg.logprobs, leg.logprobs, strict=True)):
+        assert math.isclose(actual, expected, abs_tol=allowed), (
+            f"row {row}: {actual}, not {expected}"
+        )
 
 
 def measure(job: PeerJob) -> list[dict[str, Any]]:
-    """vllm-steer and both ways on Hugging Face, at each batch size."""
-    ours = (job.engine(["s0"]), ASKED)
+    """Measure vllm-steer and both Hugging Face variants at each batch size."""
+    ours = (job.engine(["s0"]), STEER_STRENGTH)
     peer, head = load(job)
     size = {"rank": job.rank, "rows": max(job.rows)}
     check_operation("steered", job.dimensions, job.torch_dtype, **size)
@@ -120,6 +121,6 @@ def measure(job: PeerJob) -> list[dict[str, Any]]:
         check_tokens(job, ours[0], peer, rows, None)
         lines.append(job.alone("ours lm-steer", ours, rows, job.rank))
         for name, head.change in WAYS.items():
-            check_tokens(job, ours[0], peer, rows, ASKED)
-            lines.append(job.beside(name, ours, (peer, ASKED), rows, job.rank))
+            check_tokens(job, ours[0], peer, rows, STEER_STRENGTH)
+            lines.append(job.beside(name, ours, (peer, STEER_STRENGTH), rows, job.rank))
     return lines

@@ -1,8 +1,8 @@
-"""Forward hooks in vLLM: one vector for everybody, added to the output of each layer.
+"""Forward hooks in vLLM: one vector for all requests, added to the output of each layer.
 
-What one writes by hand: an engine with ``enforce_eager=True``, since a compiled model and CUDA
-graphs do not run Python hooks, and ``register_forward_hook`` on every layer. vllm-steer stands
-beside it with the same weights and the same vectors, compiled.
+The usual hand-written way: an engine with ``enforce_eager=True``, since a compiled model and CUDA
+graphs do not run Python hooks, and ``register_forward_hook`` on every layer. vllm-steer is measured
+with the same weights and vectors, compiled.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ from benchmarks.engines import greedy
 from benchmarks.peers.job import TOLERANCE, PeerJob
 
 NAME = "guided"
-GENTLE = STRENGTH / 50  # so that the tokens still count in what comes out, and can be compared
-ASKED = f"{NAME}:{GENTLE}"
+GENTLE = STRENGTH / 50  # small, so that the output still depends on the tokens and can be compared
+STEER_STRENGTH = f"{NAME}:{GENTLE}"
 
 
 class HookedEngine(BenchmarkEngine):
-    """Requests that ask for a steer switch the hooks on, others off: for everything that runs."""
+    """A request with a steer enables the hooks, another disables them, for all running requests."""
 
     def __init__(self, llm: Any, vectors: torch.Tensor) -> None:
         super().__init__(llm)
@@ -29,7 +29,7 @@ class HookedEngine(BenchmarkEngine):
         self._handles: list[Any] = []
 
     def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
-        """Nothing is passed on: the vector is global."""
+        """Add a request without a steer argument: the vector is global."""
         if bool(steer) != bool(self._handles):
             self._switch()
         super().add(request_id, tokens, None, params)
@@ -45,7 +45,7 @@ class HookedEngine(BenchmarkEngine):
 
 
 def hook_layers(model: nn.Module, vectors: torch.Tensor) -> list[Any]:
-    """Add ``vectors[l]`` to what layer ``l`` of vLLM's GPT-2 returns, from now on; the handles."""
+    """Add ``vectors[l]`` to the output of layer ``l`` of vLLM's GPT-2; returns the hook handles."""
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     rows = vectors.to(next(model.parameters()))
     return [_hook(layer, row) for layer, row in zip(layers, rows, strict=True)]
@@ -58,34 +58,36 @@ def _hook(layer: nn.Module, vector: torch.Tensor) -> Any:
 def check_prompt_logprobs(
     job: PeerJob, ours: BenchmarkEngine, peer: BenchmarkEngine, steer: str
 ) -> None:
-    """Two vLLM engines give the tokens of one prompt the same steered log probabilities, and others
-    than without the steer."""
+    """Check that two vLLM engines give one prompt the same steered log probabilities, different
+    from the unsteered ones."""
     plain, expected, actual = (
-        _prompt_logprobs(engine, asked, job.dimensions.vocab_size)
-        for engine, asked in ((ours, None), (ours, steer), (peer, steer))
+        _prompt_logprobs(engine, requested, job.dimensions.vocab_size)
+        for engine, requested in ((ours, None), (ours, steer), (peer, steer))
     )
     error, change = ((other - expected).abs() for other in (actual, plain))
     assert error.max() < TOLERANCE[job.dtype], f"log probabilities differ by {error.max()}"
     assert change.mean() > 4 * error.mean(), "the steer changes no more than rounding does"
 
 
-def _prompt_logprobs(asked: BenchmarkEngine, steer: str | None, vocab_size: int) -> torch.Tensor:
+def _prompt_logprobs(
+    benchmark_engine: BenchmarkEngine, steer: str | None, vocab_size: int
+) -> torch.Tensor:
     tokens = [1 + 89 * place % (vocab_size - 2) for place in range(32)]
-    asked.add("prompt", tokens, steer, greedy(1, prompt_logprobs=0))
-    engine, outputs = asked.llm.llm_engine, []
+    benchmark_engine.add("prompt", tokens, steer, greedy(1, prompt_logprobs=0))
+    engine, outputs = benchmark_engine.llm.llm_engine, []
     while engine.has_unfinished_requests():
         outputs += engine.step()
     pairs = zip(tokens[1:], outputs[-1].prompt_logprobs[1:], strict=True)
-    return torch.tensor([found[token].logprob for token, found in pairs])
+    return torch.tensor([candidates[token].logprob for token, candidates in pairs])
 
 
 def measure(job: PeerJob) -> list[dict[str, Any]]:
-    """vllm-steer and the hooks, at each batch size."""
+    """Measure vllm-steer and the hooks at each batch size."""
     from vllm_steer import load_steer
 
     eager = job.engine(enforce_eager=True)
-    ours = (job.engine([NAME]), ASKED)
+    ours = (job.engine([NAME]), STEER_STRENGTH)
     vectors = load_steer(job.steers / f"{NAME}.safetensors").vectors
-    peer = (HookedEngine(eager.llm, vectors), ASKED)
+    peer = (HookedEngine(eager.llm, vectors), STEER_STRENGTH)
     check_prompt_logprobs(job, ours[0], *peer)
     return job.both("ours guided", ours, peer)

@@ -1,10 +1,10 @@
-"""vLLM's own LoRA, as a yardstick: all rows with an adapter over no row with one.
+"""vLLM's own LoRA as a reference point: all rows with an adapter over no row with one.
 
-It changes every layer and is fitted by other means: no substitute for a steer, but the low-rank
-change per request that vLLM's users know, on vLLM's own kernels. The adapter has random factors on
-the query and value projections (peft's default for a Llama); vLLM runs its LoRA layers in every
-projection once LoRA is enabled. On a CPU vLLM does not compile a model that serves LoRA. vllm-steer
-stands beside it with an LM-Steer of the same rank on the same weights.
+LoRA changes every layer and is fitted differently, so it does not replace a steer, but it is the
+low-rank change per request that vLLM's users know, on vLLM's own kernels. The adapter has random
+factors on the query and value projections (peft's default for a Llama); vLLM runs its LoRA layers
+in every projection once LoRA is enabled. On a CPU vLLM does not compile a model that serves LoRA.
+vllm-steer is measured with an LM-Steer of the same rank on the same weights.
 """
 
 import tempfile
@@ -18,12 +18,12 @@ from benchmarks.decode import BenchmarkEngine
 from benchmarks.dummy_model import STRENGTH, write_steers
 from benchmarks.peers.job import PeerJob
 
-MAX_RANK = 64  # and a power of two, or vLLM refuses it
-ASKED = f"s0:{STRENGTH}"
+MAX_RANK = 64  # vLLM accepts only powers of two
+STEER_STRENGTH = f"s0:{STRENGTH}"
 
 
 class LoraEngine(BenchmarkEngine):
-    """Requests that ask for a steer get the adapter."""
+    """An engine whose requests with a steer use the adapter."""
 
     def __init__(self, llm: Any, adapter: Path) -> None:
         super().__init__(llm)
@@ -32,14 +32,14 @@ class LoraEngine(BenchmarkEngine):
         self._lora = LoRARequest("adapter", 1, str(adapter))
 
     def add(self, request_id: str, tokens: list[int], steer: str | None, params: Any) -> None:
-        """The adapter goes along with the request."""
+        """Add a request with the adapter."""
         lora = {"lora_request": self._lora} if steer else {}
         prompt = {"prompt_token_ids": tokens}
         self.llm.llm_engine.add_request(request_id, prompt, params, **lora)
 
 
 def write_adapter(job: PeerJob, folder: Path) -> Path:
-    """A peft adapter with random factors, both of them: it changes the model at once."""
+    """Write a peft adapter with two random factors, so it changes the model without training."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -57,12 +57,12 @@ def write_adapter(job: PeerJob, folder: Path) -> Path:
 
 
 def measure(job: PeerJob) -> list[dict[str, Any]]:
-    """vllm-steer and LoRA of one rank, at each batch size."""
+    """Measure vllm-steer and LoRA of one rank at each batch size."""
     with tempfile.TemporaryDirectory(prefix="lora-") as name:
         folder, rank = Path(name), min(job.rank, MAX_RANK)
         write_steers(job.dimensions, folder / "steers", count=1, rank=rank)
         job = replace(job, rank=rank, steers=folder / "steers")
         served = job.engine(enable_lora=True, max_loras=1, max_lora_rank=rank)
-        peer = (LoraEngine(served.llm, write_adapter(job, folder / "adapter")), ASKED)
-        ours = (job.engine(["s0"]), ASKED)
+        peer = (LoraEngine(served.llm, write_adapter(job, folder / "adapter")), STEER_STRENGTH)
+        ours = (job.engine(["s0"]), STEER_STRENGTH)
         return job.both("ours lm-steer", ours, peer, rank)

@@ -1,1 +1,1 @@
-"""What steers cost as the users of a server see it: servers, vLLM's clients, offline runs."""
+"""Benchmark of serving: servers, vLLM's clients, offline runs."""

@@ -1,7 +1,7 @@
-"""What servers answer, greedily and with log probabilities, and what must hold of it.
+"""Greedy answers of servers with log probabilities, and checks of them.
 
-Log probabilities and not tokens show that a steer had its effect: under dummy weights the
-likeliest token can be the same whatever the hidden state.
+The checks compare log probabilities and not tokens: under dummy weights the most likely token can
+be the same for every hidden state.
 """
 
 import json
@@ -23,7 +23,7 @@ class ServedAnswer(NamedTuple):
 
 
 def prompts(vocab_size: int) -> list[list[int]]:
-    """Token ids of some prompts, the same in every call."""
+    """Some prompts of token ids, the same in every call."""
     return [
         [1 + (97 * row + 31 * i) % (vocab_size - 2) for i in range(length)]
         for row, length in enumerate(PROMPT_LENGTHS)
@@ -31,12 +31,12 @@ def prompts(vocab_size: int) -> list[list[int]]:
 
 
 def ask_all(url: str, model: str, vocab_size: int) -> list[ServedAnswer]:
-    """The answers to ``prompts``, one after the other: alone in its batch each is repeatable."""
+    """The answers to ``prompts``, in sequence: a request alone in its batch is repeatable."""
     return [answer_of(post(url, completion_body(model, p))) for p in prompts(vocab_size)]
 
 
 def completion_body(model: str, prompt: Sequence[int]) -> dict[str, Any]:
-    """A greedy request of a fixed length that is answered with token ids and log probabilities."""
+    """A greedy request of a fixed length that returns token ids and log probabilities."""
     return {
         "model": model,
         "prompt": list(prompt),
@@ -63,24 +63,26 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         return dict(json.load(response))
 
 
-def check_equal(stock: Sequence[ServedAnswer], found: Sequence[ServedAnswer], what: str) -> None:
-    """An unsteered answer is that of stock vLLM, every token and every bit of its logprob."""
-    for index, (wanted, given) in enumerate(_pairs(stock, found, what)):
-        assert given == wanted, f"{what}, prompt {index}: {given}; stock vLLM gives {wanted}"
+def check_equal(stock: Sequence[ServedAnswer], plugin: Sequence[ServedAnswer], what: str) -> None:
+    """Check that unsteered answers equal those of stock vLLM in every token and every bit of a
+    logprob.
+    """
+    for index, (expected, actual) in enumerate(_pairs(stock, plugin, what)):
+        assert actual == expected, f"{what}, prompt {index}: {actual}; stock vLLM gives {expected}"
 
 
 def check_effect(
     unsteered: Sequence[ServedAnswer], steered: Sequence[ServedAnswer], what: str
 ) -> None:
-    """Every steered answer differs from the unsteered one: what was timed did steer."""
-    for index, (plain, given) in enumerate(_pairs(unsteered, steered, what)):
-        assert given != plain, f"{what}, prompt {index}: the steer had no effect"
+    """Check that every steered answer differs from the unsteered one."""
+    for index, (plain, answer) in enumerate(_pairs(unsteered, steered, what)):
+        assert answer != plain, f"{what}, prompt {index}: the steer had no effect"
 
 
 def _pairs(
-    wanted: Sequence[ServedAnswer], found: Sequence[ServedAnswer], what: str
+    expected: Sequence[ServedAnswer], actual: Sequence[ServedAnswer], what: str
 ) -> Iterator[tuple[ServedAnswer, ServedAnswer]]:
-    assert len(wanted) == len(found) > 0, f"{what}: {len(found)} answers for {len(wanted)}"
-    for answer in found:
+    assert len(expected) == len(actual) > 0, f"{what}: {len(actual)} answers for {len(expected)}"
+    for answer in actual:
         assert all(map(math.isfinite, answer.logprobs)), f"{what}: not finite: {answer.logprobs}"
-    return zip(wanted, found, strict=True)
+    return zip(expected, actual, strict=True)

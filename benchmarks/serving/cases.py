@@ -1,8 +1,8 @@
-"""The cases of serving, each in legs that alternate with those of stock vLLM.
+"""The cases of serving, in legs interleaved with those of stock vLLM.
 
 `vllm bench serve` measures servers side by side, one at a time: one is stock vLLM with the plugin
-off, each kind of steering has one with a steer config. An idle server sleeps, so it costs the
-measured one memory only. The lines:
+off, each kind of steering has one with a steer config. An idle server sleeps, so it costs only
+memory. The lines:
 
     loaded    unsteered requests, server with LM-Steers
     steered   every request LM-steered, ``distinct`` steers in turn, same server
@@ -34,7 +34,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Servers:
-    """The addresses by kind, ``stock`` among them."""
+    """The addresses of the servers by kind, including ``stock``."""
 
     model: ServedModel
     urls: dict[str, str]
@@ -44,7 +44,9 @@ class Servers:
     def start(
         cls, stack: ExitStack, model: ServedModel, options: Sequence[str], folder: Path
     ) -> "Servers":
-        """One after the other, for each takes its memory from what is free; ``stack`` ends them."""
+        """Start the servers in sequence, since each takes its memory from what is free; ``stack``
+        ends them.
+        """
         urls = {}
         for name in (STOCK, *KINDS):
             steer = [f"--steer-config={json.dumps(model.configs[name])}"] if name != STOCK else []
@@ -54,7 +56,7 @@ class Servers:
         return cls(model, urls, folder)
 
     def check(self, presets: int) -> None:
-        """Unsteered answers are those of stock vLLM; every preset changes every answer."""
+        """Check that unsteered answers equal stock vLLM and every preset changes every answer."""
         vocab_size = self.model.shape.vocab_size
         stock = ask_all(self.urls[STOCK], BASE, vocab_size)
         for kind in KINDS:
@@ -64,7 +66,7 @@ class Servers:
                 check_effect(stock, ask(name), name)
 
     def lines(self, distinct: int, work: RequestLoad, repeats: int) -> Iterator[Line]:
-        """A line per kind, without steers and with them."""
+        """The lines: one per kind, with and without steers."""
 
         def leg(server: str, presets: int) -> Figures:
             names = self.model.models(server, presets)
@@ -73,16 +75,18 @@ class Servers:
 
         legs = {case: partial(leg, *case) for case in product(KINDS, (0, distinct))}
         rounds = interleave(partial(leg, STOCK, 0), legs, repeats, warm_up=False)
-        for (kind, presets), found in rounds.items():
-            yield line(kind if presets else UNSTEERED[kind], presets, work, found)
+        for (kind, presets), case_rounds in rounds.items():
+            yield line(kind if presets else UNSTEERED[kind], presets, work, case_rounds)
 
 
 def line(what: str, distinct: int, work: RequestLoad, rounds: Sequence[Round[Figures]]) -> Line:
-    """Of each figure ``f`` the median ``f``, and the spread ``f_ratio`` of the rounds' ratios."""
-    found: Line = {"what": what, "distinct": distinct, **vars(work)}
-    found["rounds"] = len(rounds)
+    """A line with the median of each figure ``f``, and the spread ``f_ratio`` of the rounds'
+    ratios.
+    """
+    row: Line = {"what": what, "distinct": distinct, **vars(work)}
+    row["rounds"] = len(rounds)
     for figure in rounds[0].other:
         of = itemgetter(figure)
-        found[figure] = median([of(one.other) for one in rounds])
-        found |= spread(f"{figure}_ratio", [one.ratio(of) for one in rounds])
-    return found
+        row[figure] = median([of(one.other) for one in rounds])
+        row |= spread(f"{figure}_ratio", [one.ratio(of) for one in rounds])
+    return row

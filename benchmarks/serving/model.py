@@ -1,4 +1,4 @@
-"""What is served: a model folder with a tokenizer, and a steer config per kind of steering."""
+"""The served model: a folder with a tokenizer, and a steer config per kind of steering."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +20,21 @@ KINDS = ("steered", "guided")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A folder to serve from, and what to serve beside it."""
+    """A model folder and its steer configs."""
 
     folder: Path
     shape: ModelShape
     configs: dict[str, dict[str, Any]]
 
     def models(self, kind: str, distinct: int) -> list[str]:
-        """The model names that requests carry in turn: ``distinct`` presets, or the plain name."""
+        """The model names of requests, round-robin: ``distinct`` presets, or the plain name."""
         return [f"{BASE}:{kind}{i}" for i in range(distinct)] if distinct else [BASE]
 
 
 def write_served_model(shape: str, folder: Path, *, presets: int, rank: int) -> ServedModel:
-    """A dummy model with ``presets`` presets per kind, ``steered0``, ..., ``guided0``, ...
+    """Write a dummy model with ``presets`` presets per kind, ``steered0``, ..., ``guided0``, ...
 
-    Each of ``steered`` is an LM-Steer of its own, each of ``guided`` a strength of its own of one
+    Each ``steered`` preset is its own LM-Steer, each ``guided`` preset its own strength of one
     vector that is added in every layer.
     """
     sizes = SHAPES[shape]
@@ -53,7 +53,9 @@ def write_served_model(shape: str, folder: Path, *, presets: int, rank: int) -> 
 
 
 def write_tokenizer(vocab_size: int, folder: Path) -> None:
-    """A word for every token id, split at spaces: any ids decode to a text of as many tokens."""
+    """Write a tokenizer with one word per token id, split at spaces: any ids decode to a text of as
+    many tokens.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

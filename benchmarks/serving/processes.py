@@ -1,7 +1,7 @@
-"""`vllm` commands as child processes: their environment, their log, and the end of their group.
+"""`vllm` commands as child processes: environment, log, and end of the process group.
 
-Each child leads a process group of its own, so that it is ended with all it started and nothing
-else is.
+Each child leads its own process group, so that it ends with all its child processes and nothing
+else.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.processes import end_group
 
 DEFAULTS = {
-    "OMP_WAIT_POLICY": "passive",  # a waiting server must not spin on the cores of another
+    "OMP_WAIT_POLICY": "passive",  # an idle server must not busy-wait on the cores of another
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -34,14 +34,14 @@ Child = subprocess.Popen[bytes]
 
 
 def environment(*, plugin: bool) -> dict[str, str]:
-    """The outer environment with ``DEFAULTS`` where it says nothing, the plugin on or off."""
+    """The outer environment, with ``DEFAULTS`` for missing variables and the plugin on or off."""
     outer = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     return DEFAULTS | outer | ({} if plugin else {DISABLE: "1"})
 
 
 @contextmanager
 def child(arguments: Sequence[str], log: Path, *, plugin: bool) -> Iterator[Child]:
-    """Run this Python with ``arguments``; its group is ended on the way out, in any case."""
+    """Run this Python with ``arguments``; its process group always ends with the block."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -58,14 +58,16 @@ def child(arguments: Sequence[str], log: Path, *, plugin: bool) -> Iterator[Chil
 
 
 def run(arguments: Sequence[str], log: Path, *, plugin: bool) -> None:
-    """Run a child to its end; it has to succeed in time."""
+    """Run a child to its end; it must succeed in time."""
     with child(arguments, log, plugin=plugin) as process:
         _expect(process.wait(RUN_LIMIT_S) == 0, process, log)
 
 
 @contextmanager
 def serving(model: Path, options: Sequence[str], log: Path, *, plugin: bool) -> Iterator[str]:
-    """`vllm serve` on loopback until the block ends; yields the address once the server answers."""
+    """Run `vllm serve` on loopback until the block ends; yields the address when the server is
+    ready.
+    """
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
@@ -88,7 +90,7 @@ def _answers(url: str) -> bool:
 
 
 def _expect(well: bool, process: Child, log: Path) -> None:
-    """Raise what a child did, with the end of its log, unless all is well."""
+    """Raise an error with the end of the log unless the child succeeded."""
     if not well:
         state = "is not ready" if process.returncode is None else f"ended: {process.returncode}"
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])

@@ -1,9 +1,10 @@
 """`vllm bench serve`: its command line, and the figures in its result file.
 
 The client takes one body for all requests, but also ``--lora-modules`` with
-``--lora-assignment round-robin``: names that the requests carry in turn as their model. A preset
+``--lora-assignment round-robin``: names that the requests use round-robin as their model. A preset
 is a model name (``BASE:preset``), so the unmodified client steers every request differently; an
-unsteered run gives the one name ``BASE`` in the same way, so that both run the same client code.
+unsteered run passes the single name ``BASE`` in the same way, so that both run the same client
+code.
 """
 
 import json
@@ -26,7 +27,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class RequestLoad:
-    """What one leg does: so many requests of so many prompt and output tokens."""
+    """The load of one leg: number of requests, prompt tokens and output tokens."""
 
     requests: int
     input_len: int
@@ -37,7 +38,7 @@ class RequestLoad:
 def serve(
     url: str, tokenizer: Path, models: Sequence[str], work: RequestLoad, folder: Path
 ) -> Figures:
-    """One leg; requests carry the ``models`` in turn."""
+    """Run one leg; requests use the ``models`` round-robin."""
     out = folder / "serve.json"
     out.unlink(missing_ok=True)
     options = [
@@ -48,7 +49,7 @@ def serve(
         *(f"--random-output-len={work.output_len}", f"--num-prompts={work.requests}"),
         *("--temperature=0", "--seed=0", "--disable-tqdm"),
         f"--max-concurrency={work.concurrency}",
-        f"--num-warmups={work.concurrency}",  # with the first of the models
+        f"--num-warmups={work.concurrency}",  # with the first model
         *("--percentile-metrics=ttft,tpot", "--metric-percentiles=50,99"),
         *("--save-result", f"--result-dir={folder}", f"--result-filename={out.name}"),
     ]
@@ -58,7 +59,7 @@ def serve(
 
 
 def figures(result: dict[str, Any], work: RequestLoad) -> Figures:
-    """The figures in a result file, once every request is seen to have had its full answer."""
+    """The figures of a result file; checks first that every request got its full answer."""
     actual = (result["completed"], result["failed"], result["total_output_tokens"])
     expected = (work.requests, 0, work.requests * work.output_len)
     assert actual == expected, f"completed, failed, output tokens: {actual}; wanted: {expected}"

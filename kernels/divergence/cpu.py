@@ -15,17 +15,17 @@ FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-_FIRST = 64  # likeliest tokens to look at before a row is binned
+_FIRST = 64  # most likely tokens that are examined before a row is binned
 _BINS = 1024
-_SPAN = 20.0  # nats from the likeliest token to the last bin, which takes all that is beyond
+_SPAN = 20.0  # nats from the most likely token to the last bin, which holds all tokens further away
 
 
 @dataclass(frozen=True, eq=False)
 class _TopTokens:
-    """The likeliest tokens of N rows, each ``[N, k]`` in falling order, and the weight of all.
+    """The most likely tokens of N rows, each ``[N, k]`` in descending order, and the total weight.
 
     before  the probability of the tokens before each one
-    total   ``[N]`` the logarithm of the sum of the exponentials: finite for a distribution only
+    total   ``[N]`` log-sum-exp of the row; finite only for a valid distribution
     """
 
     values: FloatArray
@@ -40,7 +40,7 @@ def divergence(
     probe_of: torch.Tensor,
     top_p: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL and size of ``Q``, see ``DivergenceBackend``. All rows of ``logits`` are worked on."""
+    """KL and size of ``Q``, see ``DivergenceBackend``. Processes all rows of ``logits``."""
     if logits.dtype != torch.float64:
         logits = logits.float()
     logits = logits.detach()
@@ -50,7 +50,7 @@ def divergence(
     rows = np.array([base_of.numpy(), probe_of.numpy()])
     p = np.empty((2, num_doses))
     p[:] = top_p.detach().double().numpy() if isinstance(top_p, torch.Tensor) else top_p
-    p[p >= 1] = np.inf  # every token, however the sums are rounded
+    p[p >= 1] = np.inf  # all tokens, regardless of rounding in the sums
     with np.errstate(all="ignore"):
         first = _first(logits)
         sides, tokens = _likeliest(x, first, rows.ravel(), p.ravel())
@@ -65,10 +65,9 @@ def divergence(
 def _divergence(
     x: FloatArray, highest: FloatArray, rows: IntArray, doses: IntArray, tokens: IntArray
 ) -> FloatArray:
-    """``[D]`` from the pairs of a dose and a token of its ``Q``: with ``w`` the weights over that
-    of the likeliest token, and ``m`` their sums, ``sum w0 (ln w0 - ln w1) / m0 - ln m0 + ln m1``.
-
-    Exactly 0 where the two are alike and for a ``Q`` of one token; NaN where a side is no
+    """The KL ``[D]``, from the (dose, token of ``Q``) pairs: ``sum w0 (ln w0 - ln w1) / m0 - ln m0
+    + ln m1``, with ``w`` the weights relative to the most likely token and ``m`` their sums.
+    Exactly 0 for equal distributions and for a ``Q`` of one token; NaN if a side is not a
     distribution.
     """
     num_doses = rows.shape[1]
@@ -93,12 +92,12 @@ def _first(logits: torch.Tensor) -> _TopTokens:
 def _likeliest(
     x: FloatArray, first: _TopTokens, rows: IntArray, top_p: FloatArray
 ) -> tuple[IntArray, IntArray]:
-    """Pairs of a place in ``rows`` and one of that row's likeliest tokens up to and with the one
-    that crosses ``top_p``; none for a row that is no distribution.
+    """Pairs (index in ``rows``, token): the most likely tokens of each row up to and including the
+    one that crosses ``top_p``; none for a row that is not a distribution.
     """
     inside = first.before[rows] <= top_p[:, None]
     count = inside.sum(-1)
-    # The first tokens decide where the next one is less likely; equal ones go by their number.
+    # The first tokens are enough if the next one is less likely; ties go to the lower token id.
     next_one = np.minimum(count, inside.shape[1] - 1)
     decided = first.values[rows, count - 1] > first.values[rows, next_one]
     if decided.all():
@@ -115,7 +114,7 @@ def _likeliest(
 
 
 def _binned(x: FloatArray, top_p: FloatArray) -> BoolArray:
-    """Mask ``[U, V]`` of the likeliest tokens of distributions, however broad."""
+    """Mask ``[U, V]`` of the most likely tokens, for distributions of any breadth."""
     depth = x.max(-1, keepdims=True) - x
     weights = np.exp(-depth)
     bins = np.minimum(depth, _SPAN) * ((_BINS - 1) / _SPAN)

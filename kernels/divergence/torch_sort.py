@@ -1,7 +1,7 @@
 """The divergence in PyTorch, with a sort of the vocabulary: for devices without Triton kernels.
 
-Nothing is read back and no shape depends on the values. It takes many times the
-memory of the logits that it works on, so it works on a few doses at a time.
+No host synchronization, and no shape depends on the values. It needs many times the memory of the
+logits, so it processes a few doses at a time.
 """
 
 import torch
@@ -16,7 +16,7 @@ def divergence(
     top_p: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL and size of ``Q``, see ``DivergenceBackend``."""
-    p: float | torch.Tensor = torch.inf  # at 1 every token, however the sums are rounded
+    p: float | torch.Tensor = torch.inf  # at 1 all tokens, regardless of rounding in the sums
     if isinstance(top_p, torch.Tensor):
         p = top_p.masked_fill(top_p >= 1, torch.inf)
     elif top_p < 1:
@@ -38,7 +38,7 @@ def divergence(
 def _of_some(
     base: torch.Tensor, probe: torch.Tensor, top_p: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for the doses whose rows these are, both ``[d, V]``."""
+    """KL and size of ``Q`` of d doses, from their base and probe rows ``[d, V]``."""
     union = _top(base, top_p) | _top(probe, top_p)
     log_p0 = base.masked_fill(~union, -torch.inf).log_softmax(-1)
     log_p1 = probe.masked_fill(~union, -torch.inf).log_softmax(-1)
@@ -48,7 +48,7 @@ def _of_some(
 
 
 def _top(logits: torch.Tensor, top_p: float | torch.Tensor) -> torch.Tensor:
-    """Mask ``[d, V]`` of the likeliest tokens up to and with the one that crosses ``top_p``."""
+    """Mask ``[d, V]`` of the most likely tokens, including the one that crosses ``top_p``."""
     likeliest, order = logits.sort(dim=-1, descending=True, stable=True)
     cumulative = likeliest.softmax(-1).cumsum(-1)
     before = torch.nn.functional.pad(cumulative[:, :-1], (1, 0))

@@ -1,7 +1,7 @@
-"""The divergence in Triton: each row is read a few times, nothing is sorted, nothing is copied.
+"""The divergence in Triton: each row is read a few times, without a sort or a copy.
 
-One program finds a row's likeliest tokens, one more per dose sums over them. They take some 60
-bytes of memory per dose beside the logits, whatever the vocabulary. No host synchronisation.
+One program per row finds its most likely tokens, one program per dose sums over them. They need
+about 60 bytes of memory per dose besides the logits, for any vocabulary. No host synchronization.
 """
 
 import torch
@@ -34,7 +34,7 @@ def divergence(
     rows = torch.cat([base_of, probe_of])
     p = torch.empty(2, num_doses, dtype=torch.float32, device=device)
     p[:] = top_p
-    # Each by itself: a kernel is compiled for tensors that begin at 16 bytes.
+    # Separate allocations: a kernel is compiled for tensors aligned to 16 bytes.
     highest = torch.empty(2 * num_doses, dtype=torch.float32, device=device)
     thresholds = torch.empty(2 * num_doses, dtype=torch.int32, device=device)
     last_ties = torch.empty(2 * num_doses, dtype=torch.int32, device=device)

@@ -1,13 +1,14 @@
-"""The Triton kernels of the divergence: one finds a row's likeliest tokens, one sums over them.
+"""The Triton kernels of the divergence: one finds a row's most likely tokens, one sums over them.
 
-A row's likeliest tokens are those above a *threshold*, and of those at it the ones with the lowest
-numbers. The threshold is found by narrowing an interval of *keys*: integers in the order of the
-logits, the bits of a float32 with the negative ones turned round. Each pass over the row weighs the
-tokens above four keys inside the interval and so leaves a fifth of it. After the first pass the
-interval holds few tokens, and a block of the row without one of them costs a comparison.
+A row's most likely tokens are those above a *threshold*, and of those at the threshold the ones
+with the lowest ids. The threshold is found by narrowing an interval of *keys*: integers in the
+order of the logits, made from the bits of a float32 with the negative numbers inverted. Each pass
+over the row sums the weights of the tokens above four keys inside the interval, which reduces the
+interval to a fifth. After the first pass the interval holds few tokens, and a block of the row
+without any of them costs one comparison.
 
-Weights are ``exp(logit - highest)`` in float32. A lane adds what it sees in the order of the row,
-the lanes are added in a fixed tree in float64: a result depends on nothing but its row.
+Weights are ``exp(logit - highest)`` in float32. Each lane adds its tokens in the order of the row,
+and the lanes are added in a fixed tree in float64: a result depends on its row only.
 """
 
 import triton
@@ -18,15 +19,15 @@ _RULED_OUT = tl.constexpr(-2139095041)  # the key of a logit of -inf
 
 @triton.jit
 def _logits(row, columns, VOCAB: tl.constexpr):
-    """Some logits of a row in float32; -inf beyond its end."""
+    """A block of logits of a row in float32; -inf beyond its end."""
     return tl.load(row + columns, mask=columns < VOCAB, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
 def _keys(x, SHIFT: tl.constexpr):
-    """Integers that are ordered as ``x`` is; equal logits have equal keys.
+    """Integers in the order of ``x``; equal logits have equal keys.
 
-    ``SHIFT`` is the number of low bits that are 0 in all logits: 16 where they were bfloat16.
+    ``SHIFT`` is the number of low bits that are 0 in all logits: 16 for bfloat16 logits.
     """
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is 0
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
@@ -34,9 +35,9 @@ def _keys(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _highest(row, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """A row's highest logit and the sum of its weights in float64; a NaN sum: no distribution.
+    """A row's highest logit and the sum of its weights in float64; NaN if it is not a distribution.
 
-    Each lane keeps the highest that it has seen, and its sum in units of that.
+    Online softmax: each lane keeps its highest logit so far, and its sum relative to that.
     """
     lane = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -65,7 +66,7 @@ def _above(
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Of the tokens with ``bad < key <= good``: weight and number of those above four keys."""
+    """Of the tokens with ``bad < key <= good``, the weight and number above each of four keys."""
     lane = tl.arange(0, BLOCK)
     w0 = tl.zeros((BLOCK,), tl.float32)
     w1 = tl.zeros((BLOCK,), tl.float32)
@@ -116,7 +117,7 @@ def _narrowed(
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """The interval cut at four ascending keys: the part that the threshold is in.
+    """Cut the interval at four ascending keys; return the part that contains the threshold.
 
     An interval is ``(bad, good, above, count)``: the tokens above ``good`` weigh ``above``, which
     is within ``limit``; those above ``bad`` weigh more; ``count`` or fewer have their keys in
@@ -192,10 +193,11 @@ def likeliest(
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """A row's tokens up to and with the one that crosses ``top_p``; programs are rows and their p.
+    """A row's most likely tokens up to and including the one that crosses ``top_p``; one program
+    per (row, p).
 
-    They are those whose key is above ``thresholds``, and those at it up to ``last_ties``.
-    ``highest`` is the row's highest logit, NaN for a row that is no distribution.
+    These are the tokens with a key above ``thresholds``, and those at it up to the id
+    ``last_ties``. ``highest`` is the row's highest logit, NaN for a row that is not a distribution.
     """
     program = tl.program_id(0)
     row = logits + tl.load(rows + program) * row_stride
@@ -250,7 +252,7 @@ def likeliest(
 
 @triton.jit
 def _among(key, token, threshold, last_tie):
-    """Which tokens are among the likeliest of their row."""
+    """Mask of the tokens that are among the most likely of their row."""
     return (key > threshold) | ((key == threshold) & (token <= last_tie))
 
 
@@ -269,10 +271,10 @@ def divergence(
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """KL and size of ``Q`` of a dose; programs are doses, whose rows are those of ``likeliest``.
+    """KL and size of ``Q`` of a dose; one program per dose, with the rows of ``likeliest``.
 
     With ``w`` the weights, and ``m`` their sums over ``Q``:
-    ``sum w0 (ln w0 - ln w1) / m0 - ln m0 + ln m1``, 0 where the two are alike.
+    ``sum w0 (ln w0 - ln w1) / m0 - ln m0 + ln m1``, 0 for equal distributions.
     """
     dose = tl.program_id(0)
     probe = dose + num_doses
@@ -298,7 +300,7 @@ def divergence(
         if tl.max(chosen.to(tl.int32), axis=0) > 0:
             w0 = tl.where(chosen, tl.exp(x0 - most0), 0.0)
             w1 = tl.where(chosen, tl.exp(x1 - most1), 0.0)
-            # A token without weight adds nothing, also where both logits are -inf.
+            # A token without weight adds nothing, even if both logits are -inf.
             terms += tl.where(w0 > 0, w0 * ((x0 - most0) - (x1 - most1)), 0.0)
             m0 += w0
             m1 += w1

@@ -1,8 +1,7 @@
 """Adds a pair's change to its row, or stores it and sums the changes by row.
 
-Both ways round alike: the row and its changes are added in float32, in ascending order of slot, and
-rounded once. Kernels are compiled without contracting products and sums, so which way a batch takes
-shows in no bit.
+Both ways round equally: the row and its changes are added in float32, in ascending order of slot,
+and rounded once. Kernels are compiled without FMA contraction, so both ways give the same bits.
 """
 
 import triton

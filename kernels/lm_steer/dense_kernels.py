@@ -1,9 +1,9 @@
-"""LM-Steer's product as one dense matrix, over tiles of rows: where ``2 r > d`` it is fewer bytes.
+"""LM-Steer's product as one dense matrix, over tiles of rows: fewer bytes if ``2 r > d``.
 
     change = scale * X M_free^T + epsilon * X M_fixed^T     where scale is not 0, else 0
 
-with ``M = (P1 P2^T)^T [d, d]``, out by in; products accumulate in float32, matrices are their first
-factor as weights are over low ranks (``low_rank_kernels``, ``packing``).
+with ``M = (P1 P2^T)^T [d, d]``, out by in; products accumulate in float32, and the matrix is the
+first operand of the product, as the weights are in ``low_rank_kernels`` (see ``packing``).
 """
 
 import triton

@@ -6,14 +6,14 @@ For a tile of rows ``X [m, d]`` of one slot with factors ``A, B [r, d]`` (P1^T a
     fold    H = (sum_k partials_k) * scale                  in the order of k, rounded to B's dtype
     expand  change = B^T H                                  ``H [r, m]``
 
-``scale`` is epsilon times the row's strength, or epsilon alone for fixed columns; where the
-strength is 0, ``H`` is 0 in all columns, and so is the change of a row that is not finite. Products
-accumulate in float32; ``H`` has to lie within the dtype's range (65504 in float16), as in torch.
+``scale`` is epsilon times the row's strength, or epsilon alone for fixed columns. At strength 0,
+``H`` is 0 in all columns, so the change is 0 even for a row that is not finite. Products accumulate
+in float32; ``H`` must lie within the dtype's range (65504 in float16), as in torch.
 
-Weights are the first factor of every product, 64 ranks or columns as Hopper's tensor cores take
-them, and rows are the second: a tile may have few, and rows that are not there cost little. In
-memory what is between the factors lies by pair: ``partials [k, pair, rank]``. Chunks, tiles and who
-folds depend on the bank only, so a row's result does not depend on the rows beside it.
+Weights are the first operand of every product, 64 ranks or columns as Hopper's tensor cores need
+them, and rows are the second: a tile may have few rows, and missing rows cost little. The
+intermediate results lie in memory by pair: ``partials [k, pair, rank]``. Chunks, tiles and the
+kernel that folds depend on the bank only, so a row's result does not depend on the other rows.
 """
 
 import triton
@@ -66,7 +66,7 @@ def shrink(
         b = load_x(x, at, live[:, None] & inside, table.dtype.element_ty)
         acc = dot(a, tl.trans(b), acc)
     index = (chunk.to(tl.int64) * num_pairs + pairs)[None, :] * rank_stride + ranks[:, None]
-    tl.store(partials + index, acc, mask=live[None, :])  # zeros in ranks that are not there
+    tl.store(partials + index, acc, mask=live[None, :])  # zeros in missing ranks
 
 
 @triton.jit
@@ -80,7 +80,9 @@ def folded(
     CHUNKS: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """``H`` at some places: partial sums ``step`` numbers apart added up, scaled, rounded."""
+    """``H`` of a block: the sum of the partial sums, which are ``step`` numbers apart, scaled and
+    rounded.
+    """
     total = tl.load(partials + at, mask=mask, other=0.0)
     for chunk in tl.static_range(1, CHUNKS):
         total += tl.load(partials + chunk * step + at, mask=mask, other=0.0)
@@ -101,7 +103,7 @@ def fold(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
 ):
-    """``inner[pair, rank]``; programs ``(work item, some of the tile's rows)``."""
+    """``inner[pair, rank]``; programs ``(work item, block of the tile's rows)``."""
     tile = tl.load(work + 2 * tl.program_id(0))
     if tile < 0:
         return
@@ -150,8 +152,8 @@ def expand(
 ):
     """The change of a tile's rows; programs ``(tile, block of the width)``.
 
-    ``inner`` is what fold has written where CHUNKS is 0, else what shrink has. A block of the width
-    is multiplied in PARTS blocks of ranks at once (``packing``).
+    ``inner`` is the output of fold if CHUNKS is 0, else that of shrink. A block of the width is
+    multiplied with PARTS blocks of ranks at once (``packing``).
     """
     tile = tl.program_id(0)
     first = tl.load(bounds + 5 * tile)
@@ -162,7 +164,7 @@ def expand(
     free = tl.load(bounds + 5 * tile + 3) - start
     rank = tl.load(bounds + 5 * tile + 4) - start
     epsilon = tl.load(epsilons + tile)
-    written = tl.cdiv(rank, WRITTEN) * WRITTEN  # zeros from rank on: an even end for wide loads
+    written = tl.cdiv(rank, WRITTEN) * WRITTEN  # zeros from rank on: an aligned end for wide loads
     step = num_pairs.to(tl.int64) * rank_stride
 
     m = tl.arange(0, PARTS * BLOCK_WIDTH)

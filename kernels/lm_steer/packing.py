@@ -1,12 +1,12 @@
 """Products of weights and rows in the layout of tensor cores, weights first.
 
-Hopper's cores multiply 64 rows of weights (ranks or columns of the result) or none. Where a program
-is to make fewer columns than 64, so that there are more programs, the 64 are ``parts`` times as
-many columns, and part p takes every block of the sum whose number is p modulo ``parts``:
+Hopper's tensor cores multiply 64 rows of weights (ranks or columns of the result) at once. If a
+program computes fewer than 64 columns, so that there are more programs, the 64 rows are ``parts``
+copies of the columns, and part p takes every block of the sum whose number is p modulo ``parts``:
 
     first   [parts * m, k]   weights of the m columns, each part at its own block of the sum
     second  [parts * n, k]   the n rows, each part at its own block
-    product [parts * m, parts * n], of which only the squares of a part with itself mean something
+    product [parts * m, parts * n], of which only the diagonal blocks (a part with itself) are used
 """
 
 import triton
@@ -35,7 +35,7 @@ def load_x(x, at, mask, dtype: tl.constexpr):
 
 @triton.jit
 def summed_parts(product, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """``[m, n]``: the sum of the squares that mean something, in an order that shapes alone set."""
+    """``[m, n]``: the sum of the diagonal blocks, in an order that depends on shapes only."""
     if PARTS == 1:
         return product
     of_first = tl.arange(0, PARTS * M) // M

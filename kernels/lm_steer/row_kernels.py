@@ -1,8 +1,8 @@
 """LM-Steer's products with one program per row: for engines with small batches.
 
-The same three steps as over tiles, but products are sums of elementwise products in float32, with
-no tensor core and no row of a tile left empty; ``expand_row`` folds the partials itself, and what
-is between the two factors stays in float32.
+The same three steps as over tiles, but products are sums of elementwise products in float32,
+without tensor cores and without empty rows of a tile. ``expand_row`` folds the partial sums itself,
+and the intermediate result between the two factors stays in float32.
 """
 
 import triton
@@ -125,7 +125,7 @@ def row_times_matrix(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """``x M^T`` for some of the columns of the result."""
+    """``x M^T`` for one block of the columns of the result."""
     weights = table + (matrix.to(tl.int64) * width + columns)[:, None] * width
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for offset in range(0, width, BLOCK_IN):

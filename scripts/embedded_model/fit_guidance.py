@@ -1,8 +1,8 @@
 """Recipes for the embedded model's vectors and deltas; `fit_steers` runs them.
 
-The model has a language and a register inside, which its text keeps to, so these are differences of
-means. It has no such direction for sentiment: whether a review began well or badly says nothing
-about how it goes on. That vector is fitted by likelihood, to English reviews.
+The model represents language and register, and its text keeps them, so these steers are differences
+of means. It has no such direction for sentiment: the beginning of a review does not determine the
+sentiment of the rest. The sentiment vector is fitted by likelihood, to English reviews.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from vllm_steer.fit.vector import Direction
 from vllm_steer.steers import Mode
 from vllm_steer.steers.sites import VectorSite
 
-# A seed of its own: the steers never see the model's training samples.
+# Its own seed: the steers never use the model's training samples.
 SEED: Final = 3_000_017
 SAMPLES: Final = 2_400
 PROMPTS: Final = 60
@@ -37,10 +37,10 @@ BATCH_SIZE: Final = 64
 
 @dataclass(frozen=True)
 class VectorRecipe:
-    """What separates the two sets of texts that a vector is fitted to, and where it enters."""
+    """The criterion of the two sets of texts of a vector, and its site and layers."""
 
     description: str
-    wanted: Callable[[Sample], bool]
+    is_positive: Callable[[Sample], bool]
     site: VectorSite
     mode: Mode
     direction: Direction
@@ -49,7 +49,7 @@ class VectorRecipe:
 
 @dataclass(frozen=True)
 class LikelihoodRecipe:
-    """The layers that a vector for sentiment is fitted in, to reviews in one language."""
+    """The layers of a vector for sentiment, fitted to reviews in one language."""
 
     description: str
     language: str
@@ -121,7 +121,7 @@ RECIPES: Final[dict[str, Recipe]] = {
 def fit(
     recipe: Recipe, model: Any, tokenizer: Any, on_text: Callable[[int, int], None]
 ) -> VectorSteer | DeltaSteer:
-    """The steer of a recipe; ``on_text`` is told how many texts of how many are done."""
+    """Fit the steer of a recipe; ``on_text`` gets the number of texts read and the total."""
     steer: VectorSteer | DeltaSteer
     if isinstance(recipe, VectorRecipe):
         steer = _fit_vector(recipe, model, tokenizer, on_text)
@@ -142,8 +142,8 @@ def _fit_vector(
     return fit_vector(
         model,
         tokenizer,
-        [sample.text for sample in samples if recipe.wanted(sample)],
-        [sample.text for sample in samples if not recipe.wanted(sample)],
+        [sample.text for sample in samples if recipe.is_positive(sample)],
+        [sample.text for sample in samples if not recipe.is_positive(sample)],
         layers=recipe.layers,
         site=recipe.site,
         mode=recipe.mode,
@@ -186,6 +186,6 @@ def _fit_delta(
 
 
 def _first_sentences(language: str) -> list[str]:
-    """Beginnings of reviews, as prompts: their language is what the answer goes on in."""
+    """Beginnings of reviews as prompts: the answer continues in their language."""
     texts = (sample.text for sample in corpus.generate(PROMPTS, seed=SEED, language=language))
     return [re.split(r"(?<=[.!])", text)[0] for text in texts]

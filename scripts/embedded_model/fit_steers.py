@@ -1,8 +1,8 @@
 """Fit the embedded model's steers: `python scripts/embedded_model/fit_steers.py [NAME ...]`.
 
-LM-Steers are fitted here, vectors and deltas by `fit_guidance`. A fit of an LM-Steer makes
-strength +-1 the likeliest for its texts. What is written has a smaller epsilon, so that this
-point is reached at 1 / unit and strength +-5 is strong and still fluent.
+LM-Steers are fitted here, vectors and deltas by `fit_guidance`. A fit of an LM-Steer makes its
+texts most likely at strength +-1. The written file has a smaller epsilon, so that this point is at
+strength 1 / unit, and strength +-5 is strong and still fluent.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from vllm_steer.embedded.corpus import Sample
 from vllm_steer.fit import fit_lm_steer
 from vllm_steer.fit.lm_steer_settings import FitCallbacks
 
-# A seed of its own: the steers never see the model's training samples.
+# Its own seed: the steers never use the model's training samples.
 SEED: Final = 2_000_003
 SAMPLES: Final = 4_000
 RANK: Final = 32
@@ -33,7 +33,7 @@ EPSILON: Final = 0.05
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one LM-Steer is fitted to: the samples' label, -1 or 1, and its unit of strength."""
+    """The recipe of one LM-Steer: the label of a sample, -1 or 1, and its unit of strength."""
 
     description: str
     label: Callable[[Sample], float]
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def fit(name: str, folder: Path) -> Steer:
-    """One steer of the model in `folder`, by its recipe."""
+    """Fit one steer of the model in `folder` by its recipe."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with Progress() as progress:

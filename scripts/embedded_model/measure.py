@@ -1,4 +1,4 @@
-"""How the embedded model's steers do: `python scripts/embedded_model/measure.py [SETTING ...]`.
+"""Measure the embedded model's steers: `python scripts/embedded_model/measure.py [SETTING ...]`.
 
 Each setting's texts are sampled at temperature 1 after headings that leave language, sentiment
 and formality open; the figures are shares of the texts by `lexicon`.
@@ -90,8 +90,8 @@ def sample(
             temperature=1.0,
             top_k=0,
         )
-    answers = rows[:, encoded["input_ids"].shape[1] :]
-    return list(tokenizer.batch_decode(answers, skip_special_tokens=True))
+    answer_ids = rows[:, encoded["input_ids"].shape[1] :]
+    return list(tokenizer.batch_decode(answer_ids, skip_special_tokens=True))
 
 
 def figures(texts: Sequence[str]) -> dict[str, float]:

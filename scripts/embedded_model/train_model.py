@@ -2,7 +2,7 @@
 
 A Llama of about a million parameters (hidden size 128, 4 layers, 4 heads of 32, tied embeddings)
 on generated text alone. vLLM's attention on a CPU needs heads of at least 32. Another shape makes a
-sister of it, for a steer to be transferred to.
+second model, as the target of a steer transfer.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ADAM_LEARNING_RATE: Final = 5e-3
 HEAD_DIM: Final = 32
 IGNORED: Final = -100
 
-# The model continues text, so a chat is no more than its messages one after the other.
+# The model continues text, so a chat is its messages joined in order.
 CHAT_TEMPLATE: Final = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"
@@ -41,7 +41,7 @@ CHAT_TEMPLATE: Final = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What is chosen of a model; its heads are 32 wide."""
+    """The shape of a model; its heads have width 32."""
 
     hidden_size: int = 128
     layers: int = 4
@@ -78,7 +78,7 @@ def train(folder: Path, shape: Shape, *, minutes: float, seed: int) -> float:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that starts every text with `<s>`, as Llama's does."""
+    """Train a byte-level BPE tokenizer that starts every text with `<s>`, like Llama's."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -127,7 +127,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[lis
 
 
 def batches(rows: Sequence[list[int]], rng: random.Random) -> Iterator[torch.Tensor]:
-    """Endless padded batches; rows of like length share one, so that little is padding."""
+    """Infinite padded batches; rows of similar length share a batch, to reduce padding."""
     while True:
         order = sorted(rng.sample(range(len(rows)), BATCH_SIZE * 64), key=lambda i: len(rows[i]))
         starts = list(range(0, len(order), BATCH_SIZE))
@@ -153,7 +153,7 @@ def batch_loss(model: LlamaForCausalLM, labels: torch.Tensor) -> torch.Tensor:
 def optimise(
     model: LlamaForCausalLM, rows: Sequence[list[int]], *, minutes: float, seed: int
 ) -> int:
-    """Train for so many minutes, the learning rates a short ramp and then a cosine to zero."""
+    """Train for `minutes`; learning rates have a short warm-up and a cosine decay to zero."""
     optimizers = make_optimizers(model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -162,11 +162,11 @@ def optimise(
     with Progress() as progress:
         task = progress.add_task("training", total=1.0)
         for step, labels in enumerate(batches(rows, random.Random(seed))):
-            done = (time.monotonic() - start) / (60 * minutes)
-            if done >= 1:
+            progress_share = (time.monotonic() - start) / (60 * minutes)
+            if progress_share >= 1:
                 return step
             for group, peak in zip(groups, peaks, strict=True):
-                group["lr"] = peak * learning_rate(done)
+                group["lr"] = peak * learning_rate(progress_share)
             loss = batch_loss(model, labels)
             model.zero_grad()
             torch.autograd.backward(loss)
@@ -175,26 +175,30 @@ def optimise(
                 optimizer.step()
             if step % 20 == 0:
                 text = f"step {step}, loss {loss.item():.3f}"
-                progress.update(task, completed=done, description=text)
+                progress.update(task, completed=progress_share, description=text)
     raise AssertionError("the batches are endless")
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices (far fewer steps than AdamW here), AdamW for all the rest."""
+    """Muon for the layers' matrices (far fewer steps than AdamW here), AdamW for all other
+    parameters.
+    """
     matrices: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
+    adam_parameters: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and ".layers." in name
-        (matrices if inside else rest).append(parameter)
+        (matrices if inside else adam_parameters).append(parameter)
     return [
         torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=0.02),
-        torch.optim.AdamW(rest, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(
+            adam_parameters, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
+        ),
     ]
 
 
-def learning_rate(done: float) -> float:
-    """The share of the peak learning rate when so much of the time is over."""
-    return min(done / 0.02, 0.5 + 0.5 * math.cos(math.pi * done))
+def learning_rate(share: float) -> float:
+    """The share of the peak learning rate after a share of the time."""
+    return min(share / 0.02, 0.5 + 0.5 * math.cos(math.pi * share))
 
 
 @torch.no_grad()
@@ -222,7 +226,7 @@ def save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     settings = folder / "tokenizer_config.json"
-    # The name that both Transformers 4 and 5 know.
+    # The name that both Transformers 4 and 5 accept.
     portable = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.write_text(json.dumps(portable, indent=2) + "\n")
     config = model.config

@@ -1,4 +1,4 @@
-"""What vLLM says of a dynamic request, compared with what Hugging Face would have done."""
+"""Compares the output of vLLM for a dynamic request with the Hugging Face reference."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,16 +21,16 @@ def assert_dynamic(
     greedy: bool = True,
     tolerance: float = 1e-3,
 ) -> Trace:
-    """Every completion has the strengths of its text, and its logprobs under them; ``greedy`` ones
-    have the reference's choice as every token.
+    """Check that every completion has the strengths of its text and the logprobs under them; every
+    token of a ``greedy`` one is the reference's choice.
 
-    Where rounding decides what ``Q`` is, either strength is right, and where it decides between two
-    tokens, either token.
+    If ``Q`` depends on rounding, either strength is correct; if the choice between two tokens does,
+    either token is.
     """
     for completion in output.outputs:
-        text, given = list(completion.token_ids), completion.steer_strengths
+        text, strengths = list(completion.token_ids), completion.steer_strengths
         trace = reference_generate(model, output.prompt_token_ids, doses, steers, forced=text)
-        if history := _history(trace, given, tolerance):
+        if history := _history(trace, strengths, tolerance):
             trace = reference_generate(
                 model, output.prompt_token_ids, doses, steers, forced=text, history=history
             )
@@ -44,19 +44,21 @@ def assert_dynamic(
 
 
 def _history(
-    trace: Trace, given: Mapping[str, Sequence[float]], tolerance: float
+    trace: Trace, actual: Mapping[str, Sequence[float]], tolerance: float
 ) -> dict[str, list[float]]:
-    """Compare strengths; the history of those that rounding has made others."""
-    assert given is not None and given.keys() == trace.strengths.keys()
+    """Compare strengths; returns the history with the strengths that rounding changed."""
+    assert actual is not None and actual.keys() == trace.strengths.keys()
     history = {}
-    for name, wanted in trace.strengths.items():
-        assert len(given[name]) == len(trace.tokens)
-        errors = [abs(a - b) for a, b in zip(given[name], wanted, strict=True)]
-        wrong = [step for step, error in enumerate(errors) if error > tolerance]
-        for step in wrong:
-            said = f"{name} step {step}: {given[name][step]} for {wanted[step]}"
-            assert trace.boundaries[name][step] <= ROUNDING, said
-        if wrong:
-            steps = zip(given[name], wanted, range(len(wanted)), strict=True)
-            history[name] = [own if step in wrong else right for own, right, step in steps]
+    for name, expected in trace.strengths.items():
+        assert len(actual[name]) == len(trace.tokens)
+        errors = [abs(a - b) for a, b in zip(actual[name], expected, strict=True)]
+        wrong_steps = [step for step, error in enumerate(errors) if error > tolerance]
+        for step in wrong_steps:
+            comparison = f"{name} step {step}: {actual[name][step]} for {expected[step]}"
+            assert trace.boundaries[name][step] <= ROUNDING, comparison
+        if wrong_steps:
+            steps = zip(actual[name], expected, range(len(expected)), strict=True)
+            history[name] = [
+                computed if step in wrong_steps else right for computed, right, step in steps
+            ]
     return history

@@ -1,8 +1,8 @@
-"""Dynamic strengths by Hugging Face: every stream of the method a pass of its own, uncached.
+"""Dynamic strengths with Hugging Face: every stream is its own forward pass, without a cache.
 
 A request of ``n`` dynamic doses is ``n + 2`` streams of one text: a base that is never steered, a
-probe for each dose, which takes that dose alone at its maximum from position ``P - 1`` on, and the
-main stream, where position ``P - 1 + i`` has taken dose ``j`` at strength ``a_ij``:
+probe for each dose, which is steered only by that dose at its maximum from position ``P - 1`` on,
+and the main stream, in which dose ``j`` has strength ``a_ij`` at position ``P - 1 + i``:
 
     Q    = top(p0) | top(pj), the likeliest tokens up to and with the one that crosses top_p
     KL   = sum_{v in Q} P0(v) (ln P0(v) - ln Pj(v)), P0 and Pj renormalised over Q
@@ -11,7 +11,7 @@ main stream, where position ``P - 1 + i`` has taken dose ``j`` at strength ``a_i
 where ``p0`` and ``pj`` choose token ``i``. Fixed doses act in the main stream alone, and a delta
 past its last step does nothing. It all runs in the dtype of the model, float32 or float64.
 
-Nothing of the project takes part but the steers and doses as data.
+The reference uses nothing of the project except the steers and doses as data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from vllm_steer.doses import Dose
 
 @dataclass(frozen=True)
 class Trace:
-    """What a request writes and how strongly each step was steered.
+    """The generated text of a request and the strength of each step.
 
     tokens      the tokens, chosen or given
     strengths   per dynamic dose, one number a step
@@ -45,12 +45,12 @@ class Trace:
 
     @property
     def choices(self) -> list[int]:
-        """The greedy choice of each step, whatever token was given."""
+        """The greedy choice of each step, also for a forced text."""
         return [int(token) for token in self.logprobs.argmax(-1)]
 
 
 class Take(NamedTuple):
-    """A steer as a stream takes it: the strength of each position, 0 for nothing."""
+    """A steer in one stream, with the strength of each position (0: not steered)."""
 
     steer: Steer
     layers: tuple[int, ...] | None
@@ -69,10 +69,10 @@ def reference_generate(
     forced: Sequence[int] | None = None,
     history: Mapping[str, Sequence[float]] | None = None,
 ) -> Trace:
-    """The greedy text of a request, or with ``forced`` what the request did to write that one.
+    """The trace of a request with greedy tokens, or with the tokens ``forced``.
 
-    An ``eos`` ends the text and is its last token. The main stream takes the strengths of
-    ``history`` for those of its doses that it names.
+    An ``eos`` ends the text and is its last token. The main stream uses the strengths of
+    ``history`` for the doses in it.
     """
     prompt = [int(token) for token in prompt_ids]
     if forced is not None:
@@ -102,12 +102,12 @@ def _trace(
             takes.append(Take(steer, dose.layers, _fixed(dose, steer, len(ids), first)))
             continue
         probe = _logits_of_probe(model, ids, base, dose, steer, first)
-        found = _strengths(base_logits[first:], probe[first:], dose, steer)
+        result = _strengths(base_logits[first:], probe[first:], dose, steer)
         along = torch.zeros(len(ids), dtype=base.dtype)
-        along[first:] = torch.as_tensor((history or {}).get(dose.steer, found[0]))
+        along[first:] = torch.as_tensor((history or {}).get(dose.steer, result[0]))
         takes.append(Take(steer, dose.layers, along))
-        strengths[dose.steer] = found[0].tolist()
-        boundaries[dose.steer] = found[1]
+        strengths[dose.steer] = result[0].tolist()
+        boundaries[dose.steer] = result[1]
     main = _logits(model, _hidden_states(model, ids, takes, first), takes)[first:]
     logprobs = main.log_softmax(-1)
     best = logprobs.topk(2, dim=-1).values
@@ -147,7 +147,7 @@ def _strengths(
 def divergence_over_likeliest(
     p0: torch.Tensor, pj: torch.Tensor, top_p: float, *, by_size: bool
 ) -> tuple[float, float]:
-    """KL over ``Q`` of two distributions ``[V]``, and how near to another ``Q`` they are."""
+    """KL over ``Q`` of two distributions ``[V]``, and the distance of ``Q`` from another one."""
     top0, boundary0 = _likeliest(p0, top_p)
     topj, boundaryj = _likeliest(pj, top_p)
     q = sorted(top0 | topj)
@@ -159,9 +159,9 @@ def divergence_over_likeliest(
 
 
 def _likeliest(p: torch.Tensor, top_p: float) -> tuple[set[int], float]:
-    """Tokens in falling order until their sum exceeds ``top_p``; what would take one more or less.
+    """Tokens in descending order until their sum exceeds ``top_p``, and the margin of this set.
 
-    That is another sum, or another order of the last that is in and the first that is not.
+    The set changes with the sum, or with the order of its last token and the next one.
     """
     falling, order = p.sort(descending=True, stable=True)
     total, count = 0.0, 0
@@ -176,7 +176,7 @@ def _likeliest(p: torch.Tensor, top_p: float) -> tuple[set[int], float]:
 
 
 def _fixed(dose: Dose, steer: Steer, length: int, first: int) -> torch.Tensor:
-    """The strength of each position under a dose that is what the request says."""
+    """The strength of each position under a fixed dose."""
     along = torch.zeros(length, dtype=torch.float64)
     for position in range(length):
         in_prompt = position <= first
@@ -225,7 +225,7 @@ def _hook(model: Any, layer: int, site: str, takes: Sequence[Take], first: int) 
 
 
 def _steered(x: torch.Tensor, takes: Sequence[Take], layer: int, first: int) -> torch.Tensor:
-    """``x + sum``, at the old norm where a take rotates that is not 0 there."""
+    """``x + sum``, at the old norm where a take with a non-zero strength rotates."""
     moved, rotates = x.clone(), torch.zeros(len(x), dtype=torch.bool)
     for take in takes:
         strengths = take.strengths.to(x.dtype)
@@ -245,7 +245,7 @@ def _steered(x: torch.Tensor, takes: Sequence[Take], layer: int, first: int) -> 
 
 
 def _logits(model: Any, hidden: torch.Tensor, takes: Sequence[Take]) -> torch.Tensor:
-    """``[L, V]`` with the steers at the head, each from the hidden states as they come in."""
+    """``[L, V]`` with the steers at the head, each applied to the unsteered hidden states."""
     head = model.get_output_embeddings()
     steered = hidden.clone()
     offset = torch.zeros(len(hidden), head.weight.shape[0], dtype=hidden.dtype)
@@ -254,8 +254,8 @@ def _logits(model: Any, hidden: torch.Tensor, takes: Sequence[Take]) -> torch.Te
             continue
         strengths = along.to(hidden.dtype)[:, None]
         for column in range(steer.columns):
-            asked = (strengths != 0).to(hidden.dtype)
-            scale = steer.epsilon * (asked if column in steer.fixed_columns else strengths)
+            is_steered = (strengths != 0).to(hidden.dtype)
+            scale = steer.epsilon * (is_steered if column in steer.fixed_columns else strengths)
             if steer.variant == "multiply":
                 change = hidden @ steer.projector1[column].to(hidden.dtype)
                 steered += scale * (change @ steer.projector2[column].to(hidden.dtype).T)

@@ -1,4 +1,4 @@
-"""Real vLLM engines in this process, and the steers and requests that the tests give them."""
+"""Real vLLM engines in this process, and the steers and requests of the tests."""
 
 import gc
 import importlib.metadata
@@ -21,7 +21,7 @@ Setting = Mapping[str, float | Mapping[str, Any]]
 RUNNER = os.environ.get("VLLM_STEER_TEST_RUNNER", "v1")
 vllm_version = Version(importlib.metadata.version("vllm"))
 
-# What a vLLM cannot do by itself, with the plugin turned off too.
+# Features that this vLLM lacks even without the plugin.
 ties_gemma = vllm_version < Version("0.29")
 unties_gemma = pytest.mark.skipif(
     ties_gemma,
@@ -79,7 +79,7 @@ GUIDED: tuple[Setting, ...] = (
 
 
 def random_steers(hidden_size: int, vocab_size: int) -> dict[str, LMSteer]:
-    """One steer of each variant and of mixed ranks, strong enough to change what is written."""
+    """One steer of each variant, with mixed ranks, strong enough to change the text."""
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -148,15 +148,19 @@ def guided_family(family: str) -> tuple[tuple[Setting, ...], dict[str, Steer]]:
     steers: dict[str, Steer] = {**random_steers(HIDDEN, VOCAB), **guidance}
     if family != "olmo2-no-input-norm":
         return GUIDED, steers
-    kept = {name: steer for name, steer in steers.items() if steer.site != "attn_in"}
-    return settings_without("attn_in", GUIDED, steers), kept
+    servable = {name: steer for name, steer in steers.items() if steer.site != "attn_in"}
+    return settings_without("attn_in", GUIDED, steers), servable
 
 
 def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:
     """A setting as doses, read without the project's parser; zero strengths are kept."""
     doses = []
-    for name, given in setting.items():
-        options = dict(given) if isinstance(given, Mapping) else {"strength": given}
+    for name, request_value in setting.items():
+        options = (
+            dict(request_value)
+            if isinstance(request_value, Mapping)
+            else {"strength": request_value}
+        )
         if "layers" in options:
             options["layers"] = _layers(options["layers"])
         if options["strength"] == "dynamic":
@@ -170,14 +174,14 @@ def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:
 
 
 def dynamic(maximum: float = 2.0, **options: Any) -> dict[str, Any]:
-    """Options of a steer whose strength follows from the text."""
+    """Options of a steer with dynamic strength."""
     return {"strength": "dynamic", "max": maximum, **options}
 
 
-def _layers(given: str | Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(given, str):
-        return tuple(given)
-    spans = [part.split("-") for part in given.split(",")]
+def _layers(layers: str | Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(layers, str):
+        return tuple(layers)
+    spans = [part.split("-") for part in layers.split(",")]
     return tuple(layer for span in spans for layer in range(int(span[0]), int(span[-1]) + 1))
 
 
@@ -233,7 +237,7 @@ def prompts(count: int, *, length: int = 12, vocab_size: int = 500) -> list[dict
 
 
 def greedy(settings: Sequence[Setting], *, max_tokens: int = 12, **options: Any) -> list[Any]:
-    """Greedy sampling parameters, one per setting; an empty setting does not ask for a steer."""
+    """Greedy sampling parameters, one per setting; an empty setting has no steer."""
     from vllm import SamplingParams
 
     defaults = {"temperature": 0, "ignore_eos": True, "logprobs": 1, "detokenize": False}
@@ -248,13 +252,13 @@ def greedy(settings: Sequence[Setting], *, max_tokens: int = 12, **options: Any)
 
 
 def is_dynamic(setting: Setting) -> bool:
-    """Whether a setting asks for a strength that follows from the text."""
+    """True if a setting requests a dynamic strength."""
     return any(isinstance(o, Mapping) and o["strength"] == "dynamic" for o in setting.values())
 
 
 def reporting(params: Sequence[Any]) -> list[Any]:
-    """Sampling parameters that ask for the strengths of their dynamic steers."""
-    for each in params:
-        if each.extra_args and is_dynamic(each.extra_args["steer"]):
-            each.extra_args["steer_strengths"] = True
+    """Sampling parameters that request the strengths of their dynamic steers."""
+    for parameters in params:
+        if parameters.extra_args and is_dynamic(parameters.extra_args["steer"]):
+            parameters.extra_args["steer_strengths"] = True
     return list(params)

@@ -1,9 +1,9 @@
-"""Scenarios that need a Python process of their own: ``python own_process.py SCENARIO``.
+"""Scenarios that need a separate Python process: ``python own_process.py SCENARIO``.
 
 N-gram speculation imports numba, after which vLLM's CPU platform starts no second engine in this
 process; parallel engines start workers that import the main module again; vLLM's Transformers
-backend changes the classes of the model it serves; a compile cache is met again by another process
-only; an engine without the plugin must never have loaded it.
+backend changes the classes of the model it serves; only another process reads a compile cache
+again; an engine without the plugin must never have loaded it.
 """
 
 import json
@@ -84,7 +84,7 @@ def parallel(folder: Path, **options: Any) -> None:
 
 
 def transformers_backend(folder: Path) -> None:
-    """vLLM's Transformers backend on a model that vLLM also has itself."""
+    """vLLM's Transformers backend on a model that vLLM also implements natively."""
     mixed_batch(folder, model_impl="transformers")
 
 
@@ -114,17 +114,18 @@ def compiled_in_pieces(folder: Path) -> None:
     steers and the compile cache of the first.
     """
     compile_in_pieces()
-    kept = Path(os.environ["VLLM_STEER_TEST_FOLDER"])
+    kept_folder = Path(os.environ["VLLM_STEER_TEST_FOLDER"])
     if "unsteered" in sys.argv:
-        model = save_tiny_model("llama", kept / "model", num_layers=GUIDED_LAYERS)
+        model = save_tiny_model("llama", kept_folder / "model", num_layers=GUIDED_LAYERS)
         with engine(model, enforce_eager=False) as llm:
             llm.generate(prompts(2), greedy([{}] * 2), use_tqdm=False)
     else:
-        mixed_batch(kept, enforce_eager=False)
+        mixed_batch(kept_folder, enforce_eager=False)
 
 
 def pieces_compiled(folder: Path) -> None:
-    """How many different pieces an engine compiles, without a steer and with a vector everywhere.
+    """The number of distinct pieces that an engine compiles, without a steer and with a vector in
+    every layer.
 
     vLLM keeps an artifact for each piece that differs from those before it.
     """
@@ -140,8 +141,8 @@ def pieces_compiled(folder: Path) -> None:
     for steer in (None, config):
         before = compilation_counter.num_compiled_artifacts_saved
         with engine(model, steer, enforce_eager=False) as llm:
-            asks = {"push": 1.0} if steer else {}
-            llm.generate(prompts(1), greedy([asks]), use_tqdm=False)
+            request_value = {"push": 1.0} if steer else {}
+            llm.generate(prompts(1), greedy([request_value]), use_tqdm=False)
         saved.append(compilation_counter.num_compiled_artifacts_saved - before)
     print(json.dumps({"layers": layers, "stock": saved[0], "hooked": saved[1]}))
 
@@ -150,10 +151,10 @@ def compiled_families(folder: Path) -> None:
     """Each family named on the command line twice: compiled and saved, then loaded again."""
     compile_in_pieces()
     for family in sys.argv[2:]:
-        place = folder / family
-        model = save_tiny_model(family, place / "model", num_layers=GUIDED_LAYERS)
+        subfolder = folder / family
+        model = save_tiny_model(family, subfolder / "model", num_layers=GUIDED_LAYERS)
         settings, steers = guided_family(family)
-        reference, config = load_reference(model), steer_config(steers, place / "steers")
+        reference, config = load_reference(model), steer_config(steers, subfolder / "steers")
         for state in ("compiled", "loaded"):
             with engine(model, config, enforce_eager=False) as llm:
                 params = greedy(settings, prompt_logprobs=1)
@@ -189,7 +190,7 @@ def pipeline_parallel(folder: Path) -> None:
 
 
 def stock_logprobs(folder: Path) -> None:
-    """Print, exactly, what an engine gives that has never heard of the plugin."""
+    """Print the exact output of an engine in a process that never loaded the plugin."""
     assert os.environ["VLLM_PLUGINS"] == ""
     model = save_tiny_model("llama", folder / "model", num_layers=GUIDED_LAYERS)
     with engine(model) as llm:

@@ -131,7 +131,7 @@ def _changes(
     doses: Sequence[Dose], steers: Mapping[str, Steer], length: int, prompt_length: int
 ) -> dict[tuple[int, str], list[Change]]:
     """All changes of a sequence, by layer and site."""
-    found: dict[tuple[int, str], list[Change]] = {}
+    changes: dict[tuple[int, str], list[Change]] = {}
     for dose in doses:
         steer = steers[dose.steer]
         if isinstance(steer, LMSteer):
@@ -139,8 +139,8 @@ def _changes(
         of_layer = _vector_change if isinstance(steer, VectorSteer) else _delta_change
         for layer in steer.layers if dose.layers is None else dose.layers:
             change = of_layer(dose, steer, steer.layers.index(layer), length, prompt_length)
-            found.setdefault((layer, steer.site), []).append(change)
-    return found
+            changes.setdefault((layer, steer.site), []).append(change)
+    return changes
 
 
 def _vector_change(
@@ -185,7 +185,7 @@ def _coefficient(dose: Dose, steer: DeltaSteer, step: int) -> float:
 
 
 def _hook(model: Any, layer: int, site: str, changes: Sequence[Change]) -> Any:
-    """Guide what passes a site, by a hook that is returned."""
+    """Guide the activations at a site with a hook; returns its handle."""
     names = MODULES[type(model).__name__]
     block = model.get_submodule(names.blocks)[layer]
     if site == "heads":
@@ -217,8 +217,8 @@ def assert_greedy(
     *,
     tolerance: float = 1e-4,
 ) -> None:
-    """Every generated token is the reference's choice after the same text, with its logprob; so are
-    the logprobs of the prompt where the request asked for them.
+    """Every generated token is the reference's choice after the same text, with its logprob; the
+    same holds for the logprobs of the prompt if requested.
     """
     _assert_choices(output, steered_logprobs(model, _text(output), strengths, steers), tolerance)
 
@@ -233,24 +233,24 @@ def assert_guided(
 ) -> None:
     """``assert_greedy`` for doses of steers of every kind."""
     prompt_length = len(output.prompt_token_ids)
-    wanted = guided_logprobs(model, _text(output), prompt_length, doses, steers)
-    _assert_choices(output, wanted, tolerance)
+    expected = guided_logprobs(model, _text(output), prompt_length, doses, steers)
+    _assert_choices(output, expected, tolerance)
 
 
 def _text(output: Any) -> list[int]:
     return [*output.prompt_token_ids, *output.outputs[0].token_ids]
 
 
-def _assert_choices(output: Any, wanted: torch.Tensor, tolerance: float) -> None:
+def _assert_choices(output: Any, expected: torch.Tensor, tolerance: float) -> None:
     prompt, completion = list(output.prompt_token_ids), output.outputs[0]
     generated = list(completion.token_ids)
-    choices = wanted[len(prompt) - 1 : -1]
+    choices = expected[len(prompt) - 1 : -1]
     assert generated == choices.argmax(-1).tolist()
     for step, token in enumerate(generated):
-        given = completion.logprobs[step][token].logprob
-        assert abs(given - float(choices[step, token])) <= tolerance
+        actual = completion.logprobs[step][token].logprob
+        assert abs(actual - float(choices[step, token])) <= tolerance
     for position, entry in enumerate(output.prompt_logprobs or []):
         if entry is None:
             continue
         token = prompt[position]
-        assert abs(entry[token].logprob - float(wanted[position - 1, token])) <= tolerance
+        assert abs(entry[token].logprob - float(expected[position - 1, token])) <= tolerance

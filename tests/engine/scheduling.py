@@ -1,4 +1,4 @@
-"""What an engine in this process has in hand: its scheduler, and what it has not let go."""
+"""Inspects an engine in this process: its scheduler, and resources that it still holds."""
 
 import ctypes
 import gc
@@ -15,39 +15,39 @@ def scheduler_of(llm: Any) -> Any:
 
 
 def preemptions(llm: Any) -> float:
-    """How often a request has lost its blocks."""
+    """The number of preemptions."""
     return float({m.name: m for m in llm.get_metrics()}["vllm:num_preemptions"].value)
 
 
 def leftovers(llm: Any) -> dict[str, int]:
-    """Whatever of finished requests is still held; nothing, where all is well."""
+    """State of finished requests that is still held; empty if there is no leak."""
     scheduler = scheduler_of(llm)
     running, waiting = scheduler.get_request_counts()
     pool = scheduler.kv_cache_manager.block_pool
-    held = {
+    resources = {
         "running": running,
         "waiting": waiting,
         "requests": len(scheduler.requests),
         "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is the null block
     }
-    turns = getattr(scheduler, "vllm_steer_streams", None)
-    if turns is not None:
-        held["groups"] = len(turns.groups)
-        held["members"] = len(turns._group_of)
-    return {name: count for name, count in held.items() if count}
+    streams = getattr(scheduler, "vllm_steer_streams", None)
+    if streams is not None:
+        resources["groups"] = len(streams.groups)
+        resources["members"] = len(streams._group_of)
+    return {name: count for name, count in resources.items() if count}
 
 
 def pooled_strengths(llm: Any) -> int:
-    """Numbers that the worker keeps for strengths, after a step that tells it who has ended."""
+    """The number of strengths in the worker's pool, after a step that reports finished requests."""
     from vllm_steer.serving.dynamic.requests import StrengthPool
 
     llm.generate({"prompt_token_ids": [5]}, greedy([{}], max_tokens=1), use_tqdm=False)
     gc.collect()
-    return sum(each.num_taken for each in gc.get_objects() if type(each) is StrengthPool)
+    return sum(pool.num_taken for pool in gc.get_objects() if type(pool) is StrengthPool)
 
 
 def resident_mib() -> float:
-    """Memory of this process, without what the allocator keeps for later."""
+    """Resident memory of this process, without free memory of the allocator."""
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -80,14 +80,14 @@ def llm(reference: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def asked(tokenizer: Any) -> list[dict[str, list[int]]]:
+def prompts(tokenizer: Any) -> list[dict[str, list[int]]]:
     """A prompt for each of 16 requests."""
     texts = (*corpus.OPEN_PROMPTS, *corpus.NEUTRAL_PROMPTS)
     return [{"prompt_token_ids": ids} for ids in tokenizer(list(texts[:16])).input_ids]
 
 
-def generate(llm: Any, asked: Sequence[Any], settings: Sequence[Setting], **options: Any) -> Any:
-    return llm.generate(list(asked), reporting(greedy(settings, **options)), use_tqdm=False)
+def generate(llm: Any, prompts: Sequence[Any], settings: Sequence[Setting], **options: Any) -> Any:
+    return llm.generate(list(prompts), reporting(greedy(settings, **options)), use_tqdm=False)
 
 
 def check(outputs: Any, reference: Any, settings: Sequence[Setting], steers: Any) -> None:
@@ -100,58 +100,62 @@ def check(outputs: Any, reference: Any, settings: Sequence[Setting], steers: Any
 
 
 @pytest.fixture(scope="module")
-def together(llm: Any, asked: Any) -> Any:
+def together(llm: Any, prompts: Any) -> Any:
     """One batch of all."""
-    return generate(llm, asked, MIXED, max_tokens=TOKENS)
+    return generate(llm, prompts, MIXED, max_tokens=TOKENS)
 
 
-def test_each_of_a_mixed_batch_is_steered_as_its_own_text_asks(
+def test_each_request_of_a_mixed_batch_gets_the_reference_result(
     together: Any, reference: Any, steers: Any
 ) -> None:
     check(together, reference, MIXED, steers)
-    found = [
+    all_strengths = [
         strength
         for output, setting in zip(together, MIXED, strict=True)
         if is_dynamic(setting)
         for strengths in output.outputs[0].steer_strengths.values()
         for strength in strengths
     ]
-    assert any(0.01 < strength < 1.9 for strength in found) and 2.0 in found and min(found) < -0.01
+    assert (
+        any(0.01 < strength < 1.9 for strength in all_strengths)
+        and 2.0 in all_strengths
+        and min(all_strengths) < -0.01
+    )
 
 
 @slow_on_v2
 @pytest.mark.parametrize("setting", [FRENCH, {**FRENCH, **GERMAN}, MIXED[7]], ids=[1, 2, 3])
-def test_alone_a_request_is_steered_as_in_a_batch(
-    setting: Setting, llm: Any, asked: Any, together: Any, reference: Any, steers: Any
+def test_a_request_is_steered_alone_as_in_a_batch(
+    setting: Setting, llm: Any, prompts: Any, together: Any, reference: Any, steers: Any
 ) -> None:
     index = MIXED.index(setting)
-    alone = generate(llm, asked[index : index + 1], [setting], max_tokens=TOKENS)
+    alone = generate(llm, prompts[index : index + 1], [setting], max_tokens=TOKENS)
     check(alone, reference, [setting], steers)
     assert alone[0].outputs[0].token_ids == together[index].outputs[0].token_ids
 
 
 @slow_on_v2
-def test_a_short_greedy_text_is_the_one_that_the_reference_writes(
-    llm: Any, asked: Any, reference: Any, steers: Any
+def test_a_short_greedy_text_equals_the_reference(
+    llm: Any, prompts: Any, reference: Any, steers: Any
 ) -> None:
     setting = MIXED[7]
-    (output,) = generate(llm, asked[:1], [setting], max_tokens=10)
+    (output,) = generate(llm, prompts[:1], [setting], max_tokens=10)
     doses = doses_of(setting, steers)
-    prompt = asked[0]["prompt_token_ids"]
+    prompt = prompts[0]["prompt_token_ids"]
     assert (
         output.outputs[0].token_ids
         == reference_generate(reference, prompt, doses, steers, max_tokens=10).tokens
     )
 
 
-def test_requests_without_a_dynamic_steer_are_what_they_are_without_dynamic_ones_beside_them(
-    llm: Any, asked: Any, together: Any
+def test_requests_without_dynamic_strength_ignore_dynamic_requests_in_the_batch(
+    llm: Any, prompts: Any, together: Any
 ) -> None:
     indices = [index for index, setting in enumerate(MIXED) if not is_dynamic(setting)]
-    apart = generate(
-        llm, [asked[i] for i in indices], [MIXED[i] for i in indices], max_tokens=TOKENS
+    without_dynamic = generate(
+        llm, [prompts[i] for i in indices], [MIXED[i] for i in indices], max_tokens=TOKENS
     )
-    for index, output in zip(indices, apart, strict=True):
+    for index, output in zip(indices, without_dynamic, strict=True):
         beside, alone = together[index].outputs[0], output.outputs[0]
         assert beside.token_ids == alone.token_ids
         for token, a, b in zip(alone.token_ids, alone.logprobs, beside.logprobs, strict=True):
@@ -159,26 +163,28 @@ def test_requests_without_a_dynamic_steer_are_what_they_are_without_dynamic_ones
 
 
 @slow_on_v2
-def test_a_prompt_of_one_token(llm: Any, reference: Any, steers: Any) -> None:
+def test_a_prompt_of_one_token_is_steered(llm: Any, reference: Any, steers: Any) -> None:
     settings = [FRENCH, GLAD, MIXED[7], MIXED[14]]
     outputs = generate(llm, [{"prompt_token_ids": [43]}] * 4, settings)
     check(outputs, reference, settings, steers)
 
 
-def test_one_token_is_a_strength_each(llm: Any, asked: Any, reference: Any, steers: Any) -> None:
+def test_one_generated_token_has_one_strength(
+    llm: Any, prompts: Any, reference: Any, steers: Any
+) -> None:
     settings = [FRENCH, GLAD, MIXED[7]]
-    outputs = generate(llm, asked[:3], settings, max_tokens=1)
+    outputs = generate(llm, prompts[:3], settings, max_tokens=1)
     check(outputs, reference, settings, steers)
     assert all(output.outputs[0].finish_reason == "length" for output in outputs)
     assert [len(v) for o in outputs for v in o.outputs[0].steer_strengths.values()] == [1] * 5
 
 
 @slow_on_v2
-def test_past_the_last_step_of_a_delta_the_strength_is_zero_and_the_rest_goes_on(
-    llm: Any, asked: Any, reference: Any, steers: Any
+def test_the_strength_is_zero_after_the_last_step_of_a_delta(
+    llm: Any, prompts: Any, reference: Any, steers: Any
 ) -> None:
     settings = [GERMAN, {**FRENCH, **GLAD}, {**FRENCH, **FORMAL}]
-    outputs = generate(llm, asked[:3], settings, max_tokens=40)
+    outputs = generate(llm, prompts[:3], settings, max_tokens=40)
     check(outputs, reference, settings, steers)
     for output, name in zip(outputs, ["german-delta", "french-delta", "french-delta"], strict=True):
         assert output.outputs[0].steer_strengths[name][30:] == [0.0] * 10
@@ -187,11 +193,11 @@ def test_past_the_last_step_of_a_delta_the_strength_is_zero_and_the_rest_goes_on
 @slow_on_v2
 @pytest.mark.parametrize("setting", [FRENCH, GLAD, MIXED[7]], ids=["delta", "head", "three"])
 def test_a_stop_token_ends_a_request(
-    setting: Setting, llm: Any, asked: Any, reference: Any, steers: Any
+    setting: Setting, llm: Any, prompts: Any, reference: Any, steers: Any
 ) -> None:
-    (free,) = generate(llm, asked[:1], [setting])
+    (free,) = generate(llm, prompts[:1], [setting])
     end = free.outputs[0].token_ids[4]
-    (output,) = generate(llm, asked[:1], [setting], stop_token_ids=[end])
+    (output,) = generate(llm, prompts[:1], [setting], stop_token_ids=[end])
     length = free.outputs[0].token_ids.index(end) + 1
     assert output.outputs[0].token_ids == free.outputs[0].token_ids[:length]
     assert output.outputs[0].finish_reason == "stop"
@@ -202,12 +208,12 @@ def test_a_stop_token_ends_a_request(
 @slow_on_v2
 @pytest.mark.parametrize("setting", [FRENCH, GLAD, MIXED[7]], ids=["delta", "head", "three"])
 def test_a_stop_string_ends_a_request(
-    setting: Setting, llm: Any, asked: Any, tokenizer: Any, reference: Any, steers: Any
+    setting: Setting, llm: Any, prompts: Any, tokenizer: Any, reference: Any, steers: Any
 ) -> None:
-    (free,) = generate(llm, asked[:1], [setting])
+    (free,) = generate(llm, prompts[:1], [setting])
     tokens = free.outputs[0].token_ids
     stop = tokenizer.decode(tokens[:6])[-3:]
-    (output,) = generate(llm, asked[:1], [setting], stop=[stop], detokenize=True)
+    (output,) = generate(llm, prompts[:1], [setting], stop=[stop], detokenize=True)
     ended = output.outputs[0]
     assert ended.finish_reason == "stop" and ended.stop_reason == stop
     assert 1 <= len(ended.token_ids) <= 6 and ended.token_ids == tokens[: len(ended.token_ids)]
@@ -223,14 +229,14 @@ def sampled(setting: Setting, **options: Any) -> list[Any]:
 @samples
 @slow_on_v2
 @pytest.mark.parametrize("setting", [FRENCH, GLAD, MIXED[7]], ids=["delta", "head", "three"])
-def test_two_samples_of_a_request_each_have_the_strengths_of_their_own_text(
-    setting: Setting, llm: Any, asked: Any, reference: Any, steers: Any
+def test_each_sample_of_a_request_has_the_strengths_of_its_own_text(
+    setting: Setting, llm: Any, prompts: Any, reference: Any, steers: Any
 ) -> None:
-    (both,) = llm.generate(asked[:1], sampled(setting, n=2, seed=7), use_tqdm=False)
+    (both,) = llm.generate(prompts[:1], sampled(setting, n=2, seed=7), use_tqdm=False)
     assert both.outputs[0].token_ids != both.outputs[1].token_ids
     assert_dynamic(both, reference, doses_of(setting, steers), steers, greedy=False)
     for seed, completion in zip((7, 8), both.outputs, strict=True):
-        (single,) = llm.generate(asked[:1], sampled(setting, seed=seed), use_tqdm=False)
+        (single,) = llm.generate(prompts[:1], sampled(setting, seed=seed), use_tqdm=False)
         assert single.outputs[0].token_ids == completion.token_ids
         for name, strengths in single.outputs[0].steer_strengths.items():
             assert strengths == pytest.approx(completion.steer_strengths[name], abs=1e-4)
@@ -239,22 +245,22 @@ def test_two_samples_of_a_request_each_have_the_strengths_of_their_own_text(
 @samples
 @slow_on_v2
 @pytest.mark.parametrize("setting", [FRENCH, GLAD], ids=["delta", "head"])
-def test_penalties_and_truncation_are_the_main_streams_alone(
-    setting: Setting, llm: Any, asked: Any, reference: Any, steers: Any
+def test_penalties_and_truncation_apply_to_the_main_stream_only(
+    setting: Setting, llm: Any, prompts: Any, reference: Any, steers: Any
 ) -> None:
     options = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_p": 0.02, "seed": 3}
-    (output,) = llm.generate(asked[:1], sampled(setting, **options), use_tqdm=False)
+    (output,) = llm.generate(prompts[:1], sampled(setting, **options), use_tqdm=False)
     assert_dynamic(output, reference, doses_of(setting, steers), steers, greedy=False)
 
 
 @slow_on_v2
-def test_without_asking_no_strengths_are_told(llm: Any, asked: Any) -> None:
-    outputs = llm.generate(asked[:3], greedy([{}, FRENCH, GLAD]), use_tqdm=False)
+def test_a_request_without_steer_strengths_gets_none(llm: Any, prompts: Any) -> None:
+    outputs = llm.generate(prompts[:3], greedy([{}, FRENCH, GLAD]), use_tqdm=False)
     assert [getattr(o.outputs[0], "steer_strengths", None) for o in outputs] == [None] * 3
 
 
 def steps_of(llm: Any, prompt: Any, params: Any) -> SimpleNamespace:
-    """How often an engine runs its model for one request, and how many streams it had."""
+    """The number of model runs of an engine for one request, and its number of streams."""
     scheduler = scheduler_of(llm)
     counted = SimpleNamespace(steps=0, streams=0)
     schedule = scheduler.schedule
@@ -285,12 +291,12 @@ def steps_of(llm: Any, prompt: Any, params: Any) -> SimpleNamespace:
     ids=["ordinary", "head", "two-at-the-head", "delta", "two-and-one-at-the-head"],
 )
 def test_a_token_takes_two_steps_inside_the_layers_and_one_at_the_head(
-    setting: Setting, per_token: int, streams: int, llm: Any, asked: Any
+    setting: Setting, per_token: int, streams: int, llm: Any, prompts: Any
 ) -> None:
-    counted = steps_of(llm, asked[:1], reporting(greedy([setting], max_tokens=10)))
+    counted = steps_of(llm, prompts[:1], reporting(greedy([setting], max_tokens=10)))
     assert per_token * 10 <= counted.steps <= per_token * 10 + 1
     assert counted.streams == streams
 
 
-def test_nothing_is_left_of_them(llm: Any, together: Any) -> None:
+def test_no_stream_leaves_resources(llm: Any, together: Any) -> None:
     assert leftovers(llm) == {}

@@ -1,6 +1,6 @@
 """Dynamic strengths while vLLM schedules a step before the last one's tokens are known.
 
-vLLM turns asynchronous scheduling off on a CPU, where nothing is gained by it; here it is forced.
+vLLM disables asynchronous scheduling on a CPU, where it gains nothing; here it is forced.
 """
 
 import itertools
@@ -46,30 +46,30 @@ def test_strengths_and_tokens_are_those_of_the_texts(blocks: int, length: int) -
         assert isinstance(scheduler_of(llm), AsyncScheduler)
         assert llm.llm_engine.engine_core.engine_core.batch_queue is not None
         outputs = serve(llm, texts(len(KINDS), 50), KINDS, max_tokens=length)
-        count, held = preemptions(llm), leftovers(llm)
+        count, resources = preemptions(llm), leftovers(llm)
     assert (count > 0) == (blocks < 100)
-    assert held == {}
+    assert resources == {}
     check(outputs, KINDS, load_reference(embedded.MODEL), steers)
 
 
-def test_all_blocks_may_be_taken_back_while_a_step_is_computed() -> None:
-    """As for new weights: between a step and its outcome, that of a last token too."""
+def test_all_requests_may_be_preempted_while_a_step_is_computed() -> None:
+    """As for an update of the weights: between a step and its output, also that of a last token."""
     steers = {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
     settings, outputs = [FRENCH, HEAD, {}], []
     with engine(embedded.MODEL, CONFIG, max_num_seqs=16, block_size=BLOCK) as llm:
         core, scheduler = llm.llm_engine, scheduler_of(llm)
         for moment in range(1, 9):
-            asked = zip(texts(3, 20), reporting(greedy(settings, max_tokens=3)), strict=True)
-            for index, request in enumerate(asked):
+            pairs = zip(texts(3, 20), reporting(greedy(settings, max_tokens=3)), strict=True)
+            for index, request in enumerate(pairs):
                 core.add_request(f"{moment}-{index}", *request)
             update, steps = scheduler.update_from_output, itertools.count(1)
 
-            def taking_back(*step: Any, at: int = moment, update: Any = update, steps: Any = steps):
+            def preempting(*step: Any, at: int = moment, update: Any = update, steps: Any = steps):
                 if next(steps) == at:
                     scheduler.reset_prefix_cache(reset_running_requests=True)
                 return update(*step)
 
-            scheduler.update_from_output = taking_back
+            scheduler.update_from_output = preempting
             ended = finished(core, 3)
             scheduler.update_from_output = update
             outputs += sorted(ended, key=lambda output: output.request_id)

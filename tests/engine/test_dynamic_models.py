@@ -68,17 +68,17 @@ def test_every_kind_site_and_mode_on_each_family(family: str, tmp_path: Path) ->
     steers = guided_family(family)[1]
     model = save_tiny_model(family, tmp_path / "model", num_layers=GUIDED_LAYERS)
     outputs = assert_batch(model, steers, tmp_path / "steers")
-    found = [
+    all_strengths = [
         strength
         for output in outputs
         for strengths in output.outputs[0].steer_strengths.values()
         for strength in strengths
     ]
-    assert len(set(found)) > len(found) // 4
+    assert len(set(all_strengths)) > len(all_strengths) // 4
 
 
 @pytest.mark.matrix
-def test_all_streams_of_a_request_have_its_adapter(tmp_path: Path) -> None:
+def test_all_streams_of_a_request_use_its_lora_adapter(tmp_path: Path) -> None:
     from vllm.lora.request import LoRARequest
 
     model = save_tiny_model("llama", tmp_path / "model")
@@ -125,13 +125,13 @@ def test_deltas_fitted_to_happy_and_sad_stories_on_a_pretrained_model(tmp_path: 
         {"sad": dynamic(kl="authors"), "bias": 2.0},
         {"dummy": dynamic(2.0, top_p=0.9)},
     ]
-    asked = [{"prompt_token_ids": ids} for ids in tokenizer(stories.prompts()).input_ids]
+    prompts = [{"prompt_token_ids": ids} for ids in tokenizer(stories.prompts()).input_ids]
     reference = load_reference(STORIES)
     with engine(STORIES, steer_config(steers, tmp_path)) as llm:
-        together = llm.generate(asked, reporting(greedy(settings, max_tokens=24)), use_tqdm=False)
+        together = llm.generate(prompts, reporting(greedy(settings, max_tokens=24)), use_tqdm=False)
         alone = [
             llm.generate(prompt, reporting(greedy([setting], max_tokens=24)), use_tqdm=False)[0]
-            for prompt, setting in zip(asked, settings, strict=True)
+            for prompt, setting in zip(prompts, settings, strict=True)
         ]
     for outputs in (together, alone):
         for output, setting in zip(outputs, settings, strict=True):

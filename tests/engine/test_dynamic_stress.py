@@ -1,4 +1,4 @@
-"""Dynamic strengths where blocks and seats are few, and where requests end before their time."""
+"""Dynamic strengths with few KV blocks and few slots, and with requests that end early."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -55,7 +55,7 @@ def reference() -> Any:
 
 
 def texts(count: int, length: int, *, seed: int = 3) -> list[dict[str, list[int]]]:
-    """Prompts of random tokens, of that length and somewhat less."""
+    """Prompts of random tokens, of about the given length."""
     rng = random.Random(seed)
     return [
         {"prompt_token_ids": [rng.randrange(3, 1500) for _ in range(length - index % 5)]}
@@ -72,8 +72,8 @@ def check(outputs: Any, settings: Sequence[Setting], reference: Any, steers: Any
             assert_guided(output, reference, doses, steers)
 
 
-def serve(llm: Any, asked: Any, settings: Sequence[Setting], **options: Any) -> Any:
-    return llm.generate(asked, reporting(greedy(settings, **options)), use_tqdm=False)
+def serve(llm: Any, prompts: Any, settings: Sequence[Setting], **options: Any) -> Any:
+    return llm.generate(prompts, reporting(greedy(settings, **options)), use_tqdm=False)
 
 
 def test_chunked_prefill_and_preemption(reference: Any, steers: Any) -> None:
@@ -85,32 +85,30 @@ def test_chunked_prefill_and_preemption(reference: Any, steers: Any) -> None:
     }
     with engine(embedded.MODEL, CONFIG, **options) as llm:
         outputs = serve(llm, texts(16, 70), REQUESTS, max_tokens=40)
-        count, held = preemptions(llm), leftovers(llm)
+        count, resources = preemptions(llm), leftovers(llm)
     assert count > 0
-    assert held == {}
+    assert resources == {}
     check(outputs, REQUESTS, reference, steers)
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("seats", [5, 7])
-def test_few_seats(seats: int, reference: Any, steers: Any) -> None:
-    with engine(embedded.MODEL, CONFIG, max_num_seqs=seats) as llm:
+@pytest.mark.parametrize("max_num_seqs", [5, 7])
+def test_few_slots_of_max_num_seqs(max_num_seqs: int, reference: Any, steers: Any) -> None:
+    with engine(embedded.MODEL, CONFIG, max_num_seqs=max_num_seqs) as llm:
         outputs = serve(llm, texts(16, 12), REQUESTS)
-        held = leftovers(llm)
-    assert held == {}
+        resources = leftovers(llm)
+    assert resources == {}
     check(outputs, REQUESTS, reference, steers)
 
 
 @pytest.mark.matrix
-def test_streams_that_do_not_fit_together_end_their_request_and_no_other(
-    reference: Any, steers: Any
-) -> None:
+def test_streams_that_do_not_fit_end_only_their_own_request(reference: Any, steers: Any) -> None:
     settings: list[Setting] = [THREE, {}, FRENCH]
     options = {"num_gpu_blocks_override": 8, "block_size": BLOCK, "max_model_len": 128}
     with engine(embedded.MODEL, CONFIG, **options) as llm:
         outputs = serve(llm, texts(3, 70), settings, max_tokens=40)
-        held = leftovers(llm)
-    assert held == {}
+        resources = leftovers(llm)
+    assert resources == {}
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length", "length"]
     assert "do not fit into the engine together" in outputs[0].outputs[0].stop_reason
     check(outputs[1:], settings[1:], reference, steers)
@@ -124,7 +122,7 @@ def test_without_a_prefix_cache(reference: Any, steers: Any) -> None:
 
 
 @pytest.mark.matrix
-def test_streams_take_the_prompt_from_the_prefix_cache_and_leave_it_clean(
+def test_streams_read_the_prompt_from_the_prefix_cache_and_leave_it_unsteered(
     reference: Any, steers: Any
 ) -> None:
     (prompt,) = texts(1, 100)
@@ -136,13 +134,18 @@ def test_streams_take_the_prompt_from_the_prefix_cache_and_leave_it_clean(
             for output in outputs
         ]
         again = [
-            serve(llm, text, [asked])[0]
+            serve(llm, text, [request_value])[0]
             for text, setting in zip(longer, settings, strict=True)
-            for asked in ({}, setting)
+            for request_value in ({}, setting)
         ]
     assert [output.num_cached_tokens for output in outputs] == [0] + [96] * 7
     check(outputs, settings, reference, steers)
-    check(again, [asked for setting in settings for asked in ({}, setting)], reference, steers)
+    check(
+        again,
+        [request_value for setting in settings for request_value in ({}, setting)],
+        reference,
+        steers,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,23 +156,21 @@ def llm(reference: Any) -> Iterator[Any]:
         yield llm
 
 
-def finished(core: Any, wanted: int) -> list[Any]:
+def finished(core: Any, count: int) -> list[Any]:
     """Run an engine until that many requests have ended."""
     outputs: list[Any] = []
-    while len(outputs) < wanted:
+    while len(outputs) < count:
         outputs += [output for output in core.step() if output.finished]
     return outputs
 
 
-def test_a_stream_that_dies_takes_its_request_with_it_and_no_other(
-    llm: Any, reference: Any, steers: Any
-) -> None:
+def test_a_failed_stream_ends_only_its_own_request(llm: Any, reference: Any, steers: Any) -> None:
     from vllm.v1.request import RequestStatus
 
     core, scheduler = llm.llm_engine, scheduler_of(llm)
     settings: list[Setting] = [TWO, {}, FRENCH, HEAD]
-    asked = zip(texts(4, 12), reporting(greedy(settings, max_tokens=30)), strict=True)
-    ids = [core.add_request(str(index), *request) for index, request in enumerate(asked)]
+    requests = zip(texts(4, 12), reporting(greedy(settings, max_tokens=30)), strict=True)
+    ids = [core.add_request(str(index), *request) for index, request in enumerate(requests)]
     for _ in range(7):
         assert not any(output.finished for output in core.step())
     group = scheduler.vllm_steer_streams.groups[ids[0]]
@@ -208,14 +209,14 @@ def test_many_requests_with_aborts_leave_nothing_and_no_memory(llm: Any) -> None
             core.add_request(str(started), prompts[started % 50], params)
             live.add(str(started))
             started += 1
-        gone = {output.request_id for output in core.step() if output.finished}
-        if live - gone and rng.random() < 0.1:
-            victim = rng.choice(sorted(live - gone))
+        finished = {output.request_id for output in core.step() if output.finished}
+        if live - finished and rng.random() < 0.1:
+            victim = rng.choice(sorted(live - finished))
             core.abort_request([victim])
-            gone.add(victim)
+            finished.add(victim)
             aborted += 1
-        live -= gone
-        ended += len(gone)
+        live -= finished
+        ended += len(finished)
         if ended >= SETTLED and not memory:
             memory, objects = resident_mib(), num_objects()
     while scheduler_of(llm).has_requests():

@@ -1,4 +1,4 @@
-"""Vectors and deltas in a running engine: what Hugging Face writes under hooks in float64."""
+"""Vectors and deltas in a running engine, compared with Hugging Face with hooks in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def test_compiled_model(guided_llama: Path, all_steers: dict[str, Steer], tmp_pa
 def test_256_requests_with_256_strengths_in_two_waves(
     guided_llama: Path, all_steers: dict[str, Steer], tmp_path: Path
 ) -> None:
-    """A strength takes no slot: more of them than steers, and again after the first are gone."""
+    """Strengths take no slot: there may be more strengths than steers, also after requests end."""
     steers = {name: all_steers[name] for name in ("push", "turn")}
     waves = [
         [{"push": (i - 128) / 64, "turn": (i + wave) / 32} for i in range(256)] for wave in (0, 1)
@@ -171,7 +171,7 @@ def test_fitted_guidance_of_the_embedded_model_in_one_batch() -> None:
     ],
     ids=["untested", "no-input-norm", "known-trap"],
 )
-def test_a_model_without_a_known_place_for_a_site_stops_the_start(
+def test_a_model_without_a_known_module_for_a_site_stops_the_start(
     config: Any, message: str, tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Prefix caching beside guidance: KV is shared where it is equal, and nowhere else."""
+"""Prefix caching with guidance: only equal KV is shared."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +67,7 @@ ALTERNATING: tuple[Setting, ...] = (
 )
 
 
-def test_16_alternating_requests_share_what_is_equal_and_no_more(
+def test_16_alternating_requests_share_only_equal_blocks(
     model: Path, steers: dict[str, Steer], tmp_path: Path
 ) -> None:
     reference = load_reference(model)
@@ -79,10 +79,10 @@ def test_16_alternating_requests_share_what_is_equal_and_no_more(
         assert_guided(output, reference, doses_of(setting, steers), steers)
 
 
-def test_without_the_key_the_same_requests_do_go_wrong(
+def test_the_same_requests_fail_without_the_cache_key(
     model: Path, steers: dict[str, Steer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test above can fail: without the plugin's key guided requests take unguided KV."""
+    """The test above can fail: without the plugin's key, guided requests reuse unguided KV."""
     monkeypatch.setattr(
         "vllm_steer.serving.admission.steered_salt", lambda request, *_: request.cache_salt
     )
@@ -90,13 +90,13 @@ def test_without_the_key_the_same_requests_do_go_wrong(
     with engine(model, steer_config(steers, tmp_path), block_size=BLOCK) as llm:
         outputs = one_by_one(llm, ALTERNATING)
     assert cached(outputs) == [0] + [CACHED] * 15
-    wrong = 0
+    num_wrong = 0
     for output, setting in zip(outputs, ALTERNATING, strict=True):
         try:
             assert_guided(output, reference, doses_of(setting, steers), steers)
         except AssertionError:
-            wrong += 1
-    assert wrong >= 8
+            num_wrong += 1
+    assert num_wrong >= 8
 
 
 def test_guidance_that_begins_after_the_prompt_leaves_its_blocks_shared(
@@ -118,25 +118,25 @@ def test_guidance_that_begins_after_the_prompt_leaves_its_blocks_shared(
         assert_guided(output, reference, doses_of(setting, steers), steers)
 
 
-def test_generated_blocks_are_taken_again_by_the_like_only(
+def test_only_requests_with_equal_doses_reuse_generated_blocks(
     model: Path, steers: dict[str, Steer], tmp_path: Path
 ) -> None:
-    """A longer prompt that repeats what was generated finds unguided KV or none, and is right."""
+    """A longer prompt that repeats a generated text finds unguided KV or none, and is correct."""
     settings: tuple[Setting, ...] = ({"steps": 2.0}, {"push": {"strength": 1.5, **LATE}}, {})
     reference = load_reference(model)
     with engine(model, steer_config(steers, tmp_path), block_size=BLOCK) as llm:
         for setting in settings:
             (first,) = one_by_one(llm, [setting], max_tokens=64)
             longer = list(first.prompt_token_ids) + list(first.outputs[0].token_ids)
-            for asked in ({}, setting):
-                params = greedy([asked])[0]
+            for request_value in ({}, setting):
+                params = greedy([request_value])[0]
                 (output,) = llm.generate({"prompt_token_ids": longer}, params, use_tqdm=False)
-                assert_guided(output, reference, doses_of(asked, steers), steers)
-                if setting and not asked:
+                assert_guided(output, reference, doses_of(request_value, steers), steers)
+                if setting and not request_value:
                     assert output.num_cached_tokens <= CACHED
 
 
-def test_an_unsteered_request_after_guided_ones_is_bit_for_bit_clean(
+def test_an_unsteered_request_after_guided_ones_keeps_every_bit(
     model: Path, steers: dict[str, Steer], tmp_path: Path
 ) -> None:
     def exact(output: Any) -> Any:
@@ -157,7 +157,7 @@ def test_an_unsteered_request_after_guided_ones_is_bit_for_bit_clean(
 
 
 def test_the_users_own_salt_is_kept(model: Path, steers: dict[str, Steer], tmp_path: Path) -> None:
-    asked: list[tuple[str | None, Setting]] = [
+    requests: list[tuple[str | None, Setting]] = [
         ("mine", {"push": 1.5}),
         ("mine", {"push": 1.5}),
         ("yours", {"push": 1.5}),
@@ -168,7 +168,7 @@ def test_the_users_own_salt_is_kept(model: Path, steers: dict[str, Steer], tmp_p
     ]
     with engine(model, steer_config(steers, tmp_path), block_size=BLOCK) as llm:
         outputs = []
-        for salt, setting in asked:
+        for salt, setting in requests:
             prompt = {**PROMPT[0], **({"cache_salt": salt} if salt else {})}
             outputs += llm.generate(prompt, greedy([setting])[0], use_tqdm=False)
     assert cached(outputs) == [0, CACHED, 0, 0, 0, CACHED, 0]

@@ -1,4 +1,4 @@
-"""Runs the scenarios of ``own_process.py`` and looks at what they say."""
+"""Runs the scenarios of ``own_process.py`` and checks their reports."""
 
 import json
 import os
@@ -19,15 +19,15 @@ v1_only = pytest.mark.skipif(RUNNER != "v1", reason="runs on the V1 runner only 
 
 def run_scenario(*arguments: str, **environment: str) -> str:
     script = Path(__file__).with_name("own_process.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script), *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=540,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
+    assert process.returncode == 0, (process.stdout + process.stderr)[-4000:]
+    return process.stdout
 
 
 @v1_only
@@ -40,38 +40,38 @@ def test_ngram_speculation_with_several_logits_rows_per_request() -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("scenario", ["tensor-parallel", "pipeline-parallel"])
 def test_two_worker_processes(scenario: str) -> None:
-    said = run_scenario(scenario, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert f"{len(SETTINGS)} outputs equal" in said
+    report = run_scenario(scenario, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert f"{len(SETTINGS)} outputs equal" in report
 
 
 @v1_only
 @pytest.mark.matrix
 def test_dynamic_strengths_on_two_worker_processes() -> None:
-    said = run_scenario("dynamic-tensor-parallel", VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert f"{len(DYNAMIC_SETTINGS)} outputs equal" in said
+    report = run_scenario("dynamic-tensor-parallel", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert f"{len(DYNAMIC_SETTINGS)} outputs equal" in report
 
 
 @pytest.mark.matrix
-def test_the_transformers_backend_of_a_model_that_vllm_also_has_itself() -> None:
+def test_the_transformers_backend_of_a_model_that_vllm_implements_natively() -> None:
     assert f"{len(SETTINGS)} outputs equal" in run_scenario("transformers-backend")
 
 
 @v1_only
 @pytest.mark.matrix
-def test_a_compile_cache_made_without_steers_is_not_taken_and_one_made_with_them_is(
+def test_only_a_compile_cache_made_with_steers_is_reused(
     tmp_path: Path,
 ) -> None:
-    places = {
+    environments = {
         "VLLM_STEER_TEST_FOLDER": str(tmp_path),
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
         "VLLM_LOGGING_LEVEL": "INFO",
     }
     loaded = "Directly load AOT compilation"
-    assert loaded not in run_scenario("compiled-in-pieces", "unsteered", **places)
-    first = run_scenario("compiled-in-pieces", **places)
-    again = run_scenario("compiled-in-pieces", **places)
-    for said in (first, again):
-        assert f"{len(SETTINGS)} outputs equal" in said
+    assert loaded not in run_scenario("compiled-in-pieces", "unsteered", **environments)
+    first = run_scenario("compiled-in-pieces", **environments)
+    again = run_scenario("compiled-in-pieces", **environments)
+    for report in (first, again):
+        assert f"{len(SETTINGS)} outputs equal" in report
     assert "saved AOT compiled function" in first and loaded not in first
     assert loaded in again
 
@@ -79,12 +79,12 @@ def test_a_compile_cache_made_without_steers_is_not_taken_and_one_made_with_them
 @v1_only
 @pytest.mark.matrix
 def test_hooked_layers_compile_no_more_pieces_than_a_model_without_hooks(tmp_path: Path) -> None:
-    """Equal layers are one piece: the name of a place is an input of its graph, not a part of it.
+    """Equal layers are one piece: the name of a site is an input of its graph, not a part of it.
 
     A hook in the first and the last layer may make these two differ from the others.
     """
-    said = run_scenario("pieces-compiled", VLLM_CACHE_ROOT=str(tmp_path / "cache"))
-    pieces = json.loads(said.splitlines()[-1])
+    report = run_scenario("pieces-compiled", VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    pieces = json.loads(report.splitlines()[-1])
     assert 0 < pieces["stock"] < pieces["layers"]
     assert pieces["hooked"] == pieces["stock"]
 
@@ -98,21 +98,21 @@ BACKEND = {name for name in FAMILIES if name.endswith("backend")} | {"olmo2-no-i
 @pytest.mark.parametrize("part", range(4), ids=lambda part: "+".join(FAMILIES[part::4]))
 def test_each_family_compiled_in_pieces_and_loaded_again(part: int, tmp_path: Path) -> None:
     families = FAMILIES[part::4]
-    said = run_scenario(
+    report = run_scenario(
         "compiled-families",
         *families,
         VLLM_CACHE_ROOT=str(tmp_path / "cache"),
         VLLM_LOGGING_LEVEL="INFO",
     )
     for family in families:
-        assert f"{family} compiled: " in said and f"{family} loaded: " in said
-    # vLLM cannot save what its Transformers backend compiles: those are compiled anew.
+        assert f"{family} compiled: " in report and f"{family} loaded: " in report
+    # vLLM cannot save what its Transformers backend compiles: those are compiled again.
     saved = [family for family in families if family not in BACKEND]
-    assert said.count("saved AOT compiled function") == len(saved)
-    assert said.count("Directly load AOT compilation") == len(saved)
+    assert report.count("saved AOT compiled function") == len(saved)
+    assert report.count("Directly load AOT compilation") == len(saved)
 
 
-def test_unsteered_rows_are_bit_for_bit_those_of_an_engine_without_the_plugin(
+def test_unsteered_rows_equal_those_of_an_engine_without_the_plugin_bit_for_bit(
     tmp_path: Path,
 ) -> None:
     stock = json.loads(run_scenario("stock-logprobs", VLLM_PLUGINS="").splitlines()[-1])
@@ -130,9 +130,9 @@ def test_unsteered_rows_are_bit_for_bit_those_of_an_engine_without_the_plugin(
         alone = outputs(llm, [{}] * len(SETTINGS))
         beside_steered = outputs(llm, SETTINGS)
     assert alone == stock
-    asks = [any(dose.strength for dose in doses_of(setting, STEERS)) for setting in SETTINGS]
-    unsteered = [i for i, is_steered in enumerate(asks) if not is_steered]
-    steered = [i for i, is_steered in enumerate(asks) if is_steered]
+    have_effect = [any(dose.strength for dose in doses_of(setting, STEERS)) for setting in SETTINGS]
+    unsteered = [i for i, is_steered in enumerate(have_effect) if not is_steered]
+    steered = [i for i, is_steered in enumerate(have_effect) if is_steered]
     assert len(unsteered) >= 4
     assert [beside_steered[i] for i in unsteered] == [stock[i] for i in unsteered]
     assert all(beside_steered[i] != stock[i] for i in steered)

@@ -1,4 +1,4 @@
-"""A steered engine writes what Hugging Face writes under the paper's formula in float64."""
+"""A steered engine equals Hugging Face with the paper's formula in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def test_several_samples_of_one_request_are_all_steered(
     assert len(output.outputs) == 3
     for completion in output.outputs:
         ids = list(completion.token_ids)
-        wanted = steered_logprobs(reference, prompt + ids, {"plain": 3.0}, steers)
+        expected = steered_logprobs(reference, prompt + ids, {"plain": 3.0}, steers)
         for step, token in enumerate(ids):
-            given = completion.logprobs[step][token].logprob
-            assert given == pytest.approx(float(wanted[len(prompt) - 1 + step, token]), abs=1e-4)
+            actual = completion.logprobs[step][token].logprob
+            assert actual == pytest.approx(float(expected[len(prompt) - 1 + step, token]), abs=1e-4)

@@ -1,4 +1,4 @@
-"""What steered requests share with others: prefixes, adapters, defaults, presets."""
+"""Steered requests with shared prefixes, adapters, defaults and presets."""
 
 import json
 from pathlib import Path
@@ -54,28 +54,37 @@ def test_requests_with_and_without_a_lora_adapter_are_steered_alike(
         assert_guided(output, model, doses_of(setting, steers), steers)
 
 
-def test_default_steers_requests_that_do_not_ask_and_none_overrides_it(
+def test_the_default_steers_requests_without_a_steer_and_none_overrides_it(
     llama: Path, steers: dict[str, Any], tmp_path: Path
 ) -> None:
     from vllm import SamplingParams
 
     config = steer_config(steers, tmp_path) | {"presets": {"mix": {"plain": 2, "bias": 1}}}
-    asked = [None, "none", "", {}, "mix:0.5", {"mix": 0.5}, "plain:1,plain:1", '{"plain": 2}']
+    request_values = [
+        None,
+        "none",
+        "",
+        {},
+        "mix:0.5",
+        {"mix": 0.5},
+        "plain:1,plain:1",
+        '{"plain": 2}',
+    ]
     full, half, plain = {"plain": 2.0, "bias": 1.0}, {"plain": 1.0, "bias": 0.5}, {"plain": 2.0}
-    wanted: list[dict[str, float]] = [full, {}, {}, {}, half, half, plain, plain]
-    params = greedy([{}] * len(asked))
-    for param, ask in zip(params, asked, strict=True):
+    expected: list[dict[str, float]] = [full, {}, {}, {}, half, half, plain, plain]
+    params = greedy([{}] * len(request_values))
+    for param, ask in zip(params, request_values, strict=True):
         param.extra_args = None if ask is None else {"steer": ask}
     before = [json.dumps(param.extra_args) for param in params]
     reference = load_reference(llama)
     with engine(llama, config | {"default": "mix"}) as llm:
-        outputs = llm.generate(prompts(len(asked)), params, use_tqdm=False)
+        outputs = llm.generate(prompts(len(request_values)), params, use_tqdm=False)
         with pytest.raises(SteerError, match=r"'nobody' is unknown; steers: bias, dummy"):
             llm.generate(prompts(1), SamplingParams(extra_args={"steer": "nobody"}))
         again = llm.generate(prompts(1), params[:1], use_tqdm=False)
     assert [json.dumps(param.extra_args) for param in params] == before
     assert again[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
-    for output, setting in zip(outputs, wanted, strict=True):
+    for output, setting in zip(outputs, expected, strict=True):
         assert_greedy(output, reference, setting, steers)
 
 

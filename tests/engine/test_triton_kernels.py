@@ -1,6 +1,6 @@
-"""The Triton kernels in a running engine: what Hugging Face writes under the papers' formulas.
+"""The Triton kernels in a running engine, compared with Hugging Face and the papers' formulas.
 
-Without a GPU they run in the interpreter, which the second model runner has switched on anyway.
+Without a GPU they run in the interpreter, which the second model runner enables anyway.
 """
 
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def test_lm_steer_kernels_serve_a_mixed_batch(
 ) -> None:
     from vllm_steer.kernels.lm_steer import triton_backend, triton_rowwise, triton_tiled
 
-    wanted = {"TILED": triton_tiled.TILED, "ROWWISE": triton_rowwise.ROWWISE}[backend]
+    expected = {"TILED": triton_tiled.TILED, "ROWWISE": triton_rowwise.ROWWISE}[backend]
     reference = load_reference(llama)
     with (
         called_on(triton_backend.TritonBackend, "steer_rows", monkeypatch) as calls,
@@ -85,7 +85,7 @@ def test_lm_steer_kernels_serve_a_mixed_batch(
             use_tqdm=False,
         )
     assert len(calls) >= 6
-    assert all(called is wanted for called in calls)
+    assert all(called is expected for called in calls)
     for output, setting in zip(outputs, MIXED, strict=True):
         assert_greedy(output, reference, {n: s for n, s in setting.items() if s}, steers)
 
@@ -115,10 +115,10 @@ def test_guidance_kernels_serve_every_kind_site_mode_schedule_and_phase(
 
 
 @has_triton
-def test_the_divergence_kernels_give_the_strengths_that_the_text_asks_for(
+def test_the_divergence_kernels_give_the_strengths_of_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inside the layers and at the head, both backends of the KL, beside fixed doses."""
+    """Inside the layers and at the head, both forms of the KL, with fixed doses."""
     from vllm_steer.kernels.divergence import triton_fused
 
     model = save_tiny_model("llama", tmp_path / "model", num_layers=GUIDED_LAYERS)

@@ -1,7 +1,7 @@
 """Tiny models with random weights, saved in Hugging Face layout.
 
 ``FAMILIES`` has one per way a head can work, ``GUIDED_FAMILIES`` one per way a decoder block can
-be built. Heads are 32 wide: vLLM's attention on a CPU takes no smaller.
+be built. Heads are 32 wide: vLLM's attention on a CPU supports no smaller heads.
 """
 
 from collections.abc import Callable

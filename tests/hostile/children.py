@@ -1,7 +1,7 @@
-"""Runs jobs on hostile files, each in a process of its own with limits of memory and time.
+"""Runs jobs on hostile files, each in its own process with limits of memory and time.
 
-Read as a program: jobs as JSON lines on standard input, outcomes as JSON lines on standard output.
-It imports what the jobs need once and forks, so that a job costs milliseconds.
+As a program it reads jobs as JSON lines from standard input and writes outcomes as JSON lines to
+standard output. It imports the dependencies once and forks, so that a job takes milliseconds.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ LONGEST = 4000
 
 
 def load(job: dict[str, Any]) -> str:
-    """``load_steer``, and what a server's start makes of the steer."""
+    """Run ``load_steer``, and build the tables of a server's start."""
     from vllm_steer import load_steer
     from vllm_steer.steers.content import content_digest
 
@@ -54,7 +54,9 @@ def command(job: dict[str, Any]) -> str:
 
 
 def agree(job: dict[str, Any]) -> str:
-    """What is read of a ``torch.save`` file, where PyTorch reads it too: the same."""
+    """Check that a ``torch.save`` file gives the same values as PyTorch's reader, if PyTorch reads
+    it.
+    """
     from argparse import Namespace
 
     import torch
@@ -63,13 +65,15 @@ def agree(job: dict[str, Any]) -> str:
     from vllm_steer.files.archive import open_archive
 
     with open_archive(Path(job["path"])) as archive:
-        ours = torch_file.load(torch_file.read_names(archive), {"argparse.Namespace": Namespace})
+        own_result = torch_file.load(
+            torch_file.read_names(archive), {"argparse.Namespace": Namespace}
+        )
     try:
         with torch.serialization.safe_globals([Namespace]):
-            theirs = torch.load(job["path"], weights_only=True)
+            torch_result = torch.load(job["path"], weights_only=True)
     except Exception as error:
         return f"PyTorch refuses it: {type(error).__name__}"
-    assert _same(ours, theirs), (ours, theirs)
+    assert _same(own_result, torch_result), (own_result, torch_result)
     return "the same"
 
 
@@ -95,14 +99,14 @@ def _bits(tensor: Any) -> bytes:
 
 
 def rows(job: dict[str, Any]) -> str:
-    """What a fit or an evaluation reads texts and labels with."""
+    """Read texts and labels as a fit or an evaluation does."""
     from vllm_steer.texts import read_labelled
 
     return f"{len(list(read_labelled(job['path'])))} texts"
 
 
 def conversations(job: dict[str, Any]) -> str:
-    """What a fit reads pairs of messages with."""
+    """Read conversations as a fit does."""
     from vllm_steer.texts.conversations import read_conversations
 
     return f"{len(list(read_conversations(job['path'])))} conversations"
@@ -121,20 +125,20 @@ def properties(job: dict[str, Any]) -> str:
 
 
 DOES = {
-    each.__name__: each
-    for each in (load, agree, start, command, rows, conversations, lexicon, properties)
+    job_function.__name__: job_function
+    for job_function in (load, agree, start, command, rows, conversations, lexicon, properties)
 }
 
 
 def child(job: dict[str, Any], to: int) -> None:
-    """Does the job within its limits and writes the outcome; never returns."""
+    """Run the job within its limits and write the outcome; never returns."""
     begun = status("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.chdir(job["folder"])
     out, err = Path(job["folder"], "stdout"), Path(job["folder"], "stderr")
-    for place, stream in ((out, 1), (err, 2)):
-        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    for stream_number, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(stream_number, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8")
     clock = time.monotonic()
@@ -172,25 +176,25 @@ def status(name: str) -> int:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The outcome of one job; ``signal`` or ``too_long`` where it did not end by itself."""
-    ours, theirs = os.pipe()
+    """The outcome of one job; ``signal`` or ``too_long`` if it did not end by itself."""
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.close(ours)
+        os.close(read_end)
         os.setsid()
-        child(job, theirs)
-    os.close(theirs)
+        child(job, write_end)
+    os.close(write_end)
     data, end = b"", time.monotonic() + SECONDS
     while True:
-        ready, _, _ = select.select([ours], [], [], max(0, end - time.monotonic()))
+        ready, _, _ = select.select([read_end], [], [], max(0, end - time.monotonic()))
         if not ready:
             os.kill(pid, signal.SIGKILL)
             break
-        part = os.read(ours, 1 << 16)
+        part = os.read(read_end, 1 << 16)
         if not part:
             break
         data += part
-    os.close(ours)
+    os.close(read_end)
     _, ended = os.waitpid(pid, 0)
     if data:
         return dict(json.loads(data))

@@ -52,7 +52,7 @@ def place(rng: random.Random) -> str:
 
 @CONFIGS.add
 def bomb(rng: random.Random) -> str:
-    """Aliases that stand for very many values, in every key."""
+    """Aliases that expand to very many values, in every key."""
     depth = rng.choice([18, 30, 60])
     kind = rng.choice(["[*x%d, *x%d]", "{a: *x%d, b: *x%d}", "[*x%d, [*x%d]]"])
     lines = ["x0: &x0 " + rng.choice(["[lol, lol]", "lol", "{a: 1}", "1"])]

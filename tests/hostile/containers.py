@@ -15,14 +15,14 @@ KINDS = Kinds()
 
 @KINDS.slow
 def bombs(rng: random.Random) -> bytes:
-    """NumPy archives that unpack to far more than they are."""
+    """NumPy archives that unpack to far more than their size."""
     zeros = rng.choice([1 << 26, 1 << 28])
     order, rows = rng.random() < 0.5, zeros // 4 // 64
     text = f"{{'descr': '<f4', 'fortran_order': {order}, 'shape': ({rows}, 64), }}"
     header = b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode()
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as written:
-        written.writestr(zipfile.ZipInfo("W_dec.npy"), header + bytes(zeros), zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo("W_dec.npy"), header + bytes(zeros), zipfile.ZIP_DEFLATED)
     return file.getvalue()
 
 
@@ -59,7 +59,7 @@ def npz_headers(rng: random.Random) -> bytes:
     order = rng.choice(["False", "True", "1", "None"])
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}"
     header = b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode()
-    return archive(None, more=[("W_dec.npy", header + FLOATS * 4)])
+    return archive(None, extra_records=[("W_dec.npy", header + FLOATS * 4)])
 
 
 def gguf_text(text: str) -> bytes:
@@ -81,9 +81,9 @@ def overlapping_gguf(rng: random.Random) -> bytes:
 @KINDS.slow
 def svec_of_small_values(rng: random.Random) -> bytes:
     """As many values as a .svec may have bytes for, each far larger in memory."""
-    each = rng.choice(['{"":0}', '{"":{}}', "[]", "{}", '{"":[]}', "[{}]", "0", '"\U0001f600"'])
-    count = (16 * 2**20 - 200) // (len(each.encode()) + 1)
-    text = '{"model_type": "x", "directions": {"1": [1.0]}, "z": [' + ",".join([each] * count)
+    value = rng.choice(['{"":0}', '{"":{}}', "[]", "{}", '{"":[]}', "[{}]", "0", '"\U0001f600"'])
+    count = (16 * 2**20 - 200) // (len(value.encode()) + 1)
+    text = '{"model_type": "x", "directions": {"1": [1.0]}, "z": [' + ",".join([value] * count)
     return (text + "]}").encode()
 
 
@@ -95,7 +95,7 @@ def safetensors(tensors: dict[str, Any], metadata: dict[str, str], data: bytes) 
 
 @KINDS.slow
 def one_byte_values(rng: random.Random) -> bytes:
-    """Our own format with values of one byte, each of which is eight in float64."""
+    """Our own format with one-byte values, each of which takes eight bytes in float64."""
     rows, width = 32, 1 << 20
     kind, name = rng.choice([("vector", "vectors"), ("delta", "delta")])
     shape = [rows, width] if kind == "vector" else [1, rows, width]
@@ -103,8 +103,10 @@ def one_byte_values(rng: random.Random) -> bytes:
         **{"format": "vllm-steer", "format_version": "1", "kind": kind, "site": "resid"},
         **{"hidden_size": str(width), "layers": f"0-{rows - 1}"},
     }
-    held = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [0, rows * width]}
-    return safetensors({name: held}, metadata, rng.choice([b"\x38", b"\0"]) * (rows * width))
+    tensor_header = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [0, rows * width]}
+    return safetensors(
+        {name: tensor_header}, metadata, rng.choice([b"\x38", b"\0"]) * (rows * width)
+    )
 
 
 @KINDS.add
@@ -114,8 +116,8 @@ def signs_of_other_types(rng: random.Random) -> bytes:
         [("BOOL", 1), ("C64", 8), ("U16", 2), ("U64", 8), ("F8_E4M3", 1), ("F8_E8M0", 1), ("I8", 1)]
     )
     values = FLOATS + rng.choice([b"\x3c", b"\0", b"\x80", b"\xff"]) * (2 * size)
-    held = {
+    headers = {
         "W": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
         "a": {"dtype": dtype, "shape": [2, 1], "data_offsets": [16, len(values)]},
     }
-    return safetensors(held, {}, values)
+    return safetensors(headers, {}, values)

@@ -23,7 +23,7 @@ def other_case(rng: random.Random) -> bytes:
         call(*rng.choice([("os.system", f"touch {CANARY}"), ("builtins.bytearray", 3 << 30)]))
     )
     decoy = rng.choice(["archive/x/data.pkl", "x/data.pkl", "archive/data.pkl", "data.pkl"])
-    return archive(evil, where=f"archive/{spelt}", more=[(decoy, pickled(tensor()))])
+    return archive(evil, folder_name=f"archive/{spelt}", extra_records=[(decoy, pickled(tensor()))])
 
 
 @KINDS.add
@@ -31,7 +31,9 @@ def two_pickles(rng: random.Random) -> bytes:
     other = rng.choice(
         ["b/data.pkl", "archive/a/data.pkl", "data.pkl", "archive//data.pkl", "/data.pkl"]
     )
-    return archive(pickled(tensor()), more=[(other, pickled(call("os.system", f"touch {CANARY}")))])
+    return archive(
+        pickled(tensor()), extra_records=[(other, pickled(call("os.system", f"touch {CANARY}")))]
+    )
 
 
 @KINDS.add
@@ -40,15 +42,15 @@ def same_name_twice(rng: random.Random) -> bytes:
         warnings.simplefilter("ignore")
         evil = pickled(call("os.system", f"touch {CANARY}"))
         first, second = rng.sample([evil, pickled(tensor())], 2)
-        return archive(first, more=[("archive/data.pkl", second)])
+        return archive(first, extra_records=[("archive/data.pkl", second)])
 
 
 @KINDS.add
 def odd_folder(rng: random.Random) -> bytes:
-    where = rng.choice(
+    folder = rng.choice(
         ["data.pkl", "a/b/data.pkl", "../data.pkl", "/data.pkl", "a\\data.pkl", "\x1b[31m/data.pkl"]
     )
-    return archive(pickled(tensor()), where=where)
+    return archive(pickled(tensor()), folder_name=folder)
 
 
 @KINDS.add
@@ -84,7 +86,9 @@ def junk_around(rng: random.Random) -> bytes:
 @KINDS.add
 def overlapping(rng: random.Random) -> bytes:
     """Directory entries that point to one record."""
-    data = bytearray(saved(tensor(), more=[(f"archive/data/{i}", FLOATS) for i in range(1, 4)]))
+    data = bytearray(
+        saved(tensor(), extra_records=[(f"archive/data/{i}", FLOATS) for i in range(1, 4)])
+    )
     entries = [i for i in range(len(data)) if data.startswith(b"PK\x01\x02", i)]
     first, second = rng.sample(entries, 2)
     data[second + 42 : second + 46] = data[first + 42 : first + 46]
@@ -106,7 +110,7 @@ def zip64_lies(rng: random.Random) -> bytes:
 @KINDS.slow
 def many_records(rng: random.Random) -> bytes:
     count = rng.choice([3000, 20_000, 30_000])
-    return archive(pickled(tensor()), more=[(f"archive/{i}", b"") for i in range(count)])
+    return archive(pickled(tensor()), extra_records=[(f"archive/{i}", b"") for i in range(count)])
 
 
 @KINDS.add
@@ -120,10 +124,10 @@ def compressed(rng: random.Random) -> bytes:
 def encrypted(rng: random.Random) -> bytes:
     data = bytearray(saved(tensor()))
     for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        place = data.find(mark)
-        while place >= 0:
-            data[place + at] |= 1
-            place = data.find(mark, place + 1) if rng.random() < 0.8 else -1
+        offset = data.find(mark)
+        while offset >= 0:
+            data[offset + at] |= 1
+            offset = data.find(mark, offset + 1) if rng.random() < 0.8 else -1
     return bytes(data)
 
 
@@ -133,13 +137,13 @@ def strange_records(rng: random.Random) -> bytes:
         [t for t in TERMINAL if t.isascii()] + ["../../etc/passwd", "a" * 60_000, "\u202e"]
     )
     kind = rng.choice(["", ".npy", "/data.pkl", "/constants.pkl", "/code/__torch__.py"])
-    return archive(rng.choice([None, pickled(tensor())]), more=[(text + kind, b"x")])
+    return archive(rng.choice([None, pickled(tensor())]), extra_records=[(text + kind, b"x")])
 
 
 @KINDS.add
 def big_endian(rng: random.Random) -> bytes:
     order = rng.choice([b"big", b"", b"\x1b", b"little\n"])
-    return archive(pickled(tensor()), more=[("archive/byteorder", order)])
+    return archive(pickled(tensor()), extra_records=[("archive/byteorder", order)])
 
 
 @KINDS.slow
@@ -149,11 +153,11 @@ def large_pickle(rng: random.Random) -> bytes:
 
 @KINDS.add
 def not_torch(rng: random.Random) -> bytes:
-    """What people hand in by mistake."""
+    """Files that users pass by mistake."""
     pickle = pickled(call("os.system", f"touch {CANARY}"))
     tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as written:
-        written.addfile(tarfile.TarInfo("pickle"))
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"))
     return rng.choice(
         [
             pickle,

@@ -1,6 +1,6 @@
 """Hostile files by kind: every kind is a function that makes a new file for each random generator.
 
-``CANARY`` in a text stands for a file that must never come to be.
+``CANARY`` in a text is the name of a file that must never be created.
 """
 
 import random
@@ -38,14 +38,18 @@ class Kinds:
         return make
 
     def slow(self, make: Maker) -> Maker:
-        """A kind whose files take time to make: there are few of them."""
+        """A kind whose files are slow to make, so there are few of them."""
         self._few.add(make.__name__)
         return self.add(make)
 
-    def files(self, seed: int, each: int) -> Iterator[tuple[str, bytes]]:
-        """``each`` files of every kind, named by kind and number."""
+    def files(self, seed: int, count: int) -> Iterator[tuple[str, bytes]]:
+        """``count`` files of every kind, named by kind and number."""
         for kind, make in self.makers.items():
-            for number in range(min(FEW, each) if kind in self._few else each):
-                made = make(random.Random(f"{seed} {kind} {number}"))
-                data = made.encode("utf-8", "surrogatepass") if isinstance(made, str) else made
+            for number in range(min(FEW, count) if kind in self._few else count):
+                content = make(random.Random(f"{seed} {kind} {number}"))
+                data = (
+                    content.encode("utf-8", "surrogatepass")
+                    if isinstance(content, str)
+                    else content
+                )
                 yield f"{kind}-{number}", data

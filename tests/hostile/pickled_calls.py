@@ -10,7 +10,7 @@ from pickles import Raw, archive, call, code, made, name, namespace, ordered, sa
 KINDS = Kinds()
 
 
-# Calls that do something, each with arguments that would leave the canary behind.
+# Calls with side effects, each with arguments that would create the canary file.
 GADGETS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("os.system", (f"touch {CANARY}",)),
     ("posix.system", (f"touch {CANARY}",)),
@@ -56,7 +56,7 @@ GADGETS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 def places(evil: Raw, rng: random.Random) -> Iterator[Any]:
-    """Contents that hold a value wherever a steer's file may hold one."""
+    """Contents with a value at every place where a steer file may have one."""
     state = {"projector1": tensor((1, 2, 2), (4, 2, 1)), "projector2": evil}
     yield evil
     yield [namespace(epsilon=evil), {"add_vec": tensor((1, 4), (4, 1))}, 1]

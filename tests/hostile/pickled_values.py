@@ -21,14 +21,14 @@ def odd_storage(rng: random.Random) -> bytes:
     )
     if key == "1" and count == 4 and kind == "torch.FloatStorage":
         key = "9"
-    word = rng.choice(["storage", "storage", "module", ""])
-    return saved(tensor(of=storage(key, count, kind, word)))
+    type_word = rng.choice(["storage", "storage", "module", ""])
+    return saved(tensor(of=storage(key, count, kind, type_word)))
 
 
 @KINDS.add
 def odd_persistent(rng: random.Random) -> bytes:
-    given = rng.choice([(), ("storage",), "storage", 5, None, [1], ("storage",) * 9])
-    return saved(tensor(of=Raw(code(given) + b"Q")))
+    persistent_id = rng.choice([(), ("storage",), "storage", 5, None, [1], ("storage",) * 9])
+    return saved(tensor(of=Raw(code(persistent_id) + b"Q")))
 
 
 @KINDS.add
@@ -57,8 +57,8 @@ def odd_shape(rng: random.Random) -> bytes:
             ((0, big), (1, 1), 0),
         ]
     )
-    held = rng.choice([lambda t: t, lambda t: {3: t}, lambda t: [None, {"add_vec": t}, 1]])
-    return saved(held(tensor(size, stride, offset)))
+    wrap = rng.choice([lambda t: t, lambda t: {3: t}, lambda t: [None, {"add_vec": t}, 1]])
+    return saved(wrap(tensor(size, stride, offset)))
 
 
 @KINDS.add
@@ -82,13 +82,13 @@ def odd_values(rng: random.Random) -> bytes:
         [("Float", 4), ("Double", 8), ("Half", 2), ("BFloat16", 2), ("Int", 4), ("Long", 8)]
     )
     of = storage("0", 16 // width, f"torch.{kind}Storage")
-    held = rng.choice([lambda t: {3: t}, lambda t: t])
-    return saved(held(tensor((16 // width,), (1,), of=of)), records={"0": special * 4})
+    wrap = rng.choice([lambda t: {3: t}, lambda t: t])
+    return saved(wrap(tensor((16 // width,), (1,), of=of)), records={"0": special * 4})
 
 
 @KINDS.add
 def shared_deep(rng: random.Random) -> bytes:
-    """Sixty pairs, each holding the one before twice, wherever a value may stand."""
+    """Sixty nested pairs, each with the previous one twice, at every place of a value."""
     of = rng.choice([code("ha"), code(()), code(1.5), tensor(), code("x" * 1000)])
     return saved(rng.choice(list(places(shared(rng.choice([24, 60, 500]), of), rng))))
 
@@ -125,7 +125,7 @@ def holds_itself(rng: random.Random) -> bytes:
 
 @KINDS.add
 def own_items(rng: random.Random) -> bytes:
-    """An OrderedDict whose attributes stand before a dict's methods."""
+    """An OrderedDict whose attributes shadow the methods of a dict."""
     attribute = rng.choice(["items", "keys", "values", "get", "__len__", "__iter__", "__class__"])
     huge = tensor((500_000_000,), (0,))
     value = rng.choice([name("collections.OrderedDict"), [], {}, 5, "x"])
@@ -138,9 +138,11 @@ def large_numbers(rng: random.Random) -> bytes:
     number = rng.choice(
         [2**63, -(2**63) - 1, 10**400, 10**600, 2 ** (8 * 5000), 1e308, float("inf"), float("nan")]
     )
-    where = rng.choice(["epsilon", "dummy_steer", "adaptor_class", "model_name", "training_steer"])
-    said = namespace(**{"epsilon": 0.1, where: number})
-    return saved(rng.choice([[said, {"add_vec": tensor((1, 4), (4, 1))}, 1], {number: tensor()}]))
+    field = rng.choice(["epsilon", "dummy_steer", "adaptor_class", "model_name", "training_steer"])
+    arguments = namespace(**{"epsilon": 0.1, field: number})
+    return saved(
+        rng.choice([[arguments, {"add_vec": tensor((1, 4), (4, 1))}, 1], {number: tensor()}])
+    )
 
 
 @KINDS.add
@@ -176,8 +178,8 @@ def terminal_keys(rng: random.Random) -> bytes:
 def odd_layers(rng: random.Random) -> bytes:
     layers = [-1, 10**9, 2**62, True, 1.0, float("nan"), None, "1", "01", "", 9999, 0.5]
     chosen = rng.sample(layers, rng.randrange(1, 4))
-    held = {layer: tensor() for layer in chosen}
-    return saved(rng.choice([held, {"layer_activations": held}]))
+    wrap = {layer: tensor() for layer in chosen}
+    return saved(rng.choice([wrap, {"layer_activations": wrap}]))
 
 
 @KINDS.slow
@@ -196,16 +198,16 @@ def one_tensor_often(rng: random.Random) -> bytes:
 
 @KINDS.add
 def like_tensors(rng: random.Random) -> bytes:
-    """Namespaces with a tensor's attributes, and behind these what must not be walked."""
+    """Namespaces with a tensor's attributes and values that must not be traversed."""
     inner = rng.choice([shared(60, code(())), shared(24, code("ha")), Raw(code("\x1b[2J" * 50))])
     attributes = {"shape": (), "dtype": 1, "device": "cpu", "x": inner}
-    said = dict(rng.sample(sorted(attributes.items()), rng.randrange(1, 4))) | {"dtype": inner}
-    return saved(rng.choice(list(places(namespace(**said), rng))))
+    content = dict(rng.sample(sorted(attributes.items()), rng.randrange(1, 4))) | {"dtype": inner}
+    return saved(rng.choice(list(places(namespace(**content), rng))))
 
 
 @KINDS.add
 def without_values(rng: random.Random) -> bytes:
-    """Shapes that claim nothing, for a size is 0, and have a layer for every number below 2^27."""
+    """Shapes without values, since a size is 0, and with a layer for every number below 2^27."""
     big = rng.choice([2**20, 2**27, 2**40])
     sizes = [0, *(rng.choice([1, big]) for _ in range(rng.choice([0, 1, 2, 3])))]
     rng.shuffle(sizes)
@@ -214,13 +216,13 @@ def without_values(rng: random.Random) -> bytes:
 
 @KINDS.add
 def views_with_metadata(rng: random.Random) -> bytes:
-    """Tensors that say that their values are to be read otherwise."""
-    said = rng.choice(
+    """Tensors with metadata that changes how their values are read."""
+    metadata = rng.choice(
         [
             *({"neg": 1}, {"conj": True}, {"neg": True, "x": 1}, {1: True}, "neg", ["neg"], 5),
             call("os.system", f"touch {CANARY}"),
         ]
     )
     hooks = call("collections.OrderedDict")
-    given = (storage(), 0, (4,), (1,), False, hooks, said)
-    return saved({3: call("torch._utils._rebuild_tensor_v2", *given)})
+    arguments = (storage(), 0, (4,), (1,), False, hooks, metadata)
+    return saved({3: call("torch._utils._rebuild_tensor_v2", *arguments)})

@@ -1,7 +1,7 @@
-"""Files and configs from strangers: refused in one line or harmless, whichever way they come in.
+"""Untrusted files and configs: refused in one line or harmless, on every input path.
 
-Each is read in a process of its own with 4 GiB of memory and 20 seconds. Nothing of a file may run
-(``CANARY`` would come to be), and no process may end by a signal, by a traceback or by its limits.
+Each is read in its own process with 4 GiB of memory and 20 seconds. No code of a file may run (it
+would create ``CANARY``), and no process may end by a signal, by a traceback or by its limits.
 """
 
 import json
@@ -58,7 +58,7 @@ NEVER_LOADED = {
 def some_and_all(of_each_kind: int) -> Any:
     """Two files of every kind in ``make test``, all in the matrix."""
     whole = pytest.param(of_each_kind, marks=pytest.mark.matrix)
-    return pytest.mark.parametrize("each", [1, whole], ids=["some", "all"])
+    return pytest.mark.parametrize("files_per_kind", [1, whole], ids=["some", "all"])
 
 
 FACTS: tuple[dict[str, Any], ...] = (
@@ -70,10 +70,10 @@ FACTS: tuple[dict[str, Any], ...] = (
 
 
 def outcomes(jobs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What became of each job, in their order."""
+    """The outcome of each job, in order."""
     lines = "".join(json.dumps(job) + "\n" for job in jobs)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(HERE / "children.py")],
         input=lines,
         capture_output=True,
@@ -81,13 +81,13 @@ def outcomes(jobs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         env=environment,
         timeout=560,
     )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == lines.count("\n"), done.stderr[-3000:]
-    return found
+    results = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(results) == lines.count("\n"), process.stderr[-3000:]
+    return results
 
 
 def faults(outcome: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with an outcome."""
+    """The faults of an outcome."""
     for ended in ("signal", "too_long", "traceback"):
         if ended in outcome:
             yield f"{ended} {outcome[ended]}"
@@ -110,10 +110,10 @@ def _faults_of_command(outcome: dict[str, Any]) -> Iterator[str]:
         text = outcome[stream].encode("latin-1").decode("utf-8", "replace")
         if CONTROL.search(text) or "Traceback" in text:
             yield f"{stream}: {text[-1500:]!r}"
-    said = outcome.get("said", "")
-    if said.startswith("exit") and said not in ("exit 0", "exit 1"):
-        yield said
-    if said == "exit 1" and (
+    message = outcome.get("said", "")
+    if message.startswith("exit") and message not in ("exit 0", "exit 1"):
+        yield message
+    if message == "exit 1" and (
         not outcome["stderr"].startswith("vllm-steer: ") or outcome["stderr"].count("\n") != 1
     ):
         yield f"stderr: {outcome['stderr']!r}"
@@ -121,12 +121,12 @@ def _faults_of_command(outcome: dict[str, Any]) -> Iterator[str]:
 
 def check(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Run the jobs; fails with each fault, and with each canary."""
-    found = outcomes(jobs)
-    wrong = [f"{one['name']}: {fault}" for one in found for fault in faults(one)]
+    results = outcomes(jobs)
+    problems = [f"{one['name']}: {fault}" for one in results for fault in faults(one)]
     folders = {job["folder"] for job in jobs}
-    wrong += [f"executed in {folder}" for folder in folders if Path(folder, "CANARY").exists()]
-    assert not wrong, f"{len(wrong)} of {len(jobs)}\n" + "\n".join(wrong[:20])
-    return found
+    problems += [f"executed in {folder}" for folder in folders if Path(folder, "CANARY").exists()]
+    assert not problems, f"{len(problems)} of {len(jobs)}\n" + "\n".join(problems[:20])
+    return results
 
 
 def written(folder: Path, files: Iterable[tuple[str, bytes]], ending: str) -> dict[str, Path]:
@@ -137,12 +137,12 @@ def written(folder: Path, files: Iterable[tuple[str, bytes]], ending: str) -> di
     return paths
 
 
-def steer_files(folder: Path, each: int) -> dict[str, Path]:
+def steer_files(folder: Path, count: int) -> dict[str, Path]:
     (folder / "files").mkdir()
-    return written(folder / "files", STEER_FILES.files(SEED, each), ".pt")
+    return written(folder / "files", STEER_FILES.files(SEED, count), ".pt")
 
 
-def test_the_corpus_is_as_large_as_it_is_said_to_be() -> None:
+def test_the_corpus_has_the_documented_size() -> None:
     assert len(STEER_FILES.makers) >= 40
     assert sum(1 for _ in STEER_FILES.files(SEED, FILES_OF_A_KIND)) >= 500
     assert sum(1 for _ in CONFIGS.files(SEED, CONFIGS_OF_A_KIND)) >= 300
@@ -151,38 +151,40 @@ def test_the_corpus_is_as_large_as_it_is_said_to_be() -> None:
 
 
 @some_and_all(FILES_OF_A_KIND)
-def test_hostile_steer_files_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
+def test_hostile_steer_files_are_refused_or_harmless(tmp_path: Path, files_per_kind: int) -> None:
     jobs = [
         {"does": "load", "name": f"{name} {overrides}", "path": str(path), "overrides": overrides}
-        for number, (name, path) in enumerate(steer_files(tmp_path, each).items())
+        for number, (name, path) in enumerate(steer_files(tmp_path, files_per_kind).items())
         for overrides in ({}, FACTS[number % len(FACTS)])
     ]
-    found = check([job | {"folder": str(tmp_path)} for job in jobs])
-    loaded = {one["name"].split("-")[0] for one in found if "said" in one}
+    results = check([job | {"folder": str(tmp_path)} for job in jobs])
+    loaded = {one["name"].split("-")[0] for one in results if "said" in one}
     assert not loaded & NEVER_LOADED
 
 
 @some_and_all(CONFIGS_OF_A_KIND)
-def test_hostile_configs_are_refused_or_harmless(tmp_path: Path, each: int) -> None:
+def test_hostile_configs_are_refused_or_harmless(tmp_path: Path, files_per_kind: int) -> None:
     steer = VectorSteer(vectors=torch.ones(4, 4), layers=(0, 1, 2, 3))
     for name in ("a", "b"):
         save_steer(steer, tmp_path / f"{name}.safetensors")
-    paths = written(tmp_path, CONFIGS.files(SEED, each), ".yaml")
-    assert len(paths) == each * len(CONFIGS.makers)
+    paths = written(tmp_path, CONFIGS.files(SEED, files_per_kind), ".yaml")
+    assert len(paths) == files_per_kind * len(CONFIGS.makers)
     jobs = [
         {"does": "start", "name": name, "path": str(path), "folder": str(tmp_path)}
         for name, path in paths.items()
     ]
-    found = check(jobs)
-    assert sum("refused" in one for one in found) > 0.6 * len(found)
-    planned = {one["name"].split("-")[0] for one in found if "said" in one}
+    results = check(jobs)
+    assert sum("refused" in one for one in results) > 0.6 * len(results)
+    planned = {one["name"].split("-")[0] for one in results if "said" in one}
     assert not planned & {"bomb", "merge_bomb", "holds_itself", "twice"}
 
 
 @some_and_all(TEXTS_OF_A_KIND)
 @pytest.mark.parametrize("ending", [".txt", ".csv", ".json", ".jsonl", ".yaml"])
-def test_hostile_texts_are_refused_or_harmless(tmp_path: Path, ending: str, each: int) -> None:
-    paths = written(tmp_path, TEXT_FILES.files(SEED, each), ending)
+def test_hostile_texts_are_refused_or_harmless(
+    tmp_path: Path, ending: str, files_per_kind: int
+) -> None:
+    paths = written(tmp_path, TEXT_FILES.files(SEED, files_per_kind), ending)
     os.mkfifo(tmp_path / f"pipe{ending}")
     (tmp_path / f"zeros{ending}").symlink_to("/dev/zero")
     paths |= {name: tmp_path / f"{name}{ending}" for name in ("pipe", "zeros")}
@@ -192,8 +194,10 @@ def test_hostile_texts_are_refused_or_harmless(tmp_path: Path, ending: str, each
         for name, path in paths.items()
         for reader in readers
     ]
-    found = check(jobs)
-    assert {one["name"].split()[1] for one in found if "said" in one}.isdisjoint({"pipe", "zeros"})
+    results = check(jobs)
+    assert {one["name"].split()[1] for one in results if "said" in one}.isdisjoint(
+        {"pipe", "zeros"}
+    )
 
 
 @pytest.mark.matrix
@@ -235,9 +239,9 @@ def test_hostile_files_end_a_command_in_one_line(tmp_path: Path, command: str) -
         }
         for name, path in corpus.items()
     ]
-    found = check(jobs)
+    results = check(jobs)
     if command == "convert":
-        for name, one in zip(corpus, found, strict=True):
+        for name, one in zip(corpus, results, strict=True):
             assert (tmp_path / f"out-{name}.safetensors").exists() == (one["said"] == "exit 0")
 
 
@@ -256,8 +260,8 @@ def test_changed_files_of_every_format_give_a_steer_or_one_line(of: str, tmp_pat
         }
         for name, path in paths.items()
     ]
-    found = check(jobs)
-    assert sum("refused" in one for one in found) > 30
+    results = check(jobs)
+    assert sum("refused" in one for one in results) > 30
 
 
 @pytest.mark.matrix
@@ -269,9 +273,9 @@ def test_changed_files_are_read_as_pytorch_reads_them(of: str, tmp_path: Path) -
         {"does": "agree", "name": name, "path": str(path), "folder": str(tmp_path)}
         for name, path in written(tmp_path, files.items(), ".changed").items()
     ]
-    found = {one["name"]: one.get("said") for one in check(jobs)}
-    assert found["whole"] == "the same"
-    assert sum(said == "the same" for said in found.values()) > 20
+    verdicts = {one["name"]: one.get("said") for one in check(jobs)}
+    assert verdicts["whole"] == "the same"
+    assert sum(verdict == "the same" for verdict in verdicts.values()) > 20
 
 
 @needs(HOSTILE_SAMPLES)
@@ -288,5 +292,5 @@ def test_the_sample_files_are_refused_or_harmless(tmp_path: Path) -> None:
         }
         for path in sorted(HOSTILE_SAMPLES.iterdir())
     ]
-    found = check(jobs)
-    assert {one["name"] for one in found if "said" in one} == {"m_markup.st"}
+    results = check(jobs)
+    assert {one["name"] for one in results if "said" in one} == {"m_markup.st"}

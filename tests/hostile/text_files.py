@@ -10,10 +10,10 @@ TEXT_FILES = Kinds()
 PROPERTIES = "properties: {a: {steer: %s, judge: j, strengths: [%s]}}\nseen: [%s]\n"
 
 
-def row(rng: random.Random, **said: Any) -> str:
+def row(rng: random.Random, **fields: Any) -> str:
     """One row, in the form of one of the formats."""
-    values = {"text": "x", "label": 1, **said}
-    pair = {"prompt": "a", "completion": "b", "label": 0, **said}
+    values = {"text": "x", "label": 1, **fields}
+    pair = {"prompt": "a", "completion": "b", "label": 0, **fields}
     return rng.choice(
         [
             json.dumps(values) + "\n",
@@ -33,7 +33,7 @@ def long_lines(rng: random.Random) -> str:
 
 @TEXT_FILES.add
 def labels(rng: random.Random) -> str:
-    odd = [
+    unusual_labels = [
         "0_1",
         "\u0661",
         "\uff11",
@@ -48,7 +48,7 @@ def labels(rng: random.Random) -> str:
         " ",
         "-0",
     ]
-    return row(rng, label=rng.choice(odd))
+    return row(rng, label=rng.choice(unusual_labels))
 
 
 @TEXT_FILES.add
@@ -100,8 +100,8 @@ def bombs(rng: random.Random) -> str:
 @TEXT_FILES.add
 def terminal_texts(rng: random.Random) -> str:
     text = rng.choice(TERMINAL)
-    said = rng.choice(["text", "label", "prompt", "completion", text])
-    return rng.choice([row(rng, **{said: text}), PROPERTIES % (json.dumps(text), 1, "a")])
+    key = rng.choice(["text", "label", "prompt", "completion", text])
+    return rng.choice([row(rng, **{key: text}), PROPERTIES % (json.dumps(text), 1, "a")])
 
 
 @TEXT_FILES.add
@@ -130,9 +130,9 @@ def conversations(rng: random.Random) -> str:
             None,
         ]
     )
-    given = rng.choice([message, [message], [message] * 2000])
+    messages = rng.choice([message, [message], [message] * 2000])
     name = rng.choice(["messages", "conversation_history", "prompt", "completion"])
-    return json.dumps({"prompt": "a", "completion": "b", "label": 1, name: given}) + "\n"
+    return json.dumps({"prompt": "a", "completion": "b", "label": 1, name: messages}) + "\n"
 
 
 @TEXT_FILES.add

@@ -1,4 +1,4 @@
-"""What tests of a served model ask it."""
+"""Requests of the tests of a served model."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ LIMITS = {"max_steers_per_request": 2, "max_strength": 10}
 
 @dataclass(frozen=True)
 class Server:
-    """A server that is ready; ``steers`` are what it was configured with."""
+    """A running server and the ``steers`` of its config."""
 
     url: str
     steers: dict[str, Steer]
@@ -83,7 +83,7 @@ def write_config(folder: Path, steers: dict[str, Steer]) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The outer environment without what this process's own engines have set in it."""
+    """The outer environment without the variables that this process's engines set."""
     outer = {name: value for name, value in os.environ.items() if name != "VLLM_STEER_ACTIVE"}
     outer.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     return outer | {
@@ -149,7 +149,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the whole group: politely first, and in any case before returning."""
+    """End the whole process group: first with SIGTERM, and always before returning."""
     for signal_number, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, signal_number)
@@ -172,13 +172,13 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 
 @pytest.fixture(scope="module")
 def serve_with() -> Callable[[Path, Sequence[str]], AbstractContextManager[str]]:
-    """``serving``, for tests that start servers with options of their own."""
+    """``serving``, for tests that start servers with their own options."""
     return serving
 
 
 @pytest.fixture(scope="module")
 def steer_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A steer config with random steers, beside their files."""
+    """A steer config with random steers, next to their files."""
     return write_config(tmp_path_factory.mktemp("steers"), random_steers())
 
 
@@ -196,7 +196,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Show the end of the server's log beside a failed test."""
+    """Show the end of the server's log with a failed test."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     running = getattr(item, "funcargs", {}).get("server")

@@ -1,8 +1,7 @@
 """Polls a server's ``/health`` until its input ends, and prints when each poll began and ended.
 
-A first line says that it has begun.
-
-A process of its own, so that the client that sends hostile bodies does not slow it down.
+The first line reports the start. It is a separate process, so that the client that sends hostile
+bodies does not slow it down.
 """
 
 import http.client

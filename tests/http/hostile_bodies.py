@@ -1,8 +1,8 @@
-"""Requests that no client should send: some hundred kinds of each, named, and what each is due.
+"""Invalid and unusual requests: some hundred named kinds, with the expected status of each.
 
-``REFUSED`` bodies ask for a steer that cannot be served: 400. ``DENIED`` ones come without the key:
-401. ``SERVED`` ones are valid in an unusual way: 200. ``SAME`` ones are vLLM's alone, and get what
-an unsteered server answers. All follow from one seed.
+``REFUSED`` bodies request a steer that cannot be served: 400. ``DENIED`` ones lack the API key:
+401. ``SERVED`` ones are valid in an unusual way: 200. ``SAME`` ones do not concern the plugin and
+get the answer of an unsteered server. All follow from one seed.
 """
 
 import json
@@ -29,7 +29,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One request, and what is due to it."""
+    """One request and its expected status."""
 
     name: str
     due: str
@@ -48,10 +48,10 @@ def kinds(seed: int = 0) -> list[Kind]:
         wrong_types, wrong_texts, wrong_options, above_ceilings, near_misses, unlike_strengths,
         spellings, other_routes, other_requests, without_key, malformed, wrong_fields,
     )  # fmt: skip
-    made = [kind for make in makers for kind in make()]
-    made += [*random_steers(generator, 160), *random_bodies(generator, 80)]
-    assert len({kind.name for kind in made}) == len(made)
-    return made
+    result = [kind for make in makers for kind in make()]
+    result += [*random_steers(generator, 160), *random_bodies(generator, 80)]
+    assert len({kind.name for kind in result}) == len(result)
+    return result
 
 
 def dump(body: Any) -> bytes:
@@ -102,7 +102,7 @@ WRONG_TEXTS = (
 
 
 def wrong_texts() -> Iterator[Kind]:
-    """A text that comes to nothing, as a field and as an argument."""
+    """A text that is not a valid steer, as a field and as an argument."""
     for text in WRONG_TEXTS:
         yield Kind(f"text/{text!r}/field", REFUSED, dump({**BASE, "steer": text}))
         body = {**BASE, "vllm_xargs": {"steer": text}, "stream": True}
@@ -117,7 +117,7 @@ WRONG_OPTIONS = (
 
 
 def wrong_options() -> Iterator[Kind]:
-    """Every option of a steer with values that it does not take."""
+    """Every option of a steer with invalid values."""
     for option in OPTIONS:
         for literal in WRONG_OPTIONS:
             body = with_literal(f'{{"v": {{"{option}": {literal}}}}}')
@@ -156,7 +156,7 @@ def above_ceilings() -> Iterator[Kind]:
 
 
 def near_misses() -> Iterator[Kind]:
-    """Names that were meant for ours."""
+    """Misspelt names of our fields."""
     names = ("steers", "Steer", "STEER", "Steers", "steering", "steer_config", "steer_strength")
     for name in names:
         for value in ("a:1", {"a": 1}, True):
@@ -173,7 +173,7 @@ def near_misses() -> Iterator[Kind]:
 
 
 def unlike_strengths() -> Iterator[Kind]:
-    """``steer_strengths`` that is no boolean, places given twice, and beam search."""
+    """``steer_strengths`` that is not a boolean or is given twice, and beam search."""
     for literal in (
         '"yes"',
         "2",
@@ -189,15 +189,15 @@ def unlike_strengths() -> Iterator[Kind]:
     yield Kind("twice/steer", REFUSED, dump({**BASE, **twice}))
     yield Kind("twice/strengths", REFUSED, dump(
         {**BASE, "steer_strengths": True, "vllm_xargs": {"steer_strengths": 1}}))  # fmt: skip
-    for given in ("a:3", 5, [1], True, 1.5):
-        yield Kind(f"xargs/{given}", REFUSED, dump({**BASE, "steer": "a:1", "vllm_xargs": given}))
+    for value in ("a:3", 5, [1], True, 1.5):
+        yield Kind(f"xargs/{value}", REFUSED, dump({**BASE, "steer": "a:1", "vllm_xargs": value}))
     for stream in (False, True):
         for beams in (True, 1, "true", "on"):
             body = {**BASE, "n": 2, "use_beam_search": beams, "steer": "a:1", "stream": stream}
             yield Kind(f"beams/{beams}/stream={stream}", REFUSED, dump(body))
-    for given in (1, {}, "x", [1], True):
-        body = {**BASE, "vllm_xargs": {"vllm_steer_stream": given}, "stream": True}
-        yield Kind(f"stream-of-ours/{given}", REFUSED, dump(body))
+    for value in (1, {}, "x", [1], True):
+        body = {**BASE, "vllm_xargs": {"vllm_steer_stream": value}, "stream": True}
+        yield Kind(f"stream-of-ours/{value}", REFUSED, dump(body))
 
 
 def spellings() -> Iterator[Kind]:
@@ -229,7 +229,7 @@ def spellings() -> Iterator[Kind]:
 
 
 def other_routes() -> Iterator[Kind]:
-    """Routes that are none of ours, and those that would lose a steer."""
+    """Routes that the plugin does not handle, and those that would ignore a steer."""
     for path in (
         "/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/embeddings", "/score",
         "/rerank", "/pooling", "/classify", "/v1/load_lora_adapter", "/unknown", "/", "/v1",
@@ -239,8 +239,12 @@ def other_routes() -> Iterator[Kind]:
             body = {**BASE, "messages": CONVERSATION, "steer": steer}
             yield Kind(f"route{path}/{steer}", SAME, dump(body), path)
     for path in ("/inference/v1/generate", "/generative_scoring"):
-        for asked in ({"steer": "a:1"}, {"vllm_xargs": {"steer": "a"}}, {"model": "base:friendly"}):
-            yield Kind(f"route{path}/{asked}", REFUSED, dump({**BASE, **asked}), path)
+        for fields in (
+            {"steer": "a:1"},
+            {"vllm_xargs": {"steer": "a"}},
+            {"model": "base:friendly"},
+        ):
+            yield Kind(f"route{path}/{fields}", REFUSED, dump({**BASE, **fields}), path)
     for model in ("other", "base:frindly", "base:", ":friendly", "friendly", 5, None, ["base"]):
         yield Kind(f"model/{model}", SAME, dump({**BASE, "model": model}))
 
@@ -263,12 +267,9 @@ def other_requests() -> Iterator[Kind]:
 
 
 def without_key() -> Iterator[Kind]:
-    """Whatever the body: without the key the answer is one and the same.
-
-    On ``/invocations`` vLLM asks for no key.
-    """
-    made = (*wrong_types(), *above_ceilings(), *spellings(), *near_misses())
-    bodies = [kind for kind in made if kind.path != "/invocations"]
+    """Without the API key every body gets the same answer; ``/invocations`` needs no key."""
+    all_kinds = (*wrong_types(), *above_ceilings(), *spellings(), *near_misses())
+    bodies = [kind for kind in all_kinds if kind.path != "/invocations"]
     for key in (None, "wrong", ""):
         for kind in bodies[::5]:
             yield replace(kind, name=f"key={key}/{kind.name}", due=DENIED, key=key)
@@ -291,7 +292,7 @@ def malformed() -> Iterator[Kind]:
 
 
 def wrong_fields() -> Iterator[Kind]:
-    """vLLM's own fields with wrong values, beside words that look like ours."""
+    """vLLM's own fields with wrong values, next to words that resemble our fields."""
     values = ("steer", -1, 1e400, [], {}, {"steer": 1}, True, "base:friendly", 2**70, None)
     for field in ("prompt", "max_tokens", "temperature", "stop", "n", "seed", "vllm_xargs"):
         for value in values:
@@ -304,7 +305,7 @@ LETTERS = 'xyz01_-. :,{}[]"\\\u00e9\u4e2d\u202e\x07\ud800'
 
 
 def random_value(generator: random.Random, depth: int = 0) -> Any:
-    """A JSON value with no steer's name in it."""
+    """A JSON value without the name of a steer."""
     choice = generator.randrange(8 if depth < 3 else 5)
     if choice == 0:
         return generator.choice([None, True, False])
@@ -339,7 +340,7 @@ def random_steers(generator: random.Random, count: int) -> Iterator[Kind]:
 
 
 def random_bodies(generator: random.Random, count: int) -> Iterator[Kind]:
-    """Bodies of vLLM's with random values in them, and none of ours."""
+    """Bodies with random values of vLLM's fields, and without our fields."""
     fields = ("prompt", "max_tokens", "temperature", "top_p", "seed", "stream", "user", "stop", "x")
     for at in range(count):
         body = dict(BASE)

@@ -1,4 +1,4 @@
-"""Dynamic strengths over HTTP: computed by a served model, and told in every kind of response."""
+"""Dynamic strengths over HTTP: computed by a served model, and part of every kind of response."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from vllm_steer.doses import Dose, Dynamic
 
 PROMPT = [1, 40, 60, 90]
 NEW_TOKENS = 8
-ASKED: dict[str, Any] = {
+REQUEST: dict[str, Any] = {
     "model": "base",
     "max_tokens": NEW_TOKENS,
     "temperature": 0,
@@ -65,26 +65,26 @@ def expected(tokens: list[int], steer: str, steers: dict[str, Steer]) -> dict[st
 
 def ask(http: httpx.Client, path: str = "/v1/completions", **body: Any) -> list[dict[str, Any]]:
     """The choices of a whole response."""
-    reply = http.post(path, json={**ASKED, **body})
+    reply = http.post(path, json={**REQUEST, **body})
     assert reply.status_code == 200, reply.text
     return list(reply.json()["choices"])
 
 
 def events(http: httpx.Client, path: str, **body: Any) -> Iterator[dict[str, Any]]:
-    with http.stream("POST", path, json={**ASKED, **body, "stream": True}) as reply:
+    with http.stream("POST", path, json={**REQUEST, **body, "stream": True}) as reply:
         for line in reply.iter_lines():
             if line.startswith("data: {"):
                 yield json.loads(line.removeprefix("data: "))
 
 
-def assert_strengths(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> None:
-    assert found.keys() == wanted.keys()
-    for steer, strengths in wanted.items():
-        assert found[steer] == pytest.approx(strengths, abs=TOLERANCE), steer
+def assert_strengths(actual: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
+    assert actual.keys() == expected.keys()
+    for steer, strengths in expected.items():
+        assert actual[steer] == pytest.approx(strengths, abs=TOLERANCE), steer
 
 
 @each_ask
-def test_a_whole_completion_tells_the_strengths_of_its_tokens(
+def test_a_completion_has_the_strengths_of_its_tokens(
     server: Any, http: httpx.Client, steer: str
 ) -> None:
     (choice,) = ask(http, prompt=PROMPT, steer=steer, return_token_ids=True)
@@ -92,7 +92,7 @@ def test_a_whole_completion_tells_the_strengths_of_its_tokens(
 
 
 @each_ask
-def test_chunks_tell_the_strengths_of_their_own_tokens(
+def test_each_chunk_has_the_strengths_of_its_own_tokens(
     server: Any, http: httpx.Client, steer: str
 ) -> None:
     tokens: list[int] = []
@@ -106,17 +106,19 @@ def test_chunks_tell_the_strengths_of_their_own_tokens(
     assert_strengths(strengths, expected(tokens, steer, server.steers))
 
 
-def test_requests_side_by_side_are_told_their_own(server: Any, http: httpx.Client) -> None:
+def test_concurrent_requests_get_their_own_strengths(server: Any, http: httpx.Client) -> None:
     with ThreadPoolExecutor(len(ASKS)) as pool:
-        found = list(
+        choices = list(
             pool.map(lambda s: ask(http, prompt=PROMPT, steer=s, return_token_ids=True), ASKS)
         )
-    for steer, (choice,) in zip(ASKS, found, strict=True):
-        wanted = expected(choice["token_ids"], steer, server.steers)
-        assert_strengths(choice["steer_strengths"], wanted)
+    for steer, (choice,) in zip(ASKS, choices, strict=True):
+        expected_strengths = expected(choice["token_ids"], steer, server.steers)
+        assert_strengths(choice["steer_strengths"], expected_strengths)
 
 
-def test_each_choice_of_several_prompts_is_told_its_own(server: Any, http: httpx.Client) -> None:
+def test_each_choice_of_several_prompts_has_its_own_strengths(
+    server: Any, http: httpx.Client
+) -> None:
     fixed = {"temperature": 1.0, "seed": 5, "n": 2, "return_token_ids": True}
     choices = ask(http, prompt=[PROMPT, PROMPT], steer="c:dynamic:-1", **fixed)
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
@@ -127,7 +129,7 @@ def test_each_choice_of_several_prompts_is_told_its_own(server: Any, http: httpx
         assert_strengths(choice["steer_strengths"], trace.strengths)
 
 
-def test_chat_tells_the_same_whole_and_streamed(http: httpx.Client) -> None:
+def test_chat_returns_the_same_strengths_whole_and_streamed(http: httpx.Client) -> None:
     body = {"messages": MESSAGES, "steer": "v:dynamic"}
     (choice,) = ask(http, "/v1/chat/completions", **body)
     assert len(choice["steer_strengths"]["v"]) == NEW_TOKENS
@@ -140,24 +142,24 @@ def test_chat_tells_the_same_whole_and_streamed(http: httpx.Client) -> None:
     assert streamed == pytest.approx(choice["steer_strengths"]["v"], abs=TOLERANCE)
 
 
-def test_responses_tell_them_once(http: httpx.Client) -> None:
+def test_responses_have_the_strengths_once(http: httpx.Client) -> None:
     body = {"model": "base", "input": "Once", "max_output_tokens": 4, "temperature": 0}
-    asked = {**body, "steer": "v:dynamic", "steer_strengths": True}
-    reply = http.post("/v1/responses", json=asked)
+    request_body = {**body, "steer": "v:dynamic", "steer_strengths": True}
+    reply = http.post("/v1/responses", json=request_body)
     assert reply.status_code == 200, reply.text
     assert len(reply.json()["steer_strengths"]["v"]) == 4
-    last = list(events(http, "/v1/responses", **asked))[-1]
+    last = list(events(http, "/v1/responses", **request_body))[-1]
     assert last["response"]["steer_strengths"]["v"] == pytest.approx(
         reply.json()["steer_strengths"]["v"], abs=TOLERANCE
     )
 
 
-def test_a_fixed_strength_is_not_told(http: httpx.Client) -> None:
+def test_a_fixed_strength_is_not_reported(http: httpx.Client) -> None:
     (choice,) = ask(http, prompt=PROMPT, steer="a:3")
     assert choice["steer_strengths"] == {}
 
 
-def test_who_does_not_ask_is_told_nothing(http: httpx.Client) -> None:
+def test_a_request_without_steer_strengths_gets_none(http: httpx.Client) -> None:
     (choice,) = ask(http, prompt=PROMPT, steer="v:dynamic", steer_strengths=False)
     assert "steer_strengths" not in choice
 
@@ -181,9 +183,11 @@ def test_metrics_count_what_was_served(http: httpx.Client) -> None:
     assert clipped == strengths.count(1.0) > 0
 
 
-def test_a_wish_that_is_no_boolean_is_answered_with_400(http: httpx.Client) -> None:
+def test_a_steer_strengths_field_that_is_not_a_boolean_is_answered_with_400(
+    http: httpx.Client,
+) -> None:
     for stream in (False, True):
-        body = {**ASKED, "prompt": PROMPT, "steer_strengths": "yes", "stream": stream}
+        body = {**REQUEST, "prompt": PROMPT, "steer_strengths": "yes", "stream": stream}
         reply = http.post("/v1/completions", json=body)
         assert reply.status_code == 400
         assert "expected true or false" in reply.json()["error"]["message"]

@@ -1,7 +1,7 @@
-"""A steered server with an API key beside an unsteered one, under bodies that nobody should send.
+"""Invalid bodies sent to a steered server with an API key and to an unsteered one.
 
-Each kind gets the answer that is due to it, no server error among them; meanwhile streams run to
-their end, no kind makes ``/health`` wait, and the memory does not grow.
+Each kind gets its expected answer, and none gets a server error; meanwhile streams run to their
+end, no kind delays ``/health``, and the memory does not grow.
 """
 
 import json
@@ -63,19 +63,19 @@ def process_of(url: str) -> int:
     port = f"--port={urlsplit(url).port}"
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            command_line = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if port in words:
+        if port in command_line:
             return int(folder.name)
     raise AssertionError(f"no process with {port}")
 
 
-def mebibytes(pid: int, what: str) -> float:
+def mebibytes(pid: int, field: str) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
-    raise AssertionError(what)
+    raise AssertionError(field)
 
 
 Spans = list[tuple[float, float]]
@@ -106,13 +106,13 @@ def timed(spans: dict[str, tuple[float, float]], kind: Kind) -> Iterator[None]:
 
 
 def longest_beside(polls: Spans, span: tuple[float, float]) -> float:
-    """Of the polls that were under way at some time of a span, the longest, in ms."""
+    """The longest poll, in ms, of those that overlap a span."""
     begin, end = span
     return max((1000 * (b - a) for a, b in polls if a < end and b > begin), default=0.0)
 
 
 def round_of(url: str, client: httpx.Client, kinds: Iterable[Kind]) -> dict[str, float]:
-    """By kind: the longest ``/health`` beside it."""
+    """The longest ``/health`` poll during each kind."""
     polls: Spans = []
     spans: dict[str, tuple[float, float]] = {}
     with polled(url, polls):
@@ -124,7 +124,7 @@ def round_of(url: str, client: httpx.Client, kinds: Iterable[Kind]) -> dict[str,
 
 @contextmanager
 def streaming(url: str, streams: list[str]) -> Iterator[None]:
-    """Keep one stream running meanwhile, and note the last line of each."""
+    """Context that keeps one stream running and records the last line of each."""
     over = threading.Event()
     body = {**BASE, "max_tokens": 100, "ignore_eos": True, "stream": True, "steer": "a:1"}
 
@@ -144,7 +144,7 @@ def streaming(url: str, streams: list[str]) -> Iterator[None]:
 
 
 def send_zeros_without_key(url: str) -> bytes:
-    """The head of the answer to a body of zeros, as much of which is sent as is taken."""
+    """The head of the response to a body of zeros, sent as far as the server accepts it."""
     address = urlsplit(url)
     zeros = bytes(1 << 20)
     with socket.create_connection((address.hostname or "", address.port or 0), 60) as connection:
@@ -174,18 +174,20 @@ def send_cut_bodies(url: str) -> None:
         b"Content-Length: 9000000\r\n\r\n" + b"a:1," * 100_000,
     )
     for body in bodies * 5:
-        with socket.create_connection((address.hostname or "", address.port or 0), 60) as sent:
-            sent.sendall(head + body)
+        with socket.create_connection(
+            (address.hostname or "", address.port or 0), 60
+        ) as connection:
+            connection.sendall(head + body)
 
 
 @pytest.fixture(scope="module")
 def answers(
     tmp_path_factory: pytest.TempPathFactory, serve_with: Any, steer_config: Path
 ) -> Answers:
-    """Both servers under all kinds, once; the statuses and what was measured meanwhile."""
+    """Send all kinds to both servers once; returns the statuses and measurements."""
     folder = tmp_path_factory.mktemp("hostile")
     options = ["--served-model-name=base", f"--api-key={KEY}"]
-    found = Answers()
+    statuses = Answers()
     polls: Spans = []
     spans: dict[str, tuple[float, float]] = {}
     logs = {name: folder / f"{name}.log" for name in ("steered", "unsteered")}
@@ -203,18 +205,18 @@ def answers(
         for kind in all_kinds[::7]:  # warms up
             for client in clients:
                 request(client, kind)
-        found.memory["before"] = mebibytes(pid, "VmRSS")
-        with polled(steered, polls), streaming(steered, found.streams):
+        statuses.memory["before"] = mebibytes(pid, "VmRSS")
+        with polled(steered, polls), streaming(steered, statuses.streams):
             for kind in all_kinds:
                 with timed(spans, kind):
                     reply = request(clients[0], kind)
-                found.steered[kind.name] = reply.status_code
+                statuses.steered[kind.name] = reply.status_code
                 if kind.due == REFUSED and reply.status_code == 400:
-                    found.errors[kind.name] = reply.json()
+                    statuses.errors[kind.name] = reply.json()
                 if kind.due == SAME or len(kind.body) > LARGE:  # others would only cost time
-                    found.unsteered[kind.name] = request(clients[1], kind).status_code
+                    statuses.unsteered[kind.name] = request(clients[1], kind).status_code
         health = {name: longest_beside(polls, span) for name, span in spans.items()}
-        found.health = {"steered": health, "unsteered": {}}
+        statuses.health = {"steered": health, "unsteered": {}}
         urls = {"steered": steered, "unsteered": unsteered}
         for pause in PAUSES_S:
             again = [kind for kind in all_kinds if health[kind.name] > LIMIT_MS]
@@ -222,44 +224,44 @@ def answers(
                 break
             time.sleep(pause)
             for (server, url), client in zip(urls.items(), clients, strict=True):
-                least = found.health[server]
+                least = statuses.health[server]
                 for name, longest in round_of(url, client, again).items():
                     least[name] = min(longest, least.get(name, longest))
-        found.memory["after"] = mebibytes(pid, "VmRSS")
+        statuses.memory["after"] = mebibytes(pid, "VmRSS")
         peak = mebibytes(pid, "VmHWM")
-        found.memory["zeros"] = float(b" 401 " in send_zeros_without_key(steered))
-        found.memory["peak-by-zeros"] = mebibytes(pid, "VmHWM") - peak
-        found.memory["after-zeros"] = mebibytes(pid, "VmRSS")
+        statuses.memory["zeros"] = float(b" 401 " in send_zeros_without_key(steered))
+        statuses.memory["peak-by-zeros"] = mebibytes(pid, "VmHWM") - peak
+        statuses.memory["after-zeros"] = mebibytes(pid, "VmRSS")
         send_cut_bodies(steered)
         reply = httpx.post(f"{steered}/v1/completions", json=BASE, headers=RIGHT, timeout=60)
-        found.steered["after all"] = reply.status_code
-        found.log = logs["steered"].read_text(errors="replace")
-    return found
+        statuses.steered["after all"] = reply.status_code
+        statuses.log = logs["steered"].read_text(errors="replace")
+    return statuses
 
 
 def by_due(due: str) -> list[Kind]:
     return [kind for kind in kinds() if kind.due == due]
 
 
-def test_there_are_enough_kinds() -> None:
+def test_the_corpus_has_enough_kinds() -> None:
     assert len(kinds()) >= 700
 
 
 def test_no_body_is_answered_with_a_server_error(answers: Answers) -> None:
     """Where the unsteered server answers with one, for reasons of its own, the body is vLLM's."""
-    found = {name: status for name, status in answers.steered.items() if status >= 500}
-    assert {n: s for n, s in found.items() if answers.unsteered.get(n) != s} == {}
+    errors = {name: status for name, status in answers.steered.items() if status >= 500}
+    assert {n: s for n, s in errors.items() if answers.unsteered.get(n) != s} == {}
 
 
 @pytest.mark.parametrize(
     ("due", "status"), [(REFUSED, 400), (DENIED, 401), (SERVED, 200)], ids=[REFUSED, DENIED, SERVED]
 )
-def test_every_kind_gets_the_answer_that_is_due(answers: Answers, due: str, status: int) -> None:
-    found = {kind.name: answers.steered[kind.name] for kind in by_due(due)}
-    assert {name: each for name, each in found.items() if each != status} == {}
+def test_every_kind_gets_the_expected_status(answers: Answers, due: str, status: int) -> None:
+    statuses = {kind.name: answers.steered[kind.name] for kind in by_due(due)}
+    assert {name: code for name, code in statuses.items() if code != status} == {}
 
 
-def test_bodies_that_are_vllms_alone_get_the_unsteered_servers_status(answers: Answers) -> None:
+def test_bodies_without_a_steer_get_the_status_of_the_unsteered_server(answers: Answers) -> None:
     unlike = {
         kind.name: (answers.steered[kind.name], answers.unsteered[kind.name])
         for kind in by_due(SAME)
@@ -277,17 +279,17 @@ def test_every_refusal_is_short_and_names_a_field(answers: Answers) -> None:
         assert (body.get("type") == "error") != ("param" in body["error"]), name
 
 
-def test_streams_ran_to_their_end_beside_all_of_it(answers: Answers) -> None:
+def test_concurrent_streams_ran_to_their_end(answers: Answers) -> None:
     assert answers.streams
     assert set(answers.streams) == {"data: [DONE]"}
     assert answers.steered["after all"] == 200
     assert "Traceback" not in answers.log
 
 
-def test_no_kind_makes_health_wait(answers: Answers) -> None:
-    """Other work of the machine may make it wait at any time; a body would each time it is sent.
+def test_no_kind_delays_the_health_route(answers: Answers) -> None:
+    """Other work of the machine may delay it at any time; a body would delay it each time.
 
-    Where the unsteered server waits each time too, vLLM's own reading of the body is the cause.
+    If the unsteered server is delayed each time too, vLLM's own parsing of the body is the cause.
     """
     longest_of_all = max(answers.health["steered"].values())
     assert longest_of_all > 0
@@ -297,10 +299,12 @@ def test_no_kind_makes_health_wait(answers: Answers) -> None:
         if longest > LIMIT_MS
     }
     print(f"/health beside a kind: at most {longest_of_all:.1f} ms; {waits}")
-    assert {n: each for n, each in waits.items() if each[0] > each[1] + LIMIT_MS} == {}
+    assert {n: times for n, times in waits.items() if times[0] > times[1] + LIMIT_MS} == {}
 
 
-def test_the_memory_stays_flat_and_nothing_is_read_without_the_key(answers: Answers) -> None:
+def test_the_memory_does_not_grow_and_bodies_without_the_api_key_are_not_read(
+    answers: Answers,
+) -> None:
     print(answers.memory)
     assert answers.memory["after"] - answers.memory["before"] < GROWTH_MIB
     assert answers.memory["zeros"] == 1.0

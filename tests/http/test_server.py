@@ -1,4 +1,4 @@
-"""A served model, asked over HTTP in every way that the interface promises."""
+"""A served model with every documented form of an HTTP request."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ def client(server: Any) -> Iterator[openai.OpenAI]:
 
 
 def completion(client: openai.OpenAI, model: str = BASE, **extra: Any) -> str:
-    asked = client.completions.create(model=model, prompt=PROMPT, extra_body=extra, **GREEDY)
-    return asked.choices[0].text
+    response = client.completions.create(model=model, prompt=PROMPT, extra_body=extra, **GREEDY)
+    return response.choices[0].text
 
 
 def streamed_completion(client: openai.OpenAI, model: str = BASE, **extra: Any) -> str:
@@ -36,10 +36,10 @@ def streamed_completion(client: openai.OpenAI, model: str = BASE, **extra: Any) 
 
 
 def chat(client: openai.OpenAI, model: str = BASE, **extra: Any) -> str:
-    asked = client.chat.completions.create(
+    response = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": PROMPT}], extra_body=extra, **GREEDY
     )
-    return asked.choices[0].message.content or ""
+    return response.choices[0].message.content or ""
 
 
 def streamed_chat(client: openai.OpenAI, model: str = BASE, **extra: Any) -> str:
@@ -63,7 +63,7 @@ ask_in_every_way = pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
 
 
 @ask_in_every_way
-def test_a_steer_asked_for_in_any_way_gives_one_text_that_differs_from_the_unsteered(
+def test_every_way_to_request_a_steer_gives_the_same_steered_text(
     client: openai.OpenAI, ask: Ask
 ) -> None:
     ways = {
@@ -80,7 +80,9 @@ def test_a_steer_asked_for_in_any_way_gives_one_text_that_differs_from_the_unste
 
 @ask_in_every_way
 @pytest.mark.parametrize("none", ["none", "", {}, "a:0", None], ids=repr)
-def test_no_steer_is_the_unsteered_text(client: openai.OpenAI, ask: Ask, none: Any) -> None:
+def test_a_request_without_a_steer_gives_the_unsteered_text(
+    client: openai.OpenAI, ask: Ask, none: Any
+) -> None:
     assert ask(client, steer=none) == ask(client)
 
 
@@ -118,7 +120,7 @@ def token_ids(http: httpx.Client, prompt: list[int], doses: dict[str, Any]) -> l
     return list(reply.json()["choices"][0]["token_ids"])
 
 
-def test_a_dict_in_the_arguments_is_taken_like_one_in_the_body(http: httpx.Client) -> None:
+def test_a_dict_in_the_arguments_equals_one_in_the_body(http: httpx.Client) -> None:
     ask = {"model": BASE, "prompt": "a", "max_tokens": 8, "temperature": 0}
     bodies = [{"vllm_xargs": {"steer": {"a": 3}}}, {"steer": {"a": 3}}, {}]
     texts = [
@@ -128,30 +130,28 @@ def test_a_dict_in_the_arguments_is_taken_like_one_in_the_body(http: httpx.Clien
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_mixed_batch_gives_each_request_what_hugging_face_gives_it_alone(
-    server: Any, http: httpx.Client
-) -> None:
+def test_each_request_of_a_mixed_batch_equals_hugging_face(server: Any, http: httpx.Client) -> None:
     torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         embedded.MODEL, dtype=torch.float32
     ).eval()
     prompts = [[1, 40 + 7 * n, 60 + n, 90] for n in range(len(MIXED))]
     with ThreadPoolExecutor(len(MIXED)) as pool:
-        found = list(pool.map(lambda p, d: token_ids(http, p, d), prompts, MIXED))
-    for prompt, doses, tokens in zip(prompts, MIXED, found, strict=True):
+        results = list(pool.map(lambda p, d: token_ids(http, p, d), prompts, MIXED))
+    for prompt, doses, tokens in zip(prompts, MIXED, results, strict=True):
         steered = hf.steered(model, doses, server.steers, prompt_length=len(prompt))
         with steered, torch.inference_mode():
-            wanted = list(prompt)
+            expected = list(prompt)
             for _ in range(NEW_TOKENS):
-                wanted.append(int(model(torch.tensor([wanted])).logits[0, -1].argmax()))
-        assert tokens == wanted[len(prompt) :], doses
+                expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+        assert tokens == expected[len(prompt) :], doses
 
 
 def test_a_batch_of_prompts_in_one_request_is_steered_as_a_whole(client: openai.OpenAI) -> None:
-    asked = client.completions.create(
+    response = client.completions.create(
         model=BASE, prompt=[PROMPT] * 3, extra_body={"steer": "a:3"}, **GREEDY
     )
-    assert {choice.text for choice in asked.choices} == {completion(client, steer="a:3")}
+    assert {choice.text for choice in response.choices} == {completion(client, steer="a:3")}
 
 
 def test_presets_are_listed_as_models(client: openai.OpenAI) -> None:
@@ -213,7 +213,7 @@ def test_a_body_in_chunks_is_steered_like_a_whole_one(http: httpx.Client) -> Non
     assert chunked.json()["choices"][0]["text"] == whole.json()["choices"][0]["text"]
 
 
-def test_prompt_logprobs_are_steered_and_the_prompts_first_is_absent(http: httpx.Client) -> None:
+def test_prompt_logprobs_are_steered_and_the_first_is_absent(http: httpx.Client) -> None:
     def logprobs(**extra: Any) -> list[Any]:
         body = {"model": BASE, "prompt": [1, 50, 60, 70], "max_tokens": 1, "prompt_logprobs": 0}
         reply = http.post("/v1/completions", json={**body, **extra})

@@ -1,4 +1,4 @@
-"""A served model's answers to what it cannot serve; it lives on after each of them."""
+"""Requests that a served model refuses; the server goes on after each of them."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def assert_alive(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_bad_steer_field_is_a_bad_request_and_the_server_lives_on(
+def test_a_bad_steer_field_is_a_bad_request_and_the_server_goes_on(
     http: httpx.Client, case: str, stream: bool
 ) -> None:
     steer, message = BAD[case]
@@ -112,7 +112,7 @@ def test_a_steer_field_beside_malformed_arguments_is_a_bad_request(
     assert_alive(http)
 
 
-def test_a_body_of_monstrous_depth_is_a_bad_request(http: httpx.Client) -> None:
+def test_a_very_deep_body_is_a_bad_request(http: httpx.Client) -> None:
     steer = '{"a":' * 50_000 + "1" + "}" * 50_000
     for value in (steer, json.dumps(steer)):
         reply = http.post(
@@ -144,21 +144,21 @@ def test_a_steer_given_twice_is_a_bad_request(http: httpx.Client) -> None:
     ],
     ids=["embeddings", "tokenize", "count_tokens"],
 )
-def test_a_route_where_nothing_is_generated_is_vllms_alone(
+def test_a_route_that_generates_nothing_answers_as_vllm(
     http: httpx.Client, path: str, body: dict[str, Any]
 ) -> None:
-    plain, asking = (http.post(path, json={"model": BASE, **body, **steer}) for steer in
+    plain, steered = (http.post(path, json={"model": BASE, **body, **steer}) for steer in
                      ({}, {"steer": "a:3"}))  # fmt: skip
-    assert asking.status_code == plain.status_code
+    assert steered.status_code == plain.status_code
 
 
-def test_a_steer_that_the_token_route_would_lose_is_a_bad_request(http: httpx.Client) -> None:
+def test_a_steer_that_the_token_route_ignores_is_a_bad_request(http: httpx.Client) -> None:
     body = {"model": BASE, "token_ids": [1, 5], "sampling_params": {"max_tokens": 2}}
     reply = http.post("/inference/v1/generate", json={**body, "steer": "a:3"})
     assert_refusal(reply, "this route does not support steering; remove the steer")
 
 
-def test_a_route_that_generates_nothing_serves_as_ever(http: httpx.Client) -> None:
+def test_a_route_that_generates_nothing_still_serves(http: httpx.Client) -> None:
     for model in (BASE, f"{BASE}:friendly"):
         reply = http.post("/tokenize", json={"model": model, "prompt": PROMPT})
         assert reply.status_code == 200, reply.text
@@ -182,9 +182,9 @@ def test_a_malformed_body_gets_vllms_own_answer(http: httpx.Client, body: bytes)
 def test_beam_search_which_would_drop_the_steer_is_a_bad_request(
     http: httpx.Client, place: str
 ) -> None:
-    asked = {"steer": "a:1"} if place == "body" else {"vllm_xargs": {"steer": "a:1"}}
+    fields = {"steer": "a:1"} if place == "body" else {"vllm_xargs": {"steer": "a:1"}}
     body = {"model": BASE, "prompt": "a", "max_tokens": 2, "n": 2, "use_beam_search": True}
-    reply = http.post("/v1/completions", json=body | asked)
+    reply = http.post("/v1/completions", json=body | fields)
     param = "steer" if place == "body" else "vllm_xargs.steer"
     assert_refusal(reply, "beam search does not support steering", param)
     assert http.post("/v1/completions", json=body).status_code == 200
@@ -199,8 +199,8 @@ def test_an_unknown_model_is_still_not_found(http: httpx.Client, model: str) -> 
 def test_a_client_that_leaves_in_mid_stream_leaves_the_server_alive(http: httpx.Client) -> None:
     body = {"model": BASE, "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True}
     for steer in ("a:3", "c:2", "none"):
-        asked = {**body, "stream": True, "steer": steer}
-        with http.stream("POST", "/v1/completions", json=asked) as reply:
+        fields = {**body, "stream": True, "steer": steer}
+        with http.stream("POST", "/v1/completions", json=fields) as reply:
             assert reply.status_code == 200
             next(reply.iter_lines())
     assert_alive(http)

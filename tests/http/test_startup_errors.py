@@ -1,4 +1,5 @@
-"""A steer config that cannot be served stops the start, and says which file, what and why.
+"""A steer config that cannot be served stops the start; the error names the file, the value and the
+reason.
 
 Most cases go through vLLM's own ``serve`` parser and engine configuration in this process; two
 through a real ``vllm serve``.
@@ -34,7 +35,7 @@ def vector(hidden_size: int) -> LMSteer:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A steer that fits the embedded model, and three files that do not serve."""
+    """A steer that fits the embedded model, and three unusable files."""
     save_steer(vector(HIDDEN), tmp_path / "a.safetensors")
     save_steer(vector(HIDDEN + 1), tmp_path / "wide.safetensors")
     projector = torch.ones(1, HIDDEN, 20)
@@ -73,7 +74,7 @@ def pickled_call(marker: Path) -> bytes:
 
 
 def alias_bomb() -> str:
-    """A config of 3 kB whose one description stands for 2**60 words."""
+    """A config of 3 kB with a description that expands to 2**60 words."""
     lines = ["x0: &x0 [lol, lol]"]
     lines += [f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 60)]
     return "\n".join([*lines, "steers: {a: {path: a.safetensors, description: *x59}}", ""])
@@ -81,7 +82,7 @@ def alias_bomb() -> str:
 
 @pytest.fixture
 def parse() -> Callable[..., Any]:
-    """What ``vllm serve`` does with its arguments before it starts anything."""
+    """Process arguments as ``vllm serve`` does before it starts anything."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -253,7 +254,7 @@ def test_an_additional_config_is_refused_with_the_same_message(folder: Path, cas
     ],
     ids=["pooling", "fast-prefill"],
 )
-def test_a_feature_in_the_way_stops_a_real_engine_configuration(
+def test_an_unsupported_feature_stops_a_real_engine_configuration(
     folder: Path, options: dict[str, Any], message: str
 ) -> None:
     from vllm import EngineArgs

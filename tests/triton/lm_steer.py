@@ -65,7 +65,7 @@ def uses_of(layout: str, num_rows: int) -> list[Use]:
     if layout == "zipf":
         slots = np.minimum(random.zipf(1.5, num_rows), NUM_SLOTS) - 1
         return [(row, int(slot), next(strengths)) for row, slot in enumerate(slots) if row % 8]
-    if layout == "crowd":  # more rows of one slot than a tile holds, beside rows of every slot
+    if layout == "crowd":  # more rows of one slot than a tile holds, with rows of every slot
         crowd = [(row, 4, next(strengths)) for row in range(CROWD_FROM, num_rows)]
         return uses_of("one-to-four", min(CROWD_FROM, num_rows)) + crowd
     assert layout == "one-to-four"
@@ -77,7 +77,7 @@ def uses_of(layout: str, num_rows: int) -> list[Use]:
 
 
 def moved(uses: list[Use], to: dict[int, int]) -> list[Use]:
-    """The uses of some rows, which stand elsewhere now."""
+    """The uses of some rows, moved to other row indices."""
     return [(to[row], slot, strength) for row, slot, strength in uses if row in to]
 
 
@@ -110,7 +110,7 @@ def steer(
 
 
 def in_a_frame(x: torch.Tensor, filling: float = torch.nan) -> torch.Tensor:
-    """``x`` as a window of a larger tensor: what lies beside its rows is ``filling``."""
+    """``x`` as a window of a larger tensor that is otherwise filled with ``filling``."""
     frame = x.new_full((x.shape[0] + 8, x.shape[1] + 16), filling)
     window = frame[4:-4, 8:-8]
     window.copy_(x)
@@ -118,7 +118,7 @@ def in_a_frame(x: torch.Tensor, filling: float = torch.nan) -> torch.Tensor:
 
 
 def spoilt_but(weights: SteerWeights, slot: int) -> SteerWeights:
-    """The weights with NaN wherever ``slot`` has nothing, and NaN before and behind them."""
+    """The weights with NaN everywhere except in ``slot``, and NaN before and after them."""
     kind, *numbers = weights.columns.kinds[slot], *weights.columns.bounds[slot]
     low_rank = range(numbers[0], numbers[2]) if kind == 0 else []
     whole = [number for number in numbers[:2] if number >= 0]
@@ -142,7 +142,7 @@ def _kept(table: torch.Tensor, entries: range | list[int]) -> torch.Tensor:
 def padded(metadata: BatchMetadata, pairs: int, tiles: int, work: int, rows: int) -> BatchMetadata:
     """The same batch in longer weights, every part there, as a CUDA graph's buffers have them.
 
-    Entries that are not there begin with -1; the rest of them is nonsense that nobody may read.
+    Missing entries begin with -1; the rest of them is garbage that must not be read.
     """
     device = metadata.rows.device
     single = torch.arange(metadata.rows.shape[0] + 1, dtype=torch.int32, device=device)

@@ -31,7 +31,7 @@ def doses_of(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.5, 8.0])
-def test_a_large_vocabulary_is_divided_as_a_sort_in_float64_divides_it(
+def test_the_divergence_of_a_large_vocabulary_equals_a_sort_in_float64(
     scale: float, dtype: torch.dtype
 ) -> None:
     """The size of the union may differ by the tokens between two sums that float32 cannot tell."""
@@ -39,12 +39,12 @@ def test_a_large_vocabulary_is_divided_as_a_sort_in_float64_divides_it(
     base_of, probe_of = doses_of(6)
     for top_p in (0.5, 0.9, 0.99, 1.0):
         kls, sizes = triton_fused.divergence(logits, base_of, probe_of, top_p)
-        wanted, wanted_sizes = torch_sort.divergence(
+        expected, expected_sizes = torch_sort.divergence(
             logits.cpu().double(), base_of.cpu(), probe_of.cpu(), float(torch.tensor(top_p))
         )
-        off = (sizes.cpu() - wanted_sizes).abs()
-        assert (off <= 1e-5 * wanted_sizes + 1).all()
-        torch.testing.assert_close(kls.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
+        off = (sizes.cpu() - expected_sizes).abs()
+        assert (off <= 1e-5 * expected_sizes + 1).all()
+        torch.testing.assert_close(kls.cpu().double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [2, 32, 128])
@@ -74,10 +74,10 @@ def test_a_dose_has_the_same_bits_alone_and_among_others() -> None:
         assert torch.equal(alone[0], together[dose])
 
 
-def test_no_number_of_doses_compiles_what_the_first_has_not() -> None:
+def test_no_number_of_doses_compiles_a_kernel_after_the_first() -> None:
     def compiled() -> int:
-        found = (kernels.likeliest, kernels.divergence)
-        return sum(len(cache[0]) for k in found for cache in k.device_caches.values())
+        jit_functions = (kernels.likeliest, kernels.divergence)
+        return sum(len(cache[0]) for k in jit_functions for cache in k.device_caches.values())
 
     logits = logits_of(64, torch.bfloat16)
     triton_fused.divergence(logits, *doses_of(64), 0.9)

@@ -1,8 +1,8 @@
 """The divergence in Triton: likeliest tokens and KL against loops over one row in float64.
 
 The expected values sort a row in Python. Weights that are equal in the reference are equal in the
-kernel too, so a tie at the border is decided alike; where the border falls between two sums that
-differ by less than float32 can tell, no case here looks.
+kernel too, so a tie at the border is decided equally; no case here has a border between two sums
+that float32 cannot distinguish.
 """
 
 import math
@@ -24,7 +24,7 @@ def weights(row: list[float]) -> list[float]:
 
 
 def likeliest(row: list[float], top_p: float) -> set[int]:
-    """Token by token until the sum exceeds ``top_p`` of all, that token included.
+    """Tokens in order until the sum exceeds ``top_p`` of the total, including that token.
 
     Sums of equal weights are products, so a border that falls on one is exact.
     """
@@ -85,7 +85,7 @@ def check(device: torch.device, base: torch.Tensor, probe: torch.Tensor, top_p: 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("scale", [0.3, 3.0, 12.0])
 @pytest.mark.parametrize("vocab_size", [2, 37, pytest.param(701, marks=pytest.mark.matrix)])
-def test_rows_of_any_breadth(
+def test_rows_of_any_vocabulary_size(
     device: torch.device, vocab_size: int, scale: float, top_p: float, dtype: torch.dtype
 ) -> None:
     """Ties at the border too: rounded rows, 16-bit logits, tokens that are ruled out."""
@@ -101,10 +101,12 @@ def test_rows_of_any_breadth(
 @dtypes
 @pytest.mark.parametrize("count", [1, 3, 64, 500])
 @pytest.mark.parametrize("top_p", [0.05, 0.25, 0.5, 0.75])
-def test_equal_logits_go_by_their_number(
+def test_equal_logits_are_ordered_by_token_id(
     device: torch.device, top_p: float, count: int, dtype: torch.dtype
 ) -> None:
-    """Of ``n`` alike the first ``floor(p n) + 1``; the other side's come from the other end."""
+    """Of ``n`` equal logits, the first ``floor(p n) + 1`` are taken; the other row takes them from
+    the other end.
+    """
     base = torch.full((1, 600), -INF, dtype=dtype)
     base[0, 17 : 17 + count] = -2.5
     probe = torch.zeros(1, 600, dtype=dtype)
@@ -114,14 +116,14 @@ def test_equal_logits_go_by_their_number(
 
 
 @dtypes
-def test_zeros_of_either_sign_are_alike(device: torch.device, dtype: torch.dtype) -> None:
+def test_zeros_of_either_sign_are_equal(device: torch.device, dtype: torch.dtype) -> None:
     base = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0]], dtype=dtype)
     probe = torch.tensor([[-1.0, 0.0, -0.0, -0.0, 0.0]], dtype=dtype)
     check(device, base, probe, 0.3)
 
 
 @dtypes
-def test_where_one_token_is_all_that_is_likely_the_divergence_is_exactly_zero(
+def test_the_divergence_is_exactly_zero_where_only_one_token_is_likely(
     device: torch.device, dtype: torch.dtype
 ) -> None:
     base, probe = (random_rows(8, 99, seed=seed, scale=2.0, dtype=dtype) for seed in (0, 1))
@@ -136,7 +138,7 @@ def test_where_one_token_is_all_that_is_likely_the_divergence_is_exactly_zero(
 @pytest.mark.parametrize("side", ["base", "probe", "both"])
 @pytest.mark.parametrize("spoilt", [[NAN], [INF], [-INF] * 11], ids=["nan", "inf", "no-token"])
 @pytest.mark.parametrize("top_p", [0.6, 1.0])
-def test_a_row_that_is_no_distribution_is_nan_and_touches_no_other(
+def test_an_invalid_row_gives_nan_and_does_not_affect_other_rows(
     device: torch.device, top_p: float, spoilt: list[float], side: str
 ) -> None:
     base, probe = (random_rows(4, 11, seed=seed, scale=2.0, dtype=torch.float32) for seed in (0, 1))
@@ -144,19 +146,21 @@ def test_a_row_that_is_no_distribution_is_nan_and_touches_no_other(
     for name, logits in (("base", base), ("probe", probe)):
         if side in (name, "both"):
             logits[2, : len(spoilt)] = torch.tensor(spoilt)
-    found, _ = run(device, base, probe, top_p)
-    others = [0, 1, 3]
-    assert torch.equal(found[others], clean[others])
-    assert found[2].isnan()
+    result, _ = run(device, base, probe, top_p)
+    valid_rows = [0, 1, 3]
+    assert torch.equal(result[valid_rows], clean[valid_rows])
+    assert result[2].isnan()
 
 
-def test_a_probe_that_rules_a_likely_token_out_is_infinitely_far(device: torch.device) -> None:
+def test_a_probe_that_rules_out_a_likely_token_has_infinite_divergence(
+    device: torch.device,
+) -> None:
     base = torch.tensor([[0.0, 0.0, -9.0]])
     probe = torch.tensor([[-INF, 0.0, -9.0]])
     assert run(device, base, probe, 0.9)[0].item() == INF
 
 
-def test_every_dose_has_rows_and_a_p_of_its_own(device: torch.device) -> None:
+def test_every_dose_has_its_own_rows_and_top_p(device: torch.device) -> None:
     logits = random_rows(5, 300, seed=2, scale=3.0, dtype=torch.bfloat16).to(device)
     base_of, probe_of, ps = [4, 0, 4, 2], [1, 3, 3, 2], [0.4, 0.9, 1.0, 0.5]
     kls, sizes = triton_fused.divergence(
@@ -189,12 +193,12 @@ def test_rows_longer_than_a_block_and_rows_of_a_longer_tensor(device: torch.devi
     logits, rows = frame[:, :9001], torch.arange(3, device=device)
     for top_p in (0.5, 0.9, 0.999):
         kls, sizes = triton_fused.divergence(logits, rows, rows + 3, top_p)
-        want, want_sizes = torch_sort.divergence(logits.double(), rows, rows + 3, top_p)
-        assert torch.equal(sizes, want_sizes)
-        torch.testing.assert_close(kls.double(), want, rtol=1e-5, atol=1e-6)
+        expected, expected_sizes = torch_sort.divergence(logits.double(), rows, rows + 3, top_p)
+        assert torch.equal(sizes, expected_sizes)
+        torch.testing.assert_close(kls.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_dose_is_no_launch(device: torch.device) -> None:
+def test_no_dose_launches_no_kernel(device: torch.device) -> None:
     none = torch.empty(0, dtype=torch.int64, device=device)
     kls, sizes = triton_fused.divergence(torch.zeros(2, 50, device=device), none, none, 0.5)
     assert kls.shape == sizes.shape == (0,)
@@ -206,5 +210,5 @@ def test_float64_logits_are_sorted(device: torch.device, monkeypatch: pytest.Mon
     one = torch.zeros(1, dtype=torch.int64, device=device)
     kls, _ = triton_fused.divergence(logits, one, one + 1, 0.9)
     assert kls.dtype == torch.float64
-    want, _ = expected(*logits.cpu().tolist(), 0.9)
-    assert kls.item() == pytest.approx(want, rel=1e-9)
+    expected_kl, _ = expected(*logits.cpu().tolist(), 0.9)
+    assert kls.item() == pytest.approx(expected_kl, rel=1e-9)

@@ -34,14 +34,14 @@ def random_rules(
         return torch.randint(low, high, shape, generator=generator)
 
     first, length = integers(0, 12), integers(0, 9)
-    there = (integers(0, 4) > 0).float()
+    is_present = (integers(0, 4) > 0).float()
     rules = TokenRules(
         direction_start=integers(1, 40),
         direction_stride=integers(0, 2),
         step0_position=first - integers(0, 2),
         begin=first,
         end=torch.where(integers(0, 3) == 0, FOREVER, first + length),
-        strength=torch.randn(shape, generator=generator) * there,
+        strength=torch.randn(shape, generator=generator) * is_present,
         slope=torch.rand(shape, generator=generator) * integers(0, 2),
         layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
         pool_offset=integers(-15, 15).clamp(min=-1),
@@ -50,12 +50,12 @@ def random_rules(
     return TokenRules(**{name: tensor.to(device) for name, tensor in vars(rules).items()})
 
 
-def subset(given: TokenRules, at: Any) -> TokenRules:
+def subset(token_rules: TokenRules, at: Any) -> TokenRules:
     """The rules ``at`` an index of the last dimensions; the history is of all."""
     return TokenRules(
         **{
             name: tensor if name == "strength_pool" else tensor[..., *at]
-            for name, tensor in vars(given).items()
+            for name, tensor in vars(token_rules).items()
         }
     )
 
@@ -85,18 +85,20 @@ def one_rule(device: torch.device, **fields: float) -> TokenRules:
     return TokenRules(**tensors, layers=ones, pool_offset=table, strength_pool=ones[0, 0])
 
 
-def with_history(given: TokenRules, begin: int, history: torch.Tensor) -> TokenRules:
+def with_history(token_rules: TokenRules, begin: int, history: torch.Tensor) -> TokenRules:
     """The same, but for strengths from a history that begins at a place of ``history``."""
     return replace(
-        given, pool_offset=torch.full_like(given.pool_offset, begin), strength_pool=history
+        token_rules,
+        pool_offset=torch.full_like(token_rules.pool_offset, begin),
+        strength_pool=history,
     )
 
 
-def marked_map(num_layers: int, depth: int, room: int, device: torch.device) -> TokenMap:
-    """Buffers of marks: an entry that was not written shows."""
+def marked_map(num_layers: int, depth: int, max_tokens: int, device: torch.device) -> TokenMap:
+    """Buffers filled with a marker, to detect entries that were not written."""
     return TokenMap(
-        torch.full((depth, room), -9, dtype=torch.int32, device=device),
-        torch.full((num_layers, depth, room), -9.0, device=device),
+        torch.full((depth, max_tokens), -9, dtype=torch.int32, device=device),
+        torch.full((num_layers, depth, max_tokens), -9.0, device=device),
     )
 
 
@@ -113,20 +115,22 @@ def tokens_of(
 
 
 def assert_mapped(
-    given: TokenRules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
+    token_rules: TokenRules, query_start_loc: torch.Tensor, positions: torch.Tensor, out: TokenMap
 ) -> None:
-    """What ``reference`` says in float64, within float32's rounding; the room is untouched."""
-    num_layers, depth, room = out.strengths.shape
-    wanted = TokenMap(
-        torch.full((depth, room), -9, dtype=torch.int64),
-        torch.full((num_layers, depth, room), -9.0, dtype=torch.float64),
+    """Check against ``reference`` in float64, within float32 rounding; unused entries are
+    unchanged.
+    """
+    num_layers, depth, max_tokens = out.strengths.shape
+    expected = TokenMap(
+        torch.full((depth, max_tokens), -9, dtype=torch.int64),
+        torch.full((num_layers, depth, max_tokens), -9.0, dtype=torch.float64),
     )
-    on_host = TokenRules(**{name: tensor.cpu() for name, tensor in vars(given).items()})
-    reference.map_tokens(on_host, query_start_loc.cpu(), positions.cpu(), wanted)
-    assert torch.equal(out.directions.cpu().long(), wanted.directions)
+    on_host = TokenRules(**{name: tensor.cpu() for name, tensor in vars(token_rules).items()})
+    reference.map_tokens(on_host, query_start_loc.cpu(), positions.cpu(), expected)
+    assert torch.equal(out.directions.cpu().long(), expected.directions)
     # Strengths are of order 1 and fall by up to 30 times themselves: a few roundings of that.
-    torch.testing.assert_close(out.strengths.cpu().double(), wanted.strengths, rtol=0, atol=9e-6)
-    assert torch.equal(out.strengths.cpu() == 0, wanted.strengths == 0)
+    torch.testing.assert_close(out.strengths.cpu().double(), expected.strengths, rtol=0, atol=9e-6)
+    assert torch.equal(out.strengths.cpu() == 0, expected.strengths == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -143,27 +147,27 @@ def assert_mapped(
     ids=["one", "decodes", "prefill", "mixed", "without-tokens", "63-tokens"],
 )
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_every_token_takes_what_its_requests_rule_says(
+def test_every_token_is_mapped_by_the_rule_of_its_request(
     depth: int, counts: list[int], starts: list[int], dtype: torch.dtype, device: torch.device
 ) -> None:
     for seed in range(3):
-        given = random_rules(len(counts), depth, 3, device, seed)
+        token_rules = random_rules(len(counts), depth, 3, device, seed)
         out = marked_map(3, depth, sum(counts) + 2, device)
         tokens = tokens_of(counts, starts, device, dtype)
-        triton_fused.map_tokens(given, *tokens, out)
-        assert_mapped(given, *tokens, out)
+        triton_fused.map_tokens(token_rules, *tokens, out)
+        assert_mapped(token_rules, *tokens, out)
 
 
 @pytest.mark.parametrize("num_requests", [*range(1, 10), 64, 65])
-def test_a_token_finds_its_request_among_any_number(
+def test_each_token_is_mapped_to_its_request_among_any_number(
     num_requests: int, device: torch.device
 ) -> None:
-    """With requests of no token at both ends and in between."""
+    """Including requests without a token, at both ends and in between."""
     counts = [(0, 1, 3, 0, 2)[(i * 7 + num_requests) % 5] for i in range(num_requests)]
-    wanted = [i + 1 for i, count in enumerate(counts) for _ in range(count)]
+    expected = [i + 1 for i, count in enumerate(counts) for _ in range(count)]
     number = torch.arange(1, num_requests + 1, device=device)[None]
     nothing, ones = torch.zeros_like(number), torch.ones(1, num_requests, device=device)
-    given = TokenRules(
+    token_rules = TokenRules(
         direction_start=number,
         direction_stride=nothing,
         step0_position=nothing,
@@ -175,30 +179,30 @@ def test_a_token_finds_its_request_among_any_number(
         pool_offset=nothing - 1,
         strength_pool=ones[0],
     )
-    out = marked_map(1, 1, len(wanted) + 1, device)
-    triton_fused.map_tokens(given, *tokens_of(counts, [0] * num_requests, device), out)
-    assert out.directions[0].tolist() == [*wanted, -9]
-    assert out.strengths[0, 0].tolist() == [1.0] * len(wanted) + [-9.0]
+    out = marked_map(1, 1, len(expected) + 1, device)
+    triton_fused.map_tokens(token_rules, *tokens_of(counts, [0] * num_requests, device), out)
+    assert out.directions[0].tolist() == [*expected, -9]
+    assert out.strengths[0, 0].tolist() == [1.0] * len(expected) + [-9.0]
 
 
-def test_more_tokens_and_layers_than_a_program_takes_are_all_mapped(device: torch.device) -> None:
+def test_tokens_and_layers_beyond_one_program_are_mapped(device: torch.device) -> None:
     num_layers = 2 * triton_map.LAYERS + 1
     counts, starts = [triton_map.TOKENS + 3, 1, triton_map.TOKENS - 2], [0, 5, 2]
-    given = random_rules(3, 2, num_layers, device)
-    given.slope.zero_()  # in this many steps the falling line leaves the tolerance behind
+    token_rules = random_rules(3, 2, num_layers, device)
+    token_rules.slope.zero_()  # in this many steps the falling line leaves the tolerance behind
     out = marked_map(num_layers, 2, sum(counts) + 2, device)
     tokens = tokens_of(counts, starts, device)
-    triton_fused.map_tokens(given, *tokens, out)
-    assert_mapped(given, *tokens, out)
+    triton_fused.map_tokens(token_rules, *tokens, out)
+    assert_mapped(token_rules, *tokens, out)
 
 
-def test_the_numbers_are_those_of_the_torch_form(device: torch.device) -> None:
+def test_the_map_equals_the_torch_backend(device: torch.device) -> None:
     counts, starts = [9, 1, 0, 20], [0, 30, 0, 7]
-    given = random_rules(4, 3, 5, device, seed=3)
+    token_rules = random_rules(4, 3, 5, device, seed=3)
     tokens = tokens_of(counts, starts, device)
     out, plain = marked_map(5, 3, 32, device), marked_map(5, 3, 32, device)
-    triton_fused.map_tokens(given, *tokens, out)
-    torch_gather.map_tokens(given, *tokens, plain)
+    triton_fused.map_tokens(token_rules, *tokens, out)
+    torch_gather.map_tokens(token_rules, *tokens, plain)
     assert torch.equal(out.directions, plain.directions)
     assert torch.equal(out.strengths, plain.strengths)
 
@@ -209,15 +213,15 @@ def test_a_step_without_tokens_writes_nothing(
     num_requests: int, depth: int, device: torch.device
 ) -> None:
     out = marked_map(2, depth, 4, device)
-    given = random_rules(num_requests, depth, 2, device)
+    token_rules = random_rules(num_requests, depth, 2, device)
     tokens = tokens_of([0] * num_requests, [0] * num_requests, device)
-    triton_fused.map_tokens(given, *tokens, out)
-    assert_mapped(given, *tokens, out)
+    triton_fused.map_tokens(token_rules, *tokens, out)
+    assert_mapped(token_rules, *tokens, out)
 
 
 def test_a_delta_walks_its_steps_from_the_last_prompt_token(device: torch.device) -> None:
     """Prompt of 3, 4 steps from direction 6 on, falling: the span is [2, 6)."""
-    given = one_rule(
+    token_rules = one_rule(
         device,
         direction_start=6,
         direction_stride=1,
@@ -228,29 +232,27 @@ def test_a_delta_walks_its_steps_from_the_last_prompt_token(device: torch.device
         slope=0.25,
     )
     out = marked_map(1, 1, 8, device)
-    triton_fused.map_tokens(given, *tokens_of([8], [0], device), out)
+    triton_fused.map_tokens(token_rules, *tokens_of([8], [0], device), out)
     assert out.directions.tolist() == [[0, 0, 6, 7, 8, 9, 0, 0]]
     assert out.strengths.tolist() == [[[0, 0, 2.0, 1.5, 1.0, 0.5, 0, 0]]]
 
 
-def test_a_chunk_or_a_recomputed_stretch_maps_like_the_whole(device: torch.device) -> None:
-    given = random_rules(1, 2, 2, device, seed=4)
+def test_a_chunk_and_a_recomputed_part_map_like_the_whole_prompt(device: torch.device) -> None:
+    token_rules = random_rules(1, 2, 2, device, seed=4)
     whole, parts = marked_map(2, 2, 20, device), marked_map(2, 2, 20, device)
-    triton_fused.map_tokens(given, *tokens_of([20], [0], device), whole)
+    triton_fused.map_tokens(token_rules, *tokens_of([20], [0], device), whole)
     for start, stop in [(0, 7), (7, 8), (8, 19), (19, 20)]:
         part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
-        triton_fused.map_tokens(given, *tokens_of([stop - start], [start], device), part)
+        triton_fused.map_tokens(token_rules, *tokens_of([stop - start], [start], device), part)
     assert torch.equal(parts.directions, whole.directions)
     assert torch.equal(parts.strengths, whole.strengths)
 
 
 @pytest.mark.parametrize("strength", [3e38, -3e38, math.inf, 1e-45], ids=str)
-def test_a_token_outside_the_span_takes_nothing_however_far_and_strong(
-    strength: float, device: torch.device
-) -> None:
+def test_a_token_outside_the_span_gets_no_strength(strength: float, device: torch.device) -> None:
     """The falling line of a delta reaches beyond float32 a long prompt before its first step."""
     edge = 100_000
-    given = one_rule(
+    token_rules = one_rule(
         device,
         direction_start=1,
         direction_stride=1,
@@ -263,14 +265,14 @@ def test_a_token_outside_the_span_takes_nothing_however_far_and_strong(
     out = marked_map(1, 1, 4, device)
     positions = torch.tensor([0, edge - 1, edge, edge + 5], device=device)
     query_start_loc = torch.tensor([0, 4], dtype=torch.int32, device=device)
-    triton_fused.map_tokens(given, query_start_loc, positions, out)
+    triton_fused.map_tokens(token_rules, query_start_loc, positions, out)
     assert out.directions.tolist() == [[0, 0, 1, 0]]
     assert out.strengths[0, 0].tolist() == [0, 0, torch.tensor(strength).item(), 0]
 
 
-def test_positions_beyond_32_bits_are_told_apart(device: torch.device) -> None:
+def test_positions_beyond_32_bits_are_distinguished(device: torch.device) -> None:
     edge = 2**32 + 5
-    given = one_rule(
+    token_rules = one_rule(
         device,
         direction_start=3 - edge,
         direction_stride=1,
@@ -282,14 +284,14 @@ def test_positions_beyond_32_bits_are_told_apart(device: torch.device) -> None:
     out = marked_map(1, 1, 3, device)
     query_start_loc = torch.tensor([0, 3], dtype=torch.int32, device=device)
     positions = torch.tensor([5, edge - 1, edge + 1], device=device)
-    triton_fused.map_tokens(given, query_start_loc, positions, out)
+    triton_fused.map_tokens(token_rules, query_start_loc, positions, out)
     assert out.directions.tolist() == [[0, 0, 4]]
     assert out.strengths[0, 0].tolist() == [0, 0, 1.5]
 
 
 def test_rules_and_buffers_may_be_views(device: torch.device) -> None:
-    given = random_rules(3, 4, 3, device, seed=2)
-    half = subset(given, (slice(None, None, 2), slice(None)))
+    token_rules = random_rules(3, 4, 3, device, seed=2)
+    half = subset(token_rules, (slice(None, None, 2), slice(None)))
     half = replace(
         half, strength_pool=torch.stack([half.strength_pool, -half.strength_pool], 1).flatten()[::2]
     )
@@ -304,11 +306,11 @@ def test_rules_and_buffers_may_be_views(device: torch.device) -> None:
 
 
 def test_permuted_requests_give_permuted_maps(device: torch.device) -> None:
-    given = random_rules(4, 2, 2, device, seed=8)
+    token_rules = random_rules(4, 2, 2, device, seed=8)
     order, starts = [2, 0, 3, 1], [0, 6, 2, 9]
-    permuted = subset(given, (order,))
+    permuted = subset(token_rules, (order,))
     one, other = marked_map(2, 2, 4, device), marked_map(2, 2, 4, device)
-    triton_fused.map_tokens(given, *tokens_of([1] * 4, starts, device), one)
+    triton_fused.map_tokens(token_rules, *tokens_of([1] * 4, starts, device), one)
     triton_fused.map_tokens(
         permuted, *tokens_of([1] * 4, [starts[i] for i in order], device), other
     )
@@ -319,7 +321,7 @@ def test_permuted_requests_give_permuted_maps(device: torch.device) -> None:
 def test_a_chunk_may_span_many_steps_of_a_history(device: torch.device) -> None:
     """A delta of 9 steps from a prompt of 3, computed again in one go and in parts."""
     steps = [0.25 * step - 1 for step in range(9)]
-    given = one_rule(
+    token_rules = one_rule(
         device,
         direction_start=4,
         direction_stride=1,
@@ -329,40 +331,40 @@ def test_a_chunk_may_span_many_steps_of_a_history(device: torch.device) -> None:
         strength=9.0,
         slope=0.1,
     )
-    given = with_history(given, 2, torch.tensor([7, 7, *steps, 7, 7], device=device))
+    token_rules = with_history(token_rules, 2, torch.tensor([7, 7, *steps, 7, 7], device=device))
     whole, parts = marked_map(1, 1, 13, device), marked_map(1, 1, 13, device)
-    triton_fused.map_tokens(given, *tokens_of([13], [0], device), whole)
+    triton_fused.map_tokens(token_rules, *tokens_of([13], [0], device), whole)
     assert whole.directions.tolist() == [[0, 0, *range(4, 13), 0, 0]]
     assert whole.strengths[0, 0].tolist() == [0, 0, *steps, 0, 0]
     for start, stop in [(0, 2), (2, 9), (9, 10), (10, 13)]:
         part = TokenMap(parts.directions[:, start:], parts.strengths[:, :, start:])
-        triton_fused.map_tokens(given, *tokens_of([stop - start], [start], device), part)
+        triton_fused.map_tokens(token_rules, *tokens_of([stop - start], [start], device), part)
     assert torch.equal(parts.strengths, whole.strengths)
 
 
 @pytest.mark.parametrize("length", [1, 3])
-def test_a_step_beyond_the_history_takes_nothing(length: int, device: torch.device) -> None:
-    """Numbers stand before and behind it in memory, and none of them may be read."""
+def test_a_step_beyond_the_history_gets_strength_zero(length: int, device: torch.device) -> None:
+    """Numbers before and after it in memory must not be read."""
     memory = torch.full((length + 8,), math.nan, device=device)
     memory[4:-4] = torch.arange(1.0, length + 1, device=device)
-    given = one_rule(
+    token_rules = one_rule(
         device, direction_start=1, step0_position=2, end=FOREVER, strength=3e38, slope=1e30
     )
-    given = with_history(given, 0, memory[4:-4])
+    token_rules = with_history(token_rules, 0, memory[4:-4])
     out = marked_map(1, 1, 9, device)
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2**40, FOREVER - 1], device=device)
     query_start_loc = torch.tensor([0, 9], dtype=torch.int32, device=device)
-    triton_fused.map_tokens(given, query_start_loc, positions, out)
-    taken = [float(step) if step <= length else 0.0 for step in range(1, 6)]
-    assert out.strengths[0, 0].tolist() == [0, 0, *taken, 0, 0]
+    triton_fused.map_tokens(token_rules, query_start_loc, positions, out)
+    strengths = [float(step) if step <= length else 0.0 for step in range(1, 6)]
+    assert out.strengths[0, 0].tolist() == [0, 0, *strengths, 0, 0]
 
 
-def test_what_a_history_holds_counts_when_the_map_is_made(device: torch.device) -> None:
-    given = with_history(
+def test_the_map_reads_the_history_when_it_is_made(device: torch.device) -> None:
+    token_rules = with_history(
         one_rule(device, direction_start=1, end=FOREVER), 1, torch.zeros(3, device=device)
     )
     out = marked_map(1, 1, 2, device)
     for number in (1.5, -0.25):
-        given.strength_pool[1:].fill_(number)
-        triton_fused.map_tokens(given, *tokens_of([2], [0], device), out)
+        token_rules.strength_pool[1:].fill_(number)
+        triton_fused.map_tokens(token_rules, *tokens_of([2], [0], device), out)
         assert out.strengths[0, 0].tolist() == [number, number]

@@ -1,4 +1,4 @@
-"""What LM-Steer's Triton backends leave alone; a row's bits depend on nothing but the row."""
+"""LM-Steer's Triton backends: unsteered rows are unchanged; a row's bits depend on the row only."""
 
 import itertools
 
@@ -46,12 +46,12 @@ def test_rows_without_a_steer_are_unchanged_bit_for_bit(
     before = bits(x).clone()
     uses = [use for use in uses_of(layout, 15) if use[0] % 2 == 0]
     steers = some_steers(17, dtype, device)
-    found = steer(backend, x, weights_of(steers, "both"), steers, uses)
+    result = steer(backend, x, weights_of(steers, "both"), steers, uses)
     steered_rows = {row for row, _, _ in uses}
-    others = [row for row in range(15) if row not in steered_rows]
-    assert torch.equal(bits(found)[others], before[others])
+    other_rows = [row for row in range(15) if row not in steered_rows]
+    assert torch.equal(bits(result)[other_rows], before[other_rows])
     assert torch.equal(bits(x), before), "the input was written to"
-    assert found[sorted(steered_rows)].isfinite().all()
+    assert result[sorted(steered_rows)].isfinite().all()
 
 
 @backends
@@ -60,7 +60,7 @@ def test_rows_without_a_steer_are_unchanged_bit_for_bit(
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(
     stored: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """Rows with one steer, whose change is added at once alone, and summed beside others."""
+    """Rows with one steer: alone the change is added directly, in a mixed batch it is summed."""
     num_rows, steers = ROWS[backend], some_steers(WIDTH, dtype, device)
     x, uses = random_rows(num_rows, WIDTH, dtype).to(device), uses_of("crowd", num_rows)
     weights = weights_of(steers, stored)
@@ -75,10 +75,10 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(
 
 @backends
 @dtypes
-def test_one_steer_has_the_same_bits_whether_others_take_several_or_not(
+def test_a_row_with_one_steer_has_the_same_bits_beside_rows_with_several(
     dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """Every slot: the batch that adds changes at once, and the batch that keeps and sums them."""
+    """For every slot: a batch that adds changes directly, and a batch that stores and sums them."""
     steers = some_steers(17, dtype, device)
     weights, x = weights_of(steers, "both"), random_rows(NUM_SLOTS + 1, 17, dtype).to(device)
     uses = [(slot, slot, 1.5) for slot in range(NUM_SLOTS)]
@@ -137,40 +137,42 @@ def test_steers_of_a_row_are_added_in_ascending_order_of_slot(
     )
     groups = tuple((slot, slot, slot + 1) for slot in range(3))
     rows = SteeredRows(np.zeros(3, np.int64), np.ones(3, np.float32), groups)
-    found = run(backend, torch.ones(1, 2, device=device), weights, rows)
-    assert found.tolist() == [[1.0, 2.0**24 - 1]]
+    result = run(backend, torch.ones(1, 2, device=device), weights, rows)
+    assert result.tolist() == [[1.0, 2.0**24 - 1]]
 
 
 @backends
 @dtypes
 @stores
 @widths
-def test_what_other_slots_hold_reaches_no_row(
+def test_the_content_of_other_slots_does_not_change_a_row(
     width: int, stored: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """NaN in all weights but for one slot's own entries, and beside every row of ``x``."""
+    """NaN in all weights except one slot's entries, and around every row of ``x``."""
     steers = some_steers(width, dtype, device)
     weights, x = weights_of(steers, stored), random_rows(2, width, dtype).to(device)
     for slot in range(NUM_SLOTS):
         uses = [(0, slot, 1.5)]
-        wanted = steer(backend, x, weights, steers, uses)
-        found = steer(backend, in_a_frame(x), spoilt_but(weights, slot), steers, uses)
-        assert wanted.isfinite().all()
-        assert torch.equal(bits(found), bits(wanted))
+        expected = steer(backend, x, weights, steers, uses)
+        result = steer(backend, in_a_frame(x), spoilt_but(weights, slot), steers, uses)
+        assert expected.isfinite().all()
+        assert torch.equal(bits(result), bits(expected))
 
 
 @backends
 @stores
-def test_a_row_of_nan_spoils_no_other_row(stored: str, backend: str, device: torch.device) -> None:
+def test_a_row_of_nan_does_not_change_other_rows(
+    stored: str, backend: str, device: torch.device
+) -> None:
     steers = some_steers(17, torch.float32, device)
     x, weights = random_rows(9, 17, torch.float32).to(device), weights_of(steers, stored)
     uses = [(row, slot, 1.0) for row in range(9) for slot in (1, 2, 3)[: 1 + row % 3]]
     clean = steer(backend, x, weights, steers, uses)
     x[4] = torch.nan
-    found = steer(backend, x, weights, steers, uses)
-    others = [row for row in range(9) if row != 4]
-    assert torch.equal(bits(found[others]), bits(clean[others]))
-    assert found[4].isnan().all()
+    result = steer(backend, x, weights, steers, uses)
+    other_rows = [row for row in range(9) if row != 4]
+    assert torch.equal(bits(result[other_rows]), bits(clean[other_rows]))
+    assert result[4].isnan().all()
 
 
 @backends
@@ -180,16 +182,16 @@ def test_a_row_of_nan_spoils_no_other_row(stored: str, backend: str, device: tor
 def test_longer_tables_give_the_same_bits(
     width: int, layout: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """As a CUDA graph's buffers have them, with nonsense in what is not there."""
+    """As in the buffers of a CUDA graph, with garbage in missing entries."""
     steers = some_steers(width, dtype, device)
     weights, x = weights_of(steers, "both"), random_rows(6, width, dtype).to(device)
     module, rows = BACKENDS[backend], steered(uses_of(layout, 6), steers)
     metadata = module.prepare(rows, weights, device)
     longer = padded(metadata, pairs=40, tiles=40, work=90, rows=12)
     with nan_in_fresh_memory(device):
-        wanted = module.steer_rows(x, weights, metadata)
-        found = module.steer_rows(x, weights, longer)
-    assert torch.equal(bits(found), bits(wanted))
+        expected = module.steer_rows(x, weights, metadata)
+        result = module.steer_rows(x, weights, longer)
+    assert torch.equal(bits(result), bits(expected))
 
 
 FENCE = 8192
@@ -199,7 +201,7 @@ FENCE = 8192
 @dtypes
 @pytest.mark.parametrize("layout", ["distinct", "one-to-four"])
 @widths
-def test_nothing_is_written_or_read_beside_the_memory_asked_for(
+def test_nothing_is_written_or_read_outside_the_buffers(
     width: int, layout: str, dtype: torch.dtype, backend: str, device: torch.device, monkeypatch
 ) -> None:
     frames: list[tuple[torch.Tensor, int]] = []
@@ -213,11 +215,11 @@ def test_nothing_is_written_or_read_beside_the_memory_asked_for(
     steers = some_steers(width, dtype, device)
     weights, x = weights_of(steers, "both"), random_rows(5, width, dtype).to(device)
     metadata = BACKENDS[backend].prepare(steered(uses_of(layout, 5), steers), weights, device)
-    wanted = BACKENDS[backend].steer_rows(x, weights, metadata)
+    expected = BACKENDS[backend].steer_rows(x, weights, metadata)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "empty", fenced)
-        found = BACKENDS[backend].steer_rows(x, weights, metadata)
-    assert torch.equal(bits(found), bits(wanted))
+        result = BACKENDS[backend].steer_rows(x, weights, metadata)
+    assert torch.equal(bits(result), bits(expected))
     assert len(frames) >= 3
     for frame, size in frames:
         assert frame[:FENCE].isnan().all()

@@ -78,8 +78,8 @@ def pairs_of(slots_of_rows: list[list[int]], weights: SteerWeights) -> SteeredRo
     rows = np.array([row for _, row in pairs], dtype=np.int64)
     epsilons = weights.columns.epsilons[slots]
     strengths = ((rows * 7 + slots * 3) % 9 - 4).astype(np.float32)
-    found, starts, counts = np.unique(slots, return_index=True, return_counts=True)
-    groups = zip(found.tolist(), starts.tolist(), (starts + counts).tolist(), strict=True)
+    distinct_slots, starts, counts = np.unique(slots, return_index=True, return_counts=True)
+    groups = zip(distinct_slots.tolist(), starts.tolist(), (starts + counts).tolist(), strict=True)
     return SteeredRows(rows=rows, scales=epsilons * strengths, groups=tuple(groups))
 
 
@@ -137,7 +137,7 @@ BANKS = {
 @backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("bank", list(BANKS))
-def test_a_full_batch_errs_at_most_twice_as_much_as_plain_torch(
+def test_the_error_of_a_full_batch_is_at_most_twice_that_of_torch(
     bank: str, dtype: torch.dtype, backend: str
 ) -> None:
     weights = BANKS[bank](dtype)
@@ -146,12 +146,12 @@ def test_a_full_batch_errs_at_most_twice_as_much_as_plain_torch(
             continue
         x = normal(num_rows, weights.width, dtype=dtype, seed=6)
         pairs = pairs_of(random_slots(num_rows, len(weights.slots), most), weights)
-        wanted = written_out(x, weights, pairs)
-        found = run(backend, x, weights, pairs)
+        expected = written_out(x, weights, pairs)
+        result = run(backend, x, weights, pairs)
         plain = torch_grouped.steer_rows(x, weights, torch_grouped.prepare(pairs, weights, CUDA))
-        assert relative_error(found, wanted) <= 2 * relative_error(plain, wanted)
+        assert relative_error(result, expected) <= 2 * relative_error(plain, expected)
         free = np.setdiff1d(np.arange(num_rows), pairs.rows)
-        assert torch.equal(bits(found)[free], bits(x)[free])
+        assert torch.equal(bits(result)[free], bits(x)[free])
 
 
 @backends
@@ -175,7 +175,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_full_batch(
 
 
 def with_rows(pairs: SteeredRows, to: np.ndarray) -> SteeredRows:
-    """The pairs of rows that stand elsewhere now: row ``b`` at ``to[b]``, sorted again."""
+    """The pairs of moved rows: row ``b`` is at ``to[b]``; sorted again."""
     rows, scales = to[pairs.rows], pairs.scales.copy()
     for _, start, end in pairs.groups:
         order = np.argsort(rows[start:end], kind="stable")
@@ -184,33 +184,33 @@ def with_rows(pairs: SteeredRows, to: np.ndarray) -> SteeredRows:
 
 
 def only_row(pairs: SteeredRows, row: int) -> SteeredRows:
-    """The pairs of one row, in a batch of its own."""
-    kept = [
+    """The pairs of one row, as a batch."""
+    pairs_of_row = [
         (slot, pair)
         for slot, start, end in pairs.groups
         for pair in range(start, end)
         if pairs.rows[pair] == row
     ]
     return SteeredRows(
-        rows=np.zeros(len(kept), dtype=np.int64),
-        scales=pairs.scales[[pair for _, pair in kept]],
-        groups=tuple((slot, place, place + 1) for place, (slot, _) in enumerate(kept)),
+        rows=np.zeros(len(pairs_of_row), dtype=np.int64),
+        scales=pairs.scales[[pair for _, pair in pairs_of_row]],
+        groups=tuple((slot, place, place + 1) for place, (slot, _) in enumerate(pairs_of_row)),
     )
 
 
 def tensors_of(metadata: BatchMetadata) -> list[torch.Tensor]:
     """All weights of a batch that has every part."""
-    found = []
+    tensors = []
     for part in vars(metadata).values():
         if isinstance(part, torch.Tensor):
-            found.append(part)
+            tensors.append(part)
         elif not isinstance(part, int):
-            found += vars(part).values()
-    return found
+            tensors += vars(part).values()
+    return tensors
 
 
 @backends
-def test_a_captured_graph_replays_with_whatever_steers_its_buffers_hold(backend: str) -> None:
+def test_a_captured_graph_replays_with_the_steers_in_its_buffers(backend: str) -> None:
     """Tables at their full length, padded, refilled between replays."""
     weights, module, num_rows = BANKS["d4096-mixed"](BFLOAT16), BACKENDS[backend], 32
     x = normal(num_rows, weights.width, seed=6)
@@ -273,7 +273,7 @@ def test_nothing_compiles_after_warming_up(width: int, backend: str) -> None:
     assert num_compiled() == warm
 
 
-def test_arrays_arrive_on_the_card_as_they_were() -> None:
+def test_uploaded_arrays_are_unchanged_on_the_card() -> None:
     arrays = [
         np.arange(7, dtype=np.int32),
         np.arange(12, dtype=np.int64).reshape(3, 4).T,
@@ -318,7 +318,7 @@ BEYOND = 2**31 // 4096 + 16
 
 @backends
 def test_tables_beyond_two_to_the_31_numbers_are_read(backend: str) -> None:
-    """The last slot of each kind gives what it gives in a table of its own."""
+    """The last slot of each kind gives the same result as in its own table."""
     room_for(24 << 30)
     small = a_bank(4096, [24], matrices=1, constants=1)
     num_matrices = 2**31 // 4096**2 + 2
@@ -343,9 +343,9 @@ def test_tables_beyond_two_to_the_31_numbers_are_read(backend: str) -> None:
     x = normal(4, 4096, seed=6)
     for slots in ([[0], [1], [2], []], [[0, 1, 2], [0], [1], [2]]):
         pairs = pairs_of(slots, small)
-        found, wanted = run(backend, x, large, pairs), run(backend, x, small, pairs)
-        assert torch.equal(bits(found), bits(wanted))
-        assert not torch.equal(wanted[0], x[0])
+        result, expected = run(backend, x, large, pairs), run(backend, x, small, pairs)
+        assert torch.equal(bits(result), bits(expected))
+        assert not torch.equal(expected[0], x[0])
 
 
 @backends
@@ -356,17 +356,17 @@ def test_rows_beyond_two_to_the_31_numbers_are_steered(slot: int, backend: str) 
     x = torch.zeros(BEYOND, 4096, dtype=BFLOAT16, device="cuda")
     x[0], x[-1] = normal(2, 4096, seed=6)
     for twice in (False, True):
-        taken = [slot, slot] if twice else [slot]
-        ends = pairs_of([taken, taken], weights)
+        slots_of_row = [slot, slot] if twice else [slot]
+        ends = pairs_of([slots_of_row, slots_of_row], weights)
         far = SteeredRows(ends.rows * (BEYOND - 1), ends.scales, ends.groups)
-        found, wanted = run(backend, x, weights, far), run(backend, x[[0, -1]], weights, ends)
-        assert torch.equal(bits(found[[0, -1]]), bits(wanted))
-        assert not found[1:-1].any()
-        del found
+        result, expected = run(backend, x, weights, far), run(backend, x[[0, -1]], weights, ends)
+        assert torch.equal(bits(result[[0, -1]]), bits(expected))
+        assert not result[1:-1].any()
+        del result
 
 
 def test_partial_sums_and_changes_beyond_two_to_the_31_numbers_are_kept_apart() -> None:
-    """So many pairs that what is kept between the kernels is that large; one row stands for all."""
+    """Enough pairs that the buffers between the kernels are that large; one row represents all."""
     room_for(64 << 30)
     weights = a_bank(4096, [1000], constants=1)
     x = torch.zeros(BEYOND, 4096, dtype=BFLOAT16, device="cuda")
@@ -382,10 +382,10 @@ def test_partial_sums_and_changes_beyond_two_to_the_31_numbers_are_kept_apart() 
             )
             for rows in (every, one)
         )
-        found, wanted = run("tiled", x, weights, many), run("tiled", x[:1], weights, alone)
-        assert not torch.equal(wanted[0], x[0])
-        assert (found == wanted).all()
-        del found
+        result, expected = run("tiled", x, weights, many), run("tiled", x[:1], weights, alone)
+        assert not torch.equal(expected[0], x[0])
+        assert (result == expected).all()
+        del result
 
 
 SANITIZED = """
@@ -411,8 +411,8 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
     )
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
-    here = os.path.dirname(__file__)
-    script = SANITIZED.format(paths=[here, os.path.dirname(here)])
+    folder = os.path.dirname(__file__)
+    script = SANITIZED.format(paths=[folder, os.path.dirname(folder)])
     ran = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},

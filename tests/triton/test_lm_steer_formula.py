@@ -1,4 +1,4 @@
-"""LM-Steer's Triton backends against the paper's formula in float64: how near they come.
+"""The error of LM-Steer's Triton backends against the paper's formula in float64.
 
 float32 within ``FLOAT32`` of it by norm, 16 bits within twice the error of the torch backend.
 """
@@ -62,10 +62,10 @@ def assert_close_to_the_formula(
     backend: str, x: torch.Tensor, weights: SteerWeights, steers: list[Weights], uses: list[Use]
 ) -> None:
     before = bits(x).clone()
-    found = steer(backend, x, weights, steers, uses)
-    assert (found.dtype, found.shape, found.is_contiguous()) == (x.dtype, x.shape, True)
+    result = steer(backend, x, weights, steers, uses)
+    assert (result.dtype, result.shape, result.is_contiguous()) == (x.dtype, x.shape, True)
     assert torch.equal(bits(x), before), "the input was written to"
-    error = relative_error(found, formula(x, steers, uses))
+    error = relative_error(result, formula(x, steers, uses))
     exact = x.dtype == weights.dtype == torch.float32
     assert error <= (FLOAT32 if exact else 2 * grouped_error(x, weights, steers, uses))
 
@@ -92,10 +92,10 @@ def test_a_batch_without_steers_is_copied(
 ) -> None:
     steers = some_steers(17, dtype, device)
     x = random_rows(num_rows, 17, dtype).to(device)
-    found = steer(backend, x, weights_of(steers), steers, [])
-    assert torch.equal(bits(found), bits(x))
-    assert found.dtype == dtype
-    assert not num_rows or found.data_ptr() != x.data_ptr()
+    result = steer(backend, x, weights_of(steers), steers, [])
+    assert torch.equal(bits(result), bits(x))
+    assert result.dtype == dtype
+    assert not num_rows or result.data_ptr() != x.data_ptr()
 
 
 @backends
@@ -142,14 +142,14 @@ def test_16_bit_results_are_rounded_once(
     ]
     x = random_rows(4, width, dtype).to(device)
     uses = [(0, 0, 3.0), (1, 1, -1.5), (2, 2, 0.75), (3, 0, 1.25), (3, 1, 2.0), (3, 2, 5.0)]
-    for taken in (uses[:3], uses):
-        found = steer(backend, x, weights_of(steers, stored), steers, taken)
-        wanted = formula(x, steers, taken)
+    for chosen in (uses[:3], uses):
+        result = steer(backend, x, weights_of(steers, stored), steers, chosen)
+        expected = formula(x, steers, chosen)
         if backend == "tiled" and stored == "low-rank":
-            wanted += lost_between_the_factors(x, steers, taken)
-        rounding = UNIT_ROUNDOFF[dtype] * wanted.abs()
-        slack = 1e-6 * wanted.abs().amax(dim=1, keepdim=True)
-        assert ((found.double() - wanted).abs() <= rounding + slack).all()
+            expected += lost_between_the_factors(x, steers, chosen)
+        rounding = UNIT_ROUNDOFF[dtype] * expected.abs()
+        slack = 1e-6 * expected.abs().amax(dim=1, keepdim=True)
+        assert ((result.double() - expected).abs() <= rounding + slack).all()
 
 
 def lost_between_the_factors(
@@ -167,7 +167,7 @@ def lost_between_the_factors(
     return lost
 
 
-def test_over_tiles_rows_are_rounded_to_the_nearest_number_of_the_tables_dtype(
+def test_the_tiled_backend_rounds_rows_to_the_dtype_of_the_tables(
     device: torch.device,
 ) -> None:
     """0.75 of the way from 1 to the next bfloat16, and half of it, where the even one is nearest.
@@ -179,8 +179,8 @@ def test_over_tiles_rows_are_rounded_to_the_nearest_number_of_the_tables_dtype(
     steers = [Weights(eye, eye, 0, 1.0)]
     nearest = torch.tensor([[1 + 2**-7, 1.0, 1 + 2 * 2**-7]], device=device)
     for stored in ("low-rank", "dense"):
-        found = steer("tiled", x, weights_of(steers, stored), steers, [(0, 0, 1.0)])
-        assert torch.equal(found, x + nearest)
+        result = steer("tiled", x, weights_of(steers, stored), steers, [(0, 0, 1.0)])
+        assert torch.equal(result, x + nearest)
 
 
 @backends
@@ -197,8 +197,8 @@ def test_products_of_16_bits_are_exact_where_float32_is(
 
     steers = [Weights(integers(2, width, rank), integers(2, width, rank), 1, 1.0)]
     x, uses = integers(3, width), [(0, 0, 2.0), (2, 0, -1.0)]
-    found = steer(backend, x, weights_of(steers, stored), steers, uses)
-    assert torch.equal(found, formula(x, steers, uses).to(torch.bfloat16))
+    result = steer(backend, x, weights_of(steers, stored), steers, uses)
+    assert torch.equal(result, formula(x, steers, uses).to(torch.bfloat16))
 
 
 VIEWS = {
@@ -222,10 +222,10 @@ def test_a_strided_view_gives_what_its_contiguous_copy_gives(
     steers = some_steers(x.shape[1], x.dtype, device)
     uses, weights = uses_of(layout, 5), weights_of(steers, "both")
     copy = x.clone(memory_format=torch.contiguous_format)
-    found, wanted = (steer(backend, rows, weights, steers, uses) for rows in (x, copy))
-    assert torch.equal(bits(found), bits(wanted))
+    result, expected = (steer(backend, rows, weights, steers, uses) for rows in (x, copy))
+    assert torch.equal(bits(result), bits(expected))
     assert torch.equal(bits(x), bits(copy)), "the input was written to"
-    assert relative_error(found, formula(copy, steers, uses)) <= 0.01
+    assert relative_error(result, formula(copy, steers, uses)) <= 0.01
 
 
 @backends
@@ -261,10 +261,10 @@ def test_float16_does_not_overflow_before_epsilon_makes_it_small(
     first = torch.ones(2, width, 1, dtype=torch.float16, device=device)
     steers = [Weights(first, 20 * first, 1, 2.0**-10)]
     uses = [(0, 0, 5.0), (1, 0, 5.0)]
-    wanted = formula(x, steers, uses)
-    assert wanted.max() == 300 + 2.0**-10 * 6 * 96000 * 20
-    found = steer(backend, x, weights_of(steers, stored), steers, uses)
-    assert relative_error(found, wanted) <= 1e-3
+    expected = formula(x, steers, uses)
+    assert expected.max() == 300 + 2.0**-10 * 6 * 96000 * 20
+    result = steer(backend, x, weights_of(steers, stored), steers, uses)
+    assert relative_error(result, expected) <= 1e-3
 
 
 @backends
@@ -275,14 +275,14 @@ def test_tiny_float16_numbers_are_not_lost_between_the_factors(
     x = torch.full((1, 64), 2.0**-10, dtype=torch.float16, device=device)
     first = torch.full((1, 64, 1), 2.0**-3, dtype=torch.float16, device=device)
     steers = [Weights(first, torch.full_like(first, 80.0), 0, 2.0**-6)]
-    found = steer(backend, x, weights_of(steers), steers, [(0, 0, 1.0)])
-    assert relative_error(found, formula(x, steers, [(0, 0, 1.0)])) <= 1e-3
+    result = steer(backend, x, weights_of(steers), steers, [(0, 0, 1.0)])
+    assert relative_error(result, formula(x, steers, [(0, 0, 1.0)])) <= 1e-3
 
 
 @backends
 @dtypes
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
-def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
+def test_a_steer_at_strength_zero_leaves_out_its_fixed_columns_too(
     stored: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     """Beside rows of the same steers at another strength, whose bits are as without these; rows
@@ -293,42 +293,44 @@ def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
     on = [(NUM_SLOTS + slot, slot, 2.0) for slot in range(NUM_SLOTS)]
     off = [(slot, slot, 0.0) for slot in range(NUM_SLOTS)]
     alone = steer(backend, x, weights, steers, on)
-    for more in (off, off + [(1, slot, 0.0) for slot in (2, 4, 6, 7)]):
-        found = steer(backend, x, weights, steers, on + more)
-        torch.testing.assert_close(found[:NUM_SLOTS], x[:NUM_SLOTS], rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(bits(found[NUM_SLOTS:]), bits(alone[NUM_SLOTS:]))
+    for zero_uses in (off, off + [(1, slot, 0.0) for slot in (2, 4, 6, 7)]):
+        result = steer(backend, x, weights, steers, on + zero_uses)
+        torch.testing.assert_close(
+            result[:NUM_SLOTS], x[:NUM_SLOTS], rtol=0, atol=0, equal_nan=True
+        )
+        assert torch.equal(bits(result[NUM_SLOTS:]), bits(alone[NUM_SLOTS:]))
 
 
 @backends
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
-def test_of_several_steers_on_a_row_those_at_strength_zero_are_left_out(
+def test_steers_at_strength_zero_are_left_out_of_a_row_with_several(
     stored: str, backend: str, device: torch.device
 ) -> None:
     steers = some_steers(17, torch.float32, device)
     x = random_rows(4, 17, torch.float32).to(device)
     uses = [(row, slot, 3.0 * ((row + slot) % 2)) for row in range(4) for slot in range(NUM_SLOTS)]
-    found = steer(backend, x, weights_of(steers, stored), steers, uses)
-    left = [use for use in uses if use[2] != 0]
-    assert relative_error(found, formula(x, steers, left)) <= FLOAT32
+    result = steer(backend, x, weights_of(steers, stored), steers, uses)
+    nonzero_uses = [use for use in uses if use[2] != 0]
+    assert relative_error(result, formula(x, steers, nonzero_uses)) <= FLOAT32
 
 
 @backends
 @pytest.mark.parametrize("layout", ["all-6", "distinct", "one-to-four"])
-def test_placed_scales_may_be_overwritten_from_call_to_call(
+def test_the_scales_of_the_metadata_may_be_overwritten_between_calls(
     layout: str, backend: str, device: torch.device
 ) -> None:
-    """They are the pairs' in their order, and nobody else's memory."""
+    """They are those of the pairs, in order, in separate memory."""
     steers, module = some_steers(33, torch.float32, device), BACKENDS[backend]
     weights, uses = weights_of(steers, "both"), uses_of(layout, 9)
     x, pairs = random_rows(9, 33, torch.float32).to(device), steered(uses, steers)
-    given = pairs.scales.copy()
+    original = pairs.scales.copy()
     metadata = module.prepare(pairs, weights, device)
-    assert (metadata.scales.dtype, metadata.scales.tolist()) == (torch.float32, given.tolist())
+    assert (metadata.scales.dtype, metadata.scales.tolist()) == (torch.float32, original.tolist())
     for strengths in ([0.5, 0.0, -2.0], [0.0], [4.0, 1.5]):
         now = at_strengths(uses, strengths)
         metadata.scales.copy_(torch.from_numpy(steered(now, steers).scales))
         with nan_in_fresh_memory(device):
-            found = module.steer_rows(x, weights, metadata)
-        assert relative_error(found, formula(x, steers, now)) <= FLOAT32
-        assert torch.equal(bits(found), bits(steer(backend, x, weights, steers, now)))
-    assert np.array_equal(pairs.scales, given), "the caller's scales were written to"
+            result = module.steer_rows(x, weights, metadata)
+        assert relative_error(result, formula(x, steers, now)) <= FLOAT32
+        assert torch.equal(bits(result), bits(steer(backend, x, weights, steers, now)))
+    assert np.array_equal(pairs.scales, original), "the caller's scales were written to"

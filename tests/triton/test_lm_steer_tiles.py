@@ -1,6 +1,6 @@
 """LM-Steer over tiles in the blocks of 16-bit weights that tensor cores take, 64 by 64.
 
-Whatever a tile holds beside a row, whoever folds, and whatever a benchmark varies.
+For any other rows of a tile, both places of the reduction, and all block sizes of a benchmark.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ def steer(
 
 @halves
 @pytest.mark.parametrize("slot", [5, 6, 1], ids=["rank-64", "rank-128-fixed", "dense-fixed"])
-def test_a_row_has_the_same_bits_however_many_rows_its_tile_has_and_where_it_stands(
+def test_a_row_has_the_same_bits_for_any_tile_size_and_position(
     slot: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Alone, first and last, of tiles that are full, half full and nearly empty."""
@@ -57,13 +57,13 @@ def test_a_row_has_the_same_bits_however_many_rows_its_tile_has_and_where_it_sta
             batch = x[1 : rows + 1].clone() if rows < 70 else x.clone()
             batch[place] = x[0]
             uses = [(row, slot, 1.5 if row == place else -3.0) for row in range(rows)]
-            found = steer(TILED, batch, weights, steers, uses)
-            assert torch.equal(bits(found[place]), bits(alone[0])), (rows, place)
+            result = steer(TILED, batch, weights, steers, uses)
+            assert torch.equal(bits(result[place]), bits(alone[0])), (rows, place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["all-6", "one-to-four"])
-def test_results_have_the_same_bits_whether_expand_folds_or_a_kernel_before_it(
+def test_split_k_reduction_inside_or_before_expand_gives_the_same_bits(
     layout: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     steers = some_steers(240, dtype, device)
@@ -71,10 +71,12 @@ def test_results_have_the_same_bits_whether_expand_folds_or_a_kernel_before_it(
     x = random_rows(9, 240, dtype).to(device)
     sizes = TILED.sizes(weights)
     assert sizes.expand_folds and sizes.chunks > 1
-    apart = replace(TILED, sizes=lambda weights: replace(sizes, expand_folds=False))
-    found, wanted = (steer(backend, x, weights, steers, uses) for backend in (TILED, apart))
-    assert torch.equal(bits(found), bits(wanted))
-    assert not torch.equal(found, x)
+    without_folds = replace(TILED, sizes=lambda weights: replace(sizes, expand_folds=False))
+    result, expected = (
+        steer(backend, x, weights, steers, uses) for backend in (TILED, without_folds)
+    )
+    assert torch.equal(bits(result), bits(expected))
+    assert not torch.equal(result, x)
 
 
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
@@ -91,7 +93,7 @@ def test_results_have_the_same_bits_whether_expand_folds_or_a_kernel_before_it(
     ],
     ids=str,
 )
-def test_what_a_benchmark_varies_steers_by_the_papers_formula_too(
+def test_the_block_sizes_of_a_benchmark_follow_the_papers_formula(
     varied: dict[str, int], stored: str, device: torch.device
 ) -> None:
     """Expand with its own folding and without, in one part and in four; rows of several steers."""
@@ -99,12 +101,12 @@ def test_what_a_benchmark_varies_steers_by_the_papers_formula_too(
     steers = some_steers(width, torch.bfloat16, device)
     weights, x = weights_of(steers, stored), random_rows(num_rows, width, torch.bfloat16).to(device)
     uses = uses_of("one-to-four", 2) + [(row, 6, 0.5 * row) for row in range(2, num_rows)]
-    found = steer(tiled(**varied), x, weights, steers, uses)
+    result = steer(tiled(**varied), x, weights, steers, uses)
     plain = torch_grouped.steer_rows(
         x, weights, torch_grouped.prepare(steered(uses, steers), weights, device)
     )
-    wanted = formula(x, steers, uses)
-    assert relative_error(found, wanted) <= 2 * relative_error(plain, wanted)
+    expected = formula(x, steers, uses)
+    assert relative_error(result, expected) <= 2 * relative_error(plain, expected)
 
 
 def test_ranks_of_several_blocks_are_expanded_in_parts(device: torch.device) -> None:
@@ -120,15 +122,15 @@ def test_ranks_of_several_blocks_are_expanded_in_parts(device: torch.device) -> 
         sizes = TILED.sizes(weights)
         assert sizes.expand_parts == 4 and not sizes.expand_folds
         uses = [(0, 0, 1.0), (2, 0, -2.0)]
-        found, wanted = steer(TILED, x, weights, steers, uses), formula(x, steers, uses)
+        result, expected = steer(TILED, x, weights, steers, uses), formula(x, steers, uses)
         plain = torch_grouped.steer_rows(
             x, weights, torch_grouped.prepare(steered(uses, steers), weights, device)
         )
-        assert relative_error(found, wanted) <= 2 * relative_error(plain, wanted)
-        assert torch.equal(bits(found[1]), bits(x[1]))
+        assert relative_error(result, expected) <= 2 * relative_error(plain, expected)
+        assert torch.equal(bits(result[1]), bits(x[1]))
 
 
-def test_a_row_that_is_not_finite_spoils_no_row_of_its_tile(device: torch.device) -> None:
+def test_a_row_that_is_not_finite_does_not_change_its_tile(device: torch.device) -> None:
     """Nor itself at strength 0: of products in parts most squares mean nothing."""
     width = 64
     steers = some_steers(width, torch.bfloat16, device)
@@ -139,7 +141,7 @@ def test_a_row_that_is_not_finite_spoils_no_row_of_its_tile(device: torch.device
         for stored in ("low-rank", "dense"):
             weights = weights_of(steers, stored)
             uses = [(row, 6, 0.0 if row == 4 else 2.0) for row in range(6)]
-            wanted = steer(backend, x, weights, steers, uses)
-            found = steer(backend, spoilt, weights, steers, uses)
-            assert torch.equal(bits(found)[[0, 2, 5]], bits(wanted)[[0, 2, 5]])
-            assert torch.equal(bits(found)[4], bits(spoilt)[4])
+            expected = steer(backend, x, weights, steers, uses)
+            result = steer(backend, spoilt, weights, steers, uses)
+            assert torch.equal(bits(result)[[0, 2, 5]], bits(expected)[[0, 2, 5]])
+            assert torch.equal(bits(result)[4], bits(spoilt)[4])

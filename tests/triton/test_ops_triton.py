@@ -28,10 +28,19 @@ def test_lm_steer(max_rows: int | None, device: torch.device) -> None:
 def test_steer_tokens(rotate: bool, device: torch.device) -> None:
     hidden, residual = (normal(4, 35, seed=seed, device=device) for seed in (1, 2))
     vectors = torch.nn.functional.normalize(normal(3, 35, seed=3, device=device))
-    which, strength = torch.tensor([[-1, -1], [0, 1], [2, -1], [1, 0]]), torch.full((4, 2), 1.5)
+    direction_rows, strength = (
+        torch.tensor([[-1, -1], [0, 1], [2, -1], [1, 0]]),
+        torch.full((4, 2), 1.5),
+    )
     out, expected = (
         steer_tokens(
-            hidden, vectors, which, strength, rotate=rotate, residual=residual, backend=backend
+            hidden,
+            vectors,
+            direction_rows,
+            strength,
+            rotate=rotate,
+            residual=residual,
+            backend=backend,
         )
         for backend in ("triton", "reference")
     )

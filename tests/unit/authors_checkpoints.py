@@ -1,4 +1,4 @@
-"""Checkpoints as the LM-Steer authors' trainer writes them."""
+"""Checkpoints in the format of the LM-Steer authors' trainer."""
 
 import argparse
 import zipfile
@@ -13,7 +13,7 @@ COLUMNS, HIDDEN, RANK = 2, 6, 3
 
 
 def training_arguments(**changed: Any) -> argparse.Namespace:
-    said: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "dataset_name": "toxicity",
         "data_dir": None,
         "ckpt_name": "logs/checkpoint.pt",
@@ -30,7 +30,7 @@ def training_arguments(**changed: Any) -> argparse.Namespace:
         "lr": 0.01,
         "n_steps": 1000,
     }
-    return argparse.Namespace(**{**said, **changed})
+    return argparse.Namespace(**{**arguments, **changed})
 
 
 def projectors() -> dict[str, Any]:

@@ -46,7 +46,7 @@ def make_steer() -> MakeSteer:
 
 @pytest.fixture
 def make_plan() -> MakePlan:
-    """A plan for steers that exist in name only: what requests are resolved against."""
+    """A plan for steers without files, to resolve requests with."""
 
     def make(
         steers: dict[str, float],
@@ -89,7 +89,7 @@ class SteeringVector:
 
 @pytest.fixture
 def steering_vectors(monkeypatch: pytest.MonkeyPatch) -> type[SteeringVector]:
-    """The library steering-vectors, as an installed one is while it pickles."""
+    """A stand-in for the installed library steering-vectors, for pickling."""
     name = "steering_vectors.steering_vector"
     module: Any = ModuleType(name)
     module.SteeringVector = SteeringVector

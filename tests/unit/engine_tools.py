@@ -12,7 +12,7 @@ HIDDEN, HEADS, HEAD_SIZE, LAYERS, VOCAB = 6, 2, 4, 3, 11
 
 
 @cache
-def _made(**arguments: Any) -> Any:
+def _create(**arguments: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     llama = transformers.LlamaConfig(
@@ -28,8 +28,8 @@ def _made(**arguments: Any) -> Any:
     )
     with tempfile.TemporaryDirectory() as folder:
         llama.save_pretrained(folder)
-        given = {name: dict(value) for name, value in arguments.items()}
-        args = EngineArgs(folder, skip_tokenizer_init=True, max_model_len=64, **given)
+        fields = {name: dict(value) for name, value in arguments.items()}
+        args = EngineArgs(folder, skip_tokenizer_init=True, max_model_len=64, **fields)
         config = args.create_engine_config()
     config.model_config.model = "org/model"
     return config
@@ -37,7 +37,7 @@ def _made(**arguments: Any) -> Any:
 
 def engine_config(plan: Any, **changed: Any) -> Any:
     """A real ``VllmConfig``; ``a__b=x`` sets field ``b`` of its part ``a`` to ``x``."""
-    config = copy.copy(_made())
+    config = copy.copy(_create())
     config.additional_config = {"steer": plan if isinstance(plan, dict) else plan.to_json()}
     for path, value in changed.items():
         *parts, field = path.split("__")
@@ -52,8 +52,8 @@ def engine_config(plan: Any, **changed: Any) -> Any:
 
 def speculative(**changed: Any) -> Any:
     """The configuration of a draft model that costs nothing."""
-    given = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    config = copy.copy(_made(speculative_config=tuple(given.items())).speculative_config)
+    fields = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    config = copy.copy(_create(speculative_config=tuple(fields.items())).speculative_config)
     for field, value in changed.items():
         assert hasattr(config, field), field
         setattr(config, field, value)
@@ -61,7 +61,7 @@ def speculative(**changed: Any) -> Any:
 
 
 def connector(name: str | None, *inner: str) -> Any:
-    """The configuration of a KV connector, one that holds others if need be."""
+    """The configuration of a KV connector, optionally one that contains others."""
     from vllm.config import KVTransferConfig
 
     children = [{"kv_connector": child, "kv_connector_extra_config": {}} for child in inner]

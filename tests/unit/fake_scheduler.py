@@ -1,7 +1,8 @@
-"""A scheduler that queues, allocates and preempts as vLLM's does, and a worker that is told turns.
+"""A scheduler that queues, allocates and preempts like vLLM's, and a worker that gets the step
+plans.
 
-Room is counted in tokens. A waiting request that does not find enough for its whole text ends the
-step's admissions, one that is running takes the room of the last to come: vLLM's own rules.
+KV blocks hold one token. As in vLLM, a waiting request without enough blocks for its whole text
+ends the step's admissions, and a running one preempts the last to arrive.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -57,11 +58,13 @@ class FakeRequest:
 
 
 class FakeScheduler:
-    """``seats`` requests at once, ``room`` tokens of KV, ``budget`` tokens a step."""
+    """``max_num_seqs`` requests, ``num_blocks`` blocks of one token, ``budget`` tokens a step."""
 
-    def __init__(self, seats: int = 16, room: int = 10_000, budget: int = 1_000) -> None:
-        self.max_num_running_reqs = seats
-        self.room, self.budget = room, budget
+    def __init__(
+        self, max_num_seqs: int = 16, num_blocks: int = 10_000, budget: int = 1_000
+    ) -> None:
+        self.max_num_running_reqs = max_num_seqs
+        self.num_blocks, self.budget = num_blocks, budget
         self.pause_state = PauseState.UNPAUSED
         self.running: list[FakeRequest] = []
         self.waiting: list[FakeRequest] = []
@@ -75,15 +78,15 @@ class FakeScheduler:
 
     def schedule(self) -> Any:
         scheduled: dict[str, int] = {}
-        left = 0 if self.pause_state == PauseState.PAUSED_ALL else self.budget
+        budget = 0 if self.pause_state == PauseState.PAUSED_ALL else self.budget
         preempted = False
         place = 0
-        while place < len(self.running) and left:
+        while place < len(self.running) and budget:
             request = self.running[place]
-            wanted = (
+            candidates = (
                 request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
             )
-            count = min(wanted, left)
+            count = min(candidates, budget)
             assert count >= 0
             while count and self._free() < count:
                 victim = self.running.pop()
@@ -95,32 +98,32 @@ class FakeScheduler:
             if request.status != RequestStatus.RUNNING:
                 break
             place += 1
-            left -= self._take(request, count, scheduled)
+            budget -= self._take(request, count, scheduled)
         if not preempted and self.pause_state == PauseState.UNPAUSED:
-            self._admit(left, scheduled)
+            self._admit(budget, scheduled)
         return SimpleNamespace(
             num_scheduled_tokens=scheduled, total_num_scheduled_tokens=sum(scheduled.values())
         )
 
-    def _admit(self, left: int, scheduled: dict[str, int]) -> None:
+    def _admit(self, budget: int, scheduled: dict[str, int]) -> None:
         skipped: list[FakeRequest] = []
-        while self.waiting and left and len(self.running) < self.max_num_running_reqs:
+        while self.waiting and budget and len(self.running) < self.max_num_running_reqs:
             request = self.waiting[0]
             if not self._may_be_admitted(request):
                 skipped.append(self.waiting.pop(0))
                 continue
-            count = min(request.num_tokens, left)
+            count = min(request.num_tokens, budget)
             if self._free() < request.num_tokens:  # room for the whole text, not for a part
                 break
             assert request.num_output_placeholders == 0
             assert request.prefill_stats is None or not request.num_output_tokens
             self.running.append(self.waiting.pop(0))
             request.status = RequestStatus.RUNNING
-            left -= self._take(request, count, scheduled)
+            budget -= self._take(request, count, scheduled)
         self.waiting[:0] = skipped
 
     def _free(self) -> int:
-        return self.room - sum(request.num_computed_tokens for request in self.running)
+        return self.num_blocks - sum(request.num_computed_tokens for request in self.running)
 
     @staticmethod
     def _take(request: FakeRequest, count: int, scheduled: dict[str, int]) -> int:
@@ -180,7 +183,7 @@ class FakeScheduler:
 
 
 class NewScheduler(FakeScheduler):
-    """As from vLLM 0.31 on: one method is asked about every waiting request."""
+    """As in vLLM 0.31 and later: one method is called for every waiting request."""
 
     def _may_be_admitted(self, request: FakeRequest) -> bool:
         return self._handle_blocked_waiting_request(request)
@@ -198,8 +201,8 @@ class NewScheduler(FakeScheduler):
 
 
 class OldScheduler(FakeScheduler):
-    """As vLLM 0.25.1: only a request whose status blocks is asked about, placeholders outlive a
-    preemption, and ``finish_requests`` returns pairs of id and client.
+    """As in vLLM 0.25.1: the method is called only for a request with a blocking status,
+    placeholders outlive a preemption, and ``finish_requests`` returns pairs of id and client.
     """
 
     def _may_be_admitted(self, request: FakeRequest) -> bool:
@@ -225,16 +228,16 @@ class FakeEngine:
     """Steps of a scheduler and of a worker that knows the groups by itself.
 
     reads   the steps: by request the positions that it has read, ``(first, last)``
-    told    by request the tokens and what was reported with each
+    reports by request the tokens, each with its report
     """
 
     kind: type[FakeScheduler] = NewScheduler
 
     def __init__(self, **limits: int) -> None:
         self.scheduler = self.kind(**limits)
-        self.turns = StreamScheduler(self.scheduler)
+        self.stream_scheduler = StreamScheduler(self.scheduler)
         self.reads: list[dict[str, tuple[int, int]]] = []
-        self.told: dict[str, list[tuple[int, Any]]] = {}
+        self.reports: dict[str, list[tuple[int, Any]]] = {}
         self.ends: dict[str, tuple[Any, Any]] = {}
         self.during: Callable[[], None] | None = None
         self.answers = True
@@ -244,9 +247,9 @@ class FakeEngine:
 
     def plain(self, req_id: str, prompt: int = 3, max_tokens: int = 4) -> FakeRequest:
         """An ordinary request."""
-        request = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.told))
+        request = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.reports))
         self.scheduler.add_request(request)
-        self.told[req_id] = []
+        self.reports[req_id] = []
         return request
 
     def dynamic(
@@ -261,7 +264,7 @@ class FakeEngine:
         """A request of dynamic doses: those of ``steps`` have probes, ``at_head`` more have none;
         without ``steps`` it is its own base.
         """
-        main = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.told))
+        main = FakeRequest(req_id, prompt, max_tokens, arrival_time=len(self.reports))
         doses = tuple(
             Dose(f"steer{i}", 2.0, dynamic=Dynamic()) for i in range(len(steps) + at_head)
         )
@@ -274,8 +277,8 @@ class FakeEngine:
         group = RequestGroup(main, doses, lengths, streams, dict(enumerate(names[1:])))
         self._groups[req_id] = group
         self._here = {k: v for k, v in self._here.items() if k.split()[0] != req_id}
-        self.told[req_id] = []
-        self.turns.add(group)
+        self.reports[req_id] = []
+        self.stream_scheduler.add(group)
         self.scheduler.add_request(main)
         return group
 
@@ -287,7 +290,7 @@ class FakeEngine:
         scheduled = output.num_scheduled_tokens
         requests = {r: scheduler.requests[r] for r in scheduled}
         assert len(scheduler.running) <= scheduler.max_num_running_reqs
-        turn = getattr(output, "steer_streams", None)
+        stream_step = getattr(output, "steer_streams", None)
         self.reads.append({})
         sampled = []
         for req_id, request in requests.items():
@@ -296,16 +299,16 @@ class FakeEngine:
             whole = request.num_computed_tokens == request.num_tokens
             self._token += 1
             sampled.append([self._token] if whole else [])
-        answer = {} if turn is None else self._strengths(turn)
+        strengths = {} if stream_step is None else self._strengths(stream_step)
         if self.during is not None:
             self.during()
             self.during = None
         runner_output = SimpleNamespace(
             sampled_token_ids=sampled,
             req_id_to_index={req_id: row for row, req_id in enumerate(scheduled)},
-            steer_strengths=answer if self.answers else None,
+            steer_strengths=strengths if self.answers else None,
         )
-        self._tell(scheduler.update_from_output(output, runner_output))
+        self._report(scheduler.update_from_output(output, runner_output))
         return scheduled
 
     def run(self, limit: int = 400) -> None:
@@ -316,25 +319,27 @@ class FakeEngine:
             self.step()
         raise AssertionError(f"still there: {sorted(self.scheduler.requests)}")
 
-    def _strengths(self, turn: Any) -> dict[str, dict[int, float]]:
+    def _strengths(self, stream_step: Any) -> dict[str, dict[int, float]]:
         """Strength 10 * step + dose, once base and all probes have read the same text."""
-        answer: dict[str, dict[int, float]] = {}
+        strengths: dict[str, dict[int, float]] = {}
         for main, group in self._groups.items():
             step = group.main.num_output_tokens
             acting = [i for i, n in group.steps.items() if n is None or step < n]
             probes = {group.probes[i] for i in acting if i in group.probes}
-            wanted = {f"{main}-base", *probes} if probes or group.streams else {main}
+            expected = {f"{main}-base", *probes} if probes or group.streams else {main}
             arrived = self._here.setdefault(f"{main} {step}", set())
-            fresh = {r for r in turn.steps if r in wanted and turn.steps[r] == step} - arrived
+            fresh = {
+                r for r in stream_step.steps if r in expected and stream_step.steps[r] == step
+            } - arrived
             arrived |= fresh
-            if fresh and arrived == wanted:
-                answer[main] = {i: 10.0 * step + i for i in acting}
-        return answer
+            if fresh and arrived == expected:
+                strengths[main] = {i: 10.0 * step + i for i in acting}
+        return strengths
 
-    def _tell(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+    def _report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for output in (o for of_client in outputs.values() for o in of_client.outputs):
             for token in output.new_token_ids:
-                self.told[output.request_id].append((token, output.kv_transfer_params))
+                self.reports[output.request_id].append((token, output.kv_transfer_params))
             if output.finish_reason is not None:
                 assert output.request_id not in self.ends
                 self.ends[output.request_id] = (output.finish_reason, output.stop_reason)

@@ -37,8 +37,10 @@ def tiny_model() -> Any:
 
 
 def norm_outputs(model: Any, ids: list[int], layer: int) -> torch.Tensor:
-    """What a layer's input norm makes of the stream before the layer, ``[tokens, width]``."""
+    """The output of a layer's input norm for the residual stream before the layer, ``[tokens,
+    width]``.
+    """
     with torch.no_grad():
         states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-        found: torch.Tensor = model.model.layers[layer].input_layernorm(states[layer])
-    return found[0]
+        outputs: torch.Tensor = model.model.layers[layer].input_layernorm(states[layer])
+    return outputs[0]

@@ -39,7 +39,7 @@ def head(*, width: int = WIDTH, **fields: Any) -> LMSteer:
 
 
 def planned(name: str, steer: Steer) -> PlannedSteer:
-    """What a plan says of a steer."""
+    """The entry of a steer in a plan."""
     return PlannedSteer(
         path=Path(f"/steers/{name}.safetensors"),
         overrides={},
@@ -61,7 +61,7 @@ def plan_for(
     default: str = "none",
     **limits: Any,
 ) -> SteerPlan:
-    """The plan for steers whose files nobody reads again."""
+    """A plan for steers whose files are not read again."""
     return SteerPlan(
         version="0",
         kernels="auto",

@@ -1,4 +1,4 @@
-"""Foreign texts that are meant for the terminal, and how to tell that it was not obeyed."""
+"""Hostile texts for the terminal, and a check that they have no effect."""
 
 import re
 from typing import Final
@@ -30,6 +30,8 @@ SURROGATE: Final = "\udc9b\udcff\ud800"
 
 def assert_shown(output: str) -> None:
     """Nothing in the output is a command to a terminal that is not our own."""
-    rest = _OWN_STYLES.sub("", output)
-    strange = {letter for letter in rest if not letter.isprintable() and letter not in "\r\n"}
-    assert not strange, (strange, rest[:500])
+    plain_output = _OWN_STYLES.sub("", output)
+    strange = {
+        letter for letter in plain_output if not letter.isprintable() and letter not in "\r\n"
+    }
+    assert not strange, (strange, plain_output[:500])

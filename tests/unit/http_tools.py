@@ -1,4 +1,4 @@
-"""What tests of the middleware share."""
+"""Helpers for the tests of the middleware."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from vllm_steer.config import Limits
 from vllm_steer.plan import PlannedSteer, SteerPlan
 from vllm_steer.serving.http import Steering
 from vllm_steer.serving.http.body_rewrite import BODY
-from vllm_steer.serving.http.body_rewrite import rewrite as wanted
+from vllm_steer.serving.http.body_rewrite import rewrite as rewrite_body
 from vllm_steer.serving.http.request_body import ReceivedBody, SteerHints
 from vllm_steer.serving.http.routes import route_at
 
@@ -59,7 +59,7 @@ JSON = b"application/json"
 
 
 class Passed:
-    """What the application was given: chunks, headers and whether the rest of a body came."""
+    """The input of the application: chunks, headers and whether the rest of a body arrived."""
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
@@ -94,14 +94,14 @@ def send_chunks(
         {"type": "http.request", "body": chunk, "more_body": cut or at + 1 < len(chunks)}
         for at, chunk in enumerate(chunks)
     ] + [{"type": "http.disconnect"}]
-    passed, sent = Passed(), []
+    passed, messages = Passed(), []
     received_before: list[int] = []
 
     async def receive() -> Any:
         return waiting.pop(0)
 
     async def send(message: Any) -> None:
-        sent.append(message)
+        messages.append(message)
 
     async def inside(scope: Any, receive: Any, send: Any) -> None:
         received_before.append(len(chunks) + 1 - len(waiting))
@@ -116,7 +116,7 @@ def send_chunks(
     }
     asyncio.run(Steering(inside)(scope, receive, send))
     received = received_before[0] if received_before else len(chunks)
-    return sent[0]["status"], passed, received, sent[1]["body"]
+    return messages[0]["status"], passed, received, messages[1]["body"]
 
 
 def post(body: bytes) -> tuple[int, bytes]:
@@ -130,18 +130,18 @@ class Rewritten(NamedTuple):
 
 
 def rewritten(body: bytes, plan: Any, *, route: str) -> Rewritten:
-    """What the middleware makes of a body; the same object where it has nothing to do."""
+    """The rewritten body; the same object if nothing changes."""
     members, text = BODY.read_slowly(body)
     if members is None:
         return Rewritten(body, False)
-    place = route_at(route)
-    assert place is not None
-    found = wanted(members, plan, place)
-    if not found.members:
-        return Rewritten(body, found.reports)
+    route_entry = route_at(route)
+    assert route_entry is not None
+    request_fields = rewrite_body(members, plan, route_entry)
+    if not request_fields.members:
+        return Rewritten(body, request_fields.reports)
     received = ReceivedBody(SteerHints())
-    received.append(found.members, to=text or body)
-    return Rewritten(received.whole(), found.reports)
+    received.append(request_fields.members, to=text or body)
+    return Rewritten(received.whole(), request_fields.reports)
 
 
 def rewrite(body: bytes, plan: Any, *, route: str) -> bytes:

@@ -1,4 +1,4 @@
-"""An engine's end as its output processor sees it: requests, and tokens with their strengths."""
+"""The output side of an engine: requests, and tokens with their strengths."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -19,7 +19,7 @@ DYNAMIC = "a:dynamic:1.5"
 
 
 def request(name: str, params: SamplingParams) -> EngineCoreRequest:
-    """As vLLM's input processor makes it: a name of its own beside the user's."""
+    """A request as from vLLM's input processor: with an internal id besides the user's."""
     return EngineCoreRequest(
         request_id=f"{name}-internal",
         external_req_id=name,

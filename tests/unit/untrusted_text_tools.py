@@ -34,16 +34,16 @@ def streams(
     """The embeddings and the stream behind each block, with vectors added to blocks' inputs or
     outputs: what Transformers calls hidden states.
     """
-    found = [torch.linspace(-1, 1, WIDTH)]
+    residual_streams = [torch.linspace(-1, 1, WIDTH)]
     for number, block in enumerate(make_blocks()):
-        stream = found[-1]
+        stream = residual_streams[-1]
         if into and number in into:
             stream = stream + torch.from_numpy(into[number])
         stream = stream + block(stream)
         if out_of and number in out_of:
             stream = stream + torch.from_numpy(out_of[number])
-        found.append(stream)
-    return found
+        residual_streams.append(stream)
+    return residual_streams
 
 
 def steered(steer: VectorSteer) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Definitions in the Python files of one vLLM, found without importing it.
 
-Importing vLLM takes seconds and a platform that it supports; its files can be read anywhere, two
-versions side by side.
+An import of vLLM takes seconds and needs a supported platform; its files can be read anywhere, and
+for two versions at once.
 """
 
 import ast
@@ -29,9 +29,8 @@ class VllmSource:
 
     @classmethod
     def of(cls, location: str) -> "VllmSource":
-        """``installed``, a wheel, or the folder that a wheel was unpacked to.
-
-        Raises ``SteerError`` where there is no vLLM.
+        """The source of ``installed``, of a wheel, or of the folder of an unpacked wheel. Raises
+        ``SteerError`` if there is no vLLM.
         """
         root = _installed() if location == INSTALLED else Path(location)
         try:
@@ -49,8 +48,8 @@ class VllmSource:
     def definition(self, module: str, path: str) -> ast.AST | None:
         """Where ``path`` is defined, such as ``Request.status``; None if it is not.
 
-        A function, a class, a field of a class, or an attribute that a method of the class gives to
-        ``self``; of a base class too.
+        Finds functions, classes, fields of a class, and attributes that a method assigns to
+        ``self``, also in base classes.
         """
         owner, _, member = path.partition(".")
         located = self._in_module(module, owner)
@@ -83,7 +82,7 @@ class VllmSource:
         return None
 
     def _with_bases(self, module: str, cls: ast.AST) -> Iterator[ast.ClassDef]:
-        """A class and its bases, as far as they are vLLM's."""
+        """A class and those of its bases that are in vLLM."""
         pending, num_visited = [(module, cls)], 0
         while pending and num_visited < _MAX_BASES:
             class_module, class_def = pending.pop(0)
@@ -121,7 +120,7 @@ def _installed() -> Path:
 
 
 def _names(tree: ast.Module) -> dict[str, ast.AST]:
-    """What a module defines at its top, in ``if`` and ``try`` too."""
+    """The top-level definitions of a module, including those in ``if`` and ``try``."""
     definitions: dict[str, ast.AST] = {}
     for node in _statements(tree.body):
         for name in _defined(node):
@@ -130,7 +129,7 @@ def _names(tree: ast.Module) -> dict[str, ast.AST]:
 
 
 def _imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
-    """By the name here: module and name that it was imported from."""
+    """Maps each imported name to its module and its name there."""
     return {
         alias.asname or alias.name: (node.module, alias.name)
         for node in ast.walk(tree)
@@ -140,7 +139,7 @@ def _imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
 
 
 def _members(cls: ast.ClassDef) -> dict[str, ast.AST]:
-    """Methods and fields, and what methods give to ``self``."""
+    """Methods and fields of a class, and attributes that methods assign to ``self``."""
     members: dict[str, ast.AST] = {}
     for statement in _statements(cls.body):
         for name in _defined(statement):

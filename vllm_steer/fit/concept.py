@@ -1,9 +1,8 @@
 """Fit a concept vector: a linear probe per layer, between answers with and without a concept.
 
-Every kept token of an answer is a row with the answer's label, see ``answer_tokens``; probes and
-their accuracies are those of ``probes``. Answers to the same prompt are all for training or all for
-validation: prompts are shuffled, and those that bring the first 80% of the answers are for
-training.
+Every selected token of an answer (``answer_tokens``) is a row with the answer's label; ``probes``
+fits the probes and computes their accuracies. All answers to one prompt are in the same part:
+prompts are shuffled, and the prompts of the first 80% of the answers are the training data.
 
 Source: von Ruette et al., "A Language Model's Guide Through Latent Space", ICML 2024
 (arXiv 2402.14433), section 3 and the authors' training script.
@@ -37,17 +36,17 @@ TRAIN_SHARE: Final = 0.8
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """The probe of one layer and the share of tokens that it labels right."""
+    """The probe of one layer and the share of tokens that it classifies correctly."""
 
     layer: int
     probe: Probe
     train_accuracy: float
-    validation_accuracy: float | None  # None where nothing is left for validation
+    validation_accuracy: float | None  # None without validation data
 
 
 @dataclass(frozen=True)
 class ConceptFit:
-    """The steer of the chosen layers, and the probes of all layers that were read."""
+    """The steer of the selected layers, and the probes of all layers that were read."""
 
     steer: VectorSteer
     probes: tuple[LayerProbe, ...]
@@ -59,7 +58,7 @@ class ConceptFit:
 
 @dataclass(frozen=True)
 class _DataSplit:
-    """The answers of one part of the data, the tokens of each, and where their rows are."""
+    """The answers of one part of the data, the tokens of each, and the position of their rows."""
 
     rows: slice
     labels: Labels  # [tokens]
@@ -88,21 +87,21 @@ def fit_concept(
 ) -> ConceptFit:
     """A steer ``[layers, hidden_size]``, float32, that rotates towards label 1.
 
-    ``layers`` None reads every layer, ``top_k`` keeps the best of them by ``select``: all that
-    reach the ``top_k``-th largest accuracy, so that equal ones can make it more. ``signed`` turns
-    each row of a ``pca`` probe towards label 1, whose sign is arbitrary otherwise. The steer's
-    ``layer_scores`` are the accuracies in training. The model reads each answer once; the rows wait
-    on disk in ``folder`` (about ``4 tokens layers hidden_size`` bytes) and come back one layer at a
-    time. The same ``seed`` gives the same split and the same probes. ``on_answer`` is called with
-    the number of answers read so far, ``on_layer`` with that of the layers fitted.
+    ``layers`` None reads every layer, ``top_k`` keeps the best of them by ``select``: all layers
+    that reach the ``top_k``-th largest accuracy, so ties can keep more. ``signed`` orients each row
+    of a ``pca`` probe towards label 1; its sign is arbitrary otherwise. The steer's
+    ``layer_scores`` are the accuracies in training. The model reads each answer once; the rows are
+    stored on disk in ``folder`` (about ``4 tokens layers hidden_size`` bytes) and read back one
+    layer at a time. The same ``seed`` gives the same split and the same probes. ``on_answer`` is
+    called with the number of answers read so far, ``on_layer`` with the number of layers fitted.
 
-    Raises ``SteerError`` for an unknown probe, site or layer, training answers that leave no token
-    of one of the labels, and a selection by validation where nothing is left for it.
+    Raises ``SteerError`` for an unknown probe, site or layer, training answers without a selected
+    token for one of the labels, and a selection by validation without validation data.
     """
     check_choice("probe", probe, PROBES)
     check_choice("site", site, VECTOR_SITES)
     check_choice("select", select, SELECTS)
-    require_package("sklearn")  # said before the work, not after it
+    require_package("sklearn")  # an error before the work, not after it
     chosen = tuple(sorted(all_layers(model) if layers is None else layers))
     if top_k is not None:
         _check_top_k(top_k, len(chosen))
@@ -155,7 +154,7 @@ def fit_concept(
 def split(
     conversations: Sequence[Conversation], seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and validation, each in the given order; no prompt is in both."""
+    """Split into training and validation data, each in the original order; no prompt is in both."""
     counts = Counter(conversation.prompt for conversation in conversations)
     prompts = list(counts)
     random.Random(seed).shuffle(prompts)
@@ -200,7 +199,7 @@ def _stored(
     read: Callable[[Sequence[Conversation]], Iterator[torch.Tensor]],
     on_answer: Callable[[int], None] | None,
 ) -> Iterator[_DataSplit]:
-    """Put each part's rows into the store, one after the other, and say where they are."""
+    """Write the rows of each part to the store in sequence; return their positions."""
     num_read = 0
     for part in parts:
         start, lengths = store.count, []

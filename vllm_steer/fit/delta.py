@@ -1,10 +1,12 @@
-"""Fit step deltas: what differs, step by step, while a model answers two kinds of prompt.
+"""Fit step deltas: the mean difference of activations per generation step between two sets of
+prompts.
 
     Delta[i, l] = mean_A h_l[P-1+i] - mean_B h_l[P-1+i]
 
-``A`` are the wanted prompts, ``B`` the others, and each generates its own text greedily. ``h_l`` is
-the site of layer ``l`` and the position the last one of generation step ``i``: the last prompt
-token at step 0, then each generated token. A mean is over the prompts that reached the step.
+``A`` are the prompts with the property, ``B`` the other prompts, and each generates its own text
+greedily. ``h_l`` is the site of layer ``l`` and the position the last one of generation step ``i``:
+the last prompt token at step 0, then each generated token. A mean is over the prompts that reached
+the step.
 
 Source: Scalena et al., "Multi-property Steering of Large Language Models with Dynamic Activation
 Composition", BlackboxNLP 2024 (arXiv 2406.17563), section 3.1.
@@ -40,14 +42,14 @@ def fit_delta(
 ) -> DeltaSteer:
     """The deltas ``[steps, layers, width]``, float32.
 
-    A prompt's generation ends at an end-of-text token of the model's generation config and nowhere
-    else; the token itself is no step. ``layers`` None takes every layer. Means are taken in
-    float64; greedy generation makes the same prompts give the same deltas. ``on_prompt`` is called
-    with the number of prompts answered so far.
+    A prompt's generation ends only at an end-of-text token of the model's generation config; this
+    token is not a step. ``layers`` None takes every layer. Means are taken in float64; generation
+    is greedy, so the same prompts give the same deltas. ``on_prompt`` is called with the number of
+    prompts answered so far.
 
-    Raises ``SteerError`` for a side without prompts, a step that no prompt of a side reached, no
-    steps or more than the model reads, an unknown site or layer, and a prompt of more than
-    ``max_length`` tokens, which by default are as many as leave room for the answer.
+    Raises ``SteerError`` for a side without prompts, a step that no prompt of a side reached, zero
+    steps or more than the context length, an unknown site or layer, and a prompt of more than
+    ``max_length`` tokens (default: the context length less the answer).
     """
     check_choice("site", site, DELTA_SITES)
     if steps < 1:
@@ -113,7 +115,7 @@ def generate_steps(
 def _batches(
     tokenizer: Any, prompts: Sequence[str], batch_size: int, longest: int
 ) -> Iterator[torch.Tensor]:
-    """Prompts of equal length together, so that none is padded."""
+    """Batches of prompts of equal length, so that none is padded."""
     encoded = sorted((_encode(tokenizer, prompt, longest) for prompt in prompts), key=len)
     for _, equal_length in itertools.groupby(encoded, key=len):
         rows = list(equal_length)
@@ -132,7 +134,7 @@ def _encode(tokenizer: Any, prompt: str, longest: int) -> list[int]:
 
 
 def _counts(side: str, counts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """How many prompts reached each step; ``SteerError`` for a step that none did."""
+    """The number of prompts that reached each step; ``SteerError`` for a step without any."""
     reached = torch.stack(list(counts)).sum(0)
     if not reached.all():
         step = int((reached == 0).nonzero()[0])

@@ -1,13 +1,13 @@
-"""The cross-entropy behind an LM head and its gradient, without all logits at once.
+"""The cross-entropy after an LM head and its gradient, computed in chunks of tokens.
 
     logits = scale (h E^T + b + a O)          soft cap c:  c tanh(logits / c)
     loss   = sum_t -log softmax(logits_t)[y_t]
     d loss / d logits = softmax(logits) - onehot(y)
 
-for a few tokens at a time: their logits become the gradient in place and are dropped. ``h``
-``[tokens, hidden_size]`` is the head's input, ``E`` ``[vocab, hidden_size]`` and ``b`` ``[vocab]``
-the head's weight and bias, which get no gradient; ``a`` ``[tokens, columns]`` times ``O``
-``[columns, vocab]`` is the ``offset`` of an LM-Steer.
+Computed for a few tokens at a time: their logits become the gradient in place and are dropped.
+``h`` ``[tokens, hidden_size]`` is the head's input, ``E`` ``[vocab, hidden_size]`` and ``b``
+``[vocab]`` the head's weight and bias, which get no gradient; ``a`` ``[tokens, columns]`` times
+``O`` ``[columns, vocab]`` is the ``offset`` of an LM-Steer.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.hf.sites import widened
 
-# Logits at a time: more are hardly faster on a CPU, and a GPU wants larger products.
+# Logits per chunk: more are hardly faster on a CPU; a GPU needs larger products.
 _LOGITS_AT_ONCE: Final = {"cpu": 1 << 23, "cuda": 1 << 27}
 _CHECKED_TOKENS: Final = 16
 
 
 @dataclass(frozen=True)
 class LMHead:
-    """What a model does to a hidden state to get its logits."""
+    """The map from a hidden state to the logits: weight, bias, scale and soft cap."""
 
     weight: torch.Tensor  # [vocab, hidden_size]
     bias: torch.Tensor | None  # [vocab]
@@ -33,12 +33,14 @@ class LMHead:
     soft_cap: float | None = None
 
     def raw_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Before scale and soft cap; the product is in the head's dtype, the result wider."""
+        """Logits before scale and soft cap; the product is in the head's dtype, the result in a
+        wider one.
+        """
         inputs = hidden_states.to(self.weight.dtype)
         return widened(torch.nn.functional.linear(inputs, self.weight, self.bias))
 
     def finish(self, raw: torch.Tensor) -> torch.Tensor:
-        """Scale and soft cap, in place."""
+        """Apply scale and soft cap, in place."""
         if self.scale != 1.0:
             raw.mul_(self.scale)
         return raw.div_(self.soft_cap).tanh_().mul_(self.soft_cap) if self.soft_cap else raw
@@ -54,7 +56,7 @@ class LogitOffset:
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """The summed loss and its gradient by what was given: the hidden states, or the offset."""
+    """The summed loss and its gradient with respect to the hidden states, or to the offset."""
 
     total: torch.Tensor  # float64
     gradient: torch.Tensor  # [tokens, hidden_size], or [columns, vocab] for an offset
@@ -80,12 +82,12 @@ def head_of(model: Any) -> LMHead:
 
 @torch.no_grad()
 def check_head(model: Any, head: LMHead, tokens: torch.Tensor) -> None:
-    """Raise ``SteerError`` for a model whose logits are not ``head`` of its last hidden state."""
+    """Raise ``SteerError`` unless the model's logits are ``head`` of its last hidden state."""
     tokens = tokens[None, :_CHECKED_TOKENS].to(model.device)
     model_logits = widened(model(input_ids=tokens, use_cache=False).logits)
     hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     head_logits = head.finish(head.raw_logits(hidden_states))
-    # Wide enough for bfloat16, and far below what a forgotten scale or norm does.
+    # Large enough for bfloat16, and far below the effect of a missing scale or norm.
     if (
         model_logits.shape != head_logits.shape
         or (head_logits - model_logits).abs().max() > 0.05 * model_logits.abs().max()
@@ -107,8 +109,8 @@ def head_loss(
 ) -> HeadLoss:
     """Sum of the cross-entropies of ``targets`` ``[tokens]`` and its gradient, see the module.
 
-    ``at_once`` is the number of tokens whose logits live together; None chooses it by the
-    vocabulary. Sums are in float32, in float64 for float64 hidden states.
+    ``at_once`` is the number of tokens per chunk; None selects it by the size of the vocabulary.
+    Sums are in float32, in float64 for float64 hidden states.
     """
     size = at_once or _tokens_at_once(head)
     total = torch.zeros((), dtype=torch.float64, device=hidden_states.device)
@@ -137,7 +139,7 @@ def _tokens_at_once(head: LMHead) -> int:
 def _cross_entropy(
     head: LMHead, raw: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss, and its gradient by ``raw``, whose memory is used up."""
+    """The summed loss, and its gradient with respect to ``raw``, which is overwritten."""
     logits = head.finish(raw)
     logs = torch.log_softmax(logits, dim=1)
     target_index = targets[:, None]

@@ -1,7 +1,7 @@
 """The LM head's inputs of a frozen model: computed once and stored on disk, or recomputed.
 
-A model reads texts in windows of about equal length, so that little of a window is padding. It
-stands on the right, where causal attention never sees it.
+A model reads texts in batches of about equal length, so that little of a batch is padding. The
+padding is on the right, where causal attention never sees it.
 """
 
 import itertools
@@ -25,7 +25,7 @@ _WINDOW_TOKENS: Final = 4096
 
 @dataclass(frozen=True)
 class HiddenStateFile:
-    """A file of hidden states: of each text the first so many positions, at a place."""
+    """A file of hidden states: the first positions of each text, at an offset."""
 
     path: Path
     counts: Mapping[int, int]
@@ -46,7 +46,7 @@ class HiddenStateFile:
 def plan_storage(
     model: Any, batches: Sequence[TextBatch], path: Path, hidden_size: int
 ) -> HiddenStateFile:
-    """What has to be stored for these batches: the shortest text first."""
+    """Plan the file for these batches: the shortest text first."""
     longest: dict[int, int] = {}
     for batch in batches:
         for row, count in zip(batch.rows, batch.counts, strict=True):
@@ -64,9 +64,9 @@ def write_hidden_states(
     stored: HiddenStateFile,
     on_text: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Read every text once and write the file, or none; a whole one that is there is kept.
+    """Read every text once and write the file atomically; a complete existing file is kept.
 
-    ``on_text`` is told how many texts are num_done, and of how many. Raises ``SteerError`` if the
+    ``on_text`` is called with the number of texts read and the total. Raises ``SteerError`` if the
     file cannot be written, as on a full disk.
     """
     if stored.path.exists() and stored.path.stat().st_size == stored.bytes:
@@ -85,8 +85,8 @@ def write_hidden_states(
 def fetch_from_file(file: IO[bytes], stored: HiddenStateFile) -> FetchHiddenStates:
     """Hidden states from the open file that ``write_hidden_states`` wrote.
 
-    They are read, not mapped: then they never count as the process's memory, and a disk that fails
-    is an error and not a signal.
+    They are read, not memory-mapped, so they do not count as the process's memory, and a disk
+    failure is an exception and not a signal.
     """
 
     def fetch(batch: TextBatch) -> torch.Tensor:
@@ -140,7 +140,9 @@ def _read(model: Any, texts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _windows(texts: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of at most ``_WINDOW_TOKENS`` with their padding, or one longer text."""
+    """Batches of neighbouring texts with at most ``_WINDOW_TOKENS`` tokens including padding, or
+    one longer text.
+    """
     window: list[torch.Tensor] = []
     for text in texts:
         if window and (len(window) + 1) * len(text) > _WINDOW_TOKENS:

@@ -1,13 +1,13 @@
 """Fit a vector by likelihood: LM-Steer's objective for a direction inside the layers.
 
-With ``y`` in ``{-1, 1}`` the label of a text and ``w`` a vector per layer, the tokens ``t`` of all
-texts are made likely under the model whose sites are changed by ``y w``:
+With ``y`` in ``{-1, 1}`` the label of a text and ``w`` a vector per layer, the fit maximises the
+likelihood of the tokens ``t`` of all texts under the model whose sites are changed by ``y w``:
 
     minimise  sum_t c_t * (-log p(x_t | x_<t; h + y w)) / sum_t c_t
 
-``c_t`` is 1 where the label shows and ``background`` elsewhere, which keeps the rest of the text as
-it is. A difference of means needs the property to be a direction in the model already; this finds
-one that leads to it.
+``c_t`` is 1 where the text shows its label and ``background`` elsewhere, which preserves the rest
+of the text. A difference of means works only if the model already has a direction for the property;
+this fit finds a direction that leads to it.
 
 Source: the objective of Han et al., ACL 2024 (arXiv 2305.12798), section 3; a trained vector added
 to the residual stream: Subramani et al., "Extracting Latent Steering Vectors", 2022
@@ -46,13 +46,13 @@ def fit_vector_by_likelihood(
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> VectorSteer:
-    """The vector ``[layers, hidden_size]`` at whose strength 1 the texts of label 1 are likely.
+    """The vector ``[layers, hidden_size]`` that makes the texts of label 1 likely at strength 1.
 
-    ``focus`` gives the spans of characters of a text where its label shows; None takes all. The
-    model stays as it is. The learning rate is in the units of the site's activations and falls
-    to zero. The same arguments give the same vector. ``on_step`` is told step and loss.
+    ``focus`` returns the character spans of a text that show its label; None uses the whole text.
+    The model is unchanged. The learning rate is in the units of the site's activations and falls to
+    zero. The same arguments give the same vector. ``on_step`` is called with the step and its loss.
 
-    Raises ``SteerError`` for labels that are not as many as the texts, or no texts.
+    Raises ``SteerError`` for no texts, or for labels that are not one per text.
     """
     if not texts or len(texts) != len(labels):
         raise SteerError(f"{len(texts)} texts and {len(labels)} labels; give one for each text")
@@ -84,7 +84,7 @@ def fit_vector_by_likelihood(
 def _shifted(
     model: Any, layers: Sequence[int], site: VectorSite, vectors: torch.Tensor
 ) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Within it the sites are changed by each row's label times its layer's vector."""
+    """Context in which the sites are changed by each row's label times the layer's vector."""
     labels = torch.zeros(0)
 
     def shift(new_labels: torch.Tensor) -> None:
@@ -103,7 +103,7 @@ def _shifted(
 
 
 def _loss(model: Any, rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The weighted mean of the negative log-likelihood of all tokens but each text's first."""
+    """The weighted mean negative log-likelihood of all tokens except each text's first."""
     tokens, weights = (
         torch.nn.utils.rnn.pad_sequence(list(c), True) for c in zip(*rows, strict=True)
     )
@@ -123,7 +123,7 @@ def _encode(
     background: float,
     max_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and the weight of each in the loss; padding has weight 0."""
+    """Token ids and their weights in the loss; padding has weight 0."""
     encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
     spans = [(0, len(text))] if focus is None else focus(text)
     weights = [

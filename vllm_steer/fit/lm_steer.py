@@ -1,7 +1,7 @@
 """Fit an LM-Steer: maximum likelihood of every text under its own signed steer.
 
-The objective is that of ``objective``. The model is frozen and the steer enters behind it, so the
-model reads each text once; a step of training then costs the LM head, and nothing else.
+``objective`` has the objective. The model is frozen and the steer acts after its last layer, so the
+model reads each text once; a training step then costs the LM head only.
 
 Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024
 (arXiv 2305.12798), section 3; the recipe is that of the authors' training script.
@@ -56,26 +56,25 @@ def fit_lm_steer(
 
     over the tokens ``t`` of a batch of texts, ``v`` a text's label in column 0 and, with ``dummy``,
     1 in column 1, which takes up what all the texts have in common. ``labels`` lie in [-1, 1]:
-    strength +1 is fitted to the texts labelled 1, strength -1 to those labelled -1, and at
-    generation a strength may go beyond (the paper uses +-5). Adam, no schedule.
+    strength +1 is fitted to the texts labelled 1, strength -1 to those labelled -1, and a larger
+    strength is allowed at generation (the paper uses +-5). Adam, no schedule.
 
     Shapes of what is trained: projectors ``[columns, hidden_size, rank]`` from ``initial_scale``
     N(0, 1); for the variants ``add`` ``[columns, hidden_size]`` and ``offset`` ``[columns, vocab]``
-    from N(0, 1), which ``initial_scale`` leaves alone. They are float32 (float64 for a float64
-    model) whatever the model's dtype; the model stays as it is. ``mask_padding=False`` also
-    trains on the end-of-text tokens that fill a batch's texts up to its longest, as the authors'
-    script does.
+    from N(0, 1), without ``initial_scale``. They are float32 (float64 for a float64 model); the
+    model is unchanged. ``mask_padding=False`` also trains on the end-of-text tokens that fill a
+    batch's texts up to its longest, as the authors' script does.
 
-    The model's hidden states are stored on disk, in its dtype, if they take no more than
-    ``cache_bytes``, and are computed again for each batch otherwise. With a ``run_folder`` a fit
-    that was ended goes on from its last checkpoint, bit for bit as if it had not been, unless
+    The model's hidden states are stored on disk, in its dtype, if they take at most
+    ``cache_bytes``, and are recomputed for each batch otherwise. With a ``run_folder`` an
+    interrupted fit continues from its last checkpoint, with bit-identical results, unless
     ``restart``; the folder keeps ``loss.csv``. A checkpoint is written every ``checkpoint_every``
-    steps and at least every minute. One that is complete stays until ``training_run.finish_run``:
-    until then what was trained is in the folder, whatever becomes of the steer.
+    steps and at least every minute. The last one stays until ``training_run.finish_run``, so the
+    trained parameters are not lost if the steer cannot be written.
 
     Raises ``SteerError`` for no texts, labels that are not one per text, out of [-1, 1] or all the
-    same, a setting that makes no sense, a model whose head is not understood, a run folder of other
-    settings, a file that cannot be written, and a loss that is no number, naming the step.
+    same, an invalid setting, a model with an unknown head, a run folder of other settings, a file
+    that cannot be written, and a NaN loss (with its step).
     """
     settings = LMSteerSettings(
         variant=variant,
@@ -135,7 +134,7 @@ def _steer(fit: FitInputs, training: TrainingState) -> LMSteer:
 
 @contextmanager
 def _evaluation_mode(model: Any) -> Iterator[None]:
-    """Without dropout, whatever mode the model is in."""
+    """Context that puts the model in evaluation mode, without dropout."""
     training = model.training
     model.eval()
     try:

@@ -1,17 +1,16 @@
 """Fit a steering vector or a concept vector: a difference between two sets of texts.
 
-With ``x`` the activations at a site of one layer, over the tokens that are read, ``P`` and ``N``
-those of the positive and of the negative texts:
+With ``x`` the activations of the selected tokens at a site of one layer, ``P`` and ``N`` those of
+the positive and of the negative texts:
 
     mean  w = mean_P x - mean_N x
     unit  w = u / |u|,  u = sum_P (x - m) / |x - m| - sum_N (x - m) / |x - m|,  m = mean of all x
     pca   w = the first principal component of d_i = x_P(i) - x_N(i), over pairs i of texts
 
-``mean`` has the length of the real difference: strength 1 added moves the one mean onto the other.
-``unit`` is the DiM probe of concept guidance, where each token has one vote whatever its length.
-In ``pca``, ``x_P(i)`` is the mean over the tokens of the text; ``w`` has length 1 and points to
-where more of the positive texts lie: it is turned if more pairs have ``d_i w < 0`` than
-``d_i w > 0``.
+``mean`` has the length of the difference: adding it at strength 1 moves one mean onto the other.
+``unit`` is the DiM probe of concept guidance, in which each token has the same weight. In ``pca``,
+``x_P(i)`` is the mean over the tokens of the text; ``w`` has length 1 and is oriented towards the
+positive texts: its sign is flipped if more pairs have ``d_i w < 0`` than ``d_i w > 0``.
 
 Source: mean: Marks and Tegmark, "The Geometry of Truth", 2023 (arXiv 2310.06824), mass-mean
 direction; unit: von Ruette et al., "A Language Model's Guide Through Latent Space", ICML 2024
@@ -49,7 +48,7 @@ TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 Text = str | tuple[str, str]
 """A text, or a prompt and its answer, which are read as one."""
 ReadActivations = Callable[[Sequence[Text]], Iterator[torch.Tensor]]
-# How often each direction reads a text.
+# How many times each direction reads a text.
 PASSES_OVER_TEXTS: Final[dict[Direction, int]] = {"mean": 1, "unit": 2, "pca": 1}
 
 
@@ -71,12 +70,12 @@ def fit_vector(
 ) -> VectorSteer:
     """The vector ``[layers, hidden_size]``, float32, from the negative texts to the positive ones.
 
-    ``tokens`` are all tokens of the texts but the tokenizer's special ones, the ``last`` of these,
-    or those of the ``answer``, where each text is a prompt and an answer. In ``mean`` and ``unit``
-    each token counts once, so a longer text weighs more. ``layers`` None takes every layer. Sums
-    are taken in float64; the same texts give the same vector. ``pca`` keeps its differences on
-    disk, in ``folder`` or where temporary files go. ``on_text`` is called with the number of texts
-    read so far, each text twice for ``unit`` and once otherwise.
+    ``tokens`` selects all tokens of the texts except special ones, the ``last`` of these, or those
+    of the ``answer`` if each text is a prompt and an answer. In ``mean`` and ``unit`` each token
+    counts once, so a longer text weighs more. ``layers`` None takes every layer. Sums are taken in
+    float64; the same texts give the same vector. ``pca`` stores its differences on disk, in
+    ``folder`` or in the directory for temporary files. ``on_text`` is called with the number of
+    texts read so far, each text twice for ``unit`` and once otherwise.
 
     Raises ``SteerError`` for an empty side, sides that do not differ in any layer, an unknown
     direction, mode, site or layer, a text without a token to read, and for ``pca`` two sides of
@@ -129,7 +128,7 @@ def fit_vector(
 
 
 def encode_text(tokenizer: Any, text: Text, tokens: Tokens, max_length: int) -> SelectedTokens:
-    """A text's ids and the positions to be read; ``SteerError`` if there are none."""
+    """A text's ids and the positions to read; ``SteerError`` if there are none."""
     whole = encode(tokenizer, text if isinstance(text, str) else "".join(text), max_length)
     if tokens == "last":
         return SelectedTokens(whole.ids, whole.kept[-1:])
@@ -139,7 +138,7 @@ def encode_text(tokenizer: Any, text: Text, tokens: Tokens, max_length: int) -> 
 
 
 def _of_answer(tokenizer: Any, text: Text, whole: SelectedTokens) -> list[int]:
-    """The kept positions from where the tokens part from those of the prompt."""
+    """The selected positions from the first token that differs from the prompt's."""
     if isinstance(text, str):
         raise SteerError(
             f"text {shown(text)} has no prompt, so its answer is not known; give prompts, or take "
@@ -175,7 +174,7 @@ def unit_difference(
     def votes(texts: Sequence[Text]) -> Iterator[torch.Tensor]:
         for x in read(texts):
             centred = x - mean
-            # A token at the very mean has no direction to vote for.
+            # A token equal to the mean has no direction.
             yield centred / centred.norm(dim=-1, keepdim=True).clamp_min(1e-30)
 
     difference = _sum(votes(positive_texts))[0] - _sum(votes(negative_texts))[0]
@@ -200,9 +199,8 @@ def pair_component(
 
 
 def first_component(differences: torch.Tensor, layer: int) -> torch.Tensor:
-    """The first principal component ``[width]`` of ``[pairs, width]``, towards most of them.
-
-    Raises ``SteerError`` where the differences are all the same: they have no component.
+    """The first principal component ``[width]`` of ``[pairs, width]``, oriented towards most of
+    them. Raises ``SteerError`` if all differences are equal: they have no component.
     """
     svd = torch.linalg.svd(differences - differences.mean(0), full_matrices=False)
     if svd.S[0] <= 1e-6 * differences.norm():

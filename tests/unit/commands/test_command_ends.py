@@ -16,15 +16,15 @@ from vllm_steer import SteerError, load_steer
 from vllm_steer.cli import main
 
 
-@pytest.mark.parametrize("what", ["folder", "pipe", "device", "gone", "-", "unreadable", "empty"])
-def test_what_is_no_steer_file_is_one_line(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("case", ["folder", "pipe", "device", "gone", "-", "unreadable", "empty"])
+def test_a_file_that_is_not_a_steer_gives_one_line(tmp_path: Path, case: str) -> None:
     content: dict[str, Any] = {"folder": tmp_path, "device": "/dev/zero", "-": "-"}
-    path = content.get(what, tmp_path / what)
-    if what == "pipe":
+    path = content.get(case, tmp_path / case)
+    if case == "pipe":
         os.mkfifo(path)
-    if what in ("unreadable", "empty"):
+    if case in ("unreadable", "empty"):
         Path(path).write_bytes(b"")
-        Path(path).chmod(0o000 if what == "unreadable" else 0o600)
+        Path(path).chmod(0o000 if case == "unreadable" else 0o600)
     completed = call("convert", path, tmp_path / "out")
     assert isinstance(completed.exception, SteerError) and completed.output == ""
     assert str(completed.exception).startswith(f"{path}: ")
@@ -44,7 +44,7 @@ def test_what_is_no_steer_file_is_one_line(tmp_path: Path, what: str) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_goes_wrong_is_one_line(
+def test_an_error_gives_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     raised: BaseException,
@@ -96,7 +96,7 @@ def test_a_full_standard_output_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_a_stream_that_is_closed_is_no_reason_to_fail(tmp_path: Path, closed: str) -> None:
+def test_a_closed_stream_does_not_fail_the_command(tmp_path: Path, closed: str) -> None:
     steer = steer_of(tmp_path / "in", "x")
     line = [sys.executable, "-c", MAIN, "convert", str(steer), str(tmp_path / "out")]
     completed = subprocess.run(["bash", "-c", f"{shlex.join(line)} {closed}"], timeout=60)

@@ -72,7 +72,7 @@ def test_messages_of_libraries_are_hidden_unless_they_are_requested() -> None:
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         "warnings.warn('old', FutureWarning)\nprint(os.environ.get('VLLM_LOGGING_LEVEL'))"
     )
-    shown = {}
+    outputs = {}
     for arguments in (["--version"], ["--version", "--verbose"]):
         program = code.replace("ARGUMENTS", repr(arguments))
         environment = {
@@ -80,15 +80,15 @@ def test_messages_of_libraries_are_hidden_unless_they_are_requested() -> None:
             for name, value in os.environ.items()
             if name not in ("VLLM_LOGGING_LEVEL", "PYTHONWARNINGS")
         }
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", program],
             capture_output=True,
             text=True,
             check=True,
             env=environment,
         )
-        shown[len(arguments)] = (done.stdout.split()[-1], "FutureWarning" in done.stderr)
-    assert shown == {1: ("ERROR", False), 2: ("INFO", True)}
+        outputs[len(arguments)] = (process.stdout.split()[-1], "FutureWarning" in process.stderr)
+    assert outputs == {1: ("ERROR", False), 2: ("INFO", True)}
 
 
 def test_the_version_is_printed() -> None:
@@ -106,7 +106,7 @@ def test_an_unknown_command_is_an_error() -> None:
     assert completed.exit_code == 2 and "No such command 'steer'" in completed.output
 
 
-def test_a_misspelt_command_is_answered_with_the_right_one() -> None:
+def test_a_misspelt_command_suggests_the_right_one() -> None:
     completed = CliRunner().invoke(app, ["convrt"])
     assert completed.exit_code == 2 and "Did you mean 'convert'?" in " ".join(
         completed.output.split()

@@ -40,25 +40,25 @@ def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_converted_file_is_the_steer_that_was_read(tmp_path: Path) -> None:
-    theirs = write_gguf(tmp_path / "v.gguf", directions([1, 2, 3]))
-    result = convert(theirs, tmp_path / "own.safetensors", "--layers", "2-3")
+    source = write_gguf(tmp_path / "v.gguf", directions([1, 2, 3]))
+    result = convert(source, tmp_path / "own.safetensors", "--layers", "2-3")
     assert result.exit_code == 0
-    original, read = load_steer(tmp_path / "own.safetensors"), load_steer(theirs, layers="2-3")
+    original, converted = load_steer(tmp_path / "own.safetensors"), load_steer(source, layers="2-3")
     assert (original.layers, original.site, original.mode, original.base_model) == (
         (2, 3),
         "resid",
         "add",
         "mistral",
     )
-    assert torch.equal(original.vectors, read.vectors)
+    assert torch.equal(original.vectors, converted.vectors)
     with safe_open(str(tmp_path / "own.safetensors"), framework="pt") as file:
         assert file.metadata()["format"] == "vllm-steer"
 
 
-def test_the_table_says_what_was_read(tmp_path: Path) -> None:
+def test_the_table_describes_the_file(tmp_path: Path) -> None:
     rows = torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0]])
-    theirs = write_concept(tmp_path / "w", W=rows, b=torch.zeros(3))
-    output = convert(theirs, tmp_path / "own", "--default-strength", "8").output
+    original = write_concept(tmp_path / "w", W=rows, b=torch.zeros(3))
+    output = convert(original, tmp_path / "own", "--default-strength", "8").output
     output_value = [
         [cell.strip() for cell in line.strip("│").split("│")]
         for line in output.splitlines()
@@ -76,10 +76,10 @@ def test_the_table_says_what_was_read(tmp_path: Path) -> None:
     ]
 
 
-def test_json_says_what_was_read(tmp_path: Path) -> None:
+def test_json_describes_the_file(tmp_path: Path) -> None:
     rows = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    theirs = write_concept(tmp_path / "w", W=rows, b=torch.zeros(2))
-    result = convert(theirs, tmp_path / "own", "--json", "--mode", "add", "--site", "resid")
+    original = write_concept(tmp_path / "w", W=rows, b=torch.zeros(2))
+    result = convert(original, tmp_path / "own", "--json", "--mode", "add", "--site", "resid")
     assert json.loads(result.output) == {
         "format": "a concept-guidance file",
         "kind": "vector",
@@ -95,7 +95,7 @@ def test_json_says_what_was_read(tmp_path: Path) -> None:
     }
 
 
-def test_a_delta_is_told_by_the_largest_step_of_each_layer(tmp_path: Path) -> None:
+def test_a_delta_is_described_by_the_largest_step_of_each_layer(tmp_path: Path) -> None:
     delta = torch.zeros(2, 2, 1, 2)  # steps, layers, heads, d_head
     delta[0, 0, 0], delta[1, 0, 0] = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
     delta[1, 1, 0] = torch.tensor([0.0, 2.0])
@@ -107,7 +107,7 @@ def test_a_delta_is_told_by_the_largest_step_of_each_layer(tmp_path: Path) -> No
     assert load_steer(tmp_path / "own").schedule == "dim"
 
 
-def test_an_lm_steer_is_told_by_its_columns_and_rank(tmp_path: Path, make_steer: Any) -> None:
+def test_an_lm_steer_is_described_by_its_columns_and_rank(tmp_path: Path, make_steer: Any) -> None:
     tensors = make_steer(columns=2, rank=3).tensors
     torch.save([None, dict(tensors), 10], tmp_path / "moved.pt")
     result = convert(
@@ -149,13 +149,13 @@ def test_every_option_of_a_format_reaches_its_reader(tmp_path: Path) -> None:
 
 
 def test_an_existing_output_is_only_replaced_when_forced(tmp_path: Path) -> None:
-    theirs = write_gguf(tmp_path / "v.gguf", directions([1]))
+    original = write_gguf(tmp_path / "v.gguf", directions([1]))
     output = tmp_path / "own"
     output.write_text("precious")
     with pytest.raises(SteerError, match=r"own: exists already; choose another name, or give --fo"):
-        convert(theirs, output)
+        convert(original, output)
     assert output.read_text() == "precious"
-    assert convert(theirs, output, "--force").exit_code == 0
+    assert convert(original, output, "--force").exit_code == 0
     assert load_steer(output).layers == (1,)
 
 
@@ -180,29 +180,29 @@ def test_a_file_can_replace_itself(tmp_path: Path) -> None:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_refused_file_leaves_no_output(tmp_path: Path, options: list[str], message: str) -> None:
-    theirs = write_gguf(tmp_path / "v.gguf", directions([1, 2]))
+    original = write_gguf(tmp_path / "v.gguf", directions([1, 2]))
     with pytest.raises(SteerError, match=message):
-        convert(theirs, tmp_path / "own", *options)
+        convert(original, tmp_path / "own", *options)
     assert [entry.name for entry in tmp_path.iterdir()] == ["v.gguf"]
 
 
 @pytest.mark.parametrize("output", ["no/such/folder/own", "v.gguf/own", "o" * 300])
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, output: str) -> None:
-    theirs = write_gguf(tmp_path / "v.gguf", directions([1]))
+    original = write_gguf(tmp_path / "v.gguf", directions([1]))
     message = rf"{output[:200]}.*: (cannot be written \(|there is no folder )"
     with pytest.raises(SteerError, match=message):
-        convert(theirs, tmp_path / output)
+        convert(original, tmp_path / output)
 
 
-def test_the_command_answers_0_and_writes(tmp_path: Path) -> None:
-    theirs = write_svec(tmp_path / "v.svec", directions([5]))
-    completed = command(theirs, tmp_path / "own", "--json")
+def test_the_command_returns_0_and_writes(tmp_path: Path) -> None:
+    original = write_svec(tmp_path / "v.svec", directions([5]))
+    completed = command(original, tmp_path / "own", "--json")
     assert (completed.returncode, completed.stderr) == (0, "")
     assert json.loads(completed.stdout)["layers"] == "4"
     assert load_steer(tmp_path / "own").layers == (4,)
 
 
-def test_the_command_answers_1_and_one_line(tmp_path: Path) -> None:
+def test_the_command_returns_1_and_prints_one_line(tmp_path: Path) -> None:
     torch.save(torch.ones(33, 4), tmp_path / "persona.pt")
     completed = command(tmp_path / "persona.pt", tmp_path / "own")
     assert (completed.returncode, completed.stdout) == (1, "")

@@ -30,7 +30,7 @@ def states(findings: dict[str, Finding]) -> dict[str, str]:
 ALL = dict.fromkeys(("head", "resid", "attn_in", "attn_out", "heads"), "ok")
 
 
-def test_a_model_with_every_site_is_told_by_its_config_alone(tmp_path: Path) -> None:
+def test_a_model_with_every_site_is_described_from_its_config(tmp_path: Path) -> None:
     config = transformers.Qwen3Config(**{**SMALL, "num_attention_heads": 4}, head_dim=32)
     findings = described(config, "Qwen3ForCausalLM", tmp_path)
     assert states(findings) == ALL
@@ -58,7 +58,7 @@ def test_a_model_without_an_input_norm_lacks_one_site_and_that_is_no_failure(
         (transformers.DeepseekV3Config(**SMALL), "DeepseekV3ForCausalLM", "in float16 its stream"),
     ],
 )
-def test_an_unsupported_model_keeps_the_head_and_says_why_not_the_rest(
+def test_an_unsupported_model_keeps_the_head_and_gives_a_reason_for_the_other_sites(
     config: Any, name: str, reason: str, tmp_path: Path
 ) -> None:
     findings = described(config, name, tmp_path)

@@ -57,7 +57,7 @@ def test_why_an_engine_ended(
     assert re.search(message, problem)
 
 
-def test_what_a_killed_engine_has_answered_is_kept(
+def test_the_outputs_of_a_killed_engine_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python(tmp_path, f"echo '{ANSWERED}' > $4; kill -9 $$", monkeypatch)

@@ -37,7 +37,7 @@ def many_steers() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_that_of_the_tensors_in_real_banks(dtype: torch.dtype) -> None:
+def test_reported_memory_equals_that_of_real_banks(dtype: torch.dtype) -> None:
     steers = many_steers()
     use = memory_use(steers, hidden_size=128, dtype=dtype)
     heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
@@ -94,7 +94,7 @@ def test_a_config_that_is_wrong_is_an_error() -> None:
         list(config_memory(architecture, "gone.yaml", torch.float32))
 
 
-def test_examples_are_of_the_models_sizes() -> None:
+def test_example_steers_have_the_sizes_of_the_model() -> None:
     findings = by_name(example_memory(read_architecture("embedded"), torch.float16))
     sizes = [finding.figures["bytes"] for finding in findings.values()]
     assert sizes == [128 * 128 * 2, 4 * 128 * 4, 32 * 4 * 128 * 4]

@@ -45,7 +45,7 @@ def engine_output(model: Any, steer: LMSteer, strength: float = 1.0) -> EngineOu
     return EngineOutput(dtype="float32", runner="V1", device="cpu", batches=batches)
 
 
-def test_answers_by_the_formula_are_found_equal(model: Any) -> None:
+def test_outputs_by_the_formula_pass(model: Any) -> None:
     steer = add_steer()
     findings = by_name(compare(model, {"it": steer}, engine_output(model, steer)))
     assert [findings[name].state for name in ("unsteered", "it")] == ["ok", "ok"]
@@ -72,7 +72,7 @@ def test_an_engine_that_does_not_steer_is_reported_as_such(model: Any) -> None:
     )
 
 
-def test_a_steer_too_weak_to_tell_is_not_tested(model: Any) -> None:
+def test_a_steer_with_too_small_an_effect_is_not_tested(model: Any) -> None:
     weak = add_steer(size=1e-4)
     findings = by_name(compare(model, {"it": weak}, engine_output(model, weak)))
     assert (
@@ -81,7 +81,7 @@ def test_a_steer_too_weak_to_tell_is_not_tested(model: Any) -> None:
     )
 
 
-def test_a_token_that_is_not_the_references_choice_fails_though_its_logprob_is_right(
+def test_a_token_other_than_the_references_choice_fails_with_a_correct_logprob(
     model: Any,
 ) -> None:
     answers = engine_output(model, add_steer())
@@ -89,12 +89,12 @@ def test_a_token_that_is_not_the_references_choice_fails_though_its_logprob_is_r
     with torch.no_grad():
         logits = model(torch.tensor([first.prompt])).logits[0, -1]
     second = int(logits.topk(2).indices[1])
-    wrong = replace(first, tokens=[second], logprobs=[float(logits.log_softmax(-1)[second])])
-    answers.batches["unsteered"] = [wrong]
+    wrong_output = replace(first, tokens=[second], logprobs=[float(logits.log_softmax(-1)[second])])
+    answers.batches["unsteered"] = [wrong_output]
     assert by_name(compare(model, {}, answers))["unsteered"].state == "FAILED"
 
 
-def test_a_narrow_dtype_is_judged_by_how_far_the_unsteered_model_is_off(model: Any) -> None:
+def test_the_tolerance_of_half_precision_is_the_error_of_the_unsteered_model(model: Any) -> None:
     def off(answers: EngineOutput, batch: str, by: float) -> None:
         answers.batches[batch] = [
             replace(a, logprobs=[value - by for value in a.logprobs])
@@ -124,7 +124,7 @@ def test_zero_steers_must_keep_every_bit(model: Any) -> None:
     assert zero_steers(EngineOutput()).state == "not tested"
 
 
-def test_steers_that_the_engine_did_not_come_to_are_not_tested(model: Any) -> None:
+def test_steers_without_an_engine_output_are_not_tested(model: Any) -> None:
     answers = engine_output(model, add_steer())
     del answers.batches["large"]
     findings = by_name(compare(model, {"it": add_steer()}, answers))

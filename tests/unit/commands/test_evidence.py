@@ -75,7 +75,9 @@ def ids_of(text: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.7, 3.0])
-def test_evidence_is_the_difference_of_two_readings(model: LanguageModel, strength: float) -> None:
+def test_evidence_is_the_difference_of_two_log_likelihoods(
+    model: LanguageModel, strength: float
+) -> None:
     steer, ids = multiply(fixed_columns=(1,)), ids_of(TEXT)
     h = model.model.model(input_ids=ids[None]).last_hidden_state[0].detach()
     head = model.model.lm_head.weight.detach()
@@ -134,7 +136,7 @@ def test_swapping_the_sign_swaps_the_sides(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("begins", [True, False], ids=["with <s>", "without"])
-def test_spans_stand_where_their_tokens_do(model: LanguageModel, begins: bool) -> None:
+def test_spans_have_the_positions_of_their_tokens(model: LanguageModel, begins: bool) -> None:
     reader = LanguageModel("tiny", model.model, word_tokenizer(begins=begins))
     evidence = text_evidence(reader, multiply(), TEXT, longest=1)
     words, moved = TEXT.split(), int(begins)
@@ -165,7 +167,7 @@ def test_label_is_the_sign_of_the_total() -> None:
 
 
 @pytest.mark.parametrize("strength", [0.0, float("nan"), float("inf")])
-def test_a_strength_without_two_readings_is_refused(model: LanguageModel, strength: float) -> None:
+def test_a_strength_of_zero_is_refused(model: LanguageModel, strength: float) -> None:
     with pytest.raises(SteerError, match=r"strength is .*give a finite strength other than 0"):
         text_evidence(model, multiply(), TEXT, strength=strength)
 
@@ -184,7 +186,7 @@ def test_a_text_longer_than_the_model_reads_is_refused(model: LanguageModel) -> 
     assert len(text_evidence(model, multiply(), "so " * 31).tokens) == 31
 
 
-def test_a_tokenizer_without_places_is_refused(model: LanguageModel) -> None:
+def test_a_tokenizer_without_offsets_is_refused(model: LanguageModel) -> None:
     slow = LanguageModel("tiny", model.model, SimpleNamespace(is_fast=False))
     with pytest.raises(SteerError, match="model tiny: its tokenizer does not report the offsets"):
         text_evidence(slow, multiply(), TEXT)

@@ -92,6 +92,6 @@ def test_rows_that_have_a_label_are_read_with_it(tmp_path: Path) -> None:
     ],
     ids=["no text", "two sources", "labels of a text", "strength 0", "broken text"],
 )
-def test_what_cannot_be_read_is_refused(options: list[str], message: str) -> None:
+def test_unreadable_input_is_refused(options: list[str], message: str) -> None:
     with pytest.raises(SteerError, match=message):
         evidence(*options)

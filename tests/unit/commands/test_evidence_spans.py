@@ -44,12 +44,12 @@ def test_spans_are_where_the_evidence_is() -> None:
     assert best_spans(values, spans=1, longest=2) == [(1, 3, 5.0)]
 
 
-def test_a_run_is_not_split_for_spans_to_spare() -> None:
+def test_a_run_is_not_split_if_spans_are_left() -> None:
     # 0.1 + 0.2 + 0.3 in two parts is larger than as a whole, by rounding.
     assert [span[:2] for span in best_spans([0.1, 0.2, 0.3], spans=4, longest=10)] == [(0, 3)]
 
 
-def test_a_run_longer_than_a_span_takes_two_that_touch() -> None:
+def test_a_run_longer_than_a_span_gets_two_adjacent_spans() -> None:
     first, second = best_spans([1.0] * 5, spans=2, longest=3)
     assert (first.begin, first.end, second.end) == (0, second.begin, 5)
 
@@ -59,5 +59,5 @@ def test_there_is_no_span_without_evidence(values: list[float]) -> None:
     assert best_spans(values, spans=4, longest=10) == []
 
 
-def test_no_spans_are_searched_where_none_are_wanted() -> None:
+def test_no_spans_are_searched_if_none_are_requested() -> None:
     assert best_spans([1.0, 2.0], spans=0, longest=10) == []

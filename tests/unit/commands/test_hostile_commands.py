@@ -25,26 +25,26 @@ ALL = "".join(text for text in HOSTILE.values() if len(text) < 1000)
 
 def on_a_terminal(*line: Any, **environment: str) -> tuple[int, str]:
     """Exit code and output of a command in a separate process on a pseudo-terminal."""
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     arguments = {**os.environ, "COLUMNS": "100", **environment}
     command = [sys.executable, "-c", MAIN, *(os.fspath(part) for part in line)]
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=arguments) as process:
-        os.close(theirs)
-        read, end = b"", time.monotonic() + 120
-        while time.monotonic() < end and select.select([ours], [], [], 120)[0]:
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=arguments) as process:
+        os.close(terminal)
+        output, end = b"", time.monotonic() + 120
+        while time.monotonic() < end and select.select([controller], [], [], 120)[0]:
             try:
-                part = os.read(ours, 1 << 16)
-            except OSError:  # nobody has the other end any more
+                part = os.read(controller, 1 << 16)
+            except OSError:  # the other end is closed
                 break
             if not part:
                 break
-            read += part
-        os.close(ours)
-    return process.returncode, read.decode("utf-8", "surrogateescape")
+            output += part
+        os.close(controller)
+    return process.returncode, output.decode("utf-8", "surrogateescape")
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_convert_and_inspect_show_what_a_file_says(tmp_path: Path, text: str) -> None:
+def test_convert_and_inspect_show_hostile_text_of_a_file_escaped(tmp_path: Path, text: str) -> None:
     steer = steer_of(tmp_path / "in", text)
     completed = call("convert", steer, tmp_path / "out")
     assert (completed.exit_code, completed.exception) == (0, None)
@@ -64,7 +64,7 @@ def names() -> list[str]:
 
 
 @pytest.mark.parametrize("name", names())
-def test_file_names_are_shown(tmp_path: Path, name: str) -> None:
+def test_file_names_are_shown_escaped(tmp_path: Path, name: str) -> None:
     steer, out = tmp_path / f"i{name}", tmp_path / f"o{name}"
     steer_of(tmp_path / "plain", "x").rename(steer)
     for line in (["convert", steer, out], ["inspect", out], ["convert", out, out, "--force"]):
@@ -76,7 +76,7 @@ def test_file_names_are_shown(tmp_path: Path, name: str) -> None:
     assert_shown(str(completed.exception))
 
 
-def test_a_picture_takes_any_name(tmp_path: Path) -> None:
+def test_a_plot_accepts_any_name(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     steer = steer_of(tmp_path / "in", ALL)
     for name in names():
@@ -88,11 +88,11 @@ def test_a_picture_takes_any_name(tmp_path: Path) -> None:
 def foreign_names(folder: Path) -> Mapping[str, Any]:
     """The fixture's folder with untrusted text in every name."""
     name = ALL.replace("/", "-")[:120]
-    words, prompts = folder / f"w{name}.yaml", folder / f"p{name}.txt"
-    (folder / "words.yaml").rename(words)
+    lexicon_path, prompts = folder / f"w{name}.yaml", folder / f"p{name}.txt"
+    (folder / "words.yaml").rename(lexicon_path)
     (folder / "prompts.txt").rename(prompts)
     (folder / "v").rename(folder / f"v{name}")
-    return {"words": words, "prompts": prompts, "steer": folder / f"v{name}", "name": name}
+    return {"words": lexicon_path, "prompts": prompts, "steer": folder / f"v{name}", "name": name}
 
 
 @pytest.mark.parametrize("shown_as", ["tables", "json"])
@@ -127,7 +127,7 @@ def test_sweep_shows_foreign_names(folder: Path, fake_engine: FakeEngine) -> Non
     [{}, {"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}],
     ids=["utf-8", "ascii", "C"],
 )
-def test_a_real_terminal_shows_it_whatever_its_encoding(
+def test_a_real_terminal_shows_escaped_text_in_any_encoding(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     name = "o\x1b[38;5;199m\x9b中[red]é".encode() + b"\xff\x9b"

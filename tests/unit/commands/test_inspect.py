@@ -123,7 +123,7 @@ def test_json_with_a_model_has_both_ends_of_the_leading_directions() -> None:
     assert data["tokens_left_out"] is None
 
 
-def test_tokens_that_cannot_be_had_are_left_out_with_the_reason(tmp_path: Path) -> None:
+def test_unavailable_tokens_are_left_out_with_the_reason(tmp_path: Path) -> None:
     path = saved(probed(), tmp_path)
     assert "its directions are" in inspect(path, "--model", "no-such-model")
     data = json.loads(inspect(path, "--model", "no-such-model", "--json"))
@@ -182,7 +182,7 @@ def test_a_plot_without_matplotlib_is_refused(
         write_plot(describe(add()), tmp_path / "a.png")
 
 
-def test_the_command_answers_1_and_one_line(tmp_path: Path) -> None:
+def test_the_command_returns_1_and_prints_one_line(tmp_path: Path) -> None:
     line = [sys.executable, "-c", "from vllm_steer.cli import main; main()", "inspect"]
     completed = subprocess.run(
         [*line, str(tmp_path / "none")], capture_output=True, text=True, timeout=120

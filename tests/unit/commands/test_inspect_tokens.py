@@ -20,10 +20,10 @@ WORDS = ("bad", "good", "so", "great")
 EMBEDDING = torch.tensor([[-2.0, 0.0], [1.0, 1.0], [0.0, 3.0], [2.0, -1.0], [9.0, 9.0]])
 
 
-def tokenizer(words: tuple[str, ...] = WORDS) -> Any:
+def tokenizer(vocabulary: tuple[str, ...] = WORDS) -> Any:
     # In no order, as a hash map's.
-    table = {word: words.index(word) for word in sorted(words)}
-    return SimpleNamespace(get_vocab=lambda: table, decode=lambda ids: words[ids[0]])
+    table = {word: vocabulary.index(word) for word in sorted(vocabulary)}
+    return SimpleNamespace(get_vocab=lambda: table, decode=lambda ids: vocabulary[ids[0]])
 
 
 def texts(tokens: Any) -> list[str]:
@@ -52,7 +52,7 @@ def test_fixed_columns_are_left_out() -> None:
     assert [near.label for near in nearest_tokens(steer, EMBEDDING, tokenizer())] == ["column 1"]
 
 
-def test_an_offset_is_read_off_itself() -> None:
+def test_an_offset_is_its_own_token_scores() -> None:
     steer = LMSteer(
         variant="offset",
         epsilon=0.1,
@@ -99,7 +99,7 @@ def test_leading_rows_of_a_delta_are_those_of_the_highest_norms() -> None:
     assert [near.label for near in nearest] == ["layer 4, step 1", "layer 7, step 0"]
 
 
-def test_a_part_of_a_letter_is_shown_as_the_vocabulary_has_it() -> None:
+def test_a_partial_character_is_shown_as_in_the_vocabulary() -> None:
     broken = tokenizer(("bad", "Ã", "\u0120", "great"))
     broken.decode = lambda ids: {0: "bad", 1: "\ufffd", 2: " ", 3: "great"}[ids[0]]
     (near,) = nearest_tokens(add([0.0, 1.0]), EMBEDDING, broken)
@@ -183,10 +183,10 @@ def test_the_embedding_is_read_from_its_shard(tmp_path: Path, no_model_is_loaded
     whole = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     head = {"lm_head.weight": whole.pop("lm_head.weight")}
-    places = {name: "model-00001-of-00002.safetensors" for name in whole}
-    places |= {name: "model-00002-of-00002.safetensors" for name in head}
+    weight_map = {name: "model-00001-of-00002.safetensors" for name in whole}
+    weight_map |= {name: "model-00002-of-00002.safetensors" for name in head}
     save_file(head, tmp_path / "model-00002-of-00002.safetensors")
-    index = {"metadata": {}, "weight_map": places}
+    index = {"metadata": {}, "weight_map": weight_map}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     no_model_is_loaded()  # nor is the other shard there
     assert torch.equal(read_output_embedding(str(tmp_path)), expected)
@@ -216,6 +216,6 @@ def test_a_checkpoint_that_is_no_safetensors_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(read_output_embedding(str(tmp_path)), expected)
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"model .*nowhere: cannot be loaded"):
         read_output_embedding(str(tmp_path / "nowhere"))

@@ -62,15 +62,17 @@ def test_a_plot_never_replaces_the_steer(
     assert steer.read_bytes() == before
 
 
-@pytest.mark.parametrize("what", ["prompts", "lexicon"])
-def test_a_sweeps_plot_never_replaces_what_it_reads(tmp_path: Path, steer: Path, what: str) -> None:
+@pytest.mark.parametrize("target", ["prompts", "lexicon"])
+def test_a_sweeps_plot_never_replaces_what_it_reads(
+    tmp_path: Path, steer: Path, target: str
+) -> None:
     for name in ("prompts", "lexicon"):
         (tmp_path / name).write_bytes(PRECIOUS)
     line = ["sweep", "m", steer, "--prompts", tmp_path / "prompts", "--judge"]
-    line += [f"lexicon:{tmp_path / 'lexicon'}", "--plot", tmp_path / what, "--force"]
+    line += [f"lexicon:{tmp_path / 'lexicon'}", "--plot", tmp_path / target, "--force"]
     with pytest.raises(SteerError, match="which is read; choose another name"):
         call(*line)
-    assert (tmp_path / what).read_bytes() == PRECIOUS
+    assert (tmp_path / target).read_bytes() == PRECIOUS
 
 
 def test_a_sweeps_plot_replaces_a_file_only_when_forced(tmp_path: Path, steer: Path) -> None:
@@ -149,7 +151,7 @@ def test_standard_output_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("command", ["lm-steer", "concept", "vector", "delta"])
-def test_a_name_that_no_steer_file_holds_is_refused_before_the_work(
+def test_a_name_that_no_steer_file_can_store_is_refused_before_the_fit(
     tmp_path: Path, command: str
 ) -> None:
     options = ["--wanted", "a", "--other", "b"] if command == "delta" else ["--data", "a"]

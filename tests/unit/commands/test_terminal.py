@@ -44,7 +44,7 @@ def terminal(stream: Stream, width: int = 80) -> Console:
 
 @hostile
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_a_text_is_shown_wherever_rich_takes_one(text: str, encoding: str) -> None:
+def test_a_text_is_shown_wherever_rich_accepts_one(text: str, encoding: str) -> None:
     stream = Stream(encoding)
     console = terminal(stream)
     table = Table(title=text, caption=text)
@@ -60,7 +60,7 @@ def test_a_text_is_shown_wherever_rich_takes_one(text: str, encoding: str) -> No
 
 
 @hostile
-def test_what_is_shown_is_the_text_itself(text: str) -> None:
+def test_shown_text_equals_the_original(text: str) -> None:
     stream = Stream()
     terminal(stream, width=2000).print(text)
     expected = text.encode("unicode_escape").decode()
@@ -136,7 +136,7 @@ def test_transfer_shows_the_outputs_name(text: str) -> None:
 
 
 @hostile
-def test_doctor_shows_what_was_found(text: str) -> None:
+def test_doctor_shows_its_findings(text: str) -> None:
     stream = Stream()
     findings: list[Any] = [Finding(text, text, "FAILED", text), Finding("memory", text, "ok", text)]
     terminal(stream).print(doctor_table(text, findings))
@@ -178,7 +178,7 @@ def test_the_tables_of_a_report_are_shown(text: str) -> None:
 
 @hostile
 def test_a_report_in_markdown_is_printable(text: str) -> None:
-    written = markdown(eval_report(text))
-    assert_shown(written)
-    assert len(written) < 20_000
-    written.encode()
+    text_written = markdown(eval_report(text))
+    assert_shown(text_written)
+    assert len(text_written) < 20_000
+    text_written.encode()

@@ -84,7 +84,7 @@ def test_an_added_column_changes_shared_logits_as_in_the_source() -> None:
     assert moved.add.shape == (2, TO)
 
 
-def test_an_offset_goes_by_token_and_the_mean_where_there_is_none() -> None:
+def test_an_offset_is_mapped_by_token_with_the_mean_for_missing_tokens() -> None:
     steer = LMSteer(
         variant="offset",
         epsilon=0.3,
@@ -106,7 +106,7 @@ def test_least_squares_solves_the_normal_equations() -> None:
 
 
 @pytest.mark.parametrize("to", [7, 3], ids=["wider", "narrower"])
-def test_orthogonal_finds_a_rotation_behind_shift_and_scale(to: int) -> None:
+def test_orthogonal_finds_a_rotation_despite_shift_and_scale(to: int) -> None:
     if to > FROM:
         rotation = torch.linalg.qr(normal(to, FROM, seed=6)).Q
         source = normal(SHARED, FROM, seed=5)
@@ -261,9 +261,9 @@ def test_vocabularies_without_a_common_token_are_refused() -> None:
 
 def test_too_few_common_tokens_are_refused() -> None:
     source, target = models()
-    few = target[0], tokenizer(words(6))
+    few_tokens = target[0], tokenizer(words(6))
     with pytest.raises(SteerError, match="share 6 tokens; fitting the map needs at least 7"):
-        transfer_steer(multiply(), source, few)
+        transfer_steer(multiply(), source, few_tokens)
 
 
 def test_an_unknown_solver_is_refused() -> None:

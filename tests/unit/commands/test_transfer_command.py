@@ -59,10 +59,10 @@ def test_the_effect_is_measured_in_both_models(tmp_path: Path, labelled: Path) -
 
 
 def test_the_recipe_of_the_steer_itself_is_kept(tmp_path: Path) -> None:
-    made = {"method": "by hand", "settings": {"rank": 32}}
-    save_steer(replace(load_steer(SENTIMENT), recipe=made), tmp_path / "mine")
+    recipe = {"method": "by hand", "settings": {"rank": 32}}
+    save_steer(replace(load_steer(SENTIMENT), recipe=recipe), tmp_path / "mine")
     transfer(tmp_path / "out", steer=tmp_path / "mine")
-    assert load_steer(tmp_path / "out").recipe["source"] == made
+    assert load_steer(tmp_path / "out").recipe["source"] == recipe
 
 
 def test_matched_strength_is_written_into_epsilon(tmp_path: Path, labelled: Path) -> None:
@@ -86,7 +86,7 @@ def test_an_existing_output_is_only_replaced_when_forced(tmp_path: Path) -> None
     assert load_steer(output).hidden_size == 160
 
 
-def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_an_invalid_output_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"there is no folder .*nowhere; make it first"):
         transfer(tmp_path / "nowhere" / "out", steer=tmp_path / "not-looked-at")
     with pytest.raises(SteerError, match="is not a regular file and cannot be replaced"):

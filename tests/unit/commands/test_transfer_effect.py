@@ -76,12 +76,12 @@ def test_effect_is_the_evidence_for_the_texts_own_labels(model: LanguageModel) -
 
 
 def test_every_labelled_text_is_counted(model: LanguageModel) -> None:
-    seen: list[int] = []
-    measure_effect(model, add_steer(model), TEXTS, on_text=seen.append)
-    assert seen == [1, 2, 3]
+    counts: list[int] = []
+    measure_effect(model, add_steer(model), TEXTS, on_text=counts.append)
+    assert counts == [1, 2, 3]
 
 
-def test_matched_epsilon_gives_the_wanted_effect(model: LanguageModel) -> None:
+def test_matched_epsilon_gives_the_requested_effect(model: LanguageModel) -> None:
     expected = measure_effect(model, add_steer(model, epsilon=0.5), TEXTS)
     steer, effect = match_strength(model, add_steer(model, epsilon=0.02), TEXTS, expected)
     assert effect.evidence_per_text == pytest.approx(expected.evidence_per_text, rel=0.02)
@@ -98,7 +98,7 @@ def test_a_steer_against_the_labels_cannot_be_matched(model: LanguageModel, side
         match_strength(model, value[1], TEXTS, measure_effect(model, value[0], TEXTS))
 
 
-def test_an_effect_that_cannot_be_reached_is_refused(
+def test_an_unreachable_effect_is_refused(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = Effect(
@@ -110,6 +110,6 @@ def test_an_effect_that_cannot_be_reached_is_refused(
         match_strength(model, add_steer(model), TEXTS, expected)
 
 
-def test_texts_of_no_side_are_refused(model: LanguageModel) -> None:
+def test_texts_without_a_label_are_refused(model: LanguageModel) -> None:
     with pytest.raises(SteerError, match="every label is 0; expected labels above and below 0"):
         measure_effect(model, add_steer(model), [LabelledText("Nothing.", 0.0)])

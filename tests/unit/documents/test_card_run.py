@@ -1,4 +1,4 @@
-"""The run on a card, phase by phase: limits, what is left out, what the summary says."""
+"""The run on a GPU by phases: limits, omitted phases, summary."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def serve(
     groups: list[list[Any]],
     *options: str,
 ) -> tuple[int, dict[str, Any]]:
-    """Run these phases; the exit code, and the phases of the summary by name."""
+    """Run these phases; returns the exit code and the phases of the summary by name."""
     out = pack.parent / "out"
     monkeypatch.setattr(run, "phases", lambda dry: groups)
     monkeypatch.setattr(run, "GRACE_S", 1)
@@ -33,7 +33,7 @@ def serve(
     code = run.main()
     summary = json.loads((out / "summary.json").read_text())
     assert summary["pack"] == {"git": {"commit": "abc"}}
-    return code, {each["phase"]: each for each in summary["phases"]}
+    return code, {phase["phase"]: phase for phase in summary["phases"]}
 
 
 def phase(name: str, code: str, limit_s: float = 20, **fields: Any) -> Any:
@@ -43,23 +43,25 @@ def phase(name: str, code: str, limit_s: float = 20, **fields: Any) -> Any:
 def test_a_failure_stops_no_other_phase(
     pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    good = 'import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(\'{"summary": "right"}\')'
-    table = good.replace('"summary": "right"', '"rows": [1, 2], "left_out": [3]')
+    passing_code = (
+        'import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(\'{"summary": "right"}\')'
+    )
+    table = passing_code.replace('"summary": "right"', '"rows": [1, 2], "left_out": [3]')
     bad = "print('first'); raise SystemExit('the last line')"
-    groups = [[phase("bad", bad)], [phase("good", good), phase("table", table)]]
-    code, found = serve(pack, monkeypatch, groups)
+    groups = [[phase("bad", bad)], [phase("good", passing_code), phase("table", table)]]
+    code, states = serve(pack, monkeypatch, groups)
     assert code == 1
-    assert (found["bad"]["state"], found["bad"]["said"]) == ("exit 1", "the last line")
-    assert (found["good"]["state"], found["good"]["said"]) == ("ok", "right")
-    assert found["table"]["said"] == "2 lines, 1 left out"
-    said = capsys.readouterr().out
-    assert said.index("SUMMARY") < said.rindex("bad") < said.rindex("good")
+    assert (states["bad"]["state"], states["bad"]["said"]) == ("exit 1", "the last line")
+    assert (states["good"]["state"], states["good"]["said"]) == ("ok", "right")
+    assert states["table"]["said"] == "2 lines, 1 left out"
+    output = capsys.readouterr().out
+    assert output.index("SUMMARY") < output.rindex("bad") < output.rindex("good")
 
 
-def test_a_phase_that_hangs_is_ended_with_what_it_has_started(
+def test_a_hanging_phase_is_ended_with_its_child_processes(
     pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that does not listen to the first request."""
+    """Also a phase that ignores SIGTERM."""
     child = "import time; time.sleep(60)"
     hangs = (
         "import pathlib, signal, subprocess, sys, time;"
@@ -69,25 +71,25 @@ def test_a_phase_that_hangs_is_ended_with_what_it_has_started(
     )
     begun = time.monotonic()
     groups = [[phase("hangs", hangs, limit_s=8, least_s=0)], [phase("next", "")]]
-    code, found = serve(pack, monkeypatch, groups)
+    code, states = serve(pack, monkeypatch, groups)
     assert code == 1 and time.monotonic() - begun < 40
-    assert found["hangs"]["state"] == "stopped at its limit of 8 s"
-    assert found["next"]["state"] == "ok"
-    pid = int(found["hangs"]["said"].split()[-1])
+    assert states["hangs"]["state"] == "stopped at its limit of 8 s"
+    assert states["next"]["state"] == "ok"
+    pid = int(states["hangs"]["said"].split()[-1])
     state = Path(f"/proc/{pid}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_without_time_a_phase_is_left_out_and_said_to_be(
+def test_a_phase_without_time_is_reported_as_left_out(
     pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = [
         [phase("long", "", limit_s=100, least_s=50)],
         [phase("short", "", least_s=1)],
     ]
-    code, found = serve(pack, monkeypatch, groups, "--seconds", "30")
+    code, states = serve(pack, monkeypatch, groups, "--seconds", "30")
     assert code == 1
-    assert [found[name]["state"] for name in ("long", "short")] == ["left out", "ok"]
+    assert [states[name]["state"] for name in ("long", "short")] == ["left out", "ok"]
 
 
 def test_phases_by_name_and_caches_of_their_own(
@@ -99,19 +101,19 @@ def test_phases_by_name_and_caches_of_their_own(
         "pathlib.Path(sys.argv[1]).write_text(json.dumps({'summary': said}))"
     )
     groups = [[phase("a", shows), phase("b", "raise SystemExit(1)")]]
-    code, found = serve(pack, monkeypatch, groups, "--only", "a")
-    assert code == 0 and found.keys() == {"a"}
-    cache, path = found["a"]["said"].split()
+    code, states = serve(pack, monkeypatch, groups, "--only", "a")
+    assert code == 0 and states.keys() == {"a"}
+    cache, path = states["a"]["said"].split()
     assert cache.endswith("caches/a") and str(pack.parent) not in cache
     assert path.split(os.pathsep)[0] == str(pack / "site")
 
 
 def test_the_limits_of_a_run_on_a_card_fit_the_time_that_it_has() -> None:
-    """Were every phase to need its limit, all but the last two groups would still be begun."""
+    """If every phase needs its limit, all groups except the last two still start."""
     groups = phases.phases(dry=False)
-    names = [each.name for group in groups for each in group]
+    names = [phase.name for group in groups for phase in group]
     assert len(set(names)) == len(names)
-    dry = {each.name for group in phases.phases(dry=True) for each in group}
+    dry = {phase.name for group in phases.phases(dry=True) for phase in group}
     assert dry == set(names)
-    first = sum(max(each.limit_s for each in group) for group in groups[:-1])
+    first = sum(max(phase.limit_s for phase in group) for group in groups[:-1])
     assert first + groups[-1][0].least_s <= 570

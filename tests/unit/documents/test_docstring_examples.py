@@ -1,4 +1,4 @@
-"""Examples in docstrings run, and give what they say."""
+"""Examples in docstrings run and give the documented result."""
 
 import doctest
 from importlib import import_module
@@ -19,7 +19,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("module", EXAMPLES)
-def test_the_examples_of_a_module_give_what_they_say(module: str) -> None:
+def test_the_docstring_examples_of_a_module_hold(module: str) -> None:
     failed, attempted = doctest.testmod(import_module(module), raise_on_error=False)
     assert failed == 0
     assert attempted >= EXAMPLES[module]

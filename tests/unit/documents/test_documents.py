@@ -1,4 +1,4 @@
-"""What the documents say in tables is what the code and the result files say."""
+"""Tables in the documents agree with the code and the result files."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_every_family_has_its_row_in_the_guidance_document() -> None:
     text = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
     cells = r"^\| (\w+(?:CausalLM|LMHeadModel)) \| (.+) \| `(\w+)` \| `(\w+)` \| (pair|stream) \|$"
     rows = re.findall(cells, text, re.M)
-    wanted = [
+    expected = [
         (
             name,
             f"`{family.input_norm}`" if family.input_norm else "none: no site `attn_in`",
@@ -26,7 +26,7 @@ def test_every_family_has_its_row_in_the_guidance_document() -> None:
         )
         for name, family in sorted(FAMILIES.items())
     ]
-    assert rows == wanted
+    assert rows == expected
     assert not set(FAMILIES) & set(UNSUPPORTED)
 
 

@@ -47,11 +47,11 @@ def test_an_example_in_python_is_python(text: str) -> None:
 
 @pytest.mark.parametrize("page", ["serve", "ask", "dynamic", "guidance", "recipes", "README"])
 def test_the_pages_that_have_examples_are_read(page: str) -> None:
-    shown = [e.id for kind in ("yaml", "json", "python") for e in examples(kind)]
-    assert any(str(name).startswith(f"{page}-") for name in shown)
+    ids = [e.id for kind in ("yaml", "json", "python") for e in examples(kind)]
+    assert any(str(name).startswith(f"{page}-") for name in ids)
 
 
-def test_the_readme_has_no_link_that_dies_on_the_index() -> None:
+def test_the_readme_has_no_link_that_breaks_on_the_package_index() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not RELATIVE_LINK.search(text)
     for name in re.findall(r"`((?:docs/)?[\w-]+\.md)`", text):

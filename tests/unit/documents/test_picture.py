@@ -1,4 +1,4 @@
-"""Pictures are written atomically and show texts literally, whatever the user's settings."""
+"""Plots are written atomically and show texts literally, for all user settings."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ TEXTS = [*HOSTILE.values(), SURROGATE, *FORMULAS]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_a_text_is_drawn_as_it_is(tmp_path: Path, text: str) -> None:
+def test_a_text_is_drawn_unchanged(tmp_path: Path, text: str) -> None:
     output = label(text)
     assert not matplotlib.cbook.is_math_text(output)
     assert output.replace(r"\$", "$").strip() == printable(text, 100).strip()
@@ -30,7 +30,7 @@ def test_a_text_is_drawn_as_it_is(tmp_path: Path, text: str) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tex_of_the_users_settings_is_not_used(tmp_path: Path) -> None:
+def test_tex_from_the_users_settings_is_not_used(tmp_path: Path) -> None:
     with matplotlib.rc_context({"text.usetex": True}):
         with picture(tmp_path / "a.png", dpi=50) as figure:
             figure.text(0, 0, label("%&#_^{}"))
@@ -38,7 +38,7 @@ def test_tex_of_the_users_settings_is_not_used(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").exists()
 
 
-def test_a_picture_that_fails_is_not_there(tmp_path: Path) -> None:
+def test_a_failed_plot_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), picture(tmp_path / "a.png", dpi=50):
         raise ZeroDivisionError
     nowhere = picture(tmp_path / "no" / "a.png", dpi=50)

@@ -33,7 +33,7 @@ def test_each_exported_class_and_function_has_a_docstring(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_package_says_what_is_stable(package: str) -> None:
+def test_the_package_documents_its_stable_names(package: str) -> None:
     docstring = import_module(f"vllm_steer.{package}").__doc__ or ""
     assert "``__all__`` follow the version number" in " ".join(docstring.split())
     assert "vllm-steer " in docstring

@@ -18,7 +18,7 @@ def printed(table: Table) -> list[list[str]]:
     return [line.split("│")[1:-1] if "│" in line else [line] for line in lines]
 
 
-def test_numbers_stand_on_the_right_in_the_form_of_their_column() -> None:
+def test_numbers_are_right_aligned_in_the_format_of_their_column() -> None:
     title, _, *rows, _ = printed(Table("a [b]", COLUMNS, ROWS))
     assert title[0].rstrip() == "a [b]"
     assert rows == [
@@ -43,11 +43,11 @@ def test_markdown_has_the_same_cells() -> None:
     ]
 
 
-def test_lines_stand_after_the_rows_that_are_named() -> None:
+def test_lines_follow_the_named_rows() -> None:
     assert len(printed(Table("", COLUMNS, ROWS, lines=(0,)))) == len(ROWS) + 4 + 1
 
 
-def test_facts_are_those_that_there_are_and_have_no_headings() -> None:
+def test_a_table_of_facts_shows_existing_facts_without_headings() -> None:
     values = {"base_model": "m", "description": "", "rank": None, "layers": [], "columns": 0}
     assert printed(facts("", values))[1:-1] == [[" base model ", " m "], [" columns    ", " 0 "]]
 
@@ -60,13 +60,13 @@ def test_a_narrow_terminal_shows_figures_in_a_line_and_the_long_text_below() -> 
         [("first", 0.5, long), ("second [2]", 1.0, "short")],
         text_column=2,
     )
-    shown = {}
+    outputs = {}
     for width in (80, 120):
         console = Console(width=width, file=io.StringIO(), record=True)
         console.print(table)
-        shown[width] = console.export_text()
-    lines = [line.rstrip() for line in shown[80].splitlines()]
+        outputs[width] = console.export_text()
+    lines = [line.rstrip() for line in outputs[80].splitlines()]
     assert lines[:4] == ["Title", "first", "  share 50%", "  " + " ".join(["word"] * 15)]
     assert lines[-3:] == ["second [2]", "  share 100%", "  short"]
-    assert "[b]end[/b]" in shown[80] and all(len(line) <= 80 for line in lines)
-    assert "│" in shown[120] and "│" not in shown[80]
+    assert "[b]end[/b]" in outputs[80] and all(len(line) <= 80 for line in lines)
+    assert "│" in outputs[120] and "│" not in outputs[80]

@@ -66,7 +66,7 @@ def test_a_value_is_shown_as_python_writes_it_or_named(value: Any, text: str) ->
 
 
 @pytest.mark.parametrize("value", [shared(tuple), shared(list), endless(tuple), "x" * 10**7])
-def test_endless_values_are_shown_at_once(value: Any) -> None:
+def test_infinite_values_are_shown_at_once(value: Any) -> None:
     begun = time.process_time()
     assert len(shown(value)) <= 100
     assert time.process_time() - begun < 0.1
@@ -88,12 +88,12 @@ def test_what_is_printable_was_not_changed(text: str) -> None:
 
 
 @pytest.mark.parametrize("hidden", ["\u3164", "\u115f", "\u2800", "\u034f", "\ufe0f", "\U000e0101"])
-def test_letters_that_nobody_sees_are_escaped(hidden: str) -> None:
+def test_invisible_characters_are_escaped(hidden: str) -> None:
     assert printable(f"a{hidden}b") == f"a{hidden.encode('unicode_escape').decode()}b"
     assert shown(f"a{hidden}b") == repr(printable(f"a{hidden}b")).replace("\\\\", "\\")
 
 
-def test_names_are_listed_as_far_as_they_fit() -> None:
+def test_a_list_of_names_is_cut_to_fit() -> None:
     assert listed(["a", 3, None]) == "a, 3, None"
     assert listed([]) == "none"
     assert listed([], none="nothing") == "nothing"
@@ -109,15 +109,17 @@ def test_an_errors_message_is_one_printable_line_of_bounded_length() -> None:
     assert str(error).isprintable()
 
 
-def test_a_long_message_keeps_what_to_do() -> None:
-    said = str(SteerError("x" * 5000 + "\n: no such file; give another"))
-    assert len(said) == LONGEST_MESSAGE
-    assert said.startswith("xxx")
-    assert said.endswith("\\n: no such file; give another")
+def test_a_long_message_keeps_its_advice() -> None:
+    message = str(SteerError("x" * 5000 + "\n: no such file; give another"))
+    assert len(message) == LONGEST_MESSAGE
+    assert message.startswith("xxx")
+    assert message.endswith("\\n: no such file; give another")
 
 
 @pytest.mark.parametrize("attributes", [{"shape": (2,), "dtype": "x" * 9000}, {"dtype": 1}])
-def test_what_only_looks_like_a_tensor_is_named_by_its_type(attributes: dict[str, Any]) -> None:
+def test_an_object_that_only_resembles_a_tensor_is_named_by_its_type(
+    attributes: dict[str, Any],
+) -> None:
     assert shown(SimpleNamespace(**attributes)) == "a SimpleNamespace"
     assert shown(torch.nn.Parameter(torch.ones(2, 3))) == "a tensor [2, 3] in torch.float32"
     assert shown(np.ones((2, 3))) == "a tensor [2, 3] in float64"

@@ -1,4 +1,4 @@
-"""What comes of testing with a vLLM: counted from pytest's report, shown in the documents."""
+"""Results of tests with a vLLM version: counted from pytest's report, shown in the documents."""
 
 import importlib
 import zipfile
@@ -65,7 +65,7 @@ def run_of(**changed: Any) -> dict[str, Any]:
     } | changed
 
 
-def test_the_table_has_a_row_per_version_and_names_what_did_not_pass() -> None:
+def test_the_table_has_a_row_per_version_and_names_failures() -> None:
     broken = run_of(
         failed=1, skipped=1, failures=["t::b"], skips={"no card": ["t::a"]}, exit_code=124
     )
@@ -113,7 +113,7 @@ def test_a_wheels_own_requirements_are_read_without_its_extras(
 
 
 @pytest.mark.parametrize(
-    ("found_at", "wanted"),
+    ("found_at", "expected"),
     [
         (1, ("torch==2.11.0+cpu", [])),
         (2, ("torch==2.11.0+cpu", ["--extra-index-url", "INDEX"])),
@@ -121,22 +121,22 @@ def test_a_wheels_own_requirements_are_read_without_its_extras(
     ],
     ids=["configured", "index", "nowhere"],
 )
-def test_a_torch_for_cpus_is_looked_for_before_one_for_cuda_is_taken(
+def test_torch_for_cpus_is_preferred_to_torch_for_cuda(
     environment: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     found_at: int,
-    wanted: tuple[str, list[str]],
+    expected: tuple[str, list[str]],
 ) -> None:
-    asked: list[Any] = []
+    commands: list[Any] = []
 
     def finds(*arguments: Any) -> bool:
-        asked.append(arguments)
-        return len(asked) == found_at
+        commands.append(arguments)
+        return len(commands) == found_at
 
     monkeypatch.setattr(environment, "finds", finds)
     monkeypatch.setattr(environment, "CPU_TORCH_INDEX", "INDEX")
-    assert environment.torch_for(["pip"], "torch==2.11.0+cpu") == wanted
-    assert len(asked) == min(found_at, 2)
+    assert environment.torch_for(["pip"], "torch==2.11.0+cpu") == expected
+    assert len(commands) == min(found_at, 2)
 
 
 def test_the_stand_in_for_vllm_has_the_versions_name(

@@ -1,4 +1,4 @@
-"""Dynamic requests of a worker: who plays which role, and what their numbers take of the pool."""
+"""Dynamic requests of a worker: the role of each request, and their strengths in the pool."""
 
 from itertools import permutations
 from types import SimpleNamespace
@@ -27,8 +27,8 @@ def params(steer: Any, max_tokens: int = 6, stream: StreamRequest | None = None)
     return SimpleNamespace(extra_args=extra, max_tokens=max_tokens)
 
 
-def comes(part: DynamicState, req_id: str, steer: Any = INSIDE, max_tokens: int = 6) -> Any:
-    """A request, or by the end of its id a stream."""
+def add_request(part: DynamicState, req_id: str, steer: Any = INSIDE, max_tokens: int = 6) -> Any:
+    """Add a request, or a stream if its id ends like one."""
     main, _, role = req_id.partition("-")
     stream = None
     if role:
@@ -42,15 +42,15 @@ def part() -> DynamicState:
 
 
 @pytest.mark.parametrize("order", [*permutations(["a", "a-base", "a-0", "a-1"])], ids="+".join)
-def test_main_and_streams_come_and_go_in_any_order(
+def test_main_request_and_streams_arrive_and_end_in_any_order(
     part: DynamicState, order: tuple[str, ...]
 ) -> None:
-    found = {req_id: comes(part, req_id) for req_id in order}
-    assert found["a-base"] is None
-    assert [d.dynamic for d in found["a-0"].doses + found["a-1"].doses] == [None, None]
-    assert [d.strength for d in found["a-0"].doses + found["a-1"].doses] == [2.0, 1.5]
-    assert set(found["a"].pool_offsets) == {0, 1}
-    assert found["a-0"].pool_offsets == found["a-1"].pool_offsets == {}
+    states = {req_id: add_request(part, req_id) for req_id in order}
+    assert states["a-base"] is None
+    assert [d.dynamic for d in states["a-0"].doses + states["a-1"].doses] == [None, None]
+    assert [d.strength for d in states["a-0"].doses + states["a-1"].doses] == [2.0, 1.5]
+    assert set(states["a"].pool_offsets) == {0, 1}
+    assert states["a-0"].pool_offsets == states["a-1"].pool_offsets == {}
     assert part.pool.num_taken == 6 + 3
     roles = {req_id: part.requests.role(req_id) for req_id in order}
     assert roles["a"] is None
@@ -63,20 +63,20 @@ def test_main_and_streams_come_and_go_in_any_order(
 
 
 @pytest.mark.parametrize(
-    ("steer", "max_tokens", "taken"),
+    ("steer", "max_tokens", "num_strengths"),
     [("push:dynamic", 5, 5), ("walk:dynamic", 9, 3), ("walk:dynamic", 2, 2),
      ("word:dynamic", 7, 7), ("push:3", 7, 0), ("walk:dynamic,push:3", 1, 1)],
     ids=str,
 )  # fmt: skip
-def test_a_dose_takes_a_number_per_step_it_can_act_in(
-    part: DynamicState, steer: str, max_tokens: int, taken: int
+def test_a_dose_takes_one_strength_per_step_that_it_can_act_in(
+    part: DynamicState, steer: str, max_tokens: int, num_strengths: int
 ) -> None:
-    comes(part, "a", steer, max_tokens)
-    assert part.pool.num_taken == taken
+    add_request(part, "a", steer, max_tokens)
+    assert part.pool.num_taken == num_strengths
 
 
 def test_a_delta_is_active_up_to_its_last_step(part: DynamicState) -> None:
-    comes(part, "a")
+    add_request(part, "a")
     request = part.requests.get("a")
     assert request is not None
     assert [request.active(step) for step in range(6)] == [[0, 1]] * 3 + [[0]] * 3
@@ -84,25 +84,25 @@ def test_a_delta_is_active_up_to_its_last_step(part: DynamicState) -> None:
 
 def test_a_request_that_is_sent_again_keeps_its_numbers(part: DynamicState) -> None:
     """As after a preemption in vLLM's second runner."""
-    tables = comes(part, "a").pool_offsets
+    tables = add_request(part, "a").pool_offsets
     first = part.requests.get("a")
     part.pool.values[tables[0]] = 1.25
-    assert comes(part, "a").pool_offsets == tables
+    assert add_request(part, "a").pool_offsets == tables
     assert part.requests.get("a") is first
     assert part.pool.values[tables[0]] == 1.25
     assert part.pool.num_taken == 9
 
 
-def test_an_id_used_again_begins_anew(part: DynamicState) -> None:
+def test_a_reused_id_starts_with_new_state(part: DynamicState) -> None:
     for req_id in ("a-base", "a-0", "a-1", "a"):
-        comes(part, req_id)
+        add_request(part, req_id)
     old = part.requests.get("a")
     assert old is not None
     old.last_step = 5
     part.pool.values.fill_(9.0)
     for req_id in ("a", "a-base", "a-0", "a-1"):
         part.requests.remove(req_id)
-    comes(part, "a-base", "walk:dynamic")
+    add_request(part, "a-base", "walk:dynamic")
     new = part.requests.get("a")
     assert new is not None
     assert (new.last_step, new.stored_rows, list(new.starts)) == (-1, {}, [0])
@@ -112,7 +112,7 @@ def test_an_id_used_again_begins_anew(part: DynamicState) -> None:
 
 
 def test_a_request_at_the_head_is_its_own_base(part: DynamicState) -> None:
-    comes(part, "a", "word:dynamic")
+    add_request(part, "a", "word:dynamic")
     role = part.requests.role("a")
     assert role is not None
     assert (role[0], role[2]) == ("a", None)
@@ -120,13 +120,13 @@ def test_a_request_at_the_head_is_its_own_base(part: DynamicState) -> None:
     assert part.requests.role("a") is None
 
 
-def test_what_ends_unknown_is_nobodys(part: DynamicState) -> None:
+def test_an_unknown_finished_request_is_ignored(part: DynamicState) -> None:
     part.requests.remove("never seen")
     assert part.pool.num_taken == 0
 
 
 @pytest.mark.parametrize("order", [*permutations(["a", "a-base", "a-0", "a-1"])], ids="+".join)
-def test_a_batch_forgets_requests_and_streams_whatever_ends_first(order: tuple[str, ...]) -> None:
+def test_a_batch_drops_requests_and_streams_in_any_order(order: tuple[str, ...]) -> None:
     """One step after the other: a stream may end when no request is left."""
     batch = SteeredBatch(PLAN, torch.device("cpu"), reference)
     arrivals = []

@@ -1,5 +1,5 @@
-"""The head's product in steps that work strengths out: probes beside the batch, rows that come
-again, and all other rows as they are.
+"""The head's product in steps that compute strengths: probe rows, rows that are computed again, and
+unchanged rows.
 """
 
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ class Processor(nn.Module):
 
 
 class Model(nn.Module):
-    """A linear head; ``calls`` are the numbers of rows that it was given."""
+    """A linear head; ``calls`` are the numbers of rows of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,8 +141,8 @@ def strength(base: torch.Tensor, probe: torch.Tensor, maximum: float, top_p: flo
     return size if maximum > 0 else -size
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("steer", ["mul", "add", "off"])
@@ -161,19 +161,19 @@ def test_a_request_that_is_its_own_base_takes_the_strength_of_its_own_step(
     assert head.model.calls == [3 + 1, 1]
 
 
-def test_ordinary_rows_are_bit_for_bit_those_of_a_step_without_dynamics(head: Head) -> None:
+def test_ordinary_rows_equal_those_of_a_step_without_dynamic_requests(head: Head) -> None:
     x = hidden_of("x", "a", "y", "z")
     new = {"x": None, "y": "mul:2,off:1", "z": "add:-1"}
     logits, _ = head.step(x, {**new, "a": "add:dynamic:1.5,mul:dynamic:1"}, a=0)
     plain = Head(head.batch.head_rows.backend)
-    wanted, answer = plain.step(x, {**new, "a": None})
+    expected, answer = plain.step(x, {**new, "a": None})
     assert answer == {}
     for name in new:
-        torch.testing.assert_close(logits[name], wanted[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits[name], expected[name], rtol=0, atol=1e-6)
 
 
-def test_the_second_pass_is_a_pass_of_fixed_strengths(head: Head) -> None:
-    """Two dynamic doses and a fixed one; base and probes take none of the others."""
+def test_the_second_pass_uses_the_computed_strengths_as_fixed(head: Head) -> None:
+    """Two dynamic doses and a fixed one; base and probes have none of the other doses."""
     x = hidden_of("b", "x", "a")
     logits, answer = head.step(
         x,
@@ -181,22 +181,22 @@ def test_the_second_pass_is_a_pass_of_fixed_strengths(head: Head) -> None:
         a=0,
         b=0,
     )
-    wanted = {
+    expected = {
         name: strength(steered(x["a"]), steered(x["a"], **{name: top}), top)
         for name, top in (("mul", 1.5), ("off", 2.0))
     }
     doses = PLAN.doses("mul:dynamic:1.5,off:dynamic:2,add:3")
-    found = {doses[index].steer: value for index, value in answer["a"].items()}
-    assert found == pytest.approx(wanted, abs=1e-5)
-    close(logits["a"], steered(x["a"], add=3, **wanted))
-    own = strength(steered(x["b"]), steered(x["b"], off=-2), -2.0)
-    close(logits["b"], steered(x["b"], off=own))
+    actual = {doses[index].steer: value for index, value in answer["a"].items()}
+    assert actual == pytest.approx(expected, abs=1e-5)
+    close(logits["a"], steered(x["a"], add=3, **expected))
+    strength_of_b = strength(steered(x["b"]), steered(x["b"], off=-2), -2.0)
+    close(logits["b"], steered(x["b"], off=strength_of_b))
     close(logits["x"], steered(x["x"]))
     assert head.model.calls == [3 + 3, 2]
 
 
-def test_a_step_read_again_takes_the_strength_it_had(head: Head) -> None:
-    """As after a preemption: nothing is computed anew, whatever the hidden state."""
+def test_a_recomputed_step_keeps_its_strength(head: Head) -> None:
+    """As after a preemption: nothing is recomputed, for any hidden state."""
     first = hidden_of("a")
     _, answer = head.step(first, {"a": "add:dynamic:1.5"}, a=0)
     other = hidden_of("x", "a")
@@ -215,9 +215,9 @@ def test_main_base_and_probe_rows_of_a_request_with_streams(head: Head) -> None:
     )
     at_head = strength(steered(x["a_base"]), steered(x["a_base"], add=1.5), 1.5)
     inside = strength(steered(x["a_base"]), steered(x["a_0"]), 2.0)
-    named = {d.steer: i for i, d in enumerate(PLAN.doses(steer))}
-    assert answer["a"][named["push"]] == pytest.approx(inside, abs=1e-5)
-    assert answer["a"][named["add"]] == pytest.approx(at_head, abs=1e-5)
+    dose_indices = {d.steer: i for i, d in enumerate(PLAN.doses(steer))}
+    assert answer["a"][dose_indices["push"]] == pytest.approx(inside, abs=1e-5)
+    assert answer["a"][dose_indices["add"]] == pytest.approx(at_head, abs=1e-5)
     for name in ("a_base", "a_0"):
         close(logits[name], steered(x[name]))
     close(logits["x"], steered(x["x"], off=1))
@@ -243,7 +243,7 @@ def test_each_step_has_its_own_strength(head: Head) -> None:
     assert request.last_step == 5
 
 
-def test_a_rank_without_logits_says_so(head: Head) -> None:
+def test_a_rank_without_logits_raises_an_error(head: Head) -> None:
     head.model.processor._get_logits = lambda hidden_states: None  # type: ignore[assignment]
     model = Model()
     model.compute_logits = lambda hidden_states: None  # type: ignore[method-assign]
@@ -253,7 +253,7 @@ def test_a_rank_without_logits_says_so(head: Head) -> None:
         head.step(hidden_of("a"), {"a": "add:dynamic"}, a=0)
 
 
-def test_a_request_that_reads_a_part_of_its_prompt_is_not_worked_out(head: Head) -> None:
+def test_a_request_with_a_partial_prompt_gets_no_strength(head: Head) -> None:
     x = hidden_of("a", "x")
     logits, answer = head.step(x, {"a": "add:dynamic", "x": "add:1"})
     assert answer == {}
@@ -262,9 +262,7 @@ def test_a_request_that_reads_a_part_of_its_prompt_is_not_worked_out(head: Head)
 
 
 @pytest.mark.parametrize("max_rows", [3, 4, 5, 6])
-def test_more_probes_than_a_step_has_rows_come_in_several_products(
-    head: Head, max_rows: int
-) -> None:
+def test_probes_beyond_the_row_limit_take_several_products(head: Head, max_rows: int) -> None:
     """Strengths and logits are those of one product, and no product is wider than a step."""
     x = hidden_of("x", "a", "b")
     new = {
@@ -272,33 +270,33 @@ def test_more_probes_than_a_step_has_rows_come_in_several_products(
         "b": "off:dynamic:-2,mul:1",
         "x": None,
     }
-    wanted, strengths = head.step(x, new, a=0, b=0)
+    expected, strengths = head.step(x, new, a=0, b=0)
     assert head.model.calls == [3 + 4, 2]
     parts = Head(head.batch.head_rows.backend, max_rows)
-    logits, found = parts.step(x, new, a=0, b=0)
+    logits, actual = parts.step(x, new, a=0, b=0)
     assert sum(parts.model.calls) == 3 + 4 + 2
     assert max(parts.model.calls) <= max_rows and len(parts.model.calls) > 2
     for main, values in strengths.items():
-        assert found[main] == pytest.approx(values, abs=1e-6)
-    for name, row in wanted.items():
+        assert actual[main] == pytest.approx(values, abs=1e-6)
+    for name, row in expected.items():
         torch.testing.assert_close(logits[name], row, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("max_rows", [None, 2, 3, 5])
-def test_probes_of_a_later_product_are_kept_for_streams_that_come_in_another_step(
+def test_probes_of_a_later_product_are_kept_for_streams_of_another_step(
     head: Head, max_rows: int | None
 ) -> None:
     """Bases first, with their probes at the head in several products; the layers' probes after."""
-    each = Head(head.batch.head_rows.backend, max_rows)
+    one_head = Head(head.batch.head_rows.backend, max_rows)
     steer = "push:dynamic:2,add:dynamic:1.5,mul:dynamic:2"
     streams = ("a_base", "b_base", "a", "b", "a_0", "b_0")
     x, y = hidden_of("a_base", "b_base"), hidden_of("b_0", "x", "a_0")
-    _, nothing = each.step(x, dict.fromkeys(streams, steer), a_base=0, b_base=0)
+    _, nothing = one_head.step(x, dict.fromkeys(streams, steer), a_base=0, b_base=0)
     assert nothing == {}
-    _, found = each.step(y, {"x": "mul:2"}, a_0=0, b_0=0)
+    _, actual = one_head.step(y, {"x": "mul:2"}, a_0=0, b_0=0)
     for name in ("a", "b"):
         base = steered(x[f"{name}_base"])
-        assert found[name] == pytest.approx(
+        assert actual[name] == pytest.approx(
             {
                 0: strength(base, steered(y[f"{name}_0"]), 2.0),
                 1: strength(base, steered(x[f"{name}_base"], add=1.5), 1.5),
@@ -313,24 +311,24 @@ def test_prompt_tokens_are_steered_a_steps_rows_at_a_time(head: Head) -> None:
     parts = Head(head.batch.head_rows.backend, max_rows=4)
     tokens = np.array([5, 3, 6])
     hidden_states = torch.randn(14, WIDTH, generator=torch.Generator().manual_seed(0))
-    given = hidden_states.clone()
-    found = []
-    for each in (head, parts):
+    original = hidden_states.clone()
+    actual = []
+    for one_head in (head, parts):
         new = [
             (r, params(r, s), 9)
             for r, s in (("a", "mul:2,add:1,off:3"), ("b", None), ("c", "off:2"))
         ]
-        each.batch.begin_step(new, ())
-        each.batch.announce(
+        one_head.batch.begin_step(new, ())
+        one_head.batch.announce(
             Step(list("abc"), np.ones(3, dtype=np.int64), tokens, torch.arange(4), torch.arange(14))
         )
-        with each.batch.head_rows.over_tokens(hidden_states):
-            found.append(each.model.compute_logits(hidden_states[1:]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
-    assert torch.equal(hidden_states, given)
-    close(found[1][0], steered(given[1], mul=2, add=1, off=3))
-    close(found[1][4], steered(given[5]))
-    close(found[1][12], steered(given[13], off=2))
+        with one_head.batch.head_rows.over_tokens(hidden_states):
+            actual.append(one_head.model.compute_logits(hidden_states[1:]))
+    torch.testing.assert_close(actual[0], actual[1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(hidden_states, original)
+    close(actual[1][0], steered(original[1], mul=2, add=1, off=3))
+    close(actual[1][4], steered(original[5]))
+    close(actual[1][12], steered(original[13], off=2))
     assert parts.model.calls == [13]
 
 

@@ -62,8 +62,8 @@ def completions(returned: list[Any]) -> list[Any]:
     return [completion for output in returned for completion in output.outputs]
 
 
-def all_strengths(found: list[Any]) -> list[float]:
-    return [value for completion in found for value in completion.steer_strengths["a"]]
+def all_strengths(outputs: list[Any]) -> list[float]:
+    return [value for completion in outputs for value in completion.steer_strengths["a"]]
 
 
 def test_a_final_output_has_one_strength_per_token(processor: OutputProcessor) -> None:
@@ -77,14 +77,14 @@ def test_cumulative_outputs_have_the_strengths_of_all_tokens_so_far(
     processor: OutputProcessor,
 ) -> None:
     (name,) = add(processor, params(CUMULATIVE))
-    found = completions(generate(processor, name, FOUR))
-    assert [c.steer_strengths for c in found] == [{"a": FOUR[:n]} for n in (1, 2, 3, 4)]
+    results = completions(generate(processor, name, FOUR))
+    assert [c.steer_strengths for c in results] == [{"a": FOUR[:n]} for n in (1, 2, 3, 4)]
 
 
 def test_delta_outputs_have_the_strengths_of_their_own_tokens(processor: OutputProcessor) -> None:
     (name,) = add(processor, params(DELTA))
-    found = completions(generate(processor, name, FOUR))
-    assert [c.steer_strengths for c in found] == [{"a": [value]} for value in FOUR]
+    results = completions(generate(processor, name, FOUR))
+    assert [c.steer_strengths for c in results] == [{"a": [value]} for value in FOUR]
 
 
 @pytest.mark.parametrize("interval", [2, 3])
@@ -92,11 +92,11 @@ def test_outputs_at_intervals_have_the_strengths_since_the_last(interval: int) -
     processor = OutputProcessor(None, log_stats=False, stream_interval=interval)
     (name,) = add(processor, params(DELTA))
     strengths = [0.5 * n for n in range(7)]
-    found = completions(generate(processor, name, strengths))
-    assert len(found) < len(strengths)
-    for completion in found:
+    results = completions(generate(processor, name, strengths))
+    assert len(results) < len(strengths)
+    for completion in results:
         assert len(completion.steer_strengths["a"]) == len(completion.token_ids)
-    assert all_strengths(found) == strengths
+    assert all_strengths(results) == strengths
 
 
 def test_outputs_merged_for_a_slow_consumer_keep_all_strengths(processor: OutputProcessor) -> None:
@@ -111,12 +111,12 @@ def test_outputs_merged_for_a_slow_consumer_keep_all_strengths(processor: Output
         step(processor, {name: (13, FOUR[3])}, last=[name])
         return [first, merged, await queue.get()]
 
-    found = completions(asyncio.run(consume()))
-    assert [list(c.token_ids) for c in found] == [[10], [11, 12], [13]]
-    assert [c.steer_strengths["a"] for c in found] == [FOUR[:1], FOUR[1:3], FOUR[3:]]
+    results = completions(asyncio.run(consume()))
+    assert [list(c.token_ids) for c in results] == [[10], [11, 12], [13]]
+    assert [c.steer_strengths["a"] for c in results] == [FOUR[:1], FOUR[1:3], FOUR[3:]]
 
 
-def test_a_queue_of_another_kind_stays_what_it_is(processor: OutputProcessor) -> None:
+def test_a_queue_of_another_class_is_unchanged(processor: OutputProcessor) -> None:
     """As vLLM 0.33 has one for streaming input."""
 
     class OtherQueue(RequestOutputCollector):
@@ -145,20 +145,20 @@ def test_each_of_several_sequences_has_its_own_strengths(
         step(processor, {second: (22, 1.5)}, last=[second])
         return [await queue.get()]
 
-    found = {c.index: c for c in completions(asyncio.run(consume()))}
-    assert {index: list(c.token_ids) for index, c in found.items()} == {
+    results = {c.index: c for c in completions(asyncio.run(consume()))}
+    assert {index: list(c.token_ids) for index, c in results.items()} == {
         0: [10, 11],
         1: [20, 21, 22],
     }
-    assert found[0].steer_strengths == {"a": [0.5, 0.25]}
-    assert found[1].steer_strengths == {"a": [1.0, 0.0, 1.5]}
+    assert results[0].steer_strengths == {"a": [0.5, 0.25]}
+    assert results[1].steer_strengths == {"a": [1.0, 0.0, 1.5]}
 
 
 def test_several_sequences_without_a_queue_come_with_the_last(processor: OutputProcessor) -> None:
     first, second = add(processor, params(FINAL, n=2))
     assert generate(processor, second, [1.0, 0.5]) == []
-    found = completions(generate(processor, first, [0.25]))
-    assert [c.steer_strengths for c in found] == [{"a": [0.25]}, {"a": [1.0, 0.5]}]
+    results = completions(generate(processor, first, [0.25]))
+    assert [c.steer_strengths for c in results] == [{"a": [0.25]}, {"a": [1.0, 0.5]}]
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +175,12 @@ def test_a_stop_string_leaves_as_many_strengths_as_tokens(
     tokens = tokenizer.encode("the little dog and the cat", add_special_tokens=False)
     sampling = params(kind, stop=["dog"], include_stop_str_in_output=included)
     (name,) = add(processor, sampling)
-    found = []
+    results = []
     for at, token in enumerate(tokens):
-        found += step(processor, {name: (token, at / 8)}).request_outputs
-    strengths = all_strengths(completions(found))
-    num_tokens = sum(len(c.token_ids) for c in completions(found))
-    assert completions(found)[-1].stop_reason == "dog"
+        results += step(processor, {name: (token, at / 8)}).request_outputs
+    strengths = all_strengths(completions(results))
+    num_tokens = sum(len(c.token_ids) for c in completions(results))
+    assert completions(results)[-1].stop_reason == "dog"
     assert 0 < num_tokens < len(tokens)
     assert strengths == [at / 8 for at in range(num_tokens)]
 
@@ -205,9 +205,9 @@ def test_the_token_that_ends_a_text_has_its_strength(tokenizer: Any) -> None:
     assert completion.steer_strengths == {"a": FOUR}
 
 
-def test_several_steers_are_kept_apart(processor: OutputProcessor) -> None:
-    asked = {"steer": "a:dynamic,b:dynamic:-1", "steer_strengths": 1}
-    (name,) = add(processor, params(FINAL, extra_args=asked))
+def test_several_steers_are_reported_separately(processor: OutputProcessor) -> None:
+    request_fields = {"steer": "a:dynamic,b:dynamic:-1", "steer_strengths": 1}
+    (name,) = add(processor, params(FINAL, extra_args=request_fields))
     output = EngineCoreOutput(
         request_id=name,
         new_token_ids=[10],
@@ -218,7 +218,7 @@ def test_several_steers_are_kept_apart(processor: OutputProcessor) -> None:
     assert completion.steer_strengths == {"a": [0.5], "b": [-1.0]}
 
 
-def test_a_request_that_does_not_ask_gets_an_output_as_vllm_makes_it(
+def test_a_request_without_steer_strengths_gets_vllms_own_output(
     processor: OutputProcessor,
 ) -> None:
     (name,) = add(processor, params(FINAL, extra_args={"steer": DYNAMIC}))
@@ -228,31 +228,31 @@ def test_a_request_that_does_not_ask_gets_an_output_as_vllm_makes_it(
 
 
 @pytest.mark.parametrize("steer", ["a:2", "none"])
-def test_a_request_without_dynamic_strength_that_asks_is_told_that_there_is_none(
+def test_a_request_without_dynamic_strength_gets_empty_strengths(
     processor: OutputProcessor, monkeypatch: pytest.MonkeyPatch, steer: str
 ) -> None:
     monkeypatch.setattr(REPORTING, "is_enabled", False)
-    asked = {"steer": steer, "steer_strengths": True}
-    (name,) = add(processor, params(FINAL, extra_args=asked))
+    request_fields = {"steer": steer, "steer_strengths": True}
+    (name,) = add(processor, params(FINAL, extra_args=request_fields))
     (completion,) = completions(generate(processor, name, [None, None]))
     assert completion.steer_strengths == {}
 
 
-def test_what_else_an_output_carries_for_kv_transfer_is_left(processor: OutputProcessor) -> None:
+def test_other_kv_transfer_parameters_of_an_output_are_kept(processor: OutputProcessor) -> None:
     (name,) = add(processor, params(FINAL))
-    sent = {**carried({"a": 0.5}), "remote": 7}
+    fields = {**carried({"a": 0.5}), "remote": 7}
     output = EngineCoreOutput(
         request_id=name,
         new_token_ids=[10],
         finish_reason=FinishReason.LENGTH,
-        kv_transfer_params=sent,
+        kv_transfer_params=fields,
     )
-    (given,) = processor.process_outputs([output]).request_outputs
-    assert given.kv_transfer_params == {"remote": 7}
-    assert "vllm_steer" in sent, "the engine core's own dict was changed"
+    (request_output,) = processor.process_outputs([output]).request_outputs
+    assert request_output.kv_transfer_params == {"remote": 7}
+    assert "vllm_steer" in fields, "the engine core's own dict was changed"
 
 
-def test_an_aborted_request_leaves_nothing_behind(processor: OutputProcessor) -> None:
+def test_an_aborted_request_leaves_no_state(processor: OutputProcessor) -> None:
     async def consume() -> tuple[Any, weakref.ref[Any], weakref.ref[Any]]:
         queue = RequestOutputCollector(DELTA, "r-internal")
         (name,) = add(processor, params(DELTA), queue=queue)
@@ -260,7 +260,7 @@ def test_an_aborted_request_leaves_nothing_behind(processor: OutputProcessor) ->
         step(processor, {name: (10, 0.5)})
         processor.abort_requests([name], internal=True)
         last = await queue.get()
-        step(processor, {name: (11, 0.25)})  # under way when the abort came
+        step(processor, {name: (11, 0.25)})  # in flight at the abort
         return last, record, weakref.ref(queue)
 
     last, record, queue = asyncio.run(consume())
@@ -273,7 +273,7 @@ def test_an_aborted_request_leaves_nothing_behind(processor: OutputProcessor) ->
     assert queue() is None
 
 
-def test_outputs_are_not_looked_at_before_a_dynamic_request_was_admitted(
+def test_outputs_are_not_inspected_before_the_first_dynamic_request(
     processor: OutputProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(REPORTING, "is_enabled", False)
@@ -294,12 +294,12 @@ def samples() -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["asked", "not-asked"])
+@pytest.mark.parametrize("with_strengths", [True, False], ids=["asked", "not-asked"])
 def test_counters_count_sequences_tokens_and_strengths(
-    processor: OutputProcessor, asked: bool
+    processor: OutputProcessor, with_strengths: bool
 ) -> None:
     before = samples()
-    arguments = {"steer": "a:dynamic:-1.3", "steer_strengths": asked}
+    arguments = {"steer": "a:dynamic:-1.3", "steer_strengths": with_strengths}
     names = add(processor, params(FINAL, n=2, extra_args=arguments))
     for name in names:
         generate(processor, name, [-1.2999999523162842, -0.3, 0.0])  # -1.3 as float32
@@ -316,11 +316,11 @@ def test_counters_count_sequences_tokens_and_strengths(
     assert grown["vllm_steer_dynamic_strength_bucket[('le', '1.5'), ('steer', 'a')]"] == 6
 
 
-def test_a_request_of_another_engine_with_other_steers_is_served_all_the_same(
+def test_a_request_of_another_engine_with_other_steers_is_served(
     processor: OutputProcessor,
 ) -> None:
-    asked = {"steer": "elsewhere:dynamic", "steer_strengths": True}
-    (name,) = add(processor, params(FINAL, extra_args=asked))
+    request_fields = {"steer": "elsewhere:dynamic", "steer_strengths": True}
+    (name,) = add(processor, params(FINAL, extra_args=request_fields))
     output = EngineCoreOutput(
         request_id=name,
         new_token_ids=[10],

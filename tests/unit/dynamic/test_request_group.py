@@ -1,4 +1,4 @@
-"""The streams of one request: who is due, who is needed, and what is reported."""
+"""The streams of one request: which are due, which are needed, and the reported strengths."""
 
 from fake_scheduler import FakeRequest
 from vllm.v1.request import RequestStatus
@@ -24,7 +24,7 @@ def group_of(*steps: int | None, at_head: int = 0) -> RequestGroup:
 
 
 def token(group: RequestGroup, value: int) -> list[str]:
-    """The main stream has chosen a token; the streams that end with it."""
+    """Append a token of the main stream; returns the streams that end with it."""
     group.main.append_output_token_ids(value)
     group.num_tokens += 1
     ended = group.drop_finished_streams()
@@ -32,7 +32,7 @@ def token(group: RequestGroup, value: int) -> list[str]:
     return ended
 
 
-def test_the_main_stream_is_due_when_all_others_have_read() -> None:
+def test_the_main_stream_is_due_after_all_other_streams() -> None:
     group = group_of(None)
     assert [group.is_pending(member) for member in group.members] == [True, True, False]
     group.pending.discard("base")
@@ -41,21 +41,21 @@ def test_the_main_stream_is_due_when_all_others_have_read() -> None:
     assert [group.is_pending(member) for member in group.members] == [False, False, True]
 
 
-def test_a_held_main_stream_has_nothing_to_schedule_until_it_is_released() -> None:
+def test_a_blocked_main_stream_is_not_scheduled_until_it_is_released() -> None:
     group = group_of(None)
     main = group.main
     main.num_computed_tokens = 3
     token(group, 7)
 
-    def wanted() -> int:
+    def expected() -> int:
         return main.num_tokens + main.num_output_placeholders - main.num_computed_tokens
 
-    assert wanted() == 0
+    assert expected() == 0
     group.resume_main()
-    assert wanted() == 1
+    assert expected() == 1
 
 
-def test_a_main_stream_that_was_taken_back_is_not_held() -> None:
+def test_a_preempted_main_stream_is_not_blocked() -> None:
     group = group_of(None)
     group.main.status = RequestStatus.PREEMPTED
     token(group, 7)
@@ -76,7 +76,7 @@ def test_streams_end_with_the_last_step_that_needs_them() -> None:
     assert group.members == [group.main]
 
 
-def test_after_its_last_stream_a_main_stream_is_free() -> None:
+def test_a_main_stream_runs_freely_after_its_last_stream() -> None:
     group = group_of(1)
     group.pending.clear()
     assert sorted(token(group, 0)) == ["0", "base"]
@@ -91,20 +91,20 @@ def test_a_base_stays_for_a_dose_at_the_head() -> None:
     assert list(group.streams) == ["base"]
 
 
-def test_strengths_are_told_by_name_and_are_0_without_one() -> None:
+def test_strengths_are_reported_by_name_and_are_0_if_missing() -> None:
     group = group_of(1, None)
     assert group.named_strengths() == {"s0": 0.0, "s1": 0.0}
     group.strengths = {1: 1.5}
     assert group.named_strengths() == {"s0": 0.0, "s1": 1.5}
 
 
-def test_a_fixed_dose_has_no_strength_to_tell() -> None:
+def test_a_fixed_dose_has_no_reported_strength() -> None:
     group = group_of(None)
     group.doses = (*group.doses, Dose("fixed", 3.0))
     assert set(group.named_strengths()) == {"s0"}
 
 
-def test_seats_are_wanted_for_members_that_do_not_run() -> None:
+def test_members_that_do_not_run_need_slots() -> None:
     group = group_of(None)
     assert (group.num_not_running, group.needs_blocks) == (0, False)
     group.main.status = RequestStatus.PREEMPTED

@@ -87,7 +87,9 @@ class Server:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    async def answer(self, body: dict[str, Any], own: str, names: list[str], *, chat: bool) -> Any:
+    async def answer(
+        self, body: dict[str, Any], request_id: str, names: list[str], *, chat: bool
+    ) -> Any:
         self.seen.append(body)
         n = body.get("n", 1)
         if body.get("fail"):
@@ -96,7 +98,7 @@ class Server:
             *(self.consume(body, name, at, n) for at, name in enumerate(names))
         )
         if body.get("stream"):
-            chunks = stream_chunks(merged, own, n, chat=chat)
+            chunks = stream_chunks(merged, request_id, n, chat=chat)
             return StreamingResponse(chunks, media_type="text/event-stream")
         whole = dict([pair async for pair in merged])
         choices = [
@@ -108,7 +110,7 @@ class Server:
             for prompt in sorted(whole)
             for c in whole[prompt].outputs
         ]
-        return JSONResponse({"id": own, "choices": choices, "note": "Wörter"})
+        return JSONResponse({"id": request_id, "choices": choices, "note": "Wörter"})
 
     async def consume(self, body: Any, name: str, prompt: int, n: int) -> AsyncIterator[Any]:
         """``AsyncLLM.generate``: the queue is made in the first step of the iteration."""
@@ -189,7 +191,7 @@ def post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
     return asyncio.run(ask())
 
 
-ASKED = {"steer": "a:dynamic", "steer_strengths": True}
+REQUEST = {"steer": "a:dynamic", "steer_strengths": True}
 
 
 def events_of(reply: httpx.Response) -> list[dict[str, Any]]:
@@ -204,18 +206,18 @@ def tokens_of(choice: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "request_fields",
     [
-        ASKED,
+        REQUEST,
         {"vllm_xargs": {"steer": "a:dynamic", "steer_strengths": 1}},
         {"steer": "a:dynamic", "vllm_xargs": {"steer_strengths": True}},
     ],
     ids=["field", "argument", "one-of-each"],
 )
 def test_a_whole_response_has_the_strengths_of_its_choice(
-    server: Server, asked: dict[str, Any]
+    server: Server, request_fields: dict[str, Any]
 ) -> None:
-    reply = post(server, "/v1/completions", {"prompt": "x", **asked})
+    reply = post(server, "/v1/completions", {"prompt": "x", **request_fields})
     (choice,) = reply.json()["choices"]
     assert choice["steer_strengths"] == {"a": all_of(0)}
     assert choice["text"] == "[0, 1, 2]"
@@ -238,24 +240,24 @@ def test_a_whole_response_has_the_strengths_of_its_choice(
 def test_each_choice_has_the_strengths_of_its_own_tokens(
     server: Server, path: str, body: dict[str, Any], stream: bool
 ) -> None:
-    reply = post(server, path, {**ASKED, **body, "stream": stream})
-    found: dict[int, list[float]] = {}
+    reply = post(server, path, {**REQUEST, **body, "stream": stream})
+    strengths: dict[int, list[float]] = {}
     events = events_of(reply) if stream else [reply.json()]
     for choice in (choice for event in events for choice in event["choices"]):
         new = choice["steer_strengths"].get("a", [])
         if stream:
             tokens = tokens_of(choice)
             assert new == [strength_of(choice["index"], at) for at in tokens]
-        found.setdefault(choice["index"], []).extend(new)
-    assert len(found) == body.get("n", 1) * (2 if path.endswith("batch") else 1) * (
+        strengths.setdefault(choice["index"], []).extend(new)
+    assert len(strengths) == body.get("n", 1) * (2 if path.endswith("batch") else 1) * (
         len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1
     )
-    assert found == {choice: all_of(choice) for choice in found}
+    assert strengths == {choice: all_of(choice) for choice in strengths}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_response_without_choices_has_the_strengths_once(server: Server, stream: bool) -> None:
-    reply = post(server, "/v1/responses", {**ASKED, "stream": stream})
+    reply = post(server, "/v1/responses", {**REQUEST, "stream": stream})
     if not stream:
         assert reply.json()["steer_strengths"] == {"a": all_of(0)}
         return
@@ -266,18 +268,20 @@ def test_a_response_without_choices_has_the_strengths_once(server: Server, strea
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("asked", [{}, {"steer_strengths": False}], ids=["silent", "false"])
-def test_who_does_not_ask_gets_the_bytes_of_a_server_without_reports(
-    server: Server, stream: bool, asked: dict[str, Any]
+@pytest.mark.parametrize(
+    "request_fields", [{}, {"steer_strengths": False}], ids=["silent", "false"]
+)
+def test_a_request_without_steer_strengths_gets_the_bytes_of_stock_vllm(
+    server: Server, stream: bool, request_fields: dict[str, Any]
 ) -> None:
     body = {"prompt": "x", "steer": "a:dynamic", "stream": stream}
-    reply = post(server, "/v1/completions", {**body, **asked})
+    reply = post(server, "/v1/completions", {**body, **request_fields})
     assert b"steer_strengths" not in reply.content
     assert reply.text.endswith('"note":"Wörter"}' if not stream else "data: [DONE]\n\n")
 
 
-def test_an_error_passes_as_it_is(server: Server) -> None:
-    reply = post(server, "/v1/completions", {"prompt": "x", "fail": True, **ASKED})
+def test_an_error_passes_unchanged(server: Server) -> None:
+    reply = post(server, "/v1/completions", {"prompt": "x", "fail": True, **REQUEST})
     assert (reply.status_code, reply.text) == (400, '{"error":{"message":"no"}}')
 
 
@@ -285,10 +289,10 @@ def sent_through(messages: list[dict[str, Any]]) -> list[Any]:
     delivered = ResponseStrengths()
     delivered.expect("x", 1)
     delivered.put("x", 0, {"a": [0.5]}, delta=True)
-    sent: list[Any] = []
+    events: list[Any] = []
 
     async def send(message: Any) -> None:
-        sent.append(message)
+        events.append(message)
 
     async def run() -> None:
         reporting = StrengthsInResponse(send, delivered)
@@ -296,7 +300,7 @@ def sent_through(messages: list[dict[str, Any]]) -> list[Any]:
             await reporting(message)
 
     asyncio.run(run())
-    return sent
+    return events
 
 
 def response_of(kind: bytes, parts: list[bytes], **fields: Any) -> list[dict[str, Any]]:
@@ -318,15 +322,15 @@ WITH = (
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
-def test_events_cut_anywhere_are_the_same_events(size: int) -> None:
+def test_events_split_at_any_byte_are_the_same_events(size: int) -> None:
     parts = [CHUNK[at : at + size] for at in range(0, len(CHUNK), size)]
-    sent = sent_through(response_of(b"text/event-stream; charset=utf-8", parts))
-    assert b"".join(message.get("body", b"") for message in sent) == WITH
-    assert [m["more_body"] for m in sent[1:]] == [True] * (len(sent) - 2) + [False]
+    messages = sent_through(response_of(b"text/event-stream; charset=utf-8", parts))
+    assert b"".join(message.get("body", b"") for message in messages) == WITH
+    assert [m["more_body"] for m in messages[1:]] == [True] * (len(messages) - 2) + [False]
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_a_json_body_cut_anywhere_is_sent_whole_with_its_length(size: int) -> None:
+def test_a_json_body_split_at_any_byte_is_sent_whole_with_its_length(size: int) -> None:
     body = b'{"id":"x","choices":[{"index":0}]}'
     parts = [body[at : at + size] for at in range(0, len(body), size)]
     start, whole = sent_through(response_of(b"application/json", parts))
@@ -346,7 +350,9 @@ def test_a_json_body_cut_anywhere_is_sent_whole_with_its_length(size: int) -> No
     ],
     ids=["text", "json-error", "stream-error", "compressed"],
 )  # fmt: skip
-def test_other_responses_pass_message_by_message(kind: bytes, fields: dict[str, Any]) -> None:
+def test_other_responses_pass_unchanged_message_by_message(
+    kind: bytes, fields: dict[str, Any]
+) -> None:
     messages = response_of(kind, [b'{"choices":', b"[]}"], **fields)
     assert sent_through(messages) == messages
 

@@ -20,9 +20,13 @@ def _scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def assert_nothing_is_left(engine: FakeEngine) -> None:
-    turns = engine.turns
-    assert (turns.groups, turns._group_of, turns._failed) == ({}, {}, {})
-    assert turns._in_flight == []
+    stream_scheduler = engine.stream_scheduler
+    assert (stream_scheduler.groups, stream_scheduler._group_of, stream_scheduler._failed) == (
+        {},
+        {},
+        {},
+    )
+    assert stream_scheduler._in_flight == []
     scheduler = engine.scheduler
     assert (scheduler.requests, scheduler.running, scheduler.waiting) == ({}, [], [])
 
@@ -31,11 +35,11 @@ def abort(engine: FakeEngine, *req_ids: str) -> None:
     engine.scheduler.finish_requests(req_ids, ABORTED)
 
 
-def told(strengths: dict[str, float]) -> Any:
+def report_of(strengths: dict[str, float]) -> Any:
     return {"vllm_steer": {"strengths": strengths}}
 
 
-def test_base_and_probes_read_first_and_then_the_main_stream() -> None:
+def test_base_and_probes_run_before_the_main_stream() -> None:
     engine = FakeEngine()
     group = engine.dynamic("a", prompt=3, max_tokens=3, steps=(None, None))
     names = ("a-base", "a-probe-0", "a-probe-1")
@@ -47,10 +51,10 @@ def test_base_and_probes_read_first_and_then_the_main_stream() -> None:
         dict.fromkeys(names, third), {"a": third},
         dict.fromkeys(names, fourth), {"a": fourth},
     ]  # fmt: skip
-    tokens = [token for token, _ in engine.told["a"]]
+    tokens = [token for token, _ in engine.reports["a"]]
     assert [stream.output_token_ids for stream in streams] == [tokens[:2]] * 3
-    assert [report for _, report in engine.told["a"]] == [
-        told({"steer0": 10.0 * step, "steer1": 10.0 * step + 1}) for step in range(3)
+    assert [report for _, report in engine.reports["a"]] == [
+        report_of({"steer0": 10.0 * step, "steer1": 10.0 * step + 1}) for step in range(3)
     ]
     assert engine.ends == {"a": DONE}
     assert_nothing_is_left(engine)
@@ -64,7 +68,7 @@ def test_a_request_of_one_token_takes_two_steps() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_prompt_in_parts_is_read_by_all_before_the_main_stream_goes_on() -> None:
+def test_all_streams_read_a_chunked_prompt_before_the_main_stream_goes_on() -> None:
     engine = FakeEngine(budget=3)
     engine.dynamic("a", prompt=7, max_tokens=2)
     engine.run()
@@ -85,7 +89,7 @@ def test_ordinary_requests_go_on_beside_a_group() -> None:
         (0, 2), (3, 3), (4, 4), (5, 5), (6, 6),
     ]  # fmt: skip
     assert len([reads for reads in engine.reads if "x" in reads]) == 5
-    assert all(report is None for _, report in engine.told["x"])
+    assert all(report is None for _, report in engine.reports["x"])
 
 
 def test_a_request_that_is_its_own_base_takes_one_step_a_token() -> None:
@@ -93,13 +97,13 @@ def test_a_request_that_is_its_own_base_takes_one_step_a_token() -> None:
     engine.dynamic("a", max_tokens=3, steps=(), at_head=2)
     engine.run()
     assert [set(reads) for reads in engine.reads] == [{"a"}] * 3
-    assert [report for _, report in engine.told["a"]] == [
-        told({"steer0": 10.0 * step, "steer1": 10.0 * step + 1}) for step in range(3)
+    assert [report for _, report in engine.reports["a"]] == [
+        report_of({"steer0": 10.0 * step, "steer1": 10.0 * step + 1}) for step in range(3)
     ]
     assert_nothing_is_left(engine)
 
 
-def test_a_probe_ends_with_its_delta_and_the_last_takes_the_base_along() -> None:
+def test_a_probe_ends_with_its_delta_and_the_last_probe_ends_the_base() -> None:
     engine = FakeEngine()
     engine.dynamic("a", max_tokens=5, steps=(1, 3))
     engine.run()
@@ -109,7 +113,7 @@ def test_a_probe_ends_with_its_delta_and_the_last_takes_the_base_along() -> None
         {"a-base", "a-probe-1"}, {"a"},
         {"a"}, {"a"},
     ]  # fmt: skip
-    assert [report["vllm_steer"]["strengths"] for _, report in engine.told["a"]] == [
+    assert [report["vllm_steer"]["strengths"] for _, report in engine.reports["a"]] == [
         {"steer0": 0.0, "steer1": 1.0},
         {"steer0": 0.0, "steer1": 11.0},
         {"steer0": 0.0, "steer1": 21.0},
@@ -129,7 +133,7 @@ def test_a_base_outlives_the_probes_where_a_dose_at_the_head_needs_it() -> None:
 
 
 @pytest.mark.parametrize("steps", range(7))
-def test_an_aborted_request_takes_its_streams_along(steps: int) -> None:
+def test_an_aborted_request_ends_its_streams(steps: int) -> None:
     """Before it was ever scheduled, while it is held, between two of its tokens."""
     engine = FakeEngine(budget=4)
     engine.dynamic("a", prompt=3, max_tokens=9)
@@ -163,7 +167,7 @@ def test_all_requests_may_be_ended_at_once() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_an_id_is_used_again_at_once() -> None:
+def test_an_id_can_be_reused_at_once() -> None:
     engine = FakeEngine()
     engine.dynamic("a", prompt=2, max_tokens=9)
     for _ in range(4):
@@ -193,7 +197,7 @@ def test_a_stream_that_ends_before_its_request_ends_it_with_an_error() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_an_id_that_failed_and_is_used_again_does_not_fail_again() -> None:
+def test_a_reused_id_of_a_failed_request_does_not_fail() -> None:
     engine = FakeEngine()
     engine.dynamic("a", max_tokens=9)
     engine.step()
@@ -215,8 +219,8 @@ def test_strengths_that_never_come_end_the_request_with_an_error() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_group_starts_only_when_all_of_it_has_a_seat() -> None:
-    engine = FakeEngine(seats=5)
+def test_a_group_starts_only_when_every_member_has_a_slot() -> None:
+    engine = FakeEngine(max_num_seqs=5)
     engine.dynamic("a", max_tokens=2)
     engine.dynamic("b", max_tokens=2)
     engine.run()
@@ -227,8 +231,8 @@ def test_a_group_starts_only_when_all_of_it_has_a_seat() -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_group_starts_although_ordinary_requests_never_cease() -> None:
-    engine = FakeEngine(seats=4)
+def test_a_group_starts_under_a_constant_load_of_ordinary_requests() -> None:
+    engine = FakeEngine(max_num_seqs=4)
     for i in range(4):
         engine.plain(f"x{i}", max_tokens=3 + i)
     engine.dynamic("a", max_tokens=2)
@@ -254,14 +258,14 @@ def test_a_request_whose_grammar_is_not_ready_waits_and_then_goes_on() -> None:
 
 
 @pytest.mark.parametrize("steps", range(8))
-def test_all_running_requests_may_be_taken_back_at_any_time(steps: int) -> None:
+def test_all_running_requests_may_be_preempted_at_any_time(steps: int) -> None:
     engine = FakeEngine()
     group = engine.dynamic("a", max_tokens=4)
     for _ in range(steps):
         engine.step()
     engine.scheduler.reset_prefix_cache()
     engine.run()
-    assert [report["vllm_steer"]["strengths"] for _, report in engine.told["a"]] == [
+    assert [report["vllm_steer"]["strengths"] for _, report in engine.reports["a"]] == [
         {"steer0": 10.0 * step} for step in range(4)
     ]
     assert group.main.num_output_tokens == 4
@@ -270,7 +274,7 @@ def test_all_running_requests_may_be_taken_back_at_any_time(steps: int) -> None:
 
 @pytest.mark.parametrize("victim", ["a", "a-base", "a-probe-0"])
 @pytest.mark.parametrize("steps", range(2, 6))
-def test_a_member_that_is_taken_back_reads_its_text_again_at_its_turn(
+def test_a_preempted_member_recomputes_its_text_when_it_is_scheduled(
     victim: str, steps: int
 ) -> None:
     engine = FakeEngine()
@@ -283,14 +287,14 @@ def test_a_member_that_is_taken_back_reads_its_text_again_at_its_turn(
         engine.scheduler._preempt_request(member, 0.0)
     engine.run()
     assert engine.ends == {"a": DONE}
-    assert [report["vllm_steer"]["strengths"] for _, report in engine.told["a"]] == [
+    assert [report["vllm_steer"]["strengths"] for _, report in engine.reports["a"]] == [
         {"steer0": 10.0 * step} for step in range(4)
     ]
     assert_nothing_is_left(engine)
 
 
-def test_groups_that_do_not_fit_together_take_turns_by_age() -> None:
-    engine = FakeEngine(room=45)
+def test_groups_that_do_not_fit_together_run_in_order_of_arrival() -> None:
+    engine = FakeEngine(num_blocks=45)
     for name in "abc":
         engine.dynamic(name, prompt=4, max_tokens=8)
     engine.run()
@@ -301,7 +305,7 @@ def test_groups_that_do_not_fit_together_take_turns_by_age() -> None:
 
 
 def test_a_lone_group_that_does_not_fit_ends_with_an_error() -> None:
-    engine = FakeEngine(room=20)
+    engine = FakeEngine(num_blocks=20)
     engine.dynamic("a", prompt=4, max_tokens=8)
     engine.run()
     assert engine.ends["a"][0] == FinishReason.ERROR
@@ -310,7 +314,7 @@ def test_a_lone_group_that_does_not_fit_ends_with_an_error() -> None:
 
 
 def test_a_group_that_does_not_fit_leaves_the_others_alone() -> None:
-    engine = FakeEngine(room=30)
+    engine = FakeEngine(num_blocks=30)
     engine.dynamic("a", prompt=4, max_tokens=20)
     engine.dynamic("b", prompt=2, max_tokens=3)
     engine.plain("x", prompt=2, max_tokens=3)
@@ -320,9 +324,11 @@ def test_a_group_that_does_not_fit_leaves_the_others_alone() -> None:
     assert_nothing_is_left(engine)
 
 
-@pytest.mark.parametrize("room", range(24, 44, 2))
-def test_a_group_that_fits_alone_outlives_the_pressure_of_ordinary_requests(room: int) -> None:
-    engine = FakeEngine(room=room)
+@pytest.mark.parametrize("num_blocks", range(24, 44, 2))
+def test_a_group_that_fits_alone_outlives_the_pressure_of_ordinary_requests(
+    num_blocks: int,
+) -> None:
+    engine = FakeEngine(num_blocks=num_blocks)
     engine.plain("x", prompt=4, max_tokens=14)
     engine.dynamic("a", prompt=4, max_tokens=4)
     engine.plain("y", prompt=4, max_tokens=14)
@@ -332,12 +338,12 @@ def test_a_group_that_fits_alone_outlives_the_pressure_of_ordinary_requests(room
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_mix_comes_to_its_end(seed: int) -> None:
+def test_any_mix_of_requests_finishes(seed: int) -> None:
     import random
 
     rng = random.Random(seed)
     engine = FakeEngine(
-        seats=rng.randint(4, 9), room=rng.randint(60, 120), budget=rng.randint(2, 9)
+        max_num_seqs=rng.randint(4, 9), num_blocks=rng.randint(60, 120), budget=rng.randint(2, 9)
     )
     alive: list[str] = []
     for step in range(120):
@@ -364,8 +370,8 @@ def test_any_mix_comes_to_its_end(seed: int) -> None:
     assert_nothing_is_left(engine)
 
 
-def test_a_pause_of_all_is_no_reason_to_take_anything_back() -> None:
-    engine = FakeEngine(room=45)
+def test_a_full_pause_preempts_nothing() -> None:
+    engine = FakeEngine(num_blocks=45)
     engine.dynamic("a", prompt=4, max_tokens=8)
     engine.dynamic("b", prompt=4, max_tokens=8)
     for _ in range(3):
@@ -381,7 +387,7 @@ def test_a_pause_of_all_is_no_reason_to_take_anything_back() -> None:
 
 
 @pytest.mark.parametrize("steps", range(6))
-def test_a_pause_that_waits_for_running_requests_comes_to_its_end(steps: int) -> None:
+def test_a_pause_that_waits_for_running_requests_finishes(steps: int) -> None:
     """A group whose main stream has no seat yet cannot go on: it waits as a whole."""
     engine = FakeEngine()
     engine.dynamic("a", max_tokens=3)
@@ -397,7 +403,7 @@ def test_a_pause_that_waits_for_running_requests_comes_to_its_end(steps: int) ->
     assert_nothing_is_left(engine)
 
 
-def test_an_ordinary_request_is_none_of_the_turns_business() -> None:
+def test_an_ordinary_request_is_ignored_by_the_stream_scheduler() -> None:
     engine = FakeEngine()
     request: FakeRequest = engine.plain("x", max_tokens=2)
     engine.run()

@@ -1,4 +1,4 @@
-"""From logits to strengths: which rows are compared, when, and what comes out."""
+"""From logits to strengths: the compared rows, the step, and the result."""
 
 import random
 import sys
@@ -64,14 +64,14 @@ def part() -> DynamicState:
 
 
 def work(part: DynamicState, logits: dict[str, torch.Tensor], *reading: str, **steps: int) -> Any:
-    """One step: the rows of a batch, and who of it reads its last token at which step."""
-    turn = StreamStep(steps={req_id: steps.get(req_id[0], 0) for req_id in reading})
-    part.begin_step(turn)
+    """Run one step: the rows of a batch, and the step of each request at its last token."""
+    step_plan = StreamStep(steps={req_id: steps.get(req_id[0], 0) for req_id in reading})
+    part.begin_step(step_plan)
     part.announce(list(logits))
     if part.step is not None:
         compute(part, part.step, torch.stack(list(logits.values())))
-    answer = part.strengths.pop_results()
-    return {} if answer is None else answer.read()
+    pending_strengths = part.strengths.pop_results()
+    return {} if pending_strengths is None else pending_strengths.read()
 
 
 def compute(part: DynamicState, step: Any, logits: torch.Tensor) -> None:
@@ -89,22 +89,24 @@ def test_several_requests_in_a_step_each_with_its_own_settings(part: DynamicStat
     add(part, "a", "push:dynamic:2:0.6,walk:dynamic:1.5:0.9")
     add(part, "b", '{"push": {"strength": "dynamic", "max": -0.4, "kl": "authors"}}')
     x = rows(0, "a-1", "plain", "b-0", "a-base", "b-base", "a-0")
-    found = work(part, x, "a-1", "b-0", "a-base", "b-base", "a-0")
-    wanted = {
+    strengths = work(part, x, "a-1", "b-0", "a-base", "b-base", "a-0")
+    expected = {
         "a": {0: strength(x["a-base"], x["a-0"], maximum=2, top_p=0.6),
               1: strength(x["a-base"], x["a-1"], maximum=1.5, top_p=0.9)},
         "b": {0: strength(x["b-base"], x["b-0"], maximum=-0.4, top_p=0.5, authors=True)},
     }  # fmt: skip
-    assert found.keys() == wanted.keys()
-    for main, doses in wanted.items():
-        assert found[main] == pytest.approx(doses, abs=1e-6)
+    assert strengths.keys() == expected.keys()
+    for main, doses in expected.items():
+        assert strengths[main] == pytest.approx(doses, abs=1e-6)
         starts = part.requests.get(main).starts  # type: ignore[union-attr]
         for dose, value in doses.items():
             assert part.pool.values[starts[dose]].item() == pytest.approx(value, abs=1e-6)
-    assert min(wanted["b"].values()) < 0
+    assert min(expected["b"].values()) < 0
 
 
-def test_the_formula_here_is_the_engine_tests_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_formula_here_equals_the_reference_of_the_engine_tests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "engine"))
     from dynamic_reference import divergence_over_likeliest
 
@@ -116,8 +118,8 @@ def test_the_formula_here_is_the_engine_tests_reference(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_streams_may_come_in_any_steps_and_any_order(part: DynamicState, seed: int) -> None:
-    """Two requests over six tokens; what came early is kept, other rows change meanwhile."""
+def test_streams_may_arrive_in_any_step_and_order(part: DynamicState, seed: int) -> None:
+    """Two requests over six tokens; early results are kept while other rows change."""
     rng = random.Random(seed)
     steers = {"a": "push:dynamic:2:0.6,walk:dynamic:1.5:0.8", "b": "push:dynamic:-3:0.4"}
     for main, steer in steers.items():
@@ -126,25 +128,25 @@ def test_streams_may_come_in_any_steps_and_any_order(part: DynamicState, seed: i
         streams = ["a-base", "a-0", *(["a-1"] if step < 2 else []), "b-base", "b-0"]
         truth = rows(100 * seed + step, *streams)
         rng.shuffle(streams)
-        found: dict[str, Any] = {}
+        strengths: dict[str, Any] = {}
         while streams:
-            come = [streams.pop() for _ in range(rng.randint(1, len(streams)))]
-            batch = {**{r: truth[r] for r in come}, **rows(rng.randint(0, 99), "x", "y")}
+            arriving = [streams.pop() for _ in range(rng.randint(1, len(streams)))]
+            batch = {**{r: truth[r] for r in arriving}, **rows(rng.randint(0, 99), "x", "y")}
             order = sorted(batch, key=lambda _: rng.random())
-            answer = work(part, {r: batch[r] for r in order}, *come, a=step, b=step)
-            assert not answer.keys() & found.keys()
-            found |= answer
-        wanted = {
+            pending_strengths = work(part, {r: batch[r] for r in order}, *arriving, a=step, b=step)
+            assert not pending_strengths.keys() & strengths.keys()
+            strengths |= pending_strengths
+        expected = {
             "a": {0: strength(truth["a-base"], truth["a-0"], maximum=2, top_p=0.6)},
             "b": {0: strength(truth["b-base"], truth["b-0"], maximum=-3, top_p=0.4)},
         }
         if step < 2:
-            wanted["a"][1] = strength(truth["a-base"], truth["a-1"], maximum=1.5, top_p=0.8)
-        for main, doses in wanted.items():
-            assert found[main] == pytest.approx(doses, abs=1e-6)
+            expected["a"][1] = strength(truth["a-base"], truth["a-1"], maximum=1.5, top_p=0.8)
+        for main, doses in expected.items():
+            assert strengths[main] == pytest.approx(doses, abs=1e-6)
 
 
-def test_a_kept_row_is_not_the_one_that_later_lies_there(part: DynamicState) -> None:
+def test_a_kept_row_is_a_copy(part: DynamicState) -> None:
     add(part, "a", "push:dynamic:9:0.6")
     x = rows(1, "a-base", "a-0")
     buffer = x["a-base"].clone()[None]
@@ -153,12 +155,12 @@ def test_a_kept_row_is_not_the_one_that_later_lies_there(part: DynamicState) -> 
     assert part.step is not None
     compute(part, part.step, buffer)
     buffer.fill_(3.0)
-    found = work(part, {"a-0": x["a-0"]}, "a-0")
-    wanted = strength(x["a-base"], x["a-0"], maximum=9, top_p=0.6)
-    assert found["a"][0] == pytest.approx(wanted, abs=1e-6)
+    strengths = work(part, {"a-0": x["a-0"]}, "a-0")
+    expected = strength(x["a-base"], x["a-0"], maximum=9, top_p=0.6)
+    assert strengths["a"][0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_streams_that_read_a_known_step_again_change_nothing(part: DynamicState) -> None:
+def test_streams_that_recompute_a_known_step_change_nothing(part: DynamicState) -> None:
     add(part, "a", "push:dynamic:2:0.6")
     x = rows(2, "a-base", "a-0")
     first = work(part, x, "a-base", "a-0")
@@ -172,17 +174,17 @@ def test_streams_that_read_a_known_step_again_change_nothing(part: DynamicState)
     assert part.pool.values[starts[0] + 1].item() == pytest.approx(again["a"][0])
 
 
-def test_a_batch_in_which_nothing_dynamic_reads_its_last_token_has_no_plan(
+def test_a_batch_without_a_last_token_of_a_dynamic_request_has_no_plan(
     part: DynamicState,
 ) -> None:
     add(part, "a", "push:dynamic")
-    for turn in (None, StreamStep(), StreamStep(steps={"x": 3})):
-        part.begin_step(turn)
+    for step_plan in (None, StreamStep(), StreamStep(steps={"x": 3})):
+        part.begin_step(step_plan)
         part.announce(["a-base", "x"])
         assert part.step is None
 
 
-def test_probes_at_the_head_are_more_rows_on_the_bases_hidden_state(part: DynamicState) -> None:
+def test_probes_at_the_head_are_extra_rows_of_the_bases_hidden_state(part: DynamicState) -> None:
     add(part, "a", "push:dynamic:2:0.6,word:dynamic:1.5:0.7,other:dynamic:-1:0.8")
     part.begin_step(StreamStep(steps={"a-0": 1, "a-base": 1}))
     part.announce(["x", "a-0", "a-base"])
@@ -194,9 +196,9 @@ def test_probes_at_the_head_are_more_rows_on_the_bases_hidden_state(part: Dynami
     assert step.alone == []
     x = rows(5, "x", "a-0", "a-base", "word", "other")
     compute(part, step, torch.stack(list(x.values())))
-    answer = part.strengths.pop_results()
-    assert answer is not None
-    assert answer.read()["a"] == pytest.approx(
+    pending_strengths = part.strengths.pop_results()
+    assert pending_strengths is not None
+    assert pending_strengths.read()["a"] == pytest.approx(
         {0: strength(x["a-base"], x["a-0"], maximum=2, top_p=0.6),
          1: strength(x["a-base"], x["word"], maximum=1.5, top_p=0.7),
          2: strength(x["a-base"], x["other"], maximum=-1, top_p=0.8)},
@@ -204,7 +206,7 @@ def test_probes_at_the_head_are_more_rows_on_the_bases_hidden_state(part: Dynami
     )  # fmt: skip
 
 
-def test_a_request_that_is_its_own_base_comes_again(part: DynamicState) -> None:
+def test_a_request_that_is_its_own_base_gets_a_strength_each_step(part: DynamicState) -> None:
     add(part, "a", "word:dynamic:1.5")
     part.begin_step(StreamStep(steps={"a": 0}))
     part.announce(["x", "a"])
@@ -220,8 +222,8 @@ def test_a_request_that_is_its_own_base_comes_again(part: DynamicState) -> None:
     assert (part.step.alone, part.step.probes, part.step.request_logits) == ([], [], [])
 
 
-def test_a_step_before_the_last_is_worked_out_again(part: DynamicState) -> None:
-    """vLLM has dropped the tokens that came after it, and chooses others."""
+def test_an_earlier_step_is_recomputed(part: DynamicState) -> None:
+    """vLLM dropped the later tokens and chooses others."""
     add(part, "a", "word:dynamic:1.5")
     for number in (0, 1, 0, 1):
         part.begin_step(StreamStep(steps={"a": number}))
@@ -229,63 +231,63 @@ def test_a_step_before_the_last_is_worked_out_again(part: DynamicState) -> None:
         step = part.step
         assert step is not None and len(step.request_logits) == 1
         compute(part, step, torch.stack(list(rows(number, "a", "probe").values())))
-        answer = part.strengths.pop_results()
-        assert answer is not None and answer.read().keys() == {"a"}
+        pending_strengths = part.strengths.pop_results()
+        assert pending_strengths is not None and pending_strengths.read().keys() == {"a"}
 
 
-def test_an_answer_is_given_once(part: DynamicState) -> None:
+def test_strengths_are_returned_once(part: DynamicState) -> None:
     add(part, "a", "push:dynamic")
     assert work(part, rows(7, "a-base", "a-0"), "a-base", "a-0").keys() == {"a"}
     assert part.strengths.pop_results() is None
 
 
-def test_a_request_that_is_gone_is_nobodys_base(part: DynamicState) -> None:
+def test_a_finished_request_is_not_a_base(part: DynamicState) -> None:
     add(part, "a", "push:dynamic")
     part.requests.remove("a")
     assert work(part, rows(8, "a-base", "a-0"), "a-base", "a-0") == {}
 
 
-def test_many_doses_are_worked_out_some_at_a_time(
+def test_many_doses_are_computed_in_chunks(
     part: DynamicState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies side by side is bounded, however many requests meet in a step."""
+    """The memory of a step is bounded for any number of requests."""
     names = [f"r{i}" for i in range(150)]
     for name in names:
         add(part, name, "push:dynamic:2:0.6")
     shapes: list[int] = []
     inner = strengths_module.strength_of_rows
 
-    def seen(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def recording(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
         shapes.append(logits.shape[0])
         return inner(logits, *args, **kw)
 
-    monkeypatch.setattr(strengths_module, "strength_of_rows", seen)
+    monkeypatch.setattr(strengths_module, "strength_of_rows", recording)
     x = rows(9, *(f"{name}-{role}" for name in names for role in ("base", "0")))
-    turn = StreamStep(steps=dict.fromkeys(x, 0))
-    part.begin_step(turn)
+    step_plan = StreamStep(steps=dict.fromkeys(x, 0))
+    part.begin_step(step_plan)
     part.announce(list(x))
     assert part.step is not None
     compute(part, part.step, torch.stack(list(x.values())))
-    answer = part.strengths.pop_results()
-    assert answer is not None
-    found = answer.read()
+    pending_strengths = part.strengths.pop_results()
+    assert pending_strengths is not None
+    strengths = pending_strengths.read()
     assert len(shapes) == 3 and max(shapes) <= 128
     for name in names:
-        wanted = strength(x[f"{name}-base"], x[f"{name}-0"], maximum=2, top_p=0.6)
-        assert found[name][0] == pytest.approx(wanted, abs=1e-6)
+        expected = strength(x[f"{name}-base"], x[f"{name}-0"], maximum=2, top_p=0.6)
+        assert strengths[name][0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_rehearsal_takes_as_much_as_a_step_can_and_leaves_nothing(
+def test_a_dummy_run_takes_the_memory_of_the_largest_step_and_leaves_nothing(
     part: DynamicState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[torch.Size, torch.dtype]] = []
     inner = strengths_module.strength_of_rows
 
-    def seen(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def recording(logits: torch.Tensor, *args: Any, **kw: Any) -> Any:
         shapes.append((logits.shape, logits.dtype))
         return inner(logits, *args, **kw)
 
-    monkeypatch.setattr(strengths_module, "strength_of_rows", seen)
+    monkeypatch.setattr(strengths_module, "strength_of_rows", recording)
     before = part.pool.values.clone()
     part.strengths.warm_up(torch.zeros(3, VOCAB, dtype=torch.bfloat16))
     assert shapes == [((128, VOCAB), torch.bfloat16)]

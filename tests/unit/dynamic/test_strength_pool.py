@@ -1,4 +1,4 @@
-"""Room for strengths: ranges that never overlap, whatever comes and goes."""
+"""The strength pool: ranges never overlap as requests start and end."""
 
 import random
 
@@ -11,32 +11,32 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_ranges_are_zero_at_first_and_nobody_elses(seed: int) -> None:
-    """Against a plain model: each range's numbers in a list of its own."""
+def test_new_ranges_are_zero_and_not_shared(seed: int) -> None:
+    """Against a simple model: one list per range."""
     rng = random.Random(seed)
     pool = StrengthPool(CPU, size=rng.choice((1, 7, 64)))
-    held: dict[int, list[float]] = {}
+    values: dict[int, list[float]] = {}
     for number in range(1, 300):
-        if held and rng.random() < 0.45:
-            start = rng.choice(list(held))
-            pool.give_back(start, len(held.pop(start)))
+        if values and rng.random() < 0.45:
+            start = rng.choice(list(values))
+            pool.give_back(start, len(values.pop(start)))
         else:
             length = rng.choice((1, 2, 3, 5, 17, 40))
             start = pool.take(length)
             assert pool.values[start : start + length].tolist() == [0.0] * length
-            held[start] = [float(number)] * length
+            values[start] = [float(number)] * length
             pool.values[start : start + length] = float(number)
-        assert pool.num_taken == sum(map(len, held.values()))
-        for start, numbers in held.items():
+        assert pool.num_taken == sum(map(len, values.values()))
+        for start, numbers in values.items():
             assert pool.values[start : start + len(numbers)].tolist() == numbers
-    for start, numbers in held.items():
+    for start, numbers in values.items():
         pool.give_back(start, len(numbers))
     assert pool.num_taken == 0
     size = pool.values.numel()
     assert (pool.take(size), pool.values.numel()) == (0, size)
 
 
-def test_growth_keeps_what_is_there_and_where() -> None:
+def test_growth_keeps_content_and_offsets() -> None:
     pool = StrengthPool(CPU, size=4)
     before = pool.values
     first = pool.take(3)

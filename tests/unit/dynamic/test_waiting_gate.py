@@ -1,4 +1,4 @@
-"""Who is asked before a waiting request is scheduled, in each vLLM's scheduler."""
+"""The gate before a waiting request is scheduled, in the scheduler of each vLLM version."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from vllm_steer.serving.dynamic.group_admission import WaitingGate, missing_gate
 
 
 class Before:
-    """The two methods of vLLM before 0.31, and what it takes for blocked."""
+    """The two methods of vLLM before 0.31, and its test for a blocked request."""
 
     def __init__(self) -> None:
         self.promoted: list[str] = []
@@ -42,21 +42,26 @@ def request(name: str, status: str = "waiting") -> Any:
 
 
 @pytest.mark.parametrize("kind", [Before, After])
-def test_each_request_is_asked_about_while_a_step_is_scheduled(kind: Any) -> None:
-    scheduler, asked = kind(), []
+def test_the_gate_checks_each_request_while_a_step_is_scheduled(kind: Any) -> None:
+    scheduler, requests_asked = kind(), []
 
-    def may_go(is_ready: Any, request: Any) -> bool:
-        asked.append(request.name)
+    def may_be_scheduled(is_ready: Any, request: Any) -> bool:
+        requests_asked.append(request.name)
         return request.name != "held" and is_ready(request)
 
-    gate = WaitingGate(scheduler, may_go)
+    gate = WaitingGate(scheduler, may_be_scheduled)
     waiting = [request("a"), request("held"), request("b", "blocked"), request("never", "blocked")]
     with gate.scheduling():
-        assert [scheduler.admits(each) for each in waiting] == [True, False, True, False]
-    assert asked == ["a", "held", "b", "never"]
+        assert [scheduler.admits(waiting_request) for waiting_request in waiting] == [
+            True,
+            False,
+            True,
+            False,
+        ]
+    assert requests_asked == ["a", "held", "b", "never"]
 
 
-def test_a_status_is_what_it_is_while_no_step_is_scheduled() -> None:
+def test_the_gate_changes_no_status_outside_of_scheduling() -> None:
     scheduler = Before()
     gate = WaitingGate(scheduler, lambda is_ready, request: False)
     assert not scheduler._is_blocked_waiting_status("waiting")
@@ -67,7 +72,7 @@ def test_a_status_is_what_it_is_while_no_step_is_scheduled() -> None:
     assert scheduler._is_blocked_waiting_status("blocked")
 
 
-def test_a_request_that_has_ended_is_taken_from_those_that_were_skipped() -> None:
+def test_a_finished_request_is_removed_from_the_skipped_requests() -> None:
     scheduler: Any = Before()
     WaitingGate(scheduler, lambda is_ready, request: True).forget("a")
     assert scheduler.promoted == ["a"]

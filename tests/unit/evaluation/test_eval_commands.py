@@ -34,7 +34,7 @@ def sweep(folder: Path, *options: Any) -> Any:
     return call("sweep", folder, "--judge", f"lexicon:{folder / 'words.yaml'}", *options)
 
 
-def test_every_setting_is_asked_for_once(folder: Path, fake_engine: FakeEngine) -> None:
+def test_every_setting_is_generated_once(folder: Path, fake_engine: FakeEngine) -> None:
     completed = evaluate(folder, "--json", "--layers", "1-2", "--phase", "prompt")
     options = {"layers": "1-2", "phase": "prompt"}
     assert fake_engine.requests == [
@@ -51,7 +51,7 @@ def test_every_setting_is_asked_for_once(folder: Path, fake_engine: FakeEngine) 
     assert shares == [0.5, 0.3, 0.7, 0.5, 0.5]
 
 
-def test_a_deltas_schedule_is_asked_for_and_decides_the_run(
+def test_the_schedule_of_a_delta_is_requested_and_identifies_the_run(
     folder: Path, fake_engine: FakeEngine
 ) -> None:
     save_steer(DeltaSteer(delta=torch.ones(3, 2, 4), layers=(0, 1)), folder / "v")
@@ -62,16 +62,14 @@ def test_a_deltas_schedule_is_asked_for_and_decides_the_run(
     assert fake_engine.requests[-1] == {"random": {"strength": 2.0, "schedule": "dim"}}
 
 
-def test_the_control_in_the_folder_is_the_one_that_was_run(
-    folder: Path, fake_engine: FakeEngine
-) -> None:
+def test_the_saved_control_is_the_one_that_was_run(folder: Path, fake_engine: FakeEngine) -> None:
     evaluate(folder)
     assert fake_engine.files["random"] == folder / "run" / "random.safetensors"
     original, control = load_steer(folder / "v"), load_steer(fake_engine.files["random"])
     torch.testing.assert_close(control.vectors.norm(dim=1), original.vectors.norm(dim=1))
 
 
-def test_an_interrupted_run_goes_on_and_strengths_can_be_added(
+def test_an_interrupted_run_continues_and_accepts_more_strengths(
     folder: Path, fake_engine: FakeEngine
 ) -> None:
     fake_engine.fails_after = 2
@@ -99,7 +97,7 @@ def test_another_steer_under_the_same_name_is_another_run(
         evaluate(folder)
 
 
-def test_what_is_wrong_is_said_before_anything_is_generated(
+def test_errors_are_reported_before_anything_is_generated(
     folder: Path, fake_engine: FakeEngine
 ) -> None:
     with pytest.raises(SteerError, match="judge 'taste' is unknown"):
@@ -126,7 +124,7 @@ def test_a_sweep_writes_the_best_within_the_budget(folder: Path, fake_engine: Fa
     assert load_steer(folder / "v").layers == (0, 1, 2, 3)
 
 
-def test_a_sweep_asks_for_the_layers_of_each_candidate(
+def test_a_sweep_requests_the_layers_of_each_candidate(
     folder: Path, fake_engine: FakeEngine
 ) -> None:
     sweep(folder, "--strengths", "2", "--budget", 1.35, "--layers", "all;1-2", "--write")
@@ -189,7 +187,7 @@ def test_a_sweep_shows_its_points_even_if_a_file_cannot_be_written(
         (["--layers", "top:1"], "top:k needs layer_scores, and the steer has none"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(
+def test_an_invalid_sweep_is_refused(
     folder: Path, fake_engine: FakeEngine, options: list[str], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):

@@ -67,7 +67,7 @@ def rows(report: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     return {(row["combination"], row["method"]): row for row in report["rows"]}
 
 
-def test_strengths_are_chosen_on_the_seen_and_taken_over_for_the_unseen(
+def test_strengths_are_chosen_on_seen_combinations_and_reused_for_unseen_ones(
     folder: Path, fake_engine: FakeEngine
 ) -> None:
     completed = compare(folder, "--json", "--choose-prompts", folder / "others.txt")
@@ -89,7 +89,7 @@ def test_strengths_are_chosen_on_the_seen_and_taken_over_for_the_unseen(
     assert prompts_by_steers[("a",)] == {("He was",), ("It was", "She was")}
 
 
-def test_figures_are_those_of_the_texts(folder: Path, fake_engine: FakeEngine) -> None:
+def test_figures_are_computed_from_the_texts(folder: Path, fake_engine: FakeEngine) -> None:
     result = rows(json.loads(compare(folder, "--json").stdout))
     figures = result["a+b", "fixed"]["figures"]
     assert figures["perplexity:m"]["total_perplexity"] == 2 + 3
@@ -98,7 +98,7 @@ def test_figures_are_those_of_the_texts(folder: Path, fake_engine: FakeEngine) -
     assert figures["diversity"]["dist-2"] == pytest.approx(4 / 12)
 
 
-def test_a_row_that_a_kind_does_not_have_is_named(folder: Path, fake_engine: FakeEngine) -> None:
+def test_a_row_without_results_names_the_reason(folder: Path, fake_engine: FakeEngine) -> None:
     completed = compare(folder, "--json")
     report = json.loads(completed.stdout)
     assert [(a["combination"], a["method"]) for a in report["absent"]] == [
@@ -127,14 +127,14 @@ def test_strengths_come_back_with_the_texts_and_as_curves(
     curve = {"mean": [2, 1], "lower": [2, 1], "upper": [2, 1], "texts": [8, 8]}
     assert row["strength_over_tokens"] == {"a": curve, "b": curve}
     (path,) = (run / "generations").glob("test.a+b.dynamic.*.jsonl")
-    written = json.loads(path.read_text().splitlines()[0])
-    assert written["generations"][0]["steer_strengths"] == {"a": [2.0, 1.0], "b": [2.0, 1.0]}
+    first_line = json.loads(path.read_text().splitlines()[0])
+    assert first_line["generations"][0]["steer_strengths"] == {"a": [2.0, 1.0], "b": [2.0, 1.0]}
     for name in ("report.png", "strengths.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     assert "## a+b (unseen)" in (run / "report.md").read_text()
 
 
-def test_an_interrupted_comparison_goes_on_and_may_be_asked_for_more(
+def test_an_interrupted_comparison_continues_and_accepts_more_methods(
     folder: Path, fake_engine: FakeEngine
 ) -> None:
     fake_engine.fails_after = 3
@@ -168,7 +168,7 @@ def test_other_prompts_are_another_comparison(folder: Path, fake_engine: FakeEng
         (["--judge", "taste"], "judge 'taste' is unknown"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_errors_are_reported_before_anything_is_written(
     folder: Path, fake_engine: FakeEngine, options: list[str], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
@@ -176,9 +176,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert not fake_engine.requests and not (folder / "run").exists()
 
 
-def test_a_dose_that_no_request_could_have_is_refused_first(
-    folder: Path, fake_engine: FakeEngine
-) -> None:
+def test_an_invalid_dose_is_refused_first(folder: Path, fake_engine: FakeEngine) -> None:
     content = yaml.safe_load((folder / "asked.yaml").read_text())
     content["properties"]["a"]["layers"] = "7"
     (folder / "asked.yaml").write_text(yaml.safe_dump(content))

@@ -73,17 +73,13 @@ def test_paths_begin_at_the_file_and_one_value_stands_for_a_list(tmp_path: Path)
         ({"methods": ["fixed", "best"]}, r"methods\.1 is 'best'"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(
-    tmp_path: Path, changed: dict[str, Any], message: str
-) -> None:
+def test_errors_in_a_file_are_named(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(SteerError, match=message):
         load(tmp_path, **changed)
 
 
 @pytest.mark.parametrize("changed", [{"properties": {"fr": {**FR, "steer": "~nobody_here/x"}}}])
-def test_the_folder_of_somebody_who_is_not_here_is_named(
-    tmp_path: Path, changed: dict[str, Any]
-) -> None:
+def test_the_folder_of_an_unknown_user_is_named(tmp_path: Path, changed: dict[str, Any]) -> None:
     changed |= {"seen": ["fr"], "unseen": []}
     with pytest.raises(SteerError, match="~nobody_here/x: is not a valid path"):
         load(tmp_path, **changed)
@@ -109,7 +105,7 @@ def test_names_and_numbers_of_two_meanings_are_refused(
         load(tmp_path, **changed)
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_spec_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         SteerError, match=r"none\.yaml: no such file; give a YAML file of properties"
     ):
@@ -152,7 +148,7 @@ def test_schedules_are_not_for_other_kinds(tmp_path: Path, method: Any) -> None:
     assert skip_reason(method, ("fr", "cheer"), spec, STEERS) is None
 
 
-def test_the_same_request_has_the_same_texts_whatever_asks_for_it(tmp_path: Path) -> None:
+def test_the_same_request_gives_the_same_texts_for_every_method(tmp_path: Path) -> None:
     spec = load(tmp_path)
     dim, fixed = (choices(method, spec, STEERS)[0] for method in ("dim", "fixed"))
     assert (
@@ -250,7 +246,7 @@ def test_an_undecided_text_has_neither_a_property_nor_its_opposite(tmp_path: Pat
     assert judges.has("gloom", "t", value) == [[False, True], [False, False]]
 
 
-def test_a_judge_that_tells_no_property_is_refused(tmp_path: Path) -> None:
+def test_a_judge_without_a_property_is_refused(tmp_path: Path) -> None:
     spec = load(tmp_path, properties={"fr": {**FR, "judge": "diversity"}}, seen="fr")
     with pytest.raises(
         SteerError, match="property fr: judge diversity does not decide for each text"
@@ -268,7 +264,7 @@ def test_strengths_over_tokens_are_those_of_the_texts_that_reach_them() -> None:
     assert dynamic_curves([Answers("p", ("a",))]) == {}
 
 
-def test_raw_strengths_keep_prompts_and_texts_apart() -> None:
+def test_raw_strengths_are_kept_by_prompt_and_text() -> None:
     answers = [Answers("p", ("a", "b"), ({"fr": (2.0,)}, {"fr": ()})), Answers("q", ("",), ({},))]
     assert raw_strengths(answers) == {"fr": [[[2.0], []], [[]]]}
 

@@ -62,7 +62,7 @@ def test_each_step_and_layer_of_a_random_delta_keeps_its_norm() -> None:
     assert control.schedule == "dim"
 
 
-def test_a_seed_makes_a_control(make_steer: Any) -> None:
+def test_the_seed_determines_the_control(make_steer: Any) -> None:
     steer = make_steer()
     first, again, other = (random_steer(steer, seed) for seed in (1, 1, 2))
     assert torch.equal(first.projector1, again.projector1)

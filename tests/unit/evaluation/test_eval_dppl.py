@@ -93,7 +93,7 @@ def test_at_the_head_each_token_has_the_logits_of_its_own_strength(
 
 
 @pytest.mark.parametrize("strengths", [[], [1.0, float("nan")], ["much"]])
-def test_a_list_that_is_none_is_refused(
+def test_a_value_that_is_not_a_list_is_refused(
     language: LanguageModel, steers: Any, strengths: Any
 ) -> None:
     with (
@@ -170,7 +170,7 @@ def test_a_free_generation_of_no_token_has_no_perplexity(
     assert math.isnan(result)
 
 
-def test_mean_and_median_are_over_the_examples_that_have_the_properties() -> None:
+def test_mean_and_median_are_over_examples_with_the_properties() -> None:
     golds = [GoldAnswer((1,), "", 2.0)] * 5
     steered = [3.0, 4.0, 102.0, 1000.0, math.nan]
     result = dppl.figures(steered, golds, [True, True, True, False, True])
@@ -194,6 +194,6 @@ def test_examples_are_grouped_rows_or_prompts_as_they_stand(tmp_path: Path) -> N
         dppl.read_icl(tmp_path / "e.jsonl", 1, "")
 
 
-def test_a_prompt_without_room_for_the_answer_is_named(language: LanguageModel) -> None:
+def test_a_prompt_too_long_for_an_answer_is_named(language: LanguageModel) -> None:
     with pytest.raises(SteerError, match=r"fit the \d+ of embedded; give fewer demonstrations"):
         dppl.gold_answer(language, PromptPair("word " * 3000, "-"), 5)

@@ -1,4 +1,4 @@
-"""The requests that vLLM gets for each text, and the texts that come back."""
+"""The requests that vLLM gets for each text, and the returned texts."""
 
 import json
 from pathlib import Path
@@ -52,14 +52,14 @@ def test_the_authors_settings_reach_vllm() -> None:
         assert q.extra_args == {"steer": parameters}
 
 
-def test_without_a_steer_none_is_asked_for_and_texts_may_end_early() -> None:
+def test_a_run_without_a_steer_requests_none_and_texts_may_end_early() -> None:
     llm = FakeLLM()
     Engine(llm).generate(["a"], Sampling(samples=1))
     (q,) = llm.parameters
     assert q.extra_args == {"steer": "none"} and q.min_tokens == 0
 
 
-def test_many_texts_are_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_texts_are_generated_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "_MAX_REQUESTS", 4)
     llm, progress = FakeLLM(), []
     prompts = ["a", "bb", "ccc"]
@@ -69,7 +69,7 @@ def test_many_texts_are_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("prompt", ["a " * 81, ""])
-def test_a_prompt_without_room_is_named(prompt: str) -> None:
+def test_a_prompt_that_is_too_long_is_named(prompt: str) -> None:
     with pytest.raises(
         SteerError, match="tokens; expected 1 to 80, which leaves 20 for the generated"
     ):

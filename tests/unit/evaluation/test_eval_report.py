@@ -61,15 +61,15 @@ def rising(setting: Condition) -> float:
 
 def test_each_setting_is_scored_by_each_judge(tmp_path: Path) -> None:
     run, settings = open_run(tmp_path, ABOUT), condition_grid((0.0, 1.0))
-    written = {"none": "ab", "steer+1": "aa", "random+1": "bb"}
+    texts = {"none": "ab", "steer+1": "aa", "random+1": "bb"}
     for setting in settings:
-        run.write(setting, [Answers("p", tuple(written[setting.name]))])
-    seen: list[tuple[int, str]] = []
+        run.write(setting, [Answers("p", tuple(texts[setting.name]))])
+    calls: list[tuple[int, str]] = []
     scores = score(
         run,
         settings,
         [Letters("a"), Letters("b")],
-        on_condition=lambda n, who: seen.append((n, who)),
+        on_condition=lambda n, judge: calls.append((n, judge)),
     )
     assert {name: figures["share"] for name, figures in scores["letters:a"].items()} == {
         "none": 0.5,
@@ -77,7 +77,7 @@ def test_each_setting_is_scored_by_each_judge(tmp_path: Path) -> None:
         "random+1": 0.0,
     }
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    assert [n for n, _ in seen] == [1, 2, 3, 4, 5, 6] and seen[3][1] == "letters:b"
+    assert [n for n, _ in calls] == [1, 2, 3, 4, 5, 6] and calls[3][1] == "letters:b"
 
 
 def test_the_report_has_every_part() -> None:
@@ -125,14 +125,14 @@ def test_without_perplexity_or_effect_nothing_is_normalised() -> None:
     assert report(rising, lambda s: 4.0, judges=(PERPLEXITY,)).data["normalised_effect"] == {}
 
 
-def test_why_there_is_no_normalised_effect_is_said() -> None:
+def test_the_report_gives_the_reason_for_no_normalised_effect() -> None:
     result = report(rising, lambda s: math.nan).data["normalised_effect"]["lexicon:mine"]
     assert "PNES needs" in result["steer"]["reason"]
     message = markdown(report(rising, lambda s: math.nan))
     assert "- lexicon:mine, random: PNES needs an effect" in message
 
 
-def test_a_name_in_brackets_is_shown_as_it_is() -> None:
+def test_a_name_in_brackets_is_shown_unchanged() -> None:
     console = Console(width=80)
     settings = condition_grid((1.0,))
     scores = {"a[/b]": {s.name: {"share": 0.5, "total_perplexity": 4.0} for s in settings}}
@@ -170,12 +170,12 @@ def test_tables_show_the_control_beside_the_steer() -> None:
 
 
 @pytest.mark.parametrize("judges", [(LEXICON, PERPLEXITY), (LEXICON,), (PERPLEXITY,), ()])
-def test_a_picture_is_drawn_of_what_there_is(tmp_path: Path, judges: Any) -> None:
+def test_a_plot_shows_the_figures_that_exist(tmp_path: Path, judges: Any) -> None:
     result = report(rising, lambda s: 4 * math.exp(s.strength**2), judges=judges)
     draw_report(result, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"report\.png: cannot be written"):
         draw_report(report(rising, lambda s: 4.0), tmp_path / "gone" / "report.png")

@@ -12,7 +12,7 @@ from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.run import Condition, condition_grid, open_run
 from vllm_steer.files.atomic_write import unfinished_name
 
-ASKED: dict[str, Any] = {"model": "m", "sampling": {"seed": 0, "top_p": 0.9}, "layers": (1, 2)}
+SETTINGS: dict[str, Any] = {"model": "m", "sampling": {"seed": 0, "top_p": 0.9}, "layers": (1, 2)}
 ANSWERS = [Answers("Who?", (" It's me.", "\n…")), Answers("Why?", ("", " No."))]
 FIVE = Condition("steer", 5.0)
 
@@ -23,7 +23,7 @@ def test_the_unsteered_model_stands_once_beside_steer_and_control() -> None:
 
 
 def test_texts_come_back_as_they_were_written_in_the_authors_form(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "new" / "run", ASKED)
+    run = open_run(tmp_path / "new" / "run", SETTINGS)
     run.write(FIVE, ANSWERS)
     assert run.read(FIVE) == ANSWERS
     rows = (tmp_path / "new/run/generations/steer+5.jsonl").read_text().splitlines()
@@ -35,18 +35,18 @@ def test_texts_come_back_as_they_were_written_in_the_authors_form(tmp_path: Path
     }
 
 
-def test_only_what_is_not_there_is_missing(tmp_path: Path) -> None:
+def test_only_settings_without_texts_are_missing(tmp_path: Path) -> None:
     settings = condition_grid((0.0, 5.0))
-    run = open_run(tmp_path, ASKED)
+    run = open_run(tmp_path, SETTINGS)
     assert run.missing(settings) == settings
     run.write(FIVE, ANSWERS)
-    again = open_run(tmp_path, ASKED)
+    again = open_run(tmp_path, SETTINGS)
     assert [setting.name for setting in again.missing(settings)] == ["none", "random+5"]
 
 
-def test_another_runs_folder_is_refused_naming_the_difference(tmp_path: Path) -> None:
-    open_run(tmp_path, ASKED).write(FIVE, ANSWERS)
-    other = {**ASKED, "sampling": {"seed": 0, "top_p": 1.0}}
+def test_the_folder_of_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+    open_run(tmp_path, SETTINGS).write(FIVE, ANSWERS)
+    other = {**SETTINGS, "sampling": {"seed": 0, "top_p": 1.0}}
     expected = (
         r"other settings: sampling\.top_p was 0\.9 and is now 1\.0; give the same settings to "
         r"resume it, another folder, or --restart \(restart=True\) to discard it"
@@ -54,10 +54,10 @@ def test_another_runs_folder_is_refused_naming_the_difference(tmp_path: Path) ->
     with pytest.raises(SteerError, match=expected):
         open_run(tmp_path, other)
     with pytest.raises(SteerError, match="phase was None and is now 'prompt'"):
-        open_run(tmp_path, {**ASKED, "phase": "prompt"})
+        open_run(tmp_path, {**SETTINGS, "phase": "prompt"})
     with pytest.raises(SteerError, match=r"layers was \[1, 2\] and is now None"):
-        open_run(tmp_path, {k: v for k, v in ASKED.items() if k != "layers"})
-    assert open_run(tmp_path, ASKED).read(FIVE) == ANSWERS
+        open_run(tmp_path, {k: v for k, v in SETTINGS.items() if k != "layers"})
+    assert open_run(tmp_path, SETTINGS).read(FIVE) == ANSWERS
 
 
 def test_of_many_differences_the_first_are_named_and_digests_not_shown(tmp_path: Path) -> None:
@@ -71,19 +71,19 @@ def test_of_many_differences_the_first_are_named_and_digests_not_shown(tmp_path:
 
 
 def test_a_run_without_texts_gives_its_folder_to_another(tmp_path: Path) -> None:
-    open_run(tmp_path, ASKED)  # the engine did not start, say
-    other = open_run(tmp_path, {**ASKED, "model": "n"})
+    open_run(tmp_path, SETTINGS)  # the engine did not start, say
+    other = open_run(tmp_path, {**SETTINGS, "model": "n"})
     other.write(FIVE, ANSWERS)
     with pytest.raises(SteerError, match="model was 'n' and is now 'm'"):
-        open_run(tmp_path, ASKED)
+        open_run(tmp_path, SETTINGS)
 
 
 def test_restart_discards_the_run_and_nothing_else(tmp_path: Path) -> None:
-    run = open_run(tmp_path, ASKED)
+    run = open_run(tmp_path, SETTINGS)
     run.write(FIVE, ANSWERS)
     (tmp_path / "report.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
-    again = open_run(tmp_path, {**ASKED, "model": "n"}, restart=True)
+    again = open_run(tmp_path, {**SETTINGS, "model": "n"}, restart=True)
     assert again.missing([FIVE]) == [FIVE]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "generations",
@@ -99,7 +99,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, restart: bool) ->
     (tmp_path / "generations").mkdir()
     (tmp_path / "generations" / "mine.jsonl").write_text("precious")
     with pytest.raises(SteerError, match=r"thesis\.tex and is not a run folder; give a new"):
-        open_run(tmp_path, ASKED, restart=restart)
+        open_run(tmp_path, SETTINGS, restart=restart)
     assert (tmp_path / "generations" / "mine.jsonl").read_text() == "precious"
 
 
@@ -107,42 +107,40 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, restart: bool) ->
 def test_another_programs_settings_are_no_run(tmp_path: Path, restart: bool) -> None:
     (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
     with pytest.raises(SteerError, match=r"holds settings\.json and is not a run folder"):
-        open_run(tmp_path, ASKED, restart=restart)
+        open_run(tmp_path, SETTINGS, restart=restart)
     assert (tmp_path / "settings.json").exists()
 
 
-def test_what_a_killed_process_was_writing_is_cleared(tmp_path: Path) -> None:
+def test_the_unfinished_file_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     (tmp_path / unfinished_name("settings.json")).write_text("{")
-    run = open_run(tmp_path, ASKED)
+    run = open_run(tmp_path, SETTINGS)
     (tmp_path / "generations" / unfinished_name("none.jsonl")).write_text("{")
     unrelated = [tmp_path / "thesis.unfinished", tmp_path / "generations" / "mine.unfinished"]
     for path in unrelated:
         path.write_text("precious")
-    assert open_run(tmp_path, ASKED).missing([Condition("none", 0.0)])
+    assert open_run(tmp_path, SETTINGS).missing([Condition("none", 0.0)])
     assert sorted(tmp_path.rglob("*.unfinished")) == sorted(unrelated)
     assert run.missing([FIVE]) == [FIVE]
 
 
 def test_a_changed_file_of_texts_is_named(tmp_path: Path) -> None:
-    run = open_run(tmp_path, ASKED)
+    run = open_run(tmp_path, SETTINGS)
     (tmp_path / "generations" / "steer+5.jsonl").write_text('{"prompt": {"text"')
     with pytest.raises(SteerError, match=r"steer\+5\.jsonl: the file is damaged .*delete it"):
         run.read(FIVE)
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(SteerError, match=r"settings\.json: invalid JSON .*give another folder"):
-        open_run(tmp_path, ASKED)
+        open_run(tmp_path, SETTINGS)
 
 
-def test_a_folder_that_cannot_be_is_a_plain_error(tmp_path: Path) -> None:
+def test_an_invalid_folder_is_a_plain_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SteerError, match=r"file/run: cannot be used \(Not a directory\)"):
-        open_run(tmp_path / "file" / "run", ASKED)
+        open_run(tmp_path / "file" / "run", SETTINGS)
 
 
-def test_a_full_disk_leaves_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = open_run(tmp_path, ASKED)
+def test_a_full_disk_keeps_earlier_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(tmp_path, SETTINGS)
     run.write(FIVE, ANSWERS)
 
     def full(*_: Any) -> None:
@@ -157,9 +155,9 @@ def test_a_full_disk_leaves_what_was_written(
 
 def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
     run = open_run(tmp_path, {"model": "m\udcff"})
-    answers = [Answers("Who\ud800?", ("\udcff é \x9b",))]
-    run.write(FIVE, answers)
-    assert open_run(tmp_path, {"model": "m\udcff"}).read(FIVE) == answers
+    generated = [Answers("Who\ud800?", ("\udcff é \x9b",))]
+    run.write(FIVE, generated)
+    assert open_run(tmp_path, {"model": "m\udcff"}).read(FIVE) == generated
 
 
 @pytest.mark.parametrize(
@@ -171,7 +169,7 @@ def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
     ids=range(7),
 )
 def test_a_hostile_file_of_texts_is_one_error(tmp_path: Path, row: str) -> None:
-    run = open_run(tmp_path, ASKED)
+    run = open_run(tmp_path, SETTINGS)
     (tmp_path / "generations" / "steer+5.jsonl").write_text(row)
     with pytest.raises(SteerError, match=r"steer\+5\.jsonl: the file is damaged"):
         run.read(FIVE)
@@ -181,16 +179,16 @@ def test_a_hostile_file_of_texts_is_one_error(tmp_path: Path, row: str) -> None:
 def test_hostile_settings_are_one_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(SteerError, match=r"invalid JSON|is not a run folder"):
-        open_run(tmp_path, ASKED)
+        open_run(tmp_path, SETTINGS)
     (tmp_path / "settings.json").unlink()
     os.mkfifo(tmp_path / "settings.json")
     with pytest.raises(SteerError, match=r"holds settings\.json and is not a run folder"):
-        open_run(tmp_path, ASKED)
+        open_run(tmp_path, SETTINGS)
 
 
 def test_discarding_a_run_leaves_what_is_not_its_own(tmp_path: Path) -> None:
-    run = open_run(tmp_path, ASKED)
+    run = open_run(tmp_path, SETTINGS)
     run.write(FIVE, ANSWERS)
     (tmp_path / "generations" / "notes.txt").write_text("mine")
-    open_run(tmp_path, {**ASKED, "model": "n"}, restart=True)
+    open_run(tmp_path, {**SETTINGS, "model": "n"}, restart=True)
     assert [p.name for p in (tmp_path / "generations").iterdir()] == ["notes.txt"]

@@ -27,7 +27,7 @@ from vllm_steer.evaluation.strengths import parse_range, parse_strengths
         ("1e2,-0", (0, 100)),
     ],
 )
-def test_a_list_or_a_range_always_with_zero(spec: str, strengths: tuple[float, ...]) -> None:
+def test_a_list_and_a_range_always_have_zero(spec: str, strengths: tuple[float, ...]) -> None:
     assert parse_strengths(spec) == strengths
     assert "-0.0" not in str(parse_strengths(spec))
 

@@ -99,9 +99,9 @@ def test_each_figure_is_that_of_single_texts(
         [softmax(logits_of(folder, ("" if continuation else a.prompt) + text)) for text in a.texts]
         for a in ANSWERS
     ]
-    want = expected(figures, label)
-    assert judge.scores(ANSWERS) == pytest.approx(want, rel=1e-4)
-    assert 0 < want["share"] < 1
+    expected_figures = expected(figures, label)
+    assert judge.scores(ANSWERS) == pytest.approx(expected_figures, rel=1e-4)
+    assert 0 < expected_figures["share"] < 1
     assert (judge.name, judge.effect) == (f"classifier:{folder}{options}", "share")
 
 

@@ -11,7 +11,7 @@ from vllm_steer.evaluation.diversity import DiversityJudge, RepetitionJudge, com
 diversity, repetition = DiversityJudge("diversity"), RepetitionJudge("repetition")
 
 
-def test_the_leading_space_makes_an_empty_word() -> None:
+def test_a_leading_space_makes_an_empty_word() -> None:
     # "", a, b | "", a, c: 6 words, of which "", a, b, c differ.
     scores = diversity.scores([Answers("p", (" a b", " a c"))])
     assert scores["dist-1"] == pytest.approx(4 / 6)
@@ -50,9 +50,9 @@ def test_compression_is_text_over_compressed_bytes() -> None:
     texts = (" déjà vu" * 9, " again")
     raw = (" déjà vu" * 9 + "\n again").encode("utf-8")
     assert len(raw) == 9 * 10 + 7
-    want = len(raw) / len(zlib.compress(raw, 9))
-    assert compression(texts) == want
-    assert repetition.scores([Answers("p", texts)])["compression"] == want
+    expected = len(raw) / len(zlib.compress(raw, 9))
+    assert compression(texts) == expected
+    assert repetition.scores([Answers("p", texts)])["compression"] == expected
 
 
 def test_repetitive_texts_compress_better() -> None:

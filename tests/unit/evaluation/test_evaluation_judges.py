@@ -35,7 +35,7 @@ def test_the_effect_is_one_of_the_figures() -> None:
         assert judge.effect is None or judge.effect in judge.scores(answers)
 
 
-def test_judges_that_are_not_at_hand_are_named_with_the_reason() -> None:
+def test_unavailable_judges_are_named_with_the_reason() -> None:
     specs = ["perplexity:nobody/nothing", "diversity", "classifier:nobody/nothing", "perspective"]
     judges, missing = make_judges(specs)
     assert [judge.name for judge in judges] == ["diversity"]
@@ -45,7 +45,7 @@ def test_judges_that_are_not_at_hand_are_named_with_the_reason() -> None:
     assert "is a network service" in missing["perspective"]
 
 
-def test_a_missing_package_is_a_judge_not_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_makes_a_judge_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(name: str) -> Any:
         if name.startswith("langdetect"):
             raise ImportError(name)
@@ -82,7 +82,7 @@ def test_a_misspelt_judge_is_an_error_with_the_forms(spec: str) -> None:
     assert not isinstance(raised.value, JudgeUnavailableError)
 
 
-def test_an_error_of_the_spec_is_not_taken_for_a_missing_judge() -> None:
+def test_an_error_of_the_spec_is_not_an_unavailable_judge() -> None:
     with pytest.raises(SteerError):
         make_judges(["lexicon:missing.yaml"])
     with pytest.raises(JudgeUnavailableError):

@@ -23,7 +23,7 @@ def test_the_probability_is_averaged_and_not_the_rate() -> None:
     assert scores == pytest.approx({"probability": result[code] / 2, "share": 0.5})
 
 
-def test_prompts_are_averaged_and_not_looked_at() -> None:
+def test_prompts_are_averaged_and_their_text_is_ignored() -> None:
     answers = [Answers(ENGLISH, (FRENCH, FRENCH, FRENCH)), Answers(FRENCH, (ENGLISH,))]
     scores = make_judge("language:fr").scores(answers)
     assert scores == pytest.approx({"probability": 0.5, "share": 0.5}, abs=1e-3)
@@ -36,7 +36,7 @@ def test_a_text_without_letters_is_in_no_language(text: str) -> None:
 
 
 def test_the_same_text_is_always_the_same_language(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)  # as langdetect comes
+    monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)  # langdetect's default
     assert len({tuple(detect_languages(UNSURE).items()) for _ in range(20)}) == 1
 
 

@@ -56,7 +56,7 @@ def test_json_says_the_same_as_yaml(tmp_path: Path, words: Path) -> None:
         ("formality", " We are most grateful, indeed.", " It's kinda cool, gonna tell my mates."),
     ],
 )
-def test_the_embedded_words_tell_a_text(spec: str, text: str, opposite: str) -> None:
+def test_the_embedded_lexicon_classifies_a_text(spec: str, text: str, opposite: str) -> None:
     from vllm_steer.embedded import lexicon
 
     judge = make_judge(f"lexicon:embedded:{spec}")
@@ -105,7 +105,7 @@ def test_a_large_lexicon_and_one_of_many_aliases_are_refused(tmp_path: Path) -> 
         make_judge(f"lexicon:{path}")
 
 
-def test_a_lexicon_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_lexicon_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"mood\.yaml: no such file"):
         make_judge(f"lexicon:{tmp_path / 'mood.yaml'}")
     with pytest.raises(SteerError, match=r"mood\.txt: expected a \.yaml, \.yml or \.json file"):

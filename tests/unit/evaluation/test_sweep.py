@@ -100,19 +100,19 @@ def test_a_perplexity_that_is_no_number_is_over_any_budget(ratio: float) -> None
     assert pick([point(1, 0.7, 1.0), point(9, 1.0, ratio)], 0.2).strength == 1
 
 
-def test_nothing_within_the_budget_is_said() -> None:
+def test_a_sweep_without_a_point_in_the_budget_reports_it() -> None:
     expected = r"the lowest perplexity ratio is 1\.5 and the budget is 1\.2"
     with pytest.raises(SteerError, match=expected):
         pick([point(1, 0.9, 1.5), point(2, 1.0, 4.0)])
 
 
-def test_no_change_within_the_budget_is_said() -> None:
+def test_a_sweep_without_a_change_in_the_budget_reports_it() -> None:
     expected = r"the effect significantly: the largest change is from 0\.500 to 0\.500"
     with pytest.raises(SteerError, match=expected):
         pick([point(1, 0.5, 1.0), point(2, 0.4, 1.1)], 0.5)
 
 
-def test_a_change_that_chance_can_make_is_none() -> None:
+def test_a_change_within_chance_does_not_count() -> None:
     # Two standard errors of a difference over 100 texts: 2 sqrt((.58 .42 + .5 .5) / 100) = 0.1405.
     with pytest.raises(SteerError, match="within two standard errors over 100 texts"):
         pick([point(1, 0.58, 1.0)], 0.5, texts=100)
@@ -144,7 +144,7 @@ def test_candidates_are_read_in_their_order_and_each_once() -> None:
         ("all;", "layers is ''"),
     ],
 )
-def test_layers_that_cannot_be_are_refused(spec: str, message: str) -> None:
+def test_invalid_layers_are_refused(spec: str, message: str) -> None:
     with pytest.raises(SteerError, match=message):
         parse_candidates(spec, vector())
 
@@ -174,17 +174,17 @@ def sweep_result(steer: Path, points: Sequence[Point], layers: str | None = None
     )
 
 
-def test_what_is_written_keeps_the_recipe_and_all_layers(tmp_path: Path) -> None:
+def test_the_written_file_keeps_the_recipe_and_all_layers(tmp_path: Path) -> None:
     path = tmp_path / "v"
     save_steer(vector(recipe={"method": "mean"}, description="mine"), path)
     result = sweep_result(path, [point(2.5, 0.9, 1.1)])
     write_choice(result, result.choose())
-    written = load_steer(path)
-    assert torch.equal(written.vectors, vector().vectors)
-    assert (written.default_strength, written.description) == (2.5, "mine")
-    assert written.recipe["method"] == "mean"
-    assert written.recipe["sweep"]["chosen"]["strength"] == 2.5
-    assert written.recipe["sweep"]["settings"]["budget"] == 1.2
+    loaded = load_steer(path)
+    assert torch.equal(loaded.vectors, vector().vectors)
+    assert (loaded.default_strength, loaded.description) == (2.5, "mine")
+    assert loaded.recipe["method"] == "mean"
+    assert loaded.recipe["sweep"]["chosen"]["strength"] == 2.5
+    assert loaded.recipe["sweep"]["settings"]["budget"] == 1.2
 
 
 def test_the_chosen_layers_are_written_if_some_were_tried(tmp_path: Path) -> None:
@@ -193,9 +193,9 @@ def test_the_chosen_layers_are_written_if_some_were_tried(tmp_path: Path) -> Non
     top = CandidateLayers("top:2", (3, 8))
     result = sweep_result(path, [point(2.5, 0.9, 1.1, top)], layers="top:2")
     write_choice(result, result.choose())
-    written = load_steer(path)
-    assert (written.layers, written.layer_scores) == ((3, 8), (4.0, 3.0))
-    assert torch.equal(written.vectors, vector().vectors[[1, 3]])
+    loaded = load_steer(path)
+    assert (loaded.layers, loaded.layer_scores) == ((3, 8), (4.0, 3.0))
+    assert torch.equal(loaded.vectors, vector().vectors[[1, 3]])
 
 
 def test_only_a_file_of_our_own_is_written_to(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Zip archives: what contradicts itself, or would unpack to far more than it is, is refused."""
+"""Zip archives: contradictory ones and decompression bombs are refused."""
 
 import io
 import struct
@@ -17,9 +17,9 @@ DATA = b"0123456789abcdef"
 
 def zipped(*names: str, compression: int = zipfile.ZIP_STORED, data: bytes = DATA) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as written:
+    with zipfile.ZipFile(file, "w", compression) as archive:
         for name in names:
-            written.writestr(zipfile.ZipInfo(name), data, compression)
+            archive.writestr(zipfile.ZipInfo(name), data, compression)
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files are written atomically."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ from vllm_steer.files.atomic_write import (
 )
 
 
-def test_what_was_written_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+def test_a_written_file_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     path.write_text("old")
     write_text(path, "näw")
@@ -32,7 +32,7 @@ def test_what_was_written_takes_the_place_of_what_was_there(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["figures.json"]
 
 
-def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     path.write_text("old")
 
@@ -52,12 +52,12 @@ def test_a_real_full_disk_is_one_error(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"missing/x: cannot be written"):
         write_text(tmp_path / "missing" / "x", "text")
 
 
-def test_what_is_no_plain_file_is_left_alone(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_plain_file_is_unchanged(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (pipe, tmp_path, Path(), Path("."), Path("/dev/null")):
@@ -92,12 +92,12 @@ def test_a_hard_link_leaves_the_other_name_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "first").read_text() == "old"
 
 
-def test_what_others_left_beside_it_is_not_touched(tmp_path: Path) -> None:
-    mine = {"x.unfinished": "mine", ".x.unfinished": "mine", ".x.0123456789abcdef.unfinished": "m"}
-    for name, text in mine.items():
+def test_other_files_in_the_folder_are_unchanged(tmp_path: Path) -> None:
+    files = {"x.unfinished": "mine", ".x.unfinished": "mine", ".x.0123456789abcdef.unfinished": "m"}
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
     write_text(tmp_path / "x", "new")
-    assert {name: (tmp_path / name).read_text() for name in mine} == mine
+    assert {name: (tmp_path / name).read_text() for name in files} == files
     assert len(os.listdir(tmp_path)) == 4
 
 
@@ -122,7 +122,7 @@ def test_any_name_that_a_file_can_have_is_written(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "a\0b", "\ud800", "x/" * 3000 + "x"])
-def test_a_name_that_no_file_can_have_is_one_error(tmp_path: Path, name: str) -> None:
+def test_an_impossible_file_name_is_one_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(SteerError, match="cannot be written"):
         write_text(tmp_path / name, "new")
     assert os.listdir(tmp_path) == []
@@ -134,24 +134,28 @@ def test_a_text_that_is_no_utf_8_is_one_error(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_only_what_a_killed_process_left_of_our_names_is_cleared(tmp_path: Path) -> None:
-    ours = unfinished_name("report.json")
-    assert finished_name(ours) == "report.json"
-    others = [
+def test_only_unfinished_files_with_our_names_are_removed(tmp_path: Path) -> None:
+    own_name = unfinished_name("report.json")
+    assert finished_name(own_name) == "report.json"
+    other_names = [
         "report.json.unfinished",
         "thesis.unfinished",
         ".report.json.123.unfinished",
         unfinished_name("thesis"),
     ]
-    for name in (ours, *others):
+    for name in (own_name, *other_names):
         (tmp_path / name).write_text("")
     (tmp_path / unfinished_name("report.json")).symlink_to(tmp_path / "thesis.unfinished")
     remove_unfinished(tmp_path, {"report.json"}.__contains__)
-    left = os.listdir(tmp_path)
-    assert ours not in left and set(others) < set(left) and len(left) == len(others) + 1
+    remaining = os.listdir(tmp_path)
+    assert (
+        own_name not in remaining
+        and set(other_names) < set(remaining)
+        and len(remaining) == len(other_names) + 1
+    )
 
 
-def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interruption_leaves_no_file(tmp_path: Path) -> None:
     def interrupted(file: IO[bytes]) -> None:
         file.write(b"half")
         raise KeyboardInterrupt
@@ -202,17 +206,17 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("planted", ["link", "file"])
-def test_what_stands_under_the_new_files_name_is_neither_followed_nor_replaced(
+def test_a_path_at_the_temporary_name_is_neither_followed_nor_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
 ) -> None:
     monkeypatch.setattr(secrets, "token_hex", lambda _: "0" * 16)  # as if it could be guessed
-    victim, there = tmp_path / "victim", tmp_path / f".out.{'0' * 16}.unfinished"
+    victim, unfinished = tmp_path / "victim", tmp_path / f".out.{'0' * 16}.unfinished"
     victim.write_text("mine")
     if planted == "link":
-        there.symlink_to(victim)
+        unfinished.symlink_to(victim)
     else:
-        there.write_text("mine")
+        unfinished.write_text("mine")
     with pytest.raises(SteerError, match="out: cannot be written"):
         write_text(tmp_path / "out", "theirs")
-    assert victim.read_text() == there.read_text() == "mine"
+    assert victim.read_text() == unfinished.read_text() == "mine"
     assert not (tmp_path / "out").exists()

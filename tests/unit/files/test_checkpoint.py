@@ -1,4 +1,4 @@
-"""The LM-Steer authors' checkpoints: read as they wrote them, asked about what they leave open.
+"""The LM-Steer authors' checkpoints: read in their format; missing metadata is requested.
 
 Every file here is written by ``torch.save``, in the layouts of the authors' trainer
 (``[args, state, step]``) and transfer script (``[None, state, step]``).
@@ -16,7 +16,7 @@ from torch import nn
 from vllm_steer import SteerError, load_steer
 
 
-def test_a_trained_checkpoint_brings_its_facts(tmp_path: Path) -> None:
+def test_a_trained_checkpoint_has_its_metadata(tmp_path: Path) -> None:
     state = projectors()
     steer = load_steer(save(tmp_path / "cheer.pt", training_arguments(), state))
     assert (steer.variant, steer.epsilon, steer.base_model) == ("multiply", 1e-3, "gpt2")
@@ -37,7 +37,7 @@ TEN = {"projector1": torch.ones(10, HIDDEN, RANK), "projector2": torch.ones(10, 
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("arguments", "message"),
     [
         ({}, "it has 10 columns, of which training_steer 0 and dummy_steer 1 were .*: [0, 1]"),
         ({"dummy_steer": None}, "training_steer 0 and dummy_steer None were .* columns: [0]"),
@@ -58,10 +58,10 @@ TEN = {"projector1": torch.ones(10, HIDDEN, RANK), "projector2": torch.ones(10, 
         "transferred",
     ],
 )
-def test_columns_that_were_not_trained_are_asked_about(
-    tmp_path: Path, said: dict[str, Any] | None, message: str
+def test_untrained_columns_need_a_choice(
+    tmp_path: Path, arguments: dict[str, Any] | None, message: str
 ) -> None:
-    args = None if said is None else training_arguments(num_steers=10, **said)
+    args = None if arguments is None else training_arguments(num_steers=10, **arguments)
     path = save(tmp_path / "ten.pt", args, TEN)
     with pytest.raises(SteerError, match=message.replace("[", r"\[")):
         load_steer(path, epsilon=0.001)
@@ -97,7 +97,7 @@ def test_the_file_name_does_not_matter(tmp_path: Path) -> None:
     assert load_steer(path).rank == RANK
 
 
-def test_a_transferred_checkpoint_needs_epsilon_as_a_fact(tmp_path: Path) -> None:
+def test_a_transferred_checkpoint_needs_the_key_epsilon(tmp_path: Path) -> None:
     path = save(tmp_path / "moved.pt", None, projectors())
     with pytest.raises(SteerError, match=r"moved.pt: epsilon is not in the file; give it as a key"):
         load_steer(path)
@@ -147,7 +147,7 @@ def test_an_offset_checkpoint_asks_for_the_hidden_size(tmp_path: Path) -> None:
         load_steer(path)
 
 
-def test_facts_replace_the_training_arguments(tmp_path: Path) -> None:
+def test_overrides_replace_the_training_arguments(tmp_path: Path) -> None:
     path = save(tmp_path / "cheer.pt", training_arguments(), projectors())
     steer = load_steer(path, epsilon=2.0, fixed_columns=[], columns=[1], kind="lm_steer")
     assert (steer.epsilon, steer.fixed_columns, steer.columns) == (2.0, (), 1)
@@ -165,7 +165,7 @@ def test_facts_replace_the_training_arguments(tmp_path: Path) -> None:
     ],
     ids=["negative-epsilon", "nan-epsilon", "unknown-class", "other-class", "dummy-7", "dummy-x"],
 )
-def test_training_arguments_that_cannot_be_are_refused(
+def test_invalid_training_arguments_are_refused(
     tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     path = save(tmp_path / "bad.pt", training_arguments(**changed), projectors())
@@ -209,9 +209,7 @@ def test_training_arguments_that_cannot_be_are_refused(
         "scalar",
     ],
 )
-def test_other_contents_are_refused_with_what_was_found(
-    tmp_path: Path, saved: Any, message: str
-) -> None:
+def test_other_contents_are_refused_and_described(tmp_path: Path, saved: Any, message: str) -> None:
     path = tmp_path / "other.pt"
     torch.save(saved, path)
     with pytest.raises(SteerError, match=message) as caught:

@@ -49,7 +49,7 @@ def tensor_from_code(marker: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("payload", "named"),
+    ("payload", "callable_name"),
     [
         (shell, "posix.system"),
         (python, "__builtin__.eval"),
@@ -59,17 +59,17 @@ def tensor_from_code(marker: Path) -> Any:
     ],
     ids=["os.system", "eval", "getattr", "class", "torch.load"],
 )
-@pytest.mark.parametrize("place", ["argument", "state", "step"])
+@pytest.mark.parametrize("location", ["argument", "state", "step"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_that_names_code_is_refused_and_not_run(
-    tmp_path: Path, payload: Callable[[Path], Any], named: str, place: str
+    tmp_path: Path, payload: Callable[[Path], Any], callable_name: str, location: str
 ) -> None:
     marker = tmp_path / "executed"
     evil = payload(marker)
     saved: list[Any] = [training_arguments(), dict(projectors()), 1000]
-    if place == "argument":
+    if location == "argument":
         saved[0].model_name = evil
-    elif place == "state":
+    elif location == "state":
         saved[1]["projector1"] = evil
     else:
         saved[2] = evil
@@ -79,7 +79,7 @@ def test_a_checkpoint_that_names_code_is_refused_and_not_run(
         SteerError, match=r"evil.pt: refused: its pickle refers to .*nothing was " r"loaded"
     ) as caught:
         load_steer(path)
-    assert named in str(caught.value)
+    assert callable_name in str(caught.value)
     assert not marker.exists()
 
 
@@ -116,7 +116,7 @@ def test_a_hand_written_pickle_is_refused_and_not_run(tmp_path: Path, pickled: b
     assert not marker.exists()
 
 
-def test_a_pickle_behind_a_pickle_is_refused_or_ignored(tmp_path: Path) -> None:
+def test_a_second_pickle_after_the_first_is_refused_or_ignored(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     evil = pickle.dumps(shell(marker), protocol=2)
     path = rewrite_archive(

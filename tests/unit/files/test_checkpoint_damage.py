@@ -119,7 +119,7 @@ def test_a_damaged_archive_is_refused_with_the_file_named(
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def valid_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("fuzz") / "whole.pt"
     return save(path, training_arguments(), projectors()).read_bytes()
 
@@ -129,9 +129,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 )
 @given(position=st.integers(0, 100_000), value=st.integers(0, 255))
 def test_a_flipped_byte_gives_a_steer_or_a_steer_error(
-    tmp_path: Path, whole: bytes, position: int, value: int
+    tmp_path: Path, valid_file: bytes, position: int, value: int
 ) -> None:
-    data = bytearray(whole)
+    data = bytearray(valid_file)
     data[position % len(data)] = value
     path = tmp_path / "flipped.pt"
     path.write_bytes(data)
@@ -147,10 +147,10 @@ def test_a_flipped_byte_gives_a_steer_or_a_steer_error(
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @given(position=st.integers(0, 2_000), value=st.binary(min_size=1, max_size=3))
 def test_a_changed_pickle_gives_a_steer_or_a_steer_error(
-    tmp_path: Path, whole: bytes, position: int, value: bytes
+    tmp_path: Path, valid_file: bytes, position: int, value: bytes
 ) -> None:
     source, path = tmp_path / "source.pt", tmp_path / "changed.pt"
-    source.write_bytes(whole)
+    source.write_bytes(valid_file)
 
     def change(data: bytes) -> bytes:
         at = position % len(data)

@@ -23,7 +23,7 @@ def test_concept_vectors_rotate_at_the_input_norm_of_every_layer(tmp_path: Path)
     assert torch.equal(steer.vectors, w)
 
 
-def test_orient_turns_the_rows_whose_a_is_negative(tmp_path: Path) -> None:
+def test_orient_negates_the_rows_with_negative_a(tmp_path: Path) -> None:
     w = torch.randn(4, WIDTH)
     path = write_concept(tmp_path / "w", W=w, a=SIGNED)
     assert torch.equal(
@@ -43,7 +43,7 @@ def test_orient_without_a_sign_is_refused(tmp_path: Path) -> None:
         load_steer(write_concept(tmp_path / "unclear", a=unclear), orient=True)
 
 
-def test_facts_win_over_what_a_concept_file_is_read_as(tmp_path: Path) -> None:
+def test_overrides_replace_the_defaults_of_a_concept_file(tmp_path: Path) -> None:
     path = write_concept(tmp_path / "w")
     steer = load_steer(path, layers="1,3", site="attn_out", mode="add", default_strength=8)
     assert (steer.layers, steer.site, steer.mode) == ((1, 3), "attn_out", "add")
@@ -81,7 +81,7 @@ def test_files_that_only_look_like_concept_vectors_are_refused(
     ],
     ids=["humor", "quality", "truthfulness", "compliance"],
 )
-def test_the_authors_own_concept_vectors_survive_a_conversion(
+def test_the_authors_concept_vectors_are_unchanged_by_conversion(
     tmp_path: Path, name: str, norms: tuple[float, float]
 ) -> None:
     path = CONCEPT_VECTORS / f"{name}.safetensors"

@@ -27,7 +27,7 @@ def test_direction_0_of_a_gguf_file_is_block_0(tmp_path: Path) -> None:
     assert load_steer(write_gguf(tmp_path / "v.gguf", directions([0, 1]))).layers == (0, 1)
 
 
-def test_facts_choose_and_replace_in_a_gguf_file(tmp_path: Path) -> None:
+def test_overrides_select_and_replace_in_a_gguf_file(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "v.bin", directions(range(1, 5)))
     steer = load_steer(path, layers="2-3", mode="rotate", base_model="mine")
     assert (steer.layers, steer.mode, steer.base_model) == ((2, 3), "rotate", "mine")
@@ -48,7 +48,7 @@ def test_facts_choose_and_replace_in_a_gguf_file(tmp_path: Path) -> None:
     ],
     ids=["name", "leading-0", "negative", "large", "2d", "int", "nan", "ragged", "empty"],
 )
-def test_gguf_vectors_that_cannot_be_are_refused(
+def test_invalid_gguf_vectors_are_refused(
     tmp_path: Path, vectors: dict[Any, np.ndarray], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
@@ -97,24 +97,24 @@ HUGE = {
 
 
 def over_each_other(count: int, width: int) -> bytes:
-    """A file of directions that all stand at the same place."""
-    named = [
+    """A file of directions that all have the same offset."""
+    tensors = [
         text(f"direction.{layer}") + struct.pack("<IQIQ", 1, width, 0, 0)
         for layer in range(1, count + 1)
     ]
     key = text("general.architecture") + struct.pack("<I", 8) + text("controlvector")
-    head = b"GGUF" + struct.pack("<IQQ", 3, count, 1) + key + b"".join(named)
+    head = b"GGUF" + struct.pack("<IQQ", 3, count, 1) + key + b"".join(tensors)
     return head + bytes(-len(head) % 32) + struct.pack("<f", 1) * width
 
 
 def placed(*offsets: int) -> bytes:
-    """A file of directions of four values at these places."""
-    named = [
+    """A file of directions of four values at these offsets."""
+    tensors = [
         text(f"direction.{layer}") + struct.pack("<IQIQ", 1, 4, 0, offset)
         for layer, offset in enumerate(offsets, 1)
     ]
     key = text("general.architecture") + struct.pack("<I", 8) + text("controlvector")
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(offsets), 1) + key + b"".join(named)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(offsets), 1) + key + b"".join(tensors)
     one, two = struct.pack("<4f", 1, 2, 3, 4), struct.pack("<4f", 5, 6, 7, 8)
     return head + bytes(-len(head) % 32) + one + bytes(16) + two + bytes(64)
 
@@ -126,7 +126,7 @@ def placed(*offsets: int) -> bytes:
         (1000, 2**16, "needs 262144000 bytes of memory"),
     ],
 )
-def test_directions_over_each_other_do_not_fill_the_memory(
+def test_overlapping_directions_do_not_fill_the_memory(
     tmp_path: Path, count: int, width: int, message: str
 ) -> None:
     path = tmp_path / "v.gguf"
@@ -141,7 +141,7 @@ def test_directions_over_each_other_do_not_fill_the_memory(
     "offsets", [(0, 0), (0, 32 + 4), (4, 64), (2**64 - 96, 32), (0, 2**40)], ids=str
 )
 @pytest.mark.filterwarnings("error")
-def test_a_direction_lies_where_a_gguf_file_may_have_one(
+def test_a_direction_lies_inside_the_data_of_a_gguf_file(
     tmp_path: Path, offsets: tuple[int, int]
 ) -> None:
     """Aligned, within the file, beside the others; one near 2^64 wraps around to the header."""
@@ -157,7 +157,9 @@ def test_a_direction_lies_where_a_gguf_file_may_have_one(
 
 @pytest.mark.parametrize("claim", HUGE)
 @pytest.mark.timeout(20)
-def test_a_gguf_file_with_huge_claims_is_refused_soon(tmp_path: Path, claim: str) -> None:
+def test_a_gguf_file_with_huge_declared_sizes_is_refused_quickly(
+    tmp_path: Path, claim: str
+) -> None:
     header, message = HUGE[claim]
     path = tmp_path / "v.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<I", 3) + header)
@@ -172,7 +174,7 @@ def test_direction_l_of_an_svec_file_acts_on_the_input_of_block_l(tmp_path: Path
     assert torch.equal(steered(steer), streams(into=vectors)[-1])
 
 
-def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None:
+def test_an_svec_file_with_direction_0_needs_the_key_layers(tmp_path: Path) -> None:
     vectors = directions(range(BLOCKS))
     path = write_svec(tmp_path / "v.svec", vectors)
     with pytest.raises(SteerError, match=r"direction 0 acts on .* give layers: 0-3; to steer"):
@@ -181,8 +183,8 @@ def test_an_svec_file_with_direction_0_asks_which_layers(tmp_path: Path) -> None
     steer = load_steer(path, layers="0-3")
     assert torch.equal(steered(steer), streams(into=vectors)[-1])
     chosen = load_steer(path, layers="1-2")  # behavior_layer_ids 2 and 3
-    theirs = streams(into={2: vectors[2], 3: vectors[3]})
-    assert torch.equal(steered(chosen), theirs[-1])
+    expected = streams(into={2: vectors[2], 3: vectors[3]})
+    assert torch.equal(steered(chosen), expected[-1])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_an_svec_file_is_utf_8(tmp_path: Path) -> None:
         load_steer(tmp_path / "v.svec")
 
 
-def test_an_svec_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_svec_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "v.svec"
     for twice in (
         '"directions": {"1": [1], "1": [2]}',
@@ -255,7 +257,7 @@ def test_an_svec_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
             load_steer(path)
 
 
-def test_an_svec_file_may_hold_nan_where_it_means_nothing(tmp_path: Path) -> None:
+def test_an_svec_file_may_hold_nan_in_unused_fields(tmp_path: Path) -> None:
     path = tmp_path / "v.svec"
     more = '"explained_variances": {"1": NaN, "2": -Infinity}, "directions_shape": [1, 2]'
     path.write_text('{"model_type": "llama", "directions": {"1": [1, 2.5]}, ' + more + "}")

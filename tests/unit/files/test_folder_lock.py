@@ -33,10 +33,10 @@ with locked(sys.argv[1]):
 
 
 @contextmanager
-def holder(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+def holder(folder: Path, *extra_arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder until the block ends."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), *more],
+        [sys.executable, "-c", HOLD, str(folder), *extra_arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -50,7 +50,7 @@ def holder(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
+def test_a_second_process_gets_the_owner_of_the_lock(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
         name = rf"process {process.pid} \(\S+, since 2\S+\); wait for it"
@@ -65,7 +65,7 @@ def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "eval", "compare"])
-def test_a_command_leaves_a_folder_that_is_used_as_it_is(tmp_path: Path, command: str) -> None:
+def test_a_command_does_not_change_a_folder_in_use(tmp_path: Path, command: str) -> None:
     run, data = tmp_path / "run", tmp_path / "data.jsonl"
     data.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": -1}\n')
     (tmp_path / "asked.yaml").write_text("properties: {}\nseen: []\n")
@@ -103,9 +103,11 @@ def test_a_process_that_ends_leaves_no_lock(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("more", [(), ("fork",)], ids=["alone", "with-a-child-that-lives-on"])
-def test_a_killed_process_leaves_no_lock(tmp_path: Path, more: tuple[str, ...]) -> None:
-    with holder(tmp_path, *more) as process:
+@pytest.mark.parametrize(
+    "extra_arguments", [(), ("fork",)], ids=["alone", "with-a-child-that-lives-on"]
+)
+def test_a_killed_process_leaves_no_lock(tmp_path: Path, extra_arguments: tuple[str, ...]) -> None:
+    with holder(tmp_path, *extra_arguments) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert os.listdir(tmp_path) == [LOCK]
@@ -116,7 +118,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path, more: tuple[str, ...]) 
     assert os.listdir(tmp_path) == []
 
 
-def test_a_block_within_a_block_is_let_through(tmp_path: Path) -> None:
+def test_a_nested_lock_is_granted(tmp_path: Path) -> None:
     with locked(tmp_path):
         with locked(tmp_path / ".." / tmp_path.name):
             assert (tmp_path / LOCK).exists()
@@ -124,7 +126,7 @@ def test_a_block_within_a_block_is_let_through(tmp_path: Path) -> None:
     assert not (tmp_path / LOCK).exists()
 
 
-def test_another_thread_is_not_let_through(tmp_path: Path) -> None:
+def test_a_lock_in_another_thread_is_refused(tmp_path: Path) -> None:
     result: list[Exception] = []
 
     def second() -> None:
@@ -141,7 +143,7 @@ def test_another_thread_is_not_let_through(tmp_path: Path) -> None:
     assert f"process {os.getpid()}" in str(result[0])
 
 
-def test_one_after_the_other_many_times(tmp_path: Path) -> None:
+def test_a_lock_can_be_taken_many_times_in_sequence(tmp_path: Path) -> None:
     """Removing the lock file never admits two processes."""
     program = (
         "import os, sys, time\n"
@@ -170,7 +172,7 @@ def test_one_after_the_other_many_times(tmp_path: Path) -> None:
     assert all(int(output) > 0 for output in outputs)
 
 
-def test_a_folder_that_was_made_and_not_used_is_gone(tmp_path: Path) -> None:
+def test_a_created_and_unused_folder_is_removed(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match="no such model"), locked(tmp_path / "run"):
         raise SteerError("no such model")
     assert os.listdir(tmp_path) == []

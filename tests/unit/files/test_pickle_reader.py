@@ -1,4 +1,4 @@
-"""What ``torch.save`` writes, read as data: the same values as PyTorch's own reader gives."""
+"""``torch.save`` files read as data: the same values as from PyTorch's own reader."""
 
 import argparse
 import collections
@@ -42,7 +42,7 @@ def read(path: Path) -> Any:
         return torch_file.load(torch_file.read_names(archive), CLASSES)
 
 
-def theirs(path: Path) -> Any:
+def read_with_torch(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)
 
@@ -79,11 +79,12 @@ def test_tensors_of_every_dtype_and_stride_are_views_of_their_records(
 ) -> None:
     path = tmp_path / "t.pt"
     torch.save(tensors(dtype), path)
-    found = read(path)
-    assert same(found, theirs(path))
+    result = read(path)
+    assert same(result, read_with_torch(path))
     for name in ("transposed", "row", "strided"):  # as they were saved: one storage for all
         assert (
-            found[name].untyped_storage().data_ptr() == found["whole"].untyped_storage().data_ptr()
+            result[name].untyped_storage().data_ptr()
+            == result["whole"].untyped_storage().data_ptr()
         )
 
 
@@ -91,9 +92,9 @@ def test_a_modules_state_and_its_parameters_are_read(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     path = tmp_path / "m.pt"
     torch.save([module.state_dict(), dict(module.named_parameters())], path)
-    found, expected = read(path), theirs(path)
-    assert same(found[0], dict(expected[0]))
-    assert same(found[1], expected[1])
+    result, expected = read(path), read_with_torch(path)
+    assert same(result[0], dict(expected[0]))
+    assert same(result[1], expected[1])
 
 
 VALUES = st.recursive(
@@ -120,8 +121,8 @@ VALUES = st.recursive(
 def test_plain_values_are_those_of_pytorchs_reader(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "v.pt"
     torch.save(value, path)
-    found, expected = read(path), theirs(path)
-    assert same(found, expected) or same(found, _plain(expected))
+    result, expected = read(path), read_with_torch(path)
+    assert same(result, expected) or same(result, _plain(expected))
 
 
 def _plain(value: Any) -> Any:
@@ -139,10 +140,10 @@ def test_more_values_than_a_byte_can_number_are_remembered(tmp_path: Path) -> No
     path = tmp_path / "v.pt"
     words = [f"word {i}" for i in range(400)]
     torch.save([words, words[::-1], {word: [word] for word in words}], path)
-    assert same(read(path), theirs(path))
+    assert same(read(path), read_with_torch(path))
 
 
-def test_a_tensor_under_many_layers_is_read_as_far_as_memory_is_bounded(tmp_path: Path) -> None:
+def test_a_tensor_under_many_layers_is_bounded_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "v.pt"
     one = torch.ones(4096)
     torch.save({layer: one for layer in range(80)}, path)
@@ -156,12 +157,12 @@ def test_a_tensor_under_many_layers_is_read_as_far_as_memory_is_bounded(tmp_path
         load_steer(path)
 
 
-def hand_made(path: Path, *, held: int, said: int, offset: int, size: int) -> Path:
-    """A tensor of a storage of ``said`` floats, whose record holds ``held``."""
+def hand_made(path: Path, *, storage_size: int, declared_size: int, offset: int, size: int) -> Path:
+    """A tensor of a storage of ``declared_size`` floats, whose record has ``storage_size``."""
     path.write_bytes(
         saved(
-            tensor((size,), (1,), offset, of=storage("0", said)),
-            records={"0": torch.arange(float(held)).numpy().tobytes()},
+            tensor((size,), (1,), offset, of=storage("0", declared_size)),
+            records={"0": torch.arange(float(storage_size)).numpy().tobytes()},
         )
     )
     return path
@@ -169,21 +170,25 @@ def hand_made(path: Path, *, held: int, said: int, offset: int, size: int) -> Pa
 
 def test_a_tensor_lies_within_its_storage_and_a_storage_within_its_record(tmp_path: Path) -> None:
     path = tmp_path / "t.pt"
-    assert read(hand_made(path, held=4, said=4, offset=1, size=3)).tolist() == [1, 2, 3]
+    assert read(hand_made(path, storage_size=4, declared_size=4, offset=1, size=3)).tolist() == [
+        1,
+        2,
+        3,
+    ]
     with pytest.raises(SteerError, match=r"declares 3 values and its record has"):
-        read(hand_made(path, held=4, said=4, offset=2, size=3))
-    for said in (3, 5):  # PyTorch reads neither
+        read(hand_made(path, storage_size=4, declared_size=4, offset=2, size=3))
+    for payload in (3, 5):  # PyTorch reads neither
         with pytest.raises(
-            SteerError, match=rf"declares {said} values in torch.float32; .* 16 byte"
+            SteerError, match=rf"declares {payload} values in torch.float32; .* 16 byte"
         ):
-            read(hand_made(path, held=4, said=said, offset=0, size=3))
+            read(hand_made(path, storage_size=4, declared_size=payload, offset=0, size=3))
 
 
-def test_a_view_of_the_negative_is_read_as_pytorch_reads_it(tmp_path: Path) -> None:
+def test_a_negative_view_is_read_as_pytorch_reads_it(tmp_path: Path) -> None:
     imaginary = torch.tensor([1 + 2j, 3 - 4j, 5 + 6j]).conj().imag
     assert imaginary.is_neg()
     torch.save({1: imaginary, 2: torch._neg_view(torch.arange(3.0))}, tmp_path / "f")
-    assert same(read(tmp_path / "f"), theirs(tmp_path / "f"))
+    assert same(read(tmp_path / "f"), read_with_torch(tmp_path / "f"))
     assert load_steer(tmp_path / "f").vectors.tolist() == [[-2, 4, -6], [0, -1, -2]]
 
 
@@ -193,9 +198,9 @@ def test_a_view_of_the_negative_is_read_as_pytorch_reads_it(tmp_path: Path) -> N
     ids=str,
 )
 def test_other_metadata_is_refused(tmp_path: Path, metadata: Any) -> None:
-    """PyTorch acts on a key whatever it says, or fails."""
-    given = (storage(), 0, (4,), (1,), False, call("collections.OrderedDict"), metadata)
-    (tmp_path / "f").write_bytes(saved({1: call("torch._utils._rebuild_tensor_v2", *given)}))
+    """PyTorch acts on any such key, or fails."""
+    arguments = (storage(), 0, (4,), (1,), False, call("collections.OrderedDict"), metadata)
+    (tmp_path / "f").write_bytes(saved({1: call("torch._utils._rebuild_tensor_v2", *arguments)}))
     with pytest.raises(SteerError, match=r"its pickle has a tensor with .*; save a clone of it"):
         load_steer(tmp_path / "f")
 
@@ -209,15 +214,15 @@ def test_one_storage_has_one_type_and_one_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["archive/byteorder", "archive/BYTEORDER", "Archive/byteorder"])
-def test_numbers_of_the_other_order_are_refused(tmp_path: Path, name: str) -> None:
+def test_numbers_of_the_other_byte_order_are_refused(tmp_path: Path, name: str) -> None:
     """PyTorch looks names up without regard to case."""
-    (tmp_path / "f").write_bytes(saved(tensor(), more=[(name, b"big")]))
+    (tmp_path / "f").write_bytes(saved(tensor(), extra_records=[(name, b"big")]))
     with pytest.raises(SteerError, match="its tensors are not little-endian"):
         load_steer(tmp_path / "f", layers=1)
 
 
 @pytest.mark.parametrize("keys", [(0, 0), (1, True), ("a", "a"), (1, 1.0)], ids=str)
-def test_a_dict_that_has_a_key_twice_is_refused(tmp_path: Path, keys: tuple[Any, Any]) -> None:
+def test_a_dict_with_a_duplicate_key_is_refused(tmp_path: Path, keys: tuple[Any, Any]) -> None:
     pairs = b"".join(code(key) + tensor() for key in keys)
     (tmp_path / "f").write_bytes(saved(Raw(b"}(" + pairs + b"u")))
     with pytest.raises(SteerError, match=r"a dict has the duplicate key"):
@@ -225,16 +230,20 @@ def test_a_dict_that_has_a_key_twice_is_refused(tmp_path: Path, keys: tuple[Any,
 
 
 def test_a_state_that_is_set_twice_is_refused(tmp_path: Path) -> None:
-    said = Raw(namespace(epsilon=0.1) + code({"epsilon": 0.5}) + b"b")
-    (tmp_path / "f").write_bytes(saved([said, {"add_vec": tensor((1, 4), (4, 1))}, 1]))
+    payload = Raw(namespace(epsilon=0.1) + code({"epsilon": 0.5}) + b"b")
+    (tmp_path / "f").write_bytes(saved([payload, {"add_vec": tensor((1, 4), (4, 1))}, 1]))
     with pytest.raises(SteerError, match=r"sets the state of .* twice"):
         load_steer(tmp_path / "f")
 
 
-def test_a_first_record_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_an_archive_with_another_first_record_is_refused(tmp_path: Path) -> None:
     """PyTorch looks for all others beside it."""
-    more = [("zzz/x", b""), ("archive/data.pkl", pickled(tensor())), ("archive/data/0", FLOATS)]
-    (tmp_path / "f").write_bytes(archive(None, records={}, more=more))
+    extra_records = [
+        ("zzz/x", b""),
+        ("archive/data.pkl", pickled(tensor())),
+        ("archive/data/0", FLOATS),
+    ]
+    (tmp_path / "f").write_bytes(archive(None, records={}, extra_records=extra_records))
     with pytest.raises(SteerError, match="its first record is not in archive/"):
         load_steer(tmp_path / "f", layers=1)
 
@@ -242,7 +251,7 @@ def test_a_first_record_elsewhere_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hooks", [[1], {"a": 1}, "x", 5, (1,)], ids=str)
 def test_a_tensor_with_hooks_is_refused(tmp_path: Path, hooks: Any) -> None:
     parameter = call("torch._utils._rebuild_parameter", tensor(), False, hooks)
-    for held in (tensor(hooks=hooks), parameter):
-        (tmp_path / "f").write_bytes(saved({1: held}))
+    for value in (tensor(hooks=hooks), parameter):
+        (tmp_path / "f").write_bytes(saved({1: value}))
         with pytest.raises(SteerError, match="a tensor with hooks"):
             load_steer(tmp_path / "f")

@@ -1,4 +1,4 @@
-"""How a steer was made stands in its file."""
+"""The recipe of a steer is part of its file."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ STEERS: dict[str, Steer] = {
 
 
 @pytest.mark.parametrize("kind", STEERS)
-def test_a_recipe_comes_back_from_the_file(kind: str, tmp_path: Path) -> None:
+def test_a_recipe_is_read_back_from_the_file(kind: str, tmp_path: Path) -> None:
     save_steer(STEERS[kind], tmp_path / "x")
     assert load_steer(tmp_path / "x").recipe == RECIPE
 
@@ -69,12 +69,14 @@ def test_a_malformed_recipe_is_named(text: str, message: str, tmp_path: Path) ->
 def test_a_recipe_names_data_by_content_and_everything_in_plain_json(tmp_path: Path) -> None:
     data = tmp_path / "texts.txt"
     data.write_bytes(b"good\n")
-    made = recipe(
+    result = recipe(
         "concept", model="embedded", data=[data], settings={"seed": 1}, figures={"loss": 2.0}
     )
-    assert json.loads(json.dumps(made)) == made
-    assert made["data"] == [{"file": "texts.txt", "sha256": hashlib.sha256(b"good\n").hexdigest()}]
-    assert made["versions"]["torch"] == torch.__version__
+    assert json.loads(json.dumps(result)) == result
+    assert result["data"] == [
+        {"file": "texts.txt", "sha256": hashlib.sha256(b"good\n").hexdigest()}
+    ]
+    assert result["versions"]["torch"] == torch.__version__
 
 
 def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -43,18 +43,18 @@ def test_a_feature_is_a_row_of_the_decoder(
 
 
 @pytest.mark.parametrize(
-    ("hook", "place", "into"),
+    ("hook", "layer_index", "into"),
     [("blocks.2.hook_resid_post", 2, False), ("blocks.2.hook_resid_pre", 1, True)],
     ids=["post", "pre"],
 )
-def test_a_residual_hook_acts_where_transformer_lens_has_it(
-    tmp_path: Path, hook: str, place: int, into: bool
+def test_a_residual_hook_acts_at_the_position_of_transformer_lens(
+    tmp_path: Path, hook: str, layer_index: int, into: bool
 ) -> None:
     steer = load_steer(write_saelens(tmp_path / "sae"), feature=5, hook=hook)
-    assert steer.layers == (place,)
+    assert steer.layers == (layer_index,)
     hooked = {2: DECODER[5]}
-    theirs = streams(into=hooked)[-1] if into else streams(out_of=hooked)[-1]
-    assert torch.equal(steered(steer), theirs)
+    expected = streams(into=hooked)[-1] if into else streams(out_of=hooked)[-1]
+    assert torch.equal(steered(steer), expected)
 
 
 def test_an_attention_hook_is_the_attention_output(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_an_attention_hook_is_the_attention_output(tmp_path: Path) -> None:
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("write", SAES[:2])
-def test_what_an_sae_leaves_open_is_asked_for(
+def test_missing_metadata_of_an_sae_is_requested(
     tmp_path: Path, write: Callable[[Path], Path], overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
@@ -108,7 +108,7 @@ def test_what_an_sae_leaves_open_is_asked_for(
     ],
     ids=["transposed", "one-dimension", "nan", "int"],
 )
-def test_saelens_weights_that_cannot_be_are_refused(
+def test_invalid_saelens_weights_are_refused(
     tmp_path: Path, decoder: torch.Tensor, message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
@@ -150,9 +150,7 @@ def npy_header(shape: str, kind: str = "<f4", version: int = 1) -> bytes:
         *("u-twice", "with-header", "twice", "long", "void"),
     ],
 )
-def test_npz_headers_that_cannot_be_are_refused(
-    tmp_path: Path, header: bytes, message: str
-) -> None:
+def test_invalid_npz_headers_are_refused(tmp_path: Path, header: bytes, message: str) -> None:
     path = write_npy(tmp_path / "sae.npz", header)
     with pytest.raises(SteerError, match=message):
         load_steer(path, feature=1, layers="1", site="resid")

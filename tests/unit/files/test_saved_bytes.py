@@ -1,4 +1,4 @@
-"""What is saved: the same bytes in every process, and nothing that could not be read back."""
+"""Saved files: the same bytes in every process, and only content that can be read back."""
 
 import hashlib
 import json
@@ -54,17 +54,17 @@ print(digest.hexdigest())
 
 
 def test_every_process_writes_the_same_bytes_that_are_read_back(tmp_path: Path) -> None:
-    found = set()
+    digests = set()
     for seed in ("0", "1", "2", "random"):
         folder = tmp_path / seed
         folder.mkdir()
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         line = [sys.executable, "-c", PROGRAM, str(folder)]
-        done = subprocess.run(
+        process = subprocess.run(
             line, env=environment, capture_output=True, text=True, check=True, timeout=120
         )
-        found.add(done.stdout)
-    assert len(found) == 1
+        digests.add(process.stdout)
+    assert len(digests) == 1
     paths = sorted((tmp_path / "0").iterdir())
     assert len(paths) == 6 * 5
     for path in paths:
@@ -145,7 +145,7 @@ def test_a_recipe_that_is_no_json_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("depth", range(28, 36))
-def test_a_recipe_is_saved_exactly_as_deep_as_it_is_read(tmp_path: Path, depth: int) -> None:
+def test_a_recipe_has_the_same_depth_limit_when_saved_and_read(tmp_path: Path, depth: int) -> None:
     steer = VectorSteer(vectors=torch.ones(1, 4), layers=(0,), recipe={"a": nested(depth)})
     try:
         save_steer(steer, tmp_path / "x")
@@ -157,7 +157,7 @@ def test_a_recipe_is_saved_exactly_as_deep_as_it_is_read(tmp_path: Path, depth: 
 
 @pytest.mark.parametrize("name", ["description", "base_model"])
 @pytest.mark.parametrize("value", ["\ud800", "a\udcffb", "x" * 1_000_000, None, 3, b"x"])
-def test_a_text_that_no_file_can_carry_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+def test_a_text_that_cannot_be_saved_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     steer = VectorSteer(vectors=torch.ones(1, 4), layers=(0,), **{name: value})
     with pytest.raises(SteerError, match=name):
         save_steer(steer, tmp_path / "x")
@@ -176,7 +176,7 @@ def test_metadata_is_measured_as_it_is_written(tmp_path: Path, letter: str) -> N
         save_steer(replace(steer, description=letter * (901_000 // size)), tmp_path / "x")
 
 
-def test_layers_that_are_not_read_back_are_refused(tmp_path: Path) -> None:
+def test_layers_that_cannot_be_read_back_are_refused(tmp_path: Path) -> None:
     layers = tuple(range(0, 2000, 2))
     steer = VectorSteer(vectors=torch.ones(len(layers), 4), layers=layers)
     with pytest.raises(SteerError, match="layers"):
@@ -195,7 +195,7 @@ json_values = st.recursive(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(recipe=st.dictionaries(st.text(), json_values), text=st.text())
-def test_what_is_saved_is_read_back(tmp_path: Path, recipe: dict[str, Any], text: str) -> None:
+def test_every_saved_steer_is_read_back(tmp_path: Path, recipe: dict[str, Any], text: str) -> None:
     steer = LMSteer(
         variant="add",
         epsilon=0.5,
@@ -210,8 +210,8 @@ def test_what_is_saved_is_read_back(tmp_path: Path, recipe: dict[str, Any], text
     except SteerError:
         assert any(map(_unsaveable, (recipe, text)))
         return
-    found = load_steer(tmp_path / "x")
-    assert (found.recipe, found.description, found.base_model) == (recipe, text, text)
+    digests = load_steer(tmp_path / "x")
+    assert (digests.recipe, digests.description, digests.base_model) == (recipe, text, text)
 
 
 def _unsaveable(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Steer files: what is saved comes back, and what is wrong is named."""
+"""Steer files: saved steers are read back, and errors are named."""
 
 import gzip
 import json
@@ -132,7 +132,7 @@ def test_projectors_that_are_strided_views_can_be_saved(make_steer: Any, tmp_pat
     assert torch.equal(loaded.tensors["projector2"], second)
 
 
-def test_numbers_from_numpy_survive_saving(make_steer: Any, tmp_path: Path) -> None:
+def test_numbers_from_numpy_can_be_saved(make_steer: Any, tmp_path: Path) -> None:
     steer = make_steer(
         columns=2,
         epsilon=np.float64(0.125),
@@ -150,7 +150,7 @@ def test_a_trained_parameter_can_be_saved(make_steer: Any, tmp_path: Path) -> No
     assert torch.equal(load_steer(tmp_path / "steer").tensors["add"], vectors.detach())
 
 
-def test_facts_replace_what_the_file_says(tmp_path: Path) -> None:
+def test_overrides_replace_the_metadata_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "steer", {"fixed_columns": "1"}, {"add": torch.ones(2, 6)})
     steer = load_steer(path, epsilon=3.0, fixed_columns=[], default_strength=4, description="mine")
     assert (steer.epsilon, steer.fixed_columns) == (3.0, ())
@@ -231,7 +231,7 @@ def test_a_nan_in_the_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("twice", ['"layers": "0", "layers": "1"', '"a": 1, "a": 1'])
-def test_a_key_that_stands_twice_in_the_header_is_refused(tmp_path: Path, twice: str) -> None:
+def test_a_duplicate_key_of_the_header_is_refused(tmp_path: Path, twice: str) -> None:
     whole = write(tmp_path / "steer", {}).read_bytes()
     length = int.from_bytes(whole[:8], "little")
     header = whole[8 : 8 + length].replace(
@@ -244,7 +244,7 @@ def test_a_key_that_stands_twice_in_the_header_is_refused(tmp_path: Path, twice:
         load_steer(tmp_path / "twice")
 
 
-def test_an_unknown_fact_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_override_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "steer", {})
     with pytest.raises(SteerError, match="unknown key 'epsilom'"):
         load_steer(path, epsilom=1.0)
@@ -277,7 +277,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_of_another_kind_is_told_for_what_it_is(
+def test_a_file_of_another_kind_is_named_by_its_kind(
     tmp_path: Path, data: bytes, message: str
 ) -> None:
     path = tmp_path / "steer.safetensors"
@@ -286,11 +286,11 @@ def test_a_file_of_another_kind_is_told_for_what_it_is(
         load_steer(path)
 
 
-@pytest.mark.parametrize("kept", [9, 40, -1], ids=["header-cut", "header-half", "last-byte-cut"])
-def test_a_truncated_file_is_refused(make_steer: Any, tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("size", [9, 40, -1], ids=["header-cut", "header-half", "last-byte-cut"])
+def test_a_truncated_file_is_refused(make_steer: Any, tmp_path: Path, size: int) -> None:
     path = tmp_path / "steer"
     save_steer(make_steer(), path)
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(SteerError, match="steer: not a readable safetensors file"):
         load_steer(path)
 
@@ -313,7 +313,7 @@ def test_a_flipped_byte_gives_a_steer_or_a_steer_error(
 
 
 @pytest.mark.parametrize("change", ["overwritten", "truncated", "removed"])
-def test_a_loaded_steer_stays_as_it_is_when_its_file_changes(tmp_path: Path, change: str) -> None:
+def test_a_loaded_steer_does_not_change_with_its_file(tmp_path: Path, change: str) -> None:
     path = write(tmp_path / "steer", {}, {"add": torch.ones(1, 6)})
     steer = load_steer(path)
     with path.open("r+b") as file:
@@ -329,7 +329,7 @@ def test_a_loaded_steer_stays_as_it_is_when_its_file_changes(tmp_path: Path, cha
 
 @pytest.mark.parametrize("form", ["1 2", "1,,2", ",", "1;2", "1-2", "1_0", "01", "\u0661"])
 @pytest.mark.parametrize("fact", ["columns", "fixed_columns"])
-def test_a_list_of_columns_of_two_meanings_is_refused(tmp_path: Path, fact: str, form: str) -> None:
+def test_an_ambiguous_list_of_columns_is_refused(tmp_path: Path, fact: str, form: str) -> None:
     path = write(tmp_path / "steer", {}, {"add": torch.ones(13, 6)})
     with pytest.raises(SteerError, match=f"{fact}.* is '"):
         load_steer(path, **{fact: form})
@@ -357,7 +357,7 @@ def test_a_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
     assert load_steer(path).hidden_size == 6
 
 
-def test_memory_that_is_out_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exhausted_memory_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch has no class of its own for it."""
     path = write(tmp_path / "steer", {})
 

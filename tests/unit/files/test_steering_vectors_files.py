@@ -26,7 +26,7 @@ def test_a_steering_vector_is_added_to_its_blocks_outputs(
     ("layer_type", "site"),
     [("decoder_block", "resid"), ("self_attn", "attn_out"), ("input_layernorm", "attn_in")],
 )
-def test_a_layer_type_is_a_site(
+def test_a_layer_type_maps_to_a_site(
     tmp_path: Path, steering_vectors: Any, layer_type: str, site: str
 ) -> None:
     as_class = steering_vectors(tensors([1]), layer_type)
@@ -59,7 +59,7 @@ def test_steering_vectors_of_one_row_are_flattened_as_the_library_does(
     ],
     ids=range(10),
 )
-def test_steering_vectors_that_cannot_be_are_refused(
+def test_invalid_steering_vectors_are_refused(
     tmp_path: Path, steering_vectors: Any, fields: dict[str, Any], message: str
 ) -> None:
     content = steering_vectors(tensors([1]))

@@ -1,4 +1,4 @@
-"""Vectors and deltas of ``torch.save``: what a tensor leaves open is asked for."""
+"""Vectors and deltas of ``torch.save``: missing metadata of a tensor is requested."""
 
 import collections
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_a_4d_tensor_is_a_delta_with_its_heads_side_by_side(tmp_path: Path) -> N
     assert torch.equal(steer.delta[1, 0], torch.cat([delta[1, 0, 0], delta[1, 0, 1]]))
 
 
-def test_facts_choose_and_replace_in_a_delta(tmp_path: Path) -> None:
+def test_overrides_select_and_replace_in_a_delta(tmp_path: Path) -> None:
     path = save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4))
     steer = load_steer(path, kind="delta", layers="1-2", site="attn_in", schedule="dim")
     assert (steer.layers, steer.site, steer.schedule) == ((1, 2), "attn_in", "dim")
@@ -44,14 +44,14 @@ def test_facts_choose_and_replace_in_a_delta(tmp_path: Path) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_facts_that_do_not_fit_a_delta_are_refused(
+def test_overrides_that_do_not_fit_a_delta_are_refused(
     tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
         load_steer(save(tmp_path / "diff.pt", torch.randn(5, 3, 2, 4)), **overrides)
 
 
-def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
+def test_one_vector_needs_the_key_layers(tmp_path: Path) -> None:
     path = save(tmp_path / "v.pt", torch.arange(6.0))
     with pytest.raises(SteerError, match=r"tensor \[6\] does not say .* such as layers: 16"):
         load_steer(path)
@@ -61,7 +61,7 @@ def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "problem"),
     [
         ({}, "does not say which layer each row is for"),
         ({"layers": "0-4"}, "has 6 rows and the key layers has 5"),
@@ -70,15 +70,16 @@ def test_one_vector_is_asked_for_its_layers(tmp_path: Path) -> None:
     ],
     ids=["nothing", "too-few", "other-rows", "no-layers"],
 )
-def test_a_vector_per_row_is_asked_for_the_rows_blocks(
-    tmp_path: Path, overrides: dict[str, Any], said: str
+def test_a_vector_per_row_needs_the_key_layers(
+    tmp_path: Path, overrides: dict[str, Any], problem: str
 ) -> None:
     path = save(tmp_path / "v.pt", torch.randn(BLOCKS + 1, WIDTH))
     with pytest.raises(SteerError) as caught:
         load_steer(path, **overrides)
     message = str(caught.value)
     assert (
-        f"a tensor [6, 6] {said}; give the key layers, one 0-based decoder block per row" in message
+        f"a tensor [6, 6] {problem}; give the key layers, one 0-based decoder block per row"
+        in message
     )
     assert "row i the output of block i-1; persona vectors" in message
     assert "give rows: 1-5, layers: 0-4" in message
@@ -114,7 +115,7 @@ def test_rows_pick_single_rows(tmp_path: Path) -> None:
         load_steer(tmp_path / "v.pt", rows=6, layers=5)
 
 
-def test_a_dict_says_the_blocks_by_its_keys(tmp_path: Path) -> None:
+def test_the_keys_of_a_dict_are_the_blocks(tmp_path: Path) -> None:
     vectors = tensors([4, 1])
     steer = load_steer(save(tmp_path / "v.pt", vectors))
     assert steer.layers == (1, 4)
@@ -131,7 +132,7 @@ def test_a_trained_parameter_and_an_ordered_dict_are_read(tmp_path: Path) -> Non
     assert not load_steer(path, layers=1).vectors.requires_grad
 
 
-def test_a_3d_tensor_is_asked_whether_it_is_a_delta(tmp_path: Path) -> None:
+def test_a_3d_tensor_needs_a_kind(tmp_path: Path) -> None:
     delta = torch.randn(4, 2, 6)
     path = save(tmp_path / "d.pt", delta)
     for overrides in ({}, {"kind": "delta"}, {"layers": "8-9"}, {"kind": "delta", "layers": "8"}):
@@ -186,7 +187,7 @@ def test_a_3d_tensor_is_asked_whether_it_is_a_delta(tmp_path: Path) -> None:
     ],
     ids=range(23),
 )
-def test_tensors_that_cannot_be_are_refused_with_what_was_found(
+def test_invalid_tensors_are_refused_and_described(
     tmp_path: Path, content: Any, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message) as caught:

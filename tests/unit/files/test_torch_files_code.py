@@ -1,4 +1,4 @@
-"""Files of ``torch.save`` that name code, claim too much or were changed."""
+"""Files of ``torch.save`` that name code, declare too much data or were changed."""
 
 import os
 from pathlib import Path
@@ -24,19 +24,19 @@ class Shell:
         return (os.system, (self.command,))
 
 
-@pytest.mark.parametrize("place", ["bare", "value", "key", "field", "attribute"])
+@pytest.mark.parametrize("location", ["bare", "value", "key", "field", "attribute"])
 def test_a_file_that_names_code_is_refused_and_not_run(
-    tmp_path: Path, steering_vectors: Any, place: str
+    tmp_path: Path, steering_vectors: Any, location: str
 ) -> None:
     marker = tmp_path / "executed"
     evil: Any = Shell(marker)
-    if place == "value":
+    if location == "value":
         evil = {1: evil}
-    elif place == "key":
+    elif location == "key":
         evil = {evil: torch.ones(6)}
-    elif place == "field":
+    elif location == "field":
         evil = steering_vectors({1: evil})
-    elif place == "attribute":
+    elif location == "attribute":
         evil = {"layer_activations": {1: torch.ones(6)}, "layer_type": evil}
     path = save(tmp_path / "evil.pt", evil)
     with pytest.raises(
@@ -46,7 +46,7 @@ def test_a_file_that_names_code_is_refused_and_not_run(
     assert not marker.exists()
 
 
-def test_numpy_arrays_in_a_pickle_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_numpy_arrays_in_a_pickle_are_refused_with_advice(tmp_path: Path) -> None:
     path = save(tmp_path / "v.pt", {1: np.ones(6)})
     with pytest.raises(SteerError, match=r"its pickle refers to .*numpy.*Save tensors only"):
         load_steer(path)
@@ -62,7 +62,7 @@ def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path
             load_steer(save(tmp_path / "huge.pt", content), layers="1-2")
 
 
-def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_contains_itself_is_refused(tmp_path: Path) -> None:
     content: dict[Any, Any] = {}
     content["self"] = content
     with pytest.raises(SteerError, match="its pickle is nested more than 32 deep"):
@@ -70,7 +70,7 @@ def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def valid_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("fuzz") / "v.pt"
     return save(
         path, {"layer_activations": tensors([1, 2]), "layer_type": "self_attn"}
@@ -83,9 +83,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @given(position=st.integers(0, 100_000), value=st.binary(min_size=1, max_size=3))
 def test_changed_bytes_give_a_steer_or_a_steer_error(
-    tmp_path: Path, whole: bytes, position: int, value: bytes
+    tmp_path: Path, valid_file: bytes, position: int, value: bytes
 ) -> None:
-    data = bytearray(whole)
+    data = bytearray(valid_file)
     at = position % len(data)
     data[at : at + len(value)] = value
     path = tmp_path / "changed.pt"

@@ -1,4 +1,4 @@
-"""Files of other tools, all alike: told by content, narrowed by overrides, refused when damaged."""
+"""Files of other tools: recognised by content, restricted by overrides, refused when damaged."""
 
 import json
 from collections.abc import Callable
@@ -55,11 +55,13 @@ def test_the_file_name_does_not_matter(tmp_path: Path, name: str, ending: str) -
 
 
 @pytest.mark.parametrize("name", ENOUGH)
-def test_a_config_and_a_plan_carry_the_facts_of_a_format(tmp_path: Path, name: str) -> None:
+def test_a_config_and_a_plan_carry_the_overrides_of_a_format(tmp_path: Path, name: str) -> None:
     path = WRITERS[name](tmp_path / "steer")
     config = SteerConfig.load({"steers": {"it": {"path": str(path), **ENOUGH[name]}}})
-    sent = json.loads(json.dumps(config.steers["it"].overrides))
-    assert torch.equal(load_steer(path, **sent).vectors, load_steer(path, **ENOUGH[name]).vectors)
+    overrides = json.loads(json.dumps(config.steers["it"].overrides))
+    assert torch.equal(
+        load_steer(path, **overrides).vectors, load_steer(path, **ENOUGH[name]).vectors
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here fails when read")
@@ -69,7 +71,7 @@ def test_a_file_that_the_system_cannot_read_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_was_read_can_be_saved_and_loaded(tmp_path: Path, name: str) -> None:
+def test_a_converted_steer_can_be_saved_and_loaded(tmp_path: Path, name: str) -> None:
     steer = load_steer(WRITERS[name](tmp_path / "theirs"), **ENOUGH.get(name, {}))
     save_steer(steer, tmp_path / "own")
     loaded = load_steer(tmp_path / "own")
@@ -86,7 +88,7 @@ GIVEN: dict[str, Any] = {"orient": True, "rows": "1", "feature": 1, "hook": "x",
 @pytest.mark.parametrize(
     ("name", "fact"), [pair for pair in product(WRITERS, GIVEN) if pair not in USED]
 )
-def test_a_fact_without_a_use_is_refused(tmp_path: Path, name: str, fact: str) -> None:
+def test_an_override_without_a_use_is_refused(tmp_path: Path, name: str, fact: str) -> None:
     overrides = {**ENOUGH.get(name, {}), fact: GIVEN[fact]}
     with pytest.raises(
         SteerError,
@@ -106,7 +108,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str, share: float) ->
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def valid_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     return {name: write(folder / name).read_bytes() for name, write in WRITERS.items()}
 
@@ -115,9 +117,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", WRITERS)
 @given(position=st.integers(0, 100_000), value=st.binary(min_size=1, max_size=4))
 def test_changed_bytes_give_a_steer_or_a_steer_error(
-    tmp_path: Path, whole: dict[str, bytes], name: str, position: int, value: bytes
+    tmp_path: Path, valid_files: dict[str, bytes], name: str, position: int, value: bytes
 ) -> None:
-    data = bytearray(whole[name])
+    data = bytearray(valid_files[name])
     at = position % len(data)
     data[at : at + len(value)] = value
     path = tmp_path / "changed"

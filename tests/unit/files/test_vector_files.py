@@ -1,4 +1,4 @@
-"""Files of kind ``vector`` and ``delta``: what is saved comes back, and what is wrong is named."""
+"""Files of kind ``vector`` and ``delta``: saved steers are read back, and errors are named."""
 
 import json
 import struct
@@ -190,7 +190,7 @@ def test_layers_keep_some_of_a_deltas_layers(tmp_path: Path) -> None:
     assert torch.equal(steer.delta, ramp(2, 3, 6)[:, 1:2])
 
 
-def test_facts_replace_what_the_file_says(tmp_path: Path) -> None:
+def test_overrides_replace_the_metadata_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "steer", {"default_strength": "2"})
     steer = load_steer(path, site="attn_out", mode="rotate", default_strength=4, base_model="m")
     assert (steer.site, steer.mode) == ("attn_out", "rotate")
@@ -300,7 +300,7 @@ def test_a_zero_vector_can_be_added_but_not_rotated_to(tmp_path: Path) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_facts_that_do_not_fit_the_file_are_refused(
+def test_overrides_that_do_not_fit_the_file_are_refused(
     tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
@@ -322,7 +322,7 @@ def test_facts_that_do_not_fit_the_file_are_refused(
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
 )
-def test_malformed_facts_are_refused(
+def test_malformed_overrides_are_refused(
     tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):

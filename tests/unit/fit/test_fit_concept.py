@@ -46,28 +46,34 @@ def rows_by_hand(talks: list[Conversation], layer: int) -> tuple[Any, Any]:
     for one in talks:
         before = tiny_tokenizer()(one.prompt)["input_ids"]
         ids = tiny_tokenizer()(" ".join(m["content"] for m in one.messages))["input_ids"]
-        found = norm_outputs(tiny_model(), ids, layer)[len(before) : -1][:16]
-        rows.append(found.numpy())
-        labels += [one.label] * len(found)
+        result = norm_outputs(tiny_model(), ids, layer)[len(before) : -1][:16]
+        rows.append(result.numpy())
+        labels += [one.label] * len(result)
     return np.concatenate(rows), np.array(labels)
 
 
-def test_dim_of_a_model_is_that_of_its_input_norms_outputs() -> None:
-    found = fit(layers=[2, 0], batch_size=3)
-    assert (found.steer.layers, found.steer.site, found.steer.mode) == ((0, 2), "attn_in", "rotate")
+def test_difference_in_means_uses_the_outputs_of_the_input_norm() -> None:
+    result = fit(layers=[2, 0], batch_size=3)
+    assert (result.steer.layers, result.steer.site, result.steer.mode) == (
+        (0, 2),
+        "attn_in",
+        "rotate",
+    )
     train, _ = split(TALKS, 0)
     for row, layer in enumerate((0, 2)):
         x, y = rows_by_hand(train, layer)
         away = x - x.mean(0)
         total = ((2 * y - 1)[:, None] * away / np.linalg.norm(away, axis=1, keepdims=True)).sum(0)
-        wanted = total / np.linalg.norm(total)
-        np.testing.assert_allclose(found.steer.vectors[row].numpy(), wanted, rtol=1e-5, atol=1e-7)
-    assert found.train_tokens == len(x)
+        expected = total / np.linalg.norm(total)
+        np.testing.assert_allclose(
+            result.steer.vectors[row].numpy(), expected, rtol=1e-5, atol=1e-7
+        )
+    assert result.train_tokens == len(x)
 
 
-def test_accuracies_are_of_training_and_of_validation_answers() -> None:
-    found = fit(layers=[1], probe="logistic")
-    (one,) = found.probes
+def test_accuracies_exist_for_training_and_validation_answers() -> None:
+    result = fit(layers=[1], probe="logistic")
+    (one,) = result.probes
     for part, score in zip(
         split(TALKS, 0), (one.train_accuracy, one.validation_accuracy), strict=True
     ):
@@ -77,7 +83,7 @@ def test_accuracies_are_of_training_and_of_validation_answers() -> None:
             if len(x):
                 right.append(np.mean((x @ one.probe.direction > 0) == (y == 1)))
         assert score == pytest.approx(np.mean(right), abs=1e-12)
-    assert found.steer.layer_scores == (one.train_accuracy,)
+    assert result.steer.layer_scores == (one.train_accuracy,)
 
 
 def test_a_prompt_is_in_training_or_in_validation() -> None:
@@ -97,32 +103,32 @@ def test_the_last_prompt_of_the_training_keeps_all_its_answers() -> None:
 
 
 def probes(*train: float, validation: tuple[float | None, ...] | None = None) -> list[LayerProbe]:
-    rest = validation or train
+    validation_scores = validation or train
     return [
         LayerProbe(4 + layer, Probe(np.ones(1)), one, other)
-        for layer, (one, other) in enumerate(zip(train, rest, strict=True))
+        for layer, (one, other) in enumerate(zip(train, validation_scores, strict=True))
     ]
 
 
 def test_equal_layers_are_all_kept() -> None:
-    found = probes(0.7, 0.9, 0.8, 0.8, 0.6)
-    assert best_layers(found, 1, "train") == (5,)
-    assert best_layers(found, 2, "train") == (5, 6, 7)
-    assert best_layers(found, 3, "train") == (5, 6, 7)
-    assert best_layers(found, 5, "train") == (4, 5, 6, 7, 8)
+    result = probes(0.7, 0.9, 0.8, 0.8, 0.6)
+    assert best_layers(result, 1, "train") == (5,)
+    assert best_layers(result, 2, "train") == (5, 6, 7)
+    assert best_layers(result, 3, "train") == (5, 6, 7)
+    assert best_layers(result, 5, "train") == (4, 5, 6, 7, 8)
 
 
-def test_layers_are_chosen_by_training_unless_asked_otherwise() -> None:
-    found = probes(0.9, 0.8, validation=(0.5, 0.7))
-    assert best_layers(found, 1, "train") == (4,)
-    assert best_layers(found, 1, "validation") == (5,)
+def test_layers_are_chosen_by_training_accuracy_unless_requested_otherwise() -> None:
+    result = probes(0.9, 0.8, validation=(0.5, 0.7))
+    assert best_layers(result, 1, "train") == (4,)
+    assert best_layers(result, 1, "validation") == (5,)
     fitted = fit(top_k=1)
     scores = [one.train_accuracy for one in fitted.probes]
     assert fitted.steer.layers == tuple(i for i, s in enumerate(scores) if s == max(scores))
     assert [one.layer for one in fitted.probes] == list(range(LAYERS))
 
 
-def test_the_sign_of_pca_is_left_alone_unless_it_is_asked_for() -> None:
+def test_the_sign_of_pca_is_unchanged_unless_requested() -> None:
     plain, signed = (fit(probe="pca", seed=3, signed=s) for s in (False, True))
     slopes = [one.probe.slope for one in plain.probes]
     assert min(slopes) < 0 < max(slopes)  # both signs: the layers do not agree
@@ -137,7 +143,7 @@ def test_the_same_seed_gives_the_same_fit_whatever_the_batch() -> None:
     assert torch.equal(first.steer.vectors, fit(probe="pca", batch_size=5).steer.vectors)
 
 
-def test_progress_is_told_of_answers_and_layers() -> None:
+def test_progress_is_reported_for_answers_and_layers() -> None:
     answers: list[int] = []
     layers: list[int] = []
     fit(on_answer=answers.append, on_layer=layers.append)
@@ -148,24 +154,24 @@ def test_progress_is_told_of_answers_and_layers() -> None:
 def test_an_answer_of_one_token_does_not_count() -> None:
     assert len(tiny_tokenizer().tokenize(" was")) == 1
     short = [*TALKS, *(talk(prompt, "was", 1) for prompt in PROMPTS)]
-    found, without = fit(talks=short, layers=[0]), fit(layers=[0])
-    assert found.train_answers == without.train_answers + 4
-    assert found.train_tokens == without.train_tokens
-    assert torch.equal(found.steer.vectors, without.steer.vectors)
-    assert found.probes[0].train_accuracy == without.probes[0].train_accuracy
+    result, without = fit(talks=short, layers=[0]), fit(layers=[0])
+    assert result.train_answers == without.train_answers + 4
+    assert result.train_tokens == without.train_tokens
+    assert torch.equal(result.steer.vectors, without.steer.vectors)
+    assert result.probes[0].train_accuracy == without.probes[0].train_accuracy
 
 
 def test_conversations_are_cut_to_the_models_context() -> None:
     long = talk("The hotel " * 60, "was wonderful and bright.", 1)
     assert len(tiny_tokenizer()(long.prompt)["input_ids"]) > 64
-    seen: list[int] = []
+    lengths: list[int] = []
     model = tiny_model()
     handle = model.model.register_forward_pre_hook(
-        lambda _m, _a, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+        lambda _m, _a, inputs: lengths.append(inputs["input_ids"].shape[1]), with_kwargs=True
     )
     fit(talks=[long, *TALKS], layers=[0], batch_size=1)
     handle.remove()
-    assert max(seen) == 64
+    assert max(lengths) == 64
 
 
 @pytest.mark.parametrize(
@@ -195,15 +201,17 @@ def test_without_validation_its_accuracy_is_not_known() -> None:
     assert fit(talks=TALKS[:8], layers=[0]).probes[0].validation_accuracy is None
 
 
-def test_a_missing_package_is_said_before_the_model_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_before_the_model_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
-    read: list[int] = []
+    texts_read: list[int] = []
     with pytest.raises(SteerError, match=r'pip install "vllm-steer\[eval\]"'):
-        fit(on_answer=read.append)
-    assert not read
+        fit(on_answer=texts_read.append)
+    assert not texts_read
 
 
-def test_rows_come_back_layer_by_layer_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_stored_rows_are_read_by_layer_and_leave_no_file(tmp_path: Path) -> None:
     rows = torch.randn(7, 2, HIDDEN)
     with token_store(2, tmp_path) as store:
         store.add(rows[:3])
@@ -216,7 +224,7 @@ def test_rows_come_back_layer_by_layer_and_leave_nothing_behind(tmp_path: Path) 
         fit(folder=tmp_path / "no/where")
 
 
-def test_a_full_disk_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_plain_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def write(self, _: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")

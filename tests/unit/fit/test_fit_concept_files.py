@@ -35,7 +35,7 @@ def test_prompt_history_and_completion_become_messages(tmp_path: Path, name: str
     assert len(second.messages) == 2
 
 
-def test_messages_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_messages_are_used_unchanged(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be kind."}, *HISTORY]
     path = write(tmp_path, {"messages": messages, "label": True}, BAD)
     first = read_conversations(path)[0]

@@ -21,7 +21,7 @@ WIDTH = 5
 
 @pytest.fixture
 def rows() -> tuple[Any, Any]:
-    """Tokens of unequal lengths, three of four with label 1, and not told apart without fault."""
+    """Tokens of unequal lengths, three of four with label 1, not perfectly separable."""
     rng = np.random.default_rng(5)
     y = (np.arange(240) % 4 != 0).astype(int)
     x = rng.normal(size=(240, WIDTH)) * rng.lognormal(size=(240, 1)) + [3, 0, 0, 1, 0]
@@ -80,12 +80,12 @@ def test_pca_is_the_first_component_of_differences_of_pairs(rows: tuple[Any, Any
     differences = np.array(
         [sign * (x[i] - x[j]) for (i, j), sign in zip(pairs, signs, strict=True)]
     )
-    wanted = np.linalg.eigh(np.cov(differences.T))[1][:, -1]
-    found = fit_pca(x, y[:-1], 7).direction
-    assert abs(found @ wanted) == pytest.approx(1, abs=1e-12)
+    expected = np.linalg.eigh(np.cov(differences.T))[1][:, -1]
+    direction = fit_pca(x, y[:-1], 7).direction
+    assert abs(direction @ expected) == pytest.approx(1, abs=1e-12)
 
 
-def test_pca_never_sees_the_labels_and_signed_turns_it_to_label_1(rows: tuple[Any, Any]) -> None:
+def test_pca_ignores_the_labels_and_signed_orients_it_to_label_1(rows: tuple[Any, Any]) -> None:
     x, y = rows
     x = x + 9 * np.outer(2 * y - 1, [0, 0, 0, 0, 1])
     probe, flipped = fit_pca(x, y, 0), fit_pca(x, 1 - y, 0)
@@ -126,7 +126,7 @@ def test_accuracy_is_a_mean_over_messages_of_their_means_over_tokens() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dim", "logistic", "pca"])
-def test_a_probe_is_the_same_in_blocks_and_again(kind: str, monkeypatch: Any) -> None:
+def test_a_probe_is_the_same_in_blocks_and_when_repeated(kind: str, monkeypatch: Any) -> None:
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(50, WIDTH)), np.arange(50) % 2
     whole = FIT[kind](x, y, 3)  # type: ignore[index]
@@ -140,7 +140,7 @@ def test_pca_of_too_few_tokens_is_refused() -> None:
         fit_pca(np.ones((3, 2)), np.array([0, 1, 0]), 0)
 
 
-def test_tokens_that_a_threshold_tells_apart_are_all_right() -> None:
+def test_separable_tokens_have_accuracy_one() -> None:
     x = np.array([[1.0, 0.2], [2.0, -0.1], [-1.0, 0.1], [-2.0, -0.3]] * 5)
     y = np.array([1, 1, 0, 0] * 5)
     assert accuracy(fit_dim(x, y, 0), x, y, [4] * 5) == 1.0

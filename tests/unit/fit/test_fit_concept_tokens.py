@@ -63,9 +63,9 @@ def words(tokenizer: Any, talk: Conversation, **options: Any) -> tuple[list[str]
 
 
 def test_the_answer_counts_without_its_last_token() -> None:
-    everything, kept = words(word_tokenizer(LLAMA), talk(4))
-    assert everything == ["<s>", "[U]", "why", "[/U]", "a0", "a1", "a2", "a3", "</s>"]
-    assert kept == ["a0", "a1", "a2", "a3"]
+    all_words, selected = words(word_tokenizer(LLAMA), talk(4))
+    assert all_words == ["<s>", "[U]", "why", "[/U]", "a0", "a1", "a2", "a3", "</s>"]
+    assert selected == ["a0", "a1", "a2", "a3"]
 
 
 def test_earlier_answers_do_not_count() -> None:
@@ -73,21 +73,21 @@ def test_earlier_answers_do_not_count() -> None:
         {"role": "user", "content": "now"},
         {"role": "assistant", "content": "a0 a1"},
     )
-    everything, kept = words(word_tokenizer(LLAMA), talk(3, history=history))
-    assert everything[4:7] == ["a0", "a1", "</s>"]
-    assert kept == ["a0", "a1", "a2"]
+    all_words, selected = words(word_tokenizer(LLAMA), talk(3, history=history))
+    assert all_words[4:7] == ["a0", "a1", "</s>"]
+    assert selected == ["a0", "a1", "a2"]
     assert list(answer_tokens(word_tokenizer(LLAMA), talk(3, history=history)).kept) == [10, 11, 12]
 
 
-def test_the_answer_begins_where_the_tokens_part_whatever_the_template_costs() -> None:
+def test_the_answer_begins_where_the_tokens_differ_for_any_template() -> None:
     tokenizer = word_tokenizer(HEADED)
-    everything, kept = words(tokenizer, talk(3))
+    all_words, selected = words(tokenizer, talk(3))
     header = ["<s>", "[U]", "now", "why", "</s>", "so", "[A]", "now"]
-    assert everything == [*header, "a0", "a1", "a2", "</s>", "so"]
-    assert kept == ["a0", "a1", "a2", "</s>"]  # of the answer the last token alone is dropped
+    assert all_words == [*header, "a0", "a1", "a2", "</s>", "so"]
+    assert selected == ["a0", "a1", "a2", "</s>"]  # of the answer the last token alone is dropped
 
 
-def test_the_rule_of_two_tokens_would_take_the_question_for_the_answer() -> None:
+def test_the_rule_of_two_tokens_would_include_the_question() -> None:
     # An empty answer costs nothing here: the rule begins two tokens early.
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
     tokenizer = word_tokenizer(template)
@@ -99,7 +99,7 @@ def test_the_rule_of_two_tokens_would_take_the_question_for_the_answer() -> None
     assert list(encoded.kept) == [4, 5, 6, 7]
 
 
-def test_both_rules_agree_where_an_empty_answer_costs_two_tokens() -> None:
+def test_both_rules_agree_if_an_empty_answer_adds_two_tokens() -> None:
     tokenizer = word_tokenizer(LLAMA)
     empty = [{"role": "user", "content": "why now"}, {"role": "assistant", "content": ""}]
     rendered = tokenizer.apply_chat_template(empty, tokenize=False)
@@ -107,17 +107,17 @@ def test_both_rules_agree_where_an_empty_answer_costs_two_tokens() -> None:
     assert answer_tokens(tokenizer, talk(9, question="why now")).kept[0] == by_rule == 5
 
 
-@pytest.mark.parametrize(("answer", "kept"), [(15, 15), (16, 16), (17, 16), (50, 16)])
-def test_at_most_sixteen_tokens_count(answer: int, kept: int) -> None:
-    everything, found = words(word_tokenizer(LLAMA), talk(answer))
-    assert found == [f"a{i}" for i in range(kept)]
-    assert len(everything) == 4 + min(answer + 1, 32)
+@pytest.mark.parametrize(("answer", "num_selected"), [(15, 15), (16, 16), (17, 16), (50, 16)])
+def test_at_most_sixteen_tokens_count(answer: int, num_selected: int) -> None:
+    all_words, selected = words(word_tokenizer(LLAMA), talk(answer))
+    assert selected == [f"a{i}" for i in range(num_selected)]
+    assert len(all_words) == 4 + min(answer + 1, 32)
 
 
-def test_more_tokens_are_read_where_more_are_asked_for() -> None:
-    everything, found = words(word_tokenizer(LLAMA), talk(50), max_tokens=40)
-    assert found == [f"a{i}" for i in range(40)]
-    assert len(everything) == 4 + 41
+def test_max_tokens_raises_the_number_of_tokens() -> None:
+    all_words, selected = words(word_tokenizer(LLAMA), talk(50), max_tokens=40)
+    assert selected == [f"a{i}" for i in range(40)]
+    assert len(all_words) == 4 + 41
 
 
 def test_an_answer_of_one_token_leaves_none() -> None:
@@ -129,9 +129,9 @@ def test_an_answer_of_one_token_leaves_none() -> None:
 def test_a_long_conversation_is_cut_off_on_the_left() -> None:
     question = " ".join(f"q{i}" for i in range(40))
     tokenizer = word_tokenizer(LLAMA)
-    everything, found = words(tokenizer, talk(5, question), max_length=12)
-    assert everything == ["q35", "q36", "q37", "q38", "q39", "[/U]", *found, "</s>"]
-    assert found == ["a0", "a1", "a2", "a3", "a4"]
+    all_words, selected = words(tokenizer, talk(5, question), max_length=12)
+    assert all_words == ["q35", "q36", "q37", "q38", "q39", "[/U]", *selected, "</s>"]
+    assert selected == ["a0", "a1", "a2", "a3", "a4"]
     assert words(tokenizer, talk(5, question), max_length=4) == (
         ["a2", "a3", "a4", "</s>"],
         ["a2", "a3", "a4"],
@@ -139,18 +139,20 @@ def test_a_long_conversation_is_cut_off_on_the_left() -> None:
 
 
 @pytest.mark.parametrize(("template", "chat_template"), [(None, True), (LLAMA, False)])
-def test_without_a_template_the_form_is_plain(template: str | None, chat_template: bool) -> None:
+def test_a_conversation_without_a_template_is_plain_text(
+    template: str | None, chat_template: bool
+) -> None:
     tokenizer = word_tokenizer(template)
     history = ({"role": "system", "content": "sys"},)
     conversation = talk(3, " why ", history)
     rendered = render(tokenizer, conversation, chat_template=chat_template)
     assert rendered.text == "<s>sys\nQuestion: why\nAnswer: a0 a1 a2\n"
     assert rendered.before == "<s>sys\nQuestion: why\nAnswer:"
-    found = words(tokenizer, conversation, chat_template=chat_template)[1]
-    assert found == ["a0", "a1", "a2"]
+    selected = words(tokenizer, conversation, chat_template=chat_template)[1]
+    assert selected == ["a0", "a1", "a2"]
 
 
-def test_messages_that_a_template_does_not_take_are_named() -> None:
+def test_messages_that_a_template_refuses_are_named() -> None:
     template = "{{ raise_exception('no system role') }}"
     with pytest.raises(SteerError, match=r"talks.jsonl:3: the chat template .*no system role"):
         render(word_tokenizer(template), talk(2))

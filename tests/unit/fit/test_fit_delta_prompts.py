@@ -15,7 +15,7 @@ from vllm_steer.texts.icl import Example, icl_prompts, read_examples, support
 ROWS = [Example(f"q{i}", f"a{i}") for i in range(8)]
 
 
-def test_the_last_row_of_a_group_is_asked_after_all_the_others_are_shown() -> None:
+def test_the_last_row_of_a_group_is_the_question_after_the_demonstrations() -> None:
     assert icl_prompts(ROWS, 2, instruction="Answer in French.") == [
         "Answer in French.\nQ:q0\nA:a0\n\nQ:q1\nA:a1\n\nQ:q2\nA:",
         "Answer in French.\nQ:q3\nA:a3\n\nQ:q4\nA:a4\n\nQ:q5\nA:",
@@ -39,14 +39,12 @@ def test_without_demonstrations_the_prompt_is_the_question() -> None:
         (0, "Be kind.", "1 or more with an instruction"),
     ],
 )
-def test_prompts_that_cannot_be_made_are_refused(
-    demonstrations: int, instruction: str, message: str
-) -> None:
+def test_invalid_prompts_are_refused(demonstrations: int, instruction: str, message: str) -> None:
     with pytest.raises(SteerError, match=message):
         icl_prompts(ROWS, demonstrations, instruction=instruction)
 
 
-def test_both_sides_are_drawn_at_the_same_places_with_replacement() -> None:
+def test_both_sides_use_the_same_indices_drawn_with_replacement() -> None:
     positive = [f"w{i}" for i in range(5)]
     other = [f"o{i}" for i in range(7)]
     drawn = support(positive, other, 30, 32)
@@ -81,7 +79,7 @@ def test_a_delta_that_cannot_be_fitted_is_refused(options: Any, message: str) ->
 
 
 @pytest.mark.parametrize("site", ["attn_in", "resid", "attn_out", "heads"])
-def test_a_delta_is_taken_at_any_site(site: Any) -> None:
+def test_a_delta_can_be_fitted_at_any_site(site: Any) -> None:
     prompts = ["The hotel was"], ["The flat"]
     steer = fit_delta(tiny_model(), tiny_tokenizer(), *prompts, steps=1, site=site, layers=[1])
     block = tiny_model().model.layers[1]
@@ -91,16 +89,16 @@ def test_a_delta_is_taken_at_any_site(site: Any) -> None:
         "attn_out": block.self_attn,
         "heads": block.self_attn.o_proj,
     }[site]
-    seen: list[torch.Tensor] = []
+    activations: list[torch.Tensor] = []
 
-    def see(_module: Any, prompts_by_text: Any, output: Any) -> None:
+    def record(_module: Any, prompts_by_text: Any, output: Any) -> None:
         result = prompts_by_text[0] if site == "heads" else output
-        seen.append((result[0] if isinstance(result, tuple) else result)[0, -1])
+        activations.append((result[0] if isinstance(result, tuple) else result)[0, -1])
 
-    hook = module.register_forward_hook(see)
+    hook = module.register_forward_hook(record)
     for (prompt,) in prompts:
         tiny_model()(torch.tensor([tiny_tokenizer()(prompt)["input_ids"]]))
     hook.remove()
     assert steer.delta.shape == (1, 1, HIDDEN)
-    positive = seen[0] - seen[1]
+    positive = activations[0] - activations[1]
     torch.testing.assert_close(steer.delta[0, 0].double(), positive, rtol=1e-5, atol=1e-6)

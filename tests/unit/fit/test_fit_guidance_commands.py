@@ -86,14 +86,14 @@ def test_a_language_is_a_concept_in_some_layer(answers: Path, tmp_path: Path) ->
 def test_the_first_row_is_shown_as_the_model_reads_it(answers: Path, tmp_path: Path) -> None:
     options = ["concept", "embedded", tmp_path / "f", "--data", answers, "--layers", 1]
     first = json.loads(answers.read_text().splitlines()[0])
-    said = run(*options, "--top-k", 1, "--max-tokens", 3).stderr
-    assert repr(f"<s>{first['prompt']} {first['completion']}") in said
-    assert "(3 tokens)" in said
+    message = run(*options, "--top-k", 1, "--max-tokens", 3).stderr
+    assert repr(f"<s>{first['prompt']} {first['completion']}") in message
+    assert "(3 tokens)" in message
     plain = run(*options, "--no-chat-template", "--force").stderr
     assert repr(f"<s>Question: {first['prompt']}\nAnswer: {first['completion']}\n") in plain
 
 
-def test_a_vector_of_labelled_texts_leaves_the_middle_out(tmp_path: Path) -> None:
+def test_a_vector_of_labelled_texts_leaves_out_neutral_labels(tmp_path: Path) -> None:
     texts = [(language, text) for language in ("fr", "en", "de") for text in reviews(language, 4)]
     data = write(tmp_path / "all.jsonl", [{"text": t, "language": name} for name, t in texts])
     sides = {
@@ -113,8 +113,8 @@ def test_a_vector_of_labelled_texts_leaves_the_middle_out(tmp_path: Path) -> Non
             language.model, language.tokenizer, reviews(name, 4), site="resid", layers=(1,)
         )
         means.append(torch.cat(list(rows)).double().mean(0))
-    wanted = means[0] - means[1]
-    torch.testing.assert_close(load_steer(one).vectors[:1].double(), wanted, rtol=1e-4, atol=1e-5)
+    expected = means[0] - means[1]
+    torch.testing.assert_close(load_steer(one).vectors[:1].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_vector_of_pairs_by_pca(pairs: Path, tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_a_delta_of_demonstrations(tmp_path: Path) -> None:
     assert [data["file"] for data in recipe["data"]] == ["fr.jsonl", "en.jsonl"]
 
 
-def test_a_delta_of_prompts_as_they_stand(tmp_path: Path) -> None:
-    wanted = write(tmp_path / "w.jsonl", [{"text": "Bonjour,"}, {"text": "La chambre"}])
+def test_a_delta_of_plain_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.jsonl", [{"text": "Bonjour,"}, {"text": "La chambre"}])
     other = write(tmp_path / "o.jsonl", [{"text": "Hello,"}])
-    options = ["--wanted", wanted, "--other", other, "--plain", "--all", "--steps", 2]
+    options = ["--wanted", path, "--other", other, "--plain", "--all", "--steps", 2]
     run("delta", MODEL, tmp_path / "d", *options)
     steer = load_steer(tmp_path / "d")
     assert steer.base_model == str(MODEL)
@@ -227,14 +227,14 @@ def test_a_delta_of_prompts_as_they_stand(tmp_path: Path) -> None:
 def test_a_refusal_writes_nothing(
     arguments: list[str], message: str, answers: Path, tmp_path: Path
 ) -> None:
-    method, *options = (str(answers) if word == "DATA" else word for word in arguments)
+    method, *options = (str(answers) if argument == "DATA" else argument for argument in arguments)
     with pytest.raises(SteerError, match=message):
         run(method, "embedded", tmp_path / "steer", *options)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("method", ["concept", "vector", "delta"])
-def test_an_output_that_is_there_is_only_replaced_by_force(
+def test_an_existing_output_is_replaced_only_by_force(
     method: str, answers: Path, tmp_path: Path
 ) -> None:
     options = {
@@ -254,16 +254,16 @@ def test_an_output_that_is_there_is_only_replaced_by_force(
 def test_force_replaces_plain_files_only(output: str, answers: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    given = tmp_path / output if output else ""  # "" is the working folder
+    target = tmp_path / output if output else ""  # "" is the working folder
     with pytest.raises(
         SteerError, match="is not a regular file and cannot be replaced; choose another"
     ):
-        run("vector", "embedded", given, "--pairs", answers, "--force")
+        run("vector", "embedded", target, "--pairs", answers, "--force")
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "pipe"}
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_process_that_is_killed_leaves_the_old_file_alone(answers: Path, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_the_old_file_unchanged(answers: Path, tmp_path: Path) -> None:
     output = tmp_path / "steer"
     output.write_text("the last good file")
     line = ["fit", "concept", "embedded", str(output), "--data", str(answers), "--force"]

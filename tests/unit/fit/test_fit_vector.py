@@ -26,24 +26,24 @@ def tokens_of(text: str, layer: int, site: str = "resid") -> torch.Tensor:
     ids = tiny_tokenizer()(text)["input_ids"]
     if site == "attn_in":
         return norm_outputs(tiny_model(), ids, layer)[1:]
-    seen: list[Any] = []  # hidden_states has the last layer's output only behind the final norm
+    tokens: list[Any] = []  # hidden_states has the last layer's output only behind the final norm
     block = tiny_model().model.layers[layer]
-    hook = block.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    hook = block.register_forward_hook(lambda _m, _a, out: tokens.append(out))
     tiny_model()(torch.tensor([ids]))
     hook.remove()
-    return seen[0][0][1:]
+    return tokens[0][0][1:]
 
 
-def test_hidden_states_of_transformers_are_the_activations() -> None:
+def test_activations_equal_the_hidden_states_of_transformers() -> None:
     ids = tiny_tokenizer()(POSITIVE[0])["input_ids"]
     states = tiny_model()(torch.tensor([ids]), output_hidden_states=True).hidden_states
     texts = [SelectedTokens(ids[:2], []), SelectedTokens(ids, [0, 3]), SelectedTokens(ids[:3], [2])]
-    found = list(read_tokens(tiny_model(), texts, site="resid", layers=(0, 1), batch_size=2))
-    assert [list(x.shape[:2]) for x in found] == [[0, 2], [2, 2], [1, 2]]
+    result = list(read_tokens(tiny_model(), texts, site="resid", layers=(0, 1), batch_size=2))
+    assert [list(x.shape[:2]) for x in result] == [[0, 2], [2, 2], [1, 2]]
     for column in range(2):
-        wanted = states[column + 1][0]
-        torch.testing.assert_close(found[1][:, column], wanted[[0, 3]], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found[2][:, column], wanted[[2]], rtol=1e-12, atol=1e-12)
+        expected = states[column + 1][0]
+        torch.testing.assert_close(result[1][:, column], expected[[0, 3]], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(result[2][:, column], expected[[2]], rtol=1e-12, atol=1e-12)
 
 
 def fit(positive: Any = POSITIVE, negative: Any = NEGATIVE, **options: Any) -> Any:
@@ -64,15 +64,15 @@ def test_pca_is_the_first_component_of_the_pairs_differences(
             )
         ]
         differences = np.array(pooled[0]) - np.array(pooled[1])
-        wanted = PCA(n_components=1).fit(differences).components_[0]
-        found = steer.vectors[layer].double().numpy()
-        assert abs(found @ wanted) == pytest.approx(1, abs=1e-6)
-        assert np.linalg.norm(found) == pytest.approx(1, abs=1e-6)
-        higher = sum(p @ found > n @ found for p, n in zip(*pooled, strict=True))
+        expected = PCA(n_components=1).fit(differences).components_[0]
+        result = steer.vectors[layer].double().numpy()
+        assert abs(result @ expected) == pytest.approx(1, abs=1e-6)
+        assert np.linalg.norm(result) == pytest.approx(1, abs=1e-6)
+        higher = sum(p @ result > n @ result for p, n in zip(*pooled, strict=True))
         assert higher >= 2  # the positive text of a pair is not lower in most of the four
 
 
-def test_pca_points_to_where_most_positive_texts_lie() -> None:
+def test_pca_is_oriented_to_most_positive_texts() -> None:
     differences = torch.tensor([[1.0, 0.1], [2.0, 0.0], [-9.0, 0.0]], dtype=torch.float64)
     # The far pair has the larger sum; two of three pairs decide all the same.
     assert first_component(differences, 0)[0] > 0.99
@@ -86,8 +86,8 @@ def test_mean_of_the_last_tokens() -> None:
             torch.stack([tokens_of(text, layer)[-1] for text in texts]).mean(0)
             for texts in (POSITIVE, NEGATIVE)
         ]
-        wanted = sides[0] - sides[1]
-        torch.testing.assert_close(steer.vectors[layer].double(), wanted, rtol=1e-6, atol=1e-7)
+        expected = sides[0] - sides[1]
+        torch.testing.assert_close(steer.vectors[layer].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_only_the_tokens_of_the_answer_count() -> None:
@@ -103,8 +103,8 @@ def test_only_the_tokens_of_the_answer_count() -> None:
     assert len(sides[0]) == len(tiny_tokenizer().tokenize(positive[0][1])) + len(
         tiny_tokenizer().tokenize(positive[1][1])
     )
-    wanted = sides[0].mean(0) - sides[1].mean(0)
-    torch.testing.assert_close(steer.vectors[0].double(), wanted, rtol=1e-6, atol=1e-7)
+    expected = sides[0].mean(0) - sides[1].mean(0)
+    torch.testing.assert_close(steer.vectors[0].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(

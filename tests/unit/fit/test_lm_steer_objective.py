@@ -74,7 +74,7 @@ def loss_by_hand(
     return torch.stack(losses).mean() + REGULARIZATION * penalty
 
 
-def ours(head: LMHead, tokens: TokenBatch, parameters: Any, **options: Any) -> Any:
+def computed_loss(head: LMHead, tokens: TokenBatch, parameters: Any, **options: Any) -> Any:
     return loss_and_gradients(
         head, tokens, parameters, epsilon=EPSILON, regularization=REGULARIZATION, **options
     )
@@ -87,7 +87,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     variant: str, options: dict[str, Any], rank: int
 ) -> None:
     head, tokens, parameters = a_head(**options), some_tokens(), some_parameters(variant, rank)
-    loss, gradients = ours(head, tokens, parameters)
+    loss, gradients = computed_loss(head, tokens, parameters)
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     expected = loss_by_hand(head, tokens, leaves)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
@@ -97,12 +97,12 @@ def test_loss_and_gradient_are_those_of_the_formula(
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 64])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_few_tokens_at_a_time_give_the_same(variant: str, at_once: int) -> None:
+def test_chunks_of_tokens_give_the_same_loss(variant: str, at_once: int) -> None:
     head, tokens, parameters = a_head(bias=True), some_tokens(), some_parameters(variant)
-    loss, gradients = ours(head, tokens, parameters, at_once=at_once)
+    loss, gradients = computed_loss(head, tokens, parameters, at_once=at_once)
     expected = loss_by_hand(head, tokens, parameters)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
-    whole = ours(head, tokens, parameters)[1]
+    whole = computed_loss(head, tokens, parameters)[1]
     torch.testing.assert_close(gradients, whole, rtol=1e-12, atol=1e-14)
 
 
@@ -110,15 +110,15 @@ def test_a_few_tokens_at_a_time_give_the_same(variant: str, at_once: int) -> Non
 def test_one_token_is_enough(variant: str) -> None:
     head, tokens, parameters = a_head(), some_tokens(1), some_parameters(variant)
     expected = loss_by_hand(head, tokens, parameters)
-    assert ours(head, tokens, parameters)[0] == pytest.approx(expected.item(), rel=1e-12)
+    assert computed_loss(head, tokens, parameters)[0] == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_no_more_logits_live_at_once_than_asked_for() -> None:
-    seen = []
+def test_no_more_logits_exist_at_once_than_requested() -> None:
+    sizes = []
 
     class Watched(LMHead):
         def raw_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            seen.append(len(hidden_states))
+            sizes.append(len(hidden_states))
             return super().raw_logits(hidden_states)
 
     head_loss(
@@ -127,37 +127,37 @@ def test_no_more_logits_live_at_once_than_asked_for() -> None:
         torch.zeros(11, dtype=torch.int64),
         at_once=4,
     )
-    assert seen == [4, 4, 3]
+    assert sizes == [4, 4, 3]
 
 
-def test_a_bfloat16_head_is_within_its_rounding_of_the_formula() -> None:
+def test_the_error_of_a_bfloat16_head_is_within_its_rounding() -> None:
     head, tokens, parameters = a_head(), some_tokens(), some_parameters("multiply")
     narrow = LMHead(head.weight.bfloat16(), None)
     exact = LMHead(narrow.weight.double(), None)
     in_float32 = TokenBatch(tokens.hidden_states.float(), tokens.targets, tokens.strengths.float())
     singles = {name: value.float() for name, value in parameters.items()}
-    loss, gradients = ours(narrow, in_float32, singles)
+    loss, gradients = computed_loss(narrow, in_float32, singles)
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     expected = loss_by_hand(exact, tokens, leaves)
     assert loss == pytest.approx(expected.item(), rel=2e-2)
-    for mine, theirs in zip(
+    for gradient, formula_value in zip(
         gradients.values(), torch.autograd.grad(expected, list(leaves.values())), strict=True
     ):
-        assert mine.dtype == torch.float32
-        assert (mine - theirs).norm() < 2e-2 * theirs.norm()
+        assert gradient.dtype == torch.float32
+        assert (gradient - formula_value).norm() < 2e-2 * formula_value.norm()
 
 
-def test_a_likely_token_and_a_hopeless_one_have_finite_losses() -> None:
+def test_a_likely_and_an_unlikely_token_have_finite_losses() -> None:
     weight = torch.tensor([[200.0], [-200.0]])
-    found = head_loss(LMHead(weight, None), torch.ones(2, 1), torch.tensor([0, 1]))
-    assert found.total.item() == pytest.approx(400.0)
-    assert found.gradient.tolist() == [[0.0], [400.0]]
+    loss = head_loss(LMHead(weight, None), torch.ones(2, 1), torch.tensor([0, 1]))
+    assert loss.total.item() == pytest.approx(400.0)
+    assert loss.gradient.tolist() == [[0.0], [400.0]]
 
 
 @pytest.mark.parametrize(
     ("variant", "shape"), [("add", (2, HIDDEN)), ("offset", (2, VOCAB))], ids=["add", "offset"]
 )
-def test_the_initial_scale_leaves_add_and_offset_alone(
+def test_the_initial_scale_does_not_change_add_and_offset(
     variant: Any, shape: tuple[int, int]
 ) -> None:
     start = initial_parameters(

@@ -13,7 +13,7 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
-def test_every_story_has_telling_words_of_its_side_alone() -> None:
+def test_every_story_has_sentiment_words_of_its_own_side_only() -> None:
     for side, other in (SIDES, SIDES[::-1]):
         result = stories(side, 300)
         assert len(set(result)) == 300
@@ -26,13 +26,13 @@ def test_the_same_seed_writes_the_same_stories() -> None:
     assert stories("sad", 20, seed=3) == stories("sad", 20, seed=3) != stories("sad", 20, seed=4)
 
 
-def test_prompts_tell_nothing() -> None:
-    telling = set(" ".join(TELLING.values()).split())
+def test_prompts_have_no_sentiment_words() -> None:
+    telling_words = set(" ".join(TELLING.values()).split())
     assert len(set(prompts())) == 6
-    assert not any(words(prompt) & telling for prompt in prompts())
+    assert not any(words(prompt) & telling_words for prompt in prompts())
 
 
-def test_the_lexicon_judges_the_stories_as_they_were_written(tmp_path: Path) -> None:
+def test_the_lexicon_labels_the_stories_correctly(tmp_path: Path) -> None:
     write(tmp_path, count=40)
     judge = make_judge(f"lexicon:{tmp_path / 'lexicon.yaml'}")
     for side, share in (("happy", 1.0), ("sad", 0.0)):

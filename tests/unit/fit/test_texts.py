@@ -22,7 +22,7 @@ from vllm_steer.texts import (
 
 
 @pytest.fixture
-def put(tmp_path: Path) -> Any:
+def write_file(tmp_path: Path) -> Any:
     def write(name: str, content: str | bytes) -> Path:
         data = content if isinstance(content, bytes) else content.encode()
         (tmp_path / name).write_bytes(data)
@@ -53,10 +53,10 @@ BOM = b"\xef\xbb\xbf"
 )
 @pytest.mark.parametrize("prefix", [b"", BOM], ids=["plain", "bom"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
-def test_every_format_with_a_bom_and_with_crlf(
-    name: str, content: str, prefix: bytes, newline: str, put: Any
+def test_every_format_is_read_with_a_bom_and_with_crlf(
+    name: str, content: str, prefix: bytes, newline: str, write_file: Any
 ) -> None:
-    path = put(name, prefix + content.replace("\n", newline).encode())
+    path = write_file(name, prefix + content.replace("\n", newline).encode())
     assert list(read_texts(path)) == ["Zoë", "b"]
 
 
@@ -71,19 +71,19 @@ def test_every_format_with_a_bom_and_with_crlf(
     ],
 )
 def test_a_row_is_named_by_the_line_that_it_begins_in(
-    name: str, content: str, expected: list[str], put: Any
+    name: str, content: str, expected: list[str], write_file: Any
 ) -> None:
-    assert [line for line, _ in lines(put(name, content))] == expected
+    assert [line for line, _ in lines(write_file(name, content))] == expected
 
 
-def test_quotes_newlines_and_delimiters_stay_in_a_csv_value(put: Any) -> None:
-    path = put("a.csv", 'text,label\n"a\nb, ""c""",1\n')
+def test_quotes_newlines_and_delimiters_stay_in_a_csv_value(write_file: Any) -> None:
+    path = write_file("a.csv", 'text,label\n"a\nb, ""c""",1\n')
     assert read_labelled(path) == [('a\nb, "c"', 1.0)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 def test_json_items_over_chunk_boundaries(
-    size: int, put: Any, monkeypatch: pytest.MonkeyPatch
+    size: int, write_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_steer.texts.rows._CHUNK", size)
     items = [
@@ -92,12 +92,12 @@ def test_json_items_over_chunk_boundaries(
         {},
     ] * 3
     for indent in (None, 2):
-        path = put("a.json", json.dumps(items, indent=indent, ensure_ascii=indent is None))
+        path = write_file("a.json", json.dumps(items, indent=indent, ensure_ascii=indent is None))
         assert [dict(row.values) for row in read_rows(path)] == items
-    numbers = put("b.json", "[ 12345 ,678 , true\t]\n ")
+    numbers = write_file("b.json", "[ 12345 ,678 , true\t]\n ")
     message = [row.problem for row in read_rows(numbers)]
     assert message == [f"the row is {v}; expected an object" for v in ("12345", "678", "True")]
-    assert list(read_rows(put("c.json", " [ \n] \n"))) == []
+    assert list(read_rows(write_file("c.json", " [ \n] \n"))) == []
 
 
 @pytest.mark.parametrize(
@@ -117,19 +117,19 @@ def test_json_items_over_chunk_boundaries(
     ],
 )
 @pytest.mark.parametrize("size", [2, 1 << 16])
-def test_a_json_file_that_cannot_be_read_on_says_its_line(
-    content: str, message: str, size: int, put: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_broken_json_file_is_named_with_its_line(
+    content: str, message: str, size: int, write_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_steer.texts.rows._CHUNK", size)
     with pytest.raises(SteerError, match="a.json" + message):
-        list(read_rows(put("a.json", content)))
+        list(read_rows(write_file("a.json", content)))
 
 
 def test_a_bad_item_does_not_take_the_rest_of_a_large_json_file_into_memory(
-    put: Any, monkeypatch: pytest.MonkeyPatch
+    write_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_steer.texts.rows._LONGEST", 1 << 18)
-    path = put("a.json", b'[{"text": "a"},\n{"text": oops}' + b',{"text": "b"}' * 400_000)
+    path = write_file("a.json", b'[{"text": "a"},\n{"text": oops}' + b',{"text": "b"}' * 400_000)
     tracemalloc.start()
     with pytest.raises(
         SteerError, match=r"a.json:2: invalid JSON within 262144 characters .Expecting value"
@@ -141,7 +141,7 @@ def test_a_bad_item_does_not_take_the_rest_of_a_large_json_file_into_memory(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-def test_reading_a_large_file_holds_little_of_it(name: str, put: Any) -> None:
+def test_reading_a_large_file_holds_little_of_it(name: str, write_file: Any) -> None:
     row = {"text": "x" * 100}
     count = 10_000
     content = {
@@ -150,7 +150,7 @@ def test_reading_a_large_file_holds_little_of_it(name: str, put: Any) -> None:
         "a.csv": "text,n\n" + f"{row['text']},1\n" * count,
         "a.txt": f"{row['text']}\n" * count,
     }[name]
-    path = put(name, content)
+    path = write_file(name, content)
     tracemalloc.start()
     result = sum(row.problem == "" for row in read_rows(path))
     peak = tracemalloc.get_traced_memory()[1]
@@ -172,10 +172,10 @@ def test_reading_a_large_file_holds_little_of_it(name: str, put: Any) -> None:
     ],
 )
 def test_bytes_that_are_not_utf8_are_named_by_their_line(
-    name: str, content: bytes, location: str, put: Any
+    name: str, content: bytes, location: str, write_file: Any
 ) -> None:
     with pytest.raises(SteerError, match=f"{location}: it has bytes that are not UTF-8"):
-        read_texts(put(name, content))
+        read_texts(write_file(name, content))
 
 
 @pytest.mark.parametrize(
@@ -213,11 +213,11 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(
         ("noending", "a", "noending: the file name extension is missing; supported:"),
     ],
 )
-def test_what_is_said_of_bad_files_and_rows(
-    name: str, content: str, message: str, put: Any
+def test_errors_of_bad_files_and_rows(
+    name: str, content: str, message: str, write_file: Any
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        read_texts(put(name, content))
+        read_texts(write_file(name, content))
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt"])
 @pytest.mark.timeout(20)
-def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path, ending: str) -> None:
+def test_reading_does_not_wait_for_a_pipe_or_device(tmp_path: Path, ending: str) -> None:
     os.mkfifo(tmp_path / f"pipe{ending}")
     (tmp_path / f"zeros{ending}").symlink_to("/dev/zero")
     for name in ("pipe", "zeros"):
@@ -241,7 +241,7 @@ def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path, ending: str) -> 
 
 
 @pytest.mark.parametrize("name", ["a\0b.txt", "\ud800.txt", "x" * 5000 + ".txt"])
-def test_a_name_that_no_file_has_is_one_error(name: str) -> None:
+def test_an_impossible_file_name_is_one_error(name: str) -> None:
     with pytest.raises(SteerError, match="no such file"):
         read_texts(name)
 
@@ -253,36 +253,40 @@ def test_a_name_that_no_file_has_is_one_error(name: str) -> None:
         ("a.json", '[{"text": "x", "label": 1, "label": -1}]'),
     ],
 )
-def test_a_key_that_stands_twice_in_a_row_is_refused(name: str, content: str, put: Any) -> None:
+def test_a_duplicate_key_of_a_row_is_refused(name: str, content: str, write_file: Any) -> None:
     with pytest.raises(SteerError, match=r"a\.jsonl?:1: the key 'label' is given twice"):
-        read_labelled(put(name, content))
+        read_labelled(write_file(name, content))
 
 
-def test_a_quoted_value_of_a_tsv_file_stays_in_its_cell(put: Any) -> None:
+def test_a_quoted_value_of_a_tsv_file_stays_in_its_cell(write_file: Any) -> None:
     """Most TSV files are written without quoting, where a quote would merge rows."""
-    path = put("a.tsv", 'text\tlabel\n"a b\t1\nc"\t-1\nd\t1\n')
+    path = write_file("a.tsv", 'text\tlabel\n"a b\t1\nc"\t-1\nd\t1\n')
     with pytest.raises(SteerError, match=r"a\.tsv:2: a quoted value with a tab or a line break"):
         read_labelled(path)
 
 
-def test_a_line_without_end_is_not_read_whole(put: Any) -> None:
+def test_a_line_without_end_is_not_read_whole(write_file: Any) -> None:
     for name in ("a.txt", "a.jsonl"):
         with pytest.raises(SteerError, match=f"{name}:2: a line of more than 1[0-9]* characters"):
-            read_texts(put(name, '"a"\n' + "a" * (17 << 20)))
+            read_texts(write_file(name, '"a"\n' + "a" * (17 << 20)))
 
 
-def test_bad_rows_are_named_together_after_the_good_ones(put: Any) -> None:
-    path = put("a.jsonl", "".join(f'{{"text": "{"x" if i % 2 else ""}"}}\n' for i in range(30)))
-    rows, good = take(read_rows(path), lambda row: text_of(row, "text")), []
+def test_bad_rows_are_named_together_after_the_good_ones(write_file: Any) -> None:
+    path = write_file(
+        "a.jsonl", "".join(f'{{"text": "{"x" if i % 2 else ""}"}}\n' for i in range(30))
+    )
+    rows, good_rows = take(read_rows(path), lambda row: text_of(row, "text")), []
     with pytest.raises(SteerError) as caught:
-        good.extend(rows)
-    places = [part.split(":")[1] for part in str(caught.value).split("; ") if "a.jsonl" in part]
-    assert places == [str(line) for line in range(1, 21, 2)]
+        good_rows.extend(rows)
+    line_numbers = [
+        part.split(":")[1] for part in str(caught.value).split("; ") if "a.jsonl" in part
+    ]
+    assert line_numbers == [str(line) for line in range(1, 21, 2)]
     assert str(caught.value).endswith("; and 5 more bad rows")
 
 
-def test_a_prompt_inside_an_object(put: Any) -> None:
-    path = put("a.jsonl", '{"prompt": {"text": "So", "toxicity": 0.1}}\n')
+def test_a_prompt_inside_an_object(write_file: Any) -> None:
+    path = write_file("a.jsonl", '{"prompt": {"text": "So", "toxicity": 0.1}}\n')
     assert list(read_texts(path, text_field="prompt")) == ["So"]
 
 
@@ -318,7 +322,7 @@ def test_a_label_without_a_map_is_its_number(value: Any) -> None:
         *("0_1", "\u0661", "\uff11", "0x1", "01"),
     ],
 )
-def test_a_label_that_is_no_number_between_the_sides(value: Any) -> None:
+def test_a_label_outside_the_range_is_refused(value: Any) -> None:
     with pytest.raises(SteerError, match=r"is not a number in \[-1, 1\]; give a label map such as"):
         label_map(None)(value)
 
@@ -335,12 +339,12 @@ def test_a_label_that_is_no_number_between_the_sides(value: Any) -> None:
         ("good=1,good=-1", "good is listed twice; give each label once"),
     ],
 )
-def test_a_label_map_that_is_none(value: str, message: str) -> None:
+def test_an_invalid_label_map_is_refused(value: str, message: str) -> None:
     with pytest.raises(SteerError, match=message):
         label_map(value)
 
 
-def test_a_label_that_the_map_does_not_have() -> None:
+def test_a_label_outside_the_map_is_refused() -> None:
     for value in ("good", True, None, 2, 1.01):
         with pytest.raises(SteerError, match="is not in the label map; it has 0=-1, 1=1"):
             label_map("sst2")(value)
@@ -350,11 +354,11 @@ def test_every_known_map_has_strengths_between_the_sides() -> None:
     assert all(-1 <= value <= 1 for table in LABEL_MAPS.values() for value in table.values())
 
 
-def test_labelled_texts_of_one_file_and_of_two(put: Any) -> None:
-    entry = put("a.csv", "review,stars\nfine,1.0\npoor,0\n")
-    named = read_labelled(entry, text_field="review", label_field="stars", labels="sst2")
-    two = read_two_sides(put("p.txt", "fine\n"), put("n.jsonl", '{"text": "poor"}\n'))
-    assert named == two == [("fine", 1.0), ("poor", -1.0)]
+def test_labelled_texts_of_one_file_and_of_two(write_file: Any) -> None:
+    entry = write_file("a.csv", "review,stars\nfine,1.0\npoor,0\n")
+    rows = read_labelled(entry, text_field="review", label_field="stars", labels="sst2")
+    two = read_two_sides(write_file("p.txt", "fine\n"), write_file("n.jsonl", '{"text": "poor"}\n'))
+    assert rows == two == [("fine", 1.0), ("poor", -1.0)]
 
 
 @pytest.mark.parametrize(
@@ -367,8 +371,8 @@ def test_labelled_texts_of_one_file_and_of_two(put: Any) -> None:
         ("text,label\n", None, "a.csv: the file has no rows"),
     ],
 )
-def test_what_is_said_of_bad_labels(
-    content: str, labels: str | None, message: str, put: Any
+def test_errors_of_bad_labels(
+    content: str, labels: str | None, message: str, write_file: Any
 ) -> None:
     with pytest.raises(SteerError, match=message):
-        read_labelled(put("a.csv", content), labels=labels)
+        read_labelled(write_file("a.csv", content), labels=labels)

@@ -1,4 +1,4 @@
-"""The table of model families: what it knows, what it refuses and why, where blocks are found."""
+"""The table of model families: known and refused models, reasons, and the position of blocks."""
 
 from typing import Any, get_args
 
@@ -33,7 +33,7 @@ def test_a_known_model_has_its_own_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_whole_and_not_refused(name: str) -> None:
+def test_every_family_is_complete_and_not_refused(name: str) -> None:
     family = family_of([name])
     assert family.stream in get_args(BlockOutput)
     assert family.attention and family.projection
@@ -41,7 +41,7 @@ def test_every_family_is_whole_and_not_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_a_model_that_is_known_not_to_work_is_refused_with_its_reason(name: str) -> None:
+def test_a_model_known_to_fail_is_refused_with_its_reason(name: str) -> None:
     with pytest.raises(SteerError) as caught:
         family_of([name])
     assert str(caught.value).startswith(
@@ -51,7 +51,7 @@ def test_a_model_that_is_known_not_to_work_is_refused_with_its_reason(name: str)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("architectures", "message"),
     [
         (["FalconForCausalLM"], "^FalconForCausalLM cannot .*: where its sites are has not been"),
         (["A", "B"], "^A, B cannot be steered inside its layers: where its sites are"),
@@ -61,9 +61,9 @@ def test_a_model_that_is_known_not_to_work_is_refused_with_its_reason(name: str)
     ],
     ids=str,
 )
-def test_an_unknown_model_is_refused(given: list[str], said: str) -> None:
-    with pytest.raises(SteerError, match=said):
-        family_of(given)
+def test_an_unknown_model_is_refused(architectures: list[str], message: str) -> None:
+    with pytest.raises(SteerError, match=message):
+        family_of(architectures)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *UNSUPPORTED])
@@ -92,7 +92,7 @@ def test_the_blocks_are_the_one_list_as_long_as_the_model_is_deep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lists", "found"),
+    ("lists", "message"),
     [
         ({}, "has 0 module lists of 3 entries; expected exactly one, its decoder layers"),
         ({"layers": blocks(2)}, "Module has 0 module lists of 3 entries"),
@@ -100,8 +100,8 @@ def test_the_blocks_are_the_one_list_as_long_as_the_model_is_deep() -> None:
     ],
     ids=["none", "shorter", "two"],
 )
-def test_a_model_whose_blocks_are_not_to_be_told_is_refused(lists: Any, found: str) -> None:
-    with pytest.raises(SteerError, match=found):
+def test_a_model_with_ambiguous_decoder_blocks_is_refused(lists: Any, message: str) -> None:
+    with pytest.raises(SteerError, match=message):
         decoder_layers(model_of(**lists), 3)
 
 

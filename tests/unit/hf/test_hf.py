@@ -114,12 +114,12 @@ MIXES: list[dict[str, float]] = [
 @pytest.mark.parametrize("strengths", MIXES, ids=str)
 @torch.no_grad()
 def test_steered_logits_are_those_computed_by_hand(model: Any, strengths: dict[str, float]) -> None:
-    wanted = by_hand(model, strengths)
+    expected = by_hand(model, strengths)
     with hf.steered(model, strengths, steers()) as same:
         assert same is model
-        found = model(TOKENS).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(found, model(TOKENS).logits)
+        result = model(TOKENS).logits
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(result, model(TOKENS).logits)
 
 
 @pytest.mark.parametrize("strengths", [{}, {"free": 0.0}, {n: -0.0 for n in steers()}], ids=str)
@@ -129,13 +129,13 @@ def test_strength_zero_leaves_every_bit(
     model: Any, strengths: dict[str, float], dtype: torch.dtype
 ) -> None:
     model = model.to(dtype)
-    wanted = model(TOKENS).logits
+    expected = model(TOKENS).logits
     with hf.steered(model, strengths, steers()):
-        assert torch.equal(model(TOKENS).logits, wanted)
+        assert torch.equal(model(TOKENS).logits, expected)
 
 
 @torch.no_grad()
-def test_nothing_stays_on_the_model(model: Any) -> None:
+def test_no_hook_stays_on_the_model(model: Any) -> None:
     before = model(TOKENS).logits
     with hf.steered(model, {"free": 2.0, "tilt": 1.0}, steers()):
         assert not torch.equal(model(TOKENS).logits, before)
@@ -143,7 +143,7 @@ def test_nothing_stays_on_the_model(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_nothing_stays_on_the_model_after_an_error(model: Any) -> None:
+def test_no_hook_stays_on_the_model_after_an_error(model: Any) -> None:
     before = model(TOKENS).logits
     with pytest.raises(KeyError), hf.steered(model, {"free": 2.0, "tilt": 1.0}, steers()):
         raise KeyError
@@ -154,18 +154,18 @@ def test_nothing_stays_on_the_model_after_an_error(model: Any) -> None:
 
 @torch.no_grad()
 def test_nested_steers_add_up(model: Any) -> None:
-    wanted = by_hand(model, {"vector": 2.0, "tilt": 1.0})
+    expected = by_hand(model, {"vector": 2.0, "tilt": 1.0})
     with hf.steered(model, {"vector": 2.0}, steers()), hf.steered(model, {"tilt": 1.0}, steers()):
-        found = model(TOKENS).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        result = model(TOKENS).logits
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
 def test_generate_is_steered_at_every_step(model: Any) -> None:
     strengths = {"free": 2.0, "tilt": 3.0}
-    wanted = TOKENS.clone()
+    expected = TOKENS.clone()
     with hf.steered(model, strengths, steers()):
-        found = model.generate(
+        result = model.generate(
             TOKENS,
             attention_mask=torch.ones_like(TOKENS),
             max_new_tokens=5,
@@ -174,10 +174,10 @@ def test_generate_is_steered_at_every_step(model: Any) -> None:
             pad_token_id=0,
         )
         for _ in range(5):
-            logits = model(wanted).logits[:, -1]
+            logits = model(expected).logits[:, -1]
             logits[:, 2] = -torch.inf
-            wanted = torch.cat([wanted, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(found, wanted)
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -191,10 +191,10 @@ def test_a_half_precision_model_is_steered_in_float32_and_rounded_once(
     w = steer.projector1[0].double() @ steer.projector2[0].double().T
     steered = (c.double() + 0.3 * 2.0 * (c.double() @ w)).to(dtype)
     with hf.steered(model, {"free": 2.0}, steers()):
-        found = model(TOKENS).logits
-    wanted = model.lm_head(steered)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+        result = model(TOKENS).logits
+    expected = model.lm_head(steered)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_an_unknown_name_is_refused(model: Any) -> None:
@@ -242,6 +242,6 @@ def test_a_column_fixed_twice_counts_once_or_is_refused(model: Any, make_steer: 
         return
     c = model.base_model(TOKENS).last_hidden_state
     with hf.steered(model, {"s": 3.0}, {"s": steer}):
-        found = model(TOKENS).logits
-    wanted = (c + 0.25 * (3.0 * vectors[0] + vectors[1])) @ model.lm_head.weight.T
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        result = model(TOKENS).logits
+    expected = (c + 0.25 * (3.0 * vectors[0] + vectors[1])) @ model.lm_head.weight.T
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)

@@ -54,18 +54,20 @@ def sites_of(architecture: str) -> list[str]:
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 @torch.no_grad()
-def test_each_site_is_where_the_table_says_and_as_wide_as_a_steer_must_be(
+def test_each_site_has_the_position_and_width_of_the_table(
     architecture: str,
 ) -> None:
     model = model_of(architecture)
     names, layers = sites.family(model), sites.layers_of(model)
     assert names is family_of([architecture])
     for site in sites_of(architecture):
-        seen: list[torch.Tensor] = []
-        hook = sites.attach(layers[1], names, site, lambda x, seen=seen: seen.append(x) or x)
+        activations: list[torch.Tensor] = []
+        hook = sites.attach(
+            layers[1], names, site, lambda x, activations=activations: activations.append(x) or x
+        )
         model(TOKENS)
         hook.remove()
-        assert seen[0].shape == (1, 7, sites.site_width(model, layers[1], names, site))
+        assert activations[0].shape == (1, 7, sites.site_width(model, layers[1], names, site))
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -78,8 +80,8 @@ def test_each_site_can_be_steered_from_a_position_on(architecture: str) -> None:
         width = sites.site_width(model, layers[1], names, site)
         steer = DeltaSteer(delta=torch.ones(2, 1, width), layers=(1,), site=site)
         with hf.steered(model, {"delta": 50.0}, {"delta": steer}, prompt_length=5):
-            found = model(TOKENS).logits
-        same = (found == plain).all(-1)[0].tolist()
+            result = model(TOKENS).logits
+        same = (result == plain).all(-1)[0].tolist()
         # attn_in changes keys and values too, so later tokens see it; at the others each token
         # of the last layer is changed for itself.
         assert same[:4] == [True] * 4

@@ -81,7 +81,7 @@ def delta(site: str, width: int = HIDDEN, **fields: Any) -> DeltaSteer:
 
 def steers_for(name: str) -> dict[str, Any]:
     wide = HEADS_WIDE if name == "llama" else HIDDEN
-    named: dict[str, Any] = {
+    steers: dict[str, Any] = {
         "resid": vector("resid"),
         "resid2": vector("resid", seed=1),
         "turn": vector("resid", "rotate", seed=2),
@@ -92,19 +92,19 @@ def steers_for(name: str) -> dict[str, Any]:
         "head": LMSteer(variant="add", add=normal(1, HIDDEN), epsilon=0.5, hidden_size=HIDDEN),
     }
     if "attn_in" in SITES_OF[name]:
-        named["attn_in"] = vector("attn_in", "rotate")
-        named["delta_in"] = delta("attn_in", schedule="start")
-    return named
+        steers["attn_in"] = vector("attn_in", "rotate")
+        steers["delta_in"] = delta("attn_in", schedule="start")
+    return steers
 
 
 def on_one_token(
     x: torch.Tensor, position: int, layer: int, site: str, doses: Mapping[str, Any], name: str
 ) -> torch.Tensor:
     """The equations for ``x [width]`` at one position of a text with a prompt of ``PROMPT``."""
-    changed, norm, turns = x.clone(), x.norm(), False
-    for steer_name, given in doses.items():
+    changed, norm, has_rotation = x.clone(), x.norm(), False
+    for steer_name, dose_options in doses.items():
         steer = steers_for(name)[steer_name]
-        options = given if isinstance(given, Mapping) else {"strength": given}
+        options = dose_options if isinstance(dose_options, Mapping) else {"strength": dose_options}
         layers = options.get("layers", steer.layers)
         phase = options.get("phase", "all")
         outside = phase == ("generation" if position < PROMPT else "prompt")
@@ -114,7 +114,7 @@ def on_one_token(
         if isinstance(steer, VectorSteer):
             w = steer.vectors[row].double()
             w = w / w.norm() if steer.mode == "rotate" else w
-            turns = turns or steer.mode == "rotate"
+            has_rotation = has_rotation or steer.mode == "rotate"
         else:
             i = position - (PROMPT - 1)
             schedule = options.get("schedule", steer.schedule)
@@ -123,7 +123,7 @@ def on_one_token(
             w = steer.delta[i, row].double()
             v = v * (1 - i / STEPS) if schedule == "dim" else v
         changed = changed + v * w
-    return changed * norm / changed.norm() if turns else changed
+    return changed * norm / changed.norm() if has_rotation else changed
 
 
 @contextmanager
@@ -188,22 +188,22 @@ def test_steered_logits_are_those_computed_by_hand(name: str, strengths: dict[st
     if not set(strengths) <= set(steers_for(name)):
         pytest.skip("the family has no norm before its attention")
     with by_hand(name, strengths) as model:
-        wanted = model(TOKENS).logits
+        expected = model(TOKENS).logits
     with hf.steered(model, strengths, steers_for(name), prompt_length=PROMPT):
-        found = model(TOKENS).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
-    assert not torch.allclose(found, model(TOKENS).logits, atol=1e-6)
+        result = model(TOKENS).logits
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(result, model(TOKENS).logits, atol=1e-6)
 
 
 @torch.no_grad()
-def test_steers_of_layers_and_of_the_head_act_at_once() -> None:
+def test_steers_of_layers_and_of_the_head_act_together() -> None:
     model, strengths = model_of("llama"), {"resid": 1.0, "head": 3.0}
     steers = steers_for("llama")
     with by_hand("llama", {"resid": 1.0}):
         hidden = model.base_model(TOKENS).last_hidden_state
-    wanted = (hidden + 1.5 * steers["head"].add[0].double()) @ model.lm_head.weight.T
+    expected = (hidden + 1.5 * steers["head"].add[0].double()) @ model.lm_head.weight.T
     with hf.steered(model, strengths, steers):
-        torch.testing.assert_close(model(TOKENS).logits, wanted, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -212,9 +212,9 @@ def test_steers_of_layers_and_of_the_head_act_at_once() -> None:
 def test_strength_zero_leaves_every_bit(name: str, dtype: torch.dtype) -> None:
     model = model_of(name).to(dtype)
     try:
-        wanted = model(TOKENS).logits
+        expected = model(TOKENS).logits
         with hf.steered(model, dict.fromkeys(steers_for(name), 0.0), steers_for(name)):
-            assert torch.equal(model(TOKENS).logits, wanted)
+            assert torch.equal(model(TOKENS).logits, expected)
     finally:
         model.double()
         model_of.cache_clear()
@@ -226,14 +226,14 @@ def test_a_token_before_the_first_dose_keeps_every_bit(dtype: torch.dtype) -> No
     model = model_of("llama").to(dtype)
     strengths = {"heads": 2.0, "turn": {"strength": 9.0, "phase": "generation"}}
     try:
-        wanted = model(TOKENS).logits
+        expected = model(TOKENS).logits
         with hf.steered(model, strengths, steers_for("llama"), prompt_length=PROMPT):
-            found = model(TOKENS).logits
+            result = model(TOKENS).logits
     finally:
         model.double()
         model_of.cache_clear()
-    assert torch.equal(found[:, : PROMPT - 1], wanted[:, : PROMPT - 1])
-    assert not torch.equal(found[:, PROMPT - 1], wanted[:, PROMPT - 1])
+    assert torch.equal(result[:, : PROMPT - 1], expected[:, : PROMPT - 1])
+    assert not torch.equal(result[:, PROMPT - 1], expected[:, PROMPT - 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -244,12 +244,12 @@ def test_half_precision_is_summed_wide_and_rounded_once(dtype: torch.dtype) -> N
     acting = torch.tensor([True, True, True, True, False])
     steered = x.double() + changes.double()
     turned = steered * (x.double().norm(dim=-1) / steered.norm(dim=-1))[:, None]
-    wanted = torch.where(turning[:, None], turned, steered)
-    found = steer_tokens(x, changes, acting, turning)
-    assert found.dtype == dtype
-    assert torch.equal(found[4], x[4])
-    error = (found[:4].double() - wanted[:4]).abs()
-    assert (error <= 0.51 * torch.finfo(dtype).eps * 2 * wanted[:4].abs()).all()
+    expected = torch.where(turning[:, None], turned, steered)
+    result = steer_tokens(x, changes, acting, turning)
+    assert result.dtype == dtype
+    assert torch.equal(result[4], x[4])
+    error = (result[:4].double() - expected[:4]).abs()
+    assert (error <= 0.51 * torch.finfo(dtype).eps * 2 * expected[:4].abs()).all()
 
 
 def test_a_rotation_keeps_the_norm_and_ends_at_the_direction() -> None:
@@ -257,19 +257,19 @@ def test_a_rotation_keeps_the_norm_and_ends_at_the_direction() -> None:
     every = torch.ones(7, dtype=torch.bool)
     unit = w / w.norm()
     for v in (-1e9, -8.0, 3.0, 1e9):
-        found = steer_tokens(x, (v * unit).expand(7, -1), every, every)
-        torch.testing.assert_close(found.norm(dim=-1), x.norm(dim=-1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(found, x.norm(dim=-1, keepdim=True) * unit, rtol=1e-6, atol=1e-6)
+        result = steer_tokens(x, (v * unit).expand(7, -1), every, every)
+        torch.testing.assert_close(result.norm(dim=-1), x.norm(dim=-1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(result, x.norm(dim=-1, keepdim=True) * unit, rtol=1e-6, atol=1e-6)
 
 
-def test_a_sum_of_zero_is_not_divided_by() -> None:
+def test_a_zero_sum_is_not_normalized() -> None:
     x = torch.tensor([[1.0, -2.0]])
     every = torch.ones(1, dtype=torch.bool)
     assert torch.equal(steer_tokens(x, -x, every, every), torch.zeros(1, 2))
 
 
 class Block(torch.nn.Module):
-    """All of a decoder block that matters to steers at ``attn_in``: what leaves its input norm."""
+    """The part of a decoder block that steers at ``attn_in`` use: its input norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,13 +301,13 @@ class FakeEngine(torch.nn.Module):
 def test_published_concept_vectors_act_as_their_authors_formula(strength: float) -> None:
     weights = load_file(CONCEPT_VECTORS / "Llama-2-7b-chat-hf" / "humor.safetensors")["W"]
     concept = VectorSteer(vectors=weights, layers=tuple(range(32)), site="attn_in", mode="rotate")
-    wanted = x = normal(2, 5, 4096)
+    expected = x = normal(2, 5, 4096)
     for w in weights:
-        norm = wanted.norm(dim=-1, keepdim=True)
-        wanted = wanted + strength * w / w.norm()
-        wanted = wanted * norm / wanted.norm(dim=-1, keepdim=True)
+        norm = expected.norm(dim=-1, keepdim=True)
+        expected = expected + strength * w / w.norm()
+        expected = expected * norm / expected.norm(dim=-1, keepdim=True)
     with hf.steered(FakeEngine(), {"humor": strength}, {"humor": concept}) as model:
-        torch.testing.assert_close(model(inputs_embeds=x), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(inputs_embeds=x), expected, rtol=1e-4, atol=1e-5)
 
 
 def refused(name: str, strengths: dict[str, Any], steers: dict[str, Any], message: str) -> None:
@@ -318,17 +318,19 @@ def refused(name: str, strengths: dict[str, Any], steers: dict[str, Any], messag
     assert "generate" not in vars(model)
 
 
-def test_what_does_not_fit_the_model_is_refused() -> None:
-    odd = VectorSteer(vectors=torch.ones(1, 6), layers=(0,))
+def test_steers_that_do_not_fit_the_model_are_refused() -> None:
+    wrong_width = VectorSteer(vectors=torch.ones(1, 6), layers=(0,))
     beyond = VectorSteer(vectors=torch.ones(2, HIDDEN), layers=(2, 7))
-    refused("llama", {"odd": 1}, {"odd": odd}, "steer odd is 6 wide; the site resid .* is 8")
+    refused(
+        "llama", {"odd": 1}, {"odd": wrong_width}, "steer odd is 6 wide; the site resid .* is 8"
+    )
     refused("llama", {"x": 1}, {"x": delta("heads")}, "is 8 wide; the site heads .* is 12")
     refused("llama", {"b": 1}, {"b": beyond}, "layer 7 does not exist: .* layers 0 to 2")
     refused("olmo2", {"a": 1}, {"a": vector("attn_in")}, "the site attn_in does not exist")
-    refused("llama", {"odd": 1, "no": 1}, {"odd": odd}, "steer no is unknown; steers: odd")
+    refused("llama", {"odd": 1, "no": 1}, {"odd": wrong_width}, "steer no is unknown; steers: odd")
 
 
-def test_options_that_a_request_could_not_have_are_refused() -> None:
+def test_options_that_are_invalid_in_a_request_are_refused() -> None:
     steers = steers_for("llama")
     refused("llama", {"turn": {"strength": 1, "layer": 2}}, steers, "unknown options .?layer")
     refused("llama", {"turn": {"strength": 1, "schedule": "dim"}}, steers, "only a delta steer")
@@ -346,7 +348,7 @@ def test_a_model_of_an_unknown_family_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_nothing_stays_on_the_model_after_an_error() -> None:
+def test_no_hook_stays_on_the_model_after_an_error() -> None:
     model, steers = model_of("gpt2"), steers_for("gpt2")
     before = model(TOKENS).logits
     strengths = {"resid": 2.0, "heads": 1.0, "attn_in": 3.0}

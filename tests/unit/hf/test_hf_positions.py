@@ -1,4 +1,4 @@
-"""Steers that count tokens: ``generate`` does what one forward pass over the whole text does."""
+"""Steers that count tokens: ``generate`` equals one forward pass over the whole text."""
 
 from typing import Any
 
@@ -85,9 +85,9 @@ def forced(model: Any, sequences: torch.Tensor, prompt_length: int) -> torch.Ten
         return model(sequences).logits[:, prompt_length - 1 : -1]
 
 
-def assert_same(logits: tuple[torch.Tensor, ...], wanted: torch.Tensor) -> None:
+def assert_same(logits: tuple[torch.Tensor, ...], expected: torch.Tensor) -> None:
     # generate() returns its logits in float32, whatever the model's dtype.
-    torch.testing.assert_close(torch.stack(logits, dim=1), wanted.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack(logits, dim=1), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -99,27 +99,27 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", WAYS)
 @torch.no_grad()
-def test_generate_is_steered_as_one_pass_over_the_text(model: Any, way: str) -> None:
-    prompts = PROMPTS[:1] if "guessed" in way else PROMPTS
+def test_generate_is_steered_as_one_pass_over_the_text(model: Any, mode: str) -> None:
+    prompts = PROMPTS[:1] if "guessed" in mode else PROMPTS
     texts = (prompts, prompts[:, 1:])
     with hf.steered(model, STRENGTHS, steers()):
-        outputs = [generated(model, tokens, **WAYS[way]) for tokens in texts]
+        outputs = [generated(model, tokens, **WAYS[mode]) for tokens in texts]
     for tokens, output in zip(texts, outputs, strict=True):
         assert_same(output.logits, forced(model, output.sequences, tokens.shape[1]))
 
 
 @torch.no_grad()
-def test_rows_padded_on_the_left_are_steered_as_each_alone(model: Any) -> None:
+def test_rows_padded_on_the_left_are_steered_as_single_rows(model: Any) -> None:
     short = PROMPTS[1:, :3]
     padded = torch.cat([PROMPTS[:1], torch.cat([torch.zeros_like(short[:, :2]), short], 1)])
     with hf.steered(model, STRENGTHS, steers()):
         output = generated(model, padded)
     for row, prompt in enumerate((PROMPTS[:1], short)):
-        answer = output.sequences[row : row + 1, padded.shape[1] :]
-        wanted = forced(model, torch.cat([prompt, answer], 1), prompt.shape[1])
-        assert_same(tuple(step[row : row + 1] for step in output.logits), wanted)
+        answer_ids = output.sequences[row : row + 1, padded.shape[1] :]
+        expected = forced(model, torch.cat([prompt, answer_ids], 1), prompt.shape[1])
+        assert_same(tuple(step[row : row + 1] for step in output.logits), expected)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -135,9 +135,9 @@ def test_beams_are_scored_as_steered_texts(model: Any, use_cache: bool) -> None:
             use_cache=use_cache,
         )
     log_p = forced(model, output.sequences, PROMPTS.shape[1]).log_softmax(-1)
-    answers = output.sequences[:, PROMPTS.shape[1] :, None]
-    wanted = log_p.gather(-1, answers)[..., 0].mean(1)
-    torch.testing.assert_close(output.sequences_scores, wanted.float(), rtol=1e-5, atol=1e-5)
+    answer_ids = output.sequences[:, PROMPTS.shape[1] :, None]
+    expected = log_p.gather(-1, answer_ids)[..., 0].mean(1)
+    torch.testing.assert_close(output.sequences_scores, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def test_samples_of_one_prompt_are_steered_alike(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_generate_goes_on_from_a_filled_cache(model: Any) -> None:
+def test_generate_continues_from_a_filled_cache(model: Any) -> None:
     with hf.steered(model, STRENGTHS, steers(), prompt_length=PROMPTS.shape[1]):
         filled = model(PROMPTS[:, :3], use_cache=True).past_key_values
     with hf.steered(model, STRENGTHS, steers()):
@@ -161,14 +161,14 @@ def test_embeddings_can_stand_for_the_prompt(model: Any) -> None:
     embedded = model.get_input_embeddings()(PROMPTS)
     with hf.steered(model, STRENGTHS, steers()):
         output = model.generate(inputs_embeds=embedded, max_new_tokens=NEW, do_sample=False)
-        wanted = model.generate(PROMPTS, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(output, wanted[:, PROMPTS.shape[1] :])
+        expected = model.generate(PROMPTS, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(output, expected[:, PROMPTS.shape[1] :])
 
 
 @torch.no_grad()
 def test_a_text_decoded_by_hand_counts_from_its_first_pass(model: Any) -> None:
     sequences = torch.cat([PROMPTS, PROMPTS.flip(1)], dim=1)
-    wanted = forced(model, sequences, PROMPTS.shape[1])
+    expected = forced(model, sequences, PROMPTS.shape[1])
     with hf.steered(model, STRENGTHS, steers()):
         for _ in range(2):  # an empty cache begins another text
             output = model(PROMPTS, use_cache=True)
@@ -177,7 +177,7 @@ def test_a_text_decoded_by_hand_counts_from_its_first_pass(model: Any) -> None:
                 token = sequences[:, step : step + 1]
                 output = model(token, past_key_values=output.past_key_values, use_cache=True)
                 logits.append(output.logits)
-            torch.testing.assert_close(torch.cat(logits, 1), wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def test_a_cache_filled_outside_needs_the_prompt_length(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_generate_is_itself_again_after_nested_blocks(model: Any) -> None:
+def test_generate_is_restored_after_nested_blocks(model: Any) -> None:
     plain = generated(model, PROMPTS).sequences
     with hf.steered(model, {"delta": 4.0}, steers()), hf.steered(model, {"answer": 4.0}, steers()):
         nested = generated(model, PROMPTS).sequences

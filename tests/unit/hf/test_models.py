@@ -22,30 +22,30 @@ def test_a_loaded_model_is_frozen_and_in_evaluation_mode() -> None:
     assert loaded.tokenizer.decode(loaded.tokenizer("hotel")["input_ids"]) == "<s>hotel"
 
 
-def test_the_dtype_is_the_one_asked_for() -> None:
+def test_the_model_has_the_requested_dtype() -> None:
     assert load_language_model("embedded", dtype="bfloat16").model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("what", ["missing", "empty", "no-weights"])
-def test_a_model_that_cannot_be_loaded_is_one_line(what: str, tmp_path: Path) -> None:
-    folder = tmp_path / what
-    if what != "missing":
+@pytest.mark.parametrize("fault", ["missing", "empty", "no-weights"])
+def test_a_model_that_cannot_be_loaded_gives_one_line(fault: str, tmp_path: Path) -> None:
+    folder = tmp_path / fault
+    if fault != "missing":
         folder.mkdir()
-    if what == "no-weights":
+    if fault == "no-weights":
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             (folder / name).write_bytes((embedded.MODEL / name).read_bytes())
-    with pytest.raises(SteerError, match=rf"^model .*{what}: ") as error:
+    with pytest.raises(SteerError, match=rf"^model .*{fault}: ") as error:
         load_language_model(str(folder))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:99", "cpu:x"])
-def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
+def test_a_missing_device_gives_one_line(device: str) -> None:
     with pytest.raises(SteerError, match=rf"^device {device}: cannot be used") as error:
         load_language_model("embedded", device=device)
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_dtype_is_one_line() -> None:
+def test_an_unknown_dtype_gives_one_line() -> None:
     with pytest.raises(SteerError, match="float33"):
         load_language_model("embedded", dtype="float33")

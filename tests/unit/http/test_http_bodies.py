@@ -1,4 +1,4 @@
-"""Bodies of any kind: read as ``json.loads`` reads them, passed on in the chunks they came in."""
+"""Bodies of any kind: parsed like ``json.loads``, passed on in their original chunks."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ ASKING = dump({"prompt": "x", "steer": "a:3"})
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_never_rewritten_is_not_read(options: dict[str, Any]) -> None:
+def test_bodies_that_are_never_rewritten_are_not_read(options: dict[str, Any]) -> None:
     status, passed, received, _ = send_chunks([ASKING[:9], ASKING[9:]], **options)
     assert (status, received) == (200, 0)
     assert passed.chunks == [ASKING[:9], ASKING[9:]]
@@ -53,7 +53,7 @@ def test_every_content_type_that_vllm_reads_as_json_is_read(kind: bytes) -> None
     from starlette.requests import Request
     from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-    def is_taken(content_type: bytes) -> bool:
+    def is_json_type(content_type: bytes) -> bool:
         scope = {"type": "http", "headers": [(b"content-type", content_type)]}
         try:
             asyncio.run(validate_json_request(Request(scope)))
@@ -61,14 +61,14 @@ def test_every_content_type_that_vllm_reads_as_json_is_read(kind: bytes) -> None
             return False
         return True
 
-    assert is_taken(kind)
-    assert not is_taken(b"application/json ;charset=utf-8")
+    assert is_json_type(kind)
+    assert not is_json_type(b"application/json ;charset=utf-8")
     _, passed, received, _ = send_chunks([ASKING], content_type=kind)
     assert received == 1
     assert json.loads(b"".join(passed.chunks))["vllm_xargs"] == {"steer": "a:3"}
 
 
-def test_a_body_that_asks_nothing_is_passed_on_as_the_same_chunks() -> None:
+def test_a_body_without_a_steer_passes_in_the_same_chunks() -> None:
     chunks = [bytes([65 + at % 26]) * 1000 for at in range(50)]
     _, passed, received, _ = send_chunks(chunks)
     assert received == len(chunks)
@@ -85,14 +85,14 @@ def test_a_rewritten_body_keeps_its_chunks_but_the_last() -> None:
 
 
 @pytest.mark.parametrize("body", [ASKING, b'{"prompt": "x', b""])
-def test_a_body_that_is_cut_short_is_passed_on_with_its_end(body: bytes) -> None:
+def test_a_truncated_body_passes_with_its_end(body: bytes) -> None:
     status, passed, _, _ = send_chunks([body], cut=True)
     assert status == 200
     assert b"".join(passed.chunks) == body
     assert passed.last == {"type": "http.disconnect"}
 
 
-def test_chunks_are_let_go_as_they_are_taken() -> None:
+def test_chunks_are_freed_as_they_are_read() -> None:
     body = ReceivedBody(SteerHints())
 
     async def receive() -> Any:
@@ -101,10 +101,10 @@ def test_chunks_are_let_go_as_they_are_taken() -> None:
     async def take_all() -> list[int]:
         await body.receive(receive)
         replay = body.replay(receive)
-        left = []
+        remaining = []
         while (await replay())["more_body"]:
-            left.append(len(body._chunks))
-        return left
+            remaining.append(len(body._chunks))
+        return remaining
 
     assert asyncio.run(take_all()) == [*range(9, 0, -1)]
 
@@ -163,9 +163,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize(("body", "steer"), SPELLINGS, ids=lambda value: repr(value)[:50])
-def test_every_spelling_that_json_reads_is_served_as_json_reads_it(
-    body: bytes, steer: str | None
-) -> None:
+def test_every_json_spelling_is_served_as_json_reads_it(body: bytes, steer: str | None) -> None:
     before = json.loads(body)
     status, passed = post(body)
     assert status == 200
@@ -185,7 +183,7 @@ def test_every_spelling_that_json_reads_is_served_as_json_reads_it(
     ],
     ids=lambda body: repr(body)[:40],
 )  # fmt: skip
-def test_what_vllm_is_to_answer_is_passed_on_byte_for_byte(body: bytes) -> None:
+def test_bodies_left_to_vllm_pass_byte_for_byte(body: bytes) -> None:
     assert post(body) == (200, body)
 
 
@@ -223,21 +221,21 @@ layouts = st.sampled_from(
 
 
 def expected(body: dict[str, Any]) -> dict[str, Any] | None:
-    """What a served body comes to, in plain ``json``: None where the 400 is due."""
-    given = body.get("vllm_xargs")
-    inside = given if isinstance(given, dict) else {}
+    """The expected body in plain ``json``; None if a 400 is expected."""
+    nested = body.get("vllm_xargs")
+    inside = nested if isinstance(nested, dict) else {}
     arguments = {k: inside[k] for k in ("steer", "steer_strengths") if inside.get(k) is not None}
     fields = {k: body[k] for k in ("steer", "steer_strengths") if body.get(k) is not None}
-    asked = {**arguments, **fields}
+    merged = {**arguments, **fields}
     preset = preset_of(body.get("model"), PLAN)
     if preset is not None:
-        asked.setdefault("steer", preset)
-    if not asked:
+        merged.setdefault("steer", preset)
+    if not merged:
         return body
-    if any(k in inside for k in fields) or not (given is None or isinstance(given, dict)):
+    if any(k in inside for k in fields) or not (nested is None or isinstance(nested, dict)):
         return None
-    if "steer" in asked:
-        steer = asked["steer"]
+    if "steer" in merged:
+        steer = merged["steer"]
         if not isinstance(steer, str | dict):
             return None
         try:
@@ -246,14 +244,14 @@ def expected(body: dict[str, Any]) -> dict[str, Any] | None:
             return None
         if doses and body.get("use_beam_search") in (True, 1):
             return None
-    wish = asked.get("steer_strengths", False)
+    wish = merged.get("steer_strengths", False)
     if wish not in (True, False) and str(wish).strip().lower() not in ("true", "false", "0", "1"):
         return None
-    return {**body, "vllm_xargs": {**inside, **asked}}
+    return {**body, "vllm_xargs": {**inside, **merged}}
 
 
-def meant(value: Any) -> Any:
-    """A body in a form in which a steer's object and its JSON, ``true`` and "true" are one."""
+def normalised(value: Any) -> Any:
+    """A normalised body: a steer's object and its JSON text, ``true`` and "true" are equal."""
     value = {k: v for k, v in value.items() if k not in ("steer", "steer_strengths")}
     inside = value.get("vllm_xargs")
     if isinstance(inside, dict):
@@ -267,7 +265,7 @@ def meant(value: Any) -> Any:
 
 @given(body=bodies, layout=layouts, pad=st.sampled_from(["", " ", "\n\t"]))
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_body_is_served_as_json_would_have_it_or_gets_our_400(
+def test_any_body_is_served_as_json_reads_it_or_gets_our_400(
     body: dict[str, Any], layout: dict[str, Any], pad: str
 ) -> None:
     text = (pad + json.dumps(body, **layout) + pad).encode("utf-8", "surrogatepass")
@@ -283,12 +281,12 @@ def test_any_body_is_served_as_json_would_have_it_or_gets_our_400(
         }
         assert nearly or expected(json.loads(text)) is None
         return
-    found, wanted = json.loads(b"".join(passed.chunks)), expected(json.loads(text))
-    assert wanted is not None
-    if wanted == json.loads(text):
-        assert b"".join(passed.chunks) == text or meant(found) == meant(wanted)
+    result, expected_body = json.loads(b"".join(passed.chunks)), expected(json.loads(text))
+    assert expected_body is not None
+    if expected_body == json.loads(text):
+        assert b"".join(passed.chunks) == text or normalised(result) == normalised(expected_body)
     else:
-        assert meant(found) == meant(wanted)
+        assert normalised(result) == normalised(expected_body)
 
 
 @given(text=st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode("utf-16")))

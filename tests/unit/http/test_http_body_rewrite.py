@@ -1,4 +1,4 @@
-"""Bodies as the middleware rewrites them: to what, and which bytes it leaves alone."""
+"""Rewriting of bodies by the middleware, and bytes that stay unchanged."""
 
 import json
 from types import SimpleNamespace
@@ -33,12 +33,14 @@ def plan(make_plan: Any) -> Any:
     ],
     ids=str,
 )
-def test_what_is_asked_arrives_as_an_argument(plan: Any, body: Any, steer: Any) -> None:
+def test_the_steer_field_becomes_an_argument(plan: Any, body: Any, steer: Any) -> None:
     body = {"model": "base", "prompt": "x", **body}
-    found = load(rewrite(dump(body), plan, route="/v1/completions"))
-    assert found.pop("vllm_xargs") == {"steer": steer}
-    rest = {name: value for name, value in body.items() if name not in ("steer", "vllm_xargs")}
-    assert found == rest
+    result = load(rewrite(dump(body), plan, route="/v1/completions"))
+    assert result.pop("vllm_xargs") == {"steer": steer}
+    other_fields = {
+        name: value for name, value in body.items() if name not in ("steer", "vllm_xargs")
+    }
+    assert result == other_fields
 
 
 @pytest.mark.parametrize(
@@ -60,47 +62,47 @@ def test_what_is_asked_arrives_as_an_argument(plan: Any, body: Any, steer: Any) 
     ],
     ids=["alone", "false", "beside-a-steer", "steer-in-arguments", "preset-model"],
 )
-def test_the_wish_for_strengths_arrives_as_an_argument_that_admission_reads(
+def test_steer_strengths_becomes_an_argument_that_admission_reads(
     plan: Any, body: dict[str, Any], arguments: dict[str, Any], reports: bool
 ) -> None:
-    found = rewritten(dump({"prompt": "x", **body}), plan, route="/v1/completions")
-    assert found.reports is reports
-    data = load(found.body)
+    result = rewritten(dump({"prompt": "x", **body}), plan, route="/v1/completions")
+    assert result.reports is reports
+    data = load(result.body)
     assert data["vllm_xargs"] == arguments
     assert "steer_strengths" not in data
     assert wants_strengths(SimpleNamespace(extra_args=arguments)) is reports
 
 
-@pytest.mark.parametrize("given", [1, 1.0, "true"], ids=repr)
-def test_the_wish_as_an_argument_leaves_the_bytes_and_is_noticed(plan: Any, given: Any) -> None:
-    body = dump({"prompt": "x", "vllm_xargs": {"steer_strengths": given}})
-    found = rewritten(body, plan, route="/v1/completions")
-    assert found.body is body
-    assert found.reports
+@pytest.mark.parametrize("value", [1, 1.0, "true"], ids=repr)
+def test_steer_strengths_as_an_argument_is_read_and_leaves_the_bytes(plan: Any, value: Any) -> None:
+    body = dump({"prompt": "x", "vllm_xargs": {"steer_strengths": value}})
+    result = rewritten(body, plan, route="/v1/completions")
+    assert result.body is body
+    assert result.reports
 
 
-@pytest.mark.parametrize("given", ["yes", 2, [True], {"a": True}], ids=repr)
-def test_a_wish_that_is_no_boolean_is_refused(plan: Any, given: Any) -> None:
-    for body in ({"steer_strengths": given}, {"vllm_xargs": {"steer_strengths": given}}):
+@pytest.mark.parametrize("value", ["yes", 2, [True], {"a": True}], ids=repr)
+def test_steer_strengths_that_is_not_a_boolean_is_refused(plan: Any, value: Any) -> None:
+    for body in ({"steer_strengths": value}, {"vllm_xargs": {"steer_strengths": value}}):
         with pytest.raises(ValueError, match="expected true or false"):
             rewrite(dump(body), plan, route="/v1/completions")
 
 
-def test_a_wish_in_both_places_is_refused(plan: Any) -> None:
+def test_steer_strengths_as_field_and_argument_is_refused(plan: Any) -> None:
     body = {"steer_strengths": True, "vllm_xargs": {"steer_strengths": 1}}
     with pytest.raises(ValueError, match="steer_strengths is given both as a field and in"):
         rewrite(dump(body), plan, route="/v1/completions")
 
 
-def test_a_wish_on_a_route_that_generates_nothing_is_refused(plan: Any) -> None:
+def test_steer_strengths_on_a_route_that_generates_nothing_is_refused(plan: Any) -> None:
     with pytest.raises(ValueError, match="this route does not support steering"):
         rewrite(dump({"steer_strengths": True}), plan, route="/generative_scoring")
 
 
 def test_other_arguments_are_kept(plan: Any) -> None:
     body = {"steer": "a:3", "vllm_xargs": {"other": [1, "x"], "n": 2}}
-    found = load(rewrite(dump(body), plan, route="/v1/completions"))
-    assert found == {"vllm_xargs": {"other": [1, "x"], "n": 2, "steer": "a:3"}}
+    result = load(rewrite(dump(body), plan, route="/v1/completions"))
+    assert result == {"vllm_xargs": {"other": [1, "x"], "n": 2, "steer": "a:3"}}
 
 
 UNTOUCHED = [
@@ -123,11 +125,11 @@ UNTOUCHED = [
 
 
 @pytest.mark.parametrize("body", UNTOUCHED, ids=lambda body: body.decode(errors="replace"))
-def test_a_body_that_asks_nothing_of_us_stays_the_bytes_it_was(plan: Any, body: bytes) -> None:
+def test_a_body_without_a_steer_keeps_its_bytes(plan: Any, body: bytes) -> None:
     assert rewrite(body, plan, route="/v1/completions") is body
 
 
-def test_a_steer_in_both_places_is_refused(plan: Any) -> None:
+def test_a_steer_as_field_and_argument_is_refused(plan: Any) -> None:
     body = {"steer": "a:3", "vllm_xargs": {"steer": "a:3"}}
     with pytest.raises(ValueError, match="both as a field and in vllm_xargs; give it once"):
         rewrite(dump(body), plan, route="/v1/completions")
@@ -146,14 +148,14 @@ def test_arguments_that_are_no_object_are_refused_or_left_to_vllm(plan: Any, xar
     """Anything but a ``ValueError`` would reach the client as a 500."""
     body = dump({"steer": "a:3", "vllm_xargs": xargs})
     try:
-        found = load(rewrite(body, plan, route="/v1/completions"))
+        result = load(rewrite(body, plan, route="/v1/completions"))
     except ValueError as error:
         assert "vllm_xargs" in str(error)
     else:
-        assert found["vllm_xargs"] == xargs
+        assert result["vllm_xargs"] == xargs
 
 
-def test_a_body_of_monstrous_depth_is_refused_or_left_to_vllm(plan: Any) -> None:
+def test_a_very_deep_body_is_refused_or_left_to_vllm(plan: Any) -> None:
     body = b'{"steer":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001
     try:
         assert rewrite(body, plan, route="/v1/completions") is body
@@ -172,13 +174,13 @@ def test_a_body_of_monstrous_depth_is_refused_or_left_to_vllm(plan: Any) -> None
     ids=["escaped-key", "utf-16", "spaced", "byte-order-mark"],
 )
 def test_a_steer_in_any_spelling_of_json_is_never_lost(plan: Any, body: bytes) -> None:
-    """vLLM reads the body with ``json.loads``: what that finds there is not served unsteered."""
+    """vLLM parses with ``json.loads``: a steer that this finds is never served unsteered."""
     try:
         json.loads(body)
     except ValueError:
         return
-    found = load(rewrite(body, plan, route="/v1/completions"))
-    assert found == {"vllm_xargs": {"steer": "a:3"}}
+    result = load(rewrite(body, plan, route="/v1/completions"))
+    assert result == {"vllm_xargs": {"steer": "a:3"}}
 
 
 @pytest.mark.parametrize(
@@ -196,9 +198,7 @@ def test_a_steer_in_any_spelling_of_json_is_never_lost(plan: Any, body: bytes) -
     ],
     ids=repr,
 )
-def test_a_preset_is_what_stands_behind_the_last_colon(
-    plan: Any, model: Any, preset: str | None
-) -> None:
+def test_the_preset_name_follows_the_last_colon(plan: Any, model: Any, preset: str | None) -> None:
     assert preset_of(model, plan) == preset
 
 
@@ -210,7 +210,7 @@ json_values = st.recursive(
 
 
 @given(
-    rest=st.dictionaries(
+    other_fields=st.dictionaries(
         st.text().filter(
             lambda key: (
                 key not in ("steer", "steer_strengths", "vllm_xargs", "model")
@@ -221,6 +221,6 @@ json_values = st.recursive(
     )
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_everything_else_in_a_body_survives_rewriting(plan: Any, rest: dict[str, Any]) -> None:
-    found = load(rewrite(dump({**rest, "steer": "a:3"}), plan, route="/v1/completions"))
-    assert found == {**rest, "vllm_xargs": {"steer": "a:3"}}
+def test_all_other_fields_of_a_body_are_kept(plan: Any, other_fields: dict[str, Any]) -> None:
+    result = load(rewrite(dump({**other_fields, "steer": "a:3"}), plan, route="/v1/completions"))
+    assert result == {**other_fields, "vllm_xargs": {"steer": "a:3"}}

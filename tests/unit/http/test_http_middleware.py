@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from http_tools import dump, load, passes_vllm_xargs
+from http_tools import passes_vllm_xargs, dump, load
 
 from vllm_steer.serving.http import Steering
 
@@ -20,7 +20,7 @@ HEADERS = [(b"Content-Length", b"1"), (b"x-other", b"kept")]
 
 
 class Inside:
-    """The application behind the middleware: keeps the scope and the whole body it was given."""
+    """The application after the middleware: records the scope and the whole body."""
 
     def __init__(self) -> None:
         self.scope: Any = None
@@ -50,7 +50,7 @@ def run(
     kind: str = "http",
     content_type: bytes = b"application/json",
 ) -> tuple[Inside, list[Any]]:
-    """Send one request through the middleware; returns the application and what was sent."""
+    """Send one request through the middleware; returns the application and the response."""
     additional = {"steer": plan.to_json()} if plan is not None else {}
     config = SimpleNamespace(additional_config=additional)
     messages: list[Any] = [
@@ -64,23 +64,23 @@ def run(
         "headers": [(b"Content-Type", content_type), *HEADERS],
         "app": SimpleNamespace(state=SimpleNamespace(vllm_config=config)),
     }
-    sent: list[Any] = []
+    replies: list[Any] = []
 
     async def receive() -> Any:
         return messages.pop(0)
 
     async def send(message: Any) -> None:
-        sent.append(message)
+        replies.append(message)
 
     inside = Inside()
     asyncio.run(Steering(inside)(scope, receive, send))
-    return inside, sent
+    return inside, replies
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_a_body_in_parts_is_rewritten_with_its_new_length(plan: Any, size: int) -> None:
     body = dump({"prompt": "x", "steer": "a:3"})
-    inside, sent = run(plan, [body[at : at + size] for at in range(0, len(body), size)])
+    inside, replies = run(plan, [body[at : at + size] for at in range(0, len(body), size)])
     assert load(inside.body) == {"prompt": "x", "vllm_xargs": {"steer": "a:3"}}
     headers = dict(inside.scope["headers"])
     lengths = [
@@ -88,7 +88,7 @@ def test_a_body_in_parts_is_rewritten_with_its_new_length(plan: Any, size: int) 
     ]
     assert lengths == [str(len(inside.body)).encode()]
     assert headers[b"x-other"] == b"kept"
-    assert sent[0]["status"] == 200
+    assert replies[0]["status"] == 200
 
 
 def test_a_disconnect_still_reaches_the_application(plan: Any) -> None:
@@ -108,13 +108,13 @@ def test_an_untouched_body_keeps_its_bytes_and_its_headers(plan: Any) -> None:
     [{"method": "GET"}, {"kind": "websocket"}, {"kind": "lifespan"}],
     ids=["get", "websocket", "lifespan"],
 )
-def test_what_is_no_post_passes_through(plan: Any, options: dict[str, str]) -> None:
+def test_requests_other_than_post_pass_through(plan: Any, options: dict[str, str]) -> None:
     inside, _ = run(plan, [dump({"steer": "a:3"})], **options)
     assert inside.body in (b"", dump({"steer": "a:3"}))
     assert inside.scope["type"] == options.get("kind", "http")
 
 
-def test_an_engine_without_steers_sees_every_body_as_it_came() -> None:
+def test_an_engine_without_steers_gets_every_body_unchanged() -> None:
     body = dump({"steer": "a:3"})
     assert run(None, [body])[0].body == body
 
@@ -132,25 +132,25 @@ def test_an_engine_without_steers_sees_every_body_as_it_came() -> None:
     ],
 )
 def test_routes_that_generate_take_a_steer(plan: Any, path: str) -> None:
-    inside, sent = run(plan, [dump({"steer": "a:3"})], path=path)
+    inside, replies = run(plan, [dump({"steer": "a:3"})], path=path)
     if not passes_vllm_xargs(path):  # Anthropic's, in older vLLM versions
-        assert sent[0]["status"] == 400
+        assert replies[0]["status"] == 400
         return
     assert load(inside.body) == {"vllm_xargs": {"steer": "a:3"}}
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "fields",
     [{"steer": "a:3"}, {"vllm_xargs": {"steer": "a:3"}}, {"model": "base:friendly"}],
     ids=["field", "argument", "preset-model"],
 )
-def test_a_route_that_cannot_carry_a_steer_refuses_every_way_to_ask(
-    plan: Any, asked: dict[str, Any]
+def test_a_route_that_cannot_carry_a_steer_refuses_every_form_of_request(
+    plan: Any, fields: dict[str, Any]
 ) -> None:
     """vLLM's token route generates and has no ``vllm_xargs``: a steer would be lost."""
-    inside, sent = run(plan, [dump(asked)], path="/inference/v1/generate")
+    inside, replies = run(plan, [dump(fields)], path="/inference/v1/generate")
     assert inside.scope is None
-    assert sent[0]["status"] == 400
+    assert replies[0]["status"] == 400
 
 
 REFUSAL = "steer: this route does not support steering; remove the steer and name the base model"
@@ -162,9 +162,9 @@ REFUSAL = "steer: this route does not support steering; remove the steer and nam
 def test_a_refusal_is_an_openai_error_and_does_not_reach_the_application(
     plan: Any, path: str
 ) -> None:
-    inside, sent = run(plan, [dump({"steer": "a:3"})], path=path)
+    inside, replies = run(plan, [dump({"steer": "a:3"})], path=path)
     assert inside.scope is None
-    start, body = sent
+    start, body = replies
     assert start["status"] == 400
     assert dict(start["headers"])[b"content-type"] == b"application/json"
     assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
@@ -176,15 +176,15 @@ def test_a_refusal_is_an_openai_error_and_does_not_reach_the_application(
     }
 
 
-def test_a_refusal_on_anthropics_route_has_its_form(plan: Any) -> None:
+def test_a_refusal_on_the_anthropic_route_has_its_format(plan: Any) -> None:
     from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
 
     _, (start, body) = run(plan, [dump({"steer": "b:3"})], path="/v1/messages")
     assert start["status"] == 400
-    found = json.loads(body["body"])
-    message = found["error"]["message"]
+    result = json.loads(body["body"])
+    message = result["error"]["message"]
     error = AnthropicError(type="BadRequestError", message=message)
-    assert found == AnthropicErrorResponse(error=error).model_dump()
+    assert result == AnthropicErrorResponse(error=error).model_dump()
     unknown = "steer 'b' is unknown; steers: a; presets: friendly, v1"
     assert message == (unknown if passes_vllm_xargs("/v1/messages") else REFUSAL)
 
@@ -208,8 +208,8 @@ def test_a_refusal_on_anthropics_route_has_its_form(plan: Any) -> None:
     ids=str,
 )
 def test_a_refusal_names_the_field_that_was_sent(plan: Any, body: Any, param: str) -> None:
-    _, (_, sent) = run(plan, [dump(body)])
-    assert json.loads(sent["body"])["error"]["param"] == param
+    _, (_, replies) = run(plan, [dump(body)])
+    assert json.loads(replies["body"])["error"]["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,9 @@ def test_admission_names_the_field_that_was_sent(plan: Any, body: Any, field: st
     from vllm_steer.serving.request_args import SENT_FIELDS, RejectedSteer
 
     members = MemberReader(("steer", "vllm_xargs", "model")).read(dump(body))
-    sent = SENT_FIELDS.set(rewrite(members, plan, Route(passes_vllm_xargs=True)).fields)
+    replies = SENT_FIELDS.set(rewrite(members, plan, Route(passes_vllm_xargs=True)).fields)
     try:
         assert RejectedSteer("the engine cannot serve it").parameter == field
     finally:
-        SENT_FIELDS.reset(sent)
+        SENT_FIELDS.reset(replies)
     assert RejectedSteer("the engine cannot serve it").parameter == "vllm_xargs.steer"

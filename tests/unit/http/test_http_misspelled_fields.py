@@ -1,4 +1,4 @@
-"""Names that are nearly ours, and requests that have nothing of them."""
+"""Misspelt names of our fields, and requests without them."""
 
 import json
 from typing import Any
@@ -30,15 +30,15 @@ NEAR = [
 ]
 
 
-@pytest.mark.parametrize(("body", "place", "example"), NEAR, ids=lambda value: str(value)[:50])
-def test_a_name_that_is_nearly_ours_is_answered_with_the_right_one(
-    body: Any, place: str, example: str
+@pytest.mark.parametrize(("body", "location", "example"), NEAR, ids=lambda value: str(value)[:50])
+def test_a_misspelt_field_is_answered_with_the_right_name(
+    body: Any, location: str, example: str
 ) -> None:
-    status, _, _, answer = send_chunks([json.dumps({"prompt": "x", **body}).encode()])
+    status, _, _, message = send_chunks([json.dumps({"prompt": "x", **body}).encode()])
     assert status == 400
-    error = json.loads(answer)["error"]
-    assert error["param"] == place
-    assert error["message"].startswith(f"{place} is not a field of this server")
+    error = json.loads(message)["error"]
+    assert error["param"] == location
+    assert error["message"].startswith(f"{location} is not a field of this server")
     assert example in error["message"]
 
 
@@ -59,7 +59,7 @@ def test_a_name_that_is_nearly_ours_is_answered_with_the_right_one(
     ],
     ids=str,
 )
-def test_other_peoples_fields_pass_byte_for_byte(body: Any) -> None:
+def test_unrelated_fields_pass_byte_for_byte(body: Any) -> None:
     text = json.dumps({"prompt": "x", **body}).encode()
     status, passed, _, _ = send_chunks([text])
     assert status == 200
@@ -109,15 +109,13 @@ TWICE = '"steer": {"a": {"strength": 1, "strength": 2}}'
     ids=["strict", "nan", "nan-in-arguments"],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_a_key_of_a_steer_given_twice_is_refused_however_the_body_is_written(
-    body: str, encoding: str
-) -> None:
-    status, _, _, answer = send_chunks([body.encode(encoding)])
+def test_a_duplicate_key_of_a_steer_is_refused_in_every_encoding(body: str, encoding: str) -> None:
+    status, _, _, message = send_chunks([body.encode(encoding)])
     assert status == 400
-    assert "given twice" in json.loads(answer)["error"]["message"]
+    assert "given twice" in json.loads(message)["error"]["message"]
 
 
-def test_a_preset_behind_a_long_models_name_is_found() -> None:
+def test_a_preset_after_a_long_model_name_is_found() -> None:
     for base in ("m" * 2000, "\u6f22" * 300):
         body = json.dumps({"prompt": "x", "model": f"{base}:friendly"}).encode()
         status, passed, _, _ = send_chunks([body])

@@ -1,4 +1,4 @@
-"""Where the middleware stands: inside the check of API keys and inside everybody's middlewares."""
+"""The position of the middleware: after the check of API keys and after all other middlewares."""
 
 import asyncio
 import importlib
@@ -19,19 +19,19 @@ from vllm_steer.serving.http import Steering, SteerMiddleware
 KEY = "secret"
 OURS = "vllm_steer.serving.http.SteerMiddleware"
 HERE = __name__
-made: list[str] = []
-seen: list[Any] = []
+created: list[str] = []
+calls: list[Any] = []
 
 
 class Plain:
     """A user's ASGI middleware that may be built once only, as one with metrics may."""
 
     def __init__(self, app: Any) -> None:
-        made.append("plain")
+        created.append("plain")
         self.inner = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        seen.append(("plain", scope["type"]))
+        calls.append(("plain", scope["type"]))
         await self.inner(scope, receive, send)
 
 
@@ -39,29 +39,29 @@ class Reading(BaseHTTPMiddleware):
     """A user's middleware that reads the body before the application does."""
 
     def __init__(self, app: Any) -> None:
-        made.append("reading")
+        created.append("reading")
         super().__init__(app)
 
     async def dispatch(self, request: Request, call_next: Any) -> Any:
-        seen.append(("reading", await request.body()))
+        calls.append(("reading", await request.body()))
         return await call_next(request)
 
 
 async def function(request: Request, call_next: Any) -> Any:
-    seen.append(("function", request.url.path))
+    calls.append(("function", request.url.path))
     return await call_next(request)
 
 
 class Compressing(GZipMiddleware):
     def __init__(self, app: Any) -> None:
-        made.append("compressing")
+        created.append("compressing")
         super().__init__(app, minimum_size=1)
 
 
 @pytest.fixture(autouse=True)
 def empty() -> None:
-    made.clear()
-    seen.clear()
+    created.clear()
+    calls.clear()
 
 
 def application(plan: Any, middleware: list[str], api_key: list[str] | None) -> FastAPI:
@@ -101,13 +101,13 @@ def post(app: FastAPI, *keys: str, body: Any) -> list[httpx.Response]:
     async def ask() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            asks = (
+            is_asked = (
                 client.post(
                     "/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}
                 )
                 for key in keys
             )
-            return list(await asyncio.gather(*asks))
+            return list(await asyncio.gather(*is_asked))
 
     return asyncio.run(ask())
 
@@ -121,9 +121,7 @@ USERS = [f"{HERE}.{name}" for name in ("Plain", "Reading", "function", "Compress
 
 
 @pytest.mark.parametrize("ours_at", range(len(USERS) + 1))
-def test_a_steer_is_read_behind_everybody_else_wherever_the_flag_stands(
-    plan: Any, ours_at: int
-) -> None:
+def test_the_middleware_runs_last_for_any_position_of_the_flag(plan: Any, ours_at: int) -> None:
     app = application(plan, [*USERS[:ours_at], OURS, *USERS[ours_at:]], [KEY])
     served, refused = (
         *post(app, KEY, body={"prompt": "x", "steer": "a:3"}),
@@ -134,22 +132,22 @@ def test_a_steer_is_read_behind_everybody_else_wherever_the_flag_stands(
     assert served.headers["content-encoding"] == "gzip"
     assert refused.status_code == 400
     assert "'b' is unknown" in refused.json()["error"]["message"]
-    assert sorted(made) == ["compressing", "plain", "reading"]
-    names = [name for name, _ in seen]
+    assert sorted(created) == ["compressing", "plain", "reading"]
+    names = [name for name, _ in calls]
     assert names.count("plain") == names.count("reading") == names.count("function") == 2
-    bodies = [json.loads(body) for name, body in seen if name == "reading"]
+    bodies = [json.loads(body) for name, body in calls if name == "reading"]
     assert [body["steer"] for body in bodies] == ["a:3", "b"]
 
 
 def test_a_request_without_the_key_is_not_read(plan: Any) -> None:
     app = application(plan, [OURS], [KEY])
-    sent: list[Any] = []
+    messages: list[Any] = []
 
     async def receive() -> Any:
         raise AssertionError("the body was asked for")
 
     async def send(message: Any) -> None:
-        sent.append(message)
+        messages.append(message)
 
     scope = {
         "type": "http",
@@ -162,33 +160,33 @@ def test_a_request_without_the_key_is_not_read(plan: Any) -> None:
     }
     for _ in range(2):  # the first request moves the middleware
         asyncio.run(app(dict(scope), receive, send))
-    assert [message["status"] for message in sent if "status" in message] == [401, 401]
+    assert [message["status"] for message in messages if "status" in message] == [401, 401]
 
 
-def test_requests_that_come_at_once_find_one_middleware(plan: Any) -> None:
+def test_concurrent_first_requests_add_one_middleware(plan: Any) -> None:
     app = application(plan, [OURS, USERS[0]], [KEY])
     replies = post(app, *[KEY] * 8, body={"prompt": "x", "steer": "a:3"})
     for reply in replies:
         assert reply.json()["body"]["vllm_xargs"] == {"steer": "a:3"}
-    assert made == ["plain"]
+    assert created == ["plain"]
     stack = app.router.middleware_stack
     assert isinstance(stack, Steering)
     assert not isinstance(stack._app, Steering)
 
 
-def test_the_lifespan_puts_it_there_before_any_request(plan: Any) -> None:
+def test_the_lifespan_adds_the_middleware_before_any_request(plan: Any) -> None:
     app = application(plan, [OURS], None)
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
-    sent: list[Any] = []
+    replies: list[Any] = []
 
     async def receive() -> Any:
         return messages.pop(0)
 
     async def send(message: Any) -> None:
-        sent.append(message["type"])
+        replies.append(message["type"])
 
     asyncio.run(app({"type": "lifespan"}, receive, send))
-    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert replies == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert isinstance(app.router.middleware_stack, Steering)
 
 

@@ -1,4 +1,4 @@
-"""Guidance on tensors: both backends against loops over single numbers in Python's own floats."""
+"""Guidance on tensors: both backends against loops over Python floats."""
 
 import math
 from types import ModuleType
@@ -18,17 +18,21 @@ def generator(seed: int = 11) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_directions(turns: str, seed: int = 5) -> Directions:
-    """Tables with direction 0 zero; none, some or all of the others turn."""
+def random_directions(rotations: str, seed: int = 5) -> Directions:
+    """Tables with direction 0 zero; none, some or all of the others rotate."""
     vectors = torch.randn(NUM_LAYERS, NUM_DIRECTIONS, WIDTH, generator=generator(seed))
     vectors[:, 0] = 0
-    turning = {"none": None, "some": torch.tensor([0.0, 1, 0, 0, 1, 0])}.get(turns, torch.ones(6))
+    turning = {"none": None, "some": torch.tensor([0.0, 1, 0, 0, 1, 0])}.get(
+        rotations, torch.ones(6)
+    )
     return Directions(vectors, turning)
 
 
-def random_map(num_tokens: int, depth: int, seed: int = 7, room: int = 3) -> TokenMap:
-    """A map with free tokens, zero strengths at stale directions, and room after its tokens."""
-    size = (depth, num_tokens + room)
+def random_map(num_tokens: int, depth: int, seed: int = 7, extra_columns: int = 3) -> TokenMap:
+    """A map with unsteered tokens, zero strengths at stale directions, and unused entries at the
+    end.
+    """
+    size = (depth, num_tokens + extra_columns)
     directions = torch.randint(0, NUM_DIRECTIONS, size, generator=generator(seed))
     strengths = torch.randn(NUM_LAYERS, *size, generator=generator(seed + 1)) * 2
     strengths *= torch.rand(NUM_LAYERS, *size, generator=generator(seed + 2)) < 0.6
@@ -50,10 +54,10 @@ def by_hand(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The steered rows in float64, and the largest number that each row's sums went through."""
     rows, sizes = [], []
-    for token, given in enumerate(hidden.tolist()):
-        kept = [0.0] * WIDTH if residual is None else residual[token].tolist()
-        x = [a + b for a, b in zip(given, kept, strict=True)]
-        moved, turning, size = list(x), False, max(map(abs, [*given, *kept]))
+    for token, row in enumerate(hidden.tolist()):
+        residual_row = [0.0] * WIDTH if residual is None else residual[token].tolist()
+        x = [a + b for a, b in zip(row, residual_row, strict=True)]
+        moved, turning, size = list(x), False, max(map(abs, [*row, *residual_row]))
         for k in range(depth):
             strength = token_map.strengths[LAYER, k, token].item()
             direction = int(token_map.directions[k, token])
@@ -68,7 +72,7 @@ def by_hand(
             ratio = math.hypot(*x) / math.hypot(*moved)
             size += size * ratio
             moved = [a * ratio for a in moved]
-        rows.append([a - b for a, b in zip(moved, kept, strict=True)])
+        rows.append([a - b for a, b in zip(moved, residual_row, strict=True)])
         sizes.append([size])
     return (
         torch.tensor(rows, dtype=torch.float64).view(-1, WIDTH),
@@ -82,72 +86,83 @@ def untouched(token_map: TokenMap, depth: int, num_tokens: int) -> torch.Tensor:
 
 @backends
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("turns", ["none", "some", "all"])
+@pytest.mark.parametrize("rotations", ["none", "some", "all"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_token_is_steered_as_by_hand(
-    backend: ModuleType, dtype: torch.dtype, depth: int, turns: str, with_residual: bool
+    backend: ModuleType, dtype: torch.dtype, depth: int, rotations: str, with_residual: bool
 ) -> None:
-    directions, token_map = random_directions(turns), random_map(63, depth)
+    directions, token_map = random_directions(rotations), random_map(63, depth)
     hidden = random_rows(63, dtype)
     residual = random_rows(63, dtype, seed=4) if with_residual else None
-    before, kept = hidden.clone(), None if residual is None else residual.clone()
-    wanted, sizes = by_hand(hidden, residual, directions, token_map, depth)
+    before, residual_copy = hidden.clone(), None if residual is None else residual.clone()
+    expected, sizes = by_hand(hidden, residual, directions, token_map, depth)
     backend.steer_tokens_(hidden, residual, directions, LAYER, token_map, depth)
     assert hidden.dtype == dtype
-    once = torch.finfo(dtype).eps * wanted.abs() / 2 + torch.finfo(dtype).smallest_normal
+    once = torch.finfo(dtype).eps * expected.abs() / 2 + torch.finfo(dtype).smallest_normal
     allowed = once + 8 * torch.finfo(torch.float32).eps * sizes
-    assert ((hidden.double() - wanted).abs() <= allowed).all()
+    assert ((hidden.double() - expected).abs() <= allowed).all()
     free = untouched(token_map, depth, 63)
     assert 0 < int(free.sum()) < 63
     assert torch.equal(hidden[free], before[free])
-    assert residual is None or torch.equal(residual, kept)
+    assert residual is None or torch.equal(residual, residual_copy)
 
 
 @backends
 @pytest.mark.parametrize("num_tokens", [0, 1, 2])
-@pytest.mark.parametrize("turns", ["none", "some"])
+@pytest.mark.parametrize("rotations", ["none", "some"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
-def test_no_token_and_one_token_are_steered_too(
-    backend: ModuleType, num_tokens: int, turns: str, with_residual: bool
+def test_zero_tokens_and_one_token_are_steered(
+    backend: ModuleType, num_tokens: int, rotations: str, with_residual: bool
 ) -> None:
-    directions, token_map = random_directions(turns), random_map(num_tokens, 2)
+    directions, token_map = random_directions(rotations), random_map(num_tokens, 2)
     token_map.strengths[:, 0, :num_tokens], token_map.directions[0] = 1.5, 4
     hidden = random_rows(num_tokens, torch.float32)
     residual = random_rows(num_tokens, torch.float32, seed=4) if with_residual else None
-    wanted, _ = by_hand(hidden, residual, directions, token_map, 2)
+    expected, _ = by_hand(hidden, residual, directions, token_map, 2)
     backend.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
-    torch.testing.assert_close(hidden.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @backends
-def test_doses_deeper_than_asked_for_are_not_read(backend: ModuleType) -> None:
+def test_doses_beyond_the_depth_are_not_read(backend: ModuleType) -> None:
     directions, token_map = random_directions("some"), random_map(9, 4)
     hidden = random_rows(9, torch.float32)
-    wanted = hidden.clone()
+    expected = hidden.clone()
     backend.steer_tokens_(hidden, None, directions, LAYER, token_map, 2)
     token_map.strengths[:, 2:], token_map.directions[2:] = math.nan, 3
-    backend.steer_tokens_(wanted, None, directions, LAYER, token_map, 2)
-    assert torch.equal(hidden, wanted)
+    backend.steer_tokens_(expected, None, directions, LAYER, token_map, 2)
+    assert torch.equal(hidden, expected)
 
 
 @backends
-@pytest.mark.parametrize("turns", ["none", "some", "all"])
+@pytest.mark.parametrize("rotations", ["none", "some", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_without_a_dose_keeps_any_value(
-    backend: ModuleType, dtype: torch.dtype, turns: str
+    backend: ModuleType, dtype: torch.dtype, rotations: str
 ) -> None:
-    """Also where its map names a direction, beside tokens that are steered."""
+    """Also if its map has a direction, and next to steered tokens."""
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    odd = [0.0, -0.0, math.inf, -math.inf, math.nan, largest, -largest, smallest, smallest / 4, 1.0]
-    hidden = torch.tensor(odd, dtype=dtype).view(2, WIDTH).repeat(3, 1)
+    special_values = [
+        0.0,
+        -0.0,
+        math.inf,
+        -math.inf,
+        math.nan,
+        largest,
+        -largest,
+        smallest,
+        smallest / 4,
+        1.0,
+    ]
+    hidden = torch.tensor(special_values, dtype=dtype).view(2, WIDTH).repeat(3, 1)
     residual = hidden.flip(0)
     before = hidden.clone()
     directions = torch.tensor([[4, 3, 1, 1, 2, 5]] * 2, dtype=torch.int32)
     strengths = torch.zeros(NUM_LAYERS, 2, 6)
     strengths[:, 0, 2] = 3.0
     backend.steer_tokens_(
-        hidden, residual, random_directions(turns), LAYER, TokenMap(directions, strengths), 2
+        hidden, residual, random_directions(rotations), LAYER, TokenMap(directions, strengths), 2
     )
     keeps = [0, 1, 3, 4, 5]
     assert torch.equal(hidden[keeps].isnan(), before[keeps].isnan())
@@ -156,7 +171,9 @@ def test_a_token_without_a_dose_keeps_any_value(
 
 @backends
 @pytest.mark.parametrize("strength", [0.0, 2.0])
-def test_a_broken_token_does_not_spoil_its_neighbours(backend: ModuleType, strength: float) -> None:
+def test_a_token_that_is_not_finite_does_not_change_others(
+    backend: ModuleType, strength: float
+) -> None:
     directions, token_map = random_directions("all"), random_map(5, 1)
     token_map.directions[:] = 2
     token_map.strengths[:] = strength
@@ -165,13 +182,13 @@ def test_a_broken_token_does_not_spoil_its_neighbours(backend: ModuleType, stren
     hidden[2] = math.nan
     backend.steer_tokens_(hidden, None, directions, LAYER, token_map, 1)
     backend.steer_tokens_(clean, None, directions, LAYER, token_map, 1)
-    others = [0, 1, 3, 4]
-    assert torch.equal(hidden[others], clean[others])
+    other_tokens = [0, 1, 3, 4]
+    assert torch.equal(hidden[other_tokens], clean[other_tokens])
 
 
 @backends
-def test_a_zero_token_takes_an_addition_and_cannot_turn(backend: ModuleType) -> None:
-    directions = random_directions("some")  # 1 turns, 2 adds
+def test_a_zero_token_is_added_to_and_not_rotated(backend: ModuleType) -> None:
+    directions = random_directions("some")  # direction 1 rotates, direction 2 adds
     token_map = TokenMap(
         torch.tensor([[1, 2, 1]], dtype=torch.int32), torch.full((NUM_LAYERS, 1, 3), 2.0)
     )
@@ -183,7 +200,7 @@ def test_a_zero_token_takes_an_addition_and_cannot_turn(backend: ModuleType) -> 
 
 @backends
 @pytest.mark.parametrize("size", [0.5, 1.0, 3.0, 4.0, 1e3, 3e4])
-def test_a_turn_that_cancels_a_token_exactly_leaves_no_nan(
+def test_a_rotation_that_cancels_a_token_exactly_gives_no_nan(
     backend: ModuleType, size: float
 ) -> None:
     vectors = torch.zeros(NUM_LAYERS, 2, WIDTH)
@@ -198,7 +215,7 @@ def test_a_turn_that_cancels_a_token_exactly_leaves_no_nan(
 @backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strength", [1e4, -1e4, 1e10, -1e18], ids=str)
-def test_a_huge_turn_ends_at_the_direction_with_the_tokens_norm(
+def test_a_huge_rotation_ends_at_the_direction_with_the_tokens_norm(
     backend: ModuleType, dtype: torch.dtype, strength: float
 ) -> None:
     directions = random_directions("all")
@@ -208,33 +225,33 @@ def test_a_huge_turn_ends_at_the_direction_with_the_tokens_norm(
     )
     hidden = random_rows(7, dtype)
     norms = hidden.double().norm(dim=1, keepdim=True)
-    wanted = math.copysign(1, strength) * norms * vectors[LAYER, 4].double()
+    expected = math.copysign(1, strength) * norms * vectors[LAYER, 4].double()
     backend.steer_tokens_(
         hidden, None, Directions(vectors, directions.is_rotation), LAYER, token_map, 1
     )
     step = 2 * torch.finfo(dtype).eps * float(norms.max()) + 50 / abs(strength)
-    torch.testing.assert_close(hidden.double(), wanted, rtol=0, atol=step)
+    torch.testing.assert_close(hidden.double(), expected, rtol=0, atol=step)
 
 
 @backends
 @pytest.mark.parametrize("strength", [1e-45, 1e-38, 1e-9], ids=str)
-@pytest.mark.parametrize("turns", ["none", "all"])
+@pytest.mark.parametrize("rotations", ["none", "all"])
 def test_a_tiny_strength_changes_a_token_by_a_rounding_at_most(
-    backend: ModuleType, turns: str, strength: float
+    backend: ModuleType, rotations: str, strength: float
 ) -> None:
     token_map = TokenMap(
         torch.full((1, 7), 4, dtype=torch.int32), torch.full((NUM_LAYERS, 1, 7), strength)
     )
     hidden = random_rows(7, torch.float32)
     before = hidden.clone()
-    backend.steer_tokens_(hidden, None, random_directions(turns), LAYER, token_map, 1)
+    backend.steer_tokens_(hidden, None, random_directions(rotations), LAYER, token_map, 1)
     torch.testing.assert_close(hidden, before, rtol=1e-6, atol=1e-8)
 
 
 @backends
-@pytest.mark.parametrize("turns", ["none", "some", "all"])
-def test_permuted_tokens_give_permuted_results(backend: ModuleType, turns: str) -> None:
-    directions, token_map = random_directions(turns), random_map(63, 3, room=0)
+@pytest.mark.parametrize("rotations", ["none", "some", "all"])
+def test_permuted_tokens_give_permuted_results(backend: ModuleType, rotations: str) -> None:
+    directions, token_map = random_directions(rotations), random_map(63, 3, extra_columns=0)
     order = torch.randperm(63, generator=generator(1))
     permuted = TokenMap(token_map.directions[:, order], token_map.strengths[:, :, order])
     hidden, residual = random_rows(63, torch.bfloat16), random_rows(63, torch.bfloat16, seed=4)
@@ -245,22 +262,22 @@ def test_permuted_tokens_give_permuted_results(backend: ModuleType, turns: str) 
 
 
 @backends
-@pytest.mark.parametrize("turns", ["none", "some"])
+@pytest.mark.parametrize("rotations", ["none", "some"])
 def test_strided_rows_are_steered_in_place_and_nothing_around_them(
-    backend: ModuleType, turns: str
+    backend: ModuleType, rotations: str
 ) -> None:
-    directions, token_map = random_directions(turns), random_map(9, 2)
+    directions, token_map = random_directions(rotations), random_map(9, 2)
     frame = torch.randn(18, 2 * WIDTH + 1, generator=generator())
     hidden, before = frame[::2, 1 : 2 * WIDTH : 2], frame.clone()
     residual = torch.randn(WIDTH, 9, generator=generator(2)).T
-    wanted = hidden.contiguous()
-    backend.steer_tokens_(wanted, residual.contiguous(), directions, LAYER, token_map, 2)
+    expected = hidden.contiguous()
+    backend.steer_tokens_(expected, residual.contiguous(), directions, LAYER, token_map, 2)
     backend.steer_tokens_(hidden, residual, directions, LAYER, token_map, 2)
-    torch.testing.assert_close(hidden, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hidden, expected, rtol=1e-6, atol=1e-6)
     hidden.copy_(before[::2, 1 : 2 * WIDTH : 2])
     assert torch.equal(frame, before)
 
 
-def test_the_sizes_of_maps_and_tables_are_their_bytes() -> None:
-    assert random_map(10, 2, room=0).num_bytes == 2 * 10 * 4 + NUM_LAYERS * 2 * 10 * 4
+def test_the_reported_sizes_of_maps_and_tables_are_their_bytes() -> None:
+    assert random_map(10, 2, extra_columns=0).num_bytes == 2 * 10 * 4 + NUM_LAYERS * 2 * 10 * 4
     assert random_directions("all").num_bytes == NUM_LAYERS * NUM_DIRECTIONS * WIDTH * 4

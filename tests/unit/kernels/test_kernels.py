@@ -75,30 +75,30 @@ SHAPE_IDS = [f"T{t}-d{d}" for t, d in SHAPES]
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
-def test_the_reference_is_the_papers_formula(
+def test_the_reference_equals_the_papers_formula(
     shape: tuple[int, int], layout: str, stored: str
 ) -> None:
     x, steers, uses = random_rows(*shape), some_steers(shape[1]), uses_of(layout, shape[0])
-    found = run("reference", x, weights_of(steers, stored), steered(uses, steers))
-    torch.testing.assert_close(found, formula(x, steers, uses), rtol=1e-12, atol=1e-12)
+    result = run("reference", x, weights_of(steers, stored), steered(uses, steers))
+    torch.testing.assert_close(result, formula(x, steers, uses), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_grouped_form_is_within_float32_of_the_formula(
+def test_the_error_of_the_grouped_backend_is_within_float32(
     shape: tuple[int, int], layout: str, stored: str, dtype: torch.dtype
 ) -> None:
     x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
     uses = uses_of(layout, shape[0])
-    found = run("torch", x, weights_of(steers, stored), steered(uses, steers))
-    assert (found.dtype, found.shape) == (dtype, x.shape)
-    assert relative_error(found, formula(x, steers, uses)) <= 1e-5
+    result = run("torch", x, weights_of(steers, stored), steered(uses, steers))
+    assert (result.dtype, result.shape) == (dtype, x.shape)
+    assert relative_error(result, formula(x, steers, uses)) <= 1e-5
 
 
 def plain_torch(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torch.Tensor:
-    """What a model author would write: every product and every sum in the model's dtype."""
+    """The direct implementation: every product and every sum in the model's dtype."""
     y = x.clone()
     for row, slot, strength in uses:
         steer = steers[slot]
@@ -115,15 +115,15 @@ def plain_torch(x: torch.Tensor, steers: list[Weights], uses: list[Use]) -> torc
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("shape", SHAPES[4:], ids=SHAPE_IDS[4:])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_grouped_form_in_half_precision_errs_at_most_twice_as_much_as_plain_torch(
+def test_the_half_precision_error_of_the_grouped_backend_is_at_most_twice_that_of_torch(
     shape: tuple[int, int], layout: str, stored: str, dtype: torch.dtype
 ) -> None:
     x, steers = random_rows(*shape, dtype), some_steers(shape[1], dtype)
     uses = uses_of(layout, shape[0])
-    wanted = formula(x, steers, uses)
-    found = run("torch", x, weights_of(steers, stored), steered(uses, steers))
-    allowed = 2 * relative_error(plain_torch(x, steers, uses), wanted)
-    assert relative_error(found, wanted) <= allowed
+    expected = formula(x, steers, uses)
+    result = run("torch", x, weights_of(steers, stored), steered(uses, steers))
+    allowed = 2 * relative_error(plain_torch(x, steers, uses), expected)
+    assert relative_error(result, expected) <= allowed
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -133,10 +133,10 @@ def test_float16_does_not_overflow_before_epsilon_makes_it_small(backend: str) -
     first = torch.ones(1, width, 1, dtype=torch.float16)
     steers = [Weights(first, 80 * first, 0, 1e-3)]
     uses = [(0, 0, 5.0)]
-    wanted = formula(x, steers, uses)
-    assert float(wanted.max()) == pytest.approx(4 + 1e-3 * 5 * 256 * 80)
-    found = run(backend, x, weights_of(steers), steered(uses, steers))
-    assert relative_error(found, wanted) <= 2e-3
+    expected = formula(x, steers, uses)
+    assert float(expected.max()) == pytest.approx(4 + 1e-3 * 5 * 256 * 80)
+    result = run(backend, x, weights_of(steers), steered(uses, steers))
+    assert relative_error(result, expected) <= 2e-3
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -151,21 +151,21 @@ def test_rows_without_a_steer_are_unchanged_bit_for_bit(
     before = x.clone()
     uses = [use for use in uses_of(layout, 25) if use[0] % 2 == 0]
     steers = some_steers(63, dtype)
-    found = run(backend, x, weights_of(steers), steered(uses, steers))
+    result = run(backend, x, weights_of(steers), steered(uses, steers))
     unsteered = sorted(set(range(25)) - {row for row, _, _ in uses})
-    assert torch.equal(bits(found)[unsteered], bits(before)[unsteered])
+    assert torch.equal(bits(result)[unsteered], bits(before)[unsteered])
     assert torch.equal(bits(x), bits(before)), "the input was written to"
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_a_row_of_nan_spoils_no_other_row(backend: str) -> None:
+def test_a_row_of_nan_does_not_change_other_rows(backend: str) -> None:
     x, steers = random_rows(4, 63, torch.float32), some_steers(63, torch.float32)
     x[1] = torch.nan
     uses = [(row, slot, 1.0) for row in range(4) for slot in (1, 2)]
-    found = run(backend, x, weights_of(steers), steered(uses, steers))
-    others = [0, 2, 3]
-    assert relative_error(found[others], formula(x, steers, uses)[others]) <= 1e-5
-    assert found[1].isnan().all()
+    result = run(backend, x, weights_of(steers), steered(uses, steers))
+    other_rows = [0, 2, 3]
+    assert relative_error(result[other_rows], formula(x, steers, uses)[other_rows]) <= 1e-5
+    assert result[1].isnan().all()
 
 
 VIEWS = {
@@ -183,8 +183,8 @@ def test_a_strided_view_gives_what_its_contiguous_copy_gives(backend: str, view:
     x = VIEWS[view](random_rows(20, 126, torch.float32))
     steers = some_steers(x.shape[1], torch.float32)
     uses = uses_of("several-per-row", x.shape[0])
-    found = run(backend, x, weights_of(steers), steered(uses, steers))
-    assert relative_error(found, formula(x, steers, uses)) <= 1e-5
+    result = run(backend, x, weights_of(steers), steered(uses, steers))
+    assert relative_error(result, formula(x, steers, uses)) <= 1e-5
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -203,25 +203,25 @@ def test_permuted_rows_give_permuted_results(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_the_result_is_a_new_tensor_even_if_nothing_is_steered(backend: str) -> None:
+def test_the_result_is_a_new_tensor_if_no_row_is_steered(backend: str) -> None:
     x = random_rows(3, 63, torch.float32)
-    found = run(backend, x, weights_of(some_steers(63, torch.float32)), steered([], []))
-    assert torch.equal(found, x)
-    assert found.data_ptr() != x.data_ptr()
+    result = run(backend, x, weights_of(some_steers(63, torch.float32)), steered([], []))
+    assert torch.equal(result, x)
+    assert result.data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_the_same_steer_twice_on_a_row_counts_twice(backend: str) -> None:
     x, steers = random_rows(2, 63, torch.float32), some_steers(63, torch.float32)
     uses = [(1, 3, 1.0), (1, 3, 2.0)]
-    found = run(backend, x, weights_of(steers), steered(uses, steers))
-    assert relative_error(found, formula(x, steers, uses)) <= 1e-5
+    result = run(backend, x, weights_of(steers), steered(uses, steers))
+    assert relative_error(result, formula(x, steers, uses)) <= 1e-5
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
 @pytest.mark.parametrize("dtype", list(SPECIAL), ids=str)
-def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
+def test_a_steer_at_strength_zero_leaves_out_its_fixed_columns_too(
     backend: str, stored: str, dtype: torch.dtype
 ) -> None:
     """Rows under one such steer and under all, beside rows of the same steers at other strengths;
@@ -230,44 +230,46 @@ def test_a_steer_at_strength_zero_changes_nothing_its_fixed_columns_included(
     x[6, 3], x[7, 5], x[8] = torch.inf, -torch.inf, torch.nan
     off = [(row, row % 6, 0.0) for row in range(9)] + [(8, slot, 0.0) for slot in range(6)]
     on = [(row, row % 6, 2.0) for row in range(9, 18)]
-    found = run(backend, x, weights_of(steers, stored), steered(off + on, steers))
-    torch.testing.assert_close(found[:9], x[:9], rtol=0, atol=0, equal_nan=True)
+    result = run(backend, x, weights_of(steers, stored), steered(off + on, steers))
+    torch.testing.assert_close(result[:9], x[:9], rtol=0, atol=0, equal_nan=True)
     alone = run(backend, x, weights_of(steers, stored), steered(on, steers))
-    torch.testing.assert_close(found[9:], alone[9:], rtol=1e-5, atol=1e-5)
-    assert (found[9:] != x[9:]).any(dim=1).all()
+    torch.testing.assert_close(result[9:], alone[9:], rtol=1e-5, atol=1e-5)
+    assert (result[9:] != x[9:]).any(dim=1).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("stored", ["low-rank", "dense"])
-def test_of_several_steers_on_a_row_those_at_strength_zero_are_left_out(
+def test_steers_at_strength_zero_are_left_out_of_a_row_with_several(
     backend: str, stored: str
 ) -> None:
     x, steers = random_rows(6, 63, torch.float32), some_steers(63, torch.float32)
     uses = [(row, slot, float(3 * ((row + slot) % 2))) for row in range(6) for slot in range(6)]
-    found = run(backend, x, weights_of(steers, stored), steered(uses, steers))
-    left = [use for use in uses if use[2] != 0]
-    assert relative_error(found, formula(x, steers, left)) <= 1e-5
+    result = run(backend, x, weights_of(steers, stored), steered(uses, steers))
+    nonzero_uses = [use for use in uses if use[2] != 0]
+    assert relative_error(result, formula(x, steers, nonzero_uses)) <= 1e-5
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_placed_scales_may_be_overwritten_from_call_to_call(backend: str, layout: str) -> None:
-    """They are the pairs' in their order, and nobody else's memory."""
+def test_the_scales_of_the_metadata_may_be_overwritten_between_calls(
+    backend: str, layout: str
+) -> None:
+    """They are those of the pairs, in order, in separate memory."""
     x, steers, module = random_rows(9, 63), some_steers(63), BACKENDS[backend]
     weights, uses = weights_of(steers), uses_of(layout, 9)
     pairs = steered(uses, steers)
-    given = pairs.scales.copy()
+    original = pairs.scales.copy()
     metadata = module.prepare(pairs, weights, x.device)
-    assert (metadata.scales.dtype, metadata.scales.tolist()) == (torch.float32, given.tolist())
+    assert (metadata.scales.dtype, metadata.scales.tolist()) == (torch.float32, original.tolist())
     for strengths in ([0.5, 0.0, -2.0], [0.0], [4.0, 1.5]):
         now = at_strengths(uses, strengths)
         metadata.scales.copy_(torch.from_numpy(steered(now, steers).scales))
-        found = module.steer_rows(x, weights, metadata)
-        assert relative_error(found, formula(x, steers, now)) <= 1e-5
-    assert np.array_equal(pairs.scales, given), "the caller's scales were written to"
+        result = module.steer_rows(x, weights, metadata)
+        assert relative_error(result, formula(x, steers, now)) <= 1e-5
+    assert np.array_equal(pairs.scales, original), "the caller's scales were written to"
 
 
-def test_the_tables_know_their_size() -> None:
+def test_the_tables_report_their_size() -> None:
     steers = some_steers(10, torch.float32)
     assert weights_of(steers).num_bytes == 4 * 10 * (2 * (1 * 1 + 2 * 5 + 3 * 17 + 64) + 1 + 2)
     assert weights_of(steers, "dense").num_bytes == 4 * 10 * (10 * (1 + 2 + 2 + 1) + 1 + 2)

@@ -1,4 +1,4 @@
-"""What the host prepares for LM-Steer's kernels: tiles, sums, block sizes, copies, the backend."""
+"""Host-side preparation of LM-Steer's kernels: tiles, sums, block sizes, copies, the backend."""
 
 import importlib.util
 import subprocess
@@ -58,7 +58,7 @@ def weights_with(slots: tuple[Slot, ...], width: int = 4) -> SteerWeights:
 
 
 def pairs_of(uses: list[tuple[int, int]]) -> SteeredRows:
-    """``(slot, row)`` of each pair, sorted; each pair's scale is its place."""
+    """``(slot, row)`` of each pair, sorted; the scale of a pair is its index."""
     slots = [slot for slot, _ in uses]
     groups = [(s, slots.index(s), slots.index(s) + slots.count(s)) for s in dict.fromkeys(slots)]
     return SteeredRows(
@@ -85,18 +85,18 @@ def tiles_by_a_loop(
     tiles: list[tuple[list[int], float]] = []
     open_slot = None
     for pair, (slot, _) in enumerate(uses):
-        found = SLOTS[slot]
-        if not isinstance(found, kind):
+        kinds = SLOTS[slot]
+        if not isinstance(kinds, kind):
             continue
         if slot == open_slot and tiles[-1][0][1] - tiles[-1][0][0] < size:
             tiles[-1][0][1] = pair + 1
             continue
         open_slot = slot
-        if isinstance(found, LowRank):
-            numbers = [found.start, found.fixed, found.end]
+        if isinstance(kinds, LowRank):
+            numbers = [kinds.start, kinds.fixed, kinds.end]
         else:
-            numbers = [found.free, -1 if found.fixed is None else found.fixed, 0]
-        tiles.append(([pair, pair + 1, *numbers], found.epsilon))
+            numbers = [kinds.free, -1 if kinds.fixed is None else kinds.fixed, 0]
+        tiles.append(([pair, pair + 1, *numbers], kinds.epsilon))
     return tiles
 
 
@@ -106,27 +106,27 @@ uses_of_slots = st.lists(
 
 
 @given(uses=uses_of_slots, size=st.integers(1, 5), ranks=st.sampled_from([16, 32]))
-def test_pairs_are_placed_as_a_loop_over_them_would(
+def test_the_metadata_equals_a_loop_over_the_pairs(
     uses: list[tuple[int, int]], size: int, ranks: int
 ) -> None:
     metadata = placed_of(uses, size, ranks)
     assert metadata.rows.tolist() == [row for _, row in uses]
     assert metadata.scales.tolist() == list(range(len(uses)))
     assert metadata.touched == len({row for _, row in uses})
-    for found, kind, most in (
+    for tiles, kind, most in (
         (metadata.low_rank, LowRank, size),
         (metadata.dense, Dense, size),
         (metadata.constant, Constant, 1),
     ):
-        wanted = tiles_by_a_loop(uses, kind, most)
-        assert (found is None) == (not wanted)
-        if found is not None:
-            assert found.bounds.tolist() == [bounds for bounds, _ in wanted]
-            assert found.epsilons.tolist() == [epsilon for _, epsilon in wanted]
+        expected = tiles_by_a_loop(uses, kind, most)
+        assert (tiles is None) == (not expected)
+        if tiles is not None:
+            assert tiles.bounds.tolist() == [bounds for bounds, _ in expected]
+            assert tiles.epsilons.tolist() == [epsilon for _, epsilon in expected]
 
 
 @given(uses=uses_of_slots, size=st.integers(1, 5), ranks=st.sampled_from([16, 32]))
-def test_every_rank_of_every_low_rank_tile_is_shrunk_by_one_program(
+def test_exactly_one_program_shrinks_each_rank_of_each_low_rank_tile(
     uses: list[tuple[int, int]], size: int, ranks: int
 ) -> None:
     metadata = placed_of(uses, size, ranks)
@@ -135,19 +135,19 @@ def test_every_rank_of_every_low_rank_tile_is_shrunk_by_one_program(
         return
     assert metadata.work is not None
     bounds = metadata.low_rank.bounds.tolist()
-    wanted = [
+    expected = [
         (tile, first)
         for tile, (_, _, start, _, end) in enumerate(bounds)
         for first in range(0, end - start, ranks)
     ]
-    found = [tuple(item) for item in metadata.work.tolist()]
-    assert sorted(found) == wanted
-    weights = [(bounds[tile][2], first) for tile, first in found]
+    tiles = [tuple(item) for item in metadata.work.tolist()]
+    assert sorted(tiles) == expected
+    weights = [(bounds[tile][2], first) for tile, first in tiles]
     assert weights == sorted(weights), "programs that read the same weights are not side by side"
 
 
 @given(uses=uses_of_slots)
-def test_sums_hold_every_pair_of_a_row_in_ascending_order_of_slot(
+def test_sums_have_every_pair_of_a_row_in_ascending_order_of_slot(
     uses: list[tuple[int, int]],
 ) -> None:
     sums = placed_of(uses, 4, 16).sums
@@ -158,20 +158,20 @@ def test_sums_hold_every_pair_of_a_row_in_ascending_order_of_slot(
     touched, starts, order = sums.rows.tolist(), sums.starts.tolist(), sums.order.tolist()
     assert touched == sorted(set(rows))
     assert (starts[0], starts[-1]) == (0, len(uses))
-    for place, row in enumerate(touched):
+    for index, row in enumerate(touched):
         of_the_row = [pair for pair in range(len(uses)) if rows[pair] == row]
-        assert order[starts[place] : starts[place + 1]] == of_the_row
+        assert order[starts[index] : starts[index + 1]] == of_the_row
     assert all(table.dtype == torch.int32 for table in (sums.rows, sums.starts, sums.order))
 
 
-def test_a_batch_without_steers_places_nothing_to_launch() -> None:
+def test_the_metadata_of_a_batch_without_steers_launches_nothing() -> None:
     metadata = placed_of([], 4, 16)
     parts = (metadata.low_rank, metadata.work, metadata.dense, metadata.constant, metadata.sums)
     assert parts == (None, None, None, None, None)
     assert metadata.touched == 0
 
 
-def test_the_tables_as_columns_say_kind_place_and_epsilon_of_each_slot() -> None:
+def test_the_columns_of_the_tables_have_kind_index_and_epsilon_of_each_slot() -> None:
     columns = weights_with(SLOTS).columns
     assert columns.kinds.tolist() == [0, 2, 0, 1, 0, 1, 2]
     assert columns.bounds.tolist() == [
@@ -202,7 +202,7 @@ def all_sizes(width: int, rank: int) -> list[BlockSizes]:
 
 
 @given(width=WIDTHS, rank=RANKS)
-def test_blocks_are_powers_of_two_that_tensor_cores_take(width: int, rank: int) -> None:
+def test_blocks_are_powers_of_two_that_tensor_cores_accept(width: int, rank: int) -> None:
     for sizes in all_sizes(width, rank):
         blocks = [
             sizes.shrink_ranks,
@@ -227,9 +227,7 @@ def test_chunks_are_whole_blocks_that_cover_the_width_and_none_is_empty(
 
 
 @given(width=WIDTHS, rank=st.integers(1, 2000))
-def test_what_lies_between_the_factors_has_room_for_every_block_of_ranks(
-    width: int, rank: int
-) -> None:
+def test_the_buffer_between_the_factors_holds_every_block_of_ranks(width: int, rank: int) -> None:
     """Kernels over tiles write whole blocks of ranks, the last one too."""
     rank_stride = weights_with((LowRank(0, rank, rank, 1.0),), width=1).columns.rank_stride
     for sizes in all_sizes(width, rank):
@@ -247,7 +245,7 @@ def programs_of_one_tile(sizes: BlockSizes, width: int, rank: int) -> dict[str, 
 
 @pytest.mark.parametrize("width", [2048, 4096, 5120, 8192])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_one_tile_at_rank_1000_is_shrunk_by_a_program_per_multiprocessor_and_few_more(
+def test_one_tile_at_rank_1000_has_about_one_shrink_program_per_multiprocessor(
     width: int, itemsize: int
 ) -> None:
     programs = programs_of_one_tile(tile_sizes(width, 1000, itemsize), width, 1000)
@@ -255,8 +253,10 @@ def test_one_tile_at_rank_1000_is_shrunk_by_a_program_per_multiprocessor_and_few
 
 
 @pytest.mark.parametrize("width", [4096, 5120, 8192])
-def test_one_tile_has_weights_enough_in_flight_for_the_fastest_memory(width: int) -> None:
-    """Of every product in 16 bits: what 4.3 TB/s at 0.8 us need; two programs share a processor."""
+def test_one_tile_has_enough_weights_in_flight_for_the_fastest_memory(width: int) -> None:
+    """For every product in 16 bits: the bytes that 4.3 TB/s at 0.8 us need; two programs per
+    processor.
+    """
     sizes = tile_sizes(width, 1000, 2)
     programs = programs_of_one_tile(sizes, width, 1000)
     for name, stages, parts in (
@@ -271,8 +271,8 @@ def test_one_tile_has_weights_enough_in_flight_for_the_fastest_memory(width: int
 
 
 @pytest.mark.parametrize("width", [4096, 8192])
-def test_one_row_has_weights_enough_in_flight_for_the_fastest_memory(width: int) -> None:
-    """What each program takes at once, for nothing is pipelined."""
+def test_one_row_has_enough_weights_in_flight_for_the_fastest_memory(width: int) -> None:
+    """The bytes that each program loads at once, since nothing is pipelined."""
     sizes = row_sizes(width, 1000)
     programs = programs_of_one_tile(sizes, width, 1000)
     assert programs["shrink"] * sizes.shrink_ranks * sizes.shrink_width * 2 >= IN_FLIGHT
@@ -280,13 +280,13 @@ def test_one_row_has_weights_enough_in_flight_for_the_fastest_memory(width: int)
 
 
 @pytest.mark.parametrize("width", [4096, 8192])
-def test_in_32_bits_every_product_of_one_tile_has_a_program_per_multiprocessor(width: int) -> None:
+def test_every_product_of_one_tile_in_32_bits_has_a_program_per_multiprocessor(width: int) -> None:
     sizes = tile_sizes(width, 1000, 4)
     assert min(programs_of_one_tile(sizes, width, 1000).values()) >= PROCESSORS
 
 
 @pytest.mark.parametrize("width", [4096, 8192])
-def test_narrower_blocks_make_a_program_per_multiprocessor_where_a_benchmark_asks(
+def test_narrower_blocks_give_a_program_per_multiprocessor_on_request(
     width: int,
 ) -> None:
     sizes = tile_sizes(width, 1000, 2, columns=16)
@@ -298,12 +298,12 @@ def test_narrower_blocks_make_a_program_per_multiprocessor_where_a_benchmark_ask
     rank=st.integers(1, 2000),
     rows=st.sampled_from([16, 32, 64]),
     columns=st.sampled_from([16, 32, 64]),
-    few=st.integers(0, 8),
+    min_rows=st.integers(0, 8),
 )
-def test_in_16_bits_every_product_takes_64_weights_at_once_as_tensor_cores_do(
-    width: int, rank: int, rows: int, columns: int, few: int
+def test_every_product_in_16_bits_takes_64_weights_as_tensor_cores_do(
+    width: int, rank: int, rows: int, columns: int, min_rows: int
 ) -> None:
-    sizes = tile_sizes(width, rank, 2, rows=rows, columns=columns, few_chunks=few)
+    sizes = tile_sizes(width, rank, 2, rows=rows, columns=columns, few_chunks=min_rows)
     assert sizes.shrink_ranks == 64
     assert sizes.expand_width * sizes.expand_parts == 64
     assert sizes.dense_out * sizes.dense_parts == 64
@@ -312,17 +312,17 @@ def test_in_16_bits_every_product_takes_64_weights_at_once_as_tensor_cores_do(
 
 @pytest.mark.parametrize("width", [512, 4096, 8192])
 @pytest.mark.parametrize(("rank", "folds"), [(8, True), (64, True), (128, True), (1000, False)])
-def test_expand_folds_the_partial_sums_of_low_ranks_itself(
+def test_expand_reduces_the_partial_sums_of_low_ranks_itself(
     width: int, rank: int, folds: bool
 ) -> None:
-    """A launch less, whatever the batch; of rank 1000 these are too many to read again."""
+    """One launch less per batch; rank 1000 has too many partial sums to read again."""
     sizes = tile_sizes(width, rank, 2)
     assert sizes.expand_folds == folds
     assert not folds or sizes.chunks <= FEW_CHUNKS
     assert not tile_sizes(width, rank, 2, few_chunks=0).expand_folds
 
 
-def test_arrays_of_any_dtype_and_shape_come_back_as_tensors() -> None:
+def test_arrays_of_any_dtype_and_shape_become_tensors() -> None:
     arrays = [
         np.arange(7, dtype=np.int32),
         np.arange(12, dtype=np.int64).reshape(3, 4).T,
@@ -336,7 +336,7 @@ def test_arrays_of_any_dtype_and_shape_come_back_as_tensors() -> None:
         assert tensor.tolist() == array.tolist()
 
 
-def test_what_is_written_to_an_upload_does_not_reach_the_array() -> None:
+def test_writing_to_an_uploaded_tensor_does_not_change_the_array() -> None:
     array = np.arange(5, dtype=np.float32)
     (tensor,) = upload([array], CPU)
     tensor.fill_(9)
@@ -352,7 +352,7 @@ def test_kernels_are_chosen_by_name_and_device() -> None:
     assert lm_steer_backend("torch", CUDA, max_rows=1) is torch_grouped
 
 
-def test_few_rows_take_programs_of_one_row_and_more_take_tiles() -> None:
+def test_few_rows_use_the_rowwise_backend_and_more_use_tiles() -> None:
     from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
     from vllm_steer.kernels.lm_steer.triton_tiled import TILED
 
@@ -374,11 +374,11 @@ def test_triton_is_refused_where_it_is_not_installed(
     kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    wanted = (
+    expected = (
         f"^kernels is {kernels} on cuda, and triton is not installed; install it, or set "
         "kernels: torch$"
     )
-    with pytest.raises(KernelError, match=wanted):
+    with pytest.raises(KernelError, match=expected):
         resolve_kernels(kernels, CUDA)
     assert resolve_kernels("torch", CUDA) == "torch"
 
@@ -395,7 +395,7 @@ def test_triton_is_refused_on_a_cpu_without_its_interpreter(
     )
 
 
-def test_triton_on_a_cpu_is_had_in_its_interpreter_and_auto_stays_with_torch(
+def test_triton_runs_on_a_cpu_in_its_interpreter_only_on_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -413,15 +413,15 @@ def test_triton_on_a_cpu_is_had_in_its_interpreter_and_auto_stays_with_torch(
 
 
 @pytest.mark.parametrize(("width", "strides"), [(63, {63, 64}), (64, {64}), (80, {80})])
-def test_warming_up_sees_every_kind_alone_and_summed_with_rows_as_long_as_vllms_logits(
+def test_the_warm_up_runs_every_kind_alone_and_summed_with_the_strides_of_vllms_logits(
     width: int, strides: set[int]
 ) -> None:
     """Row strides that 16 divides and others are kernels of their own."""
     batches = list(warm_up.batches(weights_with(SLOTS, width), torch.bfloat16))
     assert {x.stride(0) for x, _ in batches} == strides
     for stride in strides:
-        taken = [rows.groups for x, rows in batches if x.stride(0) == stride]
-        assert taken == [
+        groups = [rows.groups for x, rows in batches if x.stride(0) == stride]
+        assert groups == [
             ((0, 0, 1),),
             ((3, 0, 1),),
             ((1, 0, 1),),

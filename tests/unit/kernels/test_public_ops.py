@@ -42,20 +42,26 @@ def test_lm_steer_is_the_papers_equation_for_each_row(backend: str, dtype: torch
 
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_steer_tokens_adds_or_rotates_each_token(backend: str, rotate: bool) -> None:
+def test_steer_tokens_adds_to_or_rotates_each_token(backend: str, rotate: bool) -> None:
     width = 24
     hidden, residual = normal(7, width, seed=3), normal(7, width, seed=4)
     vectors = torch.nn.functional.normalize(normal(3, width, seed=5))
-    which = torch.tensor([[-1, -1], [0, -1], [2, 0], [1, 2], [-1, 1], [0, 1], [1, 1]])
+    direction_rows = torch.tensor([[-1, -1], [0, -1], [2, 0], [1, 2], [-1, 1], [0, 1], [1, 1]])
     strengths = normal(7, 2, seed=6) * 3
     out = steer_tokens(
-        hidden, vectors, which, strengths, rotate=rotate, residual=residual, backend=backend
+        hidden,
+        vectors,
+        direction_rows,
+        strengths,
+        rotate=rotate,
+        residual=residual,
+        backend=backend,
     )
     x = (hidden + residual).double()
     change = torch.zeros_like(x)
     for token in range(7):
         for direction, strength in zip(
-            which[token].tolist(), strengths[token].tolist(), strict=True
+            direction_rows[token].tolist(), strengths[token].tolist(), strict=True
         ):
             if direction >= 0:
                 change[token] += strength * vectors[direction].double()
@@ -78,7 +84,7 @@ def test_only_the_directions_that_rotate_keep_the_norm() -> None:
     assert out.tolist() == [[4.0, 4.0], [5.0, 0.0]]
 
 
-def test_inputs_are_not_written_to_and_no_rows_are_no_error() -> None:
+def test_inputs_are_unchanged_and_an_empty_batch_is_allowed() -> None:
     x, hidden = normal(2, 4), normal(2, 4)
     before = x.clone(), hidden.clone()
     steer, scale = torch.tensor([0, 0]), torch.ones(2)

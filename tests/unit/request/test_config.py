@@ -1,4 +1,4 @@
-"""``--steer-config`` and the plan made from it: what is read, and what stops the start."""
+"""``--steer-config`` and the plan made from it: valid configs, and errors that stop the start."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_inline_configs_are_relative_to_the_working_folder(
     assert_full(SteerConfig.load(form(FULL)), folder)
 
 
-def test_a_loaded_config_is_taken_as_it_is(folder: Path) -> None:
+def test_a_loaded_config_is_used_unchanged(folder: Path) -> None:
     (folder / "steers.yaml").write_text(yaml.safe_dump(FULL))
     config = SteerConfig.load(folder / "steers.yaml")
     assert SteerConfig.load(config) is config
@@ -132,7 +132,7 @@ A = "steers: {a: {path: a.safetensors}}\n"
     ],
     ids=lambda text: text.strip().replace("\n", "+")[:60],
 )
-def test_a_wrong_config_is_refused_with_file_place_and_value(
+def test_a_wrong_config_is_refused_with_file_key_and_value(
     folder: Path, text: str, message: str
 ) -> None:
     with pytest.raises(SteerError, match=message) as caught:
@@ -143,8 +143,8 @@ def test_a_wrong_config_is_refused_with_file_place_and_value(
 def test_every_wrong_value_is_named_at_once(folder: Path) -> None:
     with pytest.raises(SteerError) as caught:
         load_yaml(folder, "steers: {a: {epsilon: 0}}\nlimits: {max_rank: 0}\ncolour: red\n")
-    for place in ("steers.a.path", "steers.a.epsilon", "limits.max_rank", "colour"):
-        assert place in str(caught.value)
+    for field in ("steers.a.path", "steers.a.epsilon", "limits.max_rank", "colour"):
+        assert field in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_every_wrong_value_is_named_at_once(folder: Path) -> None:
         "huge-number",
     ],
 )
-def test_a_source_that_is_no_config_is_refused(source: Any, message: str) -> None:
+def test_a_source_that_is_not_a_config_is_refused(source: Any, message: str) -> None:
     with pytest.raises(SteerError, match=message):
         SteerConfig.load(source)
 
@@ -195,7 +195,7 @@ def plan_of(folder: Path, text: str) -> SteerPlan:
     return SteerPlan.of(load_yaml(folder, text))
 
 
-def test_a_plan_says_what_its_steers_are(folder: Path) -> None:
+def test_a_plan_describes_its_steers(folder: Path) -> None:
     plan = plan_of(folder, yaml.safe_dump(FULL))
     a, b = plan.steers["a"], plan.steers["b"]
     assert (a.kind, a.site, a.layers, a.default_strength) == ("lm_steer", "head", None, 2.0)
@@ -209,18 +209,18 @@ def test_a_steer_without_a_default_strength_takes_one(folder: Path) -> None:
     assert plan.doses("b") == (Dose("b", 1.0),)
 
 
-def test_a_plan_survives_json(folder: Path) -> None:
+def test_a_plan_is_unchanged_by_json(folder: Path) -> None:
     plan = plan_of(folder, yaml.safe_dump(FULL))
-    sent = json.loads(json.dumps(plan.to_json()))
-    assert is_plan(sent)
-    assert SteerPlan.from_json(sent) == plan
+    restored = json.loads(json.dumps(plan.to_json()))
+    assert is_plan(restored)
+    assert SteerPlan.from_json(restored) == plan
 
 
-def test_a_users_config_is_not_taken_for_a_plan() -> None:
+def test_a_users_config_is_not_read_as_a_plan() -> None:
     assert not any(map(is_plan, [FULL, "steers.yaml", None, {}, {"steers": {}}]))
 
 
-def test_a_planned_steer_loads_with_the_facts_of_the_config(folder: Path) -> None:
+def test_a_planned_steer_loads_with_the_overrides_of_the_config(folder: Path) -> None:
     steer = plan_of(folder, yaml.safe_dump(FULL)).steers["b"].load()
     assert (steer.epsilon, steer.default_strength) == (0.5, -8.0)
     saved = load_steer(folder / "b.safetensors")
@@ -236,8 +236,8 @@ def test_a_steer_file_that_changes_during_the_start_is_noticed(
         save_steer(make_steer(columns=2, rank=3), folder / "a.safetensors")
     else:
         (folder / "a.safetensors").unlink()
-    wanted = "the file changed while" if change == "replaced" else "does not exist"
-    with pytest.raises(SteerError, match=rf"a\.safetensors: {wanted}"):
+    message = "the file changed while" if change == "replaced" else "does not exist"
+    with pytest.raises(SteerError, match=rf"a\.safetensors: {message}"):
         planned.load()
 
 

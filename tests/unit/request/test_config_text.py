@@ -1,4 +1,4 @@
-"""A config's text: one meaning, bounded size, YAML 1.2's numbers."""
+"""The text of a config: unambiguous, of bounded size, with the numbers of YAML 1.2."""
 
 import json
 import math
@@ -115,18 +115,18 @@ def test_values_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> 
     ],
     ids=range(33),
 )
-def test_a_text_of_two_meanings_or_without_end_is_refused(text: str, message: str) -> None:
+def test_an_ambiguous_or_incomplete_text_is_refused(text: str, message: str) -> None:
     with pytest.raises(SteerError, match=message):
         read_config_text(text, "c")
 
 
-def test_aliases_count_as_often_as_they_stand() -> None:
+def test_aliases_count_once_per_use() -> None:
     lines = ["x0: &x0 [lol, lol]"]
     lines += [f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)]
     with pytest.raises(SteerError, match="c: line 16: more than 100000 values"):
         read_config_text("\n".join(lines), "c")
-    few = read_config_text("\n".join(lines[:10]), "c")
-    assert few["x1"] == [["lol", "lol"], ["lol", "lol"]]
+    parsed = read_config_text("\n".join(lines[:10]), "c")
+    assert parsed["x1"] == [["lol", "lol"], ["lol", "lol"]]
 
 
 def test_a_large_file_and_other_encodings_are_refused(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_what_yaml_writes_is_read_as_pyyaml_reads_it(value: Any) -> None:
 
 @given(st.text(max_size=200) | st.text(alphabet="a:{}[],&*!|>'\"%@#-? \n\t01.<\\", max_size=60))
 @settings(max_examples=500)
-def test_any_text_is_values_or_one_line(text: str) -> None:
+def test_any_text_gives_values_or_a_one_line_error(text: str) -> None:
     try:
         read_config_text(text, "c")
     except SteerError as error:
@@ -173,7 +173,7 @@ def test_any_text_is_values_or_one_line(text: str) -> None:
 
 @given(st.dictionaries(st.sampled_from(["steers", "presets", "default", "limits", "x"]), PLAIN))
 @settings(max_examples=300)
-def test_any_values_are_a_config_or_one_line(value: Any) -> None:
+def test_any_values_give_a_config_or_a_one_line_error(value: Any) -> None:
     try:
         SteerConfig.load(value)
     except SteerError as error:

@@ -1,4 +1,4 @@
-"""Values that were resolved before are not resolved again, and the plan stays the plan."""
+"""The cache of resolved values; the plan itself is unchanged."""
 
 import copy
 import pickle
@@ -21,8 +21,8 @@ from vllm_steer.serving.strength_reports.outputs import sequence_strengths
 
 @pytest.fixture
 def plan(make_plan: Any) -> SteerPlan:
-    made: SteerPlan = make_plan({"a": 1.0, "b": 2.0})
-    return made
+    result: SteerPlan = make_plan({"a": 1.0, "b": 2.0})
+    return result
 
 
 @pytest.fixture
@@ -31,25 +31,25 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
     parse = resolution.parse
 
-    def counting(asked: Any) -> Any:
-        calls.append(asked)
-        return parse(asked)
+    def counting(request_value: Any) -> Any:
+        calls.append(request_value)
+        return parse(request_value)
 
     monkeypatch.setattr(resolution, "parse", counting)
     return calls
 
 
-@pytest.mark.parametrize("asked", ["a:3", {"a": 3, "b": {"strength": 1.5}}, None], ids=str)
-def test_a_value_is_parsed_once_however_often_it_is_asked_for(
-    plan: SteerPlan, parsed: list[Any], asked: Any
+@pytest.mark.parametrize("request_value", ["a:3", {"a": 3, "b": {"strength": 1.5}}, None], ids=str)
+def test_a_repeated_value_is_parsed_once(
+    plan: SteerPlan, parsed: list[Any], request_value: Any
 ) -> None:
-    first = plan.doses(copy.deepcopy(asked))
+    first = plan.doses(copy.deepcopy(request_value))
     for _ in range(5):
-        assert plan.doses(copy.deepcopy(asked)) is first
+        assert plan.doses(copy.deepcopy(request_value)) is first
     assert len(parsed) == 1
 
 
-def test_a_request_is_parsed_once_on_its_whole_way(
+def test_a_request_is_parsed_once_from_frontend_to_worker(
     plan: SteerPlan, parsed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from http_tools import load, rewritten
@@ -66,14 +66,14 @@ def test_a_request_is_parsed_once_on_its_whole_way(
     assert len(parsed) == 1
 
 
-def test_errors_are_not_kept(plan: SteerPlan, parsed: list[Any]) -> None:
+def test_errors_are_not_cached(plan: SteerPlan, parsed: list[Any]) -> None:
     for _ in range(3):
         with pytest.raises(SteerRequestError):
             plan.doses("c")
     assert len(parsed) == 3
 
 
-def test_the_memo_is_bounded_and_forgets_the_oldest(plan: SteerPlan, parsed: list[Any]) -> None:
+def test_the_cache_is_bounded_and_drops_the_oldest(plan: SteerPlan, parsed: list[Any]) -> None:
     for n in range(MAX_ENTRIES + 1):
         plan.doses(f"a:{n}.5")
     plan.doses(f"a:{MAX_ENTRIES}.5")
@@ -83,7 +83,7 @@ def test_the_memo_is_bounded_and_forgets_the_oldest(plan: SteerPlan, parsed: lis
     assert len(plan._resolved._doses) == MAX_ENTRIES
 
 
-def test_values_that_are_equal_and_unlike_are_told_apart(plan: SteerPlan) -> None:
+def test_equal_values_of_different_types_are_distinguished(plan: SteerPlan) -> None:
     assert len({frozen({"a": value}) for value in (1, 1.0, True, "1")}) == 4
     assert frozen({"a": 1, "b": 2}) != frozen({"b": 2, "a": 1})
     assert frozen([1]) is frozen(5) is frozen(None) is frozen({"a": object()}) is None
@@ -104,20 +104,20 @@ def test_the_plan_serialises_compares_and_copies_as_before(plan: SteerPlan) -> N
         plan.default = "a"  # type: ignore[misc]
 
 
-def test_a_dict_that_changes_while_it_is_resolved_does_not_stay_in_the_memo(make_plan: Any) -> None:
+def test_a_dict_that_changes_while_it_is_resolved_is_not_cached(make_plan: Any) -> None:
     plan = make_plan({"a": 1.0})
-    asked = {"a": 1}
+    request_value = {"a": 1}
     memo = DoseCache()
 
     def resolve_late(value: Any) -> Any:
-        asked["a"] = 7  # as another thread may, after the value was looked up
+        request_value["a"] = 7  # as another thread may, after the value was looked up
         return resolve(value, plan)
 
-    assert [dose.strength for dose in memo.get(asked, resolve_late)] == [1.0]
+    assert [dose.strength for dose in memo.get(request_value, resolve_late)] == [1.0]
     assert [dose.strength for dose in memo.get({"a": 1}, resolve_late)] == [1.0]
 
 
-def test_threads_share_a_memo() -> None:
+def test_threads_share_a_cache() -> None:
     memo = DoseCache()
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda n: memo.get(f"a:{n % 300}", lambda _: ()), range(6000)))

@@ -39,7 +39,7 @@ OUTPUT = normal(2, WIDTH, WIDTH, seed=2)
 
 
 class RunningMean(torch.nn.Module):
-    """The plainest attention there is: each position takes the mean of all up to it."""
+    """A minimal attention: each position is the mean of all positions up to it."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def numpy_generate(
 ) -> tuple[list[int], dict[str, list[float]]]:
     """One token after another: base, probes, strengths, main stream, choice."""
     tokens: list[int] = []
-    found: dict[str, list[float]] = {dose.steer: [] for dose in dynamic}
+    strengths: dict[str, list[float]] = {dose.steer: [] for dose in dynamic}
     for step in range(count):
         ids = PROMPT + tokens
         p0 = numpy_softmax(numpy_logits(ids, []))
@@ -222,9 +222,9 @@ def numpy_generate(
             ended = step >= (STEERS[dose.steer].steps or count)
             pj = numpy_softmax(numpy_logits(ids, [(dose.steer, dose.strength)]))
             options = dose.strength, dose.dynamic.top_p, dose.dynamic.kl
-            found[dose.steer].append(0.0 if ended else numpy_strength(p0, pj, *options))
-        tokens.append(int(numpy_logits(ids, [*found.items(), *fixed]).argmax()))
-    return tokens, found
+            strengths[dose.steer].append(0.0 if ended else numpy_strength(p0, pj, *options))
+        tokens.append(int(numpy_logits(ids, [*strengths.items(), *fixed]).argmax()))
+    return tokens, strengths
 
 
 def dynamic(name: str, maximum: float = 2.0, top_p: float = 0.5, kl: Any = "plain") -> Dose:
@@ -248,11 +248,11 @@ CASES: dict[str, tuple[list[Dose], list[Take]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tokens_and_strengths_are_those_of_a_loop_in_numpy(toy: Toy, case: str) -> None:
+def test_tokens_and_strengths_equal_a_loop_in_numpy(toy: Toy, case: str) -> None:
     doses, fixed = CASES[case]
     tokens, strengths = numpy_generate(doses, fixed, STEPS)
-    asked = [*doses, *(Dose(name, float(strength)) for name, strength in fixed)]
-    trace = reference_generate(toy, PROMPT, asked, STEERS, max_tokens=STEPS)
+    all_doses = [*doses, *(Dose(name, float(strength)) for name, strength in fixed)]
+    trace = reference_generate(toy, PROMPT, all_doses, STEERS, max_tokens=STEPS)
     assert trace.tokens == tokens == trace.choices
     assert trace.strengths.keys() == strengths.keys()
     for name in strengths:
@@ -260,16 +260,16 @@ def test_tokens_and_strengths_are_those_of_a_loop_in_numpy(toy: Toy, case: str) 
 
 
 def test_the_cases_have_strengths_of_every_sort() -> None:
-    found = [
+    strengths = [
         (value, dose.strength)
         for doses, fixed in CASES.values()
         for dose in doses
         for value in numpy_generate(doses, fixed, STEPS)[1][dose.steer]
     ]
-    assert any(value == 0 for value, _ in found)
-    assert any(value == maximum for value, maximum in found)
-    assert any(0 < value < maximum for value, maximum in found)
-    assert any(maximum < value < 0 for value, maximum in found)
+    assert any(value == 0 for value, _ in strengths)
+    assert any(value == maximum for value, maximum in strengths)
+    assert any(0 < value < maximum for value, maximum in strengths)
+    assert any(maximum < value < 0 for value, maximum in strengths)
 
 
 def rows(*values: float) -> torch.Tensor:
@@ -279,21 +279,21 @@ def rows(*values: float) -> torch.Tensor:
 def test_the_divergence_over_a_union_of_three_by_hand() -> None:
     p0, pj = rows(0.5, 0.3, 0.1, 0.1), rows(0.1, 0.2, 0.65, 0.05)
     # top(p0) = {0, 1}, for 0.5 does not exceed 0.6; top(pj) = {2}.
-    want = 5 / 9 * math.log(50 / 9 * 0.95) + 3 / 9 * math.log(15 / 9 * 0.95)
-    want += 1 / 9 * math.log(0.95 / (9 * 0.65))
+    expected = 5 / 9 * math.log(50 / 9 * 0.95) + 3 / 9 * math.log(15 / 9 * 0.95)
+    expected += 1 / 9 * math.log(0.95 / (9 * 0.65))
     divergence, boundary = divergence_over_likeliest(p0, pj, 0.6, by_size=False)
-    assert divergence == pytest.approx(want)
+    assert divergence == pytest.approx(expected)
     assert boundary == pytest.approx(0.05)  # 0.65 is next to 0.6
-    assert divergence_over_likeliest(p0, pj, 0.6, by_size=True)[0] == pytest.approx(want / 3)
+    assert divergence_over_likeliest(p0, pj, 0.6, by_size=True)[0] == pytest.approx(expected / 3)
 
 
-def test_a_boundary_is_near_where_a_sum_or_an_order_is() -> None:
+def test_a_boundary_is_near_if_a_sum_or_an_order_is_close() -> None:
     same = rows(0.6, 0.2, 0.1999, 0.0001)
     assert divergence_over_likeliest(same, same, 0.7, by_size=False)[1] == pytest.approx(0.0001)
     assert divergence_over_likeliest(same, same, 0.59, by_size=False)[1] == pytest.approx(0.01)
 
 
-def test_a_sum_that_only_reaches_top_p_takes_one_more_token() -> None:
+def test_a_sum_equal_to_top_p_takes_one_more_token() -> None:
     p0, pj = rows(0.5, 0.25, 0.25), rows(0.5, 0.375, 0.125)
     divergence, boundary = divergence_over_likeliest(p0, pj, 0.5, by_size=False)
     assert divergence == pytest.approx(2 / 3 * math.log(7 / 6) + 1 / 3 * math.log(7 / 9))
@@ -324,7 +324,7 @@ def generate(llama: Any) -> Generate:
     return run
 
 
-def test_without_dynamic_doses_it_is_the_reference_of_the_other_tests(
+def test_without_dynamic_doses_it_equals_the_reference_of_the_other_tests(
     llama: Any, generate: Generate
 ) -> None:
     doses = [
@@ -336,32 +336,32 @@ def test_without_dynamic_doses_it_is_the_reference_of_the_other_tests(
     ]
     trace = generate(*doses, max_tokens=8)
     text = IDS + trace.tokens[:-1]
-    wanted = guided_logprobs(llama, text, len(IDS), doses, LLAMA_STEERS)[len(IDS) - 1 :]
-    torch.testing.assert_close(trace.logprobs, wanted)
+    expected = guided_logprobs(llama, text, len(IDS), doses, LLAMA_STEERS)[len(IDS) - 1 :]
+    torch.testing.assert_close(trace.logprobs, expected)
 
 
 @pytest.mark.parametrize("name", ["steps", "walk"])
-def test_a_delta_that_is_always_at_its_maximum_is_a_fixed_one(llama: Any, name: str) -> None:
+def test_a_delta_always_at_its_maximum_equals_a_fixed_one(llama: Any, name: str) -> None:
     steer = LLAMA_STEERS[name]
     strong: dict[str, Steer] = {name: replace(steer, delta=500 * steer.delta)}
     trace = reference_generate(llama, IDS, [dynamic(name, -0.01, 0.99)], strong, max_tokens=4)
     assert trace.strengths[name] == [-0.01] * 4
     fixed = Dose(name, -0.01, schedule="fixed")
-    wanted = guided_logprobs(llama, IDS + trace.tokens[:-1], len(IDS), [fixed], strong)
-    torch.testing.assert_close(trace.logprobs, wanted[len(IDS) - 1 :])
+    expected = guided_logprobs(llama, IDS + trace.tokens[:-1], len(IDS), [fixed], strong)
+    torch.testing.assert_close(trace.logprobs, expected[len(IDS) - 1 :])
 
 
-def test_a_text_given_is_worked_out_as_if_it_had_been_written(generate: Generate) -> None:
+def test_a_forced_text_has_the_strengths_of_a_generated_one(generate: Generate) -> None:
     free = generate(*THREE, max_tokens=8)
-    given = generate(*THREE, forced=free.tokens)
-    assert given.choices == free.tokens
-    assert given.strengths == free.strengths
+    trace = generate(*THREE, forced=free.tokens)
+    assert trace.choices == free.tokens
+    assert trace.strengths == free.strengths
     other = generate(*THREE, forced=[*free.tokens[:3], 17, 5])
     assert other.choices[:4] == free.tokens[:4]
     assert other.strengths["steps"][:4] == pytest.approx(free.strengths["steps"][:4])
 
 
-def test_the_strengths_of_a_text_depend_on_no_other_dose(generate: Generate) -> None:
+def test_the_strengths_of_a_dose_do_not_depend_on_other_doses(generate: Generate) -> None:
     text = [5, 8, 200, 31, 77]
     together = generate(*THREE, Dose("push", 1.0), Dose("bias", 2.0), forced=text)
     for dose in THREE[:2]:
@@ -393,7 +393,7 @@ def test_the_end_token_ends_the_text(generate: Generate) -> None:
     assert len(ended.strengths["steps"]) == len(ended.tokens)
 
 
-def test_in_float32_it_is_the_same_but_for_rounding(llama: Any, generate: Generate) -> None:
+def test_float32_gives_the_same_result_up_to_rounding(llama: Any, generate: Generate) -> None:
     double = generate(*THREE, max_tokens=6)
     llama.float()
     try:

@@ -1,4 +1,4 @@
-"""Dynamic strength in a request: the doses that each way to ask for it comes to, and each error."""
+"""Dynamic strength in a request: the doses of each notation, and each error."""
 
 import json
 import math
@@ -34,17 +34,17 @@ PLAN = plan_for(STEERS, presets=PRESETS)
 D = "dynamic"
 
 
-def inside(name: str, maximum: float = 2.0, *more: Any, **fields: Any) -> Dose:
+def inside(name: str, maximum: float = 2.0, *arguments: Any, **fields: Any) -> Dose:
     """A dynamic dose in the layers: from the last prompt token on, without a schedule."""
-    return Dose(name, maximum, phase="answer", dynamic=Dynamic(*more), **fields)
+    return Dose(name, maximum, phase="answer", dynamic=Dynamic(*arguments), **fields)
 
 
-def at_head(maximum: float = 2.0, *more: Any) -> Dose:
-    return Dose("word", maximum, dynamic=Dynamic(*more))
+def at_head(maximum: float = 2.0, *arguments: Any) -> Dose:
+    return Dose("word", maximum, dynamic=Dynamic(*arguments))
 
 
 @pytest.mark.parametrize(
-    ("asked", "doses"),
+    ("request_value", "doses"),
     [
         ("fr:dynamic", [inside("fr")]),
         ("fr:dynamic:1.5", [inside("fr", 1.5)]),
@@ -83,20 +83,22 @@ def at_head(maximum: float = 2.0, *more: Any) -> Dose:
     ],
     ids=str,
 )  # fmt: skip
-def test_every_way_to_ask_comes_to_a_dose_with_its_maximum(asked: Any, doses: list[Dose]) -> None:
-    assert resolve(asked, PLAN) == tuple(doses)
-    if isinstance(asked, dict):
-        assert resolve(json.dumps(asked), PLAN) == tuple(doses)
+def test_every_request_form_resolves_to_a_dose_with_its_maximum(
+    request_value: Any, doses: list[Dose]
+) -> None:
+    assert resolve(request_value, PLAN) == tuple(doses)
+    if isinstance(request_value, dict):
+        assert resolve(json.dumps(request_value), PLAN) == tuple(doses)
 
 
 @pytest.mark.parametrize("default", ["fr:dynamic:1.5:0.6,word:2", "french"])
-def test_a_dynamic_default_serves_those_that_do_not_ask(default: str) -> None:
+def test_a_dynamic_default_applies_to_requests_without_a_steer(default: str) -> None:
     plan = plan_for(STEERS, presets=PRESETS, default=default)
     assert plan.doses(None) == (inside("fr", 1.5, 0.6), Dose("word", 2.0))
     assert plan.doses("none") == ()
 
 
-def test_a_steer_itself_can_be_asked_like_a_plans_steer() -> None:
+def test_a_steer_object_resolves_like_a_steer_of_a_plan() -> None:
     assert read_dose("x", "dynamic:1", STEERS["fr"]) == inside("x", 1.0)
     assert read_dose("x", {"schedule": D}, STEERS["fr"]) == inside("x")
 
@@ -112,7 +114,7 @@ def fr(**options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("request_value", "message"),
     [
         (fr(max=True), "^steer fr has max True; expected a number, such as 2, or -2 for the opp"),
         (fr(max="much"), "steer fr has max 'much'; expected a number"),
@@ -173,11 +175,11 @@ def fr(**options: Any) -> dict[str, Any]:
     ],
     ids=lambda value: _short(value),
 )  # fmt: skip
-def test_a_wrong_value_is_answered_with_what_was_given_and_what_is_allowed(
-    asked: Any, message: str
+def test_the_error_of_a_wrong_value_names_it_and_the_allowed_values(
+    request_value: Any, message: str
 ) -> None:
     with pytest.raises(SteerRequestError, match=message) as caught:
-        resolve(asked, PLAN)
+        resolve(request_value, PLAN)
     assert len(str(caught.value)) < 400
 
 
@@ -192,9 +194,9 @@ def _short(value: Any) -> str:
 def test_the_limit_of_strengths_bounds_the_maximum(sign: int) -> None:
     plan = plan_for(STEERS, presets={"p": {"fr": "dynamic:4"}}, max_strength=10)
     assert resolve(f"fr:dynamic:{sign * 10}", plan) == (inside("fr", sign * 10.0),)
-    for asked in (f"fr:dynamic:{sign * 12}", f"p:{sign * 3}", f"word:dynamic:{sign * 12}"):
+    for request_value in (f"fr:dynamic:{sign * 12}", f"p:{sign * 3}", f"word:dynamic:{sign * 12}"):
         with pytest.raises(SteerRequestError, match=rf"max {sign * 12}; allowed: -10 to 10"):
-            resolve(asked, plan)
+            resolve(request_value, plan)
     with pytest.raises(SteerRequestError, match="fr has max 2; allowed: -1 to 1"):
         resolve("fr:dynamic", plan_for(STEERS, max_strength=1))
 
@@ -215,17 +217,17 @@ def test_a_config_may_have_dynamic_parts_and_says_where_they_are_wrong(tmp_path:
         return SteerPlan.of(SteerConfig.load(config))
 
     for preset in ({"w": "dynamic:1.5:0.6"}, {"w": {"strength": D, "max": 1.5, "top_p": 0.6}}):
-        made = plan(preset, "p")
-        wanted = (Dose("w", 1.5, dynamic=Dynamic(0.6)),)
-        assert made.doses(None) == SteerPlan.from_json(made.to_json()).doses(None) == wanted
-    for wrong, message in [
+        result = plan(preset, "p")
+        expected = (Dose("w", 1.5, dynamic=Dynamic(0.6)),)
+        assert result.doses(None) == SteerPlan.from_json(result.to_json()).doses(None) == expected
+    for wrong_preset, message in [
         ({"w": "dynamic:0"}, "preset p: steer w has max '0'"),
         ({"w": "dynamically"}, "preset p: steer w has strength 'dynamically'"),
         ({"w": {"max": 1}}, "preset p: steer w has max, which only a dynamic strength has"),
         ({"w": "much"}, "a finite number, 'dynamic', or options"),
     ]:
         with pytest.raises(SteerError, match=message) as caught:
-            plan(wrong)
+            plan(wrong_preset)
         assert not isinstance(caught.value, SteerRequestError)
     with pytest.raises(SteerError, match="default: steer w has top_p '2'"):
         plan({}, "w:dynamic:1:2")
@@ -236,25 +238,25 @@ def test_a_config_may_have_dynamic_parts_and_says_where_they_are_wrong(tmp_path:
 PAGE = (Path(__file__).parents[3] / "docs" / "dynamic.md").read_text(encoding="utf-8")
 
 
-def shown(language: str) -> list[str]:
+def examples_of(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_every_request_and_preset_of_the_page_is_one() -> None:
+def test_every_request_and_preset_of_the_page_resolves() -> None:
     steers = {
         "french": delta(3, tuple(range(16))),
         "formal": vector(tuple(range(16))),
         "detox": head(),
     }
-    config = yaml.safe_load("\n".join(shown("yaml")))
+    config = yaml.safe_load("\n".join(examples_of("yaml")))
     plan = plan_for(steers, presets=config["presets"], default=config["default"])
     (formal,) = (dose for dose in plan.doses(None) if dose.steer == "formal")
     assert formal == inside("formal", 3.0, 0.4)
-    bodies = [json.loads(body) for body in shown("json")]
-    asked = [body["steer"] for body in bodies] + re.findall(r'"steer": "([^".]*)"', PAGE)
-    asked += re.findall(r"`((?:french|parisian):.*?)`", PAGE)
-    assert len(asked) >= 8
-    for one in asked:
+    bodies = [json.loads(body) for body in examples_of("json")]
+    request_value = [body["steer"] for body in bodies] + re.findall(r'"steer": "([^".]*)"', PAGE)
+    request_value += re.findall(r"`((?:french|parisian):.*?)`", PAGE)
+    assert len(request_value) >= 8
+    for one in request_value:
         assert any(dose.dynamic for dose in resolve(one, plan)), one
 
 
@@ -283,10 +285,10 @@ requests = st.dictionaries(
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
-@given(asked=requests, as_text=st.booleans())
-def test_no_value_raises_anything_but_a_request_error(asked: Any, as_text: bool) -> None:
+@given(request_value=requests, as_text=st.booleans())
+def test_no_value_raises_anything_but_a_request_error(request_value: Any, as_text: bool) -> None:
     try:
-        doses = resolve(json.dumps(asked) if as_text else asked, PLAN)
+        doses = resolve(json.dumps(request_value) if as_text else request_value, PLAN)
     except SteerRequestError as error:
         assert str(error)
         return
@@ -307,12 +309,12 @@ def test_no_value_raises_anything_but_a_request_error(asked: Any, as_text: bool)
     top_p=st.floats(0, 1, exclude_min=True),
     name=st.sampled_from(sorted(STEERS)),
 )
-def test_every_way_to_write_the_same_doses_comes_to_them(
+def test_every_notation_of_the_same_doses_resolves_to_them(
     maximum: float, top_p: float, name: str
 ) -> None:
     spelled = f"{name}:dynamic:{maximum!r}:{top_p!r}"
     nested = {name: {"strength": D, "max": maximum, "top_p": top_p}}
     (dose,) = resolve(nested, PLAN)
     assert (dose.steer, dose.strength, dose.dynamic) == (name, maximum, Dynamic(top_p))
-    for asked in (spelled, {name: spelled.partition(":")[2]}, json.dumps(nested)):
-        assert resolve(asked, PLAN) == (dose,)
+    for request_value in (spelled, {name: spelled.partition(":")[2]}, json.dumps(nested)):
+        assert resolve(request_value, PLAN) == (dose,)

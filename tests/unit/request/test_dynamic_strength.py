@@ -59,15 +59,17 @@ def log(*p: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("top_p", [0.4, 0.5, 0.7, 0.95])
-def test_each_row_has_the_divergence_of_the_equation(kl: str, top_p: float) -> None:
+def test_the_divergence_of_each_row_follows_the_equation(kl: str, top_p: float) -> None:
     base, probe = rows(3, 5, 37), rows(3, 5, 37, seed=1)
     strength, divergence = dynamic_strength(base, probe, top_p=top_p, kl=kl)
-    want = [
+    expected_values = [
         [expected(b.tolist(), p.tolist(), top_p, kl) for b, p in zip(bs, ps, strict=True)]
         for bs, ps in zip(base, probe, strict=True)
     ]
-    torch.testing.assert_close(divergence, torch.tensor(want, dtype=torch.float64))
-    torch.testing.assert_close(strength, torch.tensor(want, dtype=torch.float64).clamp(0, 2))
+    torch.testing.assert_close(divergence, torch.tensor(expected_values, dtype=torch.float64))
+    torch.testing.assert_close(
+        strength, torch.tensor(expected_values, dtype=torch.float64).clamp(0, 2)
+    )
 
 
 def test_the_divergence_is_of_the_unsteered_from_the_steered_distribution() -> None:
@@ -87,30 +89,30 @@ def test_the_union_has_the_token_that_crosses_top_p() -> None:
     # 0.5 does not exceed 0.6: token 1 crosses and belongs to the union, token 2 does not.
     p0, p1 = (0.5, 0.3, 0.2), (0.3, 0.5, 0.2)
     _, divergence = dynamic_strength(log(*p0), log(*p1), top_p=0.6)
-    want = 5 / 8 * math.log(5 / 3) + 3 / 8 * math.log(3 / 5)
-    assert divergence.item() == pytest.approx(want)
+    expected = 5 / 8 * math.log(5 / 3) + 3 / 8 * math.log(3 / 5)
+    assert divergence.item() == pytest.approx(expected)
 
 
-def test_a_sum_that_only_reaches_top_p_takes_one_more_token() -> None:
+def test_a_sum_equal_to_top_p_takes_one_more_token() -> None:
     p0, p1 = (0.5, 0.25, 0.25), (0.5, 0.375, 0.125)
     _, divergence = dynamic_strength(log(*p0), log(*p1), top_p=0.5)
-    want = 2 / 3 * math.log((2 / 3) / (4 / 7)) + 1 / 3 * math.log((1 / 3) / (3 / 7))
-    assert divergence.item() == pytest.approx(want)
+    expected = 2 / 3 * math.log((2 / 3) / (4 / 7)) + 1 / 3 * math.log((1 / 3) / (3 / 7))
+    assert divergence.item() == pytest.approx(expected)
 
 
-def test_one_likely_token_on_both_sides_gives_zero() -> None:
+def test_the_same_single_likely_token_gives_zero() -> None:
     strength, _ = dynamic_strength(log(0.9, 0.05, 0.05), log(0.8, 0.1, 0.1), top_p=0.5)
     assert strength.item() == 0
 
 
-def test_equal_distributions_give_zero_and_never_less() -> None:
+def test_equal_distributions_give_zero_and_nothing_negative() -> None:
     logits = rows(64, 101).float()
     strength, divergence = dynamic_strength(logits, logits + 3, top_p=0.95)
     assert divergence.abs().max() < 1e-5
     assert (strength >= 0).all()
 
 
-def test_the_strength_ends_at_the_maximum_and_the_divergence_does_not() -> None:
+def test_the_strength_is_capped_at_the_maximum_and_the_divergence_is_not() -> None:
     base, probe = log(0.98, 0.02), log(0.001, 0.999)
     strength, divergence = dynamic_strength(base, probe, top_p=0.5, maximum=1.5)
     assert strength.item() == 1.5
@@ -122,21 +124,21 @@ def test_a_token_that_the_probe_rules_out_gives_the_maximum() -> None:
     assert dynamic_strength(base.float(), probe, top_p=0.9)[0].item() == 2
 
 
-def test_a_token_that_the_unsteered_model_rules_out_counts_nothing() -> None:
+def test_a_token_that_the_unsteered_model_rules_out_adds_nothing() -> None:
     base, probe = torch.tensor([0.0, -torch.inf, -torch.inf]), log(0.5, 0.5, 0.0).float()
     _, divergence = dynamic_strength(base, probe, top_p=0.9)
     assert divergence.item() == pytest.approx(math.log(2))
 
 
-def test_bfloat16_logits_are_reckoned_in_float32() -> None:
+def test_bfloat16_logits_are_computed_in_float32() -> None:
     base, probe = rows(4, 61).bfloat16(), rows(4, 61, seed=1).bfloat16()
-    _, found = dynamic_strength(base, probe, top_p=0.7)
-    _, want = dynamic_strength(base.double(), probe.double(), top_p=0.7)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, want.float(), rtol=1e-5, atol=1e-6)
+    _, result = dynamic_strength(base, probe, top_p=0.7)
+    _, expected = dynamic_strength(base.double(), probe.double(), top_p=0.7)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+def test_a_row_does_not_depend_on_other_rows() -> None:
     base, probe = rows(5, 43), rows(5, 43, seed=1)
     together = dynamic_strength(base, probe, top_p=0.6)[1]
     alone = torch.stack(
@@ -146,7 +148,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 
 
 @pytest.mark.parametrize("settings", ["numbers", "tensors"])
-def test_nothing_is_read_back_from_the_device(
+def test_no_value_is_read_back_from_the_device(
     settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strength, "divergence_backend", lambda kernels, device: torch_sort)
@@ -156,17 +158,17 @@ def test_nothing_is_read_back_from_the_device(
     fields: dict[str, object] = {"top_p": 0.5, "kl": "authors"}
     if settings == "tensors":
         fields = {"top_p": per_row, "maximum": per_row, "kl": per_row.bool()}
-    found, divergence = dynamic_strength(logits, logits, **fields)
-    assert found.shape == divergence.shape == (3, 4)
-    assert found.dtype == torch.float32
+    result, divergence = dynamic_strength(logits, logits, **fields)
+    assert result.shape == divergence.shape == (3, 4)
+    assert result.dtype == torch.float32
 
 
-def test_nothing_is_read_back_to_find_a_probes_base(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finding_the_base_of_a_probe_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strength, "divergence_backend", lambda kernels, device: torch_sort)
     base, probe = (torch.empty(rows, 50, device="meta") for rows in (2, 5))
     base_of = torch.empty(5, device="meta", dtype=torch.int64)
-    found, divergence = dynamic_strength(base, probe, top_p=0.5, base_of=base_of)
-    assert found.shape == divergence.shape == (5,)
+    result, divergence = dynamic_strength(base, probe, top_p=0.5, base_of=base_of)
+    assert result.shape == divergence.shape == (5,)
 
 
 def test_every_row_may_have_settings_of_its_own() -> None:
@@ -180,12 +182,14 @@ def test_every_row_may_have_settings_of_its_own() -> None:
         maximum=torch.tensor(maxima, dtype=torch.float64),
         kl=torch.tensor(authors),
     )
-    want = [
+    expected_values = [
         expected(base[i].tolist(), probe[i].tolist(), top_ps[i], "authors" if divided else "plain")
         for i, divided in enumerate(authors)
     ]
-    torch.testing.assert_close(divergence, torch.tensor(want, dtype=torch.float64))
-    clipped = [min(max(kl, 0.0), maximum) for kl, maximum in zip(want, maxima, strict=True)]
+    torch.testing.assert_close(divergence, torch.tensor(expected_values, dtype=torch.float64))
+    clipped = [
+        min(max(kl, 0.0), maximum) for kl, maximum in zip(expected_values, maxima, strict=True)
+    ]
     torch.testing.assert_close(strength, torch.tensor(clipped, dtype=torch.float64))
     assert {min(c, m) == m for c, m in zip(clipped, maxima, strict=True)} == {True, False}
 
@@ -203,7 +207,7 @@ def test_settings_broadcast_to_the_rows() -> None:
     assert strength.dtype == divergence.dtype == torch.float32
 
 
-def test_several_probes_of_one_base_have_what_each_has_alone() -> None:
+def test_several_probes_of_one_base_equal_single_probes() -> None:
     base, probe = rows(3, 41), rows(5, 41, seed=1)
     base_of, top_p = [2, 0, 0, 2, 2], [0.5, 0.9, 0.3, 0.5, 1.0]
     strength, divergence = dynamic_strength(
@@ -213,62 +217,62 @@ def test_several_probes_of_one_base_have_what_each_has_alone() -> None:
         top_p=torch.tensor(top_p, dtype=torch.float64),
         maximum=torch.full((5,), 0.5, dtype=torch.float64),
     )
-    want = torch.tensor(
+    expected_values = torch.tensor(
         [
             expected(base[row].tolist(), probe[i].tolist(), top_p[i], "plain")
             for i, row in enumerate(base_of)
         ],
         dtype=torch.float64,
     )
-    torch.testing.assert_close(divergence, want)
-    torch.testing.assert_close(strength, want.clamp(0, 0.5))
+    torch.testing.assert_close(divergence, expected_values)
+    torch.testing.assert_close(strength, expected_values.clamp(0, 0.5))
 
 
 @pytest.mark.parametrize("num_base", [0, 2])
-def test_no_probe_at_all_is_allowed(num_base: int) -> None:
+def test_zero_probes_are_allowed(num_base: int) -> None:
     base_of = torch.empty(0, dtype=torch.int64)
-    found = dynamic_strength(rows(num_base, 7), rows(0, 7), top_p=0.5, base_of=base_of)
-    assert [tensor.shape for tensor in found] == [(0,), (0,)]
+    result = dynamic_strength(rows(num_base, 7), rows(0, 7), top_p=0.5, base_of=base_of)
+    assert [tensor.shape for tensor in result] == [(0,), (0,)]
 
 
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("top_p", [0.5, 0.95, 1.0])
-def test_a_padded_vocabulary_gives_what_the_vocabulary_itself_gives(kl: str, top_p: float) -> None:
+def test_a_padded_vocabulary_gives_the_same_result(kl: str, top_p: float) -> None:
     """Also at ``top_p`` 1, where every token counts, and only those that are there."""
     base, probe = rows(4, 37), rows(4, 37, seed=1)
-    found = dynamic_strength(
+    result = dynamic_strength(
         *(torch.nn.functional.pad(x, (0, 27), value=-INF) for x in (base, probe)),
         top_p=top_p,
         kl=kl,
     )
-    want = dynamic_strength(base, probe, top_p=top_p, kl=kl)
-    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-15)
+    expected = dynamic_strength(base, probe, top_p=top_p, kl=kl)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("top_p", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("masked", ["base", "probe", "both", "each-its-own"])
-def test_ruled_out_tokens_are_reckoned_by_the_equation(masked: str, top_p: float, kl: str) -> None:
+def test_ruled_out_tokens_follow_the_equation(masked: str, top_p: float, kl: str) -> None:
     base, probe = rows(5, 23, scale=1.0), rows(5, 23, seed=1, scale=1.0)
     if masked != "probe":
         base[:, 2:9] = -INF
     if masked != "base":
         probe[:, slice(2, 9) if masked == "both" else slice(7, 15)] = -INF
     strength, divergence = dynamic_strength(base, probe, top_p=top_p, kl=kl)
-    want = torch.tensor(
+    expected_values = torch.tensor(
         [expected(b.tolist(), p.tolist(), top_p, kl) for b, p in zip(base, probe, strict=True)],
         dtype=torch.float64,
     )
-    torch.testing.assert_close(divergence, want)
-    torch.testing.assert_close(strength, want.clamp(0, 2))
+    torch.testing.assert_close(divergence, expected_values)
+    torch.testing.assert_close(strength, expected_values.clamp(0, 2))
     if masked in ("base", "both"):
-        assert want.isfinite().all()
+        assert expected_values.isfinite().all()
 
 
 @pytest.mark.parametrize("side", ["base", "probe", "both"])
 @pytest.mark.parametrize("spoilt", [[NAN], [INF], [-INF] * 11], ids=["nan", "inf", "no-token"])
 @pytest.mark.parametrize("kl", KLS)
-def test_a_row_that_is_no_distribution_is_nan_and_touches_no_other(
+def test_an_invalid_row_gives_nan_and_does_not_affect_other_rows(
     kl: str, spoilt: list[float], side: str
 ) -> None:
     base, probe = rows(4, 11).float(), rows(4, 11, seed=1).float()
@@ -276,15 +280,15 @@ def test_a_row_that_is_no_distribution_is_nan_and_touches_no_other(
     for name, logits in (("base", base), ("probe", probe)):
         if side in (name, "both"):
             logits[2, : len(spoilt)] = torch.tensor(spoilt)
-    found = dynamic_strength(base, probe, top_p=0.6, kl=kl)
-    others = [0, 1, 3]
-    for before, after in zip(clean, found, strict=True):
-        assert torch.equal(after[others], before[others])
+    result = dynamic_strength(base, probe, top_p=0.6, kl=kl)
+    valid_rows = [0, 1, 3]
+    for before, after in zip(clean, result, strict=True):
+        assert torch.equal(after[valid_rows], before[valid_rows])
         assert after[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_where_one_token_is_all_that_is_likely_the_divergence_is_exactly_zero(
+def test_the_divergence_is_exactly_zero_where_only_one_token_is_likely(
     dtype: torch.dtype,
 ) -> None:
     base, probe = rows(50, 99), rows(50, 99, seed=1)
@@ -296,21 +300,23 @@ def test_where_one_token_is_all_that_is_likely_the_divergence_is_exactly_zero(
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 0.3, 3.0])
 @pytest.mark.parametrize("vocab_size", [64, 65, 700])
-def test_however_broad_a_distribution_is(vocab_size: int, scale: float, top_p: float) -> None:
+def test_a_distribution_of_any_breadth_follows_the_equation(
+    vocab_size: int, scale: float, top_p: float
+) -> None:
     """Equal logits too, at the border of what is likely and everywhere."""
     base, probe = (rows(3, vocab_size, seed=seed, scale=scale) for seed in (0, 1))
     base[1] = (base[1] * 3).round() / 3
     probe[2] = probe[2].round()
     probe[0, ::7] = -INF
     _, divergence = dynamic_strength(base, probe, top_p=top_p, kl="authors")
-    want = [
+    expected_values = [
         expected(b.tolist(), p.tolist(), top_p, "authors") for b, p in zip(base, probe, strict=True)
     ]
-    torch.testing.assert_close(divergence, torch.tensor(want, dtype=torch.float64))
+    torch.testing.assert_close(divergence, torch.tensor(expected_values, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_top_p_1_is_every_token_however_sharp_the_distribution_is(dtype: torch.dtype) -> None:
+def test_top_p_1_takes_every_token_of_a_sharp_distribution(dtype: torch.dtype) -> None:
     base, probe = (rows(20, 3000, seed=seed, scale=20.0).to(dtype) for seed in (0, 1))
     base[:, ::3] = probe[:, ::3] = -INF
     for top_p in (1.0, torch.ones(20)):
@@ -320,12 +326,12 @@ def test_top_p_1_is_every_token_however_sharp_the_distribution_is(dtype: torch.d
         torch.testing.assert_close(plain / divided, torch.full_like(plain, 2000.0))
 
 
-def test_ties_go_to_the_lower_token() -> None:
+def test_ties_select_the_lower_token_id() -> None:
     """Of four alike, two cross 0.3: the first two of each side, whatever the other's order."""
     base, probe = log(0.25, 0.25, 0.25, 0.25), log(0.4, 0.2, 0.2, 0.2)
     _, divergence = dynamic_strength(base, probe, top_p=0.3)
-    want = 0.5 * math.log(0.5 / (2 / 3)) + 0.5 * math.log(0.5 / (1 / 3))
-    assert divergence.item() == pytest.approx(want)
+    expected = 0.5 * math.log(0.5 / (2 / 3)) + 0.5 * math.log(0.5 / (1 / 3))
+    assert divergence.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

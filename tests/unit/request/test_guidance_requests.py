@@ -1,4 +1,4 @@
-"""A request's options: layers, phase and schedule, and the doses that they come to."""
+"""A request's options layers, phase and schedule, and the resulting doses."""
 
 import json
 import math
@@ -31,7 +31,7 @@ DIM: Any = {"schedule": "dim"}
 
 
 @pytest.mark.parametrize(
-    ("asked", "doses"),
+    ("request_value", "doses"),
     [
         ("push", [Dose("push", 8.0)]),
         ("walk", [Dose("walk", -2.0, **DIM)]),
@@ -61,14 +61,14 @@ DIM: Any = {"schedule": "dim"}
     ],
     ids=str,
 )
-def test_options_come_to_doses(asked: Any, doses: list[Dose]) -> None:
-    assert resolve(asked, PLAN) == tuple(doses)
-    if json.loads(json.dumps(asked)) == asked and isinstance(asked, dict):
-        assert resolve(json.dumps(asked), PLAN) == tuple(doses)
+def test_options_resolve_to_doses(request_value: Any, doses: list[Dose]) -> None:
+    assert resolve(request_value, PLAN) == tuple(doses)
+    if json.loads(json.dumps(request_value)) == request_value and isinstance(request_value, dict):
+        assert resolve(json.dumps(request_value), PLAN) == tuple(doses)
 
 
 @pytest.mark.parametrize(
-    ("asked", "doses"),
+    ("request_value", "doses"),
     [
         ("push:1,push:2", [Dose("push", 3.0)]),
         ("plain,push:1", [Dose("push", 3.0)]),
@@ -89,12 +89,14 @@ def test_options_come_to_doses(asked: Any, doses: list[Dose]) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_like_doses_add_up_and_unlike_ones_stay_apart(asked: Any, doses: list[Dose]) -> None:
-    assert resolve(asked, PLAN) == tuple(doses)
+def test_equal_doses_are_summed_and_different_ones_stay_separate(
+    request_value: Any, doses: list[Dose]
+) -> None:
+    assert resolve(request_value, PLAN) == tuple(doses)
 
 
 @pytest.mark.parametrize(
-    ("asked", "doses"),
+    ("request_value", "doses"),
     [
         ("late", [Dose("push", 2.0, (4, 5), "generation"), Dose("word", 1.0)]),
         ("late:-0.5", [Dose("push", -1.0, (4, 5), "generation"), Dose("word", -0.5)]),
@@ -106,11 +108,13 @@ def test_like_doses_add_up_and_unlike_ones_stay_apart(asked: Any, doses: list[Do
     ],
     ids=str,
 )
-def test_a_preset_multiplies_its_mix_and_keeps_its_options(asked: Any, doses: list[Dose]) -> None:
-    assert resolve(asked, PLAN) == tuple(doses)
+def test_a_preset_multiplies_its_mix_and_keeps_its_options(
+    request_value: Any, doses: list[Dose]
+) -> None:
+    assert resolve(request_value, PLAN) == tuple(doses)
 
 
-def test_a_default_with_options_serves_those_that_do_not_ask() -> None:
+def test_a_default_with_options_applies_to_requests_without_a_steer() -> None:
     plan = plan_for(STEERS, presets=PRESETS, default='{"push": {"layers": "9", "strength": 1}}')
     assert plan.doses(None) == (Dose("push", 1.0, (9,)),)
     assert plan.doses("none") == plan.doses({}) == ()
@@ -121,7 +125,7 @@ WANTED = "expected 0-based layers such as '8-31'"
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("request_value", "message"),
     [
         ({"push": {"layers": "3-4"}}, r"^steer push: layers 3 are not in this steer; it has 4-6,9"),
         ({"push": {"layers": "0-9"}}, "steer push: layers 0-3,7-8 are not in this steer"),
@@ -165,11 +169,11 @@ WANTED = "expected 0-based layers such as '8-31'"
     ],
     ids=lambda value: "huge" if _is_huge(value) else str(value)[:60],
 )  # fmt: skip
-def test_a_wrong_option_is_answered_with_what_was_given_and_what_is_allowed(
-    asked: Any, message: str
+def test_the_error_of_a_wrong_option_names_it_and_the_allowed_values(
+    request_value: Any, message: str
 ) -> None:
     with pytest.raises(SteerRequestError, match=message) as caught:
-        resolve(asked, PLAN)
+        resolve(request_value, PLAN)
     assert len(str(caught.value)) < 400
 
 
@@ -186,7 +190,7 @@ def test_a_short_text_of_many_layers_is_refused_at_once() -> None:
         resolve({"push": {"layers": "0-9999," * 2_000 + "0"}}, PLAN)
 
 
-def test_unlike_doses_of_one_steer_each_count_for_the_limit() -> None:
+def test_different_doses_of_one_steer_each_count_for_the_limit() -> None:
     both = {"plain": 1, "push": {"strength": 1, "layers": "4"}}
     assert len(resolve(both, PLAN)) == 2
     one = plan_for(STEERS, presets=PRESETS, max_steers_per_request=1)
@@ -201,25 +205,28 @@ def test_the_largest_strength_is_that_of_a_dose(strength: float) -> None:
         STEERS, presets={"p": {"push": {"strength": 5, "layers": "4"}}}, max_strength=10
     )
     assert resolve({"push": {"strength": strength, "layers": "4"}}, plan)[0].strength == strength
-    for asked in ({"push": {"strength": 1.5 * strength, "layers": "4"}}, f"p:{strength * 0.3}"):
+    for request_value in (
+        {"push": {"strength": 1.5 * strength, "layers": "4"}},
+        f"p:{strength * 0.3}",
+    ):
         with pytest.raises(SteerRequestError, match=r"strength -?15; allowed: -10 to 10"):
-            resolve(asked, plan)
+            resolve(request_value, plan)
 
 
-def test_a_mix_that_could_not_be_served_stops_the_start() -> None:
-    for asked, message in [
+def test_a_preset_that_cannot_be_served_stops_the_start() -> None:
+    for request_value, message in [
         ({"push": {"layers": "0"}}, "preset p: steer push: layers 0 are not in this steer"),
         ({"word": {"layers": "4"}}, "preset p: steer word acts at the LM head"),
         ({"walk": {"phase": "late"}}, "preset p: steer walk has phase 'late'"),
         ({"push": 11.0}, "preset p: steer push has strength 11; allowed: -10 to 10"),
     ]:
-        plan = plan_for(STEERS, presets={"p": asked}, max_strength=10)
+        plan = plan_for(STEERS, presets={"p": request_value}, max_strength=10)
         with pytest.raises(SteerError, match=message) as caught:
             check_request("p", plan, source="preset p")
         assert not isinstance(caught.value, SteerRequestError)
 
 
-def test_a_steer_itself_can_be_asked_like_a_plans_steer() -> None:
+def test_a_steer_object_resolves_like_a_steer_of_a_plan() -> None:
     assert read_dose("x", {"layers": "9", "phase": "prompt"}, STEERS["push"]) == Dose(
         "x", 8.0, (9,), "prompt"
     )
@@ -241,10 +248,10 @@ options = st.dictionaries(
 requests = st.dictionaries(st.sampled_from([*STEERS, *PRESETS]) | st.text(), options | values)
 
 
-@given(asked=requests, as_text=st.booleans())
-def test_no_value_raises_anything_but_a_request_error(asked: Any, as_text: bool) -> None:
+@given(request_value=requests, as_text=st.booleans())
+def test_no_value_raises_anything_but_a_request_error(request_value: Any, as_text: bool) -> None:
     try:
-        doses = resolve(json.dumps(asked) if as_text else asked, PLAN)
+        doses = resolve(json.dumps(request_value) if as_text else request_value, PLAN)
     except SteerRequestError as error:
         assert str(error)
     else:
@@ -274,14 +281,14 @@ good = st.fixed_dictionaries(
 )
 
 
-@given(asked=st.dictionaries(st.sampled_from(["push", "walk"]), good))
-def test_every_way_to_write_the_same_options_comes_to_the_same_doses(asked: Any) -> None:
-    wanted = resolve(asked, PLAN)
-    assert {d.steer for d in wanted} == set(asked)
+@given(request_value=st.dictionaries(st.sampled_from(["push", "walk"]), good))
+def test_every_notation_of_the_same_options_resolves_to_the_same_doses(request_value: Any) -> None:
+    expected = resolve(request_value, PLAN)
+    assert {d.steer for d in expected} == set(request_value)
     spelled = {
-        name: {k: ",".join(map(str, v)) if k == "layers" else v for k, v in given.items()}
-        for name, given in asked.items()
+        name: {k: ",".join(map(str, v)) if k == "layers" else v for k, v in options.items()}
+        for name, options in request_value.items()
     }
-    backwards = dict(reversed(asked.items()))
-    for other in (json.dumps(asked), f" {json.dumps(asked)} ", spelled, backwards):
-        assert set(resolve(other, PLAN)) == set(wanted)
+    backwards = dict(reversed(request_value.items()))
+    for other in (json.dumps(request_value), f" {json.dumps(request_value)} ", spelled, backwards):
+        assert set(resolve(other, PLAN)) == set(expected)

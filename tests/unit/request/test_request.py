@@ -1,4 +1,4 @@
-"""What a request's ``steer`` value comes to, and how a wrong one is answered."""
+"""The doses of a request's ``steer`` value, and the errors of wrong values."""
 
 import json
 import math
@@ -20,9 +20,9 @@ def plan(make_plan: Any) -> Any:
     return make_plan(STEERS, presets=PRESETS)
 
 
-def resolve(asked: Any, plan: Any) -> dict[str, float]:
-    """Names and strengths of the doses, where no steer comes to more than one."""
-    return by_name(request.resolve(asked, plan))
+def resolve(request_value: Any, plan: Any) -> dict[str, float]:
+    """Names and strengths of the doses, with at most one dose per steer."""
+    return by_name(request.resolve(request_value, plan))
 
 
 def by_name(doses: tuple[Dose, ...]) -> dict[str, float]:
@@ -31,7 +31,7 @@ def by_name(doses: tuple[Dose, ...]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "doses"),
+    ("request_value", "doses"),
     [
         ("detox:5", {"detox": 5}),
         ("detox:5,humor", {"detox": 5, "humor": 8}),
@@ -62,8 +62,10 @@ def by_name(doses: tuple[Dose, ...]) -> dict[str, float]:
     ],
     ids=str,
 )
-def test_a_value_comes_to_strengths_by_name(plan: Any, asked: Any, doses: dict[str, float]) -> None:
-    assert resolve(asked, plan) == doses
+def test_a_value_resolves_to_strengths_by_name(
+    plan: Any, request_value: Any, doses: dict[str, float]
+) -> None:
+    assert resolve(request_value, plan) == doses
 
 
 @given(
@@ -72,23 +74,23 @@ def test_a_value_comes_to_strengths_by_name(plan: Any, asked: Any, doses: dict[s
         st.floats(-1e6, 1e6).filter(lambda v: v != 0),
     )
 )
-def test_every_way_to_write_the_same_doses_comes_to_them(doses: dict[str, float]) -> None:
+def test_every_notation_of_the_same_doses_resolves_to_them(doses: dict[str, float]) -> None:
     plan = _plan()
     spelled = ",".join(f"{name}:{strength!r}" for name, strength in doses.items())
     nested = {name: {"strength": strength} for name, strength in doses.items()}
-    for asked in (doses, nested, spelled, json.dumps(doses), json.dumps(nested)):
-        assert resolve(asked, plan) == doses
+    for request_value in (doses, nested, spelled, json.dumps(doses), json.dumps(nested)):
+        assert resolve(request_value, plan) == doses
 
 
 @given(
-    asked=st.recursive(
+    request_value=st.recursive(
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
-def test_no_json_value_raises_anything_but_a_request_error(asked: Any) -> None:
+def test_no_json_value_raises_anything_but_a_request_error(request_value: Any) -> None:
     try:
-        assert all(map(math.isfinite, resolve(asked, _plan()).values()))
+        assert all(map(math.isfinite, resolve(request_value, _plan()).values()))
     except SteerRequestError as error:
         assert str(error)
 
@@ -116,18 +118,18 @@ def _plan() -> Any:
     )
 
 
-def test_the_callers_dict_is_not_changed(plan: Any) -> None:
-    asked = {"detox": {"strength": 5}, "humor": "3"}
-    before = json.dumps(asked)
-    resolve(asked, plan)
-    assert json.dumps(asked) == before
+def test_the_dict_of_the_caller_is_unchanged(plan: Any) -> None:
+    request_value = {"detox": {"strength": 5}, "humor": "3"}
+    before = json.dumps(request_value)
+    resolve(request_value, plan)
+    assert json.dumps(request_value) == before
 
 
 ALLOWED = "a string such as 'detox:5,humor'"
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("request_value", "message"),
     [
         (5, f"steer is 5; allowed: {ALLOWED}"),
         (True, f"steer is True; allowed: {ALLOWED}"),
@@ -170,15 +172,15 @@ ALLOWED = "a string such as 'detox:5,humor'"
     ],
     ids=str,
 )
-def test_a_wrong_value_is_answered_with_what_was_given_and_what_is_allowed(
-    plan: Any, asked: Any, message: str
+def test_the_error_of_a_wrong_value_names_it_and_the_allowed_values(
+    plan: Any, request_value: Any, message: str
 ) -> None:
     with pytest.raises(SteerRequestError, match=message):
-        resolve(asked, plan)
+        resolve(request_value, plan)
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "request_value",
     [
         "detox:" + "9" * 5000,
         {"detox": 10**5000},
@@ -188,9 +190,9 @@ def test_a_wrong_value_is_answered_with_what_was_given_and_what_is_allowed(
     ],
     ids=["string", "integer", "nested-integer", "json-integer", "json-depth"],
 )
-def test_a_monstrous_value_is_answered_like_any_other(plan: Any, asked: Any) -> None:
+def test_a_huge_value_gets_an_ordinary_error(plan: Any, request_value: Any) -> None:
     with pytest.raises(SteerRequestError, match="steer"):
-        resolve(asked, plan)
+        resolve(request_value, plan)
 
 
 @pytest.mark.parametrize("strength", [3.5e38, -1e300, 1e39])
@@ -200,7 +202,7 @@ def test_a_strength_that_is_infinite_in_float32_is_refused(plan: Any, strength: 
         resolve({"detox": strength}, plan)
 
 
-def test_an_unknown_name_is_answered_without_presets_if_there_are_none(make_plan: Any) -> None:
+def test_the_error_of_an_unknown_name_lists_presets_only_if_they_exist(make_plan: Any) -> None:
     with pytest.raises(SteerRequestError, match=r"'b' is unknown; steers: a$"):
         resolve("b", make_plan({"a": 1.0}))
 
@@ -217,27 +219,27 @@ def test_as_many_steers_as_allowed_are_admitted(make_plan: Any) -> None:
 def test_a_strength_up_to_the_limit_is_admitted(make_plan: Any, sign: int) -> None:
     plan = make_plan({"a": 1.0}, presets={"p": {"a": 8.0}}, max_strength=10)
     assert resolve({"a": sign * 10}, plan) == {"a": sign * 10}
-    for asked in ({"a": sign * 10.5}, f"a:{sign * 6},a:{sign * 4.5}", f"p:{sign * 1.3125}"):
+    for request_value in ({"a": sign * 10.5}, f"a:{sign * 6},a:{sign * 4.5}", f"p:{sign * 1.3125}"):
         with pytest.raises(
             SteerRequestError, match=rf"strength {sign * 10.5:g}; allowed: -10 to 10"
         ):
-            resolve(asked, plan)
+            resolve(request_value, plan)
 
 
-def test_a_strength_just_above_the_limit_is_told_apart_from_it(make_plan: Any) -> None:
+def test_a_strength_just_above_the_limit_is_refused_with_exact_numbers(make_plan: Any) -> None:
     with pytest.raises(SteerRequestError, match=r"strength 10\.0000001; allowed: -10 to 10"):
         resolve("a:10.0000001", make_plan({"a": 1.0}, max_strength=10))
 
 
 @pytest.mark.parametrize(
-    ("asked", "doses"),
+    ("request_value", "doses"),
     [(None, {"a": 2}), ("none", {}), ("", {}), ({}, {}), ("{}", {}), ("b:3", {"b": 3})],
     ids=str,
 )
-def test_the_default_serves_requests_that_do_not_ask_and_no_others(
-    make_plan: Any, asked: Any, doses: dict[str, float]
+def test_the_default_applies_only_to_requests_without_a_steer(
+    make_plan: Any, request_value: Any, doses: dict[str, float]
 ) -> None:
-    assert by_name(make_plan({"a": 1.0, "b": 1.0}, default="a:2").doses(asked)) == doses
+    assert by_name(make_plan({"a": 1.0, "b": 1.0}, default="a:2").doses(request_value)) == doses
 
 
 def test_a_preset_can_be_the_default(make_plan: Any) -> None:

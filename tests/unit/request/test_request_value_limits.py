@@ -1,4 +1,4 @@
-"""How large a request's value may be, and what no engine could be sent."""
+"""Limits of the size of a request's value, and values that cannot be sent to an engine."""
 
 import json
 import time
@@ -62,14 +62,14 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("case", TOO_LARGE)
-@pytest.mark.parametrize("door", ["resolve", "doses", "admit", "admit_and_set_cache_key"])
-def test_a_value_above_the_ceilings_ends_at_once(plan: Any, case: str, door: str) -> None:
-    asked, message = TOO_LARGE[case]
+@pytest.mark.parametrize("entry", ["resolve", "doses", "admit", "admit_and_set_cache_key"])
+def test_a_value_above_the_ceilings_is_refused_at_once(plan: Any, case: str, entry: str) -> None:
+    request_value, message = TOO_LARGE[case]
     config = SimpleNamespace(additional_config={"steer": plan.to_json()})
-    params = SimpleNamespace(extra_args={"steer": asked})
+    params = SimpleNamespace(extra_args={"steer": request_value})
     doors = {
-        "resolve": lambda: resolve(asked, plan),
-        "doses": lambda: plan.doses(asked),
+        "resolve": lambda: resolve(request_value, plan),
+        "doses": lambda: plan.doses(request_value),
         "admit": lambda: admit(params, config),
         "admit_and_set_cache_key": lambda: admit_and_set_cache_key(
             SimpleNamespace(sampling_params=params), config
@@ -77,7 +77,7 @@ def test_a_value_above_the_ceilings_ends_at_once(plan: Any, case: str, door: str
     }
     begin = time.process_time()
     with pytest.raises(SteerRequestError, match=message) as caught:
-        doors[door]()
+        doors[entry]()
     assert time.process_time() - begin < 0.5
     assert len(str(caught.value)) < 300
 
@@ -93,7 +93,7 @@ class Text(str):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("request_value", "message"),
     [
         (5, "steer is 5; allowed: a string"),
         (10**400, "steer is a whole number of 401 digits; allowed"),
@@ -115,20 +115,20 @@ class Text(str):
     ],
     ids=range(17),
 )
-def test_what_is_no_steer_or_cannot_travel_is_named_for_what_it_is(
-    plan: Any, asked: Any, message: str
+def test_a_value_that_is_invalid_or_not_serialisable_is_described(
+    plan: Any, request_value: Any, message: str
 ) -> None:
     config = SimpleNamespace(additional_config={"steer": plan.to_json()})
     with pytest.raises(RejectedSteer, match=message):
-        admit(SimpleNamespace(extra_args={"steer": asked}), config)
+        admit(SimpleNamespace(extra_args={"steer": request_value}), config)
 
 
-def test_whatever_is_admitted_travels(plan: Any) -> None:
+def test_every_admitted_value_can_be_serialised(plan: Any) -> None:
     import msgspec
 
-    for asked in ({"a": 2**64 - 1}, {"a": -(2**63)}, {"a": 1.5}, {"a": "1"}, '{"a": 1}'):
-        assert plan.doses(asked)
-        assert msgspec.msgpack.decode(msgspec.msgpack.encode(asked)) == asked
+    for request_value in ({"a": 2**64 - 1}, {"a": -(2**63)}, {"a": 1.5}, {"a": "1"}, '{"a": 1}'):
+        assert plan.doses(request_value)
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(request_value)) == request_value
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_whatever_is_admitted_travels(plan: Any) -> None:
      "1,5", "\u0967", "0b1", "0o7", "1e5.0", "\u22121"],
 )  # fmt: skip
 def test_only_ascii_numbers_are_numbers(plan: Any, text: str) -> None:
-    for asked in ({"a": text}, f"a:{text}", json.dumps({"a": {"strength": text}})):
+    for request_value in ({"a": text}, f"a:{text}", json.dumps({"a": {"strength": text}})):
         with pytest.raises(SteerRequestError) as caught:
-            resolve(asked, plan)
+            resolve(request_value, plan)
         assert "expected a number, such as a:1.5" in str(caught.value) or "," in text
 
 
@@ -149,9 +149,9 @@ def test_only_ascii_numbers_are_numbers(plan: Any, text: str) -> None:
     [("1", 1), ("+1", 1), ("-1.50", -1.5), (".5", 0.5), ("-.5", -0.5), ("1e3", 1000),
      ("1E+3", 1000), ("25e-1", 2.5), (" 1 ", 1), ("\t1\n", 1)],
 )  # fmt: skip
-def test_every_ascii_number_is_one(plan: Any, text: str, value: float) -> None:
-    for asked in ({"a": text}, f"a:{text}", json.dumps({"a": text})):
-        assert resolve(asked, plan)[0].strength == value
+def test_every_ascii_number_is_a_number(plan: Any, text: str, value: float) -> None:
+    for request_value in ({"a": text}, f"a:{text}", json.dumps({"a": text})):
+        assert resolve(request_value, plan)[0].strength == value
 
 
 def test_names_are_cut_in_messages_as_values_are(make_plan: Any) -> None:
@@ -160,7 +160,7 @@ def test_names_are_cut_in_messages_as_values_are(make_plan: Any) -> None:
         presets={f"preset-{n}": {} for n in range(500)},
         max_steers=200,
     )
-    for asked in (
+    for request_value in (
         "x" * 15_000,
         {"y" * 15_000: 1},
         {"steer-with-a-name-0": dict.fromkeys(["o" * 1000, "p" * 1000, "q" * 1000], 1)},
@@ -168,14 +168,14 @@ def test_names_are_cut_in_messages_as_values_are(make_plan: Any) -> None:
         "w" * 15_000 + ":dynamic:::",
     ):
         with pytest.raises(SteerRequestError) as caught:
-            resolve(asked, plan)
+            resolve(request_value, plan)
         assert len(str(caught.value)) < 800
     with pytest.raises(SteerRequestError, match=r"steer-with-a-name-0, .* and \d+ more; presets: "):
         resolve("x", plan)
 
 
 @given(
-    asked=st.recursive(
+    request_value=st.recursive(
         st.none()
         | st.booleans()
         | st.floats()
@@ -192,8 +192,13 @@ def test_names_are_cut_in_messages_as_values_are(make_plan: Any) -> None:
     )
 )
 @settings(deadline=500)
-def test_any_value_resolves_or_is_answered_in_time(asked: Any) -> None:
-    for value in (asked, {"a": asked}, {"a": {"strength": asked}}, {"a": {"layers": asked}}):
+def test_any_value_resolves_or_is_refused_in_time(request_value: Any) -> None:
+    for value in (
+        request_value,
+        {"a": request_value},
+        {"a": {"strength": request_value}},
+        {"a": {"layers": request_value}},
+    ):
         try:
             PLAN.doses(value)
         except SteerRequestError as error:

@@ -33,7 +33,9 @@ def test_a_request_that_can_be_served_is_admitted_unchanged(engine: Any, params:
     assert repr(params) == before
 
 
-def test_a_request_that_cannot_be_served_is_vllms_validation_error_and_ours(engine: Any) -> None:
+def test_a_request_that_cannot_be_served_raises_vllms_validation_error_and_ours(
+    engine: Any,
+) -> None:
     from vllm.exceptions import VLLMValidationError
 
     from vllm_steer import SteerRequestError
@@ -45,7 +47,7 @@ def test_a_request_that_cannot_be_served_is_vllms_validation_error_and_ours(engi
     assert caught.value.parameter == "vllm_xargs.steer"
 
 
-def test_a_rejection_survives_the_way_between_processes() -> None:
+def test_a_rejection_can_be_pickled_between_processes() -> None:
     import pickle
 
     from vllm_steer.serving.request_args import RejectedSteer
@@ -77,7 +79,7 @@ def test_a_rejection_names_the_argument_at_fault(
 
 @pytest.mark.parametrize("steer", [None, "a:1", "none"], ids=repr)
 @pytest.mark.parametrize("salt", [None, "mine"], ids=repr)
-def test_a_steer_at_the_head_leaves_the_cache_key_alone(
+def test_a_steer_at_the_head_does_not_change_the_cache_key(
     engine: Any, steer: Any, salt: str | None
 ) -> None:
     from vllm_steer.serving.admission import admit_and_set_cache_key
@@ -90,7 +92,7 @@ def test_a_steer_at_the_head_leaves_the_cache_key_alone(
     assert request.cache_salt == salt
 
 
-def test_the_engine_core_refuses_what_the_frontend_did_not(engine: Any) -> None:
+def test_the_engine_core_refuses_requests_that_bypass_the_frontend(engine: Any) -> None:
     from vllm_steer.serving.admission import admit_and_set_cache_key
     from vllm_steer.serving.request_args import RejectedSteer
 

@@ -56,15 +56,15 @@ def step(
 
 def strengths(batch: SteeredBatch, table: HeadTable, num_rows: int) -> dict[int, dict[str, float]]:
     """Row to steers and strengths, as the head would apply them."""
-    found = batch.head_rows.metadata_for(torch.zeros(num_rows, 6), table)
-    if found is None:
+    rows = batch.head_rows.metadata_for(torch.zeros(num_rows, 6), table)
+    if rows is None:
         return {}
     names = {slot: name for name, slot in table.slots.items()}
     result: dict[int, dict[str, float]] = {}
-    for slot, start, end in found.groups:
+    for slot, start, end in rows.groups:
         for pair in range(start, end):
-            row = result.setdefault(int(found.rows[pair]), {})
-            row[names[slot]] = float(found.scales[pair]) / table.epsilon(names[slot])
+            row = result.setdefault(int(rows.rows[pair]), {})
+            row[names[slot]] = float(rows.scales[pair]) / table.epsilon(names[slot])
     return result
 
 
@@ -81,7 +81,7 @@ def test_each_row_carries_its_own_requests_steers(batch: SteeredBatch, table: He
     }
 
 
-def test_requests_keep_their_steers_over_steps_and_places(
+def test_requests_keep_their_steers_over_steps_and_batch_positions(
     batch: SteeredBatch, table: HeadTable
 ) -> None:
     step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2", "r2": "b:3"})
@@ -108,7 +108,7 @@ def test_a_joining_request_is_noticed(batch: SteeredBatch, table: HeadTable) -> 
 
 
 @pytest.mark.parametrize("again", [None, "none", "a:0", ""], ids=repr)
-def test_an_id_used_again_without_a_steer_is_unsteered(
+def test_a_reused_id_without_a_steer_is_unsteered(
     batch: SteeredBatch, table: HeadTable, again: Any
 ) -> None:
     step(batch, {"r1": 1, "r2": 1}, new={"r1": "a:2", "r2": "a:5"})
@@ -117,22 +117,22 @@ def test_an_id_used_again_without_a_steer_is_unsteered(
     assert strengths(batch, table, 2) == {1: {"a": 5}}
 
 
-def test_an_id_used_again_with_another_steer_takes_that(
-    batch: SteeredBatch, table: HeadTable
-) -> None:
+def test_a_reused_id_takes_its_new_steer(batch: SteeredBatch, table: HeadTable) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     assert strengths(batch, table, 1) == {0: {"a": 2}}
     step(batch, {"r1": 1}, new={"r1": "b:7"}, finished=("r1",))
     assert strengths(batch, table, 1) == {0: {"b": 7}}
 
 
-def test_the_configs_default_steers_those_that_do_not_ask(make_plan: Any, table: HeadTable) -> None:
+def test_the_default_of_the_config_steers_requests_without_a_steer(
+    make_plan: Any, table: HeadTable
+) -> None:
     batch = SteeredBatch(make_plan({"a": 1.0, "b": 1.0}, default="a:4"), CPU, reference)
     step(batch, {"r1": 1, "r2": 1, "r3": 1}, new={"r1": None, "r2": "none", "r3": "b:1"})
     assert strengths(batch, table, 3) == {0: {"a": 4}, 2: {"b": 1}}
 
 
-def test_each_shelf_takes_its_own_steers(
+def test_each_table_takes_its_own_steers(
     batch: SteeredBatch, bank: HeadBank, table: HeadTable
 ) -> None:
     assert bank.logits is not None
@@ -141,7 +141,7 @@ def test_each_shelf_takes_its_own_steers(
     assert strengths(batch, bank.logits, 2) == {0: {"c": 3}, 1: {"c": -1}}
 
 
-def test_no_row_is_steered_when_no_request_is(batch: SteeredBatch, table: HeadTable) -> None:
+def test_no_row_is_steered_without_a_steered_request(batch: SteeredBatch, table: HeadTable) -> None:
     batch.begin_step([("r1", params(), 1)], ())
     assert not batch.has_steered_requests
     assert batch.head_rows.metadata_for(torch.zeros(1, 6), table) is None
@@ -153,16 +153,16 @@ def test_a_pooling_request_has_no_steers(make_plan: Any) -> None:
     assert not batch.has_steered_requests
 
 
-def test_a_step_that_was_not_announced_is_an_error_and_not_unsteered(
-    batch: SteeredBatch, table: HeadTable
-) -> None:
+def test_a_step_without_announced_rows_is_an_error(batch: SteeredBatch, table: HeadTable) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     batch.begin_step([], ())
     with pytest.raises(RuntimeError, match="reached the LM head without its rows"):
         batch.head_rows.metadata_for(torch.zeros(1, 6), table)
 
 
-def test_other_rows_than_announced_are_an_error(batch: SteeredBatch, table: HeadTable) -> None:
+def test_rows_other_than_the_announced_ones_are_an_error(
+    batch: SteeredBatch, table: HeadTable
+) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     with pytest.raises(AssertionError, match="2 logits rows, 1 announced"):
         batch.head_rows.metadata_for(torch.zeros(2, 6), table)
@@ -172,11 +172,11 @@ def test_other_rows_than_announced_are_an_error(batch: SteeredBatch, table: Head
 def test_a_dummy_run_exercises_as_many_steers_on_every_row_as_a_request_may_take(
     batch: SteeredBatch, table: HeadTable, num_rows: int
 ) -> None:
-    wanted = {row: {"a": 1.0, "b": 1.0} for row in range(num_rows)}
-    assert strengths(batch, table, num_rows) == wanted
+    expected = {row: {"a": 1.0, "b": 1.0} for row in range(num_rows)}
+    assert strengths(batch, table, num_rows) == expected
     step(batch, {"r1": 1}, new={"r1": "a:2"})
     batch.begin_dummy_run()
-    assert strengths(batch, table, num_rows) == wanted
+    assert strengths(batch, table, num_rows) == expected
 
 
 def test_prompt_tokens_are_steered_with_the_window_of_their_rows(
@@ -190,15 +190,15 @@ def test_prompt_tokens_are_steered_with_the_window_of_their_rows(
     )
     hidden_states = torch.zeros(9, 6)
     with batch.head_rows.over_tokens(hidden_states):
-        for start, end, wanted in [
+        for start, end, expected in [
             (0, 3, {0: {"a": 2}, 1: {"a": 2}, 2: {"a": 2}}),
             (3, 5, {}),
             (5, 8, {0: {"b": 3}, 1: {"b": 3}, 2: {"b": 3}}),
             (2, 6, {0: {"a": 2}, 3: {"b": 3}}),
         ]:
-            found = batch.head_rows.metadata_for(hidden_states[start:end], table)
-            rows = {} if found is None else sorted(found.rows.tolist())
-            assert sorted(rows) == sorted(wanted)
+            result = batch.head_rows.metadata_for(hidden_states[start:end], table)
+            rows = {} if result is None else sorted(result.rows.tolist())
+            assert sorted(rows) == sorted(expected)
         with pytest.raises(RuntimeError, match="no slice of the model's output"):
             batch.head_rows.metadata_for(hidden_states[:2].clone(), table)
     assert strengths(batch, table, 3) == {0: {"a": 2}, 2: {"b": 3}}
@@ -210,14 +210,12 @@ def test_prompt_tokens_in_a_view_that_starts_late_are_found(
     step(batch, {"r1": 1, "r2": 1}, new={"r1": None, "r2": "a:2"}, tokens={"r1": 2, "r2": 3})
     hidden_states = torch.zeros(8, 6)[3:]
     with batch.head_rows.over_tokens(hidden_states):
-        found = batch.head_rows.metadata_for(hidden_states[1:4], table)
-    assert found is not None
-    assert found.rows.tolist() == [1, 2]
+        rows = batch.head_rows.metadata_for(hidden_states[1:4], table)
+    assert rows is not None
+    assert rows.rows.tolist() == [1, 2]
 
 
-def test_leaving_the_prompt_tokens_by_an_error_leaves_them(
-    batch: SteeredBatch, table: HeadTable
-) -> None:
+def test_an_error_ends_the_context_of_prompt_tokens(batch: SteeredBatch, table: HeadTable) -> None:
     step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 5})
     with pytest.raises(KeyError), batch.head_rows.over_tokens(torch.zeros(5, 6)):
         raise KeyError
@@ -229,8 +227,8 @@ def test_a_dummy_run_takes_no_more_steers_per_row_than_a_request_may(
     make_plan: Any, table: HeadTable, allowed: int
 ) -> None:
     plan = make_plan({"a": 1.0, "b": 1.0, "c": 1.0}, max_steers_per_request=allowed)
-    found = strengths(SteeredBatch(plan, CPU, reference), table, 5)
-    assert {len(steers) for steers in found.values()} == {min(allowed, len(table.slots))}
+    rows = strengths(SteeredBatch(plan, CPU, reference), table, 5)
+    assert {len(steers) for steers in rows.values()} == {min(allowed, len(table.slots))}
 
 
 def test_a_step_that_ends_unannounced_is_an_error_where_requests_are_steered(
@@ -245,7 +243,7 @@ def test_a_step_that_ends_unannounced_is_an_error_where_requests_are_steered(
         batch.require_announced()
 
 
-def test_only_prompt_tokens_come_in_parts(make_plan: Any) -> None:
+def test_only_prompt_tokens_are_processed_in_chunks(make_plan: Any) -> None:
     batch = SteeredBatch(make_plan({"a": 1.0}), CPU, reference, max_rows=200)
     step(batch, {"r1": 1}, new={"r1": "a:2"}, tokens={"r1": 450})
     hidden_states = torch.zeros(450, 6)
@@ -260,6 +258,6 @@ def test_only_prompt_tokens_come_in_parts(make_plan: Any) -> None:
 
 
 @pytest.mark.parametrize("max_rows", [1, 8, 128])
-def test_the_parts_of_a_small_engine_are_not_small(make_plan: Any, max_rows: int) -> None:
+def test_the_chunks_of_a_small_engine_are_not_small(make_plan: Any, max_rows: int) -> None:
     batch = SteeredBatch(make_plan({"a": 1.0}), CPU, reference, max_rows=max_rows)
     assert batch.head_rows.rows_at_once == 128

@@ -76,11 +76,11 @@ def keyed(
 ) -> Request:
     """A request as it passes the engine core's door."""
     arguments = None if steer is None else {"steer": steer}
-    given = core_request(arguments, prompt_len, salt)
+    arrival = core_request(arguments, prompt_len, salt)
     for name, value in fields.items():
-        setattr(given, name, value)
-    admit_and_set_cache_key(given, engine(plan))
-    return scheduled(given, block=block, algorithm=algorithm)
+        setattr(arrival, name, value)
+    admit_and_set_cache_key(arrival, engine(plan))
+    return scheduled(arrival, block=block, algorithm=algorithm)
 
 
 def engine(plan: SteerPlan) -> Any:
@@ -104,11 +104,11 @@ def core_request(
     )
 
 
-def scheduled(given: EngineCoreRequest, *, block: int, algorithm: str) -> Request:
+def scheduled(core_request: EngineCoreRequest, *, block: int, algorithm: str) -> Request:
     """The scheduler's request with all of its tokens, generated ones one by one."""
     hash_function = hashing.get_hash_fn_by_name(algorithm)
     request = Request.from_engine_core_request(
-        given, kv_cache_utils.get_request_block_hasher(block, hash_function)
+        core_request, kv_cache_utils.get_request_block_hasher(block, hash_function)
     )
     for token in TOKENS[request.num_prompt_tokens :]:
         request.append_output_token_ids(token)
@@ -120,10 +120,10 @@ def stream_keys(
 ) -> list[bytes]:
     """The keys of a dynamic request's base (None), or of the probe of its dose ``dose``."""
     stream = StreamRequest("r", steer, dose).to_args()
-    given = core_request({STREAM: stream}, prompt_len, salt)
-    given.request_id = f"r-{dose}"
-    given.cache_salt = steered_salt(given, doses_of(given.sampling_params, PLAN), PLAN)
-    return list(scheduled(given, block=block, algorithm="sha256").block_hashes)
+    arrival = core_request({STREAM: stream}, prompt_len, salt)
+    arrival.request_id = f"r-{dose}"
+    arrival.cache_salt = steered_salt(arrival, doses_of(arrival.sampling_params, PLAN), PLAN)
+    return list(scheduled(arrival, block=block, algorithm="sha256").block_hashes)
 
 
 def keys(steer: Any, **options: Any) -> list[bytes]:
@@ -162,19 +162,19 @@ PROMPT, LATE = {"phase": "prompt"}, {"phase": "generation"}
         ({"push": 0.0, "word": 1}, lambda prompt_len: LENGTH),
         ("none", lambda prompt_len: LENGTH),
     ],
-    ids=lambda given: "" if callable(given) else str(given),
+    ids=lambda value: "" if callable(value) else str(value),
 )
 def test_blocks_before_the_first_token_that_a_steer_changes_stay_shared(
     steer: Any, begins: Any, prompt_len: int, block: int
 ) -> None:
     plain = keys(None, prompt_len=prompt_len, block=block)
-    found = keys(steer, prompt_len=prompt_len, block=block)
-    assert shared(plain, found) == min(begins(prompt_len), LENGTH) // block
+    block_keys = keys(steer, prompt_len=prompt_len, block=block)
+    assert shared(plain, block_keys) == min(begins(prompt_len), LENGTH) // block
 
 
 def test_every_algorithm_shares_the_same_blocks(algorithm: str, block: int) -> None:
-    def of(steer: Any, **more: Any) -> list[bytes]:
-        return keys(steer, block=block, algorithm=algorithm, **more)
+    def of(steer: Any, **options: Any) -> list[bytes]:
+        return keys(steer, block=block, algorithm=algorithm, **options)
 
     for salt in (None, "mine"):
         plain, always = of(None, salt=salt), of({"push": 2}, salt=salt)
@@ -208,7 +208,7 @@ def test_all_and_prompt_are_the_same_within_the_prompt(prompt_len: int, blocks: 
 def test_a_longer_prompt_with_the_same_text_shares_until_the_shorter_one_ends(
     steer: Any, blocks: int
 ) -> None:
-    """The second prompt repeats what the first request generated."""
+    """The second prompt repeats the generated text of the first request."""
     assert shared(keys(steer, prompt_len=10), keys(steer, prompt_len=14)) == blocks
 
 
@@ -228,7 +228,7 @@ SPELLINGS: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("one", "other"), SPELLINGS, ids=str)
-def test_the_same_doses_have_the_same_keys_however_they_are_written(one: Any, other: Any) -> None:
+def test_the_same_doses_in_any_notation_have_the_same_keys(one: Any, other: Any) -> None:
     assert keys(one) == keys(other) != keys(None)
 
 
@@ -285,39 +285,39 @@ def one_effect(dose: Dose, position: int, prompt_len: int) -> Iterator[Any]:
         yield dose.steer, layer, step if steer.kind == "delta" else None, strength
 
 
-def test_no_two_requests_share_a_block_whose_tokens_are_treated_differently(block: int) -> None:
+def test_requests_never_share_a_block_with_different_doses(block: int) -> None:
     lengths = (1, 4, 9, 10, 12)
-    found = {
+    block_keys = {
         (i, p): (keys(steer, prompt_len=p, block=block), effects(steer, p))
         for i, steer in enumerate(APART)
         for p in lengths
     }
-    for (one, one_does), (other, other_does) in itertools.combinations(found.values(), 2):
+    for (one, one_does), (other, other_does) in itertools.combinations(block_keys.values(), 2):
         like = sum(1 for _ in itertools.takewhile(
             lambda pair: pair[0] == pair[1], zip(one_does, other_does, strict=True)
         ))  # fmt: skip
         assert shared(one, other) <= like // block
 
 
-def test_unlike_requests_are_told_apart_by_the_end_of_their_text() -> None:
+def test_different_requests_have_different_keys_at_the_end_of_their_text() -> None:
     ends = [keys(steer)[-1] for steer in APART]
     assert len(set(ends)) == len(APART)
 
 
-def test_keys_name_the_content_and_not_the_name_or_the_file() -> None:
+def test_keys_depend_on_the_content_and_not_on_name_or_file() -> None:
     renamed = plan_for({"other": STEERS["push"], "push": STEERS["spin"]})
     assert keys("push:2") == keys("other:2", plan=renamed)
     assert keys("push:2") != keys("push:2", plan=renamed)
 
 
-def test_a_default_has_the_key_of_the_request_that_asks_for_it() -> None:
+def test_a_default_has_the_key_of_an_explicit_request() -> None:
     plan = plan_for(STEERS, presets=PRESETS, default="mix")
     assert keys(None, plan=plan) == keys("mix")
     assert keys("none", plan=plan) == keys(None)
 
 
 @pytest.mark.parametrize("steer", [None, "word:2", {"push": LATE}, {"walk": 1}], ids=str)
-def test_the_users_own_salt_stays_the_salt_until_a_steer_acts_from_the_start(steer: Any) -> None:
+def test_the_users_salt_is_unchanged_unless_a_steer_acts_from_the_start(steer: Any) -> None:
     request = keyed(steer, salt="mine")
     assert request.cache_salt == "mine"
     assert shared(keys(steer, salt="mine"), keys(steer)) == 0
@@ -325,7 +325,7 @@ def test_the_users_own_salt_stays_the_salt_until_a_steer_acts_from_the_start(ste
     assert keys("word:2", salt="mine") == keys(None, salt="mine")
 
 
-def test_a_steer_from_the_start_joins_the_users_own_salt() -> None:
+def test_a_steer_from_the_start_is_combined_with_the_users_salt() -> None:
     assert keyed("push:2", salt="mine").cache_salt.startswith("mine|steer:")
     assert keyed("push:2").cache_salt.startswith("|steer:")
     for other in (keys("push:2"), keys("push:2", salt="yours"), keys(None, salt="mine")):
@@ -333,35 +333,37 @@ def test_a_steer_from_the_start_joins_the_users_own_salt() -> None:
 
 
 @pytest.mark.parametrize("steer", ["push:2", {"push": {"strength": 2, **PROMPT}}], ids=str)
-@pytest.mark.parametrize("mine", [None, "mine"])
-def test_no_salt_of_a_users_own_opens_the_blocks_of_a_steer(steer: Any, mine: str | None) -> None:
+@pytest.mark.parametrize("salt", [None, "mine"])
+def test_no_user_salt_can_match_the_blocks_of_a_steer(steer: Any, salt: str | None) -> None:
     """Otherwise an unsteered request could leave its KV for the steered ones to find."""
-    forged = str(keyed(steer, salt=mine).cache_salt)
-    assert shared(keys(steer, salt=mine), keys(None, salt=forged)) == 0
-    assert shared(keys(steer, salt=mine), keys("spin:1", salt=forged)) == 0
+    forged = str(keyed(steer, salt=salt).cache_salt)
+    assert shared(keys(steer, salt=salt), keys(None, salt=forged)) == 0
+    assert shared(keys(steer, salt=salt), keys("spin:1", salt=forged)) == 0
 
 
 def test_a_request_of_embeddings_is_keyed_by_their_number() -> None:
     embeds = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
-    given = {"prompt_token_ids": None, "prompt_embeds": embeds}
-    plain = keys(None, **given)
+    prompt = {"prompt_token_ids": None, "prompt_embeds": embeds}
+    plain = keys(None, **prompt)
     assert len(plain) == LENGTH // 4
-    assert shared(plain, keys({"push": LATE}, **given)) == 2
-    assert shared(plain, keys({"walk": 1}, **given)) == 2
-    assert shared(plain, keys({"push": 1}, **given)) == 0
-    assert shared(plain, keys({"word": 1}, **given)) == 10
+    assert shared(plain, keys({"push": LATE}, **prompt)) == 2
+    assert shared(plain, keys({"walk": 1}, **prompt)) == 2
+    assert shared(plain, keys({"push": 1}, **prompt)) == 0
+    assert shared(plain, keys({"word": 1}, **prompt)) == 10
 
 
-def test_keys_are_ordinary_values_for_whoever_publishes_them() -> None:
+def test_keys_are_plain_values_that_can_be_published() -> None:
     request = keyed({"push": 2, "walk": 1, "spin": LATE}, salt="mine")
     assert isinstance(request.cache_salt, SteeredSalt)
     for start in range(0, LENGTH, 4):
-        found, next_mm = kv_cache_utils.generate_block_hash_extra_keys(request, start, start + 4, 0)
+        block_keys, next_mm = kv_cache_utils.generate_block_hash_extra_keys(
+            request, start, start + 4, 0
+        )
         assert next_mm == 0
-        for key in found or ():
+        for key in block_keys or ():
             assert [type(part) for part in key] == [str, str]
-        events = kv_cache_utils.to_event_extra_keys([found])
-        assert events == [None if found is None else tuple(key[1] for key in found)]
+        events = kv_cache_utils.to_event_extra_keys([block_keys])
+        assert events == [None if block_keys is None else tuple(key[1] for key in block_keys)]
     assert kv_cache_utils.generate_block_hash_extra_keys(request, 20, 24, 0) == (None, 0)
 
 
@@ -387,25 +389,25 @@ DYNAMIC: list[Any] = [
 
 @pytest.mark.parametrize("prompt_len", PROMPT_LENGTHS)
 @pytest.mark.parametrize("steer", DYNAMIC, ids=str)
-def test_a_dynamic_request_owns_its_blocks_from_the_last_prompt_token_on(
+def test_a_dynamic_request_shares_no_block_from_the_last_prompt_token_on(
     steer: Any, prompt_len: int, block: int
 ) -> None:
     def of(steer: Any, request_id: str) -> list[bytes]:
         return keys(steer, prompt_len=prompt_len, block=block, request_id=request_id)
 
-    others = [
+    other_keys = [
         of(None, "r"),
         of(steer, "another"),
         stream_keys(steer, None, prompt_len=prompt_len, block=block),
         stream_keys(steer, 0, prompt_len=prompt_len, block=block),
     ]
-    for other in others:
+    for other in other_keys:
         assert shared(of(steer, "r"), other) == (prompt_len - 1) // block
     assert of(steer, "r") == of(steer, "r")  # after a preemption its blocks are found again
 
 
-def test_an_id_that_comes_again_shares_only_where_the_strengths_are_the_same() -> None:
-    own = keys("walk:dynamic", prompt_len=10)
+def test_a_reused_id_shares_only_blocks_with_the_same_strengths() -> None:
+    keys_of_request = keys("walk:dynamic", prompt_len=10)
     for other, prompt_len in [
         ("walk:dynamic:1", 10),
         ("walk:dynamic:2:0.6", 10),
@@ -415,7 +417,7 @@ def test_an_id_that_comes_again_shares_only_where_the_strengths_are_the_same() -
         ("step:dynamic", 10),
         ({"walk": 2}, 10),
     ]:
-        assert shared(own, keys(other, prompt_len=prompt_len)) == 9 // 4
+        assert shared(keys_of_request, keys(other, prompt_len=prompt_len)) == 9 // 4
 
 
 @pytest.mark.parametrize("prompt_len", PROMPT_LENGTHS)
@@ -427,8 +429,10 @@ def test_a_base_has_the_keys_of_an_unsteered_request(prompt_len: int, salt: str 
 
 
 @pytest.mark.parametrize("prompt_len", PROMPT_LENGTHS)
-def test_probes_of_the_like_share_all_their_blocks(prompt_len: int) -> None:
-    """A probe takes its own dose at its maximum: nothing else of its request changes its KV."""
+def test_equal_probes_share_all_their_blocks(prompt_len: int) -> None:
+    """A probe has only its own dose at its maximum: other doses of the request do not change its
+    KV.
+    """
 
     def probe(steer: Any, dose: int = 0) -> list[bytes]:
         return stream_keys(steer, dose, prompt_len=prompt_len)
@@ -445,13 +449,13 @@ def test_probes_of_the_like_share_all_their_blocks(prompt_len: int) -> None:
         assert shared(alone, probe(other)) == (prompt_len - 1) // 4
 
 
-def test_the_probe_of_a_vector_shares_with_every_request_that_the_vector_enters_there() -> None:
+def test_the_probe_of_a_vector_shares_blocks_with_requests_that_use_the_vector_equally() -> None:
     """In phase ``generation`` after a prompt that is one token shorter."""
     assert stream_keys("push:dynamic:2", 0, prompt_len=11) == keys(
         {"push": {"strength": 2, **LATE}}
     )
 
 
-def test_a_dynamic_dose_at_the_head_leaves_the_keys_alone() -> None:
+def test_a_dynamic_dose_at_the_head_does_not_change_the_keys() -> None:
     assert keys("word:dynamic", salt="mine") == keys(None, salt="mine")
     assert keys("word:dynamic,push:2") == keys("push:2")

@@ -27,7 +27,7 @@ SEAM = [PACKAGE / "plugin.py", *sorted((PACKAGE / "serving").rglob("*.py"))]
 """The files in which vLLM's objects are handled."""
 
 
-def test_this_vllm_has_every_name_and_that_is_known_soon() -> None:
+def test_this_vllm_has_every_name_and_the_check_is_fast() -> None:
     begin = time.process_time()
     missing = missing_in(VllmSource.of(INSTALLED), installed_version(), all_names())
     assert [f"{name.module}:{name.path} ({name.feature})" for name in missing] == []
@@ -35,8 +35,8 @@ def test_this_vllm_has_every_name_and_that_is_known_soon() -> None:
 
 
 def test_every_name_is_declared_once() -> None:
-    found = [(name.module, name.path, name.use, name.process) for name in all_names()]
-    assert len(found) == len(set(found))
+    names = [(name.module, name.path, name.use, name.process) for name in all_names()]
+    assert len(names) == len(set(names))
 
 
 def test_no_file_imports_anything_else_of_vllm() -> None:
@@ -82,58 +82,60 @@ VLLMS = {
 
 
 def test_no_file_reads_anything_else_of_vllms_objects() -> None:
-    ours = {
+    own_attributes = {
         "steer_streams",
         "steer_request_group",
         "steer_strengths",
         "vllm_steer_streams",
         "steer_config",
     }
-    ours |= {"model_tag", "middleware"}  # of the parsed command line
-    ours |= {attribute for kind in (dict, list, set, str, object) for attribute in dir(kind)}
+    own_attributes |= {"model_tag", "middleware"}  # of the parsed command line
+    own_attributes |= {
+        attribute for kind in (dict, list, set, str, object) for attribute in dir(kind)
+    }
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                ours.add(node.name)
+                own_attributes.add(node.name)
             elif isinstance(node, ast.AnnAssign):
-                ours.add(getattr(node.target, "id", getattr(node.target, "attr", "")))
+                own_attributes.add(getattr(node.target, "id", getattr(node.target, "attr", "")))
     declared = {name.member for name in all_names()}
     undeclared = [
         (file.name, name)
         for file in SEAM
         for name in _reads(ast.parse(file.read_text()))
-        if name not in declared | ours
+        if name not in declared | own_attributes
     ]
     assert undeclared == []
 
 
 def _reads(tree: ast.AST) -> list[str]:
     """Attributes of the variables above, and names that are looked up as texts."""
-    found = []
+    reads = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             of = getattr(node.value, "id", getattr(node.value, "attr", None))
-            found += [node.attr] if of in VLLMS else []
+            reads += [node.attr] if of in VLLMS else []
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
-            found += [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
-    return found
+            reads += [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
+    return reads
 
 
 def test_the_configuration_is_read_through_options_only() -> None:
     """``getattr`` with a default would hide an option that vLLM has renamed."""
     parts = {option.section.partition(".")[0] for option in options.OPTIONS} - {""}
-    read = [
+    reads = [
         (file.name, node.lineno)
         for file in SEAM
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in parts
         if getattr(node.value, "id", None) not in ("options", "self")  # of EngineArgs
     ]
-    assert read == []
+    assert reads == []
 
 
 @pytest.mark.parametrize("option", options.OPTIONS, ids=lambda option: option.field)
-def test_an_option_that_is_gone_is_an_error(
+def test_a_missing_option_is_an_error(
     option: options.Option, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(options, "installed_version", lambda: "0.32.0")
@@ -160,7 +162,7 @@ def test_an_option_that_is_gone_is_an_error(
         *((version, True) for version in ("0.31.1rc1.dev400", "0.31.0rc1", "dev", "1.0")),
     ],
 )
-def test_a_build_between_two_releases_may_be_like_either(
+def test_a_development_build_may_match_either_release(
     version: str, lacks_enable_sp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(options, "installed_version", lambda: version)
@@ -172,12 +174,12 @@ def test_a_build_between_two_releases_may_be_like_either(
             options.enable_sp(config)
 
 
-def test_a_section_that_is_gone_is_an_error() -> None:
+def test_a_missing_section_is_an_error() -> None:
     with pytest.raises(SteerError, match=r"has no CacheConfig\.kv_sharing_fast_prefill"):
         options.kv_sharing_fast_prefill(SimpleNamespace())
 
 
-def test_a_part_that_an_engine_has_not_leaves_the_default() -> None:
+def test_a_missing_part_of_an_engine_leaves_the_default() -> None:
     config = SimpleNamespace(speculative_config=None, kv_transfer_config=None)
     assert options.enable_adaptive_verification(config) is False
     assert options.kv_connector(config) is None
@@ -206,12 +208,12 @@ def test_a_method_is_wrapped_on_a_class_and_on_an_instance() -> None:
     assert Own.execute_model.__wrapped__ is Wrapped.execute_model  # type: ignore[attr-defined]
 
 
-def test_what_is_not_declared_is_not_wrapped() -> None:
+def test_undeclared_names_are_not_wrapped() -> None:
     with pytest.raises(KeyError):
         wrap(Wrapped(), "something_else", lambda original: original())
 
 
-def test_a_method_that_is_gone_is_named_with_what_it_is_for() -> None:
+def test_a_missing_method_is_named_with_its_purpose() -> None:
     with pytest.raises(SteerError) as caught:
         wrap(Wrapped(), "sample_tokens", lambda original: original())
     assert str(caught.value) == (
@@ -257,26 +259,28 @@ def package(folder: Path, **modules: str) -> VllmSource:
 
 
 @pytest.mark.parametrize(
-    ("path", "found"),
+    ("path", "is_defined"),
     [
         *((path, True) for path in ("Engine", "Engine.run", "Engine.queue", "Engine.count")),
         *((path, True) for path in ("Engine.held", "free", "Base.held")),
         *((path, False) for path in ("Engine.gone", "Engine.steps", "x", "free.y", "Other.run")),
     ],
 )
-def test_definitions_are_found_without_importing(tmp_path: Path, path: str, found: bool) -> None:
+def test_definitions_are_found_without_importing(
+    tmp_path: Path, path: str, is_defined: bool
+) -> None:
     source = package(tmp_path, engine=NEW, other="def free(x): return x\nraise RuntimeError\n")
-    assert (source.definition("vllm.engine", path) is not None) is found
+    assert (source.definition("vllm.engine", path) is not None) is is_defined
 
 
 def test_the_difference_of_two_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = package(tmp_path / "old", engine=OLD)
     new = package(tmp_path / "new", engine=NEW, other="def free(x): return x\n")
     paths = ("Engine.run", "Engine.gone", "Engine.queue", "free")
-    wanted = tuple(VllmName("vllm.engine", path, "called", "steering") for path in paths)
-    monkeypatch.setattr("vllm_steer.compat.difference.all_names", lambda: wanted)
-    found = {name.path: text for name, text in differences(old, new)}
-    assert found == {
+    expected = tuple(VllmName("vllm.engine", path, "called", "steering") for path in paths)
+    monkeypatch.setattr("vllm_steer.compat.difference.all_names", lambda: expected)
+    names = {name.path: text for name, text in differences(old, new)}
+    assert names == {
         "Engine.run": "@@ -1,2 +1,2 @@\n def run(self, steps):\n-    return steps + 1\n"
         "+    return steps + 2",
         "Engine.gone": "gone",
@@ -289,33 +293,35 @@ def test_the_command_names_what_is_missing(
     assert main([]) == 0
     assert "missing" not in capsys.readouterr().out
     empty = package(tmp_path)
-    monkeypatch.setattr("vllm_steer.compat.__main__.VllmSource.of", lambda given: empty)
+    monkeypatch.setattr("vllm_steer.compat.__main__.VllmSource.of", lambda source: empty)
     assert main([]) == 1
-    said = capsys.readouterr().out
-    assert "missing: vllm.v1.engine.core:EngineCore.add_request (wrapped)" in said
+    output = capsys.readouterr().out
+    assert "missing: vllm.v1.engine.core:EngineCore.add_request (wrapped)" in output
 
 
 @pytest.mark.parametrize("arguments", [["one"], ["one", "two", "three"], ["/nowhere", "/nowhere"]])
-def test_the_command_says_what_it_wants(
+def test_the_command_prints_its_usage(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err
 
 
-def test_the_seam_is_read_without_vllm() -> None:
+def test_the_declared_names_are_read_without_vllm() -> None:
     modules = "vllm_steer.compat.options, vllm_steer.compat.patching"
     code = f"import sys, {modules}; print('vllm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout == "False\n"
 
 
-def test_a_feature_that_this_vllm_lacks_says_why(
+def test_a_feature_that_this_vllm_lacks_has_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert unavailable_reason("dynamic strength") is None
     empty = package(tmp_path)
-    monkeypatch.setattr("vllm_steer.compat.features.VllmSource.of", lambda given: empty)
+    monkeypatch.setattr("vllm_steer.compat.features.VllmSource.of", lambda source: empty)
     unavailable_reason.cache_clear()
     try:
         reason = unavailable_reason("LoRA")

@@ -1,4 +1,4 @@
-"""Which requests with dynamic strength an engine takes in, and how the others are answered."""
+"""Admission of requests with dynamic strength, and the errors of refused ones."""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,34 +39,36 @@ DYNAMIC = [INSIDE, "push:dynamic", "fr:dynamic,de:dynamic:1", AT_HEAD, MIXED]
 
 
 def engine(default: str = "none", **changed: Any) -> Any:
-    """An engine's config that can serve dynamic strengths, but for what is changed in it.
+    """The config of an engine that can serve dynamic strengths, with changes.
 
     A change may be a function that makes it: some vLLM refuses it while it is made.
     """
-    few = {"scheduler_config__max_num_seqs": 4}
+    limits = {"scheduler_config__max_num_seqs": 4}
     changed = {name: value() if value is speculative else value for name, value in changed.items()}
-    return engine_config(plan_for(STEERS, default=default), **few | changed)
+    return engine_config(plan_for(STEERS, default=default), **limits | changed)
 
 
 def params(steer: Any = None, *, extra: Any = None, **fields: Any) -> SamplingParams:
-    own = {} if steer is None else {"steer": steer}
-    return SamplingParams(extra_args={**own, **(extra or {})} or None, **fields)
+    steer_fields = {} if steer is None else {"steer": steer}
+    return SamplingParams(extra_args={**steer_fields, **(extra or {})} or None, **fields)
 
 
 def request(sampling_params: Any, **fields: Any) -> Any:
-    given = {"request_id": "r", "prompt_token_ids": [1, 2, 3], "prompt_embeds": None} | fields
-    return SimpleNamespace(sampling_params=sampling_params, cache_salt=None, **given)
+    arguments = {"request_id": "r", "prompt_token_ids": [1, 2, 3], "prompt_embeds": None} | fields
+    return SimpleNamespace(sampling_params=sampling_params, cache_salt=None, **arguments)
 
 
 @pytest.mark.parametrize("steer", DYNAMIC)
-@pytest.mark.parametrize("seats", [{}, {"scheduler_config__max_num_active_seqs": None}], ids=str)
-def test_an_ordinary_engine_takes_dynamic_requests(steer: str, seats: Any) -> None:
-    asked = params(steer, temperature=0.7, logprobs=3, n=2, extra={"steer_strengths": True})
+@pytest.mark.parametrize(
+    "scheduler_options", [{}, {"scheduler_config__max_num_active_seqs": None}], ids=str
+)
+def test_an_ordinary_engine_takes_dynamic_requests(steer: str, scheduler_options: Any) -> None:
+    sampling = params(steer, temperature=0.7, logprobs=3, n=2, extra={"steer_strengths": True})
     doses = plan_for(STEERS).doses(steer)
     assert is_dynamic(doses)
-    assert admit(asked, engine(**seats)) == doses
-    assert admit_and_set_cache_key(request(asked), engine(**seats)) == doses
-    assert admit(params(), engine(steer, **seats)) == doses
+    assert admit(sampling, engine(**scheduler_options)) == doses
+    assert admit_and_set_cache_key(request(sampling), engine(**scheduler_options)) == doses
+    assert admit(params(), engine(steer, **scheduler_options)) == doses
 
 
 EVERYWHERE: list[tuple[dict[str, Any], str]] = [
@@ -120,21 +122,21 @@ def assert_refused(steer: str, changed: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("changed", "message"), EVERYWHERE, ids=EVERYWHERE_IDS)
 @pytest.mark.parametrize("steer", DYNAMIC)
-def test_an_engine_that_serves_no_dynamic_strength_says_why(
+def test_an_engine_without_dynamic_strength_gives_a_reason(
     steer: str, changed: dict[str, Any], message: str
 ) -> None:
     assert_refused(steer, changed, message)
 
 
 @pytest.mark.parametrize(("changed", "message"), IN_STREAMS, ids=IN_STREAMS_IDS)
-def test_what_only_streams_need_is_asked_only_of_requests_with_streams(
+def test_stream_requirements_apply_only_to_requests_with_streams(
     changed: dict[str, Any], message: str
 ) -> None:
     assert_refused(INSIDE, changed, message)
     admit(params(AT_HEAD), engine(**changed))
 
 
-def test_each_probed_steer_needs_a_seat() -> None:
+def test_each_probed_steer_needs_a_slot() -> None:
     two = engine(scheduler_config__max_num_seqs=3)
     admit(params("fr:dynamic,word:dynamic"), two)
     admit(params("word:dynamic,push:1"), engine(scheduler_config__max_num_seqs=2))
@@ -153,25 +155,28 @@ def test_an_engine_with_lora_serves_dynamic_strength_inside_the_layers_only() ->
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("make_params", "message"),
     [
         (lambda steer: params(steer, prompt_logprobs=2), r"leave prompt_logprobs away, or give"),
         (lambda steer: params(steer, prompt_logprobs=0), "there are no prompt logprobs under it"),
-        (lambda steer: SimpleNamespace(extra_args=_asking(steer)), "has SimpleNamespace; generate"),
+        (
+            lambda steer: SimpleNamespace(extra_args=_arguments_of(steer)),
+            "has SimpleNamespace; generate",
+        ),
     ],
     ids=["prompt-logprobs", "prompt-logprobs-0", "others"],
 )
 @pytest.mark.parametrize("steer", DYNAMIC)
 def test_sampling_parameters_that_do_not_go_with_dynamic_strength(
-    steer: str, given: Callable[[str | None], Any], message: str
+    steer: str, make_params: Callable[[str | None], Any], message: str
 ) -> None:
     with pytest.raises(RejectedSteer, match=r"^dynamic strength \(") as caught:
-        admit(given(steer), engine())
+        admit(make_params(steer), engine())
     assert caught.match(message)
     with pytest.raises(RejectedSteer, match=message):
-        admit(given(None), engine(steer))
-    admit(given("fr:1"), engine(steer))
-    admit(given("none"), engine(steer))
+        admit(make_params(None), engine(steer))
+    admit(make_params("fr:1"), engine(steer))
+    admit(make_params("none"), engine(steer))
 
 
 def test_a_dynamic_default_is_not_for_pooling() -> None:
@@ -180,7 +185,7 @@ def test_a_dynamic_default_is_not_for_pooling() -> None:
     admit(PoolingParams(), engine("fr:1"))
 
 
-def _asking(steer: str | None) -> dict[str, Any]:
+def _arguments_of(steer: str | None) -> dict[str, Any]:
     return {} if steer is None else {"steer": steer}
 
 
@@ -193,9 +198,9 @@ def _asking(steer: str | None) -> dict[str, Any]:
     ids=["embeddings", "images"],
 )
 def test_a_prompt_that_streams_cannot_share(fields: dict[str, Any], message: str) -> None:
-    for asked, config in ((params(INSIDE), engine()), (params(), engine(INSIDE))):
+    for sampling, config in ((params(INSIDE), engine()), (params(), engine(INSIDE))):
         with pytest.raises(RejectedSteer, match=message):
-            admit_and_set_cache_key(request(asked, **fields), config)
+            admit_and_set_cache_key(request(sampling, **fields), config)
     for fixed in ("fr:1", "none", AT_HEAD):
         admit_and_set_cache_key(request(params(fixed), **fields), engine())
 
@@ -208,7 +213,7 @@ def test_a_prompt_that_grows_has_no_dynamic_strength(steer: str) -> None:
 
 
 @pytest.mark.parametrize("steer", [None, "none", "fr:1", INSIDE])
-def test_nobody_else_may_say_that_a_request_is_a_stream(steer: str | None) -> None:
+def test_only_the_engine_may_mark_a_request_as_a_stream(steer: str | None) -> None:
     forged = params(steer, extra={STREAM: StreamRequest("other", INSIDE, 0).to_args()})
     for call in (
         lambda: admit(forged, engine()),
@@ -221,39 +226,39 @@ def test_nobody_else_may_say_that_a_request_is_a_stream(steer: str | None) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("value", "expected"),
     [
         *((value, True) for value in (True, 1, 1.0, "true", "True", " TRUE ", "1")),
         *((value, False) for value in (None, False, 0, 0.0, "false", "False", "0")),
     ],
     ids=repr,
 )
-def test_strengths_are_asked_for_with_a_boolean_however_it_arrives(
-    given: Any, wanted: bool
-) -> None:
-    asked = params(INSIDE, extra={"steer_strengths": given})
-    assert wants_strengths(asked) is wanted
-    admit(asked, engine())
-    admit(params(extra={"steer_strengths": given}), engine())
+def test_steer_strengths_is_a_boolean_in_every_encoding(value: Any, expected: bool) -> None:
+    sampling = params(INSIDE, extra={"steer_strengths": value})
+    assert wants_strengths(sampling) is expected
+    admit(sampling, engine())
+    admit(params(extra={"steer_strengths": value}), engine())
 
 
-@pytest.mark.parametrize("given", ["yes", "", 2, -1, 0.5, float("nan"), [], [True], {}], ids=repr)
+@pytest.mark.parametrize("value", ["yes", "", 2, -1, 0.5, float("nan"), [], [True], {}], ids=repr)
 @pytest.mark.parametrize("steer", [None, INSIDE])
-def test_what_is_no_boolean_does_not_ask_for_strengths(given: Any, steer: str | None) -> None:
-    asked = params(steer, extra={"steer_strengths": given})
+def test_a_value_that_is_not_a_boolean_does_not_request_strengths(
+    value: Any, steer: str | None
+) -> None:
+    sampling = params(steer, extra={"steer_strengths": value})
     with pytest.raises(SteerRequestError, match=r"steer_strengths is .*; expected true or false"):
-        wants_strengths(asked)
+        wants_strengths(sampling)
     with pytest.raises(RejectedSteer, match=r"steer_strengths is .*; expected true or false"):
-        admit(asked, engine())
+        admit(sampling, engine())
 
 
-def test_nobody_asks_for_strengths_by_asking_for_nothing() -> None:
+def test_an_empty_request_does_not_request_strengths() -> None:
     assert not wants_strengths(None)
     assert not wants_strengths(SamplingParams())
     assert not wants_strengths(params(INSIDE))
 
 
-def test_a_stream_takes_what_its_request_lends_it() -> None:
+def test_a_stream_inherits_from_its_request() -> None:
     steer = {"push": 1, "fr": {"strength": "dynamic", "max": -1.5, "layers": "2"}}
 
     def of(dose: int | None, steer: Any = steer, default: str = "none") -> tuple[Dose, ...]:
@@ -266,13 +271,13 @@ def test_a_stream_takes_what_its_request_lends_it() -> None:
 
 
 def test_a_dynamic_request_inside_the_layers_has_a_salt_that_carries_its_keys() -> None:
-    given = request(params("fr:dynamic,push:1"))
-    admit_and_set_cache_key(given, engine())
-    assert isinstance(given.cache_salt, SteeredSalt)
-    assert sorted(key.position for key in given.cache_salt.keys) == [0, 2]
-    given = request(params(AT_HEAD))
-    admit_and_set_cache_key(given, engine())
-    assert given.cache_salt is None
+    core_request = request(params("fr:dynamic,push:1"))
+    admit_and_set_cache_key(core_request, engine())
+    assert isinstance(core_request.cache_salt, SteeredSalt)
+    assert sorted(key.position for key in core_request.cache_salt.keys) == [0, 2]
+    core_request = request(params(AT_HEAD))
+    admit_and_set_cache_key(core_request, engine())
+    assert core_request.cache_salt is None
 
 
 @pytest.fixture
@@ -287,7 +292,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     [*EVERYWHERE, *IN_STREAMS],
     ids=[*EVERYWHERE_IDS, *IN_STREAMS_IDS],
 )
-def test_an_engine_that_could_serve_no_request_by_default_does_not_start(
+def test_an_engine_whose_default_cannot_be_served_does_not_start(
     start: Callable[[Any], None], changed: dict[str, Any], message: str
 ) -> None:
     start(engine(INSIDE))
@@ -297,7 +302,7 @@ def test_an_engine_that_could_serve_no_request_by_default_does_not_start(
     assert not isinstance(caught.value, SteerRequestError)
 
 
-def test_the_settings_that_are_asked_for_are_vllms() -> None:
+def test_every_setting_that_is_read_exists_in_vllm() -> None:
     for owner, names in [
         (VllmConfig, ["speculative_config", "lora_config", "kv_transfer_config"]),
         (ParallelConfig, ["pipeline_parallel_size", "data_parallel_size"]),
@@ -306,7 +311,7 @@ def test_the_settings_that_are_asked_for_are_vllms() -> None:
         assert set(names) <= {field.name for field in dataclasses.fields(owner)}
 
 
-def test_a_vllm_without_what_dynamic_strength_needs_serves_everything_else(
+def test_a_vllm_without_dynamic_strength_support_serves_all_other_requests(
     monkeypatch: pytest.MonkeyPatch, start: Callable[[Any], None]
 ) -> None:
     from vllm_steer import environment, plugin
@@ -326,10 +331,10 @@ def test_a_vllm_without_what_dynamic_strength_needs_serves_everything_else(
     assert not {"add_request", "process_outputs", "_new_completion_output"} & set(wrapped)
     for fixed in (None, "none", "fr:1", "word:2,push:1"):
         assert len(admit(params(fixed), engine())) == (fixed or "").count(":")
-    for asked in (*map(params, DYNAMIC), params("none", extra={"steer_strengths": True})):
+    for sampling in (*map(params, DYNAMIC), params("none", extra={"steer_strengths": True})):
         with pytest.raises(
             RejectedSteer, match=r"dynamic strength is not available: vLLM 9\.0 has"
         ):
-            admit(asked, engine())
+            admit(sampling, engine())
     with pytest.raises(SteerError, match=r"^default: dynamic strength is not available"):
         start(engine(AT_HEAD))

@@ -1,4 +1,4 @@
-"""The reference of the engine tests, against what a few of its cases are when written out by hand.
+"""The reference of the engine tests, compared with a few cases calculated by hand.
 
 ``P`` is the prompt's length: row ``P - 1`` of the log-probabilities chooses the first token.
 """
@@ -58,15 +58,15 @@ def logprobs(model: Any, *doses: Dose, **steers: Any) -> torch.Tensor:
 
 def entering(model: Any, module: str, *doses: Dose) -> torch.Tensor:
     """What enters a module, per position."""
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
 
-    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
+    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
 
-    hook = model.get_submodule(module).register_forward_pre_hook(look, with_kwargs=True)
+    hook = model.get_submodule(module).register_forward_pre_hook(record, with_kwargs=True)
     logprobs(model, *doses)
     hook.remove()
-    return seen[0][0]
+    return inputs[0][0]
 
 
 def after_last_layer(model: Any, added: torch.Tensor) -> torch.Tensor:
@@ -90,15 +90,15 @@ def test_doses_of_strength_zero_change_no_bit(llama: Any, plain: torch.Tensor) -
     assert torch.equal(logprobs(llama, *doses), plain)
 
 
-def test_a_rotating_dose_of_strength_zero_does_not_rescale_what_others_add(llama: Any) -> None:
+def test_a_rotating_dose_of_strength_zero_does_not_rescale_other_additions(llama: Any) -> None:
     push = Dose("push", 1.0)
     assert torch.equal(logprobs(llama, push, Dose("spin", 0.0)), logprobs(llama, push))
 
 
 def test_adding_at_the_last_block_is_adding_before_the_final_norm(llama: Any) -> None:
     added = -1.5 * STEERS["push"].vectors[LAST].double()
-    given = logprobs(llama, Dose("push", -1.5, layers=(LAST,)))
-    torch.testing.assert_close(given, after_last_layer(llama, added))
+    result = logprobs(llama, Dose("push", -1.5, layers=(LAST,)))
+    torch.testing.assert_close(result, after_last_layer(llama, added))
 
 
 @pytest.mark.parametrize("strength", [6.0, -6.0])
@@ -140,8 +140,8 @@ def test_the_change_at_the_input_norm_leaves_the_residual_stream(llama: Any) -> 
 def test_the_change_at_the_attention_output_is_added_to_the_residual_stream(llama: Any) -> None:
     module = "model.layers.0.post_attention_layernorm"
     moved = entering(llama, module, Dose("nudge", 2.0)) - entering(llama, module)
-    wanted = 2.0 * STEERS["nudge"].vectors[0].double()
-    torch.testing.assert_close(moved, wanted.expand_as(moved))
+    expected = 2.0 * STEERS["nudge"].vectors[0].double()
+    torch.testing.assert_close(moved, expected.expand_as(moved))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-heads-wider-than-hidden"])
@@ -180,34 +180,34 @@ def test_delta_steps_begin_at_the_last_prompt_token_and_follow_the_schedule(
     added = torch.zeros(len(IDS), HIDDEN, dtype=torch.float64)
     for step, coefficient in enumerate(coefficients):
         added[P - 1 + step] = coefficient * steer.delta[step, 0].double()
-    given = logprobs(llama, Dose("walk", 2.0, schedule=schedule), walk=steer)
-    torch.testing.assert_close(given, after_last_layer(llama, added))
+    result = logprobs(llama, Dose("walk", 2.0, schedule=schedule), walk=steer)
+    torch.testing.assert_close(result, after_last_layer(llama, added))
     last = P - 1 + sum(c != 0 for c in coefficients)
-    assert changed_rows(given, plain) == list(range(P - 1, last))
+    assert changed_rows(result, plain) == list(range(P - 1, last))
 
 
 @pytest.mark.parametrize("name", ["steps", "walk"])
-def test_a_delta_leaves_all_before_the_last_prompt_token(
+def test_a_delta_does_not_change_rows_before_the_last_prompt_token(
     llama: Any, plain: torch.Tensor, name: str
 ) -> None:
-    given = logprobs(llama, Dose(name, 3.0))
-    assert changed_rows(given, plain) == list(range(P - 1, len(IDS)))
+    result = logprobs(llama, Dose(name, 3.0))
+    assert changed_rows(result, plain) == list(range(P - 1, len(IDS)))
 
 
 @pytest.mark.parametrize("name", sorted(guidance_steers(HIDDEN, GUIDED_LAYERS, HIDDEN)))
-def test_phase_generation_leaves_the_rows_of_the_prompt(
+def test_phase_generation_does_not_change_the_rows_of_the_prompt(
     llama: Any, plain: torch.Tensor, name: str
 ) -> None:
-    given = logprobs(llama, Dose(name, 4.0, phase="generation"))
-    assert changed_rows(given, plain) == list(range(P, len(IDS)))
+    result = logprobs(llama, Dose(name, 4.0, phase="generation"))
+    assert changed_rows(result, plain) == list(range(P, len(IDS)))
 
 
 @pytest.mark.parametrize(("phase", "rows"), [("all", (0, 10)), ("prompt", (0, P))])
 def test_a_phase_is_of_the_tokens_that_a_dose_acts_on(
     llama: Any, plain: torch.Tensor, phase: Any, rows: tuple[int, int]
 ) -> None:
-    given = logprobs(llama, Dose("push", 1.0, layers=(LAST,), phase=phase))
-    assert changed_rows(given, plain) == list(range(*rows))
+    result = logprobs(llama, Dose("push", 1.0, layers=(LAST,), phase=phase))
+    assert changed_rows(result, plain) == list(range(*rows))
 
 
 def test_phase_prompt_of_a_delta_is_its_first_step(llama: Any) -> None:
@@ -216,10 +216,10 @@ def test_phase_prompt_of_a_delta_is_its_first_step(llama: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["push", "turn", "steps"])
-def test_layers_of_a_dose_are_those_of_a_steer_that_has_no_others(llama: Any, name: str) -> None:
-    kept = STEERS[name].keep_layers((0, 2))
-    given = logprobs(llama, Dose(name, 3.0, layers=(0, 2)))
-    assert torch.equal(given, logprobs(llama, Dose(name, 3.0), **{name: kept}))
+def test_a_dose_with_layers_equals_a_steer_of_only_these_layers(llama: Any, name: str) -> None:
+    reduced = STEERS[name].keep_layers((0, 2))
+    result = logprobs(llama, Dose(name, 3.0, layers=(0, 2)))
+    assert torch.equal(result, logprobs(llama, Dose(name, 3.0), **{name: reduced}))
 
 
 def test_doses_at_the_head_are_summed_by_name_and_steered_as_before(llama: Any) -> None:
@@ -243,8 +243,8 @@ def test_every_site_of_each_family_is_reached(family: str, tmp_path: Path) -> No
                 logprobs(model, Dose(name, 3.0), **steers)
             continue
         for layer in steer.layers:
-            given = logprobs(model, Dose(name, 3.0, layers=(layer,)), **steers)
-            assert (given - plain).abs().max() > 1e-2
+            result = logprobs(model, Dose(name, 3.0, layers=(layer,)), **steers)
+            assert (result - plain).abs().max() > 1e-2
 
 
 def test_settings_are_read_as_doses() -> None:
@@ -275,6 +275,6 @@ def test_the_guided_settings_cover_every_kind_site_mode_phase_and_schedule() -> 
 
 
 def test_settings_without_a_site_name_no_steer_of_it() -> None:
-    kept = settings_without("attn_in", GUIDED, STEERS)
-    assert 12 <= len(kept) < len(GUIDED)
-    assert "attn_in" not in used([name for setting in kept for name in setting], "site")
+    reduced = settings_without("attn_in", GUIDED, STEERS)
+    assert 12 <= len(reduced) < len(GUIDED)
+    assert "attn_in" not in used([name for setting in reduced for name in setting], "site")

@@ -14,14 +14,14 @@ STEERS: dict[str, Any] = {"push": vector((0, 2)), "walk": delta(3, (0,)), "word"
 
 
 def request(steer: Any, **fields: Any) -> Any:
-    given = {"prompt_token_ids": [1, 2, 3], "prompt_embeds": None, "cache_salt": None, **fields}
-    return SimpleNamespace(sampling_params=params(steer), **given)
+    arguments = {"prompt_token_ids": [1, 2, 3], "prompt_embeds": None, "cache_salt": None, **fields}
+    return SimpleNamespace(sampling_params=params(steer), **arguments)
 
 
-def key(given: Any, *, default: str = "none") -> Any:
+def key(core_request: Any, *, default: str = "none") -> Any:
     plan = plan_for(STEERS, default=default).to_json()
-    admit_and_set_cache_key(given, SimpleNamespace(additional_config={"steer": plan}))
-    return given.cache_salt
+    admit_and_set_cache_key(core_request, SimpleNamespace(additional_config={"steer": plan}))
+    return core_request.cache_salt
 
 
 def test_a_request_inside_the_layers_has_a_salt_that_carries_its_keys() -> None:
@@ -33,8 +33,8 @@ def test_a_request_inside_the_layers_has_a_salt_that_carries_its_keys() -> None:
 @pytest.mark.parametrize("steer", [None, "none", "word:3", "push:0", "push:1,push:-1"], ids=str)
 def test_a_request_that_does_nothing_to_kv_keeps_its_salt(steer: Any) -> None:
     for salt in (None, "mine"):
-        found = key(request(steer, cache_salt=salt))
-        assert found == salt and not isinstance(found, SteeredSalt)
+        cache_key = key(request(steer, cache_salt=salt))
+        assert cache_key == salt and not isinstance(cache_key, SteeredSalt)
 
 
 @pytest.mark.parametrize(
@@ -46,17 +46,19 @@ def test_a_request_that_does_nothing_to_kv_keeps_its_salt(steer: Any) -> None:
     ],
     ids=str,
 )
-def test_what_the_frontend_should_have_refused_is_refused_here(steer: Any, message: str) -> None:
-    given = request(steer, cache_salt="mine")
+def test_the_engine_core_refuses_requests_that_the_frontend_should_have_refused(
+    steer: Any, message: str
+) -> None:
+    core_request = request(steer, cache_salt="mine")
     with pytest.raises(RejectedSteer, match=message):
-        key(given)
-    assert given.cache_salt == "mine"
+        key(core_request)
+    assert core_request.cache_salt == "mine"
 
 
 @pytest.mark.parametrize(
     "steer", ["push:1", {"walk": 2}, {"push": {"phase": "generation"}}], ids=str
 )
-def test_a_prompt_that_grows_while_its_kv_is_kept_cannot_be_steered_inside(steer: Any) -> None:
+def test_a_growing_prompt_with_cached_kv_cannot_be_steered_inside_the_layers(steer: Any) -> None:
     """Its keys and its phases are those of the first piece, its steers those of the last."""
     with pytest.raises(
         RejectedSteer, match=r"streaming input.*use steers at the LM head, or " r"steer 'none'"

@@ -94,7 +94,7 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
         "inside-multi",
     ],
 )
-def test_a_feature_that_steers_inside_cannot_live_with_stops_them_only(
+def test_a_feature_incompatible_with_steers_inside_the_layers_stops_only_these(
     changed: dict[str, Any], message: str
 ) -> None:
     check(AT_HEAD, **changed)
@@ -118,7 +118,7 @@ def test_a_feature_that_steers_inside_cannot_live_with_stops_them_only(
     ids=" ".join,
 )
 @pytest.mark.parametrize("steer", INSIDE)
-def test_connectors_that_take_vllms_keys_are_accepted(steer: Any, names: tuple[str, ...]) -> None:
+def test_connectors_that_use_vllms_keys_are_accepted(steer: Any, names: tuple[str, ...]) -> None:
     check(steer, kv_transfer_config=connector(*names))
 
 
@@ -151,7 +151,7 @@ def test_every_connector_of_vllm_that_hashes_tokens_is_known() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("steer", INSIDE)
-def test_a_model_whose_sites_are_not_known_stops_steers_inside_only(
+def test_a_model_with_unknown_sites_stops_only_steers_inside_the_layers(
     steer: Any, architectures: Any, message: str
 ) -> None:
     unknown = {"model_config__hf_config": SimpleNamespace(architectures=architectures)}

@@ -35,13 +35,13 @@ def sites(request: pytest.FixtureRequest) -> dict[str, SteeredSite]:
     """Both sites of an engine in service."""
     inside = {name: steer for name, steer in STEERS.items() if steer.kind != "lm_steer"}
     bank = fill_layer_bank(inside, layers=[0], device=CPU, project=lambda _, rows: rows)
-    found = {
+    sites_by_name = {
         table.site: SteeredSite(table, request.param, max_doses=4, max_tokens=ROOM, device=CPU)
         for table in bank.tables
     }
-    for site in found.values():
+    for site in sites_by_name.values():
         site.start_serving()
-    return found
+    return sites_by_name
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def rows(site: SteeredSite, num_tokens: int = ROOM) -> list[int]:
 
 
 def added(name: str) -> torch.Tensor:
-    found: torch.Tensor = STEERS[name].vectors[0]
-    return found
+    vector: torch.Tensor = STEERS[name].vectors[0]
+    return vector
 
 
 def test_each_site_takes_the_doses_of_its_own_steers(
@@ -102,13 +102,13 @@ def test_each_site_takes_the_doses_of_its_own_steers(
     assert rows(sites["attn_in"]) == [3, 4, 6]
     torch.testing.assert_close(passed(sites["resid"])[0], 2 * added("push"))
     torch.testing.assert_close(passed(sites["resid"])[6], added("push") + added("shift"))
-    found = batch.head_rows.metadata_for(torch.zeros(5, WIDTH), words)
-    assert found is not None
-    assert found.rows.tolist() == [2, 4]
+    result = batch.head_rows.metadata_for(torch.zeros(5, WIDTH), words)
+    assert result is not None
+    assert result.rows.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("steer", ["word:3", "push:2", {"walk": 1}], ids=str)
-def test_no_pass_comes_before_its_tokens_are_known(
+def test_a_forward_pass_before_its_tokens_are_announced_is_an_error(
     batch: SteeredBatch, sites: dict[str, SteeredSite], steer: Any
 ) -> None:
     """Whatever kind of steer is alive: the step may hold any of them."""
@@ -127,7 +127,7 @@ def test_no_pass_comes_before_its_tokens_are_known(
 def test_a_step_without_tokens_is_followed_by_steps_of_both_kinds(
     batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
-    """A runner that is told of a request may have nothing to run."""
+    """A runner may get a request and have nothing to run."""
     begin(batch, ("a", "push:2", 1))
     begin(batch)
     announce(batch, a=(0, 1))
@@ -148,9 +148,9 @@ def test_requests_with_a_dose_at_the_head_only_leave_the_sites_idle(
     begin(batch, finished=("b",))
     announce(batch, a=(2, 1))
     assert all(rows(site) == [] for site in sites.values())
-    found = batch.head_rows.metadata_for(torch.zeros(1, WIDTH), words)
-    assert found is not None
-    assert found.rows.tolist() == [0]
+    result = batch.head_rows.metadata_for(torch.zeros(1, WIDTH), words)
+    assert result is not None
+    assert result.rows.tolist() == [0]
 
 
 def test_after_the_last_steered_request_nothing_is_announced_or_steered(
@@ -184,7 +184,7 @@ def test_a_request_that_waits_a_step_is_steered_when_it_returns(
 def test_a_preempted_request_that_is_sent_again_walks_the_same_steps(
     batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
-    """With the tokens it had generated: its prompt is still its own."""
+    """With its generated tokens: its prompt length is unchanged."""
     begin(batch, ("a", "walk:2", 3))
     announce(batch, a=(0, 3))
     begin(batch)
@@ -200,7 +200,7 @@ def test_a_preempted_request_that_is_sent_again_walks_the_same_steps(
 
 @pytest.mark.parametrize("announced_finished", [True, False], ids=["finished", "unnoticed"])
 @pytest.mark.parametrize("again", [None, "none", "word:1", "push:0"], ids=str)
-def test_an_id_used_again_does_not_inherit_a_dose(
+def test_a_reused_id_does_not_inherit_a_dose(
     batch: SteeredBatch, sites: dict[str, SteeredSite], again: Any, announced_finished: bool
 ) -> None:
     begin(batch, ("a", "push:2", 1), ("b", "shift:1", 1))
@@ -210,16 +210,18 @@ def test_an_id_used_again_does_not_inherit_a_dose(
     assert rows(sites["resid"]) == [1]
 
 
-def test_an_id_used_again_with_another_prompt_begins_elsewhere(
+def test_a_reused_id_with_another_prompt_starts_at_its_own_position(
     batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
-    for prompt_len, wanted in ((2, [1, 2]), (4, [3, 4])):
+    for prompt_len, expected in ((2, [1, 2]), (4, [3, 4])):
         begin(batch, ("a", "walk", prompt_len), finished=("a",))
         announce(batch, a=(0, 6))
-        assert rows(sites["attn_in"]) == wanted
+        assert rows(sites["attn_in"]) == expected
 
 
-def test_the_configs_default_steers_those_that_do_not_ask(sites: dict[str, SteeredSite]) -> None:
+def test_the_default_of_the_config_steers_requests_without_a_steer(
+    sites: dict[str, SteeredSite],
+) -> None:
     plan = plan_for(
         STEERS, default="p", presets={"p": {"push": {"strength": 2, "phase": "prompt"}}}
     )
@@ -231,7 +233,7 @@ def test_the_configs_default_steers_those_that_do_not_ask(sites: dict[str, Steer
 
 
 @pytest.mark.parametrize("sites", [torch_gather], indirect=True)
-def test_more_tokens_than_the_map_has_room_for_are_an_error(
+def test_more_tokens_than_the_map_holds_are_an_error(
     batch: SteeredBatch, sites: dict[str, SteeredSite]
 ) -> None:
     begin(batch, ("a", "push:2", 1))
@@ -254,7 +256,7 @@ def test_rows_may_come_in_three_dimensions_and_with_their_residual(
     torch.testing.assert_close(hidden[0] + residual - BASE, passed(sites["attn_in"]))
 
 
-def test_a_dummy_run_at_start_up_takes_the_deepest_form_and_changes_nothing() -> None:
+def test_a_dummy_run_at_start_up_has_the_largest_depth_and_changes_nothing() -> None:
     (table,) = fill_layer_bank(
         {"bend": STEERS["bend"]}, layers=[0], device=CPU, project=lambda _, rows: rows
     ).tables
@@ -277,7 +279,7 @@ def test_a_dummy_run_at_start_up_takes_the_deepest_form_and_changes_nothing() ->
     [([1, 2, 3], None, 3), (None, torch.zeros(4, 2), 4), ([1, 2], torch.zeros(2, 2), 2)],
     ids=["tokens", "embeds", "both"],
 )
-def test_the_runners_tell_the_length_of_the_requests_own_prompt(
+def test_the_runners_give_the_prompt_length_of_the_request(
     ids: Any, embeds: Any, length: int
 ) -> None:
     new = SimpleNamespace(

@@ -202,7 +202,7 @@ def registered(processes: dict[str, Callable[[], Any]]) -> Any:
     return processes["registered"]()
 
 
-def test_without_a_config_two_functions_are_changed_and_nothing_else(registered: Any) -> None:
+def test_without_a_config_only_two_functions_are_patched(registered: Any) -> None:
     assert registered["changed"] == FIRST
     assert registered["environment"] == {}
 
@@ -212,13 +212,13 @@ def test_registering_again_wraps_nothing_twice(registered: Any) -> None:
     assert registered["wraps"] == {"add_cli_args": 1, "create_engine_config": 1}
 
 
-def test_an_engine_without_a_config_stays_stock(registered: Any) -> None:
+def test_an_engine_without_a_config_is_stock_vllm(registered: Any) -> None:
     assert registered["changed_by_a_plain_engine"] == FIRST
     assert registered["plain_plan"] is True
     assert registered["hashes"]["plain"] == registered["hashes"]["stock"]
 
 
-def test_an_engine_with_a_config_patches_what_the_table_says(registered: Any) -> None:
+def test_an_engine_with_a_config_patches_the_declared_names(registered: Any) -> None:
     assert registered["changed_by_a_steered_engine"] == ALL
 
 
@@ -242,32 +242,32 @@ def test_a_disabled_plugin_changes_nothing(processes: dict[str, Callable[[], Any
 
 
 @pytest.mark.parametrize(
-    ("word", "disables"),
+    ("value", "disables"),
     [("1", True), ("true", True), ("yes", True), ("TRUE", True), ("off", True), ("2", True),
      ("0", False), ("false", False), ("False", False), ("FALSE", False), ("", False), (" ", False)],
 )  # fmt: skip
-def test_any_word_but_0_and_false_disables_the_plugin(
-    monkeypatch: pytest.MonkeyPatch, word: str, disables: bool
+def test_any_value_except_0_and_false_disables_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, value: str, disables: bool
 ) -> None:
     from vllm_steer import environment, plugin
     from vllm_steer.compat import patching
 
     wrapped: list[str] = []
     monkeypatch.setattr(patching, "wrap", lambda owner, name, *args, **kwargs: wrapped.append(name))
-    monkeypatch.setenv(environment.DISABLE, word)
+    monkeypatch.setenv(environment.DISABLE, value)
     monkeypatch.delenv(environment.ACTIVE, raising=False)
     plugin.register()
     assert (wrapped == []) is disables
 
 
 def test_the_distribution_enters_vllm_as_a_general_plugin_only() -> None:
-    ours = {
+    own_entries = {
         (point.group, point.name, point.value)
         for group in ("vllm.general_plugins", "vllm.logits_processors", "vllm.platform_plugins")
         for point in entry_points(group=group)
         if point.dist is not None and point.dist.name == "vllm-steer"
     }
-    assert ours == {("vllm.general_plugins", "steer", "vllm_steer.plugin:register")}
+    assert own_entries == {("vllm.general_plugins", "steer", "vllm_steer.plugin:register")}
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_the_distribution_enters_vllm_as_a_general_plugin_only() -> None:
 def test_an_engine_that_is_never_dynamic_reports_strengths_and_has_no_streams(
     monkeypatch: pytest.MonkeyPatch, serves_dynamic: bool, active: str
 ) -> None:
-    """A request may ask for strengths without a dynamic steer, and is told that there are none."""
+    """A request may ask for strengths without a dynamic steer, and gets none."""
     from vllm_steer import environment
     from vllm_steer.serving.activation import activate_steering
 

@@ -48,58 +48,58 @@ def owners(counts: list[int]) -> list[str]:
     return [f"request-{i}" for i, count in enumerate(counts) for _ in range(count)]
 
 
-def pairs_of(found: SteeredRows | None) -> list[tuple[int, int, float]]:
+def pairs_of(result: SteeredRows | None) -> list[tuple[int, int, float]]:
     """``(slot, row, strength)`` in the order of the arrays."""
-    if found is None:
+    if result is None:
         return []
-    slots = {p: slot for slot, start, end in found.groups for p in range(start, end)}
-    rows, strengths = found.rows.tolist(), (found.scales / EPSILON).tolist()
+    slots = {p: slot for slot, start, end in result.groups for p in range(start, end)}
+    rows, strengths = result.rows.tolist(), (result.scales / EPSILON).tolist()
     return [(slots[p], row, strengths[p]) for p, row in enumerate(rows)]
 
 
 @given(batch=batches)
-def test_pairs_are_those_of_a_loop_sorted_by_slot_and_row(
+def test_pairs_equal_a_loop_sorted_by_slot_and_row(
     batch: list[tuple[int, dict[str, float]]],
 ) -> None:
     counts = [count for count, _ in batch]
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(batch_rows(counts), RequestSlots(TABLE, requests_of(doses)))
-    wanted = sorted(
+    rows = steered_rows(batch_rows(counts), RequestSlots(TABLE, requests_of(doses)))
+    expected = sorted(
         (SLOTS[name], row, strength)
         for row, owner in enumerate(owners(counts))
         for name, strength in doses.get(owner, {}).items()
         if name in SLOTS
     )
-    assert pairs_of(found) == wanted
-    assert (found is None) == (not wanted)
+    assert pairs_of(rows) == expected
+    assert (rows is None) == (not expected)
 
 
 @given(batch=batches)
-def test_touched_rows_are_each_named_once_and_found_again(
+def test_each_steered_row_is_listed_once(
     batch: list[tuple[int, dict[str, float]]],
 ) -> None:
     doses = {f"request-{i}": d for i, (_, d) in enumerate(batch) if d}
-    found = steered_rows(
+    rows = steered_rows(
         batch_rows([count for count, _ in batch]), RequestSlots(TABLE, requests_of(doses))
     )
-    if found is None:
+    if rows is None:
         return
-    metadata = torch_grouped.prepare(found, TABLE.weights, CPU)
-    assert metadata.touched.tolist() == sorted(set(found.rows.tolist()))
+    metadata = torch_grouped.prepare(rows, TABLE.weights, CPU)
+    assert metadata.touched.tolist() == sorted(set(rows.rows.tolist()))
     assert (
         metadata.touched[metadata.touched_index].tolist()
         == metadata.rows.tolist()
-        == found.rows.tolist()
+        == rows.rows.tolist()
     )
     indices = (metadata.rows, metadata.touched, metadata.touched_index)
     assert {tensor.dtype for tensor in indices} == {torch.int64}
     assert metadata.scales.dtype == torch.float32
-    assert metadata.scales.tolist() == found.scales.tolist()
-    slots = [slot for slot, _, _ in found.groups]
-    bounds = [bound for _, *bound in found.groups]
+    assert metadata.scales.tolist() == rows.scales.tolist()
+    slots = [slot for slot, _, _ in rows.groups]
+    bounds = [bound for _, *bound in rows.groups]
     assert slots == sorted(set(slots))
     assert [b for pair in bounds for b in pair[:1]] == [0, *[end for _, end in bounds[:-1]]]
-    assert bounds[-1][1] == len(found.rows)
+    assert bounds[-1][1] == len(rows.rows)
 
 
 @given(
@@ -109,10 +109,10 @@ def test_touched_rows_are_each_named_once_and_found_again(
 )
 def test_a_window_keeps_the_owner_of_every_row(counts: list[int], start: int, length: int) -> None:
     window = batch_rows(counts).window(start, length)
-    found = [
+    rows = [
         r for r, n in zip(window.req_ids, window.counts.tolist(), strict=True) for _ in range(n)
     ]
-    assert found == owners(counts)[start : start + length]
+    assert rows == owners(counts)[start : start + length]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ changes = st.lists(
 
 
 @given(changes=changes)
-def test_requests_that_come_and_go_leave_the_uses_of_those_that_are_there(
+def test_finished_requests_do_not_change_the_slots_of_others(
     changes: list[tuple[str, dict[str, float] | None]],
 ) -> None:
     alive: dict[str, dict[str, float]] = {}
@@ -163,6 +163,6 @@ def test_requests_that_come_and_go_leave_the_uses_of_those_that_are_there(
         uses.set(req_id, None if doses is None else requests_of({req_id: doses})[req_id])
     order = ["r3", "r1", "stranger", "r0", "r2"]
     rows = BatchRows(order, np.array([1, 2, 1, 0, 3]))
-    wanted = steered_rows(rows, RequestSlots(TABLE, requests_of(alive)))
-    assert pairs_of(steered_rows(rows, uses)) == pairs_of(wanted)
-    assert {row for _, row, _ in pairs_of(wanted)} <= {0, 1, 2, 4, 5, 6}
+    expected = steered_rows(rows, RequestSlots(TABLE, requests_of(alive)))
+    assert pairs_of(steered_rows(rows, uses)) == pairs_of(expected)
+    assert {row for _, row, _ in pairs_of(expected)} <= {0, 1, 2, 4, 5, 6}

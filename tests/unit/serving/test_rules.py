@@ -1,4 +1,4 @@
-"""From doses to rules: which token takes which direction, told by what the token is."""
+"""From doses to rules: the direction and strength of each token."""
 
 from typing import Any
 
@@ -89,13 +89,13 @@ def test_a_prompt_of_one_token_is_its_own_last(
     assert token_span(Dose("x", 1.0, phase=phase, schedule=schedule), steps, 1) == span
 
 
-def test_rules_lie_by_dose_and_row() -> None:
+def test_rules_are_indexed_by_dose_and_row() -> None:
     on = table(0, 1, 2, 3)
     assert on.layers == (0, 1, 3)
     assert {n: (e.start, e.steps) for n, e in on.entries.items()} == {
         "push": (1, None), "spin": (2, None), "step": (3, 1), "walk": (4, 4),
     }  # fmt: skip
-    found = rules_of(
+    token_rules = rules_of(
         {
             "a": (Dose("walk", 2.0, schedule="dim"), Dose("push", -1.5, layers=(3,))),
             "b": (),
@@ -103,27 +103,31 @@ def test_rules_lie_by_dose_and_row() -> None:
         },
         on,
     )
-    assert found.direction_start.tolist() == [[4, 0, 1], [1, 0, 0]]
-    assert found.direction_stride.tolist() == [[1, 0, 0], [0, 0, 0]]
-    assert found.step0_position.tolist() == [[2, 0, 2], [2, 0, 0]]
-    assert found.begin.tolist() == [[2, 0, 3], [0, 0, 0]]
-    assert found.end.tolist() == [[6, 0, FOREVER], [FOREVER, 0, 0]]
-    assert found.strength.tolist() == [[2.0, 0, 0.5], [-1.5, 0, 0]]
-    assert found.slope.tolist() == [[0.25, 0, 0], [0, 0, 0]]
-    assert found.layers.tolist() == [
+    assert token_rules.direction_start.tolist() == [[4, 0, 1], [1, 0, 0]]
+    assert token_rules.direction_stride.tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert token_rules.step0_position.tolist() == [[2, 0, 2], [2, 0, 0]]
+    assert token_rules.begin.tolist() == [[2, 0, 3], [0, 0, 0]]
+    assert token_rules.end.tolist() == [[6, 0, FOREVER], [FOREVER, 0, 0]]
+    assert token_rules.strength.tolist() == [[2.0, 0, 0.5], [-1.5, 0, 0]]
+    assert token_rules.slope.tolist() == [[0.25, 0, 0], [0, 0, 0]]
+    assert token_rules.layers.tolist() == [
         [[1, 0, 1], [0, 0, 0]],
         [[0, 0, 1], [0, 0, 0]],
         [[1, 0, 1], [1, 0, 0]],
     ]
-    assert {t.dtype for t in (found.direction_start, found.end)} == {torch.int64}
-    assert {t.dtype for t in (found.strength, found.slope, found.layers)} == {torch.float32}
+    assert {t.dtype for t in (token_rules.direction_start, token_rules.end)} == {torch.int64}
+    assert {t.dtype for t in (token_rules.strength, token_rules.slope, token_rules.layers)} == {
+        torch.float32
+    }
 
 
-def test_a_rank_with_a_part_of_the_layers_keeps_their_places() -> None:
+def test_a_rank_with_some_layers_keeps_their_indices() -> None:
     on = table(2, 3)
     assert on.layers == (3,)
-    found = rules_of({"a": (Dose("spin", 1.0), Dose("push", 2.0)), "b": (Dose("walk", 3.0),)}, on)
-    assert found.layers.tolist() == [[[0, 1], [1, 0]]]
+    token_rules = rules_of(
+        {"a": (Dose("spin", 1.0), Dose("push", 2.0)), "b": (Dose("walk", 3.0),)}, on
+    )
+    assert token_rules.layers.tolist() == [[[0, 1], [1, 0]]]
     narrowed = rules_of({"a": (Dose("push", 2.0, layers=(0, 1)),)}, on)
     assert narrowed.layers.tolist() == [[[0]]]
 
@@ -131,27 +135,27 @@ def test_a_rank_with_a_part_of_the_layers_keeps_their_places() -> None:
 def test_a_batch_without_doses_at_the_site_has_no_rules() -> None:
     on = table(0, 1, 2, 3)
     for doses in ({}, {"a": ()}, {"a": (Dose("elsewhere", 1.0),), "b": ()}):
-        found = rules_of(doses, on)
-        assert found.direction_start.shape == (0, len(doses))
-        assert found.layers.shape == (3, 0, len(doses))
+        token_rules = rules_of(doses, on)
+        assert token_rules.direction_start.shape == (0, len(doses))
+        assert token_rules.layers.shape == (3, 0, len(doses))
 
 
-def test_doses_of_other_sites_and_of_requests_that_wait_take_no_depth() -> None:
+def test_doses_of_other_sites_and_of_waiting_requests_take_no_depth() -> None:
     on = table(0, 1, 2, 3)
     many = tuple(Dose("push", 1.0, layers=(layer,)) for layer in (0, 1, 3))
     requests = {
         "here": SteeredRequest((Dose("elsewhere", 9.0), Dose("push", 2.0)), 3),
         "waits": SteeredRequest(many, 3),
     }
-    found = guidance_rules(["other", "here"], requests, on, NO_HISTORY)
-    assert found.direction_start.tolist() == [[0, 1]]
-    assert found.strength.tolist() == [[0, 2.0]]
+    token_rules = guidance_rules(["other", "here"], requests, on, NO_HISTORY)
+    assert token_rules.direction_start.tolist() == [[0, 1]]
+    assert token_rules.strength.tolist() == [[0, 2.0]]
 
 
-def test_what_is_kept_from_batch_to_batch_changes_no_rule() -> None:
-    """Over joining, leaving, waiting and ids that come again, with like and with other doses."""
+def test_the_cache_between_batches_changes_no_rule() -> None:
+    """With requests that join, leave and wait, and reused ids with equal and other doses."""
     on = table(0, 1, 2, 3)
-    known: dict[str, Any] = {}
+    memo: dict[str, Any] = {}
     push, walk = (Dose("push", 2.0),), (Dose("walk", 1.0, schedule="dim"), Dose("spin", 3.0))
     batches: list[tuple[list[str], dict[str, SteeredRequest]]] = [
         (["a", "b", "x"], {"a": SteeredRequest(push, 3), "b": SteeredRequest(walk, 3)}),
@@ -163,10 +167,12 @@ def test_what_is_kept_from_batch_to_batch_changes_no_rule() -> None:
     ]
     for req_ids, requests in batches:
         for _ in range(2):
-            kept = guidance_rules(req_ids, requests, on, NO_HISTORY, known)
+            again = guidance_rules(req_ids, requests, on, NO_HISTORY, memo)
             anew = guidance_rules(req_ids, requests, on, NO_HISTORY)
-            assert all(torch.equal(getattr(kept, name), getattr(anew, name)) for name in vars(anew))
-            assert known.keys() <= requests.keys()
+            assert all(
+                torch.equal(getattr(again, name), getattr(anew, name)) for name in vars(anew)
+            )
+            assert memo.keys() <= requests.keys()
 
 
 @pytest.mark.parametrize("backend", [reference, torch_gather], ids=["reference", "torch"])
@@ -181,12 +187,12 @@ def test_a_dynamic_dose_takes_the_strength_of_its_tokens_step(backend: GuidanceB
     )
     history = torch.arange(100, 160, dtype=torch.float32)
     requests = {"a": SteeredRequest(doses, 3, {0: 10, 1: 40})}
-    found = guidance_rules(["x", "a"], requests, on, history)
-    assert found.strength_pool is history
-    assert found.pool_offset.tolist() == [[-1, 10], [-1, 40], [-1, -1]]
+    token_rules = guidance_rules(["x", "a"], requests, on, history)
+    assert token_rules.strength_pool is history
+    assert token_rules.pool_offset.tolist() == [[-1, 10], [-1, 40], [-1, -1]]
     positions = torch.tensor([0, 1, 0, 1, 2, 3, 4, 5, 6, 7])
     out = TokenMap(torch.zeros(3, 10, dtype=torch.int32), torch.zeros(3, 3, 10))
-    backend.map_tokens(found, torch.tensor([0, 2, 10]), positions, out)
+    backend.map_tokens(token_rules, torch.tensor([0, 2, 10]), positions, out)
     pushed = [0.0] * 4 + [110.0, 111.0, 112.0, 113.0, 114.0, 115.0]
     walked = [0.0] * 4 + [140.0, 141.0, 142.0, 143.0, 0.0, 0.0]
     spun = [0.0] * 2 + [0.5] * 8
@@ -202,12 +208,12 @@ def test_a_dynamic_dose_takes_the_strength_of_its_tokens_step(backend: GuidanceB
 
 @pytest.mark.parametrize("strength", [3.4028234e38, -1e-45, 1e-60])
 def test_a_strength_is_float32_without_a_warning(strength: float) -> None:
-    found = rules_of({"a": (Dose("push", strength),)}, table(0))
-    assert found.strength.item() == torch.tensor(strength, dtype=torch.float32).item()
+    token_rules = rules_of({"a": (Dose("push", strength),)}, table(0))
+    assert token_rules.strength.item() == torch.tensor(strength, dtype=torch.float32).item()
 
 
 def expected(dose: Dose, position: int, prompt_len: int) -> tuple[int, float]:
-    """The step and the strength of one token, by what the token is; step -1 for none."""
+    """The expected step and strength of one token, from its definition; step -1 for none."""
     steer = STEERS[dose.steer]
     is_prompt = position < prompt_len
     if dose.phase == ("generation" if is_prompt else "prompt"):
@@ -246,7 +252,7 @@ doses = st.builds(
         max_size=4,
     )
 )
-def test_every_token_of_every_request_takes_what_its_doses_say(
+def test_every_token_of_every_request_gets_the_strengths_of_its_doses(
     backend: GuidanceBackend, batch: list[tuple[list[Dose], int, int]]
 ) -> None:
     """All tokens of whole requests, prompt and generation, in one step."""
@@ -255,8 +261,8 @@ def test_every_token_of_every_request_takes_what_its_doses_say(
     counts = [prompt_len + generated for _, prompt_len, generated in batch]
     starts = torch.tensor([0, *counts]).cumsum(0)
     positions = torch.cat([torch.arange(n) for n in counts])
-    found = guidance_rules([str(i) for i in range(len(batch))], requests, on, NO_HISTORY)
-    depth = found.direction_start.shape[0]
+    token_rules = guidance_rules([str(i) for i in range(len(batch))], requests, on, NO_HISTORY)
+    depth = token_rules.direction_start.shape[0]
     assert depth == max(len(d) for d, _, _ in batch)
     if depth == 0:
         return
@@ -264,19 +270,19 @@ def test_every_token_of_every_request_takes_what_its_doses_say(
         torch.full((depth, len(positions)), -1, dtype=torch.int32),
         torch.full((3, depth, len(positions)), torch.nan),
     )
-    backend.map_tokens(found, starts, positions, out)
-    for row, (taken, prompt_len, _) in enumerate(batch):
+    backend.map_tokens(token_rules, starts, positions, out)
+    for row, (dose, prompt_len, _) in enumerate(batch):
         for position in range(counts[row]):
             token = int(starts[row]) + position
             for k in range(depth):
                 step, strength = -1, 0.0
-                if k < len(taken):
-                    step, strength = expected(taken[k], position, prompt_len)
-                layers = taken[k].layers or STEERS[taken[k].steer].layers if k < len(taken) else ()
+                if k < len(dose):
+                    step, strength = expected(dose[k], position, prompt_len)
+                layers = dose[k].layers or STEERS[dose[k].steer].layers if k < len(dose) else ()
                 if strength:
-                    start = on.entries[taken[k].steer].start
+                    start = on.entries[dose[k].steer].start
                     assert out.directions[k, token] == start + step
                 for index, layer in enumerate(on.layers):
-                    wanted = strength if layer in layers else 0.0
-                    assert abs(out.strengths[index, k, token].item() - wanted) <= 1e-5
-                    assert wanted or out.strengths[index, k, token] == 0
+                    expected_strength = strength if layer in layers else 0.0
+                    assert abs(out.strengths[index, k, token].item() - expected_strength) <= 1e-5
+                    assert expected_strength or out.strengths[index, k, token] == 0

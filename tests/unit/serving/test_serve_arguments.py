@@ -47,36 +47,36 @@ MIDDLEWARE = "vllm_steer.serving.http.SteerMiddleware"
 def test_the_flag_merges_with_additional_config_in_any_order(
     parse: Any, tmp_path: Path, options: list[str]
 ) -> None:
-    found = parse(*options)
-    assert found.additional_config == {"x": 1, "steer": str(tmp_path / "steers.yaml")}
-    assert found.middleware == [MIDDLEWARE]
-    assert found.served_model_name == ["model", "model:o", "model:p"]
+    args = parse(*options)
+    assert args.additional_config == {"x": 1, "steer": str(tmp_path / "steers.yaml")}
+    assert args.middleware == [MIDDLEWARE]
+    assert args.served_model_name == ["model", "model:o", "model:p"]
 
 
 def test_without_the_flag_the_parsed_arguments_are_stock(parse: Any) -> None:
-    found = parse("model", "--additional-config", '{"x": 1}')
-    assert found.additional_config == {"x": 1}
-    assert found.middleware == []
-    assert found.served_model_name is None
+    args = parse("model", "--additional-config", '{"x": 1}')
+    assert args.additional_config == {"x": 1}
+    assert args.middleware == []
+    assert args.served_model_name is None
 
 
 def test_a_steer_in_additional_config_is_served_like_the_flag(parse: Any) -> None:
-    found = parse("model", "--additional-config", '{"steer": "STEERS"}')
-    assert found.middleware == [MIDDLEWARE]
-    assert found.served_model_name == ["model", "model:o", "model:p"]
+    args = parse("model", "--additional-config", '{"steer": "STEERS"}')
+    assert args.middleware == [MIDDLEWARE]
+    assert args.served_model_name == ["model", "model:o", "model:p"]
 
 
 def test_every_served_name_gets_every_preset_once(parse: Any) -> None:
-    found = parse("model", "--steer-config=STEERS", "--served-model-name", "x", "y", "x:p")
-    names = found.served_model_name
+    args = parse("model", "--steer-config=STEERS", "--served-model-name", "x", "y", "x:p")
+    names = args.served_model_name
     assert names[0] == "x"
     assert {"x", "y", "x:o", "x:p", "y:o", "y:p"} <= set(names)
     assert len(names) == len(set(names))
 
 
 def test_other_middleware_is_kept(parse: Any) -> None:
-    found = parse("model", "--middleware", "mine.Own", "--steer-config=STEERS")
-    assert found.middleware == ["mine.Own", MIDDLEWARE]
+    args = parse("model", "--middleware", "mine.Own", "--steer-config=STEERS")
+    assert args.middleware == ["mine.Own", MIDDLEWARE]
 
 
 def test_a_parser_used_twice_gives_the_same(parse: Any) -> None:
@@ -87,12 +87,12 @@ def test_a_parser_used_twice_gives_the_same(parse: Any) -> None:
     parser = make_arg_parser(FlexibleArgumentParser())
     for _ in range(2):
         source = first.additional_config["steer"]
-        found = parser.parse_args(["model", f"--steer-config={source}"])
-        assert found.served_model_name == first.served_model_name
-        assert found.middleware == first.middleware
+        args = parser.parse_args(["model", f"--steer-config={source}"])
+        assert args.served_model_name == first.served_model_name
+        assert args.middleware == first.middleware
 
 
-def test_a_steer_config_is_told_to_processes_that_vllm_starts_from_now_on(parse: Any) -> None:
+def test_later_processes_of_vllm_get_the_steer_config(parse: Any) -> None:
     """A fork server, whose children have its environment, is started soon after."""
     parse("model")
     assert os.environ[environment.ACTIVE] == ""

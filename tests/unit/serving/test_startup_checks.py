@@ -1,4 +1,4 @@
-"""What stops an engine's start, and what it warns of."""
+"""Errors and warnings at the start of an engine."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def test_an_ordinary_engine_is_accepted(check: Any) -> None:
     ],
     ids=["pooling", "pcp", "dbo", "sharded-sampling", "fast-prefill", "hidden-size"],
 )
-def test_a_feature_in_the_way_stops_the_start_with_its_reason(
+def test_an_unsupported_feature_stops_the_start_with_its_reason(
     check: Any, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SteerError, match=message):
@@ -94,7 +94,7 @@ def warnings_of_ours() -> Iterator[list[str]]:
 @pytest.mark.parametrize(
     "version", ["0.25.0", "0.24.9", "0.34.0", "1.0.0", "0.1.dev1+g123", "0.25.1rc1", "dev"]
 )
-def test_a_vllm_outside_the_range_is_warned_of_once(
+def test_a_vllm_outside_the_range_gives_one_warning(
     check: Any, monkeypatch: pytest.MonkeyPatch, warnings_of_ours: list[str], version: str
 ) -> None:
     monkeypatch.setattr("vllm.__version__", version)
@@ -107,7 +107,7 @@ def test_a_vllm_outside_the_range_is_warned_of_once(
 @pytest.mark.parametrize(
     "version", ["0.25.1", "0.28.0", "0.32.0", "0.32.0+cpu", "0.33.9", "0.31.1"]
 )
-def test_a_vllm_inside_the_range_is_not_warned_of(
+def test_a_vllm_inside_the_range_gives_no_warning(
     check: Any, monkeypatch: pytest.MonkeyPatch, warnings_of_ours: list[str], version: str
 ) -> None:
     monkeypatch.setattr("vllm.__version__", version)
@@ -116,7 +116,7 @@ def test_a_vllm_inside_the_range_is_not_warned_of(
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"x": 1}, {"steer": None}, "text"], ids=repr)
-def test_an_additional_config_without_a_steer_is_no_concern_of_ours(additional: Any) -> None:
+def test_an_additional_config_without_a_steer_is_ignored(additional: Any) -> None:
     from vllm_steer.serving.plan_transport import plan_of, resolved_additional_config
 
     assert resolved_additional_config(additional) is None

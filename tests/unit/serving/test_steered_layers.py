@@ -1,4 +1,4 @@
-"""The op in the modules of a block: which tensor it changes, which it leaves, what it refuses."""
+"""The op in the modules of a block: changed tensors, unchanged tensors, refusals."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +25,14 @@ PAIR, TENSOR = Family(), Family(stream="tensor")
 
 
 class Plain(nn.Module):
-    """A module that returns what it was given, in the form that it is told to."""
+    """A module that returns its input in the given form."""
 
     def __init__(self, form: Any = lambda x: x) -> None:
         super().__init__()
         self.form = form
 
-    def forward(self, *given: Any) -> Any:
-        return self.form(*given)
+    def forward(self, *arguments: Any) -> Any:
+        return self.form(*arguments)
 
 
 class PPMissingLayer(Plain):
@@ -73,22 +73,22 @@ def attached(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
     )
-    found = steered_layers(steers, model, config, CPU, torch_gather, max_doses=2)
-    if found is None:
+    layers = steered_layers(steers, model, config, CPU, torch_gather, max_doses=2)
+    if layers is None:
         return None
-    places: dict[str, Any] = {}
-    found.attach(model, places, 3)
-    context = SimpleNamespace(no_compile_layers=places)
+    sites_by_name: dict[str, Any] = {}
+    layers.attach(model, sites_by_name, 3)
+    context = SimpleNamespace(no_compile_layers=sites_by_name)
     monkeypatch.setattr(steer_op, "get_forward_context", lambda: context)
-    found.start_serving()
-    return found
+    layers.start_serving()
+    return layers
 
 
-def prepare(found: SteeredLayers, *doses: Dose) -> None:
+def prepare(layers: SteeredLayers, *doses: Dose) -> None:
     """One request, ``doses`` on all of its tokens."""
     ones = np.array([1], dtype=np.int64)
     step = Step(["a"], ones, ones * TOKENS, torch.tensor([0, TOKENS]), torch.arange(TOKENS))
-    for site in found.sites:
+    for site in layers.sites:
         site.prepare(step, {"a": SteeredRequest(doses, prompt_len=TOKENS)}, NO_HISTORY)
 
 
@@ -100,31 +100,31 @@ H, R = rows(1), rows(2)
 PUSH, SPIN = vector((0, 2)), vector((0, 2), mode="rotate", seed=1)
 
 
-def test_an_addition_to_the_stream_goes_into_the_pairs_first_tensor(
+def test_an_addition_to_the_residual_stream_changes_the_first_tensor_of_the_pair(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_of()
-    found = attached({"push": PUSH}, model, monkeypatch)
-    assert found is not None
-    prepare(found, Dose("push", 2.0))
+    layers = attached({"push": PUSH}, model, monkeypatch)
+    assert layers is not None
+    prepare(layers, Dose("push", 2.0))
     for layer, row in ((0, 0), (1, None), (2, 1)):
         hidden, residual = model.layers[layer](H, R)
-        wanted = H if row is None else H + 2 * PUSH.vectors[row]
-        torch.testing.assert_close(hidden, wanted)
+        expected = H if row is None else H + 2 * PUSH.vectors[row]
+        torch.testing.assert_close(hidden, expected)
         assert torch.equal(residual, R)
 
 
-def test_a_turn_of_the_stream_keeps_the_norm_of_the_pairs_sum(
+def test_a_rotation_of_the_residual_stream_keeps_the_norm_of_the_pairs_sum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_of()
-    found = attached({"spin": SPIN}, model, monkeypatch)
-    assert found is not None
-    prepare(found, Dose("spin", 3.0))
+    layers = attached({"spin": SPIN}, model, monkeypatch)
+    assert layers is not None
+    prepare(layers, Dose("spin", 3.0))
     hidden, residual = model.layers[2](H, R)
     moved = H + R + 3 * SPIN.vectors[1] / SPIN.vectors[1].norm()
-    wanted = moved * (H + R).norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(hidden + residual, wanted)
+    expected = moved * (H + R).norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(hidden + residual, expected)
     assert torch.equal(residual, R)
 
 
@@ -133,9 +133,9 @@ def test_a_block_that_returns_the_stream_itself_is_steered_there(
     steer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(lambda h: h.clone())
-    found = attached({"a": steer}, model, monkeypatch, TENSOR)
-    assert found is not None
-    prepare(found, Dose("a", 2.0))
+    layers = attached({"a": steer}, model, monkeypatch, TENSOR)
+    assert layers is not None
+    prepare(layers, Dose("a", 2.0))
     stream = model.layers[0](H)
     row = steer.vectors[0] / (steer.vectors[0].norm() if steer is SPIN else 1)
     moved = H + 2 * row
@@ -149,7 +149,7 @@ def test_a_block_that_returns_the_stream_itself_is_steered_there(
     [lambda h, r: h, lambda h, r: (h,), lambda h, r: (h, r, None), lambda h, r: [h, r]],
     ids=["tensor", "one", "three", "list"],
 )
-def test_a_block_that_returns_no_pair_where_one_is_known_is_an_error(
+def test_a_block_without_the_expected_pair_is_an_error(
     form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(form)
@@ -162,9 +162,9 @@ def test_the_norms_output_is_steered_and_the_stream_beside_it_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_of()
-    found = attached({"spin": vector((1,), site="attn_in", mode="rotate")}, model, monkeypatch)
-    assert found is not None
-    prepare(found, Dose("spin", 4.0))
+    layers = attached({"spin": vector((1,), site="attn_in", mode="rotate")}, model, monkeypatch)
+    assert layers is not None
+    prepare(layers, Dose("spin", 4.0))
     hidden, residual = model.layers[1].input_layernorm(H, R)
     assert torch.equal(residual, H + R)
     torch.testing.assert_close(hidden.norm(dim=1), (H + R).norm(dim=1))
@@ -173,42 +173,46 @@ def test_the_norms_output_is_steered_and_the_stream_beside_it_is_not(
 
 
 def test_two_sites_of_one_module_act_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the heads, then at the attention's output, which turns what the heads have changed."""
+    """At the heads, then at the attention's output, which rotates the changed activations."""
     model = model_of()
     steers = {"walk": delta(TOKENS, (1,)), "bend": vector((1,), site="attn_out", mode="rotate")}
-    found = attached(steers, model, monkeypatch)
-    assert found is not None
+    layers = attached(steers, model, monkeypatch)
+    assert layers is not None
     ones = np.array([1], dtype=np.int64)
     step = Step(["a"], ones, ones * TOKENS, torch.tensor([0, TOKENS]), torch.arange(TOKENS))
     doses = (Dose("bend", 3.0), Dose("walk", 2.0, schedule="fixed"))
-    for site in found.sites:
+    for site in layers.sites:
         site.prepare(step, {"a": SteeredRequest(doses, prompt_len=1)}, NO_HISTORY)
     output = model.layers[1].self_attn(H)
     with torch.no_grad():
         inner = H * 2 + 2 * model.layers[1].self_attn.o_proj(steers["walk"].delta[:, 0])
     moved = inner + 3 * steers["bend"].vectors[0] / steers["bend"].vectors[0].norm()
-    wanted = moved * inner.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    expected = moved * inner.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_place_has_to_be_reached_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_site_must_be_reached_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     steers = {"push": PUSH, "norm": vector((1,), site="attn_in")}
-    found = attached(steers, model, monkeypatch)
-    assert found is not None
-    assert found.unreached_sites() == ["attn_in of layer 1", "resid of layer 0", "resid of layer 2"]
+    layers = attached(steers, model, monkeypatch)
+    assert layers is not None
+    assert layers.unreached_sites() == [
+        "attn_in of layer 1",
+        "resid of layer 0",
+        "resid of layer 2",
+    ]
     model.layers[0](H, R)
     model.layers[1](H, R)
-    assert found.unreached_sites() == ["attn_in of layer 1", "resid of layer 2"]
+    assert layers.unreached_sites() == ["attn_in of layer 1", "resid of layer 2"]
     model.layers[2](H, R)
     model.layers[1].input_layernorm(H, R)
-    assert found.unreached_sites() == []
+    assert layers.unreached_sites() == []
 
 
 def test_a_stage_hooks_its_own_layers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = attached({"push": PUSH}, model_of(missing=(0, 1)), monkeypatch)
-    assert found is not None
-    assert found.unreached_sites() == ["resid of layer 2"]
+    layers = attached({"push": PUSH}, model_of(missing=(0, 1)), monkeypatch)
+    assert layers is not None
+    assert layers.unreached_sites() == ["resid of layer 2"]
     assert attached({"push": PUSH}, model_of(missing=(0, 2)), monkeypatch) is None
 
 
@@ -219,23 +223,23 @@ def test_a_model_without_the_module_of_a_site_is_refused(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("batched", "captured", "room"),
+    ("batched", "captured", "max_tokens"),
     [(1, None, 512), (512, 0, 512), (513, None, 1024), (8, 600, 1024), (8192, 512, 8192)],
 )
-def test_there_is_room_for_the_largest_batch_and_graph(
-    batched: int, captured: int | None, room: int
+def test_the_map_holds_the_largest_batch_and_graph(
+    batched: int, captured: int | None, max_tokens: int
 ) -> None:
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=batched),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=captured),
     )
-    assert serving_layers._max_tokens(config) == room
+    assert serving_layers._max_tokens(config) == max_tokens
 
 
-def test_the_name_of_a_place_is_an_input_of_the_graph_as_those_of_vllms_own_layers_are() -> None:
+def test_the_name_of_a_site_is_a_graph_input_like_vllms_layer_names() -> None:
     """Else each hooked layer would be a piece of its own for the compiler."""
     from vllm.utils.torch_utils import _USE_LAYERNAME
 
-    hidden, _, place = steer_op._op._schema.arguments
-    assert str(place.type) == ("PyObject" if _USE_LAYERNAME else "str")
+    hidden, _, site_name = steer_op._op._schema.arguments
+    assert str(site_name.type) == ("PyObject" if _USE_LAYERNAME else "str")
     assert hidden.alias_info is not None and hidden.alias_info.is_write

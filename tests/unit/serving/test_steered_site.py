@@ -1,4 +1,4 @@
-"""A site's buffers over steps: what a captured graph reads is this step's doses and no others.
+"""A site's buffers over steps: a captured graph reads the doses of the current step only.
 
 A graph replays on the whole of the buffers, deeper than the step and longer than its tokens; a
 replay here is the same call with the same reach.
@@ -34,7 +34,7 @@ STEERS = {
 BASE = torch.randn(MAX_TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
 
 
-def shelf_of(steers: Mapping[str, Any] = STEERS) -> SiteTable:
+def table_of(steers: Mapping[str, Any] = STEERS) -> SiteTable:
     (table,) = fill_layer_bank(
         steers, layers=range(3), device=CPU, project=lambda _, rows: rows
     ).tables
@@ -45,7 +45,7 @@ def shelf_of(steers: Mapping[str, Any] = STEERS) -> SiteTable:
 def site(request: pytest.FixtureRequest) -> SteeredSite:
     """A site in service."""
     backend = request.param
-    site = SteeredSite(shelf_of(), backend, max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
+    site = SteeredSite(table_of(), backend, max_doses=MAX_DOSES, max_tokens=MAX_TOKENS, device=CPU)
     site.start_serving()
     return site
 
@@ -73,34 +73,34 @@ def step_of(parts: Sequence[Part]) -> Step:
 
 def replay(site: SteeredSite, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The base rows of each layer after a graph that was captured at its full reach."""
-    found = [BASE.clone() for _ in LAYERS]
+    outputs = [BASE.clone() for _ in LAYERS]
     with monkeypatch.context() as patch:
         patch.setattr(site_module, "_capturing", lambda device: True)
-        for layer, hidden in enumerate(found):
+        for layer, hidden in enumerate(outputs):
             site.steer_(hidden, None, layer)
-    return found
+    return outputs
 
 
 def eager(site: SteeredSite, num_tokens: int) -> list[torch.Tensor]:
-    found = [BASE[:num_tokens].clone() for _ in LAYERS]
-    for layer, hidden in enumerate(found):
+    outputs = [BASE[:num_tokens].clone() for _ in LAYERS]
+    for layer, hidden in enumerate(outputs):
         site.steer_(hidden, None, layer)
-    return found
+    return outputs
 
 
 def one_token(row: int, layer: int, doses: Sequence[Dose], prompt_len: int, position: int) -> Any:
     """A base row in float64 after its doses; None if none of them acts."""
     x = BASE[row].double()
-    moved, acts, turns = x.clone(), False, False
+    moved, acts, has_rotation = x.clone(), False, False
     for dose in doses:
         steer = STEERS[dose.steer]
         phase = "prompt" if position < prompt_len else "generation"
         if layer not in (dose.layers or steer.layers) or dose.phase not in ("all", phase):
             continue
-        place = steer.layers.index(layer)
+        layer_index = steer.layers.index(layer)
         if steer.kind == "vector":
-            w = steer.vectors[place].double()
-            turns |= steer.mode == "rotate"
+            w = steer.vectors[layer_index].double()
+            has_rotation |= steer.mode == "rotate"
             w = w / w.norm() if steer.mode == "rotate" else w
             moved += dose.strength * w
         else:
@@ -108,27 +108,27 @@ def one_token(row: int, layer: int, doses: Sequence[Dose], prompt_len: int, posi
             if not 0 <= i < steer.steps or (dose.schedule == "start" and i):
                 continue
             falls = 1 - i / steer.steps if dose.schedule == "dim" else 1.0
-            moved += dose.strength * falls * steer.delta[i, place].double()
+            moved += dose.strength * falls * steer.delta[i, layer_index].double()
         acts = True
-    if turns:
+    if has_rotation:
         moved *= x.norm() / moved.norm()
     return moved if acts else None
 
 
 def assert_steered(
-    found: Sequence[torch.Tensor], parts: Sequence[Part], requests: Mapping[str, SteeredRequest]
+    actual: Sequence[torch.Tensor], parts: Sequence[Part], requests: Mapping[str, SteeredRequest]
 ) -> None:
-    """Each row is what its own request asks for; a row of nobody or of no dose is unchanged."""
+    """Check that each row has the doses of its own request; other rows are unchanged."""
     owners = [(part.req_id, part.start + i) for part in parts for i in range(part.count)]
-    for layer, hidden in zip(LAYERS, found, strict=True):
+    for layer, hidden in zip(LAYERS, actual, strict=True):
         for row in range(len(hidden)):
-            wanted = None
+            expected = None
             if row < len(owners) and (request := requests.get(owners[row][0])):
-                wanted = one_token(row, layer, request.doses, request.prompt_len, owners[row][1])
-            if wanted is None:
+                expected = one_token(row, layer, request.doses, request.prompt_len, owners[row][1])
+            if expected is None:
                 assert torch.equal(hidden[row], BASE[row])
             else:
-                torch.testing.assert_close(hidden[row].double(), wanted, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(hidden[row].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 PUSH, SPIN = Dose("push", 2.0), Dose("spin", -3.0)
@@ -143,7 +143,7 @@ def serve(
     parts: Sequence[Part],
     requests: Mapping[str, SteeredRequest],
 ) -> None:
-    """One step; a graph's replay and an eager pass give what the requests ask for.
+    """Run one step and check it for a graph replay and for an eager pass.
 
     The cpu has no graphs.
     """
@@ -159,7 +159,7 @@ def serve(
         assert torch.equal(one, other[:num_tokens])
 
 
-def test_a_long_deep_step_leaves_nothing_to_a_short_shallow_one(
+def test_a_long_deep_step_does_not_change_a_short_shallow_one(
     site: SteeredSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(site, monkeypatch, [Part("a", 0, 13)], {"a": A})
@@ -167,7 +167,7 @@ def test_a_long_deep_step_leaves_nothing_to_a_short_shallow_one(
     serve(site, monkeypatch, [Part("a", 0, 13)], {"a": A})
 
 
-def test_a_shallow_step_in_between_leaves_nothing_to_a_deep_one(
+def test_a_shallow_step_in_between_does_not_change_a_deep_one(
     site: SteeredSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(site, monkeypatch, [Part("a", 0, 9)], {"a": A})
@@ -184,9 +184,7 @@ def test_an_unsteered_batch_between_two_steered_ones_is_untouched(
     serve(site, monkeypatch, [Part("a", 6, 1), Part("x", 8, 1)], requests)
 
 
-def test_an_idle_site_changes_nothing_whatever_it_held(
-    site: SteeredSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_site_changes_nothing(site: SteeredSite, monkeypatch: pytest.MonkeyPatch) -> None:
     for parts in ([Part("a", 0, 13)], [Part("a", 0, 2)]):
         serve(site, monkeypatch, parts, {"a": A})
         site.begin_step()
@@ -203,7 +201,7 @@ def test_the_same_batch_goes_on_after_a_dummy_run(
     serve(site, monkeypatch, [Part("a", 3, 1), Part("x", 1, 1)], {"a": A})
 
 
-def test_reordered_requests_take_their_doses_along(
+def test_reordered_requests_keep_their_doses(
     site: SteeredSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = {"a": A, "b": B}
@@ -220,7 +218,7 @@ def test_other_counts_in_the_same_order_are_noticed(
     serve(site, monkeypatch, [Part("x", 6, 1), Part("a", 7, 1)], requests)
 
 
-def test_an_id_used_again_takes_the_new_doses_once_the_site_forgets(
+def test_a_reused_id_takes_the_new_doses_after_invalidation(
     site: SteeredSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(site, monkeypatch, [Part("a", 0, 5)], {"a": A})
@@ -244,17 +242,17 @@ def walks() -> Iterator[tuple[list[Part], dict[str, SteeredRequest], bool]]:
         return SteeredRequest(tuple(doses), dice.randrange(1, 7)) if doses else None
 
     def steps() -> Iterator[tuple[list[Part], dict[str, SteeredRequest], bool]]:
-        asked: dict[str, SteeredRequest | None] = {}
+        requests: dict[str, SteeredRequest | None] = {}
         position: dict[str, int] = {}
         for _ in range(80):
             changed = False
             for req_id in "abcd":
-                if req_id not in asked and dice.random() < 0.5:
-                    asked[req_id], position[req_id], changed = new_request(), 0, True
-                elif req_id in asked and dice.random() < 0.15:
-                    del asked[req_id]
+                if req_id not in requests and dice.random() < 0.5:
+                    requests[req_id], position[req_id], changed = new_request(), 0, True
+                elif req_id in requests and dice.random() < 0.15:
+                    del requests[req_id]
                     changed = True
-            running = [r for r in asked if dice.random() < 0.8]
+            running = [r for r in requests if dice.random() < 0.8]
             dice.shuffle(running)
             parts = []
             for req_id in running:
@@ -262,12 +260,12 @@ def walks() -> Iterator[tuple[list[Part], dict[str, SteeredRequest], bool]]:
                 parts.append(Part(req_id, position[req_id], count))
                 position[req_id] += count
             if parts:
-                yield parts, {r: request for r, request in asked.items() if request}, changed
+                yield parts, {r: request for r, request in requests.items() if request}, changed
 
     return steps()
 
 
-def test_over_many_steps_every_row_is_its_own_requests(
+def test_every_row_gets_the_doses_of_its_own_request_over_many_steps(
     site: SteeredSite, monkeypatch: pytest.MonkeyPatch, walks: Any
 ) -> None:
     shapes = set()
@@ -280,7 +278,7 @@ def test_over_many_steps_every_row_is_its_own_requests(
     assert len(shapes) > 20
 
 
-def test_a_graph_finds_its_buffers_where_it_was_captured(
+def test_a_graph_reads_the_buffers_it_was_captured_with(
     site: SteeredSite, monkeypatch: pytest.MonkeyPatch, walks: Any
 ) -> None:
     def places() -> list[int]:
@@ -296,7 +294,7 @@ def test_a_graph_finds_its_buffers_where_it_was_captured(
     assert places() == before
 
 
-def test_a_place_steers_its_own_layer(site: SteeredSite) -> None:
+def test_each_site_steers_its_own_layer(site: SteeredSite) -> None:
     site.prepare(step_of([Part("b", 0, 3)]), {"b": B}, NO_HISTORY)
     rows = [BASE[:3].clone(), BASE[:3].clone()]
     for layer in (0, 1):

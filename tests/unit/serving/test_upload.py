@@ -15,7 +15,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("meta")
 
 
-def test_nothing_to_upload_is_nothing(device: torch.device) -> None:
+def test_an_empty_upload_gives_nothing(device: torch.device) -> None:
     assert upload([], device) == []
     assert upload([], torch.device("cpu")) == []
 
@@ -28,10 +28,10 @@ def test_empty_arrays_and_arrays_of_any_dtype_keep_shape_and_dtype(device: torch
         np.float32(3.0) * np.ones(7, dtype=np.float32),
         np.empty(0, dtype=np.int64),
     ]
-    for where in (device, torch.device("cpu")):
-        found = upload(arrays, where)
-        assert [tuple(t.shape) for t in found] == [a.shape for a in arrays]
-        assert [t.dtype for t in found] == [torch.from_numpy(np.array(a)).dtype for a in arrays]
+    for target in (device, torch.device("cpu")):
+        result = upload(arrays, target)
+        assert [tuple(t.shape) for t in result] == [a.shape for a in arrays]
+        assert [t.dtype for t in result] == [torch.from_numpy(np.array(a)).dtype for a in arrays]
 
 
 def test_pinned_memory_is_ready_for_every_size_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a worker does when its model is loaded, and what its runner is held to from then on."""
+"""The worker after its model is loaded, and the checks of its runner."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ WIDTH, VOCAB, LAYERS = 16, 11, 2
 
 
 class Model(nn.Module):
-    """A head, and layers that nobody runs."""
+    """A head, and layers that are never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class V2Runner:
 
 
 class PreparesElsewhere(V2Runner):
-    """Only the model's state is asked: the runner's own method is not called any more."""
+    """Only the model's state is used: the runner's own method is not called."""
 
     def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> Any:
         self.model_state.prepare_inputs(scheduler_output)
@@ -156,7 +156,7 @@ def scheduled(**tokens: int) -> Any:
     )
 
 
-def test_the_banks_count_as_the_models_memory_whenever_it_is_loaded(
+def test_the_banks_count_as_model_memory_on_every_load(
     plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = V2Runner()
@@ -170,7 +170,7 @@ def test_the_banks_count_as_the_models_memory_whenever_it_is_loaded(
         assert runner.model_memory_usage == 100 + low_rank + directions + token_map
 
 
-def test_a_step_that_no_longer_prepares_its_inputs_where_it_is_wrapped_is_an_error(
+def test_a_step_that_bypasses_the_wrapped_input_preparation_is_an_error(
     plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replayed graph runs no site's Python: only the runner's own step can tell."""
@@ -187,7 +187,7 @@ def test_a_step_that_no_longer_prepares_its_inputs_where_it_is_wrapped_is_an_err
     runner.execute_model(scheduled(d=1), dummy_run=True)
 
 
-def test_another_objects_method_of_the_same_name_is_not_the_runners_own(
+def test_a_method_of_the_same_name_on_another_object_is_ignored(
     plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = worker_of(plan, PreparesElsewhere(), monkeypatch)
@@ -197,20 +197,20 @@ def test_another_objects_method_of_the_same_name_is_not_the_runners_own(
         worker.load_model()
 
 
-def test_a_method_with_many_names_calls_what_it_calls(
+def test_all_calls_of_a_method_with_many_names_are_found(
     plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the 128th name on Python puts an instruction between the two that are looked for."""
     lines = [f"    self.n{i} = {i}" for i in range(300)]
-    made: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     head = "def method(self, given, dummy_run=False):"
-    exec("\n".join([head, *lines, "    return self.prepare_inputs(given)"]), made)
-    runner = type("Many", (V2Runner,), {"execute_model": made["method"]})()
+    exec("\n".join([head, *lines, "    return self.prepare_inputs(given)"]), values)
+    runner = type("Many", (V2Runner,), {"execute_model": values["method"]})()
     worker_of(plan, runner, monkeypatch).load_model()
     assert "prepare_inputs" in vars(runner)
 
 
-def test_a_worker_that_only_encodes_for_others_need_not_announce_its_steps(
+def test_an_encoder_only_worker_need_not_announce_its_steps(
     plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = SometimesPreparesElsewhere()
@@ -225,13 +225,13 @@ def test_a_worker_that_only_encodes_for_others_need_not_announce_its_steps(
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_an_engine_that_decodes_as_well_is_no_encoder_only(both: bool) -> None:
+def test_an_engine_that_also_decodes_is_not_encoder_only(both: bool) -> None:
     transfer = SimpleNamespace(is_ec_producer=both, is_ec_consumer=True)
     assert not encodes_only(SimpleNamespace(ec_transfer_config=transfer))
     assert not encodes_only(SimpleNamespace(ec_transfer_config=None))
 
 
-def test_the_runners_of_this_vllm_call_what_is_wrapped() -> None:
+def test_the_runners_of_this_vllm_call_the_wrapped_methods() -> None:
     """Their own classes, at the installed version: attaching reads their code."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1

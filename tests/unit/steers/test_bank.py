@@ -1,4 +1,4 @@
-"""The bank holds steers as the operation wants them: what comes out is the steer's own formula."""
+"""The bank stores steers for the operation: the result equals the steer's formula."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("strength", [3.0, -0.5, 1.0])
-def test_a_steer_in_the_bank_does_what_its_equation_says(
+def test_a_steer_in_the_bank_follows_its_equation(
     make_steer: Any, case: str, strength: float
 ) -> None:
     variant, options = CASES[case]
@@ -72,9 +72,9 @@ def test_a_steer_in_the_bank_does_what_its_equation_says(
     bank = fill(steers)
     table = bank.logits if variant == "offset" else bank.hidden
     x = torch.randn(5, 11 if variant == "offset" else 6)
-    found = apply(table, x, "steer", strength)
+    result = apply(table, x, "steer", strength)
     torch.testing.assert_close(
-        found.double(), formula(steers["steer"], x, strength), rtol=1e-5, atol=1e-5
+        result.double(), formula(steers["steer"], x, strength), rtol=1e-5, atol=1e-5
     )
 
 
@@ -87,8 +87,8 @@ def test_a_column_fixed_twice_is_fixed_once(make_steer: Any, variant: str) -> No
         return
     bank = fill({"steer": steer})
     x = torch.randn(3, 11 if variant == "offset" else 6)
-    found = apply(bank.logits if variant == "offset" else bank.hidden, x, "steer", 2.0)
-    torch.testing.assert_close(found.double(), formula(steer, x, 2.0), rtol=1e-5, atol=1e-5)
+    result = apply(bank.logits if variant == "offset" else bank.hidden, x, "steer", 2.0)
+    torch.testing.assert_close(result.double(), formula(steer, x, 2.0), rtol=1e-5, atol=1e-5)
 
 
 def test_slots_follow_the_names_and_not_the_order_of_the_config(make_steer: Any) -> None:
@@ -99,17 +99,17 @@ def test_slots_follow_the_names_and_not_the_order_of_the_config(make_steer: Any)
     assert torch.equal(forward.hidden.weights.expand, backward.hidden.weights.expand)
 
 
-def test_a_bank_without_offset_steers_has_no_shelf_for_them(make_steer: Any) -> None:
+def test_a_bank_without_offset_steers_has_no_table_for_them(make_steer: Any) -> None:
     assert fill({"a": make_steer()}).logits is None
     assert fill({"a": make_steer("offset")}).hidden is None
 
 
-def test_vectors_alone_take_no_room_for_what_they_do_not_multiply(make_steer: Any) -> None:
+def test_a_bank_of_vectors_allocates_no_factors(make_steer: Any) -> None:
     bank = fill({"a": make_steer("add"), "b": make_steer("add", columns=2, fixed_columns=(0,))})
     assert bank.num_bytes == 3 * 6 * 4
 
 
-def test_the_bank_knows_its_size(make_steer: Any) -> None:
+def test_the_bank_reports_its_size(make_steer: Any) -> None:
     steers = {"a": make_steer(columns=2, rank=1), "b": make_steer("offset", columns=2)}
     assert fill(steers).num_bytes == 2 * (2 * 1 * 6 * 4) + 1 * 11 * 4
     assert fill(steers, torch.bfloat16).num_bytes == 2 * (2 * 1 * 6 * 2) + 1 * 11 * 2
@@ -125,7 +125,7 @@ def test_the_bank_knows_its_size(make_steer: Any) -> None:
     ],
     ids=["as-few-bytes", "fewer-bytes", "fixed-as-few-bytes", "fixed-fewer-bytes"],
 )
-def test_a_steer_is_stored_as_whole_matrices_where_that_is_fewer_bytes(
+def test_a_steer_is_stored_as_full_matrices_if_that_takes_fewer_bytes(
     make_steer: Any, options: dict[str, Any], matrices: int
 ) -> None:
     tables = fill({"a": make_steer(**options)}).hidden.weights

@@ -1,4 +1,4 @@
-"""Vector and delta steers as descriptions: what they refuse, what they keep, what they are."""
+"""Vector and delta steers: validation, kept layers, properties."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize("site", VECTOR_SITES)
 @pytest.mark.parametrize("mode", ["add", "rotate"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_a_vector_knows_what_it_is(site: Any, mode: Any, dtype: torch.dtype) -> None:
+def test_a_vector_has_its_properties(site: Any, mode: Any, dtype: torch.dtype) -> None:
     steer = VectorSteer(vectors=torch.ones(2, 7, dtype=dtype), layers=(1, 4), site=site, mode=mode)
     assert (steer.kind, steer.hidden_size, steer.schedule) == ("vector", 7, None)
     assert (steer.default_strength, steer.layer_scores) == (None, None)
@@ -27,7 +27,7 @@ def test_a_vector_knows_what_it_is(site: Any, mode: Any, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("site", DELTA_SITES)
 @pytest.mark.parametrize("schedule", ["fixed", "start", "dim"])
-def test_a_delta_knows_what_it_is(site: Any, schedule: Any) -> None:
+def test_a_delta_has_its_properties(site: Any, schedule: Any) -> None:
     steer = DeltaSteer(delta=torch.zeros(3, 2, 7), layers=(1, 4), site=site, schedule=schedule)
     assert (steer.kind, steer.steps, steer.hidden_size) == ("delta", 3, 7)
     assert list(steer.tensors) == ["delta"] and steer.tensors["delta"] is steer.delta
@@ -65,12 +65,12 @@ def test_a_delta_knows_what_it_is(site: Any, schedule: Any) -> None:
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_a_vector_that_cannot_be_served_is_refused(fields: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"vectors": torch.ones(2, 3), "layers": (1, 4), **fields}
+    arguments: dict[str, Any] = {"vectors": torch.ones(2, 3), "layers": (1, 4), **fields}
     with pytest.raises(SteerError, match=message):
-        VectorSteer(**given)
+        VectorSteer(**arguments)
 
 
-def test_a_zero_vector_may_be_added_and_a_tiny_one_turned_to() -> None:
+def test_a_zero_vector_can_be_added_and_a_tiny_one_rotated_to() -> None:
     VectorSteer(vectors=torch.zeros(1, 3), layers=(0,))
     VectorSteer(vectors=torch.full((1, 3), 1e-40), layers=(0,), mode="rotate")
 
@@ -93,9 +93,9 @@ def test_a_zero_vector_may_be_added_and_a_tiny_one_turned_to() -> None:
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_a_delta_that_cannot_be_served_is_refused(fields: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"delta": torch.ones(3, 2, 5), "layers": (1, 4), **fields}
+    arguments: dict[str, Any] = {"delta": torch.ones(3, 2, 5), "layers": (1, 4), **fields}
     with pytest.raises(SteerError, match=message):
-        DeltaSteer(**given)
+        DeltaSteer(**arguments)
 
 
 @pytest.mark.parametrize("steer", [vector((0,)), delta(2, (0,))], ids=["vector", "delta"])
@@ -106,22 +106,22 @@ def test_a_steer_cannot_be_changed(steer: Any) -> None:
 
 def test_kept_layers_keep_their_rows_and_scores() -> None:
     whole = vector((2, 5, 9), layer_scores=(0.25, 0.5, 0.75), mode="rotate", site="attn_in")
-    kept = whole.keep_layers((2, 9))
-    assert (kept.layers, kept.layer_scores) == ((2, 9), (0.25, 0.75))
-    assert torch.equal(kept.vectors, whole.vectors[[0, 2]])
-    assert (kept.mode, kept.site) == ("rotate", "attn_in")
+    reduced = whole.keep_layers((2, 9))
+    assert (reduced.layers, reduced.layer_scores) == ((2, 9), (0.25, 0.75))
+    assert torch.equal(reduced.vectors, whole.vectors[[0, 2]])
+    assert (reduced.mode, reduced.site) == ("rotate", "attn_in")
     assert vector((2, 5)).keep_layers((5,)).layer_scores is None
 
 
 def test_kept_layers_keep_their_part_of_every_step() -> None:
     whole = delta(4, (2, 5, 9), schedule="dim")
-    kept = whole.keep_layers((5, 9))
-    assert (kept.layers, kept.steps, kept.schedule) == ((5, 9), 4, "dim")
-    assert torch.equal(kept.delta, whole.delta[:, 1:])
+    reduced = whole.keep_layers((5, 9))
+    assert (reduced.layers, reduced.steps, reduced.schedule) == ((5, 9), 4, "dim")
+    assert torch.equal(reduced.delta, whole.delta[:, 1:])
 
 
 @pytest.mark.parametrize("steer", [vector((2, 5)), delta(2, (2, 5))], ids=["vector", "delta"])
-def test_layers_that_a_steer_has_not_cannot_be_kept(steer: Any) -> None:
+def test_layers_outside_a_steer_cannot_be_kept(steer: Any) -> None:
     assert content_digest(steer.keep_layers((2, 5))) == content_digest(steer)
     with pytest.raises(SteerError, match="layers 3-4 are not in this steer; it has 2,5"):
         steer.keep_layers((2, 3, 4))
@@ -155,7 +155,7 @@ WORD = LMSteer(variant="add", add=torch.ones(2, 3), epsilon=0.5, hidden_size=3, 
     ],
     ids=["copy", "dtype", "strides", "words", "scores", "half", "schedule", "delta-dtype", "head"],
 )  # fmt: skip
-def test_what_a_request_chooses_or_a_file_is_called_is_not_content(one: Any, other: Any) -> None:
+def test_request_options_and_file_names_do_not_change_the_digest(one: Any, other: Any) -> None:
     assert content_digest(one) == content_digest(other)
 
 
@@ -187,7 +187,7 @@ UNLIKE: dict[str, Any] = {
 }
 
 
-def test_all_that_decides_what_a_steer_does_is_content() -> None:
+def test_everything_that_changes_the_effect_changes_the_digest() -> None:
     digests = {name: content_digest(steer) for name, steer in UNLIKE.items()}
     assert len(set(digests.values())) == len(UNLIKE)
     assert all(len(digest) == 64 for digest in digests.values())

@@ -1,4 +1,4 @@
-"""The layers' bank: what lies in its tables, and directions at the heads through a projection."""
+"""The bank of the layers: its tables, and projected directions at the heads."""
 
 from typing import Any
 
@@ -27,9 +27,9 @@ def fill(steers: dict[str, Any] = STEERS, layers: Any = range(6), **options: Any
     return fill_layer_bank(steers, layers=layers, device=CPU, **options)
 
 
-def shelf_of(bank: LayerBank, site: str) -> SiteTable:
-    (found,) = [table for table in bank.tables if table.site == site]
-    return found
+def table_of(bank: LayerBank, site: str) -> SiteTable:
+    (tables,) = [table for table in bank.tables if table.site == site]
+    return tables
 
 
 def unit(vector: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def unit(vector: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_table_holds_every_steer_in_its_layers_and_zeros_elsewhere() -> None:
-    table = shelf_of(fill(), "resid")
+    table = table_of(fill(), "resid")
     assert table.layers == (0, 3, 5)
     assert table.entries == {
         "add": DirectionRange(1, None, (3, 5)),
@@ -46,19 +46,19 @@ def test_a_table_holds_every_steer_in_its_layers_and_zeros_elsewhere() -> None:
         "walk": DirectionRange(3, 3, (0, 5)),
     }
     turn, add, walk = (STEERS[name] for name in ("turn", "add", "walk"))
-    wanted = torch.zeros(3, 6, WIDTH)
-    wanted[1, 1], wanted[2, 1] = add.vectors[0], add.vectors[1]
-    wanted[0, 2], wanted[1, 2] = unit(turn.vectors[0]), unit(turn.vectors[1])
+    expected = torch.zeros(3, 6, WIDTH)
+    expected[1, 1], expected[2, 1] = add.vectors[0], add.vectors[1]
+    expected[0, 2], expected[1, 2] = unit(turn.vectors[0]), unit(turn.vectors[1])
     for step in range(3):
-        wanted[0, 3 + step], wanted[2, 3 + step] = walk.delta[step, 0], walk.delta[step, 1]
-    torch.testing.assert_close(table.directions.vectors, wanted, rtol=1e-6, atol=0)
-    assert torch.equal(table.directions.vectors == 0, wanted == 0)
+        expected[0, 3 + step], expected[2, 3 + step] = walk.delta[step, 0], walk.delta[step, 1]
+    torch.testing.assert_close(table.directions.vectors, expected, rtol=1e-6, atol=0)
+    assert torch.equal(table.directions.vectors == 0, expected == 0)
     assert table.directions.vectors.dtype == torch.float32
     assert table.directions.is_rotation is not None
     assert table.directions.is_rotation.tolist() == [0, 0, 1, 0, 0, 0]
 
 
-def test_each_site_has_a_shelf_of_its_own_and_the_inner_one_comes_first() -> None:
+def test_each_site_has_a_table_of_its_own_and_the_inner_one_comes_first() -> None:
     steers = {
         "d": vector((0,), site="resid"),
         "c": vector((0,), site="attn_out"),
@@ -71,7 +71,7 @@ def test_each_site_has_a_shelf_of_its_own_and_the_inner_one_comes_first() -> Non
     ]  # fmt: skip
 
 
-def test_places_follow_the_names_and_not_the_order_of_the_config() -> None:
+def test_direction_rows_follow_the_names_and_not_the_order_of_the_config() -> None:
     backwards = dict(reversed(STEERS.items()))
     for one, other in zip(fill().tables, fill(backwards).tables, strict=True):
         assert one.entries == other.entries
@@ -79,31 +79,31 @@ def test_places_follow_the_names_and_not_the_order_of_the_config() -> None:
 
 
 @pytest.mark.parametrize(
-    ("here", "layers"),
+    ("stage_layers", "layers"),
     [([0, 1, 2], (0,)), ([3, 4, 5], (3, 5)), ([4], None), ([], None), ([5, 3, 0], (0, 3, 5))],
     ids=str,
 )
-def test_a_pipeline_stage_has_its_own_layers_only(here: list[int], layers: Any) -> None:
-    bank = fill(layers=here)
-    found = [table for table in bank.tables if table.site == "resid"]
+def test_a_pipeline_stage_has_its_own_layers_only(stage_layers: list[int], layers: Any) -> None:
+    bank = fill(layers=stage_layers)
+    tables = [table for table in bank.tables if table.site == "resid"]
     if layers is None:
-        assert found == []
+        assert tables == []
         return
-    (table,) = found
-    whole = shelf_of(fill(), "resid")
+    (table,) = tables
+    whole = table_of(fill(), "resid")
     assert (table.layers, table.entries) == (layers, whole.entries)
     rows = [whole.layers.index(layer) for layer in layers]
     assert torch.equal(table.directions.vectors, whole.directions.vectors[rows])
 
 
-def test_a_site_where_nothing_turns_needs_no_norms() -> None:
-    assert shelf_of(fill(), "attn_in").directions.is_rotation is None
-    assert shelf_of(fill({"add": STEERS["add"]}), "resid").directions.is_rotation is None
+def test_a_site_without_rotation_needs_no_norms() -> None:
+    assert table_of(fill(), "attn_in").directions.is_rotation is None
+    assert table_of(fill({"add": STEERS["add"]}), "resid").directions.is_rotation is None
 
 
-def test_a_stage_without_the_layers_that_turn_knows_that_steers_do() -> None:
+def test_a_pipeline_stage_without_rotated_layers_knows_of_rotations() -> None:
     """Its table has the direction; which of them turn does not depend on the rank."""
-    table = shelf_of(fill(layers=[5]), "resid")
+    table = table_of(fill(layers=[5]), "resid")
     assert table.directions.is_rotation is not None
     assert table.directions.is_rotation.tolist() == [0, 0, 1, 0, 0, 0]
     assert torch.equal(table.directions.vectors[:, 2], torch.zeros(1, WIDTH))
@@ -111,26 +111,26 @@ def test_a_stage_without_the_layers_that_turn_knows_that_steers_do() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
-def test_any_floating_dtype_and_size_turns_to_a_unit_vector(
+def test_any_floating_dtype_and_size_is_normalized_to_a_unit_vector(
     dtype: torch.dtype, scale: float
 ) -> None:
     steer = vector((0,), mode="rotate")
     tensor = (steer.vectors * scale).to(dtype)
-    table = shelf_of(fill({"a": type(steer)(vectors=tensor, layers=(0,), mode="rotate")}), "resid")
-    found = table.directions.vectors[0, 1]
-    torch.testing.assert_close(found, unit(tensor[0].double()), rtol=1e-6, atol=1e-8)
+    table = table_of(fill({"a": type(steer)(vectors=tensor, layers=(0,), mode="rotate")}), "resid")
+    tables = table.directions.vectors[0, 1]
+    torch.testing.assert_close(tables, unit(tensor[0].double()), rtol=1e-6, atol=1e-8)
 
 
-def test_the_bank_knows_its_size() -> None:
+def test_the_bank_reports_its_size() -> None:
     assert fill().num_bytes == 4 * WIDTH * (3 * 6 + 1 * 2)
     assert fill({}).num_bytes == 0
 
 
 def test_changing_a_steer_later_does_not_change_the_bank() -> None:
-    mine = vector((0,))
-    table = shelf_of(fill({"a": mine}), "resid")
+    steer = vector((0,))
+    table = table_of(fill({"a": steer}), "resid")
     before = table.directions.vectors.clone()
-    mine.vectors.zero_()
+    steer.vectors.zero_()
     assert torch.equal(table.directions.vectors, before)
 
 
@@ -142,10 +142,10 @@ class Projection(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rank: int, of: int) -> None:
         super().__init__()
-        mine = weight.shape[1] // of
-        self.weight = nn.Parameter(weight[:, rank * mine : (rank + 1) * mine].clone())
+        own_width = weight.shape[1] // of
+        self.weight = nn.Parameter(weight[:, rank * own_width : (rank + 1) * own_width].clone())
         self.bias = bias if rank == 0 else None
-        self.input_size, self.input_size_per_partition = weight.shape[1], mine
+        self.input_size, self.input_size_per_partition = weight.shape[1], own_width
         self.tp_rank = rank
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -171,8 +171,8 @@ def model_of(
     """Three blocks with random projections."""
     blocks = nn.ModuleList()
     for layer in range(3):
-        own = None if bias is None else torch.full((HIDDEN,), bias + layer)
-        projection: nn.Module = Projection(weights(layer), own, rank, of)
+        bias_tensor = None if bias is None else torch.full((HIDDEN,), bias + layer)
+        projection: nn.Module = Projection(weights(layer), bias_tensor, rank, of)
         block = nn.Module()
         block.self_attn = nn.Module()
         block.self_attn.o_proj = Wrapped(projection) if wrapped else projection
@@ -184,18 +184,18 @@ def model_of(
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("bias", [None, 0.5], ids=["no-bias", "bias"])
-def test_directions_at_the_heads_are_those_behind_the_projection(
+def test_directions_at_the_heads_are_projected_by_the_output_projection(
     bias: float | None, wrapped: bool
 ) -> None:
     steer = delta(3, (0, 2), width=HEADS)
     project = projections(model_of(bias=bias, wrapped=wrapped), Family(), 3, torch.float32)
-    table = shelf_of(fill({"a": steer}, range(3), project=project), "heads")
+    table = table_of(fill({"a": steer}, range(3), project=project), "heads")
     assert table.layers == (0, 2)
     for index, layer in enumerate((0, 2)):
-        wanted = steer.delta[:, index].double() @ weights(layer).double().T
-        found = table.directions.vectors[index]
-        assert torch.equal(found[0], torch.zeros(HIDDEN))
-        torch.testing.assert_close(found[1:].double(), wanted, rtol=1e-5, atol=1e-5)
+        expected = steer.delta[:, index].double() @ weights(layer).double().T
+        tables = table.directions.vectors[index]
+        assert torch.equal(tables[0], torch.zeros(HIDDEN))
+        torch.testing.assert_close(tables[1:].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("of", [2, 3])
@@ -214,13 +214,13 @@ def test_a_projection_runs_in_the_models_dtype_and_gives_float32() -> None:
     model = model_of(bias=2.0).to(torch.bfloat16)
     for block in model.layers:
         block.self_attn.o_proj.bias = block.self_attn.o_proj.bias.to(torch.bfloat16)
-    found = projections(model, Family(), 3, torch.bfloat16)(
+    tables = projections(model, Family(), 3, torch.bfloat16)(
         0, delta(2, (0,), width=HEADS).delta[:, 0]
     )
-    assert found.dtype == torch.float32
-    assert not found.requires_grad
-    wanted = delta(2, (0,), width=HEADS).delta[:, 0] @ weights(0).T
-    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.1)
+    assert tables.dtype == torch.float32
+    assert not tables.requires_grad
+    expected = delta(2, (0,), width=HEADS).delta[:, 0] @ weights(0).T
+    torch.testing.assert_close(tables, expected, rtol=0.02, atol=0.1)
 
 
 def test_a_model_whose_first_weights_are_packed_integers_is_projected_in_its_own_dtype() -> None:
@@ -229,8 +229,8 @@ def test_a_model_whose_first_weights_are_packed_integers_is_projected_in_its_own
     packed.qweight = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     packed.layers = model.layers
     rows = delta(2, (0,), width=HEADS).delta[:, 0]
-    found = projections(packed, Family(), 3, torch.float32)(0, rows)
-    torch.testing.assert_close(found, rows @ weights(0).T)
+    tables = projections(packed, Family(), 3, torch.float32)(0, rows)
+    torch.testing.assert_close(tables, rows @ weights(0).T)
 
 
 def test_a_delta_that_overflows_in_the_projection_is_refused() -> None:
@@ -258,6 +258,6 @@ def test_an_attention_without_the_projection_is_refused() -> None:
         project(0, torch.ones(2, HEADS))
 
 
-def test_a_steer_at_the_head_is_none_of_the_layers() -> None:
+def test_a_steer_at_the_head_is_not_in_the_layer_tables() -> None:
     assert head().layers is None
     assert fill({}).tables == ()

@@ -1,4 +1,4 @@
-"""Layer numbers: what may be written for them, how they are printed, where they stand."""
+"""Layer numbers: notation, printing and positions."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from vllm_steer.steers.layers import check_layers, format_layers, parse_layers, 
 
 
 @pytest.mark.parametrize(
-    ("written", "layers"),
+    ("value", "layers"),
     [
         ("8-11", (8, 9, 10, 11)),
         ("3,7,9", (3, 7, 9)),
@@ -33,14 +33,14 @@ from vllm_steer.steers.layers import check_layers, format_layers, parse_layers, 
     ],
     ids=repr,
 )
-def test_layers_are_read_in_ascending_order(written: Any, layers: tuple[int, ...]) -> None:
-    found = parse_layers(written)
-    assert found == layers
-    assert {type(layer) for layer in found} == {int}
+def test_layers_are_read_in_ascending_order(value: Any, layers: tuple[int, ...]) -> None:
+    layer_numbers = parse_layers(value)
+    assert layer_numbers == layers
+    assert {type(layer) for layer in layer_numbers} == {int}
 
 
 @pytest.mark.parametrize(
-    "written",
+    "value",
     [
         "", " ", ",", "3,", ",3", "3,,4", "-3", "3-", "-", "3-1", "1-2-3", "1--2", "+3", "3.0",
         "0x3", "1_0", "007", "010", "three", "\uff13", "\u00b2", "10000", "99999", "0-10000", "3,3",
@@ -48,36 +48,36 @@ def test_layers_are_read_in_ascending_order(written: Any, layers: tuple[int, ...
         None, [], (), {}, {"0": 1}, set(), {3}, [3, 3], [3, -1], [True], [None], [3.0],
         [[3]], ["1-2"], [""], ["3,4"], [10_000], object(),
     ],
-    ids=lambda written: "object" if type(written) is object else repr(written),
+    ids=lambda value: "object" if type(value) is object else repr(value),
 )  # fmt: skip
-def test_anything_else_is_answered_with_what_is_wanted(written: Any) -> None:
+def test_other_values_are_refused_with_the_expected_form(value: Any) -> None:
     with pytest.raises(SteerError, match=r"^layers is .*; expected 0-based layers such as '8-31'"):
-        parse_layers(written)
+        parse_layers(value)
 
 
 @pytest.mark.parametrize(
-    "written",
+    "value",
     [10**5000, -(10**5000), [10**5000], [[10**5000]], "9" * 5000, "0-" + "9" * 5000, [0] * 100_000],
     ids=["int", "negative", "in-list", "nested", "digits", "span", "long-list"],
 )
-def test_a_monstrous_value_is_answered_briefly(written: Any) -> None:
+def test_a_huge_value_gets_a_short_error(value: Any) -> None:
     with pytest.raises(SteerError, match="expected 0-based layers") as caught:
-        parse_layers(written)
+        parse_layers(value)
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("depth", range(700, 1000, 3))
-def test_a_deep_value_is_answered_like_any_other(depth: int) -> None:
+def test_a_deep_value_gets_an_ordinary_error(depth: int) -> None:
     """At some depth JSON can still be read and cannot be written any more."""
     try:
-        written = json.loads("[" * depth + "]" * depth)
+        value = json.loads("[" * depth + "]" * depth)
     except RecursionError:
         return
     with pytest.raises(SteerError, match="expected 0-based layers"):
-        parse_layers(written)
+        parse_layers(value)
 
 
-def test_spans_that_repeat_cost_no_more_than_the_layers_there_can_be() -> None:
+def test_repeated_spans_cost_no_more_than_the_largest_layer_number() -> None:
     begin = time.process_time()
     with pytest.raises(SteerError, match="expected 0-based layers"):
         parse_layers("0-9999," * 20_000 + "0")
@@ -85,7 +85,7 @@ def test_spans_that_repeat_cost_no_more_than_the_layers_there_can_be() -> None:
 
 
 @given(st.sets(st.integers(0, 9999), min_size=1, max_size=40))
-def test_what_is_printed_is_read_again(layers: set[int]) -> None:
+def test_printed_layers_can_be_parsed(layers: set[int]) -> None:
     assert parse_layers(format_layers(layers)) == tuple(sorted(layers))
     assert parse_layers(sorted(layers, reverse=True)) == tuple(sorted(layers))
 
@@ -130,7 +130,7 @@ def test_layers_that_fit_their_tensor_are_accepted() -> None:
     check_layers((), 0, "t")
 
 
-def test_kept_layers_are_found_where_they_stand() -> None:
+def test_kept_layers_have_their_indices() -> None:
     assert positions_of((9, 2), (2, 5, 9)) == [2, 0]
     assert positions_of((), (2, 5, 9)) == []
     with pytest.raises(SteerError, match="layers 1,3-4 are not in this steer; it has 2,5,9"):

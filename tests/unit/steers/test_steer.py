@@ -1,4 +1,4 @@
-"""A steer is checked when it is made, and says what it found and what it wanted."""
+"""A steer is validated when it is created; errors name the found and the expected value."""
 
 import math
 import subprocess
@@ -23,15 +23,17 @@ def test_every_error_is_a_value_error() -> None:
 
 
 @pytest.mark.parametrize("module", ["vllm", "triton"])
-def test_importing_the_package_does_not_import(module: str) -> None:
+def test_importing_the_package_imports_no_large_library(module: str) -> None:
     code = f"import sys, vllm_steer; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_hugging_face_reference_is_reachable_from_the_package() -> None:
     code = "import vllm_steer; vllm_steer.hf.steered"
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_steer_knows_its_columns_and_ranks(make_steer: Any) -> None:
@@ -42,7 +44,7 @@ def test_a_steer_knows_its_columns_and_ranks(make_steer: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", ["add", "offset"])
-def test_a_steer_that_does_not_multiply_has_rank_zero(make_steer: Any, variant: str) -> None:
+def test_a_steer_without_factors_has_rank_zero(make_steer: Any, variant: str) -> None:
     assert make_steer(variant, columns=2).rank == 0
 
 
@@ -129,11 +131,13 @@ def test_a_default_strength_that_is_not_finite_is_refused(make_steer: Any) -> No
 
 
 @pytest.mark.parametrize("name", [*vllm_steer.__all__, "config", "files", "steers"])
-def test_a_name_is_there_after_a_plain_import(name: str) -> None:
+def test_a_lazy_name_exists_after_import(name: str) -> None:
     """They are imported when they are used: each in a process of its own."""
     code = f"import vllm_steer; print(vllm_steer.{name} is not None)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "True\n", done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert process.stdout == "True\n", process.stderr
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
