@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from http_tools import passes_vllm_xargs, dump, load
+from http_tools import dump, load, passes_vllm_xargs
 
 from vllm_steer.serving.http import Steering
 
