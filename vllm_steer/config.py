@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -60,6 +60,9 @@ def _mix_entry(value: Any) -> Any:
 MixEntry = Annotated[Any, BeforeValidator(_mix_entry)]
 
 
+Untested = Literal["warn", "refuse"]
+
+
 class SteerEntry(SteerMetadata):
     """One steer of a config: a file and overrides of its metadata."""
 
@@ -98,6 +101,7 @@ class SteerConfig(BaseModel):
     default: str = NO_STEER
     limits: Limits = Limits()
     kernels: Kernels = "auto"
+    untested: Untested = "warn"
 
     @classmethod
     def load(cls, source: "str | Path | Mapping[str, Any] | SteerConfig") -> "SteerConfig":

@@ -69,24 +69,32 @@ FAMILIES: dict[str, Family] = {
 }
 
 _PARTIAL_SUMS = "its layers return partial sums that are reduced over the ranks later"
-_SCALED = "in float16 its stream is scaled by a factor that a steer does not know"
-_ALTUP = "its residual stream is several streams that predict each other (AltUp)"
-_LAYER_SCALAR = "each layer scales its output after the residual stream"
 _HYPER = "its residual stream is several streams (hyper-connections)"
 
 UNSUPPORTED: dict[str, str] = {
-    "DeepseekForCausalLM": _SCALED,
-    "DeepseekV2ForCausalLM": _SCALED,
-    "DeepseekV3ForCausalLM": _SCALED,
     "DeepseekV41ForCausalLM": _HYPER,
     "DeepseekV4ForCausalLM": _HYPER,
-    "Gemma3nForCausalLM": _ALTUP,
-    "Gemma3nForConditionalGeneration": _ALTUP,
-    "Gemma4ForCausalLM": _LAYER_SCALAR,
-    "Gemma4ForConditionalGeneration": _LAYER_SCALAR,
     "MiniMaxM3SparseForCausalLM": _PARTIAL_SUMS,
     "MiniMaxM3SparseForConditionalGeneration": _PARTIAL_SUMS,
 }
+
+
+LAYER_SCALES = frozenset({"Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"})
+"""Each layer multiplies the residual stream by a number of its own, in Hugging Face too."""
+
+
+def known_family(architectures: Iterable[str]) -> Family | None:
+    """The family of a model that was compared with Hugging Face; None for any other.
+
+    Raises ``SteerError`` with the reason for one that is known not to work.
+    """
+    names = list(architectures)
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    if any(name in UNSUPPORTED for name in names):
+        family_of(names)
+    return None
 
 
 def family_of(architectures: Iterable[str]) -> Family:
@@ -107,12 +115,20 @@ def family_of(architectures: Iterable[str]) -> Family:
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The one list of a model's decoder blocks: as long as the model has layers."""
-    matches = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
+    """The list of a model's decoder blocks: as long as the model has layers.
+
+    In vLLM's own models the module that owns it has a ``start_layer`` and an ``end_layer``, the
+    bounds of the pipeline stage; elsewhere it is the one list of that length.
+    """
+    language = language_model(model)
+    lists = [m for m in language.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    owned = {
+        id(child)
+        for module in language.modules()
+        if _is_stage(module)
+        for child in module.children()
+    }
+    matches = [one for one in lists if id(one) in owned] or lists
     if len(matches) != 1:
         raise SteerError(
             f"{type(model).__name__} has {len(matches)} module lists of {num_layers} entries; "
@@ -121,9 +137,27 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     return matches[0]
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """The language model inside a multimodal one; other models are returned as they are."""
+    if callable(get := getattr(model, "get_language_model", None)):
+        inner: nn.Module = get()
+        return inner
+    for owner in (model, getattr(model, "model", None)):
+        if isinstance(inside := getattr(owner, "language_model", None), nn.Module):
+            return inside
+    return model
+
+
+def _is_stage(module: nn.Module) -> bool:
+    bounds = (getattr(module, name, None) for name in ("start_layer", "end_layer"))
+    return all(isinstance(bound, int) for bound in bounds)
+
+
 def submodule(layer: nn.Module, name: str | None, site: str) -> Any:
     """A block's module by its name in the family; ``SteerError`` if the site is not there."""
-    module = None if name is None else getattr(layer, name, None)
+    module: Any = layer if name else None
+    for part in (name or "").split("."):
+        module = getattr(module, part, None)
     if module is None:
         raise SteerError(
             f"{type(layer).__name__} has no {name or 'norm before its attention'}: the site {site} "

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from vllm_steer.config import Limits, SteerConfig, SteerEntry
+from vllm_steer.config import Limits, SteerConfig, SteerEntry, Untested
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
@@ -60,6 +60,7 @@ class SteerPlan(BaseModel):
     presets: dict[str, dict[str, float | str | dict[str, Any]]]
     default: str
     limits: Limits
+    untested: Untested = "warn"
     _resolved: DoseCache = PrivateAttr(default_factory=DoseCache)
 
     @classmethod
@@ -77,6 +78,7 @@ class SteerPlan(BaseModel):
             presets=config.presets,
             default=config.default,
             limits=config.limits,
+            untested=config.untested,
         )
         for preset in plan.presets:
             check_request(preset, plan, source=f"preset {preset}")

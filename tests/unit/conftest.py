@@ -1,6 +1,7 @@
 """Small steers, and the plan that an engine would make of them, for all unit tests."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,15 @@ VOCAB = 11
 
 MakeSteer = Callable[..., LMSteer]
 MakePlan = Callable[..., SteerPlan]
+
+
+@pytest.fixture(autouse=True)
+def _keep_library_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a test runs in this process hides no messages from the tests after it."""
+    for name in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL", "PYTHONWARNINGS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ class VllmSource:
         self._modules: dict[str, ast.Module | None] = {}
         self._names: dict[ast.Module, dict[str, ast.AST]] = {}
         self._imports: dict[ast.Module, dict[str, tuple[str, str]]] = {}
-        self._members: dict[ast.ClassDef, dict[str, ast.AST]] = {}
+        self._members: dict[ast.AST, dict[str, ast.AST]] = {}
 
     @classmethod
     def of(cls, location: str) -> "VllmSource":
@@ -55,7 +55,8 @@ class VllmSource:
         located = self._in_module(module, owner)
         if located is None or not member:
             return None if located is None else located[1]
-        return self._in_class(*located, member) if isinstance(located[1], ast.ClassDef) else None
+        is_owner = isinstance(located[1], ast.ClassDef | ast.FunctionDef)
+        return self._in_class(*located, member) if is_owner else None
 
     def _in_module(self, module: str, name: str) -> tuple[str, ast.AST] | None:
         """The module that defines a name, and the definition; imports are followed."""
@@ -81,12 +82,14 @@ class VllmSource:
                 return self._members[class_def][member]
         return None
 
-    def _with_bases(self, module: str, cls: ast.AST) -> Iterator[ast.ClassDef]:
+    def _with_bases(self, module: str, cls: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef]:
         """A class and those of its bases that are in vLLM."""
         pending, num_visited = [(module, cls)], 0
         while pending and num_visited < _MAX_BASES:
             class_module, class_def = pending.pop(0)
             num_visited += 1
+            if isinstance(class_def, ast.FunctionDef):
+                yield class_def  # a decorator that gives attributes to its class
             if not isinstance(class_def, ast.ClassDef):
                 continue
             yield class_def
@@ -138,7 +141,7 @@ def _imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
     }
 
 
-def _members(cls: ast.ClassDef) -> dict[str, ast.AST]:
+def _members(cls: ast.ClassDef | ast.FunctionDef) -> dict[str, ast.AST]:
     """Methods and fields of a class, and attributes that methods assign to ``self``."""
     members: dict[str, ast.AST] = {}
     for statement in _statements(cls.body):

@@ -34,17 +34,17 @@ class Architecture:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return int(self.model.config.hidden_size)
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def num_layers(self) -> int:
         """Number of decoder blocks."""
-        return int(self.model.config.num_hidden_layers)
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
     def vocab_size(self) -> int:
         """Number of logits."""
-        return int(self.model.config.vocab_size)
+        return int(self.model.config.get_text_config().vocab_size)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,12 +15,12 @@ Act = Callable[[torch.Tensor], torch.Tensor]
 
 def family(model: Any) -> Family:
     """Where the sites of a model are; ``SteerError`` for an architecture that is not known."""
-    return family_of(model.config.architectures or [type(model).__name__])
+    return family_of(dict.fromkeys([*(model.config.architectures or ()), type(model).__name__]))
 
 
 def layers_of(model: Any) -> nn.ModuleList:
     """The decoder blocks of a model."""
-    return decoder_layers(model, model.config.num_hidden_layers)
+    return decoder_layers(model, model.config.get_text_config().num_hidden_layers)
 
 
 def attach(layer: nn.Module, names: Family, site: str, act: Act) -> RemovableHandle:
@@ -48,7 +48,7 @@ def site_width(model: Any, layer: nn.Module, names: Family, site: str) -> int:
     """The last size of the tensor at a site."""
     module = site_module(layer, names, site)
     if site != "heads":
-        return int(model.config.hidden_size)
+        return int(model.config.get_text_config().hidden_size)
     # GPT-2's projection is a Conv1D, whose weight is [in, out].
     width = getattr(module, "in_features", None) or module.weight.shape[0]  # type: ignore[index]
     return int(width)

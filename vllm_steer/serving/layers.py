@@ -16,8 +16,9 @@ from vllm_steer.bank.layers import GuidanceSteer
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice
 from vllm_steer.errors import SteerError
-from vllm_steer.families import Family, decoder_layers, family_of, submodule
+from vllm_steer.families import Family, decoder_layers, submodule
 from vllm_steer.kernels.guidance import GuidanceBackend
+from vllm_steer.serving.model_sites import Run, model_sites
 from vllm_steer.serving.site import SiteLayer, SteeredSite
 
 _PADDING = 512  # more than vLLM pads a batch by
@@ -26,9 +27,9 @@ _PADDING = 512  # more than vLLM pads a batch by
 class SteeredLayers:
     """The guided sites of one rank's layers."""
 
-    def __init__(self, sites: tuple[SteeredSite, ...], family: Family) -> None:
+    def __init__(self, sites: tuple[SteeredSite, ...], families: Mapping[int, Family]) -> None:
         self.sites = sites
-        self._family = family
+        self._families = families
 
     def attach(self, model: nn.Module, forward_context: dict[str, Any], num_layers: int) -> None:
         """Hook the model's modules and enter their places where the forward context finds them.
@@ -36,14 +37,14 @@ class SteeredLayers:
         Raises ``SteerError`` if the model lacks a module or returns its stream in another way.
         """
         layers = decoder_layers(model, num_layers)
-        pair = self._family.stream == "pair" and not on_transformers_backend(model)
         for site in self.sites:
             for index, number in enumerate(site.table.layers):
                 name = f"vllm_steer.{site.table.site}.{number}"
                 forward_context[name] = SiteLayer(site, index)
-                module = _module(layers[number], self._family, site.table)
-                is_block = module is layers[number]
-                module.register_forward_hook(_hook(name, site.table, pair=pair and is_block))
+                family = self._families[number]
+                module = _module(layers[number], family, site.table)
+                is_pair = family.stream == "pair" and module is layers[number]
+                module.register_forward_hook(_hook(name, site.table, pair=is_pair))
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the sites run on, for streams in ``dtype``."""
@@ -78,36 +79,37 @@ def steered_layers(
     backend: GuidanceBackend,
     *,
     max_doses: int,
+    run: Run,
 ) -> SteeredLayers | None:
-    """The sites of the steers in the layers of this rank; None if they touch none of them."""
-    family = family_of(options.architectures(vllm_config))
-    count = options.num_layers(vllm_config)
-    local_layers = [
-        i for i, layer in enumerate(decoder_layers(model, count)) if not _is_on_other_stage(layer)
-    ]
-    project = projections(model, family, count, options.dtype(vllm_config))
-    bank = fill_layer_bank(steers, layers=local_layers, device=device, project=project)
+    """The sites of the steers in the layers of this rank; None if they touch none of them.
+
+    ``run`` is a dummy run, for the self-test of a model that is not in the table of families.
+    Raises ``SteerError`` for a steer at a site that one of its layers lacks.
+    """
+    known = model_sites(model, vllm_config, run)
+    known.check(steers)
+    project = projections(known.layers, known.families, options.dtype(vllm_config))
+    bank = fill_layer_bank(steers, layers=known.local_layers, device=device, project=project)
     tokens = _max_tokens(vllm_config)
     sites = tuple(
         SteeredSite(table, backend, max_doses=max_doses, max_tokens=tokens, device=device)
         for table in bank.tables
     )
-    return SteeredLayers(sites, family) if sites else None
+    return SteeredLayers(sites, known.families) if sites else None
 
 
 def projections(
-    model: nn.Module, family: Family, num_layers: int, dtype: torch.dtype
+    layers: nn.ModuleList, families: Mapping[int, Family], dtype: torch.dtype
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """A function from a layer and rows at its ``heads`` to the same at the projection's output.
 
     Every tensor-parallel rank gives the projection the heads that it owns; the projection itself
     sums over the ranks. Its bias is taken out again.
     """
-    layers = decoder_layers(model, num_layers)
 
     def project(layer: int, rows: torch.Tensor) -> torch.Tensor:
-        attention = submodule(layers[layer], family.attention, "heads")
-        projection = submodule(attention, family.projection, "heads")
+        attention = submodule(layers[layer], families[layer].attention, "heads")
+        projection = submodule(attention, families[layer].projection, "heads")
         projection = getattr(projection, "base_layer", projection)
         local_rows = _local_columns(projection, rows).to(dtype)
         with torch.inference_mode():
@@ -117,22 +119,11 @@ def projections(
     return project
 
 
-def on_transformers_backend(model: nn.Module) -> bool:
-    """Whether vLLM runs the model by its Transformers backend: blocks return the stream itself."""
-    prefix = "vllm.model_executor.models.transformers"
-    return any(cls.__module__.startswith(prefix) for cls in type(model).__mro__)
-
-
 def _max_tokens(vllm_config: Any) -> int:
     """Rows of the widest hidden state: the largest batch, padded for tensor parallelism."""
     captured = int(options.max_cudagraph_capture_size(vllm_config) or 0)
     most = max(int(options.max_num_batched_tokens(vllm_config)), captured)
     return -(-most // _PADDING) * _PADDING
-
-
-def _is_on_other_stage(layer: nn.Module) -> bool:
-    """Whether another pipeline stage has this layer."""
-    return type(layer).__name__ == "PPMissingLayer"
 
 
 def _local_columns(projection: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -150,8 +141,13 @@ def _module(layer: nn.Module, family: Family, table: SiteTable) -> nn.Module:
     site = table.site
     if site == "resid" and (family.last_term is None or table.directions.is_rotation is not None):
         return layer
-    name = {"attn_in": family.input_norm, "resid": family.last_term}.get(site, family.attention)
-    module: nn.Module = submodule(layer, name, site)
+    names = {
+        "resid": family.last_term,
+        "attn_in": family.input_norm,
+        "attn_out": family.attention,
+        "heads": family.attention,
+    }
+    module: nn.Module = submodule(layer, names[site], site)
     return module
 
 

@@ -97,6 +97,7 @@ class _WorkerSteering:
                 device,
                 backend,
                 max_doses=self._plan.limits.max_steers_per_request,
+                run=self._dummy_run,
             )
         bank = None
         if get_pp_group().is_last_rank:
@@ -156,6 +157,14 @@ class _WorkerSteering:
             runner._dummy_run(1, skip_attn=True, is_profile=True)
         else:
             runner._dummy_run(1)
+
+    def _dummy_run(self, num_tokens: int) -> None:
+        """A dummy run without attention, before there is a KV cache."""
+        runner = self._worker.model_runner
+        if options.use_v2_model_runner(self._worker.vllm_config):
+            runner._dummy_run(num_tokens, skip_attn=True, is_profile=True)
+        else:
+            runner._dummy_run(num_tokens, is_profile=True)
 
     def _dummy_run_head(self) -> None:
         assert self._batch is not None

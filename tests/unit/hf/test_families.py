@@ -55,7 +55,7 @@ def test_a_model_known_to_fail_is_refused_with_its_reason(name: str) -> None:
     [
         (["FalconForCausalLM"], "^FalconForCausalLM cannot .*: where its sites are has not been"),
         (["A", "B"], "^A, B cannot be steered inside its layers: where its sites are"),
-        (["A", "Gemma3nForCausalLM"], "^A, Gemma3nForCausalLM cannot .*: its residual stream is"),
+        (["A", "DeepseekV4ForCausalLM"], "^A, DeepseekV4ForCausalLM cannot .*: its residual str"),
         ([], "^this model cannot be steered inside its layers: where its sites are"),
         (["llamaforcausallm"], "^llamaforcausallm cannot"),
     ],

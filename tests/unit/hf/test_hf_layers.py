@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,7 +281,7 @@ class Block(torch.nn.Module):
 class FakeEngine(torch.nn.Module):
     """As many layers as a 7B Llama, and as wide."""
 
-    config = SimpleNamespace(
+    config = transformers.LlamaConfig(
         architectures=["LlamaForCausalLM"], num_hidden_layers=32, hidden_size=4096
     )
 

@@ -14,8 +14,9 @@ from vllm_steer.compat.versions import installed_version
 from vllm_steer.serving.startup_checks import check_engine
 
 
-def config_for(steers: dict[str, Any], **changed: Any) -> Any:
-    return engine_config(plan_for(steers), **changed)
+def config_for(steers: dict[str, Any], untested: str = "warn", **changed: Any) -> Any:
+    plan = plan_for(steers).model_copy(update={"untested": untested})
+    return engine_config(plan, **changed)
 
 
 def check(steer: Any, **changed: Any) -> None:
@@ -141,23 +142,28 @@ def test_every_connector_of_vllm_that_hashes_tokens_is_known() -> None:
     ("architectures", "message"),
     [
         (["FalconForCausalLM"], "FalconForCausalLM cannot .* where its sites are has not been te"),
-        (
-            ["DeepseekV3ForCausalLM"],
-            "DeepseekV3ForCausalLM cannot .* its stream is scaled by a fac",
-        ),
         ([], "this model cannot be steered inside its layers"),
         (None, "this model cannot be steered inside its layers"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("steer", INSIDE)
-def test_a_model_with_unknown_sites_stops_only_steers_inside_the_layers(
+def test_a_model_whose_sites_are_not_known_is_left_to_the_self_test_or_refused(
     steer: Any, architectures: Any, message: str
 ) -> None:
     unknown = {"model_config__hf_config": SimpleNamespace(architectures=architectures)}
-    check(AT_HEAD, **unknown)
+    check(AT_HEAD, untested="refuse", **unknown)
+    check(steer, **unknown)
     with pytest.raises(SteerError, match=message):
-        check(steer, **unknown)
+        check(steer, untested="refuse", **unknown)
+
+
+@pytest.mark.parametrize("steer", INSIDE)
+def test_a_model_that_is_known_not_to_work_stops_steers_inside_only(steer: Any) -> None:
+    known = {"model_config__hf_config": SimpleNamespace(architectures=["DeepseekV4ForCausalLM"])}
+    check(AT_HEAD, **known)
+    with pytest.raises(SteerError, match=r"DeepseekV4ForCausalLM cannot .* \(hyper-connections\)"):
+        check(steer, **known)
 
 
 def test_a_model_without_a_norm_before_its_attention_has_the_other_sites() -> None:

@@ -14,7 +14,7 @@ from vllm_steer.doses import Dose
 from vllm_steer.families import Family
 from vllm_steer.kernels.guidance import torch_gather
 from vllm_steer.serving import layers as serving_layers
-from vllm_steer.serving import steer_op
+from vllm_steer.serving import model_sites, steer_op
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.step import SteeredRequest, Step
 
@@ -59,11 +59,15 @@ def model_of(form: Any = pair, missing: tuple[int, ...] = ()) -> Any:
     return model
 
 
+def no_run(num_tokens: int) -> None:
+    raise AssertionError("a model of a known family needs no self-test")
+
+
 def attached(
     steers: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch, family: Family = PAIR
 ) -> SteeredLayers | None:
     """The sites of an engine in service, whose forward context holds their places."""
-    monkeypatch.setattr(serving_layers, "family_of", lambda _: family)
+    monkeypatch.setattr(model_sites, "known_family", lambda _: family)
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(architectures=None),
@@ -73,7 +77,7 @@ def attached(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
     )
-    layers = steered_layers(steers, model, config, CPU, torch_gather, max_doses=2)
+    layers = steered_layers(steers, model, config, CPU, torch_gather, max_doses=2, run=no_run)
     if layers is None:
         return None
     sites_by_name: dict[str, Any] = {}

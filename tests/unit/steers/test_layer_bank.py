@@ -10,7 +10,7 @@ from torch import nn
 from vllm_steer import SteerError
 from vllm_steer.bank import DirectionRange, SiteTable
 from vllm_steer.bank.layers import LayerBank, fill_layer_bank
-from vllm_steer.families import Family
+from vllm_steer.families import Family, decoder_layers
 from vllm_steer.serving.layers import projections
 
 CPU = torch.device("cpu")
@@ -182,13 +182,18 @@ def model_of(
     return model
 
 
+def in_layers(model: Any, family: Family) -> tuple[Any, dict[int, Family]]:
+    """The layers of a model, and the names of their modules."""
+    return decoder_layers(model, 3), dict.fromkeys(range(3), family)
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("bias", [None, 0.5], ids=["no-bias", "bias"])
 def test_directions_at_the_heads_are_projected_by_the_output_projection(
     bias: float | None, wrapped: bool
 ) -> None:
     steer = delta(3, (0, 2), width=HEADS)
-    project = projections(model_of(bias=bias, wrapped=wrapped), Family(), 3, torch.float32)
+    project = projections(*in_layers(model_of(bias=bias, wrapped=wrapped), Family()), torch.float32)
     table = table_of(fill({"a": steer}, range(3), project=project), "heads")
     assert table.layers == (0, 2)
     for index, layer in enumerate((0, 2)):
@@ -201,9 +206,9 @@ def test_directions_at_the_heads_are_projected_by_the_output_projection(
 @pytest.mark.parametrize("of", [2, 3])
 def test_the_parts_of_tensor_parallel_ranks_sum_to_the_whole(of: int) -> None:
     rows = delta(5, (1,), width=HEADS).delta[:, 0]
-    whole = projections(model_of(bias=0.5), Family(), 3, torch.float32)(1, rows)
+    whole = projections(*in_layers(model_of(bias=0.5), Family()), torch.float32)(1, rows)
     parts = [
-        projections(model_of(rank=r, of=of, bias=0.5), Family(), 3, torch.float32)(1, rows)
+        projections(*in_layers(model_of(rank=r, of=of, bias=0.5), Family()), torch.float32)(1, rows)
         for r in range(of)
     ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-6)
@@ -214,7 +219,7 @@ def test_a_projection_runs_in_the_models_dtype_and_gives_float32() -> None:
     model = model_of(bias=2.0).to(torch.bfloat16)
     for block in model.layers:
         block.self_attn.o_proj.bias = block.self_attn.o_proj.bias.to(torch.bfloat16)
-    tables = projections(model, Family(), 3, torch.bfloat16)(
+    tables = projections(*in_layers(model, Family()), torch.bfloat16)(
         0, delta(2, (0,), width=HEADS).delta[:, 0]
     )
     assert tables.dtype == torch.float32
@@ -229,14 +234,14 @@ def test_a_model_whose_first_weights_are_packed_integers_is_projected_in_its_own
     packed.qweight = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     packed.layers = model.layers
     rows = delta(2, (0,), width=HEADS).delta[:, 0]
-    tables = projections(packed, Family(), 3, torch.float32)(0, rows)
+    tables = projections(*in_layers(packed, Family()), torch.float32)(0, rows)
     torch.testing.assert_close(tables, rows @ weights(0).T)
 
 
 def test_a_delta_that_overflows_in_the_projection_is_refused() -> None:
     """Its table would make a NaN of every token whose map names it, at strength 0 too."""
     model = model_of().to(torch.float16)
-    project = projections(model, Family(), 3, torch.float16)
+    project = projections(*in_layers(model, Family()), torch.float16)
     steer = delta(2, (0, 2), width=HEADS)
     steer.delta[1, 1, 0] = 1e5
     with pytest.raises(
@@ -247,13 +252,13 @@ def test_a_delta_that_overflows_in_the_projection_is_refused() -> None:
 
 
 def test_heads_of_another_width_are_refused() -> None:
-    project = projections(model_of(), Family(), 3, torch.float32)
+    project = projections(*in_layers(model_of(), Family()), torch.float32)
     with pytest.raises(SteerError, match="a steer at heads is 5 wide; the model's heads are 6"):
         project(0, torch.ones(2, 5))
 
 
 def test_an_attention_without_the_projection_is_refused() -> None:
-    project = projections(model_of(), Family(projection="dense"), 3, torch.float32)
+    project = projections(*in_layers(model_of(), Family(projection="dense")), torch.float32)
     with pytest.raises(SteerError, match="Module has no dense: the site heads does not exist"):
         project(0, torch.ones(2, HEADS))
 

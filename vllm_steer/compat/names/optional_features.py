@@ -52,6 +52,29 @@ OTHER = (
     ),
     *vllm_names("vllm.model_executor.models.utils", "PPMissingLayer", "read", "guidance"),
     *vllm_names(
+        "vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase", "read", "guidance"
+    ),
+    *vllm_names("vllm.model_executor.layers.linear", "LinearBase", "read", "guidance"),
+    *vllm_names("vllm.distributed.parallel_state", "get_tp_group", "called", "guidance"),
+    *vllm_names(
+        "vllm.compilation.decorators:_support_torch_compile",
+        "do_not_compile",
+        "written",
+        "guidance",
+    ),
+    *vllm_names(
+        "vllm.distributed.parallel_state:GroupCoordinator",
+        "world_size cpu_group",
+        "read",
+        "guidance",
+    ),
+    *vllm_names(
+        "vllm.model_executor.models.interfaces:SupportsMultiModal",
+        "get_language_model",
+        "called",
+        "guidance",
+    ),
+    *vllm_names(
         "vllm.model_executor.layers.linear:RowParallelLinear",
         "input_size input_size_per_partition tp_rank",
         "read",

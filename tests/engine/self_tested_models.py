@@ -1,0 +1,168 @@
+"""Tiny models of architectures that are not in the table of families."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from reference import MODULES, Modules
+from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB
+
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BLOCK = {
+    **TOKENS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "num_hidden_layers": GUIDED_LAYERS,
+}
+HEADS = {**BLOCK, "head_dim": 32}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GPT = {**TOKENS, "n_embd": HIDDEN, "n_head": 2, "n_layer": GUIDED_LAYERS, "n_positions": 256}
+FULL = ["full_attention"] * GUIDED_LAYERS
+
+
+@dataclass(frozen=True)
+class Untested:
+    """A tiny model: its classes in Transformers, its options, and where its modules are there.
+
+    ``lacks`` are the sites that the self-test refuses.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    modules: Modules = field(default_factory=Modules)
+    lacks: tuple[str, ...] = ()
+    embedding: float = 0.5
+
+    @property
+    def config_class(self) -> str:
+        return self.name.removesuffix("ForCausalLM") + "Config"
+
+
+UNTESTED = {
+    model.name: model
+    for model in (
+        Untested("ArceeForCausalLM", HEADS),
+        Untested("CohereForCausalLM", {**BLOCK, "tie_word_embeddings": True, "logit_scale": 1.0}),
+        Untested(
+            "Cohere2ForCausalLM",
+            {**HEADS, "tie_word_embeddings": True, "logit_scale": 1.0, "sliding_window": 128},
+        ),
+        Untested("Ernie4_5ForCausalLM", HEADS),
+        Untested(
+            "Exaone4ForCausalLM",
+            {**BLOCK, "sliding_window": 128, "layer_types": FULL},
+            Modules(input_norm=None),
+            lacks=("attn_in",),
+        ),
+        Untested(
+            "FalconForCausalLM",
+            {
+                **TOKENS,
+                "hidden_size": HIDDEN,
+                "num_hidden_layers": GUIDED_LAYERS,
+                "num_attention_heads": 2,
+                "num_kv_heads": 2,
+                "new_decoder_architecture": True,
+                "parallel_attn": True,
+                "bias": False,
+                "alibi": False,
+            },
+            Modules("transformer.h", "ln_attn", "self_attention", "self_attention.dense"),
+        ),
+        Untested(
+            "GPTJForCausalLM",
+            {**GPT, "rotary_dim": 16, "tie_word_embeddings": False},
+            Modules("transformer.h", "ln_1", "attn", "attn.out_proj"),
+        ),
+        Untested("GlmForCausalLM", {**HEADS, "partial_rotary_factor": 0.5}),
+        Untested("Glm4ForCausalLM", {**HEADS, "partial_rotary_factor": 0.5}),
+        Untested(
+            "Glm4MoeForCausalLM",
+            {
+                **HEADS,
+                **EXPERTS,
+                "n_routed_experts": 4,
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+                "partial_rotary_factor": 0.5,
+            },
+        ),
+        Untested(
+            "GptOssForCausalLM",
+            {
+                **HEADS,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "sliding_window": 128,
+                "layer_types": FULL,
+            },
+        ),
+        Untested(
+            "GraniteForCausalLM",
+            {
+                **BLOCK,
+                "residual_multiplier": 0.7,
+                "attention_multiplier": 0.18,
+                "logits_scaling": 2.0,
+            },
+        ),
+        Untested("HunYuanDenseV1ForCausalLM", HEADS),
+        Untested("Ministral3ForCausalLM", {**HEADS, "sliding_window": None}),
+        Untested("NemotronForCausalLM", {**HEADS, "partial_rotary_factor": 0.5}),
+        Untested(
+            "OPTForCausalLM",
+            {
+                **TOKENS,
+                "hidden_size": HIDDEN,
+                "ffn_dim": 96,
+                "num_hidden_layers": GUIDED_LAYERS,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 256,
+                "word_embed_proj_dim": HIDDEN,
+            },
+            Modules(
+                "model.decoder.layers", "self_attn_layer_norm", "self_attn", "self_attn.out_proj"
+            ),
+        ),
+        Untested("OlmoeForCausalLM", {**BLOCK, "num_experts": 4, "num_experts_per_tok": 2}),
+        Untested(
+            "Olmo3ForCausalLM",
+            {**BLOCK, "sliding_window": 128, "layer_types": FULL},
+            Modules(input_norm=None),
+            lacks=("attn_in",),
+        ),
+        Untested("SeedOssForCausalLM", HEADS),
+        Untested("SmolLM3ForCausalLM", BLOCK),
+        Untested("StableLmForCausalLM", {**BLOCK, "partial_rotary_factor": 0.5}),
+        Untested("Starcoder2ForCausalLM", {**BLOCK, "sliding_window": None}),
+    )
+}
+MODULES |= {name: model.modules for name, model in UNTESTED.items()}
+
+
+def save_untested(name: str, folder: Path) -> Path:
+    """Save a model whose weights are large enough for next-token choices to differ."""
+    model = UNTESTED[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, model.config_class)(**model.options)
+    module = getattr(transformers, name)(config).float().eval()
+    with torch.no_grad():
+        for parameter_name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, _scale(parameter_name, model.embedding))
+    module.save_pretrained(folder)
+    return folder
+
+
+def _scale(name: str, embedding: float) -> float:
+    if "head" in name or "embed_out" in name:
+        return 0.5
+    return embedding if "embed" in name or "wte" in name else 0.15

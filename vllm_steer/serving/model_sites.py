@@ -1,0 +1,191 @@
+"""Where the sites of a model are: from the table of families, or from a self-test at start-up."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_steer.bank.layers import GuidanceSteer
+from vllm_steer.compat import options
+from vllm_steer.errors import SteerError
+from vllm_steer.families import (
+    LAYER_SCALES,
+    Family,
+    decoder_layers,
+    known_family,
+)
+from vllm_steer.site_selftest import FoundSites, Kinds, find_sites
+from vllm_steer.steers.layers import format_layers
+from vllm_steer.steers.sites import LAYER_SITES
+
+logger = logging.getLogger("vllm.vllm_steer")
+
+Run = Callable[[int], Any]
+"""A dummy run of so many tokens."""
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """The decoder layers of a model, and the sites of those that this rank has.
+
+    ``reasons`` has, by layer and site, why a layer lacks a site. ``is_compared``: the model's class
+    was compared with Hugging Face; otherwise the self-test found the sites.
+    """
+
+    layers: nn.ModuleList
+    families: Mapping[int, Family]
+    reasons: Mapping[int, Mapping[str, str]]
+    is_compared: bool
+
+    @property
+    def local_layers(self) -> list[int]:
+        """The layers of this rank."""
+        return list(self.families)
+
+    def check(self, steers: Mapping[str, GuidanceSteer]) -> None:
+        """Raise ``SteerError`` for a steer that acts where a layer lacks its site."""
+        for name, steer in steers.items():
+            for layer in sorted(set(steer.layers) & set(self.families)):
+                reason = self.reasons.get(layer, {}).get(steer.site)
+                if reason is not None:
+                    raise SteerError(
+                        f"steer {name}: the site {steer.site} cannot be steered in layer {layer}: "
+                        f"{reason}; {self._advice(steer.site)}"
+                    )
+
+    def _advice(self, site: str) -> str:
+        having = [n for n in self.families if site not in self.reasons.get(n, {})]
+        if having:
+            return (
+                f"layers with this site: {format_layers(having)}; choose some with the key layers"
+            )
+        sites = [
+            other
+            for other in LAYER_SITES
+            if any(other not in self.reasons.get(n, {}) for n in self.families)
+        ]
+        return f"no layer of this model has it; available: {', '.join(['head', *sites])}"
+
+
+def model_sites(model: nn.Module, vllm_config: Any, run: Run) -> ModelSites:
+    """The sites of a model's layers on this rank.
+
+    Raises ``SteerError`` if the model is known not to work or its decoder layers are not found.
+    """
+    architectures = options.architectures(vllm_config)
+    layers = decoder_layers(model, options.num_layers(vllm_config))
+    here = [number for number, layer in enumerate(layers) if not _is_elsewhere(layer)]
+    family = known_family(architectures)
+    if family is not None:
+        if on_transformers_backend(model):
+            family = replace(family, stream="tensor")
+        return ModelSites(layers, dict.fromkeys(here, family), {}, True)
+    with _eager(model):
+        found = find_sites(
+            layers,
+            here,
+            options.hidden_size(vllm_config),
+            run,
+            max_rows=int(options.max_num_batched_tokens(vllm_config)),
+            attention_layers=_attention_layers(model, vllm_config),
+            kinds=_kinds(),
+            spread=_spread_over_ranks,
+            may_scale=bool(LAYER_SCALES & set(architectures)),
+        )
+    sites = ModelSites(
+        layers,
+        {number: _family(one) for number, one in found.items()},
+        {number: one.reasons for number, one in found.items()},
+        False,
+    )
+    _report(architectures, found)
+    return sites
+
+
+def on_transformers_backend(model: nn.Module) -> bool:
+    """Whether vLLM runs the model by its Transformers backend: blocks return the stream itself."""
+    prefix = "vllm.model_executor.models.transformers"
+    return any(cls.__module__.startswith(prefix) for cls in type(model).__mro__)
+
+
+def _family(found: FoundSites) -> Family:
+    return Family(
+        input_norm=found.norm,
+        attention=found.attention or "",
+        projection=found.projection or "",
+        stream=found.output or "tensor",
+    )
+
+
+def _report(architectures: Sequence[str], found: Mapping[int, FoundSites]) -> None:
+    """Log what the self-test found, with the reason for each site that is missing."""
+    having = {
+        site: [number for number, one in found.items() if site not in one.reasons]
+        for site in LAYER_SITES
+    }
+    available = [
+        f"{site} in layers {format_layers(numbers)}" for site, numbers in having.items() if numbers
+    ]
+    logger.warning(
+        "vllm-steer: %s was not compared with Hugging Face; a self-test at start-up found: %s. To "
+        "refuse such models set untested: refuse in the steer config.",
+        ", ".join(architectures),
+        "; ".join(available) or "no site inside its layers",
+    )
+    for site, numbers in having.items():
+        missing = [number for number in found if number not in numbers]
+        if missing:
+            logger.info(
+                "vllm-steer: no %s in layers %s: %s",
+                site,
+                format_layers(missing),
+                found[missing[0]].reasons[site],
+            )
+
+
+def _is_elsewhere(layer: nn.Module) -> bool:
+    """Whether another pipeline stage has this layer."""
+    return type(layer).__name__ == "PPMissingLayer"
+
+
+def _kinds() -> Kinds:
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return Kinds(AttentionLayerBase, LinearBase)
+
+
+def _attention_layers(model: nn.Module, vllm_config: Any) -> list[nn.Module]:
+    modules = (*options.static_forward_context(vllm_config).values(), *model.modules())
+    attention: dict[int, Any] = {id(m): m for m in modules if isinstance(m, _kinds().attention)}
+    return list(attention.values())
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Run a model that vLLM compiles as it is written."""
+    compiled = [m for m in model.modules() if getattr(m, "do_not_compile", None) is False]
+    for module in compiled:
+        module.do_not_compile = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in compiled:
+            module.do_not_compile = False  # type: ignore[assignment]
+
+
+def _spread_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The largest less the smallest of each number over the tensor-parallel ranks."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return torch.zeros_like(values)
+    highest, lowest = values.clone(), values.clone()
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    torch.distributed.all_reduce(lowest, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return highest - lowest

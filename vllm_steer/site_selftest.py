@@ -1,0 +1,506 @@
+"""Finds the sites of a decoder layer by a dummy run, and proves what a steer does there.
+
+Every row of the run begins alike, and attention returns a fixed pattern, so rows differ by what the
+test adds to them. ``delta`` is a large random vector. Blocks read their input through a norm, so
+their own answer to it is small, and what ``delta`` has become can be measured:
+
+    row       added                                  shows
+    0, 1      nothing                                the base, and how much equal rows differ
+    3 l + 2   delta to the layer's first output      the next layer reads it; its factor
+    3 l + 3   delta to the layer's second output     whether the stream is their sum
+    3 l + 4   delta to the attention's output        whether the layer reads it
+    last      delta to the input of the first layer  the factor of the first layer
+
+The names of modules follow from memory addresses: the input norm is the module whose output is the
+attention's input, the projection the last linear layer whose output is the attention's output.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+Reasons = Mapping[str, str]
+Output = Literal["pair", "tensor"]
+
+_DELTA: Final = 1e4
+_FACTOR_TOLERANCE: Final = 0.02
+_REMAINDER: Final = 0.05
+_HEARD: Final = 1e-3
+_ROWS_PER_LAYER: Final = 3
+_OTHER_ROWS: Final = 3
+
+
+@dataclass(frozen=True)
+class FoundSites:
+    """The sites of one layer. ``reasons`` has, for each site that it lacks, the reason.
+
+    ``output`` says what the layer returns: ``pair``, two tensors whose sum is the residual stream,
+    or ``tensor``, the stream itself. ``norm``, ``attention`` and ``projection`` are names of
+    modules: of the layer's, and for the projection of the attention's; None where there is none.
+    ``factor`` is what the next layer multiplies the stream by.
+    """
+
+    output: Output | None
+    norm: str | None
+    attention: str | None
+    projection: str | None
+    factor: float | None
+    reasons: Reasons
+
+
+class Kinds(NamedTuple):
+    """The classes of vLLM's attention layers, state-space layers included, and linear layers."""
+
+    attention: type
+    linear: type
+
+
+@dataclass
+class _Observed:
+    """What the hooks saw of one layer."""
+
+    input_addresses: list[int] = field(default_factory=list)
+    outputs: list[torch.Tensor | None] = field(default_factory=list)
+    producers: list[tuple[str, int]] = field(default_factory=list)
+    norm: str | None = None
+    attention: str | None = None
+    attention_address: int | None = None
+    linears: list[tuple[str, int]] = field(default_factory=list)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    replicas: dict[str, torch.Tensor] = field(default_factory=dict)
+    is_called: bool = False
+    shape: str = ""
+
+
+def find_sites(
+    layers: nn.ModuleList,
+    numbers: Sequence[int],
+    hidden_size: int,
+    run: Callable[[int], Any],
+    *,
+    max_rows: int,
+    attention_layers: Sequence[nn.Module],
+    kinds: Kinds,
+    spread: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like,
+    may_scale: bool = False,
+) -> dict[int, FoundSites]:
+    """The sites of the layers ``numbers``, by dummy runs of at most ``max_rows`` rows.
+
+    ``attention_layers`` are vLLM's, in or outside the layers. ``run(n)`` is a forward pass of ``n``
+    tokens, eager, without attention metadata. ``spread`` gives the difference of numbers over the
+    tensor-parallel ranks. ``may_scale``: the model multiplies its stream in each layer, as its
+    authors do.
+    """
+    per_run = max(1, (max_rows - _OTHER_ROWS) // _ROWS_PER_LAYER)
+    found: dict[int, FoundSites] = {}
+    for start in range(0, len(numbers), per_run):
+        part = numbers[start : start + per_run]
+        test = _Test(layers, numbers, part, hidden_size, kinds, may_scale=may_scale)
+        with _fixed_attention(attention_layers):
+            found |= test.verdicts(run, spread)
+    return _completed(found, layers)
+
+
+class _Test:
+    """One dummy run that asks about the layers ``part``."""
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        numbers: Sequence[int],
+        part: Sequence[int],
+        hidden_size: int,
+        kinds: Kinds,
+        *,
+        may_scale: bool,
+    ) -> None:
+        self._kinds = kinds
+        self._layers = layers
+        self._may_scale = may_scale
+        self._numbers = list(numbers)
+        self._part = list(part)
+        self._width = hidden_size
+        self._rows = max(8, _OTHER_ROWS + _ROWS_PER_LAYER * len(part))
+        generator = torch.Generator().manual_seed(0)
+        self._base = torch.randn(hidden_size, generator=generator)
+        self._delta = torch.randn(hidden_size, generator=generator) * _DELTA
+        self._observed = {number: _Observed() for number in numbers}
+        self._tolerance = _HEARD * _DELTA
+
+    def verdicts(
+        self, run: Callable[[int], Any], spread: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[int, FoundSites]:
+        """Run the test and judge each layer of the part."""
+        with self._hooked(), torch.inference_mode():
+            run(self._rows)
+        differing = self._differing(spread)
+        return {number: self._judge(number, differing[number]) for number in self._part}
+
+    def _differing(self, spread: Callable[[torch.Tensor], torch.Tensor]) -> dict[int, list[str]]:
+        """The sites of each layer whose tensors are not equal on all ranks."""
+        rows = [
+            self._observed[number].replicas.get(site, torch.zeros(self._width))
+            for number in self._part
+            for site in _REPLICATED
+        ]
+        apart = spread(torch.stack(rows)).amax(1) > self._tolerance / _DELTA
+        flags = apart.reshape(len(self._part), len(_REPLICATED)).tolist()
+        return {
+            number: [site for site, flag in zip(_REPLICATED, layer, strict=True) if flag]
+            for number, layer in zip(self._part, flags, strict=True)
+        }
+
+    # --- hooks -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        handles: list[Any] = []
+        try:
+            for number in self._numbers:
+                handles += self._hook_layer(number)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook_layer(self, number: int) -> Iterator[Any]:
+        layer, observed = self._layers[number], self._observed[number]
+        yield layer.register_forward_pre_hook(self._on_input(number), with_kwargs=True)
+        for name, child in layer.named_children():
+            is_attention = any(isinstance(m, self._kinds.attention) for m in child.modules())
+            if is_attention:
+                for inner, module in child.named_modules():
+                    if inner and self._is_linear(module):
+                        yield module.register_forward_hook(_record_linear(observed, inner))
+                yield child.register_forward_hook(
+                    self._on_attention(number, name), with_kwargs=True
+                )
+            else:
+                yield child.register_forward_hook(self._on_child(observed, name))
+        yield layer.register_forward_hook(self._on_output(number))
+
+    def _on_input(self, number: int) -> Callable[..., None]:
+        def hook(_module: Any, args: Any, kwargs: Any) -> None:
+            observed = self._observed[number]
+            streams = self._streams((args, kwargs))
+            if number == self._numbers[0] and not observed.is_called:
+                self._begin(streams)
+            observed.is_called = True
+            observed.input_addresses = [stream.data_ptr() for stream in streams]
+            observed.inputs = [
+                stream.reshape(self._rows, -1).float().cpu().clone() for stream in streams
+            ]
+
+        return hook
+
+    def _begin(self, streams: list[torch.Tensor]) -> None:
+        """Make all rows of the first layer's input alike, but for the last one."""
+        for index, stream in enumerate(streams):
+            rows = stream.view(self._rows, self._width)
+            rows.copy_(
+                self._base.to(rows).expand_as(rows) if index == 0 else torch.zeros_like(rows)
+            )
+        if streams:
+            streams[0].view(self._rows, self._width)[-1] += self._delta.to(streams[0])
+            rounding = 8 * torch.finfo(streams[0].dtype).eps
+            self._tolerance = max(_HEARD, rounding) * _DELTA
+
+    def _on_child(self, observed: _Observed, name: str) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            if tensors := self._streams(output):
+                observed.producers.append((name, tensors[0].data_ptr()))
+
+        return hook
+
+    def _on_attention(self, number: int, name: str) -> Callable[..., None]:
+        def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            observed = self._observed[number]
+            inputs, outputs = self._streams((args, kwargs)), self._streams(output)
+            address = inputs[0].data_ptr() if inputs else None
+            sources = [child for child, pointer in observed.producers if pointer == address]
+            observed.norm = sources[-1] if sources else None
+            if inputs:
+                observed.replicas["attn_in"] = self._first_row(inputs[0])
+            if not outputs:
+                return
+            observed.attention, observed.attention_address = name, outputs[0].data_ptr()
+            observed.replicas["attn_out"] = self._first_row(outputs[0])
+            observed.producers.append((name, outputs[0].data_ptr()))
+            if number in self._part:
+                self._add(outputs[0], self._row(number) + 2)
+
+        return hook
+
+    def _on_output(self, number: int) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            observed = self._observed[number]
+            parts = list(output) if isinstance(output, tuple | list) else [output]
+            observed.shape = _described(parts)
+            streams = [part if self._is_stream(part) else None for part in parts]
+            first, second = (*streams, None)[:2]
+            if first is not None and second is not None and first.data_ptr() == second.data_ptr():
+                streams[1] = None
+            observed.outputs = [self._copy(stream) for stream in streams]
+            if first is not None:
+                observed.replicas["resid"] = self._first_row(first)
+            if number in self._part and streams[0] is not None:
+                self._add(streams[0], self._row(number))
+                if len(streams) > 1 and streams[1] is not None:
+                    self._add(streams[1], self._row(number) + 1)
+
+        return hook
+
+    def _is_linear(self, module: nn.Module) -> bool:
+        return isinstance(getattr(module, "base_layer", module), self._kinds.linear)
+
+    def _row(self, number: int) -> int:
+        return 2 + _ROWS_PER_LAYER * self._part.index(number)
+
+    def _add(self, stream: torch.Tensor, row: int) -> None:
+        stream.view(self._rows, self._width)[row] += self._delta.to(stream)
+
+    def _is_stream(self, value: Any) -> bool:
+        return (
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.shape[-1:] == (self._width,)
+            and value.numel() == self._rows * self._width
+            and value.is_contiguous()
+        )
+
+    def _streams(self, values: Any) -> list[torch.Tensor]:
+        return [tensor for tensor in _tensors(values) if self._is_stream(tensor)]
+
+    def _first_row(self, stream: torch.Tensor) -> torch.Tensor:
+        return stream.reshape(self._rows, -1)[0].float().cpu().clone()
+
+    def _copy(self, stream: torch.Tensor | None) -> torch.Tensor | None:
+        return None if stream is None else stream.reshape(self._rows, -1).float().cpu().clone()
+
+    # --- verdicts ----------------------------------------------------------------------------
+
+    def _judge(self, number: int, differing: Sequence[str]) -> FoundSites:
+        observed = self._observed[number]
+        if not observed.is_called:
+            reason = "the forward pass does not call the layer as a module"
+            return FoundSites(None, None, None, None, None, dict.fromkeys(_SITES, reason))
+        reasons: dict[str, str] = {}
+        output, factor = self._judge_stream(number, reasons)
+        attention = self._judge_attention(number, output, reasons)
+        norm = observed.norm if attention is not None else None
+        if attention is not None and norm is None:
+            reasons["attn_in"] = (
+                "the attention reads the residual stream without a norm before it"
+                if self._reads_stream(observed)
+                else "the attention's input is not the output of one module of the layer"
+            )
+        reason = "each tensor-parallel rank has a partial sum there"
+        reasons |= {site: reason for site in differing if site not in reasons}
+        projection = self._projection(observed) if attention is not None else None
+        if attention is not None and projection is None:
+            reasons["heads"] = "the attention's output is not the output of a linear layer"
+        return FoundSites(output, norm, attention, projection, factor, reasons)
+
+    def _reads_stream(self, observed: _Observed) -> bool:
+        return observed.norm is None and bool(observed.inputs)
+
+    def _judge_stream(
+        self, number: int, reasons: dict[str, str]
+    ) -> tuple[Output | None, float | None]:
+        observed = self._observed[number]
+        if not observed.outputs or observed.outputs[0] is None:
+            reasons["resid"] = (
+                f"the layer returns {observed.shape}; expected a tensor of {self._width} numbers "
+                "per token first"
+            )
+            return None, None
+        follower = self._follower(number)
+        if follower is None:
+            return None, None  # ``_completed`` takes the verdict of a layer of its class
+        return self._judge_with(number, follower, reasons)
+
+    def _judge_with(
+        self, number: int, follower: int, reasons: dict[str, str]
+    ) -> tuple[Output | None, float | None]:
+        first, second = self._row(number), self._row(number) + 1
+        later = self._observed[follower]
+        moved = [stream[first] - stream[0] for stream in later.inputs]
+        heard = [change for change in moved if change.abs().max() > self._tolerance]
+        if len(heard) != 1 or not _close(heard[0], self._delta, self._tolerance):
+            reasons["resid"] = "the next layer does not read what the layer returns"
+            return None, None
+        if not later.outputs or later.outputs[0] is None:
+            reasons["resid"] = f"the next layer returns {later.shape}"
+            return None, None
+        has_second = len(self._observed[number].outputs) > 1 and (
+            self._observed[number].outputs[1] is not None
+        )
+        output: Output = "tensor"
+        if has_second and not _close(
+            _sum(later, second, True), _sum(later, 0, True), self._tolerance
+        ):
+            if not _close(_sum(later, first, True), _sum(later, second, True), 2 * self._tolerance):
+                reasons["resid"] = "the layer returns two tensors whose sum is not what is read"
+                return None, None
+            output = "pair"
+        change = _sum(later, first, output == "pair") - _sum(later, 0, output == "pair")
+        factor, remainder = _projected(change, self._delta)
+        if not (remainder < _REMAINDER and torch.isfinite(change).all()):
+            reasons["resid"] = "what is added to the layer's output is not passed on as one stream"
+            return None, None
+        self._judge_factor(factor, f"layer {follower}", ("resid",), reasons)
+        self._judge_factor(
+            self._first_factor(output), "the first layer", ("resid", "attn_out", "heads"), reasons
+        )
+        return output, factor
+
+    def _judge_factor(
+        self, factor: float, layer: str, sites: Sequence[str], reasons: dict[str, str]
+    ) -> None:
+        """A steer must act on a stream that the layers pass on as it is."""
+        if factor < 0.05:
+            reason = f"{layer} normalises its input instead of adding to it"
+        elif abs(factor - 1) > _FACTOR_TOLERANCE and not self._may_scale:
+            reason = f"{layer} multiplies what is added to its input by {factor:.3g}"
+        else:
+            return
+        for site in sites:
+            reasons.setdefault(site, reason)
+
+    def _first_factor(self, output: Output | None) -> float:
+        """What the first layer of this rank multiplies its input by."""
+        first = self._observed[self._numbers[0]]
+        if not first.outputs or first.outputs[0] is None:
+            return 1.0
+        is_pair = output == "pair"
+        change = _sum(first, self._rows - 1, is_pair) - _sum(first, 0, is_pair)
+        return _projected(change, self._delta)[0]
+
+    def _judge_attention(
+        self, number: int, output: Output | None, reasons: dict[str, str]
+    ) -> str | None:
+        observed = self._observed[number]
+        if observed.attention is None:
+            reason = "the layer has no attention that returns a tensor"
+            reasons |= dict.fromkeys(("attn_in", "attn_out", "heads"), reason)
+            return None
+        row = self._row(number) + 2
+        if not observed.outputs or observed.outputs[0] is None:
+            return observed.attention
+        noise = (_sum(observed, 1, True) - _sum(observed, 0, True)).abs().max()
+        change = (_sum(observed, row, True) - _sum(observed, 0, True)).abs().max()
+        if not change > 4 * noise:
+            reason = "the layer does not read what its attention returns"
+            reasons |= dict.fromkeys(("attn_out", "heads"), reason)
+        return observed.attention
+
+    def _projection(self, observed: _Observed) -> str | None:
+        names = [n for n, pointer in observed.linears if pointer == observed.attention_address]
+        return names[-1] if names else None
+
+    def _follower(self, number: int) -> int | None:
+        """The next layer of this rank; None for the last one."""
+        index = self._numbers.index(number) + 1
+        return self._numbers[index] if index < len(self._numbers) else None
+
+
+_SITES: Final = ("resid", "attn_in", "attn_out", "heads")
+_REPLICATED: Final = ("resid", "attn_in", "attn_out")
+
+
+def _completed(found: Mapping[int, FoundSites], layers: nn.ModuleList) -> dict[int, FoundSites]:
+    """The last layer has no follower: it has the stream of an earlier layer of the same class."""
+    last = max(found)
+    sites = found[last]
+    if "resid" in sites.reasons or sites.output is not None:
+        return dict(found)
+    like = [
+        other
+        for number, other in sorted(found.items())
+        if number != last and type(layers[number]) is type(layers[last])
+    ]
+    reasons = dict(sites.reasons)
+    if not like:
+        reasons["resid"] = "no other layer of this rank has the same class, so it cannot be tested"
+        output, factor = None, None
+    else:
+        output, factor = like[-1].output, like[-1].factor
+        if "resid" in like[-1].reasons:
+            reasons["resid"] = like[-1].reasons["resid"]
+    completed = FoundSites(output, sites.norm, sites.attention, sites.projection, factor, reasons)
+    return {**found, last: completed}
+
+
+def _record_linear(observed: _Observed, name: str) -> Callable[..., None]:
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        if tensors := _tensors(output):
+            observed.linears.append((name, tensors[0].data_ptr()))
+
+    return hook
+
+
+@contextmanager
+def _fixed_attention(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let attention return one pattern: without metadata it leaves its output unwritten.
+
+    vLLM's Transformers backend calls ``forward`` itself, where a hook is not called.
+    """
+    try:
+        for layer in layers:
+            layer.forward = _with_fixed_pattern(layer.forward)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _with_fixed_pattern(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        for tensor in _tensors(output):
+            if tensor.is_floating_point():
+                wave = torch.arange(tensor.shape[-1], dtype=torch.float32, device=tensor.device)
+                tensor.copy_((0.1 * torch.cos(wave)).to(tensor.dtype))
+        return output
+
+    return wrapper
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, Mapping):
+        return _tensors(list(values.values()))
+    if isinstance(values, tuple | list):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return []
+
+
+def _described(parts: Sequence[Any]) -> str:
+    kinds = [
+        str(list(part.shape)) if isinstance(part, torch.Tensor) else type(part).__name__
+        for part in parts
+    ]
+    return ", ".join(kinds)
+
+
+def _sum(observed: _Observed, row: int, pair: bool) -> torch.Tensor:
+    """The residual stream of a row after a layer."""
+    first, *others = observed.outputs
+    assert first is not None
+    second = others[0] if others else None
+    return first[row] + second[row] if pair and second is not None else first[row]
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    return bool((a.float().cpu() - b.float().cpu()).abs().max() <= tolerance)
+
+
+def _projected(change: torch.Tensor, delta: torch.Tensor) -> tuple[float, float]:
+    """The factor of ``delta`` in the change, and the norm of what is left over that of delta."""
+    factor = float((change @ delta) / (delta @ delta))
+    return factor, float((change - factor * delta).norm() / delta.norm())
