@@ -88,10 +88,11 @@ class Limits(BaseModel):
 class SteerConfig(BaseModel):
     """A steer config, checked as a whole. Paths are absolute once it is loaded.
 
-    ``steers`` maps names to files, ``presets`` names to mixes of steers (a
-    strength each, or options as in a request), ``default`` is the steer
-    string or preset for requests that do not ask, ``limits`` bounds what is admitted, ``kernels``
-    is what steers run on: ``triton``, ``torch``, or ``auto`` for Triton on CUDA, else torch.
+    ``steers`` maps names to files, ``presets`` names to mixes of steers (a strength each, or
+    options as in a request). ``default`` is the steer string or preset of requests without one.
+    ``limits`` bounds what is admitted. ``kernels`` is what steers run on: ``triton``, ``torch``, or
+    ``auto`` for Triton on CUDA, else torch. ``untested`` says what becomes of steers inside the
+    layers of a model whose sites only the self-test has found: ``warn`` or ``refuse``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -68,6 +68,28 @@ FAMILIES: dict[str, Family] = {
     "Qwen3MoeForCausalLM": _LLAMA,
 }
 
+SELF_TESTED: dict[str, Family] = {
+    **dict.fromkeys(
+        (
+            *("ArceeForCausalLM", "Cohere2ForCausalLM", "CohereForCausalLM"),
+            *("Ernie4_5ForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM", "GlmForCausalLM"),
+            *("GptOssForCausalLM", "GraniteForCausalLM", "HunYuanDenseV1ForCausalLM"),
+            *("Ministral3ForCausalLM", "NemotronForCausalLM", "OlmoeForCausalLM"),
+            *("SeedOssForCausalLM", "SmolLM3ForCausalLM", "StableLmForCausalLM"),
+            "Starcoder2ForCausalLM",
+        ),
+        _LLAMA,
+    ),
+    "FalconForCausalLM": Family("ln_attn", "self_attention", "dense"),
+    "GPTJForCausalLM": Family("ln_1", "attn", "out_proj"),
+    "OPTForCausalLM": Family("self_attn_layer_norm", "self_attn", "out_proj"),
+    "Olmo3ForCausalLM": _POST_NORM,
+}
+"""Models that were compared with Hugging Face, whose sites an engine finds by its self-test.
+
+The names are those of Hugging Face's modules; what a block of vLLM returns is found too.
+"""
+
 _PARTIAL_SUMS = "its layers return partial sums that are reduced over the ranks later"
 _HYPER = "its residual stream is several streams (hyper-connections)"
 
@@ -84,7 +106,7 @@ LAYER_SCALES = frozenset({"Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"}
 
 
 def known_family(architectures: Iterable[str]) -> Family | None:
-    """The family of a model that was compared with Hugging Face; None for any other.
+    """The family of a model whose sites are known; None for one whose sites a self-test finds.
 
     Raises ``SteerError`` with the reason for one that is known not to work.
     """
@@ -104,13 +126,14 @@ def family_of(architectures: Iterable[str]) -> Family:
     """
     names = list(architectures)
     for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name]
+        if name in FAMILIES or name in SELF_TESTED:
+            return {**FAMILIES, **SELF_TESTED}[name]
     reason = next((UNSUPPORTED[name] for name in names if name in UNSUPPORTED), None)
     raise SteerError(
         f"{', '.join(names) or 'this model'} cannot be steered inside its layers: "
         f"{reason or 'where its sites are has not been tested'}; steers at the LM head work, and "
-        f"these models take every steer: {', '.join(sorted(FAMILIES))}"
+        f"these models were compared with Hugging Face: "
+        f"{', '.join(sorted({**FAMILIES, **SELF_TESTED}))}"
     )
 
 

@@ -56,12 +56,6 @@ UNTESTED = {
         ),
         Untested("Ernie4_5ForCausalLM", HEADS),
         Untested(
-            "Exaone4ForCausalLM",
-            {**BLOCK, "sliding_window": 128, "layer_types": FULL},
-            Modules(input_norm=None),
-            lacks=("attn_in",),
-        ),
-        Untested(
             "FalconForCausalLM",
             {
                 **TOKENS,

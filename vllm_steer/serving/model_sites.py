@@ -14,6 +14,7 @@ from vllm_steer.compat import options
 from vllm_steer.errors import SteerError
 from vllm_steer.families import (
     LAYER_SCALES,
+    SELF_TESTED,
     Family,
     decoder_layers,
     known_family,
@@ -96,13 +97,14 @@ def model_sites(model: nn.Module, vllm_config: Any, run: Run) -> ModelSites:
             spread=_spread_over_ranks,
             may_scale=bool(LAYER_SCALES & set(architectures)),
         )
+    is_compared = any(name in SELF_TESTED for name in architectures)
     sites = ModelSites(
         layers,
         {number: _family(one) for number, one in found.items()},
         {number: one.reasons for number, one in found.items()},
-        False,
+        is_compared,
     )
-    _report(architectures, found)
+    _report(architectures, found, is_compared=is_compared)
     return sites
 
 
@@ -121,7 +123,9 @@ def _family(found: FoundSites) -> Family:
     )
 
 
-def _report(architectures: Sequence[str], found: Mapping[int, FoundSites]) -> None:
+def _report(
+    architectures: Sequence[str], found: Mapping[int, FoundSites], *, is_compared: bool
+) -> None:
     """Log what the self-test found, with the reason for each site that is missing."""
     having = {
         site: [number for number, one in found.items() if site not in one.reasons]
@@ -130,12 +134,16 @@ def _report(architectures: Sequence[str], found: Mapping[int, FoundSites]) -> No
     available = [
         f"{site} in layers {format_layers(numbers)}" for site, numbers in having.items() if numbers
     ]
-    logger.warning(
-        "vllm-steer: %s was not compared with Hugging Face; a self-test at start-up found: %s. To "
-        "refuse such models set untested: refuse in the steer config.",
-        ", ".join(architectures),
-        "; ".join(available) or "no site inside its layers",
-    )
+    name, summary = ", ".join(architectures), "; ".join(available) or "no site inside its layers"
+    if is_compared:
+        logger.info("vllm-steer: the self-test of %s found: %s", name, summary)
+    else:
+        logger.warning(
+            "vllm-steer: %s was not compared with Hugging Face; a self-test at start-up found: %s. "
+            "To refuse such models set untested: refuse in the steer config.",
+            name,
+            summary,
+        )
     for site, numbers in having.items():
         missing = [number for number in found if number not in numbers]
         if missing:

@@ -55,7 +55,11 @@ def test_a_model_without_an_input_norm_lacks_one_site_and_that_is_no_failure(
     ("config", "name", "reason"),
     [
         (transformers.GraniteConfig(**SMALL), "GraniteForCausalLM", "has not been tested"),
-        (transformers.DeepseekV3Config(**SMALL), "DeepseekV3ForCausalLM", "where its sites are has not been tested"),
+        (
+            transformers.DeepseekV3Config(**SMALL),
+            "DeepseekV3ForCausalLM",
+            "where its sites are has not been tested",
+        ),
     ],
 )
 def test_an_unsupported_model_keeps_the_head_and_gives_a_reason_for_the_other_sites(

@@ -6,25 +6,27 @@ from pathlib import Path
 import pytest
 
 from benchmarks import documents
-from vllm_steer.families import FAMILIES, UNSUPPORTED
+from vllm_steer.families import FAMILIES, SELF_TESTED, UNSUPPORTED, Family
 
 ROOT = Path(__file__).parents[3]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
+def _names(name: str, family: Family) -> tuple[str, str, str, str]:
+    norm = f"`{family.input_norm}`" if family.input_norm else "none: no site `attn_in`"
+    return name, norm, family.attention, family.projection
+
+
 def test_every_family_has_its_row_in_the_guidance_document() -> None:
     text = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
-    cells = r"^\| (\w+(?:CausalLM|LMHeadModel)) \| (.+) \| `(\w+)` \| `(\w+)` \| (pair|stream) \|$"
+    cells = r"^\| (\w+(?:CausalLM|LMHeadModel)) \| (.+) \| `(\w+)` \| `(\w+)` \| ([a-z-]+) \|$"
     rows = re.findall(cells, text, re.M)
     expected = [
-        (
-            name,
-            f"`{family.input_norm}`" if family.input_norm else "none: no site `attn_in`",
-            family.attention,
-            family.projection,
-            "pair" if family.stream == "pair" else "stream",
-        )
+        (*_names(name, family), "pair" if family.stream == "pair" else "stream")
         for name, family in sorted(FAMILIES.items())
+    ]
+    expected += [
+        (*_names(name, family), "self-test") for name, family in sorted(SELF_TESTED.items())
     ]
     assert rows == expected
     assert not set(FAMILIES) & set(UNSUPPORTED)

@@ -141,7 +141,7 @@ def test_every_connector_of_vllm_that_hashes_tokens_is_known() -> None:
 @pytest.mark.parametrize(
     ("architectures", "message"),
     [
-        (["FalconForCausalLM"], "FalconForCausalLM cannot .* where its sites are has not been te"),
+        (["BloomForCausalLM"], "BloomForCausalLM cannot .* where its sites are has not been te"),
         ([], "this model cannot be steered inside its layers"),
         (None, "this model cannot be steered inside its layers"),
     ],
