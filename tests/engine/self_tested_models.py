@@ -142,12 +142,11 @@ UNTESTED = {
 MODULES |= {name: model.modules for name, model in UNTESTED.items()}
 
 
-def save_untested(name: str, folder: Path) -> Path:
+def save_untested(model: Untested, folder: Path) -> Path:
     """Save a model whose weights are large enough for next-token choices to differ."""
-    model = UNTESTED[name]
     torch.manual_seed(0)
     config = getattr(transformers, model.config_class)(**model.options)
-    module = getattr(transformers, name)(config).float().eval()
+    module = getattr(transformers, model.name)(config).float().eval()
     with torch.no_grad():
         for parameter_name, parameter in module.named_parameters():
             if parameter.ndim > 1:
@@ -160,3 +159,27 @@ def _scale(name: str, embedding: float) -> float:
     if "head" in name or "embed_out" in name:
         return 0.5
     return embedding if "embed" in name or "wte" in name else 0.15
+
+
+POST_NORM = Untested(
+    "OPTForCausalLM", {**UNTESTED["OPTForCausalLM"].options, "do_layer_norm_before": False}
+)
+SCALED_IN_FLOAT16 = Untested(
+    "DeepseekV2ForCausalLM",
+    {
+        **BLOCK,
+        **EXPERTS,
+        "kv_lora_rank": 32,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": GUIDED_LAYERS,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.0,
+        "topk_method": "greedy",
+    },
+)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import transformers
 from engines import (
     GUIDED,
     doses_of,
@@ -15,8 +16,16 @@ from engines import (
     steer_config,
 )
 from reference import assert_guided, load_reference
-from self_tested_models import UNTESTED, save_untested
+from self_tested_models import (
+    POST_NORM,
+    SCALED_IN_FLOAT16,
+    UNTESTED,
+    Untested,
+    save_untested,
+)
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB
+
+from vllm_steer import SteerError
 
 pytestmark = pytest.mark.engine
 
@@ -34,7 +43,7 @@ def test_every_kind_site_mode_schedule_and_phase(name: str, tmp_path: Path) -> N
     for site in UNTESTED[name].lacks:
         settings = settings_without(site, settings, steers)
         steers = {key: steer for key, steer in steers.items() if steer.site != site}
-    model = save_untested(name, tmp_path / "model")
+    model = save_untested(UNTESTED[name], tmp_path / "model")
     reference = load_reference(model)
     with engine(model, steer_config(steers, tmp_path / "steers")) as llm:
         outputs = llm.generate(
@@ -45,3 +54,41 @@ def test_every_kind_site_mode_schedule_and_phase(name: str, tmp_path: Path) -> N
     for output, setting in zip(outputs, settings, strict=True):
         assert_guided(output, reference, doses_of(setting, steers), steers)
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) > len(settings) // 2
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("model", "dtype", "message"),
+    [
+        (POST_NORM, "float32", "layer 0: layer 1 normalises its input instead of adding to it"),
+        (
+            SCALED_IN_FLOAT16,
+            "float16",
+            "the first layer multiplies what is added to its input by 0",
+        ),
+    ],
+    ids=["post-norm", "scaled-in-float16"],
+)
+def test_a_stream_that_a_steer_would_be_wrong_in_stops_the_start(
+    model: Untested, dtype: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")  # latent attention has no kernels on a CPU
+    folder = save_untested(model, tmp_path / "model")
+    push = {"push": guidance_steers(HIDDEN, GUIDED_LAYERS, HIDDEN)["push"]}
+    with (
+        pytest.raises(SteerError, match=message),
+        engine(folder, steer_config(push, tmp_path / "steers"), dtype=dtype),
+    ):
+        pass
+
+
+@pytest.mark.matrix
+def test_the_config_may_refuse_models_that_only_the_self_test_knows(tmp_path: Path) -> None:
+    transformers.BloomConfig(architectures=["BloomForCausalLM"]).save_pretrained(tmp_path / "model")
+    push = {"push": guidance_steers(HIDDEN, GUIDED_LAYERS, HIDDEN)["push"]}
+    config = {**steer_config(push, tmp_path / "steers"), "untested": "refuse"}
+    with (
+        pytest.raises(SteerError, match="BloomForCausalLM cannot be steered inside its layers"),
+        engine(tmp_path / "model", config),
+    ):
+        pass
