@@ -121,6 +121,7 @@ def test_compiled_model(guided_llama: Path, all_steers: dict[str, Steer], tmp_pa
     assert_guided_batch(guided_llama, all_steers, tmp_path, enforce_eager=False)
 
 
+@pytest.mark.matrix
 def test_256_requests_with_256_strengths_in_two_waves(
     guided_llama: Path, all_steers: dict[str, Steer], tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_256_requests_with_256_strengths_in_two_waves(
                 assert_guided(output, reference, doses_of(setting, steers), steers)
 
 
+@pytest.mark.matrix
 def test_fitted_guidance_of_the_embedded_model_in_one_batch() -> None:
     steers = {path.stem: load_steer(path) for path in embedded.STEERS.glob("*.safetensors")}
     names = sorted(steers)

@@ -67,6 +67,7 @@ ALTERNATING: tuple[Setting, ...] = (
 )
 
 
+@pytest.mark.matrix
 def test_16_alternating_requests_share_only_equal_blocks(
     model: Path, steers: dict[str, Steer], tmp_path: Path
 ) -> None:
@@ -156,6 +157,7 @@ def test_an_unsteered_request_after_guided_ones_keeps_every_bit(
         assert exact(one_by_one(llm, [{}])[0]) == clean
 
 
+@pytest.mark.matrix
 def test_the_users_own_salt_is_kept(model: Path, steers: dict[str, Steer], tmp_path: Path) -> None:
     requests: list[tuple[str | None, Setting]] = [
         ("mine", {"push": 1.5}),
