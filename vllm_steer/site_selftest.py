@@ -32,10 +32,12 @@ _REMAINDER: Final = 0.05
 _HEARD: Final = 1e-3
 _ROWS_PER_LAYER: Final = 3
 _OTHER_ROWS: Final = 3
+_LAYERS_PER_RUN: Final = 16
+"""Bounds the rows that a run keeps on the host."""
 
 
 @dataclass(frozen=True)
-class FoundSites:
+class LayerSites:
     """The sites of one layer. ``reasons`` has, for each site that it lacks, the reason.
 
     ``output`` says what the layer returns: ``pair``, two tensors whose sum is the residual stream,
@@ -87,7 +89,7 @@ def find_sites(
     kinds: Kinds,
     spread: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like,
     may_scale: bool = False,
-) -> dict[int, FoundSites]:
+) -> dict[int, LayerSites]:
     """The sites of the layers ``numbers``, by dummy runs of at most ``max_rows`` rows.
 
     ``attention_layers`` are vLLM's, in or outside the layers. ``run(n)`` is a forward pass of ``n``
@@ -95,14 +97,14 @@ def find_sites(
     tensor-parallel ranks. ``may_scale``: the model multiplies its stream in each layer, as its
     authors do.
     """
-    per_run = max(1, (max_rows - _OTHER_ROWS) // _ROWS_PER_LAYER)
-    found: dict[int, FoundSites] = {}
+    per_run = min(_LAYERS_PER_RUN, max(1, (max_rows - _OTHER_ROWS) // _ROWS_PER_LAYER))
+    layer_sites: dict[int, LayerSites] = {}
     for start in range(0, len(numbers), per_run):
         part = numbers[start : start + per_run]
         test = _Test(layers, numbers, part, hidden_size, kinds, may_scale=may_scale)
         with _fixed_attention(attention_layers):
-            found |= test.verdicts(run, spread)
-    return _completed(found, layers)
+            layer_sites |= test.verdicts(run, spread)
+    return _completed(layer_sites, layers)
 
 
 class _Test:
@@ -130,10 +132,14 @@ class _Test:
         self._delta = torch.randn(hidden_size, generator=generator) * _DELTA
         self._observed = {number: _Observed() for number in numbers}
         self._tolerance = _HEARD * _DELTA
+        followers = {
+            follower for number in part if (follower := self._follower(number)) is not None
+        }
+        self._kept = {*part, *followers, *self._numbers[:1]}
 
     def verdicts(
         self, run: Callable[[int], Any], spread: Callable[[torch.Tensor], torch.Tensor]
-    ) -> dict[int, FoundSites]:
+    ) -> dict[int, LayerSites]:
         """Run the test and judge each layer of the part."""
         with self._hooked(), torch.inference_mode():
             run(self._rows)
@@ -191,9 +197,8 @@ class _Test:
                 self._begin(streams)
             observed.is_called = True
             observed.input_addresses = [stream.data_ptr() for stream in streams]
-            observed.inputs = [
-                stream.reshape(self._rows, -1).float().cpu().clone() for stream in streams
-            ]
+            if number in self._kept:
+                observed.inputs = [self._copied(stream) for stream in streams]
 
         return hook
 
@@ -244,7 +249,10 @@ class _Test:
             first, second = (*streams, None)[:2]
             if first is not None and second is not None and first.data_ptr() == second.data_ptr():
                 streams[1] = None
-            observed.outputs = [self._copy(stream) for stream in streams]
+            if number in self._kept:
+                observed.outputs = [
+                    None if stream is None else self._copied(stream) for stream in streams
+                ]
             if first is not None:
                 observed.replicas["resid"] = self._first_row(first)
             if number in self._part and streams[0] is not None:
@@ -278,16 +286,16 @@ class _Test:
     def _first_row(self, stream: torch.Tensor) -> torch.Tensor:
         return stream.reshape(self._rows, -1)[0].float().cpu().clone()
 
-    def _copy(self, stream: torch.Tensor | None) -> torch.Tensor | None:
-        return None if stream is None else stream.reshape(self._rows, -1).float().cpu().clone()
+    def _copied(self, stream: torch.Tensor) -> torch.Tensor:
+        return stream.reshape(self._rows, -1).float().cpu().clone()
 
     # --- verdicts ----------------------------------------------------------------------------
 
-    def _judge(self, number: int, differing: Sequence[str]) -> FoundSites:
+    def _judge(self, number: int, differing: Sequence[str]) -> LayerSites:
         observed = self._observed[number]
         if not observed.is_called:
             reason = "the forward pass does not call the layer as a module"
-            return FoundSites(None, None, None, None, None, dict.fromkeys(_SITES, reason))
+            return LayerSites(None, None, None, None, None, dict.fromkeys(_SITES, reason))
         reasons: dict[str, str] = {}
         output, factor = self._judge_stream(number, reasons)
         attention = self._judge_attention(number, output, reasons)
@@ -303,7 +311,7 @@ class _Test:
         projection = self._projection(observed) if attention is not None else None
         if attention is not None and projection is None:
             reasons["heads"] = "the attention's output is not the output of a linear layer"
-        return FoundSites(output, norm, attention, projection, factor, reasons)
+        return LayerSites(output, norm, attention, projection, factor, reasons)
 
     def _reads_stream(self, observed: _Observed) -> bool:
         return observed.norm is None and bool(observed.inputs)
@@ -412,15 +420,19 @@ _SITES: Final = ("resid", "attn_in", "attn_out", "heads")
 _REPLICATED: Final = ("resid", "attn_in", "attn_out")
 
 
-def _completed(found: Mapping[int, FoundSites], layers: nn.ModuleList) -> dict[int, FoundSites]:
+def _completed(
+    layer_sites: Mapping[int, LayerSites], layers: nn.ModuleList
+) -> dict[int, LayerSites]:
     """The last layer has no follower: it has the stream of an earlier layer of the same class."""
-    last = max(found)
-    sites = found[last]
+    if not layer_sites:
+        return {}
+    last = max(layer_sites)
+    sites = layer_sites[last]
     if "resid" in sites.reasons or sites.output is not None:
-        return dict(found)
+        return dict(layer_sites)
     like = [
         other
-        for number, other in sorted(found.items())
+        for number, other in sorted(layer_sites.items())
         if number != last and type(layers[number]) is type(layers[last])
     ]
     reasons = dict(sites.reasons)
@@ -431,8 +443,8 @@ def _completed(found: Mapping[int, FoundSites], layers: nn.ModuleList) -> dict[i
         output, factor = like[-1].output, like[-1].factor
         if "resid" in like[-1].reasons:
             reasons["resid"] = like[-1].reasons["resid"]
-    completed = FoundSites(output, sites.norm, sites.attention, sites.projection, factor, reasons)
-    return {**found, last: completed}
+    completed = LayerSites(output, sites.norm, sites.attention, sites.projection, factor, reasons)
+    return {**layer_sites, last: completed}
 
 
 def _record_linear(observed: _Observed, name: str) -> Callable[..., None]:

@@ -19,7 +19,7 @@ from vllm_steer.families import (
     decoder_layers,
     known_family,
 )
-from vllm_steer.site_selftest import FoundSites, Kinds, find_sites
+from vllm_steer.site_selftest import Kinds, LayerSites, find_sites
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.steers.sites import LAYER_SITES
 
@@ -34,7 +34,7 @@ class ModelSites:
     """The decoder layers of a model, and the sites of those that this rank has.
 
     ``reasons`` has, by layer and site, why a layer lacks a site. ``is_compared``: the model's class
-    was compared with Hugging Face; otherwise the self-test found the sites.
+    was compared with Hugging Face; otherwise the self-test layer_sites the sites.
     """
 
     layers: nn.ModuleList
@@ -86,7 +86,7 @@ def model_sites(model: nn.Module, vllm_config: Any, run: Run) -> ModelSites:
             family = replace(family, stream="tensor")
         return ModelSites(layers, dict.fromkeys(here, family), {}, True)
     with _eager(model):
-        found = find_sites(
+        layer_sites = find_sites(
             layers,
             here,
             options.hidden_size(vllm_config),
@@ -100,11 +100,11 @@ def model_sites(model: nn.Module, vllm_config: Any, run: Run) -> ModelSites:
     is_compared = any(name in SELF_TESTED for name in architectures)
     sites = ModelSites(
         layers,
-        {number: _family(one) for number, one in found.items()},
-        {number: one.reasons for number, one in found.items()},
+        {number: _family(one) for number, one in layer_sites.items()},
+        {number: one.reasons for number, one in layer_sites.items()},
         is_compared,
     )
-    _report(architectures, found, is_compared=is_compared)
+    _report(architectures, layer_sites, is_compared=is_compared)
     return sites
 
 
@@ -114,21 +114,21 @@ def on_transformers_backend(model: nn.Module) -> bool:
     return any(cls.__module__.startswith(prefix) for cls in type(model).__mro__)
 
 
-def _family(found: FoundSites) -> Family:
+def _family(layer_sites: LayerSites) -> Family:
     return Family(
-        input_norm=found.norm,
-        attention=found.attention or "",
-        projection=found.projection or "",
-        stream=found.output or "tensor",
+        input_norm=layer_sites.norm,
+        attention=layer_sites.attention or "",
+        projection=layer_sites.projection or "",
+        stream=layer_sites.output or "tensor",
     )
 
 
 def _report(
-    architectures: Sequence[str], found: Mapping[int, FoundSites], *, is_compared: bool
+    architectures: Sequence[str], layer_sites: Mapping[int, LayerSites], *, is_compared: bool
 ) -> None:
     """Log what the self-test found, with the reason for each site that is missing."""
     having = {
-        site: [number for number, one in found.items() if site not in one.reasons]
+        site: [number for number, one in layer_sites.items() if site not in one.reasons]
         for site in LAYER_SITES
     }
     available = [
@@ -145,13 +145,13 @@ def _report(
             summary,
         )
     for site, numbers in having.items():
-        missing = [number for number in found if number not in numbers]
+        missing = [number for number in layer_sites if number not in numbers]
         if missing:
             logger.info(
                 "vllm-steer: no %s in layers %s: %s",
                 site,
                 format_layers(missing),
-                found[missing[0]].reasons[site],
+                layer_sites[missing[0]].reasons[site],
             )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_steer.site_selftest import FoundSites, Kinds, find_sites
+from vllm_steer.site_selftest import Kinds, LayerSites, find_sites
 
 WIDTH, LAYERS = 16, 3
 
@@ -85,7 +85,7 @@ class Stack(nn.Module):
 
 def sites_of(
     *forms: str, change: Callable[[Stack], None] = lambda _: None, **options: Any
-) -> dict[int, FoundSites]:
+) -> dict[int, LayerSites]:
     stack = Stack(list(forms))
     change(stack)
     attention = [layer.mixer.inner for layer in stack.layers]
@@ -104,10 +104,10 @@ def sites_of(
 @pytest.mark.parametrize("max_rows", [64, 7], ids=["one run", "a run per layer"])
 @pytest.mark.parametrize(("form", "output"), [("pair", "pair"), ("plain", "tensor")])
 def test_names_and_stream_are_found(form: str, output: str, max_rows: int) -> None:
-    for found in sites_of(*[form] * LAYERS, max_rows=max_rows).values():
-        assert (found.output, dict(found.reasons)) == (output, {})
-        assert (found.norm, found.attention, found.projection) == ("before", "mixer", "out")
-        assert found.factor == pytest.approx(1, abs=0.02)
+    for sites in sites_of(*[form] * LAYERS, max_rows=max_rows).values():
+        assert (sites.output, dict(sites.reasons)) == (output, {})
+        assert (sites.norm, sites.attention, sites.projection) == ("before", "mixer", "out")
+        assert sites.factor == pytest.approx(1, abs=0.02)
 
 
 def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
@@ -127,13 +127,13 @@ def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
     ],
 )
 def test_a_site_where_a_steer_would_be_wrong_is_refused(form: str, site: str, reason: str) -> None:
-    for found in sites_of(*[form] * LAYERS).values():
-        assert reason in found.reasons[site]
+    for sites in sites_of(*[form] * LAYERS).values():
+        assert reason in sites.reasons[site]
 
 
 def test_a_model_that_scales_its_stream_by_design_may_be_steered() -> None:
-    for found in sites_of(*["scaled"] * LAYERS, may_scale=True).values():
-        assert "resid" not in found.reasons and found.factor == pytest.approx(0.5, abs=0.02)
+    for sites in sites_of(*["scaled"] * LAYERS, may_scale=True).values():
+        assert "resid" not in sites.reasons and sites.factor == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS - 1))
@@ -141,16 +141,16 @@ def test_a_layer_whose_output_is_not_read_is_seen(layer: int) -> None:
     def deafen(stack: Stack) -> None:
         stack.is_deaf_after = layer
 
-    found = sites_of(*["plain"] * LAYERS, change=deafen)
-    assert "does not read what the layer returns" in found[layer].reasons["resid"]
+    sites = sites_of(*["plain"] * LAYERS, change=deafen)
+    assert "does not read what the layer returns" in sites[layer].reasons["resid"]
     others = [number for number in range(LAYERS - 1) if number != layer]
-    assert not any("does not read" in str(found[number].reasons) for number in others)
+    assert not any("does not read" in str(sites[number].reasons) for number in others)
 
 
 def test_a_layer_of_another_kind_has_its_own_verdict() -> None:
-    found = sites_of("plain", "no-projection", "plain", "plain")
-    assert "heads" in found[1].reasons
-    assert all("heads" not in found[number].reasons for number in (0, 2, 3))
+    sites = sites_of("plain", "no-projection", "plain", "plain")
+    assert "heads" in sites[1].reasons
+    assert all("heads" not in sites[number].reasons for number in (0, 2, 3))
 
 
 def test_what_differs_between_tensor_parallel_ranks_is_refused() -> None:
@@ -159,8 +159,8 @@ def test_what_differs_between_tensor_parallel_ranks_is_refused() -> None:
         differing[2::3] = 1.0  # of resid, attn_in and attn_out of each layer the last
         return differing
 
-    for found in sites_of(*["plain"] * LAYERS, spread=spread).values():
-        assert found.reasons == {"attn_out": "each tensor-parallel rank has a partial sum there"}
+    for sites in sites_of(*["plain"] * LAYERS, spread=spread).values():
+        assert sites.reasons == {"attn_out": "each tensor-parallel rank has a partial sum there"}
 
 
 def test_nothing_of_the_test_stays_in_the_model() -> None:
