@@ -71,7 +71,9 @@ def test_an_error_gives_one_line(
 
 def test_an_interrupted_command_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     program = (
-        "import time\nfrom vllm_steer import cli, files\n"
+        "import signal, time\nfrom vllm_steer import cli, files\n"
+        # A background job of a shell ignores interrupts, and so would this process.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(*_):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
         "files.read_file = wait\ncli.main()\n"
     )

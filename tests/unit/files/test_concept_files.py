@@ -1,13 +1,13 @@
 """concept-guidance's files: a probe per layer, rotated to at the input norm."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from outside import CONCEPT_VECTORS, needs
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig
 from untrusted_text_tools import SIGNED, WIDTH, write_concept
 
 from vllm_steer import SteerError, hf, load_steer, save_steer
@@ -99,9 +99,7 @@ def test_the_authors_concept_vectors_are_unchanged_by_conversion(
 class InputNorms(nn.Module):
     """Thirty-two blocks of which nothing is left but the output of the input norm."""
 
-    config = SimpleNamespace(
-        architectures=["LlamaForCausalLM"], num_hidden_layers=32, hidden_size=4096
-    )
+    config = LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=32, hidden_size=4096)
 
     class Block(nn.Module):
         def __init__(self) -> None:
