@@ -31,8 +31,9 @@ BlockOutput = Literal["pair", "tensor"]
 class Family:
     """Names inside one decoder block, and how a block of vLLM's own model returns the stream.
 
-    ``last_term`` names the module whose output is the last term of the stream, which the block
-    adds up at its end and returns; None where it is not known to be one.
+    A name may give two, of which a block has one: ``ln_attn or input_layernorm``. ``last_term``
+    names the module whose output is the last term of the stream, which the block adds up at its end
+    and returns; None where it is not known to be one.
     """
 
     input_norm: str | None = "input_layernorm"
@@ -80,7 +81,7 @@ SELF_TESTED: dict[str, Family] = {
         ),
         _LLAMA,
     ),
-    "FalconForCausalLM": Family("ln_attn", "self_attention", "dense"),
+    "FalconForCausalLM": Family("ln_attn or input_layernorm", "self_attention", "dense"),
     "GPTJForCausalLM": Family("ln_1", "attn", "out_proj"),
     "OPTForCausalLM": Family("self_attn_layer_norm", "self_attn", "out_proj"),
     "Olmo3ForCausalLM": _POST_NORM,
@@ -90,6 +91,7 @@ SELF_TESTED: dict[str, Family] = {
 The names are those of Hugging Face's modules; what a block of vLLM returns is found too.
 """
 
+NOT_TESTED = "where its sites are has not been tested"
 _PARTIAL_SUMS = "its layers return partial sums that are reduced over the ranks later"
 _HYPER = "its residual stream is several streams (hyper-connections)"
 
@@ -131,7 +133,7 @@ def family_of(architectures: Iterable[str]) -> Family:
     reason = next((UNSUPPORTED[name] for name in names if name in UNSUPPORTED), None)
     raise SteerError(
         f"{', '.join(names) or 'this model'} cannot be steered inside its layers: "
-        f"{reason or 'where its sites are has not been tested'}; steers at the LM head work, and "
+        f"{reason or NOT_TESTED}; steers at the LM head work, and "
         f"these models were compared with Hugging Face: "
         f"{', '.join(sorted({**FAMILIES, **SELF_TESTED}))}"
     )
@@ -176,11 +178,18 @@ def _is_stage(module: nn.Module) -> bool:
     return all(isinstance(bound, int) for bound in bounds)
 
 
+def _inside(layer: nn.Module, path: str) -> Any:
+    module: Any = layer if path else None
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
 def submodule(layer: nn.Module, name: str | None, site: str) -> Any:
     """A block's module by its name in the family; ``SteerError`` if the site is not there."""
-    module: Any = layer if name else None
-    for part in (name or "").split("."):
-        module = getattr(module, part, None)
+    module = next(
+        (m for n in (name or "").split(" or ") if (m := _inside(layer, n)) is not None), None
+    )
     if module is None:
         raise SteerError(
             f"{type(layer).__name__} has no {name or 'norm before its attention'}: the site {site} "

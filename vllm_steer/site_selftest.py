@@ -17,7 +17,7 @@ attention's input, the projection the last linear layer whose output is the atte
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -67,11 +67,14 @@ class _Observed:
 
     input_addresses: list[int] = field(default_factory=list)
     outputs: list[torch.Tensor | None] = field(default_factory=list)
-    producers: list[tuple[str, int]] = field(default_factory=list)
     norm: str | None = None
-    attention: str | None = None
-    attention_address: int | None = None
-    linears: list[tuple[str, int]] = field(default_factory=list)
+    attentions: list[str] = field(default_factory=list)
+    projection: str | None = None
+    reads_stream: bool = False
+    returns_more: bool = False
+    # Tensors are kept until the layer returns: an address that is free is given away again.
+    producers: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    linears: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     inputs: list[torch.Tensor] = field(default_factory=list)
     replicas: dict[str, torch.Tensor] = field(default_factory=dict)
     is_called: bool = False
@@ -88,22 +91,36 @@ def find_sites(
     attention_layers: Sequence[nn.Module],
     kinds: Kinds,
     spread: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like,
+    of_first_stage: Callable[[float], float] = lambda factor: factor,
     may_scale: bool = False,
 ) -> dict[int, LayerSites]:
     """The sites of the layers ``numbers``, by dummy runs of at most ``max_rows`` rows.
 
     ``attention_layers`` are vLLM's, in or outside the layers. ``run(n)`` is a forward pass of ``n``
     tokens, eager, without attention metadata. ``spread`` gives the difference of numbers over the
-    tensor-parallel ranks. ``may_scale``: the model multiplies its stream in each layer, as its
-    authors do.
+    tensor-parallel ranks, ``of_first_stage`` the first pipeline stage's value of a number.
+    ``may_scale``: the model multiplies its stream in each layer, as its authors do. Raises
+    ``ValueError`` for fewer than 8 rows.
     """
+    if max_rows < 8:
+        raise ValueError(f"the self-test needs batches of 8 tokens; {max_rows} are allowed")
     per_run = min(_LAYERS_PER_RUN, max(1, (max_rows - _OTHER_ROWS) // _ROWS_PER_LAYER))
     layer_sites: dict[int, LayerSites] = {}
+    first_factor = 1.0
     for start in range(0, len(numbers), per_run):
         part = numbers[start : start + per_run]
         test = _Test(layers, numbers, part, hidden_size, kinds, may_scale=may_scale)
         with _fixed_attention(attention_layers):
             layer_sites |= test.verdicts(run, spread)
+        if start == 0 and numbers:
+            first_factor = test.first_factor(layer_sites[numbers[0]].output)
+    reason = _factor_reason(of_first_stage(first_factor), "the first layer", may_scale)
+    if reason is not None:
+        added = dict.fromkeys(("resid", "attn_out", "heads"), reason)
+        layer_sites = {
+            number: replace(sites, reasons={**added, **sites.reasons})
+            for number, sites in layer_sites.items()
+        }
     return _completed(layer_sites, layers)
 
 
@@ -153,7 +170,9 @@ class _Test:
             for number in self._part
             for site in _REPLICATED
         ]
-        apart = spread(torch.stack(rows)).amax(1) > self._tolerance / _DELTA
+        stacked = torch.stack(rows)
+        limits = self._tolerance / _DELTA * stacked.abs().amax(1).clamp_min(1e-3)
+        apart = spread(stacked).amax(1) > limits
         flags = apart.reshape(len(self._part), len(_REPLICATED)).tolist()
         return {
             number: [site for site, flag in zip(_REPLICATED, layer, strict=True) if flag]
@@ -217,7 +236,7 @@ class _Test:
     def _on_child(self, observed: _Observed, name: str) -> Callable[..., None]:
         def hook(_module: Any, _args: Any, output: Any) -> None:
             if tensors := self._streams(output):
-                observed.producers.append((name, tensors[0].data_ptr()))
+                observed.producers.append((name, tensors[0]))
 
         return hook
 
@@ -225,16 +244,18 @@ class _Test:
         def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
             observed = self._observed[number]
             inputs, outputs = self._streams((args, kwargs)), self._streams(output)
-            address = inputs[0].data_ptr() if inputs else None
-            sources = [child for child, pointer in observed.producers if pointer == address]
-            observed.norm = sources[-1] if sources else None
-            if inputs:
-                observed.replicas["attn_in"] = self._first_row(inputs[0])
             if not outputs:
                 return
-            observed.attention, observed.attention_address = name, outputs[0].data_ptr()
+            observed.attentions.append(name)
+            observed.returns_more = len({tensor.data_ptr() for tensor in outputs}) > 1
+            address = inputs[0].data_ptr() if inputs else None
+            observed.norm = _last_with_address(observed.producers, address)
+            observed.reads_stream = address in observed.input_addresses
+            observed.projection = _last_with_address(observed.linears, outputs[0].data_ptr())
+            if inputs:
+                observed.replicas["attn_in"] = self._first_row(inputs[0])
             observed.replicas["attn_out"] = self._first_row(outputs[0])
-            observed.producers.append((name, outputs[0].data_ptr()))
+            observed.producers.append((name, outputs[0]))
             if number in self._part:
                 self._add(outputs[0], self._row(number) + 2)
 
@@ -245,7 +266,11 @@ class _Test:
             observed = self._observed[number]
             parts = list(output) if isinstance(output, tuple | list) else [output]
             observed.shape = _described(parts)
+            observed.producers.clear()
+            observed.linears.clear()
             streams = [part if self._is_stream(part) else None for part in parts]
+            if isinstance(output, list) or len(parts) > 2:
+                streams = [None]  # the hook of a steer takes a tensor or two of them
             first, second = (*streams, None)[:2]
             if first is not None and second is not None and first.data_ptr() == second.data_ptr():
                 streams[1] = None
@@ -298,23 +323,20 @@ class _Test:
             return LayerSites(None, None, None, None, None, dict.fromkeys(_SITES, reason))
         reasons: dict[str, str] = {}
         output, factor = self._judge_stream(number, reasons)
-        attention = self._judge_attention(number, output, reasons)
+        attention = self._judge_attention(number, reasons)
         norm = observed.norm if attention is not None else None
         if attention is not None and norm is None:
             reasons["attn_in"] = (
                 "the attention reads the residual stream without a norm before it"
-                if self._reads_stream(observed)
+                if observed.reads_stream
                 else "the attention's input is not the output of one module of the layer"
             )
         reason = "each tensor-parallel rank has a partial sum there"
         reasons |= {site: reason for site in differing if site not in reasons}
-        projection = self._projection(observed) if attention is not None else None
+        projection = observed.projection if attention is not None else None
         if attention is not None and projection is None:
-            reasons["heads"] = "the attention's output is not the output of a linear layer"
+            reasons.setdefault("heads", "the attention's output is not that of a linear layer")
         return LayerSites(output, norm, attention, projection, factor, reasons)
-
-    def _reads_stream(self, observed: _Observed) -> bool:
-        return observed.norm is None and bool(observed.inputs)
 
     def _judge_stream(
         self, number: int, reasons: dict[str, str]
@@ -360,26 +382,11 @@ class _Test:
         if not (remainder < _REMAINDER and torch.isfinite(change).all()):
             reasons["resid"] = "what is added to the layer's output is not passed on as one stream"
             return None, None
-        self._judge_factor(factor, f"layer {follower}", ("resid",), reasons)
-        self._judge_factor(
-            self._first_factor(output), "the first layer", ("resid", "attn_out", "heads"), reasons
-        )
+        if reason := _factor_reason(factor, f"layer {follower}", self._may_scale):
+            reasons["resid"] = reason
         return output, factor
 
-    def _judge_factor(
-        self, factor: float, layer: str, sites: Sequence[str], reasons: dict[str, str]
-    ) -> None:
-        """A steer must act on a stream that the layers pass on as it is."""
-        if factor < 0.05:
-            reason = f"{layer} normalises its input instead of adding to it"
-        elif abs(factor - 1) > _FACTOR_TOLERANCE and not self._may_scale:
-            reason = f"{layer} multiplies what is added to its input by {factor:.3g}"
-        else:
-            return
-        for site in sites:
-            reasons.setdefault(site, reason)
-
-    def _first_factor(self, output: Output | None) -> float:
+    def first_factor(self, output: Output | None) -> float:
         """What the first layer of this rank multiplies its input by."""
         first = self._observed[self._numbers[0]]
         if not first.outputs or first.outputs[0] is None:
@@ -388,27 +395,27 @@ class _Test:
         change = _sum(first, self._rows - 1, is_pair) - _sum(first, 0, is_pair)
         return _projected(change, self._delta)[0]
 
-    def _judge_attention(
-        self, number: int, output: Output | None, reasons: dict[str, str]
-    ) -> str | None:
+    def _judge_attention(self, number: int, reasons: dict[str, str]) -> str | None:
         observed = self._observed[number]
-        if observed.attention is None:
+        reason = None
+        if not observed.attentions:
             reason = "the layer has no attention that returns a tensor"
+        elif len(observed.attentions) > 1:
+            reason = f"the layer has more than one attention: {', '.join(observed.attentions)}"
+        elif observed.returns_more:
+            reason = f"its {observed.attentions[0]} returns more than the attention's output"
+        if reason is not None:
             reasons |= dict.fromkeys(("attn_in", "attn_out", "heads"), reason)
             return None
         row = self._row(number) + 2
         if not observed.outputs or observed.outputs[0] is None:
-            return observed.attention
+            return observed.attentions[0]
         noise = (_sum(observed, 1, True) - _sum(observed, 0, True)).abs().max()
         change = (_sum(observed, row, True) - _sum(observed, 0, True)).abs().max()
         if not change > 4 * noise:
             reason = "the layer does not read what its attention returns"
             reasons |= dict.fromkeys(("attn_out", "heads"), reason)
-        return observed.attention
-
-    def _projection(self, observed: _Observed) -> str | None:
-        names = [n for n, pointer in observed.linears if pointer == observed.attention_address]
-        return names[-1] if names else None
+        return observed.attentions[0]
 
     def _follower(self, number: int) -> int | None:
         """The next layer of this rank; None for the last one."""
@@ -447,10 +454,26 @@ def _completed(
     return {**layer_sites, last: completed}
 
 
+def _factor_reason(factor: float, layer: str, may_scale: bool) -> str | None:
+    """Why a stream that a layer passes on with this factor cannot be steered; None for 1."""
+    if factor < 0.05:
+        return f"{layer} normalises its input instead of adding to it"
+    if abs(factor - 1) > _FACTOR_TOLERANCE and not may_scale:
+        return f"{layer} multiplies what is added to its input by {factor:.3g}"
+    return None
+
+
+def _last_with_address(
+    tensors: Sequence[tuple[str, torch.Tensor]], address: int | None
+) -> str | None:
+    names = [name for name, tensor in tensors if tensor.data_ptr() == address]
+    return names[-1] if names else None
+
+
 def _record_linear(observed: _Observed, name: str) -> Callable[..., None]:
     def hook(_module: Any, _args: Any, output: Any) -> None:
         if tensors := _tensors(output):
-            observed.linears.append((name, tensors[0].data_ptr()))
+            observed.linears.append((name, tensors[0]))
 
     return hook
 

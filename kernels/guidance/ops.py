@@ -45,8 +45,8 @@ def steer_tokens(
 
     Returns:
         A new tensor ``[T, width]`` in ``hidden``'s dtype, on its device; computed in float32 and
-        rounded once. A token without a direction keeps its value; all values are finite if those of
-        ``hidden`` and ``change`` are.
+        rounded once. A token without a direction keeps its value. Values are finite if those of
+        ``x`` and ``x + change`` fit the dtype.
 
     Devices: all tensors are moved to the device of ``hidden``. Nothing waits for the device, except
     for the check of the indices; a server calls ``map_tokens`` and ``steer_tokens_`` of a backend,
@@ -138,10 +138,14 @@ def _check_shapes(
             f"residual has shape {list(residual.shape)}; expected {list(hidden.shape)}"
         )
     num_tokens, shape = hidden.shape[0], direction_of_token.shape
-    if shape != strength.shape or shape[:1] != (num_tokens,):
+    if shape != strength.shape or shape[:1] != (num_tokens,) or len(shape) > 2:
         raise ValueError(
             f"direction_of_token has shape {list(shape)} and strength {list(strength.shape)}; "
             f"expected [{num_tokens}] or [{num_tokens}, K] for both"
+        )
+    if direction_of_token.is_floating_point():
+        raise ValueError(
+            f"direction_of_token has dtype {direction_of_token.dtype}; expected integers"
         )
     if direction_of_token.numel():
         first, last = (int(bound) for bound in direction_of_token.aminmax())

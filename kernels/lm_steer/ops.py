@@ -133,11 +133,14 @@ def _packed(projectors: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 def _steered_rows(
     num_rows: int, steer_of_row: torch.Tensor, scale: torch.Tensor, num_steers: int
 ) -> SteeredRows | None:
-    if steer_of_row.shape != scale.shape or steer_of_row.shape[:1] != (num_rows,):
+    shape = steer_of_row.shape
+    if shape != scale.shape or shape[:1] != (num_rows,) or len(shape) > 2:
         raise ValueError(
             f"steer_of_row has shape {list(steer_of_row.shape)} and scale {list(scale.shape)}; "
             f"expected [{num_rows}] or [{num_rows}, K] for both"
         )
+    if steer_of_row.is_floating_point():
+        raise ValueError(f"steer_of_row has dtype {steer_of_row.dtype}; expected integers")
     slots = _columns(steer_of_row).cpu().numpy().astype(np.int64)
     if slots.size and (slots.max() >= num_steers or slots.min() < NO_STEER):
         raise ValueError(

@@ -53,7 +53,8 @@ def main() -> None:
     protect_streams()
     # Before libraries are imported, and wherever in the line it stands.
     set_verbosity(VERBOSE in sys.argv)
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != VERBOSE]
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    sys.argv[1:end] = [argument for argument in sys.argv[1:end] if argument != VERBOSE]
     try:
         try:
             app()

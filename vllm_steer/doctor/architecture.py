@@ -9,6 +9,7 @@ from torch import nn
 
 from vllm_steer.doctor.finding import Finding
 from vllm_steer.errors import SteerError, cause
+from vllm_steer.families import NOT_TESTED
 from vllm_steer.hf import sites
 from vllm_steer.models import model_path
 from vllm_steer.steers.sites import LAYER_SITES
@@ -106,7 +107,14 @@ def describe(architecture: Architecture) -> Iterator[Finding]:
             width = architecture.widths[site]
             yield Finding(PART, f"site {site}", "ok", f"{width} wide", {"width": width})
         else:
-            yield Finding(PART, f"site {site}", "missing", architecture.reasons[site])
+            yield _lacking(site, architecture.reasons[site])
+
+
+def _lacking(site: str, reason: str) -> Finding:
+    if NOT_TESTED not in reason:
+        return Finding(PART, f"site {site}", "missing", reason)
+    text = "not in the table of models; an engine looks for it in a self-test when it starts"
+    return Finding(PART, f"site {site}", "not tested", text)
 
 
 def head_of(model: Any) -> nn.Module | None:

@@ -122,6 +122,7 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    cache_gib = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if current_platform.is_cpu():
         # Faster to start. On a GPU, only the exit of a separate engine process frees all memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -144,6 +145,8 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
         _check_active(llm)
         yield Engine(llm)
     finally:
+        if cache_gib is None:
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         _stop(llm)
         del llm
         gc.collect()

@@ -15,7 +15,12 @@ Act = Callable[[torch.Tensor], torch.Tensor]
 
 def family(model: Any) -> Family:
     """Where the sites of a model are; ``SteerError`` for an architecture that is not known."""
-    return family_of(dict.fromkeys([*(model.config.architectures or ()), type(model).__name__]))
+    if getattr(model.config, "do_layer_norm_before", True) is False:
+        raise SteerError(
+            f"{type(model).__name__} cannot be steered inside its layers: with "
+            "do_layer_norm_before: false they normalise the residual stream itself (post-norm)"
+        )
+    return family_of(model.config.architectures or [type(model).__name__])
 
 
 def layers_of(model: Any) -> nn.ModuleList:

@@ -25,6 +25,8 @@ from vllm_steer.steers.sites import LAYER_SITES
 
 logger = logging.getLogger("vllm.vllm_steer")
 
+_FEWEST_ROWS = 8
+
 Run = Callable[[int], Any]
 """A dummy run of so many tokens."""
 
@@ -85,16 +87,23 @@ def model_sites(model: nn.Module, vllm_config: Any, run: Run) -> ModelSites:
         if on_transformers_backend(model):
             family = replace(family, stream="tensor")
         return ModelSites(layers, dict.fromkeys(here, family), {}, True)
+    rows = int(options.max_num_batched_tokens(vllm_config))
+    if rows < _FEWEST_ROWS:
+        raise SteerError(
+            f"the self-test of this model needs max_num_batched_tokens of {_FEWEST_ROWS} or more; "
+            f"it is {rows}"
+        )
     with _eager(model):
         layer_sites = find_sites(
             layers,
             here,
             options.hidden_size(vllm_config),
             run,
-            max_rows=int(options.max_num_batched_tokens(vllm_config)),
+            max_rows=rows,
             attention_layers=_attention_layers(model, vllm_config),
             kinds=_kinds(),
             spread=_spread_over_ranks,
+            of_first_stage=_of_first_stage,
             may_scale=bool(LAYER_SCALES & set(architectures)),
         )
     is_compared = any(name in SELF_TESTED for name in architectures)
@@ -134,6 +143,11 @@ def _report(
     available = [
         f"{site} in layers {format_layers(numbers)}" for site, numbers in having.items() if numbers
     ]
+    modules = {(one.norm, one.attention, one.projection) for one in layer_sites.values()}
+    logger.info(
+        "vllm-steer: input norm, attention and its projection are %s",
+        " or ".join(sorted(", ".join(str(name) for name in names) for names in modules)),
+    )
     name, summary = ", ".join(architectures), "; ".join(available) or "no site inside its layers"
     if is_compared:
         logger.info("vllm-steer: the self-test of %s found: %s", name, summary)
@@ -180,10 +194,19 @@ def _eager(model: nn.Module) -> Iterator[None]:
     for module in compiled:
         module.do_not_compile = True  # type: ignore[assignment]
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # where PyTorch has compiled all of it
+            yield
     finally:
         for module in compiled:
             module.do_not_compile = False  # type: ignore[assignment]
+
+
+def _of_first_stage(value: float) -> float:
+    """The value that the first pipeline stage has."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    return value if group.world_size == 1 else float(group.broadcast_object(value, src=0))
 
 
 def _spread_over_ranks(values: torch.Tensor) -> torch.Tensor:

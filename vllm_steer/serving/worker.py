@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -159,12 +160,14 @@ class _WorkerSteering:
             runner._dummy_run(1)
 
     def _dummy_run(self, num_tokens: int) -> None:
-        """A dummy run without attention, before there is a KV cache."""
+        """A dummy run of the target model without attention, before there is a KV cache."""
         runner = self._worker.model_runner
-        if options.use_v2_model_runner(self._worker.vllm_config):
-            runner._dummy_run(num_tokens, skip_attn=True, is_profile=True)
-        else:
-            runner._dummy_run(num_tokens, is_profile=True)
+        v2 = options.use_v2_model_runner(self._worker.vllm_config)
+        with _without_drafts(runner, "speculator" if v2 else "speculative_config"):
+            if v2:
+                runner._dummy_run(num_tokens, skip_attn=True, is_profile=True)
+            else:
+                runner._dummy_run(num_tokens, is_profile=True)
 
     def _dummy_run_head(self) -> None:
         assert self._batch is not None
@@ -175,6 +178,17 @@ class _WorkerSteering:
         self._batch.begin_dummy_run()
         with torch.inference_mode():
             runner.model.compute_logits(torch.ones(size, dtype=dtype, device=runner.device))
+
+
+@contextmanager
+def _without_drafts(runner: Any, name: str) -> Iterator[None]:
+    """Keep a runner from running its draft model, which is compiled as it runs first."""
+    drafting = getattr(runner, name)
+    setattr(runner, name, None)
+    try:
+        yield
+    finally:
+        setattr(runner, name, drafting)
 
 
 def _select_no_adapter(runner: Any, num_rows: int) -> None:

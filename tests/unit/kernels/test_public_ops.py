@@ -113,6 +113,12 @@ def test_shapes_and_indices_that_do_not_fit_are_refused() -> None:
         steer_tokens(x, normal(1, 4), torch.tensor([0, -2]), scale)
     with pytest.raises(ValueError, match=r"expected \[directions, 4\]"):
         steer_tokens(x, normal(1, 3), torch.tensor([0, 0]), scale)
+    with pytest.raises(ValueError, match="expected integers"):
+        lm_steer(x, one, one, scale, scale)
+    with pytest.raises(ValueError, match="expected integers"):
+        steer_tokens(x, normal(1, 4), scale, scale)
+    with pytest.raises(ValueError, match=r"expected \[2\] or \[2, K\] for both"):
+        steer_tokens(x, normal(1, 4), torch.zeros(2, 1, 1).long(), torch.zeros(2, 1, 1))
     with pytest.raises(ValueError, match=r"kernels is fast; expected|kernels is 'fast'; expected"):
         steer_tokens(x, normal(1, 4), torch.tensor([0, 0]), scale, backend="fast")
 

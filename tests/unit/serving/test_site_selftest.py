@@ -44,6 +44,8 @@ class Layer(nn.Module):
         self.before, self.after = Norm(), Norm()
         self.mixer = Mixer(form != "no-projection")
         self.feed = nn.Linear(WIDTH, WIDTH, bias=False)
+        if form == "two-attentions":
+            self.second = Mixer()
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         stream = x if residual is None else x + residual
@@ -53,10 +55,14 @@ class Layer(nn.Module):
             stream = self.after(stream + self.mixer(stream))
             return self.after(stream + self.feed(stream))
         attended = self.mixer(stream if self.form == "no-norm" else self.before(stream))
+        if self.form == "two-attentions":
+            attended = attended + self.second(self.before(stream))
         middle = stream if self.form == "attention-unread" else stream + attended
         added = self.feed(self.after(middle))
         if self.form == "pair":
             return added, middle
+        if self.form == "three":
+            return middle + added, middle, added
         if self.form == "stale-second":
             return middle + added, torch.zeros_like(x)
         if self.form == "partial-rows":
@@ -88,7 +94,7 @@ def sites_of(
 ) -> dict[int, LayerSites]:
     stack = Stack(list(forms))
     change(stack)
-    attention = [layer.mixer.inner for layer in stack.layers]
+    attention = [module for module in stack.modules() if isinstance(module, Attention)]
     return find_sites(
         stack.layers,
         range(len(forms)),
@@ -101,7 +107,7 @@ def sites_of(
     )
 
 
-@pytest.mark.parametrize("max_rows", [64, 7], ids=["one run", "a run per layer"])
+@pytest.mark.parametrize("max_rows", [64, 8], ids=["one run", "a run per layer"])
 @pytest.mark.parametrize(("form", "output"), [("pair", "pair"), ("plain", "tensor")])
 def test_names_and_stream_are_found(form: str, output: str, max_rows: int) -> None:
     for sites in sites_of(*[form] * LAYERS, max_rows=max_rows).values():
@@ -120,10 +126,12 @@ def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
         ("post-norm", "resid", "normalises its input instead of adding to it"),
         ("scaled", "resid", "multiplies what is added to its input by 0.5"),
         ("partial-rows", "resid", "the layer returns"),
+        ("three", "resid", "the layer returns"),
+        ("two-attentions", "attn_out", "more than one attention: mixer, second"),
         ("no-norm", "attn_in", "reads the residual stream without a norm before it"),
         ("attention-unread", "attn_out", "does not read what its attention returns"),
         ("attention-unread", "heads", "does not read what its attention returns"),
-        ("no-projection", "heads", "not the output of a linear layer"),
+        ("no-projection", "heads", "is not that of a linear layer"),
     ],
 )
 def test_a_site_where_a_steer_would_be_wrong_is_refused(form: str, site: str, reason: str) -> None:
@@ -169,3 +177,13 @@ def test_nothing_of_the_test_stays_in_the_model() -> None:
     for module in stacks[0].modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert "forward" not in vars(module)
+
+
+def test_a_stream_that_the_first_pipeline_stage_scales_is_refused_on_all() -> None:
+    for sites in sites_of(*["plain"] * LAYERS, of_first_stage=lambda _: 0.5).values():
+        assert "the first layer multiplies" in sites.reasons["resid"]
+        assert {"attn_out", "heads"} <= set(sites.reasons) and "attn_in" not in sites.reasons
+
+
+def test_a_stage_without_layers_has_no_sites() -> None:
+    assert sites_of() == {}

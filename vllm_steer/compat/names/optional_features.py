@@ -50,6 +50,20 @@ OTHER = (
         "prompt logprobs",
         process="V2",
     ),
+    *vllm_names(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+        "speculative_config",
+        "written",
+        "guidance",
+        process="V1",
+    ),
+    *vllm_names(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+        "speculator",
+        "written",
+        "guidance",
+        process="V2",
+    ),
     *vllm_names("vllm.model_executor.models.utils", "PPMissingLayer", "read", "guidance"),
     *vllm_names(
         "vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase", "read", "guidance"
@@ -64,7 +78,7 @@ OTHER = (
     ),
     *vllm_names(
         "vllm.distributed.parallel_state:GroupCoordinator",
-        "world_size cpu_group",
+        "world_size cpu_group broadcast_object",
         "read",
         "guidance",
     ),

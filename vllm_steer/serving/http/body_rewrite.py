@@ -127,7 +127,7 @@ def _check_carried(
             parameters[0],
         )
     for name in FIELDS:
-        if name in parameters and name in inside:
+        if name in parameters and inside.get(name, NULL) != NULL:
             raise BadRequest(
                 f"{name} is given both as a field and in {ARGUMENTS}; give it once", name
             )
