@@ -1,5 +1,6 @@
 """The wheel and the source distribution hold all that the package needs, and install."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -34,8 +35,14 @@ print(vllm_steer.bank.__file__, point.value, load_steer(embedded.STEERS / "senti
 
 
 def run(*command: str | Path, cwd: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
