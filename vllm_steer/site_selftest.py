@@ -387,13 +387,18 @@ class _Test:
         return output, factor
 
     def first_factor(self, output: Output | None) -> float:
-        """What the first layer of this rank multiplies its input by."""
+        """What the first layer of this rank multiplies its input by.
+
+        ``output`` is None where no later layer has shown what the first one returns: of a sum and
+        a first tensor, the one that passes its input on is the stream.
+        """
         first = self._observed[self._numbers[0]]
         if not first.outputs or first.outputs[0] is None:
             return 1.0
-        is_pair = output == "pair"
-        change = _sum(first, self._rows - 1, is_pair) - _sum(first, 0, is_pair)
-        return _projected(change, self._delta)[0]
+        forms = (False, True) if output is None else (output == "pair",)
+        changes = [_sum(first, self._rows - 1, form) - _sum(first, 0, form) for form in forms]
+        factors = [_projected(change, self._delta)[0] for change in changes]
+        return min(factors, key=lambda factor: abs(factor - 1))
 
     def _judge_attention(self, number: int, reasons: dict[str, str]) -> str | None:
         observed = self._observed[number]
@@ -456,7 +461,7 @@ def _completed(
 
 def _factor_reason(factor: float, layer: str, may_scale: bool) -> str | None:
     """Why a stream that a layer passes on with this factor cannot be steered; None for 1."""
-    if factor < 0.05:
+    if not factor >= 0.05:  # NaN too
         return f"{layer} normalises its input instead of adding to it"
     if abs(factor - 1) > _FACTOR_TOLERANCE and not may_scale:
         return f"{layer} multiplies what is added to its input by {factor:.3g}"

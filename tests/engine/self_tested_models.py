@@ -5,22 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 import torch
 import transformers
 from reference import MODULES, Modules
-from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB
+from tiny_models import GUIDED_LAYERS, HIDDEN, TOKENS, save_random
 
-TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-BLOCK = {
-    **TOKENS,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 96,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "num_hidden_layers": GUIDED_LAYERS,
-}
+BLOCK = {**tiny_models.BLOCK, "tie_word_embeddings": False, "num_hidden_layers": GUIDED_LAYERS}
 HEADS = {**BLOCK, "head_dim": 32}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT = {**TOKENS, "n_embd": HIDDEN, "n_head": 2, "n_layer": GUIDED_LAYERS, "n_positions": 256}
@@ -38,7 +29,6 @@ class Untested:
     options: Mapping[str, Any]
     modules: Modules = field(default_factory=Modules)
     lacks: tuple[str, ...] = ()
-    embedding: float = 0.5
 
     @property
     def config_class(self) -> str:
@@ -146,19 +136,7 @@ def save_untested(model: Untested, folder: Path) -> Path:
     """Save a model whose weights are large enough for next-token choices to differ."""
     torch.manual_seed(0)
     config = getattr(transformers, model.config_class)(**model.options)
-    module = getattr(transformers, model.name)(config).float().eval()
-    with torch.no_grad():
-        for parameter_name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, _scale(parameter_name, model.embedding))
-    module.save_pretrained(folder)
-    return folder
-
-
-def _scale(name: str, embedding: float) -> float:
-    if "head" in name or "embed_out" in name:
-        return 0.5
-    return embedding if "embed" in name or "wte" in name else 0.15
+    return save_random(getattr(transformers, model.name)(config), folder)
 
 
 POST_NORM = Untested(

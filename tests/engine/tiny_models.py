@@ -15,18 +15,18 @@ HIDDEN = 64
 VOCAB = 500
 GUIDED_LAYERS = 3
 
-_COMMON = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_BLOCK = {
-    **_COMMON,
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BLOCK = {
+    **TOKENS,
     "hidden_size": HIDDEN,
     "intermediate_size": 96,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-_LLAMA_LIKE = {**_BLOCK, "head_dim": 32}
+_LLAMA_LIKE = {**BLOCK, "head_dim": 32}
 _UNTIED = {"tie_word_embeddings": False}
-_GPT_LIKE = {**_COMMON, "n_embd": HIDDEN, "n_head": 2, "n_positions": 256}
+_GPT_LIKE = {**TOKENS, "n_embd": HIDDEN, "n_head": 2, "n_positions": 256}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 Build = Callable[[int], Any]
@@ -55,7 +55,7 @@ def _gemma2_soft_cap_tied(num_layers: int, *, soft_cap: float = 2.0) -> Any:
 
 def _gpt_neox_transformers_backend(num_layers: int) -> Any:
     config = transformers.GPTNeoXConfig(
-        **_COMMON,
+        **TOKENS,
         hidden_size=HIDDEN,
         intermediate_size=128,
         num_hidden_layers=num_layers,
@@ -74,7 +74,7 @@ def _gpt_j_head_bias(num_layers: int) -> Any:
 
 def _granite_logit_scale(num_layers: int) -> Any:
     config = transformers.GraniteConfig(
-        **_BLOCK,
+        **BLOCK,
         num_hidden_layers=num_layers,
         logits_scaling=3.0,
         attention_multiplier=32**-0.5,
@@ -90,7 +90,7 @@ def _mistral(num_layers: int) -> Any:
 
 
 def _qwen2(num_layers: int) -> Any:
-    config = transformers.Qwen2Config(**_BLOCK, **_UNTIED, num_hidden_layers=num_layers)
+    config = transformers.Qwen2Config(**BLOCK, **_UNTIED, num_hidden_layers=num_layers)
     return transformers.Qwen2ForCausalLM(config)
 
 
@@ -131,7 +131,7 @@ def _gemma3(num_layers: int) -> Any:
 
 
 def _phi3(num_layers: int) -> Any:
-    config = transformers.Phi3Config(**_BLOCK, **_UNTIED, num_hidden_layers=num_layers)
+    config = transformers.Phi3Config(**BLOCK, **_UNTIED, num_hidden_layers=num_layers)
     return transformers.Phi3ForCausalLM(config)
 
 
@@ -149,7 +149,7 @@ def _mixtral(num_layers: int) -> Any:
 
 def _qwen2_moe(num_layers: int) -> Any:
     config = transformers.Qwen2MoeConfig(
-        **_BLOCK,
+        **BLOCK,
         **_UNTIED,
         **_EXPERTS,
         num_hidden_layers=num_layers,
@@ -166,18 +166,18 @@ def _qwen3_moe(num_layers: int) -> Any:
 
 
 def _phi(num_layers: int) -> Any:
-    sizes = {**_BLOCK, "intermediate_size": 4 * HIDDEN}  # all that vLLM's own Phi knows
+    sizes = {**BLOCK, "intermediate_size": 4 * HIDDEN}  # all that vLLM's own Phi knows
     config = transformers.PhiConfig(**sizes, **_UNTIED, num_hidden_layers=num_layers)
     return transformers.PhiForCausalLM(config)
 
 
 def _olmo(num_layers: int) -> Any:
-    config = transformers.OlmoConfig(**_BLOCK, **_UNTIED, num_hidden_layers=num_layers)
+    config = transformers.OlmoConfig(**BLOCK, **_UNTIED, num_hidden_layers=num_layers)
     return transformers.OlmoForCausalLM(config)
 
 
 def _olmo2_no_input_norm(num_layers: int) -> Any:
-    config = transformers.Olmo2Config(**_BLOCK, **_UNTIED, num_hidden_layers=num_layers)
+    config = transformers.Olmo2Config(**BLOCK, **_UNTIED, num_hidden_layers=num_layers)
     return transformers.Olmo2ForCausalLM(config)
 
 
@@ -217,8 +217,13 @@ _SMALL_EMBEDDING = {"gemma", "gemma2", "gemma3"}
 def save_tiny_model(family: str, folder: Path, *, num_layers: int = 2) -> Path:
     """Save a model whose weights are large enough for next-token choices to differ."""
     torch.manual_seed(0)
-    model = {**FAMILIES, **GUIDED_FAMILIES}[family](num_layers).float().eval()
-    embedding = 0.06 if family in _SMALL_EMBEDDING else 0.5
+    model = {**FAMILIES, **GUIDED_FAMILIES}[family](num_layers)
+    return save_random(model, folder, embedding=0.06 if family in _SMALL_EMBEDDING else 0.5)
+
+
+def save_random(model: Any, folder: Path, *, embedding: float = 0.5) -> Path:
+    """Give a model random weights by the kind of matrix, and save it in float32."""
+    model = model.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

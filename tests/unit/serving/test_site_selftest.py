@@ -187,3 +187,9 @@ def test_a_stream_that_the_first_pipeline_stage_scales_is_refused_on_all() -> No
 
 def test_a_stage_without_layers_has_no_sites() -> None:
     assert sites_of() == {}
+
+
+@pytest.mark.parametrize("form", ["pair", "plain"])
+def test_the_only_layer_of_a_stage_is_not_taken_for_one_that_normalises(form: str) -> None:
+    (sites,) = sites_of(form).values()
+    assert set(sites.reasons) == {"resid"} and "cannot be tested" in sites.reasons["resid"]
