@@ -1,9 +1,9 @@
 """Where the sites are in each model family: the modules of a decoder block, by name.
 
-The names are Hugging Face's; vLLM's own models and its Transformers backend keep them. ``stream``
-says what a block of vLLM's own model returns: ``pair``, a tuple of two tensors whose sum is the
-residual stream, or ``tensor``, the stream itself. Blocks of the Transformers backend and of Hugging
-Face always return the stream itself.
+The tables have the models that were compared with Hugging Face, with the names of its modules. An
+engine does not read names from here: its self-test finds them in vLLM's own model. ``stream`` says
+what a block of that model returns: ``pair``, a tuple of two tensors whose sum is the residual
+stream, or ``tensor``, the stream itself. Blocks of Hugging Face return the stream itself.
 
 | site       | where                                    | what is changed                       |
 |------------|------------------------------------------|---------------------------------------|
@@ -107,18 +107,16 @@ LAYER_SCALES = frozenset({"Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"}
 """Each layer multiplies the residual stream by a number of its own, in Hugging Face too."""
 
 
-def known_family(architectures: Iterable[str]) -> Family | None:
-    """The family of a model whose sites are known; None for one whose sites a self-test finds.
-
-    Raises ``SteerError`` with the reason for one that is known not to work.
-    """
+def check_supported(architectures: Iterable[str]) -> None:
+    """Raise ``SteerError`` with the reason for a model that is known not to work."""
     names = list(architectures)
-    for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name]
     if any(name in UNSUPPORTED for name in names):
         family_of(names)
-    return None
+
+
+def is_compared(architectures: Iterable[str]) -> bool:
+    """Whether a model of this class was compared with Hugging Face."""
+    return any(name in FAMILIES or name in SELF_TESTED for name in architectures)
 
 
 def family_of(architectures: Iterable[str]) -> Family:

@@ -15,11 +15,13 @@ from vllm_steer.bank import SiteTable, fill_layer_bank
 from vllm_steer.bank.layers import GuidanceSteer
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice
-from vllm_steer.errors import SteerError
 from vllm_steer.families import Family, decoder_layers, submodule
 from vllm_steer.kernels.guidance import GuidanceBackend
-from vllm_steer.serving.model_sites import Run, model_sites
+from vllm_steer.selftest.changes import Place
+from vllm_steer.serving.model_sites import ModelSites, Run, eager, model_sites
+from vllm_steer.serving.projection import projections
 from vllm_steer.serving.site import SiteLayer, SteeredSite
+from vllm_steer.serving.steering_check import check_steering
 
 _PADDING = 512  # more than vLLM pads a batch by
 
@@ -27,9 +29,9 @@ _PADDING = 512  # more than vLLM pads a batch by
 class SteeredLayers:
     """The guided sites of one rank's layers."""
 
-    def __init__(self, sites: tuple[SteeredSite, ...], families: Mapping[int, Family]) -> None:
+    def __init__(self, sites: tuple[SteeredSite, ...], known: ModelSites) -> None:
         self.sites = sites
-        self._families = families
+        self._known = known
 
     def attach(self, model: nn.Module, forward_context: dict[str, Any], num_layers: int) -> None:
         """Hook the model's modules and enter their places where the forward context finds them.
@@ -41,10 +43,34 @@ class SteeredLayers:
             for index, number in enumerate(site.table.layers):
                 name = f"vllm_steer.{site.table.site}.{number}"
                 forward_context[name] = SiteLayer(site, index)
-                family = self._families[number]
+                family = self._known.families[number]
                 module = _module(layers[number], family, site.table)
                 is_pair = family.stream == "pair" and module is layers[number]
                 module.register_forward_hook(_hook(name, site.table, pair=is_pair))
+
+    def check(self, model: nn.Module, vllm_config: Any, run: Run, device: torch.device) -> None:
+        """Raise ``SteerError`` for a layer where a steer does not change the forward pass."""
+        known = self._known
+        first = known.layers[known.local_layers[0]]
+        with eager(model):
+            check_steering(
+                self.sites,
+                self._place,
+                first,
+                options.hidden_size(vllm_config),
+                run,
+                max_rows=int(options.max_num_batched_tokens(vllm_config)),
+                attention_layers=known.attention_layers,
+                device=device,
+            )
+
+    def _place(self, site: SteeredSite, index: int) -> Place:
+        """Where a site's tensor is to be read: the layer's output for the residual stream."""
+        number = site.table.layers[index]
+        layer, family = self._known.layers[number], self._known.families[number]
+        if site.table.site == "resid":
+            return Place(layer, is_pair=family.stream == "pair")
+        return Place(_module(layer, family, site.table), is_pair=False)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the sites run on, for streams in ``dtype``."""
@@ -83,7 +109,7 @@ def steered_layers(
 ) -> SteeredLayers | None:
     """The sites of the steers in the layers of this rank; None if they touch none of them.
 
-    ``run`` is a dummy run, for the self-test of a model that is not in the table of families.
+    ``run`` is a dummy run, for the self-test.
     Raises ``SteerError`` for a steer at a site that one of its layers lacks.
     """
     known = model_sites(model, vllm_config, run)
@@ -95,28 +121,7 @@ def steered_layers(
         SteeredSite(table, backend, max_doses=max_doses, max_tokens=tokens, device=device)
         for table in bank.tables
     )
-    return SteeredLayers(sites, known.families) if sites else None
-
-
-def projections(
-    layers: nn.ModuleList, families: Mapping[int, Family], dtype: torch.dtype
-) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """A function from a layer and rows at its ``heads`` to the same at the projection's output.
-
-    Every tensor-parallel rank gives the projection the heads that it owns; the projection itself
-    sums over the ranks. Its bias is taken out again.
-    """
-
-    def project(layer: int, rows: torch.Tensor) -> torch.Tensor:
-        attention = submodule(layers[layer], families[layer].attention, "heads")
-        projection = submodule(attention, families[layer].projection, "heads")
-        projection = getattr(projection, "base_layer", projection)
-        local_rows = _local_columns(projection, rows).to(dtype)
-        with torch.inference_mode():
-            both = _first(projection(torch.cat([local_rows, torch.zeros_like(local_rows[:1])])))
-            return (both[:-1] - both[-1:]).float().clone()
-
-    return project
+    return SteeredLayers(sites, known) if sites else None
 
 
 def _max_tokens(vllm_config: Any) -> int:
@@ -124,16 +129,6 @@ def _max_tokens(vllm_config: Any) -> int:
     captured = int(options.max_cudagraph_capture_size(vllm_config) or 0)
     most = max(int(options.max_num_batched_tokens(vllm_config)), captured)
     return -(-most // _PADDING) * _PADDING
-
-
-def _local_columns(projection: Any, rows: torch.Tensor) -> torch.Tensor:
-    """The columns of the heads that this rank's projection takes."""
-    whole = getattr(projection, "input_size", rows.shape[1])
-    local_width = getattr(projection, "input_size_per_partition", whole)
-    if rows.shape[1] != whole:
-        raise SteerError(f"a steer at heads is {rows.shape[1]} wide; the model's heads are {whole}")
-    start = getattr(projection, "tp_rank", 0) * local_width
-    return rows[:, start : start + local_width]
 
 
 def _module(layer: nn.Module, family: Family, table: SiteTable) -> nn.Module:

@@ -1,9 +1,9 @@
-"""Where the sites of a model are: from the table of families, or from a self-test at start-up."""
+"""Where the sites of a model are: found and proved by a self-test at start-up."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from vllm_steer.bank.layers import GuidanceSteer
 from vllm_steer.compat import options
 from vllm_steer.errors import SteerError
 from vllm_steer.families import (
+    FAMILIES,
     LAYER_SCALES,
-    SELF_TESTED,
     Family,
+    check_supported,
     decoder_layers,
-    known_family,
+    is_compared,
 )
-from vllm_steer.site_selftest import Kinds, LayerSites, find_sites
+from vllm_steer.selftest.find_sites import Kinds, LayerSites, find_sites
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.steers.sites import LAYER_SITES
 
@@ -35,14 +36,13 @@ Run = Callable[[int], Any]
 class ModelSites:
     """The decoder layers of a model, and the sites of those that this rank has.
 
-    ``reasons`` has, by layer and site, why a layer lacks a site. ``is_compared``: the model's class
-    was compared with Hugging Face; otherwise the self-test layer_sites the sites.
+    ``reasons`` has, by layer and site, why a layer lacks a site. ``attention_layers`` are vLLM's.
     """
 
     layers: nn.ModuleList
     families: Mapping[int, Family]
     reasons: Mapping[int, Mapping[str, str]]
-    is_compared: bool
+    attention_layers: Sequence[nn.Module] = ()
 
     @property
     def local_layers(self) -> list[int]:
@@ -80,51 +80,43 @@ def model_sites(model: nn.Module, vllm_config: Any, run: Run) -> ModelSites:
     Raises ``SteerError`` if the model is known not to work or its decoder layers are not found.
     """
     architectures = options.architectures(vllm_config)
+    check_supported(architectures)
     layers = decoder_layers(model, options.num_layers(vllm_config))
     here = [number for number, layer in enumerate(layers) if not _is_elsewhere(layer)]
-    family = known_family(architectures)
-    if family is not None:
-        if on_transformers_backend(model):
-            family = replace(family, stream="tensor")
-        return ModelSites(layers, dict.fromkeys(here, family), {}, True)
     rows = int(options.max_num_batched_tokens(vllm_config))
     if rows < _FEWEST_ROWS:
         raise SteerError(
-            f"the self-test of this model needs max_num_batched_tokens of {_FEWEST_ROWS} or more; "
+            f"the self-test of the model needs max_num_batched_tokens of {_FEWEST_ROWS} or more; "
             f"it is {rows}"
         )
-    with _eager(model):
+    attention_layers = _attention_layers(model, vllm_config)
+    with eager(model):
         layer_sites = find_sites(
             layers,
             here,
             options.hidden_size(vllm_config),
             run,
             max_rows=rows,
-            attention_layers=_attention_layers(model, vllm_config),
+            attention_layers=attention_layers,
             kinds=_kinds(),
             spread=_spread_over_ranks,
             of_first_stage=_of_first_stage,
             may_scale=bool(LAYER_SCALES & set(architectures)),
         )
-    is_compared = any(name in SELF_TESTED for name in architectures)
-    sites = ModelSites(
+    _report(architectures, layer_sites)
+    known = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
+    last_term = None if known is None else known.last_term
+    return ModelSites(
         layers,
-        {number: _family(one) for number, one in layer_sites.items()},
+        {number: _family(one, last_term) for number, one in layer_sites.items()},
         {number: one.reasons for number, one in layer_sites.items()},
-        is_compared,
+        attention_layers,
     )
-    _report(architectures, layer_sites, is_compared=is_compared)
-    return sites
 
 
-def on_transformers_backend(model: nn.Module) -> bool:
-    """Whether vLLM runs the model by its Transformers backend: blocks return the stream itself."""
-    prefix = "vllm.model_executor.models.transformers"
-    return any(cls.__module__.startswith(prefix) for cls in type(model).__mro__)
-
-
-def _family(layer_sites: LayerSites) -> Family:
+def _family(layer_sites: LayerSites, last_term: str | None) -> Family:
     return Family(
+        last_term=last_term if layer_sites.output == "tensor" else None,
         input_norm=layer_sites.norm,
         attention=layer_sites.attention or "",
         projection=layer_sites.projection or "",
@@ -132,9 +124,7 @@ def _family(layer_sites: LayerSites) -> Family:
     )
 
 
-def _report(
-    architectures: Sequence[str], layer_sites: Mapping[int, LayerSites], *, is_compared: bool
-) -> None:
+def _report(architectures: Sequence[str], layer_sites: Mapping[int, LayerSites]) -> None:
     """Log what the self-test found, with the reason for each site that is missing."""
     having = {
         site: [number for number, one in layer_sites.items() if site not in one.reasons]
@@ -149,7 +139,7 @@ def _report(
         " or ".join(sorted(", ".join(str(name) for name in names) for names in modules)),
     )
     name, summary = ", ".join(architectures), "; ".join(available) or "no site inside its layers"
-    if is_compared:
+    if is_compared(architectures):
         logger.info("vllm-steer: the self-test of %s found: %s", name, summary)
     else:
         logger.warning(
@@ -188,7 +178,7 @@ def _attention_layers(model: nn.Module, vllm_config: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
+def eager(model: nn.Module) -> Iterator[None]:
     """Run a model that vLLM compiles as it is written."""
     compiled = [m for m in model.modules() if getattr(m, "do_not_compile", None) is False]
     for module in compiled:

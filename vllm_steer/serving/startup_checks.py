@@ -10,7 +10,7 @@ from vllm_steer.compat import options
 from vllm_steer.compat.versions import SUPPORTED, installed_version, is_supported
 from vllm_steer.doses import is_dynamic
 from vllm_steer.errors import SteerError, SteerRequestError
-from vllm_steer.families import family_of, known_family
+from vllm_steer.families import FAMILIES, check_supported, family_of, is_compared
 from vllm_steer.kernels.dispatch import KernelError, resolve_kernels
 from vllm_steer.plan import PlannedSteer, SteerPlan
 from vllm_steer.serving.dynamic_admission import check_engine_for
@@ -73,7 +73,7 @@ def _check_steer(name: str, steer: PlannedSteer, vllm_config: Any) -> None:
         )
     quantity, expected = "hidden size", options.hidden_size(vllm_config)
     if steer.site == "heads":
-        if known_family(options.architectures(vllm_config)) is None:
+        if not set(options.architectures(vllm_config)) & set(FAMILIES):
             return  # its layers may differ: the worker compares each projection
         quantity, expected = "width of the heads", options.heads_width(vllm_config)
     if steer.hidden_size not in (None, expected):
@@ -87,16 +87,15 @@ def _check_steer(name: str, steer: PlannedSteer, vllm_config: Any) -> None:
 
 
 def _check_family(plan: SteerPlan, vllm_config: Any) -> None:
-    """Raise ``SteerError`` if the model is known to lack a site inside its layers.
+    """Raise ``SteerError`` if the model is known to lack a site, or is not to be served untested.
 
-    A model that is not in the table of families is tested when its weights are loaded.
+    What its layers have is tested when its weights are loaded.
     """
-    family = known_family(options.architectures(vllm_config))
-    if family is None:
-        if plan.untested == "refuse":
-            family_of(options.architectures(vllm_config))
+    architectures = options.architectures(vllm_config)
+    check_supported(architectures)
+    if plan.untested == "warn" and not is_compared(architectures):
         return
-    if family.input_norm is None and "attn_in" in plan.sites:
+    if family_of(architectures).input_norm is None and "attn_in" in plan.sites:
         raise SteerError(
             f"the model {options.model(vllm_config)} has no norm before its attention: the site "
             "attn_in does not exist in it; resid, attn_out and heads do"

@@ -64,10 +64,17 @@ class _WorkerSteering:
         """
         runner, config = self._worker.model_runner, self._worker.vllm_config
         model = runner.get_model()
-        if self._batch is None:
+        is_first = self._batch is None
+        if is_first:
             self._make(model)
-            if self._batch is None:
-                return
+        if self._batch is None:
+            return
+        if self._layers is not None:
+            forward_context = options.static_forward_context(config)
+            self._layers.attach(model, forward_context, options.num_layers(config))
+        if is_first:
+            if self._layers is not None:
+                self._layers.check(model, config, self._dummy_run, runner.device)
             attach_runner(
                 runner,
                 self._batch,
@@ -77,9 +84,6 @@ class _WorkerSteering:
         runner.model_memory_usage = getattr(runner, "model_memory_usage", 0) + self._num_bytes
         if self._head is not None:
             self._head.attach(model)
-        if self._layers is not None:
-            forward_context = options.static_forward_context(config)
-            self._layers.attach(model, forward_context, options.num_layers(config))
 
     def _make(self, model: Any) -> None:
         """Create banks and batch if this rank has a site of a steer."""

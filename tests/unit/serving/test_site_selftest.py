@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_steer.site_selftest import Kinds, LayerSites, find_sites
+from vllm_steer.selftest.find_sites import Kinds, LayerSites, find_sites
 
 WIDTH, LAYERS = 16, 3
 

@@ -14,8 +14,9 @@ from vllm_steer.doses import Dose
 from vllm_steer.families import Family
 from vllm_steer.kernels.guidance import torch_gather
 from vllm_steer.serving import layers as serving_layers
-from vllm_steer.serving import model_sites, steer_op
+from vllm_steer.serving import steer_op
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
+from vllm_steer.serving.model_sites import ModelSites
 from vllm_steer.serving.step import SteeredRequest, Step
 
 CPU = torch.device("cpu")
@@ -60,14 +61,16 @@ def model_of(form: Any = pair, missing: tuple[int, ...] = ()) -> Any:
 
 
 def no_run(num_tokens: int) -> None:
-    raise AssertionError("a model of a known family needs no self-test")
+    raise AssertionError("the sites are given")
 
 
 def attached(
     steers: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch, family: Family = PAIR
 ) -> SteeredLayers | None:
     """The sites of an engine in service, whose forward context holds their places."""
-    monkeypatch.setattr(model_sites, "known_family", lambda _: family)
+    here = [n for n, layer in enumerate(model.layers) if not isinstance(layer, PPMissingLayer)]
+    known = ModelSites(model.layers, dict.fromkeys(here, family), {})
+    monkeypatch.setattr(serving_layers, "model_sites", lambda *_: known)
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(architectures=None),

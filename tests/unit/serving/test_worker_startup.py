@@ -13,8 +13,10 @@ from torch import nn
 
 from vllm_steer import SteerConfig, SteerError, save_steer
 from vllm_steer.compat.options import encodes_only
+from vllm_steer.families import Family
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving import layers as serving_layers
+from vllm_steer.serving.model_sites import ModelSites
 from vllm_steer.serving.runners import attach_runner
 from vllm_steer.serving.worker import steer_worker
 
@@ -115,7 +117,11 @@ def worker_of(plan: SteerPlan, runner: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """A worker with a plan, wrapped as the plugin wraps it."""
     stage = SimpleNamespace(is_last_rank=True)
     monkeypatch.setattr(vllm.distributed.parallel_state, "get_pp_group", lambda: stage)
-    monkeypatch.setattr(serving_layers.SteeredLayers, "attach", lambda *args: None)
+    layers = runner.model.model.layers
+    known = ModelSites(layers, dict.fromkeys(range(LAYERS), Family()), {})
+    monkeypatch.setattr(serving_layers, "model_sites", lambda *args: known)
+    for method in ("attach", "check"):
+        monkeypatch.setattr(serving_layers.SteeredLayers, method, lambda *args: None)
     config = SimpleNamespace(
         additional_config={"steer": plan.to_json()},
         use_v2_model_runner=True,

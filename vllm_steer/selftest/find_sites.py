@@ -23,6 +23,14 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch import nn
 
+from vllm_steer.selftest.dummy_rows import (
+    fixed_attention,
+    hidden_states_of,
+    make_alike,
+    rows_of,
+    tensors_of,
+)
+
 Reasons = Mapping[str, str]
 Output = Literal["pair", "tensor"]
 
@@ -110,7 +118,7 @@ def find_sites(
     for start in range(0, len(numbers), per_run):
         part = numbers[start : start + per_run]
         test = _Test(layers, numbers, part, hidden_size, kinds, may_scale=may_scale)
-        with _fixed_attention(attention_layers):
+        with fixed_attention(attention_layers):
             layer_sites |= test.verdicts(run, spread)
         if start == 0 and numbers:
             first_factor = test.first_factor(layer_sites[numbers[0]].output)
@@ -223,13 +231,9 @@ class _Test:
 
     def _begin(self, streams: list[torch.Tensor]) -> None:
         """Make all rows of the first layer's input alike, but for the last one."""
-        for index, stream in enumerate(streams):
-            rows = stream.view(self._rows, self._width)
-            rows.copy_(
-                self._base.to(rows).expand_as(rows) if index == 0 else torch.zeros_like(rows)
-            )
+        make_alike(streams, self._base)
         if streams:
-            streams[0].view(self._rows, self._width)[-1] += self._delta.to(streams[0])
+            streams[0][-1] += self._delta.to(streams[0])
             rounding = 8 * torch.finfo(streams[0].dtype).eps
             self._tolerance = max(_HEARD, rounding) * _DELTA
 
@@ -268,7 +272,7 @@ class _Test:
             observed.shape = _described(parts)
             observed.producers.clear()
             observed.linears.clear()
-            streams = [part if self._is_stream(part) else None for part in parts]
+            streams = [rows_of(part, self._rows, self._width) for part in parts]
             if isinstance(output, list) or len(parts) > 2:
                 streams = [None]  # the hook of a steer takes a tensor or two of them
             first, second = (*streams, None)[:2]
@@ -294,25 +298,16 @@ class _Test:
         return 2 + _ROWS_PER_LAYER * self._part.index(number)
 
     def _add(self, stream: torch.Tensor, row: int) -> None:
-        stream.view(self._rows, self._width)[row] += self._delta.to(stream)
-
-    def _is_stream(self, value: Any) -> bool:
-        return (
-            isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.shape[-1:] == (self._width,)
-            and value.numel() == self._rows * self._width
-            and value.is_contiguous()
-        )
+        stream[row] += self._delta.to(stream)
 
     def _streams(self, values: Any) -> list[torch.Tensor]:
-        return [tensor for tensor in _tensors(values) if self._is_stream(tensor)]
+        return hidden_states_of(values, self._rows, self._width)
 
     def _first_row(self, stream: torch.Tensor) -> torch.Tensor:
-        return stream.reshape(self._rows, -1)[0].float().cpu().clone()
+        return stream[0].float().cpu().clone()
 
     def _copied(self, stream: torch.Tensor) -> torch.Tensor:
-        return stream.reshape(self._rows, -1).float().cpu().clone()
+        return stream.float().cpu().clone()
 
     # --- verdicts ----------------------------------------------------------------------------
 
@@ -477,47 +472,10 @@ def _last_with_address(
 
 def _record_linear(observed: _Observed, name: str) -> Callable[..., None]:
     def hook(_module: Any, _args: Any, output: Any) -> None:
-        if tensors := _tensors(output):
+        if tensors := tensors_of(output):
             observed.linears.append((name, tensors[0]))
 
     return hook
-
-
-@contextmanager
-def _fixed_attention(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let attention return one pattern: without metadata it leaves its output unwritten.
-
-    vLLM's Transformers backend calls ``forward`` itself, where a hook is not called.
-    """
-    try:
-        for layer in layers:
-            layer.forward = _with_fixed_pattern(layer.forward)
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-
-
-def _with_fixed_pattern(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        for tensor in _tensors(output):
-            if tensor.is_floating_point():
-                wave = torch.arange(tensor.shape[-1], dtype=torch.float32, device=tensor.device)
-                tensor.copy_((0.1 * torch.cos(wave)).to(tensor.dtype))
-        return output
-
-    return wrapper
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        return [values]
-    if isinstance(values, Mapping):
-        return _tensors(list(values.values()))
-    if isinstance(values, tuple | list):
-        return [tensor for value in values for tensor in _tensors(value)]
-    return []
 
 
 def _described(parts: Sequence[Any]) -> str:
