@@ -33,6 +33,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 LONGEST_NAME = 200
 _LONGEST_PATH = 200
 NO_STEER = "none"
+ALL_LAYERS = "all"
+"""The value of a steer's ``layers`` that stands for those that have its site."""
 DYNAMIC = "dynamic"
 """The strength value that selects a dynamic strength."""
 
@@ -64,14 +66,29 @@ Untested = Literal["warn", "refuse"]
 
 
 class SteerEntry(SteerMetadata):
-    """One steer of a config: a file and overrides of its metadata."""
+    """One steer of a config: a file and overrides of its metadata.
+
+    ``where_present``, which ``layers: all`` sets: the steer acts in those of its layers that have
+    its site.
+    """
 
     path: Path
+    where_present: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_layer(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            if "where_present" in data:
+                raise ValueError("where_present is no key of a steer; write layers: all")
+            if data.get("layers") == ALL_LAYERS:
+                return {**data, "layers": None, "where_present": True}
+        return data
 
     @property
     def overrides(self) -> dict[str, Any]:
         """The overrides for ``load_steer``."""
-        return self.model_dump(exclude={"path"}, exclude_none=True)
+        return self.model_dump(exclude={"path", "where_present"}, exclude_none=True)
 
 
 class Limits(BaseModel):

@@ -6,6 +6,8 @@ from typing import Final
 DISABLE: Final = "VLLM_STEER_DISABLE"
 ACTIVE: Final = "VLLM_STEER_ACTIVE"
 """The features whose wrappers vLLM's child processes install, separated by commas."""
+SELF_TEST: Final = "VLLM_STEER_SELF_TEST"
+"""Run the self-test of the sites also where no steer acts inside the layers."""
 STEERING: Final = "steering"
 STRENGTH_REPORTS: Final = "reports"
 """The feature that reports strengths to the user."""
@@ -26,4 +28,13 @@ def activate(word: str) -> None:
 
 def is_disabled() -> bool:
     """Whether the user has disabled the plugin, with any value but ``0`` and ``false``."""
-    return os.environ.get(DISABLE, "").strip().lower() not in ("", "0", "false")
+    return _is_set(DISABLE)
+
+
+def always_self_tests() -> bool:
+    """Whether the self-test runs in every engine with a steer config."""
+    return _is_set(SELF_TEST)
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false")

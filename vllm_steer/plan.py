@@ -37,6 +37,7 @@ class PlannedSteer(BaseModel):
     steps: int | None = None
     default_strength: float
     content: str
+    where_present: bool = False
 
     def load(self) -> Steer:
         """Read the steer again, in a process that has only the plan.
@@ -135,4 +136,5 @@ def _plan_steer(name: str, entry: SteerEntry, limits: Limits) -> PlannedSteer:
         steps=steer.steps if isinstance(steer, DeltaSteer) else None,
         default_strength=1.0 if steer.default_strength is None else steer.default_strength,
         content=content_digest(steer),
+        where_present=entry.where_present,
     )

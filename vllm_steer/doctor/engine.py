@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Final
 
 from vllm_steer.doctor.engine_process import EngineOutput, Job
+from vllm_steer.environment import SELF_TEST
 
 _ENVIRONMENT: Final = {
     # In-process scheduling: requests arrive in whole batches, and equal batches run identically.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    SELF_TEST: "1",
     "OMP_WAIT_POLICY": "passive",
 }
 _RAISED: Final = re.compile(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception|Exit): .+)$")

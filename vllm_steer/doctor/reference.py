@@ -7,10 +7,21 @@ from typing import Any
 import torch
 
 from vllm_steer import hf
-from vllm_steer.doctor.engine_process import Completion, Setting
+from vllm_steer.doctor.engine_process import Completion
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.models import model_path
 from vllm_steer.steers import Steer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A reference's log-probabilities of a completion's tokens, and of its own choices, and whether
+    they are the same tokens.
+    """
+
+    tokens: torch.Tensor
+    choices: torch.Tensor
+    is_choice: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -41,36 +52,36 @@ def load_model(name: str, dtype: str) -> Any:
 
 
 @torch.no_grad()
-def log_probabilities(
-    model: Any, completion: Completion, setting: Setting, steers: Mapping[str, Steer]
-) -> torch.Tensor:
-    """The reference's log-probabilities ``[tokens, vocab]`` at each generated token."""
+def score(
+    model: Any, completion: Completion, steers: Mapping[str, Steer], *, steered: bool = True
+) -> Scores:
+    """The reference's scores of a completion, under its own setting or unsteered."""
     ids = torch.tensor([[*completion.prompt, *completion.tokens]], device=model.device)
+    setting = completion.setting if steered else {}
     with hf.steered(model, setting, steers, prompt_length=len(completion.prompt)):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    return logits[len(completion.prompt) - 1 : -1].float().log_softmax(-1).cpu()
+    log_probs = logits[len(completion.prompt) - 1 : -1].float().log_softmax(-1).cpu()
+    tokens = torch.tensor(completion.tokens)
+    choices, best = log_probs.max(-1)
+    return Scores(log_probs.gather(1, tokens[:, None])[:, 0], choices, best == tokens)
 
 
 def compare_with_reference(
-    model: Any,
-    completions: Sequence[Completion],
-    steers: Mapping[str, Steer],
-    *,
-    steered: bool = True,
+    completions: Sequence[Completion], scores: Sequence[Scores]
 ) -> ReferenceComparison:
-    """Compare completions with the reference, under their own settings or unsteered."""
-    differences, shortfalls, agreements = [], [], []
-    for completion in completions:
-        log_probs = log_probabilities(
-            model, completion, completion.setting if steered else {}, steers
-        )
-        tokens = torch.tensor(completion.tokens)
-        token_log_probs = log_probs.gather(1, tokens[:, None])[:, 0]
-        differences.append((token_log_probs - torch.tensor(completion.logprobs)).abs())
-        shortfalls.append(log_probs.max(-1).values - token_log_probs)
-        agreements.append((log_probs.argmax(-1) == tokens).float())
+    """Compare an engine's completions with the reference's scores of them."""
+    differences = [
+        (one.tokens - torch.tensor(completion.logprobs)).abs()
+        for completion, one in zip(completions, scores, strict=True)
+    ]
     return ReferenceComparison(
         difference=float(torch.cat(differences).max()),
-        shortfall=float(torch.cat(shortfalls).max()),
-        agreement=float(torch.cat(agreements).mean()),
+        shortfall=float(torch.cat([one.choices - one.tokens for one in scores]).max()),
+        agreement=float(torch.cat([one.is_choice for one in scores]).float().mean()),
     )
+
+
+def largest_difference(scores: Sequence[Scores], others: Sequence[Scores]) -> float:
+    """The largest difference of a token's log-probability between two references."""
+    pairs = zip(scores, others, strict=True)
+    return max(float((one.tokens - other.tokens).abs().max()) for one, other in pairs)

@@ -62,6 +62,18 @@ class LayerSites:
     reasons: Reasons
 
 
+class Stream(NamedTuple):
+    """How layers of one class return the residual stream, its factor, or why it cannot be used."""
+
+    output: Output | None
+    factor: float | None
+    reason: str | None
+
+
+Streams = Mapping[str, Stream]
+"""By the name of the layers' class."""
+
+
 class Kinds(NamedTuple):
     """The classes of vLLM's attention layers, state-space layers included, and linear layers."""
 
@@ -100,15 +112,18 @@ def find_sites(
     kinds: Kinds,
     spread: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like,
     of_first_stage: Callable[[float], float] = lambda factor: factor,
+    over_stages: Callable[[Streams], Streams] = lambda streams: streams,
     may_scale: bool = False,
+    expected: Output | None = None,
 ) -> dict[int, LayerSites]:
     """The sites of the layers ``numbers``, by dummy runs of at most ``max_rows`` rows.
 
     ``attention_layers`` are vLLM's, in or outside the layers. ``run(n)`` is a forward pass of ``n``
     tokens, eager, without attention metadata. ``spread`` gives the difference of numbers over the
     tensor-parallel ranks, ``of_first_stage`` the first pipeline stage's value of a number.
-    ``may_scale``: the model multiplies its stream in each layer, as its authors do. Raises
-    ``ValueError`` for fewer than 8 rows.
+    ``over_stages`` joins what each stage knows of the streams. ``may_scale``: the model multiplies
+    its stream in each layer, as its authors do. ``expected`` is what its layers are known to return
+    where no run can tell: in stages of one layer. Raises ``ValueError`` for fewer than 8 rows.
     """
     if max_rows < 8:
         raise ValueError(f"the self-test needs batches of 8 tokens; {max_rows} are allowed")
@@ -129,7 +144,7 @@ def find_sites(
             number: replace(sites, reasons={**added, **sites.reasons})
             for number, sites in layer_sites.items()
         }
-    return _completed(layer_sites, layers)
+    return _completed(layer_sites, layers, over_stages, expected)
 
 
 class _Test:
@@ -428,30 +443,36 @@ _REPLICATED: Final = ("resid", "attn_in", "attn_out")
 
 
 def _completed(
-    layer_sites: Mapping[int, LayerSites], layers: nn.ModuleList
+    layer_sites: Mapping[int, LayerSites],
+    layers: nn.ModuleList,
+    over_stages: Callable[[Streams], Streams],
+    expected: Output | None,
 ) -> dict[int, LayerSites]:
-    """The last layer has no follower: it has the stream of an earlier layer of the same class."""
+    """The last layer has no follower: it has the stream of another layer of the same class."""
+    streams = {
+        type(layers[number]).__qualname__: Stream(
+            sites.output, sites.factor, sites.reasons.get("resid")
+        )
+        for number, sites in sorted(layer_sites.items())
+        if sites.output is not None or "resid" in sites.reasons
+    }
+    streams = dict(over_stages(streams))
     if not layer_sites:
         return {}
     last = max(layer_sites)
     sites = layer_sites[last]
     if "resid" in sites.reasons or sites.output is not None:
         return dict(layer_sites)
-    like = [
-        other
-        for number, other in sorted(layer_sites.items())
-        if number != last and type(layers[number]) is type(layers[last])
-    ]
+    stream = streams.get(type(layers[last]).__qualname__, Stream(expected, None, None))
     reasons = dict(sites.reasons)
-    if not like:
-        reasons["resid"] = "no other layer of this rank has the same class, so it cannot be tested"
-        output, factor = None, None
-    else:
-        output, factor = like[-1].output, like[-1].factor
-        if "resid" in like[-1].reasons:
-            reasons["resid"] = like[-1].reasons["resid"]
-    completed = LayerSites(output, sites.norm, sites.attention, sites.projection, factor, reasons)
-    return {**layer_sites, last: completed}
+    if stream.reason is not None:
+        reasons["resid"] = stream.reason
+    elif stream.output is None:
+        reasons["resid"] = "no other layer has the same class, so what it returns cannot be tested"
+    return {
+        **layer_sites,
+        last: replace(sites, output=stream.output, factor=stream.factor, reasons=reasons),
+    }
 
 
 def _factor_reason(factor: float, layer: str, may_scale: bool) -> str | None:

@@ -18,7 +18,7 @@ from vllm_steer.compat.patching import version_advice
 from vllm_steer.families import Family, decoder_layers, submodule
 from vllm_steer.kernels.guidance import GuidanceBackend
 from vllm_steer.selftest.changes import Place
-from vllm_steer.serving.model_sites import ModelSites, Run, eager, model_sites
+from vllm_steer.serving.model_sites import ModelSites, Run, eager
 from vllm_steer.serving.projection import projections
 from vllm_steer.serving.site import SiteLayer, SteeredSite
 from vllm_steer.serving.steering_check import check_steering
@@ -99,20 +99,17 @@ class SteeredLayers:
 
 def steered_layers(
     steers: Mapping[str, GuidanceSteer],
-    model: nn.Module,
     vllm_config: Any,
     device: torch.device,
     backend: GuidanceBackend,
     *,
     max_doses: int,
-    run: Run,
+    known: ModelSites,
 ) -> SteeredLayers | None:
     """The sites of the steers in the layers of this rank; None if they touch none of them.
 
-    ``run`` is a dummy run, for the self-test.
     Raises ``SteerError`` for a steer at a site that one of its layers lacks.
     """
-    known = model_sites(model, vllm_config, run)
     known.check(steers)
     project = projections(known.layers, known.families, options.dtype(vllm_config))
     bank = fill_layer_bank(steers, layers=known.local_layers, device=device, project=project)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,13 +20,17 @@ from vllm_steer.families import (
     decoder_layers,
     is_compared,
 )
-from vllm_steer.selftest.find_sites import Kinds, LayerSites, find_sites
+from vllm_steer.selftest.find_sites import Kinds, LayerSites, Output, Streams, find_sites
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.steers.sites import LAYER_SITES
 
 logger = logging.getLogger("vllm.vllm_steer")
 
 _FEWEST_ROWS = 8
+
+Proof = Literal["compared", "proved"]
+"""Compared with Hugging Face in vllm-steer's tests, or proved by the self-test of this start."""
+SiteReport = dict[str, dict[str, Any]]
 
 Run = Callable[[int], Any]
 """A dummy run of so many tokens."""
@@ -43,11 +47,40 @@ class ModelSites:
     families: Mapping[int, Family]
     reasons: Mapping[int, Mapping[str, str]]
     attention_layers: Sequence[nn.Module] = ()
+    proof: Proof = "compared"
 
     @property
     def local_layers(self) -> list[int]:
         """The layers of this rank."""
         return list(self.families)
+
+    def report(self) -> SiteReport:
+        """By site: the layers of this rank that have it, and by layer the reason of the others."""
+        return {
+            site: {
+                "proof": self.proof,
+                "layers": [n for n in self.families if site not in self.reasons.get(n, {})],
+                "refused": {
+                    str(n): reasons[site] for n, reasons in self.reasons.items() if site in reasons
+                },
+            }
+            for site in LAYER_SITES
+        }
+
+    def where_present(self, name: str, steer: GuidanceSteer) -> GuidanceSteer:
+        """The steer in those of its layers that have its site; layers of other ranks stay.
+
+        Raises ``SteerError`` if no layer of the model has the site.
+        """
+        lacking = {n for n, reasons in self.reasons.items() if steer.site in reasons}
+        layers = tuple(layer for layer in steer.layers if layer not in lacking)
+        if not _any_stage(bool(set(layers) & set(self.families))):
+            reason = next((self.reasons[n][steer.site] for n in steer.layers if n in lacking), "")
+            raise SteerError(
+                f"steer {name}: none of its layers {format_layers(steer.layers)} has the site "
+                f"{steer.site}: {reason or 'they are not layers of this model'}"
+            )
+        return steer.keep_layers(layers)
 
     def check(self, steers: Mapping[str, GuidanceSteer]) -> None:
         """Raise ``SteerError`` for a steer that acts where a layer lacks its site."""
@@ -90,6 +123,7 @@ def model_sites(model: nn.Module, vllm_config: Any, run: Run) -> ModelSites:
             f"it is {rows}"
         )
     attention_layers = _attention_layers(model, vllm_config)
+    known = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
     with eager(model):
         layer_sites = find_sites(
             layers,
@@ -101,17 +135,31 @@ def model_sites(model: nn.Module, vllm_config: Any, run: Run) -> ModelSites:
             kinds=_kinds(),
             spread=_spread_over_ranks,
             of_first_stage=_of_first_stage,
+            over_stages=_over_stages,
             may_scale=bool(LAYER_SCALES & set(architectures)),
+            expected=_expected_output(model, known),
         )
     _report(architectures, layer_sites)
-    known = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
     last_term = None if known is None else known.last_term
     return ModelSites(
         layers,
         {number: _family(one, last_term) for number, one in layer_sites.items()},
         {number: one.reasons for number, one in layer_sites.items()},
         attention_layers,
+        "compared" if is_compared(architectures) else "proved",
     )
+
+
+def _expected_output(model: nn.Module, known: Family | None) -> Output | None:
+    if known is None:
+        return None
+    return "tensor" if _on_transformers_backend(model) else known.stream
+
+
+def _on_transformers_backend(model: nn.Module) -> bool:
+    """Whether vLLM runs the model by its Transformers backend: blocks return the stream itself."""
+    prefix = "vllm.model_executor.models.transformers"
+    return any(cls.__module__.startswith(prefix) for cls in type(model).__mro__)
 
 
 def _family(layer_sites: LayerSites, last_term: str | None) -> Family:
@@ -197,6 +245,30 @@ def _of_first_stage(value: float) -> float:
 
     group = get_pp_group()
     return value if group.world_size == 1 else float(group.broadcast_object(value, src=0))
+
+
+def _over_stages(streams: Streams) -> Streams:
+    """What all pipeline stages know of their layers' streams; of a class the first that does."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    if group.world_size == 1:
+        return streams
+    known: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(known, streams, group=group.cpu_group)
+    return {name: stream for one in reversed(known) for name, stream in one.items()}
+
+
+def _any_stage(value: bool) -> bool:
+    """Whether it is true on any pipeline stage."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    if group.world_size == 1:
+        return value
+    known: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(known, value, group=group.cpu_group)
+    return any(known)
 
 
 def _spread_over_ranks(values: torch.Tensor) -> torch.Tensor:

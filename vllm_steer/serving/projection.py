@@ -64,7 +64,8 @@ def project_linearly(
     is_zero = ~torch.stack([trial.norm(dim=1) > 0 for trial in trials]).any(0)  # at every scale
     for larger, projected in pairwise(trials):
         if bool((_agree(projected, larger, rows) | is_zero).all()):
-            return projected * size
+            scaled: torch.Tensor = projected * size
+            return scaled
     raise SteerError(
         f"the attention's output projection of {place} is quantised in such a way that steps at "
         "heads cannot be projected through it (its output does not grow as its input does); "
@@ -75,9 +76,9 @@ def project_linearly(
 def _agree(projected: torch.Tensor, larger: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Whether each row's results of two scales agree; no row but zero may vanish."""
     size = larger.norm(dim=1)
-    return ((projected - larger).norm(dim=1) <= _TOLERANCE * size) & (
-        (size > 0) | (rows == 0).all(1)
-    )
+    is_seen = (size > 0) | (rows == 0).all(1)
+    agreed: torch.Tensor = ((projected - larger).norm(dim=1) <= _TOLERANCE * size) & is_seen
+    return agreed
 
 
 def _local_columns(projection: Any, rows: torch.Tensor) -> torch.Tensor:

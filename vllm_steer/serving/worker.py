@@ -11,6 +11,7 @@ import torch
 from vllm_steer.bank import fill_head_bank
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice, wrap
+from vllm_steer.environment import always_self_tests
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels import upload
 from vllm_steer.kernels.dispatch import guidance_backend, lm_steer_backend
@@ -18,6 +19,7 @@ from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
+from vllm_steer.serving.model_sites import ModelSites, SiteReport, model_sites
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.runners import attach_runner
 from vllm_steer.serving.startup_checks import can_be_dynamic
@@ -38,6 +40,7 @@ def steer_worker(worker: Any) -> None:
     if plan is None:
         return
     steering = _WorkerSteering(worker, plan)
+    worker.steer_sites = steering.steer_sites
     wrap(worker, "load_model", functools.partial(_call_after, steering.after_load))
     wrap(
         worker,
@@ -54,6 +57,11 @@ class _WorkerSteering:
         self._head: SteeredHead | None = None
         self._layers: SteeredLayers | None = None
         self._num_bytes = 0
+        self._sites: ModelSites | None = None
+
+    def steer_sites(self) -> SiteReport | None:
+        """What the self-test has found on this rank; None where it did not run."""
+        return None if self._sites is None else self._sites.report()
 
     def after_load(self) -> None:
         """Fill the banks and attach runner, head and layers: what this rank has of them.
@@ -93,16 +101,23 @@ class _WorkerSteering:
         steers = {name: planned.load() for name, planned in self._plan.steers.items()}
         heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
         inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
+        if inside or always_self_tests():
+            known = self._sites = model_sites(model, config, self._dummy_run)
         if inside:
+            inside = {
+                name: known.where_present(name, steer)
+                if self._plan.steers[name].where_present
+                else steer
+                for name, steer in inside.items()
+            }
             backend = guidance_backend(self._plan.kernels, device)
             self._layers = steered_layers(
                 inside,
-                model,
                 config,
                 device,
                 backend,
                 max_doses=self._plan.limits.max_steers_per_request,
-                run=self._dummy_run,
+                known=known,
             )
         bank = None
         if get_pp_group().is_last_rank:

@@ -10,9 +10,10 @@ import transformers
 from doctor_tools import SMALL, add_steer, by_name
 
 from vllm_steer import LMSteer, embedded
+from vllm_steer.doctor import Finding, parity
 from vllm_steer.doctor.architecture import read_architecture
 from vllm_steer.doctor.engine_process import Completion, EngineOutput
-from vllm_steer.doctor.parity import compare, zero_steers
+from vllm_steer.doctor.parity import score_all, zero_steers
 from vllm_steer.doctor.report import failed
 from vllm_steer.doctor.trials import prompts
 
@@ -43,6 +44,10 @@ def engine_output(model: Any, steer: LMSteer, strength: float = 1.0) -> EngineOu
     large = [greedy(model, steer, prompt, strength) for prompt in prompts]
     batches = {"unsteered": unsteered, "zero": unsteered, "large": large}
     return EngineOutput(dtype="float32", runner="V1", device="cpu", batches=batches)
+
+
+def compare(model: Any, steers: Any, output: EngineOutput) -> Any:
+    return parity.compare(steers, output, score_all(model, steers, output))
 
 
 def test_outputs_by_the_formula_pass(model: Any) -> None:
@@ -94,24 +99,28 @@ def test_a_token_other_than_the_references_choice_fails_with_a_correct_logprob(
     assert by_name(compare(model, {}, answers))["unsteered"].state == "FAILED"
 
 
-def test_the_tolerance_of_half_precision_is_the_error_of_the_unsteered_model(model: Any) -> None:
-    def off(answers: EngineOutput, batch: str, by: float) -> None:
-        answers.batches[batch] = [
-            replace(a, logprobs=[value - by for value in a.logprobs])
-            for a in answers.batches[batch]
+def test_the_tolerance_of_half_precision_is_the_rounding_of_the_model_itself(model: Any) -> None:
+    """Three times the distance of the reference in that dtype from the one in float32."""
+    steers = {"it": add_steer(size=3)}
+
+    def judged(off: float, rounding: float) -> Finding:
+        answers = replace(engine_output(model, steers["it"]), dtype="bfloat16")
+        answers.batches["large"] = [
+            replace(one, logprobs=[value - off for value in one.logprobs])
+            for one in answers.batches["large"]
         ]
+        exact = score_all(model, steers, answers)
+        moved = [replace(one, tokens=one.tokens + rounding) for one in exact.steered["it"]]
+        rounded = replace(exact, steered={"it": moved})
+        return by_name(parity.compare(steers, answers, exact, rounded))["it"]
 
-    def judged(unsteered: float, large: float) -> list[str]:
-        answers = replace(engine_output(model, add_steer(size=3)), dtype="bfloat16")
-        off(answers, "unsteered", unsteered)
-        off(answers, "large", large)
-        return [f.state for f in compare(model, {"it": add_steer(size=3)}, answers)]
-
-    assert judged(0.0, 0.04) == ["ok", "ok"]
-    assert judged(0.0, 0.06) == ["ok", "FAILED"]
-    assert judged(0.1, 0.35) == ["ok", "ok"]
-    assert judged(0.4, 0.6) == ["ok", "FAILED"]
-    assert judged(0.6, 0.0) == ["FAILED", "ok"]
+    assert judged(0.04, 0.0).state == "ok"
+    assert judged(0.06, 0.0).state == "FAILED"
+    assert judged(0.28, 0.1).state == "ok"
+    assert judged(0.32, 0.1).state == "FAILED"
+    large = judged(0.0, 1e3)
+    assert large.state == "not tested" and "too small a change" in large.message
+    assert large.figures["rounding"] == pytest.approx(1e3, rel=1e-3)
 
 
 def test_zero_steers_must_keep_every_bit(model: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_steer.selftest.find_sites import Kinds, LayerSites, find_sites
+from vllm_steer.selftest.find_sites import Kinds, LayerSites, Stream, find_sites
 
 WIDTH, LAYERS = 16, 3
 
@@ -193,3 +193,15 @@ def test_a_stage_without_layers_has_no_sites() -> None:
 def test_the_only_layer_of_a_stage_is_not_taken_for_one_that_normalises(form: str) -> None:
     (sites,) = sites_of(form).values()
     assert set(sites.reasons) == {"resid"} and "cannot be tested" in sites.reasons["resid"]
+
+
+@pytest.mark.parametrize("form", ["pair", "plain"])
+def test_the_only_layer_of_a_stage_returns_what_its_class_returns_elsewhere(form: str) -> None:
+    elsewhere = Stream("pair" if form == "pair" else "tensor", 1.0, None)
+    (sites,) = sites_of(form, over_stages=lambda own: {**own, "Layer": elsewhere}).values()
+    assert (sites.output, sites.factor, dict(sites.reasons)) == (elsewhere.output, 1.0, {})
+    refused = Stream(None, None, "a reason")
+    (sites,) = sites_of(form, over_stages=lambda own: {**own, "Layer": refused}).values()
+    assert sites.reasons == {"resid": "a reason"}
+    (sites,) = sites_of(form, expected=elsewhere.output).values()
+    assert (sites.output, sites.factor, dict(sites.reasons)) == (elsewhere.output, None, {})

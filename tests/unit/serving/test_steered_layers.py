@@ -60,17 +60,12 @@ def model_of(form: Any = pair, missing: tuple[int, ...] = ()) -> Any:
     return model
 
 
-def no_run(num_tokens: int) -> None:
-    raise AssertionError("the sites are given")
-
-
 def attached(
     steers: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch, family: Family = PAIR
 ) -> SteeredLayers | None:
     """The sites of an engine in service, whose forward context holds their places."""
     here = [n for n, layer in enumerate(model.layers) if not isinstance(layer, PPMissingLayer)]
     known = ModelSites(model.layers, dict.fromkeys(here, family), {})
-    monkeypatch.setattr(serving_layers, "model_sites", lambda *_: known)
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(architectures=None),
@@ -80,7 +75,7 @@ def attached(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
     )
-    layers = steered_layers(steers, model, config, CPU, torch_gather, max_doses=2, run=no_run)
+    layers = steered_layers(steers, config, CPU, torch_gather, max_doses=2, known=known)
     if layers is None:
         return None
     sites_by_name: dict[str, Any] = {}

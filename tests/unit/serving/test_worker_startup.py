@@ -16,6 +16,7 @@ from vllm_steer.compat.options import encodes_only
 from vllm_steer.families import Family
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving import layers as serving_layers
+from vllm_steer.serving import worker as serving_worker
 from vllm_steer.serving.model_sites import ModelSites
 from vllm_steer.serving.runners import attach_runner
 from vllm_steer.serving.worker import steer_worker
@@ -119,7 +120,7 @@ def worker_of(plan: SteerPlan, runner: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(vllm.distributed.parallel_state, "get_pp_group", lambda: stage)
     layers = runner.model.model.layers
     known = ModelSites(layers, dict.fromkeys(range(LAYERS), Family()), {})
-    monkeypatch.setattr(serving_layers, "model_sites", lambda *args: known)
+    monkeypatch.setattr(serving_worker, "model_sites", lambda *args: known)
     for method in ("attach", "check"):
         monkeypatch.setattr(serving_layers.SteeredLayers, method, lambda *args: None)
     config = SimpleNamespace(
