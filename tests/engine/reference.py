@@ -237,6 +237,37 @@ def assert_guided(
     _assert_choices(output, expected, tolerance)
 
 
+def assert_as_near_as_unsteered(
+    outputs: Sequence[Any],
+    model: Any,
+    settings: Sequence[Mapping[str, Any]],
+    steers: Mapping[str, Steer],
+) -> None:
+    """For an engine whose own rounding is larger than a tolerance: under each setting it is at most
+    twice as far from the reference as under none, and under most that act it is farther than that
+    from the unsteered reference.
+    """
+    from engines import doses_of
+
+    def difference(output: Any, doses: Sequence[Dose]) -> float:
+        ids, prompt = _text(output), list(output.prompt_token_ids)
+        expected = guided_logprobs(model, ids, len(prompt), doses, steers)[len(prompt) - 1 : -1]
+        tokens = torch.tensor(output.outputs[0].token_ids)
+        steps = zip(tokens.tolist(), output.outputs[0].logprobs, strict=True)
+        actual = torch.tensor([step[token].logprob for token, step in steps])
+        return float((expected.gather(1, tokens[:, None])[:, 0] - actual).abs().max())
+
+    pairs = list(zip(outputs, settings, strict=True))
+    clear = []
+    own = max(difference(output, []) for output, setting in pairs if not setting)
+    for output, setting in pairs:
+        doses = doses_of(setting, steers)
+        assert (steered := difference(output, doses)) <= 2 * own, (setting, steered, own)
+        if doses and all(dose.strength for dose in doses):
+            clear.append(difference(output, []) > 2 * own)
+    assert sum(clear) > len(clear) / 2
+
+
 def _text(output: Any) -> list[int]:
     return [*output.prompt_token_ids, *output.outputs[0].token_ids]
 
