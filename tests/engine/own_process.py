@@ -31,9 +31,11 @@ from engines import (
     prompts,
     random_steers,
     reporting,
+    settings_without,
     steer_config,
 )
 from reference import assert_guided, load_reference
+from self_tested_models import UNTESTED, save_untested
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, save_tiny_model
 
 from vllm_steer import VectorSteer
@@ -169,6 +171,39 @@ def tensor_parallel(folder: Path) -> None:
     parallel(folder, tensor_parallel_size=2)
 
 
+def parallel_blocks(folder: Path) -> None:
+    """Two ranks, blocks with attention and MLP side by side: ranks may have parts of a sum there.
+
+    Such a site is refused; the others, heads included, equal the reference.
+    """
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    for name in (
+        "CohereForCausalLM",
+        "FalconForCausalLM",
+        "GPTJForCausalLM",
+        "StableLmForCausalLM",
+    ):
+        model = save_untested(UNTESTED[name], folder / name)
+        reference = load_reference(model)
+        config = steer_config({"plain": STEERS["plain"]}, folder / f"{name}-head")
+        os.environ["VLLM_STEER_SELF_TEST"] = "1"
+        with engine(model, config, **options) as llm:
+            reports = llm.collective_rpc("steer_sites")
+        assert reports[0] == reports[1]
+        refused = {site for site, one in reports[0].items() if one["refused"]}
+        partial = [reason for one in reports[0].values() for reason in one["refused"].values()]
+        assert refused <= {"attn_out"} and all("a partial sum" in reason for reason in partial)
+        steers = {key: steer for key, steer in STEERS.items() if steer.site not in refused}
+        settings = SETTINGS
+        for site in refused:
+            settings = settings_without(site, settings, STEERS)
+        with engine(model, steer_config(steers, folder / f"{name}-steers"), **options) as llm:
+            outputs = llm.generate(prompts(len(settings)), greedy(settings), use_tqdm=False)
+        for output, setting in zip(outputs, settings, strict=True):
+            assert_guided(output, reference, doses_of(setting, STEERS), STEERS)
+        print(f"{name} {','.join(sorted(refused)) or 'none'} refused, {len(outputs)} equal")
+
+
 def dynamic_tensor_parallel(folder: Path) -> None:
     """Strengths that follow from the text, computed by two tensor-parallel ranks."""
     settings = dynamic_settings.SETTINGS
@@ -224,6 +259,7 @@ def check(outputs: list[Any], reference: Any) -> None:
 SCENARIOS: dict[str, Callable[[Path], None]] = {
     "ngram-speculation": ngram_speculation,
     "tensor-parallel": tensor_parallel,
+    "parallel-blocks": parallel_blocks,
     "dynamic-tensor-parallel": dynamic_tensor_parallel,
     "pipeline-parallel": pipeline_parallel,
     "transformers-backend": transformers_backend,

@@ -46,6 +46,14 @@ def test_two_worker_processes(scenario: str) -> None:
 
 @v1_only
 @pytest.mark.matrix
+def test_blocks_with_parts_of_a_sum_on_two_worker_processes() -> None:
+    report = run_scenario("parallel-blocks", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert "CohereForCausalLM attn_out refused, " in report
+    assert "StableLmForCausalLM none refused, " in report
+
+
+@v1_only
+@pytest.mark.matrix
 def test_dynamic_strengths_on_two_worker_processes() -> None:
     report = run_scenario("dynamic-tensor-parallel", VLLM_CPU_OMP_THREADS_BIND="0|1")
     assert f"{len(DYNAMIC_SETTINGS)} outputs equal" in report

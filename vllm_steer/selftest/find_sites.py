@@ -99,6 +99,7 @@ class _Observed:
     replicas: dict[str, torch.Tensor] = field(default_factory=dict)
     is_called: bool = False
     shape: str = ""
+    fewer_rows: str = ""
 
 
 def find_sites(
@@ -287,6 +288,7 @@ class _Test:
             observed.shape = _described(parts)
             observed.producers.clear()
             observed.linears.clear()
+            observed.fewer_rows = self._fewer_rows(parts[0])
             streams = [rows_of(part, self._rows, self._width) for part in parts]
             if isinstance(output, list) or len(parts) > 2:
                 streams = [None]  # the hook of a steer takes a tensor or two of them
@@ -305,6 +307,18 @@ class _Test:
                     self._add(streams[1], self._row(number) + 1)
 
         return hook
+
+    def _fewer_rows(self, value: Any) -> str:
+        """The reason against a tensor with the rows of some tokens only; empty for any other."""
+        if not isinstance(value, torch.Tensor) or value.shape[-1:] != (self._width,):
+            return ""
+        rows = value.numel() // self._width
+        if rows >= self._rows:
+            return ""
+        return (
+            f"the layer returns {rows} of {self._rows} tokens: the ranks hold different tokens "
+            "(sequence parallelism)"
+        )
 
     def _is_linear(self, module: nn.Module) -> bool:
         return isinstance(getattr(module, "base_layer", module), self._kinds.linear)
@@ -353,7 +367,7 @@ class _Test:
     ) -> tuple[Output | None, float | None]:
         observed = self._observed[number]
         if not observed.outputs or observed.outputs[0] is None:
-            reasons["resid"] = (
+            reasons["resid"] = observed.fewer_rows or (
                 f"the layer returns {observed.shape}; expected a tensor of {self._width} numbers "
                 "per token first"
             )

@@ -158,11 +158,6 @@ _INCOMPATIBLE: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
 
 _INCOMPATIBLE_INSIDE_LAYERS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
-        options.use_sequence_parallel_moe,
-        "sequence-parallel mixture of experts: its ranks hold different tokens",
-        "turn expert parallelism or data parallelism off, or steer at the LM head only",
-    ),
-    (
         options.enable_sp,
         "sequence parallelism: its ranks hold different tokens",
         "leave enable_sp off, or steer at the LM head only",

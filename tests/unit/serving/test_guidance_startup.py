@@ -47,15 +47,6 @@ SEQUENCE_PARALLEL = [
 """Each vLLM version has one of the two."""
 
 FEATURES: list[tuple[dict[str, Any], str]] = [
-    (
-        {
-            "parallel_config__enable_expert_parallel": True,
-            "parallel_config__tensor_parallel_size": 2,
-            "parallel_config__data_parallel_size": 2,
-        },
-        "sequence-parallel mixture of experts: its ranks hold different tokens; turn expert "
-        "parallelism or data parallelism off, or steer at the LM head only",
-    ),
     *(
         (
             {path: True},
@@ -85,7 +76,6 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
     ("changed", "message"),
     FEATURES,
     ids=[
-        "sp-moe",
         *(name for name, *_ in SEQUENCE_PARALLEL),
         "lmcache",
         "lmcache-mp",

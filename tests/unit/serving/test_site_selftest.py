@@ -125,7 +125,7 @@ def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
     [
         ("post-norm", "resid", "normalises its input instead of adding to it"),
         ("scaled", "resid", "multiplies what is added to its input by 0.5"),
-        ("partial-rows", "resid", "the layer returns"),
+        ("partial-rows", "resid", r"of 12 tokens: the ranks hold different tokens"),
         ("three", "resid", "the layer returns"),
         ("two-attentions", "attn_out", "more than one attention: mixer, second"),
         ("no-norm", "attn_in", "reads the residual stream without a norm before it"),
