@@ -49,13 +49,19 @@ _VISION: Final[Mapping[str, Any]] = {
 }
 
 
+_OTHERWISE: Final[Mapping[str, Mapping[str, Any]]] = {
+    # What vLLM runs on a CPU without its kernels for latent attention.
+    "DeepseekV2ForCausalLM": {"first_k_dense_replace": LAYERS, "q_lora_rank": None},
+}
+
+
 def config_of(architecture: str) -> Any:
     """A small config of an architecture; ``LookupError`` if Transformers does not have it."""
     model_class = getattr(transformers, architecture, None)
     config_class = getattr(model_class, "config_class", None)
     if config_class is None:
         raise LookupError(f"Transformers has no {architecture}")
-    config = _shrunk(config_class(), _SMALL)
+    config = _shrunk(config_class(), {**_SMALL, **_OTHERWISE.get(architecture, {})})
     config.architectures = [architecture]
     return config
 
@@ -64,8 +70,14 @@ def _shrunk(config: Any, sizes: Mapping[str, Any]) -> Any:
     """A config of the same class with small sizes, made by its own constructor."""
     values = config.to_dict()
     small = {name: sizes[name] for name in sizes if values.get(name) is not None}
-    if hasattr(config, "head_dim"):
+    dense = {"first_k_dense_replace", "topk_method"} & set(sizes) & set(values)
+    small |= {name: sizes[name] for name in dense}
+    if not isinstance(getattr(type(config), "head_dim", None), property):
         small["head_dim"] = sizes["head_dim"]
+    if isinstance(values.get("intermediate_size"), list):
+        small["intermediate_size"] = [sizes["intermediate_size"]] * LAYERS
+    if values.get("activation_sparsity_pattern") is not None:
+        small["activation_sparsity_pattern"] = [0.0] * LAYERS
     for name in _PER_LAYER:
         if isinstance(values.get(name), list):
             kinds = list(dict.fromkeys(values[name]))

@@ -129,20 +129,30 @@ def _compare(model: Any, folder: Path, sites: Sequence[str]) -> dict[str, float]
         )
         for name in names
     ]
+    # vLLM's Transformers backend changes the classes of the model that it serves.
+    before = {
+        site: _of_hugging_face(model, prompt, {p: vectors[site][n] for n, p in places.items()})
+        for site in sites
+        if (places := _places(model, site, range(LAYERS))) is not None
+    }
+    plain = _of_hugging_face(model, prompt, {})
     with _engine(folder / "model", steers) as llm:
         (report,) = llm.collective_rpc("steer_sites")
         prompts = [{"prompt_token_ids": prompt}] * len(names)
         outputs = llm.generate(prompts, params, use_tqdm=False)
     engine = {name: _of_engine(output, prompt) for name, output in zip(names, outputs, strict=True)}
-    plain = _of_hugging_face(model, prompt, {})
     differences = {"unsteered": float((engine[""] - plain).abs().max())}
     if differences["unsteered"] > _UNSTEERED:
         return differences
     for site, rows in vectors.items():
-        places = _places(model, site, report[site]["layers"])
-        if places is None:
+        steered = before.get(site)
+        if len(report[site]["layers"]) < LAYERS:
+            places = _places(model, site, report[site]["layers"])
+            if places is None:
+                continue
+            steered = _of_hugging_face(model, prompt, {p: rows[n] for n, p in places.items()})
+        if steered is None:
             continue
-        steered = _of_hugging_face(model, prompt, {p: rows[n] for n, p in places.items()})
         differences[site] = float((engine[site] - steered).abs().max())
         differences[f"{site} effect"] = float((plain - steered).abs().max())
     return differences
