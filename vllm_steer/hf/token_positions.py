@@ -12,7 +12,7 @@ from torch import nn
 
 from vllm_steer.doses import Dose, token_span
 from vllm_steer.errors import SteerError
-from vllm_steer.hf.sites import layers_of
+from vllm_steer.hf.language_model import decoder_of
 from vllm_steer.steers.schedules import schedule_curve
 
 
@@ -98,9 +98,7 @@ class PositionTracker:
     @contextmanager
     def follow(self, model: nn.Module) -> Iterator[None]:
         """Within the block, learn of every forward pass and of every call of ``generate``."""
-        layers = layers_of(model)
-        owner = next(m for m in model.modules() if any(layers is c for c in m.children()))
-        hook = owner.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        hook = decoder_of(model).register_forward_pre_hook(self._before_forward, with_kwargs=True)
         outer = vars(model).get("generate")
         if hasattr(model, "generate"):
             model.generate = self._announced(model.generate)
