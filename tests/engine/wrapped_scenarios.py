@@ -33,6 +33,8 @@ OWN_BLOCKS: tuple[Setting, ...] = (
     {"push": 1.0},
     {"bend": 5.0},
     {"turn": {"strength": -8.0, "phase": "prompt"}},
+    {"push": {"strength": 1.0, "phase": "text"}},
+    {"spin": {"strength": 4.0, "phase": "text"}, "nudge": 1.0},
 )
 SHARED_BLOCKS: tuple[Setting, ...] = (
     {"nudge": {"strength": 2.0, "phase": "generation"}},
@@ -72,7 +74,8 @@ def image_prompts(folder: Path) -> None:
             skip_tokenizer_init=False,
             block_size=BLOCK,
             max_num_seqs=4,
-            max_num_batched_tokens=24,
+            max_num_batched_tokens=32,
+            long_prefill_token_threshold=7,  # a chunk ends inside the image
         ) as llm:
             outputs = [
                 _ask(llm, name, images[number], setting)

@@ -4,11 +4,13 @@ A multimodal model's config has one for the language model inside it. Decoder la
 limits are that one's; for a model of text alone both are the same config.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
 from vllm_steer.families import decoder_layers
+
+_MODALITIES: Final = ("image", "video", "audio")
 
 
 def text_config(model: Any) -> Any:
@@ -31,6 +33,17 @@ def auto_class(config: Any) -> Any:
         if type(config) in auto._model_mapping:
             return auto
     return transformers.AutoModelForCausalLM
+
+
+def placeholder_ids(model: Any) -> list[int] | None:
+    """The ids of the tokens that stand for images, audio or video: those that the config of a
+    multimodal model has, None for a model of text.
+    """
+    if not is_multimodal(model.config):
+        return None
+    names = [f"{kind}_token_{end}" for kind in _MODALITIES for end in ("id", "index")]
+    values = [getattr(model.config, name, None) for name in names]
+    return sorted({value for value in values if isinstance(value, int)})
 
 
 def layers_of(model: Any) -> nn.ModuleList:

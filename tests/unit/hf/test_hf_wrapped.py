@@ -8,7 +8,7 @@ import wrapped_models
 from doctor_tools import by_name
 from wrapped_models import HIDDEN, IMAGE, LAYERS, VOCAB, WRAPPED, save_wrapped, word_tokenizer
 
-from vllm_steer import DeltaSteer, LMSteer, VectorSteer, hf
+from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, hf
 from vllm_steer.doctor.architecture import describe, read_architecture
 from vllm_steer.doctor.reference import load_model
 from vllm_steer.doctor.trials import measure_sizes
@@ -225,3 +225,80 @@ def test_the_doctor_describes_the_language_model(wrapped: Any) -> None:
 
 def test_the_tokenizer_knows_the_image_token() -> None:
     assert word_tokenizer()("w5 <image> w7")["input_ids"] == [5, IMAGE, 7]
+
+
+def text_only_change(w: torch.Tensor, ids: list[int], prompt_length: int) -> torch.Tensor:
+    """``w`` at each token but the prompt's image tokens."""
+    is_image = [token == IMAGE and i < prompt_length for i, token in enumerate(ids)]
+    return torch.stack([torch.zeros_like(w) if image else w for image in is_image])
+
+
+WITH_IMAGE = [11, 12, IMAGE, IMAGE, 14, IMAGE, 16, 17]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["ids-of-the-config", "positions-given"])
+@torch.no_grad()
+def test_phase_text_leaves_out_placeholders(wrapped: Any, given: bool) -> None:
+    """The decoder alone, given embeddings: so no image has to be there."""
+    model, _ = wrapped
+    w = normal(HIDDEN)
+    steer = VectorSteer(vectors=w[None], layers=(1,), site="resid")
+    decoder = model.model.get_submodule(BLOCKS[model.name].removesuffix(".layers"))
+    ids = torch.tensor([WITH_IMAGE])
+    change = text_only_change(2 * w, WITH_IMAGE, len(WITH_IMAGE))
+    hook = block(model, 1).register_forward_hook(
+        lambda _m, _a, output: (
+            (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
+        )
+    )
+    with hook:
+        expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    doses = {"s": {"strength": 2.0, "phase": "text"}}
+    embeddings = decoder.embed_tokens(ids)
+    if given:
+        with hf.steered(model.model, doses, {"s": steer}, placeholders=[2, 3, 5]):
+            steered = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    else:
+        with hf.steered(model.model, doses, {"s": steer}):
+            steered = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            with pytest.raises(SteerError, match="phase text: which tokens stand for images"):
+                decoder(inputs_embeds=embeddings, use_cache=False)
+    torch.testing.assert_close(steered, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_phase_text_on_a_model_with_an_image() -> None:
+    """A whole model, its image given as pixels; then ``generate``, which goes on with a cache."""
+    name = "Mistral3ForConditionalGeneration"
+    inner = wrapped_models.wrapped_model(name).double()
+    model = LanguageModel(name, inner, word_tokenizer())
+    ids = torch.tensor([[11, 12, IMAGE, IMAGE, IMAGE, IMAGE, 14, 15]])
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(3)).double()
+    image = {"pixel_values": pixels, "image_sizes": torch.tensor([[56, 56]])}
+    w = normal(HIDDEN)
+    steer = VectorSteer(vectors=w[None], layers=(1,), site="resid")
+    with hf.steered(inner, {"s": {"strength": 2.0, "phase": "text"}}, {"s": steer}):
+        steered = inner(input_ids=ids, **image).logits[0]
+        text = inner.generate(input_ids=ids, **image, max_new_tokens=4, do_sample=False)[0]
+    change = text_only_change(2 * w, text.tolist(), ids.shape[1])
+    hook = block(model, 1).register_forward_hook(
+        lambda _m, _a, output: (
+            (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
+        )
+    )
+    with hook:
+        expected = inner(input_ids=text[None], **image).logits[0]
+    torch.testing.assert_close(steered, expected[: ids.shape[1]], rtol=0, atol=1e-6)
+    assert text[ids.shape[1] :].tolist() == expected[ids.shape[1] - 1 : -1].argmax(-1).tolist()
+
+
+@torch.no_grad()
+def test_rows_with_images_at_other_places_are_refused(wrapped: Any) -> None:
+    model, _ = wrapped
+    steer = VectorSteer(vectors=normal(1, HIDDEN), layers=(1,), site="resid")
+    decoder = model.model.get_submodule(BLOCKS[model.name].removesuffix(".layers"))
+    ids = torch.tensor([[11, IMAGE, 13], [IMAGE, 12, 13]])
+    with hf.steered(model.model, {"s": {"strength": 2.0, "phase": "text"}}, {"s": steer}):
+        with pytest.raises(SteerError, match="rows of the batch have their images"):
+            decoder(input_ids=ids, use_cache=False)
+        decoder(input_ids=ids[:1].repeat(2, 1), use_cache=False)
