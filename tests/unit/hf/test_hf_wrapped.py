@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import wrapped_models
 from doctor_tools import by_name
 from wrapped_models import HIDDEN, IMAGE, LAYERS, VOCAB, WRAPPED, save_wrapped, word_tokenizer
@@ -13,6 +14,7 @@ from vllm_steer.doctor.architecture import describe, read_architecture
 from vllm_steer.doctor.reference import load_model
 from vllm_steer.doctor.trials import measure_sizes
 from vllm_steer.evaluation.perplexity import text_nll
+from vllm_steer.families import FAMILIES, SELF_TESTED
 from vllm_steer.fit import activations, fit_delta, fit_lm_steer, fit_vector
 from vllm_steer.fit.likelihood import fit_vector_by_likelihood
 from vllm_steer.inspection import read_output_embedding, text_evidence
@@ -59,6 +61,15 @@ def activation(model: LanguageModel, layer: int, site: str) -> torch.Tensor:
     with hook:
         model.model(input_ids=IDS)
     return seen[0]
+
+
+def adding(model: LanguageModel, change: torch.Tensor) -> Any:
+    """A hook that adds ``[tokens, width]`` to the residual stream after layer 1."""
+    return block(model, 1).register_forward_hook(
+        lambda _m, _a, output: (
+            (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
+        )
+    )
 
 
 @torch.no_grad()
@@ -124,12 +135,7 @@ def test_phases_follow_a_generation(wrapped: Any) -> None:
     length = text.shape[1]
     change = torch.zeros(length, HIDDEN, dtype=torch.float64)
     change[3:] = 2 * w
-    hook = block(model, 1).register_forward_hook(
-        lambda _m, _a, output: (
-            (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
-        )
-    )
-    with hook:
+    with adding(model, change):
         logits = model.model(input_ids=text).logits[0]
     assert text[0, 3:].tolist() == logits[2:-1].argmax(-1).tolist()
 
@@ -246,12 +252,7 @@ def test_phase_text_leaves_out_placeholders(wrapped: Any, given: bool) -> None:
     decoder = model.model.get_submodule(BLOCKS[model.name].removesuffix(".layers"))
     ids = torch.tensor([WITH_IMAGE])
     change = text_only_change(2 * w, WITH_IMAGE, len(WITH_IMAGE))
-    hook = block(model, 1).register_forward_hook(
-        lambda _m, _a, output: (
-            (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
-        )
-    )
-    with hook:
+    with adding(model, change):
         expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
     doses = {"s": {"strength": 2.0, "phase": "text"}}
     embeddings = decoder.embed_tokens(ids)
@@ -281,12 +282,7 @@ def test_phase_text_on_a_model_with_an_image() -> None:
         steered = inner(input_ids=ids, **image).logits[0]
         text = inner.generate(input_ids=ids, **image, max_new_tokens=4, do_sample=False)[0]
     change = text_only_change(2 * w, text.tolist(), ids.shape[1])
-    hook = block(model, 1).register_forward_hook(
-        lambda _m, _a, output: (
-            (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
-        )
-    )
-    with hook:
+    with adding(model, change):
         expected = inner(input_ids=text[None], **image).logits[0]
     torch.testing.assert_close(steered, expected[: ids.shape[1]], rtol=0, atol=1e-6)
     assert text[ids.shape[1] :].tolist() == expected[ids.shape[1] - 1 : -1].argmax(-1).tolist()
@@ -302,3 +298,43 @@ def test_rows_with_images_at_other_places_are_refused(wrapped: Any) -> None:
         with pytest.raises(SteerError, match="rows of the batch have their images"):
             decoder(input_ids=ids, use_cache=False)
         decoder(input_ids=ids[:1].repeat(2, 1), use_cache=False)
+
+
+@torch.no_grad()
+def test_a_multimodal_model_outside_the_table_is_known_by_its_language_model() -> None:
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config={**text, **layers, "model_type": "llama"},
+        vision_config={
+            **{"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48},
+            **{"image_size": 28, "patch_size": 14},
+            **layers,
+        },
+        image_token_id=IMAGE,
+    )
+    assert "LlavaForConditionalGeneration" not in {**FAMILIES, **SELF_TESTED}
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    w = normal(32)
+    steer = VectorSteer(vectors=w[None], layers=(1,), site="attn_out")
+    attention = model.model.language_model.layers[1].self_attn
+    with attention.register_forward_hook(lambda _m, _a, out: (out[0] + 2 * w, *out[1:])):
+        expected = model(input_ids=IDS).logits
+    with hf.steered(model, {"s": 2.0}, {"s": steer}):
+        steered = model(input_ids=IDS).logits
+    torch.testing.assert_close(steered, expected, rtol=0, atol=1e-6)
+    assert (steered - model(input_ids=IDS).logits).abs().max() > 1e-4
+
+
+def test_a_multimodal_model_with_an_unknown_language_model_is_refused() -> None:
+    model = wrapped_models.wrapped_model("Gemma3ForConditionalGeneration")
+    model.config.architectures = ["OtherForConditionalGeneration"]
+    model.config.text_config.model_type = "bloom"
+    steer = VectorSteer(vectors=normal(1, HIDDEN), layers=(1,), site="resid")
+    message = "OtherForConditionalGeneration, BloomForCausalLM cannot be steered inside its layers"
+    with (
+        pytest.raises(SteerError, match=message),
+        hf.steered(model, {"s": 2.0}, {"s": steer}),
+    ):
+        pass
