@@ -27,6 +27,8 @@ class DeclareOperators(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         import torch
 
+        if torch.version.cuda is not None:
+            return  # the compiled operators fit it, without a GPU too
         type(self).library = torch.library.Library("torchvision", "DEF")
         for operator in OPERATORS:
             self.library.define(f"{operator}(Tensor x) -> Tensor")
