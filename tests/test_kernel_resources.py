@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -229,4 +230,7 @@ def map_a_batch(requests: int, depth: int, tokens: int, whole_map: TokenMap) -> 
     starts = torch.zeros(requests + 2, dtype=torch.int32)[: requests + 1]
     positions = torch.zeros(600, dtype=torch.int64)[:tokens]
     front = TokenMap(whole_map.directions[:depth], whole_map.strengths[:, :depth])
-    triton_fused.map_tokens(rules, starts, positions, front)
+    bounds = torch.zeros(requests + 2, dtype=torch.int64)[1:-1]
+    of_text = replace(rules, text_only=table, placeholder_bounds=bounds)
+    for with_or_without_text in (rules, of_text):
+        triton_fused.map_tokens(with_or_without_text, starts, positions, front)

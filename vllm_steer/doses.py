@@ -6,7 +6,7 @@ from typing import Final, Literal, get_args
 
 from vllm_steer.steers.schedules import Schedule, schedule_curve
 
-RequestPhase = Literal["all", "prompt", "generation"]
+RequestPhase = Literal["all", "prompt", "generation", "text"]
 """What a request may ask for; ``answer`` belongs to strengths that change per token."""
 Phase = Literal[RequestPhase, "answer"]
 PHASES: Final[tuple[RequestPhase, ...]] = get_args(RequestPhase)
@@ -38,7 +38,8 @@ class Dose:
     strength  with ``dynamic`` the maximum: strengths lie between 0 and it, whatever its sign
     layers    those of the steer's layers that it acts in; None for all of them
     phase     ``prompt`` tokens, tokens of the ``generation``, or ``all``: by what a token is;
-              ``answer`` from the last prompt token on
+              ``text`` is all but the placeholders of images, audio and video; ``answer`` from the
+              last prompt token on
     schedule  of a delta steer; None for the other kinds
     dynamic   None where the strength is what the request says
     """
@@ -58,6 +59,7 @@ def is_dynamic(doses: Iterable[Dose]) -> bool:
 
 def token_span(dose: Dose, steps: int | None, prompt_len: int) -> tuple[int, int]:
     """The positions ``first <= p < last`` of the tokens that a dose touches, by phase and schedule.
+    Of these, phase ``text`` leaves out placeholders.
 
     ``steps`` is that of a delta, None for the other kinds.
     """

@@ -7,6 +7,7 @@ import torch
 
 from vllm_steer import embedded
 from vllm_steer.errors import SteerError, cause
+from vllm_steer.hf.language_model import auto_class
 
 EMBEDDED = "embedded"
 """The name of the model that is part of the package."""
@@ -35,14 +36,15 @@ def load_language_model(
     ``auto`` for the checkpoint's; ``device`` None selects a GPU if there is one. Remote code of a
     model is never executed. Raises ``SteerError`` if the model, dtype or device does not exist.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch_device = _device(device)
     tokenizer = load_tokenizer(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype)
+        auto = auto_class(AutoConfig.from_pretrained(model_path(name)))
+        model = auto.from_pretrained(model_path(name), dtype=dtype)
     except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:
         raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
     model = model.to(torch_device).eval().requires_grad_(False)

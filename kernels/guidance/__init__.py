@@ -8,10 +8,16 @@ reference implement ``GuidanceBackend``; ``dispatch`` selects one.
 
 from vllm_steer.kernels.guidance.backend import GuidanceBackend
 from vllm_steer.kernels.guidance.cpu import StepChanges
-from vllm_steer.kernels.guidance.operands import Directions, TokenMap, TokenRules
+from vllm_steer.kernels.guidance.operands import (
+    PLACEHOLDER_STRIDE,
+    Directions,
+    TokenMap,
+    TokenRules,
+)
 from vllm_steer.kernels.guidance.ops import steer_tokens
 
 __all__ = [
+    "PLACEHOLDER_STRIDE",
     "Directions",
     "GuidanceBackend",
     "StepChanges",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vllm_steer.kernels.guidance.operands import (
+    PLACEHOLDER_STRIDE,
     ActiveRequests,
     Directions,
     FloatArray,
@@ -101,6 +102,11 @@ def _doses(
         return rule if columns is None else rule[:, columns]
 
     acts = (positions >= of(active.begin)) & (positions < of(active.end))
+    if active.text_only is not None and active.placeholder_bounds is not None:
+        rows = active.rows if columns is None else active.rows[columns]
+        keys = rows * PLACEHOLDER_STRIDE + positions
+        is_placeholder = np.searchsorted(active.placeholder_bounds, keys, side="right") & 1
+        acts &= (of(active.text_only) & is_placeholder) == 0
     # Elsewhere the step stays 0: far from its steps the strength would overflow.
     step = np.where(acts, positions - of(active.step0_position), 0)
     strength = of(active.strength) * (1 - of(active.slope) * step.astype(np.float32))

@@ -28,6 +28,11 @@ class TokenRules:
         strength  = strength * (1 - slope * i)                  if begin <= p < end, else 0
                     strength_pool[pool_offset + i] instead      where pool_offset >= 0
 
+    A dose with ``text_only`` leaves out the tokens that stand for images, audio or video: those
+    between the bounds of a pair of ``placeholder_bounds``, which has for each range ``[b, e)`` of
+    request ``r`` the two numbers ``r * PLACEHOLDER_STRIDE + b`` and ``r * PLACEHOLDER_STRIDE + e``.
+    Ranges ascend and do not touch. Both fields are None where no dose leaves out any token.
+
     A dose with a pool offset reads its strength from the pool at every step: ``strength`` and
     ``slope`` are ignored, and a step beyond ``strength_pool`` has strength 0.
 
@@ -36,6 +41,8 @@ class TokenRules:
     layers            ``[L, K, R]`` float32, 1 where the dose acts, else 0
     pool_offset       ``[K, R]`` int64, the index of step 0; -1 for none
     strength_pool     ``[N]`` float32, N at least 1; may change on the device from call to call
+    text_only         ``[K, R]`` int64, 1 or 0
+    placeholder_bounds   ``[B]`` int64, ascending
     """
 
     direction_start: torch.Tensor
@@ -48,6 +55,8 @@ class TokenRules:
     layers: torch.Tensor
     pool_offset: torch.Tensor
     strength_pool: torch.Tensor
+    text_only: torch.Tensor | None = None
+    placeholder_bounds: torch.Tensor | None = None
 
     @cached_property
     def active_requests(self) -> "ActiveRequests":
@@ -61,7 +70,15 @@ class TokenRules:
             **doses,
             layers=self.layers.numpy()[:, :, rows],
             strength_pool=self.strength_pool.numpy(),
+            text_only=None if self.text_only is None else self.text_only.numpy()[:, rows],
+            placeholder_bounds=(
+                None if self.placeholder_bounds is None else self.placeholder_bounds.numpy()
+            ),
         )
+
+
+PLACEHOLDER_STRIDE: Final = 2**40
+"""The distance between two requests in ``TokenRules.placeholder_bounds``, beyond all positions."""
 
 
 DOSE_FIELDS: Final = (
@@ -91,6 +108,8 @@ class ActiveRequests:
     pool_offset: IntArray
     layers: FloatArray
     strength_pool: FloatArray
+    text_only: IntArray | None
+    placeholder_bounds: IntArray | None
 
 
 @dataclass(frozen=True)

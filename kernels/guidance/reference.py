@@ -2,7 +2,12 @@
 
 import torch
 
-from vllm_steer.kernels.guidance.operands import Directions, TokenMap, TokenRules
+from vllm_steer.kernels.guidance.operands import (
+    PLACEHOLDER_STRIDE,
+    Directions,
+    TokenMap,
+    TokenRules,
+)
 
 
 def map_tokens(
@@ -19,12 +24,20 @@ def _map_token(
     rules: TokenRules, k: int, row: int, token: int, position: int, out: TokenMap
 ) -> None:
     direction, strength = 0, 0.0
-    if rules.begin[k, row] <= position < rules.end[k, row]:
+    acts = rules.begin[k, row] <= position < rules.end[k, row]
+    if acts and not _is_left_out(rules, k, row, position):
         step = position - int(rules.step0_position[k, row])
         direction = int(rules.direction_start[k, row]) + int(rules.direction_stride[k, row]) * step
         strength = _strength(rules, k, row, step)
     out.directions[k, token] = direction
     out.strengths[:, k, token] = strength * rules.layers[:, k, row]
+
+
+def _is_left_out(rules: TokenRules, k: int, row: int, position: int) -> bool:
+    if rules.text_only is None or rules.placeholder_bounds is None or not rules.text_only[k, row]:
+        return False
+    ranges = rules.placeholder_bounds.view(-1, 2) - row * PLACEHOLDER_STRIDE
+    return any(begin <= position < end for begin, end in ranges.tolist())
 
 
 def _strength(rules: TokenRules, k: int, row: int, step: int) -> float:

@@ -6,7 +6,12 @@ and replayed with another map in the same buffers.
 
 import torch
 
-from vllm_steer.kernels.guidance.operands import Directions, TokenMap, TokenRules
+from vllm_steer.kernels.guidance.operands import (
+    PLACEHOLDER_STRIDE,
+    Directions,
+    TokenMap,
+    TokenRules,
+)
 
 
 def map_tokens(
@@ -22,6 +27,10 @@ def map_tokens(
     rows = torch.searchsorted(query_start_loc[1:], tokens, right=True)
     step = positions - rules.step0_position[:, rows]
     acts = (positions >= rules.begin[:, rows]) & (positions < rules.end[:, rows])
+    if rules.text_only is not None and rules.placeholder_bounds is not None:
+        keys = rows * PLACEHOLDER_STRIDE + positions
+        is_placeholder = torch.searchsorted(rules.placeholder_bounds, keys, right=True) & 1
+        acts &= (rules.text_only[:, rows] & is_placeholder) == 0
     direction = (rules.direction_start[:, rows] + rules.direction_stride[:, rows] * step) * acts
     strength = rules.strength[:, rows] * (1 - rules.slope[:, rows] * step)
     offset, pool_size = rules.pool_offset[:, rows], rules.strength_pool.shape[0]

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_steer.kernels.guidance.operands import TokenMap, TokenRules
+from vllm_steer.kernels.guidance.operands import PLACEHOLDER_STRIDE, TokenMap, TokenRules
 
 # A program's tile: 8 numbers for each thread of 4 warps, and enough programs for a card even where
 # a decode step has few tokens.
@@ -18,6 +18,7 @@ _RULES = (
 # Each differs from step to step: a kernel specialised on one would compile while it serves.
 _VARYING = (
     *_RULES,
+    *("text_only", "placeholder_bounds", "num_bounds", "bound_search_steps"),
     *("pool_size", "num_rows", "num_layers", "search_steps"),
     *("query_start_loc", "positions", "num_tokens"),
     *("directions", "directions_dose", "directions_token"),
@@ -39,6 +40,21 @@ def _row_of(tokens, query_start_loc, num_rows, search_steps):
     return low
 
 
+@triton.jit
+def _is_text(row, position, bounds, num_bounds, search_steps, STRIDE: tl.constexpr):
+    """Whether an even number of bounds is at or before each token, so that no pair holds it."""
+    key = row.to(tl.int64) * STRIDE + position
+    low = tl.zeros_like(row)
+    high = low + num_bounds
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        bound = tl.load(bounds + middle, mask=low < high, other=0)
+        beyond = (low < high) & (bound <= key)
+        low = tl.where(beyond, middle + 1, low)
+        high = tl.where(beyond, high, middle)
+    return low % 2 == 0
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _map(
     direction_start,
@@ -51,6 +67,10 @@ def _map(
     layers,
     pool_offset,
     strength_pool,
+    text_only,
+    placeholder_bounds,
+    num_bounds,
+    bound_search_steps,
     pool_size: tl.int64,
     num_rows,
     num_layers,
@@ -67,6 +87,7 @@ def _map(
     strengths_token: tl.int64,
     TOKENS: tl.constexpr,
     LAYERS: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
     """The equations of ``TokenRules`` for one dose of a block of tokens in a block of layers.
 
@@ -81,6 +102,11 @@ def _map(
     position = tl.load(positions + token, mask=in_step, other=0).to(tl.int64)
     acts = has_row & (position >= tl.load(begin + rule, mask=has_row, other=0))
     acts = acts & (position < tl.load(end + rule, mask=has_row, other=0))
+    # Without bounds there is nothing to search and nothing to load.
+    has_bounds = tl.zeros_like(row) < num_bounds
+    leaves_out = tl.load(text_only + rule, mask=acts & has_bounds, other=0)
+    is_text = _is_text(row, position, placeholder_bounds, num_bounds, bound_search_steps, STRIDE)
+    acts = acts & ((leaves_out == 0) | is_text)
     # Elsewhere the step stays 0: far from its steps the line would leave float32.
     step = tl.where(acts, position - tl.load(step0_position + rule, mask=acts, other=0), 0)
     fall = tl.load(slope + rule, mask=acts, other=0.0) * step.to(tl.float32)
@@ -120,15 +146,20 @@ def map_tokens(
     num_layers, num_doses, num_rows = rules.layers.shape
     if num_tokens == 0 or num_doses == 0:
         return
+    text_only, bounds = rules.text_only, rules.placeholder_bounds
+    num_bounds = 0 if text_only is None or bounds is None else bounds.shape[0]
     grid = (triton.cdiv(num_tokens, TOKENS), num_doses, triton.cdiv(num_layers, LAYERS))
     _map[grid](
         *(getattr(rules, name).contiguous() for name in _RULES),
+        *((text_only, bounds) if num_bounds else (rules.begin, rules.begin)),
+        *(num_bounds, num_bounds.bit_length()),
         *(rules.strength_pool.shape[0], num_rows, num_layers, num_rows.bit_length()),
         *(query_start_loc.contiguous(), positions.contiguous(), num_tokens),
         *(out.directions, *out.directions.stride()),
         *(out.strengths, *out.strengths.stride()),
         TOKENS=TOKENS,
         LAYERS=LAYERS,
+        STRIDE=PLACEHOLDER_STRIDE,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )

@@ -61,6 +61,7 @@ GUIDED: tuple[Setting, ...] = (
     {"walk": -3.0},
     {"push": {"strength": 2.0, "phase": "generation"}},
     {"turn": {"strength": -8.0, "phase": "prompt"}},
+    {"push": {"strength": 1.2, "phase": "text"}},
     {"steps": {"strength": 5.0, "schedule": "start"}},
     {"steps": {"strength": -4.0, "schedule": "dim", "phase": "generation"}},
     {"walk": {"strength": 4.0, "schedule": "fixed", "phase": "prompt"}},

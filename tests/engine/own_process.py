@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401 (sets the environment, in worker processes too)
 import dynamic_settings
 import torch
+import wrapped_scenarios
 from dynamic_outputs import assert_dynamic
 from engines import (
     GUIDED,
@@ -258,6 +259,8 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "compiled-families": compiled_families,
     "pieces-compiled": pieces_compiled,
     "stock-logprobs": stock_logprobs,
+    "wrapped-models": wrapped_scenarios.wrapped_models,
+    "image-prompts": wrapped_scenarios.image_prompts,
 }
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from wrapped_models import WRAPPED
 
 from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer
 from vllm_steer.doses import Dose
@@ -25,7 +26,28 @@ class Modules(NamedTuple):
     projection: str = "self_attn.o_proj"
 
 
+class Media(NamedTuple):
+    """What a prompt holds besides text: the model's own inputs for it, and the token that stands
+    for each of its embeddings.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    placeholder: int
+    types: str | None = None  # the input that says which tokens are placeholders
+
+    def of(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The inputs beside the token ids."""
+        types = {} if self.types is None else {self.types: torch.tensor([self.where(ids)]).long()}
+        return {**self.inputs, **types}
+
+    def where(self, ids: Sequence[int]) -> list[bool]:
+        """Which tokens are placeholders."""
+        return [token == self.placeholder for token in ids]
+
+
 MODULES = {
+    **dict.fromkeys(WRAPPED, Modules("model.language_model.layers")),
+    "Llama4ForConditionalGeneration": Modules("language_model.model.layers"),
     "GPT2LMHeadModel": Modules("transformer.h", "ln_1", "attn", "attn.c_proj"),
     "GPTNeoXForCausalLM": Modules(
         "gpt_neox.layers", "input_layernorm", "attention", "attention.dense"
@@ -51,7 +73,9 @@ def load_reference(path: Path | str) -> Any:
     """The model in float64, so that it is no source of error. Load it before the engine starts:
     vLLM's Transformers backend changes the classes of the models it serves.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    (name,) = transformers.AutoConfig.from_pretrained(path).architectures
+    auto = getattr(transformers, name) if name in WRAPPED else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(
         path,
         dtype=torch.float64,
         attn_implementation="eager",
@@ -63,12 +87,16 @@ def load_reference(path: Path | str) -> Any:
 
 @torch.no_grad()
 def steered_logprobs(
-    model: Any, ids: Sequence[int], strengths: Mapping[str, float], steers: Mapping[str, LMSteer]
+    model: Any,
+    ids: Sequence[int],
+    strengths: Mapping[str, float],
+    steers: Mapping[str, LMSteer],
+    media: Media | None = None,
 ) -> torch.Tensor:
     """Log-probabilities ``[len(ids), vocab]`` of the token after each position."""
-    hidden = model.base_model(torch.tensor([list(ids)])).last_hidden_state[0]
+    config, hidden = model.config.get_text_config(), _head_input(model, ids, media)
     steered = hidden.clone()
-    offset = torch.zeros(model.config.vocab_size, dtype=torch.float64)
+    offset = torch.zeros(config.vocab_size, dtype=torch.float64)
     for name, strength in strengths.items():
         steer = steers[name]
         for column in range(steer.columns):
@@ -84,10 +112,23 @@ def steered_logprobs(
     logits = steered @ head.weight.T + offset
     if getattr(head, "bias", None) is not None:
         logits += head.bias
-    if cap := getattr(model.config, "final_logit_softcapping", None):
+    if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
-    logits /= getattr(model.config, "logits_scaling", 1.0)
+    logits /= getattr(config, "logits_scaling", 1.0)
     return torch.log_softmax(logits, dim=-1)
+
+
+def _head_input(model: Any, ids: Sequence[int], media: Media | None) -> torch.Tensor:
+    """The input of the LM head at each position, ``[len(ids), hidden_size]``."""
+    seen: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])):
+        model(
+            input_ids=torch.tensor([list(ids)]),
+            use_cache=False,
+            **({} if media is None else media.of(ids)),
+        )
+    return seen[0]
 
 
 def guided_logprobs(
@@ -96,6 +137,7 @@ def guided_logprobs(
     prompt_length: int,
     doses: Sequence[Dose],
     steers: Mapping[str, Steer],
+    media: Media | None = None,
 ) -> torch.Tensor:
     """Log-probabilities ``[len(ids), vocab]`` of the token after each position, under doses of
     steers of every kind. A dose of strength 0 is no dose.
@@ -107,9 +149,27 @@ def guided_logprobs(
             at_head[dose.steer] = at_head.get(dose.steer, 0.0) + dose.strength
     strengths = {name: strength for name, strength in at_head.items() if strength}
     with ExitStack() as hooks:
-        for (layer, site), changes in _changes(strong, steers, len(ids), prompt_length).items():
+        text = Text(ids, prompt_length, media)
+        for (layer, site), changes in _changes(strong, steers, text).items():
             hooks.callback(_hook(model, layer, site, changes).remove)
-        return steered_logprobs(model, ids, strengths, steers)
+        return steered_logprobs(model, ids, strengths, steers, media)
+
+
+class Text(NamedTuple):
+    """A prompt and its answer."""
+
+    ids: Sequence[int]
+    prompt_length: int
+    media: Media | None
+
+    def positions(self, dose: Dose) -> list[int]:
+        """The positions of a dose's phase."""
+        first = self.prompt_length if dose.phase == "generation" else 0
+        last = self.prompt_length if dose.phase == "prompt" else len(self.ids)
+        if dose.phase == "text" and self.media is not None:
+            placeholders = self.media.where(self.ids)
+            return [position for position in range(first, last) if not placeholders[position]]
+        return list(range(first, last))
 
 
 class Change(NamedTuple):
@@ -128,7 +188,7 @@ def guide(x: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
 
 
 def _changes(
-    doses: Sequence[Dose], steers: Mapping[str, Steer], length: int, prompt_length: int
+    doses: Sequence[Dose], steers: Mapping[str, Steer], text: Text
 ) -> dict[tuple[int, str], list[Change]]:
     """All changes of a sequence, by layer and site."""
     changes: dict[tuple[int, str], list[Change]] = {}
@@ -138,42 +198,32 @@ def _changes(
             continue
         of_layer = _vector_change if isinstance(steer, VectorSteer) else _delta_change
         for layer in steer.layers if dose.layers is None else dose.layers:
-            change = of_layer(dose, steer, steer.layers.index(layer), length, prompt_length)
+            change = of_layer(dose, steer, steer.layers.index(layer), text)
             changes.setdefault((layer, steer.site), []).append(change)
     return changes
 
 
-def _vector_change(
-    dose: Dose, steer: VectorSteer, row: int, length: int, prompt_length: int
-) -> Change:
+def _vector_change(dose: Dose, steer: VectorSteer, row: int, text: Text) -> Change:
     """``v w`` or, of a rotating steer, ``v w / |w|``, at every position of the phase."""
     w = steer.vectors[row].double()
     if steer.mode == "rotate":
         w = w / w.norm()
-    added = torch.zeros(length, steer.hidden_size, dtype=torch.float64)
-    rotates = torch.zeros(length, dtype=torch.bool)
-    for position in _positions(dose, length, prompt_length):
+    added = torch.zeros(len(text.ids), steer.hidden_size, dtype=torch.float64)
+    rotates = torch.zeros(len(text.ids), dtype=torch.bool)
+    for position in text.positions(dose):
         added[position] = dose.strength * w
         rotates[position] = steer.mode == "rotate"
     return Change(added, rotates)
 
 
-def _delta_change(
-    dose: Dose, steer: DeltaSteer, row: int, length: int, prompt_length: int
-) -> Change:
+def _delta_change(dose: Dose, steer: DeltaSteer, row: int, text: Text) -> Change:
     """``a_i Delta_i`` at position ``P - 1 + i`` of the phase, for every step ``i`` of the steer."""
-    added = torch.zeros(length, steer.hidden_size, dtype=torch.float64)
-    for position in _positions(dose, length, prompt_length):
-        step = position - (prompt_length - 1)
+    added = torch.zeros(len(text.ids), steer.hidden_size, dtype=torch.float64)
+    for position in text.positions(dose):
+        step = position - (text.prompt_length - 1)
         if 0 <= step < steer.steps:
             added[position] = _coefficient(dose, steer, step) * steer.delta[step, row].double()
-    return Change(added, torch.zeros(length, dtype=torch.bool))
-
-
-def _positions(dose: Dose, length: int, prompt_length: int) -> range:
-    first = prompt_length if dose.phase == "generation" else 0
-    last = prompt_length if dose.phase == "prompt" else length
-    return range(first, last)
+    return Change(added, torch.zeros(len(text.ids), dtype=torch.bool))
 
 
 def _coefficient(dose: Dose, steer: DeltaSteer, step: int) -> float:
@@ -230,10 +280,11 @@ def assert_guided(
     steers: Mapping[str, Steer],
     *,
     tolerance: float = 1e-4,
+    media: Media | None = None,
 ) -> None:
     """``assert_greedy`` for doses of steers of every kind."""
     prompt_length = len(output.prompt_token_ids)
-    expected = guided_logprobs(model, _text(output), prompt_length, doses, steers)
+    expected = guided_logprobs(model, _text(output), prompt_length, doses, steers, media)
     _assert_choices(output, expected, tolerance)
 
 

@@ -1,33 +1,18 @@
 """Runs the scenarios of ``own_process.py`` and checks their reports."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from dynamic_settings import SETTINGS as DYNAMIC_SETTINGS
 from engines import RUNNER, doses_of, engine, greedy, prompts, steer_config, ties_gemma
 from own_process import SETTINGS, STEERS, TOKENS, exact
+from scenarios import run_scenario
 from tiny_models import GUIDED_FAMILIES, GUIDED_LAYERS, save_tiny_model
 
 pytestmark = pytest.mark.engine
 
 v1_only = pytest.mark.skipif(RUNNER != "v1", reason="runs on the V1 runner only on a CPU")
-
-
-def run_scenario(*arguments: str, **environment: str) -> str:
-    script = Path(__file__).with_name("own_process.py")
-    process = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert process.returncode == 0, (process.stdout + process.stderr)[-4000:]
-    return process.stdout
 
 
 @v1_only

@@ -210,7 +210,8 @@ def test_a_captured_graph_replays_with_the_current_content_of_its_buffers(rotati
     for seed in (11, 12):
         token_rules, rows = random_rules(64, seed), random_rows(256, torch.bfloat16, seed)
         for name, tensor in vars(rules).items():
-            tensor.copy_(getattr(token_rules, name))
+            if tensor is not None:
+                tensor.copy_(getattr(token_rules, name))
         positions.copy_(torch.randint(0, 200, (256,), device="cuda", generator=card(seed)))
         hidden.copy_(rows)
         graph.replay()
@@ -288,7 +289,11 @@ def test_nothing_compiles_after_warming_up(width: int, rotations: str) -> None:
     assert warm > before
     token_map, token_rules = random_map(257, 2), random_rules(3, seed=1)
     rules = TokenRules(
-        **{name: t[:2] if name == "layers" else t for name, t in vars(token_rules).items()}
+        **{
+            name: t[:2] if name == "layers" else t
+            for name, t in vars(token_rules).items()
+            if t is not None
+        }
     )
     frame = torch.zeros(514, 2 * width + 8, dtype=dtype, device="cuda")
     for num_tokens in (1, 2, 16, 257):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm_steer.kernels.guidance import (
+    PLACEHOLDER_STRIDE,
     TokenMap,
     TokenRules,
     reference,
@@ -18,6 +19,11 @@ from vllm_steer.kernels.guidance import (
 )
 
 FOREVER = torch.iinfo(torch.int64).max
+
+
+def given(rules: TokenRules) -> dict[str, torch.Tensor]:
+    """The fields that are not None."""
+    return {name: tensor for name, tensor in vars(rules).items() if tensor is not None}
 
 
 def random_rules(
@@ -47,7 +53,7 @@ def random_rules(
         pool_offset=integers(-15, 15).clamp(min=-1),
         strength_pool=torch.randn(16, generator=generator),
     )
-    return TokenRules(**{name: tensor.to(device) for name, tensor in vars(rules).items()})
+    return TokenRules(**{name: tensor.to(device) for name, tensor in given(rules).items()})
 
 
 def subset(token_rules: TokenRules, at: Any) -> TokenRules:
@@ -55,7 +61,7 @@ def subset(token_rules: TokenRules, at: Any) -> TokenRules:
     return TokenRules(
         **{
             name: tensor if name == "strength_pool" else tensor[..., *at]
-            for name, tensor in vars(token_rules).items()
+            for name, tensor in given(token_rules).items()
         }
     )
 
@@ -125,7 +131,7 @@ def assert_mapped(
         torch.full((depth, max_tokens), -9, dtype=torch.int64),
         torch.full((num_layers, depth, max_tokens), -9.0, dtype=torch.float64),
     )
-    on_host = TokenRules(**{name: tensor.cpu() for name, tensor in vars(token_rules).items()})
+    on_host = TokenRules(**{name: tensor.cpu() for name, tensor in given(token_rules).items()})
     reference.map_tokens(on_host, query_start_loc.cpu(), positions.cpu(), expected)
     assert torch.equal(out.directions.cpu().long(), expected.directions)
     # Strengths are of order 1 and fall by up to 30 times themselves: a few roundings of that.
@@ -156,6 +162,45 @@ def test_every_token_is_mapped_by_the_rule_of_its_request(
         tokens = tokens_of(counts, starts, device, dtype)
         triton_fused.map_tokens(token_rules, *tokens, out)
         assert_mapped(token_rules, *tokens, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "starts"),
+    [([1, 1, 1, 1], [6, 0, 19, 9]), ([13, 0, 22, 0], [0, 0, 0, 0]), ([4, 3, 1, 12], [3, 2, 2, 1])],
+    ids=["single-tokens", "prefill", "chunks"],
+)
+def test_a_dose_of_text_leaves_out_placeholders(
+    counts: list[int], starts: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    ranges = [[(0, 3), (5, 6), (7, 12)], [], [(2, 20)], [(1, 2), (3, 4), (9, 14)]]
+    bounds = [
+        row * PLACEHOLDER_STRIDE + bound
+        for row, of_request in enumerate(ranges)
+        for pair in of_request
+        for bound in pair
+    ]
+    for seed in range(4):
+        plain = random_rules(4, 3, 2, device, seed)
+        text_only = torch.randint(
+            0, 2, (3, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.int64
+        )
+        token_rules = replace(
+            plain,
+            text_only=text_only.to(device),
+            placeholder_bounds=torch.tensor(bounds, device=device),
+        )
+        tokens = tokens_of(counts, starts, device, dtype)
+        out = marked_map(2, 3, sum(counts) + 2, device)
+        triton_fused.map_tokens(token_rules, *tokens, out)
+        assert_mapped(token_rules, *tokens, out)
+        whole = marked_map(2, 3, sum(counts) + 2, device)
+        triton_fused.map_tokens(plain, *tokens, whole)
+        rows = [row for row, count in enumerate(counts) for _ in range(count)]
+        for token, position in enumerate(tokens[1].tolist()):
+            if any(begin <= position < end for begin, end in ranges[rows[token]]):
+                whole.strengths[:, text_only[:, rows[token]].bool().to(device), token] = 0
+        assert torch.equal(out.strengths, whole.strengths)
 
 
 @pytest.mark.parametrize("num_requests", [*range(1, 10), 64, 65])

@@ -56,7 +56,7 @@ def evaluate(
     layers: Annotated[
         str | None, typer.Option(help="Some of the steer's layers: '8-31', '3,7,9'.")
     ] = None,
-    phase: Annotated[str | None, typer.Option(help="all, prompt or generation.")] = None,
+    phase: Annotated[str | None, typer.Option(help="all, prompt, generation or text.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Schedule of a step delta: fixed, start or dim.")
     ] = None,

@@ -11,6 +11,7 @@ from vllm_steer.doctor.finding import Finding
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.families import NOT_TESTED
 from vllm_steer.hf import sites
+from vllm_steer.hf.language_model import auto_class, text_config
 from vllm_steer.models import model_path
 from vllm_steer.steers.sites import LAYER_SITES
 
@@ -35,27 +36,27 @@ class Architecture:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return int(self.model.config.get_text_config().hidden_size)
+        return int(text_config(self.model).hidden_size)
 
     @property
     def num_layers(self) -> int:
         """Number of decoder blocks."""
-        return int(self.model.config.get_text_config().num_hidden_layers)
+        return int(text_config(self.model).num_hidden_layers)
 
     @property
     def vocab_size(self) -> int:
         """Number of logits."""
-        return int(self.model.config.get_text_config().vocab_size)
+        return int(text_config(self.model).vocab_size)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the config; float32 if it has none."""
-        return self.model.config.dtype or torch.float32
+        return self.model.config.dtype or text_config(self.model).dtype or torch.float32
 
     @property
     def longest(self) -> int:
         """The maximum number of positions; a large number if the config has none."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        return int(getattr(text_config(self.model), "max_position_embeddings", None) or 1 << 30)
 
 
 def read_architecture(name: str) -> Architecture:
@@ -64,12 +65,12 @@ def read_architecture(name: str) -> Architecture:
     Raises ``SteerError`` if the model does not exist or is not a causal language model of
     Transformers.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model_path(name))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise SteerError(f"model {name}: cannot be read ({cause(error)})") from error
     widths: dict[str, int] = {}
@@ -130,10 +131,10 @@ def _head_site(architecture: Architecture) -> Finding:
 
 
 def _head(model: Any) -> Finding:
-    head, config = head_of(model), model.config
+    head, config = head_of(model), text_config(model)
     figures = {
         "bias": getattr(head, "bias", None) is not None,
-        "tied": bool(getattr(config, "tie_word_embeddings", False)),
+        "tied": bool(getattr(model.config, "tie_word_embeddings", False)),
         "soft_cap": _first(config, _SOFT_CAPS),
         "logit_scale": _first(config, _SCALES),
     }

@@ -99,6 +99,7 @@ def serve(job: Job, output_path: Path) -> None:
     llm = LLM(
         job.model,
         skip_tokenizer_init=True,
+        language_model_only=True,  # a multimodal model takes text alone
         enable_prefix_caching=False,
         seed=0,
         additional_config={"steer": steer},

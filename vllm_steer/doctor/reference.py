@@ -9,6 +9,7 @@ import torch
 from vllm_steer import hf
 from vllm_steer.doctor.engine_process import Completion
 from vllm_steer.errors import SteerError, cause
+from vllm_steer.hf.language_model import auto_class
 from vllm_steer.models import model_path
 from vllm_steer.steers import Steer
 
@@ -40,12 +41,13 @@ class ReferenceComparison:
 
 def load_model(name: str, dtype: str) -> Any:
     """Load the reference model, on a GPU if there is one. Raises ``SteerError`` if that fails."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype)
+        auto = auto_class(AutoConfig.from_pretrained(model_path(name)))
+        model = auto.from_pretrained(model_path(name), dtype=dtype)
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

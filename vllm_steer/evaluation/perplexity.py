@@ -23,6 +23,7 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean
+from vllm_steer.hf.language_model import text_config
 from vllm_steer.models import LanguageModel
 
 OUTLIER: Final = 1e4
@@ -118,7 +119,7 @@ def text_nll(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
     float32 (float64 for a float64 model), the sum in float64.
     """
     costs = [math.nan] * len(rows)
-    for batch in _batches(rows, model.config.vocab_size):
+    for batch in _batches(rows, text_config(model).vocab_size):
         tokens = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(rows[index]) for index in batch], True, padding_value=0
         ).to(model.device)
@@ -148,7 +149,7 @@ def _batches(rows: Sequence[Sequence[int]], vocab_size: int) -> Iterator[list[in
 
 def _encode(judge: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     rows: list[list[int]] = judge.tokenizer(list(texts))["input_ids"] if texts else []
-    limit = getattr(judge.model.config, "max_position_embeddings", None)
+    limit = getattr(text_config(judge.model), "max_position_embeddings", None)
     for row, text in zip(rows, texts, strict=True):
         if limit is not None and len(row) > limit:
             raise SteerError(

@@ -10,6 +10,7 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.hf import sites
+from vllm_steer.hf.language_model import backbone, text_config
 from vllm_steer.untrusted_text import shown
 
 Pick = Callable[[torch.Tensor], torch.Tensor]
@@ -63,12 +64,13 @@ def recorded(model: Any, site: str, layers: Sequence[int], pick: Pick) -> Iterat
 
 def all_layers(model: Any) -> tuple[int, ...]:
     """Every decoder layer of a model."""
-    return tuple(range(model.config.num_hidden_layers))
+    return tuple(range(text_config(model).num_hidden_layers))
 
 
 def context_length(model: Any, max_tokens: int) -> int:
     """``max_tokens``, or the model's ``max_position_embeddings`` if that is smaller."""
-    return min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return min(max_tokens, limit or max_tokens)
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def read_tokens(
             selected[row, list(text.kept)] = True
         pick = _pick_selected(selected.to(model.device))
         with recorded(model, site, layers, pick) as recording:
-            model.base_model(input_ids=tokens, use_cache=False)
+            backbone(model)(input_ids=tokens, use_cache=False)
         yield from torch.split(recording.stacked(), [len(text.kept) for text in batch])
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.hf.language_model import backbone, text_config
 from vllm_steer.hf.sites import widened
 
 # Logits per chunk: more are hardly faster on a CPU; a GPU needs larger products.
@@ -69,7 +70,7 @@ def head_of(model: Any) -> LMHead:
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise SteerError(f"{type(model).__name__} has no LM head with a plain weight matrix")
     bias = getattr(module, "bias", None)
-    config = model.config
+    config = text_config(model)
     multiplier = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return LMHead(
@@ -85,7 +86,7 @@ def check_head(model: Any, head: LMHead, tokens: torch.Tensor) -> None:
     """Raise ``SteerError`` unless the model's logits are ``head`` of its last hidden state."""
     tokens = tokens[None, :_CHECKED_TOKENS].to(model.device)
     model_logits = widened(model(input_ids=tokens, use_cache=False).logits)
-    hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    hidden_states = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
     head_logits = head.finish(head.raw_logits(hidden_states))
     # Large enough for bfloat16, and far below the effect of a missing scale or norm.
     if (

@@ -16,6 +16,7 @@ import torch
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.atomic_write import write_atomically
 from vllm_steer.fit.encoded_texts import EncodedTexts, TextBatch
+from vllm_steer.hf.language_model import backbone
 
 FetchHiddenStates = Callable[[TextBatch], torch.Tensor]
 """Of a batch ``[positions, hidden_size]``, text after text, in the model's dtype."""
@@ -134,7 +135,7 @@ def _read(model: Any, texts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """For each text in turn ``[its length, hidden_size]``; lengths ascend."""
     for window in _windows(texts):
         tokens = torch.nn.utils.rnn.pad_sequence(window, batch_first=True).to(model.device)
-        hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden_states = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
         for text, states in zip(window, hidden_states, strict=True):
             yield states[: len(text)]
 

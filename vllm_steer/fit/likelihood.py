@@ -23,6 +23,7 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.hf import sites
+from vllm_steer.hf.language_model import text_config
 from vllm_steer.steers import VectorSteer
 from vllm_steer.steers.sites import VectorSite
 
@@ -57,7 +58,7 @@ def fit_vector_by_likelihood(
     if not texts or len(texts) != len(labels):
         raise SteerError(f"{len(texts)} texts and {len(labels)} labels; give one for each text")
     chosen = tuple(sorted(layers))
-    width = int(model.config.hidden_size)
+    width = int(text_config(model).hidden_size)
     generator = torch.Generator().manual_seed(seed)
     vectors = (0.01 * torch.randn(len(chosen), width, generator=generator)).to(model.device)
     vectors.requires_grad_()

@@ -1,6 +1,6 @@
 """Steers a Hugging Face model with forward hooks; the reference for parity with vLLM."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ def steered(
     steers: Mapping[str, Steer],
     *,
     prompt_length: int | None = None,
+    placeholders: Iterable[int] | None = None,
 ) -> Iterator[nn.Module]:
     """Steer every forward pass of ``model`` within the ``with`` block, including ``generate``.
 
@@ -47,9 +48,14 @@ def steered(
     input; otherwise the length of the last forward pass with an empty KV cache. Positions include
     padding: in a left-padded batch, the padding is part of the prompt.
 
+    Phase ``text`` leaves out the tokens that stand for images, audio or video: those at the
+    positions ``placeholders``, or the prompt's tokens with the ids that the model's config has for
+    them (``image_token_id`` and the like), at the same positions in all rows of a batch.
+
     Raises ``SteerError`` for an unknown name, options that are invalid in a request, a model of
     unknown architecture or without the LM head, layer or site of a steer, and a steer of another
-    width. The forward pass raises it if the prompt length is unknown.
+    width. The forward pass raises it if the prompt length is unknown, and for phase ``text`` if the
+    placeholders are.
 
     Sources: those of ``LMSteer``, ``VectorSteer`` and ``DeltaSteer``.
 
@@ -68,7 +74,7 @@ def steered(
     doses = _read_doses(strengths, steers)
     at_head = [(s, dose) for dose, s in doses if isinstance(s, LMSteer)]
     in_layers = [(d, s) for d, s in doses if isinstance(s, VectorSteer | DeltaSteer)]
-    tracker = PositionTracker(prompt_length)
+    tracker = PositionTracker(prompt_length, placeholders)
     with ExitStack() as hooks:
         for handle in hook_head(model, at_head, tracker):
             hooks.callback(handle.remove)

@@ -8,24 +8,30 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vllm_steer.errors import SteerError
-from vllm_steer.families import Family, decoder_layers, family_of, submodule
+from vllm_steer.families import Family, family_of, submodule
+from vllm_steer.hf.language_model import architectures_of, layers_of, text_config
+
+__all__ = [
+    "attach",
+    "check_layers_exist",
+    "family",
+    "layers_of",
+    "site_module",
+    "site_width",
+    "widened",
+]
 
 Act = Callable[[torch.Tensor], torch.Tensor]
 
 
 def family(model: Any) -> Family:
     """Where the sites of a model are; ``SteerError`` for an architecture that is not known."""
-    if getattr(model.config, "do_layer_norm_before", True) is False:
+    if getattr(text_config(model), "do_layer_norm_before", True) is False:
         raise SteerError(
             f"{type(model).__name__} cannot be steered inside its layers: with "
             "do_layer_norm_before: false they normalise the residual stream itself (post-norm)"
         )
-    return family_of(model.config.architectures or [type(model).__name__])
-
-
-def layers_of(model: Any) -> nn.ModuleList:
-    """The decoder blocks of a model."""
-    return decoder_layers(model, model.config.get_text_config().num_hidden_layers)
+    return family_of(architectures_of(model))
 
 
 def attach(layer: nn.Module, names: Family, site: str, act: Act) -> RemovableHandle:
@@ -53,7 +59,7 @@ def site_width(model: Any, layer: nn.Module, names: Family, site: str) -> int:
     """The last size of the tensor at a site."""
     module = site_module(layer, names, site)
     if site != "heads":
-        return int(model.config.get_text_config().hidden_size)
+        return int(text_config(model).hidden_size)
     # GPT-2's projection is a Conv1D, whose weight is [in, out].
     width = getattr(module, "in_features", None) or module.weight.shape[0]  # type: ignore[index]
     return int(width)

@@ -17,6 +17,7 @@ import torch
 
 from vllm_steer import hf
 from vllm_steer.errors import SteerError
+from vllm_steer.hf.language_model import text_config
 from vllm_steer.hf.sites import widened
 from vllm_steer.inspection.spans import best_spans
 from vllm_steer.models import LanguageModel
@@ -132,7 +133,7 @@ def _encode(model: LanguageModel, text: str) -> tuple[torch.Tensor, list[tuple[i
             f"the text {text!r:.50} has {len(ids)} tokens; the first has no evidence; expected at "
             "least two"
         )
-    max_length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    max_length = getattr(text_config(model.model), "max_position_embeddings", None)
     if max_length is not None and len(ids) > max_length:
         raise SteerError(
             f"the text {text!r:.50} has {len(ids)} tokens and the maximum of model "

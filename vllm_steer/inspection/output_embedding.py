@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from vllm_steer.errors import SteerError, cause
+from vllm_steer.hf.language_model import auto_class
 from vllm_steer.models import load_language_model, model_path
 
 _ONE_FILE = "model.safetensors"
@@ -35,12 +36,12 @@ def read_output_embedding(name: str) -> torch.Tensor:
 
 def _skeleton(name: str) -> Any:
     """The model without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model_path(name))
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config).from_config(config)
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
 

@@ -7,7 +7,7 @@ adapter wraps: that is an error, so nothing runs unsteered unnoticed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,9 +18,21 @@ from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.worker_state import DynamicState
 from vllm_steer.serving.head_rows import HeadRows
+from vllm_steer.serving.placeholders import placeholder_bounds
 from vllm_steer.serving.request_args import doses_of, stream_of
 from vllm_steer.serving.site import SteeredSite
 from vllm_steer.serving.step import SteeredRequest, Step
+
+
+class NewRequest(NamedTuple):
+    """A request that a step brings; ``mm_features`` are vLLM's places of images, audio and video
+    in its prompt.
+    """
+
+    req_id: str
+    sampling_params: Any
+    prompt_len: int
+    mm_features: Sequence[Any] | None = None
 
 
 class SteeredBatch:
@@ -57,12 +69,12 @@ class SteeredBatch:
 
     def begin_step(
         self,
-        new: Iterable[tuple[str, Any, int]],
+        new: Iterable[NewRequest | tuple[str, Any, int]],
         finished: Iterable[str],
         streams: StreamStep | None = None,
     ) -> None:
-        """Start a step: new requests ``(req_id, sampling_params, prompt_len)``, ids that ended, and
-        the scheduler's message about the streams of dynamic requests.
+        """Start a step: new requests, ids that ended, and the scheduler's message about the streams
+        of dynamic requests.
         """
         self._is_announced = False
         self.dynamic.begin_step(streams)
@@ -70,10 +82,10 @@ class SteeredBatch:
             if self.dynamic.requests.num_known:
                 self.dynamic.requests.remove(req_id)
             self._set_request(req_id, None)
-        for req_id, sampling_params, prompt_len in new:
+        for entry in new:
+            arrival = NewRequest(*entry)
             self._set_request(
-                req_id,
-                steered_request(req_id, sampling_params, prompt_len, self._plan, self.dynamic),
+                arrival.req_id, steered_request(*arrival[:3], self._plan, self.dynamic, arrival[3])
             )
         if self._strengths is not self.dynamic.pool.values:  # it has grown
             self._strengths = self.dynamic.pool.values
@@ -123,7 +135,12 @@ class SteeredBatch:
 
 
 def steered_request(
-    req_id: str, params: Any, prompt_len: int, plan: SteerPlan, dynamic: DynamicState
+    req_id: str,
+    params: Any,
+    prompt_len: int,
+    plan: SteerPlan,
+    dynamic: DynamicState,
+    mm_features: Sequence[Any] | None = None,
 ) -> SteeredRequest | None:
     """A new request or stream with its doses, None if it has none; dynamic ones are added to
     ``dynamic``.
@@ -136,4 +153,7 @@ def steered_request(
         dynamic.add_stream(req_id, stream, params.max_tokens)
     elif is_dynamic(doses):
         pool_offsets = dynamic.add(req_id, doses, params.max_tokens)
-    return SteeredRequest(doses, prompt_len, pool_offsets) if doses else None
+    if not doses:
+        return None
+    placeholders = placeholder_bounds(doses, mm_features, prompt_len)
+    return SteeredRequest(doses, prompt_len, pool_offsets, placeholders)

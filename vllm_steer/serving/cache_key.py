@@ -14,12 +14,13 @@ any request: a base by nothing, a probe by its one dose.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_steer.doses import Dose, token_span
 from vllm_steer.plan import PlannedSteer, SteerPlan
+from vllm_steer.serving.placeholders import placeholder_bounds
 from vllm_steer.steers.sites import acts_at_head
 
 
@@ -91,7 +92,12 @@ def _plain(key: Any) -> Any:
 
 
 def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int, request: Any) -> Iterator[BlockKey]:
-    """Where KV begins to depend on a dose, and where it begins to depend on its end."""
+    """Where KV begins to depend on a dose, and where it begins to depend on its end.
+
+    Phase ``text`` is ``all`` up to the first placeholder after that, and steers no token that it
+    leaves out. Which tokens these are follows from what vLLM keys by itself: the tokens, and each
+    image, audio or video with its place.
+    """
     first, last = token_span(dose, steer.steps, prompt_len)
     if first >= last:
         return
@@ -100,9 +106,21 @@ def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int, request: Any) -> Ite
         request_parts = (request.request_id, dose.dynamic.top_p, dose.dynamic.kl)
         yield BlockKey(first, _digest(dose, steer, first, *request_parts))
         return
+    if dose.phase == "text" and steer.steps is None:
+        bounds = placeholder_bounds([dose], request.mm_features, prompt_len)
+        first, left_out = _text_start(bounds)
+        if left_out is not None:
+            yield BlockKey(left_out, _digest(dose, steer, first, "text"))
     yield BlockKey(first, _digest(dose, steer, first))
     if steer.steps is None and last <= prompt_len:
         yield BlockKey(last, _digest(dose, steer, first, last))
+
+
+def _text_start(bounds: Sequence[int]) -> tuple[int, int | None]:
+    """The first token of text, and the first placeholder after it; None if there is none."""
+    if not bounds or bounds[0] > 0:
+        return 0, bounds[0] if bounds else None
+    return bounds[1], bounds[2] if len(bounds) > 2 else None
 
 
 def _digest(dose: Dose, steer: PlannedSteer, *more: int | float | str) -> str:

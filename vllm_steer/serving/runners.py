@@ -16,7 +16,7 @@ import numpy as np
 from vllm_steer.compat.patching import unknown_behavior, wrap
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.upload import upload
-from vllm_steer.serving.batch import SteeredBatch
+from vllm_steer.serving.batch import NewRequest, SteeredBatch
 from vllm_steer.serving.dynamic.strengths import PendingStrengths
 from vllm_steer.serving.step import Step
 
@@ -63,7 +63,7 @@ def _begin(
         return original(scheduler_output, *args, **kw)
     batch.begin_step(
         (
-            (new.req_id, new.sampling_params, _prompt_len(new))
+            NewRequest(new.req_id, new.sampling_params, _prompt_len(new), new.mm_features)
             for new in scheduler_output.scheduled_new_reqs
         ),
         scheduler_output.finished_req_ids,

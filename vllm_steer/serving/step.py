@@ -17,12 +17,15 @@ IntArray = npt.NDArray[np.int64]
 class SteeredRequest:
     """A request in flight that takes steers; ``prompt_len`` says which of its tokens are prompt.
 
-    ``pool_offsets`` says by index of a dynamic dose where its strengths begin in the pool.
+    ``pool_offsets`` says by index of a dynamic dose where its strengths begin in the pool;
+    ``placeholders`` has the bounds of the ranges that phase ``text`` leaves out, where a dose has
+    that phase: see ``placeholders.placeholder_bounds``.
     """
 
     doses: tuple[Dose, ...]
     prompt_len: int
     pool_offsets: Mapping[int, int] = field(default_factory=dict)
+    placeholders: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

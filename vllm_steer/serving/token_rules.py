@@ -9,7 +9,7 @@ import torch
 
 from vllm_steer.bank import DirectionRange, SiteTable
 from vllm_steer.doses import Dose, token_span
-from vllm_steer.kernels.guidance import TokenRules
+from vllm_steer.kernels.guidance import PLACEHOLDER_STRIDE, TokenRules
 from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.step import IntArray, SteeredRequest
 from vllm_steer.steers.schedules import schedule_curve
@@ -19,18 +19,21 @@ FloatArray = npt.NDArray[np.float32]
 _NO_OFFSET = -1
 _INTEGERS = (
     *("direction_start", "direction_stride", "step0_position", "begin", "end"),
-    "pool_offset",
+    *("pool_offset", "text_only"),
 )
 
 
 @dataclass(frozen=True)
 class RequestColumns:
-    """One request's doses at one site, computed once: ``[6, k]``, ``[2, k]`` and ``[L, k]``."""
+    """One request's doses at one site, computed once: ``[7, k]``, ``[2, k]`` and ``[L, k]``; and
+    the bounds of its placeholders ``[B]``, empty if no dose leaves any out.
+    """
 
     request: SteeredRequest
     integers: IntArray
     floats: FloatArray
     layers: FloatArray
+    placeholders: IntArray
 
 
 def guidance_rules(
@@ -64,10 +67,17 @@ def guidance_rules(
         integers[:, :num_doses, row] = column.integers
         floats[:, :num_doses, row] = column.floats
         layers[:, :num_doses, row] = column.layers
-    whole, (strength, slope), acts_in_layer = upload(
-        [integers, floats, layers], strength_pool.device
-    )
+    bounds = [
+        row * PLACEHOLDER_STRIDE + column.placeholders
+        for row, column in columns.items()
+        if len(column.placeholders)
+    ]
+    arrays = [integers, floats, layers, *([np.concatenate(bounds)] if bounds else [])]
+    whole, (strength, slope), acts_in_layer, *uploaded_bounds = upload(arrays, strength_pool.device)
     integers_by_field = dict(zip(_INTEGERS, whole, strict=True))
+    text_only = integers_by_field.pop("text_only")
+    if uploaded_bounds:
+        integers_by_field |= {"text_only": text_only, "placeholder_bounds": uploaded_bounds[0]}
     return TokenRules(
         **integers_by_field,
         strength=strength,
@@ -96,8 +106,10 @@ def _columns(request: SteeredRequest, table: SiteTable) -> RequestColumns:
         if dose.steer in table.entries
     ]
     integers = [
-        (*_integers(dose, entry, request.prompt_len), offset) for dose, entry, offset in site_doses
+        (*_integers(dose, entry, request.prompt_len), offset, dose.phase == "text")
+        for dose, entry, offset in site_doses
     ]
+    leaves_out = any(dose.phase == "text" for dose, _, _ in site_doses)
     floats = [(dose.strength, _slope(dose, entry)) for dose, entry, _ in site_doses]
     acts = [np.isin(table.layers, dose.layers or entry.layers) for dose, entry, _ in site_doses]
     return RequestColumns(
@@ -105,6 +117,7 @@ def _columns(request: SteeredRequest, table: SiteTable) -> RequestColumns:
         integers=np.array(integers, dtype=np.int64).reshape(-1, len(_INTEGERS)).T,
         floats=np.array(floats, dtype=np.float32).reshape(-1, 2).T,
         layers=np.array(acts, dtype=np.float32).reshape(-1, len(table.layers)).T,
+        placeholders=np.array(request.placeholders if leaves_out else (), dtype=np.int64),
     )
 
 

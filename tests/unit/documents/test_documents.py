@@ -19,7 +19,8 @@ def _names(name: str, family: Family) -> tuple[str, str, str, str]:
 
 def test_every_family_has_its_row_in_the_guidance_document() -> None:
     text = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
-    cells = r"^\| (\w+(?:CausalLM|LMHeadModel)) \| (.+) \| `(\w+)` \| `(\w+)` \| ([a-z-]+) \|$"
+    names = "CausalLM|LMHeadModel|ConditionalGeneration"
+    cells = rf"^\| (\w+(?:{names})) \| (.+) \| `(\w+)` \| `(\w+)` \| ([a-z-]+) \|$"
     rows = re.findall(cells, text, re.M)
     expected = [
         (*_names(name, family), "pair" if family.stream == "pair" else "stream")

@@ -12,6 +12,7 @@ VOCAB, HIDDEN, STEPS, NEW = 29, 8, 4, 6
 PROMPTS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 STRENGTHS: dict[str, Any] = {
     "everywhere": 0.5,
+    "text": {"strength": -0.7, "phase": "text"},
     "prompt": {"strength": 1.0, "phase": "prompt"},
     "answer": {"strength": 2.0, "phase": "generation"},
     "delta": 1.5,
@@ -61,6 +62,7 @@ def steers() -> dict[str, Any]:
     delta = DeltaSteer(delta=normal(STEPS, 2, HIDDEN, seed=1), layers=(0, 1), site="heads")
     vectors = {
         "everywhere": VectorSteer(vectors=normal(2, HIDDEN, seed=2), layers=(0, 1), mode="rotate"),
+        "text": VectorSteer(vectors=normal(1, HIDDEN, seed=9), layers=(0,)),
         "prompt": VectorSteer(vectors=normal(1, HIDDEN, seed=3), layers=(0,)),
         "answer": VectorSteer(vectors=normal(1, HIDDEN, seed=4), layers=(0,), site="attn_out"),
     }

@@ -10,6 +10,7 @@ import torch
 
 from vllm_steer.kernels.dispatch import guidance_backend
 from vllm_steer.kernels.guidance import (
+    PLACEHOLDER_STRIDE,
     Directions,
     TokenMap,
     TokenRules,
@@ -17,6 +18,7 @@ from vllm_steer.kernels.guidance import (
     reference,
     torch_gather,
 )
+from vllm_steer.kernels.guidance.operands import DOSE_FIELDS
 
 FOREVER = torch.iinfo(torch.int64).max
 EPS = torch.finfo(torch.float32).eps
@@ -108,6 +110,7 @@ def subset(token_rules: TokenRules, at: Any) -> TokenRules:
         **{
             name: tensor if name == "strength_pool" else tensor[..., *at]
             for name, tensor in vars(token_rules).items()
+            if tensor is not None
         }
     )
 
@@ -123,7 +126,7 @@ def assert_mapped(
                 at = {
                     name: getattr(token_rules, name)[k, row].item()
                     for name in vars(token_rules)
-                    if name not in ("layers", "strength_pool")
+                    if name in DOSE_FIELDS
                 }
                 i = position - at["step0_position"]
                 acts = at["begin"] <= position < at["end"]
@@ -167,6 +170,86 @@ def test_every_token_is_mapped_by_the_rule_of_its_request(
         out = empty_map(3, depth, sum(counts) + 2)
         backend.map_tokens(token_rules, *tokens_of(counts, starts, dtype), out)
         assert_mapped(token_rules, counts, starts, out)
+
+
+def text_only_rules(
+    token_rules: TokenRules, ranges: Sequence[Sequence[tuple[int, int]]], seed: int
+) -> TokenRules:
+    """The rules with half of their doses leaving out ``ranges``, those of each request."""
+    generator = torch.Generator().manual_seed(seed)
+    text_only = torch.randint(0, 2, token_rules.begin.shape, generator=generator)
+    bounds = [
+        row * PLACEHOLDER_STRIDE + bound
+        for row, of_request in enumerate(ranges)
+        for pair in of_request
+        for bound in pair
+    ]
+    return replace(
+        token_rules, text_only=text_only, placeholder_bounds=torch.tensor(bounds, dtype=torch.int64)
+    )
+
+
+def without_placeholders(
+    token_rules: TokenRules,
+    ranges: Sequence[Sequence[tuple[int, int]]],
+    counts: Sequence[int],
+    starts: Sequence[int],
+    out: TokenMap,
+) -> TokenMap:
+    """A map in which every dose acts, less what the doses of text leave out."""
+    expected = TokenMap(out.directions.clone(), out.strengths.clone())
+    rows = [row for row, count in enumerate(counts) for _ in range(count)]
+    for token, position in enumerate(tokens_of(counts, starts)[1].tolist()):
+        if any(begin <= position < end for begin, end in ranges[rows[token]]):
+            leaves_out = token_rules.text_only[:, rows[token]] == 1  # type: ignore[index]
+            expected.directions[leaves_out, token] = 0
+            expected.strengths[:, leaves_out, token] = 0
+    return expected
+
+
+RANGES = [
+    [(0, 3), (5, 6), (7, 12)],
+    [],
+    [(2, 20)],
+    [(1, 2), (3, 4), (9, 9 + 5)],
+]
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "starts"),
+    [
+        ([1, 1, 1, 1], [6, 0, 19, 9]),
+        ([13, 0, 22, 0], [0, 0, 0, 0]),
+        ([4, 3, 1, 12], [3, 2, 2, 1]),
+    ],
+    ids=["single-tokens", "prefill", "chunks"],
+)
+def test_a_dose_of_text_leaves_out_placeholders(
+    backend: ModuleType, counts: list[int], starts: list[int], dtype: torch.dtype
+) -> None:
+    for seed in range(8):
+        plain = random_rules(seed, 3, 4, num_layers=2)
+        token_rules = text_only_rules(plain, RANGES, seed)
+        step = tokens_of(counts, starts, dtype)
+        out, of_text = empty_map(2, 3, sum(counts) + 2), empty_map(2, 3, sum(counts) + 2)
+        backend.map_tokens(plain, *step, out)
+        backend.map_tokens(token_rules, *step, of_text)
+        expected = without_placeholders(token_rules, RANGES, counts, starts, out)
+        assert torch.equal(of_text.directions, expected.directions)
+        assert torch.equal(of_text.strengths, expected.strengths)
+        if backend is not torch_gather:
+            continue
+        directions = random_directions(2, is_rotation=0.0)
+        changes = cpu.step_changes(token_rules, *step, directions)
+        assert changes is not None
+        hidden = torch.zeros(sum(counts), directions.vectors.shape[2])
+        for layer in range(2):
+            computed, by_map = hidden.clone(), hidden.clone()
+            changes.add_(computed, layer)
+            torch_gather.steer_tokens_(by_map, None, directions, layer, of_text, 3)
+            assert torch.equal(computed, by_map)
 
 
 @backends

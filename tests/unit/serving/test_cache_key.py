@@ -10,6 +10,7 @@ import torch
 from engine_tools import engine_config
 from guidance import delta, head, plan_for, vector
 from vllm import SamplingParams
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.utils import hashing
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine import EngineCoreRequest
@@ -297,6 +298,89 @@ def test_requests_never_share_a_block_with_different_doses(block: int) -> None:
             lambda pair: pair[0] == pair[1], zip(one_does, other_does, strict=True)
         ))  # fmt: skip
         assert shared(one, other) <= like // block
+
+
+TEXT = {"phase": "text"}
+IMAGES: list[list[tuple[str, int, int]]] = [  # identifier, first token, tokens
+    [],
+    [("cat", 0, 3)],
+    [("dog", 0, 3)],
+    [("cat", 2, 5)],
+    [("cat", 0, 3), ("dog", 5, 2)],
+    [("cat", 6, 2), ("cat", 9, 1)],
+]
+WITH_IMAGES: list[Any] = [
+    None,
+    {"push": 2},
+    {"push": {"strength": 2, **TEXT}},
+    {"push": {"strength": 2, **PROMPT}},
+    {"push": {"strength": 2, **LATE}},
+    {"push": {"strength": 2, **TEXT}, "spin": 2},
+    {"push": 2, "spin": {"strength": 2, **TEXT}},
+    {"walk": {"strength": 2, **TEXT}},
+    {"walk": 2},
+]
+
+
+def features(images: list[tuple[str, int, int]]) -> list[MultiModalFeatureSpec]:
+    return [
+        MultiModalFeatureSpec(None, "image", name, PlaceholderRange(offset, length))
+        for name, offset, length in images
+    ]
+
+
+def effects_with_images(
+    steer: Any, prompt_len: int, images: list[tuple[str, int, int]]
+) -> list[frozenset[Any]]:
+    """What is done to each token, and which image it is a part of."""
+    image_of = {
+        token: (name, offset) for name, offset, n in images for token in range(offset, offset + n)
+    }
+    return [
+        frozenset([
+            ("image", *image_of.get(position, ())),
+            *(
+                effect
+                for dose in PLAN.doses(steer or "none")
+                if not (dose.phase == "text" and position in image_of)
+                for effect in one_effect(dose, position, prompt_len)
+            ),
+        ])
+        for position in range(LENGTH)
+    ]  # fmt: skip
+
+
+def test_requests_with_images_never_share_a_block_with_different_doses(block: int) -> None:
+    cases = [
+        (
+            keys(steer, prompt_len=length, block=block, mm_features=features(images)),
+            effects_with_images(steer, length, images),
+        )
+        for steer in WITH_IMAGES
+        for images in IMAGES
+        for length in (10, 11, 16)
+    ]
+    for (one, one_does), (other, other_does) in itertools.combinations(cases, 2):
+        like = sum(1 for _ in itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(one_does, other_does, strict=True)
+        ))  # fmt: skip
+        assert shared(one, other) <= like // block
+
+
+def test_a_dose_of_text_shares_blocks_with_the_same_dose_of_all_up_to_an_image() -> None:
+    of_text, of_all = {"push": {"strength": 2, **TEXT}}, {"push": 2}
+    assert keys(of_text) == keys(of_all) != keys(None)
+    images = features([("cat", 9, 2)])
+    text, everything = (keys(s, mm_features=images, prompt_len=14) for s in (of_text, of_all))
+    assert shared(text, everything) == 2  # blocks of 4 before token 9
+    other_image = keys(of_text, mm_features=features([("dog", 9, 2)]), prompt_len=14)
+    assert shared(text, other_image) == 2
+
+
+def test_an_image_at_the_start_is_shared_with_unsteered_requests() -> None:
+    images = features([("cat", 0, 9)])
+    of_text = keys({"push": {"strength": 2, **TEXT}}, mm_features=images, prompt_len=14)
+    assert shared(of_text, keys(None, mm_features=images, prompt_len=14)) == 2
 
 
 def test_different_requests_have_different_keys_at_the_end_of_their_text() -> None:

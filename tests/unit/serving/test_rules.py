@@ -7,11 +7,13 @@ import torch
 from guidance import delta, vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from vllm_steer.bank import SiteTable
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import PHASES, Dose, Dynamic, token_span
 from vllm_steer.kernels.guidance import GuidanceBackend, TokenMap, reference, torch_gather
+from vllm_steer.serving.placeholders import placeholder_bounds
 from vllm_steer.serving.step import SteeredRequest
 from vllm_steer.serving.token_rules import guidance_rules
 from vllm_steer.steers.schedules import SCHEDULES
@@ -45,6 +47,7 @@ def rules_of(doses: dict[str, tuple[Dose, ...]], on: SiteTable, prompt_len: int 
         ("all", (0, FOREVER)),
         ("prompt", (0, 7)),
         ("generation", (7, FOREVER)),
+        ("text", (0, FOREVER)),
         ("answer", (6, FOREVER)),
     ],
 )
@@ -170,7 +173,9 @@ def test_the_cache_between_batches_changes_no_rule() -> None:
             again = guidance_rules(req_ids, requests, on, NO_HISTORY, memo)
             anew = guidance_rules(req_ids, requests, on, NO_HISTORY)
             assert all(
-                torch.equal(getattr(again, name), getattr(anew, name)) for name in vars(anew)
+                torch.equal(getattr(again, name), tensor)
+                for name, tensor in vars(anew).items()
+                if tensor is not None
             )
             assert memo.keys() <= requests.keys()
 
@@ -212,11 +217,15 @@ def test_a_strength_is_float32_without_a_warning(strength: float) -> None:
     assert token_rules.strength.item() == torch.tensor(strength, dtype=torch.float32).item()
 
 
-def expected(dose: Dose, position: int, prompt_len: int) -> tuple[int, float]:
+def expected(
+    dose: Dose, position: int, prompt_len: int, is_placeholder: bool = False
+) -> tuple[int, float]:
     """The expected step and strength of one token, from its definition; step -1 for none."""
     steer = STEERS[dose.steer]
     is_prompt = position < prompt_len
     if dose.phase == ("generation" if is_prompt else "prompt"):
+        return -1, 0.0
+    if dose.phase == "text" and is_placeholder:
         return -1, 0.0
     if steer.kind == "vector":
         return 0, dose.strength
@@ -243,27 +252,49 @@ doses = st.builds(
 )
 
 
+def features_of(placeholders: list[bool]) -> list[MultiModalFeatureSpec]:
+    """One item over the whole prompt, of which these tokens stand for embeddings."""
+    position = PlaceholderRange(0, len(placeholders), is_embed=torch.tensor(placeholders))
+    return [MultiModalFeatureSpec(None, "image", "hash", position)]
+
+
+Prompt = list[bool]  # which tokens are placeholders
+
+
 @pytest.mark.parametrize("backend", [reference, torch_gather], ids=["reference", "torch"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     batch=st.lists(
-        st.tuples(st.lists(doses, max_size=4), st.integers(1, 6), st.integers(0, 4)),
+        st.tuples(
+            st.lists(doses, max_size=4),
+            st.lists(st.booleans(), min_size=1, max_size=9),
+            st.integers(0, 4),
+            st.integers(0, 9),
+        ),
         min_size=1,
         max_size=4,
     )
 )
 def test_every_token_of_every_request_gets_the_strengths_of_its_doses(
-    backend: GuidanceBackend, batch: list[tuple[list[Dose], int, int]]
+    backend: GuidanceBackend, batch: list[tuple[list[Dose], Prompt, int, int]]
 ) -> None:
-    """All tokens of whole requests, prompt and generation, in one step."""
+    """All tokens from some token on, prompt and generation, in one step."""
     on = table(0, 1, 2, 3)
-    requests = {str(i): SteeredRequest(tuple(d), p) for i, (d, p, _) in enumerate(batch) if d}
-    counts = [prompt_len + generated for _, prompt_len, generated in batch]
-    starts = torch.tensor([0, *counts]).cumsum(0)
-    positions = torch.cat([torch.arange(n) for n in counts])
+    requests = {
+        str(i): SteeredRequest(
+            tuple(d), len(p), placeholders=placeholder_bounds(d, features_of(p), len(p))
+        )
+        for i, (d, p, _, _) in enumerate(batch)
+        if d
+    }
+    computed = [min(done, len(prompt) + generated - 1) for _, prompt, generated, done in batch]
+    ends = [len(prompt) + generated for _, prompt, generated, _ in batch]
+    spans = [range(begin, max(end, begin)) for begin, end in zip(computed, ends, strict=True)]
+    starts = torch.tensor([0, *map(len, spans)]).cumsum(0)
+    positions = torch.tensor([position for span in spans for position in span])
     token_rules = guidance_rules([str(i) for i in range(len(batch))], requests, on, NO_HISTORY)
     depth = token_rules.direction_start.shape[0]
-    assert depth == max(len(d) for d, _, _ in batch)
+    assert depth == max(len(d) for d, _, _, _ in batch)
     if depth == 0:
         return
     out = TokenMap(
@@ -271,13 +302,13 @@ def test_every_token_of_every_request_gets_the_strengths_of_its_doses(
         torch.full((3, depth, len(positions)), torch.nan),
     )
     backend.map_tokens(token_rules, starts, positions, out)
-    for row, (dose, prompt_len, _) in enumerate(batch):
-        for position in range(counts[row]):
-            token = int(starts[row]) + position
+    for row, (dose, prompt, _, _) in enumerate(batch):
+        for token, position in enumerate(spans[row], int(starts[row])):
+            is_placeholder = position < len(prompt) and prompt[position]
             for k in range(depth):
                 step, strength = -1, 0.0
                 if k < len(dose):
-                    step, strength = expected(dose[k], position, prompt_len)
+                    step, strength = expected(dose[k], position, len(prompt), is_placeholder)
                 layers = dose[k].layers or STEERS[dose[k].steer].layers if k < len(dose) else ()
                 if strength:
                     start = on.entries[dose[k].steer].start

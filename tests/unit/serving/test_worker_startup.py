@@ -152,7 +152,9 @@ def scheduled(**tokens: int) -> Any:
     """A step of these requests, all of them new and steered."""
     params = SimpleNamespace(extra_args={"steer": "word:2"})
     new = [
-        SimpleNamespace(req_id=name, sampling_params=params, prompt_token_ids=[0] * count)
+        SimpleNamespace(
+            req_id=name, sampling_params=params, prompt_token_ids=[0] * count, mm_features=[]
+        )
         for name, count in tokens.items()
     ]
     return SimpleNamespace(

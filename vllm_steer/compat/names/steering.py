@@ -206,7 +206,7 @@ OTHER = (
     ),
     *vllm_names(
         "vllm.v1.core.sched.output:NewRequestData",
-        "req_id sampling_params prompt_token_ids prompt_embeds",
+        "req_id sampling_params prompt_token_ids prompt_embeds mm_features",
         "read",
         "steering",
     ),
@@ -224,9 +224,15 @@ OTHER = (
     *vllm_names("vllm.sampling_params:SamplingParams", "extra_args", "read", "steering"),
     *vllm_names(
         "vllm.v1.request:Request",
-        "request_id sampling_params prompt_token_ids prompt_embeds resumable",
+        "request_id sampling_params prompt_token_ids prompt_embeds mm_features resumable",
         "read",
         "steering",
+    ),
+    *vllm_names(
+        "vllm.multimodal.inputs:MultiModalFeatureSpec", "modality mm_position", "read", "guidance"
+    ),
+    *vllm_names(
+        "vllm.multimodal.inputs:PlaceholderRange", "offset length is_embed", "read", "guidance"
     ),
     *vllm_names("vllm.v1.request:Request", "cache_salt", "written", "steering"),
     *vllm_names(

@@ -29,6 +29,7 @@ from vllm_steer import hf
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Strengths
 from vllm_steer.evaluation.means import mean
+from vllm_steer.hf.language_model import text_config
 from vllm_steer.models import LanguageModel
 from vllm_steer.steers import Steer
 from vllm_steer.texts import read_rows, take, text_of
@@ -151,7 +152,7 @@ def _forced_dose(dose: Mapping[str, Any], strengths: Sequence[float] | None) -> 
 
 def _encode(language: LanguageModel, prompt: str, answer_length: int) -> list[int]:
     tokens: list[int] = language.tokenizer(prompt)["input_ids"]
-    max_length = getattr(language.model.config, "max_position_embeddings", None)
+    max_length = getattr(text_config(language.model), "max_position_embeddings", None)
     if not tokens or (max_length is not None and len(tokens) + answer_length > max_length):
         raise SteerError(
             f"prompt {prompt[:60]!r} has {len(tokens)} tokens; with {answer_length} answer tokens "
