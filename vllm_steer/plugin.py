@@ -22,6 +22,13 @@ from vllm_steer.environment import (
     is_disabled,
 )
 
+_RUN_BATCH = (
+    "__main__",
+    "vllm.entrypoints.launchers.run_batch",
+    "vllm.entrypoints.openai.run_batch",
+)
+"""Where ``vllm run-batch`` is, by version and by how it is started."""
+
 
 def register() -> None:
     """Entry point of the ``vllm.general_plugins`` group; calling it again changes nothing."""
@@ -61,9 +68,24 @@ def _patch_steering() -> None:
     for module in (block_pool, sys.modules.get("vllm.v1.simple_kv_offload.manager")):
         if module is not None:
             setattr(module, extra_keys, getattr(kv_cache_utils, extra_keys))
+    _patch_run_batch()
     wrap(InputProcessor, "_validate_params", _with_admission, once=True)
     wrap(EngineCore, "preprocess_add_request", _with_engine_core_admission, once=True)
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
+
+
+def _patch_run_batch() -> None:
+    """Wrap what ``vllm run-batch`` does with a line, in the process that runs this command."""
+    for name in _RUN_BATCH:
+        module: Any = sys.modules.get(name)
+        if not hasattr(module, "BatchRequestInput"):
+            continue
+        from vllm_steer.compat.patching import wrap
+        from vllm_steer.serving import run_batch
+
+        wrap(module, "run_batch", run_batch.with_engine_config, once=True)
+        wrap(module, "run_request", run_batch.with_line, once=True)
+        module.BatchRequestInput = run_batch.with_steer_fields(module.BatchRequestInput)
 
 
 def _patch_reports() -> None:

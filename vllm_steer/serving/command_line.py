@@ -60,14 +60,19 @@ def fold(namespace: argparse.Namespace) -> None:
     config = SteerConfig.load(namespace.additional_config["steer"])
     # Before vLLM starts a fork server, whose children have the environment of its start.
     activate_steering(serves_dynamic=getattr(namespace, "speculative_config", None) is None)
-    if hasattr(namespace, "middleware"):
+    if hasattr(namespace, "middleware") and MIDDLEWARE not in namespace.middleware:
+        namespace.middleware = [*namespace.middleware, MIDDLEWARE]
+    if hasattr(namespace, "middleware") or _runs_batch(namespace):
         _serve_presets(namespace, config)
 
 
+def _runs_batch(namespace: argparse.Namespace) -> bool:
+    """True for the command ``run-batch``."""
+    return hasattr(namespace, "input_file") and hasattr(namespace, "output_file")
+
+
 def _serve_presets(namespace: argparse.Namespace, config: SteerConfig) -> None:
-    """List ``BASE:preset`` beside each served name, and add the middleware that reads it."""
-    if MIDDLEWARE not in namespace.middleware:
-        namespace.middleware = [*namespace.middleware, MIDDLEWARE]
+    """List ``BASE:preset`` beside each served name."""
     if not config.presets:
         return
     model = getattr(namespace, "model_tag", None) or namespace.model
