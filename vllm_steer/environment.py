@@ -11,6 +11,8 @@ STRENGTH_REPORTS: Final = "reports"
 """The feature that reports strengths to the user."""
 STREAM_REQUESTS: Final = "streams"
 """The feature of streams of dynamic requests."""
+RUST_FRONTEND: Final = "VLLM_USE_RUST_FRONTEND"
+"""vLLM's own: its server is a Rust program, which runs no Python middleware."""
 
 
 def is_active(word: str) -> bool:
@@ -27,3 +29,8 @@ def activate(word: str) -> None:
 def is_disabled() -> bool:
     """Whether the user has disabled the plugin, with any value but ``0`` and ``false``."""
     return os.environ.get(DISABLE, "").strip().lower() not in ("", "0", "false")
+
+
+def uses_rust_frontend() -> bool:
+    """Whether ``vllm serve`` of this environment answers HTTP by its Rust program."""
+    return os.environ.get(RUST_FRONTEND, "").strip() not in ("", "0")

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 from vllm_steer.config import SteerConfig
+from vllm_steer.environment import RUST_FRONTEND, uses_rust_frontend
 from vllm_steer.errors import SteerError
 from vllm_steer.serving.activation import activate_steering
 
@@ -58,6 +59,11 @@ def fold(namespace: argparse.Namespace) -> None:
     elif additional_config.get("steer") is None:
         return
     config = SteerConfig.load(namespace.additional_config["steer"])
+    if hasattr(namespace, "middleware") and uses_rust_frontend():
+        raise SteerError(
+            f"{RUST_FRONTEND} is set, and vLLM's Rust frontend does not run the middleware that "
+            f"reads a steer over HTTP; unset {RUST_FRONTEND}, or serve without a steer config"
+        )
     # Before vLLM starts a fork server, whose children have the environment of its start.
     activate_steering(serves_dynamic=getattr(namespace, "speculative_config", None) is None)
     if hasattr(namespace, "middleware") and MIDDLEWARE not in namespace.middleware:
