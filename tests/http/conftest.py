@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     steers = random_steers()
     config = write_config(folder, steers)
     log = folder / "serve.log"
-    options = [f"--steer-config={config}", f"--served-model-name={BASE}"]
+    options = [f"--steer-config={config}", f"--served-model-name={BASE}", "--enable-scale-out"]
     with serving(log, options) as url:
         yield Server(url, steers, log)
 
