@@ -61,6 +61,7 @@ def _patch_steering() -> None:
 
     from vllm_steer.compat.patching import wrap
     from vllm_steer.serving.cache_key import with_steer_keys
+    from vllm_steer.serving.plan_agreement import CHECK, check_engine_core
 
     extra_keys = "generate_block_hash_extra_keys"
     # Imported by name where blocks are hashed for events: one wrapper under every name.
@@ -71,7 +72,18 @@ def _patch_steering() -> None:
     _patch_run_batch()
     wrap(InputProcessor, "_validate_params", _with_admission, once=True)
     wrap(EngineCore, "preprocess_add_request", _with_engine_core_admission, once=True)
+    setattr(EngineCore, CHECK, check_engine_core)
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
+
+
+def _patch_frontend() -> None:
+    """Wrap what asks the engines of a data-parallel frontend for their plans."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.plan_agreement import with_checked_engines
+
+    wrap(AsyncLLM, "get_supported_tasks", with_checked_engines, once=True)
 
 
 def _patch_run_batch() -> None:
@@ -117,6 +129,7 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     user_config = self.additional_config
     if not isinstance(user_config, Mapping) or user_config.get("steer") is None:
         return original(self, *args, **kwargs)
+    from vllm_steer.compat import options
     from vllm_steer.serving.activation import activate_steering
     from vllm_steer.serving.plan_transport import resolved_additional_config
     from vllm_steer.serving.startup_checks import check_engine
@@ -130,6 +143,8 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         self.additional_config = user_config
     check_engine(vllm_config)
+    if options.data_parallel_size(vllm_config) > 1:
+        _patch_frontend()
     return vllm_config
 
 

@@ -110,12 +110,18 @@ def serve_command(*options: str) -> list[str]:
     ]
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @contextmanager
 def serving(log: Path, options: Sequence[str]) -> Iterator[str]:
     """Run ``vllm serve`` until it answers; yields its address and ends its process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
             serve_command(f"--port={port}", *options),
@@ -129,7 +135,7 @@ def serving(log: Path, options: Sequence[str]) -> Iterator[str]:
         _wait_until_ready(process, url, log)
         yield url
     finally:
-        _end(process)
+        end(process)
 
 
 def tail(log: Path, lines: int = 40) -> str:
@@ -148,7 +154,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     pytest.fail(f"vllm serve was not ready after {START_LIMIT_S:.0f} s:\n{tail(log)}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """End the whole process group: first with SIGTERM, and always before returning."""
     for signal_number, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
         try:

@@ -18,6 +18,7 @@ from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
+from vllm_steer.serving.plan_agreement import check_ranks
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.runners import attach_runner
 from vllm_steer.serving.startup_checks import can_be_dynamic
@@ -31,12 +32,15 @@ _UNSTEERED = f"requests would run unsteered; {version_advice()}"
 def steer_worker(worker: Any) -> None:
     """Wrap one worker's start-up if its engine has a plan; otherwise leave it as it is.
 
+    Raises ``SteerError`` if another rank has another plan or none.
+
     The banks are filled when ``load_model`` returns: outside vLLM's pool for model weights, which
     sleep mode may drop, and before the memory profile that sizes the KV cache.
     """
     plan = plan_of(worker.vllm_config)
     if plan is None:
         return
+    check_ranks(plan)
     steering = _WorkerSteering(worker, plan)
     wrap(worker, "load_model", functools.partial(_call_after, steering.after_load))
     wrap(

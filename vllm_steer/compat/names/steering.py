@@ -127,6 +127,18 @@ OTHER = (
         process="V2",
     ),
     *vllm_names(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "get_supported_tasks",
+        "wrapped",
+        "steering",
+        "data-parallel engines must have the frontend's plan",
+        process="frontend",
+    ),
+    *vllm_names("vllm.v1.engine.async_llm:AsyncLLM", "engine_core vllm_config", "read", "steering"),
+    *vllm_names(
+        "vllm.v1.engine.core_client:AsyncMPClient", "call_utility_async", "called", "steering"
+    ),
+    *vllm_names(
         "vllm.exceptions",
         "VLLMValidationError",
         "subclassed",
