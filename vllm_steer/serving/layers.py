@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vllm_steer.bank import SiteTable, fill_layer_bank
-from vllm_steer.bank.layers import GuidanceSteer
+from vllm_steer.bank.layers import GuidanceSteer, project_again
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice
 from vllm_steer.errors import SteerError
@@ -25,11 +25,20 @@ _PADDING = 512  # more than vLLM pads a batch by
 
 
 class SteeredLayers:
-    """The guided sites of one rank's layers."""
+    """The guided sites of one rank's layers.
 
-    def __init__(self, sites: tuple[SteeredSite, ...], families: Mapping[int, Family]) -> None:
+    ``at_heads`` are the steers whose directions were projected through the model's weights.
+    """
+
+    def __init__(
+        self,
+        sites: tuple[SteeredSite, ...],
+        families: Mapping[int, Family],
+        at_heads: Mapping[str, GuidanceSteer],
+    ) -> None:
         self.sites = sites
         self._families = families
+        self._at_heads = at_heads
 
     def attach(self, model: nn.Module, forward_context: dict[str, Any], num_layers: int) -> None:
         """Hook the model's modules and enter their places where the forward context finds them.
@@ -45,6 +54,15 @@ class SteeredLayers:
                 module = _module(layers[number], family, site.table)
                 is_pair = family.stream == "pair" and module is layers[number]
                 module.register_forward_hook(_hook(name, site.table, pair=is_pair))
+
+    def project_again(self, model: nn.Module, num_layers: int, dtype: torch.dtype) -> None:
+        """Project the directions at ``heads`` through the weights that the model has now."""
+        if not self._at_heads:
+            return
+        project = projections(decoder_layers(model, num_layers), self._families, dtype)
+        for site in self.sites:
+            if site.table.site == "heads":
+                project_again(site.table, self._at_heads, project)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the sites run on, for streams in ``dtype``."""
@@ -95,7 +113,8 @@ def steered_layers(
         SteeredSite(table, backend, max_doses=max_doses, max_tokens=tokens, device=device)
         for table in bank.tables
     )
-    return SteeredLayers(sites, known.families) if sites else None
+    at_heads = {name: steer for name, steer in steers.items() if steer.site == "heads"}
+    return SteeredLayers(sites, known.families, at_heads) if sites else None
 
 
 def projections(

@@ -48,6 +48,8 @@ def steer_worker(worker: Any) -> None:
         "compile_or_warm_up_model",
         functools.partial(_call_after, steering.verify_sites_reached),
     )
+    for name in ("reload_weights", "finish_weight_update"):
+        wrap(worker, name, functools.partial(_call_after, steering.after_new_weights))
 
 
 class _WorkerSteering:
@@ -78,12 +80,34 @@ class _WorkerSteering:
                 v2=options.use_v2_model_runner(config),
                 runs_decoder=not options.encodes_only(config),
             )
+        else:
+            self.after_new_weights()
         runner.model_memory_usage = getattr(runner, "model_memory_usage", 0) + self._num_bytes
         if self._head is not None:
             self._head.attach(model)
         if self._layers is not None:
             forward_context = options.static_forward_context(config)
             self._layers.attach(model, forward_context, options.num_layers(config))
+
+    def after_new_weights(self) -> None:
+        """Project what was projected through the old weights again.
+
+        Raises ``SteerError`` if that fails; each step of the runner then raises it, too.
+        """
+        if self._layers is None:
+            return
+        runner, config = self._worker.model_runner, self._worker.vllm_config
+        try:
+            self._layers.project_again(
+                runner.get_model(), options.num_layers(config), options.dtype(config)
+            )
+        except Exception as error:
+            message = (
+                f"the weights have changed, and the steers at heads cannot follow: {error}; "
+                "restart the engine with steers that fit the new weights"
+            )
+            wrap(runner, "execute_model", functools.partial(_fail, message))
+            raise SteerError(message) from error
 
     def _make(self, model: Any) -> None:
         """Create banks and batch if this rank has a site of a steer."""
@@ -207,3 +231,7 @@ def _call_after(act: Callable[[], None], original: Any, *args: Any, **kwargs: An
     result = original(*args, **kwargs)
     act()
     return result
+
+
+def _fail(message: str, *_args: Any, **_kwargs: Any) -> Any:
+    raise SteerError(message)

@@ -87,6 +87,13 @@ OTHER = (
         "proof that every site is reached",
     ),
     *vllm_names(
+        "vllm.v1.worker.gpu_worker:Worker",
+        "reload_weights finish_weight_update",
+        "wrapped",
+        "steering",
+        "directions at heads follow the model's weights",
+    ),
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "execute_model sample_tokens",
         "wrapped",
