@@ -76,7 +76,17 @@ def _patch_steering() -> None:
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
 
 
-def _patch_frontend() -> None:
+def _patch_receiving_frontend() -> None:
+    """Wrap what checks requests whose prompt another instance has computed."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.disaggregation import with_checked_kv
+
+    wrap(InputProcessor, "process_inputs", with_checked_kv, once=True)
+
+
+def _patch_data_parallel_frontend() -> None:
     """Wrap what asks the engines of a data-parallel frontend for their plans."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -144,7 +154,9 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         self.additional_config = user_config
     check_engine(vllm_config)
     if options.data_parallel_size(vllm_config) > 1:
-        _patch_frontend()
+        _patch_data_parallel_frontend()
+    if options.kv_transfer_config(vllm_config) is not None:
+        _patch_receiving_frontend()
     return vllm_config
 
 

@@ -146,6 +146,22 @@ OTHER = (
         "vllm.v1.engine.core_client:AsyncMPClient", "call_utility_async", "called", "steering"
     ),
     *vllm_names(
+        "vllm.v1.core.sched.scheduler:Scheduler",
+        "_connector_finished",
+        "wrapped",
+        "steering",
+        "a digest of the steers in KV that is handed to another instance",
+        process="the instance",
+    ),
+    *vllm_names(
+        "vllm.v1.engine.input_processor:InputProcessor",
+        "process_inputs",
+        "wrapped",
+        "steering",
+        "a prompt that another instance has computed is steered as the request asks",
+        process="frontend",
+    ),
+    *vllm_names(
         "vllm.exceptions",
         "VLLMValidationError",
         "subclassed",
