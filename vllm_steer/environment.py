@@ -11,6 +11,8 @@ STRENGTH_REPORTS: Final = "reports"
 """The feature that reports strengths to the user."""
 STREAM_REQUESTS: Final = "streams"
 """The feature of streams of dynamic requests."""
+HEADLESS: Final = "headless"
+"""Not a feature: the engines of this node have their frontend on another one."""
 RUST_FRONTEND: Final = "VLLM_USE_RUST_FRONTEND"
 """vLLM's own: its server is a Rust program, which runs no Python middleware."""
 

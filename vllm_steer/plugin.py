@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_steer.environment import (
+    HEADLESS,
     STEERING,
     STREAM_REQUESTS,
     STRENGTH_REPORTS,
+    activate,
     is_active,
     is_disabled,
 )
@@ -146,6 +148,8 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
     resolved = resolved_additional_config(user_config)
     activate_steering(serves_dynamic=self.speculative_config is None)
+    if kwargs.get("headless"):
+        activate(HEADLESS)
     patch_active()
     self.additional_config = resolved
     try:

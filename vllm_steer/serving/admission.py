@@ -19,7 +19,7 @@ from vllm_steer.serving.request_args import (
     wants_strengths,
 )
 
-_NO_STEER: Final = (None, "none", "", {})
+_NO_STEER: Final[tuple[Any, ...]] = (None, "none", "", {})
 
 
 def admit(params: Any, vllm_config: Any) -> tuple[Dose, ...]:

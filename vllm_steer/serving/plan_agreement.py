@@ -13,15 +13,17 @@ from typing import Any, Final
 import torch
 
 from vllm_steer.compat import options
+from vllm_steer.environment import HEADLESS, is_active
 from vllm_steer.errors import SteerError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.plan_transport import plan_of
+from vllm_steer.serving.request_args import RejectedSteer
 
 CHECK: Final = "check_steer_plan"
 """The method of an engine core that ``with_checked_engines`` calls."""
 TIMEOUT: Final = timedelta(minutes=2)
 _ADVICE: Final = "start every node with the same --steer-config"
-_CHECKED: Final = "steer_engines_are_checked"
+_CHECKED: Final = "steer_plan_is_checked"
 
 
 def plan_digest(plan: SteerPlan) -> str:
@@ -54,12 +56,19 @@ def check_ranks(plan: SteerPlan, timeout: timedelta = TIMEOUT) -> None:
             raise SteerError(f"ranks {other} and {rank} have different steer plans: {_ADVICE}")
 
 
+def require_checked(core: Any) -> None:
+    """Raise ``RejectedSteer`` in an engine core whose frontend, on another node, has no plan."""
+    if is_active(HEADLESS) and not hasattr(core, _CHECKED):
+        raise RejectedSteer(f"the node of the frontend has no steer plan: {_ADVICE}")
+
+
 def check_engine_core(core: Any, digest: str) -> None:
     """Raise ``SteerError`` if an engine core's plan is not the frontend's."""
     plan = plan_of(core.vllm_config)
     if plan is None or plan_digest(plan) != digest:
         found = "no steer plan" if plan is None else "another steer plan"
         raise SteerError(f"this engine has {found}: {_ADVICE}")
+    setattr(core, _CHECKED, True)
 
 
 async def with_checked_engines(

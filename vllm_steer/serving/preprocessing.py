@@ -6,6 +6,7 @@ from typing import Any
 from vllm_steer.doses import is_dynamic
 from vllm_steer.serving.admission import admit, admit_and_set_cache_key
 from vllm_steer.serving.disaggregation import check_received_kv, send_digests
+from vllm_steer.serving.plan_agreement import require_checked
 from vllm_steer.serving.plan_transport import plan_of
 
 
@@ -20,6 +21,8 @@ def preprocess_request(original: Callable[..., Any], core: Any, request: Any) ->
         return original(core, request)
     salt = request.cache_salt
     doses = admit_and_set_cache_key(request, core.vllm_config)
+    if doses:
+        require_checked(core)
     send_digests(core)
     check_received_kv(request, plan)
     if not is_dynamic(doses):

@@ -12,14 +12,17 @@ import pytest
 import torch
 
 from vllm_steer import SteerError
+from vllm_steer.environment import ACTIVE, HEADLESS, activate
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.plan_agreement import (
     CHECK,
     check_engine_core,
     check_ranks,
     plan_digest,
+    require_checked,
     with_checked_engines,
 )
+from vllm_steer.serving.request_args import RejectedSteer
 
 
 def other_plan(plan: SteerPlan) -> SteerPlan:
@@ -108,6 +111,19 @@ def test_an_engine_core_checks_the_frontends_digest(plan: SteerPlan) -> None:
     for core_plan, message in ((other_plan(plan), "another steer plan"), (None, "no steer plan")):
         with pytest.raises(SteerError, match=f"{message}: start every node with the same"):
             check_engine_core(SimpleNamespace(vllm_config=config(core_plan)), digest)
+
+
+def test_a_headless_core_steers_for_a_frontend_that_has_asked_it_only(
+    plan: SteerPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = SimpleNamespace(vllm_config=config(plan))
+    monkeypatch.setenv(ACTIVE, "steering")
+    require_checked(core)
+    activate(HEADLESS)
+    with pytest.raises(RejectedSteer, match="frontend has no steer plan: start every node with"):
+        require_checked(core)
+    check_engine_core(core, plan_digest(plan))
+    require_checked(core)
 
 
 @pytest.mark.parametrize(
