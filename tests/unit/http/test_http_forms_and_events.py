@@ -1,6 +1,7 @@
 """The audio routes: vLLM's own routers behind the middleware, with a stand-in for the model."""
 
 import json
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +26,10 @@ class Audio:
         self.request: Any = None
 
     async def create_transcription(self, data: bytes, request: Any, raw_request: Any) -> Any:
-        from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+        from vllm.entrypoints.speech_to_text.transcription.api_router import ErrorResponse
 
         self.data, self.request = data, request
-        return ErrorResponse(error=ErrorInfo(message="reached", type="x", code=418))
+        return ErrorResponse(error={"message": "reached", "type": "x", "code": 418})
 
     create_translation = create_transcription
 
@@ -111,8 +112,6 @@ def test_a_steer_in_the_arguments_reaches_vllm(client: TestClient, audio: Audio)
 def test_a_steer_that_a_form_route_would_ignore_is_a_bad_request(
     client: TestClient, audio: Audio, path: str, fields: dict[str, str], param: str, message: str
 ) -> None:
-    import re
-
     reply = send(client, path, **fields)
     assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
