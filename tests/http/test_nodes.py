@@ -1,6 +1,7 @@
-"""Two nodes on loopback, one of which was started without the steer config."""
+"""Two nodes on loopback that do not have the same steer config."""
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,27 +18,63 @@ from server_process import (
 LIMIT_S = 300
 
 
-def test_a_node_without_the_steer_config_stops_the_start(tmp_path: Path) -> None:
-    config = write_config(tmp_path, random_steers())
+def other_plan(config: Path) -> Path:
+    """A config of the same steers with another default."""
+    path = config.with_name("other.yaml")
+    path.write_text(config.read_text() + "default: friendly\n")
+    return path
+
+
+def data_parallel(config: Path) -> dict[str, list[str]]:
+    """Two engines; the second one is not steered."""
     shared = [
         "--data-parallel-size=2",
         "--data-parallel-size-local=1",
         "--data-parallel-address=127.0.0.1",
         f"--data-parallel-rpc-port={free_port()}",
     ]
-    commands = {
+    return {
         "first": [*shared, f"--port={free_port()}", f"--steer-config={config}"],
         "second": [*shared, "--headless", "--data-parallel-start-rank=1"],
     }
+
+
+def tensor_parallel(config: Path) -> dict[str, list[str]]:
+    """Two ranks of one engine; the second one has another plan."""
+    shared = [
+        "--tensor-parallel-size=2",
+        "--nnodes=2",
+        "--master-addr=127.0.0.1",
+        f"--master-port={free_port()}",
+    ]
+    second = f"--steer-config={other_plan(config)}"
+    return {
+        "first": [*shared, "--node-rank=0", f"--port={free_port()}", f"--steer-config={config}"],
+        "second": [*shared, "--node-rank=1", "--headless", second],
+    }
+
+
+@pytest.mark.parametrize(
+    ("commands", "message"),
+    [
+        (data_parallel, "a data-parallel engine is not steered as this frontend is"),
+        (tensor_parallel, "ranks 1 and 0 have different steer plans"),
+    ],
+    ids=["data-parallel", "tensor-parallel"],
+)
+def test_a_node_with_another_steer_config_stops_the_start(
+    tmp_path: Path, commands: Callable[[Path], dict[str, list[str]]], message: str
+) -> None:
+    config = write_config(tmp_path, random_steers())
     nodes = {}
     try:
-        for name, options in commands.items():
+        for name, options in commands(config).items():
             with (tmp_path / name).open("wb") as log:
                 nodes[name] = subprocess.Popen(
                     serve_command(*options),
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=environment(),
+                    env=environment() | {"VLLM_HOST_IP": "127.0.0.1"},
                     start_new_session=True,
                 )
         try:
@@ -49,5 +86,4 @@ def test_a_node_without_the_steer_config_stops_the_start(tmp_path: Path) -> None
             end(node)
     assert code != 0
     log_text = (tmp_path / "first").read_text(errors="replace")
-    message = "a data-parallel engine is not steered as this frontend is"
     assert f"{message}: start every node with the same --steer-config" in log_text
