@@ -13,6 +13,10 @@ STRENGTH_REPORTS: Final = "reports"
 """The feature that reports strengths to the user."""
 STREAM_REQUESTS: Final = "streams"
 """The feature of streams of dynamic requests."""
+HEADLESS: Final = "headless"
+"""Not a feature: the engines of this node have their frontend on another one."""
+RUST_FRONTEND: Final = "VLLM_USE_RUST_FRONTEND"
+"""vLLM's own: its server is a Rust program, which runs no Python middleware."""
 
 
 def is_active(word: str) -> bool:
@@ -38,3 +42,8 @@ def always_self_tests() -> bool:
 
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() not in ("", "0", "false")
+
+
+def uses_rust_frontend() -> bool:
+    """Whether ``vllm serve`` of this environment answers HTTP by its Rust program."""
+    return os.environ.get(RUST_FRONTEND, "").strip() not in ("", "0")

@@ -15,12 +15,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_steer.environment import (
+    HEADLESS,
     STEERING,
     STREAM_REQUESTS,
     STRENGTH_REPORTS,
+    activate,
     is_active,
     is_disabled,
 )
+
+_RUN_BATCH = (
+    "__main__",
+    "vllm.entrypoints.launchers.run_batch",
+    "vllm.entrypoints.openai.run_batch",
+)
+"""Where ``vllm run-batch`` is, by version and by how it is started."""
 
 
 def register() -> None:
@@ -54,6 +63,7 @@ def _patch_steering() -> None:
 
     from vllm_steer.compat.patching import wrap
     from vllm_steer.serving.cache_key import with_steer_keys
+    from vllm_steer.serving.plan_agreement import CHECK, check_engine_core
 
     extra_keys = "generate_block_hash_extra_keys"
     # Imported by name where blocks are hashed for events: one wrapper under every name.
@@ -61,9 +71,45 @@ def _patch_steering() -> None:
     for module in (block_pool, sys.modules.get("vllm.v1.simple_kv_offload.manager")):
         if module is not None:
             setattr(module, extra_keys, getattr(kv_cache_utils, extra_keys))
+    _patch_run_batch()
     wrap(InputProcessor, "_validate_params", _with_admission, once=True)
     wrap(EngineCore, "preprocess_add_request", _with_engine_core_admission, once=True)
+    setattr(EngineCore, CHECK, check_engine_core)
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
+
+
+def _patch_receiving_frontend() -> None:
+    """Wrap what checks requests whose prompt another instance has computed."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.disaggregation import with_checked_kv
+
+    wrap(InputProcessor, "process_inputs", with_checked_kv, once=True)
+
+
+def _patch_data_parallel_frontend() -> None:
+    """Wrap what asks the engines of a data-parallel frontend for their plans."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.plan_agreement import with_checked_engines
+
+    wrap(AsyncLLM, "get_supported_tasks", with_checked_engines, once=True)
+
+
+def _patch_run_batch() -> None:
+    """Wrap what ``vllm run-batch`` does with a line, in the process that runs this command."""
+    for name in _RUN_BATCH:
+        module: Any = sys.modules.get(name)
+        if not hasattr(module, "BatchRequestInput"):
+            continue
+        from vllm_steer.compat.patching import wrap
+        from vllm_steer.serving import run_batch
+
+        wrap(module, "run_batch", run_batch.with_engine_config, once=True)
+        wrap(module, "run_request", run_batch.with_line, once=True)
+        module.BatchRequestInput = run_batch.with_steer_fields(module.BatchRequestInput)
 
 
 def _patch_reports() -> None:
@@ -95,12 +141,15 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     user_config = self.additional_config
     if not isinstance(user_config, Mapping) or user_config.get("steer") is None:
         return original(self, *args, **kwargs)
+    from vllm_steer.compat import options
     from vllm_steer.serving.activation import activate_steering
     from vllm_steer.serving.plan_transport import resolved_additional_config
     from vllm_steer.serving.startup_checks import check_engine
 
     resolved = resolved_additional_config(user_config)
     activate_steering(serves_dynamic=self.speculative_config is None)
+    if kwargs.get("headless"):
+        activate(HEADLESS)
     patch_active()
     self.additional_config = resolved
     try:
@@ -108,6 +157,10 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         self.additional_config = user_config
     check_engine(vllm_config)
+    if options.data_parallel_size(vllm_config) > 1:
+        _patch_data_parallel_frontend()
+    if options.kv_transfer_config(vllm_config) is not None:
+        _patch_receiving_frontend()
     return vllm_config
 
 

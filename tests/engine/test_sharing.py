@@ -54,6 +54,27 @@ def test_requests_with_and_without_a_lora_adapter_are_steered_alike(
         assert_guided(output, model, doses_of(setting, steers), steers)
 
 
+def test_reloaded_weights_are_steered_like_loaded_ones(llama: Path, tmp_path: Path) -> None:
+    """Directions at ``heads`` go through the attention's projection, whose weights change."""
+    steers = guidance_steers(HIDDEN, 2, HIDDEN)
+    before, after = load_reference(llama), load_reference(llama)
+    with torch.no_grad():
+        for layer in after.model.layers:
+            layer.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj.weight.flip(0))
+    settings: tuple[Any, ...] = ({"steps": 3.0}, {"push": 1.0, "steps": -2.0}, {})
+    after.float().save_pretrained(tmp_path / "after")
+    after = load_reference(tmp_path / "after")
+    with engine(llama, steer_config(steers, tmp_path / "steers")) as llm:
+        for model in (before, after):
+            if model is after:
+                path = str(tmp_path / "after")
+                llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+                llm.reset_prefix_cache()
+            outputs = llm.generate(prompts(len(settings)), greedy(settings), use_tqdm=False)
+            for output, setting in zip(outputs, settings, strict=True):
+                assert_guided(output, model, doses_of(setting, steers), steers)
+
+
 def test_the_default_steers_requests_without_a_steer_and_none_overrides_it(
     llama: Path, steers: dict[str, Any], tmp_path: Path
 ) -> None:

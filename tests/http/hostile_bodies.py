@@ -238,7 +238,7 @@ def other_routes() -> Iterator[Kind]:
         for steer in ("a:1", 5):
             body = {**BASE, "messages": CONVERSATION, "steer": steer}
             yield Kind(f"route{path}/{steer}", SAME, dump(body), path)
-    for path in ("/inference/v1/generate", "/generative_scoring"):
+    for path in ("/inference/v1/generate", "/generative_scoring"):  # the first lacks its parameters
         for fields in (
             {"steer": "a:1"},
             {"vllm_xargs": {"steer": "a"}},

@@ -147,6 +147,35 @@ def test_each_request_of_a_mixed_batch_equals_hugging_face(server: Any, http: ht
         assert tokens == expected[len(prompt) :], doses
 
 
+@pytest.mark.parametrize(
+    ("fields", "extra_args", "doses"),
+    [
+        ({}, None, {}),
+        ({"steer": {"a": 3}}, None, {"a": 3}),
+        ({}, {"steer": {"a": 3}}, {"a": 3}),
+        ({"model": f"{BASE}:friendly"}, {"x": 1}, {"a": 3}),
+    ],
+    ids=["none", "field", "extra-args", "preset"],
+)
+def test_the_token_route_steers(
+    http: httpx.Client,
+    fields: dict[str, Any],
+    extra_args: dict[str, Any] | None,
+    doses: dict[str, Any],
+) -> None:
+    prompt = [1, 47, 61, 90]
+    params = {
+        "temperature": 0,
+        "max_tokens": NEW_TOKENS,
+        "ignore_eos": True,
+        "extra_args": extra_args,
+    }
+    body = {"model": BASE, "token_ids": prompt, "sampling_params": params, **fields}
+    reply = http.post("/inference/v1/generate", json=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["token_ids"] == token_ids(http, prompt, doses)
+
+
 def test_a_batch_of_prompts_in_one_request_is_steered_as_a_whole(client: openai.OpenAI) -> None:
     response = client.completions.create(
         model=BASE, prompt=[PROMPT] * 3, extra_body={"steer": "a:3"}, **GREEDY

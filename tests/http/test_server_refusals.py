@@ -152,10 +152,14 @@ def test_a_route_that_generates_nothing_answers_as_vllm(
     assert steered.status_code == plain.status_code
 
 
-def test_a_steer_that_the_token_route_ignores_is_a_bad_request(http: httpx.Client) -> None:
+def test_the_token_route_names_the_field_at_fault(http: httpx.Client) -> None:
     body = {"model": BASE, "token_ids": [1, 5], "sampling_params": {"max_tokens": 2}}
-    reply = http.post("/inference/v1/generate", json={**body, "steer": "a:3"})
-    assert_refusal(reply, "this route does not support steering; remove the steer")
+    reply = http.post("/inference/v1/generate", json={**body, "steer": "happy:3"})
+    assert_refusal(reply, "steer 'happy' is unknown")
+    extra_args = {"steer": {"d": {"strength": "dynamic", "max": 2}}}  # refused by admission
+    params = {"max_tokens": 2, "prompt_logprobs": 1, "extra_args": extra_args}
+    reply = http.post("/inference/v1/generate", json={**body, "sampling_params": params})
+    assert_refusal(reply, "prompt_logprobs", "sampling_params.extra_args.steer")
 
 
 def test_a_route_that_generates_nothing_still_serves(http: httpx.Client) -> None:

@@ -71,6 +71,21 @@ def fill_layer_bank(
     return LayerBank(tuple(tables))
 
 
+def project_again(table: SiteTable, steers: Mapping[str, GuidanceSteer], project: Project) -> None:
+    """Write the directions of ``steers``, those at ``heads``, into their table again.
+
+    For a model whose weights have changed; the buffers stay the same. Raises ``SteerError`` for one
+    whose projection is beyond the range of the model's dtype.
+    """
+    vectors = table.directions.vectors
+    for name, steer in steers.items():
+        start = table.entries[name].start
+        for layer in sorted(set(steer.layers) & set(table.layers)):
+            rows = project(layer, _rows(steer, layer).to(vectors.device, torch.float32))
+            _check_range(name, layer, rows)
+            vectors[table.layers.index(layer), start : start + rows.shape[0]] = rows
+
+
 def _table(
     site: str,
     steers: Mapping[str, GuidanceSteer],

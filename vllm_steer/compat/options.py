@@ -103,9 +103,7 @@ enable_hc_sp: Final = Option(
 pipeline_parallel_size: Final = Option(
     "parallel_config", "ParallelConfig", "pipeline_parallel_size", 1, "dynamic strength"
 )
-data_parallel_size: Final = Option(
-    "parallel_config", "ParallelConfig", "data_parallel_size", 1, "dynamic strength"
-)
+data_parallel_size: Final = Option("parallel_config", "ParallelConfig", "data_parallel_size", 1)
 
 max_num_seqs: Final = Option("scheduler_config", "SchedulerConfig", "max_num_seqs")
 max_num_batched_tokens: Final = Option(

@@ -1,6 +1,6 @@
 """Admission: checks a request in the frontend, and again in the engine core."""
 
-from typing import Any
+from typing import Any, Final
 
 from vllm_steer.doses import Dose, is_dynamic
 from vllm_steer.plan import SteerPlan
@@ -19,14 +19,18 @@ from vllm_steer.serving.request_args import (
     wants_strengths,
 )
 
+_NO_STEER: Final[tuple[Any, ...]] = (None, "none", "", {})
+
 
 def admit(params: Any, vllm_config: Any) -> tuple[Dose, ...]:
     """The doses of a request, from its ``steer`` value or the config's default.
 
-    Raises ``RejectedSteer`` if the request cannot be served with these doses.
+    Raises ``RejectedSteer`` if the request cannot be served with these doses. An engine without a
+    steer config has none; it is asked where another engine of its process has one.
     """
     plan = plan_of(vllm_config)
     if plan is None:
+        _check_asks_for_none(params)
         return ()
     with rejecting(STREAM):
         if argument(params, STREAM) is not None:
@@ -43,6 +47,14 @@ def admit(params: Any, vllm_config: Any) -> tuple[Dose, ...]:
         with rejecting(STRENGTHS):
             check_available(f"remove {STRENGTHS}")
     return doses
+
+
+def _check_asks_for_none(params: Any) -> None:
+    if argument(params, STEER) not in _NO_STEER:
+        raise RejectedSteer(
+            "this engine was started without a steer config, so no steer can act; start it with "
+            "--steer-config, or remove the steer"
+        )
 
 
 def _check_dynamic(doses: tuple[Dose, ...], params: Any, plan: SteerPlan, vllm_config: Any) -> None:

@@ -43,12 +43,12 @@ def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str 
 
     A steer at the head acts after the last layer: its requests share blocks with all others.
     """
-    prompt_len = _prompt_len(request)
+    num_tokens = prompt_len(request)
     keys = [
         key
         for dose in doses
         if not acts_at_head(plan.steers[dose.steer])
-        for key in _keys(dose, plan.steers[dose.steer], prompt_len, request)
+        for key in _keys(dose, plan.steers[dose.steer], num_tokens, request)
     ]
     if not keys:
         user_salt: str | None = request.cache_salt
@@ -91,14 +91,14 @@ def _plain(key: Any) -> Any:
     return str(key) if isinstance(key, SteeredSalt) else key
 
 
-def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int, request: Any) -> Iterator[BlockKey]:
+def _keys(dose: Dose, steer: PlannedSteer, num_prompt: int, request: Any) -> Iterator[BlockKey]:
     """Where KV begins to depend on a dose, and where it begins to depend on its end.
 
     Phase ``text`` is ``all`` up to the first placeholder after that, and steers no token that it
     leaves out. Which tokens these are follows from what vLLM keys by itself: the tokens, and each
     image, audio or video with its place.
     """
-    first, last = token_span(dose, steer.steps, prompt_len)
+    first, last = token_span(dose, steer.steps, num_prompt)
     if first >= last:
         return
     if dose.dynamic:
@@ -107,12 +107,12 @@ def _keys(dose: Dose, steer: PlannedSteer, prompt_len: int, request: Any) -> Ite
         yield BlockKey(first, _digest(dose, steer, first, *request_parts))
         return
     if dose.phase == "text" and steer.steps is None:
-        bounds = placeholder_bounds([dose], request.mm_features, prompt_len)
+        bounds = placeholder_bounds([dose], request.mm_features, num_prompt)
         first, left_out = _text_start(bounds)
         if left_out is not None:
             yield BlockKey(left_out, _digest(dose, steer, first, "text"))
     yield BlockKey(first, _digest(dose, steer, first))
-    if steer.steps is None and last <= prompt_len:
+    if steer.steps is None and last <= num_prompt:
         yield BlockKey(last, _digest(dose, steer, first, last))
 
 
@@ -138,6 +138,7 @@ def _digest(dose: Dose, steer: PlannedSteer, *more: int | float | str) -> str:
     return hashlib.sha256(json.dumps(effect).encode()).hexdigest()[:32]
 
 
-def _prompt_len(request: Any) -> int:
+def prompt_len(request: Any) -> int:
+    """Tokens of a request's prompt."""
     ids = request.prompt_token_ids
     return len(ids) if ids is not None else int(request.prompt_embeds.shape[0])

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 from vllm_steer.config import SteerConfig
+from vllm_steer.environment import RUST_FRONTEND, uses_rust_frontend
 from vllm_steer.errors import SteerError
 from vllm_steer.serving.activation import activate_steering
 
@@ -58,16 +59,26 @@ def fold(namespace: argparse.Namespace) -> None:
     elif additional_config.get("steer") is None:
         return
     config = SteerConfig.load(namespace.additional_config["steer"])
+    if hasattr(namespace, "middleware") and uses_rust_frontend():
+        raise SteerError(
+            f"{RUST_FRONTEND} is set, and vLLM's Rust frontend does not run the middleware that "
+            f"reads a steer over HTTP; unset {RUST_FRONTEND}, or serve without a steer config"
+        )
     # Before vLLM starts a fork server, whose children have the environment of its start.
     activate_steering(serves_dynamic=getattr(namespace, "speculative_config", None) is None)
-    if hasattr(namespace, "middleware"):
+    if hasattr(namespace, "middleware") and MIDDLEWARE not in namespace.middleware:
+        namespace.middleware = [*namespace.middleware, MIDDLEWARE]
+    if hasattr(namespace, "middleware") or _runs_batch(namespace):
         _serve_presets(namespace, config)
 
 
+def _runs_batch(namespace: argparse.Namespace) -> bool:
+    """True for the command ``run-batch``."""
+    return hasattr(namespace, "input_file") and hasattr(namespace, "output_file")
+
+
 def _serve_presets(namespace: argparse.Namespace, config: SteerConfig) -> None:
-    """List ``BASE:preset`` beside each served name, and add the middleware that reads it."""
-    if MIDDLEWARE not in namespace.middleware:
-        namespace.middleware = [*namespace.middleware, MIDDLEWARE]
+    """List ``BASE:preset`` beside each served name."""
     if not config.presets:
         return
     model = getattr(namespace, "model_tag", None) or namespace.model

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vllm_steer.bank import SiteTable, fill_layer_bank
-from vllm_steer.bank.layers import GuidanceSteer
+from vllm_steer.bank.layers import GuidanceSteer, project_again
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice
 from vllm_steer.families import Family, decoder_layers, submodule
@@ -27,11 +27,20 @@ _PADDING = 512  # more than vLLM pads a batch by
 
 
 class SteeredLayers:
-    """The guided sites of one rank's layers."""
+    """The guided sites of one rank's layers.
 
-    def __init__(self, sites: tuple[SteeredSite, ...], known: ModelSites) -> None:
+    ``at_heads`` are the steers whose directions were projected through the model's weights.
+    """
+
+    def __init__(
+        self,
+        sites: tuple[SteeredSite, ...],
+        known: ModelSites,
+        at_heads: Mapping[str, GuidanceSteer],
+    ) -> None:
         self.sites = sites
         self._known = known
+        self._at_heads = at_heads
 
     def attach(self, model: nn.Module, forward_context: dict[str, Any], num_layers: int) -> None:
         """Hook the model's modules and enter their places where the forward context finds them.
@@ -71,6 +80,15 @@ class SteeredLayers:
         if site.table.site == "resid":
             return Place(layer, is_pair=family.stream == "pair")
         return Place(_module(layer, family, site.table), is_pair=False)
+
+    def project_again(self, model: nn.Module, num_layers: int, dtype: torch.dtype) -> None:
+        """Project the directions at ``heads`` through the weights that the model has now."""
+        if not self._at_heads:
+            return
+        project = projections(decoder_layers(model, num_layers), self._known.families, dtype)
+        for site in self.sites:
+            if site.table.site == "heads":
+                project_again(site.table, self._at_heads, project)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the sites run on, for streams in ``dtype``."""
@@ -118,7 +136,8 @@ def steered_layers(
         SteeredSite(table, backend, max_doses=max_doses, max_tokens=tokens, device=device)
         for table in bank.tables
     )
-    return SteeredLayers(sites, known) if sites else None
+    at_heads = {name: steer for name, steer in steers.items() if steer.site == "heads"}
+    return SteeredLayers(sites, known, at_heads) if sites else None
 
 
 def _max_tokens(vllm_config: Any) -> int:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.doses import is_dynamic
-from vllm_steer.serving.admission import admit_and_set_cache_key
+from vllm_steer.serving.admission import admit, admit_and_set_cache_key
+from vllm_steer.serving.disaggregation import check_received_kv, send_digests
+from vllm_steer.serving.plan_agreement import require_checked
 from vllm_steer.serving.plan_transport import plan_of
 
 
@@ -15,9 +17,14 @@ def preprocess_request(original: Callable[..., Any], core: Any, request: Any) ->
     """
     plan = plan_of(core.vllm_config)
     if plan is None or request.sampling_params is None:
+        admit(request.sampling_params, core.vllm_config)
         return original(core, request)
     salt = request.cache_salt
     doses = admit_and_set_cache_key(request, core.vllm_config)
+    if doses:
+        require_checked(core)
+    send_digests(core)
+    check_received_kv(request, plan)
     if not is_dynamic(doses):
         return original(core, request)
     from vllm_steer.serving.dynamic.stream_requests import preprocess_dynamic

@@ -20,6 +20,7 @@ from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.model_sites import ModelSites, SiteReport, model_sites
+from vllm_steer.serving.plan_agreement import check_ranks
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.runners import attach_runner
 from vllm_steer.serving.startup_checks import can_be_dynamic
@@ -33,12 +34,15 @@ _UNSTEERED = f"requests would run unsteered; {version_advice()}"
 def steer_worker(worker: Any) -> None:
     """Wrap one worker's start-up if its engine has a plan; otherwise leave it as it is.
 
+    Raises ``SteerError`` if another rank has another plan or none.
+
     The banks are filled when ``load_model`` returns: outside vLLM's pool for model weights, which
     sleep mode may drop, and before the memory profile that sizes the KV cache.
     """
     plan = plan_of(worker.vllm_config)
     if plan is None:
         return
+    check_ranks(plan)
     steering = _WorkerSteering(worker, plan)
     worker.steer_sites = steering.steer_sites
     wrap(worker, "load_model", functools.partial(_call_after, steering.after_load))
@@ -47,6 +51,8 @@ def steer_worker(worker: Any) -> None:
         "compile_or_warm_up_model",
         functools.partial(_call_after, steering.verify_sites_reached),
     )
+    for name in ("reload_weights", "finish_weight_update"):
+        wrap(worker, name, functools.partial(_call_after, steering.after_new_weights))
 
 
 class _WorkerSteering:
@@ -89,9 +95,31 @@ class _WorkerSteering:
                 v2=options.use_v2_model_runner(config),
                 runs_decoder=not options.encodes_only(config),
             )
+        else:
+            self.after_new_weights()
         runner.model_memory_usage = getattr(runner, "model_memory_usage", 0) + self._num_bytes
         if self._head is not None:
             self._head.attach(model)
+
+    def after_new_weights(self) -> None:
+        """Project what was projected through the old weights again.
+
+        Raises ``SteerError`` if that fails; each step of the runner then raises it, too.
+        """
+        if self._layers is None:
+            return
+        runner, config = self._worker.model_runner, self._worker.vllm_config
+        try:
+            self._layers.project_again(
+                runner.get_model(), options.num_layers(config), options.dtype(config)
+            )
+        except Exception as error:
+            message = (
+                f"the weights have changed, and the steers at heads cannot follow: {error}; "
+                "restart the engine with steers that fit the new weights"
+            )
+            wrap(runner, "execute_model", functools.partial(_fail, message))
+            raise SteerError(message) from error
 
     def _make(self, model: Any) -> None:
         """Create banks and batch if this rank has a site of a steer."""
@@ -222,3 +250,7 @@ def _call_after(act: Callable[[], None], original: Any, *args: Any, **kwargs: An
     result = original(*args, **kwargs)
     act()
     return result
+
+
+def _fail(message: str, *_args: Any, **_kwargs: Any) -> Any:
+    raise SteerError(message)

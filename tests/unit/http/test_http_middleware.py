@@ -147,18 +147,72 @@ def test_routes_that_generate_take_a_steer(plan: Any, path: str) -> None:
 def test_a_route_that_cannot_carry_a_steer_refuses_every_form_of_request(
     plan: Any, fields: dict[str, Any]
 ) -> None:
-    """vLLM's token route generates and has no ``vllm_xargs``: a steer would be lost."""
-    inside, replies = run(plan, [dump(fields)], path="/inference/v1/generate")
+    """A route that generates and has no ``vllm_xargs``: a steer would be lost."""
+    inside, replies = run(plan, [dump(fields)], path="/generative_scoring")
     assert inside.scope is None
     assert replies[0]["status"] == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "extra_args"),
+    [
+        ({"steer": "a:3"}, {"steer": "a:3"}),
+        ({"steer": {"a": 3}, "steer_strengths": True}, {"steer": '{"a": 3}'}),
+        ({"model": "base:friendly"}, {"steer": "friendly"}),
+        ({"model": "base:friendly", "steer": "none"}, {"steer": "none"}),
+    ],
+    ids=["field", "object", "preset-model", "overridden-preset"],
+)
+@pytest.mark.parametrize("params", [{}, {"max_tokens": 2, "extra_args": {"x": 1}}], ids=str)
+def test_the_token_route_gets_a_steer_in_its_extra_args(
+    plan: Any, fields: dict[str, Any], extra_args: dict[str, Any], params: dict[str, Any]
+) -> None:
+    body = {"token_ids": [1], "sampling_params": params, **fields}
+    inside, _ = run(plan, [dump(body)], path="/inference/v1/generate")
+    passed = load(inside.body)["sampling_params"]
+    passed["extra_args"].pop("steer_strengths", None)
+    assert passed == {**params, "extra_args": {**params.get("extra_args", {}), **extra_args}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"vllm_xargs": {"steer": "a:3"}}, "vllm_xargs.steer", "or in sampling_params.extra_args"),
+        ({"steer": "z:3"}, "steer", "steer 'z' is unknown"),
+        ({"steer": "a", "sampling_params": 5}, "sampling_params", "expected an object"),
+        ({"steer": "a", "sampling_params": None}, "sampling_params", "is missing"),
+        (
+            {"steer": "a", "sampling_params": {"extra_args": {"steer": "a"}}},
+            "steer",
+            "both as a field and in sampling_params.extra_args",
+        ),
+        (
+            {"steer": "a", "sampling_params": {"extra_args": "x"}},
+            "sampling_params.extra_args",
+            "expected an object",
+        ),
+        (
+            {"sampling_params": {"steer": "a"}},
+            "sampling_params.steer",
+            "or in sampling_params.extra_args",
+        ),
+    ],
+)
+def test_the_token_route_refuses_a_steer_that_it_cannot_carry(
+    plan: Any, fields: dict[str, Any], param: str, message: str
+) -> None:
+    body = {"token_ids": [1], "sampling_params": {}, **fields}
+    inside, (_, reply) = run(plan, [dump(body)], path="/inference/v1/generate")
+    assert inside.scope is None
+    error = json.loads(reply["body"])["error"]
+    assert error["param"] == param
+    assert message in error["message"]
 
 
 REFUSAL = "steer: this route does not support steering; remove the steer and name the base model"
 
 
-@pytest.mark.parametrize(
-    "path", ["/inference/v1/generate", "/generative_scoring", "/prefix/v1/chat/completions/render"]
-)
+@pytest.mark.parametrize("path", ["/generative_scoring", "/prefix/v1/chat/completions/render"])
 def test_a_refusal_is_an_openai_error_and_does_not_reach_the_application(
     plan: Any, path: str
 ) -> None:

@@ -47,6 +47,41 @@ def test_a_request_that_cannot_be_served_raises_vllms_validation_error_and_ours(
     assert caught.value.parameter == "vllm_xargs.steer"
 
 
+@pytest.mark.parametrize("steer", ["a:1", {"a": 1}, 5, "friendly"], ids=repr)
+@pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}], ids=repr)
+def test_an_engine_without_a_steer_config_refuses_a_steer(
+    steer: Any, additional_config: Any
+) -> None:
+    """Where another engine of the process has one; else nothing of vLLM is wrapped."""
+    from vllm_steer.serving.admission import admit
+    from vllm_steer.serving.preprocessing import preprocess_request
+    from vllm_steer.serving.request_args import RejectedSteer
+
+    core = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=additional_config))
+    asking = SimpleNamespace(extra_args={"steer": steer})
+    request = SimpleNamespace(sampling_params=asking)
+    for call in (
+        lambda: admit(asking, core.vllm_config),
+        lambda: preprocess_request(lambda core, request: "added", core, request),
+    ):
+        with pytest.raises(RejectedSteer, match="started without a steer config"):
+            call()
+
+
+@pytest.mark.parametrize("steer", [None, "none", "", {}], ids=repr)
+def test_an_engine_without_a_steer_config_serves_other_requests(steer: Any) -> None:
+    from vllm_steer.serving.preprocessing import preprocess_request
+
+    core = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
+    for params in (
+        None,
+        SimpleNamespace(extra_args=None),
+        SimpleNamespace(extra_args={"steer": steer}),
+    ):
+        request = SimpleNamespace(sampling_params=params)
+        assert preprocess_request(lambda core, request: "added", core, request) == "added"
+
+
 def test_a_rejection_can_be_pickled_between_processes() -> None:
     import pickle
 

@@ -222,7 +222,8 @@ def test_only_the_engine_may_mark_a_request_as_a_stream(steer: str | None) -> No
     ):
         with pytest.raises(RejectedSteer, match=f"{STREAM} is given and is reserved .*; remove it"):
             call()
-    admit(forged, SimpleNamespace(additional_config=None))
+    unsteered = params("none", extra={STREAM: StreamRequest("other", INSIDE, 0).to_args()})
+    admit(unsteered, SimpleNamespace(additional_config=None))
 
 
 @pytest.mark.parametrize(

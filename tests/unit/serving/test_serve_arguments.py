@@ -98,3 +98,18 @@ def test_later_processes_of_vllm_get_the_steer_config(parse: Any) -> None:
     assert os.environ[environment.ACTIVE] == ""
     parse("model", "--steer-config=STEERS")
     assert os.environ[environment.ACTIVE] == "steering,reports,streams"
+
+
+@pytest.mark.parametrize("value", ["1", "2", " 1"])
+def test_the_rust_frontend_is_refused_for_a_steered_server(
+    parse: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
+    assert parse("model").additional_config == {}
+    with pytest.raises(SystemExit):
+        parse("model", "--steer-config=STEERS")
+    assert "unset VLLM_USE_RUST_FRONTEND, or serve without a steer config" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    assert parse("model", "--steer-config=STEERS").middleware == [MIDDLEWARE]

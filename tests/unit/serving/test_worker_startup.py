@@ -11,7 +11,7 @@ import vllm.distributed.parallel_state
 from guidance import vector
 from torch import nn
 
-from vllm_steer import SteerConfig, SteerError, save_steer
+from vllm_steer import DeltaSteer, SteerConfig, SteerError, save_steer
 from vllm_steer.compat.options import encodes_only
 from vllm_steer.families import Family
 from vllm_steer.plan import SteerPlan
@@ -143,6 +143,8 @@ def worker_of(plan: SteerPlan, runner: Any, monkeypatch: pytest.MonkeyPatch) -> 
         model_runner=runner,
         load_model=runner.load_model,
         compile_or_warm_up_model=lambda: None,
+        reload_weights=lambda: None,
+        finish_weight_update=lambda: None,
     )
     steer_worker(worker)
     return worker
@@ -177,6 +179,73 @@ def test_the_banks_count_as_model_memory_on_every_load(
     for _ in range(2):
         worker.load_model()
         assert runner.model_memory_usage == 100 + low_rank + directions + token_map
+
+
+class AttentionModel(Model):
+    """Layers with an attention that has an output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.model.layers:
+            layer.self_attn = nn.Module()
+            layer.self_attn.o_proj = nn.Linear(WIDTH, WIDTH)
+
+
+@pytest.fixture
+def heads_plan(tmp_path: Path) -> tuple[SteerPlan, torch.Tensor]:
+    """A delta at ``heads`` of layer 1, and its values ``[steps, width]``."""
+    values = torch.randn(3, 1, WIDTH, generator=torch.Generator().manual_seed(0))
+    save_steer(DeltaSteer(delta=values, layers=(1,), site="heads"), tmp_path / "d.safetensors")
+    config = {"steers": {"d": {"path": str(tmp_path / "d.safetensors")}}}
+    return SteerPlan.of(SteerConfig.load(config)), values[:, 0]
+
+
+def heads_worker(plan: SteerPlan, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[Any]]:
+    """A loaded worker, the projection of layer 1, and the tables of its sites."""
+    tables: list[Any] = []
+    make = serving_layers.SteeredSite
+
+    def keep_table(table: Any, *args: Any, **kwargs: Any) -> Any:
+        tables.append(table)
+        return make(table, *args, **kwargs)
+
+    monkeypatch.setattr(serving_layers, "SteeredSite", keep_table)
+    runner = V2Runner()
+    runner.model = AttentionModel()
+    worker = worker_of(plan, runner, monkeypatch)
+    worker.load_model()
+    layer: Any = runner.model.model.layers[1]
+    return worker, layer.self_attn.o_proj, tables
+
+
+@pytest.mark.parametrize("road", ["reload_weights", "finish_weight_update", "load_model"])
+def test_directions_at_heads_follow_new_weights_in_the_same_buffer(
+    heads_plan: tuple[SteerPlan, torch.Tensor], monkeypatch: pytest.MonkeyPatch, road: str
+) -> None:
+    plan, delta = heads_plan
+    worker, projection, (table,) = heads_worker(plan, monkeypatch)
+    address = table.directions.vectors.data_ptr()
+    for scale in (1.0, -2.0):
+        with torch.no_grad():
+            projection.weight.copy_(scale * torch.eye(WIDTH))
+            projection.bias.fill_(scale)
+        getattr(worker, road)()
+        torch.testing.assert_close(table.directions.vectors[0, 1:], scale * delta)
+    assert not table.directions.vectors[0, 0].any()
+    assert table.directions.vectors.data_ptr() == address
+
+
+def test_new_weights_that_the_directions_cannot_follow_stop_the_engine(
+    heads_plan: tuple[SteerPlan, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, projection, _ = heads_worker(heads_plan[0], monkeypatch)
+    with torch.no_grad():
+        projection.weight.fill_(torch.inf)
+    message = "the weights have changed, and the steers at heads cannot follow: steer d has values"
+    with pytest.raises(SteerError, match=message):
+        worker.reload_weights()
+    with pytest.raises(SteerError, match=message):
+        worker.model_runner.execute_model(scheduled())
 
 
 def test_a_step_that_bypasses_the_wrapped_input_preparation_is_an_error(

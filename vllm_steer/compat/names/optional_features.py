@@ -1,6 +1,40 @@
 """Names that single features need: some sites, HTTP, LoRA, commands."""
 
-from vllm_steer.compat.vllm_name import vllm_names
+from collections.abc import Iterator
+
+from vllm_steer.compat.vllm_name import VllmName, vllm_names
+
+
+def _run_batch(module: str, **versions: str) -> Iterator[VllmName]:
+    """The names of ``vllm run-batch``, which has moved."""
+    yield from vllm_names(
+        module,
+        "run_batch",
+        "wrapped",
+        "HTTP",
+        "the plan of the engine that runs a batch file",
+        process="frontend",
+        **versions,
+    )
+    yield from vllm_names(
+        module,
+        "run_request",
+        "wrapped",
+        "HTTP",
+        "a line of a batch file that is steered or refused",
+        process="frontend",
+        **versions,
+    )
+    yield from vllm_names(
+        module,
+        "BatchRequestInput",
+        "subclassed",
+        "HTTP",
+        "steer fields of a line are moved before it is parsed",
+        process="a subclass",
+        **versions,
+    )
+
 
 OTHER = (
     *vllm_names("vllm", "LLM SamplingParams", "called", "command line tools"),
@@ -123,4 +157,7 @@ OTHER = (
         "command line tools",
     ),
     *vllm_names("vllm.platforms", "current_platform", "called", "command line tools"),
+    *vllm_names("vllm.engine.protocol:EngineClient", "vllm_config", "read", "HTTP"),
+    *_run_batch("vllm.entrypoints.openai.run_batch", until="0.29"),
+    *_run_batch("vllm.entrypoints.launchers.run_batch", since="0.29"),
 )

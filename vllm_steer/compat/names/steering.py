@@ -87,6 +87,13 @@ OTHER = (
         "proof that every site is reached",
     ),
     *vllm_names(
+        "vllm.v1.worker.gpu_worker:Worker",
+        "reload_weights finish_weight_update",
+        "wrapped",
+        "steering",
+        "directions at heads follow the model's weights",
+    ),
+    *vllm_names(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "execute_model sample_tokens",
         "wrapped",
@@ -125,6 +132,34 @@ OTHER = (
         "steering",
         "the rows of a step",
         process="V2",
+    ),
+    *vllm_names(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "get_supported_tasks",
+        "wrapped",
+        "steering",
+        "data-parallel engines must have the frontend's plan",
+        process="frontend",
+    ),
+    *vllm_names("vllm.v1.engine.async_llm:AsyncLLM", "engine_core vllm_config", "read", "steering"),
+    *vllm_names(
+        "vllm.v1.engine.core_client:AsyncMPClient", "call_utility_async", "called", "steering"
+    ),
+    *vllm_names(
+        "vllm.v1.core.sched.scheduler:Scheduler",
+        "_connector_finished",
+        "wrapped",
+        "steering",
+        "a digest of the steers in KV that is handed to another instance",
+        process="the instance",
+    ),
+    *vllm_names(
+        "vllm.v1.engine.input_processor:InputProcessor",
+        "process_inputs",
+        "wrapped",
+        "steering",
+        "a prompt that another instance has computed is steered as the request asks",
+        process="frontend",
     ),
     *vllm_names(
         "vllm.exceptions",

@@ -11,6 +11,8 @@ body without steering arguments on in its original chunks.
     json_members       extracts some members of a JSON body
     misspelled_fields  rejects misspelled field names
     body_rewrite       the members that are appended to the body
+    forms              multipart forms, checked as they pass
+    realtime           events of a websocket
     bad_request        HTTP 400 responses
 """
 

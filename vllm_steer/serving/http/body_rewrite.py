@@ -68,7 +68,7 @@ def rewrite(body: Members, plan: SteerPlan, route: Route, vllm_config: Any = Non
     inside = _ARGUMENT_READER.read(arguments_json)
     check_names(body, inside, route)
     if route.has_extra_args:
-        _check_extra_args(extra_args_of(body), plan, vllm_config)
+        return _rewrite_extra_args(body, inside, plan, vllm_config)
     fields = _steer_fields(body, inside, plan)
     if not fields and inside.get(STREAM, NULL) == NULL:
         return Rewrite()
@@ -81,15 +81,39 @@ def rewrite(body: Members, plan: SteerPlan, route: Route, vllm_config: Any = Non
     return Rewrite(_new_members(arguments_json, arguments, fields), reports, sent)
 
 
-def _check_extra_args(members: Members, plan: SteerPlan, vllm_config: Any) -> None:
-    """Check arguments that vLLM passes on unchanged. Raises ``BadRequest`` as admission would."""
-    parameters = {name: f"{EXTRA_ARGS}.{name}" for name in FIELDS}
-    fields = {
-        name: SteerField(parameter, members[name])
-        for name, parameter in parameters.items()
-        if members.get(name, NULL) != NULL
+def _rewrite_extra_args(
+    body: Members, inside: Members, plan: SteerPlan, vllm_config: Any
+) -> Rewrite:
+    """The rewrite of a body whose ``sampling_params.extra_args`` reach the engine unchanged."""
+    for name in (*FIELDS, STREAM):
+        if inside.get(name, NULL) != NULL:
+            raise BadRequest(
+                f"{ARGUMENTS}.{name} is not read on this route; use {name} in the body itself, or "
+                f"in {EXTRA_ARGS}",
+                f"{ARGUMENTS}.{name}",
+            )
+    extra_args_json, extra_args = extra_args_of(body)
+    fields = _steer_fields(body, extra_args, plan, place=EXTRA_ARGS)
+    _check_given_once(fields, extra_args, EXTRA_ARGS)
+    arguments = _checked_arguments(fields, body, extra_args, plan, vllm_config, place=EXTRA_ARGS)
+    reports = parse_boolean(arguments.get(STRENGTHS))
+    sent = {name: field.parameter for name, field in fields.items()}
+    moved = {
+        name: value
+        for name, value in arguments.items()
+        if fields[name].parameter != f"{EXTRA_ARGS}.{name}"
     }
-    _checked_arguments(fields, {}, members, plan, vllm_config, place=EXTRA_ARGS)
+    params_json = body.get("sampling_params", NULL)
+    if not moved:
+        return Rewrite(reports=reports, fields=sent)
+    if params_json == NULL:
+        raise BadRequest("sampling_params is missing; expected an object", "sampling_params")
+    _check_object("sampling_params", params_json)
+    _check_object(EXTRA_ARGS, extra_args_json)
+    added = b'"extra_args": ' + _with_members(extra_args_json, json.dumps(moved).encode()[1:-1])
+    params = _with_members(params_json, added)
+    members = _nulls(fields) + b', "sampling_params": ' + params
+    return Rewrite(members, reports, sent)
 
 
 def preset_of(model: Any, plan: SteerPlan) -> str | None:
@@ -98,11 +122,13 @@ def preset_of(model: Any, plan: SteerPlan) -> str | None:
     return name if name in plan.presets else None
 
 
-def _steer_fields(body: Members, inside: Members, plan: SteerPlan) -> dict[str, SteerField]:
+def _steer_fields(
+    body: Members, inside: Members, plan: SteerPlan, *, place: str = ARGUMENTS
+) -> dict[str, SteerField]:
     fields = {}
     for name in FIELDS:
         if inside.get(name, NULL) != NULL:
-            fields[name] = SteerField(f"{ARGUMENTS}.{name}", inside[name])
+            fields[name] = SteerField(f"{place}.{name}", inside[name])
         if body.get(name, NULL) != NULL:
             fields[name] = SteerField(name, body[name])
     preset = preset_of(_short_value(body.get("model", NULL), _MAX_MODEL_BYTES), plan)
@@ -126,16 +152,19 @@ def _check_carried(
             "steer: this route does not support steering; remove the steer and name the base model",
             parameters[0],
         )
-    for name in FIELDS:
-        if name in parameters and inside.get(name, NULL) != NULL:
-            raise BadRequest(
-                f"{name} is given both as a field and in {ARGUMENTS}; give it once", name
-            )
-    arguments_json = body.get(ARGUMENTS, NULL)
-    if arguments_json != NULL and not arguments_json.startswith(b"{"):
-        raise BadRequest(
-            f"{ARGUMENTS} is {_described(arguments_json)}; expected an object", ARGUMENTS
-        )
+    _check_given_once(fields, inside, ARGUMENTS)
+    _check_object(ARGUMENTS, body.get(ARGUMENTS, NULL))
+
+
+def _check_given_once(fields: dict[str, SteerField], inside: Members, place: str) -> None:
+    for name, field in fields.items():
+        if field.parameter == name and inside.get(name, NULL) != NULL:
+            raise BadRequest(f"{name} is given both as a field and in {place}; give it once", name)
+
+
+def _check_object(name: str, text: bytes) -> None:
+    if text != NULL and not text.startswith(b"{"):
+        raise BadRequest(f"{name} is {_described(text)}; expected an object", name)
 
 
 def _checked_arguments(
@@ -206,12 +235,20 @@ def _new_members(
     arguments_json: bytes, arguments: dict[str, Any], fields: dict[str, SteerField]
 ) -> bytes:
     """The new members: ``vllm_xargs`` with the arguments added, and null for the moved fields."""
-    existing = b"" if arguments_json == NULL else arguments_json[1:-1].strip()
-    added = json.dumps(arguments).encode()
-    written = b"{" + existing + b", " + added[1:] if existing else added
+    written = _with_members(arguments_json, json.dumps(arguments).encode()[1:-1])
+    return _nulls(fields) + b', "%s": ' % ARGUMENTS.encode() + written
+
+
+def _with_members(text: bytes, members: bytes) -> bytes:
+    """A JSON object, or null, with further members; the last member of a name counts."""
+    existing = b"" if text == NULL else text[1:-1].strip()
+    return b"{" + existing + (b", " if existing else b"") + members + b"}"
+
+
+def _nulls(fields: dict[str, SteerField]) -> bytes:
+    """Null for each field that was moved out of the body."""
     parameters = {field.parameter for field in fields.values()}
-    nulls = b"".join(b', "%s": null' % name.encode() for name in FIELDS if name in parameters)
-    return nulls + b', "%s": ' % ARGUMENTS.encode() + written
+    return b"".join(b', "%s": null' % name.encode() for name in FIELDS if name in parameters)
 
 
 def _short_value(raw: bytes, longest: int = _MAX_SHORT_VALUE_BYTES) -> Any:

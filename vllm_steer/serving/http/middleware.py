@@ -12,9 +12,11 @@ from typing import Any, Final
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.http.bad_request import BadRequest, send_bad_request
 from vllm_steer.serving.http.body_rewrite import BODY, Rewrite, rewrite
+from vllm_steer.serving.http.forms import FormCheck, boundary_of, pass_form
 from vllm_steer.serving.http.json_members import MsgspecRefused, ParsedBody
+from vllm_steer.serving.http.realtime import without_steers
 from vllm_steer.serving.http.request_body import Message, Receive, ReceivedBody, SteerHints
-from vllm_steer.serving.http.routes import Route, route_of
+from vllm_steer.serving.http.routes import Route, is_form, is_realtime, route_of
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.request_args import SENT_FIELDS
 from vllm_steer.serving.strength_reports.delivery import RESPONSE_STRENGTHS, ResponseStrengths
@@ -58,7 +60,7 @@ class Steering:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         route = route_of(scope)
-        if route is None:
+        if route is None and not is_form(scope) and not is_realtime(scope):
             return await self._app(scope, receive, send)
         vllm_config = scope[
             "app"
@@ -66,6 +68,8 @@ class Steering:
         plan = plan_of(vllm_config)
         if plan is None:
             return await self._app(scope, receive, send)
+        if route is None:
+            return await self._pass_other(scope, receive, send, plan, vllm_config)
         body = ReceivedBody(self._hints_of(plan))
         rewritten = Rewrite()
         if await body.receive(receive) and body.may_mention_steer:
@@ -81,6 +85,18 @@ class Steering:
             await self._pass_on(scope, body.replay(receive), send, rewritten.reports)
         finally:
             SENT_FIELDS.reset(sent_before)
+
+    async def _pass_other(
+        self, scope: Message, receive: Receive, send: Send, plan: SteerPlan, vllm_config: Any
+    ) -> None:
+        """Pass on a websocket or a form."""
+        if is_realtime(scope):
+            checked = without_steers(receive, send, plan, self._hints_of(plan))
+            return await self._app(scope, checked, send)
+        boundary = boundary_of(scope)
+        if boundary is None:
+            return await self._app(scope, receive, send)
+        await pass_form(self._app, scope, receive, send, FormCheck(boundary, plan, vllm_config))
 
     async def _pass_on(self, scope: Message, receive: Receive, send: Send, reports: bool) -> None:
         if not reports:

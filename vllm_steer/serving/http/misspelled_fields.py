@@ -37,7 +37,7 @@ def check_names(body: Members, arguments: Members, route: Route) -> None:
     ):
         for name, correct in names.items():
             if _is_set(members, name):
-                raise _misspelled(f"{prefix}{name}", correct)
+                raise _misspelled(f"{prefix}{name}", correct, route)
     for field in CLIENT_ONLY_FIELDS:
         if field in body:
             _check_client_field(field, body[field], route)
@@ -46,18 +46,20 @@ def check_names(body: Members, arguments: Members, route: Route) -> None:
 def _check_client_field(field: str, text: bytes, route: Route) -> None:
     inner = _INNER.read(text)
     if name := _first_of(_STEER_FIELDS, inner):
-        raise _misspelled(f"{field}.{name}", BODY_MISSPELLINGS.get(name, name))
+        raise _misspelled(f"{field}.{name}", BODY_MISSPELLINGS.get(name, name), route)
     for arguments in _ARGUMENTS:
         is_read = f"{field}.{arguments}" == EXTRA_ARGS and route.has_extra_args
         names = tuple(ARGUMENT_MISSPELLINGS) if is_read else _STEER_FIELDS
         if name := _first_of(names, _INNER.read(inner.get(arguments, NULL))):
-            raise _misspelled(f"{field}.{arguments}.{name}", BODY_MISSPELLINGS.get(name, name))
+            correct = BODY_MISSPELLINGS.get(name, name)
+            raise _misspelled(f"{field}.{arguments}.{name}", correct, route)
 
 
-def extra_args_of(body: Members) -> Members:
-    """The members of ``sampling_params.extra_args``."""
+def extra_args_of(body: Members) -> tuple[bytes, Members]:
+    """``sampling_params.extra_args`` as JSON, and its steering members."""
     params = _INNER.read(body.get("sampling_params", NULL))
-    return _INNER.read(params.get("extra_args", NULL))
+    text = params.get("extra_args", NULL)
+    return text, _INNER.read(text)
 
 
 def _first_of(names: Iterable[str], members: Members) -> str | None:
@@ -68,9 +70,9 @@ def _is_set(members: Members, name: str) -> bool:
     return members.get(name, NULL) != NULL
 
 
-def _misspelled(field: str, correct: str) -> BadRequest:
+def _misspelled(field: str, correct: str, route: Route) -> BadRequest:
     return BadRequest(
         f"{field} is not a field of this server; use {correct}, in the body itself, such as "
-        f"{_EXAMPLE[correct]}, or in vllm_xargs",
+        f"{_EXAMPLE[correct]}, or in {EXTRA_ARGS if route.has_extra_args else 'vllm_xargs'}",
         field,
     )

@@ -1,4 +1,4 @@
-"""The requests whose bodies are read: JSON requests for generated text.
+"""The requests that are read: for generated text, by JSON, by a form or by a websocket.
 
 The lists hold vLLM's routes from 0.25.1 to 0.33. They are compared with the end of the path, as
 an application may be served under a root path.
@@ -31,6 +31,9 @@ UNSTEERABLE: Final = (
     "/v1/messages/render",
 )
 """Routes that generate text, or prepare such a request, without ``vllm_xargs``."""
+FORMS: Final = ("/v1/audio/transcriptions", "/v1/audio/translations")
+"""Routes whose bodies are multipart forms."""
+REALTIME: Final = "/v1/realtime"
 
 
 class Route(NamedTuple):
@@ -67,6 +70,18 @@ def route_at(path: str) -> Route | None:
             has_extra_args=path.endswith(TOKENS_IN),
         )
     return None
+
+
+def is_form(scope: Mapping[str, Any]) -> bool:
+    """Whether a request may hold a multipart form for generated text."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    return bool(scope["path"].endswith(FORMS))
+
+
+def is_realtime(scope: Mapping[str, Any]) -> bool:
+    """Whether a request opens a websocket for generated text."""
+    return scope["type"] == "websocket" and bool(scope["path"].endswith(REALTIME))
 
 
 def _is_json(headers: Any) -> bool:

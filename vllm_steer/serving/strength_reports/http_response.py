@@ -92,7 +92,7 @@ def add_strengths(data: Any, delivered: ResponseStrengths) -> bool:
     if isinstance(choices := data.get("choices"), list):
         for choice in choices:
             opens = "role" in (choice.get("delta") or ())
-            choice[STRENGTHS] = {} if opens else delivered.take(data["id"], choice["index"])
+            choice[STRENGTHS] = {} if opens else delivered.take(data.get("id", ""), choice["index"])
         return bool(choices)
     if data.get("type") in LAST_EVENTS:
         data = data["response"]
