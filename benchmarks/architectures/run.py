@@ -53,12 +53,12 @@ def _in_a_process(architecture: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the results; lines of an earlier run of the file are kept with ``--resume``."""
+    """Write the results; with ``--resume`` lines that compare a model in an earlier run stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", nargs="*", help="default: all of vLLM's registry")
     parser.add_argument("--json", type=Path, default=DEFAULT, help="the result file")
     parser.add_argument("--logs", type=Path, default=Path("build/architectures"), help="a folder")
-    parser.add_argument("--resume", action="store_true", help="keep the lines of the result file")
+    parser.add_argument("--resume", action="store_true", help="keep lines that compare a model")
     args = parser.parse_args()
     os.environ |= {
         "VLLM_STEER_SELF_TEST": "1",
@@ -75,7 +75,7 @@ def main() -> None:
     args.logs.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(args.json.read_text())["rows"] if args.resume else []
     result = Result("architectures", args.json)
-    done = {line["architecture"]: line for line in earlier}
+    done = {line["architecture"]: line for line in earlier if "resid" in line.get("compared", {})}
     for architecture in args.architectures or generating_architectures():
         line = done.get(architecture) or _in_a_process(architecture, args.logs)
         result.add(line, f"{architecture}: {line['state']} {line.get('reason', '')}"[:150])

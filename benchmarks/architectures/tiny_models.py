@@ -50,9 +50,21 @@ _VISION: Final[Mapping[str, Any]] = {
 
 
 _OTHERWISE: Final[Mapping[str, Mapping[str, Any]]] = {
-    # What vLLM runs on a CPU without its kernels for latent attention.
+    # What vLLM runs on a CPU: no expert layers of its own for latent attention, one expert a token.
     "DeepseekV2ForCausalLM": {"first_k_dense_replace": LAYERS, "q_lora_rank": None},
+    "Llama4ForCausalLM": {"num_experts_per_tok": 1},
+    "Llama4ForConditionalGeneration": {"num_experts_per_tok": 1},
+    # What vLLM reads and the config of Transformers does not set.
+    "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1},
+    "HYV3ForCausalLM": {"first_k_dense_replace": 1},
+    "AfmoeForCausalLM": {"score_func": "sigmoid"},
+    "Lfm2ForCausalLM": {
+        **{"block_dim": HIDDEN, "block_ff_dim": 96, "block_multiple_of": 32},
+        **{"block_auto_adjust_ff_dim": False, "block_ffn_dim_multiplier": 1.0},
+    },
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 16},
 }
+"""By architecture, what its config takes in place of the common sizes, or beside them."""
 
 
 def config_of(architecture: str) -> Any:
@@ -61,17 +73,17 @@ def config_of(architecture: str) -> Any:
     config_class = getattr(model_class, "config_class", None)
     if config_class is None:
         raise LookupError(f"Transformers has no {architecture}")
-    config = _shrunk(config_class(), {**_SMALL, **_OTHERWISE.get(architecture, {})})
+    config = _shrunk(config_class(), _SMALL, _OTHERWISE.get(architecture, {}))
     config.architectures = [architecture]
     return config
 
 
-def _shrunk(config: Any, sizes: Mapping[str, Any]) -> Any:
+def _shrunk(config: Any, sizes: Mapping[str, Any], otherwise: Mapping[str, Any]) -> Any:
     """A config of the same class with small sizes, made by its own constructor."""
     values = config.to_dict()
     small = {name: sizes[name] for name in sizes if values.get(name) is not None}
-    dense = {"first_k_dense_replace", "topk_method"} & set(sizes) & set(values)
-    small |= {name: sizes[name] for name in dense}
+    if "num_key_value_heads" in values:
+        small["num_key_value_heads"] = 2
     if not isinstance(getattr(type(config), "head_dim", None), property):
         small["head_dim"] = sizes["head_dim"]
     if isinstance(values.get("intermediate_size"), list):
@@ -82,10 +94,14 @@ def _shrunk(config: Any, sizes: Mapping[str, Any]) -> Any:
         if isinstance(values.get(name), list):
             kinds = list(dict.fromkeys(values[name]))
             small[name] = (kinds * LAYERS)[:LAYERS]
-    for name in _PARTS:
-        part = getattr(config, name, None)
-        if part is not None and hasattr(part, "to_dict"):
-            small[name] = _shrunk(part, _SMALL if name == "text_config" else _VISION).to_dict()
+    parts = [name for name in _PARTS if hasattr(getattr(config, name, None), "to_dict")]
+    for name in parts:
+        is_text = name == "text_config"
+        part_sizes = _SMALL if is_text else _VISION
+        part = _shrunk(getattr(config, name), part_sizes, otherwise if is_text else {})
+        small[name] = part.to_dict()
+    if "text_config" not in parts:
+        small |= otherwise
     dropped = ("architectures", "transformers_version", "model_type", "rope_scaling")
     kept = {name: value for name, value in values.items() if name not in (*dropped, *small)}
     return type(config)(**{**kept, **small})

@@ -63,6 +63,7 @@ def _options(folder: Path) -> dict[str, Any]:
     return {
         "model": str(folder),
         "skip_tokenizer_init": True,
+        "language_model_only": True,
         "dtype": "float32",
         "max_model_len": 64,
         "max_num_batched_tokens": 256,

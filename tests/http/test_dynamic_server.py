@@ -154,6 +154,15 @@ def test_responses_have_the_strengths_once(http: httpx.Client) -> None:
     )
 
 
+def test_the_sites_that_the_self_test_found_are_listed(http: httpx.Client) -> None:
+    for _ in range(2):
+        answer = http.get("/v1/steer_sites").json()
+        layers = list(range(model().config.num_hidden_layers))
+        every = {"proof": "compared", "layers": layers, "refused": {}}
+        sites = dict.fromkeys(("attn_in", "heads", "attn_out", "resid"), every)
+        assert answer == {"object": "steer_sites", "sites": sites}
+
+
 def test_a_fixed_strength_is_not_reported(http: httpx.Client) -> None:
     (choice,) = ask(http, prompt=PROMPT, steer="a:3")
     assert choice["steer_strengths"] == {}

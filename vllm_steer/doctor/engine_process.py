@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_steer.compat import options
 from vllm_steer.files.atomic_write import write_text
+from vllm_steer.site_report import SiteReport, join_reports
 
 Setting = dict[str, float]
 
@@ -40,37 +41,13 @@ class Completion:
 
 
 @dataclass
-class SiteFinding:
-    """What the engine's self-test says of a site: its proof, its layers, and why not the others."""
-
-    proof: str
-    layers: list[int]
-    refused: dict[str, str]
-
-
-def join_sites(reports: Sequence[Mapping[str, Any] | None]) -> dict[str, SiteFinding]:
-    """The reports of all ranks as one, by site; empty where no rank ran the self-test.
-
-    A layer has a site if each rank that has the layer says so.
-    """
-    joined: dict[str, SiteFinding] = {}
-    for report in reports:
-        for site, one in (report or {}).items():
-            found = joined.setdefault(site, SiteFinding(one["proof"], [], {}))
-            found.refused |= one["refused"]
-            layers = {*found.layers, *one["layers"]} - {int(layer) for layer in found.refused}
-            found.layers = sorted(layers)
-    return joined
-
-
-@dataclass
 class EngineOutput:
     """Properties of the engine, what its self-test found, and its completions by batch."""
 
     dtype: str = ""
     runner: str = ""
     device: str = ""
-    sites: dict[str, SiteFinding] = field(default_factory=dict)
+    sites: SiteReport = field(default_factory=dict)
     batches: dict[str, list[Completion]] = field(default_factory=dict)
 
     @classmethod
@@ -79,12 +56,11 @@ class EngineOutput:
         if not path.exists():
             return cls()
         data = json.loads(path.read_text(encoding="utf-8"))
-        sites = {name: SiteFinding(**one) for name, one in data.pop("sites", {}).items()}
         batches = {
             n: [Completion(**completion) for completion in b]
             for n, b in data.pop("batches").items()
         }
-        return cls(**data, sites=sites, batches=batches)
+        return cls(**data, batches=batches)
 
 
 def serve(job: Job, output_path: Path) -> None:
@@ -110,7 +86,7 @@ def serve(job: Job, output_path: Path) -> None:
         dtype=str(options.dtype(config)).removeprefix("torch."),
         runner="V2" if options.use_v2_model_runner(config) else "V1",
         device=options.device_type(config),
-        sites=join_sites(llm.collective_rpc("steer_sites")),
+        sites=join_reports(llm.collective_rpc("steer_sites")),
     )
     write_text(output_path, json.dumps(asdict(output)))
     for name, settings in job.batches.items():

@@ -134,12 +134,11 @@ def found_sites(output: EngineOutput) -> Iterator[Finding]:
         "proved": "proved by this engine's self-test",
     }
     for site, found in output.sites.items():
-        layers = f"layers {format_layers(found.layers)}" if found.layers else "no layer"
-        reasons = [f"not in layer {layer}: {reason}" for layer, reason in found.refused.items()]
-        message = f"{layers}, {proofs[found.proof]}" if found.layers else layers
-        text = "; ".join([message, *dict.fromkeys(reasons[:1])])
-        state: State = "ok" if found.layers else "missing"
-        yield Finding(PART, f"found {site}", state, text, asdict(found))
+        layers = f"layers {format_layers(found['layers'])}" if found["layers"] else "no layer"
+        reasons = [f"not in layer {layer}: {reason}" for layer, reason in found["refused"].items()]
+        message = f"{layers}, {proofs[found['proof']]}" if found["layers"] else layers
+        state: State = "ok" if found["layers"] else "missing"
+        yield Finding(PART, f"found {site}", state, "; ".join([message, *reasons[:1]]), found)
 
 
 def zero_steers(output: EngineOutput) -> Finding:

@@ -21,6 +21,7 @@ from vllm_steer.families import (
     is_compared,
 )
 from vllm_steer.selftest.find_sites import Kinds, LayerSites, Output, Streams, find_sites
+from vllm_steer.site_report import SiteReport
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.steers.sites import LAYER_SITES
 
@@ -30,7 +31,6 @@ _FEWEST_ROWS = 8
 
 Proof = Literal["compared", "proved"]
 """Compared with Hugging Face in vllm-steer's tests, or proved by the self-test of this start."""
-SiteReport = dict[str, dict[str, Any]]
 
 Run = Callable[[int], Any]
 """A dummy run of so many tokens."""

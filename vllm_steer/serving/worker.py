@@ -19,11 +19,12 @@ from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
-from vllm_steer.serving.model_sites import ModelSites, SiteReport, model_sites
+from vllm_steer.serving.model_sites import ModelSites, model_sites
 from vllm_steer.serving.plan_agreement import check_ranks
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.runners import attach_runner
 from vllm_steer.serving.startup_checks import can_be_dynamic
+from vllm_steer.site_report import SiteReport
 from vllm_steer.steers import LMSteer
 
 logger = logging.getLogger("vllm.vllm_steer")

@@ -158,6 +158,7 @@ OTHER = (
     ),
     *vllm_names("vllm.platforms", "current_platform", "called", "command line tools"),
     *vllm_names("vllm.engine.protocol:EngineClient", "vllm_config", "read", "HTTP"),
+    *vllm_names("vllm.engine.protocol:EngineClient", "collective_rpc", "called", "HTTP"),
     *_run_batch("vllm.entrypoints.openai.run_batch", until="0.29"),
     *_run_batch("vllm.entrypoints.launchers.run_batch", since="0.29"),
 )

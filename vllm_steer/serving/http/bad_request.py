@@ -1,7 +1,6 @@
 """HTTP 400 responses, in the format of the route's own errors."""
 
-import json
-
+from vllm_steer.serving.http.json_response import send_json
 from vllm_steer.serving.http.routes import Route
 from vllm_steer.serving.strength_reports.http_response import Send
 from vllm_steer.untrusted_text import message as shown_message
@@ -19,10 +18,7 @@ class BadRequest(ValueError):
 
 async def send_bad_request(send: Send, refused: BadRequest, route: Route) -> None:
     """Send the HTTP 400 response."""
-    body = json.dumps(error_body(refused, route)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send_json(send, error_body(refused, route), status=400)
 
 
 def error_body(refused: BadRequest, route: Route) -> dict[str, object]:

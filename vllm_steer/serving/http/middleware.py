@@ -14,13 +14,15 @@ from vllm_steer.serving.http.bad_request import BadRequest, send_bad_request
 from vllm_steer.serving.http.body_rewrite import BODY, Rewrite, rewrite
 from vllm_steer.serving.http.forms import FormCheck, boundary_of, pass_form
 from vllm_steer.serving.http.json_members import MsgspecRefused, ParsedBody
+from vllm_steer.serving.http.json_response import send_json
 from vllm_steer.serving.http.realtime import without_steers
 from vllm_steer.serving.http.request_body import Message, Receive, ReceivedBody, SteerHints
-from vllm_steer.serving.http.routes import Route, is_form, is_realtime, route_of
+from vllm_steer.serving.http.routes import Route, is_form, is_realtime, is_sites, route_of
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.request_args import SENT_FIELDS
 from vllm_steer.serving.strength_reports.delivery import RESPONSE_STRENGTHS, ResponseStrengths
 from vllm_steer.serving.strength_reports.http_response import Send, StrengthsInResponse, with_length
+from vllm_steer.site_report import SiteReport, join_reports
 
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
@@ -57,9 +59,12 @@ class Steering:
     def __init__(self, app: App) -> None:
         self._app = app
         self._hints: tuple[SteerPlan, SteerHints] | None = None
+        self._sites: SiteReport | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         route = route_of(scope)
+        if is_sites(scope):
+            return await self._answer_sites(scope, send)
         if route is None and not is_form(scope) and not is_realtime(scope):
             return await self._app(scope, receive, send)
         vllm_config = scope[
@@ -85,6 +90,14 @@ class Steering:
             await self._pass_on(scope, body.replay(receive), send, rewritten.reports)
         finally:
             SENT_FIELDS.reset(sent_before)
+
+    async def _answer_sites(self, scope: Message, send: Send) -> None:
+        """What the self-test found at start-up; the engine is asked once."""
+        if self._sites is None:
+            engine_client = scope["app"].state.engine_client
+            self._sites = join_reports(await engine_client.collective_rpc("steer_sites"))
+        answer = {"object": "steer_sites", "sites": self._sites}
+        await send_json(send, answer)
 
     async def _pass_other(
         self, scope: Message, receive: Receive, send: Send, plan: SteerPlan, vllm_config: Any

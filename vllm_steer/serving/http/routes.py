@@ -36,6 +36,10 @@ FORMS: Final = ("/v1/audio/transcriptions", "/v1/audio/translations")
 REALTIME: Final = "/v1/realtime"
 
 
+SITES: Final = "/v1/steer_sites"
+"""Where the model can be steered; the plugin answers it."""
+
+
 class Route(NamedTuple):
     """How a route handles a body.
 
@@ -47,6 +51,13 @@ class Route(NamedTuple):
     passes_vllm_xargs: bool
     is_anthropic: bool = False
     has_extra_args: bool = False
+
+
+def is_sites(scope: Mapping[str, Any]) -> bool:
+    """Whether a request asks where the model can be steered."""
+    if scope["type"] != "http" or scope["method"] != "GET":
+        return False
+    return bool(scope["path"].endswith(SITES))
 
 
 def route_of(scope: Mapping[str, Any]) -> Route | None:
