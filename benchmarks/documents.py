@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.architectures.table import architectures
 from benchmarks.table import markdown, summary
 from benchmarks.versions import versions
 from benchmarks.vllm_names import wrapped
@@ -21,10 +22,18 @@ DOCUMENTS = (
     ROOT / "docs" / "compatibility.md",
     ROOT / "docs" / "compose.md",
     ROOT / "docs" / "design.md",
+    ROOT / "docs" / "models.md",
 )
 RESULTS = ROOT / "benchmarks" / "results"
-MAKERS = {"table": markdown, "summary": summary, "versions": versions}
-BLOCK = re.compile(r"(<!-- (table|summary|versions|names): (\S+) -->\n).*?(<!-- end -->)", re.S)
+MAKERS = {
+    "table": markdown,
+    "summary": summary,
+    "versions": versions,
+    "architectures": architectures,
+}
+BLOCK = re.compile(
+    r"(<!-- (table|summary|versions|names|architectures): (\S+) -->\n).*?(<!-- end -->)", re.S
+)
 
 
 def filled(text: str) -> str:

@@ -19,7 +19,18 @@ LIMIT_S = 300
 # Pages to look things up in: they have no commands, or need models that are not here.
 PROSE = {
     *("ask", "benchmarks", "changelog", "compatibility", "design", "dynamic", "examples", "extend"),
-    *("faq", "files", "glossary", "guidance", "index", "judges", "operate", "recipes", "security"),
+    *(
+        "faq",
+        "files",
+        "glossary",
+        "guidance",
+        "index",
+        "judges",
+        "models",
+        "operate",
+        "recipes",
+        "security",
+    ),
     "serve",
 }
 SHOWN = 3000

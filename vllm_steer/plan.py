@@ -118,6 +118,10 @@ def _plan_steer(name: str, entry: SteerEntry, limits: Limits) -> PlannedSteer:
         raise SteerError(f"steer {name}: {error}") from error
     vocab_size = None
     if isinstance(steer, LMSteer):
+        if entry.where_present:
+            raise SteerError(
+                f"steer {name}: layers does not apply to a steer of kind {steer.kind}; drop it"
+            )
         vocab_size = steer.vocab_size
         if steer.rank > limits.max_rank:
             raise SteerError(

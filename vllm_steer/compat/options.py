@@ -97,6 +97,9 @@ use_ubatching: Final = Option("parallel_config", "ParallelConfig", "use_ubatchin
 enable_batch_sharded_sampling: Final = Option(
     "parallel_config", "ParallelConfig", "enable_batch_sharded_sampling", False, since="0.29"
 )
+enable_elastic_ep: Final = Option(
+    "parallel_config", "ParallelConfig", "enable_elastic_ep", False, "guidance"
+)
 enable_hc_sp: Final = Option(
     "parallel_config", "ParallelConfig", "enable_hc_sp", False, "guidance", since="0.32"
 )

@@ -40,7 +40,9 @@ class ReferenceComparison:
 
 
 def load_model(name: str, dtype: str) -> Any:
-    """Load the reference model, on a GPU if there is one. Raises ``SteerError`` if that fails."""
+    """Load the reference model, on a GPU if there is one that holds it. Raises ``SteerError`` if
+    that fails.
+    """
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -50,7 +52,15 @@ def load_model(name: str, dtype: str) -> Any:
         model = auto.from_pretrained(model_path(name), dtype=dtype)
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise SteerError(f"model {name}: cannot be loaded ({cause(error)})") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to("cuda" if _fits_on_gpu(model) else "cpu").eval()
+
+
+def _fits_on_gpu(model: Any) -> bool:
+    """Whether there is a GPU with room for the weights and as much as half of them again."""
+    if not torch.cuda.is_available():
+        return False
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return bool(1.5 * size < torch.cuda.mem_get_info()[0])
 
 
 @torch.no_grad()

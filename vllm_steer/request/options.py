@@ -88,6 +88,11 @@ def _layers(name: str, value: Any, steer: SteerAttributes) -> tuple[int, ...] | 
     """The requested layers; None for all layers of the steer."""
     if value is None or steer.layers is None:
         return None
+    if getattr(steer, "where_present", False):
+        raise SteerRequestError(
+            f"steer {name} acts in those of its layers that have its site ('layers: all' in the "
+            "steer config): a request cannot choose among them; drop layers"
+        )
     try:
         layers = parse_layers(value)
         positions_of(layers, steer.layers)

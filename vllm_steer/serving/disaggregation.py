@@ -18,6 +18,8 @@ from vllm_steer.serving.request_args import RejectedSteer, argument, doses_of
 
 DIGEST: Final = "vllm_steer_kv"
 """The key of ``kv_transfer_params`` that has the digest."""
+_WITHOUT_PARAMETERS: Final = ("Mooncake",)
+"""Connectors whose prefill side gives the proxy nothing to pass on."""
 _ADVICE: Final = (
     "start the prefill instance with the same --steer-config, send it the same steer, and pass its "
     "kv_transfer_params on unchanged"
@@ -36,7 +38,7 @@ def with_checked_kv(original: Callable[..., Any], processor: Any, *args: Any, **
     request = original(processor, *args, **kwargs)
     plan = plan_of(processor.vllm_config)
     if plan is not None and request.sampling_params is not None:
-        check_received_kv(request, plan)
+        check_received_kv(request, plan, processor.vllm_config)
     return request
 
 
@@ -46,13 +48,16 @@ def send_digests(core: Any) -> None:
         wrap(core.scheduler, "_connector_finished", _with_digest, once=True)
 
 
-def check_received_kv(request: Any, plan: SteerPlan) -> None:
-    """Check an admitted request whose prompt another instance has computed.
+def check_received_kv(request: Any, plan: SteerPlan, vllm_config: Any) -> None:
+    """Check an admitted request whose prompt, or a part of it, another instance has computed.
 
     Raises ``RejectedSteer`` if its KV is not steered as this request asks.
     """
     received = argument(request.sampling_params, "kv_transfer_params")
-    if not isinstance(received, Mapping) or not received.get("do_remote_prefill"):
+    if not isinstance(received, Mapping) or passes_no_parameters(vllm_config):
+        return
+    takes_blocks_back = received.get("do_remote_decode") and received.get("remote_block_ids")
+    if not received.get("do_remote_prefill") and not takes_blocks_back:
         return
     salt = steered_salt(request, doses_of(request.sampling_params, plan), plan)
     expected, found = kv_digest(salt, prompt_len(request)), received.get(DIGEST, "")
@@ -65,6 +70,11 @@ def check_received_kv(request: Any, plan: SteerPlan) -> None:
     else:
         problem = "the prompt's KV was computed with another steer than this request asks for"
     raise RejectedSteer(f"{problem}; {_ADVICE}")
+
+
+def passes_no_parameters(vllm_config: Any) -> bool:
+    """Whether the engine's connector hands KV over without parameters for the proxy to pass on."""
+    return str(options.kv_connector(vllm_config)).startswith(_WITHOUT_PARAMETERS)
 
 
 def _with_digest(

@@ -72,6 +72,7 @@ class SteeredLayers:
                 attention_layers=known.attention_layers,
                 device=device,
             )
+        self._known = known.without_modules()
 
     def _place(self, site: SteeredSite, index: int) -> Place:
         """Where a site's tensor is to be read: the layer's output for the residual stream."""

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,10 @@ class ModelSites:
     def local_layers(self) -> list[int]:
         """The layers of this rank."""
         return list(self.families)
+
+    def without_modules(self) -> "ModelSites":
+        """The same without the model's modules, which a later load of the model may replace."""
+        return replace(self, layers=nn.ModuleList(), attention_layers=())
 
     def report(self) -> SiteReport:
         """By site: the layers of this rank that have it, and by layer the reason of the others."""

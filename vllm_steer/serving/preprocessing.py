@@ -24,7 +24,7 @@ def preprocess_request(original: Callable[..., Any], core: Any, request: Any) ->
     if doses:
         require_checked(core)
     send_digests(core)
-    check_received_kv(request, plan)
+    check_received_kv(request, plan, core.vllm_config)
     if not is_dynamic(doses):
         return original(core, request)
     from vllm_steer.serving.dynamic.stream_requests import preprocess_dynamic

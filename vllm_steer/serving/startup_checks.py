@@ -13,6 +13,7 @@ from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.families import FAMILIES, check_supported, family_of, is_compared
 from vllm_steer.kernels.dispatch import KernelError, resolve_kernels
 from vllm_steer.plan import PlannedSteer, SteerPlan
+from vllm_steer.serving.disaggregation import passes_no_parameters
 from vllm_steer.serving.dynamic_admission import check_engine_for
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.steers.layers import format_layers
@@ -34,6 +35,7 @@ def check_engine(vllm_config: Any) -> None:
             raise SteerError(f"steering does not work with {name}; {advice}")
     if inside:
         _check_family(plan, vllm_config)
+        _warn_of_unchecked_kv(vllm_config)
     for name, steer in plan.steers.items():
         _check_steer(name, steer, vllm_config)
     _check_default(plan, vllm_config)
@@ -102,6 +104,16 @@ def _check_family(plan: SteerPlan, vllm_config: Any) -> None:
         )
 
 
+def _warn_of_unchecked_kv(vllm_config: Any) -> None:
+    if passes_no_parameters(vllm_config):
+        logger.warning(
+            "vllm-steer: %s hands KV over without parameters, so nothing compares the steers in it "
+            "with those of a request: give all instances the same --steer-config, and send them "
+            "the same steer.",
+            options.kv_connector(vllm_config),
+        )
+
+
 def _warn_of_version() -> None:
     version = installed_version()
     if not is_supported(version):
@@ -157,6 +169,11 @@ _INCOMPATIBLE: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
 )
 
 _INCOMPATIBLE_INSIDE_LAYERS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (
+        options.enable_elastic_ep,
+        "elastic expert parallelism: its engines come and go with weights that are copied later",
+        "leave enable_elastic_ep off, or steer at the LM head only",
+    ),
     (
         options.enable_sp,
         "sequence parallelism: its ranks hold different tokens",

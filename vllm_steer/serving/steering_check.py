@@ -75,23 +75,18 @@ def check_steering(
     """Raise ``SteerError`` for a layer where a steer does not change the model as it should.
 
     ``place_of(site, index)`` is where the ``index``-th layer of a site's table is steered; ``run``
-    is an eager dummy run. A layer whose directions are all zero is not checked.
+    is an eager dummy run. A layer whose directions are all zero on this rank has a row too, so that
+    all ranks make the same runs, but is not compared.
     """
     steered = [
-        found
-        for site in sites
-        for index in range(len(site.table.layers))
-        if (found := _place(site, index, place_of)) is not None
+        _place(site, index, place_of) for site in sites for index in range(len(site.table.layers))
     ]
     per_run = max(1, min(_PLACES_PER_RUN, max_rows - 1))
     for start in range(0, len(steered), per_run):
         part = steered[start : start + per_run]
         places = [one.place for one in part]
         unsteered = place_rows(places, first_layer, width, run, attention_layers)
-        strengths = [
-            0.0 if rows is None else _STRENGTH * float(rows[0].norm() / one.vector.norm())
-            for one, rows in zip(part, unsteered, strict=True)
-        ]
+        strengths = [_strength(rows, one.vector) for one, rows in zip(part, unsteered, strict=True)]
         _prepare(sites, part, strengths, device)
         try:
             measured = place_rows(places, first_layer, width, run, attention_layers)
@@ -99,27 +94,34 @@ def check_steering(
             for site in sites:
                 site.disable()
                 site.invalidate()
+                site.reached.clear()  # what the compiled model reaches is still to be seen
         for one, strength, rows in zip(part, strengths, measured, strict=True):
-            if rows is not None:  # the check after warm-up names what no forward pass reaches
+            if rows is not None and strength:  # the check after warm-up names what is not reached
                 _compare(one, *rows, one.steered(rows[0], strength))
 
 
 def _place(
     site: SteeredSite, index: int, place_of: Callable[[SteeredSite, int], Place]
-) -> _SteeredPlace | None:
-    """The steer with the largest direction in this layer; None if all are zero."""
+) -> _SteeredPlace:
+    """The steer with the largest direction in this layer."""
     norms = site.table.directions.vectors[index].norm(dim=-1).tolist()
     layer = site.table.layers[index]
-    largest: tuple[float, str, int, int] = (0.0, "", 0, 0)
+    largest: tuple[float, str, int, int] = (-1.0, "", 0, 0)
     for name, entry in site.table.entries.items():
         if layer in entry.layers:
             own = norms[entry.start : entry.start + (entry.steps or 1)]
             step = own.index(max(own))
             largest = max(largest, (own[step], name, entry.start + step, step))
-    norm, name, direction, step = largest
-    if norm == 0.0:
-        return None
+    _, name, direction, step = largest
     return _SteeredPlace(site, index, place_of(site, index), name, direction, step)
+
+
+def _strength(rows: tuple[torch.Tensor, torch.Tensor] | None, vector: torch.Tensor) -> float:
+    """The strength that doubles a place's tensor; 0 for a place that is not reached or a vector
+    of zeros.
+    """
+    norm = float(vector.norm())
+    return 0.0 if rows is None or norm == 0.0 else _STRENGTH * float(rows[0].norm()) / norm
 
 
 def _prepare(

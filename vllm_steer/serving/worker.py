@@ -90,6 +90,8 @@ class _WorkerSteering:
         if is_first:
             if self._layers is not None:
                 self._layers.check(model, config, self._dummy_run, runner.device)
+            if self._sites is not None:
+                self._sites = self._sites.without_modules()
             attach_runner(
                 runner,
                 self._batch,
@@ -130,8 +132,13 @@ class _WorkerSteering:
         steers = {name: planned.load() for name, planned in self._plan.steers.items()}
         heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
         inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
-        if inside or always_self_tests():
+        if inside:
             known = self._sites = model_sites(model, config, self._dummy_run)
+        elif always_self_tests():
+            try:
+                self._sites = model_sites(model, config, self._dummy_run)
+            except SteerError as error:
+                logger.warning("vllm-steer: no site inside the layers: %s", error)
         if inside:
             inside = {
                 name: known.where_present(name, steer)

@@ -13,10 +13,12 @@ from vllm_steer import SteerError
 from vllm_steer.doses import Dose
 from vllm_steer.families import Family
 from vllm_steer.kernels.guidance import torch_gather
+from vllm_steer.selftest.changes import Place
 from vllm_steer.serving import layers as serving_layers
 from vllm_steer.serving import steer_op
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.model_sites import ModelSites
+from vllm_steer.serving.steering_check import check_steering
 from vllm_steer.serving.step import SteeredRequest, Step
 
 CPU = torch.device("cpu")
@@ -209,6 +211,32 @@ def test_every_site_must_be_reached_once(monkeypatch: pytest.MonkeyPatch) -> Non
     model.layers[2](H, R)
     model.layers[1].input_layernorm(H, R)
     assert layers.unreached_sites() == []
+
+
+def test_layers_are_to_be_reached_after_the_check_of_steers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What an eager run reaches says nothing of the compiled model."""
+    model = model_of()
+    layers = attached({"push": PUSH}, model, monkeypatch)
+    assert layers is not None
+
+    def run(num_rows: int) -> None:
+        hidden, residual = torch.ones(num_rows, WIDTH), torch.zeros(num_rows, WIDTH)
+        for layer in model.layers:
+            hidden, residual = layer(hidden, residual)
+
+    check_steering(
+        layers.sites,
+        lambda site, index: Place(model.layers[site.table.layers[index]], is_pair=True),
+        model.layers[0],
+        WIDTH,
+        run,
+        max_rows=8,
+        attention_layers=(),
+        device=CPU,
+    )
+    assert layers.unreached_sites() == ["resid of layer 0", "resid of layer 2"]
 
 
 def test_a_stage_hooks_its_own_layers_only(monkeypatch: pytest.MonkeyPatch) -> None:

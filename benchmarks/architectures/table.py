@@ -1,0 +1,53 @@
+"""The results of all architectures as a Markdown table."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from vllm_steer.families import FAMILIES, SELF_TESTED
+from vllm_steer.steers.layers import format_layers
+
+SITES: Final = ("resid", "attn_in", "attn_out", "heads")
+_PROOFS: Final = {"compared": "compared", "proved": "self-test"}
+EQUAL: Final = 1e-4
+"""The largest difference of a log-probability that counts as equal to Hugging Face."""
+
+
+def architectures(data: Mapping[str, Any]) -> str:
+    """Served architectures, then those that were not run, by reason."""
+    rows = data["rows"]
+    lines = ["| architecture | proof | resid | attn_in | attn_out | heads | in this run |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        if row["state"] in ("served", "refused"):
+            lines.append(_line(row))
+    left_out = [
+        f"| {row['architecture']} | {row['state']} | {_plain(row['reason'])} |"
+        for row in rows
+        if row["state"] not in ("served", "refused")
+    ]
+    head = ["", "| not run | | why |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *head, *left_out])
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    name = row["architecture"]
+    proof = "compared" if name in {**FAMILIES, **SELF_TESTED} else "self-test"
+    cells = [_site(row["sites"][site]) for site in SITES]
+    return f"| {name} | {proof} | {' | '.join(cells)} | {_distance(row.get('compared', {}))} |"
+
+
+def _site(found: Mapping[str, Any]) -> str:
+    if not found["layers"]:
+        return "no"
+    return f"layers {format_layers(found['layers'])}" if found["refused"] else "yes"
+
+
+def _distance(compared: Mapping[str, float]) -> str:
+    sites = [compared[site] for site in SITES if site in compared]
+    if not sites:
+        return "-"
+    return f"equal ({max(sites):.0e})" if max(sites) <= EQUAL else f"DIFFERS ({max(sites):.0e})"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "/").replace("<", "(").replace(">", ")").replace("`", "'")[:160]
