@@ -99,7 +99,10 @@ def poisoned_memory(folder: Path) -> None:
 
 
 def poison_new_memory() -> Counter[str]:
-    """Fill each new float tensor on the CPU with NaN; the count by the function that made it."""
+    """Fill each new float tensor on the CPU with NaN; the count by the function that made it.
+
+    Not where torch.compile traces, as it may vLLM's sampler: compiled code makes its own memory.
+    """
     poisoned: Counter[str] = Counter()
 
     def poison(owner: Any, name: str) -> None:
@@ -107,6 +110,8 @@ def poison_new_memory() -> Counter[str]:
 
         def new(*args: Any, **kwargs: Any) -> Any:
             tensor = original(*args, **kwargs)
+            if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+                return tensor
             if tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.numel():
                 tensor.fill_(float("nan"))
                 poisoned[name] += 1
