@@ -72,9 +72,12 @@ FAMILIES: dict[str, Family] = {
 SELF_TESTED: dict[str, Family] = {
     **dict.fromkeys(
         (
-            *("ArceeForCausalLM", "Cohere2ForCausalLM", "CohereForCausalLM"),
-            *("Ernie4_5ForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM", "GlmForCausalLM"),
-            *("GptOssForCausalLM", "GraniteForCausalLM", "HunYuanDenseV1ForCausalLM"),
+            *("ArceeForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
+            *("CohereForCausalLM", "Ernie4_5ForCausalLM", "ExaoneMoeForCausalLM"),
+            *("Glm4ForCausalLM", "Glm4MoeForCausalLM", "GlmForCausalLM", "GptOssForCausalLM"),
+            *("GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM"),
+            *("GraniteMoeSWAForCausalLM", "GraniteMoeSharedForCausalLM", "GraniteSWAForCausalLM"),
+            *("HunYuanDenseV1ForCausalLM", "HyperCLOVAXForCausalLM"),
             *("Ministral3ForCausalLM", "NemotronForCausalLM", "OlmoeForCausalLM"),
             *("SeedOssForCausalLM", "SmolLM3ForCausalLM", "StableLmForCausalLM"),
             "Starcoder2ForCausalLM",
@@ -84,6 +87,7 @@ SELF_TESTED: dict[str, Family] = {
         ),
         _LLAMA,
     ),
+    "Exaone4ForCausalLM": _POST_NORM,
     "FalconForCausalLM": Family("ln_attn or input_layernorm", "self_attention", "dense"),
     "GPTJForCausalLM": Family("ln_1", "attn", "out_proj"),
     "OPTForCausalLM": Family("self_attn_layer_norm", "self_attn", "out_proj"),

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dynamic_outputs import assert_dynamic
 from engines import (
     GUIDED,
     MIXED,
+    RUNNER,
     Setting,
     doses_of,
     engine,
@@ -79,6 +81,81 @@ def mixed_batch(folder: Path, **options: Any) -> None:
         params = greedy(SETTINGS, prompt_logprobs=1)
         outputs = llm.generate(prompts(len(SETTINGS)), params, use_tqdm=False)
     check(outputs, reference)
+
+
+def poisoned_memory(folder: Path) -> None:
+    """The batch where new memory holds NaN, as it may on any machine: nothing unwritten is read.
+
+    The self-test and the check of the steers run the model before there is a KV cache, when vLLM's
+    attention leaves its output unwritten: their hidden states must be finite all the same.
+    """
+    assert "vllm" not in sys.modules
+    poisoned = poison_new_memory()
+    counts = record_start_up_runs()
+    mixed_batch(folder)
+    assert poisoned["empty"] and poisoned["empty_like"], poisoned
+    assert counts["values"] and not counts["nan"], counts
+    print(f"NaN in new memory {sum(poisoned.values())} times; in {counts['runs']} dummy runs: 0")
+
+
+def poison_new_memory() -> Counter[str]:
+    """Fill each new float tensor on the CPU with NaN; the count by the function that made it.
+
+    Not where torch.compile traces, as it may vLLM's sampler: compiled code makes its own memory.
+    """
+    poisoned: Counter[str] = Counter()
+
+    def poison(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def new(*args: Any, **kwargs: Any) -> Any:
+            tensor = original(*args, **kwargs)
+            if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+                return tensor
+            if tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.numel():
+                tensor.fill_(float("nan"))
+                poisoned[name] += 1
+            return tensor
+
+        setattr(owner, name, new)
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        poison(torch, name)
+    poison(torch.Tensor, "new_empty")
+    return poisoned
+
+
+def record_start_up_runs() -> Counter[str]:
+    """Count NaN in the hidden states of the dummy runs of the self-test and of the check."""
+    if RUNNER == "v2":
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    else:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm_steer.serving import worker
+
+    counts: Counter[str] = Counter()
+    own_run, dummy_run = worker._WorkerSteering._dummy_run, GPUModelRunner._dummy_run
+    is_own = False
+
+    def start_up_run(self: Any, num_tokens: int) -> None:
+        nonlocal is_own
+        is_own = True
+        try:
+            own_run(self, num_tokens)
+        finally:
+            is_own = False
+        counts["runs"] += 1
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = dummy_run(self, *args, **kwargs)
+        if is_own:
+            counts["values"] += outputs[0].numel()
+            counts["nan"] += int(torch.isnan(outputs[0]).sum())
+        return outputs
+
+    worker._WorkerSteering._dummy_run = start_up_run
+    GPUModelRunner._dummy_run = recorded
+    return counts
 
 
 def parallel(folder: Path, **options: Any) -> None:
@@ -254,6 +331,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "parallel-blocks": parallel_blocks,
     "dynamic-tensor-parallel": dynamic_tensor_parallel,
     "pipeline-parallel": pipeline_parallel,
+    "poisoned-memory": poisoned_memory,
     "transformers-backend": transformers_backend,
     "compiled-in-pieces": compiled_in_pieces,
     "compiled-families": compiled_families,

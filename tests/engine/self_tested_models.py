@@ -15,7 +15,15 @@ BLOCK = {**tiny_models.BLOCK, "tie_word_embeddings": False, "num_hidden_layers":
 HEADS = {**BLOCK, "head_dim": 32}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT = {**TOKENS, "n_embd": HIDDEN, "n_head": 2, "n_layer": GUIDED_LAYERS, "n_positions": 256}
+GRANITE = {
+    **BLOCK,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.18,
+    "logits_scaling": 2.0,
+}
+GRANITE_EXPERTS = {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2}
 FULL = ["full_attention"] * GUIDED_LAYERS
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,38 @@ UNTESTED = {
             "Cohere2ForCausalLM",
             {**HEADS, "tie_word_embeddings": True, "logit_scale": 1.0, "sliding_window": 128},
         ),
+        Untested(
+            "Cohere2MoeForCausalLM",
+            {
+                **HEADS,
+                "tie_word_embeddings": True,
+                "logit_scale": 1.0,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "layer_types": FULL,
+            },
+        ),
         Untested("Ernie4_5ForCausalLM", HEADS),
+        Untested(
+            "Exaone4ForCausalLM",
+            {**HEADS, "sliding_window": None, "layer_types": FULL},
+            Modules(input_norm=None),
+            lacks=("attn_in",),
+        ),
+        Untested(
+            "ExaoneMoeForCausalLM",
+            {
+                **HEADS,
+                **EXPERTS,
+                "num_experts": 4,
+                "num_shared_experts": 1,
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+                "sliding_window": 128,
+                "layer_types": SLIDING,
+            },
+        ),
         Untested(
             "FalconForCausalLM",
             {
@@ -89,16 +128,28 @@ UNTESTED = {
                 "layer_types": FULL,
             },
         ),
+        Untested("GraniteForCausalLM", GRANITE),
+        Untested("GraniteMoeForCausalLM", GRANITE_EXPERTS),
         Untested(
-            "GraniteForCausalLM",
+            "GraniteMoeHybridForCausalLM",
             {
-                **BLOCK,
-                "residual_multiplier": 0.7,
-                "attention_multiplier": 0.18,
-                "logits_scaling": 2.0,
+                **GRANITE_EXPERTS,
+                "shared_intermediate_size": 64,
+                "layer_types": ["attention"] * GUIDED_LAYERS,
+                "mamba_n_heads": 4,
+                "mamba_d_head": 32,
             },
         ),
+        Untested(
+            "GraniteMoeSharedForCausalLM", {**GRANITE_EXPERTS, "shared_intermediate_size": 64}
+        ),
+        Untested(
+            "GraniteMoeSWAForCausalLM",
+            {**GRANITE_EXPERTS, "shared_intermediate_size": 64, "sliding_window": 128},
+        ),
+        Untested("GraniteSWAForCausalLM", {**GRANITE, "sliding_window": 128}),
         Untested("HunYuanDenseV1ForCausalLM", HEADS),
+        Untested("HyperCLOVAXForCausalLM", HEADS),
         Untested("Ministral3ForCausalLM", {**HEADS, "sliding_window": None}),
         Untested("NemotronForCausalLM", {**HEADS, "partial_rotary_factor": 0.5}),
         Untested(

@@ -49,6 +49,13 @@ def test_the_transformers_backend_of_a_model_that_vllm_implements_natively() -> 
     assert f"{len(SETTINGS)} outputs equal" in run_scenario("transformers-backend")
 
 
+@pytest.mark.matrix
+def test_new_memory_that_holds_nan_reaches_no_output() -> None:
+    report = run_scenario("poisoned-memory")
+    assert f"{len(SETTINGS)} outputs equal" in report
+    assert "NaN in new memory" in report
+
+
 @v1_only
 @pytest.mark.matrix
 def test_only_a_compile_cache_made_with_steers_is_reused(
