@@ -17,13 +17,11 @@ def architectures(data: Mapping[str, Any]) -> str:
     rows = data["rows"]
     lines = ["| architecture | proof | resid | attn_in | attn_out | heads | in this run |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        if row["state"] in ("served", "refused"):
-            lines.append(_line(row))
+    lines += [_line(row) for row in rows if "sites" in row]
     left_out = [
         f"| {row['architecture']} | {row['state']} | {_plain(row['reason'])} |"
         for row in rows
-        if row["state"] not in ("served", "refused")
+        if "sites" not in row
     ]
     head = ["", "| not run | | why |", "| --- | --- | --- |"]
     return "\n".join([*lines, *head, *left_out])

@@ -3,7 +3,8 @@
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,15 +38,19 @@ def verdict_of(architecture: str) -> dict[str, Any]:
             model = save_tiny_model(architecture, folder / "model")
         except Exception as error:
             return {**line, "state": "not made", "reason": _short(error)}
+        # vLLM's Transformers backend changes the classes of the model that it serves.
+        reference = _Reference.of(model)
         try:
             sites = _self_test(folder / "model")
         except Exception as error:
             return {**line, "state": "not started", "reason": _short(error)}
+        if sites is None:
+            return {**line, "state": "refused", "reason": "the decoder layers are not found"}
         line |= {"state": "served" if _served(sites) else "refused", "sites": sites}
         if not _served(sites):
             return line
         try:
-            line["compared"] = _compare(model, folder, _served(sites))
+            line["compared"] = _compare(reference, folder, _served(sites))
         except Exception as error:
             line["not compared"] = _short(error)
     return line
@@ -85,7 +90,7 @@ def _engine(folder: Path, steers: Mapping[str, Any]) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
 
 
-def _self_test(folder: Path) -> dict[str, Any]:
+def _self_test(folder: Path) -> dict[str, Any] | None:
     """The report of an engine that steers at the LM head only."""
     from vllm_steer import LMSteer, save_steer
 
@@ -94,6 +99,8 @@ def _self_test(folder: Path) -> dict[str, Any]:
     save_steer(LMSteer(variant="add", add=zero, epsilon=1.0, hidden_size=HIDDEN), path)
     with _engine(folder, {"head": {"path": str(path)}}) as llm:
         (report,) = llm.collective_rpc("steer_sites")
+    if report is None:
+        return None
     return {site: {**one, "refused": _grouped(one["refused"])} for site, one in report.items()}
 
 
@@ -105,19 +112,55 @@ def _grouped(refused: Mapping[str, str]) -> dict[str, list[int]]:
     return layers
 
 
-def _compare(model: Any, folder: Path, sites: Sequence[str]) -> dict[str, float]:
+@dataclass
+class _Reference:
+    """Hugging Face's model, and its log-probabilities before vLLM has started: unsteered, and by
+    site with vectors in all layers, None where its modules are not found or it takes no text.
+    """
+
+    model: Any
+    prompt: list[int]
+    vectors: dict[str, torch.Tensor]
+    plain: torch.Tensor | None = None
+    steered: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any) -> "_Reference":
+        generator = torch.Generator().manual_seed(3)
+        prompt = torch.randint(10, VOCAB, (_PROMPT_TOKENS,), generator=generator).tolist()
+        vectors = {site: torch.randn(LAYERS, HIDDEN, generator=generator) / 2 for site in SITES}
+        reference = cls(model, prompt, vectors)
+        with suppress(Exception):
+            reference.plain = _of_hugging_face(model, prompt, {})
+            for site in SITES:
+                if (steered := reference.at(site, range(LAYERS))) is not None:
+                    reference.steered[site] = steered
+        return reference
+
+    def at(self, site: str, layers: Sequence[int]) -> torch.Tensor | None:
+        """With the site's vectors in these layers."""
+        if len(layers) == LAYERS and site in self.steered:
+            return self.steered[site]
+        places = _places(self.model, site, layers)
+        if places is None:
+            return None
+        added = {module: self.vectors[site][number] for number, module in places.items()}
+        return _of_hugging_face(self.model, self.prompt, added)
+
+
+def _compare(reference: _Reference, folder: Path, sites: Sequence[str]) -> dict[str, float]:
     """By site the largest difference of a prompt token's log-probability from Hugging Face."""
     from vllm import SamplingParams
 
     from vllm_steer import VectorSteer, save_steer
 
-    generator = torch.Generator().manual_seed(3)
-    prompt = torch.randint(10, VOCAB, (_PROMPT_TOKENS,), generator=generator).tolist()
-    vectors = {site: torch.randn(LAYERS, HIDDEN, generator=generator) / 2 for site in sites}
+    if reference.plain is None:
+        raise ValueError("Hugging Face's model takes no text alone")
     steers = {}
-    for site, rows in vectors.items():
+    for site in sites:
         path = folder / f"{site}.safetensors"
-        save_steer(VectorSteer(vectors=rows, layers=tuple(range(LAYERS)), site=site), path)
+        vectors = reference.vectors[site]
+        save_steer(VectorSteer(vectors=vectors, layers=tuple(range(LAYERS)), site=site), path)
         steers[site] = {"path": str(path), "layers": "all"}
     names = ["", *sites]
     params = [
@@ -130,13 +173,7 @@ def _compare(model: Any, folder: Path, sites: Sequence[str]) -> dict[str, float]
         )
         for name in names
     ]
-    # vLLM's Transformers backend changes the classes of the model that it serves.
-    before = {
-        site: _of_hugging_face(model, prompt, {p: vectors[site][n] for n, p in places.items()})
-        for site in sites
-        if (places := _places(model, site, range(LAYERS))) is not None
-    }
-    plain = _of_hugging_face(model, prompt, {})
+    prompt, plain = reference.prompt, reference.plain
     with _engine(folder / "model", steers) as llm:
         (report,) = llm.collective_rpc("steer_sites")
         prompts = [{"prompt_token_ids": prompt}] * len(names)
@@ -145,17 +182,11 @@ def _compare(model: Any, folder: Path, sites: Sequence[str]) -> dict[str, float]
     differences = {"unsteered": float((engine[""] - plain).abs().max())}
     if differences["unsteered"] > _UNSTEERED:
         return differences
-    for site, rows in vectors.items():
-        steered = before.get(site)
-        if len(report[site]["layers"]) < LAYERS:
-            places = _places(model, site, report[site]["layers"])
-            if places is None:
-                continue
-            steered = _of_hugging_face(model, prompt, {p: rows[n] for n, p in places.items()})
-        if steered is None:
-            continue
-        differences[site] = float((engine[site] - steered).abs().max())
-        differences[f"{site} effect"] = float((plain - steered).abs().max())
+    for site in sites:
+        steered = reference.at(site, report[site]["layers"])
+        if steered is not None:
+            differences[site] = float((engine[site] - steered).abs().max())
+            differences[f"{site} effect"] = float((plain - steered).abs().max())
     return differences
 
 

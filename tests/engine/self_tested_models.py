@@ -9,7 +9,7 @@ import tiny_models
 import torch
 import transformers
 from reference import MODULES, Modules
-from tiny_models import GUIDED_LAYERS, HIDDEN, TOKENS, save_random
+from tiny_models import GUIDED_LAYERS, HIDDEN, TOKENS, VOCAB, save_random
 
 BLOCK = {**tiny_models.BLOCK, "tie_word_embeddings": False, "num_hidden_layers": GUIDED_LAYERS}
 HEADS = {**BLOCK, "head_dim": 32}
@@ -40,7 +40,8 @@ class Untested:
 
     @property
     def config_class(self) -> str:
-        return self.name.removesuffix("ForCausalLM") + "Config"
+        stem = self.name.removesuffix("ForCausalLM")
+        return {"Gemma3n": "Gemma3nText"}.get(stem, stem) + "Config"
 
 
 UNTESTED = {
@@ -192,6 +193,20 @@ def save_untested(model: Untested, folder: Path) -> Path:
 
 POST_NORM = Untested(
     "OPTForCausalLM", {**UNTESTED["OPTForCausalLM"].options, "do_layer_norm_before": False}
+)
+ALTERNATING_UPDATES = Untested(
+    "Gemma3nForCausalLM",
+    {
+        **{**HEADS, "tie_word_embeddings": True, "intermediate_size": [96] * 4},
+        "num_hidden_layers": 4,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
 )
 SCALED_IN_FLOAT16 = Untested(
     "DeepseekV2ForCausalLM",

@@ -20,6 +20,7 @@ from engines import (
 from packaging.version import Version
 from reference import assert_guided, load_reference
 from self_tested_models import (
+    ALTERNATING_UPDATES,
     POST_NORM,
     SCALED_IN_FLOAT16,
     UNTESTED,
@@ -106,8 +107,13 @@ def test_every_kind_site_mode_schedule_and_phase(name: str, tmp_path: Path) -> N
             "float16",
             "the first layer multiplies what is added to its input by 0",
         ),
+        (
+            ALTERNATING_UPDATES,
+            "float32",
+            r"the layer returns \[4, .*, 64\]; expected a tensor of 64 numbers per token first",
+        ),
     ],
-    ids=["post-norm", "scaled-in-float16"],
+    ids=["post-norm", "scaled-in-float16", "several-streams"],
 )
 def test_a_stream_that_a_steer_would_be_wrong_in_stops_the_start(
     model: Untested, dtype: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from server_process import (
     write_config,
 )
 
+pytestmark = pytest.mark.matrix
 LIMIT_S = 300
 
 

@@ -65,6 +65,10 @@ class Layer(nn.Module):
             return middle + added, middle, added
         if self.form == "stale-second":
             return middle + added, torch.zeros_like(x)
+        if self.form == "hyper":  # two streams, mixed by the next layer
+            return torch.roll(middle + added, 1, dims=-1)
+        if self.form == "deferred":  # another part of the sum is added by the next layer only
+            return middle, added, middle
         if self.form == "partial-rows":
             return (middle + added)[:-1]
         return middle + added
@@ -127,6 +131,8 @@ def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
         ("scaled", "resid", "multiplies what is added to its input by 0.5"),
         ("partial-rows", "resid", r"of 12 tokens: the ranks hold different tokens"),
         ("three", "resid", "the layer returns"),
+        ("deferred", "resid", "the layer returns"),
+        ("hyper", "resid", "is not passed on as one stream"),
         ("two-attentions", "attn_out", "more than one attention: mixer, second"),
         ("no-norm", "attn_in", "reads the residual stream without a norm before it"),
         ("attention-unread", "attn_out", "does not read what its attention returns"),
