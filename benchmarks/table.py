@@ -87,6 +87,14 @@ COLUMNS: dict[str, Columns] = {
         ("p20 to p80", spread("ratio")),
         ("by bytes", number("predicted_ratio", 3)),
     ),
+    "selftest_cost": (
+        ("layers", word("layers")),
+        ("parameters, M", lambda line: f"{line['parameters'] / 1e6:.0f}"),
+        ("self-test, s", number("model_sites_s", 3)),
+        ("check of steers, s", number("check_steering_s", 3)),
+        ("memory, MiB", number("model_sites_mib", 1)),
+        ("whole start, s", number("start_s", 1)),
+    ),
     "peers": (
         ("what", word("name")),
         ("shape", word("shape")),

@@ -52,6 +52,8 @@ _VISION: Final[Mapping[str, Any]] = {
 _OTHERWISE: Final[Mapping[str, Mapping[str, Any]]] = {
     # What vLLM runs on a CPU: no expert layers of its own for latent attention, one expert a token.
     "DeepseekV2ForCausalLM": {"first_k_dense_replace": LAYERS, "q_lora_rank": None},
+    # As many lists of the model's modules as there are layers would be taken for the layers.
+    "Gemma3nForCausalLM": {"altup_num_inputs": 3},
     "Llama4ForCausalLM": {"num_experts_per_tok": 1},
     "Llama4ForConditionalGeneration": {"num_experts_per_tok": 1},
     # What vLLM reads and the config of Transformers does not set.
