@@ -132,7 +132,6 @@ def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
         ("partial-rows", "resid", r"of 12 tokens: the ranks hold different tokens"),
         ("three", "resid", "the layer returns"),
         ("deferred", "resid", "the layer returns"),
-        ("hyper", "resid", "is not passed on as one stream"),
         ("two-attentions", "attn_out", "more than one attention: mixer, second"),
         ("no-norm", "attn_in", "reads the residual stream without a norm before it"),
         ("attention-unread", "attn_out", "does not read what its attention returns"),
@@ -143,6 +142,12 @@ def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
 def test_a_site_where_a_steer_would_be_wrong_is_refused(form: str, site: str, reason: str) -> None:
     for sites in sites_of(*[form] * LAYERS).values():
         assert reason in sites.reasons[site]
+
+
+def test_layers_that_mix_several_streams_have_no_stream_to_steer() -> None:
+    sites = sites_of(*["hyper"] * LAYERS)
+    assert all("resid" in one.reasons for one in sites.values())
+    assert "is not passed on as one stream" in sites[0].reasons["resid"]
 
 
 def test_a_model_that_scales_its_stream_by_design_may_be_steered() -> None:
