@@ -14,6 +14,8 @@ from server_process import environment, random_steers, tail, write_config
 from vllm_steer import embedded, hf
 
 CHAT = "/v1/chat/completions"
+pytestmark = pytest.mark.matrix
+
 SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "none": ({}, {}),
     "field": ({"steer": "a:3"}, {"a": 3}),

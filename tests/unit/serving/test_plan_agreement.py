@@ -80,10 +80,12 @@ def errors_of(folder: Path, plans: list[SteerPlan | None]) -> list[str]:
     return [json.loads((folder / str(rank)).read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.matrix
 def test_ranks_with_one_plan_agree(plan: SteerPlan, tmp_path: Path) -> None:
     assert errors_of(tmp_path, [plan, plan]) == ["", ""]
 
 
+@pytest.mark.matrix
 def test_ranks_with_two_plans_do_not_start(plan: SteerPlan, tmp_path: Path) -> None:
     errors = errors_of(tmp_path, [plan, other_plan(plan)])
     assert errors == [
