@@ -7,7 +7,6 @@ from vllm_steer.families import FAMILIES, SELF_TESTED
 from vllm_steer.steers.layers import format_layers
 
 SITES: Final = ("resid", "attn_in", "attn_out", "heads")
-_PROOFS: Final = {"compared": "compared", "proved": "self-test"}
 EQUAL: Final = 1e-4
 """The largest difference of a log-probability that counts as equal to Hugging Face."""
 
@@ -19,12 +18,22 @@ def architectures(data: Mapping[str, Any]) -> str:
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     lines += [_line(row) for row in rows if "sites" in row]
     left_out = [
-        f"| {row['architecture']} | {row['state']} | {_plain(row['reason'])} |"
-        for row in rows
-        if "sites" not in row
+        f"**{heading}** ({len(names)}): {', '.join(names)}."
+        for heading, named in (
+            ("Transformers has no class of this name", _is_missing),
+            ("No tiny model came out of its config, or vLLM did not start it on a CPU", _is_other),
+        )
+        if (names := [row["architecture"] for row in rows if "sites" not in row and named(row)])
     ]
-    head = ["", "| not run | | why |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *head, *left_out])
+    return "\n".join([*lines, *(f"\n{text}" for text in left_out)])
+
+
+def _is_missing(row: Mapping[str, Any]) -> bool:
+    return "transformers has no attribute" in row["reason"]
+
+
+def _is_other(row: Mapping[str, Any]) -> bool:
+    return not _is_missing(row)
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -45,7 +54,3 @@ def _distance(compared: Mapping[str, float]) -> str:
     if not sites:
         return "-"
     return f"equal ({max(sites):.0e})" if max(sites) <= EQUAL else f"DIFFERS ({max(sites):.0e})"
-
-
-def _plain(text: str) -> str:
-    return text.replace("|", "/").replace("<", "(").replace(">", ")").replace("`", "'")[:160]
