@@ -128,7 +128,7 @@ FORMATS = {
     "awq": Quantised({"quant_method": "awq", "zero_point": True, "version": "gemm", **_BITS}, _awq),
     "int8": _compressed("int", _int8),
     "fp8": _compressed("float", _fp8),
-    "int8-static": _compressed_static("int", _static(_int8, 6.0, 127)),
+    "int8-static": _compressed_static("int", _static(_int8, 8.0, 127)),
 }
 
 

@@ -23,7 +23,7 @@ def test_a_steered_quantised_model_is_as_near_to_its_weights_as_an_unsteered_one
     model, plain = save_quantised(quantised, tmp_path)
     reference = load_reference(plain)
     steers = guidance_steers(HIDDEN, GUIDED_LAYERS, HIDDEN)
-    unsteered: tuple[Mapping[str, Any], ...] = ({},) * 8
+    unsteered: tuple[Mapping[str, Any], ...] = ({},) * 24
     with engine(model, steer_config(steers, tmp_path / "steers"), dtype=quantised.dtype) as llm:
         outputs = llm.generate(
             prompts(len(SETTINGS) + len(unsteered)),

@@ -21,7 +21,7 @@ from tiny_models import BLOCK, GUIDED_LAYERS, HIDDEN, save_random, save_tiny_mod
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 SETTINGS = tuple(s for s in GUIDED if not {"plain", "bias", "tilt"} & set(s))
-UNSTEERED: tuple[Mapping[str, Any], ...] = ({},) * 8
+UNSTEERED: tuple[Mapping[str, Any], ...] = ({},) * 24
 
 
 def round_weights(model: Path, dtype: str) -> None:
@@ -32,12 +32,14 @@ def round_weights(model: Path, dtype: str) -> None:
     save_file(rounded, path, {"format": "pt"})
 
 
-def assert_steered(model: Path, dtype: str, settings: Any, steers: Any, folder: Path) -> None:
+def assert_steered(
+    model: Path, dtype: str, settings: Any, steers: Any, folder: Path, **limits: float
+) -> None:
     round_weights(model, dtype)
     every = [*settings, *UNSTEERED]
     with engine(model, steer_config(steers, folder), dtype=dtype) as llm:
         outputs = llm.generate(prompts(len(every)), greedy(every, max_tokens=12), use_tqdm=False)
-    assert_as_near_as_unsteered(outputs, load_reference(model), every, steers)
+    assert_as_near_as_unsteered(outputs, load_reference(model), every, steers, **limits)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_a_steered_model_is_as_near_to_float64_as_an_unsteered_one(
 
 
 def test_a_residual_stream_500_times_as_large_as_the_vector(tmp_path: Path) -> None:
-    """In bfloat16 the stream itself keeps two bits of such a vector; the branches read it whole."""
+    """In bfloat16 such a stream keeps little of the vector, steered or not: few settings are clear."""
     config = transformers.LlamaConfig(
         **BLOCK, head_dim=32, num_hidden_layers=GUIDED_LAYERS, tie_word_embeddings=False
     )
@@ -64,4 +66,4 @@ def test_a_residual_stream_500_times_as_large_as_the_vector(tmp_path: Path) -> N
     model = save_random(transformers.LlamaForCausalLM(config), tmp_path / "model", embedding=250.0)
     steers = guidance_steers(HIDDEN, GUIDED_LAYERS, HIDDEN)
     settings = ({"lean": -1.5}, {"turn": 6.0}, {"spin": 500.0}, {"push": 2.0}, {"nudge": 500.0})
-    assert_steered(model, "bfloat16", settings, steers, tmp_path / "steers")
+    assert_steered(model, "bfloat16", settings, steers, tmp_path / "steers", clear_share=0.3)
