@@ -58,7 +58,7 @@ def test_a_steered_model_is_as_near_to_float64_as_an_unsteered_one(
 
 
 def test_a_residual_stream_500_times_as_large_as_the_vector(tmp_path: Path) -> None:
-    """In bfloat16 such a stream keeps little of the vector, steered or not: few settings are clear."""
+    """In bfloat16 such a stream keeps little of the vector, steered or not."""
     config = transformers.LlamaConfig(
         **BLOCK, head_dim=32, num_hidden_layers=GUIDED_LAYERS, tie_word_embeddings=False
     )
