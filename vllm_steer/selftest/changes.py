@@ -1,7 +1,7 @@
 """What a steer changes in a dummy run: a place in the model, in two rows that begin alike."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +56,10 @@ def place_rows(
 
         return hook
 
-    with _hooks() as handles, fixed_attention(attention_layers), torch.inference_mode():
-        handles.append(first_layer.register_forward_pre_hook(begin, with_kwargs=True))
+    with ExitStack() as hooks, fixed_attention(attention_layers), torch.inference_mode():
+        handle = first_layer.register_forward_pre_hook(begin, with_kwargs=True)
+        hooks.callback(handle.remove)
         for index, place in enumerate(places):
-            handles.append(place.module.register_forward_hook(keep(index, place)))
+            hooks.callback(place.module.register_forward_hook(keep(index, place)).remove)
         run(num_rows)
     return [seen.get(index) for index in range(len(places))]
-
-
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()

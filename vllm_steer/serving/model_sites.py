@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ from vllm_steer.steers.sites import LAYER_SITES
 logger = logging.getLogger("vllm.vllm_steer")
 
 _FEWEST_ROWS = 8
+
+_T = TypeVar("_T")
 
 Proof = Literal["compared", "proved"]
 """Compared with Hugging Face in vllm-steer's tests, or proved by the self-test of this start."""
@@ -78,7 +80,7 @@ class ModelSites:
         """
         lacking = {n for n, reasons in self.reasons.items() if steer.site in reasons}
         layers = tuple(layer for layer in steer.layers if layer not in lacking)
-        if not _any_stage(bool(set(layers) & set(self.families))):
+        if not any(_of_all_stages(bool(set(layers) & set(self.families)))):
             reason = next((self.reasons[n][steer.site] for n in steer.layers if n in lacking), "")
             raise SteerError(
                 f"steer {name}: none of its layers {format_layers(steer.layers)} has the site "
@@ -245,34 +247,25 @@ def eager(model: nn.Module) -> Iterator[None]:
 
 def _of_first_stage(value: float) -> float:
     """The value that the first pipeline stage has."""
-    from vllm.distributed.parallel_state import get_pp_group
-
-    group = get_pp_group()
-    return value if group.world_size == 1 else float(group.broadcast_object(value, src=0))
+    return _of_all_stages(value)[0]
 
 
 def _over_stages(streams: Streams) -> Streams:
     """What all pipeline stages know of their layers' streams; of a class the first that does."""
-    from vllm.distributed.parallel_state import get_pp_group
-
-    group = get_pp_group()
-    if group.world_size == 1:
-        return streams
-    known: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(known, streams, group=group.cpu_group)
+    known = _of_all_stages(streams)
     return {name: stream for one in reversed(known) for name, stream in one.items()}
 
 
-def _any_stage(value: bool) -> bool:
-    """Whether it is true on any pipeline stage."""
+def _of_all_stages(value: _T) -> list[_T]:
+    """The value that each pipeline stage has, in their order."""
     from vllm.distributed.parallel_state import get_pp_group
 
     group = get_pp_group()
     if group.world_size == 1:
-        return value
-    known: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(known, value, group=group.cpu_group)
-    return any(known)
+        return [value]
+    values: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(values, value, group=group.cpu_group)
+    return values
 
 
 def _spread_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -158,5 +158,5 @@ def _compare(
         share = float((own - base) @ (expected - base) / change**2)
         raise SteerError(
             f"steer {one.steer}: at {one.site.table.site} of layer {one.layer} the forward pass "
-            f"has {share:.2g} of the change that it should have; {version_advice()}"
+            f"has {round(share, 2):g} of the change that it should have; {version_advice()}"
         )

@@ -90,8 +90,6 @@ class _WorkerSteering:
         if is_first:
             if self._layers is not None:
                 self._layers.check(model, config, self._dummy_run, runner.device)
-            if self._sites is not None:
-                self._sites = self._sites.without_modules()
             attach_runner(
                 runner,
                 self._batch,
@@ -133,10 +131,11 @@ class _WorkerSteering:
         heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
         inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
         if inside:
-            known = self._sites = model_sites(model, config, self._dummy_run)
+            known = model_sites(model, config, self._dummy_run)
+            self._sites = known.without_modules()
         elif always_self_tests():
             try:
-                self._sites = model_sites(model, config, self._dummy_run)
+                self._sites = model_sites(model, config, self._dummy_run).without_modules()
             except SteerError as error:
                 logger.warning("vllm-steer: no site inside the layers: %s", error)
         if inside:

@@ -112,7 +112,7 @@ OTHER = (
     ),
     *vllm_names(
         "vllm.distributed.parallel_state:GroupCoordinator",
-        "world_size cpu_group broadcast_object",
+        "world_size cpu_group",
         "read",
         "guidance",
     ),
