@@ -204,6 +204,39 @@ def steer_config(steers: Mapping[str, Steer], folder: Path) -> dict[str, Any]:
 @contextmanager
 def engine(model: Path | str, steer: Any = None, **options: Any) -> Iterator[Any]:
     """An ``LLM`` on the runner under test; shut down afterwards."""
+    with hugging_face_classes_restored():
+        yield from _engine(model, steer, **options)
+
+
+@contextmanager
+def hugging_face_classes_restored() -> Iterator[None]:
+    """vLLM's Transformers backend changes a model's class so that only vLLM can make the next one:
+    give it back what it was, for the tests that come later in this process.
+    """
+    from vllm.compilation import decorators
+
+    change, made = decorators._support_torch_compile, {}
+
+    def noted(cls: type, *args: Any, **kwargs: Any) -> type:
+        if cls.__module__.startswith("transformers."):
+            made.setdefault(cls, (cls.__bases__, dict(vars(cls))))
+        return change(cls, *args, **kwargs)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decorators, "_support_torch_compile", noted)
+            yield
+    finally:
+        for cls, (bases, attributes) in made.items():
+            cls.__bases__ = bases
+            for name in vars(cls).keys() - attributes.keys():
+                delattr(cls, name)
+            for name, value in attributes.items():
+                if vars(cls)[name] is not value:
+                    setattr(cls, name, value)
+
+
+def _engine(model: Path | str, steer: Any, **options: Any) -> Iterator[Any]:
     from vllm import LLM
 
     settings: dict[str, Any] = {

@@ -67,9 +67,7 @@ def assert_guided_batch(
     return outputs
 
 
-# One of each way that a block can work; the others are variations of these. vLLM's Transformers
-# backend changes the class of the model it serves for good, so of its models each process can have
-# one test: GPT-NeoX is in another file.
+# One of each way that a block can work; the others are variations of these.
 CORE = ("llama", "gpt2", "phi-transformers-backend", "olmo2-no-input-norm")
 
 

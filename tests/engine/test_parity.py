@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from engines import (
     MIXED,
     RUNNER,
@@ -62,6 +63,19 @@ def test_mixed_batch_on_each_family_with_prompt_logprobs(
         model, steers, tmp_path / "steers", sampling={"prompt_logprobs": 1}
     )
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) >= 6
+
+
+@pytest.mark.matrix
+def test_the_class_of_a_model_on_the_transformers_backend_is_as_it_was_after_the_engine(
+    tmp_path: Path,
+) -> None:
+    cls = transformers.GPTNeoXModel
+    before = cls.__bases__, dict(vars(cls))
+    model = save_tiny_model("gpt-neox-transformers-backend", tmp_path / "model")
+    with engine(model):
+        assert cls.__bases__ != before[0]
+    assert (cls.__bases__, dict(vars(cls))) == before
+    save_tiny_model("gpt-neox-transformers-backend", tmp_path / "again")
 
 
 @needs(STORIES)
