@@ -1,0 +1,1 @@
+"""The effects that the papers report, measured on a pretrained model."""
