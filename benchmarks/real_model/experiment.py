@@ -1,0 +1,49 @@
+"""What all experiments on a pretrained model share: command line, data files, standard errors."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+from benchmarks import arguments
+
+T = TypeVar("T")
+BUILD: Final = Path("build/real-model")
+
+
+def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """The options of an experiment: model, data, and the folder in which it can be resumed."""
+    result = arguments.parser(doc)
+    result.add_argument("--model", default=str(BUILD / "gemma3-270m"), help="a folder or hub id")
+    result.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of the papers' data: dac/, sst5/, prompts/",
+    )
+    result.add_argument(
+        "--folder",
+        type=Path,
+        default=BUILD / "runs" / name,
+        help="texts, steers and fits; the same command goes on where it was interrupted",
+    )
+    return result
+
+
+def jackknife(
+    observations: Sequence[T], statistic: Callable[[Sequence[T]], float]
+) -> tuple[float, float]:
+    """A statistic and its standard error, by leaving out one observation at a time.
+
+    ``error^2 = (n - 1)/n * sum_i (s_i - mean(s))^2`` with ``s_i`` the statistic without
+    observation ``i``. For a mean this is its usual standard error. An observation is all that
+    belongs to one prompt, since the texts of one prompt are not independent.
+    """
+    n = len(observations)
+    value = statistic(observations)
+    if n < 2:
+        return value, math.nan
+    without = [statistic([*observations[:i], *observations[i + 1 :]]) for i in range(n)]
+    middle = math.fsum(without) / n
+    return value, math.sqrt((n - 1) / n * math.fsum((s - middle) ** 2 for s in without))
