@@ -1,10 +1,11 @@
 """What all experiments on a pretrained model share: command line, data files, standard errors."""
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from benchmarks import arguments
 
@@ -47,3 +48,19 @@ def jackknife(
     without = [statistic([*observations[:i], *observations[i + 1 :]]) for i in range(n)]
     middle = math.fsum(without) / n
     return value, math.sqrt((n - 1) / n * math.fsum((s - middle) ** 2 for s in without))
+
+
+@functools.cache
+def language_model(name: str) -> Any:
+    """The model in Hugging Face's form, loaded once."""
+    from vllm_steer.models import load_language_model
+
+    return load_language_model(name)
+
+
+@functools.cache
+def steer_file(path: Path) -> Any:
+    """A steer, read once."""
+    from vllm_steer.files import load_steer
+
+    return load_steer(path)

@@ -123,7 +123,11 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
     from vllm.platforms import current_platform
 
     cache_gib = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    arguments = options.arguments
     if current_platform.is_cpu():
+        # A part of a prompt with a seed stops vLLM's V1 runner on a CPU, which cannot set a random
+        # generator back.
+        arguments["enable_chunked_prefill"] = False
         # Faster to start. On a GPU, only the exit of a separate engine process frees all memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if options.gpu_memory_utilization is None:
@@ -135,7 +139,7 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
             seed=0,
             use_tqdm_on_load=False,
             additional_config={"steer": _steer_config(steers)},
-            **options.arguments,
+            **arguments,
         )
     except SteerError:
         raise

@@ -1,0 +1,191 @@
+"""Two and three properties at once: fixed, scheduled and dynamic strengths of three deltas.
+
+    python -m benchmarks.real_model.several_properties --data DIR --json OUT
+
+The deltas are French answers (over English ones), casual (over formal) and cheerful (over grumpy),
+each fitted on demonstrations with one property only, as Scalena et al. (BlackboxNLP 2024, section
+5.2) compose language with safety or formality. ``vllm-steer compare`` chooses the strengths on the
+seen combinations, with other questions than those of the report. ``MANNERS`` explains the data.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.composition_report import in_words
+from benchmarks.engines import set_environment
+from benchmarks.real_model.experiment import jackknife, language_model, parser
+from benchmarks.real_model.french import DEMONSTRATIONS, INSTRUCTIONS, SUPPORT, fit_french
+from benchmarks.real_model.manners import JUDGES, OPPOSITE, in_manner
+from benchmarks.result import Result
+
+STEPS: Final = 30
+CHOOSING: Final = 10
+Line = dict[str, Any]
+
+
+def main() -> None:
+    """Fit, compare, write, print."""
+    set_environment()
+    options = parser(__doc__, "several-properties")
+    options.add_argument("--questions", type=int, default=40, help="of the report; at most 50")
+    options.add_argument("--samples", type=int, default=3, help="texts per question")
+    args = options.parse_args()
+    result = Result(
+        "real-model-several-properties",
+        args.json,
+        model=Path(args.model).name,
+        questions=args.questions,
+        choosing=CHOOSING,
+        samples=args.samples,
+        max_tokens=STEPS,
+    )
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write_steers(args.model, args.data / "dac", args.folder)
+    write_files(args.data / "dac", args.folder, args.questions)
+    report = compare(args.model, args.folder, args.samples)
+    result.data |= {"chosen": {m: in_words(c.doses) for m, c in report.selected.methods.items()}}
+    for line in lines(report):
+        result.add(line)
+    result.show()
+
+
+def write_steers(model: str, data: Path, folder: Path) -> None:
+    """Fit the three deltas, each saved as soon as it is made."""
+    from vllm_steer.files import save_steer
+
+    for name in ("french", *JUDGES):
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            save_steer(
+                fit_french(model, data) if name == "french" else fit_manner(model, data, name), path
+            )
+
+
+def fit_manner(model: str, data: Path, manner: str) -> Any:
+    """English answers in a manner minus the same answers in the opposite one."""
+    from vllm_steer.cli.progress import progress
+    from vllm_steer.fit import fit_delta
+    from vllm_steer.texts.icl import Example, icl_prompts, read_examples, support
+
+    examples = read_examples(data / "ENG.json")
+    sides = [
+        icl_prompts(
+            [
+                Example(row.input, in_manner(row.output, side, index))
+                for index, row in enumerate(examples)
+            ],
+            DEMONSTRATIONS,
+            instruction=INSTRUCTIONS["ENG"],
+        )[50:]
+        for side in (manner, OPPOSITE[manner])
+    ]
+    wanted, other = support(*sides, SUPPORT, 32)
+    language = language_model(model)
+    with progress(f"fitting {manner}", 2 * SUPPORT) as advance:
+        return fit_delta(
+            language.model, language.tokenizer, wanted, other, steps=STEPS, on_prompt=advance
+        )
+
+
+def write_files(data: Path, folder: Path, questions: int) -> None:
+    """The prompts, the judges' word lists, and the comparison's description."""
+    from vllm_steer.texts.icl import read_examples
+
+    rows = read_examples(data / "ENG.json")
+    groups = [
+        rows[start : start + DEMONSTRATIONS + 1]
+        for start in range(0, len(rows), DEMONSTRATIONS + 1)
+    ]
+    _write_prompts(folder / "prompts.jsonl", [group[-1].input for group in groups[:questions]])
+    _write_prompts(folder / "choosing.jsonl", [group[0].input for group in groups[:CHOOSING]])
+    for manner, (words, opposite) in JUDGES.items():
+        lexicon = {"positive": words, "negative": opposite}
+        text = json.dumps(lexicon, ensure_ascii=False)
+        (folder / f"{manner}.json").write_text(text, encoding="utf-8")
+    judges = {name: f"lexicon:{folder.absolute() / name}.json" for name in JUDGES}
+    spec = {
+        "properties": {
+            name: {
+                "steer": f"{name}.safetensors",
+                "judge": judges.get(name, "language:fr"),
+                "strengths": [1.0, 1.5],
+                "max": [1.5, 2.5],
+            }
+            for name in ("french", *JUDGES)
+        },
+        "seen": ["french", *JUDGES, "french+casual"],
+        "unseen": ["french+cheerful", "casual+cheerful", "french+casual+cheerful"],
+        "methods": ["none", "fixed", "dim", "dynamic"],
+        "top_p": [0.5],
+    }
+    (folder / "properties.json").write_text(json.dumps(spec), encoding="utf-8")
+
+
+def _write_prompts(path: Path, questions: Sequence[str]) -> None:
+    rows = [json.dumps({"prompt": f"Q:{question}\nA:"}) + "\n" for question in questions]
+    path.write_text("".join(rows), encoding="utf-8")
+
+
+def compare(model: str, folder: Path, samples: int) -> Any:
+    """The report of ``vllm-steer compare``."""
+    from vllm_steer.cli.progress import progress
+    from vllm_steer.evaluation.composition import comparison_run
+    from vllm_steer.evaluation.generation import EngineOptions
+    from vllm_steer.evaluation.judges import make_judges
+    from vllm_steer.evaluation.prompts import read_prompts
+    from vllm_steer.evaluation.sampling import Sampling
+
+    settings = comparison_run.ComparisonSettings(
+        model=model,
+        file=folder / "properties.json",
+        prompts=read_prompts(folder / "prompts.jsonl"),
+        selection_prompts=read_prompts(folder / "choosing.jsonl"),
+        folder=folder / "compared",
+        sampling=Sampling(samples=samples, max_tokens=STEPS, top_p=0.9, top_k=0),
+        engine=EngineOptions(max_model_len=512, enforce_eager=True),
+    )
+    return comparison_run.compare(settings, make_judges, progress)
+
+
+def lines(report: Any) -> Iterator[Line]:
+    """A line per combination and method, with standard errors over the questions.
+
+    ``beside`` is the share minus that of the fixed strengths on the same questions.
+    """
+    from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges
+
+    judges = PropertyJudges(report.spec, property_judges(report.spec))
+    for combination in report.spec.combinations:
+        shares = {
+            result.row.title: [
+                statistics.fmean(map(float, texts))
+                for texts in judges.has_all(combination, result.row.candidate.name, result.answers)
+            ]
+            for result in report.of(combination)
+        }
+        for result in report.of(combination):
+            own = shares[result.row.title]
+            beside, error = jackknife(
+                [a - b for a, b in zip(own, shares["fixed"], strict=True)], statistics.fmean
+            )
+            figures = {name: of for judge in result.judges.values() for name, of in judge.items()}
+            yield {
+                "combination": "+".join(combination),
+                "seen": result.row.seen,
+                "method": result.row.title,
+                "strengths": in_words(dict(result.row.candidate.steer)),
+                "all": round(result.accuracy, 4),
+                "all_error": round(jackknife(own, statistics.fmean)[1], 4),
+                "beside": round(beside, 4),
+                "beside_error": round(error, 4),
+                "shares": {name: round(value, 4) for name, value in result.shares.items()},
+                "perplexity": round(figures["total_perplexity"], 3),
+                "dist_2": round(figures["dist-2"], 3),
+            }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The tables of the page about a pretrained model, one function for each experiment's result."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+Line = Mapping[str, Any]
+
+
+def real_model(data: Mapping[str, Any]) -> str:
+    """The tables of a result, and the command and machine that made it."""
+    return f"{MAKERS[data['benchmark']](data)}\n\n{made_by(data)}"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; columns after the first are numbers, at the right."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
+    return "\n".join(lines)
+
+
+def pm(line: Line, name: str, places: int = 2) -> str:
+    """A figure and its standard error; the figure alone where there is no error."""
+    value, error = line[name], line.get(f"{name}_error")
+    if value is None or value != value:
+        return "-"
+    if error is None or error != error:
+        return f"{value:.{places}f}"
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def made_by(data: Mapping[str, Any]) -> str:
+    """Command, model, versions, commit."""
+    machine, versions, git = data["machine"], data["versions"], data["git"]
+    changes = " and local changes" if git.get("dirty") else ""
+    minutes = f", {data['minutes']:.0f} minutes" if data.get("minutes") else ""
+    return (
+        f"`{data['command']}`: {data['model']}{minutes} on {machine['cores']} cores of "
+        f"{machine['cpu']}, vLLM {versions['vllm']}, torch {versions['torch']}, "
+        f"{data['date'][:10]}, commit {git['commit'][:12]}{changes}."
+    )
+
+
+def french(data: Mapping[str, Any]) -> str:
+    """Share, dPPL, perplexity and variety by setting; what is saved at equal share."""
+    icl = data["demonstrations_figures"]
+    rows = [
+        (
+            f"{line['method']} {line['strength']}".replace(" -", ""),
+            pm(line, "share"),
+            pm(line, "greedy_share"),
+            pm(line, "dppl", 1),
+            f"{line['median_dppl']:.1f}",
+            pm(line, "perplexity", 1),
+            pm(line, "dist_2"),
+        )
+        for line in data["rows"]
+    ]
+    headings = ("strength", "French", "greedy", "dPPL", "median", "perplexity", "dist-2")
+    saved = [
+        (f"{line['method']} {line['strength']}", f"{line['saved_dppl']:.1f} ± {line['error']:.1f}")
+        for line in data["saved"]
+    ]
+    demonstrations = (
+        f"After demonstrations in French the model answers in French {icl['share']:.2f} ± "
+        f"{icl['share_error']:.2f} of the time, at a perplexity of {icl['perplexity']:.1f}. dPPL is "
+        f"over these {icl['french']} answers."
+    )
+    saved_headings = ("strength", "dPPL saved beside fixed strengths of equal share")
+    return "\n\n".join((table(headings, rows), demonstrations, table(saved_headings, saved)))
+
+
+def several_properties(data: Mapping[str, Any]) -> str:
+    """All properties at once, by combination and method."""
+    rows = [
+        (
+            line["combination"].replace("+", ", ") + ("" if line["seen"] else " (unseen)"),
+            line["method"],
+            line["strengths"].replace(" (top-p 0.5)", "") or "-",
+            pm(line, "all"),
+            "-" if line["method"] == "fixed" else pm(line, "beside"),
+            f"{line['perplexity']:.1f}",
+        )
+        for line in data["rows"]
+        if line["method"] != "best fixed"
+    ]
+    headings = ("properties", "method", "strengths", "all at once", "beside fixed", "perplexity")
+    return table(headings, rows)
+
+
+def speed(data: Mapping[str, Any]) -> str:
+    """Step and token times."""
+    rows = [
+        (
+            line["what"],
+            str(line["rows"]),
+            _ms(line.get("unsteered_ms")),
+            _ms(line.get("steered_ms")),
+            _ratio(line),
+        )
+        for line in data["rows"]
+    ]
+    return table(("steer", "requests", "unsteered ms", "steered ms", "ratio (p20 to p80)"), rows)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _ratio(line: Line) -> str:
+    if "ratio_median" not in line:
+        return "-"
+    return f"{line['ratio_median']:.2f} ({line['ratio_p20']:.2f} to {line['ratio_p80']:.2f})"
+
+
+MAKERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
+    "real-model-french": french,
+    "real-model-several-properties": several_properties,
+    "real-model-speed": speed,
+}
