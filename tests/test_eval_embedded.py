@@ -192,3 +192,18 @@ def test_greedy_texts_are_those_of_hugging_face(tmp_path: Path, prompts: Path) -
                 ]
             whole = tokenizer.decode(row, skip_special_tokens=True)
             assert text == whole[len(prompt) :]
+
+
+@pytest.mark.matrix
+def test_seeded_texts_after_more_prompt_tokens_than_one_step_takes(tmp_path: Path) -> None:
+    """vLLM's V1 runner cannot take a part of a prompt with a seed on a CPU."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    prompts = [" ".join([str(k), *corpus.NEUTRAL_PROMPTS * 8]) for k in range(24)]
+    assert sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts) > 8192
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(prompts))
+    run(
+        *("embedded", SENTIMENT, "--strengths", "4", "--prompts", path, "--out", tmp_path / "run"),
+        *("--samples", 2, "--max-tokens", 3, "--judge", "diversity", "--no-plot"),
+    )
+    assert len(texts_of(tmp_path / "run" / "generations" / "none.jsonl")) == len(prompts)

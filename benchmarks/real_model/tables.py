@@ -56,14 +56,14 @@ def french(data: Mapping[str, Any]) -> str:
         for line in data["rows"]
     ]
     headings = ("strength", "French", "greedy", "dPPL", "median", "perplexity", "dist-2")
-    saved = [
-        (f"{line['method']} {line['strength']}", f"{line['saved_dppl']:.1f} ± {line['error']:.1f}")
-        for line in data["saved"]
-    ]
+    saved = []
+    for line in data["saved"]:
+        figure = f"{line['saved_dppl']:.1f} ± {line['error']:.1f}"
+        saved.append((f"{line['method']} {line['strength']}", figure))
     demonstrations = (
         f"After demonstrations in French the model answers in French {icl['share']:.2f} ± "
-        f"{icl['share_error']:.2f} of the time, at a perplexity of {icl['perplexity']:.1f}. dPPL is "
-        f"over these {icl['french']} answers."
+        f"{icl['share_error']:.2f} of the time, at a perplexity of {icl['perplexity']:.1f}. dPPL "
+        f"is over these {icl['french']} answers."
     )
     saved_headings = ("strength", "dPPL saved beside fixed strengths of equal share")
     return "\n\n".join((table(headings, rows), demonstrations, table(saved_headings, saved)))
