@@ -17,7 +17,13 @@ from typing import Any, Final
 from benchmarks.composition_report import in_words
 from benchmarks.engines import set_environment
 from benchmarks.real_model.experiment import jackknife, language_model, parser
-from benchmarks.real_model.french import DEMONSTRATIONS, INSTRUCTIONS, SUPPORT, fit_french
+from benchmarks.real_model.french import (
+    DEMONSTRATIONS,
+    INSTRUCTIONS,
+    SUPPORT,
+    fit_french,
+    sampling,
+)
 from benchmarks.real_model.manners import JUDGES, OPPOSITE, in_manner
 from benchmarks.result import Result
 
@@ -136,7 +142,6 @@ def compare(model: str, folder: Path, samples: int) -> Any:
     from vllm_steer.evaluation.generation import EngineOptions
     from vllm_steer.evaluation.judges import make_judges
     from vllm_steer.evaluation.prompts import read_prompts
-    from vllm_steer.evaluation.sampling import Sampling
 
     settings = comparison_run.ComparisonSettings(
         model=model,
@@ -144,7 +149,7 @@ def compare(model: str, folder: Path, samples: int) -> Any:
         prompts=read_prompts(folder / "prompts.jsonl"),
         selection_prompts=read_prompts(folder / "choosing.jsonl"),
         folder=folder / "compared",
-        sampling=Sampling(samples=samples, max_tokens=STEPS, top_p=0.9, top_k=0),
+        sampling=sampling(samples),
         engine=EngineOptions(max_model_len=512, enforce_eager=True),
     )
     return comparison_run.compare(settings, make_judges, progress)
