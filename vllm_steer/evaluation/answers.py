@@ -1,11 +1,18 @@
 """Generated texts, and the protocols of the judges that score them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 Strengths = Mapping[str, tuple[float, ...]]
 """The strength at each token of one text, by dynamic steer."""
+
+OnText = Callable[[int], object]
+"""Receives the number of texts that were scored so far."""
+
+
+def ignore_count(count: int) -> None:
+    """An ``OnText`` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,23 @@ class Judge(Protocol):
 
     def scores(self, answers: Sequence[Answers]) -> Mapping[str, float]:
         """Figures by name; NaN for a figure that these texts do not define."""
+        ...
+
+
+@runtime_checkable
+class PromptJudge(Judge, Protocol):
+    """A judge whose figures are computed from one observation per prompt.
+
+    ``scores(answers)`` is ``figures(observe(answers))``. Reports show the progress of such a judge
+    and have standard errors of its figures, which are the figures without some of the prompts.
+    """
+
+    def observe(self, answers: Sequence[Answers], on_text: OnText = ignore_count) -> list[Any]:
+        """What the judge finds in the texts of each prompt."""
+        ...
+
+    def figures(self, observations: Sequence[Any]) -> Mapping[str, float]:
+        """Figures by name of some prompts' observations."""
         ...
 
 

@@ -2,8 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import TypeVar
 
 from vllm_steer.evaluation.answers import Answers
+
+T = TypeVar("T")
 
 
 def mean(values: Iterable[float]) -> float:
@@ -22,3 +26,9 @@ def spread(values: Iterable[float]) -> float:
 def mean_over_prompts(answers: Sequence[Answers], score: Callable[[str], float]) -> float:
     """Mean over prompts of the mean score of each prompt's texts."""
     return mean(mean(map(score, answer.texts)) for answer in answers)
+
+
+def by_prompt(values: Iterable[T], answers: Sequence[Answers]) -> list[list[T]]:
+    """Group one value per text by prompt."""
+    remaining = iter(values)
+    return [list(islice(remaining, len(answer.texts))) for answer in answers]
