@@ -133,6 +133,17 @@ def figure(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
+def figure_with_error(value: float, error: float) -> str:
+    """A number with its standard error, such as ``0.812 ± 0.02``; without it if the error is NaN,
+    and ``-`` for NaN.
+    """
+    if math.isnan(value):
+        return "-"
+    if math.isnan(error):
+        return figure(value)
+    return f"{figure(value)} ± {error:.1g}" if error < 10 else f"{figure(value)} ± {error:.0f}"
+
+
 def markdown_list(items: Iterable[str]) -> list[str]:
     """The lines of a Markdown list, after an empty line."""
     return ["", *(f"- {markdown_text(item)}" for item in items)]

@@ -1,7 +1,7 @@
 """Generated texts, and the protocols of the judges that score them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 Strengths = Mapping[str, tuple[float, ...]]
@@ -20,12 +20,19 @@ class Answers:
     """One prompt and its continuations, in the order of their seeds; texts exclude the prompt.
 
     ``strengths`` has the dynamic strengths of each text, in the same order; it is empty if no
-    strength was dynamic.
+    strength was dynamic. ``num_tokens`` is the number of tokens that were generated for the texts,
+    0 for texts from a file; equal answers may differ in it.
     """
 
     prompt: str
     texts: tuple[str, ...]
     strengths: tuple[Strengths, ...] = ()
+    num_tokens: int = field(default=0, compare=False)
+
+
+def num_texts(answers: Sequence[Answers]) -> int:
+    """The number of texts of all prompts."""
+    return sum(len(answer.texts) for answer in answers)
 
 
 class Judge(Protocol):

@@ -13,7 +13,7 @@ Source: Han et al., ACL 2024 (arXiv 2305.12798), as in the authors' evaluation s
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from statistics import median
@@ -183,7 +183,7 @@ def text_nll(
 
 def _token_costs(
     model: Any, head: LMHead | None, rows: Sequence[Sequence[int]], firsts: Sequence[int]
-) -> Iterator[torch.Tensor]:
+) -> Sequence[torch.Tensor]:
     """The negative log-likelihoods of each row's tokens from its first on, float64 on the CPU."""
     tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True).to(model.device)
     if head is None:
@@ -195,14 +195,20 @@ def _token_costs(
     inputs = torch.cat([states[index, span] for index, span in enumerate(spans)])
     targets = torch.cat([tokens[index, 1:][span] for index, span in enumerate(spans)])
     size = len(inputs) if head is None else head.tokens_at_once
-    logits_of: Callable[[torch.Tensor], torch.Tensor] = (
-        widened if head is None else lambda states: head.finish(head.raw_logits(states))
-    )
-    parts = [
-        torch.nn.functional.cross_entropy(logits_of(some), some_targets, reduction="none")
-        for some, some_targets in zip(inputs.split(size), targets.split(size), strict=True)
+    costs = [
+        torch.nn.functional.cross_entropy(
+            _logits(head, inputs[start : start + size]),
+            targets[start : start + size],
+            reduction="none",
+        )
+        for start in range(0, len(inputs), size)
     ]
-    yield from torch.cat(parts).double().cpu().split(counts)
+    return torch.split(torch.cat(costs).double().cpu(), counts)
+
+
+def _logits(head: LMHead | None, states: torch.Tensor) -> torch.Tensor:
+    """The logits in a wide dtype; without a head the states are the logits."""
+    return widened(states) if head is None else head.finish(head.raw_logits(states))
 
 
 def _plain_head(model: Any, row: Sequence[int]) -> LMHead | None:
