@@ -1,5 +1,6 @@
 """The messages of vLLM, PyTorch and their extensions, which a command shows with --verbose only."""
 
+import logging
 import os
 import warnings
 from typing import Final
@@ -22,5 +23,8 @@ def set_verbosity(is_verbose: bool) -> None:
         return
     if "PYTHONWARNINGS" not in os.environ:
         warnings.simplefilter("ignore")
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        # vLLM logs before it sets its level, to Python's handler of last resort.
+        logging.getLogger("vllm").setLevel(logging.ERROR)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
