@@ -1,4 +1,6 @@
-"""The messages of vLLM, PyTorch and their extensions, which a command shows with --verbose only."""
+"""The messages of vLLM, PyTorch, Transformers and their extensions, which a command shows with
+--verbose only.
+"""
 
 import logging
 import os
@@ -9,6 +11,8 @@ VERBOSE: Final = "--verbose"
 _QUIET: Final = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # such as NUMA binding
+    "TRANSFORMERS_VERBOSITY": "error",  # such as options of a generation config that are not used
+    "HF_HUB_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",  # of processes that are started from here
 }
 
