@@ -17,6 +17,8 @@ AUTHORS_PROMPTS = FOLDER / "data" / "prompts" / "negative_prompts.jsonl"
 """The prompts of LM-Steer's authors."""
 CONCEPT_VECTORS = FOLDER / "data" / "concept_vectors"
 """The published vectors of concept guidance."""
+SST5 = FOLDER / "data" / "sst5" / "train.txt"
+"""The training sentences of SST-5 with labels 1 to 5, in fastText's form."""
 HOSTILE_SAMPLES = FOLDER / "cases" / "files"
 
 

@@ -1,6 +1,7 @@
 """The environment variables that vllm-steer reads or sets."""
 
 import os
+from collections.abc import Mapping
 from typing import Final
 
 DISABLE: Final = "VLLM_STEER_DISABLE"
@@ -17,6 +18,11 @@ HEADLESS: Final = "headless"
 """Not a feature: the engines of this node have their frontend on another one."""
 RUST_FRONTEND: Final = "VLLM_USE_RUST_FRONTEND"
 """vLLM's own: its server is a Rust program, which runs no Python middleware."""
+CPU_CACHE: Final[Mapping[str, str]] = {"VLLM_CPU_KVCACHE_SPACE": "2"}
+"""vLLM's own: the KV cache of an engine on a CPU in GiB, where neither the user's environment nor
+an option gives a size. vLLM's default, most of the memory, fails as soon as another process has
+some.
+"""
 
 
 def is_active(word: str) -> bool:

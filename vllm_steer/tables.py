@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
@@ -19,6 +20,8 @@ from vllm_steer.markdown import markdown_row, markdown_text
 
 NARROW: Final = 110
 """Columns of a terminal below which a table with a column of long texts has no grid."""
+
+_NARROWEST_TEXT: Final = 16
 
 
 class StyledText(NamedTuple):
@@ -55,9 +58,10 @@ class Column:
 class Table:
     """A title, columns and rows, with a separator line after each row index in ``lines``.
 
-    In a terminal of fewer than ``NARROW`` columns a table with ``text_column``, the index of a
-    column of long texts, has no grid: each row is its short texts, a line of its figures, and the
-    long text below.
+    Numbers are never broken over lines. Where a terminal is too narrow for them the headings are
+    broken, and where it still is, or has fewer than ``NARROW`` columns and the table a
+    ``text_column``, the index of a column of long texts, there is no grid: each row is its short
+    texts, a line of its figures, and the long text below.
     """
 
     title: str
@@ -69,41 +73,53 @@ class Table:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table for a ``cli.terminal.Console``; without headings it has no header row."""
-        if self.text_column is None or options.max_width >= NARROW:
-            yield self._grid()
-        else:
-            yield from self._records(self.text_column)
-
-    def _records(self, text_column: int) -> Iterator[RenderableType]:
+        width = options.max_width
         if self.title:
             yield Styled(self.title, "bold")
-        for index, row in enumerate(self.rows):
-            cells = list(zip(self.columns, row, strict=True))
-            _, long_text = cells.pop(text_column)
-            names = [_rich_cell(c, v) for c, v in cells if c.form is None and c.text(v)]
-            figures = [f"{c.heading} {c.text(v)}" for c, v in cells if c.form is not None]
-            yield Columns(names, padding=(0, 2))
-            for line in ("  ".join(figures), self.columns[text_column].text(long_text)):
-                if line:
-                    yield Padding(line, (0, 0, 0, 2))
-            if index in self.lines:
-                yield ""
+        plain = [column.heading for column in self.columns]
+        broken = ["\n".join(heading.split()) for heading in plain]
+        headings = plain if self._fits(plain, width) else broken
+        is_narrow = self.text_column is not None and width < NARROW
+        if is_narrow or not self._fits(headings, width):
+            yield from self._records(width)
+        else:
+            yield self._grid(headings)
         if self.caption:
             yield Styled(self.caption, "italic")
 
-    def _grid(self) -> RichTable:
-        table = RichTable(
-            title=self.title or None,
-            title_justify="left",
-            caption=self.caption or None,
-            show_header=any(column.heading for column in self.columns),
-        )
-        for column in self.columns:
+    def _fits(self, headings: Sequence[str], width: int) -> bool:
+        """Whether a grid with these headings has room for all numbers in one line each."""
+        frame = 3 * len(self.columns) + 1
+        cells = list(zip(*self.rows, strict=True)) or [()] * len(self.columns)
+        needed = map(_needed_width, self.columns, headings, cells)
+        return frame + sum(needed) <= width
+
+    def _records(self, width: int) -> Iterator[RenderableType]:
+        for index, row in enumerate(self.rows):
+            cells = list(zip(self.columns, row, strict=True))
+            long_text = ""
+            if self.text_column is not None:
+                column, value = cells.pop(self.text_column)
+                long_text = column.text(value)
+            names = [_rich_cell(c, v) for c, v in cells if c.form is None and c.text(v)]
+            figures = [f"{c.heading} {c.text(v)}" for c, v in cells if c.form is not None]
+            if names:
+                yield Columns(names, padding=(0, 2))
+            for line in (*_filled(figures, width - 2), long_text):
+                if line:
+                    yield Padding(line, (0, 0, 0, 2), expand=False)
+            if index in self.lines:
+                yield ""
+
+    def _grid(self, headings: Sequence[str]) -> RichTable:
+        table = RichTable(show_header=any(headings))
+        for column, heading in zip(self.columns, headings, strict=True):
+            is_text = column.form is None
             table.add_column(
-                column.heading,
-                justify="left" if column.form is None else "right",
+                heading,
+                justify="left" if is_text else "right",
                 overflow="fold",
-                no_wrap=not column.wrap,
+                no_wrap=not (column.wrap and is_text),
             )
         for index, row in enumerate(self.rows):
             table.add_row(*map(_rich_cell, self.columns, row), end_section=index in self.lines)
@@ -133,9 +149,40 @@ def figure(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
+def figure_with_error(value: float, error: float) -> str:
+    """A number with its standard error, such as ``0.812 ± 0.02``; without it if the error is NaN,
+    and ``-`` for NaN.
+    """
+    if math.isnan(value):
+        return "-"
+    if math.isnan(error):
+        return figure(value)
+    return f"{figure(value)} ± {error:.1g}" if error < 10 else f"{figure(value)} ± {error:.0f}"
+
+
 def markdown_list(items: Iterable[str]) -> list[str]:
     """The lines of a Markdown list, after an empty line."""
     return ["", *(f"- {markdown_text(item)}" for item in items)]
+
+
+def _filled(texts: Iterable[str], width: int) -> Iterator[str]:
+    """Lines of as many texts as have room beside each other; none is broken."""
+    line = ""
+    for text in texts:
+        longer = f"{line}  {text}" if line else text
+        if line and cell_len(longer) > width:
+            yield line
+            longer = text
+        line = longer
+    yield line
+
+
+def _needed_width(column: Column, heading: str, cells: Sequence[Any]) -> int:
+    """The width that a column needs so that it can be read."""
+    longest = max((cell_len(column.text(cell)) for cell in cells), default=0)
+    if column.form is None and column.wrap:
+        longest = min(longest, _NARROWEST_TEXT)
+    return max(longest, *map(cell_len, heading.split("\n")))
 
 
 def _rich_cell(column: Column, cell: Any) -> str | Styled:

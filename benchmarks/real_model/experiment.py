@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from benchmarks import arguments
+from vllm_steer.evaluation.standard_errors import jackknife_error
 
 T = TypeVar("T")
 BUILD: Final = Path("build/real-model")
@@ -37,17 +38,14 @@ def jackknife(
 ) -> tuple[float, float]:
     """A statistic and its standard error, by leaving out one observation at a time.
 
-    ``error^2 = (n - 1)/n * sum_i (s_i - mean(s))^2`` with ``s_i`` the statistic without
-    observation ``i``. For a mean this is its usual standard error. An observation is all that
-    belongs to one prompt, since the texts of one prompt are not independent.
+    For a mean this is its usual standard error. An observation is all that belongs to one prompt,
+    since the texts of one prompt are not independent.
     """
-    n = len(observations)
     value = statistic(observations)
-    if n < 2:
+    if len(observations) < 2:
         return value, math.nan
-    without = [statistic([*observations[:i], *observations[i + 1 :]]) for i in range(n)]
-    middle = math.fsum(without) / n
-    return value, math.sqrt((n - 1) / n * math.fsum((s - middle) ** 2 for s in without))
+    parts = ([*observations[:i], *observations[i + 1 :]] for i in range(len(observations)))
+    return value, jackknife_error([statistic(part) for part in parts])
 
 
 @functools.cache

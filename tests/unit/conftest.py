@@ -1,9 +1,10 @@
 """Small steers, and the plan that an engine would make of them, for all unit tests."""
 
 import dataclasses
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from vllm_steer import LMSteer
+from vllm_steer.cli import libraries
 from vllm_steer.config import Limits
 from vllm_steer.plan import PlannedSteer, SteerPlan
 
@@ -23,12 +25,15 @@ MakePlan = Callable[..., SteerPlan]
 
 
 @pytest.fixture(autouse=True)
-def _keep_library_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+def _keep_library_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A command that a test runs in this process hides no messages from the tests after it."""
-    for name in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL", "PYTHONWARNINGS"):
+    for name in libraries._QUIET:
         monkeypatch.setenv(name, os.environ.get(name, ""))
         if not os.environ[name]:
             monkeypatch.delenv(name)
+    level = logging.getLogger("vllm").level
+    yield
+    logging.getLogger("vllm").setLevel(level)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option(VERBOSE, help="With any command: show messages of vLLM and PyTorch.")
+        bool, typer.Option(VERBOSE, help="With any command: show messages of the libraries.")
     ] = False,
 ) -> None:
     """Steer a language model per request while vLLM serves it.

@@ -85,6 +85,7 @@ def compare(
     with locked(out):
         report = run_comparison(settings, make_judges, progress)
         _show(report, out, plot=plot, as_json=as_json)
+    say(str(report.timings), stderr=True)
 
 
 def _show(report: "ComparisonReport", out: Path, *, plot: bool, as_json: bool) -> None:

@@ -23,7 +23,12 @@ def doctor(
     ] = True,
     max_model_len: Annotated[int | None, typer.Option(min=32, help="As for vllm serve.")] = None,
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="As for vllm serve.")
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1.0,
+            help="As for vllm serve [on a CPU: VLLM_CPU_KVCACHE_SPACE GiB, or 2 GiB].",
+        ),
     ] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option(min=1, help="As for vllm serve.")

@@ -101,6 +101,7 @@ def evaluate(
     with locked(out):
         report = run_evaluation(settings, make_judges, progress)
         _show(report, out, plot=plot, as_json=as_json)
+    say(str(report.timings), stderr=True)
 
 
 def _show(report: "EvaluationReport", out: Path, *, plot: bool, as_json: bool) -> None:

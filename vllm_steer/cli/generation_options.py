@@ -53,7 +53,7 @@ Dtype = Annotated[str, typer.Option(help="As for vllm serve.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="As for vllm serve.")]
 GpuMemoryUtilization = Annotated[
     float | None,
-    typer.Option(help="As for vllm serve; on a CPU: VLLM_CPU_KVCACHE_SPACE, or 2 GiB."),
+    typer.Option(help="As for vllm serve [on a CPU: VLLM_CPU_KVCACHE_SPACE GiB, or 2 GiB]."),
 ]
 TensorParallelSize = Annotated[int, typer.Option(help="As for vllm serve.")]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="As for vllm serve.")]

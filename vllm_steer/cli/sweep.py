@@ -65,9 +65,12 @@ def sweep(
     dtype: options.Dtype = "auto",
     max_model_len: options.MaxModelLen = None,
     gpu_memory_utilization: Annotated[
-        float,
-        typer.Option(help="vLLM's share; judges need the rest."),
-    ] = 0.6,
+        float | None,
+        typer.Option(
+            help="vLLM's share; judges need the rest [on a GPU: 0.6; on a CPU: "
+            "VLLM_CPU_KVCACHE_SPACE GiB, or 2 GiB]."
+        ),
+    ] = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
     enforce_eager: options.EnforceEager = False,
 ) -> None:
@@ -110,6 +113,7 @@ def sweep(
             make_judge,
             lambda done, total, description: advance(done, total=total, description=description),
         )
+    say(str(result.timings), stderr=True)
     _finish(result, write=write, plot=plot, as_json=as_json)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from vllm_steer import embedded
+from vllm_steer.environment import CPU_CACHE
 from vllm_steer.errors import SteerError
 
 HOST = "127.0.0.1"
@@ -21,7 +22,7 @@ STOP_LIMIT_S = 15
 SERVED_NAME = "embedded"
 _OPTIONS = ("--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "256")
 _ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+    **CPU_CACHE,
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_WAIT_POLICY": "passive",

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from vllm_steer.doctor.engine_process import EngineOutput, Job
-from vllm_steer.environment import SELF_TEST
+from vllm_steer.environment import CPU_CACHE, SELF_TEST
 
 _ENVIRONMENT: Final = {
     # In-process scheduling: requests arrive in whole batches, and equal batches run identically.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     SELF_TEST: "1",
     "OMP_WAIT_POLICY": "passive",
@@ -36,7 +35,7 @@ def run_engine(job: Job, folder: Path) -> tuple[EngineOutput, str]:
     with log.open("wb") as file:
         process = subprocess.run(
             [*command, str(output_path)],
-            env={**_ENVIRONMENT, **os.environ},
+            env=_environment(job),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -45,6 +44,14 @@ def run_engine(job: Job, folder: Path) -> tuple[EngineOutput, str]:
     if process.returncode == 0:
         return output, ""
     return output, _exit_reason(process.returncode, log)
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """What the user has set, with defaults; a memory share of the engine's options stays as it
+    is.
+    """
+    cache = {} if "gpu_memory_utilization" in job.options else CPU_CACHE
+    return {**_ENVIRONMENT, **cache, **os.environ}
 
 
 def _exit_reason(code: int, log: Path) -> str:

@@ -1,11 +1,18 @@
 """Generated texts, and the protocols of the judges that score them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 Strengths = Mapping[str, tuple[float, ...]]
 """The strength at each token of one text, by dynamic steer."""
+
+OnText = Callable[[int], object]
+"""Receives the number of texts that were scored so far."""
+
+
+def ignore_count(count: int) -> None:
+    """An ``OnText`` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -13,12 +20,19 @@ class Answers:
     """One prompt and its continuations, in the order of their seeds; texts exclude the prompt.
 
     ``strengths`` has the dynamic strengths of each text, in the same order; it is empty if no
-    strength was dynamic.
+    strength was dynamic. ``num_tokens`` is the number of tokens that were generated for the texts,
+    0 for texts from a file; equal answers may differ in it.
     """
 
     prompt: str
     texts: tuple[str, ...]
     strengths: tuple[Strengths, ...] = ()
+    num_tokens: int = field(default=0, compare=False)
+
+
+def num_texts(answers: Sequence[Answers]) -> int:
+    """The number of texts of all prompts."""
+    return sum(len(answer.texts) for answer in answers)
 
 
 class Judge(Protocol):
@@ -36,6 +50,23 @@ class Judge(Protocol):
 
     def scores(self, answers: Sequence[Answers]) -> Mapping[str, float]:
         """Figures by name; NaN for a figure that these texts do not define."""
+        ...
+
+
+@runtime_checkable
+class PromptJudge(Judge, Protocol):
+    """A judge whose figures are computed from one observation per prompt.
+
+    ``scores(answers)`` is ``figures(observe(answers))``. Reports show the progress of such a judge
+    and have standard errors of its figures, which are the figures without some of the prompts.
+    """
+
+    def observe(self, answers: Sequence[Answers], on_text: OnText = ignore_count) -> list[Any]:
+        """What the judge finds in the texts of each prompt."""
+        ...
+
+    def figures(self, observations: Sequence[Any]) -> Mapping[str, float]:
+        """Figures by name of some prompts' observations."""
         ...
 
 

@@ -12,18 +12,16 @@ Sources: share and std: the sentiment judge of Han et al., ACL 2024 (arXiv 2305.
 max and any: Gehman et al., 2020 (arXiv 2009.11462), as Han et al. use them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.means import mean, spread
+from vllm_steer.evaluation.answers import Answers, OnText, ignore_count
+from vllm_steer.evaluation.means import by_prompt, mean, spread
 
-T = TypeVar("T")
 _BATCH: Final = 32
 _THRESHOLD: Final = 0.5
 _EMPTY_TEXT: Final = "\n"  # some tokenizers give no token for ""
@@ -70,22 +68,35 @@ class ClassifierJudge:
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
         """``share``, ``std``, ``probability``, ``max`` and ``any``; NaN without prompts."""
-        label_probabilities = self._probabilities(answers)
-        return figures(
-            _by_prompt(label_probabilities[:, self.label].tolist(), answers),
-            _by_prompt(self._has_label(label_probabilities).tolist(), answers),
-        )
+        return self.figures(self.observe(answers))
+
+    def observe(
+        self, answers: Sequence[Answers], on_text: OnText = ignore_count
+    ) -> list[tuple[list[float], list[float]]]:
+        """The target probabilities and the 0/1 verdicts of each prompt's texts."""
+        label_probabilities = self._probabilities(answers, on_text)
+        probability = by_prompt(label_probabilities[:, self.label].tolist(), answers)
+        verdicts = by_prompt(self._has_label(label_probabilities).tolist(), answers)
+        return list(zip(probability, verdicts, strict=True))
+
+    def figures(
+        self, observations: Sequence[tuple[Sequence[float], Sequence[float]]]
+    ) -> dict[str, float]:
+        """``figures`` of this module for the observations of some prompts."""
+        return figures([p for p, _ in observations], [verdicts for _, verdicts in observations])
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
         """1.0 if the target label is the most probable (if independent: above 0.5), else 0.0."""
         values: list[float | None] = self._has_label(self._probabilities(answers)).tolist()
-        return _by_prompt(values, answers)
+        return by_prompt(values, answers)
 
-    def _probabilities(self, answers: Sequence[Answers]) -> torch.Tensor:
+    def _probabilities(
+        self, answers: Sequence[Answers], on_text: OnText = ignore_count
+    ) -> torch.Tensor:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.classifier.model.to(device)
         return probabilities(
-            self.classifier, [text for answer in answers for text in self._inputs(answer)]
+            self.classifier, [text for answer in answers for text in self._inputs(answer)], on_text
         )
 
     def _inputs(self, answer: Answers) -> list[str]:
@@ -96,12 +107,6 @@ class ClassifierJudge:
         if self.classifier.independent:
             return (label_probabilities[:, self.label] > _THRESHOLD).double()
         return (label_probabilities.argmax(-1) == self.label).double()
-
-
-def _by_prompt(values: Iterable[T], answers: Sequence[Answers]) -> list[list[T]]:
-    """Group one value per text by prompt."""
-    remaining = iter(values)
-    return [list(islice(remaining, len(answer.texts))) for answer in answers]
 
 
 def figures(
@@ -120,11 +125,14 @@ def figures(
 
 
 @torch.no_grad()
-def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
+def probabilities(
+    classifier: Classifier, texts: Sequence[str], on_text: OnText = ignore_count
+) -> torch.Tensor:
     """Label probabilities ``[texts, labels]``, float64, on the CPU: softmax, or sigmoid if
     independent.
 
-    Texts longer than the model's maximum are truncated at their end.
+    Texts longer than the model's maximum are truncated at their end. ``on_text`` receives the
+    number of texts done.
     """
     tokenizer, model = classifier.tokenizer, classifier.model
     longest = min(
@@ -144,6 +152,7 @@ def probabilities(classifier: Classifier, texts: Sequence[str]) -> torch.Tensor:
         )
         logits = model(**encoded.to(model.device)).logits.double().cpu()
         batches.append(logits.sigmoid() if classifier.independent else logits.softmax(-1))
+        on_text(min(start + step, len(texts)))
     return torch.cat(batches)
 
 

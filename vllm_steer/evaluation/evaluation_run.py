@@ -22,6 +22,7 @@ from vllm_steer.evaluation.report import EvaluationReport, JudgeEntry, make_repo
 from vllm_steer.evaluation.run import Condition, Run, condition_grid, open_run
 from vllm_steer.evaluation.sampling import Sampling
 from vllm_steer.evaluation.scores import score
+from vllm_steer.evaluation.timings import Timings
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.files.atomic_write import write_text
 from vllm_steer.request import read_dose
@@ -98,16 +99,18 @@ def _evaluate(
 ) -> EvaluationReport:
     run = open_run(settings.folder, metadata, restart=settings.restart)
     conditions = condition_grid(settings.strengths)
-    _generate(run, conditions, settings, steer, progress)
-    with progress("judging", len(conditions) * len(judges)) as advance:
+    timings = Timings()
+    _generate(run, conditions, settings, steer, progress, timings)
+    texts = len(settings.prompts.texts) * settings.sampling.samples
+    with progress("judging", texts * len(conditions) * len(judges)) as advance, timings.judging():
         scores = score(
             run,
             conditions,
             judges,
-            on_condition=lambda n, judge_name: advance(n, description=judge_name),
+            on_text=lambda done, judge_name: advance(done, description=judge_name),
         )
     entries = [JudgeEntry(judge.name, judge.effect) for judge in judges]
-    report = make_report(metadata, conditions, entries, scores, missing)
+    report = make_report(metadata, conditions, entries, scores, missing, timings)
     write_json(run.folder / "report.json", report.data)
     write_text(run.folder / "report.md", markdown(report))
     return report
@@ -145,6 +148,7 @@ def _generate(
     settings: EvaluationSettings,
     steer: Steer,
     progress: Progress,
+    timings: Timings,
 ) -> None:
     if not run.missing(conditions):
         return
@@ -156,7 +160,7 @@ def _generate(
         )
         for condition in conditions
     ]
-    write_missing(run, tasks, settings.model, files, settings.engine, progress)
+    write_missing(run, tasks, settings.model, files, settings.engine, progress, timings)
 
 
 def _request(condition: Condition, settings: EvaluationSettings) -> dict[str, Any] | None:

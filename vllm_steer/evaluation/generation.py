@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from vllm_steer.environment import CPU_CACHE
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.sampling import Sampling
@@ -20,21 +21,25 @@ _ENVIRONMENT: Final = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-
-
-CPU_CACHE_GIB: Final = "2"
-"""KV cache of an engine on a CPU, unless the user gives another size."""
+_SHARE_BESIDE_JUDGES: Final = 0.6
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Engine arguments of vLLM; None selects vLLM's default."""
+    """Engine arguments of vLLM; None selects vLLM's default.
+
+    On a CPU the KV cache has the size that VLLM_CPU_KVCACHE_SPACE gives, or 2 GiB; with
+    ``gpu_memory_utilization`` the engine takes that share of the memory instead. With
+    ``beside_judges`` an engine on a GPU takes 0.6 of its memory, if no other share is given,
+    because the judges' models take the rest.
+    """
 
     dtype: str = "auto"
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
+    beside_judges: bool = False
 
     @property
     def output_affecting(self) -> dict[str, Any]:
@@ -48,11 +53,11 @@ class EngineOptions:
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``LLM``."""
-        single_process = self.tensor_parallel_size == 1
         arguments = {
             **vars(self),
-            "distributed_executor_backend": "uni" if single_process else None,
+            "distributed_executor_backend": "uni" if self.tensor_parallel_size == 1 else None,
         }
+        del arguments["beside_judges"]
         return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -122,8 +127,8 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    cache_gib = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     arguments = options.arguments
+    cache_size: dict[str, str] = {}
     if current_platform.is_cpu():
         # A part of a prompt with a seed stops vLLM's V1 runner on a CPU, which cannot set a random
         # generator back.
@@ -131,8 +136,10 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
         # Faster to start. On a GPU, only the exit of a separate engine process frees all memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if options.gpu_memory_utilization is None:
-            # vLLM's default, most of the memory, fails as soon as another process has some.
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+            cache_size = {n: size for n, size in CPU_CACHE.items() if n not in os.environ}
+            os.environ.update(cache_size)
+    elif options.beside_judges:
+        arguments = {"gpu_memory_utilization": _SHARE_BESIDE_JUDGES, **arguments}
     try:
         llm = LLM(
             model_path(model),
@@ -149,8 +156,8 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
         _check_active(llm)
         yield Engine(llm)
     finally:
-        if cache_gib is None:
-            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        for name in cache_size:
+            os.environ.pop(name, None)
         _stop(llm)
         del llm
         gc.collect()
@@ -191,13 +198,12 @@ def _check_active(llm: Any) -> None:
 
 def _answers(prompt: str, outputs: Sequence[Any], dynamic: bool) -> Answers:
     texts = tuple(output.text for output in outputs)
-    if not dynamic:
-        return Answers(prompt, texts)
+    num_tokens = sum(len(output.token_ids) for output in outputs)
     strengths = tuple(
         {name: tuple(values) for name, values in output.steer_strengths.items()}
-        for output in outputs
+        for output in (outputs if dynamic else ())
     )
-    return Answers(prompt, texts, strengths)
+    return Answers(prompt, texts, strengths, num_tokens)
 
 
 def _is_dynamic(steer: Mapping[str, Any] | None) -> bool:

@@ -6,31 +6,33 @@ gives the target language, 0 if langdetect does not list it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.means import mean_over_prompts
+from vllm_steer.evaluation.means import mean
+from vllm_steer.evaluation.prompt_figures import MeanJudge
 from vllm_steer.optional import require_package
 
 
 @dataclass(frozen=True)
-class LanguageJudge:
-    """Probability and share of one language in the continuations; prompts are not read."""
+class LanguageJudge(MeanJudge):
+    """Probability and share of one language in the continuations; prompts are not read.
 
+    ``share`` is the share of texts whose most probable language is the target.
+    """
+
+    names: ClassVar = ("probability", "share")
     name: str
     code: str
     effect: str = "probability"
 
-    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``probability``, and ``share``: the share of texts whose most probable language is the
-        target.
-        """
-        detections = {text: detect_languages(text) for answer in answers for text in answer.texts}
+    def of_prompt(self, answer: Answers) -> dict[str, float]:
+        """Means over a prompt's texts."""
+        detections = list(map(detect_languages, answer.texts))
         return {
-            "probability": mean_over_prompts(
-                answers, lambda text: detections[text].get(self.code, 0.0)
-            ),
-            "share": mean_over_prompts(answers, lambda text: self._likeliest(detections[text])),
+            "probability": mean(codes.get(self.code, 0.0) for codes in detections),
+            "share": mean(map(self._likeliest, detections)),
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:

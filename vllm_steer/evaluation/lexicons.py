@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from vllm_steer.config_text import read_config_file
 from vllm_steer.embedded import lexicon as embedded
 from vllm_steer.embedded.corpus import LANGUAGES
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.means import mean_over_prompts
+from vllm_steer.evaluation.means import mean
+from vllm_steer.evaluation.prompt_figures import MeanJudge
 from vllm_steer.untrusted_text import listed, shown
 
 Verdict = Callable[[str], float | None]
@@ -25,28 +26,25 @@ EMBEDDED_NAMES: Final = ("sentiment", "formality", "language=en|fr|de|es")
 
 
 @dataclass(frozen=True)
-class LexiconJudge:
+class LexiconJudge(MeanJudge):
     """``share``: mean over prompts of the verdicts; an undecided text counts as ``tie``.
 
     ``undecided`` is the share of texts without a listed word or with equally many on both sides.
+    Continuations are judged; prompts are not read.
     """
 
+    names: ClassVar = ("share", "undecided")
     name: str
     verdict: Verdict
     tie: float = 0.5
     effect: str = "share"
 
-    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``share`` and ``undecided`` of the continuations; prompts are not read."""
-        verdicts = {text: self.verdict(text) for answer in answers for text in answer.texts}
-
-        def value(text: str) -> float:
-            verdict = verdicts[text]
-            return self.tie if verdict is None else verdict
-
+    def of_prompt(self, answer: Answers) -> dict[str, float]:
+        """Means over a prompt's texts."""
+        verdicts = list(map(self.verdict, answer.texts))
         return {
-            "share": mean_over_prompts(answers, value),
-            "undecided": mean_over_prompts(answers, lambda text: float(verdicts[text] is None)),
+            "share": mean(self.tie if verdict is None else verdict for verdict in verdicts),
+            "undecided": mean(float(verdict is None) for verdict in verdicts),
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:

@@ -1,9 +1,13 @@
 """Means over prompts, as in the papers: first over the texts of a prompt, then over the prompts."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TypeVar
 
 from vllm_steer.evaluation.answers import Answers
+
+T = TypeVar("T")
 
 
 def mean(values: Iterable[float]) -> float:
@@ -19,6 +23,7 @@ def spread(values: Iterable[float]) -> float:
     return math.sqrt(mean((value - average) ** 2 for value in numbers)) if numbers else math.nan
 
 
-def mean_over_prompts(answers: Sequence[Answers], score: Callable[[str], float]) -> float:
-    """Mean over prompts of the mean score of each prompt's texts."""
-    return mean(mean(map(score, answer.texts)) for answer in answers)
+def by_prompt(values: Iterable[T], answers: Sequence[Answers]) -> list[list[T]]:
+    """Group one value per text by prompt."""
+    remaining = iter(values)
+    return [list(islice(remaining, len(answer.texts))) for answer in answers]

@@ -1,5 +1,6 @@
 """Generates the texts that a run folder does not have yet."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 from vllm_steer.evaluation.generation import EngineOptions, engine
 from vllm_steer.evaluation.run import Run, TextSet
 from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.evaluation.timings import Timings
 
 
 class ProgressCallback(Protocol):
@@ -54,10 +56,11 @@ def write_missing(
     steers: Mapping[str, Path],
     options: EngineOptions,
     progress: Progress,
+    timings: Timings,
 ) -> None:
     """Generate the missing texts of a run in one engine, which is then shut down.
 
-    ``steers`` maps the steer names in the requests to files.
+    ``steers`` maps the steer names in the requests to files. The texts are added to ``timings``.
     """
     task_by_name = {task.text_set.name: task for task in tasks}
     missing = run.missing([task.text_set for task in task_by_name.values()])
@@ -73,7 +76,9 @@ def write_missing(
             task = task_by_name[text_set.name]
             advance(done, description=f"writing {text_set.name}")
             on_text = partial(_count, advance, done)
+            started = time.monotonic()
             answers = llm_engine.generate(task.prompts, task.sampling, task.steer, on_text=on_text)
+            timings.generated(answers, time.monotonic() - started)
             run.write(text_set, answers)
             done += task.count
 

@@ -13,23 +13,29 @@ Source: Han et al., ACL 2024 (arXiv 2305.12798), as in the authors' evaluation s
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import median
 from typing import Any, Final
 
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.means import mean
-from vllm_steer.hf.language_model import text_config
+from vllm_steer.evaluation.answers import Answers, OnText, ignore_count
+from vllm_steer.evaluation.means import by_prompt, mean
+from vllm_steer.hf.language_model import backbone, text_config
+from vllm_steer.hf.lm_head import LMHead, head_difference, head_of
+from vllm_steer.hf.sites import widened
 from vllm_steer.models import LanguageModel
 
 OUTLIER: Final = 1e4
 """The authors' mean excludes perplexities from this value on."""
 
-_LOGITS: Final = 1 << 25  # maximum logits per batch, except for a single longer text
+# Maxima per batch, except for a single longer text: tokens, and logits without ``_plain_head``.
+_TOKENS: Final = 1 << 11
+_LOGITS: Final = 1 << 25
+_ROUNDING: Final = 8  # multiples of the dtype's precision by which equal logits may differ
 _LARGEST_EXPONENT: Final = 700.0
 
 
@@ -60,13 +66,23 @@ class PerplexityJudge:
     effect: None = None
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """The figures of ``summary``, with a log-softmax in float32, or float64 for a float64
-        model.
+        """The figures of ``summary``, see ``observe``."""
+        return self.figures(self.observe(answers))
+
+    def observe(
+        self, answers: Sequence[Answers], on_text: OnText = ignore_count
+    ) -> list[list[Likelihood]]:
+        """The likelihoods of each prompt's texts, with a log-softmax in float32, or in float64 for
+        a float64 model.
 
         Raises ``SteerError`` for a text longer than the model's maximum.
         """
         self.judge.model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return summary(likelihoods(self.judge, answers))
+        return by_prompt(likelihoods(self.judge, answers, on_text), answers)
+
+    def figures(self, observations: Sequence[Sequence[Likelihood]]) -> dict[str, float]:
+        """The figures of ``summary`` over all texts of some prompts."""
+        return summary([likelihood for texts in observations for likelihood in texts])
 
 
 def summary(values: Sequence[Likelihood]) -> dict[str, float]:
@@ -93,58 +109,136 @@ def summary(values: Sequence[Likelihood]) -> dict[str, float]:
     }
 
 
-def likelihoods(judge: LanguageModel, answers: Sequence[Answers]) -> list[Likelihood]:
+def likelihoods(
+    judge: LanguageModel, answers: Sequence[Answers], on_text: OnText = ignore_count
+) -> list[Likelihood]:
     """The likelihood of each continuation given its prompt, in the order of the answers.
 
     NaN for a continuation that adds no token, and after a prompt of one token other than the
-    beginning-of-text token.
+    beginning-of-text token. Tokens that the prompt alone and the text begin with have the same
+    likelihood in both and are not computed. ``on_text`` receives the number of texts done.
     """
     prompts = _encode(judge, [answer.prompt for answer in answers])
     texts = _encode(judge, [answer.prompt + text for answer in answers for text in answer.texts])
-    nll = text_nll(judge.model, [*prompts, *texts])
-    bos_only = [judge.tokenizer.bos_token_id]
-    prompt_nll = [0.0 if row == bos_only else cost for row, cost in zip(prompts, nll, strict=False)]
-    prompt_indices = [index for index, answer in enumerate(answers) for _ in answer.texts]
+    indices = [index for index, answer in enumerate(answers) for _ in answer.texts]
+    shared = [_shared(prompts[index], text) for index, text in zip(indices, texts, strict=True)]
+    costs = text_nll(judge.model, texts, shared, on_text)
+    prompt_costs = _prompt_costs(judge, prompts, set(zip(indices, shared, strict=True)))
     return [
-        Likelihood(cost - prompt_nll[index], len(row) - len(prompts[index]))
-        for index, row, cost in zip(prompt_indices, texts, nll[len(prompts) :], strict=True)
+        Likelihood(cost - prompt_costs[index, count], len(text) - len(prompts[index]))
+        for index, count, text, cost in zip(indices, shared, texts, costs, strict=True)
     ]
 
 
-@torch.no_grad()
-def text_nll(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
-    """``-sum_t>0 log p(x_t | x_<t)`` of each row of token ids; NaN for fewer than two tokens.
+def _prompt_costs(
+    judge: LanguageModel, prompts: Sequence[Sequence[int]], used: Collection[tuple[int, int]]
+) -> dict[tuple[int, int], float]:
+    """By prompt and number ``g`` of its tokens that a text begins with: the cost of the others.
 
-    Rows are padded on the right, which causal attention never reads. The log-softmax is computed in
-    float32 (float64 for a float64 model), the sum in float64.
+    It is 0 where the text begins with all of them, and after the beginning-of-text token alone.
     """
-    costs = [math.nan] * len(rows)
-    for batch in _batches(rows, text_config(model).vocab_size):
-        tokens = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(rows[index]) for index in batch], True, padding_value=0
-        ).to(model.device)
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        cost = torch.nn.functional.cross_entropy(
-            wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        ).view(len(batch), -1)
-        for index, row in zip(batch, cost.double().cpu(), strict=True):
-            costs[index] = row[: len(rows[index]) - 1].sum().item()
+    pairs = sorted(used)
+    costs = text_nll(judge.model, [prompts[index] for index, _ in pairs], [g for _, g in pairs])
+    bos_only = [judge.tokenizer.bos_token_id]
+    return {
+        pair: 0.0 if prompts[pair[0]] == bos_only else cost
+        for pair, cost in zip(pairs, costs, strict=True)
+    }
+
+
+@torch.no_grad()
+def text_nll(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    given: Sequence[int] | None = None,
+    on_text: OnText = ignore_count,
+) -> list[float]:
+    """``-sum_{t >= max(g, 1)} log p(x_t | x_<t)`` of each row of token ids; NaN for fewer than two.
+
+    ``given`` has the number of tokens ``g`` at the start of each row that are not scored; without
+    it they are 0. Rows are padded on the right, which causal attention never reads. Logits are
+    computed for scored tokens, a few at a time, so that the memory depends neither on the length of
+    the texts nor on the vocabulary. The log-softmax is computed in float32 (float64 for a float64
+    model), the sum in float64.
+    """
+    firsts = [max(1, count) for count in given or [0] * len(rows)]
+    costs = [math.nan if len(row) < 2 else 0.0 for row in rows]
+    scored = [index for index, row in enumerate(rows) if len(row) > firsts[index]]
+    on_text(len(rows) - len(scored))
+    if not scored:
+        return costs
+    scored.sort(key=lambda index: len(rows[index]), reverse=True)
+    head = _plain_head(model, rows[scored[0]])
+    most_tokens = _TOKENS if head else _LOGITS // text_config(model).vocab_size
+    done = len(rows) - len(scored)
+    for batch in _batches(scored, rows, most_tokens):
+        token_costs = _token_costs(
+            model, head, [rows[index] for index in batch], [firsts[index] for index in batch]
+        )
+        for index, cost in zip(batch, token_costs, strict=True):
+            costs[index] = cost.sum().item()
+        on_text(done := done + len(batch))
     return costs
 
 
-def _batches(rows: Sequence[Sequence[int]], vocab_size: int) -> Iterator[list[int]]:
-    """Indices of the rows of at least two tokens, longest first, in batches of limited logits."""
+def _token_costs(
+    model: Any, head: LMHead | None, rows: Sequence[Sequence[int]], firsts: Sequence[int]
+) -> Sequence[torch.Tensor]:
+    """The negative log-likelihoods of each row's tokens from its first on, float64 on the CPU."""
+    tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True).to(model.device)
+    if head is None:
+        states = model(input_ids=tokens, use_cache=False).logits
+    else:
+        states = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
+    counts = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
+    spans = [slice(first - 1, len(row) - 1) for row, first in zip(rows, firsts, strict=True)]
+    inputs = torch.cat([states[index, span] for index, span in enumerate(spans)])
+    targets = torch.cat([tokens[index, 1:][span] for index, span in enumerate(spans)])
+    size = len(inputs) if head is None else head.tokens_at_once
+    costs = [
+        torch.nn.functional.cross_entropy(
+            _logits(head, inputs[start : start + size]),
+            targets[start : start + size],
+            reduction="none",
+        )
+        for start in range(0, len(inputs), size)
+    ]
+    return torch.split(torch.cat(costs).double().cpu(), counts)
+
+
+def _logits(head: LMHead | None, states: torch.Tensor) -> torch.Tensor:
+    """The logits in a wide dtype; without a head the states are the logits."""
+    return widened(states) if head is None else head.finish(head.raw_logits(states))
+
+
+def _plain_head(model: Any, row: Sequence[int]) -> LMHead | None:
+    """The model's LM head, if its logits on a row's tokens are the model's up to rounding."""
+    try:
+        head = head_of(model)
+    except SteerError:
+        return None
+    allowed = _ROUNDING * torch.finfo(head.weight.dtype).eps
+    return head if head_difference(model, head, torch.tensor(row)) <= allowed else None
+
+
+def _batches(
+    indices: Sequence[int], rows: Sequence[Sequence[int]], most_tokens: int
+) -> Iterator[list[int]]:
+    """Indices of rows, longest first, in batches of a limited number of tokens with padding."""
     batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True):
-        if len(rows[index]) < 2:
-            continue
-        if batch and (len(batch) + 1) * len(rows[batch[0]]) * vocab_size > _LOGITS:
+    for index in indices:
+        if batch and (len(batch) + 1) * len(rows[batch[0]]) > most_tokens:
             yield batch
             batch = []
         batch.append(index)
     if batch:
         yield batch
+
+
+def _shared(prompt: Sequence[int], text: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    pairs = zip(prompt, text, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _encode(judge: LanguageModel, texts: Sequence[str]) -> list[list[int]]:

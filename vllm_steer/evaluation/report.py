@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.pnes import Pnes, perplexity_normalised_effect
 from vllm_steer.evaluation.run import Condition, SteerRole
 from vllm_steer.evaluation.scores import Scores
+from vllm_steer.evaluation.standard_errors import ERROR
+from vllm_steer.evaluation.timings import Timings
 from vllm_steer.markdown import markdown_text
-from vllm_steer.tables import Column, Table, figure, markdown_list
+from vllm_steer.tables import Column, Table, figure, figure_with_error, markdown_list
 
 PERPLEXITY: Final = "total_perplexity"
 """The perplexity figure that normalises effects; it includes outliers."""
@@ -30,9 +32,11 @@ class JudgeEntry:
 class EvaluationReport:
     """All figures of an evaluation.
 
-    ``metadata`` is what determines the texts; ``scores`` has the figures by judge and condition;
+    ``metadata`` is what determines the texts; ``scores`` has the figures by judge and condition,
+    with standard errors such as ``share_error`` (see ``standard_errors``);
     ``missing`` has the reason for each unavailable judge. ``normalised`` has, by judge and steer
     (``steer``, ``random``), the perplexity-normalised effect, or the reason why there is none.
+    ``timings`` is not part of ``data``.
     """
 
     metadata: Mapping[str, Any]
@@ -41,6 +45,7 @@ class EvaluationReport:
     scores: Scores
     missing: Mapping[str, str]
     normalised: Mapping[str, Mapping[str, Pnes | str]]
+    timings: Timings = field(default_factory=Timings, compare=False)
 
     def figure(self, judge: str, steer: SteerRole, strength: float, figure: str) -> float:
         """One figure; at strength 0 that of the unsteered model, for either steer."""
@@ -84,9 +89,12 @@ def make_report(
     judges: Sequence[JudgeEntry],
     scores: Scores,
     missing: Mapping[str, str],
+    timings: Timings | None = None,
 ) -> EvaluationReport:
     """The report, with effects normalised by the perplexity of the first judge that measures it."""
-    unnormalised = EvaluationReport(metadata, tuple(conditions), tuple(judges), scores, missing, {})
+    unnormalised = EvaluationReport(
+        metadata, tuple(conditions), tuple(judges), scores, missing, {}, timings or Timings()
+    )
     perplexity = perplexity_judge(unnormalised)
     if perplexity is None:
         return unnormalised
@@ -102,9 +110,7 @@ def make_report(
         for judge in judges
         if judge.effect is not None
     }
-    return EvaluationReport(
-        metadata, unnormalised.conditions, unnormalised.judges, scores, missing, normalised
-    )
+    return replace(unnormalised, normalised=normalised)
 
 
 def perplexity_judge(report: EvaluationReport) -> str | None:
@@ -120,14 +126,19 @@ def tables(report: EvaluationReport) -> Iterator[Table]:
     for judge in report.judges:
         scores = report.scores[judge.name]
         names = list(dict.fromkeys(name for figures in scores.values() for name in figures))
+        names = [name for name in names if name.removesuffix(ERROR) not in {*names} - {name}]
         figures = [Column(name.replace("_", " "), figure) for name in names]
         rows = [
-            (s.strength, s.steer, *(scores[s.name].get(name, math.nan) for name in names))
+            (s.strength, s.steer, *(_cell(scores[s.name], name) for name in names))
             for s in sorted(report.conditions, key=lambda s: s.strength)
         ]
         yield Table(judge.name, [Column("strength", "g"), Column("steer"), *figures], rows)
     if report.normalised:
         yield _pnes_table(report)
+
+
+def _cell(figures: Mapping[str, float], name: str) -> str:
+    return figure_with_error(figures.get(name, math.nan), figures.get(name + ERROR, math.nan))
 
 
 def _pnes_table(report: EvaluationReport) -> Table:

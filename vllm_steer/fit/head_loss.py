@@ -16,35 +16,10 @@ from typing import Any, Final
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.hf.language_model import backbone, text_config
-from vllm_steer.hf.sites import widened
+from vllm_steer.hf.lm_head import LMHead, head_difference
 
-# Logits per chunk: more are hardly faster on a CPU; a GPU needs larger products.
-_LOGITS_AT_ONCE: Final = {"cpu": 1 << 23, "cuda": 1 << 27}
-_CHECKED_TOKENS: Final = 16
-
-
-@dataclass(frozen=True)
-class LMHead:
-    """The map from a hidden state to the logits: weight, bias, scale and soft cap."""
-
-    weight: torch.Tensor  # [vocab, hidden_size]
-    bias: torch.Tensor | None  # [vocab]
-    scale: float = 1.0
-    soft_cap: float | None = None
-
-    def raw_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits before scale and soft cap; the product is in the head's dtype, the result in a
-        wider one.
-        """
-        inputs = hidden_states.to(self.weight.dtype)
-        return widened(torch.nn.functional.linear(inputs, self.weight, self.bias))
-
-    def finish(self, raw: torch.Tensor) -> torch.Tensor:
-        """Apply scale and soft cap, in place."""
-        if self.scale != 1.0:
-            raw.mul_(self.scale)
-        return raw.div_(self.soft_cap).tanh_().mul_(self.soft_cap) if self.soft_cap else raw
+# Large enough for bfloat16, and far below the effect of a missing scale or norm.
+_TOLERANCE: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,36 +38,9 @@ class HeadLoss:
     gradient: torch.Tensor  # [tokens, hidden_size], or [columns, vocab] for an offset
 
 
-def head_of(model: Any) -> LMHead:
-    """The LM head of a Hugging Face model with its bias, logit scale and soft cap."""
-    module = model.get_output_embeddings()
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-        raise SteerError(f"{type(model).__name__} has no LM head with a plain weight matrix")
-    bias = getattr(module, "bias", None)
-    config = text_config(model)
-    multiplier = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    return LMHead(
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        float(multiplier / divisor),
-        getattr(config, "final_logit_softcapping", None),
-    )
-
-
-@torch.no_grad()
 def check_head(model: Any, head: LMHead, tokens: torch.Tensor) -> None:
     """Raise ``SteerError`` unless the model's logits are ``head`` of its last hidden state."""
-    tokens = tokens[None, :_CHECKED_TOKENS].to(model.device)
-    model_logits = widened(model(input_ids=tokens, use_cache=False).logits)
-    hidden_states = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
-    head_logits = head.finish(head.raw_logits(hidden_states))
-    # Large enough for bfloat16, and far below the effect of a missing scale or norm.
-    if (
-        model_logits.shape != head_logits.shape
-        or (head_logits - model_logits).abs().max() > 0.05 * model_logits.abs().max()
-    ):
+    if head_difference(model, head, tokens) > _TOLERANCE:
         raise SteerError(
             f"{type(model).__name__}: its logits are not those of its LM head on the last hidden "
             "state, times a logit scale and under a soft cap; LM-Steers cannot be fitted to it"
@@ -113,7 +61,7 @@ def head_loss(
     ``at_once`` is the number of tokens per chunk; None selects it by the size of the vocabulary.
     Sums are in float32, in float64 for float64 hidden states.
     """
-    size = at_once or _tokens_at_once(head)
+    size = at_once or head.tokens_at_once
     total = torch.zeros((), dtype=torch.float64, device=hidden_states.device)
     gradient = (
         torch.empty_like(hidden_states) if offset is None else torch.zeros_like(offset.vectors)
@@ -130,11 +78,6 @@ def head_loss(
         else:
             gradient.addmm_(offset.amounts[part].T, by_logits)
     return HeadLoss(total, gradient)
-
-
-def _tokens_at_once(head: LMHead) -> int:
-    logits = _LOGITS_AT_ONCE.get(head.weight.device.type, _LOGITS_AT_ONCE["cuda"])
-    return max(1, logits // len(head.weight))
 
 
 def _cross_entropy(

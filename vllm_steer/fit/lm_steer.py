@@ -15,11 +15,12 @@ from typing import Any, Final
 
 from vllm_steer.fit import training_run
 from vllm_steer.fit.encoded_texts import draw_batches, encode_texts
-from vllm_steer.fit.head_loss import check_head, head_of
+from vllm_steer.fit.head_loss import check_head
 from vllm_steer.fit.lm_steer_settings import FitCallbacks, LMSteerSettings, check_labels
 from vllm_steer.fit.lm_steer_training import FitInputs, train
 from vllm_steer.fit.recipe import recipe
 from vllm_steer.fit.training_run import TrainingState
+from vllm_steer.hf.lm_head import head_of
 from vllm_steer.steers import LMSteer
 from vllm_steer.steers.lm_steer import Variant
 

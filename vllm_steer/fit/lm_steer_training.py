@@ -12,7 +12,6 @@ import torch
 
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.fit.encoded_texts import EncodedTexts, TextBatch
-from vllm_steer.fit.head_loss import LMHead
 from vllm_steer.fit.hidden_states import (
     FetchHiddenStates,
     HiddenStateFile,
@@ -31,6 +30,7 @@ from vllm_steer.fit.training_run import (
     resume,
     start_training,
 )
+from vllm_steer.hf.lm_head import LMHead
 from vllm_steer.hf.sites import widened
 from vllm_steer.run_folder import locked
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_steer.fit.head_loss import HeadLoss, LMHead, LogitOffset, head_loss
+from vllm_steer.fit.head_loss import HeadLoss, LogitOffset, head_loss
+from vllm_steer.hf.lm_head import LMHead
 from vllm_steer.steers.lm_steer import Variant
 
 Parameters = Mapping[str, torch.Tensor]

@@ -1,16 +1,19 @@
 """Runs a sweep in one engine and writes its result into the steer file."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_steer.errors import SteerError
-from vllm_steer.evaluation.answers import Answers, Judge
+from vllm_steer.evaluation.answers import Answers, Judge, OnText
 from vllm_steer.evaluation.generation import Engine, EngineOptions, engine
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.evaluation.scores import figures_of
+from vllm_steer.evaluation.timings import Timings
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.files.safetensors_file import is_safetensors, read_header
 from vllm_steer.files.steer_file import FORMAT
@@ -74,12 +77,16 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All points of a sweep, the unsteered model's figures, and the number of texts per point."""
+    """All points of a sweep, the unsteered model's figures, and the number of texts per point.
+
+    ``timings`` is not part of the sweep's JSON.
+    """
 
     settings: SweepSettings
     unsteered: Point
     points: tuple[Point, ...]
     texts: int
+    timings: Timings = field(default_factory=Timings, compare=False)
 
     def choose(self) -> Point:
         """The selected point, see ``search.choose``. Raises ``SteerError`` if there is none."""
@@ -119,21 +126,30 @@ def sweep(
     effect_judge = _effect_judge(make_judge(settings.judge))
     judges = (effect_judge, make_judge(settings.perplexity))
     total = 1 + settings.search.points(len(candidates))
-    with engine(settings.model, {"steer": settings.steer.resolve()}, settings.engine) as llm_engine:
-        on_point(0, total, "the unsteered model")
-        answers = llm_engine.generate(settings.prompts.texts, settings.sampling)
-        unsteered = _point(CandidateLayers("none", None), 0.0, answers, judges, None)
+    texts = len(settings.prompts.texts) * settings.sampling.samples
+    timings = Timings()
+    options = replace(settings.engine, beside_judges=True)
+    with engine(settings.model, {"steer": settings.steer.resolve()}, options) as llm_engine:
         points: list[Point] = []
+        unsteered: Point | None = None
 
         def measure(candidate: CandidateLayers, strength: float) -> Point:
-            on_point(1 + len(points), total, f"{candidate.name} at {strength:g}")
+            done = len(points) + (unsteered is not None)
+            name = f"{candidate.name} at {strength:g}" if done else "the unsteered model"
+            on_point(done, total, name)
+            started = time.monotonic()
             answers = _answers(llm_engine, settings, steer, candidate, strength)
-            return _point(candidate, strength, answers, judges, unsteered)
+            timings.generated(answers, time.monotonic() - started)
+            with timings.judging():
+                return _point(
+                    *(candidate, strength, answers, judges, unsteered),
+                    lambda count: on_point(done, total, f"{name}: {count} of {texts} texts judged"),
+                )
 
+        unsteered = measure(CandidateLayers("none", None), 0.0)
         for point in _search(settings, measure, candidates):
             points.append(point)
-    texts = len(settings.prompts.texts) * settings.sampling.samples
-    return SweepResult(settings, unsteered, tuple(points), texts)
+    return SweepResult(settings, unsteered, tuple(points), texts, timings)
 
 
 def check_writable(path: Path) -> None:
@@ -190,6 +206,8 @@ def _answers(
     candidate: CandidateLayers,
     strength: float,
 ) -> list[Answers]:
+    if strength == 0:
+        return llm_engine.generate(settings.prompts.texts, settings.sampling)
     options: dict[str, Any] = {"strength": strength}
     if candidate.layers is not None and candidate.layers != steer.layers:
         options["layers"] = format_layers(candidate.layers)
@@ -202,11 +220,12 @@ def _point(
     answers: Sequence[Answers],
     judges: tuple[Judge, Judge],
     unsteered: Point | None,
+    on_text: OnText,
 ) -> Point:
     effect_judge, perplexity_judge = judges
     assert effect_judge.effect is not None
-    effect = effect_judge.scores(answers)[effect_judge.effect]
-    perplexity = _perplexity(perplexity_judge.scores(answers), perplexity_judge.name)
+    effect = figures_of(effect_judge, answers, on_text)[effect_judge.effect]
+    perplexity = _perplexity(figures_of(perplexity_judge, answers, on_text), perplexity_judge.name)
     base = perplexity if unsteered is None else unsteered.perplexity
     return Point(candidate, strength, effect, perplexity, perplexity / base)
 

@@ -1,4 +1,4 @@
-"""Rows of a text file, read lazily: JSONL, JSON, CSV, TSV or plain text."""
+"""Rows of a text file, read lazily: JSONL, JSON, CSV, TSV, or plain or fastText text."""
 
 import csv
 import json
@@ -16,6 +16,7 @@ T = TypeVar("T")
 _CHUNK: Final = 1 << 16
 _SHOWN: Final = 10
 _LONGEST: Final = 1 << 24
+_FASTTEXT: Final = "__label__"
 _BROKEN: Final = "it has bytes that are not UTF-8"
 
 
@@ -36,7 +37,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
     The format depends on the extension: ``.jsonl`` one object per line, ``.json`` a list of
     objects, ``.csv`` and ``.tsv`` with a header line, ``.txt`` one text per line, under the name
-    ``text``; all in UTF-8.
+    ``text``; all in UTF-8. A line of ``.txt`` that begins with ``__label__NAME`` and white space,
+    as fastText writes it, has the rest as its ``text`` and ``NAME`` as its ``label``.
 
     Raises ``SteerError`` for another extension, for a file that cannot be read and for a JSON file
     that is not a list. An invalid row raises nothing: it has a ``problem``, see ``take``.
@@ -283,7 +285,23 @@ def _names(line: int, names: list[str]) -> list[str]:
 def _txt(file: IO[str]) -> Iterator[tuple[int, Any]]:
     for line, text in _lines(file):
         if text.strip():
-            yield line, {"text": text.rstrip("\r\n")}
+            text = text.rstrip("\r\n")
+            is_labelled = text.startswith(_FASTTEXT)
+            yield line, _fasttext_row(text) if is_labelled else {"text": text}
+
+
+def _fasttext_row(line: str) -> Any:
+    label, *rest = line.split(maxsplit=1)
+    text = "".join(rest)
+    name = label.removeprefix(_FASTTEXT)
+    if not name:
+        return _BadRow(f"a label has no name; expected {_FASTTEXT}NAME and a text")
+    if others := [word for word in text.split() if word.startswith(_FASTTEXT)]:
+        return _BadRow(
+            f"it has {1 + len(others)} labels, {shown(label)} and {shown(others[0])}; expected one "
+            "label at its beginning"
+        )
+    return {"label": name, "text": text}
 
 
 _READERS: Final[Mapping[str, Callable[[IO[str]], Iterator[tuple[int, Any]]]]] = {

@@ -68,9 +68,10 @@ def test_no_command_imports_a_large_library_to_show_its_help() -> None:
 
 def test_messages_of_libraries_are_hidden_unless_they_are_requested() -> None:
     code = (
-        "import os, sys, warnings\nsys.argv[1:] = ARGUMENTS\nfrom vllm_steer import cli\n"
+        "import logging, os, sys, warnings\nsys.argv[1:] = ARGUMENTS\nfrom vllm_steer import cli\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
-        "warnings.warn('old', FutureWarning)\nprint(os.environ.get('VLLM_LOGGING_LEVEL'))"
+        "warnings.warn('old', FutureWarning)\nlogging.getLogger('vllm.a').warning('early')\n"
+        "print(os.environ.get('VLLM_LOGGING_LEVEL'))"
     )
     outputs = {}
     for arguments in (["--version"], ["--version", "--verbose"]):
@@ -87,8 +88,9 @@ def test_messages_of_libraries_are_hidden_unless_they_are_requested() -> None:
             check=True,
             env=environment,
         )
-        outputs[len(arguments)] = (process.stdout.split()[-1], "FutureWarning" in process.stderr)
-    assert outputs == {1: ("ERROR", False), 2: ("INFO", True)}
+        shown = ["FutureWarning" in process.stderr, "early" in process.stderr]
+        outputs[len(arguments)] = (process.stdout.split()[-1], *shown)
+    assert outputs == {1: ("ERROR", False, False), 2: ("INFO", True, True)}
 
 
 def test_the_version_is_printed() -> None:

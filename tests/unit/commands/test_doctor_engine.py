@@ -90,3 +90,23 @@ def test_a_device_without_memory_for_the_reference_leaves_a_report(
     findings = by_name(examine(read_architecture("embedded")))
     assert findings["Hugging Face"].state == "not tested"
     assert "9 GiB" in findings["Hugging Face"].message and "one delta of 32 steps" in findings
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "size"),
+    [
+        ({}, None, "2"),
+        ({}, "5", "5"),
+        ({"gpu_memory_utilization": 0.3}, None, "none"),
+        ({"gpu_memory_utilization": 0.3}, "5", "5"),
+    ],
+)
+def test_the_kv_cache_on_a_cpu_is_2_gib_unless_the_user_gives_a_size(
+    options: Any, given: str | None, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", given)
+    python(tmp_path, "echo ${VLLM_CPU_KVCACHE_SPACE:-none} >&2; exit 3", monkeypatch)
+    job = Job("model", options, {}, [[1]], {"unsteered": [{}]}, 1)
+    assert run_engine(job, tmp_path)[1].endswith(f"its log ends: {size}")

@@ -3,6 +3,8 @@
 import io
 import math
 
+import pytest
+
 from vllm_steer.cli.terminal import Console
 from vllm_steer.tables import Column, StyledText, Table, facts, figure
 
@@ -70,3 +72,38 @@ def test_a_narrow_terminal_shows_figures_in_a_line_and_the_long_text_below() -> 
     assert lines[-3:] == ["second [2]", "  share 100%", "  short"]
     assert "[b]end[/b]" in outputs[80] and all(len(line) <= 80 for line in lines)
     assert "│" in outputs[120] and "│" not in outputs[80]
+
+
+WIDE = Table(
+    "perplexity:folder/of/a/model/with/a/long/name",
+    [Column("judge"), *(Column(f"total perplexity {n}", figure) for n in range(4))],
+    [("classifier:folder/of/a/model:LABEL", *["123.456 ± 0.02"] * 4)],
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        # As it is; headings broken; a line of names and lines of figures.
+        (110, "┃ total perplexity 0 ┃ total perplexity 1 ┃"),
+        (90, "┃          total ┃          total ┃"),
+        (
+            60,
+            "classifier:folder/of/a/model:LABEL\n"
+            "  total perplexity 0 123.456 ± 0.02\n  total perplexity 1 123.456 ± 0.02\n",
+        ),
+        (
+            72,
+            "classifier:folder/of/a/model:LABEL\n"
+            "  total perplexity 0 123.456 ± 0.02  total perplexity 1 123.456 ± 0.02\n"
+            "  total perplexity 2 123.456 ± 0.02  total perplexity 3 123.456 ± 0.02\n",
+        ),
+    ],
+)
+def test_a_number_and_a_title_are_in_one_line_at_any_width(width: int, expected: str) -> None:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(WIDE)
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert lines[0] == WIDE.title
+    assert expected in "\n".join(lines) + "\n"
+    assert "\n".join(lines).count("123.456 ± 0.02") == 4

@@ -1,6 +1,7 @@
 """``vllm-steer eval`` and ``sweep`` with a fake engine: their requests and their output."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,14 @@ def test_an_invalid_sweep_is_refused(
     with pytest.raises(SteerError, match=message):
         sweep(folder, *options)
     assert not fake_engine.requests
+
+
+def test_the_end_says_what_was_generated_now(folder: Path, fake_engine: FakeEngine) -> None:
+    assert re.search(
+        r"^generated 200 texts, 0 tokens in .* texts/s.*; judged in", evaluate(folder).stderr, re.M
+    )
+    assert "generated no new texts; judged in" in evaluate(folder).stderr
+    more = evaluate(folder, "--json", strengths="-2,2,4")
+    assert "generated 80 texts" in more.stderr and "generated" not in more.stdout
+    completed = sweep(folder, "--strengths", "1,4", "--budget", 2, "--samples", 20)
+    assert re.search(r"^generated 120 texts, .*; judged in", completed.stderr, re.M)

@@ -1,6 +1,8 @@
 """The requests that vLLM gets for each text, and the returned texts."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +33,11 @@ class FakeLLM:
         self.sizes.append(len(prompts))
         self.parameters += parameters
         return [
-            SimpleNamespace(outputs=[SimpleNamespace(text=f"{p['prompt_token_ids'][0]} {q.seed}")])
+            SimpleNamespace(
+                outputs=[
+                    SimpleNamespace(text=f"{p['prompt_token_ids'][0]} {q.seed}", token_ids=[1, 2])
+                ]
+            )
             for p, q in zip(prompts, parameters, strict=True)
         ]
 
@@ -39,6 +45,7 @@ class FakeLLM:
 def test_text_k_of_every_prompt_has_seed_k() -> None:
     answers = Engine(FakeLLM()).generate(["a b", "ccc"], Sampling(samples=3, seed=7))
     assert answers == [Answers("a b", ("1 7", "1 8", "1 9")), Answers("ccc", ("3 7", "3 8", "3 9"))]
+    assert [answer.num_tokens for answer in answers] == [6, 6]
 
 
 def test_the_authors_settings_reach_vllm() -> None:
@@ -100,5 +107,49 @@ def test_engine_options_leave_vllms_defaults() -> None:
         "enforce_eager": False,
         "distributed_executor_backend": "uni",
     }
+    assert EngineOptions(beside_judges=True).arguments == EngineOptions().arguments
     several = EngineOptions(max_model_len=64, tensor_parallel_size=2).arguments
     assert several["max_model_len"] == 64 and "distributed_executor_backend" not in several
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Start an engine with a fake vLLM that records its arguments and its KV cache."""
+    monkeypatch.setattr(generation, "_stop", lambda llm: None)
+    monkeypatch.setattr(generation, "_check_active", lambda llm: None)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # restored after the test
+
+    def start(options: EngineOptions, *, is_cpu: bool) -> tuple[str | None, float | None]:
+        def fake(path: str, **arguments: Any) -> Any:
+            cache = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+            return cache, arguments.get("gpu_memory_utilization")
+
+        platform = SimpleNamespace(is_cpu=lambda: is_cpu)
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=fake))
+        modules = SimpleNamespace(current_platform=platform)
+        monkeypatch.setitem(sys.modules, "vllm.platforms", modules)
+        before = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        with generation.engine("m", {}, options) as llm_engine:
+            result: tuple[str | None, float | None] = llm_engine.llm
+        assert os.environ.get("VLLM_CPU_KVCACHE_SPACE") == before
+        return result
+
+    return start
+
+
+def test_the_kv_cache_on_a_cpu_is_2_gib_unless_the_user_gives_a_size(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start(EngineOptions(), is_cpu=True) == ("2", None)
+    assert start(EngineOptions(beside_judges=True), is_cpu=True) == ("2", None)
+    assert start(EngineOptions(gpu_memory_utilization=0.3), is_cpu=True) == (None, 0.3)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    assert start(EngineOptions(), is_cpu=True) == ("7", None)
+
+
+def test_an_engine_on_a_gpu_leaves_memory_for_judges_beside_it(start: Any) -> None:
+    assert start(EngineOptions(), is_cpu=False) == (None, None)
+    assert start(EngineOptions(beside_judges=True), is_cpu=False) == (None, 0.6)
+    shared = EngineOptions(beside_judges=True, gpu_memory_utilization=0.3)
+    assert start(shared, is_cpu=False) == (None, 0.3)

@@ -13,6 +13,7 @@ from vllm_steer import SteerError
 from vllm_steer.cli.terminal import Console
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.json_files import as_json
+from vllm_steer.evaluation.lexicons import LexiconJudge
 from vllm_steer.evaluation.plot import draw_report
 from vllm_steer.evaluation.report import EvaluationReport, JudgeEntry, make_report, markdown, tables
 from vllm_steer.evaluation.run import Condition, condition_grid, open_run
@@ -69,7 +70,7 @@ def test_each_setting_is_scored_by_each_judge(tmp_path: Path) -> None:
         run,
         settings,
         [Letters("a"), Letters("b")],
-        on_condition=lambda n, judge: calls.append((n, judge)),
+        on_text=lambda n, judge: calls.append((n, judge)),
     )
     assert {name: figures["share"] for name, figures in scores["letters:a"].items()} == {
         "none": 0.5,
@@ -77,7 +78,9 @@ def test_each_setting_is_scored_by_each_judge(tmp_path: Path) -> None:
         "random+1": 0.0,
     }
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    assert [n for n, _ in calls] == [1, 2, 3, 4, 5, 6] and calls[3][1] == "letters:b"
+    # Before and after the two texts of each setting.
+    a, b = ([n for n, judge in calls if judge == f"letters:{letter}"] for letter in "ab")
+    assert (a, b) == ([0, 2, 2, 4, 4, 6], [6, 8, 8, 10, 10, 12])
 
 
 def test_the_report_has_every_part() -> None:
@@ -179,3 +182,23 @@ def test_a_plot_shows_the_figures_that_exist(tmp_path: Path, judges: Any) -> Non
 def test_a_plot_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=r"report\.png: cannot be written"):
         draw_report(report(rising, lambda s: 4.0), tmp_path / "gone" / "report.png")
+
+
+def test_standard_errors_stand_beside_their_figures(tmp_path: Path) -> None:
+    """Shares 1, 0, 1/2 of three prompts: standard error of their mean is 0.5 / sqrt(3)."""
+    run, (setting, *_) = open_run(tmp_path, ABOUT), condition_grid((0.0,))
+    run.write(setting, [Answers("p", pair) for pair in (("a", "a"), ("b", "b"), ("a", "b"))])
+    judge = LexiconJudge("lexicon:mine", lambda text: float(text == "a"))
+    counts: list[int] = []
+    scores = score(run, [setting], [judge], on_text=lambda n, _: counts.append(n))
+    assert counts == [0, 2, 4, 6, 6]
+    error = 0.5 / math.sqrt(3)
+    expected = {"share": 0.5, "share_error": error, "undecided": 0.0, "undecided_error": 0.0}
+    assert scores["lexicon:mine"]["none"] == pytest.approx(expected)
+    made = make_report(ABOUT, [setting], [LEXICON], scores, {})
+    assert made.data["settings"][0]["figures"]["lexicon:mine"]["share_error"] == pytest.approx(
+        error
+    )
+    (table,) = tables(made)
+    assert [column.heading for column in table.columns[2:]] == ["share", "undecided"]
+    assert table.rows == [(0.0, "none", "0.500 ± 0.3", "0.000 ± 0")]

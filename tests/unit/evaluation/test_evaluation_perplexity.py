@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from outside import STORIES, needs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -16,6 +17,7 @@ from vllm_steer.evaluation import perplexity
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.judges import make_judge
 from vllm_steer.evaluation.perplexity import Likelihood, PerplexityJudge, likelihoods, summary
+from vllm_steer.hf import lm_head
 from vllm_steer.models import LanguageModel, load_language_model
 
 WORDS = ("<s>", "the", "hotel", "was", "good", "bad", "very", "and", "clean", "loud")
@@ -67,13 +69,103 @@ def flat(judge: LanguageModel, answers: Sequence[Answers]) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("at_once", [1 << 25, 1], ids=["one batch", "one by one"])
+@pytest.mark.parametrize("at_once", [1 << 11, 1], ids=["one batch", "one by one"])
+@pytest.mark.parametrize("has_plain_head", [True, False])
 def test_perplexity_is_conditional_on_the_prompt(
-    at_once: int, monkeypatch: pytest.MonkeyPatch
+    at_once: int, has_plain_head: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(perplexity, "_TOKENS", at_once)
     monkeypatch.setattr(perplexity, "_LOGITS", at_once)
-    likelihoods_found = [likelihood.perplexity for likelihood in likelihoods(gpt2(), ANSWERS)]
+    monkeypatch.setitem(lm_head._LOGITS_AT_ONCE, "cpu", at_once)
+    if not has_plain_head:
+        monkeypatch.setattr(perplexity, "_plain_head", lambda model, row: None)
+    counts: list[int] = []
+    likelihoods_found = [one.perplexity for one in likelihoods(gpt2(), ANSWERS, counts.append)]
     assert likelihoods_found == pytest.approx(flat(gpt2(), ANSWERS), rel=1e-9)
+    assert counts == ([0, 5] if at_once > 1 else [0, 1, 2, 3, 4, 5])
+
+
+HEADS: dict[str, Any] = {
+    "Gemma2": {"head_dim": 4, "query_pre_attn_scalar": 4, "final_logit_softcapping": 0.4},
+    "Cohere": {"logit_scale": 3.0},
+    "Granite": {"logits_scaling": 0.25},
+    "Phi": {},  # its head has a bias
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_logits_by_parts_are_the_models_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        **HEADS[kind],
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    rows = [torch.randint(0, 50, (length,)).tolist() for length in (9, 3, 1, 7, 7)]
+    given = [4, 0, 1, 7, 1]
+    expected = []
+    for row, first in zip(rows, given, strict=True):
+        logs = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        scored = range(max(first, 1), len(row))
+        expected.append(sum(-logs[t - 1, row[t]].item() for t in scored) if row[1:] else math.nan)
+    monkeypatch.setitem(lm_head._LOGITS_AT_ONCE, "cpu", 150)  # 3 tokens
+    assert perplexity._plain_head(model, rows[0]) is not None
+    found = perplexity.text_nll(model, rows, given)
+    assert found == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+
+def test_a_model_whose_logits_are_not_those_of_its_head_is_asked_for_them() -> None:
+    """Here a hook changes its logits; the likelihoods are those of the changed ones."""
+    judge = gpt2()
+    hook = judge.model.register_forward_hook(lambda _m, _a, output: _doubled(output))
+    try:
+        assert perplexity._plain_head(judge.model, [1, 2, 3]) is None
+        found = [likelihood.perplexity for likelihood in likelihoods(judge, ANSWERS)]
+        assert found == pytest.approx(flat(judge, ANSWERS), rel=1e-9)
+    finally:
+        hook.remove()
+
+
+def _doubled(output: Any) -> Any:
+    output.logits = output.logits * 2
+    return output
+
+
+def test_a_prompt_whose_last_token_joins_the_text_counts_in_full() -> None:
+    """The prompt ends in ``hot``, the text goes on to ``hotel``: both likelihoods count."""
+    tokenizer = Tokenizer(
+        models.WordPiece({"<s>": 0, "the": 1, "was": 2, "hot": 3, "hotel": 4}, unk_token="<s>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    judge = LanguageModel("pieces", gpt2().model, words)
+    answers = [Answers("the hot", ("el was the", " was"))]
+    assert judge.tokenizer("the hotel was")["input_ids"] == [1, 4, 2]
+    found = [likelihood.perplexity for likelihood in likelihoods(judge, answers)]
+    assert found == pytest.approx(flat(judge, answers), rel=1e-9)
+
+
+def test_logits_are_computed_for_scored_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    raw_logits = lm_head.LMHead.raw_logits
+
+    def counted(head: lm_head.LMHead, states: torch.Tensor) -> torch.Tensor:
+        computed.append(len(states))
+        return raw_logits(head, states)
+
+    monkeypatch.setitem(lm_head._LOGITS_AT_ONCE, "cpu", 4 * len(WORDS))
+    monkeypatch.setattr(perplexity, "_plain_head", lambda model, row: lm_head.head_of(model))
+    monkeypatch.setattr(lm_head.LMHead, "raw_logits", counted)
+    likelihoods(gpt2(), ANSWERS)
+    # Tokens of the continuations: 2 + 1 + 7 + 5 + 1, at most 4 at once.
+    assert computed == [4, 4, 4, 4]
 
 
 def test_a_tokenizer_that_begins_texts_is_used_as_it_is() -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_steer.fit.head_loss import LMHead, head_loss
+from vllm_steer.fit.head_loss import head_loss
 from vllm_steer.fit.objective import TokenBatch, initial_parameters, loss_and_gradients
+from vllm_steer.hf.lm_head import LMHead
 
 EPSILON = 0.3
 REGULARIZATION = 0.01

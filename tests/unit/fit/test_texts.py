@@ -3,10 +3,12 @@
 import json
 import os
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import SST5, needs
 
 from vllm_steer import SteerError
 from vllm_steer.texts import (
@@ -330,7 +332,13 @@ def test_a_label_outside_the_range_is_refused(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("sst3", "label map 'sst3': expected one of sst2, sst5, yelp, toxicity, or pairs such as"),
+        (
+            "sst3",
+            "label map 'sst3': expected one of sst2, sst5, yelp, toxicity, a range such as 1:5, or",
+        ),
+        ("5:1", "label map '5:1': expected the lowest and the highest label, such as 1:5"),
+        ("1:1", "label map '1:1': expected the lowest and the highest label, such as 1:5"),
+        ("1:2000", "label map '1:2000': expected one of"),
         ("", "label map '': expected one of"),
         ("good=1,", "label map 'good=1,': expected one of"),
         ("=1", "label map '=1': expected one of"),
@@ -348,6 +356,29 @@ def test_a_label_outside_the_map_is_refused() -> None:
     for value in ("good", True, None, 2, 1.01):
         with pytest.raises(SteerError, match="is not in the label map; it has 0=-1, 1=1"):
             label_map("sst2")(value)
+
+
+def test_a_range_spreads_its_labels_evenly() -> None:
+    assert [label_map("1:5")(label) for label in (1, "2", 3.0, "4.0", 5)] == [-1, -0.5, 0, 0.5, 1]
+    assert [label_map(" 0:2 ")(label) for label in "012"] == [-1, 0, 1]
+    with pytest.raises(SteerError, match=r"label 0 is not in the label map; it has 1=-1, 2=1$"):
+        label_map("1:2")(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "shifted"),
+    [
+        ("sst2", 2, "1=-1,2=1"),
+        ("sst5", "5", "1=-1,2=-0.5,3=0,4=0.5,5=1"),
+        ("yelp", "5.0", "1=-1,2=-0.6,3=-0.2,4=0.2,5=0.6"),
+        ("0=1,1=-1", "2", "1=1,2=-1"),
+    ],
+)
+def test_labels_that_begin_at_1_are_told_their_map(name: str, label: Any, shifted: str) -> None:
+    with pytest.raises(SteerError, match=f"; if the labels begin at 1, give {shifted}$"):
+        label_map(name)(label)
+    with pytest.raises(SteerError, match=r"it has 0=\S+ 1=[^;]*$"):
+        label_map(name)(6)
 
 
 def test_every_known_map_has_strengths_between_the_sides() -> None:
@@ -376,3 +407,39 @@ def test_errors_of_bad_labels(
 ) -> None:
     with pytest.raises(SteerError, match=message):
         read_labelled(write_file("a.csv", content), labels=labels)
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", " \t "])
+def test_a_fasttext_file_has_labelled_texts(separator: str, write_file: Any) -> None:
+    path = write_file(
+        "a.txt", f"__label__5{separator}so good , so good\n\n__label__1{separator}bad\n"
+    )
+    assert read_labelled(path, labels="1:5") == [("so good , so good", 1.0), ("bad", -1.0)]
+    assert list(read_texts(path)) == ["so good , so good", "bad"]
+    with pytest.raises(SteerError, match=r"^a.txt:1: label '5' is not in .* give 1=-1,2=-0.5,3=0"):
+        read_labelled(path, labels="sst5")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("__label__1 __label__5 good", "it has 2 labels, '__label__1' and '__label__5'; expected"),
+        ("__label__1 good __label__5", "it has 2 labels, '__label__1' and '__label__5'; expected"),
+        ("__label__ good", "a label has no name; expected __label__NAME and a text"),
+        ("__label__1 ", "text is ''; expected a text"),
+        ("good", "the field 'label' is missing; every row needs a label"),
+        ("good __label__1", "the field 'label' is missing; every row needs a label"),
+    ],
+)
+def test_errors_of_bad_fasttext_lines(line: str, message: str, write_file: Any) -> None:
+    with pytest.raises(SteerError, match=f"^a.txt:2: {message}"):
+        read_labelled(write_file("a.txt", f"__label__1 bad\n{line}\n"))
+
+
+@needs(SST5)
+def test_a_real_fasttext_file() -> None:
+    texts = read_labelled(SST5, labels="1:5")
+    counts = Counter(label for _, label in texts)
+    assert counts == {-1.0: 1093, -0.5: 2218, 0.0: 1624, 0.5: 2322, 1.0: 1288}  # by grep -c
+    assert not any("__label__" in text for text, _ in texts)
+    assert texts[3].text.startswith("You 'd think by now America would have had enough of plucky")

@@ -29,7 +29,8 @@ def lm_steer(
     model: options.Model,
     output: options.Output,
     data: Annotated[
-        Path | None, typer.Option(help="Labelled texts: .jsonl, .json, .csv or .tsv.")
+        Path | None,
+        typer.Option(help="Labelled texts: .jsonl, .json, .csv, .tsv, or fastText .txt."),
     ] = None,
     positive: Annotated[
         Path | None, typer.Option(help="Texts of label 1; in .txt one per line.")
@@ -38,7 +39,8 @@ def lm_steer(
     text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
     label_field: Annotated[str, typer.Option(help="Name of the label in a row.")] = "label",
     labels: Annotated[
-        str | None, typer.Option(help="sst2, sst5, yelp, toxicity, or pairs 'good=1,bad=-1'.")
+        str | None,
+        typer.Option(help="sst2, sst5, yelp, toxicity, '1:5', or pairs 'good=1,bad=-1'."),
     ] = None,
     variant: Annotated[str, typer.Option(help="multiply, add or offset.")] = "multiply",
     rank: Annotated[

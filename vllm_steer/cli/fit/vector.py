@@ -29,7 +29,7 @@ def vector(
     text_field: Annotated[str, typer.Option(help="Name of the text in a row.")] = "text",
     label_field: Annotated[str, typer.Option(help="Name of the label in a row.")] = "label",
     labels: Annotated[
-        str | None, typer.Option(help="Label map, such as 'fr=1,en=-1,de=0'.")
+        str | None, typer.Option(help="Label map, such as 'fr=1,en=-1,de=0' or '1:5'.")
     ] = None,
     method: Annotated[str, typer.Option(help="mean, pca (of pairs) or unit.")] = "mean",
     tokens: Annotated[

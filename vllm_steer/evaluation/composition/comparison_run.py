@@ -1,10 +1,11 @@
 """Runs a comparison: select strengths, generate, judge, report. Every stage can be resumed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from vllm_steer.errors import SteerError
-from vllm_steer.evaluation.answers import Judge
+from vllm_steer.evaluation.answers import Judge, num_texts
 from vllm_steer.evaluation.composition.candidates import (
     Candidate,
     Part,
@@ -37,12 +38,15 @@ from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.missing_texts import (
     GenerationTask,
     Progress,
+    ProgressCallback,
     no_progress,
     write_missing,
 )
 from vllm_steer.evaluation.report import PERPLEXITY
 from vllm_steer.evaluation.run import Run, open_run
 from vllm_steer.evaluation.sampling import Sampling
+from vllm_steer.evaluation.scores import figures_of
+from vllm_steer.evaluation.timings import Timings
 from vllm_steer.files import load_steer
 from vllm_steer.files.atomic_write import write_text
 from vllm_steer.models import load_language_model
@@ -87,16 +91,25 @@ def compare(
         )
         rows = list(_rows(spec, steers, selected))
         writer.write(_candidates_to_write(rows, examples))
-        results = _measure(settings, rows, run, properties, judges, examples, steers, progress)
-        missing_rows = _missing_rows(spec, steers)
-        report = ComparisonReport(metadata, spec, steers, selected, results, missing_rows, missing)
+        with writer.timings.judging():
+            results = _measure(settings, rows, run, properties, judges, examples, steers, progress)
+        report = ComparisonReport(
+            metadata,
+            spec,
+            steers,
+            selected,
+            results,
+            _missing_rows(spec, steers),
+            missing,
+            writer.timings,
+        )
         _write_report(run, report)
     return report
 
 
 @dataclass(frozen=True)
 class _TextGenerator:
-    """Generates the texts of candidates into the run folder.
+    """Generates the texts of candidates into the run folder, and counts them in ``timings``.
 
     Texts of the part ``examples`` are generated greedily from the plain prompts, one text each:
     dPPL needs only their strengths.
@@ -107,18 +120,26 @@ class _TextGenerator:
     examples: Mapping[Combination, Sequence[PromptPair]]
     run: Run
     progress: Progress
+    timings: Timings = field(default_factory=Timings)
 
     def write(self, candidates: Iterable[Candidate]) -> None:
         """Generate the texts that are missing."""
-        texts = list(map(self._texts, candidates))
+        texts = list(map(self.task, candidates))
         files = {
             name: candidate.steer.resolve() for name, candidate in self.spec.properties.items()
         }
         write_missing(
-            self.run, texts, self.settings.model, files, self.settings.engine, self.progress
+            self.run,
+            texts,
+            self.settings.model,
+            files,
+            self.settings.engine,
+            self.progress,
+            self.timings,
         )
 
-    def _texts(self, candidate: Candidate) -> GenerationTask:
+    def task(self, candidate: Candidate) -> GenerationTask:
+        """The texts of a candidate, as they are generated."""
         prompts, sampling = self.settings.prompts.texts, self.settings.sampling
         if candidate.part == "examples":
             prompts = tuple(example.plain for example in self.examples[candidate.combination])
@@ -137,18 +158,21 @@ def _select_strengths(
     candidates = selection.candidates
     writer.write(candidates)
     measurements: list[tuple[Candidate, SelectionScores]] = []
-    with writer.progress("choosing", len(candidates)) as advance:
+    total = sum(writer.task(candidate).count for candidate in candidates)
+    with writer.progress("choosing", total) as advance, writer.timings.judging():
+        done = 0
         for candidate in candidates:
             answers = writer.run.read(candidate)
             verdicts = properties.has_all(candidate.combination, candidate.name, answers)
-            measurements.append(
-                (
-                    candidate,
-                    SelectionScores(share(verdicts), perplexity.scores(answers)[PERPLEXITY]),
-                )
-            )
-            advance(len(measurements))
+            figures = figures_of(perplexity, answers, partial(_advance_from, advance, done))
+            measurements.append((candidate, SelectionScores(share(verdicts), figures[PERPLEXITY])))
+            done += num_texts(answers)
+            advance(done)
     return selection.select(measurements)
+
+
+def _advance_from(advance: ProgressCallback, done: int, count: int) -> None:
+    advance(done + count)
 
 
 def _rows(
@@ -192,11 +216,15 @@ def _measure(
         language = load_language_model(settings.model)
         references = read_references(language, examples, properties, settings.sampling.max_tokens)
     results: list[RowResult] = []
-    with progress("judging", len(rows)) as advance:
+    # Each row has the texts of all prompts, and each judge reads them.
+    texts = len(settings.prompts.texts) * settings.sampling.samples * len(judges)
+    with progress("judging", texts * len(rows)) as advance:
         for row in rows:
+            done = texts * len(results)
+            advance(done, description=row.candidate.name)
             reference = references.get(row.candidate.combination)
-            results.append(measure(row, run, properties, judges, reference, steers))
-            advance(len(results), description=row.candidate.name)
+            on_text = partial(_advance_from, advance, done)
+            results.append(measure(row, run, properties, judges, reference, steers, on_text))
     return results
 
 

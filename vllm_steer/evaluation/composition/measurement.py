@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from vllm_steer.evaluation.answers import Answers, Judge
+from vllm_steer.evaluation.answers import Answers, Judge, OnText, ignore_count, num_texts
 from vllm_steer.evaluation.composition import dppl
 from vllm_steer.evaluation.composition.candidates import Candidate
 from vllm_steer.evaluation.composition.curves import Curve, dynamic_curves
 from vllm_steer.evaluation.composition.dppl import GoldAnswer, PromptPair
-from vllm_steer.evaluation.composition.property_judges import PropertyJudges, share
+from vllm_steer.evaluation.composition.property_judges import (
+    PropertyJudges,
+    ShareWithError,
+    share_with_error,
+)
 from vllm_steer.evaluation.composition.spec import Combination
 from vllm_steer.evaluation.run import Run
+from vllm_steer.evaluation.scores import figures_with_errors
 from vllm_steer.models import LanguageModel
 from vllm_steer.steers import Steer
 
@@ -32,13 +38,14 @@ class RowResult:
     """The figures of a row.
 
     ``accuracy`` is the share of texts with all the properties at once, ``shares`` the share of each
-    property, ``judges`` the figures of the other judges. ``dppl`` has the dPPL figures, or the
-    reason why there are none. ``curves`` are the dynamic strengths over tokens.
+    property, ``judges`` the figures of the other judges, all with standard errors. ``dppl`` has the
+    dPPL figures, or the reason why there are none. ``curves`` are the dynamic strengths over
+    tokens.
     """
 
     row: ComparisonRow
-    accuracy: float
-    shares: Mapping[str, float]
+    accuracy: ShareWithError
+    shares: Mapping[str, ShareWithError]
     judges: Mapping[str, Mapping[str, float]]
     dppl: Mapping[str, Any] | str
     curves: Mapping[str, Curve]
@@ -64,20 +71,32 @@ def measure(
     judges: Sequence[Judge],
     references: DpplReferences | None,
     steers: Mapping[str, Steer],
+    on_text: OnText = ignore_count,
 ) -> RowResult:
-    """The figures of a row whose texts have been generated."""
+    """The figures of a row whose texts have been generated.
+
+    ``on_text`` receives the number of texts scored so far, over all ``judges``.
+    """
     candidate = row.candidate
     answers = run.read(candidate)
     names = candidate.combination
+    figures: dict[str, Mapping[str, float]] = {}
+    for judge in judges:
+        offset = len(figures) * num_texts(answers)
+        figures[judge.name] = figures_with_errors(judge, answers, partial(_add, on_text, offset))
     return RowResult(
         row,
-        share(properties.has_all(names, candidate.name, answers)),
-        {name: share(properties.has(name, candidate.name, answers)) for name in names},
-        {judge.name: dict(judge.scores(answers)) for judge in judges},
+        share_with_error(properties.has_all(names, candidate.name, answers)),
+        {name: share_with_error(properties.has(name, candidate.name, answers)) for name in names},
+        figures,
         NO_EXAMPLES if references is None else _dppl(candidate, run, references, steers),
         dynamic_curves(answers),
         answers,
     )
+
+
+def _add(on_text: OnText, offset: int, count: int) -> None:
+    on_text(offset + count)
 
 
 def read_references(

@@ -1,12 +1,15 @@
 """The share of texts with each property of a combination, and with all of them at once."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers, Judge, PropertyJudge
 from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec
 from vllm_steer.evaluation.judges import make_judge
 from vllm_steer.evaluation.means import mean
+from vllm_steer.evaluation.standard_errors import ERROR, with_errors
 
 Verdicts = Sequence[Sequence[bool]]
 """Verdicts by prompt and text."""
@@ -38,6 +41,19 @@ class PropertyJudges:
 def share(verdicts: Verdicts) -> float:
     """Mean over prompts of the share of true verdicts; NaN without texts."""
     return mean(mean(map(float, row)) for row in verdicts)
+
+
+class ShareWithError(NamedTuple):
+    """A share of texts, and its standard error over prompts; NaN for fewer than two prompts."""
+
+    share: float
+    error: float
+
+
+def share_with_error(verdicts: Verdicts) -> ShareWithError:
+    """``share`` with its standard error over prompts."""
+    figures = with_errors(lambda rows: {"share": share(rows)}, verdicts)
+    return ShareWithError(figures["share"], figures.get("share" + ERROR, math.nan))
 
 
 def property_judges(spec: ComparisonSpec) -> dict[str, PropertyJudge]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from vllm_steer.evaluation.composition.curves import raw_strengths
@@ -10,9 +10,11 @@ from vllm_steer.evaluation.composition.measurement import RowResult
 from vllm_steer.evaluation.composition.selection import SelectedStrengths
 from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec, label
 from vllm_steer.evaluation.report import PERPLEXITY
+from vllm_steer.evaluation.standard_errors import ERROR
+from vllm_steer.evaluation.timings import Timings
 from vllm_steer.markdown import markdown_text
 from vllm_steer.steers import Steer
-from vllm_steer.tables import Column, Table, figure, markdown_list
+from vllm_steer.tables import Column, Table, figure, figure_with_error, markdown_list
 
 ALL: Final = "all"
 BEST_FIXED: Final = "best fixed"
@@ -27,6 +29,7 @@ class ComparisonReport:
 
     ``metadata`` is what determines the texts, ``missing_rows`` has combination, method and reason
     of each row that the report lacks, ``missing`` the reason for each unavailable judge.
+    ``timings`` is not part of ``data``.
     """
 
     metadata: Mapping[str, Any]
@@ -36,6 +39,7 @@ class ComparisonReport:
     rows: Sequence[RowResult]
     missing_rows: Sequence[tuple[Combination, str, str]]
     missing: Mapping[str, str]
+    timings: Timings = field(default_factory=Timings, compare=False)
 
     def of(self, combination: Combination) -> list[RowResult]:
         """The rows of a combination."""
@@ -149,9 +153,12 @@ def _cells(result: RowResult, several: bool, judged: bool) -> list[str | float]:
     dppl = {} if isinstance(result.dppl, str) else result.dppl
     return [
         result.row.title,
-        *([result.accuracy] if several else []),
-        *result.shares.values(),
-        *(_first(result, name) for name in _FIGURES),
+        *([figure_with_error(*result.accuracy)] if several else []),
+        *(figure_with_error(*share) for share in result.shares.values()),
+        *(
+            figure_with_error(_first(result, name), _first(result, name + ERROR))
+            for name in _FIGURES
+        ),
         *([dppl.get(name, math.nan) for name in ("mean", "median")] if judged else []),
     ]
 
@@ -176,8 +183,10 @@ def _row_data(result: RowResult) -> dict[str, Any]:
         "seen": result.row.seen,
         "method": result.row.title,
         "steer": dict(result.row.candidate.steer),
-        "all": result.accuracy,
-        "share": dict(result.shares),
+        "all": result.accuracy.share,
+        "all_error": result.accuracy.error,
+        "share": {name: item.share for name, item in result.shares.items()},
+        "share_error": {name: item.error for name, item in result.shares.items()},
         "figures": {name: dict(figures) for name, figures in result.judges.items()},
         "dppl": {"reason": result.dppl} if isinstance(result.dppl, str) else dict(result.dppl),
         "strength_over_tokens": {name: asdict(curve) for name, curve in result.curves.items()},
