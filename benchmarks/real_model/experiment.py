@@ -2,8 +2,11 @@
 
 import argparse
 import functools
+import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -46,6 +49,25 @@ def jackknife(
         return value, math.nan
     parts = ([*observations[:i], *observations[i + 1 :]] for i in range(len(observations)))
     return value, jackknife_error([statistic(part) for part in parts])
+
+
+@contextmanager
+def timed(folder: Path, part: str) -> Iterator[None]:
+    """Add the seconds of the block to those of earlier, interrupted runs of the part."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds = seconds_of(folder)
+        seconds[part] = round(seconds.get(part, 0.0) + time.monotonic() - start, 1)
+        (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """Seconds of each part, over all runs in the folder."""
+    path = folder / "seconds.json"
+    found: dict[str, float] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
 
 
 @functools.cache

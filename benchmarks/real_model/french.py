@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.engines import set_environment
-from benchmarks.real_model.experiment import jackknife, language_model, parser, steer_file
+from benchmarks.real_model.experiment import (
+    jackknife,
+    language_model,
+    parser,
+    seconds_of,
+    steer_file,
+    timed,
+)
 from benchmarks.result import Result
 
 DEMONSTRATIONS: Final = 4
@@ -94,14 +101,18 @@ def main() -> None:
         demonstrations=DEMONSTRATIONS,
     )
     measured = Measurement(args.model, args.data / "dac", args.folder, args.samples)
-    measured.prepare()
-    observations = measured.observations()
+    measured.folder.mkdir(parents=True, exist_ok=True)
+    with timed(measured.folder, "fit and generate"):
+        measured.prepare()
+    with timed(measured.folder, "judge"):
+        observations = measured.observations()
     for setting in settings():
         result.add(figures(setting, observations[setting.name]))
     result.write(
         demonstrations_figures=measured.demonstrations_figures(),
         saved=list(saved(observations)),
         curves=measured.curves(),
+        seconds=seconds_of(measured.folder),
     )
     result.show()
 
@@ -215,9 +226,9 @@ class Measurement:
         from vllm_steer.evaluation.control import random_steer
         from vllm_steer.evaluation.generation import EngineOptions
         from vllm_steer.evaluation.missing_texts import GenerationTask, write_missing
+        from vllm_steer.evaluation.timings import Timings
         from vllm_steer.files import load_steer, save_steer
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not self.steer_files["fr"].exists():
             save_steer(fit_french(self.model, self.data), self.steer_files["fr"])
         if not self.steer_files["random"].exists():
@@ -229,7 +240,8 @@ class Measurement:
             for row in self.text_sets
         ]
         options = EngineOptions(max_model_len=512, enforce_eager=True)
-        write_missing(self.run(), tasks, self.model, self.steer_files, options, progress)
+        timings = Timings()
+        write_missing(self.run(), tasks, self.model, self.steer_files, options, progress, timings)
 
     @property
     def steer_files(self) -> dict[str, Path]:

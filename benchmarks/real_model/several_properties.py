@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from benchmarks.composition_report import in_words
 from benchmarks.engines import set_environment
-from benchmarks.real_model.experiment import jackknife, language_model, parser
+from benchmarks.real_model.experiment import jackknife, language_model, parser, seconds_of, timed
 from benchmarks.real_model.french import (
     DEMONSTRATIONS,
     INSTRUCTIONS,
@@ -49,12 +49,15 @@ def main() -> None:
         max_tokens=STEPS,
     )
     args.folder.mkdir(parents=True, exist_ok=True)
-    write_steers(args.model, args.data / "dac", args.folder)
+    with timed(args.folder, "fit"):
+        write_steers(args.model, args.data / "dac", args.folder)
     write_files(args.data / "dac", args.folder, args.questions)
-    report = compare(args.model, args.folder, args.samples)
+    with timed(args.folder, "compare"):
+        report = compare(args.model, args.folder, args.samples)
     result.data |= {"chosen": {m: in_words(c.doses) for m, c in report.selected.methods.items()}}
     for line in lines(report):
         result.add(line)
+    result.write(seconds=seconds_of(args.folder))
     result.show()
 
 

@@ -32,7 +32,8 @@ def made_by(data: Mapping[str, Any]) -> str:
     """Command, model, versions, commit."""
     machine, versions, git = data["machine"], data["versions"], data["git"]
     changes = " and local changes" if git.get("dirty") else ""
-    minutes = f", {data['minutes']:.0f} minutes" if data.get("minutes") else ""
+    seconds = sum(data.get("seconds", {}).values())
+    minutes = f", {seconds / 60:.0f} minutes" if seconds else ""
     return (
         f"`{data['command']}`: {data['model']}{minutes} on {machine['cores']} cores of "
         f"{machine['cpu']}, vLLM {versions['vllm']}, torch {versions['torch']}, "
