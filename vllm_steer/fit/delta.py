@@ -21,6 +21,7 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.fit.activations import all_layers, context_length, recorded
+from vllm_steer.hf.language_model import last_logits_only
 from vllm_steer.steers import DeltaSteer
 from vllm_steer.steers.checks import check_choice
 from vllm_steer.steers.sites import DELTA_SITES, DeltaSite
@@ -100,10 +101,11 @@ def generate_steps(
     ends = torch.tensor(_end_tokens(model), device=model.device)
     alive = torch.ones(len(tokens), dtype=torch.bool, device=model.device)
     states, reached, cache = [], [], None
+    options = {"use_cache": True, **last_logits_only(model)}
     tokens = tokens.to(model.device)
     with recorded(model, site, layers, lambda x: x[:, -1]) as recording:
         for _ in range(steps):
-            output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            output = model(input_ids=tokens, past_key_values=cache, **options)
             cache = output.past_key_values
             states.append(recording.stacked())
             reached.append(alive.cpu())

@@ -4,6 +4,7 @@ A multimodal model's config has one for the language model inside it. Decoder la
 limits are that one's; for a model of text alone both are the same config.
 """
 
+import inspect
 from typing import Any, Final
 
 from torch import nn
@@ -64,6 +65,15 @@ def backbone(model: Any) -> nn.Module:
     """
     base: nn.Module = decoder_of(model) if is_multimodal(model.config) else model.base_model
     return base
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """The argument of a forward pass that computes logits for the last position alone: those of a
+    whole prompt take gigabytes where the vocabulary is large. Empty for a model that has no such
+    argument.
+    """
+    has_it = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if has_it else {}
 
 
 def architectures_of(model: Any) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_steer import SteerError, embedded
+from vllm_steer.hf.language_model import last_logits_only
 from vllm_steer.models import load_language_model, model_path
 
 
@@ -49,3 +50,20 @@ def test_a_missing_device_gives_one_line(device: str) -> None:
 def test_an_unknown_dtype_gives_one_line() -> None:
     with pytest.raises(SteerError, match="float33"):
         load_language_model("embedded", dtype="float33")
+
+
+def test_a_model_computes_the_last_position_s_logits_alone_where_it_can() -> None:
+    model = load_language_model("embedded").model
+    tokens = torch.tensor([[5, 6, 7]])
+    whole = model(input_ids=tokens).logits
+    last = model(input_ids=tokens, **last_logits_only(model)).logits
+    assert last.shape == (1, 1, whole.shape[-1])
+    assert torch.allclose(last[:, 0], whole[:, -1], atol=1e-5)
+
+
+def test_a_model_without_such_an_argument_computes_all() -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids
+
+    assert last_logits_only(Plain()) == {}
