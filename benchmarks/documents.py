@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.architectures.table import architectures
+from benchmarks.real_model.plot import draw_french
+from benchmarks.real_model.tables import real_model
 from benchmarks.table import markdown, summary
 from benchmarks.versions import versions
 from benchmarks.vllm_names import wrapped
@@ -23,6 +25,7 @@ DOCUMENTS = (
     ROOT / "docs" / "compose.md",
     ROOT / "docs" / "design.md",
     ROOT / "docs" / "models.md",
+    ROOT / "docs" / "real-model.md",
 )
 RESULTS = ROOT / "benchmarks" / "results"
 MAKERS = {
@@ -30,9 +33,12 @@ MAKERS = {
     "summary": summary,
     "versions": versions,
     "architectures": architectures,
+    "real-model": real_model,
 }
 BLOCK = re.compile(
-    r"(<!-- (table|summary|versions|names|architectures): (\S+) -->\n).*?(<!-- end -->)", re.S
+    r"(<!-- (table|summary|versions|names|architectures|real-model): (\S+) -->\n)"
+    r".*?(<!-- end -->)",
+    re.S,
 )
 
 
@@ -55,9 +61,11 @@ def _read(path: Path) -> Any:
 
 
 def main() -> None:
-    """Rewrite the tables of all documents."""
+    """Rewrite the tables of all documents, and the picture of one."""
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    french = "real-model-french"
+    draw_french(_read(RESULTS / f"{french}.json"), ROOT / "docs" / "images" / f"{french}.png")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=5, help="texts per question")
     args = options.parse_args()
     result = Result(
-        "real-model-french",
+        "real_model_french",
         args.json,
         model=Path(args.model).name,
         questions=QUESTIONS,

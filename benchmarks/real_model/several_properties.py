@@ -40,7 +40,7 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=3, help="texts per question")
     args = options.parse_args()
     result = Result(
-        "real-model-several-properties",
+        "real_model_several_properties",
         args.json,
         model=Path(args.model).name,
         questions=args.questions,

@@ -50,7 +50,7 @@ def main() -> None:
     options.add_argument("--rows", type=arguments.numbers, default=[1, 8], metavar="N,N,...")
     options.add_argument("--rounds", type=int, default=5)
     args = options.parse_args()
-    result = Result("real-model-speed", args.json, model=Path(args.model).name, steps_per_leg=STEPS)
+    result = Result("real_model_speed", args.json, model=Path(args.model).name, steps_per_leg=STEPS)
     args.folder.mkdir(parents=True, exist_ok=True)
     paths = write_steers(args.model, args.data, args.folder)
     llm = make_engine(

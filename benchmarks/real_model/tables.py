@@ -114,7 +114,7 @@ def _ratio(line: Line) -> str:
 
 
 MAKERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
-    "real-model-french": french,
-    "real-model-several-properties": several_properties,
-    "real-model-speed": speed,
+    "real_model_french": french,
+    "real_model_several_properties": several_properties,
+    "real_model_speed": speed,
 }
