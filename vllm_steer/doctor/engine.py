@@ -22,7 +22,9 @@ _ENVIRONMENT: Final = {
     SELF_TEST: "1",
     "OMP_WAIT_POLICY": "passive",
 }
-_RAISED: Final = re.compile(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception|Exit): .+)$")
+_RAISED: Final = re.compile(
+    r"^(?:\(.*?\) )?(?:\[rank\d+\]: )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception|Exit): .+)$"
+)
 _TAIL: Final = 1 << 16
 _SHOWN: Final = 500
 

@@ -14,7 +14,7 @@ from vllm_steer.errors import JudgeUnavailableError
 from vllm_steer.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
-    from vllm_steer.evaluation.answers import Answers, Judge, PropertyJudge
+    from vllm_steer.evaluation.answers import Answers, Judge, PropertyJudge, TextJudge
     from vllm_steer.evaluation.composition.comparison_run import compare
     from vllm_steer.evaluation.composition.report import ComparisonReport
     from vllm_steer.evaluation.composition.settings import ComparisonSettings
@@ -43,6 +43,7 @@ __all__ = [
     "Prompts",
     "PropertyJudge",
     "Sampling",
+    "TextJudge",
     "compare",
     "evaluate",
     "make_judge",
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 _MODULES: Final = {
-    "answers": ("Answers", "Judge", "PropertyJudge"),
+    "answers": ("Answers", "Judge", "PropertyJudge", "TextJudge"),
     "composition.comparison_run": ("compare",),
     "composition.report": ("ComparisonReport",),
     "composition.settings": ("ComparisonSettings",),

@@ -54,19 +54,21 @@ class Judge(Protocol):
 
 
 @runtime_checkable
-class PromptJudge(Judge, Protocol):
-    """A judge whose figures are computed from one observation per prompt.
+class TextJudge(Judge, Protocol):
+    """A judge that finds something in each text, from which its figures are computed.
 
     ``scores(answers)`` is ``figures(observe(answers))``. Reports show the progress of such a judge
-    and have standard errors of its figures, which are the figures without some of the prompts.
+    and have standard errors of its figures, by the figures without some of the texts.
     """
 
-    def observe(self, answers: Sequence[Answers], on_text: OnText = ignore_count) -> list[Any]:
-        """What the judge finds in the texts of each prompt."""
+    def observe(
+        self, answers: Sequence[Answers], on_text: OnText = ignore_count
+    ) -> Sequence[Sequence[Any]]:
+        """An observation of each text, by prompt."""
         ...
 
-    def figures(self, observations: Sequence[Any]) -> Mapping[str, float]:
-        """Figures by name of some prompts' observations."""
+    def figures(self, observations: Sequence[Sequence[Any]]) -> Mapping[str, float]:
+        """Figures by name of some observations, by prompt."""
         ...
 
 

@@ -72,18 +72,19 @@ class ClassifierJudge:
 
     def observe(
         self, answers: Sequence[Answers], on_text: OnText = ignore_count
-    ) -> list[tuple[list[float], list[float]]]:
-        """The target probabilities and the 0/1 verdicts of each prompt's texts."""
+    ) -> list[list[tuple[float, float]]]:
+        """The target probability and the 0/1 verdict of each text, by prompt."""
         label_probabilities = self._probabilities(answers, on_text)
-        probability = by_prompt(label_probabilities[:, self.label].tolist(), answers)
-        verdicts = by_prompt(self._has_label(label_probabilities).tolist(), answers)
-        return list(zip(probability, verdicts, strict=True))
+        probability = label_probabilities[:, self.label].tolist()
+        verdicts = self._has_label(label_probabilities).tolist()
+        return by_prompt(zip(probability, verdicts, strict=True), answers)
 
-    def figures(
-        self, observations: Sequence[tuple[Sequence[float], Sequence[float]]]
-    ) -> dict[str, float]:
-        """``figures`` of this module for the observations of some prompts."""
-        return figures([p for p, _ in observations], [verdicts for _, verdicts in observations])
+    def figures(self, observations: Sequence[Sequence[tuple[float, float]]]) -> dict[str, float]:
+        """``figures`` of this module."""
+        return figures(
+            [[probability for probability, _ in texts] for texts in observations],
+            [[verdict for _, verdict in texts] for texts in observations],
+        )
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
         """1.0 if the target label is the most probable (if independent: above 0.5), else 0.0."""

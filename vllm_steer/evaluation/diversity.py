@@ -9,46 +9,40 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from vllm_steer.evaluation.answers import Answers
 from vllm_steer.evaluation.means import mean
-from vllm_steer.evaluation.prompt_figures import MeanJudge
 
 Words = Sequence[str]
 
 
 @dataclass(frozen=True)
-class DiversityJudge(MeanJudge):
-    """``dist-1``, ``dist-2``, ``dist-3``: means over the prompts of ``distinct``.
+class DiversityJudge:
+    """``dist-1``, ``dist-2``, ``dist-3``: means over the prompts of ``distinct``."""
 
-    Each is in [0, 1], higher is more varied; NaN where no prompt has a text.
-    """
-
-    names: ClassVar = ("dist-1", "dist-2", "dist-3")
     name: str
     effect: None = None
 
-    def of_prompt(self, answer: Answers) -> dict[str, float]:
-        """``distinct`` of a prompt's texts."""
-        return {f"dist-{n}": distinct(answer.texts, n) for n in (1, 2, 3)}
+    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
+        """Each in [0, 1], higher is more varied; NaN where no prompt has a text."""
+        return {
+            f"dist-{n}": mean(distinct(answer.texts, n) for answer in answers) for n in (1, 2, 3)
+        }
 
 
 @dataclass(frozen=True)
-class RepetitionJudge(MeanJudge):
-    """``rep-4`` within a text and ``compression`` of a prompt's texts, means over the prompts.
+class RepetitionJudge:
+    """``rep-4`` within a text and ``compression`` of a prompt's texts, means over the prompts."""
 
-    Higher is more repetitive; NaN where no text is long enough.
-    """
-
-    names: ClassVar = ("rep-4", "compression")
     name: str
     effect: None = None
 
-    def of_prompt(self, answer: Answers) -> dict[str, float]:
-        """``repeated``, the mean over a prompt's texts, and ``compression``."""
-        repetition = mean(repeated(text, 4) for text in answer.texts)
-        return {"rep-4": repetition, "compression": compression(answer.texts)}
+    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
+        """Higher is more repetitive; NaN where no text is long enough."""
+        return {
+            "rep-4": mean(mean(repeated(t, 4) for t in answer.texts) for answer in answers),
+            "compression": mean(compression(answer.texts) for answer in answers),
+        }
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

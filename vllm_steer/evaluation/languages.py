@@ -10,13 +10,12 @@ from typing import ClassVar
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.means import mean
-from vllm_steer.evaluation.prompt_figures import MeanJudge
+from vllm_steer.evaluation.text_means import TextMeanJudge
 from vllm_steer.optional import require_package
 
 
 @dataclass(frozen=True)
-class LanguageJudge(MeanJudge):
+class LanguageJudge(TextMeanJudge):
     """Probability and share of one language in the continuations; prompts are not read.
 
     ``share`` is the share of texts whose most probable language is the target.
@@ -27,13 +26,10 @@ class LanguageJudge(MeanJudge):
     code: str
     effect: str = "probability"
 
-    def of_prompt(self, answer: Answers) -> dict[str, float]:
-        """Means over a prompt's texts."""
-        detections = list(map(detect_languages, answer.texts))
-        return {
-            "probability": mean(codes.get(self.code, 0.0) for codes in detections),
-            "share": mean(map(self._likeliest, detections)),
-        }
+    def of_text(self, text: str) -> dict[str, float]:
+        """``probability``, and ``share`` as 1 or 0."""
+        codes = detect_languages(text)
+        return {"probability": codes.get(self.code, 0.0), "share": self._likeliest(codes)}
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:
         """1.0 if the target is the most probable language, else 0.0, also for a text without

@@ -13,8 +13,7 @@ from vllm_steer.embedded import lexicon as embedded
 from vllm_steer.embedded.corpus import LANGUAGES
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.evaluation.answers import Answers
-from vllm_steer.evaluation.means import mean
-from vllm_steer.evaluation.prompt_figures import MeanJudge
+from vllm_steer.evaluation.text_means import TextMeanJudge
 from vllm_steer.untrusted_text import listed, shown
 
 Verdict = Callable[[str], float | None]
@@ -26,7 +25,7 @@ EMBEDDED_NAMES: Final = ("sentiment", "formality", "language=en|fr|de|es")
 
 
 @dataclass(frozen=True)
-class LexiconJudge(MeanJudge):
+class LexiconJudge(TextMeanJudge):
     """``share``: mean over prompts of the verdicts; an undecided text counts as ``tie``.
 
     ``undecided`` is the share of texts without a listed word or with equally many on both sides.
@@ -39,12 +38,12 @@ class LexiconJudge(MeanJudge):
     tie: float = 0.5
     effect: str = "share"
 
-    def of_prompt(self, answer: Answers) -> dict[str, float]:
-        """Means over a prompt's texts."""
-        verdicts = list(map(self.verdict, answer.texts))
+    def of_text(self, text: str) -> dict[str, float]:
+        """The verdict, and ``undecided`` as 1 or 0."""
+        verdict = self.verdict(text)
         return {
-            "share": mean(self.tie if verdict is None else verdict for verdict in verdicts),
-            "undecided": mean(float(verdict is None) for verdict in verdicts),
+            "share": self.tie if verdict is None else verdict,
+            "undecided": float(verdict is None),
         }
 
     def verdicts(self, answers: Sequence[Answers]) -> list[list[float | None]]:

@@ -81,7 +81,7 @@ class PerplexityJudge:
         return by_prompt(likelihoods(self.judge, answers, on_text), answers)
 
     def figures(self, observations: Sequence[Sequence[Likelihood]]) -> dict[str, float]:
-        """The figures of ``summary`` over all texts of some prompts."""
+        """The figures of ``summary`` over the texts of all prompts."""
         return summary([likelihood for texts in observations for likelihood in texts])
 
 

@@ -6,7 +6,7 @@ from vllm_steer.evaluation.answers import (
     Answers,
     Judge,
     OnText,
-    PromptJudge,
+    TextJudge,
     ignore_count,
     num_texts,
 )
@@ -51,8 +51,8 @@ def _counted_from(done: int, name: str, on_text: Callable[[int, str], object] | 
 
 
 def figures_of(judge: Judge, answers: Sequence[Answers], on_text: OnText = ignore_count) -> Figures:
-    """A judge's figures; ``on_text`` is called by a ``PromptJudge`` alone."""
-    if isinstance(judge, PromptJudge):
+    """A judge's figures; ``on_text`` is called by a ``TextJudge`` alone."""
+    if isinstance(judge, TextJudge):
         return judge.figures(judge.observe(answers, on_text))
     return judge.scores(answers)
 
@@ -60,7 +60,7 @@ def figures_of(judge: Judge, answers: Sequence[Answers], on_text: OnText = ignor
 def figures_with_errors(
     judge: Judge, answers: Sequence[Answers], on_text: OnText = ignore_count
 ) -> dict[str, float]:
-    """A judge's figures, with standard errors over prompts if it is a ``PromptJudge``."""
-    if isinstance(judge, PromptJudge):
+    """A judge's figures, with standard errors if it is a ``TextJudge``."""
+    if isinstance(judge, TextJudge):
         return with_errors(judge.figures, judge.observe(answers, on_text))
     return dict(judge.scores(answers))

@@ -1,17 +1,21 @@
-"""Standard errors of figures over prompts, by the jackknife.
+"""Standard errors of figures, by the jackknife.
 
-    error^2 = (g - 1)/g * sum_i (s_i - mean(s))^2
+    error_P^2 = (g - 1)/g * sum_i (s_i - mean(s))^2            error = max(error_P, error_S)
 
-with ``s_i`` the figure without the prompts of group ``i`` of ``g``: each prompt by itself, or up to
-100 groups of equal size (up to one). For a mean over prompts, each by itself, this is the usual
-standard error of a mean. All texts of a prompt are one observation, because they are not
-independent. A median has no error: its jackknife does not converge.
+``s_i`` is the figure without the texts of group ``i`` of ``g`` groups: for ``error_P`` those of one
+prompt, for ``error_S`` those of one seed, which is the same for text ``k`` of every prompt. With
+more than 100 prompts or seeds there are 100 groups of them. Texts of one prompt are not
+independent, and where the prompts are alike neither are texts of one seed: the larger of the two
+errors counts. For a mean over prompts, ``error_P`` is the usual standard error of a mean.
+
+A median and figures of the highest of a prompt's texts have no error: their jackknife does not
+converge.
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from vllm_steer.evaluation.means import mean
@@ -19,27 +23,33 @@ from vllm_steer.evaluation.means import mean
 ERROR: Final = "_error"
 """The end of the name of a figure's standard error."""
 
+Observations = Sequence[Sequence[Any]]
+"""An observation of each text, by prompt."""
+
 _GROUPS: Final = 100
-_WITHOUT_ERROR: Final = ("median",)
+_WITHOUT_ERROR: Final = ("median", "max", "any")
 
 
 def with_errors(
-    figures: Callable[[Sequence[Any]], Mapping[str, float]], observations: Sequence[Any]
+    figures: Callable[[Observations], Mapping[str, float]], observations: Observations
 ) -> dict[str, float]:
-    """The figures of one observation per prompt, each followed by its standard error.
+    """The figures of all texts, each followed by its standard error.
 
-    The error of ``share`` is named ``share_error``; it is NaN if a figure without some prompts is
-    not finite. There are no errors for fewer than two prompts.
+    The error of ``share`` is named ``share_error``; it is NaN if a figure without some texts is not
+    finite. There are no errors for a single text.
     """
     values = figures(observations)
-    if len(observations) < 2:
-        return dict(values)
-    parts = [figures(part) for part in _parts(observations)]
+    by_group = [
+        [figures(part) for part in parts]
+        for parts in (_without_each_group(observations), _without_seeds(observations))
+        if parts
+    ]
     result: dict[str, float] = {}
     for name, value in values.items():
         result[name] = value
-        if name not in _WITHOUT_ERROR:
-            result[name + ERROR] = jackknife_error([part[name] for part in parts])
+        if by_group and name not in _WITHOUT_ERROR:
+            errors = [jackknife_error([part[name] for part in parts]) for parts in by_group]
+            result[name + ERROR] = math.nan if any(map(math.isnan, errors)) else max(errors)
     return result
 
 
@@ -52,10 +62,20 @@ def jackknife_error(values: Sequence[float]) -> float:
     return math.sqrt((count - 1) / count * math.fsum((value - middle) ** 2 for value in values))
 
 
-def _parts(observations: Sequence[Any]) -> Iterator[list[Any]]:
-    """The observations without each group."""
-    groups = min(len(observations), _GROUPS)
-    for group in range(groups):
-        yield [
-            observation for index, observation in enumerate(observations) if index % groups != group
-        ]
+def _without_seeds(observations: Observations) -> list[Observations]:
+    """The observations without each group of seeds; none if there is one text per prompt."""
+    by_prompt = [_without_each_group(texts) for texts in observations]
+    if len(set(map(len, by_prompt))) != 1:
+        return []  # not the same number of texts for every prompt
+    return list(zip(*by_prompt, strict=True))
+
+
+def _without_each_group(items: Sequence[Any]) -> list[Any]:
+    """The items without each group; none for a single item."""
+    groups = min(len(items), _GROUPS)
+    if groups < 2:
+        return []
+    return [
+        [item for index, item in enumerate(items) if index % groups != group]
+        for group in range(groups)
+    ]

@@ -41,6 +41,10 @@ def python(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
             "^the engine failed: RuntimeError: inner$",
         ),
         (
+            "echo '[rank0]: vllm_steer.errors.SteerError: no'; echo '[rank0]: bye'; exit 1",
+            "^the engine failed: vllm_steer.errors.SteerError: no$",
+        ),
+        (
             "echo 'pydantic.ValidationError: 1 error'; echo '  Value is 3 [type=x]'; echo; exit 1",
             r"^the engine failed: pydantic.ValidationError: 1 error Value is 3 \[type=x\]$",
         ),

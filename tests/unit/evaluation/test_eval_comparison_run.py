@@ -1,6 +1,7 @@
 """``vllm-steer compare`` with a fake engine: the run and its report."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,10 @@ def test_figures_are_computed_from_the_texts(folder: Path, fake_engine: FakeEngi
     result = rows(json.loads(compare(folder, "--json").stdout))
     figures = result["a+b", "fixed"]["figures"]
     assert figures["perplexity:m"]["total_perplexity"] == 2 + 3
+    # Of the four seeds, the same for both prompts, three have both: 1, 1, 1, 0.
+    assert result["a+b", "fixed"]["all_error"] == pytest.approx(0.5 / math.sqrt(4))
+    assert result["a+b", "fixed"]["share_error"] == pytest.approx({"a": 0.25, "b": 0.0})
+    assert "all 0.750 ± 0.2  a 0.750 ± 0.2" in compare(folder).stdout
     # Two words, the first one empty, and two more, in each of four texts: " oui good" three
     # times and " no good": 2-grams are ("", oui), (oui, good), ("", no), (no, good).
     assert figures["diversity"]["dist-2"] == pytest.approx(4 / 12)

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import pytest
 
 from vllm_steer.evaluation import standard_errors
-from vllm_steer.evaluation.answers import Answers, PromptJudge
+from vllm_steer.evaluation.answers import Answers, TextJudge
 from vllm_steer.evaluation.judges import make_judge
 from vllm_steer.evaluation.perplexity import Likelihood, PerplexityJudge, summary
 from vllm_steer.evaluation.standard_errors import with_errors
@@ -16,11 +16,21 @@ from vllm_steer.evaluation.timings import Timings
 from vllm_steer.tables import figure_with_error
 
 
+def of_means(observations: Sequence[Sequence[float]]) -> dict[str, float]:
+    return {"mean": mean(map(mean, observations)), "median": 3.5}
+
+
 def test_the_error_of_a_mean_is_its_usual_standard_error() -> None:
     values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0]
-    result = with_errors(lambda v: {"mean": mean(v), "median": 3.5}, values)
     error = stdev(values) / math.sqrt(len(values))
-    assert result == pytest.approx({"mean": mean(values), "mean_error": error, "median": 3.5})
+    expected = pytest.approx({"mean": mean(values), "mean_error": error, "median": 3.5})
+    assert with_errors(of_means, [[value] for value in values]) == expected
+    # As texts of one prompt with different seeds.
+    assert with_errors(of_means, [values]) == expected
+    # Three prompts so alike that their texts of one seed are equal are no more than one prompt.
+    assert with_errors(of_means, [values] * 3) == expected
+    # Texts so alike that a prompt has one of them four times are no more than one text.
+    assert with_errors(of_means, [[value] * 4 for value in values]) == expected
 
 
 def test_many_prompts_are_left_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,12 +38,12 @@ def test_many_prompts_are_left_out_in_groups(monkeypatch: pytest.MonkeyPatch) ->
     values = [random.Random(1).gauss(0, 1) for _ in range(40)]
     sizes: list[int] = []
 
-    def figures(part: Sequence[float]) -> dict[str, float]:
+    def figures(part: Sequence[Sequence[float]]) -> dict[str, float]:
         sizes.append(len(part))
-        return {"mean": mean(part)}
+        return of_means(part)
 
     monkeypatch.setattr(standard_errors, "_GROUPS", 8)
-    error = with_errors(figures, values)["mean_error"]
+    error = with_errors(figures, [[value] for value in values])["mean_error"]
     groups = [mean(values[start::8]) for start in range(8)]
     assert sizes == [40, *[35] * 8]
     assert error == pytest.approx(stdev(groups) / math.sqrt(8))
@@ -43,7 +53,8 @@ def test_the_error_of_a_total_perplexity_agrees_with_the_delta_method() -> None:
     """``exp(sum nll / sum n)``: its error is about itself times that of the ratio estimator."""
     source = random.Random(0)
     prompts = [
-        [Likelihood(source.gauss(30, 4) * k / 10, k) for k in (8, 10, 14)] for _ in range(60)
+        [Likelihood(level * k / 10 + source.gauss(0, 1), k) for k in (8, 10, 14)]
+        for level in (source.gauss(30, 4) for _ in range(60))
     ]
     judge = PerplexityJudge("perplexity:m", None)  # type: ignore[arg-type]
     result = with_errors(judge.figures, prompts)
@@ -56,16 +67,16 @@ def test_the_error_of_a_total_perplexity_agrees_with_the_delta_method() -> None:
     assert summary([text for texts in prompts for text in texts])["median"] == result["median"]
 
 
-def test_a_single_prompt_and_a_figure_that_is_not_finite_have_no_error() -> None:
-    assert with_errors(lambda v: {"mean": mean(v)}, [1.0]) == {"mean": 1.0}
-    assert math.isnan(with_errors(lambda v: {"worst": max(v)}, [1.0, math.inf])["worst_error"])
+def test_a_single_text_and_a_figure_that_is_not_finite_have_no_error() -> None:
+    assert with_errors(of_means, [[1.0]]) == {"mean": 1.0, "median": 3.5}
+    worst = with_errors(lambda v: {"worst": max(map(max, v))}, [[1.0], [math.inf]])
+    assert math.isnan(worst["worst_error"])
 
 
-@pytest.mark.parametrize("spec", ["diversity", "repetition", "lexicon:embedded:sentiment"])
-def test_the_scores_of_a_judge_are_the_figures_of_its_observations(spec: str) -> None:
+def test_the_scores_of_a_judge_are_the_figures_of_its_observations() -> None:
     answers = [Answers("p", ("so good a day", "so bad")), Answers("q", ("good",))]
-    judge, counts = make_judge(spec), []
-    assert isinstance(judge, PromptJudge)
+    judge, counts = make_judge("lexicon:embedded:sentiment"), []
+    assert isinstance(judge, TextJudge)
     assert judge.figures(judge.observe(answers, counts.append)) == judge.scores(answers)
     assert counts == [2, 3]
     assert all(map(math.isnan, judge.figures([]).values()))
