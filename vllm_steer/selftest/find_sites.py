@@ -2,14 +2,17 @@
 
 Every row of the run begins alike, and attention returns a fixed pattern, so rows differ by what the
 test adds to them. ``delta`` is a large random vector. Blocks read their input through a norm, so
-their own answer to it is small, and what ``delta`` has become can be measured:
+their own answer to ``delta`` and to ``delta / 2`` is the same, and the difference of both rows
+shows what became of ``delta / 2`` alone, also where the answer is large:
 
-    row       added                                  shows
-    0, 1      nothing                                the base, and how much equal rows differ
-    3 l + 2   delta to the layer's first output      the next layer reads it; its factor
-    3 l + 3   delta to the layer's second output     whether the stream is their sum
-    3 l + 4   delta to the attention's output        whether the layer reads it
-    last      delta to the input of the first layer  the factor of the first layer
+    row       added                                   shows
+    0, 1      nothing                                 the base, and how much equal rows differ
+    4 l + 2   delta to the layer's first output       the next layer reads it; its factor,
+    4 l + 3   delta / 2 to the layer's first output   with this one
+    4 l + 4   delta to the layer's second output      whether the stream is their sum
+    4 l + 5   delta to the attention's output         whether the layer reads it
+    last two  delta / 2, delta to the first layer's   the factor of the first layer
+              input
 
 The names of modules follow from memory addresses: the input norm is the module whose output is the
 attention's input, the projection the last linear layer whose output is the attention's output.
@@ -38,8 +41,12 @@ _DELTA: Final = 1e4
 _FACTOR_TOLERANCE: Final = 0.02
 _REMAINDER: Final = 0.05
 _HEARD: Final = 1e-3
-_ROWS_PER_LAYER: Final = 3
-_OTHER_ROWS: Final = 3
+_ROWS_PER_LAYER: Final = 4
+_OTHER_ROWS: Final = 4
+_HALF: Final = 1
+_SECOND: Final = 2
+_ATTENTION: Final = 3
+"""The rows of a layer after its first one."""
 _LAYERS_PER_RUN: Final = 16
 """Bounds the rows that a run keeps on the host."""
 
@@ -249,7 +256,8 @@ class _Test:
         """Make all rows of the first layer's input alike, but for the last one."""
         make_alike(streams, self._base)
         if streams:
-            streams[0][-1] += self._delta.to(streams[0])
+            self._add(streams[0], -1)
+            self._add(streams[0], -2, 0.5)
             rounding = 8 * torch.finfo(streams[0].dtype).eps
             self._tolerance = max(_HEARD, rounding) * _DELTA
 
@@ -277,7 +285,7 @@ class _Test:
             observed.replicas["attn_out"] = self._first_row(outputs[0])
             observed.producers.append((name, outputs[0]))
             if number in self._part:
-                self._add(outputs[0], self._row(number) + 2)
+                self._add(outputs[0], self._row(number) + _ATTENTION)
 
         return hook
 
@@ -303,8 +311,9 @@ class _Test:
                 observed.replicas["resid"] = self._first_row(first)
             if number in self._part and streams[0] is not None:
                 self._add(streams[0], self._row(number))
+                self._add(streams[0], self._row(number) + _HALF, 0.5)
                 if len(streams) > 1 and streams[1] is not None:
-                    self._add(streams[1], self._row(number) + 1)
+                    self._add(streams[1], self._row(number) + _SECOND)
 
         return hook
 
@@ -326,8 +335,8 @@ class _Test:
     def _row(self, number: int) -> int:
         return 2 + _ROWS_PER_LAYER * self._part.index(number)
 
-    def _add(self, stream: torch.Tensor, row: int) -> None:
-        stream[row] += self._delta.to(stream)
+    def _add(self, stream: torch.Tensor, row: int, share: float = 1.0) -> None:
+        stream[row] += (share * self._delta).to(stream)
 
     def _streams(self, values: Any) -> list[torch.Tensor]:
         return hidden_states_of(values, self._rows, self._width)
@@ -380,7 +389,8 @@ class _Test:
     def _judge_with(
         self, number: int, follower: int, reasons: dict[str, str]
     ) -> tuple[Output | None, float | None]:
-        first, second = self._row(number), self._row(number) + 1
+        first = self._row(number)
+        half, second = first + _HALF, first + _SECOND
         later = self._observed[follower]
         moved = [stream[first] - stream[0] for stream in later.inputs]
         heard = [change for change in moved if change.abs().max() > self._tolerance]
@@ -401,8 +411,8 @@ class _Test:
                 reasons["resid"] = "the layer returns two tensors whose sum is not what is read"
                 return None, None
             output = "pair"
-        change = _sum(later, first, output == "pair") - _sum(later, 0, output == "pair")
-        factor, remainder = _projected(change, self._delta)
+        change = _sum(later, first, output == "pair") - _sum(later, half, output == "pair")
+        factor, remainder = _projected(change, self._delta / 2)
         if not (remainder < _REMAINDER and torch.isfinite(change).all()):
             reasons["resid"] = "what is added to the layer's output is not passed on as one stream"
             return None, None
@@ -420,8 +430,9 @@ class _Test:
         if not first.outputs or first.outputs[0] is None:
             return 1.0
         forms = (False, True) if output is None else (output == "pair",)
-        changes = [_sum(first, self._rows - 1, form) - _sum(first, 0, form) for form in forms]
-        factors = [_projected(change, self._delta)[0] for change in changes]
+        last = self._rows - 1
+        changes = [_sum(first, last, form) - _sum(first, last - 1, form) for form in forms]
+        factors = [_projected(change, self._delta / 2)[0] for change in changes]
         return min(factors, key=lambda factor: abs(factor - 1))
 
     def _judge_attention(self, number: int, reasons: dict[str, str]) -> str | None:
@@ -436,7 +447,7 @@ class _Test:
         if reason is not None:
             reasons |= dict.fromkeys(("attn_in", "attn_out", "heads"), reason)
             return None
-        row = self._row(number) + 2
+        row = self._row(number) + _ATTENTION
         if not observed.outputs or observed.outputs[0] is None:
             return observed.attentions[0]
         noise = (_sum(observed, 1, True) - _sum(observed, 0, True)).abs().max()

@@ -120,6 +120,21 @@ def test_names_and_stream_are_found(form: str, output: str, max_rows: int) -> No
         assert sites.factor == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize(("form", "output"), [("pair", "pair"), ("plain", "tensor")])
+def test_a_layer_with_very_large_activations_passes_the_stream_on(
+    form: str, output: str, layer: int
+) -> None:
+    """Some layers of pretrained models write numbers far larger than the stream that they read."""
+
+    def enlarge(stack: Stack) -> None:
+        stack.layers[layer].feed.weight.data *= 2e4
+
+    for sites in sites_of(*[form] * LAYERS, change=enlarge).values():
+        assert (sites.output, dict(sites.reasons)) == (output, {})
+        assert sites.factor == pytest.approx(1, abs=0.02)
+
+
 def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
     assert {f.output for f in sites_of(*["stale-second"] * LAYERS).values()} == {"tensor"}
 
@@ -129,7 +144,7 @@ def test_a_second_tensor_that_nobody_reads_is_no_part_of_the_stream() -> None:
     [
         ("post-norm", "resid", "normalises its input instead of adding to it"),
         ("scaled", "resid", "multiplies what is added to its input by 0.5"),
-        ("partial-rows", "resid", r"of 12 tokens: the ranks hold different tokens"),
+        ("partial-rows", "resid", r"of 16 tokens: the ranks hold different tokens"),
         ("three", "resid", "the layer returns"),
         ("deferred", "resid", "the layer returns"),
         ("two-attentions", "attn_out", "more than one attention: mixer, second"),
