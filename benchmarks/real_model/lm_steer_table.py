@@ -1,0 +1,7 @@
+"""Tables."""
+
+from typing import Any
+
+
+def lm_steer_tables(data: dict[str, Any]) -> str:
+    return ""
