@@ -7,7 +7,7 @@ the parts ``strengths``, ``ranks``, ``french`` and ``transfer``; ``words`` and `
 the head. Errors are standard errors over prompts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -18,16 +18,16 @@ from benchmarks.arguments import add_names
 from benchmarks.engines import set_environment
 from benchmarks.real_model.experiment import BUILD
 from benchmarks.real_model.lm_steer_table import lm_steer_tables
-from benchmarks.real_model.sentiment import VerdictJudge
+from benchmarks.real_model.sentiment import VerdictJudge, balanced
 from benchmarks.real_model.sentiment_run import (
     ENGINE,
     Row,
     SentimentRun,
+    add_rows,
     examples,
     options,
     pnes_of,
     rounded,
-    rows_of,
 )
 from benchmarks.result import Result, console
 from vllm_steer import LMSteer, load_steer, save_steer
@@ -58,24 +58,13 @@ INSTRUCTIONS: Final = {
     "FRA": "Répondre aux questions suivantes",
     "ENG": "Answer the following questions",
 }
-FRENCH_WORDS: Final = {
-    "positive": (
-        "bon bonne bons bonnes beau belle beaux belles magnifique excellent excellente heureux "
-        "heureuse merveilleux merveilleuse meilleur meilleure amour plaisir joie réussite parfait "
-        "parfaite agréable superbe aimer bonheur facile"
-    ).split(),
-    "negative": (
-        "mauvais mauvaise mauvaises pire triste terrible horrible difficile difficiles problème "
-        "problèmes peur guerre mort échec malheureusement malheureux perdu perdre violence haine "
-        "douleur ennuyeux faux erreur jamais impossible"
-    ).split(),
-}
+FRENCH_WORDS: Final = Path(__file__).with_name("french-words.yaml")
 
 
 def strengths(run: SentimentRun, result: Result) -> None:
     """Sentiment at each strength: is the effect monotone, what does it cost?"""
     report = run.evaluate("strengths", fit_steer(run, RANK), STRENGTHS)
-    _add(result, rows_of(report, part="strengths", rank=RANK))
+    add_rows(result, report, part="strengths", rank=RANK)
     texts = examples(run.folder / "strengths", ("steer-5", "none", "steer+5"), 2)
     result.write(pnes=pnes_of(report), examples=list(texts))
 
@@ -85,7 +74,7 @@ def ranks(run: SentimentRun, result: Result) -> None:
     for rank in RANKS:
         if rank != RANK:
             report = run.evaluate(f"rank-{rank}", fit_steer(run, rank), ENDS)
-            _add(result, rows_of(report, part="ranks", rank=rank))
+            add_rows(result, report, part="ranks", rank=rank)
 
 
 def words(run: SentimentRun, result: Result) -> None:
@@ -132,19 +121,10 @@ def _evidence(llm: LanguageModel, steer: LMSteer, sentence: LabelledText) -> Row
     }
 
 
-def balanced(sentences: Sequence[LabelledText], count: int) -> list[LabelledText]:
-    """``count`` sentences, negative and positive ones by turns, in the order of the file."""
-    sides = [[s for s in sentences if s.label * sign > 0] for sign in (-1, 1)]
-    pairs = zip(*sides, strict=False)
-    return [sentence for pair in pairs for sentence in pair][:count]
-
-
 def french(run: SentimentRun, result: Result) -> None:
     """The steer with a French delta at once, each at its own strength."""
-    lexicon = run.folder / "french-words.yaml"
-    lexicon.write_text(yaml.safe_dump(FRENCH_WORDS, allow_unicode=True), encoding="utf-8")
     file = run.folder / "french.yaml"
-    file.write_text(yaml.safe_dump(_properties(run, lexicon)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(_properties(run)), encoding="utf-8")
     settings = ComparisonSettings(
         model=run.args.model,
         file=file,
@@ -156,7 +136,7 @@ def french(run: SentimentRun, result: Result) -> None:
 
     def judges(_: Sequence[str]) -> tuple[list[Judge], dict[str, str]]:
         made, missing = run.make_judges(run.args.model)
-        of_words = VerdictJudge("french_words", read_lexicon(lexicon))
+        of_words = VerdictJudge("french_words", read_lexicon(FRENCH_WORDS))
         return [*made, VerdictJudge("language", is_french), of_words], missing
 
     console.print("french: the delta and the steer, alone and together")
@@ -179,9 +159,9 @@ def is_french(text: str) -> float:
     return float(next(iter(detect_languages(text)), None) == "fr")
 
 
-def _properties(run: SentimentRun, lexicon: Path) -> Row:
+def _properties(run: SentimentRun) -> Row:
     """French, and the two ends of the steer, as the properties of a comparison."""
-    sentiment = {"steer": str(fit_steer(run, RANK)), "judge": f"lexicon:{lexicon}"}
+    sentiment = {"steer": str(fit_steer(run, RANK)), "judge": f"lexicon:{FRENCH_WORDS}"}
     up, down = ({**sentiment, "strengths": [strength]} for strength in (5, -5))
     delta = {"steer": str(fit_french(run)), "judge": "language:fr"}
     return {
@@ -224,7 +204,7 @@ def transfer(run: SentimentRun, result: Result) -> None:
         }
     )
     report = run.evaluate("transfer", path, TRANSFER_STRENGTHS, model=run.args.target)
-    _add(result, rows_of(report, part="transfer", rank=RANK))
+    add_rows(result, report, part="transfer", rank=RANK)
 
 
 def fit_steer(run: SentimentRun, rank: int) -> Path:
@@ -270,11 +250,6 @@ def fit_french(run: SentimentRun) -> Path:
 def _demonstrations(run: SentimentRun, name: str, instruction: str) -> list[str]:
     rows = read_examples(run.args.data / "dac" / f"{name}.json")[:FRENCH_ROWS]
     return icl_prompts(rows, DEMONSTRATIONS, instruction=instruction)
-
-
-def _add(result: Result, rows: Iterator[Row]) -> None:
-    for row in rows:
-        result.add(row)
 
 
 PARTS: Final[dict[str, Callable[[SentimentRun, Result], None]]] = {

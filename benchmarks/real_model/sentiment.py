@@ -65,6 +65,13 @@ def detokenise(text: str) -> str:
     return text.strip()
 
 
+def balanced(sentences: Sequence[LabelledText], count: int) -> list[LabelledText]:
+    """``count`` sentences, negative and positive ones by turns, in the order of the file."""
+    sides = [[s for s in sentences if s.label * sign > 0] for sign in (-1, 1)]
+    pairs = zip(*sides, strict=False)
+    return [sentence for pair in pairs for sentence in pair][:count]
+
+
 def verdict_of(score: float, threshold: float = VADER_THRESHOLD) -> float | None:
     """1.0 above ``threshold``, 0.0 below ``-threshold``, None in between."""
     return None if abs(score) <= threshold else float(score > 0)

@@ -18,7 +18,7 @@ from benchmarks.real_model.sentiment import (
     read_sst,
     sentiment_judges,
 )
-from benchmarks.result import console
+from benchmarks.result import Result, console
 from vllm_steer.cli.progress import progress
 from vllm_steer.evaluation import (
     EngineOptions,
@@ -115,21 +115,21 @@ class SentimentRun:
         return found
 
 
-def options(doc: str | None, name: str) -> argparse.ArgumentParser:
+def options(doc: str | None, name: str, *, samples: int = 5) -> argparse.ArgumentParser:
     """The options of an experiment on sentiment."""
     result = parser(doc, name)
     result.add_argument("--prompts", type=int, default=25, help="of the neutral ones; paper: 5000")
-    result.add_argument("--samples", type=int, default=5, help="texts per prompt; paper: 25")
+    result.add_argument("--samples", type=int, default=samples, help="texts per prompt; paper: 25")
     return result
 
 
-def rows_of(report: EvaluationReport, **facts: Any) -> Iterator[Row]:
+def add_rows(result: Result, report: EvaluationReport, **facts: Any) -> None:
     """A row per condition with the figures of all judges, ``facts`` first."""
-    for condition in sorted(
-        report.conditions, key=lambda c: (c.steer != "none", c.steer, c.strength)
-    ):
+    conditions = sorted(report.conditions, key=lambda c: (c.steer != "none", c.steer, c.strength))
+    for condition in conditions:
         figures = {judge.name: report.scores[judge.name][condition.name] for judge in report.judges}
-        yield {**facts, **condition.metadata, **{n: rounded(f) for n, f in figures.items()}}
+        judged = {name: rounded(values) for name, values in figures.items()}
+        result.add({**facts, **condition.metadata, **judged})
 
 
 def pnes_of(report: EvaluationReport) -> dict[str, Any]:
