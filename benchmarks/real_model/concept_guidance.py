@@ -140,8 +140,7 @@ def main() -> None:
     set_environment()
     parser = options(__doc__, "concept-guidance", samples=3)
     parser.add_argument("--answers", type=int, default=512, help="to fit probes to; paper: 512")
-    scales = {"type": float, "nargs": "+", "default": SCALES}
-    parser.add_argument("--scales", **scales, help="of the guidance; model-dependent")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the guidance")
     parser.add_argument("--layer-scale", type=float, default=32.0, help="of the part layers")
     add_names(parser, "--only", PARTS)
     args = parser.parse_args()

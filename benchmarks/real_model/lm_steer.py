@@ -267,7 +267,7 @@ def main() -> None:
     add_names(parser, "--only", PARTS)
     args = parser.parse_args()
     run = SentimentRun(args)
-    result = Result("real_model_lm_steer", args.json, **run.settings, steps=args.steps)
+    result = Result("real_model_lm_steer", args.json, **run.settings, rank=RANK, steps=args.steps)
     for name in args.only:
         with run.timed(name):
             PARTS[name](run, result)
