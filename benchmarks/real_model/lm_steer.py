@@ -61,6 +61,13 @@ INSTRUCTIONS: Final = {
 FRENCH_WORDS: Final = Path(__file__).with_name("french-words.yaml")
 
 
+def fits(run: SentimentRun, result: Result) -> None:
+    """All steers of the other parts."""
+    for rank in RANKS:
+        fit_steer(run, rank)
+    fit_french(run)
+
+
 def strengths(run: SentimentRun, result: Result) -> None:
     """Sentiment at each strength: is the effect monotone, what does it cost?"""
     report = run.evaluate("strengths", fit_steer(run, RANK), STRENGTHS)
@@ -220,17 +227,16 @@ def fit_steer(run: SentimentRun, rank: int) -> Path:
         if (step + 1) % 10 == 0:
             console.print(f"rank {rank}, step {step + 1} of {steps}: loss {loss:.3f}")
 
-    with run.timed(f"fit of rank {rank}"):
-        steer = fit_lm_steer(
-            llm.model,
-            llm.tokenizer,
-            texts,
-            labels,
-            rank=rank,
-            steps=steps,
-            run_folder=run.folder / f"fit-{rank}",
-            callbacks=FitCallbacks(on_step=on_step),
-        )
+    steer = fit_lm_steer(
+        llm.model,
+        llm.tokenizer,
+        texts,
+        labels,
+        rank=rank,
+        steps=steps,
+        run_folder=run.folder / f"fit-{rank}",
+        callbacks=FitCallbacks(on_step=on_step),
+    )
     save_steer(steer, path)
     return path
 
@@ -241,9 +247,8 @@ def fit_french(run: SentimentRun) -> Path:
     if path.exists():
         return path
     llm = run.language_model(run.args.model)
-    with run.timed("fit of the French delta"):
-        sides = [_demonstrations(run, name, line) for name, line in INSTRUCTIONS.items()]
-        save_steer(fit_delta(llm.model, llm.tokenizer, *sides, steps=FRENCH_STEPS), path)
+    sides = [_demonstrations(run, name, line) for name, line in INSTRUCTIONS.items()]
+    save_steer(fit_delta(llm.model, llm.tokenizer, *sides, steps=FRENCH_STEPS), path)
     return path
 
 
@@ -253,7 +258,7 @@ def _demonstrations(run: SentimentRun, name: str, instruction: str) -> list[str]
 
 
 PARTS: Final[dict[str, Callable[[SentimentRun, Result], None]]] = {
-    part.__name__: part for part in (strengths, ranks, words, evidence, french, transfer)
+    part.__name__: part for part in (fits, strengths, ranks, words, evidence, french, transfer)
 }
 
 
