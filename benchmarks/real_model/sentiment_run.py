@@ -27,7 +27,6 @@ from vllm_steer.evaluation import (
     Judge,
     Pnes,
     Prompts,
-    Sampling,
     evaluate,
     read_prompts,
 )
@@ -48,7 +47,7 @@ class SentimentRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sentences: Sentences = read_sst(args.data / "sst5" / "train.txt")
         self.classifier: SentenceClassifier = fit_classifier(self.sentences)
-        self.sampling: Sampling = sampling_of("lm-steer", {"samples": args.samples})
+        self.sampling = sampling_of("lm-steer", {"samples": args.samples, "top_p": args.top_p})
         self.language_model: Callable[[str], LanguageModel] = cache(load_language_model)
 
     @property
@@ -120,6 +119,8 @@ def options(doc: str | None, name: str, *, samples: int = 5) -> argparse.Argumen
     result = parser(doc, name)
     result.add_argument("--prompts", type=int, default=25, help="of the neutral ones; paper: 5000")
     result.add_argument("--samples", type=int, default=samples, help="texts per prompt; paper: 25")
+    # Below 1, vLLM sorts the whole vocabulary on a CPU: a token then takes six times as long.
+    result.add_argument("--top-p", type=float, default=1.0, help="beside top-k 50; paper: 0.9")
     return result
 
 
