@@ -36,7 +36,7 @@ from vllm_steer.texts import Conversation, LabelledText
 PROBE: Final = "dim"
 HALF: Final = 9  # of 18 layers, as the authors' 16 of 32
 OTHERS: Final = (4, 18)
-SCALES: Final = (-64.0, -32.0, -16.0, 0.0, 16.0, 32.0, 64.0)
+SCALES: Final = (-128.0, -64.0, -32.0, 0.0, 32.0, 64.0, 128.0)  # a token is 17 to 92 long
 NORM_SENTENCES: Final = 20
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser = options(__doc__, "concept-guidance", samples=3)
     parser.add_argument("--answers", type=int, default=512, help="to fit probes to; paper: 512")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the guidance")
-    parser.add_argument("--layer-scale", type=float, default=32.0, help="of the part layers")
+    parser.add_argument("--layer-scale", type=float, default=64.0, help="of the part layers")
     add_names(parser, "--only", PARTS)
     args = parser.parse_args()
     run = SentimentRun(args)
