@@ -147,7 +147,8 @@ def french(run: SentimentRun, result: Result) -> None:
         return [*made, VerdictJudge("language", is_french), of_words], missing
 
     console.print("french: the delta and the steer, alone and together")
-    rows = compare(settings, judges, progress).rows
+    report = compare(settings, judges, progress)
+    rows = report.rows
     unsteered = [row for row in rows if row.row.title == "none"][:1]
     texts = []
     for found in [*unsteered, *(row for row in rows if row.row.title == "fixed")]:
@@ -158,7 +159,8 @@ def french(run: SentimentRun, result: Result) -> None:
             {"condition": name, "prompt": answer.prompt, "text": answer.texts[0]}
             for answer in found.answers[:1]
         ]
-    result.write(french_examples=texts)
+    strength = report.selected.methods["fixed"].doses["fr"]["strength"]
+    result.write(french_examples=texts, french_strength=strength)
 
 
 def is_french(text: str) -> float:
@@ -173,7 +175,7 @@ def _properties(run: SentimentRun) -> Row:
     delta = {"steer": str(fit_french(run)), "judge": "language:fr"}
     return {
         "properties": {
-            "fr": {**delta, "strengths": [run.args.french_strength]},
+            "fr": {**delta, "strengths": run.args.french},
             "up": up,
             "down": {**down, "opposite": True},
         },
@@ -268,7 +270,8 @@ def main() -> None:
     parser = options(__doc__, "lm-steer")
     parser.add_argument("--target", default=str(BUILD / "smollm2-135m"), help="of the transfer")
     parser.add_argument("--steps", type=int, default=60, help="of a fit; paper: 1000")
-    parser.add_argument("--french-strength", type=float, default=1.0, help="of the delta")
+    found = "strengths of the French delta to choose from"
+    parser.add_argument("--french", type=float, nargs="+", default=[1.0, 2.0], help=found)
     add_names(parser, "--only", PARTS)
     args = parser.parse_args()
     run = SentimentRun(args)
