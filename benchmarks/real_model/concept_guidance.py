@@ -117,7 +117,7 @@ def probes(run: SentimentRun, result: Result) -> None:
         pnes[probe] = pnes_of(report)
     last = max(run.args.scales)
     conditions = [f"steer{-last:+g}", "none", f"steer{last:+g}"]
-    texts = list(examples(run.folder / f"{PROBE}-{HALF}", conditions, 2))
+    texts = list(examples(run.folder / f"{PROBE}-{HALF}", conditions))
     result.write(pnes=pnes, examples=texts)
 
 

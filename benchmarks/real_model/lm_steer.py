@@ -21,6 +21,7 @@ from benchmarks.real_model.lm_steer_table import lm_steer_tables
 from benchmarks.real_model.sentiment import VerdictJudge, balanced
 from benchmarks.real_model.sentiment_run import (
     ENGINE,
+    EXAMPLES,
     Row,
     SentimentRun,
     add_rows,
@@ -72,7 +73,7 @@ def strengths(run: SentimentRun, result: Result) -> None:
     """Sentiment at each strength: is the effect monotone, what does it cost?"""
     report = run.evaluate("strengths", fit_steer(run, RANK), STRENGTHS)
     add_rows(result, report, part="strengths", rank=RANK)
-    texts = examples(run.folder / "strengths", ("steer-5", "none", "steer+5"), 2)
+    texts = examples(run.folder / "strengths", ("steer-5", "none", "steer+5"))
     result.write(pnes=pnes_of(report), examples=list(texts))
 
 
@@ -157,7 +158,7 @@ def french(run: SentimentRun, result: Result) -> None:
         result.add({"part": "french", "steers": name, **figures})
         texts += [
             {"condition": name, "prompt": answer.prompt, "text": answer.texts[0]}
-            for answer in found.answers[:1]
+            for answer in found.answers[EXAMPLES]
         ]
     strength = report.selected.methods["fixed"].doses["fr"]["strength"]
     result.write(french_examples=texts, french_strength=strength)

@@ -35,6 +35,7 @@ from vllm_steer.models import LanguageModel, load_language_model
 
 Row = dict[str, Any]
 ENGINE: Final = EngineOptions(max_model_len=256, enforce_eager=True)
+EXAMPLES: Final = slice(2, 4)
 _DIGITS: Final = 4
 
 
@@ -151,11 +152,11 @@ def rounded(figures: Any) -> dict[str, float]:
     return {name: round(value, _DIGITS) for name, value in figures.items()}
 
 
-def examples(folder: Path, names: Sequence[str], prompts: int) -> Iterator[Row]:
-    """The first text of the first prompts in each of some conditions of a run."""
+def examples(folder: Path, names: Sequence[str]) -> Iterator[Row]:
+    """The first text of some prompts in each of some conditions of a run."""
     for name in names:
         lines = (folder / "generations" / f"{name}.jsonl").read_text("utf-8").splitlines()
-        for line in lines[:prompts]:
+        for line in lines[EXAMPLES]:
             row = json.loads(line)
             yield {
                 "condition": name,
