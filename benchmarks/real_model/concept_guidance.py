@@ -36,7 +36,7 @@ from vllm_steer.texts import Conversation, LabelledText
 PROBE: Final = "dim"
 HALF: Final = 9  # of 18 layers, as the authors' 16 of 32
 OTHERS: Final = (4, 18)
-SCALES: Final = (-128.0, -64.0, -32.0, 0.0, 32.0, 64.0, 128.0)  # a token is 17 to 92 long
+SCALES: Final = (-128.0, -64.0, -32.0, -16.0, 0.0, 16.0, 32.0, 64.0, 128.0)
 NORM_SENTENCES: Final = 20
 
 
@@ -115,8 +115,8 @@ def probes(run: SentimentRun, result: Result) -> None:
         report = run.evaluate(name, of_best_layers(run, probe, HALF), run.args.scales)
         add_rows(result, report, part="probes", probe=probe, layers=HALF)
         pnes[probe] = pnes_of(report)
-    last = max(run.args.scales)
-    conditions = [f"steer{-last:+g}", "none", f"steer{last:+g}"]
+    scale = run.args.layer_scale
+    conditions = [f"steer{-scale:+g}", "none", f"steer{scale:+g}"]
     texts = list(examples(run.folder / f"{PROBE}-{HALF}", conditions))
     result.write(pnes=pnes, examples=texts)
 
@@ -141,7 +141,9 @@ def main() -> None:
     parser = options(__doc__, "concept-guidance", samples=3)
     parser.add_argument("--answers", type=int, default=512, help="to fit probes to; paper: 512")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the guidance")
-    parser.add_argument("--layer-scale", type=float, default=64.0, help="of the part layers")
+    parser.add_argument(
+        "--layer-scale", type=float, default=32.0, help="of the part layers and the examples"
+    )
     add_names(parser, "--only", PARTS)
     args = parser.parse_args()
     run = SentimentRun(args)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -83,9 +84,11 @@ def vader() -> Verdict:
 
     Source: Hutto and Gilbert, ICWSM 2014, and the thresholds that its authors recommend.
     """
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
+    try:
+        vader_sentiment = import_module("vaderSentiment.vaderSentiment")
+    except ImportError:
+        raise SystemExit("the judge VADER is not installed; pip install vaderSentiment") from None
+    analyzer = vader_sentiment.SentimentIntensityAnalyzer()
     return lambda text: verdict_of(analyzer.polarity_scores(text)["compound"])
 
 

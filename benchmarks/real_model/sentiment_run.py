@@ -17,6 +17,7 @@ from benchmarks.real_model.sentiment import (
     fit_classifier,
     read_sst,
     sentiment_judges,
+    vader,
 )
 from benchmarks.result import Result, console
 from vllm_steer.cli.progress import progress
@@ -46,6 +47,7 @@ class SentimentRun:
         self.args = args
         self.folder: Path = args.folder
         self.folder.mkdir(parents=True, exist_ok=True)
+        vader()  # an error before the work, not after it
         self.sentences: Sentences = read_sst(args.data / "sst5" / "train.txt")
         self.classifier: SentenceClassifier = fit_classifier(self.sentences)
         self.sampling = sampling_of("lm-steer", {"samples": args.samples, "top_p": args.top_p})
