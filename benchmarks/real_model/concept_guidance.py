@@ -36,7 +36,7 @@ from vllm_steer.texts import Conversation, LabelledText
 PROBE: Final = "dim"
 HALF: Final = 9  # of 18 layers, as the authors' 16 of 32
 OTHERS: Final = (4, 18)
-SCALES: Final = (-128.0, -64.0, -32.0, -16.0, 0.0, 16.0, 32.0, 64.0, 128.0)
+SCALES: Final = (-64.0, -32.0, -16.0, -8.0, 0.0, 8.0, 16.0, 32.0, 64.0)
 NORM_SENTENCES: Final = 20
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=512, help="to fit probes to; paper: 512")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the guidance")
     parser.add_argument(
-        "--layer-scale", type=float, default=32.0, help="of the part layers and the examples"
+        "--layer-scale", type=float, default=16.0, help="of the part layers and the examples"
     )
     add_names(parser, "--only", PARTS)
     args = parser.parse_args()
