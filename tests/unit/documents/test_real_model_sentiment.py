@@ -1,5 +1,6 @@
 """The experiments on sentiment: detokenised text, parts of the data, judges, tables."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from benchmarks.real_model.concept_guidance import conversations
 from benchmarks.real_model.concept_guidance_table import concept_guidance_tables
 from benchmarks.real_model.lm_steer import is_french
 from benchmarks.real_model.lm_steer_table import lm_steer_tables
+from benchmarks.real_model.sentiment_run import examples
 from vllm_steer.evaluation import Answers
 from vllm_steer.texts import LabelledText
 
@@ -111,6 +113,20 @@ def test_every_answer_has_a_prompt_of_its_own() -> None:
     assert [one.label for one in made] == [1, 0]
     assert [one.messages[-1]["content"] for one in made] == ["good", "bad"]
     assert len({one.prompt for one in made}) == 2
+
+
+def test_examples_are_of_the_third_and_fourth_prompt(tmp_path: Path) -> None:
+    (tmp_path / "generations").mkdir()
+    rows = [
+        {"prompt": {"text": f"p{n}"}, "generations": [{"text": f"t{n}"}, {"text": "other"}]}
+        for n in range(5)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "generations" / "none.jsonl").write_text(lines, encoding="utf-8")
+    assert list(examples(tmp_path, ["none"])) == [
+        {"condition": "none", "prompt": "p2", "text": "t2"},
+        {"condition": "none", "prompt": "p3", "text": "t3"},
+    ]
 
 
 def judged(positive: float, perplexity: float) -> dict[str, Any]:
