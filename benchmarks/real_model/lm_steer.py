@@ -171,9 +171,9 @@ def is_french(text: str) -> float:
 
 def _properties(run: SentimentRun) -> Row:
     """French, and the two ends of the steer, as the properties of a comparison."""
-    sentiment = {"steer": str(fit_steer(run, RANK)), "judge": f"lexicon:{FRENCH_WORDS}"}
+    sentiment = {"steer": fit_steer(run, RANK).name, "judge": f"lexicon:{FRENCH_WORDS}"}
     up, down = ({**sentiment, "strengths": [strength]} for strength in (5, -5))
-    delta = {"steer": str(fit_french(run)), "judge": "language:fr"}
+    delta = {"steer": fit_french(run).name, "judge": "language:fr"}
     return {
         "properties": {
             "fr": {**delta, "strengths": run.args.french},
