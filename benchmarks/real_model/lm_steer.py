@@ -132,7 +132,7 @@ def _evidence(llm: LanguageModel, steer: LMSteer, sentence: LabelledText) -> Row
 def french(run: SentimentRun, result: Result) -> None:
     """The steer with a French delta at once, each at its own strength."""
     file = run.folder / "french.yaml"
-    file.write_text(yaml.safe_dump(_properties(run)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(_properties(run), sort_keys=False), encoding="utf-8")
     settings = ComparisonSettings(
         model=run.args.model,
         file=file,
