@@ -87,34 +87,38 @@ def ranks(run: SentimentRun, result: Result) -> None:
 
 def words(run: SentimentRun, result: Result) -> None:
     """The nearest tokens of the steer's leading directions."""
+    result.write(words=run.once("words", lambda: _words(run)))
+
+
+def _words(run: SentimentRun) -> list[Row]:
     steer = load_steer(fit_steer(run, RANK))
     llm = run.language_model(run.args.model)
     embedding = llm.model.get_output_embeddings().weight
-    nearest = nearest_tokens(steer, embedding, llm.tokenizer, top=4, count=12)
-    result.write(
-        words=[
-            {
-                "direction": near.label,
-                "singular_value": round(near.weight, 3),
-                "highest": [token.text for token in near.highest],
-                "lowest": [token.text for token in near.lowest],
-            }
-            for near in nearest
-        ]
-    )
+    return [
+        {
+            "direction": near.label,
+            "singular_value": round(near.weight, 3),
+            "highest": [token.text for token in near.highest],
+            "lowest": [token.text for token in near.lowest],
+        }
+        for near in nearest_tokens(steer, embedding, llm.tokenizer, top=4, count=12)
+    ]
 
 
 def evidence(run: SentimentRun, result: Result) -> None:
     """Which side the steer puts held-out sentences on, and the span that says so."""
+    result.write(**run.once("evidence", lambda: _evidence_of_sentences(run)))
+
+
+def _evidence_of_sentences(run: SentimentRun) -> Row:
     steer = load_steer(fit_steer(run, RANK))
     assert isinstance(steer, LMSteer)
     llm = run.language_model(run.args.model)
     decided = balanced(run.sentences.held_out, EFFECT_SENTENCES)
-    effect = asdict(measure_effect(llm, steer, decided))
-    result.write(
-        evidence=[_evidence(llm, steer, s) for s in decided[:EVIDENCE_SENTENCES]],
-        effect={name: round(value, 4) for name, value in effect.items()},
-    )
+    return {
+        "evidence": [_evidence(llm, steer, s) for s in decided[:EVIDENCE_SENTENCES]],
+        "effect": rounded(asdict(measure_effect(llm, steer, decided))),
+    }
 
 
 def _evidence(llm: LanguageModel, steer: LMSteer, sentence: LabelledText) -> Row:
@@ -188,6 +192,14 @@ def _properties(run: SentimentRun) -> Row:
 
 def transfer(run: SentimentRun, result: Result) -> None:
     """The steer on a model with another vocabulary, without any training there."""
+    path = run.folder / "transferred.safetensors"
+    result.write(transfer=run.once("transfer-figures", lambda: _transfer(run, path)))
+    report = run.evaluate("transfer", path, TRANSFER_STRENGTHS, model=run.args.target)
+    add_rows(result, report, part="transfer", rank=RANK)
+
+
+def _transfer(run: SentimentRun, path: Path) -> Row:
+    """Map the steer, match its effect on held-out sentences, write it."""
     steer = load_steer(fit_steer(run, RANK))
     assert isinstance(steer, LMSteer)
     source, target = run.language_model(run.args.model), run.language_model(run.args.target)
@@ -197,24 +209,17 @@ def transfer(run: SentimentRun, result: Result) -> None:
     wanted = measure_effect(source, steer, sentences)
     before = measure_effect(target, transferred.steer, sentences)
     matched, after = match_strength(target, transferred.steer, sentences, wanted)
-    path = run.folder / "transferred.safetensors"
     save_steer(matched, path)
     fit = transferred.fit
     assert fit is not None
-    result.write(
-        transfer={
-            "target": Path(run.args.target).name,
-            "shared_tokens": len(transferred.shared),
-            "mean_cosine": round(fit.mean_cosine, 4),
-            "epsilon_factor": round(matched.epsilon / steer.epsilon, 3),
-            **{
-                name: rounded(asdict(effect))
-                for name, effect in (("source", wanted), ("before", before), ("after", after))
-            },
-        }
-    )
-    report = run.evaluate("transfer", path, TRANSFER_STRENGTHS, model=run.args.target)
-    add_rows(result, report, part="transfer", rank=RANK)
+    effects = {"source": wanted, "before": before, "after": after}
+    return {
+        "target": Path(run.args.target).name,
+        "shared_tokens": len(transferred.shared),
+        "mean_cosine": round(fit.mean_cosine, 4),
+        "epsilon_factor": round(matched.epsilon / steer.epsilon, 3),
+        **{name: rounded(asdict(effect)) for name, effect in effects.items()},
+    }
 
 
 def fit_steer(run: SentimentRun, rank: int) -> Path:

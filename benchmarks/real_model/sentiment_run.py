@@ -98,6 +98,13 @@ class SentimentRun:
         console.print(f"{name}: {steer.name} at {', '.join(f'{s:g}' for s in strengths)}")
         return evaluate(settings, lambda _: self.make_judges(model), progress)
 
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned when this was first called in the folder, as plain data."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(make()), encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8"))
+
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Add the seconds of the block to those of earlier runs of the part."""
