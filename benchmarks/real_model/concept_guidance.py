@@ -56,21 +56,18 @@ def conversations(sentences: list[LabelledText]) -> list[Conversation]:
 
 def accuracy(run: SentimentRun, result: Result) -> None:
     """Accuracies of all probes in all layers, and the length of what the steer turns."""
-    result.write(accuracy={probe: fit(run, probe)[1] for probe in PROBES}, norms=norms(run))
+    lengths = run.once("norms", lambda: norms(run))
+    result.write(accuracy={probe: fit(run, probe)[1] for probe in PROBES}, norms=lengths)
 
 
 def norms(run: SentimentRun) -> list[float]:
     """The mean length of a token's activation at ``attn_in``, by layer."""
-    path = run.folder / "norms.json"
-    if not path.exists():
-        llm = run.language_model(run.args.model)
-        texts = [sentence.text for sentence in run.sentences.steer[:NORM_SENTENCES]]
-        chosen = range(llm.model.config.num_hidden_layers)
-        read = activations(llm.model, llm.tokenizer, texts, site="attn_in", layers=chosen)
-        lengths = torch.cat(list(read)).norm(dim=-1).mean(dim=0)  # over [tokens, layers, width]
-        path.write_text(json.dumps([round(x, 2) for x in lengths.tolist()]), encoding="utf-8")
-    found: list[float] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    llm = run.language_model(run.args.model)
+    texts = [sentence.text for sentence in run.sentences.steer[:NORM_SENTENCES]]
+    chosen = range(llm.model.config.num_hidden_layers)
+    read = activations(llm.model, llm.tokenizer, texts, site="attn_in", layers=chosen)
+    lengths = torch.cat(list(read)).norm(dim=-1).mean(dim=0)  # over [tokens, layers, width]
+    return [round(length, 2) for length in lengths.tolist()]
 
 
 def fit(run: SentimentRun, probe: ProbeKind) -> tuple[VectorSteer, Row]:
