@@ -14,7 +14,7 @@ from typing import Final
 
 import yaml
 
-from benchmarks.arguments import add_names
+from benchmarks.arguments import add_names, numbers
 from benchmarks.engines import set_environment
 from benchmarks.real_model.experiment import BUILD
 from benchmarks.real_model.lm_steer_table import lm_steer_tables
@@ -64,7 +64,7 @@ FRENCH_WORDS: Final = Path(__file__).with_name("french-words.yaml")
 
 def fits(run: SentimentRun, result: Result) -> None:
     """All steers of the other parts."""
-    for rank in RANKS:
+    for rank in {RANK, *run.args.ranks}:
         fit_steer(run, rank)
     fit_french(run)
 
@@ -79,7 +79,7 @@ def strengths(run: SentimentRun, result: Result) -> None:
 
 def ranks(run: SentimentRun, result: Result) -> None:
     """The ends of the scale with steers of other ranks."""
-    for rank in RANKS:
+    for rank in run.args.ranks:
         if rank != RANK:
             report = run.evaluate(f"rank-{rank}", fit_steer(run, rank), ENDS)
             add_rows(result, report, part="ranks", rank=rank)
@@ -276,6 +276,7 @@ def main() -> None:
     parser = options(__doc__, "lm-steer")
     parser.add_argument("--target", default=str(BUILD / "smollm2-135m"), help="of the transfer")
     parser.add_argument("--steps", type=int, default=60, help="of a fit; paper: 1000")
+    parser.add_argument("--ranks", type=numbers, default=RANKS, help=f"beside {RANK}")
     found = "strengths of the French delta to choose from"
     parser.add_argument("--french", type=float, nargs="+", default=[1.0, 2.0], help=found)
     add_names(parser, "--only", PARTS)
