@@ -4,24 +4,23 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
-from benchmarks.real_model.experiment import jackknife
 from vllm_steer.evaluation import Answers, Judge
-from vllm_steer.evaluation.diversity import distinct
-from vllm_steer.evaluation.means import mean, mean_over_prompts
+from vllm_steer.evaluation.answers import OnText, ignore_count
+from vllm_steer.evaluation.diversity import DiversityJudge
 from vllm_steer.evaluation.perplexity import Likelihood, likelihoods, summary
+from vllm_steer.evaluation.text_means import TextMeanJudge
 from vllm_steer.models import LanguageModel
-from vllm_steer.texts import LabelledText
+from vllm_steer.texts import LabelledText, read_labelled
 
 Verdict = Callable[[str], float | None]
 """1.0 for a positive text, 0.0 for a negative one, None if undecided."""
 
 VADER_THRESHOLD: Final = 0.05
-_LINE: Final = re.compile(r"__label__([1-5])\t(.+)")
 _CONTRACTIONS: Final = r" (n't|'(?:s|re|ve|ll|d|m)\b)"
 _PIECES: Final = (  # of the Penn Treebank's tokens, in the order of their replacement
     (r"``\s*|\s*''", '"'),
@@ -44,18 +43,14 @@ class Sentences(NamedTuple):
 def read_sst(path: Path) -> Sentences:
     """The sentences of a fastText file, detokenised, labels 1 to 5 as -1 to 1.
 
-    Line ``n``, counted from 0, is for the judge if ``n % 4 == 3``, and of these held out from the
-    judge too if ``n % 20 == 19``. A cut at one line would not do: the file's first half has the
-    positive reviews. Exits with the line that has another form.
+    Sentence ``n``, counted from 0, is for the judge if ``n % 4 == 3``, and of these held out from
+    the judge too if ``n % 20 == 19``. A cut at one place would not do: the file's first half has
+    the positive reviews.
     """
     parts = Sentences([], [], [])
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        found = _LINE.fullmatch(line)
-        if found is None:
-            raise SystemExit(f"{path}, line {n + 1}: expected __label__1 to 5, a tab and a text")
-        text = LabelledText(detokenise(found[2]), (int(found[1]) - 3) / 2)
+    for n, (text, label) in enumerate(read_labelled(path, labels="1:5")):
         part = parts.steer if n % 4 != 3 else parts.held_out if n % 20 == 19 else parts.judge
-        part.append(text)
+        part.append(LabelledText(detokenise(text), label))
     return parts
 
 
@@ -125,49 +120,24 @@ def _with_side(sentences: Iterable[LabelledText]) -> tuple[list[str], list[int]]
 
 
 @dataclass(frozen=True)
-class VerdictJudge:
-    """Shares of positive, negative and undecided texts, means over prompts, with errors."""
+class VerdictJudge(TextMeanJudge):
+    """Shares of positive, negative and undecided texts, means over prompts."""
 
     name: str
     verdict: Verdict
     effect: str = "positive"
+    names: ClassVar[tuple[str, ...]] = ("positive", "negative", "undecided")
 
-    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``positive``, ``negative``, ``undecided`` and the standard errors of the first two."""
-        verdicts = {text: self.verdict(text) for answer in answers for text in answer.texts}
-
-        def share(of: float | None, some: Sequence[Answers]) -> float:
-            return mean_over_prompts(some, lambda text: float(verdicts[text] == of))
-
-        return {
-            **_with_error("positive", answers, partial(share, 1.0)),
-            **_with_error("negative", answers, partial(share, 0.0)),
-            "undecided": share(None, answers),
-        }
-
-
-@dataclass(frozen=True)
-class DistinctJudge:
-    """dist-1, dist-2 and dist-3 as ``vllm_steer.evaluation.diversity``, with errors."""
-
-    name: str = "diversity"
-    effect: None = None
-
-    def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """Means over the prompts and their standard errors."""
-        scores: dict[str, float] = {}
-        for n in (1, 2, 3):
-            scores |= _with_error(f"dist-{n}", answers, partial(_distinct, n))
-        return scores
-
-
-def _distinct(n: int, answers: Sequence[Answers]) -> float:
-    return mean(distinct(answer.texts, n) for answer in answers)
+    def of_text(self, text: str) -> dict[str, float]:
+        """1.0 for the verdict of a text, 0.0 for the others."""
+        verdict = self.verdict(text)
+        values = zip(self.names, (1.0, 0.0, None), strict=True)
+        return {name: float(verdict == value) for name, value in values}
 
 
 @dataclass
-class PerplexityWithErrors:
-    """Perplexity of the continuations by a model, with errors; likelihoods are kept in a file."""
+class StoredPerplexity:
+    """Perplexity of the continuations by a model; likelihoods are kept in a file."""
 
     name: str
     load: Callable[[], LanguageModel]
@@ -180,26 +150,25 @@ class PerplexityWithErrors:
             self._known = json.loads(self.file.read_text(encoding="utf-8"))
 
     def scores(self, answers: Sequence[Answers]) -> dict[str, float]:
-        """``perplexity`` (the authors' mean) and ``total_perplexity`` with errors, ``median``."""
-        self._add(answers)
-        by_prompt = [
-            [self._likelihood(answer, text) for text in answer.texts] for answer in answers
-        ]
+        """As ``PerplexityJudge``."""
+        return self.figures(self.observe(answers))
 
-        def figure(name: str, prompts: Sequence[Sequence[Likelihood]]) -> float:
-            return summary([likelihood for prompt in prompts for likelihood in prompt])[name]
+    def observe(
+        self, answers: Sequence[Answers], on_text: OnText = ignore_count
+    ) -> list[list[Likelihood]]:
+        """The likelihoods of each prompt's texts."""
+        self._add(answers, on_text)
+        return [[self._likelihood(answer, text) for text in answer.texts] for answer in answers]
 
-        return {
-            **_with_error("perplexity", by_prompt, partial(figure, "perplexity")),
-            **_with_error("total_perplexity", by_prompt, partial(figure, "total_perplexity")),
-            "median": figure("median", by_prompt),
-        }
+    def figures(self, observations: Sequence[Sequence[Likelihood]]) -> dict[str, float]:
+        """As ``PerplexityJudge``."""
+        return summary([likelihood for texts in observations for likelihood in texts])
 
     def _likelihood(self, answer: Answers, text: str) -> Likelihood:
         nll, tokens = self._known[_key(answer, text)]
         return Likelihood(nll, int(tokens))
 
-    def _add(self, answers: Sequence[Answers]) -> None:
+    def _add(self, answers: Sequence[Answers], on_text: OnText) -> None:
         new = [
             Answers(
                 answer.prompt, tuple(t for t in answer.texts if _key(answer, t) not in self._known)
@@ -210,7 +179,7 @@ class PerplexityWithErrors:
         if not new:
             return
         keys = [_key(answer, text) for answer in new for text in answer.texts]
-        found = likelihoods(self.load(), new)
+        found = likelihoods(self.load(), new, on_text)
         self._known |= {k: [f.nll, f.num_tokens] for k, f in zip(keys, found, strict=True)}
         self.file.write_text(json.dumps(self._known), encoding="utf-8")
 
@@ -219,20 +188,11 @@ def _key(answer: Answers, text: str) -> str:
     return f"{answer.prompt}\x00{text}"
 
 
-def _with_error(
-    name: str, observations: Sequence[Any], statistic: Callable[[Sequence[Any]], float]
-) -> dict[str, float]:
-    value, error = jackknife(observations, statistic)
-    return {name: value, f"{name}_error": error}
-
-
-def sentiment_judges(
-    classifier: SentenceClassifier, perplexity: PerplexityWithErrors
-) -> list[Judge]:
+def sentiment_judges(classifier: SentenceClassifier, perplexity: StoredPerplexity) -> list[Judge]:
     """The judges of both experiments."""
     return [
         VerdictJudge("vader", vader()),
         VerdictJudge("classifier", classifier.verdict),
-        DistinctJudge(),
+        DiversityJudge("diversity"),
         perplexity,
     ]

@@ -2,18 +2,17 @@
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.real_model.experiment import parser
+from benchmarks.real_model.experiment import parser, seconds_of, timed
 from benchmarks.real_model.sentiment import (
-    PerplexityWithErrors,
     SentenceClassifier,
     Sentences,
+    StoredPerplexity,
     fit_classifier,
     read_sst,
     sentiment_judges,
@@ -74,7 +73,7 @@ class SentimentRun:
 
     def make_judges(self, model: str) -> tuple[list[Judge], dict[str, str]]:
         """The judges of texts by ``model``, whose unsteered self measures perplexity."""
-        perplexity = PerplexityWithErrors(
+        perplexity = StoredPerplexity(
             "perplexity",
             lambda: self.language_model(model),
             self.folder / f"likelihoods-{Path(model).name}.json",
@@ -105,23 +104,14 @@ class SentimentRun:
             path.write_text(json.dumps(make()), encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
+    def timed(self, part: str) -> AbstractContextManager[None]:
         """Add the seconds of the block to those of earlier runs of the part."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = self.seconds
-            seconds[part] = round(seconds.get(part, 0.0) + time.monotonic() - start, 1)
-            (self.folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+        return timed(self.folder, part)
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of each part, over all runs in this folder."""
-        path = self.folder / "seconds.json"
-        found: dict[str, float] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return found
+        return seconds_of(self.folder)
 
 
 def options(doc: str | None, name: str, *, samples: int = 5) -> argparse.ArgumentParser:

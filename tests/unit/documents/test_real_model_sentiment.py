@@ -13,7 +13,9 @@ from benchmarks.real_model.concept_guidance_table import concept_guidance_tables
 from benchmarks.real_model.lm_steer import is_french
 from benchmarks.real_model.lm_steer_table import lm_steer_tables
 from benchmarks.real_model.sentiment_run import examples
+from vllm_steer import SteerError
 from vllm_steer.evaluation import Answers
+from vllm_steer.evaluation.scores import figures_with_errors
 from vllm_steer.texts import LabelledText
 
 
@@ -44,7 +46,7 @@ def test_the_parts_of_the_data_are_those_of_the_line_numbers(tmp_path: Path) -> 
 def test_a_line_of_another_form_is_named(tmp_path: Path) -> None:
     file = tmp_path / "train.txt"
     file.write_text("__label__1\tgood\n__label__6\tbad\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"train\.txt, line 2: expected __label__1 to 5"):
+    with pytest.raises(SteerError, match=r"train\.txt:2: label '6'"):
         sentiment.read_sst(file)
 
 
@@ -71,7 +73,7 @@ def test_shares_and_their_errors_over_prompts() -> None:
     verdicts = {"good": 1.0, "bad": 0.0, "none": None}
     judge = sentiment.VerdictJudge("judge", verdicts.__getitem__)
     answers = [Answers("a", ("good", "good")), Answers("b", ("bad", "none"))]
-    scores = judge.scores([*answers, Answers("c", ("good", "none"))])
+    scores = figures_with_errors(judge, [*answers, Answers("c", ("good", "none"))])
     # Positive: 1, 0 and 1/2 by prompt; the error of their mean is sqrt(0.25 / 3).
     assert scores["positive"] == pytest.approx(0.5)
     assert scores["positive_error"] == pytest.approx(math.sqrt(0.25 / 3))
@@ -81,20 +83,12 @@ def test_shares_and_their_errors_over_prompts() -> None:
     assert scores["undecided"] == pytest.approx(1 / 3)
 
 
-def test_distinct_words_and_their_error() -> None:
-    answers = [Answers("a", ("x y", "x y")), Answers("b", ("x y",))]
-    scores = sentiment.DistinctJudge().scores(answers)
-    # 2 different of 4 words, and 2 of 2; half the difference is the error of a mean of two.
-    assert scores["dist-1"] == pytest.approx(0.75)
-    assert scores["dist-1_error"] == pytest.approx(0.25)
-
-
 def test_perplexity_is_of_all_tokens_and_likelihoods_are_read_from_the_file(tmp_path: Path) -> None:
     file = tmp_path / "likelihoods.json"
     nll = 2 * math.log(4)
     file.write_text(f'{{"a\\u0000 x": [{nll}, 2], "b\\u0000 y": [{3 * nll}, 4]}}', "utf-8")
-    judge = sentiment.PerplexityWithErrors("perplexity", lambda: pytest.fail("no model"), file)
-    scores = judge.scores([Answers("a", (" x",)), Answers("b", (" y",))])
+    judge = sentiment.StoredPerplexity("perplexity", lambda: pytest.fail("no model"), file)
+    scores = figures_with_errors(judge, [Answers("a", (" x",)), Answers("b", (" y",))])
     # By text 4 and 4^(3/2) = 8; over all tokens 4^(8/6).
     assert scores["perplexity"] == pytest.approx(6)
     assert scores["perplexity_error"] == pytest.approx(2)
