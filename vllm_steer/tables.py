@@ -101,10 +101,14 @@ class Table:
             if self.text_column is not None:
                 column, value = cells.pop(self.text_column)
                 long_text = column.text(value)
-            names = [_rich_cell(c, v) for c, v in cells if c.form is None and c.text(v)]
+            texts = [(c, v) for c, v in cells if c.form is None and c.text(v)]
+            names = [_rich_cell(column, value) for column, value in texts]
+            room = sum(cell_len(column.text(value)) + 2 for column, value in texts)
             figures = [f"{c.heading} {c.text(v)}" for c, v in cells if c.form is not None]
-            if names:
+            if names and room <= width:
                 yield Columns(names, padding=(0, 2))
+            else:  # ``Columns`` cuts a text that is too long
+                yield from names
             for line in (*_filled(figures, width - 2), long_text):
                 if line:
                     yield Padding(line, (0, 0, 0, 2), expand=False)
@@ -149,15 +153,21 @@ def figure(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
+_ROUNDING: Final = 1e-9
+
+
 def figure_with_error(value: float, error: float) -> str:
-    """A number with its standard error, such as ``0.812 ± 0.02``; without it if the error is NaN,
-    and ``-`` for NaN.
+    """A number with its standard error, such as ``0.812 ± 0.02``, and ``-`` for NaN.
+
+    Without the error if it is NaN, or 0 up to rounding: all observations are the same then, and say
+    nothing of how much others may differ.
     """
     if math.isnan(value):
         return "-"
-    if math.isnan(error):
+    if math.isnan(error) or error <= _ROUNDING * max(1.0, abs(value)):
         return figure(value)
-    return f"{figure(value)} ± {error:.1g}" if error < 10 else f"{figure(value)} ± {error:.0f}"
+    digits = ".2g" if abs(value) >= 1000 else ".1g" if error < 9.5 else ".0f"
+    return f"{figure(value)} ± {error:{digits}}"
 
 
 def markdown_list(items: Iterable[str]) -> list[str]:

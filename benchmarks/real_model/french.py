@@ -13,8 +13,9 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,9 @@ from benchmarks.real_model.experiment import (
     steer_file,
     timed,
 )
+from benchmarks.real_model.tables import real_model
 from benchmarks.result import Result
+from vllm_steer.evaluation.means import mean
 
 DEMONSTRATIONS: Final = 4
 INSTRUCTIONS: Final = {
@@ -65,7 +68,7 @@ def settings() -> list[Setting]:
     """All rows: no steer, the schedules, dynamic strengths, and a random delta of equal norm."""
     rows = [Setting("none", "-", {})]
     for schedule, strengths in (
-        ("fixed", (0.5, 1.0, 1.5, 2.0)),
+        ("fixed", (0.5, 0.75, 1.0, 1.5, 2.0)),
         ("start", (1.0, 2.0)),
         ("dim", (1.0, 2.0, 3.0)),
     ):
@@ -73,7 +76,7 @@ def settings() -> list[Setting]:
             Setting(schedule, f"{strength:g}", {"fr": {"strength": strength, "schedule": schedule}})
             for strength in strengths
         ]
-    for maximum, top_p in ((1.5, 0.5), (2.0, 0.5), (2.0, 0.7), (2.0, 0.9)):
+    for maximum, top_p in ((1.0, 0.5), (1.5, 0.5), (2.0, 0.5), (2.0, 0.7), (2.0, 0.9)):
         dose = {"strength": "dynamic", "max": maximum, "top_p": top_p}
         rows.append(Setting("dynamic", f"to {maximum:g}, top-p {top_p:g}", {"fr": dose}))
     authors = {"strength": "dynamic", "max": 2.0, "top_p": 0.5, "kl": "authors"}
@@ -114,16 +117,17 @@ def main() -> None:
         curves=measured.curves(),
         seconds=seconds_of(measured.folder),
     )
-    result.show()
+    print(real_model(result.data))
 
 
 @dataclass(frozen=True)
 class Observation:
     """What was measured of one question under one setting.
 
-    ``shares`` has the verdicts of its texts, ``nll`` and ``tokens`` their cost by the unsteered
-    model, ``dist_2`` their variety, ``greedy_share`` the verdict of the greedy text, ``dppl`` the
-    difference of perplexities of the demonstrations' answer, None if that answer is not French.
+    ``share`` is that of French texts, ``probability`` langdetect's, ``nll`` and ``tokens`` are
+    their cost by the unsteered model, ``dist_2`` is their variety, ``greedy_share`` the verdict of
+    the greedy text. ``dppl`` is the difference of perplexities of the demonstrations' answer and
+    ``log_ratio`` the logarithm of their ratio, both None if that answer is not French.
     """
 
     share: float
@@ -133,6 +137,7 @@ class Observation:
     dist_2: float
     greedy_share: float
     dppl: float | None
+    log_ratio: float | None = None
 
 
 def share(rows: Sequence[Observation]) -> float:
@@ -148,7 +153,12 @@ def perplexity(rows: Sequence[Observation]) -> float:
 
 def mean_dppl(rows: Sequence[Observation]) -> float:
     """Mean dPPL over the questions whose answer after demonstrations is French."""
-    return statistics.fmean(row.dppl for row in rows if row.dppl is not None)
+    return mean(row.dppl for row in rows if row.dppl is not None)
+
+
+def mean_log_ratio(rows: Sequence[Observation]) -> float:
+    """Mean of ``ln(PPL_steered / PPL_icl)`` over the same questions; no single one dominates it."""
+    return mean(row.log_ratio for row in rows if row.log_ratio is not None)
 
 
 def figures(setting: Setting, rows: Sequence[Observation]) -> dict[str, Any]:
@@ -161,20 +171,22 @@ def figures(setting: Setting, rows: Sequence[Observation]) -> dict[str, Any]:
         ("perplexity", perplexity),
         ("dist_2", lambda rows: statistics.fmean(row.dist_2 for row in rows)),
         ("dppl", mean_dppl),
+        ("log_ratio", mean_log_ratio),
     ):
         value, error = jackknife(rows, statistic)
         line |= {name: round(value, 4), f"{name}_error": round(error, 4)}
-    line["median_dppl"] = round(
-        statistics.median(row.dppl for row in rows if row.dppl is not None), 4
-    )
+    known = [row.dppl for row in rows if row.dppl is not None]
+    line["median_dppl"] = round(statistics.median(known), 4) if known else math.nan
     return line
 
 
 def saved(observations: dict[str, list[Observation]]) -> Any:
-    """dPPL that each dynamic and scheduled setting saves beside fixed strengths of equal share.
+    """What each dynamic and scheduled setting saves beside fixed strengths of equal share, of dPPL
+    and of the logarithm of the ratio of perplexities.
 
-    The dPPL of fixed strengths at a share is interpolated linearly between the two fixed settings
-    around it. A setting whose share is outside of theirs has no line.
+    The price of fixed strengths at a share is interpolated linearly between the two fixed settings
+    around it. A setting whose share, with or without any single question, is outside of theirs has
+    no line.
     """
     rows = settings()
     fixed = [row for row in rows if row.method in ("none", "fixed")]
@@ -185,15 +197,20 @@ def saved(observations: dict[str, list[Observation]]) -> Any:
             zip(observations[setting.name], *(observations[row.name] for row in fixed), strict=True)
         )
 
-        def difference(questions: Sequence[tuple[Observation, ...]]) -> float:
-            own, *others = zip(*questions, strict=True)
-            points = [(share(other), mean_dppl(other)) for other in others]
-            return interpolated(points, share(own)) - mean_dppl(own)
+        line: dict[str, Any] = {"method": setting.method, "strength": setting.title}
+        for name, price in (("dppl", mean_dppl), ("log_ratio", mean_log_ratio)):
+            value, error = jackknife(together, partial(_saved, price))
+            line |= {name: round(value, 4), f"{name}_error": round(error, 4)}
+        if not any(math.isnan(line[name]) for name in ("dppl", "dppl_error")):
+            yield line
 
-        value, error = jackknife(together, difference)
-        if value == value:
-            line = {"method": setting.method, "strength": setting.title}
-            yield line | {"saved_dppl": round(value, 4), "error": round(error, 4)}
+
+def _saved(
+    price: Callable[[Sequence[Observation]], float], questions: Sequence[tuple[Observation, ...]]
+) -> float:
+    own, *others = zip(*questions, strict=True)
+    points = [(share(other), price(other)) for other in others]
+    return interpolated(points, share(own)) - price(own)
 
 
 def interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -298,7 +315,10 @@ class Measurement:
                 if not path.exists():
                     self._judge(row, path)
                 lines = json.loads(path.read_text(encoding="utf-8"))
-                measured[row.name] = [Observation(**line) for line in lines]
+                measured[row.name] = [
+                    Observation(**line, log_ratio=_log_ratio(line["dppl"], gold["perplexity"]))
+                    for line, gold in zip(lines, self.golds(), strict=True)
+                ]
         return measured
 
     def _judge(self, setting: Setting, path: Path) -> None:
@@ -327,7 +347,9 @@ class Measurement:
                 greedy_share=french.scores([greedy_answer])["share"],
                 dppl=self._dppl(setting, pair, gold, greedy_answer),
             )
-            lines.append(asdict(line))
+            lines.append(
+                {name: value for name, value in asdict(line).items() if name != "log_ratio"}
+            )
         path.parent.mkdir(exist_ok=True)
         write_text(path, json.dumps(lines))
 
@@ -378,7 +400,7 @@ class Measurement:
         return {
             "share": round(value, 4),
             "share_error": round(error, 4),
-            "perplexity": round(statistics.fmean(french), 4),
+            "perplexity": round(mean(french), 4),
             "french": len(french),
         }
 
@@ -402,6 +424,10 @@ class Measurement:
     @property
     def steers(self) -> dict[str, Any]:
         return {name: steer_file(path) for name, path in self.steer_files.items()}
+
+
+def _log_ratio(dppl: float | None, demonstrations: float) -> float | None:
+    return None if dppl is None else math.log((demonstrations + dppl) / demonstrations)
 
 
 def fit_french(model: str, data: Path) -> Any:

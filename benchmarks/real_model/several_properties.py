@@ -5,27 +5,31 @@
 The deltas are French answers (over English ones), casual (over formal) and cheerful (over grumpy),
 each fitted on demonstrations with one property only, as Scalena et al. (BlackboxNLP 2024, section
 5.2) compose language with safety or formality. ``vllm-steer compare`` chooses the strengths on the
-seen combinations, with other questions than those of the report. ``MANNERS`` explains the data.
+seen combinations, with other questions than those of the report. ``manners.py`` has the data.
 """
 
 import json
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.composition_report import in_words
 from benchmarks.engines import set_environment
-from benchmarks.real_model.experiment import jackknife, language_model, parser, seconds_of, timed
+from benchmarks.real_model.experiment import language_model, parser, seconds_of, timed
 from benchmarks.real_model.french import (
     DEMONSTRATIONS,
     INSTRUCTIONS,
+    QUESTIONS,
     SUPPORT,
     fit_french,
     sampling,
 )
 from benchmarks.real_model.manners import JUDGES, OPPOSITE, in_manner
+from benchmarks.real_model.tables import real_model
 from benchmarks.result import Result
+from vllm_steer.evaluation.composition.property_judges import Verdicts
+from vllm_steer.evaluation.means import mean
+from vllm_steer.evaluation.standard_errors import with_errors
 
 STEPS: Final = 30
 CHOOSING: Final = 10
@@ -39,6 +43,8 @@ def main() -> None:
     options.add_argument("--questions", type=int, default=40, help="of the report; at most 50")
     options.add_argument("--samples", type=int, default=3, help="texts per question")
     args = options.parse_args()
+    if not 1 <= args.questions <= QUESTIONS:
+        options.error(f"--questions: {QUESTIONS} are not used to fit; give 1 to {QUESTIONS}")
     result = Result(
         "real_model_several_properties",
         args.json,
@@ -58,7 +64,7 @@ def main() -> None:
     for line in lines(report):
         result.add(line)
     result.write(seconds=seconds_of(args.folder))
-    result.show()
+    print(real_model(result.data))
 
 
 def write_steers(model: str, data: Path, folder: Path) -> None:
@@ -88,7 +94,7 @@ def fit_manner(model: str, data: Path, manner: str) -> Any:
             ],
             DEMONSTRATIONS,
             instruction=INSTRUCTIONS["ENG"],
-        )[50:]
+        )[QUESTIONS:]
         for side in (manner, OPPOSITE[manner])
     ]
     wanted, other = support(*sides, SUPPORT, 32)
@@ -159,40 +165,44 @@ def compare(model: str, folder: Path, samples: int) -> Any:
 
 
 def lines(report: Any) -> Iterator[Line]:
-    """A line per combination and method, with standard errors over the questions.
+    """A line per combination and method, with standard errors.
 
-    ``beside`` is the share minus that of the fixed strengths on the same questions.
+    ``beside`` is the share minus that of the fixed strengths on the same questions and seeds.
     """
     from vllm_steer.evaluation.composition.property_judges import PropertyJudges, property_judges
 
     judges = PropertyJudges(report.spec, property_judges(report.spec))
     for combination in report.spec.combinations:
-        shares = {
-            result.row.title: [
-                statistics.fmean(map(float, texts))
-                for texts in judges.has_all(combination, result.row.candidate.name, result.answers)
-            ]
+        verdicts = {
+            result.row.title: judges.has_all(combination, result.row.candidate.name, result.answers)
             for result in report.of(combination)
         }
         for result in report.of(combination):
-            own = shares[result.row.title]
-            beside, error = jackknife(
-                [a - b for a, b in zip(own, shares["fixed"], strict=True)], statistics.fmean
-            )
+            beside = _difference(verdicts[result.row.title], verdicts["fixed"])
             figures = {name: of for judge in result.judges.values() for name, of in judge.items()}
             yield {
                 "combination": "+".join(combination),
                 "seen": result.row.seen,
                 "method": result.row.title,
                 "strengths": in_words(dict(result.row.candidate.steer)),
-                "all": round(result.accuracy, 4),
-                "all_error": round(jackknife(own, statistics.fmean)[1], 4),
-                "beside": round(beside, 4),
-                "beside_error": round(error, 4),
-                "shares": {name: round(value, 4) for name, value in result.shares.items()},
+                "all": round(result.accuracy.share, 4),
+                "all_error": round(result.accuracy.error, 4),
+                **{name: round(value, 4) for name, value in beside.items()},
+                "shares": {name: round(item.share, 4) for name, item in result.shares.items()},
                 "perplexity": round(figures["total_perplexity"], 3),
+                "perplexity_error": round(figures["total_perplexity_error"], 3),
                 "dist_2": round(figures["dist-2"], 3),
             }
+
+
+def _difference(own: Verdicts, other: Verdicts) -> dict[str, float]:
+    """The share of ``own`` minus that of ``other``, text by text, with its error."""
+    pairs = [list(zip(*texts, strict=True)) for texts in zip(own, other, strict=True)]
+
+    def figures(rows: Sequence[Sequence[tuple[bool, bool]]]) -> dict[str, float]:
+        return {"beside": mean(mean(float(a) - float(b) for a, b in texts) for texts in rows)}
+
+    return with_errors(figures, pairs)
 
 
 if __name__ == "__main__":

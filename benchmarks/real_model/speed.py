@@ -27,6 +27,7 @@ from benchmarks.peers.hf_engine import HuggingFaceEngine
 from benchmarks.peers.hf_lm_steer import HuggingFaceSteeredHead, change_per_row
 from benchmarks.real_model.experiment import language_model, parser, steer_file
 from benchmarks.real_model.french import fit_french
+from benchmarks.real_model.tables import real_model
 from benchmarks.result import Result
 from benchmarks.rounds import interleave, median
 
@@ -67,7 +68,7 @@ def main() -> None:
         ):
             result.add(line, f"{line['what']}, {rows} rows: {line.get('ratio_median', '-')}")
     result.write(threads=torch.get_num_threads())
-    result.show()
+    print(real_model(result.data))
 
 
 def write_steers(model: str, data: Path, folder: Path) -> dict[str, Path]:

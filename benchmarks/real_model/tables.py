@@ -3,19 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from benchmarks.real_model.concept_guidance_table import concept_guidance_tables
+from benchmarks.real_model.lm_steer_table import lm_steer_tables
+from benchmarks.table import grid, origin, title
+
 Line = Mapping[str, Any]
 
 
 def real_model(data: Mapping[str, Any]) -> str:
-    """The tables of a result, and the command and machine that made it."""
-    return f"{MAKERS[data['benchmark']](data)}\n\n{made_by(data)}"
+    """The tables of a result, with the command and the machine that made it."""
+    return MAKERS[data["benchmark"]](data)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; columns after the first are numbers, at the right."""
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    lines = [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
-    return "\n".join(lines)
+    """A Markdown table."""
+    return "\n".join(grid(headings, rows))
 
 
 def pm(line: Line, name: str, places: int = 2) -> str:
@@ -28,17 +30,11 @@ def pm(line: Line, name: str, places: int = 2) -> str:
     return f"{value:.{places}f} ± {error:.{places}f}"
 
 
-def made_by(data: Mapping[str, Any]) -> str:
-    """Command, model, versions, commit."""
-    machine, versions, git = data["machine"], data["versions"], data["git"]
-    changes = " and local changes" if git.get("dirty") else ""
-    seconds = sum(data.get("seconds", {}).values())
-    minutes = f", {seconds / 60:.0f} minutes" if seconds else ""
-    return (
-        f"`{data['command']}`: {data['model']}{minutes} on {machine['cores']} cores of "
-        f"{machine['cpu']}, vLLM {versions['vllm']}, torch {versions['torch']}, "
-        f"{data['date'][:10]}, commit {git['commit'][:12]}{changes}."
-    )
+def document(data: Mapping[str, Any], *parts: str) -> str:
+    """Title, tables and texts, time, command."""
+    minutes = sum(data.get("seconds", {}).values()) / 60
+    times = [f"{minutes:.0f} minutes."] if minutes else []
+    return "\n\n".join((f"**{data['model']}, {title(data)}**", *parts, *times, origin(data)))
 
 
 def french(data: Mapping[str, Any]) -> str:
@@ -51,23 +47,24 @@ def french(data: Mapping[str, Any]) -> str:
             pm(line, "greedy_share"),
             pm(line, "dppl", 1),
             f"{line['median_dppl']:.1f}",
+            pm(line, "log_ratio"),
             pm(line, "perplexity", 1),
-            pm(line, "dist_2"),
         )
         for line in data["rows"]
     ]
-    headings = ("strength", "French", "greedy", "dPPL", "median", "perplexity", "dist-2")
-    saved = []
-    for line in data["saved"]:
-        figure = f"{line['saved_dppl']:.1f} ± {line['error']:.1f}"
-        saved.append((f"{line['method']} {line['strength']}", figure))
+    headings = ("strength", "French", "greedy", "dPPL", "median", "ln ratio", "perplexity")
+    saved = [
+        (f"{line['method']} {line['strength']}", pm(line, "dppl", 1), pm(line, "log_ratio"))
+        for line in data["saved"]
+    ]
     demonstrations = (
         f"After demonstrations in French the model answers in French {icl['share']:.2f} ± "
         f"{icl['share_error']:.2f} of the time, at a perplexity of {icl['perplexity']:.1f}. dPPL "
         f"is over these {icl['french']} answers."
     )
-    saved_headings = ("strength", "dPPL saved beside fixed strengths of equal share")
-    return "\n\n".join((table(headings, rows), demonstrations, table(saved_headings, saved)))
+    saved_headings = ("strength", "dPPL saved at equal share", "ln PPL ratio saved")
+    tables = table(headings, rows), demonstrations, table(saved_headings, saved)
+    return document(data, *tables)
 
 
 def several_properties(data: Mapping[str, Any]) -> str:
@@ -85,7 +82,7 @@ def several_properties(data: Mapping[str, Any]) -> str:
         if line["method"] != "best fixed"
     ]
     headings = ("properties", "method", "strengths", "all at once", "beside fixed", "perplexity")
-    return table(headings, rows)
+    return document(data, table(headings, rows))
 
 
 def speed(data: Mapping[str, Any]) -> str:
@@ -100,7 +97,8 @@ def speed(data: Mapping[str, Any]) -> str:
         )
         for line in data["rows"]
     ]
-    return table(("steer", "requests", "unsteered ms", "steered ms", "ratio (p20 to p80)"), rows)
+    headings = ("steer", "requests", "unsteered ms", "steered ms", "ratio (p20 to p80)")
+    return document(data, table(headings, rows))
 
 
 def _ms(value: float | None) -> str:
@@ -117,4 +115,6 @@ MAKERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     "real_model_french": french,
     "real_model_several_properties": several_properties,
     "real_model_speed": speed,
+    "real_model_lm_steer": lm_steer_tables,
+    "real_model_concept_guidance": concept_guidance_tables,
 }

@@ -29,8 +29,8 @@ class EngineOptions:
     """Engine arguments of vLLM; None selects vLLM's default.
 
     On a CPU the KV cache has the size that VLLM_CPU_KVCACHE_SPACE gives, or 2 GiB; with
-    ``gpu_memory_utilization`` the engine takes that share of the memory instead. With
-    ``beside_judges`` an engine on a GPU takes 0.6 of its memory, if no other share is given,
+    ``gpu_memory_utilization`` and without that variable the engine takes this share of the memory.
+    With ``beside_judges`` an engine on a GPU takes 0.6 of its memory, if no other share is given,
     because the judges' models take the rest.
     """
 

@@ -157,9 +157,9 @@ def text_nll(
 
     ``given`` has the number of tokens ``g`` at the start of each row that are not scored; without
     it they are 0. Rows are padded on the right, which causal attention never reads. Logits are
-    computed for scored tokens, a few at a time, so that the memory depends neither on the length of
-    the texts nor on the vocabulary. The log-softmax is computed in float32 (float64 for a float64
-    model), the sum in float64.
+    computed for scored tokens, a few at a time, so that their memory depends neither on the length
+    of the texts nor on the vocabulary. The log-softmax is computed in float32 (float64 for a
+    float64 model), the sum in float64.
     """
     firsts = [max(1, count) for count in given or [0] * len(rows)]
     costs = [math.nan if len(row) < 2 else 0.0 for row in rows]
@@ -215,10 +215,11 @@ def _plain_head(model: Any, row: Sequence[int]) -> LMHead | None:
     """The model's LM head, if its logits on a row's tokens are the model's up to rounding."""
     try:
         head = head_of(model)
-    except SteerError:
+        difference = head_difference(model, head, torch.tensor(row))
+    except (SteerError, AttributeError):  # no plain head, or no plain backbone
         return None
     allowed = _ROUNDING * torch.finfo(head.weight.dtype).eps
-    return head if head_difference(model, head, torch.tensor(row)) <= allowed else None
+    return head if difference <= allowed else None
 
 
 def _batches(

@@ -1,17 +1,19 @@
 """Standard errors of figures, by the jackknife.
 
-    error_P^2 = (g - 1)/g * sum_i (s_i - mean(s))^2            error = max(error_P, error_S)
+    error_G^2 = (g - 1)/g * sum_i (s_i - mean(s))^2
+    error^2 = max(error_P^2 + error_S^2 - error_T^2, error_P^2, error_S^2)
 
 ``s_i`` is the figure without the texts of group ``i`` of ``g`` groups: for ``error_P`` those of one
-prompt, for ``error_S`` those of one seed, which is the same for text ``k`` of every prompt. With
-more than 100 prompts or seeds there are 100 groups of them. Texts of one prompt are not
-independent, and where the prompts are alike neither are texts of one seed: the larger of the two
-errors counts. For a mean over prompts, ``error_P`` is the usual standard error of a mean.
+prompt, for ``error_S`` those of one seed, which is the same for text ``k`` of every prompt, for
+``error_T`` single texts. With more than 100 prompts, seeds or texts there are 100 groups of them.
+Texts of one prompt are not independent, and where the prompts are alike neither are texts of one
+seed. With one text per prompt the error is ``error_P``, for a mean its usual standard error.
 
 A median and figures of the highest of a prompt's texts have no error: their jackknife does not
 converge.
 
-Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11.
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11; Cameron, Gelbach
+and Miller, Robust Inference with Multiway Clustering (2011), for the sum.
 """
 
 import math
@@ -27,6 +29,7 @@ Observations = Sequence[Sequence[Any]]
 """An observation of each text, by prompt."""
 
 _GROUPS: Final = 100
+_STRIDE: Final = 19  # shares no factor with 100
 _WITHOUT_ERROR: Final = ("median", "max", "any")
 
 
@@ -39,18 +42,35 @@ def with_errors(
     finite. There are no errors for a single text.
     """
     values = figures(observations)
-    by_group = [
+    by_prompt, by_seed, by_text = (
         [figures(part) for part in parts]
-        for parts in (_without_each_group(observations), _without_seeds(observations))
-        if parts
-    ]
+        for parts in (
+            _without_each_group(observations),
+            _without_seeds(observations),
+            _without_texts(observations),
+        )
+    )
     result: dict[str, float] = {}
     for name, value in values.items():
         result[name] = value
-        if by_group and name not in _WITHOUT_ERROR:
-            errors = [jackknife_error([part[name] for part in parts]) for parts in by_group]
-            result[name + ERROR] = math.nan if any(map(math.isnan, errors)) else max(errors)
+        if (by_prompt or by_seed) and name not in _WITHOUT_ERROR:
+            result[name + ERROR] = _over_prompts_and_seeds(
+                *([part[name] for part in parts] for parts in (by_prompt, by_seed, by_text))
+            )
     return result
+
+
+def _over_prompts_and_seeds(
+    by_prompt: Sequence[float], by_seed: Sequence[float], by_text: Sequence[float]
+) -> float:
+    prompts, seeds, texts = (
+        jackknife_error(values) ** 2 if values else 0.0 for values in (by_prompt, by_seed, by_text)
+    )
+    if not by_prompt or not by_seed:
+        return math.sqrt(prompts + seeds)
+    if math.isnan(prompts + seeds + texts):
+        return math.nan
+    return math.sqrt(max(prompts + seeds - texts, prompts, seeds))
 
 
 def jackknife_error(values: Sequence[float]) -> float:
@@ -68,6 +88,23 @@ def _without_seeds(observations: Observations) -> list[Observations]:
     if len(set(map(len, by_prompt))) != 1:
         return []  # not the same number of texts for every prompt
     return list(zip(*by_prompt, strict=True))
+
+
+def _without_texts(observations: Observations) -> list[Observations]:
+    """The observations without each group of texts; none unless all prompts have as many, at least
+    two. Texts of a prompt and texts of a seed are spread over the groups.
+    """
+    counts = set(map(len, observations))
+    if len(counts) != 1 or min(counts) < 2:
+        return []
+    groups = min(_GROUPS, counts.pop() * len(observations))
+    return [
+        [
+            [text for seed, text in enumerate(texts) if (_STRIDE * prompt + seed) % groups != group]
+            for prompt, texts in enumerate(observations)
+        ]
+        for group in range(groups)
+    ]
 
 
 def _without_each_group(items: Sequence[Any]) -> list[Any]:

@@ -20,9 +20,13 @@ class TextMeanJudge:
         self, answers: Sequence[Answers], on_text: OnText = ignore_count
     ) -> list[list[Mapping[str, float]]]:
         """The figures of each prompt's texts."""
+        known: dict[str, Mapping[str, float]] = {}  # steered texts are often equal
         observations, done = [], 0
         for answer in answers:
-            observations.append(list(map(self.of_text, answer.texts)))
+            for text in answer.texts:
+                if text not in known:
+                    known[text] = self.of_text(text)
+            observations.append([known[text] for text in answer.texts])
             done += len(answer.texts)
             on_text(done)
         return observations

@@ -253,7 +253,7 @@ class _Test:
         return hook
 
     def _begin(self, streams: list[torch.Tensor]) -> None:
-        """Make all rows of the first layer's input alike, but for the last one."""
+        """Make all rows of the first layer's input alike, but for the last two."""
         make_alike(streams, self._base)
         if streams:
             self._add(streams[0], -1)

@@ -140,11 +140,12 @@ def sweep(
             started = time.monotonic()
             answers = _answers(llm_engine, settings, steer, candidate, strength)
             timings.generated(answers, time.monotonic() - started)
+
+            def on_text(count: int) -> None:
+                on_point(done, total, f"{name}: {count} of {texts} texts judged")
+
             with timings.judging():
-                return _point(
-                    *(candidate, strength, answers, judges, unsteered),
-                    lambda count: on_point(done, total, f"{name}: {count} of {texts} texts judged"),
-                )
+                return _point(candidate, strength, answers, judges, unsteered, on_text)
 
         unsteered = measure(CandidateLayers("none", None), 0.0)
         for point in _search(settings, measure, candidates):

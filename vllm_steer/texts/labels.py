@@ -9,7 +9,7 @@ from vllm_steer.untrusted_text import is_number, shown
 
 LabelMap = Callable[[Any], float]
 
-_RANGE: Final = re.compile(r"([0-9]{1,3}):([0-9]{1,3})", re.ASCII)
+_RANGE: Final = re.compile(r"([0-9]{1,3})\s*:\s*([0-9]{1,3})", re.ASCII)
 
 # The maps of the LM-Steer authors' training script; their yelp map is not symmetric. All begin at
 # label 0.

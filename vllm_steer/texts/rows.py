@@ -286,7 +286,7 @@ def _txt(file: IO[str]) -> Iterator[tuple[int, Any]]:
     for line, text in _lines(file):
         if text.strip():
             text = text.rstrip("\r\n")
-            is_labelled = text.startswith(_FASTTEXT)
+            is_labelled = text.lstrip().startswith(_FASTTEXT)
             yield line, _fasttext_row(text) if is_labelled else {"text": text}
 
 

@@ -13,7 +13,14 @@ from vllm_steer.evaluation.lexicons import by_words
 
 def observation(share: float, dppl: float | None = None) -> french.Observation:
     return french.Observation(
-        share=share, probability=share, nll=2.0, tokens=1, dist_2=0.5, greedy_share=1.0, dppl=dppl
+        share=share,
+        probability=share,
+        nll=2.0,
+        tokens=1,
+        dist_2=0.5,
+        greedy_share=1.0,
+        dppl=dppl,
+        log_ratio=dppl,
     )
 
 
@@ -68,8 +75,8 @@ def test_what_dynamic_strength_saves_beside_fixed_ones_of_equal_share() -> None:
     lines = list(french.saved(observations))
     assert {line["method"] for line in lines} == {"dim", "dynamic", "dynamic / Q"}
     for line in lines:
-        assert line["saved_dppl"] == 1.5  # 10 * 0.55 - 4
-        assert line["error"] == 0
+        assert line["dppl"] == line["log_ratio"] == 1.5  # 10 * 0.55 - 4
+        assert line["dppl_error"] == 0
 
 
 def test_each_text_set_has_a_name_of_its_own() -> None:

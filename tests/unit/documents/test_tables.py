@@ -107,3 +107,11 @@ def test_a_number_and_a_title_are_in_one_line_at_any_width(width: int, expected:
     assert lines[0] == WIDE.title
     assert expected in "\n".join(lines) + "\n"
     assert "\n".join(lines).count("123.456 ± 0.02") == 4
+
+
+def test_a_long_name_in_a_table_without_a_grid_is_whole() -> None:
+    name = "classifier:/data/models/some-organisation/some-long-model:POSITIVE"
+    columns = [Column("judge"), *(Column(f"share {n}", ".6f") for n in range(4))]
+    console = Console(width=30, file=io.StringIO(), record=True)
+    console.print(Table("t", columns, [(name, *[0.123456] * 4)]))
+    assert name in "".join(console.export_text().split())

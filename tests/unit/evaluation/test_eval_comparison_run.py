@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from comparison_tools import TEXTS, FakeEngine, FakePerplexity
+from matplotlib.axes import Axes
 from typer.testing import CliRunner
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer, save_steer
@@ -97,7 +98,7 @@ def test_figures_are_computed_from_the_texts(folder: Path, fake_engine: FakeEngi
     # Of the four seeds, the same for both prompts, three have both: 1, 1, 1, 0.
     assert result["a+b", "fixed"]["all_error"] == pytest.approx(0.5 / math.sqrt(4))
     assert result["a+b", "fixed"]["share_error"] == pytest.approx({"a": 0.25, "b": 0.0})
-    assert "all 0.750 ± 0.2  a 0.750 ± 0.2" in compare(folder).stdout
+    assert "│ 0.750 ± 0.2 │ 0.750 ± 0.2 │ 1.000 │" in compare(folder).stdout
     # Two words, the first one empty, and two more, in each of four texts: " oui good" three
     # times and " no good": 2-grams are ("", oui), (oui, good), ("", no), (no, good).
     assert figures["diversity"]["dist-2"] == pytest.approx(4 / 12)
@@ -198,3 +199,21 @@ def test_eval_of_a_file_of_properties_says_which_command_is_for_it(
     result = CliRunner().invoke(app, line)
     assert isinstance(result.exception, SteerError)
     assert "for a file of properties use vllm-steer compare" in str(result.exception)
+
+
+def test_the_picture_has_one_point_per_method_at_its_share(
+    folder: Path, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: dict[str, list[tuple[float, float]]] = {}
+    plot = Axes.plot
+
+    def noted(axis: Axes, *args: Any, **options: Any) -> Any:
+        if len(args) == 3 and len(args[0]) == 1:  # not a line over tokens
+            points.setdefault(options["label"], []).extend(zip(args[0], args[1], strict=True))
+        return plot(axis, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    compare(folder, plot=True)
+    report = json.loads((folder / "run" / "report.json").read_text())
+    shares = [row["all"] for row in report["rows"] if row["method"] == "fixed"]
+    assert [share for _, share in points["fixed"]] == shares

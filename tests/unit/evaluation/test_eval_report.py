@@ -201,4 +201,4 @@ def test_standard_errors_stand_beside_their_figures(tmp_path: Path) -> None:
     )
     (table,) = tables(made)
     assert [column.heading for column in table.columns[2:]] == ["share", "undecided"]
-    assert table.rows == [(0.0, "none", "0.500 ± 0.3", "0.000 ± 0")]
+    assert table.rows == [(0.0, "none", "0.500 ± 0.3", "0.000")]

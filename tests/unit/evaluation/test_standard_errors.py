@@ -33,6 +33,15 @@ def test_the_error_of_a_mean_is_its_usual_standard_error() -> None:
     assert with_errors(of_means, [[value] * 4 for value in values]) == expected
 
 
+def test_the_errors_of_prompts_and_seeds_add_up() -> None:
+    """Of ``a_p + b_s``: ``var a / P + var b / S - var / (P S)``, each text by itself."""
+    prompts, seeds = [3.0, 1.0, 4.0, 1.5], [0.5, 2.5, 1.0]
+    texts = [[a + b for b in seeds] for a in prompts]
+    variance = stdev(text for row in texts for text in row) ** 2
+    squared = stdev(prompts) ** 2 / 4 + stdev(seeds) ** 2 / 3 - variance / 12
+    assert with_errors(of_means, texts)["mean_error"] == pytest.approx(math.sqrt(squared), rel=0.05)
+
+
 def test_many_prompts_are_left_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """With groups of equal size the error is that of the mean of the groups' means."""
     values = [random.Random(1).gauss(0, 1) for _ in range(40)]
@@ -86,8 +95,11 @@ def test_the_scores_of_a_judge_are_the_figures_of_its_observations() -> None:
     ("value", "error", "text"),
     [
         (0.8123, 0.0234, "0.812 ± 0.02"),
-        (3.79, 0.0, "3.790 ± 0"),
+        (3.79, 0.0, "3.790"),
+        (0.333, 3e-16, "0.333"),
+        (20.5, 9.7, "20.500 ± 10"),
         (183.16, 23.7, "183.160 ± 24"),
+        (123456.0, 4567.0, "1.23e+05 ± 4.6e+03"),
         (0.5, math.nan, "0.500"),
         (math.nan, math.nan, "-"),
     ],

@@ -248,7 +248,7 @@ def _write_report(run: Run, report: ComparisonReport) -> None:
 
 def _perplexity(judges: Sequence[Judge], missing: Mapping[str, str]) -> Judge:
     for judge in judges:
-        if judge.name.startswith("perplexity:"):
+        if judge.name.partition(":")[0] == "perplexity":
             return judge
     reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
     raise SteerError(f"no perplexity judge is available ({reasons}); give another one")

@@ -81,7 +81,7 @@ def _prices(axis: Any, rows: Sequence[RowResult], combination: Combination, seen
         hollow = {"markerfacecolor": "none"} if result.row.title != method else {}
         axis.plot(
             [figures[PERPLEXITY]],
-            [result.accuracy],
+            [result.accuracy.share],
             _MARKS[method],
             color=COLOURS[index % len(COLOURS)],
             label=label(result.row.title),
