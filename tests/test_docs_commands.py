@@ -28,6 +28,7 @@ PROSE = {
         "judges",
         "models",
         "operate",
+        "real-model",
         "recipes",
         "security",
     ),
