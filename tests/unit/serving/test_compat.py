@@ -31,7 +31,7 @@ def test_this_vllm_has_every_name_and_the_check_is_fast() -> None:
     begin = time.process_time()
     missing = missing_in(VllmSource.of(INSTALLED), installed_version(), all_names())
     assert [f"{name.module}:{name.path} ({name.feature})" for name in missing] == []
-    assert time.process_time() - begin < 2
+    assert time.process_time() - begin < 4  # below 1 s on a quiet machine
 
 
 def test_every_name_is_declared_once() -> None:
