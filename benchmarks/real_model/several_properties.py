@@ -63,7 +63,7 @@ def main() -> None:
     result.data |= {"chosen": {m: in_words(c.doses) for m, c in report.selected.methods.items()}}
     for line in lines(report):
         result.add(line)
-    result.write(seconds=seconds_of(args.folder))
+    result.write(tried=list(tried(report.data)), seconds=seconds_of(args.folder))
     print(real_model(result.data))
 
 
@@ -162,6 +162,20 @@ def compare(model: str, folder: Path, samples: int) -> Any:
         engine=EngineOptions(max_model_len=512, enforce_eager=True),
     )
     return comparison_run.compare(settings, make_judges, progress)
+
+
+def tried(data: Line) -> Iterator[Line]:
+    """All strengths that were tried, from the plain data of a report: the share with all properties
+    and the perplexity on the questions of the selection.
+    """
+    for candidate in data["choosing"]:
+        yield {
+            "combination": candidate["combination"],
+            "method": candidate["method"],
+            "strengths": in_words(candidate["steer"]),
+            "all": round(candidate["accuracy"], 3),
+            "perplexity": round(candidate["perplexity"], 2),
+        }
 
 
 def lines(report: Any) -> Iterator[Line]:

@@ -82,7 +82,19 @@ def several_properties(data: Mapping[str, Any]) -> str:
         if line["method"] != "best fixed"
     ]
     headings = ("properties", "method", "strengths", "all at once", "beside fixed", "perplexity")
-    return document(data, table(headings, rows))
+    tried = [
+        (
+            line["combination"].replace("+", ", "),
+            line["method"],
+            line["strengths"].replace(" (top-p 0.5)", ""),
+            f"{line['all']:.2f}",
+            f"{line['perplexity']:.1f}",
+        )
+        for line in sorted(data["tried"], key=lambda line: (line["combination"], line["all"]))
+    ]
+    caption = f"Tried on the {data['choosing']} questions of the selection:"
+    tried_headings = ("properties", "method", "strengths", "all at once", "perplexity")
+    return document(data, table(headings, rows), caption, table(tried_headings, tried))
 
 
 def speed(data: Mapping[str, Any]) -> str:
