@@ -71,11 +71,11 @@ def seconds_of(folder: Path) -> dict[str, float]:
 
 
 @functools.cache
-def language_model(name: str) -> Any:
+def language_model(name: str, dtype: str = "auto") -> Any:
     """The model in Hugging Face's form, loaded once."""
     from vllm_steer.models import load_language_model
 
-    return load_language_model(name)
+    return load_language_model(name, dtype=dtype)
 
 
 @functools.cache
