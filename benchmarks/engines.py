@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from vllm_steer.cli.libraries import set_verbosity
+
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -16,7 +18,10 @@ ENVIRONMENT = {
 
 
 def set_environment() -> None:
-    """Set missing environment variables; call it before vLLM is imported."""
+    """Set missing environment variables and hold libraries' messages back; call it before vLLM is
+    imported.
+    """
+    set_verbosity(False)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

@@ -26,7 +26,7 @@ def lm_steer_tables(data: Line) -> str:
     return document(
         data,
         (
-            ("Positive texts in percent, ± standard error over prompts:", _effect),
+            ("Positive texts in percent, ± standard error:", _effect),
             ("Perplexity by the unsteered model, and distinct n-grams:", _cost),
             ("Effect normalised by perplexity:", _pnes),
             ("Beside the paper (GPT-2 large, judged by GPT-2 XL):", _paper),

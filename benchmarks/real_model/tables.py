@@ -49,10 +49,20 @@ def french(data: Mapping[str, Any]) -> str:
             f"{line['median_dppl']:.1f}",
             pm(line, "log_ratio"),
             pm(line, "perplexity", 1),
+            pm(line, "dist_2"),
         )
         for line in data["rows"]
     ]
-    headings = ("strength", "French", "greedy", "dPPL", "median", "ln ratio", "perplexity")
+    headings = (
+        "strength",
+        "French",
+        "greedy",
+        "dPPL",
+        "median",
+        "ln ratio",
+        "perplexity",
+        "dist-2",
+    )
     saved = [
         (f"{line['method']} {line['strength']}", pm(line, "dppl", 1), pm(line, "log_ratio"))
         for line in data["saved"]

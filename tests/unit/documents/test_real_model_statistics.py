@@ -121,3 +121,43 @@ def test_the_comparison_file_is_accepted(tmp_path) -> None:  # type: ignore[no-u
     choosing = (tmp_path / "choosing.jsonl").read_text().splitlines()
     assert json.loads(prompts[0]) == {"prompt": "Q:question 4\nA:"}
     assert not set(prompts) & set(choosing)
+
+
+def test_a_difference_of_shares_is_taken_text_by_text() -> None:
+    """Two questions of two texts: 1 - 0, 1 - 1 and 0 - 1, 1 - 0, so 0.5 and 0 on average."""
+    own, other = [[True, True], [False, True]], [[False, True], [True, False]]
+    figures = several_properties._difference(own, other)
+    assert figures["beside"] == 0.25
+    by_question = 0.25  # half the difference of 0.5 and 0
+    by_seed = 0.25  # of (1 - 1)/2 = 0 and (0 + 1)/2 = 0.5
+    single = math.sqrt(statistics.variance([1, 0, -1, 1]) / 4)
+    assert single > by_question  # so that the sum of squares is below each, and the larger counts
+    assert figures["beside_error"] == pytest.approx(max(by_question, by_seed))
+
+
+def test_what_is_saved_has_the_error_of_the_questions() -> None:
+    """Prices of 1 and 3 at the fixed settings for two questions each; the dynamic one saves 1 and
+    2, so 1.5 with an error of half their difference.
+    """
+    observations = {}
+    for row in french.settings():
+        if row.method == "none":
+            pair = [(0.0, 1.0), (0.0, 2.0)]
+        elif row.method == "fixed":
+            pair = [(1.0, 3.0), (1.0, 5.0)]
+        else:
+            pair = [(0.5, 1.0), (0.5, 1.5)]
+        observations[row.name] = [observation(*values) for values in pair]
+    for line in french.saved(observations):
+        assert line["dppl"] == 1.5
+        assert line["dppl_error"] == 0.5
+
+
+def test_strengths_that_were_tried_are_lines() -> None:
+    dose = {"strength": "dynamic", "max": 1.5, "top_p": 0.5}
+    row = {"combination": "a+b", "method": "dynamic", "steer": {"a": dose, "b": {"strength": 1.0}}}
+    (line,) = several_properties.tried(
+        {"choosing": [row | {"accuracy": 0.25, "perplexity": 3.999}]}
+    )
+    assert line["strengths"] == "a to 1.5 (top-p 0.5), b 1"
+    assert (line["all"], line["perplexity"]) == (0.25, 4.0)
