@@ -4,7 +4,8 @@
 
 ``accuracy`` in the head has the probes' accuracies by layer; ``rows`` has a line for each condition
 (steer, random steer of equal norm, no steer; a scale) of the parts ``probes`` and ``layers``.
-Errors are standard errors over prompts.
+Errors are those of ``vllm-steer eval``. A result has the parts of its own command only: with
+``--only`` give another file.
 """
 
 import json
