@@ -4,8 +4,8 @@
 
 ``rows`` has a line for each condition (steer, random steer of equal norm, no steer; a strength) of
 the parts ``strengths``, ``ranks``, ``french`` and ``transfer``; ``words`` and ``evidence`` are in
-the head. Errors are those of ``vllm-steer
-eval``. A result has the parts of its own command only: with ``--only`` give another file.
+the head. Errors are those of ``vllm-steer eval``. A result has the parts of its own command only:
+with ``--only`` give another file.
 """
 
 from collections.abc import Callable, Sequence
