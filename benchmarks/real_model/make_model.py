@@ -41,6 +41,7 @@ PACKAGED: Final = {
 }
 DEFAULT: Final = "gemma3-270m"
 _FOLDER: Final = Path("build/real-model")
+_MADE_FROM: Final = "made_from.txt"
 
 
 def main() -> None:
@@ -56,12 +57,24 @@ def main() -> None:
 
 
 def make_model(folder: Path, source: str = DEFAULT) -> None:
-    """Save model and tokenizer; do nothing if they are there already."""
-    if (folder / "tokenizer_config.json").exists():
+    """Save model and tokenizer; do nothing if they are there already.
+
+    Exits for a folder that was made from another source.
+    """
+    made_from = folder / _MADE_FROM  # written last
+    if made_from.exists():
+        found = made_from.read_text(encoding="utf-8")
+        if found != source:
+            sys.exit(f"{folder} was made from {found}, not {source}; give another folder")
         return
-    if source not in PACKAGED:
+    if source in PACKAGED:
+        _save_packaged(source, folder)
+    else:
         _save(*_load(source), folder)
-        return
+    made_from.write_text(source, encoding="utf-8")
+
+
+def _save_packaged(source: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = _download(PACKAGED[source], Path(name))
         model, tokenizer = _load(file.parent, gguf_file=file.name)
@@ -113,7 +126,7 @@ def _add_bos(tokenizer: Any) -> None:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)  # last: its files say that the folder is complete
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

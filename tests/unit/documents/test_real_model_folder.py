@@ -29,9 +29,11 @@ def test_a_folder_is_saved_in_bfloat16_with_its_tokenizer(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_is_complete_is_not_made_again(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "made_from.txt").write_text("no such model")
     make_model.make_model(tmp_path, "no such model")
     assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(SystemExit, match="was made from no such model, not another; give another"):
+        make_model.make_model(tmp_path, "another")
 
 
 def installs(parts: dict[str, bytes]) -> Any:
