@@ -6,7 +6,7 @@ literally, and ``markdown`` escapes Markdown syntax.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from rich.cells import cell_len
@@ -73,7 +73,18 @@ class Table:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table for a ``cli.terminal.Console``; without headings it has no header row."""
-        width = options.max_width
+        table = self._in_ascii() if options.ascii_only else self
+        yield from table._rendered(options.max_width)
+
+    def _in_ascii(self) -> "Table":
+        """The table for a terminal that cannot show ±."""
+        rows = [
+            [cell.replace("±", "+-") if isinstance(cell, str) else cell for cell in row]
+            for row in self.rows
+        ]
+        return replace(self, rows=rows)
+
+    def _rendered(self, width: int) -> Iterator[RenderableType]:
         if self.title:
             yield Styled(self.title, "bold")
         plain = [column.heading for column in self.columns]

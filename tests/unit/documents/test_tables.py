@@ -109,6 +109,15 @@ def test_a_number_and_a_title_are_in_one_line_at_any_width(width: int, expected:
     assert "\n".join(lines).count("123.456 ± 0.02") == 4
 
 
+def test_a_standard_error_in_a_terminal_of_ascii_alone() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(width=40, file=file).print(
+        Table("t", [Column("judge"), Column("share", figure)], [("mine", "0.500 ± 0.1")])
+    )
+    file.seek(0)
+    assert "mine" in (text := file.read()) and "0.500 +- 0.1" in text
+
+
 def test_a_long_name_in_a_table_without_a_grid_is_whole() -> None:
     name = "classifier:/data/models/some-organisation/some-long-model:POSITIVE"
     columns = [Column("judge"), *(Column(f"share {n}", ".6f") for n in range(4))]
