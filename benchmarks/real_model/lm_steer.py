@@ -18,6 +18,7 @@ import yaml
 from benchmarks.arguments import add_names, numbers
 from benchmarks.engines import set_environment
 from benchmarks.real_model.experiment import BUILD
+from benchmarks.real_model.french import DEMONSTRATIONS, INSTRUCTIONS
 from benchmarks.real_model.lm_steer_table import lm_steer_tables
 from benchmarks.real_model.sentiment import VerdictJudge, balanced
 from benchmarks.real_model.sentiment_run import (
@@ -54,12 +55,7 @@ EFFECT_SENTENCES: Final = 60
 TRANSFER_STRENGTHS: Final = (-5.0, -2.0, 0.0, 2.0, 5.0)
 # The French delta: 20 prompts of 4 demonstrations and a question in each language.
 FRENCH_ROWS: Final = 100
-DEMONSTRATIONS: Final = 4
 FRENCH_STEPS: Final = 20
-INSTRUCTIONS: Final = {
-    "FRA": "Répondre aux questions suivantes",
-    "ENG": "Answer the following questions",
-}
 FRENCH_WORDS: Final = Path(__file__).with_name("french-words.yaml")
 
 

@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 
-from benchmarks.real_model import french, several_properties
+from benchmarks.real_model import french_figures as french
+from benchmarks.real_model import several_properties
 from benchmarks.real_model.experiment import jackknife
 from benchmarks.real_model.manners import JUDGES, OPPOSITE, PHRASES, in_manner
 from vllm_steer.evaluation.lexicons import by_words
