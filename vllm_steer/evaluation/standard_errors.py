@@ -17,6 +17,7 @@ and Miller, Robust Inference with Multiway Clustering (2011), for the sum.
 """
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -29,7 +30,6 @@ Observations = Sequence[Sequence[Any]]
 """An observation of each text, by prompt."""
 
 _GROUPS: Final = 100
-_STRIDE: Final = 19  # shares no factor with 100
 _WITHOUT_ERROR: Final = ("median", "max", "any")
 
 
@@ -92,15 +92,23 @@ def _without_seeds(observations: Observations) -> list[Observations]:
 
 def _without_texts(observations: Observations) -> list[Observations]:
     """The observations without each group of texts; none unless all prompts have as many, at least
-    two. Texts of a prompt and texts of a seed are spread over the groups.
+    two. Groups of more than one text are drawn at random, the same in each call.
     """
     counts = set(map(len, observations))
     if len(counts) != 1 or min(counts) < 2:
         return []
-    groups = min(_GROUPS, counts.pop() * len(observations))
+    per_prompt = counts.pop()
+    total = per_prompt * len(observations)
+    groups = min(_GROUPS, total)
+    group_of = [index % groups for index in range(total)]
+    random.Random(0).shuffle(group_of)
     return [
         [
-            [text for seed, text in enumerate(texts) if (_STRIDE * prompt + seed) % groups != group]
+            [
+                text
+                for seed, text in enumerate(texts)
+                if group_of[prompt * per_prompt + seed] != group
+            ]
             for prompt, texts in enumerate(observations)
         ]
         for group in range(groups)

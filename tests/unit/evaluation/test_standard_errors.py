@@ -34,12 +34,15 @@ def test_the_error_of_a_mean_is_its_usual_standard_error() -> None:
 
 
 def test_the_errors_of_prompts_and_seeds_add_up() -> None:
-    """Of ``a_p + b_s``: ``var a / P + var b / S - var / (P S)``, each text by itself."""
+    """Of ``a_p + b_s``: ``var a / P + var b / S - T^2``. The mean moves by ``(b_s - mean b) /
+    (P (S - 1))`` without a text, since it is a mean of prompts' means.
+    """
     prompts, seeds = [3.0, 1.0, 4.0, 1.5], [0.5, 2.5, 1.0]
     texts = [[a + b for b in seeds] for a in prompts]
-    variance = stdev(text for row in texts for text in row) ** 2
-    squared = stdev(prompts) ** 2 / 4 + stdev(seeds) ** 2 / 3 - variance / 12
-    assert with_errors(of_means, texts)["mean_error"] == pytest.approx(math.sqrt(squared), rel=0.05)
+    moves = [(b - mean(seeds)) / (4 * 2) for _ in prompts for b in seeds]
+    squared = stdev(prompts) ** 2 / 4 + stdev(seeds) ** 2 / 3
+    squared -= 11 / 12 * sum(move**2 for move in moves)
+    assert with_errors(of_means, texts)["mean_error"] == pytest.approx(math.sqrt(squared))
 
 
 def test_many_prompts_are_left_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:

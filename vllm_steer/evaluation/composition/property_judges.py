@@ -44,14 +44,14 @@ def share(verdicts: Verdicts) -> float:
 
 
 class ShareWithError(NamedTuple):
-    """A share of texts, and its standard error over prompts; NaN for fewer than two prompts."""
+    """A share of texts, and its standard error; NaN for a single text."""
 
     share: float
     error: float
 
 
 def share_with_error(verdicts: Verdicts) -> ShareWithError:
-    """``share`` with its standard error over prompts."""
+    """``share`` with its standard error."""
     figures = with_errors(lambda rows: {"share": share(rows)}, verdicts)
     return ShareWithError(figures["share"], figures.get("share" + ERROR, math.nan))
 
