@@ -147,10 +147,7 @@ def main() -> None:
     run = SentimentRun(args)
     settings = {**run.settings, "answers": args.answers, "site": "attn_in", "mode": "rotate"}
     result = Result("real_model_concept_guidance", args.json, **settings)
-    for name in args.only:
-        with run.timed(name):
-            PARTS[name](run, result)
-        result.write(seconds=run.seconds)
+    run.parts({name: PARTS[name] for name in args.only}, result)
     print(concept_guidance_tables(result.data))
 
 

@@ -280,10 +280,7 @@ def main() -> None:
     args = parser.parse_args()
     run = SentimentRun(args)
     result = Result("real_model_lm_steer", args.json, **run.settings, rank=RANK, steps=args.steps)
-    for name in args.only:
-        with run.timed(name):
-            PARTS[name](run, result)
-        result.write(seconds=run.seconds)
+    run.parts({name: PARTS[name] for name in args.only}, result)
     print(lm_steer_tables(result.data))
 
 

@@ -2,8 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -104,14 +103,12 @@ class SentimentRun:
             path.write_text(json.dumps(make()), encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def timed(self, part: str) -> AbstractContextManager[None]:
-        """Add the seconds of the block to those of earlier runs of the part."""
-        return timed(self.folder, part)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each part, over all runs in this folder."""
-        return seconds_of(self.folder)
+    def parts(self, parts: Mapping[str, Callable[[Any, Result], None]], result: Result) -> None:
+        """Run parts of the experiment; ``result`` is written after each, with its seconds."""
+        for name, part in parts.items():
+            with timed(self.folder, name):
+                part(self, result)
+            result.write(seconds=seconds_of(self.folder))
 
 
 def options(doc: str | None, name: str, *, samples: int = 5) -> argparse.ArgumentParser:
