@@ -70,11 +70,13 @@ def test_the_class_of_a_model_on_the_transformers_backend_is_as_it_was_after_the
     tmp_path: Path,
 ) -> None:
     cls = transformers.GPTNeoXModel
-    before = cls.__bases__, dict(vars(cls))
+    bases, members = cls.__bases__, dict(vars(cls))
     model = save_tiny_model("gpt-neox-transformers-backend", tmp_path / "model")
     with engine(model):
-        assert cls.__bases__ != before[0]
-    assert (cls.__bases__, dict(vars(cls))) == before
+        assert cls.__bases__ != bases
+    assert cls.__bases__ == bases
+    # Transformers adds answers that it keeps of its class (names with `cached`) to it.
+    assert {name: vars(cls)[name] for name in members} == members
     save_tiny_model("gpt-neox-transformers-backend", tmp_path / "again")
 
 
