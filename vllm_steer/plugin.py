@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_steer.environment import (
     HEADLESS,
+    LOADING,
     STEERING,
     STREAM_REQUESTS,
     STRENGTH_REPORTS,
@@ -53,6 +54,8 @@ def patch_active() -> None:
         _patch_reports()
     if is_active(STREAM_REQUESTS):
         _patch_streams()
+    if is_active(LOADING):
+        _patch_loading()
 
 
 def _patch_steering() -> None:
@@ -131,6 +134,29 @@ def _patch_streams() -> None:
     wrap(EngineCore, "add_request", _with_streams, once=True)
 
 
+def _patch_loading() -> None:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.runtime import engine_core, names
+
+    wrap(InputProcessor, "process_inputs", names.with_loaded_steers, once=True)
+    wrap(EngineCore, "add_request", engine_core.with_arrival, once=True)
+    for method in engine_core.METHODS:
+        setattr(EngineCore, method, getattr(engine_core, method))
+
+
+def _patch_serving_frontend() -> None:
+    """Wrap what a server awaits before it serves."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.runtime.server import with_restored_steers
+
+    wrap(AsyncLLM, "get_supported_tasks", with_restored_steers, once=True)
+
+
 def _with_flag(original: Any, parser: Any) -> Any:
     from vllm_steer.serving.command_line import add_steer_config_flag
 
@@ -144,10 +170,13 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm_steer.compat import options
     from vllm_steer.serving.activation import activate_steering
     from vllm_steer.serving.plan_transport import resolved_additional_config
+    from vllm_steer.serving.runtime.server import prepare_loading
     from vllm_steer.serving.startup_checks import check_engine
 
     resolved = resolved_additional_config(user_config)
     activate_steering(serves_dynamic=self.speculative_config is None)
+    if resolved is not None and resolved["steer"]["runtime"]["enabled"]:
+        activate(LOADING)
     if kwargs.get("headless"):
         activate(HEADLESS)
     patch_active()
@@ -157,6 +186,9 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         self.additional_config = user_config
     check_engine(vllm_config)
+    if is_active(LOADING):
+        prepare_loading(vllm_config, usage_context=kwargs.get("usage_context"))
+        _patch_serving_frontend()
     if options.data_parallel_size(vllm_config) > 1:
         _patch_data_parallel_frontend()
     if options.kv_transfer_config(vllm_config) is not None:

@@ -1,0 +1,100 @@
+"""The names of loaded steers that a frontend resolves its requests by.
+
+A request is resolved once: by the names as they are when it comes in. The keys of its steers travel
+with it to the engine core and to the workers, so that it keeps them whatever the names come to
+mean.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_steer.doses import Dose
+from vllm_steer.environment import RUNTIME_FOLDER
+from vllm_steer.plan import SteerPlan
+from vllm_steer.runtime.registry import LoadedNames, Registry
+from vllm_steer.serving.plan_transport import plan_of
+from vllm_steer.serving.request_args import FRONTEND_LOADED, LOADED, STEER, argument
+
+REQUEST_NAMES: ContextVar[LoadedNames | None] = ContextVar("vllm_steer_names", default=None)
+"""The names by which a server's current request is resolved; set by the middleware."""
+
+_registries: dict[int, tuple[SteerPlan, Registry]] = {}
+_NO_NAMES: Final = LoadedNames()
+
+
+def share_folder(plan: SteerPlan) -> None:
+    """Give this process and those that it starts one folder for what is loaded.
+
+    It is removed with this process, unless it is ``runtime.state``.
+    """
+    if plan.runtime.state is None and RUNTIME_FOLDER not in os.environ:
+        os.environ[RUNTIME_FOLDER] = str(_temporary_folder())
+
+
+def registry_of(plan: SteerPlan) -> Registry:
+    """The registry of a plan's engine in this process."""
+    if id(plan) not in _registries:
+        shared = os.environ.get(RUNTIME_FOLDER)
+        folder = plan.runtime.state or (Path(shared) if shared else _temporary_folder())
+        _registries[id(plan)] = plan, Registry(folder)
+    return _registries[id(plan)][1]
+
+
+def names_now(plan: SteerPlan) -> LoadedNames:
+    """The names by which the current request is resolved, or a new one would be."""
+    if not plan.runtime.enabled:
+        return _NO_NAMES
+    names = REQUEST_NAMES.get()
+    return registry_of(plan).names() if names is None else names
+
+
+def doses_now(value: Any, plan: SteerPlan) -> tuple[Dose, ...]:
+    """The doses of a ``steer`` value in a frontend; None takes the default."""
+    return plan.doses(value, names_now(plan).loaded_by(value, plan))
+
+
+def with_loaded_steers(
+    original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """``InputProcessor.process_inputs``, whose request carries the keys of its loaded steers."""
+    plan = plan_of(processor.vllm_config)
+    if plan is None or not plan.runtime.enabled:
+        return original(processor, *args, **kwargs)
+    params = kwargs["params"] if "params" in kwargs else args[2]
+    loaded = names_now(plan).loaded_by(argument(params, STEER), plan)
+    before = FRONTEND_LOADED.set(loaded)
+    try:
+        request = original(processor, *args, **kwargs)
+    finally:
+        FRONTEND_LOADED.reset(before)
+    if request.sampling_params is not None:
+        _carry(request.sampling_params, loaded)
+    return request
+
+
+def _carry(sampling_params: Any, loaded: Any) -> None:
+    """Put the keys into the request's own copy of its parameters; a client's are dropped."""
+    others = {k: v for k, v in (sampling_params.extra_args or {}).items() if k != LOADED}
+    if loaded:
+        sampling_params.extra_args = {**others, LOADED: dict(loaded)}
+    elif argument(sampling_params, LOADED) is not None:
+        sampling_params.extra_args = others or None
+
+
+def _temporary_folder() -> Path:
+    """A folder for this user only, which is removed when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="vllm-steer-"))
+    process = os.getpid()
+    atexit.register(_remove, folder, process)
+    return folder
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not in a fork
+        shutil.rmtree(folder, ignore_errors=True)
