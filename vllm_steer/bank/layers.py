@@ -11,7 +11,6 @@ from vllm_steer.kernels.guidance import Directions
 from vllm_steer.steers import DeltaSteer, VectorSteer
 from vllm_steer.steers.sites import LAYER_SITES
 
-_TRIAL = "<reserved>"
 GuidanceSteer = VectorSteer | DeltaSteer
 Project = Callable[[int, torch.Tensor], torch.Tensor]
 """From a layer and tensors at the input of its attention's projection to those at its output."""
@@ -82,12 +81,13 @@ class SiteTable:
             return
         vector = torch.randn(vectors.shape[2], generator=torch.Generator().manual_seed(1))
         vectors[:, start] = vector.to(vectors.device)
-        self.entries[_TRIAL] = DirectionRange(start, None, self.layers)
+        name = f"<reserved at {self.site}>"  # no steer can have it
+        self.entries[name] = DirectionRange(start, None, self.layers)
         try:
             yield
         finally:
             vectors[:, start] = 0.0
-            self.remove(_TRIAL)
+            self.remove(name)
 
 
 @dataclass(frozen=True)
