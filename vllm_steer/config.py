@@ -154,6 +154,11 @@ class SteerConfig(BaseModel):
     @model_validator(mode="after")
     def _parts_agree(self) -> "SteerConfig":
         if not self.steers and not self.runtime.enabled:
+            if "steers" not in self.model_fields_set:
+                raise ValueError(
+                    "key 'steers' is missing; name at least one steer, or set runtime: "
+                    "{enabled: true} to load them while the engine serves"
+                )
             raise ValueError(
                 "steers is empty; name at least one steer, set runtime: {enabled: true} to load "
                 "them while the engine serves, or leave the config away"

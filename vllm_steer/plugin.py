@@ -60,11 +60,15 @@ def patch_active() -> None:
 
 def _patch_steering() -> None:
     from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving import applied
     from vllm_steer.serving.cache_key import with_steer_keys
     from vllm_steer.serving.plan_agreement import CHECK, check_engine_core
 
@@ -76,6 +80,10 @@ def _patch_steering() -> None:
             setattr(module, extra_keys, getattr(kv_cache_utils, extra_keys))
     _patch_run_batch()
     wrap(InputProcessor, "_validate_params", _with_admission, once=True)
+    for engine in (LLMEngine, AsyncLLM):
+        wrap(engine, "__init__", applied.with_plan_for_outputs, once=True)
+    wrap(OutputProcessor, "add_request", applied.with_applied_of_request, once=True)
+    wrap(RequestState, "_new_request_output", applied.with_applied_steers, once=True)
     wrap(EngineCore, "preprocess_add_request", _with_engine_core_admission, once=True)
     setattr(EngineCore, CHECK, check_engine_core)
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
@@ -170,7 +178,6 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm_steer.compat import options
     from vllm_steer.serving.activation import activate_steering
     from vllm_steer.serving.plan_transport import resolved_additional_config
-    from vllm_steer.serving.runtime.server import prepare_loading
     from vllm_steer.serving.startup_checks import check_engine
 
     resolved = resolved_additional_config(user_config)
@@ -187,7 +194,6 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         self.additional_config = user_config
     check_engine(vllm_config)
     if is_active(LOADING):
-        prepare_loading(vllm_config, usage_context=kwargs.get("usage_context"))
         _patch_serving_frontend()
     if options.data_parallel_size(vllm_config) > 1:
         _patch_data_parallel_frontend()

@@ -14,6 +14,7 @@ Feature = Literal[
     "prompt logprobs",
     "dynamic strength",
     "HTTP",
+    "loading at run time",
     "LoRA",
     "command line tools",
 ]

@@ -6,7 +6,12 @@ them, and the tests see that each exists in the installed vLLM and that no file 
 
 from typing import Final
 
-from vllm_steer.compat.names import dynamic_strength, optional_features, steering
+from vllm_steer.compat.names import (
+    dynamic_strength,
+    optional_features,
+    runtime_loading,
+    steering,
+)
 from vllm_steer.compat.vllm_name import Feature, VllmName
 
 GLOBAL: Final[tuple[VllmName, ...]] = (*steering.GLOBAL, *dynamic_strength.GLOBAL)
@@ -16,6 +21,7 @@ NAMES: Final[tuple[VllmName, ...]] = (
     *steering.OTHER,
     *dynamic_strength.OTHER,
     *optional_features.OTHER,
+    *runtime_loading.OTHER,
 )
 
 

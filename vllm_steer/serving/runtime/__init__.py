@@ -3,7 +3,9 @@
 reserved_bank  a worker: reads a steer beside the steps, and writes it between two of them
 engine_core    an engine core: which steers stay, and where they are placed
 loading        the frontend: all engines have a steer, or none
-frontend       the frontend: the names that a request is resolved by
+names          the frontend: the names that a request is resolved by
+listing        what is loaded, as data
 engines        how a frontend calls its engines
+server         a server's part; ``shared_folder`` is that of its API servers
 offline        the same for an ``LLM``
 """

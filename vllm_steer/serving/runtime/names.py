@@ -5,21 +5,16 @@ with it to the engine core and to the workers, so that it keeps them whatever th
 mean.
 """
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, Final
 
 from vllm_steer.doses import Dose
-from vllm_steer.environment import RUNTIME_FOLDER
 from vllm_steer.plan import SteerPlan
 from vllm_steer.runtime.registry import LoadedNames, Registry
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.request_args import FRONTEND_LOADED, LOADED, STEER, argument
+from vllm_steer.serving.runtime.shared_folder import folder_of
 
 REQUEST_NAMES: ContextVar[LoadedNames | None] = ContextVar("vllm_steer_names", default=None)
 """The names by which a server's current request is resolved; set by the middleware."""
@@ -28,21 +23,10 @@ _registries: dict[int, tuple[SteerPlan, Registry]] = {}
 _NO_NAMES: Final = LoadedNames()
 
 
-def share_folder(plan: SteerPlan) -> None:
-    """Give this process and those that it starts one folder for what is loaded.
-
-    It is removed with this process, unless it is ``runtime.state``.
-    """
-    if plan.runtime.state is None and RUNTIME_FOLDER not in os.environ:
-        os.environ[RUNTIME_FOLDER] = str(_temporary_folder())
-
-
 def registry_of(plan: SteerPlan) -> Registry:
     """The registry of a plan's engine in this process."""
     if id(plan) not in _registries:
-        shared = os.environ.get(RUNTIME_FOLDER)
-        folder = plan.runtime.state or (Path(shared) if shared else _temporary_folder())
-        _registries[id(plan)] = plan, Registry(folder)
+        _registries[id(plan)] = plan, Registry(folder_of(plan.runtime))
     return _registries[id(plan)][1]
 
 
@@ -85,16 +69,3 @@ def _carry(sampling_params: Any, loaded: Any) -> None:
         sampling_params.extra_args = {**others, LOADED: dict(loaded)}
     elif argument(sampling_params, LOADED) is not None:
         sampling_params.extra_args = others or None
-
-
-def _temporary_folder() -> Path:
-    """A folder for this user only, which is removed when this process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="vllm-steer-"))
-    process = os.getpid()
-    atexit.register(_remove, folder, process)
-    return folder
-
-
-def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # not in a fork
-        shutil.rmtree(folder, ignore_errors=True)

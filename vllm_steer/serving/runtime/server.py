@@ -1,39 +1,16 @@
-"""A server's part in loading steers: its key, the folder of its API servers, what it restores."""
+"""A server's part in loading steers: what changes its engines, and what it restores."""
 
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from vllm_steer.environment import API_KEY, uses_rust_frontend
-from vllm_steer.errors import SteerError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.runtime.engines import AsyncEngines
 from vllm_steer.serving.runtime.loading import SteerLoading
-from vllm_steer.serving.runtime.names import registry_of, share_folder
+from vllm_steer.serving.runtime.names import registry_of
 
 _RESTORED: Final = "steers_are_restored"
 _LOADING: Final = "steer_loading"
-
-
-def prepare_loading(vllm_config: Any, *, usage_context: Any) -> None:
-    """Prepare what the API servers of a server share. Raises ``SteerError`` if it has no key."""
-    plan = plan_of(vllm_config)
-    if plan is None or not plan.runtime.enabled:
-        return
-    if "SERVER" not in str(getattr(usage_context, "name", usage_context)):
-        return
-    if uses_rust_frontend():
-        raise SteerError(
-            "runtime: vLLM's Rust frontend answers HTTP without Python, so that nothing can be "
-            "loaded; unset VLLM_USE_RUST_FRONTEND, or remove runtime from the steer config"
-        )
-    if not os.environ.get(API_KEY) and not plan.runtime.unprotected:
-        raise SteerError(
-            f"runtime: changes need a key: set {API_KEY}, or runtime.unprotected: true if everybody"
-            " who reaches the server may change what is loaded"
-        )
-    share_folder(plan)
 
 
 def loading_of(engine_client: Any) -> SteerLoading:
