@@ -153,7 +153,7 @@ def test_any_order_of_changes_and_requests(served: Served) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Changes,
         settings=settings(
-            max_examples=60,
+            max_examples=150,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
