@@ -15,6 +15,7 @@ Feature = Literal[
     "dynamic strength",
     "HTTP",
     "LoRA",
+    "metrics",
     "command line tools",
 ]
 """What is lost without a name. ``steering`` is what every steered engine needs."""
