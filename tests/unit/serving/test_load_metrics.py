@@ -15,11 +15,12 @@ from vllm_steer.serving.metrics import loads
 
 WORKER = """
 import sys
-from vllm_steer.serving.metrics.loads import count_load, count_unload, set_slots
+from vllm_steer.serving.metrics.loads import count_load, prepare_load_series, set_slots
 from vllm_steer.serving.metrics.requests import count_request, prepare_series
 
 requests, used = map(int, sys.argv[1:])
 prepare_series(["a"])
+prepare_load_series()
 for _ in range(requests):
     count_request(["a", "b"], "finished", num_prompt_tokens=5, num_generated_tokens=7)
     count_load("loaded", 0.2)
@@ -78,7 +79,9 @@ def test_several_processes_add_up_counts_and_share_gauges(tmp_path: Path) -> Non
         ("prompt_tokens_total", ("steer", "b")): 15,
         ("generation_tokens_total", ("steer", "a")): 21,
         ("loads_total", ("outcome", "loaded")): 3,
+        ("loads_total", ("outcome", "refused")): 0,
         ("load_seconds_count",): 3,
+        ("unloads_total",): 0,
         ("slots_used", ("kind", "lm_steer")): 4,
         ("slots_reserved", ("kind", "lm_steer")): 8,
     }

@@ -8,7 +8,7 @@ import logging
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from vllm_steer.untrusted_text import LONGEST, printable
 
@@ -63,6 +63,14 @@ def load_metrics() -> LoadMetrics:
             multiprocess_mode="mostrecent",
         ),
     )
+
+
+def prepare_load_series() -> None:
+    """Make the series of loads, at 0, so that a rate sees the first one. For a server on which
+    steers can be loaded.
+    """
+    for outcome in get_args(Outcome):
+        load_metrics().loads.labels(outcome)
 
 
 def count_load(outcome: Outcome, seconds: float) -> None:
