@@ -270,6 +270,17 @@ def test_steers_of_a_requests_own_files_share_one_label() -> None:
     assert steer_labels([], {"known"}) == ("none",)
 
 
+def test_steers_that_are_not_known_count_as_those_of_a_requests_files(plan: SteerPlan) -> None:
+    processor, known = OutputProcessor(None, log_stats=False), {"a"}
+    counting.count_requests(processor, plan, lambda: known)
+    growth = Growth()
+    finish(processor, "a,b", 1)
+    known.add("b")
+    finish(processor, "b", 2)
+    expected = counted("a", 1) | counted("steer_files", 1) | counted("b", 2)
+    assert growth() == {**expected, ("steered_requests", "finished"): 2}
+
+
 def test_names_beyond_the_bound_share_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "_names", {})
     monkeypatch.setattr(labels, "MOST_STEERS", 2)

@@ -5,7 +5,7 @@ are cached; nothing is done per token, and nothing in the engine core or in a wo
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Final
 
 from vllm_steer.compat.features import unavailable_reason
@@ -34,16 +34,20 @@ def with_counted_requests(
         count_requests(self.output_processor, plan)
 
 
-def count_requests(processor: Any, plan: SteerPlan) -> None:
+def count_requests(
+    processor: Any, plan: SteerPlan, known: Callable[[], Container[str]] | None = None
+) -> None:
     """Count the requests of this output processor from now on.
 
-    A vLLM that lacks a name that counting needs is served without these metrics, with a warning.
+    ``known`` gives the names of all steers that are counted by name, those of the plan unless it is
+    given; it is called for each request. A vLLM that lacks a name that counting needs is served
+    without these metrics, with a warning.
     """
     reason = unavailable_reason("metrics")
     if reason is not None:
         logger.warning("vllm-steer: requests are not counted by steer: %s", reason)
         return
-    counter = _RequestCounter(processor, plan)
+    counter = _RequestCounter(processor, plan, known or (lambda: plan.steers))
     wrap(processor, "add_request", counter.add_request)
     wrap(processor, "_update_stats_from_finished", counter.update_stats_from_finished)
     wrap(processor, "abort_requests", counter.abort_requests)
@@ -55,9 +59,12 @@ class _RequestCounter:
     counted, once.
     """
 
-    def __init__(self, processor: Any, plan: SteerPlan) -> None:
+    def __init__(
+        self, processor: Any, plan: SteerPlan, known: Callable[[], Container[str]]
+    ) -> None:
         self._processor = processor
         self._plan = plan
+        self._known = known
 
     def add_request(
         self, original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any
@@ -87,7 +94,7 @@ class _RequestCounter:
 
     def _labels(self, sampling_params: Any) -> tuple[str, ...]:
         try:
-            return steer_labels(doses_of(sampling_params, self._plan), self._plan.steers)
+            return steer_labels(doses_of(sampling_params, self._plan), self._known())
         except SteerRequestError:  # the steer is gone since the request was admitted
             return (OTHER,)
 
