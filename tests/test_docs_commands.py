@@ -27,7 +27,7 @@ PROSE = {
         "index",
         "judges",
         "models",
-        "operate",
+        "operating",
         "real-model",
         "recipes",
         "security",

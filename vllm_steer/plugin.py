@@ -89,6 +89,18 @@ def _patch_steering() -> None:
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
 
 
+def _patch_engines() -> None:
+    """Wrap what makes an engine in a frontend, so that its requests are counted by steer."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.request_counting import with_counted_requests
+
+    for engine in (AsyncLLM, LLMEngine):
+        wrap(engine, "__init__", with_counted_requests, once=True)
+
+
 def _patch_receiving_frontend() -> None:
     """Wrap what checks requests whose prompt another instance has computed."""
     from vllm.v1.engine.input_processor import InputProcessor
@@ -195,6 +207,7 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     check_engine(vllm_config)
     if is_active(LOADING):
         _patch_serving_frontend()
+    _patch_engines()
     if options.data_parallel_size(vllm_config) > 1:
         _patch_data_parallel_frontend()
     if options.kv_transfer_config(vllm_config) is not None:

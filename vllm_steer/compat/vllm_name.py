@@ -16,6 +16,7 @@ Feature = Literal[
     "HTTP",
     "loading at run time",
     "LoRA",
+    "metrics",
     "command line tools",
 ]
 """What is lost without a name. ``steering`` is what every steered engine needs."""

@@ -32,7 +32,7 @@ GLOBAL = (
         "__init__",
         "wrapped",
         "steering",
-        "the output processor knows the plan",
+        "the output processor knows the plan; requests are counted by steer",
         process="frontend",
     ),
     *vllm_names(
@@ -40,7 +40,7 @@ GLOBAL = (
         "__init__",
         "wrapped",
         "steering",
-        "the output processor knows the plan",
+        "the output processor knows the plan; requests are counted by steer",
         process="frontend",
     ),
     *vllm_names(

@@ -28,7 +28,7 @@ from vllm_steer.serving.http.routes import (
     is_sites,
     route_of,
 )
-from vllm_steer.serving.http.steer_changes import answer_change, is_change
+from vllm_steer.serving.http.steer_changes import answer_change, is_change, is_scrape, show_slots
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.request_args import SENT_FIELDS
 from vllm_steer.serving.runtime.names import REQUEST_NAMES, doses_now, registry_of
@@ -55,6 +55,8 @@ class SteerMiddleware:
             scope, send = with_header(scope, send)
         if is_change(scope):
             return await answer_change(scope, receive, send)
+        if is_scrape(scope):
+            await show_slots(scope["app"].state)
         await self._app(scope, receive, send)
 
 

@@ -4,9 +4,11 @@ The outermost middleware answers them: they have a key of their own, which vLLM'
 does not know. A body is read once its sender has the right.
 """
 
+import asyncio
 import hmac
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -19,6 +21,13 @@ from vllm_steer.runtime.refusal import BAD_REQUEST, NO_RIGHT, NOT_FOUND, TOO_LAR
 from vllm_steer.runtime.steer_file import decoded, path_in
 from vllm_steer.serving.http.json_response import send_json
 from vllm_steer.serving.http.request_body import Message, Receive
+from vllm_steer.serving.metrics.loads import (
+    Outcome,
+    count_load,
+    count_unload,
+    log_load,
+    set_slots,
+)
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.runtime.listing import steer_entry
 from vllm_steer.serving.runtime.loading import SteerLoading, SteerSource
@@ -30,7 +39,10 @@ logger = logging.getLogger("vllm.vllm_steer")
 
 LOAD: Final = "/v1/load_steer"
 UNLOAD: Final = "/v1/unload_steer"
+METRICS: Final = "/metrics"
 MIB: Final = 1 << 20
+_SLOTS_WITHIN: Final = 2.0
+"""Seconds that a scrape of the metrics waits for the engines."""
 _OTHER_BYTES: Final = 1 << 16
 """Of a body beside the file: names, options."""
 _SOURCES: Final = ("steer_path", "steer_data")
@@ -43,6 +55,25 @@ def is_change(scope: Mapping[str, Any]) -> bool:
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
     return bool(scope["path"].endswith((LOAD, UNLOAD)))
+
+
+def is_scrape(scope: Mapping[str, Any]) -> bool:
+    """Whether a request reads the server's metrics."""
+    return scope["type"] == "http" and bool(scope["path"].endswith(METRICS))
+
+
+async def show_slots(state: Any) -> None:
+    """Set the metrics of the reserved room to what holds now."""
+    plan = plan_of(getattr(state, "vllm_config", None)) if hasattr(state, "engine_client") else None
+    if plan is None or not plan.runtime.enabled:
+        return
+    try:
+        room = await asyncio.wait_for(loading_of(state.engine_client).room(), _SLOTS_WITHIN)
+    except Exception as error:  # the engine has died, which other metrics show
+        logger.warning("vllm-steer: the room in use is not known: %s", type(error).__name__)
+        return
+    for region, (used, total) in room.items():
+        set_slots(region, used, total)
 
 
 async def answer_change(scope: Message, receive: Receive, send: Send) -> None:
@@ -95,7 +126,18 @@ async def _load(fields: dict[str, Any], loading: SteerLoading) -> Any:
         if data is None
         else decoded(data, "steer_data", runtime.upload_mib * MIB)
     )
-    planned = await loading.load(name, SteerSource(file, fields), in_place=in_place)
+    before, started, planned = loading.registry.names().steers, time.monotonic(), None
+    outcome: Outcome = "replaced" if name in before else "loaded"
+    try:
+        planned = await loading.load(name, SteerSource(file, fields), in_place=in_place)
+    except Refused:
+        outcome = "refused"
+        raise
+    finally:
+        seconds = time.monotonic() - started
+        source = "request" if isinstance(file, bytes) else str(file)
+        count_load(outcome, seconds)
+        log_load(str(name), planned.content if planned else "", source, seconds, outcome)
     return steer_entry(name, planned, loading.plan.limits.max_strength, 0)
 
 
@@ -104,6 +146,7 @@ async def _unload(fields: dict[str, Any], loading: SteerLoading) -> Any:
     if fields:
         raise Refused(f"unknown fields {listed(sorted(fields))}; expected steer_name", BAD_REQUEST)
     planned = await loading.unload(name)
+    count_unload()
     return {"id": name, "object": "steer", "digest": planned.content, "unloaded": True}
 
 

@@ -70,7 +70,6 @@ class SteerLoading:
         """
         name = check_name(name)
         self._check_free(name, in_place=in_place)
-        started = time.monotonic()
         planned = await self.engines.in_thread(self._check, name, source)
         try:
             async with self._alone():
@@ -83,13 +82,6 @@ class SteerLoading:
                 await self._release(before, steers)
         finally:
             self._remove_file(planned, name)
-        logger.info(
-            "vllm-steer: loaded steer=%s digest=%s replaced=%s seconds=%.3f",
-            name,
-            planned.content[:12],
-            before is not None,
-            time.monotonic() - started,
-        )
         return planned
 
     async def unload(self, name: Any) -> PlannedSteer:

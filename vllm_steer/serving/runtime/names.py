@@ -5,7 +5,8 @@ with it to the engine core and to the workers, so that it keeps them whatever th
 mean.
 """
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Container
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -36,6 +37,13 @@ def names_now(plan: SteerPlan) -> LoadedNames:
         return _NO_NAMES
     names = REQUEST_NAMES.get()
     return registry_of(plan).names() if names is None else names
+
+
+def known_names(plan: SteerPlan) -> Container[str]:
+    """The names of the steer config and of what is loaded, without those of requests' files."""
+    if not plan.runtime.enabled:
+        return plan.steers
+    return ChainMap(dict(plan.steers), dict(registry_of(plan).names().steers))
 
 
 def doses_now(value: Any, plan: SteerPlan) -> tuple[Dose, ...]:
