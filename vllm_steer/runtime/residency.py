@@ -161,6 +161,7 @@ def _no_region(region: str, length: int, room: Room) -> str:
 def _full(region: str, length: int, capacity: int) -> str:
     free = f"{length} in a row" if length > 1 else "one"
     return (
-        f"all of the room is in use: no {free} of the {capacity} {region} is free; unload a steer, "
-        "wait for the requests that use one that was unloaded, or restart with more in runtime.room"
+        f"all of the room is in use: no {free} of the {capacity} {region} is free, which a "
+        "replacement needs, too; unload a steer, wait for the requests that use one that was "
+        "unloaded, or restart with more in runtime.room"
     )

@@ -23,6 +23,7 @@ from vllm_steer.serving.runtime.loading import SteerLoading, SteerSource
 from vllm_steer.untrusted_text import listed, shown
 
 FIELD: Final = FILES
+_LONG: Final = 256
 
 
 async def steers_of_body(
@@ -44,8 +45,12 @@ async def steers_of_body(
 
 
 def without_files(body: bytes, members: Members) -> bytes:
-    """The body with null in place of its files, whose text occurs nowhere else in it."""
-    return body.replace(members[FIELD], NULL)
+    """The body with null in place of its files: a text that is long occurs nowhere else in it.
+
+    A short one stays, and vLLM ignores it.
+    """
+    text = members[FIELD]
+    return body if len(text) < _LONG else body.replace(text, NULL)
 
 
 def _sources(text: bytes, plan: SteerPlan) -> dict[str, SteerSource]:

@@ -149,7 +149,9 @@ def steer_forget(core: Any, key: str) -> Reply:
     plan, state = plan_of(core.vllm_config), residency_of(core)
     assert plan is not None
     with state.lock:
-        if key not in state.being_read:
+        if key not in state.being_read:  # this engine has it: it leaves when its place is needed
+            if key in state.residency:
+                state.residency.use(key, time.monotonic())
             return {"state": READY}
         state.residency.remove(key)
         del state.being_read[key]

@@ -5,7 +5,6 @@ with it to the engine core and to the workers, so that it keeps them whatever th
 mean.
 """
 
-from collections import ChainMap
 from collections.abc import Callable, Container
 from contextvars import ContextVar
 from typing import Any, Final
@@ -43,7 +42,7 @@ def known_names(plan: SteerPlan) -> Container[str]:
     """The names of the steer config and of what is loaded, without those of requests' files."""
     if not plan.runtime.enabled:
         return plan.steers
-    return ChainMap(dict(plan.steers), dict(registry_of(plan).names().steers))
+    return {*plan.steers, *registry_of(plan).names().steers}
 
 
 def doses_now(value: Any, plan: SteerPlan) -> tuple[Dose, ...]:
