@@ -65,15 +65,16 @@ LOADED: Final[tuple[Setting, ...]] = (
             ((NAME, "1.5"), ("sentiment", "3"))),
 )  # fmt: skip
 PROMPTS: Final = (
-    "Hotel Astoria: We stayed here for a week in May, and the room was clean, quiet and very well",
+    "Hotel Astoria: We stayed here for a week in May, and the room was clean",
     "Cafe Luna:",
-    "The food came late, the soup was cold and nobody at the table wanted to pay for it, but then",
+    "The food came late, the soup was cold and nobody at the table wanted",
     "Museum: We were in the old town and went to see the new rooms on the second floor. In short,",
     "Restaurant Roma: The waiter was",
-    "Once upon a time there was a small hotel by the sea, and the people who came to it said that",
+    "Once upon a time there was a small hotel by the sea, and the people",
     "This is the best place",
-    "The staff were not friendly at all and the breakfast was bad, so we went to a cafe next door.",
+    "The staff were not friendly at all and the breakfast was bad, so we",
 )
+"""Of 8 to 35 tokens; four of them and their answers need a second block of 32 halfway."""
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,6 @@ def _growth(samples: Sequence[float]) -> dict[str, Any]:
         "first_mib": round(samples[0], 1),
         "second_fifth_mib": round(second, 1),
         "last_fifth_mib": round(last, 1),
-        "samples": len(samples),
+        "samples_mib": [round(sample) for sample in samples[:: max(1, len(samples) // 50)]],
         "is_flat": last <= second * (1 + GROWTH) + GROWTH_MIB,
     }

@@ -109,15 +109,18 @@ class Registry:
         """Give the lock back."""
         os.close(lock)
 
-    def remove_leftovers(self) -> None:
-        """Remove the files of loads that a killed process left. The caller holds the lock."""
+    def remove_leftovers(self, age: float = _LONGEST_LOAD) -> None:
+        """Remove the files of loads that a killed process left, ``age`` seconds ago or longer.
+
+        The caller holds the lock; a process that does not may be about to load a newer file.
+        """
         named = {steer.path.name for steer in self.names().steers.values()}
-        oldest = time.time() - _LONGEST_LOAD
+        newest = time.time() - age
         for entry in list(os.scandir(self.folder)):
             own = finished_name(entry.name) or entry.name
             is_steer = own.endswith(SUFFIX) or own.startswith(UPLOAD)
             with suppress(FileNotFoundError):
-                if is_steer and entry.name not in named and entry.stat().st_mtime < oldest:
+                if is_steer and entry.name not in named and entry.stat().st_mtime <= newest:
                     os.unlink(entry.path)
 
     def _status(self) -> Seen:

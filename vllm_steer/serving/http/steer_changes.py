@@ -18,7 +18,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files.json_text import read_json
 from vllm_steer.plan import SteerPlan
 from vllm_steer.runtime.refusal import BAD_REQUEST, NO_RIGHT, NOT_FOUND, TOO_LARGE, Refused
-from vllm_steer.runtime.steer_file import decoded, path_in
+from vllm_steer.runtime.steer_file import check_name, decoded, path_in
 from vllm_steer.serving.http.json_response import send_json
 from vllm_steer.serving.http.request_body import Message, Receive
 from vllm_steer.serving.metrics.loads import (
@@ -111,7 +111,7 @@ def refusal_body(refused: Refused) -> dict[str, Any]:
 
 
 async def _load(fields: dict[str, Any], loading: SteerLoading) -> Any:
-    name, in_place = fields.pop("steer_name", None), fields.pop("load_inplace", False)
+    name, in_place = check_name(fields.pop("steer_name", None)), fields.pop("load_inplace", False)
     if not isinstance(in_place, bool):
         raise Refused(f"load_inplace is {shown(in_place)}; expected true or false", BAD_REQUEST)
     given = [source for source in _SOURCES if fields.get(source) is not None]
@@ -137,7 +137,7 @@ async def _load(fields: dict[str, Any], loading: SteerLoading) -> Any:
         seconds = time.monotonic() - started
         source = "request" if isinstance(file, bytes) else str(file)
         count_load(outcome, seconds)
-        log_load(str(name), planned.content if planned else "", source, seconds, outcome)
+        log_load(name, planned.content if planned else "", source, seconds, outcome)
     return steer_entry(name, planned, loading.plan.limits.max_strength, 0)
 
 

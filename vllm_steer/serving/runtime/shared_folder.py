@@ -11,11 +11,15 @@ from pathlib import Path
 
 from vllm_steer.environment import API_KEY, RUNTIME_FOLDER
 from vllm_steer.errors import SteerError
+from vllm_steer.runtime.registry import Registry
 from vllm_steer.runtime_config import RuntimeConfig
 
 
 def prepare_server(runtime: RuntimeConfig) -> None:
-    """Prepare what the API servers of a server share. Raises ``SteerError`` if it has no key."""
+    """Prepare what the API servers of a server share.
+
+    Raises ``SteerError`` if it has no key, or if the file that says what was loaded is damaged.
+    """
     if not runtime.enabled:
         return
     if not os.environ.get(API_KEY) and not runtime.unprotected:
@@ -23,7 +27,9 @@ def prepare_server(runtime: RuntimeConfig) -> None:
             f"runtime: changes need a key: set {API_KEY}, or runtime.unprotected: true if everybody"
             " who reaches the server may change what is loaded"
         )
-    if runtime.state is None and RUNTIME_FOLDER not in os.environ:
+    if runtime.state is not None:
+        _check_state(runtime.state)
+    elif RUNTIME_FOLDER not in os.environ:
         os.environ[RUNTIME_FOLDER] = str(_temporary_folder())
 
 
@@ -31,6 +37,19 @@ def folder_of(runtime: RuntimeConfig) -> Path:
     """The folder of an engine: the configured one, the server's, or a new one for this process."""
     shared = os.environ.get(RUNTIME_FOLDER)
     return runtime.state or (Path(shared) if shared else _temporary_folder())
+
+
+def _check_state(folder: Path) -> None:
+    """Read what was loaded, and remove what a server left that was killed; none runs yet."""
+    registry = Registry(folder)
+    registry.names()
+    lock = registry.try_lock() if folder.is_dir() else None
+    if lock is None:
+        return
+    try:
+        registry.remove_leftovers(age=0.0)
+    finally:
+        registry.unlock(lock)
 
 
 def _temporary_folder() -> Path:
