@@ -27,6 +27,7 @@ PROSE = {
         "index",
         "judges",
         "models",
+        "loading",
         "operating",
         "real-model",
         "recipes",

@@ -49,8 +49,7 @@ class FakeCore:
                 continue
             replies.append(worker.call(method, args, projection))
             for reading in worker._reading.values():
-                assert reading.thread is not None
-                reading.thread.join(10)
+                reading.done.result(10)
         return replies
 
     def start(self, request_id: str, *keys: str) -> None:

@@ -173,6 +173,7 @@ class _WorkerSteering:
                 options.dtype(config),
                 on_cuda=device.type == "cuda",
             )
+            self._reserved.warm_up()
         if bank is None and self._layers is None:
             return
         self._batch = SteeredBatch(

@@ -7,9 +7,11 @@ that travel to the engine core: an error of one rank must not end the engine.
 """
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Thread
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -18,11 +20,13 @@ from vllm_steer.bank import HeadBank, HeadTable
 from vllm_steer.bank.head import SlotTensors, check_range, slot_tensors
 from vllm_steer.bank.layers import GuidanceSteer, check_projected, layer_rows
 from vllm_steer.errors import SteerError, cause
+from vllm_steer.files import load_steer, save_steer
 from vllm_steer.loaded_steers import LoadedSteers
 from vllm_steer.planned_steer import PlannedSteer
 from vllm_steer.serving.layers import SteeredLayers
 from vllm_steer.serving.model_sites import ModelSites
 from vllm_steer.steers import LMSteer
+from vllm_steer.steers.content import content_digest
 
 logger = logging.getLogger("vllm.vllm_steer")
 
@@ -41,7 +45,7 @@ class _Reading:
     planned: PlannedSteer
     start: int
     name: str
-    thread: Thread | None = None
+    done: "Future[None]" = field(default_factory=Future)
     steer: LMSteer | GuidanceSteer | None = None
     tensors: SlotTensors | torch.Tensor | None = None
     error: str = ""
@@ -58,6 +62,20 @@ class ReservedBank:
     dtype: torch.dtype
     on_cuda: bool = False
     _reading: dict[str, _Reading] = field(default_factory=dict)
+    _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def warm_up(self) -> None:
+        """Read a small steer, so that the first load imports nothing and starts no threads."""
+
+        def read_once() -> None:
+            steer = LMSteer(variant="add", add=torch.ones(1, 8), epsilon=1.0, hidden_size=8)
+            with tempfile.TemporaryDirectory() as folder:
+                save_steer(steer, path := Path(folder) / "steer.safetensors")
+                content_digest(steer := load_steer(path))
+            assert isinstance(steer, LMSteer)
+            slot_tensors(steer, self.dtype)
+
+        self._reader.submit(read_once).result()
 
     def call(
         self,
@@ -84,10 +102,8 @@ class ReservedBank:
         assert planned.key is not None
         layers = None if planned.layers is None else self._check_layers(name, planned)
         reading = _Reading(planned, start, name)
-        thread = Thread(target=self._read, args=(reading, layers), daemon=True)
-        reading.thread = thread
+        reading.done = self._reader.submit(self._read, reading, layers)
         self._reading[planned.key] = reading
-        thread.start()
         return {"state": READING}
 
     def write(
@@ -99,7 +115,7 @@ class ReservedBank:
         reading = self._reading.get(key)
         if reading is None:
             return {"state": READY} if key in self.loaded else {"error": "nothing was read"}
-        if reading.thread is not None and reading.thread.is_alive():
+        if not reading.done.done():
             return {"state": READING}
         del self._reading[key]
         if reading.error:
