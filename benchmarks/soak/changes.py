@@ -65,7 +65,7 @@ class Changes:
             body = {"steer_name": name, "steer_path": str(content.path)}
             await self._do("load_steer", body, name, content.name, 200)
         while not is_over():
-            if is_due():
+            if self.contents and is_due():
                 await self._change()
             else:
                 await asyncio.sleep(0.005)

@@ -28,6 +28,7 @@ WAYS: Final = {
     "left before the answer": 4,
 }
 """How a client asks, and how often."""
+SOURCES: Final = ("config", "loaded", "file", "new file")
 GONE: Final = ("is unknown", "was unloaded while the request was on its way")
 
 
@@ -67,10 +68,11 @@ def make_asks(count: int, cases: Sequence[Case], seed: int) -> list[Ask]:
     rng = random.Random(seed)
     configured = [case for case in cases if case.content is None]
     loaded = [case for case in cases if case.content is not None]
+    shares = (50, 30, 10, 10) if loaded else (1, 0, 0, 0)
     asks = []
     for number in range(count):
         way = rng.choices(list(WAYS), list(WAYS.values()))[0]
-        source = rng.choices(("config", "loaded", "file", "new file"), (50, 30, 10, 10))[0]
+        source = rng.choices(SOURCES, shares)[0]
         case = rng.choice(configured if source == "config" else loaded)
         names = {"config": None, "loaded": rng.choice(NAMES)}
         asks.append(Ask(number, case, way, source, names.get(source, OWN)))

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,8 +35,8 @@ REQUEST_LIMIT_S: Final = 120.0
 REQUESTS_PER_CHANGE: Final = 12
 SAMPLES: Final = 100
 MOST_FAULTS: Final = 20
-FEW: Final = 1000
-"""Requests; fewer of them need fewer distinct ones."""
+FEW, MOST_PROMPTS = 1000, 3
+"""With fewer requests, the most prompts; memory and preemptions are not judged then."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,17 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--configuration", choices=CONFIGURATIONS, default="v1")
     arguments.add_argument("--requests", type=int, metavar="N", help="by default as many as fit")
+    arguments.add_argument("--unsteered", action="store_true", help="for comparison: no steers")
     given = arguments.parse_args()
     configuration = CONFIGURATIONS[given.configuration]
     requests = given.requests or configuration.requests
-    settings = {"configuration": given.configuration, "concurrency": CONCURRENCY}
+    if given.unsteered:
+        configuration = replace(configuration, settings=1, contents=0)
+    settings = {
+        "configuration": given.configuration,
+        "concurrency": CONCURRENCY,
+        "unsteered": given.unsteered,
+    }
     result = Result("soak", given.json, **settings)
     os.environ.update({**ENVIRONMENT, **configuration.environment})
     with tempfile.TemporaryDirectory() as temporary:
@@ -266,7 +273,7 @@ class _Run:
         is_room_whole = all(
             one["loaded"] == one["places"] and one["then refused"] for one in room.values()
         )
-        is_preempted = now[preempted] > at_begin[preempted]
+        is_preempted = now[preempted] > at_begin[preempted] or self.requests < FEW
         is_flat = all(one["is_flat"] for one in growth.values()) or self.requests < FEW
         return {
             "requests": self.requests,

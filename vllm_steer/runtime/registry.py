@@ -117,10 +117,11 @@ class Registry:
         named = {steer.path.name for steer in self.names().steers.values()}
         newest = time.time() - age
         for entry in list(os.scandir(self.folder)):
-            own = finished_name(entry.name) or entry.name
-            is_steer = own.endswith(SUFFIX) or own.startswith(UPLOAD)
+            finished = finished_name(entry.name)
+            own = finished or entry.name
+            is_ours = own.endswith(SUFFIX) or own.startswith(UPLOAD) or finished == FILE
             with suppress(FileNotFoundError):
-                if is_steer and entry.name not in named and entry.stat().st_mtime <= newest:
+                if is_ours and entry.name not in named and entry.stat().st_mtime <= newest:
                     os.unlink(entry.path)
 
     def _status(self) -> Seen:

@@ -41,10 +41,12 @@ def folder_of(runtime: RuntimeConfig) -> Path:
 
 def _check_state(folder: Path) -> None:
     """Read what was loaded, and remove what a server left that was killed; none runs yet."""
+    if not os.path.isdir(folder):
+        raise SteerError(f"runtime.state: {folder} is no folder; make it, or remove the key")
     registry = Registry(folder)
     registry.names()
-    lock = registry.try_lock() if folder.is_dir() else None
-    if lock is None:
+    lock = registry.try_lock()
+    if lock is None:  # another server has the folder, and what it is loading is not left over
         return
     try:
         registry.remove_leftovers(age=0.0)
