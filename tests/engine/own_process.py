@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401 (sets the environment, in worker processes too)
 import dynamic_settings
+import loading_scenarios
 import torch
 import wrapped_scenarios
 from dynamic_outputs import assert_dynamic
@@ -338,6 +339,8 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "pieces-compiled": pieces_compiled,
     "stock-logprobs": stock_logprobs,
     "wrapped-models": wrapped_scenarios.wrapped_models,
+    "loaded-on-tensor-ranks": loading_scenarios.loaded_on_tensor_ranks,
+    "loaded-on-pipeline-stages": loading_scenarios.loaded_on_pipeline_stages,
     "image-prompts": wrapped_scenarios.image_prompts,
 }
 

@@ -22,6 +22,7 @@ from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer, embedded, save_s
 
 BASE = "base"
 START_LIMIT_S = 240.0
+VLLM = ("-m", "vllm.entrypoints.cli.main")
 FRIENDLY = {"a": 3.0}
 LIMITS = {"max_steers_per_request": 2, "max_strength": 10}
 
@@ -94,11 +95,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def serve_command(*options: str) -> list[str]:
+def serve_command(*options: str, program: Sequence[str] = VLLM) -> list[str]:
     return [
         sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
+        *program,
         "serve",
         str(embedded.MODEL),
         "--host=127.0.0.1",
@@ -121,19 +121,36 @@ def free_port() -> int:
 @contextmanager
 def serving(log: Path, options: Sequence[str]) -> Iterator[str]:
     """Run ``vllm serve`` until it answers; yields its address and ends its process group."""
+    with serving_process(log, options) as (_, url):
+        yield url
+
+
+@contextmanager
+def serving_process(
+    log: Path, options: Sequence[str], program: Sequence[str] = VLLM
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """``serving``, with its process, the leader of a session."""
+    with started(log, options, program) as (process, url):
+        _wait_until_ready(process, url, log)
+        yield process, url
+
+
+@contextmanager
+def started(
+    log: Path, options: Sequence[str], program: Sequence[str] = VLLM
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """``serving_process`` of a server that may never answer."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            serve_command(f"--port={port}", *options),
+            serve_command(f"--port={port}", *options, program=program),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(),
             start_new_session=True,
         )
-    url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(process, url, log)
-        yield url
+        yield process, f"http://127.0.0.1:{port}"
     finally:
         end(process)
 

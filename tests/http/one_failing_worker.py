@@ -1,0 +1,40 @@
+"""``vllm``, where one worker cannot read steers: ``python one_failing_worker.py serve ...``.
+
+As long as the file that ``VLLM_STEER_TEST_FAIL`` names exists, the worker that is first to read one
+writes its process id into it and fails, then and later. The server's other processes import this
+module too.
+"""
+
+import os
+from pathlib import Path
+
+FAIL = "VLLM_STEER_TEST_FAIL"
+
+
+def _fail_in_one_process(flag: Path) -> None:
+    from vllm_steer.planned_steer import PlannedSteer
+    from vllm_steer.steers import Steer
+
+    load = PlannedSteer.load
+
+    def load_or_fail(self: PlannedSteer) -> Steer:
+        if flag.exists():
+            claim = flag.with_suffix(".pid")
+            try:
+                with claim.open("x") as file:
+                    file.write(str(os.getpid()))
+            except FileExistsError:
+                pass
+            if claim.read_text() == str(os.getpid()):
+                raise PermissionError("this worker may not read it")
+        return load(self)
+
+    PlannedSteer.load = load_or_fail  # type: ignore[method-assign]
+
+
+_fail_in_one_process(Path(os.environ[FAIL]))
+
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+
+    main()
