@@ -60,6 +60,11 @@ class FakeServer:
         await send({"type": "http.response.body", "body": b"{}"})
 
     def post(self, path: str, body: Any, *, key: str | None = KEY, method: str = "POST") -> Answer:
+        return asyncio.run(self.answer(path, body, key=key, method=method))
+
+    async def answer(
+        self, path: str, body: Any, *, key: str | None = KEY, method: str = "POST"
+    ) -> Answer:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         sent: list[Any] = []
 
@@ -76,7 +81,7 @@ class FakeServer:
         if key is not None:
             headers.append((b"authorization", f"Bearer {key}".encode()))
         scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": self}
-        asyncio.run(SteerMiddleware(app)(scope, receive, send))
+        await SteerMiddleware(app)(scope, receive, send)
         return Answer(sent)
 
 

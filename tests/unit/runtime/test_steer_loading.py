@@ -67,7 +67,7 @@ def test_a_loaded_steer_is_in_the_tables_of_every_rank(
     assert [path.name for path in folder.iterdir() if path.suffix == ".safetensors"] == []
 
 
-@pytest.mark.parametrize("method", ["steer_read", "steer_write"])
+@pytest.mark.parametrize("method", ["steer_read", "steer_ready", "steer_write"])
 def test_a_rank_that_fails_leaves_the_old_state(
     folder: Path, files: list[SteerSource], method: str
 ) -> None:
@@ -85,6 +85,24 @@ def test_a_rank_that_fails_leaves_the_old_state(
     run(loading.load("b", files[2], in_place=False))
     with pytest.raises(Refused, match="all of the room is in use"):
         run(loading.load("c", files[3], in_place=False))
+
+
+def test_no_rank_writes_before_all_have_read(folder: Path, files: list[SteerSource]) -> None:
+    """A rank that wrote alone would wait for the others in a sum over all of them."""
+    plan, calls, states = loading_plan(), list[str](), ["reading", "reading"]
+    engines = fake_engines(plan)
+    call = engines.cores[0].collective_rpc
+
+    def slow(method: str, args: Any = ()) -> Any:
+        calls.append(method)
+        replies = call(method, args)
+        if method == "steer_ready" and states:
+            replies[1] = {"state": states.pop()}
+        return replies
+
+    engines.cores[0].collective_rpc = slow  # type: ignore[method-assign]
+    run(steer_loading(plan, folder, engines).load("a", files[0], in_place=False))
+    assert calls == ["steer_read", *["steer_ready"] * 3, "steer_write"]
 
 
 def test_a_full_room_a_taken_name_and_an_unknown_one(

@@ -111,7 +111,7 @@ def refusal_body(refused: Refused) -> dict[str, Any]:
 
 
 async def _load(fields: dict[str, Any], loading: SteerLoading) -> Any:
-    name, in_place = check_name(fields.pop("steer_name", None)), fields.pop("load_inplace", False)
+    name, in_place = fields.pop("steer_name", None), fields.pop("load_inplace", False)
     if not isinstance(in_place, bool):
         raise Refused(f"load_inplace is {shown(in_place)}; expected true or false", BAD_REQUEST)
     given = [source for source in _SOURCES if fields.get(source) is not None]
@@ -126,6 +126,7 @@ async def _load(fields: dict[str, Any], loading: SteerLoading) -> Any:
         if data is None
         else decoded(data, "steer_data", runtime.upload_mib * MIB)
     )
+    name = check_name(name)
     before, started, planned = loading.registry.names().steers, time.monotonic(), None
     outcome: Outcome = "replaced" if name in before else "loaded"
     try:

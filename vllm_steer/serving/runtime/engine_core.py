@@ -135,6 +135,10 @@ def steer_write(core: Any, data: Mapping[str, Any]) -> Reply:
         return {"error": f"steer {key} has no place any more", "status": CONFLICT}
     if key not in state.being_read:
         return {"state": READY}
+    reply = _joined(core.collective_rpc("steer_ready", args=(key,)))
+    if reply.get("state") != READY:
+        return reply
+    # Only now: a steer at heads is projected by all ranks together, and one alone would wait.
     reply = _joined(core.collective_rpc("steer_write", args=(key,)))
     if reply.get("state") == READY:
         plan.loaded.add(planned)

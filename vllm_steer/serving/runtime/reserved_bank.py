@@ -34,7 +34,7 @@ Reply = dict[str, Any]
 """``{"state": READY}``, ``{"state": READING}`` or ``{"error": message}``."""
 READY: Final = "ready"
 READING: Final = "reading"
-LOADING: Final = ("steer_read", "steer_write", "steer_forget")
+LOADING: Final = ("steer_read", "steer_ready", "steer_write", "steer_forget")
 """The methods of a worker that an engine core calls."""
 
 
@@ -87,6 +87,8 @@ class ReservedBank:
         try:
             if method == "steer_read":
                 return self.read(*args)
+            if method == "steer_ready":
+                return self.ready(*args)
             if method == "steer_write":
                 return self.write(args[0], projection)
             return self.forget(*args)
@@ -106,20 +108,25 @@ class ReservedBank:
         self._reading[planned.key] = reading
         return {"state": READING}
 
-    def write(
-        self,
-        key: str,
-        projection: Callable[[], Callable[[int, torch.Tensor], torch.Tensor]],
-    ) -> Reply:
-        """Write a steer to the device once it has been read."""
+    def ready(self, key: str) -> Reply:
+        """Whether a steer has been read and can be written."""
         reading = self._reading.get(key)
         if reading is None:
             return {"state": READY} if key in self.loaded else {"error": "nothing was read"}
         if not reading.done.done():
             return {"state": READING}
-        del self._reading[key]
-        if reading.error:
-            return {"error": reading.error}
+        return {"error": reading.error} if reading.error else {"state": READY}
+
+    def write(
+        self,
+        key: str,
+        projection: Callable[[], Callable[[int, torch.Tensor], torch.Tensor]],
+    ) -> Reply:
+        """Write a steer to the device; in step with the other ranks, all of which are ready."""
+        reply = self.ready(key)
+        reading = self._reading.pop(key, None)
+        if reply.get("state") != READY or reading is None:
+            return reply
         self._write(key, reading, projection)
         self.loaded.add(reading.planned)
         return {"state": READY}
