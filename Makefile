@@ -12,8 +12,10 @@ V2 := VLLM_STEER_TEST_RUNNER=v2
 # Of test-version: the vLLM, and the runs (v1-matrix and v2-matrix are the longer ones).
 VERSION ?= 0.32.0
 RUNS ?= v1,v2,http,kernels
+# Of soak: v1, v2, api-servers, data-parallel or tensor-parallel.
+CONFIGURATION ?= v1
 
-.PHONY: demo test test-all test-gpu test-version check docs format clean
+.PHONY: demo test test-all test-gpu test-version soak check docs format clean
 
 demo: $(READY)  ## serve the embedded model and answer one batch under different steers
 	$(BIN)/vllm-steer demo
@@ -37,6 +39,9 @@ test-gpu: $(READY)  ## the kernels on a card, and engines with CUDA graphs again
 
 test-version: .venv-$(VERSION)/.ready  ## both model runners on another vLLM: VERSION=0.25.1
 	.venv-$(VERSION)/bin/python scripts/test_version.py $(VERSION) --runs $(RUNS)
+
+soak: $(READY)  ## 10,000 mixed requests while steers are loaded: CONFIGURATION=api-servers
+	$(BIN)/python -m benchmarks.soak.run --configuration $(CONFIGURATION) --json benchmarks/results/soak/$(CONFIGURATION).json
 
 check: $(READY)  ## lint, format, types, layers
 	$(BIN)/ruff check .

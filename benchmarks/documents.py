@@ -1,7 +1,8 @@
 """The tables in the documents, made from the result files: ``python -m benchmarks.documents``.
 
 A document holds a table between two comments, ``<!-- table: NAME -->`` (or ``summary``) and
-``<!-- end -->``, where NAME is a file in ``benchmarks/results``; for ``versions`` it is a folder.
+``<!-- end -->``, where NAME is a file in ``benchmarks/results``; for ``versions`` and ``soak`` it is
+a folder.
 ``<!-- names: wrapped -->`` holds the names of vLLM that are wrapped.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 from benchmarks.architectures.table import architectures
 from benchmarks.real_model.plot import draw_french
 from benchmarks.real_model.tables import real_model
+from benchmarks.soak.table import soak
 from benchmarks.table import markdown, summary
 from benchmarks.versions import versions
 from benchmarks.vllm_names import wrapped
@@ -34,10 +36,11 @@ MAKERS = {
     "summary": summary,
     "versions": versions,
     "architectures": architectures,
+    "soak": soak,
     "real-model": real_model,
 }
 BLOCK = re.compile(
-    r"(<!-- (table|summary|versions|names|architectures|real-model): (\S+) -->\n)"
+    r"(<!-- (table|summary|versions|names|architectures|soak|real-model): (\S+) -->\n)"
     r".*?(<!-- end -->)",
     re.S,
 )
