@@ -1,8 +1,8 @@
 """The tables in the documents, made from the result files: ``python -m benchmarks.documents``.
 
 A document holds a table between two comments, ``<!-- table: NAME -->`` (or ``summary``) and
-``<!-- end -->``, where NAME is a file in ``benchmarks/results``; for ``versions`` and ``soak`` it is
-a folder.
+``<!-- end -->``, where NAME is a file in ``benchmarks/results``; ``versions`` and ``soak`` have a
+folder.
 ``<!-- names: wrapped -->`` holds the names of vLLM that are wrapped.
 """
 
