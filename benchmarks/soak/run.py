@@ -54,12 +54,11 @@ class Configuration:
     keeps_connections: bool = True
 
 
+V2_IN_LOG: Final = "Using V2 Model Runner"
 _V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 CONFIGURATIONS: Final = {
     "v1": Configuration(),
-    "v2": Configuration(
-        (), _V2, requests=200, prompts=1, settings=6, contents=1, max_tokens=4
-    ),
+    "v2": Configuration((), _V2, requests=1000, prompts=3, contents=2, max_tokens=8),
     "api-servers": Configuration(
         ("--api-server-count=2",), requests=3000, keeps_connections=False
     ),
@@ -75,7 +74,7 @@ ENVIRONMENT: Final = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_STEER_API_KEY": KEY,
     "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "INFO",
 }
 OPTIONS: Final = (
     f"--served-model-name={MODEL}",
@@ -125,10 +124,12 @@ def _serve_and_load(configuration: Configuration, requests: int, folder: Path) -
         url = f"http://{HOST}:{port}"
         run = _Run(configuration, requests, contents, process.pid, url, digests_of(config))
         try:
-            return asyncio.run(asyncio.wait_for(run.all(), RUN_LIMIT_S))
+            row = asyncio.run(asyncio.wait_for(run.all(), RUN_LIMIT_S))
         except BaseException:
             console.print(log.read_text(errors="replace")[-4000:], markup=False, highlight=False)
             raise
+    is_v2 = V2_IN_LOG in log.read_text(errors="replace")
+    return {"model_runner": "V2" if is_v2 else "V1", **row}
 
 
 def _free_port() -> int:
