@@ -93,6 +93,7 @@ class Registry:
             "steers": {name: steers[name].model_dump(mode="json") for name in sorted(steers)},
         }
         write_text(self.path, json.dumps(data, indent=1))
+        self.names()
 
     def make_folder(self) -> None:
         """Make the folder again if somebody has cleaned it away."""
