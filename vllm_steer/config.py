@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    StrictBool,
     ValidationError,
     field_validator,
     model_validator,
@@ -110,6 +111,7 @@ class SteerConfig(BaseModel):
     ``limits`` bounds what is admitted. ``kernels`` is what steers run on: ``triton``, ``torch``, or
     ``auto`` for Triton on CUDA, else torch. ``untested`` says what becomes of steers inside the
     layers of a model whose sites only the self-test has found: ``warn`` or ``refuse``.
+    ``playground`` makes a server answer ``GET /steer`` with a page to try the steers on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -120,6 +122,7 @@ class SteerConfig(BaseModel):
     limits: Limits = Limits()
     kernels: Kernels = "auto"
     untested: Untested = "warn"
+    playground: StrictBool = False
 
     @classmethod
     def load(cls, source: "str | Path | Mapping[str, Any] | SteerConfig") -> "SteerConfig":

@@ -17,7 +17,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.kernels.dispatch import Kernels
 from vllm_steer.request import DoseCache, check_request, resolve
-from vllm_steer.steers import DeltaSteer, LMSteer, Schedule, Steer
+from vllm_steer.steers import DeltaSteer, LMSteer, Mode, Schedule, Steer, VectorSteer
 from vllm_steer.steers.content import content_digest
 
 
@@ -35,6 +35,7 @@ class PlannedSteer(BaseModel):
     layers: tuple[int, ...] | None = None
     schedule: Schedule | None = None
     steps: int | None = None
+    mode: Mode | None = None
     default_strength: float
     content: str
     where_present: bool = False
@@ -62,6 +63,7 @@ class SteerPlan(BaseModel):
     default: str
     limits: Limits
     untested: Untested = "warn"
+    playground: bool = False
     _resolved: DoseCache = PrivateAttr(default_factory=DoseCache)
 
     @classmethod
@@ -80,6 +82,7 @@ class SteerPlan(BaseModel):
             default=config.default,
             limits=config.limits,
             untested=config.untested,
+            playground=config.playground,
         )
         for preset in plan.presets:
             check_request(preset, plan, source=f"preset {preset}")
@@ -138,6 +141,7 @@ def _plan_steer(name: str, entry: SteerEntry, limits: Limits) -> PlannedSteer:
         layers=steer.layers,
         schedule=steer.schedule,
         steps=steer.steps if isinstance(steer, DeltaSteer) else None,
+        mode=steer.mode if isinstance(steer, VectorSteer) else None,
         default_strength=1.0 if steer.default_strength is None else steer.default_strength,
         content=content_digest(steer),
         where_present=entry.where_present,

@@ -15,9 +15,20 @@ from vllm_steer.serving.http.body_rewrite import BODY, Rewrite, rewrite
 from vllm_steer.serving.http.forms import FormCheck, boundary_of, pass_form
 from vllm_steer.serving.http.json_members import MsgspecRefused, ParsedBody
 from vllm_steer.serving.http.json_response import send_json
+from vllm_steer.serving.http.playground import send_page
 from vllm_steer.serving.http.realtime import without_steers
 from vllm_steer.serving.http.request_body import Message, Receive, ReceivedBody, SteerHints
-from vllm_steer.serving.http.routes import Route, is_form, is_realtime, is_sites, route_of
+from vllm_steer.serving.http.routes import (
+    PAGE,
+    SITES,
+    STEERS,
+    Route,
+    is_form,
+    is_realtime,
+    own_route,
+    route_of,
+)
+from vllm_steer.serving.http.steer_list import steer_list
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.request_args import SENT_FIELDS
 from vllm_steer.serving.strength_reports.delivery import RESPONSE_STRENGTHS, ResponseStrengths
@@ -63,8 +74,8 @@ class Steering:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         route = route_of(scope)
-        if is_sites(scope):
-            return await self._answer_sites(scope, send)
+        if (own := own_route(scope)) is not None:
+            return await self._answer(own, scope, receive, send)
         if route is None and not is_form(scope) and not is_realtime(scope):
             return await self._app(scope, receive, send)
         vllm_config = scope[
@@ -90,6 +101,17 @@ class Steering:
             await self._pass_on(scope, body.replay(receive), send, rewritten.reports)
         finally:
             SENT_FIELDS.reset(sent_before)
+
+    async def _answer(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request of the plugin's own routes."""
+        if path == SITES:
+            return await self._answer_sites(scope, send)
+        plan = plan_of(scope["app"].state.vllm_config)
+        if plan is None or (path == PAGE and not plan.playground):
+            return await self._app(scope, receive, send)
+        if path == STEERS:
+            return await send_json(send, steer_list(plan))
+        await send_page(send)
 
     async def _answer_sites(self, scope: Message, send: Send) -> None:
         """What the self-test found at start-up; the engine is asked once."""
