@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
 
 from vllm_steer import embedded
 from vllm_steer.environment import CPU_CACHE
@@ -29,14 +31,34 @@ _ENVIRONMENT = {
 }
 
 
-@contextmanager
-def serve_embedded_model(on_wait: Callable[[float], None]) -> Iterator[str]:
-    """Serve the embedded model with its steers; yield the URL, and end the process on exit.
+@dataclass(frozen=True)
+class EmbeddedServer:
+    """A running server with the embedded model."""
 
-    ``on_wait`` receives the seconds waited so far. Raises ``SteerError`` with the end of the
-    server's log if it ends early or is not ready in time.
+    address: str
+    _process: "subprocess.Popen[bytes]"
+
+    @property
+    def api_url(self) -> str:
+        """The base URL of an OpenAI client."""
+        return f"{self.address}/v1"
+
+    def wait(self) -> NoReturn:
+        """Wait until the server ends by itself, which is an error."""
+        raise _ServerEndedError(f"vllm serve ended with code {self._process.wait()}")
+
+
+@contextmanager
+def serve_embedded_model(
+    on_wait: Callable[[float], None], *, port: int | None = None
+) -> Iterator[EmbeddedServer]:
+    """Serve the embedded model with its steers, and end the process on exit.
+
+    ``on_wait`` receives the seconds waited so far. ``port`` None takes a free one. Raises
+    ``SteerError`` with the end of the server's log if it ends by itself or is not ready in time,
+    and for a port that is taken.
     """
-    port = _free_port()
+    port = _free_port() if port is None else _checked_port(port)
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(embedded.MODEL)),
         *("--served-model-name", SERVED_NAME, "--host", HOST, "--port", str(port)),
@@ -52,16 +74,16 @@ def serve_embedded_model(on_wait: Callable[[float], None]) -> Iterator[str]:
         )
         try:
             _wait_until_ready(process, f"http://{HOST}:{port}/health", on_wait)
-            yield f"http://{HOST}:{port}/v1"
-        except _ServerNotReadyError as error:
+            yield EmbeddedServer(f"http://{HOST}:{port}", process)
+        except _ServerEndedError as error:
             log.seek(0)
             raise SteerError(f"{error}; the end of its log:\n{log.read()[-3000:]}") from None
         finally:
             _stop(process)
 
 
-class _ServerNotReadyError(Exception):
-    pass
+class _ServerEndedError(Exception):
+    """The server ended by itself or did not get ready."""
 
 
 def _wait_until_ready(
@@ -70,12 +92,12 @@ def _wait_until_ready(
     started = time.monotonic()
     while (waited := time.monotonic() - started) < START_LIMIT_S:
         if process.poll() is not None:
-            raise _ServerNotReadyError(f"vllm serve ended with code {process.returncode}")
+            raise _ServerEndedError(f"vllm serve ended with code {process.returncode}")
         on_wait(waited)
         if _answers(url):
             return
         time.sleep(0.5)
-    raise _ServerNotReadyError(f"vllm serve was not ready after {START_LIMIT_S} s")
+    raise _ServerEndedError(f"vllm serve was not ready after {START_LIMIT_S} s")
 
 
 def _answers(url: str) -> bool:
@@ -95,6 +117,18 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(STOP_LIMIT_S)
+
+
+def _checked_port(port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise SteerError(
+                f"port {port} cannot be used: {error.strerror}; give another"
+            ) from None
+    return port
 
 
 def _free_port() -> int:
