@@ -9,6 +9,7 @@ const showSamples = makeSamples();
 const loading = makeLoading({ onDone: readSteers, report });
 let rows = [];
 let asked = null; // the JSON of the request that was answered last
+let isStarted = false; // before that the settings in the address are not read yet
 
 function report(message) {
   byId("problem").textContent = message;
@@ -20,7 +21,7 @@ const currentRequest = () => requestOf(readSettings(), steerOf(rows));
 function update() {
   const request = currentRequest();
   showSamples(request);
-  keepInAddress(rows);
+  if (isStarted) keepInAddress(rows);
   byId("changed").hidden = asked === null || asked === jsonOf(request.body);
   byId("copied").textContent = "";
 }
@@ -121,6 +122,7 @@ async function start() {
   report("");
   restoreFields(address);
   restoreRows(address.steer);
+  isStarted = true;
   await readModel(restoreApi(address.parts));
 }
 

@@ -39,21 +39,21 @@ function steersIn(text) {
   const steers = new Map();
   for (const part of text.split(",")) {
     const [name, strength, most] = part.split(":");
-    if (strength === "dynamic" && isStrength(most)) {
+    if (strength === "dynamic" && isNumber(most)) {
       steers.set(name, { strength, max: Number(most) });
-    } else if (isStrength(strength) && most === undefined) {
+    } else if (isNumber(strength) && most === undefined) {
       steers.set(name, Number(strength));
     }
   }
   return steers;
 }
 
-const isStrength = (text) => Boolean(text?.trim()) && Number.isFinite(Number(text));
+const isNumber = (text) => Boolean(text?.trim()) && Number.isFinite(Number(text));
 
 function restoreFields({ parts }) {
   if (parts.has("prompt")) byId("prompt").value = parts.get("prompt");
   for (const [name, id] of Object.entries(FIELDS)) {
-    if (parts.has(name)) byId(id).value = parts.get(name);
+    if (isNumber(parts.get(name))) byId(id).value = parts.get(name);
     else if (parts.size) byId(id).value = byId(id).defaultValue;
   }
   const model = parts.get("model");
