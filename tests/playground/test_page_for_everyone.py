@@ -20,6 +20,7 @@ REPO = Path(__file__).parents[2]
 AUDIT = (Path(__file__).parent / "audit.js").read_text(encoding="utf-8")
 PHONE = {"width": 360, "height": 740}
 DESKTOP = {"width": 1280, "height": 860}
+PICTURED = {"width": 1280, "height": 1160}  # down to the steers that are on
 FRENCH = "#prompt=Hotel+Astoria:&api=completion&max_tokens=40&steer=french:5"
 MIXED = (
     "#prompt=Hotel+Astoria:&api=completion&max_tokens=40"
@@ -196,22 +197,17 @@ def test_nothing_moves_for_those_who_ask_for_that(open_page: Open) -> None:
 
 
 @each_scheme
-@each_size
+@pytest.mark.parametrize(("name", "size"), [("desktop", PICTURED), ("phone", PHONE)])
 def test_a_picture_is_taken(
-    open_page: Open, scheme: Any, size: dict[str, int], tmp_path: Path
+    open_page: Open, scheme: Any, name: str, size: dict[str, int], tmp_path: Path
 ) -> None:
-    wide = size is DESKTOP
+    fragment = FRENCH if scheme == "light" else MIXED
     playground = open_page(
-        FRENCH if scheme == "light" else MIXED,
-        viewport=size,
-        color_scheme=scheme,
-        reduced_motion="reduce",
+        fragment, viewport=size, color_scheme=scheme, reduced_motion="reduce"
     ).ready()
     playground.generate()
     playground.page.mouse.move(0, 0)
-    if wide:
-        playground.page.evaluate("scrollTo(0, 0)")
     folder = REPO / "docs" / "images" if os.environ.get("VLLM_STEER_SCREENSHOTS") else tmp_path
-    path = folder / f"playground-{'desktop' if wide else 'phone'}-{scheme}.png"
+    path = folder / f"playground-{name}-{scheme}.png"
     playground.page.screenshot(path=path)
     assert path.stat().st_size > 10_000
