@@ -12,6 +12,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 import pytest
 from page_tools import Playground
+from playwright.sync_api import Page
 
 pytestmark = pytest.mark.matrix
 Open = Callable[..., Playground]
@@ -115,6 +116,14 @@ def test_an_api_key_is_sent_and_never_copied(open_page: Open) -> None:
     assert "s3cret" not in shown
     stored = page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])")
     assert "s3cret" not in stored
+
+
+def test_copying_works_on_a_page_without_tls(open_page: Open) -> None:
+    def without_clipboard(page: Page) -> None:
+        page.add_init_script("navigator.clipboard.writeText = () => Promise.reject(Error())")
+
+    playground = open_page(settings("chat", HARD), prepare=without_clipboard).ready()
+    assert playground.sample("curl") == playground.page.locator("#code").text_content()
 
 
 def test_a_link_to_the_settings_restores_them(open_page: Open) -> None:

@@ -17,7 +17,7 @@ class Reply(NamedTuple):
     passed_on: bool
 
 
-def get(plan: SteerPlan | None, path: str, *, method: str = "GET") -> Reply:
+def get(plan: SteerPlan | None, path: str, *, method: str = "GET", root_path: str = "") -> Reply:
     """The response to a request without a body."""
     additional = {} if plan is None else {"steer": plan.to_json()}
     config = SimpleNamespace(additional_config=additional)
@@ -25,6 +25,7 @@ def get(plan: SteerPlan | None, path: str, *, method: str = "GET") -> Reply:
         "type": "http",
         "method": method,
         "path": path,
+        "root_path": root_path,
         "headers": [],
         "app": SimpleNamespace(state=SimpleNamespace(vllm_config=config)),
     }

@@ -83,8 +83,14 @@ def test_the_options_of_a_preset_are_listed_as_they_were_written(make_plan: Any)
     assert listed(plan)["data"][1]["steers"] == mix
 
 
-def test_a_root_path_before_the_route_is_allowed(make_plan: Any) -> None:
-    assert not get(make_plan({"a": 1.0}), "/prefix/v1/steers").passed_on
+@pytest.mark.parametrize("path", ["/v1/steers", "/v1/steer_sites", "/steer"])
+def test_nothing_but_the_root_path_may_come_before_a_route(make_plan: Any, path: str) -> None:
+    """vLLM's check of API keys would not see a path that begins with something else."""
+    plan = make_plan({"a": 1.0}).model_copy(update={"playground": True})
+    assert get(plan, f"/other{path}").passed_on
+    assert get(plan, f"/{path}").passed_on
+    if path != "/v1/steer_sites":  # which asks the engine
+        assert not get(plan, f"/prefix{path}", root_path="/prefix").passed_on
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE", "OPTIONS"])

@@ -58,10 +58,14 @@ class Route(NamedTuple):
 
 
 def own_route(scope: Mapping[str, Any]) -> str | None:
-    """The path of a request that the plugin answers itself; None for every other request."""
+    """The path of a request that the plugin answers itself; None for every other request.
+
+    Only the root path may come before it: vLLM's check of API keys looks at the beginning.
+    """
     if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
         return None
-    return next((path for path in (SITES, STEERS, PAGE) if scope["path"].endswith(path)), None)
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path if path in (SITES, STEERS, PAGE) else None
 
 
 def route_of(scope: Mapping[str, Any]) -> Route | None:

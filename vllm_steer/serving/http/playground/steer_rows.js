@@ -22,7 +22,8 @@ function factsOf(entry) {
   const facts = [KINDS[entry.kind] ?? entry.kind, `at ${entry.site}`];
   if (entry.layers?.length) facts.push(layersText(entry.layers));
   if (entry.mode) facts.push(entry.mode);
-  if (entry.limit !== null) facts.push(`limit ${short(entry.limit)}`);
+  if (entry.limit != null) facts.push(`limit ${short(entry.limit)}`);
+  if (entry.source === "runtime") facts.push("loaded while serving");
   return facts.join(", ");
 }
 
@@ -47,7 +48,7 @@ function makeRow(entry, index, { onChange, onUnload }) {
     label: entry.id,
     lowest: isPreset ? 0 : -1,
     reach: isPreset ? PRESET_REACH : 2 * Math.abs(standard) || 1,
-    limit: isPreset ? null : entry.limit,
+    limit: entry.limit ?? null,
     onChange: show,
   });
   const name = isPreset
