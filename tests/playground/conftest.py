@@ -16,20 +16,21 @@ from server_process import serving
 
 from vllm_steer import embedded
 
-CHROMIUM = Path("/usr/bin/chromium")
+BROWSERS = (Path("/usr/bin/chromium"), Path("/usr/bin/google-chrome"))
 MODEL = "embedded"
 DESKTOP = {"width": 1280, "height": 860}
 
 
 @pytest.fixture(scope="session")
 def chromium() -> Path:
-    """Debian's Chromium; the tests are skipped without it, except in continuous integration."""
-    if not CHROMIUM.exists():
-        reason = f"no {CHROMIUM}; scripts/install_chromium.sh installs it"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return CHROMIUM
+    """The browser; the tests are skipped without one, except in continuous integration."""
+    for path in BROWSERS:
+        if path.exists():
+            return path
+    reason = f"no {' or '.join(map(str, BROWSERS))}; scripts/install_chromium.sh installs one"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ const silent = { begin() {}, add() {}, flush() {} };
 /** An answer in an element: `write(request, ...)` streams into it until it ends or is stopped. */
 function makeAnswer(box, label, announcer = silent) {
   const text = element("div", { className: "text", tabIndex: 0, role: "group", "aria-label": label });
-  const status = element("p", { className: "status" });
+  const status = element("p", { className: "status", textContent: "No answer yet" });
   const header = element("p", { className: "steer-header" });
   box.replaceChildren(text, element("footer", {}, status, header));
   let stopping = null;
