@@ -32,8 +32,8 @@ def test_the_page_is_served_until_the_command_is_interrupted(
     address = f"http://127.0.0.1:{port}/steer"
     try:
         deadline = time.monotonic() + START_LIMIT_S
-        while f"open {address} " not in log.read_text() and process.poll() is None:
-            assert time.monotonic() < deadline, log.read_text()
+        while f"open {address} " not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         page = httpx.get(address)
         assert page.status_code == 200 and "<title>Steer</title>" in page.text
