@@ -24,6 +24,7 @@ DOCUMENTS = (
     ROOT / "docs" / "compatibility.md",
     ROOT / "docs" / "compose.md",
     ROOT / "docs" / "design.md",
+    ROOT / "docs" / "loading.md",
     ROOT / "docs" / "models.md",
     ROOT / "docs" / "real-model.md",
 )

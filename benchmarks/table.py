@@ -95,6 +95,16 @@ COLUMNS: dict[str, Columns] = {
         ("memory, MiB", number("model_sites_mib", 1)),
         ("whole start, s", number("start_s", 1)),
     ),
+    "loading": (
+        ("", word("what")),
+        ("step without, ms", number("without_ms")),
+        ("with, ms", number("with_ms")),
+        ("ratio", number("ratio_median", 3)),
+        ("p20 to p80", spread("ratio")),
+        ("longest step without, ms", number("longest_ms_without", 0)),
+        ("with, ms", number("longest_ms_with", 0)),
+        ("seconds of a load", number("load_s", 3)),
+    ),
     "peers": (
         ("what", word("name")),
         ("shape", word("shape")),

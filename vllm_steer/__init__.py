@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm_steer import hf
     from vllm_steer.config import SteerConfig
     from vllm_steer.files import load_steer, save_steer
+    from vllm_steer.serving.runtime.offline import load_steer_into, steers_of, unload_steer_from
     from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
 
 __all__ = [
@@ -22,13 +23,19 @@ __all__ = [
     "VectorSteer",
     "hf",
     "load_steer",
+    "load_steer_into",
     "save_steer",
+    "steers_of",
+    "unload_steer_from",
 ]
 
 _MODULES = {
     "SteerConfig": "vllm_steer.config",
     "load_steer": "vllm_steer.files",
     "save_steer": "vllm_steer.files",
+    **dict.fromkeys(
+        ("load_steer_into", "steers_of", "unload_steer_from"), "vllm_steer.serving.runtime.offline"
+    ),
     **dict.fromkeys(("DeltaSteer", "LMSteer", "Steer", "VectorSteer"), "vllm_steer.steers"),
 }
 

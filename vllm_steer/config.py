@@ -28,6 +28,7 @@ from vllm_steer.files.steer_metadata import (
     describe_errors,
 )
 from vllm_steer.kernels.dispatch import Kernels
+from vllm_steer.runtime_config import RuntimeConfig
 from vllm_steer.untrusted_text import is_number, listed, printable, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -110,19 +111,21 @@ class SteerConfig(BaseModel):
     options as in a request). ``default`` is the steer string or preset of requests without one.
     ``limits`` bounds what is admitted. ``kernels`` is what steers run on: ``triton``, ``torch``, or
     ``auto`` for Triton on CUDA, else torch. ``untested`` says what becomes of steers inside the
-    layers of a model whose sites only the self-test has found: ``warn`` or ``refuse``.
+    layers of a model whose sites only the self-test has found: ``warn`` or ``refuse``. ``runtime``
+    says whether steers may be loaded while the engine serves; ``steers`` may be empty then.
     ``playground`` makes a server answer ``GET /steer`` with a page to try the steers on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steers: dict[str, SteerEntry]
+    steers: dict[str, SteerEntry] = {}
     presets: dict[str, dict[str, MixEntry]] = {}
     default: str = NO_STEER
     limits: Limits = Limits()
     kernels: Kernels = "auto"
     untested: Untested = "warn"
     playground: StrictBool = False
+    runtime: RuntimeConfig = RuntimeConfig()
 
     @classmethod
     def load(cls, source: "str | Path | Mapping[str, Any] | SteerConfig") -> "SteerConfig":
@@ -153,8 +156,16 @@ class SteerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "SteerConfig":
-        if not self.steers:
-            raise ValueError("steers is empty; name at least one steer, or leave the config away")
+        if not self.steers and not self.runtime.enabled:
+            if "steers" not in self.model_fields_set:
+                raise ValueError(
+                    "key 'steers' is missing; name at least one steer, or set runtime: "
+                    "{enabled: true} to load them while the engine serves"
+                )
+            raise ValueError(
+                "steers is empty; name at least one steer, set runtime: {enabled: true} to load "
+                "them while the engine serves, or leave the config away"
+            )
         if len(self.steers) > self.limits.max_steers:
             raise ValueError(
                 f"{len(self.steers)} steers are configured; limits.max_steers is "
@@ -177,7 +188,18 @@ class SteerConfig(BaseModel):
             name: entry.model_copy(update={"path": _absolute(folder, entry.path, f"steer {name}")})
             for name, entry in self.steers.items()
         }
-        return self.model_copy(update={"steers": steers})
+        return self.model_copy(update={"steers": steers, "runtime": self._runtime_from(folder)})
+
+    def _runtime_from(self, folder: Path) -> RuntimeConfig:
+        """The part ``runtime`` with absolute paths."""
+        folders = [_absolute(folder, path, "runtime.folders") for path in self.runtime.folders]
+        state = self.runtime.state
+        return self.runtime.model_copy(
+            update={
+                "folders": tuple(folders),
+                "state": None if state is None else _absolute(folder, state, "runtime.state"),
+            }
+        )
 
 
 def _absolute(folder: Path, path: Path, subject: str) -> Path:

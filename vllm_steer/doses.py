@@ -42,6 +42,7 @@ class Dose:
               last prompt token on
     schedule  of a delta steer; None for the other kinds
     dynamic   None where the strength is what the request says
+    key       of a steer that was loaded at run time: what it is, whatever its name means by now
     """
 
     steer: str
@@ -50,6 +51,12 @@ class Dose:
     phase: Phase = "all"
     schedule: Schedule | None = None
     dynamic: Dynamic | None = None
+    key: str | None = None
+
+    @property
+    def entry(self) -> str:
+        """The name of the steer's entry in the device tables."""
+        return self.key or self.steer
 
 
 def is_dynamic(doses: Iterable[Dose]) -> bool:

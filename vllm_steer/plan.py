@@ -6,49 +6,20 @@ configuration hash: a compile cache made under another plan is never taken for t
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from vllm_steer.config import Limits, SteerConfig, SteerEntry, Untested
+from vllm_steer.config import Limits, SteerConfig, Untested
 from vllm_steer.doses import Dose
-from vllm_steer.errors import SteerError
-from vllm_steer.files import load_steer
 from vllm_steer.kernels.dispatch import Kernels
+from vllm_steer.loaded_steers import LoadedSteers
+from vllm_steer.planned_steer import PlannedSteer, plan_steer
 from vllm_steer.request import DoseCache, check_request, resolve
-from vllm_steer.steers import DeltaSteer, LMSteer, Mode, Schedule, Steer, VectorSteer
-from vllm_steer.steers.content import content_digest
+from vllm_steer.runtime_config import RuntimeConfig
+from vllm_steer.steers.sites import HEAD
 
-
-class PlannedSteer(BaseModel):
-    """A checked steer: its path, its properties and the digest of its content."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: Path
-    overrides: dict[str, Any]
-    kind: str
-    site: str
-    hidden_size: int | None
-    vocab_size: int | None = None
-    layers: tuple[int, ...] | None = None
-    schedule: Schedule | None = None
-    steps: int | None = None
-    mode: Mode | None = None
-    default_strength: float
-    content: str
-    where_present: bool = False
-
-    def load(self) -> Steer:
-        """Read the steer again, in a process that has only the plan.
-
-        Raises ``SteerError`` if the file is gone or is no longer the one that was checked.
-        """
-        steer = load_steer(self.path, **self.overrides)
-        if content_digest(steer) != self.content:
-            raise SteerError(f"{self.path}: the file changed while the engine was starting")
-        return steer
+__all__ = ["PlannedSteer", "SteerPlan", "is_plan"]
 
 
 class SteerPlan(BaseModel):
@@ -64,6 +35,8 @@ class SteerPlan(BaseModel):
     limits: Limits
     untested: Untested = "warn"
     playground: bool = False
+    runtime: RuntimeConfig = RuntimeConfig()
+    _loaded: LoadedSteers = PrivateAttr(default_factory=LoadedSteers)
     _resolved: DoseCache = PrivateAttr(default_factory=DoseCache)
 
     @classmethod
@@ -75,7 +48,7 @@ class SteerPlan(BaseModel):
             version=__version__,
             kernels=config.kernels,
             steers={
-                name: _plan_steer(name, entry, config.limits)
+                name: plan_steer(name, entry, config.limits)
                 for name, entry in sorted(config.steers.items())
             },
             presets=config.presets,
@@ -83,6 +56,7 @@ class SteerPlan(BaseModel):
             limits=config.limits,
             untested=config.untested,
             playground=config.playground,
+            runtime=config.runtime,
         )
         for preset in plan.presets:
             check_request(preset, plan, source=f"preset {preset}")
@@ -103,46 +77,34 @@ class SteerPlan(BaseModel):
         """The sites that the steers act at."""
         return frozenset(steer.site for steer in self.steers.values())
 
-    def doses(self, value: Any) -> tuple[Dose, ...]:
-        """The doses for a request's ``steer`` value, resolved once; None takes the default."""
+    @property
+    def loaded(self) -> LoadedSteers:
+        """The steers that this process knows beside those of the config."""
+        return self._loaded
+
+    @property
+    def layer_sites(self) -> frozenset[str]:
+        """The sites inside the layers that the steers act at, or have room to act at."""
+        room = self.runtime.room.layer_sites if self.runtime.enabled else ()
+        return (self.sites | set(room)) - {HEAD}
+
+    def steer_of(self, dose: Dose) -> PlannedSteer:
+        """The steer of a dose that this plan has resolved."""
+        return self.steers[dose.steer] if dose.key is None else self._loaded[dose.key]
+
+    def doses(self, value: Any, loaded: Mapping[str, str] | None = None) -> tuple[Dose, ...]:
+        """The doses for a request's ``steer`` value, resolved once; None takes the default.
+
+        ``loaded`` has the keys of steers that were loaded at run time by the names that they have
+        in this request.
+        """
         value = self.default if value is None else value
-        return self._resolved.get(value, lambda value: resolve(value, self))
+        if not loaded:
+            return self._resolved.get(value, lambda value: resolve(value, self))
+        names, resolved = self._loaded.names(loaded, self)
+        return resolved.get(value, lambda value: resolve(value, names))
 
 
 def is_plan(data: Any) -> bool:
     """Whether ``additional_config["steer"]`` is a resolved plan and not yet a user's config."""
     return isinstance(data, Mapping) and {"version", "kernels", "steers"} <= set(data)
-
-
-def _plan_steer(name: str, entry: SteerEntry, limits: Limits) -> PlannedSteer:
-    try:
-        steer = load_steer(entry.path, **entry.overrides)
-    except SteerError as error:
-        raise SteerError(f"steer {name}: {error}") from error
-    vocab_size = None
-    if isinstance(steer, LMSteer):
-        if entry.where_present:
-            raise SteerError(
-                f"steer {name}: layers does not apply to a steer of kind {steer.kind}; drop it"
-            )
-        vocab_size = steer.vocab_size
-        if steer.rank > limits.max_rank:
-            raise SteerError(
-                f"steer {name}: {entry.path}: rank is {steer.rank}; limits.max_rank is "
-                f"{limits.max_rank}"
-            )
-    return PlannedSteer(
-        path=entry.path,
-        overrides=entry.overrides,
-        kind=steer.kind,
-        site=steer.site,
-        hidden_size=steer.hidden_size if vocab_size is None else None,
-        vocab_size=vocab_size,
-        layers=steer.layers,
-        schedule=steer.schedule,
-        steps=steer.steps if isinstance(steer, DeltaSteer) else None,
-        mode=steer.mode if isinstance(steer, VectorSteer) else None,
-        default_strength=1.0 if steer.default_strength is None else steer.default_strength,
-        content=content_digest(steer),
-        where_present=entry.where_present,
-    )

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_steer.environment import (
     HEADLESS,
+    LOADING,
     STEERING,
     STREAM_REQUESTS,
     STRENGTH_REPORTS,
@@ -53,15 +54,21 @@ def patch_active() -> None:
         _patch_reports()
     if is_active(STREAM_REQUESTS):
         _patch_streams()
+    if is_active(LOADING):
+        _patch_loading()
 
 
 def _patch_steering() -> None:
     from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving import applied
     from vllm_steer.serving.cache_key import with_steer_keys
     from vllm_steer.serving.plan_agreement import CHECK, check_engine_core
 
@@ -73,9 +80,25 @@ def _patch_steering() -> None:
             setattr(module, extra_keys, getattr(kv_cache_utils, extra_keys))
     _patch_run_batch()
     wrap(InputProcessor, "_validate_params", _with_admission, once=True)
+    for engine in (LLMEngine, AsyncLLM):
+        wrap(engine, "__init__", applied.with_plan_for_outputs, once=True)
+    wrap(OutputProcessor, "add_request", applied.with_applied_of_request, once=True)
+    wrap(RequestState, "_new_request_output", applied.with_applied_steers, once=True)
     wrap(EngineCore, "preprocess_add_request", _with_engine_core_admission, once=True)
     setattr(EngineCore, CHECK, check_engine_core)
     wrap(WorkerWrapperBase, "init_device", _with_steered_worker, once=True)
+
+
+def _patch_engines() -> None:
+    """Wrap what makes an engine in a frontend, so that its requests are counted by steer."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.request_counting import with_counted_requests
+
+    for engine in (AsyncLLM, LLMEngine):
+        wrap(engine, "__init__", with_counted_requests, once=True)
 
 
 def _patch_receiving_frontend() -> None:
@@ -131,6 +154,29 @@ def _patch_streams() -> None:
     wrap(EngineCore, "add_request", _with_streams, once=True)
 
 
+def _patch_loading() -> None:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.runtime import engine_core, names
+
+    wrap(InputProcessor, "process_inputs", names.with_loaded_steers, once=True)
+    wrap(EngineCore, "add_request", engine_core.with_arrival, once=True)
+    for method in engine_core.METHODS:
+        setattr(EngineCore, method, getattr(engine_core, method))
+
+
+def _patch_serving_frontend() -> None:
+    """Wrap what a server awaits before it serves."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_steer.compat.patching import wrap
+    from vllm_steer.serving.runtime.server import with_restored_steers
+
+    wrap(AsyncLLM, "get_supported_tasks", with_restored_steers, once=True)
+
+
 def _with_flag(original: Any, parser: Any) -> Any:
     from vllm_steer.serving.command_line import add_steer_config_flag
 
@@ -148,6 +194,8 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
     resolved = resolved_additional_config(user_config)
     activate_steering(serves_dynamic=self.speculative_config is None)
+    if resolved is not None and resolved["steer"]["runtime"]["enabled"]:
+        activate(LOADING)
     if kwargs.get("headless"):
         activate(HEADLESS)
     patch_active()
@@ -157,6 +205,9 @@ def _with_plan(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         self.additional_config = user_config
     check_engine(vllm_config)
+    if is_active(LOADING):
+        _patch_serving_frontend()
+    _patch_engines()
     if options.data_parallel_size(vllm_config) > 1:
         _patch_data_parallel_frontend()
     if options.kv_transfer_config(vllm_config) is not None:

@@ -78,6 +78,7 @@ class SteerWeights:
     expand   ``[total_rank, width]``, their P2^T
     dense    ``[matrices, width, width]``, out by in: (P1 P2^T)^T where that is fewer bytes
     vectors  ``[vectors, width]``
+    reserved_ranks  ranks that a slot may come to have: block sizes allow for them
     """
 
     slots: tuple[Slot, ...]
@@ -85,6 +86,7 @@ class SteerWeights:
     expand: torch.Tensor
     dense: torch.Tensor
     vectors: torch.Tensor
+    reserved_ranks: int = 0
 
     @cached_property
     def columns(self) -> SlotColumns:
@@ -95,7 +97,7 @@ class SteerWeights:
             kinds=np.array([KINDS.index(type(slot)) for slot in self.slots], dtype=np.int64),
             bounds=np.array(bounds, dtype=np.int64).reshape(-1, 3),
             epsilons=np.array([slot.epsilon for slot in self.slots], dtype=np.float32),
-            max_rank=max(ranks, default=0),
+            max_rank=max([*ranks, self.reserved_ranks], default=0),
         )
 
     @property

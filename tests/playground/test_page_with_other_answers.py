@@ -17,7 +17,7 @@ STEER = {
     "object": "steer",
     "kind": "vector",
     "site": "resid",
-    "layers": [3, 4, 5, 9],
+    "layers": "3-5,9",
     "mode": "add",
     "default_strength": 2.0,
     "limit": 6.0,
@@ -62,7 +62,7 @@ def test_a_limit_is_the_end_of_the_slider_and_of_the_number(open_page: Open) -> 
     assert (slider.get_attribute("min"), slider.get_attribute("max")) == ("-6", "6")
     assert (number.get_attribute("min"), number.get_attribute("max")) == ("-6", "6")
     expect(
-        playground.page.get_by_text("vector, at resid, layers 3-5, 9, add, limit 6")
+        playground.page.get_by_text("vector, at resid, layers 3-5,9, add, limit 6")
     ).to_be_visible()
     assert not playground.page.get_by_role("heading", name="Presets").is_visible()
 

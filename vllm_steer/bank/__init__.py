@@ -1,13 +1,21 @@
 """The bank: the device tables that hold loaded steers; one for the head, one for the layers."""
 
-from vllm_steer.bank.head import HeadBank, HeadTable, fill_head_bank
-from vllm_steer.bank.layers import DirectionRange, LayerBank, SiteTable, fill_layer_bank
+from vllm_steer.bank.head import HeadBank, HeadRoom, HeadTable, fill_head_bank
+from vllm_steer.bank.layers import (
+    DirectionRange,
+    LayerBank,
+    LayerRoom,
+    SiteTable,
+    fill_layer_bank,
+)
 
 __all__ = [
     "DirectionRange",
     "HeadBank",
+    "HeadRoom",
     "HeadTable",
     "LayerBank",
+    "LayerRoom",
     "SiteTable",
     "fill_head_bank",
     "fill_layer_bank",

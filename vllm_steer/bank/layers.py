@@ -1,6 +1,7 @@
 """Device tables of vector and delta steers: per site, directions for each layer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +26,68 @@ class DirectionRange:
 
 
 @dataclass(frozen=True)
+class LayerRoom:
+    """Reserved directions for steers that are loaded later, by site: those that vectors and the
+    steps of deltas take; and the ``layers`` of this rank that have the site.
+
+    ``rotates``: vectors may rotate.
+    """
+
+    directions: Mapping[str, tuple[int, int]]
+    layers: Mapping[str, tuple[int, ...]]
+    width: int
+    rotates: bool
+
+
+@dataclass(frozen=True)
 class SiteTable:
-    """The steers of one site in the ``layers`` of one rank, those that some steer touches."""
+    """The steers of one site in the ``layers`` of one rank, those that some steer touches.
+
+    Directions from ``first_vector`` on are reserved for vectors, from ``first_step`` on for the
+    steps of deltas; ``fill`` writes them. ``directions`` keep their addresses.
+    """
 
     site: str
     layers: tuple[int, ...]
-    entries: Mapping[str, DirectionRange]
+    entries: dict[str, DirectionRange]
     directions: Directions
+    first_vector: int = 0
+    first_step: int = 0
+
+    def fill(self, name: str, steer: GuidanceSteer, index: int, rows: torch.Tensor) -> None:
+        """Put a steer's directions ``rows [L, n, width]`` where no running step uses any: at vector
+        number ``index``, or from step ``index`` on.
+        """
+        is_vector = isinstance(steer, VectorSteer)
+        start = (self.first_vector if is_vector else self.first_step) + index
+        end = start + rows.shape[1]
+        self.directions.vectors[:, start:end].copy_(rows, non_blocking=True)
+        if self.directions.is_rotation is not None:
+            rotates = isinstance(steer, VectorSteer) and steer.mode == "rotate"
+            self.directions.is_rotation[start:end] = 1.0 if rotates else 0.0
+        steps = None if is_vector else rows.shape[1]
+        self.entries[name] = DirectionRange(start, steps, steer.layers)
+
+    def remove(self, name: str) -> None:
+        """Forget a steer; its directions may be written again."""
+        self.entries.pop(name, None)
+
+    @contextmanager
+    def trial_steer(self) -> Iterator[None]:
+        """A random vector in the first reserved direction, for the checks of start-up."""
+        vectors, start = self.directions.vectors, self.first_vector
+        if start == 0 or start == vectors.shape[1]:  # nothing is reserved
+            yield
+            return
+        vector = torch.randn(vectors.shape[2], generator=torch.Generator().manual_seed(1))
+        vectors[:, start] = vector.to(vectors.device)
+        name = f"<reserved at {self.site}>"  # no steer can have it
+        self.entries[name] = DirectionRange(start, None, self.layers)
+        try:
+            yield
+        finally:
+            vectors[:, start] = 0.0
+            self.remove(name)
 
 
 @dataclass(frozen=True)
@@ -52,6 +108,7 @@ def fill_layer_bank(
     layers: Sequence[int],
     device: torch.device,
     project: Project,
+    room: LayerRoom | None = None,
 ) -> LayerBank:
     """Put the steers' directions for ``layers``, those of this rank, on the device.
 
@@ -66,7 +123,7 @@ def fill_layer_bank(
     tables = [
         table
         for site, site_steers in by_site.items()
-        if site_steers and (table := _table(site, site_steers, set(layers), device, project))
+        if (table := _table(site, site_steers, set(layers), device, project, room))
     ]
     return LayerBank(tuple(tables))
 
@@ -82,7 +139,7 @@ def project_again(table: SiteTable, steers: Mapping[str, GuidanceSteer], project
         start = table.entries[name].start
         for layer in sorted(set(steer.layers) & set(table.layers)):
             rows = project(layer, _rows(steer, layer).to(vectors.device, torch.float32))
-            _check_range(name, layer, rows)
+            check_projected(name, layer, rows)
             vectors[table.layers.index(layer), start : start + rows.shape[0]] = rows
 
 
@@ -92,30 +149,39 @@ def _table(
     local_layers: set[int],
     device: torch.device,
     project: Project,
+    room: LayerRoom | None,
 ) -> SiteTable | None:
-    """One site's table; None if no steer of it touches a layer of this rank."""
-    layers = tuple(sorted(local_layers & {layer for s in steers.values() for layer in s.layers}))
+    """One site's table; None if no steer of it touches a layer of this rank and none has room."""
+    reserved = () if room is None else room.layers.get(site, ())
+    touched = local_layers & {layer for s in steers.values() for layer in s.layers}
+    layers = tuple(sorted(touched | set(reserved)))
     if not layers:
         return None
     entries, num_directions = _entries(steers)
-    vectors = None
+    first_vector, vectors, rotates = num_directions, None, False
+    first_step = first_vector
+    if room is not None and reserved:
+        num_vectors, num_steps = room.directions[site]
+        first_step = first_vector + num_vectors
+        num_directions = first_step + num_steps
+        vectors = torch.zeros(len(layers), num_directions, room.width, device=device)
+        rotates = room.rotates and num_vectors > 0
     for name, steer in steers.items():
         for layer in set(steer.layers) & set(layers):
             rows = _rows(steer, layer).to(device, torch.float32)
             if site == "heads":
                 rows = project(layer, rows)
-                _check_range(name, layer, rows)
+                check_projected(name, layer, rows)
             if vectors is None:
                 vectors = rows.new_zeros(len(layers), num_directions, rows.shape[1])
             start = entries[name].start
             vectors[layers.index(layer), start : start + rows.shape[0]] = rows
     assert vectors is not None
-    return SiteTable(
-        site, layers, entries, Directions(vectors, _is_rotation(steers, entries, vectors))
-    )
+    directions = Directions(vectors, _is_rotation(steers, entries, vectors, always=rotates))
+    return SiteTable(site, layers, entries, directions, first_vector, first_step)
 
 
-def _check_range(name: str, layer: int, rows: torch.Tensor) -> None:
+def check_projected(name: str, layer: int, rows: torch.Tensor) -> None:
     """Raise ``SteerError`` for non-finite values: 0 * inf is NaN, even for unsteered tokens."""
     if not torch.isfinite(rows).all():
         raise SteerError(
@@ -134,6 +200,16 @@ def _entries(steers: Mapping[str, GuidanceSteer]) -> tuple[dict[str, DirectionRa
     return entries, count
 
 
+def layer_rows(steer: GuidanceSteer, layers: Sequence[int]) -> torch.Tensor:
+    """``[L, directions, width]`` float32: a steer's directions in ``layers``, else zeros."""
+    count = steer.steps if isinstance(steer, DeltaSteer) else 1
+    rows = torch.zeros(len(layers), count, steer.hidden_size)
+    for index, layer in enumerate(layers):
+        if layer in steer.layers:
+            rows[index] = _rows(steer, layer)
+    return rows
+
+
 def _rows(steer: GuidanceSteer, layer: int) -> torch.Tensor:
     """``[directions, width]`` of one layer: a unit vector for ``rotate``."""
     index = steer.layers.index(layer)
@@ -147,13 +223,15 @@ def _is_rotation(
     steers: Mapping[str, GuidanceSteer],
     entries: Mapping[str, DirectionRange],
     vectors: torch.Tensor,
+    *,
+    always: bool = False,
 ) -> torch.Tensor | None:
     rotated = [
         entries[name].start
         for name, steer in steers.items()
         if isinstance(steer, VectorSteer) and steer.mode == "rotate"
     ]
-    if not rotated:
+    if not rotated and not always:
         return None
     is_rotation = vectors.new_zeros(vectors.shape[1])
     is_rotation[rotated] = 1.0

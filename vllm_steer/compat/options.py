@@ -107,6 +107,7 @@ pipeline_parallel_size: Final = Option(
     "parallel_config", "ParallelConfig", "pipeline_parallel_size", 1, "dynamic strength"
 )
 data_parallel_size: Final = Option("parallel_config", "ParallelConfig", "data_parallel_size", 1)
+nnodes: Final = Option("parallel_config", "ParallelConfig", "nnodes", 1)
 
 max_num_seqs: Final = Option("scheduler_config", "SchedulerConfig", "max_num_seqs")
 max_num_batched_tokens: Final = Option(

@@ -19,7 +19,7 @@ def wrap(
 ) -> None:
     """Replace ``owner.member`` by a function that calls ``around(original, *args, **kwargs)``.
 
-    With ``once`` a member that was wrapped so before stays as it is; ``static`` makes a static
+    With ``once`` a member that ``around`` wraps already stays as it is; ``static`` makes a static
     method of it. Raises ``SteerError`` if the owner has no such member.
     """
     name = _WRAPPED[member]  # what is not declared is not wrapped
@@ -27,7 +27,8 @@ def wrap(
     if original is None:
         owner_name = getattr(owner, "__name__", "").rpartition(".")[2]
         raise SteerError(missing_name(_BY_OWNER.get((owner_name, member), name), owner))
-    if once and hasattr(original, _MARK):
+    wrapped_by: tuple[Callable[..., Any], ...] = getattr(original, _MARK, ())
+    if once and around in wrapped_by:
         return
 
     @functools.wraps(original)
@@ -35,7 +36,7 @@ def wrap(
         return around(original, *args, **kwargs)
 
     if once:
-        setattr(wrapper, _MARK, True)
+        setattr(wrapper, _MARK, (*wrapped_by, around))
     setattr(owner, member, staticmethod(wrapper) if static else wrapper)
 
 

@@ -14,7 +14,9 @@ Feature = Literal[
     "prompt logprobs",
     "dynamic strength",
     "HTTP",
+    "loading at run time",
     "LoRA",
+    "metrics",
     "command line tools",
 ]
 """What is lost without a name. ``steering`` is what every steered engine needs."""

@@ -68,7 +68,8 @@ def _expand_name(name: str, options: Options, plan: SteerCatalog) -> Iterator[Do
             dose = read_dose(steer, mix_entry, plan.steers[steer])
             yield replace(dose, strength=dose.strength * factor)
     elif name in plan.steers:
-        yield read_dose(name, options, plan.steers[name])
+        dose = read_dose(name, options, plan.steers[name])
+        yield replace(dose, key=getattr(plan.steers[name], "key", None))
     else:
         available = f"steers: {listed(sorted(plan.steers))}"
         if plan.presets:

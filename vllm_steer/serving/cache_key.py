@@ -47,8 +47,8 @@ def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str 
     keys = [
         key
         for dose in doses
-        if not acts_at_head(plan.steers[dose.steer])
-        for key in _keys(dose, plan.steers[dose.steer], num_tokens, request)
+        if not acts_at_head(plan.steer_of(dose))
+        for key in _keys(dose, plan.steer_of(dose), num_tokens, request)
     ]
     if not keys:
         user_salt: str | None = request.cache_salt

@@ -9,9 +9,10 @@ import functools
 from typing import Any
 
 from vllm_steer.config import SteerConfig
-from vllm_steer.environment import RUST_FRONTEND, uses_rust_frontend
+from vllm_steer.environment import LOADING, RUST_FRONTEND, activate, uses_rust_frontend
 from vllm_steer.errors import SteerError
 from vllm_steer.serving.activation import activate_steering
+from vllm_steer.serving.runtime.shared_folder import prepare_server
 
 FLAG = "--steer-config"
 MIDDLEWARE = "vllm_steer.serving.http.SteerMiddleware"
@@ -66,6 +67,10 @@ def fold(namespace: argparse.Namespace) -> None:
         )
     # Before vLLM starts a fork server, whose children have the environment of its start.
     activate_steering(serves_dynamic=getattr(namespace, "speculative_config", None) is None)
+    if config.runtime.enabled:
+        activate(LOADING)
+    if hasattr(namespace, "middleware"):
+        prepare_server(config.runtime)
     if hasattr(namespace, "middleware") and MIDDLEWARE not in namespace.middleware:
         namespace.middleware = [*namespace.middleware, MIDDLEWARE]
     if hasattr(namespace, "middleware") or _runs_batch(namespace):

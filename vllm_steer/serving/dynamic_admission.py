@@ -80,7 +80,7 @@ def _incompatible(name: str, advice: str) -> SteerRequestError:
 
 
 def _any_at_head(doses: Sequence[Dose], plan: SteerPlan) -> bool:
-    return any(dose.dynamic and acts_at_head(plan.steers[dose.steer]) for dose in doses)
+    return any(dose.dynamic and acts_at_head(plan.steer_of(dose)) for dose in doses)
 
 
 def _prefills_are_spaced(vllm_config: Any) -> bool:

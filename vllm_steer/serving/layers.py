@@ -6,12 +6,13 @@ attention's output projection: its directions are projected once, so its hook is
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_steer.bank import SiteTable, fill_layer_bank
+from vllm_steer.bank import LayerRoom, SiteTable, fill_layer_bank
 from vllm_steer.bank.layers import GuidanceSteer, project_again
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice
@@ -40,7 +41,7 @@ class SteeredLayers:
     ) -> None:
         self.sites = sites
         self._known = known
-        self._at_heads = at_heads
+        self._at_heads = dict(at_heads)
 
     def attach(self, model: nn.Module, forward_context: dict[str, Any], num_layers: int) -> None:
         """Hook the model's modules and enter their places where the forward context finds them.
@@ -61,7 +62,9 @@ class SteeredLayers:
         """Raise ``SteerError`` for a layer where a steer does not change the forward pass."""
         known = self._known
         first = known.layers[known.local_layers[0]]
-        with eager(model):
+        with eager(model), ExitStack() as trials:
+            for site in self.sites:
+                trials.enter_context(site.table.trial_steer())
             check_steering(
                 self.sites,
                 self._place,
@@ -86,10 +89,27 @@ class SteeredLayers:
         """Project the directions at ``heads`` through the weights that the model has now."""
         if not self._at_heads:
             return
-        project = projections(decoder_layers(model, num_layers), self._known.families, dtype)
+        project = self.projection(model, num_layers, dtype)
         for site in self.sites:
             if site.table.site == "heads":
                 project_again(site.table, self._at_heads, project)
+
+    def table_of(self, site: str) -> SiteTable | None:
+        """The table of a site; None if no layer of this rank has one."""
+        return next((one.table for one in self.sites if one.table.site == site), None)
+
+    def projection(
+        self, model: nn.Module, num_layers: int, dtype: torch.dtype
+    ) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """From a layer and rows at its ``heads`` to rows at the output of the projection."""
+        return projections(decoder_layers(model, num_layers), self._known.families, dtype)
+
+    def set_at_heads(self, name: str, steer: GuidanceSteer | None) -> None:
+        """Keep a steer that is to follow the model's weights, or keep it no longer (None)."""
+        if steer is None:
+            self._at_heads.pop(name, None)
+        else:
+            self._at_heads[name] = steer
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the sites run on, for streams in ``dtype``."""
@@ -124,6 +144,7 @@ def steered_layers(
     *,
     max_doses: int,
     known: ModelSites,
+    room: LayerRoom | None = None,
 ) -> SteeredLayers | None:
     """The sites of the steers in the layers of this rank; None if they touch none of them.
 
@@ -131,7 +152,9 @@ def steered_layers(
     """
     known.check(steers)
     project = projections(known.layers, known.families, options.dtype(vllm_config))
-    bank = fill_layer_bank(steers, layers=known.local_layers, device=device, project=project)
+    bank = fill_layer_bank(
+        steers, layers=known.local_layers, device=device, project=project, room=room
+    )
     tokens = _max_tokens(vllm_config)
     sites = tuple(
         SteeredSite(table, backend, max_doses=max_doses, max_tokens=tokens, device=device)

@@ -78,26 +78,53 @@ class ModelSites:
 
         Raises ``SteerError`` if no layer of the model has the site.
         """
-        lacking = {n for n, reasons in self.reasons.items() if steer.site in reasons}
-        layers = tuple(layer for layer in steer.layers if layer not in lacking)
-        if not any(_of_all_stages(bool(set(layers) & set(self.families)))):
-            reason = next((self.reasons[n][steer.site] for n in steer.layers if n in lacking), "")
+        return steer.keep_layers(self.present_layers(name, steer.site, steer.layers))
+
+    def present_layers(self, name: str, site: str, layers: Sequence[int]) -> tuple[int, ...]:
+        """Of a steer's layers, those that have its site, and those of other ranks."""
+        lacking = {n for n, reasons in self.reasons.items() if site in reasons}
+        present = tuple(layer for layer in layers if layer not in lacking)
+        if not any(_of_all_stages(bool(set(present) & set(self.families)))):
+            reason = next((self.reasons[n][site] for n in layers if n in lacking), "")
             raise SteerError(
-                f"steer {name}: none of its layers {format_layers(steer.layers)} has the site "
-                f"{steer.site}: {reason or 'they are not layers of this model'}"
+                f"steer {name}: none of its layers {format_layers(layers)} has the site "
+                f"{site}: {reason or 'they are not layers of this model'}"
             )
-        return steer.keep_layers(layers)
+        return present
 
     def check(self, steers: Mapping[str, GuidanceSteer]) -> None:
         """Raise ``SteerError`` for a steer that acts where a layer lacks its site."""
         for name, steer in steers.items():
-            for layer in sorted(set(steer.layers) & set(self.families)):
-                reason = self.reasons.get(layer, {}).get(steer.site)
-                if reason is not None:
-                    raise SteerError(
-                        f"steer {name}: the site {steer.site} cannot be steered in layer {layer}: "
-                        f"{reason}; {self._advice(steer.site)}"
-                    )
+            self.check_layers(f"steer {name}", steer.site, steer.layers)
+
+    def check_layers(self, subject: str, site: str, layers: Sequence[int]) -> None:
+        """Raise ``SteerError`` if one of these layers is of this rank and lacks the site."""
+        for layer in sorted(set(layers) & set(self.families)):
+            reason = self.reasons.get(layer, {}).get(site)
+            if reason is not None:
+                raise SteerError(
+                    f"{subject}: the site {site} cannot be steered in layer {layer}: "
+                    f"{reason}; {self._advice(site)}"
+                )
+
+    def layers_with(self, site: str) -> tuple[int, ...]:
+        """The layers of this rank that have a site."""
+        return tuple(n for n in self.families if site not in self.reasons.get(n, {}))
+
+    def room_layers(self, site: str, wanted: Sequence[int] | None) -> tuple[int, ...]:
+        """The layers of this rank where room is reserved at a site: those ``wanted``, or all.
+
+        Raises ``SteerError`` for a wanted layer without the site, and for a site that no layer of
+        the model has.
+        """
+        subject = "runtime.room"
+        having = self.layers_with(site)
+        if wanted is not None:
+            self.check_layers(subject, site, wanted)
+            return tuple(layer for layer in having if layer in set(wanted))
+        if not any(_of_all_stages(bool(having))):
+            self.check_layers(f"{subject}.sites", site, self.local_layers)
+        return having
 
     def _advice(self, site: str) -> str:
         having = [n for n in self.families if site not in self.reasons.get(n, {})]

@@ -24,6 +24,8 @@ ARGUMENTS: Final = "vllm_xargs"
 STEER: Final = "steer"
 STRENGTHS: Final = "steer_strengths"
 STREAM: Final = "vllm_steer_stream"
+LOADED: Final = "vllm_steer_loaded"
+"""Set by the frontend: the keys of the request's steers that were loaded at run time, by name."""
 _FALSE = (False, "false", "0")
 _TRUE = (True, "true", "1")
 
@@ -32,6 +34,12 @@ SENT_FIELDS: ContextVar[Mapping[str, str] | None] = ContextVar(
     "vllm_steer_client_fields", default=None
 )
 """By argument, the field of the HTTP body in which the client sent it; set by the middleware."""
+
+
+FRONTEND_LOADED: ContextVar[Mapping[str, str] | None] = ContextVar(
+    "vllm_steer_loaded_names", default=None
+)
+"""The same in the frontend, while a request is on its way in and has no argument ``LOADED`` yet."""
 
 
 class RejectedSteer(VLLMValidationError, SteerRequestError):
@@ -75,8 +83,14 @@ def doses_of(sampling_params: Any, plan: SteerPlan) -> tuple[Dose, ...]:
     """The doses of a request or a stream under the plan; empty for an unsteered one."""
     stream = stream_of(sampling_params)
     if stream is not None:
-        return stream.doses(plan.doses(stream.steer))
-    return plan.doses(steer_argument(sampling_params))
+        return stream.doses(plan.doses(stream.steer, stream.loaded))
+    return plan.doses(steer_argument(sampling_params), loaded_argument(sampling_params))
+
+
+def loaded_argument(sampling_params: Any) -> Mapping[str, str] | None:
+    """By name, the keys of the request's steers that were loaded at run time."""
+    in_frontend = FRONTEND_LOADED.get()
+    return argument(sampling_params, LOADED) if in_frontend is None else in_frontend
 
 
 @contextmanager
@@ -102,15 +116,18 @@ class StreamRequest:
     main   id of the request that the stream belongs to
     steer  the ``steer`` value of that request
     dose   of a probe, the index of its dose among that request's doses; None for the base
+    loaded the keys of that request's steers that were loaded at run time, by name
     """
 
     main: str
     steer: Any
     dose: int | None
+    loaded: Mapping[str, str] | None = None
 
     def to_args(self) -> dict[str, Any]:
         """Plain values for ``extra_args``, which vLLM sends to the workers."""
-        return {"main": self.main, "steer": self.steer, "dose": self.dose}
+        args = {"main": self.main, "steer": self.steer, "dose": self.dose}
+        return {**args, "loaded": dict(self.loaded)} if self.loaded else args
 
     def doses(self, doses_of_main: Sequence[Dose]) -> tuple[Dose, ...]:
         """The stream's doses: none for a base, one at its maximum strength for a probe."""

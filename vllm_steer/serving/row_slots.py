@@ -46,15 +46,15 @@ class RequestSlots:
             self._free.append(line)
         if request is None:
             return
-        doses = [dose for dose in request.doses if dose.steer in self._table.slots]
+        doses = [dose for dose in request.doses if dose.entry in self._table.slots]
         if not doses:
             return
         self._grow(len(doses))
         line = self._line_of[req_id] = self._free.pop()
         for column, dose in enumerate(doses):
-            self._slots[line, column] = self._table.slots[dose.steer]
+            self._slots[line, column] = self._table.slots[dose.entry]
             strength = 1.0 if dose.dynamic else dose.strength
-            self._scales[line, column] = strength * self._table.epsilon(dose.steer)
+            self._scales[line, column] = strength * self._table.epsilon(dose.entry)
 
     def select(self, req_ids: Sequence[str]) -> tuple[IntArray, SlotArray, FloatArray]:
         """The steers of a batch, in its order: indices into ``req_ids``, slots, scales."""

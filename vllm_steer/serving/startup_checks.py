@@ -17,7 +17,6 @@ from vllm_steer.serving.disaggregation import passes_no_parameters
 from vllm_steer.serving.dynamic_admission import check_engine_for
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.steers.layers import format_layers
-from vllm_steer.steers.sites import HEAD
 
 logger = logging.getLogger("vllm.vllm_steer")
 
@@ -28,7 +27,7 @@ def check_engine(vllm_config: Any) -> None:
     assert plan is not None
     _warn_of_version()
     _check_kernels(plan, options.device_type(vllm_config))
-    inside = plan.sites != {HEAD}
+    inside = bool(plan.layer_sites)
     refused = (*_INCOMPATIBLE, *(_INCOMPATIBLE_INSIDE_LAYERS if inside else ()))
     for is_on, name, advice in refused:
         if is_on(vllm_config):
@@ -37,13 +36,28 @@ def check_engine(vllm_config: Any) -> None:
         _check_family(plan, vllm_config)
         _warn_of_unchecked_kv(vllm_config)
     for name, steer in plan.steers.items():
-        _check_steer(name, steer, vllm_config)
+        check_steer(name, steer, vllm_config)
     _check_default(plan, vllm_config)
+    if plan.runtime.enabled:
+        _check_runtime(plan, vllm_config)
 
 
 def can_be_dynamic(vllm_config: Any) -> bool:
     """True if requests of this engine may use dynamic strength."""
     return options.speculative_config(vllm_config) is None
+
+
+def _check_runtime(plan: SteerPlan, vllm_config: Any) -> None:
+    """Raise ``SteerError`` if steers cannot be loaded while this engine serves."""
+    runtime = plan.runtime
+    if int(options.nnodes(vllm_config)) > 1:
+        raise SteerError(
+            "runtime: steers cannot be loaded while several nodes serve one engine: their workers "
+            "would have to read the same files; serve on one node, or name all steers in the config"
+        )
+    for name, folder in (("state", runtime.state), *(("folders", f) for f in runtime.folders)):
+        if folder is not None and not folder.is_dir():
+            raise SteerError(f"runtime.{name}: {folder} is no folder; make it first")
 
 
 def _check_default(plan: SteerPlan, vllm_config: Any) -> None:
@@ -65,7 +79,7 @@ def _check_kernels(plan: SteerPlan, device_type: str) -> None:
         raise SteerError(str(error)) from error
 
 
-def _check_steer(name: str, steer: PlannedSteer, vllm_config: Any) -> None:
+def check_steer(name: str, steer: PlannedSteer, vllm_config: Any) -> None:
     """Raise ``SteerError`` for a steer whose sizes are not the model's."""
     subject, model = f"steer {name}: {steer.path}", f"the model {options.model(vllm_config)}"
     vocab_size = options.vocab_size(vllm_config)
@@ -97,7 +111,7 @@ def _check_family(plan: SteerPlan, vllm_config: Any) -> None:
     check_supported(architectures)
     if plan.untested == "warn" and not is_compared(architectures):
         return
-    if family_of(architectures).input_norm is None and "attn_in" in plan.sites:
+    if family_of(architectures).input_norm is None and "attn_in" in plan.layer_sites:
         raise SteerError(
             f"the model {options.model(vllm_config)} has no norm before its attention: the site "
             "attn_in does not exist in it; resid, attn_out and heads do"

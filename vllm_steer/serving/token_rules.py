@@ -101,9 +101,9 @@ def _cached_columns(
 
 def _columns(request: SteeredRequest, table: SiteTable) -> RequestColumns:
     site_doses = [
-        (dose, table.entries[dose.steer], request.pool_offsets.get(index, _NO_OFFSET))
+        (dose, table.entries[dose.entry], request.pool_offsets.get(index, _NO_OFFSET))
         for index, dose in enumerate(request.doses)
-        if dose.steer in table.entries
+        if dose.entry in table.entries
     ]
     integers = [
         (*_integers(dose, entry, request.prompt_len), offset, dose.phase == "text")

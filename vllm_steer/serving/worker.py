@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_steer.bank import fill_head_bank
+from vllm_steer.bank import HeadRoom, LayerRoom, fill_head_bank
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice, wrap
 from vllm_steer.environment import always_self_tests
@@ -23,6 +23,7 @@ from vllm_steer.serving.model_sites import ModelSites, model_sites
 from vllm_steer.serving.plan_agreement import check_ranks
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.runners import attach_runner
+from vllm_steer.serving.runtime.reserved_bank import LOADING, READY, Reply, ReservedBank
 from vllm_steer.serving.startup_checks import can_be_dynamic
 from vllm_steer.site_report import SiteReport
 from vllm_steer.steers import LMSteer
@@ -46,6 +47,8 @@ def steer_worker(worker: Any) -> None:
     check_ranks(plan)
     steering = _WorkerSteering(worker, plan)
     worker.steer_sites = steering.steer_sites
+    for name in LOADING:
+        setattr(worker, name, functools.partial(steering.load_at_run_time, name))
     wrap(worker, "load_model", functools.partial(_call_after, steering.after_load))
     wrap(
         worker,
@@ -65,6 +68,7 @@ class _WorkerSteering:
         self._layers: SteeredLayers | None = None
         self._num_bytes = 0
         self._sites: ModelSites | None = None
+        self._reserved: ReservedBank | None = None
 
     def steer_sites(self) -> SiteReport | None:
         """What the self-test has found on this rank; None where it did not run."""
@@ -130,7 +134,7 @@ class _WorkerSteering:
         steers = {name: planned.load() for name, planned in self._plan.steers.items()}
         heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
         inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
-        if inside:
+        if self._plan.layer_sites:
             known = model_sites(model, config, self._dummy_run)
             self._sites = known.without_modules()
         elif always_self_tests():
@@ -138,7 +142,7 @@ class _WorkerSteering:
                 self._sites = model_sites(model, config, self._dummy_run).without_modules()
             except SteerError as error:
                 logger.warning("vllm-steer: no site inside the layers: %s", error)
-        if inside:
+        if self._plan.layer_sites:
             inside = {
                 name: known.where_present(name, steer)
                 if self._plan.steers[name].where_present
@@ -153,10 +157,23 @@ class _WorkerSteering:
                 backend,
                 max_doses=self._plan.limits.max_steers_per_request,
                 known=known,
+                room=self._layer_room(known),
             )
         bank = None
         if get_pp_group().is_last_rank:
-            bank = fill_head_bank(heads, dtype=options.dtype(config), device=device)
+            bank = fill_head_bank(
+                heads, dtype=options.dtype(config), device=device, room=self._head_room()
+            )
+        if self._plan.runtime.enabled:
+            self._reserved = ReservedBank(
+                self._plan.loaded,
+                bank,
+                self._layers,
+                self._sites,
+                options.dtype(config),
+                on_cuda=device.type == "cuda",
+            )
+            self._reserved.warm_up()
         if bank is None and self._layers is None:
             return
         self._batch = SteeredBatch(
@@ -179,6 +196,46 @@ class _WorkerSteering:
         upload.warm_up(device)
         self._num_bytes = sum(b.num_bytes for b in (bank, self._layers) if b is not None)
         logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), self._num_bytes / 2**20)
+
+    def _head_room(self) -> HeadRoom | None:
+        """The slots to reserve at the head; None for an engine that loads no steers."""
+        runtime, config = self._plan.runtime, self._worker.vllm_config
+        if not runtime.enabled:
+            return None
+        return HeadRoom(
+            hidden=runtime.room.lm_steers,
+            logits=runtime.room.offsets,
+            max_rank=runtime.room.max_rank,
+            hidden_size=options.hidden_size(config),
+            vocab_size=options.vocab_size(config),
+        )
+
+    def _layer_room(self, known: ModelSites) -> LayerRoom | None:
+        """The directions to reserve in the layers of this rank."""
+        runtime = self._plan.runtime
+        if not runtime.enabled:
+            return None
+        room, sites = runtime.room, runtime.room.layer_sites
+        return LayerRoom(
+            directions={s: (0 if s == "heads" else room.vectors, room.delta_steps) for s in sites},
+            layers={site: known.room_layers(site, room.layers) for site in sites},
+            width=options.hidden_size(self._worker.vllm_config),
+            rotates="rotate" in room.modes,
+        )
+
+    def load_at_run_time(self, method: str, *args: Any) -> Reply:
+        """One step of loading a steer, see ``ReservedBank``, on this rank."""
+        if self._reserved is None:  # a rank without a site of any steer
+            return {"state": READY}
+        with torch.inference_mode():
+            return self._reserved.call(method, args, self._projection)
+
+    def _projection(self) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        assert self._layers is not None
+        config = self._worker.vllm_config
+        return self._layers.projection(
+            self._worker.model_runner.get_model(), options.num_layers(config), options.dtype(config)
+        )
 
     def verify_sites_reached(self) -> None:
         """Check that the forward pass has reached every site.

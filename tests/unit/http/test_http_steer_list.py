@@ -44,7 +44,7 @@ def test_a_steer_and_a_preset_are_listed_with_these_fields(make_plan: Any) -> No
                 "source": "config",
                 "in_use": None,
             },
-            {"id": "friendly", "object": "preset", "steers": {"a": 3.0}},
+            {"id": "friendly", "object": "preset", "steers": {"a": 3.0}, "source": "config"},
         ],
     }
 
@@ -64,6 +64,7 @@ def test_the_embedded_steers_are_listed_with_kind_site_layers_and_mode(
         "id": "polite-praise",
         "object": "preset",
         "steers": {"sentiment": 4, "formality": 4},
+        "source": "config",
     }
     steers = [entry for entry in entries.values() if entry["object"] == "steer"]
     assert len({entry["digest"] for entry in steers}) == len(steers) == 12
@@ -71,9 +72,9 @@ def test_the_embedded_steers_are_listed_with_kind_site_layers_and_mode(
 
 CHOSEN = {
     "french": ("lm_steer", "head", None, None, 5),
-    "formality-vector": ("vector", "attn_in", [1, 2, 3], "rotate", 3),
-    "formality-shift": ("vector", "resid", [0, 1], "add", 1.5),
-    "french-delta": ("delta", "heads", [0, 1, 2, 3], None, 1.5),
+    "formality-vector": ("vector", "attn_in", "1-3", "rotate", 3),
+    "formality-shift": ("vector", "resid", "0-1", "add", 1.5),
+    "french-delta": ("delta", "heads", "0-3", None, 1.5),
 }
 
 

@@ -284,7 +284,7 @@ def test_a_dynamic_request_inside_the_layers_has_a_salt_that_carries_its_keys() 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """The start-up checks, of which the steers' sizes are passed."""
-    monkeypatch.setattr(startup, "_check_steer", lambda *args: None)
+    monkeypatch.setattr(startup, "check_steer", lambda *args: None)
     return startup.check_engine
 
 
@@ -329,7 +329,7 @@ def test_a_vllm_without_dynamic_strength_support_serves_all_other_requests(
     activation.activate_steering(serves_dynamic=True)
     plugin.patch_active()
     assert wrapped
-    assert not {"add_request", "process_outputs", "_new_completion_output"} & set(wrapped)
+    assert not {"process_outputs", "_new_completion_output"} & set(wrapped)
     for fixed in (None, "none", "fr:1", "word:2,push:1"):
         assert len(admit(params(fixed), engine())) == (fixed or "").count(":")
     for sampling in (*map(params, DYNAMIC), params("none", extra={"steer_strengths": True})):

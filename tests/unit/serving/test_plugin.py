@@ -128,6 +128,7 @@ ALL = sorted(
         "vllm.v1.engine.output_processor.OutputProcessor.add_request",
         "vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
         "vllm.v1.engine.output_processor.RequestState._new_completion_output",
+        "vllm.v1.engine.output_processor.RequestState._new_request_output",
         "vllm.v1.worker.worker_base.WorkerWrapperBase.init_device",
     ]
 )

@@ -6,16 +6,27 @@ them, and the tests see that each exists in the installed vLLM and that no file 
 
 from typing import Final
 
-from vllm_steer.compat.names import dynamic_strength, optional_features, steering
+from vllm_steer.compat.names import (
+    dynamic_strength,
+    metrics,
+    optional_features,
+    runtime_loading,
+    steering,
+)
 from vllm_steer.compat.vllm_name import Feature, VllmName
 
-GLOBAL: Final[tuple[VllmName, ...]] = (*steering.GLOBAL, *dynamic_strength.GLOBAL)
+GLOBAL: Final[tuple[VllmName, ...]] = (
+    *steering.GLOBAL,
+    *dynamic_strength.GLOBAL,
+)
 """Wrapped on classes and in modules, for all engines of a process."""
 NAMES: Final[tuple[VllmName, ...]] = (
     *GLOBAL,
     *steering.OTHER,
     *dynamic_strength.OTHER,
+    *metrics.OTHER,
     *optional_features.OTHER,
+    *runtime_loading.OTHER,
 )
 
 

@@ -8,16 +8,8 @@ GLOBAL = (
         "add_request",
         "wrapped",
         "dynamic strength",
-        "a request's streams enter the scheduler",
+        "a request's streams enter the scheduler; its loaded steers stay until it has ended",
         process="engine core",
-    ),
-    *vllm_names(
-        "vllm.v1.engine.output_processor:OutputProcessor",
-        "add_request",
-        "wrapped",
-        "dynamic strength",
-        "which requests ask for their strengths",
-        process="frontend",
     ),
     *vllm_names(
         "vllm.v1.engine.output_processor:OutputProcessor",
@@ -200,12 +192,6 @@ OTHER = (
     ),
     *vllm_names(
         "vllm.v1.engine:EngineCoreOutput", "kv_transfer_params", "written", "dynamic strength"
-    ),
-    *vllm_names(
-        "vllm.v1.engine.output_processor:OutputProcessor",
-        "request_states",
-        "read",
-        "dynamic strength",
     ),
     *vllm_names(
         "vllm.v1.engine.output_processor:RequestState",

@@ -28,6 +28,38 @@ GLOBAL = (
         process="frontend",
     ),
     *vllm_names(
+        "vllm.v1.engine.llm_engine:LLMEngine",
+        "__init__",
+        "wrapped",
+        "steering",
+        "the output processor knows the plan; requests are counted by steer",
+        process="frontend",
+    ),
+    *vllm_names(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "__init__",
+        "wrapped",
+        "steering",
+        "the output processor knows the plan; requests are counted by steer",
+        process="frontend",
+    ),
+    *vllm_names(
+        "vllm.v1.engine.output_processor:OutputProcessor",
+        "add_request",
+        "wrapped",
+        "steering",
+        "what steers a request, and whether it asks for its strengths",
+        process="frontend",
+    ),
+    *vllm_names(
+        "vllm.v1.engine.output_processor:RequestState",
+        "_new_request_output",
+        "wrapped",
+        "steering",
+        "what has steered an output",
+        process="frontend",
+    ),
+    *vllm_names(
         "vllm.v1.engine.core:EngineCore",
         "preprocess_add_request",
         "wrapped",
@@ -138,10 +170,22 @@ OTHER = (
         "get_supported_tasks",
         "wrapped",
         "steering",
-        "data-parallel engines must have the frontend's plan",
+        "data-parallel engines must have the frontend's plan; what was loaded before a restart is "
+        "loaded again",
         process="frontend",
     ),
-    *vllm_names("vllm.v1.engine.async_llm:AsyncLLM", "engine_core vllm_config", "read", "steering"),
+    *vllm_names(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "engine_core output_processor vllm_config",
+        "read",
+        "steering",
+    ),
+    *vllm_names(
+        "vllm.v1.engine.llm_engine:LLMEngine", "output_processor vllm_config", "read", "steering"
+    ),
+    *vllm_names(
+        "vllm.v1.engine.output_processor:OutputProcessor", "request_states", "read", "steering"
+    ),
     *vllm_names(
         "vllm.v1.engine.core_client:AsyncMPClient", "call_utility_async", "called", "steering"
     ),
@@ -158,7 +202,8 @@ OTHER = (
         "process_inputs",
         "wrapped",
         "steering",
-        "a prompt that another instance has computed is steered as the request asks",
+        "a request carries the keys of steers that were loaded at run time; a prompt that another "
+        "instance has computed is steered as the request asks",
         process="frontend",
     ),
     *vllm_names(

@@ -121,7 +121,7 @@ def _pass(
         if request is None:
             continue
         for index in request.active(step.steps[req_id]):
-            slot = table.slots.get(request.doses[index].steer)
+            slot = table.slots.get(request.doses[index].entry)
             pair = None if slot is None else _find(steered, row, slot)
             if pair is not None:
                 pairs.append(pair)

@@ -109,7 +109,7 @@ class DynamicRequests:
         """The dynamic request ``main``, created when its first stream arrives."""
         if main not in self._requests:
             steps = {
-                index: min(max_tokens, self._plan.steers[dose.steer].steps or max_tokens)
+                index: min(max_tokens, self._plan.steer_of(dose).steps or max_tokens)
                 for index, dose in enumerate(doses)
                 if dose.dynamic
             }

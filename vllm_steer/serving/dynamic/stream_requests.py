@@ -16,6 +16,7 @@ from vllm_steer.serving.request_args import (
     RejectedSteer,
     StreamRequest,
     doses_of,
+    loaded_argument,
     steer_argument,
 )
 
@@ -73,7 +74,9 @@ def _make_streams(request: Any, salt: str | None, doses: Any, plan: SteerPlan) -
     params = request.sampling_params
     stream_requests = []
     for dose in (None, *probed_doses(doses, plan)):
-        stream = StreamRequest(request.request_id, steer_argument(params), dose)
+        stream = StreamRequest(
+            request.request_id, steer_argument(params), dose, loaded_argument(params)
+        )
         stream_request = copy.copy(request)
         role = "base" if dose is None else f"probe-{dose}"
         stream_request.request_id = f"{request.request_id}-{role}"
@@ -93,6 +96,6 @@ def _make_streams(request: Any, salt: str | None, doses: Any, plan: SteerPlan) -
 
 
 def _make_group(main: Any, doses: Any, streams: list[Any], plan: SteerPlan) -> RequestGroup:
-    steps = {i: plan.steers[d.steer].steps for i, d in enumerate(doses) if d.dynamic}
+    steps = {i: plan.steer_of(d).steps for i, d in enumerate(doses) if d.dynamic}
     probes = dict(zip(probed_doses(doses, plan), (s.request_id for s in streams[1:]), strict=True))
     return RequestGroup(main, doses, steps, {s.request_id: s for s in streams}, probes)

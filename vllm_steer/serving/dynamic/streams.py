@@ -19,13 +19,13 @@ def probed_doses(doses: Sequence[Dose], plan: "SteerPlan") -> tuple[int, ...]:
     return tuple(
         index
         for index, dose in enumerate(doses)
-        if dose.dynamic and not acts_at_head(plan.steers[dose.steer])
+        if dose.dynamic and not acts_at_head(plan.steer_of(dose))
     )
 
 
 def needs_streams(doses: Sequence[Dose], plan: "SteerPlan") -> bool:
     """True if base and probe logits need streams, because the request's hidden state is steered."""
-    inside = not all(acts_at_head(plan.steers[dose.steer]) for dose in doses)
+    inside = not all(acts_at_head(plan.steer_of(dose)) for dose in doses)
     return inside and is_dynamic(doses)
 
 

@@ -157,7 +157,7 @@ class StrengthComputation:
             if index not in request.probed:
                 dose = request.doses[index]
                 entry.rows[index] = num_rows + len(probes)
-                probes.append(HeadProbe(entry.rows[None], dose.steer, dose.strength))
+                probes.append(HeadProbe(entry.rows[None], dose.entry, dose.strength))
 
     def compute(
         self, step: DynamicStep, batch: torch.Tensor, logits: torch.Tensor, first: int

@@ -43,5 +43,5 @@ class DynamicState:
 
     def add_stream(self, req_id: str, stream: StreamRequest, max_tokens: int) -> None:
         """Add a base or probe stream, and its request unless that is there already."""
-        self.requests.add(stream.main, self._plan.doses(stream.steer), max_tokens)
+        self.requests.add(stream.main, self._plan.doses(stream.steer, stream.loaded), max_tokens)
         self.requests.add_stream(req_id, stream.main, stream.dose)

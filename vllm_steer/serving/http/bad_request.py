@@ -1,4 +1,4 @@
-"""HTTP 400 responses, in the format of the route's own errors."""
+"""Responses to bad requests, in the format of the route's own errors."""
 
 from vllm_steer.serving.http.json_response import send_json
 from vllm_steer.serving.http.routes import Route
@@ -11,14 +11,15 @@ _TYPE = "BadRequestError"
 class BadRequest(ValueError):
     """A body that cannot be served; ``parameter`` is the field at fault."""
 
-    def __init__(self, message: str, parameter: str) -> None:
+    def __init__(self, message: str, parameter: str, status: int = 400) -> None:
         super().__init__(shown_message(message))
         self.parameter = parameter
+        self.status = status
 
 
 async def send_bad_request(send: Send, refused: BadRequest, route: Route) -> None:
-    """Send the HTTP 400 response."""
-    await send_json(send, error_body(refused, route), status=400)
+    """Send the response."""
+    await send_json(send, error_body(refused, route), status=refused.status)
 
 
 def error_body(refused: BadRequest, route: Route) -> dict[str, object]:
@@ -27,5 +28,10 @@ def error_body(refused: BadRequest, route: Route) -> dict[str, object]:
     if route.is_anthropic:
         return {"type": "error", "error": {"type": _TYPE, "message": message}}
     return {
-        "error": {"message": message, "type": _TYPE, "param": refused.parameter, "code": 400},
+        "error": {
+            "message": message,
+            "type": _TYPE,
+            "param": refused.parameter,
+            "code": refused.status,
+        },
     }

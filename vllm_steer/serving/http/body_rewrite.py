@@ -22,13 +22,15 @@ from vllm_steer.serving.http.misspelled_fields import (
 )
 from vllm_steer.serving.http.routes import Route
 from vllm_steer.serving.request_args import STREAM, STRENGTHS, parse_boolean, reject_stream_argument
+from vllm_steer.serving.runtime.names import doses_now
 from vllm_steer.untrusted_text import shown
 
 FIELDS: Final = ("steer", STRENGTHS)
+FILES: Final = "steer_files"
 ARGUMENTS: Final = "vllm_xargs"
 BEAM_SEARCH: Final = "use_beam_search"
 BODY: Final = MemberReader(
-    (*FIELDS, ARGUMENTS, "model", BEAM_SEARCH, *BODY_MISSPELLINGS, *CLIENT_ONLY_FIELDS)
+    (*FIELDS, FILES, ARGUMENTS, "model", BEAM_SEARCH, *BODY_MISSPELLINGS, *CLIENT_ONLY_FIELDS)
 )
 _ARGUMENT_READER: Final = MemberReader((*FIELDS, STREAM, *ARGUMENT_MISSPELLINGS))
 _PYDANTIC_TRUE: Final = (True, 1, "1", "true", "on", "t", "y", "yes")
@@ -42,12 +44,14 @@ _MAX_MODEL_BYTES: Final = 1 << 16
 class Rewrite(NamedTuple):
     """Members to append to a body, and whether the response includes the strengths.
 
-    ``fields`` maps each steering argument to the field of the body in which it was sent.
+    ``fields`` maps each steering argument to the field of the body in which it was sent; ``steer``
+    is the request's value, None if it has none.
     """
 
     members: bytes = b""
     reports: bool = False
     fields: Mapping[str, str] = {}
+    steer: str | None = None
 
 
 class SteerField(NamedTuple):
@@ -77,8 +81,9 @@ def rewrite(body: Members, plan: SteerPlan, route: Route, vllm_config: Any = Non
     reports = parse_boolean(arguments.get(STRENGTHS))
     sent = {name: field.parameter for name, field in fields.items()}
     if all(map(_is_in_place, fields, fields.values())):
-        return Rewrite(reports=reports, fields=sent)
-    return Rewrite(_new_members(arguments_json, arguments, fields), reports, sent)
+        return Rewrite(reports=reports, fields=sent, steer=arguments.get("steer"))
+    members = _new_members(arguments_json, arguments, fields)
+    return Rewrite(members, reports, sent, arguments.get("steer"))
 
 
 def _rewrite_extra_args(
@@ -105,7 +110,7 @@ def _rewrite_extra_args(
     }
     params_json = body.get("sampling_params", NULL)
     if not moved:
-        return Rewrite(reports=reports, fields=sent)
+        return Rewrite(reports=reports, fields=sent, steer=arguments.get("steer"))
     if params_json == NULL:
         raise BadRequest("sampling_params is missing; expected an object", "sampling_params")
     _check_object("sampling_params", params_json)
@@ -113,7 +118,16 @@ def _rewrite_extra_args(
     added = b'"extra_args": ' + _with_members(extra_args_json, json.dumps(moved).encode()[1:-1])
     params = _with_members(params_json, added)
     members = _nulls(fields) + b', "sampling_params": ' + params
-    return Rewrite(members, reports, sent)
+    return Rewrite(members, reports, sent, arguments.get("steer"))
+
+
+def steer_value(body: Members, plan: SteerPlan) -> Any:
+    """The ``steer`` value of a body, unchecked; None if it has none or cannot be read."""
+    fields = _steer_fields(body, _ARGUMENT_READER.read(body.get(ARGUMENTS, NULL)), plan)
+    try:
+        return _steer(fields["steer"].raw) if "steer" in fields else None
+    except (SteerRequestError, UnicodeDecodeError):
+        return None
 
 
 def preset_of(model: Any, plan: SteerPlan) -> str | None:
@@ -198,12 +212,12 @@ def _checked_arguments(
 
 
 def _check_steer(steer: str, body: Members, plan: SteerPlan, vllm_config: Any) -> None:
-    doses = plan.doses(steer)
+    doses = doses_now(steer, plan)
     if vllm_config is not None and is_dynamic(doses):
         check_engine_for(doses, plan, vllm_config)
     beams = _short_value(body.get(BEAM_SEARCH, NULL))
     is_beam_search = (beams.lower() if isinstance(beams, str) else beams) in _PYDANTIC_TRUE
-    if is_beam_search and doses != plan.doses(None):
+    if is_beam_search and doses != doses_now(None, plan):
         raise SteerRequestError(
             "steer: beam search does not support steering; use sampling, or remove the steer"
         )

@@ -59,6 +59,11 @@ class ReceivedBody:
         """The whole body, as a copy."""
         return b"".join(self._chunks)
 
+    def replace(self, body: bytes) -> None:
+        """Pass on another body."""
+        self._chunks = deque([body])
+        self.length = len(body)
+
     def append(self, members: bytes, to: bytes | None = None) -> None:
         """Add members at the end of the JSON object that the body is, or of another body.
 

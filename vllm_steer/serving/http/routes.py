@@ -31,6 +31,8 @@ UNSTEERABLE: Final = (
     "/v1/messages/render",
 )
 """Routes that generate text, or prepare such a request, without ``vllm_xargs``."""
+RENDERS: Final = "/render"
+"""How the paths of routes end that generate no text but prepare a request for it."""
 FORMS: Final = ("/v1/audio/transcriptions", "/v1/audio/translations")
 """Routes whose bodies are multipart forms."""
 REALTIME: Final = "/v1/realtime"

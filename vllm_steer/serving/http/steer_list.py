@@ -1,46 +1,20 @@
 """``GET /v1/steers``: the steers and presets that a request may name."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from vllm_steer.config import Limits
-from vllm_steer.plan import PlannedSteer, SteerPlan
+from vllm_steer.plan import SteerPlan
+from vllm_steer.serving.runtime.listing import steer_list
+from vllm_steer.serving.runtime.server import loading_of
 
 
-def steer_list(plan: SteerPlan) -> dict[str, Any]:
-    """The response body: the steers by name, then the presets.
-
-    ``runtime`` says whether steers can be loaded while serving.
-    """
-    steers = [steer_entry(name, steer, plan.limits) for name, steer in plan.steers.items()]
-    presets = [preset_entry(name, mix) for name, mix in plan.presets.items()]
-    return {"object": "list", "runtime": False, "data": [*steers, *presets]}
-
-
-def steer_entry(name: str, steer: PlannedSteer, limits: Limits) -> dict[str, Any]:
-    """One steer of the list.
-
-    layers  indices from 0, null at the LM head
-    mode    ``add`` or ``rotate`` of a vector, null for the other kinds
-    limit   the largest magnitude of a strength, null without a limit
-    digest  SHA-256 of the steer's content
-    in_use  null: it is not counted which requests have a steer of the config
-    """
-    return {
-        "id": name,
-        "object": "steer",
-        "kind": steer.kind,
-        "site": steer.site,
-        "layers": None if steer.layers is None else list(steer.layers),
-        "mode": steer.mode,
-        "default_strength": steer.default_strength,
-        "limit": limits.max_strength,
-        "digest": steer.content,
-        "source": "config",
-        "in_use": None,
-    }
+async def listed_steers(plan: SteerPlan, state: Any) -> dict[str, Any]:
+    """The response body; ``runtime`` says whether steers can be loaded while serving."""
+    if not plan.runtime.enabled:
+        return _list(plan, steer_list(plan, {}, {}))
+    loading = loading_of(state.engine_client)
+    in_use = await loading.in_use()
+    return _list(plan, steer_list(plan, loading.registry.names().steers, in_use))
 
 
-def preset_entry(name: str, mix: Mapping[str, Any]) -> dict[str, Any]:
-    """One preset of the list, with the strengths or options of its steers."""
-    return {"id": name, "object": "preset", "steers": dict(mix)}
+def _list(plan: SteerPlan, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"object": "list", "runtime": plan.runtime.enabled, "data": entries}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from vllm_steer.serving.metrics.labels import bounded_label
+
 if TYPE_CHECKING:
     from prometheus_client import Counter, Histogram
 
@@ -64,4 +66,5 @@ def count_token(strengths: Mapping[str, float], maxima: Mapping[str, float]) -> 
 @cache
 def _of_steer(steer: str) -> "tuple[Histogram, Counter]":
     """Cached: finding a label costs as much as counting."""
-    return metrics().strength.labels(steer), metrics().at_maximum.labels(steer)
+    label = bounded_label(steer)
+    return metrics().strength.labels(label), metrics().at_maximum.labels(label)

@@ -11,7 +11,7 @@ from typing import Any
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.serving.dynamic.messages import STRENGTHS_KEY
 from vllm_steer.serving.reporting_state import REPORTING, enable_reporting
-from vllm_steer.serving.request_args import STRENGTHS, steer_argument, wants_strengths
+from vllm_steer.serving.request_args import STRENGTHS, doses_of, wants_strengths
 from vllm_steer.serving.strength_reports.delivery import Strengths
 from vllm_steer.serving.strength_reports.metrics import count_sequence, count_token
 
@@ -136,7 +136,7 @@ def _maxima(sampling_params: Any) -> dict[str, float]:
     if REPORTING.plan is None:
         return {}
     try:
-        doses = REPORTING.plan.doses(steer_argument(sampling_params))
+        doses = doses_of(sampling_params, REPORTING.plan)
     except SteerRequestError:  # admitted by another engine of this process, under its own plan
         return {}
     return {dose.steer: dose.strength for dose in doses if dose.dynamic}

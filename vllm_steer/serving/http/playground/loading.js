@@ -24,7 +24,7 @@ function makeLoading({ onDone, report }) {
     status.textContent = doing;
     report("");
     try {
-      await ask(path, { body: JSON.stringify(data), key: byId("load-key").value.trim() || apiKey() });
+      await ask(path, { body: JSON.stringify(data), key: byId("load-key").value.trim() });
       status.textContent = done;
       await onDone();
     } catch (error) {

@@ -4,23 +4,14 @@ const KINDS = { lm_steer: "LM-Steer", vector: "vector", delta: "step delta" };
 const DYNAMIC_MAXIMUM = 2; // the server's own default
 const PRESET_REACH = 2;
 
-function layersText(layers) {
-  const runs = [];
-  for (const layer of layers) {
-    const run = runs.at(-1);
-    if (run && layer === run[1] + 1) run[1] = layer;
-    else runs.push([layer, layer]);
-  }
-  const text = runs.map(([from, to]) => (from === to ? from : `${from}-${to}`)).join(", ");
-  return `${layers.length === 1 ? "layer" : "layers"} ${text}`;
-}
+const layersText = (layers) => `${/[-,]/.test(layers) ? "layers" : "layer"} ${layers}`;
 
 function factsOf(entry) {
   if (entry.object === "preset") {
     return Object.entries(entry.steers).map(([name, mix]) => `${name} ${mixText(mix)}`).join(", ");
   }
   const facts = [KINDS[entry.kind] ?? entry.kind, `at ${entry.site}`];
-  if (entry.layers?.length) facts.push(layersText(entry.layers));
+  if (entry.layers) facts.push(layersText(entry.layers));
   if (entry.mode) facts.push(entry.mode);
   if (entry.limit != null) facts.push(`limit ${short(entry.limit)}`);
   if (entry.source === "runtime") facts.push("loaded while serving");

@@ -1,0 +1,85 @@
+"""``runtime:`` in a steer config: steers that are loaded and unloaded while the engine serves."""
+
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from vllm_steer.errors import SteerError
+from vllm_steer.files.steer_metadata import PositiveInt
+from vllm_steer.steers.layers import parse_layers
+from vllm_steer.steers.sites import DeltaSite
+from vllm_steer.steers.vector import Mode
+
+ALL: Final = "all"
+Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+def _layers(value: Any) -> Any:
+    if value == ALL or value is None:
+        return None
+    try:
+        return parse_layers(value)
+    except SteerError as error:
+        raise ValueError(str(error)) from None
+
+
+class Room(BaseModel):
+    """Device memory that is reserved at start-up for steers loaded at run time.
+
+    lm_steers    LM-Steers at once, each of up to ``max_rank`` ranks over all of its columns
+    offsets      LM-Steers of variant ``offset`` at once: they are as wide as the vocabulary
+    sites        the sites inside the layers that have room, in ``layers`` (all that have the site)
+    vectors      vector steers at once, at each of the ``sites`` but ``heads``, which has none
+    delta_steps  steps of all delta steers together, at each of the ``sites``
+    modes        what vectors may do: ``add``, ``rotate``
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lm_steers: Count = 8
+    max_rank: PositiveInt = 1024
+    offsets: Count = 0
+    vectors: Count = 32
+    delta_steps: Count = 64
+    sites: tuple[DeltaSite, ...] = ("resid",)
+    layers: Annotated[tuple[int, ...] | None, BeforeValidator(_layers)] = None
+    modes: tuple[Mode, ...] = ("add", "rotate")
+
+    @field_validator("sites", "modes")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("names one twice; each may be there once")
+        return names
+
+    @model_validator(mode="after")
+    def _has_some(self) -> "Room":
+        if not (self.lm_steers or self.offsets or self.layer_sites):
+            raise ValueError("reserves nothing: give lm_steers, or vectors or delta_steps at sites")
+        return self
+
+    @property
+    def layer_sites(self) -> tuple[str, ...]:
+        """The sites inside the layers that have room."""
+        return self.sites if self.vectors or self.delta_steps else ()
+
+
+class RuntimeConfig(BaseModel):
+    """Whether and how steers are loaded at run time.
+
+    folders      the folders that ``steer_path`` may point into; none: no paths
+    upload_mib   the largest file over HTTP, in MiB; 0: no files over HTTP
+    room         the device memory that is reserved
+    state        a folder that keeps what is loaded over a restart; None: nothing is kept
+    unprotected  changes over HTTP need no key
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = False
+    folders: tuple[Path, ...] = ()
+    upload_mib: Count = 64
+    room: Room = Room()
+    state: Path | None = None
+    unprotected: bool = False

@@ -1,0 +1,60 @@
+"""How a frontend calls all of its engine cores, and waits."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from vllm_steer.serving.runtime.reserved_bank import Reply
+
+T = TypeVar("T")
+
+
+class Engines(Protocol):
+    """The engine cores of a frontend; what they answer to one call, in one order."""
+
+    async def call(self, method: str, *args: Any) -> Sequence[Reply]: ...
+    async def sleep(self, seconds: float) -> None: ...
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T: ...
+
+
+@dataclass(frozen=True)
+class AsyncEngines:
+    """Those of an ``AsyncLLM``: one, or all data-parallel ones."""
+
+    engine_client: Any
+
+    async def call(self, method: str, *args: Any) -> Sequence[Reply]:
+        client = self.engine_client.engine_core
+        calls = [
+            client._call_utility_async(method, *args, engine=engine)
+            for engine in client.core_engines
+        ]
+        return list(await asyncio.gather(*calls))
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.to_thread(function, *args)
+
+
+@dataclass(frozen=True)
+class SyncEngines:
+    """The engine core of an ``LLM``, in this process or in one of its own; nothing is awaited."""
+
+    llm: Any
+
+    async def call(self, method: str, *args: Any) -> Sequence[Reply]:
+        client = self.llm.llm_engine.engine_core
+        if hasattr(client, "call_utility"):
+            return [client.call_utility(method, *args)]
+        reply: Reply = getattr(client.engine_core, method)(*args)
+        return [reply]
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        return function(*args)
