@@ -37,6 +37,8 @@ def test_the_page_is_served_until_the_command_is_interrupted(
             time.sleep(0.2)
         page = httpx.get(address)
         assert page.status_code == 200 and "<title>Steer</title>" in page.text
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/steers").json()["runtime"] is True
+        assert "key to load steer files on the page: " in log.read_text()
         process.send_signal(signal_number)
         assert process.wait(60) == 0
     finally:

@@ -37,8 +37,10 @@ def _keep_page(console: Console, port: int | None) -> None:
     """Serve the page until the process is interrupted, which is its usual end."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _served(console, port) as (server, status):
+        with _served(console, port, loads_steers=True) as (server, status):
             status.stop()
+            if server.changes_key is not None:
+                console.print(f"key to load steer files on the page: {server.changes_key}")
             console.print(f"open {server.address}/steer in a browser; Ctrl-C stops the server")
             server.wait()
     except KeyboardInterrupt:
@@ -63,7 +65,9 @@ def _answer_batch(console: Console, port: int | None, samples: int, as_json: boo
 
 
 @contextmanager
-def _served(console: Console, port: int | None) -> Iterator[tuple[EmbeddedServer, Any]]:
+def _served(
+    console: Console, port: int | None, *, loads_steers: bool = False
+) -> Iterator[tuple[EmbeddedServer, Any]]:
     """The running server and the line on the terminal that says what it does."""
     with console.status("starting vllm serve with --steer-config ...") as status:
         started = time.monotonic()
@@ -72,6 +76,7 @@ def _served(console: Console, port: int | None) -> Iterator[tuple[EmbeddedServer
                 console.text(f"waiting for the server ... {seconds:.0f} s")
             ),
             port=port,
+            loads_steers=loads_steers,
         ) as server:
             seconds = time.monotonic() - started
             console.print(f"server ready after {seconds:.0f} s at {server.api_url}")

@@ -20,6 +20,8 @@ class Interrupted:
     address = "http://127.0.0.1:8123"
     api_url = f"{address}/v1"
 
+    changes_key = "k3y"
+
     def wait(self) -> None:
         signal.raise_signal(signal.SIGTERM)
 
@@ -30,7 +32,8 @@ def ports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     asked: list[Any] = []
 
     @contextmanager
-    def serve(on_wait: Any, *, port: int | None) -> Iterator[Interrupted]:
+    def serve(on_wait: Any, *, port: int | None, loads_steers: bool) -> Iterator[Interrupted]:
+        assert loads_steers
         on_wait(0.0)
         asked.append(port)
         yield Interrupted()
@@ -47,6 +50,7 @@ def test_the_address_of_the_page_is_printed_and_an_interrupt_is_its_usual_end(
     completed = call("demo", "--page", "--port", "8123")
     assert completed.exit_code == 0
     assert "open http://127.0.0.1:8123/steer in a browser; Ctrl-C stops" in completed.output
+    assert "key to load steer files on the page: k3y" in completed.output
     assert "stopped the server" in completed.output
     assert ports == [8123]
 
