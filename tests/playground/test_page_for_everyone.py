@@ -161,6 +161,14 @@ def test_a_screen_reader_hears_the_steered_answer_in_few_parts(open_page: Open) 
     assert live is None
 
 
+WIDEN = """
+() => {
+  document.querySelector('#strength-table th[scope=row]').textContent = 'x'.repeat(300);
+  document.querySelector('#steered .steer-header').textContent = 'y'.repeat(300);
+}
+"""
+
+
 @pytest.mark.parametrize("width", [320, 360])
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(open_page: Open, width: int) -> None:
     playground = open_page(MIXED, viewport={"width": width, "height": 640}).ready()
@@ -168,6 +176,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(open_page: Open, wid
     playground.generate()
     for summary in playground.page.locator("summary").all():
         summary.click()
+    playground.page.evaluate(WIDEN)
     for tab in ("curl", "Python", "JSON"):
         playground.page.get_by_role("tab", name=tab).click()
         assert playground.page.evaluate("document.documentElement.scrollWidth") == width
