@@ -23,6 +23,9 @@ FILES = {
     "vllm_steer/embedded/grammar/fr.yaml",
     "vllm_steer/embedded/steers/sentiment.safetensors",
     "vllm_steer/embedded/steers.yaml",
+    "vllm_steer/serving/http/playground/page.html",
+    "vllm_steer/serving/http/playground/palette.css",
+    "vllm_steer/serving/http/playground/main.js",
 }
 PROGRAM = """
 from importlib.metadata import entry_points

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    StrictBool,
     ValidationError,
     field_validator,
     model_validator,
@@ -112,6 +113,7 @@ class SteerConfig(BaseModel):
     ``auto`` for Triton on CUDA, else torch. ``untested`` says what becomes of steers inside the
     layers of a model whose sites only the self-test has found: ``warn`` or ``refuse``. ``runtime``
     says whether steers may be loaded while the engine serves; ``steers`` may be empty then.
+    ``playground`` makes a server answer ``GET /steer`` with a page to try the steers on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -122,6 +124,7 @@ class SteerConfig(BaseModel):
     limits: Limits = Limits()
     kernels: Kernels = "auto"
     untested: Untested = "warn"
+    playground: StrictBool = False
     runtime: RuntimeConfig = RuntimeConfig()
 
     @classmethod

@@ -34,6 +34,7 @@ class SteerPlan(BaseModel):
     default: str
     limits: Limits
     untested: Untested = "warn"
+    playground: bool = False
     runtime: RuntimeConfig = RuntimeConfig()
     _loaded: LoadedSteers = PrivateAttr(default_factory=LoadedSteers)
     _resolved: DoseCache = PrivateAttr(default_factory=DoseCache)
@@ -54,6 +55,7 @@ class SteerPlan(BaseModel):
             default=config.default,
             limits=config.limits,
             untested=config.untested,
+            playground=config.playground,
             runtime=config.runtime,
         )
         for preset in plan.presets:

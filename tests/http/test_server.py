@@ -13,6 +13,7 @@ import transformers
 from asking import BASE, GREEDY, NEW_TOKENS, PROMPT
 
 from vllm_steer import embedded, hf
+from vllm_steer.steers.content import content_digest
 
 Ask = Callable[..., str]
 
@@ -259,3 +260,22 @@ def test_a_steered_request_leaves_no_trace_in_the_next(client: openai.OpenAI) ->
     before = completion(client)
     assert completion(client, steer="a:8") != before
     assert completion(client) == before
+
+
+def test_every_answer_says_what_was_applied(server: Any, http: httpx.Client) -> None:
+    digests = {name: content_digest(steer)[:12] for name, steer in server.steers.items()}
+    body = {"model": BASE, "prompt": PROMPT, **GREEDY}
+    chat_body = {"model": BASE, "messages": [{"role": "user", "content": PROMPT}], **GREEDY}
+    a, c = digests["a"], digests["c"]
+    for path, fields, expected in (
+        ("/v1/completions", {**body, "steer": "a:2.5,c:-1"}, f"a:2.5@{a},c:-1@{c}"),
+        ("/v1/completions", {**body, "steer": "a:2.5", "stream": True}, f"a:2.5@{a}"),
+        ("/v1/completions", {**body, "model": f"{BASE}:friendly"}, f"a:3@{a}"),
+        ("/v1/chat/completions", {**chat_body, "steer": {"a": 1}, "stream": True}, f"a:1@{a}"),
+        ("/v1/chat/completions", chat_body, "none"),
+        ("/v1/completions", {**body, "steer": "unknown"}, "none"),
+    ):
+        response = http.post(path, json=fields)
+        assert response.headers["X-Steer"] == expected
+    assert http.get("/health").headers["X-Steer"] == "none"
+    assert http.get("/no/such/route").headers["X-Steer"] == "none"

@@ -26,6 +26,8 @@ from vllm_steer.doctor.finding import Finding
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
 from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, Slot
+from vllm_steer.runtime.residency import room_bytes
+from vllm_steer.runtime_config import Room
 from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
 
 PART = "memory"
@@ -72,6 +74,8 @@ def config_memory(
             message = f"{_size(size)}, {steer.kind} at {steer.site}"
             yield Finding(PART, name, "ok", message, {"bytes": size})
     yield from _sums(use, config.limits)
+    if config.runtime.enabled:
+        yield _reserved(architecture, config.runtime.room, dtype)
 
 
 def example_memory(architecture: Architecture, dtype: torch.dtype) -> Iterator[Finding]:
@@ -158,6 +162,20 @@ def _sums(use: MemoryUse, limits: Limits) -> Iterator[Finding]:
     yield Finding(PART, "all steers", "-", message, figures)
     bounds = ", ".join(f"{name} {bound}" for name, bound in limits.model_dump().items())
     yield Finding(PART, "limits", "-", bounds)
+
+
+def _reserved(architecture: Architecture, room: Room, dtype: torch.dtype) -> Finding:
+    """What is reserved for steers that are loaded while the engine serves."""
+    sizes = room_bytes(
+        room,
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        num_layers=architecture.num_layers,
+        itemsize=dtype.itemsize,
+    )
+    parts = ", ".join(f"{region} {_size(size)}" for region, size in sizes.items())
+    message = f"{_size(sum(sizes.values()))} on each rank: {parts}"
+    return Finding(PART, "room for loading", "-", message, {"bytes": sum(sizes.values()), **sizes})
 
 
 def _examples(architecture: Architecture) -> Iterator[tuple[str, Steer]]:

@@ -82,7 +82,7 @@ class Registry:
     def names(self) -> LoadedNames:
         """What the names mean now; the file is read again only where it has changed."""
         seen = self._status()
-        if seen != self._seen:
+        if seen is not None and seen != self._seen:  # a file that was cleaned away changes nothing
             self._names, self._seen = self._read(), seen
         return self._names
 
@@ -93,9 +93,15 @@ class Registry:
             "steers": {name: steers[name].model_dump(mode="json") for name in sorted(steers)},
         }
         write_text(self.path, json.dumps(data, indent=1))
+        self.names()
+
+    def make_folder(self) -> None:
+        """Make the folder again if somebody has cleaned it away."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def try_lock(self) -> int | None:
         """The lock, for ``unlock``; None while somebody else changes what is loaded."""
+        self.make_folder()
         descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -135,6 +135,20 @@ def capacities(room: Room) -> dict[str, int]:
     return {region: units for region, units in regions.items() if units}
 
 
+def room_bytes(
+    room: Room, *, hidden_size: int, vocab_size: int, num_layers: int, itemsize: int
+) -> dict[str, int]:
+    """Device bytes of each region on one rank, ``itemsize`` being that of the model's dtype."""
+    row = {
+        "lm_steers": (2 * room.max_rank + 2) * hidden_size * itemsize,
+        "offsets": 2 * vocab_size * itemsize,
+    }
+    direction = (num_layers if room.layers is None else len(room.layers)) * hidden_size * 4
+    return {
+        region: units * row.get(region, direction) for region, units in capacities(room).items()
+    }
+
+
 def check_fits(name: str, steer: PlannedSteer, room: Room) -> None:
     """Raise ``Refused`` for a steer that the reserved room could not hold even if it were empty."""
     region, length = needed_room(steer)

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from doctor_tools import add_steer, by_name
 
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, save_steer
-from vllm_steer.bank import fill_head_bank, fill_layer_bank
+from vllm_steer.bank import HeadRoom, LayerRoom, fill_head_bank, fill_layer_bank
 from vllm_steer.doctor.architecture import read_architecture
 from vllm_steer.doctor.memory import config_memory, example_memory, memory_use
 
@@ -86,6 +87,34 @@ def test_a_config_that_fits_and_one_steer_that_does_not(tmp_path: Path) -> None:
     assert "layer 9 does not exist" in findings["deep"].message
     assert findings["all steers"].figures["bytes"] == 128 * 4
     assert findings["limits"].message.startswith("max_steers 7, max_rank 1024, ")
+
+
+def test_the_room_for_loading_is_what_the_banks_reserve(tmp_path: Path) -> None:
+    room = {"lm_steers": 3, "max_rank": 20, "offsets": 2, "vectors": 5, "delta_steps": 7}
+    (tmp_path / "steers.yaml").write_text(
+        yaml.safe_dump({"runtime": {"enabled": True, "room": {**room, "sites": ["resid"]}}})
+    )
+    architecture = read_architecture("embedded")
+    findings = by_name(config_memory(architecture, tmp_path / "steers.yaml", torch.float16))
+    layers = tuple(range(architecture.num_layers))
+    head = fill_head_bank(
+        {},
+        dtype=torch.float16,
+        device=torch.device("cpu"),
+        room=HeadRoom(3, 2, 20, architecture.hidden_size, architecture.vocab_size),
+    )
+    inside = fill_layer_bank(
+        {},
+        layers=layers,
+        device=torch.device("cpu"),
+        project=lambda _layer, rows: rows,
+        room=LayerRoom({"resid": (5, 7)}, {"resid": layers}, architecture.hidden_size, True),
+    )
+    zero_direction = len(layers) * architecture.hidden_size * 4
+    is_rotation = 4 * 13
+    reserved = head.num_bytes + inside.num_bytes - zero_direction
+    assert findings["room for loading"].figures["bytes"] == reserved
+    assert inside.tables[0].directions.is_rotation.nbytes == is_rotation  # not counted
 
 
 def test_a_config_that_is_wrong_is_an_error() -> None:

@@ -1,6 +1,7 @@
 """Loading on all ranks of all engines, or on none; engines in which nothing of vLLM runs."""
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,17 @@ def test_steers_that_fit_neither_model_nor_room_are_refused(tmp_path: Path, fold
         run(loading.load("a", SteerSource(path, options), in_place=False))
     assert refused.value.status == 400
     assert list(folder.glob("*.safetensors")) == []
+
+
+def test_a_folder_that_was_cleaned_away_loses_no_name(
+    folder: Path, files: list[SteerSource]
+) -> None:
+    loading = steer_loading(loading_plan(), folder)
+    first = run(loading.load("a", files[0], in_place=False))
+    shutil.rmtree(folder)
+    assert loading.registry.names().steers == {"a": first}
+    second = run(loading.load("b", files[1], in_place=False))
+    assert Registry(folder).names().steers == {"a": first, "b": second}
 
 
 def test_loads_at_once_come_one_after_the_other(folder: Path, files: list[SteerSource]) -> None:

@@ -14,6 +14,8 @@ body without steering arguments on in its original chunks.
     forms              multipart forms, checked as they pass
     realtime           events of a websocket
     bad_request        HTTP 400 responses
+    steer_list         the steers and presets, ``GET /v1/steers``
+    playground         the page, ``GET /steer``
 """
 
 from vllm_steer.serving.http.middleware import Steering, SteerMiddleware

@@ -17,18 +17,23 @@ from vllm_steer.serving.http.body_rewrite import BODY, FILES, Rewrite, rewrite, 
 from vllm_steer.serving.http.forms import FormCheck, boundary_of, pass_form
 from vllm_steer.serving.http.json_members import NULL, Members, MsgspecRefused, ParsedBody
 from vllm_steer.serving.http.json_response import send_json
+from vllm_steer.serving.http.playground import send_page
 from vllm_steer.serving.http.realtime import without_steers
 from vllm_steer.serving.http.request_body import Message, Receive, ReceivedBody, SteerHints
 from vllm_steer.serving.http.request_files import steers_of_body, without_files
 from vllm_steer.serving.http.routes import (
+    PAGE,
     RENDERS,
+    SITES,
+    STEERS,
     Route,
     is_form,
     is_realtime,
-    is_sites,
+    own_route,
     route_of,
 )
 from vllm_steer.serving.http.steer_changes import answer_change, is_change, is_scrape, show_slots
+from vllm_steer.serving.http.steer_list import listed_steers
 from vllm_steer.serving.plan_transport import plan_of
 from vllm_steer.serving.request_args import SENT_FIELDS
 from vllm_steer.serving.runtime.names import REQUEST_NAMES, doses_now, registry_of
@@ -82,8 +87,8 @@ class Steering:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         route = route_of(scope)
-        if is_sites(scope):
-            return await self._answer_sites(scope, send)
+        if (own := own_route(scope)) is not None:
+            return await self._answer(own, scope, receive, send)
         if route is None and not is_form(scope) and not is_realtime(scope):
             return await self._app(scope, receive, send)
         vllm_config = scope[
@@ -123,6 +128,18 @@ class Steering:
             await self._pass_on(scope, body.replay(receive), send, rewritten.reports)
         finally:
             SENT_FIELDS.reset(sent_before)
+
+    async def _answer(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request of the plugin's own routes."""
+        if path == SITES:
+            return await self._answer_sites(scope, send)
+        state = scope["app"].state
+        plan = plan_of(state.vllm_config)
+        if plan is None or (path == PAGE and not plan.playground):
+            return await self._app(scope, receive, send)
+        if path == STEERS:
+            return await send_json(send, await listed_steers(plan, state))
+        await send_page(send)
 
     async def _answer_sites(self, scope: Message, send: Send) -> None:
         """What the self-test found at start-up; the engine is asked once."""

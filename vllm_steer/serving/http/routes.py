@@ -39,7 +39,11 @@ REALTIME: Final = "/v1/realtime"
 
 
 SITES: Final = "/v1/steer_sites"
-"""Where the model can be steered; the plugin answers it."""
+"""Where the model can be steered."""
+STEERS: Final = "/v1/steers"
+"""The steers and presets that a request may name."""
+PAGE: Final = "/steer"
+"""The playground page. It is outside ``/v1``, which vLLM's check of API keys guards."""
 
 
 class Route(NamedTuple):
@@ -55,11 +59,15 @@ class Route(NamedTuple):
     has_extra_args: bool = False
 
 
-def is_sites(scope: Mapping[str, Any]) -> bool:
-    """Whether a request asks where the model can be steered."""
-    if scope["type"] != "http" or scope["method"] != "GET":
-        return False
-    return bool(scope["path"].endswith(SITES))
+def own_route(scope: Mapping[str, Any]) -> str | None:
+    """The path of a request that the plugin answers itself; None for every other request.
+
+    Only the root path may come before it: vLLM's check of API keys looks at the beginning.
+    """
+    if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+        return None
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path if path in (SITES, STEERS, PAGE) else None
 
 
 def route_of(scope: Mapping[str, Any]) -> Route | None:

@@ -28,6 +28,7 @@ METHODS: Final = (
 LONGEST_READING: Final = 120.0
 """Seconds that the file of a steer may take."""
 _STATE: Final = "steer_residency"
+_MAKING: Final = Lock()
 
 
 @dataclass
@@ -44,13 +45,14 @@ class EngineResidency:
 
 def residency_of(core: Any) -> EngineResidency:
     """The residency of an engine core, made when it is first asked for."""
-    state: EngineResidency | None = getattr(core, _STATE, None)
-    if state is None:
-        plan = plan_of(core.vllm_config)
-        room = Room() if plan is None else plan.runtime.room
-        state = EngineResidency(Residency(room))
-        setattr(core, _STATE, state)
-    return state
+    with _MAKING:  # requests are admitted in another thread than steers are loaded in
+        state: EngineResidency | None = getattr(core, _STATE, None)
+        if state is None:
+            plan = plan_of(core.vllm_config)
+            room = Room() if plan is None else plan.runtime.room
+            state = EngineResidency(Residency(room))
+            setattr(core, _STATE, state)
+        return state
 
 
 def admit_loaded(core: Any, request: Any) -> None:
@@ -215,8 +217,14 @@ def _keys_in_use(core: Any, state: EngineResidency) -> Collection[str]:
     oldest = time.monotonic() - LONGEST_READING  # of a frontend that has died since
     keys |= {key for key, since in state.being_read.items() if since > oldest}
     for request in list(core.scheduler.requests.values()):
-        keys.update((argument(request.sampling_params, LOADED) or {}).values())
+        keys.update(_loaded(request.sampling_params).values())
     return keys
+
+
+def _loaded(params: Any) -> Mapping[str, str]:
+    """The loaded steers of a request, or of a stream, which may end after its request."""
+    stream = argument(params, STREAM) or {}
+    return argument(params, LOADED) or stream.get("loaded") or {}
 
 
 def _joined(replies: Sequence[Reply]) -> Reply:

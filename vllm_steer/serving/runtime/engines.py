@@ -4,11 +4,13 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from vllm_steer.serving.runtime.reserved_bank import Reply
 
 T = TypeVar("T")
+LONGEST_CALL: Final = 120.0
+"""Seconds within which an engine that is alive answers."""
 
 
 class Engines(Protocol):
@@ -31,7 +33,7 @@ class AsyncEngines:
             client._call_utility_async(method, *args, engine=engine)
             for engine in client.core_engines
         ]
-        return list(await asyncio.gather(*calls))
+        return list(await asyncio.wait_for(asyncio.gather(*calls), LONGEST_CALL))
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

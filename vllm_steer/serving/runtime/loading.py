@@ -155,6 +155,7 @@ class SteerLoading:
     def _check(self, name: str, source: SteerSource) -> PlannedSteer:
         """Check a steer against model and room, and store it for the workers."""
         folder = self.registry.folder
+        self.registry.make_folder()
         planned = store(name, source.file, source.options, self.plan.limits, folder)
         try:
             check_steer(name, planned, self._vllm_config)
