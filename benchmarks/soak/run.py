@@ -58,7 +58,9 @@ V2_IN_LOG: Final = "Using V2 Model Runner"
 _V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 CONFIGURATIONS: Final = {
     "v1": Configuration(),
-    "v2": Configuration((), _V2, requests=1000, prompts=3, contents=2, max_tokens=8),
+    "v2": Configuration(
+        (), _V2, requests=1000, prompts=3, contents=2, max_tokens=8, keeps_connections=False
+    ),
     "api-servers": Configuration(
         ("--api-server-count=2",), requests=3000, keeps_connections=False
     ),

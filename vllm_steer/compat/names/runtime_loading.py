@@ -18,5 +18,6 @@ OTHER = (
     *vllm_names(
         "vllm.v1.engine.core:EngineCore", "collective_rpc", "called", "loading at run time"
     ),
+    *vllm_names("vllm.v1.engine.async_llm:AsyncLLM", "errored", "read", "loading at run time"),
     *vllm_names("vllm.entrypoints.llm:LLM", "llm_engine", "read", "loading at run time"),
 )

@@ -11,6 +11,8 @@ from vllm_steer.serving.runtime.reserved_bank import Reply
 T = TypeVar("T")
 LONGEST_CALL: Final = 120.0
 """Seconds within which an engine that is alive answers."""
+_LOOKS_EVERY: Final = 0.5
+"""Seconds after which it is looked whether all engines are alive."""
 
 
 class Engines(Protocol):
@@ -33,7 +35,23 @@ class AsyncEngines:
             client._call_utility_async(method, *args, engine=engine)
             for engine in client.core_engines
         ]
-        return list(await asyncio.wait_for(asyncio.gather(*calls), LONGEST_CALL))
+        answers = asyncio.gather(*calls)
+        deadline = time.monotonic() + LONGEST_CALL
+        try:
+            while not answers.done():
+                await asyncio.wait([answers], timeout=_LOOKS_EVERY)
+                if not answers.done():
+                    self._check_alive(method, deadline)
+        finally:
+            answers.cancel()
+        return list(answers.result())
+
+    def _check_alive(self, method: str, deadline: float) -> None:
+        """vLLM leaves a call without an answer when the engine that was asked dies."""
+        if self.engine_client.errored:
+            raise RuntimeError(f"an engine core has died before it answered {method}")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"an engine core has not answered {method} in time")
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
