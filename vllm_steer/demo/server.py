@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from vllm_steer import embedded
-from vllm_steer.config_text import read_config_file
 from vllm_steer.environment import API_KEY, CPU_CACHE
 from vllm_steer.errors import SteerError
 
@@ -96,6 +95,8 @@ def _steer_config(loads_steers: bool) -> str:
     """The value of ``--steer-config``: the embedded config, or inline with room for steers."""
     if not loads_steers:
         return str(embedded.STEER_CONFIG)
+    from vllm_steer.config_text import read_config_file  # imports PyTorch
+
     config = read_config_file(embedded.STEER_CONFIG, "the embedded steer config")
     folder = embedded.STEER_CONFIG.parent
     steers = {
