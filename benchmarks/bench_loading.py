@@ -2,10 +2,12 @@
 
 ``load``: a server decodes 16 requests without end while steers of one rank are loaded and unloaded
 over HTTP. A step is the time between two tokens of one of the requests, as a client sees it. The
-time of a load is that of its HTTP request. Before, with loads, after: A B A.
+time of a load is that of its HTTP request. The steps during each load are compared with those of
+the ``BESIDE_S`` seconds before and after it, as steps get longer with the texts: A B A.
 
-``room``: decode steps of two engines in this process, one of them with room for steers that are
-loaded later, and nothing loaded; without a steer, and with one steer of the config on each row.
+``room``: decode steps of three engines in this process, made in this order: one without room, one
+with room for steers that are loaded later and nothing loaded, and again one without, the control.
+Without a steer, and with one steer of the config on each row.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from benchmarks.dummy_model import (
 )
 from benchmarks.engines import make_engine, set_environment
 from benchmarks.result import Result
-from benchmarks.rounds import quantile
+from benchmarks.rounds import quantile, spread
 from benchmarks.serving.model import write_tokenizer
 from benchmarks.serving.processes import serving
 
@@ -41,7 +43,8 @@ SHAPE = llama(1024, 2752, 6, 16, 8192)
 LOADS = 20
 WINDOW_S = 20.0
 SETTLE_S = 2.0
-PAUSE_S = 1.0
+PAUSE_S = 2.0
+BESIDE_S = 0.9
 KEY = "benchmark"
 
 
@@ -118,7 +121,9 @@ def measure_load(args: argparse.Namespace, folder: Path, steers: dict[str, Path]
         for start, end in spans
     ]
     seconds = sorted(end - start for start, end in spans)
-    plain = statistics.median([*before, *after])
+    rounds = [_beside(steps, start, end) for start, end in spans]
+    plain = statistics.median(statistics.median(beside) for beside, _ in rounds)
+    ratios = [statistics.median(own) / statistics.median(beside) for beside, own in rounds]
     return {
         "what": "loads",
         "file_mib": round(steers["s0"].stat().st_size / 2**20, 1),
@@ -126,16 +131,24 @@ def measure_load(args: argparse.Namespace, folder: Path, steers: dict[str, Path]
         "load_s": round(statistics.median(seconds), 3),
         "load_s_p80": round(quantile(seconds, 0.8), 3),
         "without_ms": round(plain, 2),
-        "before_ms": round(statistics.median(before), 2),
-        "after_ms": round(statistics.median(after), 2),
         "with_ms": round(statistics.median(during), 2),
-        "ratio_median": round(statistics.median(during) / plain, 3),
+        **spread("ratio", ratios, middle="_median"),
         "steps_with_loads": len(during),
         "longest_ms_without": round(max(before[-1], after[-1]), 2),
         "p99_ms_without": round(quantile(sorted([*before, *after]), 0.99), 2),
         "longest_ms_with": round(during[-1], 2),
         "longest_ms_of_each_load": [round(longest, 1) for longest in of_each],
     }
+
+
+def _beside(
+    steps: Sequence[tuple[float, float]], start: float, end: float
+) -> tuple[list[float], list[float]]:
+    """The steps shortly before and after a load, and those that a part of it falls into."""
+    first, last = start - BESIDE_S, end + BESIDE_S
+    own = [b - a for a, b in steps if a < end and b > start]
+    around = [b - a for a, b in steps if a > first and b < last and not (a < end and b > start)]
+    return around, own
 
 
 def _load_repeatedly(url: str, files: Sequence[Path]) -> list[tuple[float, float]]:
@@ -181,16 +194,20 @@ def measure_room(
     config = steer_config(steers, args.rank)
     room = {"lm_steers": 8, "max_rank": max(1024, args.rank)}
     reserved = {**config, "runtime": {"enabled": True, "room": room}}
-    engines = [_engine(folder / "model", each, args.requests) for each in (config, reserved)]
+    plain, *others = (
+        _engine(folder / "model", each, args.requests) for each in (config, reserved, config)
+    )
     lines = []
-    for what, steer in (("room, no steer", None), ("room, one steer a row", f"s0:{STRENGTH}")):
+    for steers_of_rows, steer in (("no steer", None), ("one steer a row", f"s0:{STRENGTH}")):
         rows = [steer] * args.requests
-        sides = [(engine, rows) for engine in engines]
-        rounds = compare(sides[0], sides[1], args.steps, SHAPE.vocab_size, args.rounds)
-        columns = step_columns(rounds)
-        columns["without_ms"] = columns.pop("unsteered_ms")
-        columns["with_ms"] = columns.pop("steered_ms")
-        lines.append({"what": what, **columns})
+        for what, other in zip(("room", "control"), others, strict=True):
+            rounds = compare(
+                (plain, rows), (other, rows), args.steps, SHAPE.vocab_size, args.rounds
+            )
+            columns = step_columns(rounds)
+            columns["without_ms"] = columns.pop("unsteered_ms")
+            columns["with_ms"] = columns.pop("steered_ms")
+            lines.append({"what": f"{what}, {steers_of_rows}", **columns})
     return lines
 
 
