@@ -5,9 +5,10 @@ over HTTP. A step is the time between two tokens of one of the requests, as a cl
 time of a load is that of its HTTP request. The steps during each load are compared with those of
 the ``BESIDE_S`` seconds before and after it, as steps get longer with the texts: A B A.
 
-``room``: decode steps of three engines in this process, made in this order: one without room, one
-with room for steers that are loaded later and nothing loaded, and again one without, the control.
-Without a steer, and with one steer of the config on each row.
+``room``: decode steps of engines in this process, made in this order: two without room, two with
+room for steers that are loaded later and nothing loaded, and again one without. The fifth and the
+second are controls: engines of one kind differ by some percent, by when they were made. Without a
+steer, and with one steer of the config on each row.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def measure_load(args: argparse.Namespace, folder: Path, steers: dict[str, Path]
     ]
     seconds = sorted(end - start for start, end in spans)
     rounds = [_beside(steps, start, end) for start, end in spans]
-    plain = statistics.median(statistics.median(beside) for beside, _ in rounds)
+    plain = 1e3 * statistics.median(statistics.median(beside) for beside, _ in rounds)
     ratios = [statistics.median(own) / statistics.median(beside) for beside, own in rounds]
     return {
         "what": "loads",
@@ -194,13 +195,13 @@ def measure_room(
     config = steer_config(steers, args.rank)
     room = {"lm_steers": 8, "max_rank": max(1024, args.rank)}
     reserved = {**config, "runtime": {"enabled": True, "room": room}}
-    plain, *others = (
-        _engine(folder / "model", each, args.requests) for each in (config, reserved, config)
-    )
+    kinds = (config, config, reserved, reserved, config)
+    plain, *others = (_engine(folder / "model", each, args.requests) for each in kinds)
+    names = ("control 2", "room 3", "room 4", "control 5")
     lines = []
     for steers_of_rows, steer in (("no steer", None), ("one steer a row", f"s0:{STRENGTH}")):
         rows = [steer] * args.requests
-        for what, other in zip(("room", "control"), others, strict=True):
+        for what, other in zip(names, others, strict=True):
             rounds = compare(
                 (plain, rows), (other, rows), args.steps, SHAPE.vocab_size, args.rounds
             )
