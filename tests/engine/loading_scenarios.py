@@ -1,6 +1,7 @@
 """Scenarios of ``own_process.py`` that load steers into an engine of several workers.
 
-The workers import this module too. Where ``VLLM_STEER_TEST_FAIL`` names a file, the worker of rank
+Functions that import vLLM are looked up where they are called: another scenario sees that nothing of
+vLLM's plugin is imported without need. The workers import this module too. Where ``VLLM_STEER_TEST_FAIL`` names a file, the worker of rank
 1 cannot read a steer as long as that file exists.
 """
 
@@ -15,15 +16,8 @@ from engines import GUIDED, Setting, doses_of, engine, greedy, guided_family, pr
 from reference import assert_guided, load_reference
 from tiny_models import GUIDED_LAYERS, HIDDEN, save_tiny_model
 
-from vllm_steer import (
-    Steer,
-    SteerError,
-    VectorSteer,
-    load_steer_into,
-    save_steer,
-    steers_of,
-    unload_steer_from,
-)
+import vllm_steer
+from vllm_steer import Steer, SteerError, VectorSteer, save_steer
 from vllm_steer.planned_steer import PlannedSteer
 
 FAIL = "VLLM_STEER_TEST_FAIL"
@@ -58,7 +52,7 @@ def _load(llm: Any, folder: Path, steers: Mapping[str, Steer], **options: Any) -
     folder.mkdir(exist_ok=True)
     for name, steer in steers.items():
         save_steer(steer, folder / f"{name}.safetensors")
-        load_steer_into(llm, name, folder / f"{name}.safetensors", **options)
+        vllm_steer.load_steer_into(llm, name, folder / f"{name}.safetensors", **options)
 
 
 def _push(seed: int) -> VectorSteer:
@@ -86,10 +80,10 @@ def loaded_in_parallel(folder: Path, **options: Any) -> None:
         for output, setting in zip(outputs, GUIDED, strict=True):
             assert_guided(output, reference, doses_of(setting, steers), steers)
         for name in steers:
-            unload_steer_from(llm, name)
+            vllm_steer.unload_steer_from(llm, name)
         old, new = {"push": _push(1)}, {"push": _push(2)}
         _load(llm, folder / "old", old)
-        digests = [entry["digest"] for entry in steers_of(llm)]
+        digests = [entry["digest"] for entry in vllm_steer.steers_of(llm)]
         flag.touch()
         failing = {**new, "other": _push(3)}  # what was loaded before may still be in its place
         for name, steer in failing.items():
@@ -97,7 +91,7 @@ def loaded_in_parallel(folder: Path, **options: Any) -> None:
                 with pytest.raises(SteerError, match="rank 1 may not read"):
                     _load(llm, folder / "new", {name: steer}, load_inplace=True)
             _check(llm, reference, {"push": 1.5}, old)
-        assert [entry["digest"] for entry in steers_of(llm)] == digests
+        assert [entry["digest"] for entry in vllm_steer.steers_of(llm)] == digests
         with pytest.raises(ValueError, match="steer 'other' is unknown"):
             _check(llm, reference, {"other": 1.0}, failing)
         flag.unlink()
