@@ -1,8 +1,8 @@
 """Scenarios of ``own_process.py`` that load steers into an engine of several workers.
 
-Functions that import vLLM are looked up where they are called: another scenario sees that nothing of
-vLLM's plugin is imported without need. The workers import this module too. Where ``VLLM_STEER_TEST_FAIL`` names a file, the worker of rank
-1 cannot read a steer as long as that file exists.
+Functions that import vLLM are looked up where they are called, as another scenario sees that
+nothing is imported without need. The workers import this module too. Where ``VLLM_STEER_TEST_FAIL``
+names a file, the worker of rank 1 cannot read a steer as long as that file exists.
 """
 
 import os
