@@ -17,8 +17,8 @@ pytestmark = pytest.mark.matrix
 
 Samples = dict[tuple[str, ...], float]
 NUM_TOKENS = 5
-SETTLE_S = 20.0
-NUM_GONE = 16
+SETTLE_S = 90.0
+NUM_GONE = 64
 ASKED: tuple[tuple[Any, tuple[str, ...], int], ...] = (
     ("a:2", ("a",), 8),
     ("a:2,v:1", ("a", "v"), 6),

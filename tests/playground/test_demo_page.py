@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -28,6 +29,8 @@ def test_the_page_is_served_until_the_command_is_interrupted(
             stderr=subprocess.STDOUT,
             env=environment(),
             start_new_session=True,
+            # A job in the background of a shell ignores Ctrl-C, and so would what it starts.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
     address = f"http://127.0.0.1:{port}/steer"
     try:
