@@ -50,7 +50,7 @@ async def post(
 
 @dataclass
 class Changes:
-    """Changes what is loaded until it is told to stop; ``faults`` are answers that are wrong."""
+    """Loads, replaces and unloads steers until the run ends; ``faults`` has the wrong answers."""
 
     session: aiohttp.ClientSession
     contents: Sequence[Content]

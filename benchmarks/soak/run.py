@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -184,12 +185,10 @@ class _Run:
         while time.monotonic() < deadline and Path(f"/proc/{self.process}/stat").exists():
             if " Z " in Path(f"/proc/{self.process}/stat").read_text():
                 break
-            try:
+            with suppress(aiohttp.ClientError):  # it does not listen yet
                 async with session.get("/health") as reply:
                     if reply.status == 200:
                         return
-            except aiohttp.ClientError:
-                pass  # it does not listen yet
             await asyncio.sleep(0.5)
         raise RuntimeError("the server was not ready in time")
 

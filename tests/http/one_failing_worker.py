@@ -6,6 +6,7 @@ module too.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 FAIL = "VLLM_STEER_TEST_FAIL"
@@ -20,11 +21,8 @@ def _fail_in_one_process(flag: Path) -> None:
     def load_or_fail(self: PlannedSteer) -> Steer:
         if flag.exists():
             claim = flag.with_suffix(".pid")
-            try:
-                with claim.open("x") as file:
-                    file.write(str(os.getpid()))
-            except FileExistsError:
-                pass
+            with suppress(FileExistsError), claim.open("x") as file:  # the first worker fails
+                file.write(str(os.getpid()))
             if claim.read_text() == str(os.getpid()):
                 raise PermissionError("this worker may not read it")
         return load(self)

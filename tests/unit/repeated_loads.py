@@ -7,6 +7,7 @@ child's process id, and which signal has ended it.
 import asyncio
 import os
 import sys
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -23,13 +24,11 @@ def change_forever(loading: SteerLoading, sources: list[SteerSource]) -> None:
     """Of three names, of which the room has two."""
     for number in count():
         name, source = str(number % 3), sources[number % len(sources)]
-        try:
+        with suppress(Refused):  # of three names two have room
             if number % 4 == 3:
                 asyncio.run(loading.unload(name))
             else:
                 asyncio.run(loading.load(name, source, in_place=True))
-        except Refused:
-            pass
         if number > MOST:
             return
 

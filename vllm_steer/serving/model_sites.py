@@ -111,17 +111,17 @@ class ModelSites:
         """The layers of this rank that have a site."""
         return tuple(n for n in self.families if site not in self.reasons.get(n, {}))
 
-    def room_layers(self, site: str, wanted: Sequence[int] | None) -> tuple[int, ...]:
-        """The layers of this rank where room is reserved at a site: those ``wanted``, or all.
+    def room_layers(self, site: str, layers: Sequence[int] | None) -> tuple[int, ...]:
+        """The layers of this rank with room at a site: ``layers``, or all that have the site.
 
-        Raises ``SteerError`` for a wanted layer without the site, and for a site that no layer of
-        the model has.
+        Raises ``SteerError`` for one of ``layers`` without the site, and for a site that no layer
+        of the model has.
         """
         subject = "runtime.room"
         having = self.layers_with(site)
-        if wanted is not None:
-            self.check_layers(subject, site, wanted)
-            return tuple(layer for layer in having if layer in set(wanted))
+        if layers is not None:
+            self.check_layers(subject, site, layers)
+            return tuple(layer for layer in having if layer in set(layers))
         if not any(_of_all_stages(bool(having))):
             self.check_layers(f"{subject}.sites", site, self.local_layers)
         return having

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm_steer.doses import Dose, is_dynamic
-from vllm_steer.plan import SteerPlan
+from vllm_steer.doses import is_dynamic
 from vllm_steer.serving.admission import admit, admit_and_set_cache_key
 from vllm_steer.serving.disaggregation import check_received_kv, send_digests
 from vllm_steer.serving.plan_agreement import require_checked
@@ -27,22 +26,9 @@ def preprocess_request(original: Callable[..., Any], core: Any, request: Any) ->
         require_checked(core)
     send_digests(core)
     check_received_kv(request, plan, core.vllm_config)
-    if not plan.runtime.enabled:
-        return _preprocess(original, core, request, salt, doses, plan)
     with arriving(core, request):
-        return _preprocess(original, core, request, salt, doses, plan)
+        if not is_dynamic(doses):
+            return original(core, request)
+        from vllm_steer.serving.dynamic.stream_requests import preprocess_dynamic
 
-
-def _preprocess(
-    original: Callable[..., Any],
-    core: Any,
-    request: Any,
-    salt: str | None,
-    doses: tuple[Dose, ...],
-    plan: SteerPlan,
-) -> Any:
-    if not is_dynamic(doses):
-        return original(core, request)
-    from vllm_steer.serving.dynamic.stream_requests import preprocess_dynamic
-
-    return preprocess_dynamic(original, core, request, salt, doses, plan)
+        return preprocess_dynamic(original, core, request, salt, doses, plan)

@@ -91,10 +91,9 @@ async def answer_change(scope: Message, receive: Receive, send: Send) -> None:
         loading = loading_of(state.engine_client)
         change = _load if scope["path"].endswith(LOAD) else _unload
         await send_json(send, await change(fields, loading))
-    except Refused as refused:
-        await send_json(send, refusal_body(refused), status=refused.status)
     except SteerError as error:
-        await send_json(send, refusal_body(Refused(str(error))), status=Refused(str(error)).status)
+        refused = error if isinstance(error, Refused) else Refused(str(error))
+        await send_json(send, refusal_body(refused), status=refused.status)
     except Exception:
         logger.exception("vllm-steer: %s failed", scope["path"])
         failed = Refused("the change failed; the server's log says why", _FAILED)
@@ -128,12 +127,10 @@ async def _load(fields: dict[str, Any], loading: SteerLoading) -> Any:
     )
     name = check_name(name)
     before, started, planned = loading.registry.names().steers, time.monotonic(), None
-    outcome: Outcome = "replaced" if name in before else "loaded"
+    outcome: Outcome = "refused"
     try:
         planned = await loading.load(name, SteerSource(file, fields), in_place=in_place)
-    except Refused:
-        outcome = "refused"
-        raise
+        outcome = "replaced" if name in before else "loaded"
     finally:
         seconds = time.monotonic() - started
         source = "request" if isinstance(file, bytes) else str(file)
