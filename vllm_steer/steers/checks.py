@@ -20,9 +20,16 @@ def check_tensor(name: str, tensor: torch.Tensor, *, dims: int) -> None:
         raise SteerError(
             f"tensor {name} is {list(tensor.shape)}; expected {dims} dimensions, none of size 0"
         )
-    num_invalid = sum(int((~torch.isfinite(piece.float())).sum()) for piece in pieces(tensor))
+    num_invalid = sum(map(_num_invalid, pieces(tensor)))
     if num_invalid:
         raise SteerError(f"tensor {name} has {num_invalid} values that are NaN or infinite")
+
+
+def _num_invalid(piece: torch.Tensor) -> int:
+    values = piece.float()
+    if math.isfinite(values.sum(dtype=torch.float64)):  # one pass, without a mask
+        return 0
+    return int((~torch.isfinite(values)).sum())
 
 
 def pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -35,6 +42,14 @@ def check_default_strength(strength: float | None) -> None:
     """Raise ``SteerError`` for a default strength that is not finite."""
     if strength is not None and not math.isfinite(strength):
         raise SteerError(f"default_strength is {strength}; it must be finite")
+
+
+def check_bounds(low: float, high: float, mode: str, *, has_bounds: bool) -> None:
+    """Raise ``SteerError`` for bounds that are out of order, or that ``mode`` does not have."""
+    if not has_bounds and (low, high) != (0.0, 0.0):
+        raise SteerError(f"low and high do not apply to mode {mode}; remove them")
+    if not low <= high or low == math.inf or high == -math.inf:  # NaN too
+        raise SteerError(f"low is {low} and high is {high}; low must be at most high")
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,11 +1,15 @@
 """How a frontend calls all of its engine cores, and waits."""
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Final, Protocol, TypeVar
 
+from vllm_steer.runtime.background import background_thread
 from vllm_steer.serving.runtime.reserved_bank import Reply
 
 T = TypeVar("T")
@@ -13,6 +17,12 @@ LONGEST_CALL: Final = 120.0
 """Seconds within which an engine that is alive answers."""
 _LOOKS_EVERY: Final = 0.5
 """Seconds after which it is looked whether all engines are alive."""
+
+
+@cache
+def _file_checks() -> ThreadPoolExecutor:
+    """The thread of this process that checks steers' files."""
+    return background_thread()
 
 
 class Engines(Protocol):
@@ -57,7 +67,8 @@ class AsyncEngines:
         await asyncio.sleep(seconds)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.to_thread(function, *args)
+        work = partial(contextvars.copy_context().run, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(_file_checks(), work)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ class SteerLoading:
             for name, steer in self.registry.names().steers.items():
                 try:
                     self._check_no_config_name(name)
+                    steer.load()  # the file may have changed while no engine ran
                     check_steer(name, steer, self._vllm_config)
                     check_fits(name, steer, self.plan.runtime.room)
                     await self._make_resident(name, steer)
