@@ -105,6 +105,17 @@ COLUMNS: dict[str, Columns] = {
         ("with, ms", number("longest_ms_with", 0)),
         ("seconds of a load", number("load_s", 3)),
     ),
+    "layers": (
+        ("engine", word("engine")),
+        ("steer of each row", word("steer")),
+        ("rows", word("rows")),
+        ("step without, ms", number("unsteered_ms")),
+        ("with, ms", number("steered_ms")),
+        ("ratio", number("ratio_median", 3)),
+        ("p20 to p80", spread("ratio")),
+        ("KiB", number("kib", 0)),
+        ("Mflop", number("mflops", 2)),
+    ),
     "peers": (
         ("what", word("name")),
         ("shape", word("shape")),

@@ -223,10 +223,13 @@ def test_no_batch_of_guided_tokens_compiles_a_kernel_after_start_up(has_rotation
 
 def map_a_batch(requests: int, depth: int, tokens: int, whole_map: TokenMap) -> None:
     """Map tokens as a site does: into the front of its buffers, from rules in one piece."""
-    *integers, table = torch.zeros(6, depth, requests, dtype=torch.int64)
+    *integers, table = torch.zeros(4, depth, requests, dtype=torch.int64)
+    spans = torch.zeros(2, 1, depth, requests, dtype=torch.int64)
     floats, layers = torch.zeros(2, depth, requests), torch.zeros(3, depth, requests)
     pool = torch.zeros(tokens)
-    rules = TokenRules(*integers, *floats, layers=layers, pool_offset=table, strength_pool=pool)
+    rules = TokenRules(
+        *integers, *spans, *floats, layers=layers, pool_offset=table, strength_pool=pool
+    )
     starts = torch.zeros(requests + 2, dtype=torch.int32)[: requests + 1]
     positions = torch.zeros(600, dtype=torch.int64)[:tokens]
     front = TokenMap(whole_map.directions[:depth], whole_map.strengths[:, :depth])

@@ -11,11 +11,22 @@ if TYPE_CHECKING:
     from vllm_steer.config import SteerConfig
     from vllm_steer.files import load_steer, save_steer
     from vllm_steer.serving.runtime.offline import load_steer_into, steers_of, unload_steer_from
-    from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+    from vllm_steer.steers import (
+        ConditionSteer,
+        DeltaSteer,
+        LMSteer,
+        LowRankSteer,
+        SAESteer,
+        Steer,
+        VectorSteer,
+    )
 
 __all__ = [
+    "ConditionSteer",
     "DeltaSteer",
     "LMSteer",
+    "LowRankSteer",
+    "SAESteer",
     "Steer",
     "SteerConfig",
     "SteerError",
@@ -36,7 +47,13 @@ _MODULES = {
     **dict.fromkeys(
         ("load_steer_into", "steers_of", "unload_steer_from"), "vllm_steer.serving.runtime.offline"
     ),
-    **dict.fromkeys(("DeltaSteer", "LMSteer", "Steer", "VectorSteer"), "vllm_steer.steers"),
+    **dict.fromkeys(
+        (
+            *("ConditionSteer", "DeltaSteer", "LMSteer", "LowRankSteer", "SAESteer"),
+            *("Steer", "VectorSteer"),
+        ),
+        "vllm_steer.steers",
+    ),
 }
 
 

@@ -89,8 +89,12 @@ class SteerEntry(SteerMetadata):
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The overrides for ``load_steer``."""
-        return self.model_dump(exclude={"path", "where_present"}, exclude_none=True)
+        """The overrides for ``load_steer``; an infinite bound is a text, as JSON has none."""
+        values = self.model_dump(exclude={"path", "where_present"}, exclude_none=True)
+        return {
+            name: str(value) if isinstance(value, float) and math.isinf(value) else value
+            for name, value in values.items()
+        }
 
 
 class Limits(BaseModel):

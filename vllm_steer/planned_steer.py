@@ -10,8 +10,28 @@ from pydantic import BaseModel, ConfigDict
 from vllm_steer.config import Limits, SteerEntry
 from vllm_steer.errors import SteerError
 from vllm_steer.files import load_steer
-from vllm_steer.steers import DeltaSteer, LMSteer, Schedule, Steer
+from vllm_steer.steers import (
+    ConditionSteer,
+    DeltaSteer,
+    LMSteer,
+    Schedule,
+    Side,
+    Similarity,
+    Steer,
+    Tokens,
+)
 from vllm_steer.steers.content import content_digest
+
+
+class ConditionTest(BaseModel):
+    """What a condition does with the similarities that it reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threshold: float
+    similarity: Similarity
+    side: Side
+    tokens: Tokens
 
 
 class PlannedSteer(BaseModel):
@@ -21,7 +41,7 @@ class PlannedSteer(BaseModel):
     at run time in the device tables; None for one of the config, which has its own name there.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     path: Path
     overrides: dict[str, Any]
@@ -38,6 +58,10 @@ class PlannedSteer(BaseModel):
     mode: str | None = None
     variant: str | None = None
     rank: int = 0
+    has_bounds: bool = False
+    low: float = 0.0
+    high: float = 0.0
+    condition: ConditionTest | None = None
     key: str | None = None
 
     @property
@@ -47,13 +71,15 @@ class PlannedSteer(BaseModel):
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self.model_copy(update={"key": f"sha256:{digest}"})
 
-    def load(self) -> Steer:
+    def load(self, *, verifies: bool = True) -> Steer:
         """Read the steer again, in a process that has only the plan.
 
-        Raises ``SteerError`` if the file is gone or is no longer the one that was checked.
+        ``verifies``: compare the content with what was checked; not needed for a file that this
+        engine has just written itself. Raises ``SteerError`` if the file is gone or is no longer
+        the one that was checked.
         """
         steer = load_steer(self.path, **self.overrides)
-        if content_digest(steer) != self.content:
+        if verifies and content_digest(steer) != self.content:
             raise SteerError(f"{self.path}: the file changed while the engine was starting")
         return steer
 
@@ -100,5 +126,20 @@ def plan_loaded(name: str, entry: SteerEntry, steer: Steer, limits: Limits) -> P
         where_present=entry.where_present,
         mode=getattr(steer, "mode", None),
         variant=getattr(steer, "variant", None),
-        rank=getattr(steer, "total_rank", 0),
+        rank=getattr(steer, "total_rank", getattr(steer, "rank", 0)),
+        has_bounds=getattr(steer, "has_bounds", False),
+        low=getattr(steer, "low", 0.0),
+        high=getattr(steer, "high", 0.0),
+        condition=_condition_test(steer),
+    )
+
+
+def _condition_test(steer: Steer) -> ConditionTest | None:
+    if not isinstance(steer, ConditionSteer):
+        return None
+    return ConditionTest(
+        threshold=steer.threshold,
+        similarity=steer.similarity,
+        side=steer.side,
+        tokens=steer.tokens,
     )

@@ -9,17 +9,25 @@ reference implement ``GuidanceBackend``; ``dispatch`` selects one.
 from vllm_steer.kernels.guidance.backend import GuidanceBackend
 from vllm_steer.kernels.guidance.cpu import StepChanges
 from vllm_steer.kernels.guidance.operands import (
+    GAINS,
     PLACEHOLDER_STRIDE,
+    Conditions,
     Directions,
+    Gates,
+    Readings,
     TokenMap,
     TokenRules,
 )
 from vllm_steer.kernels.guidance.ops import steer_tokens
 
 __all__ = [
+    "GAINS",
     "PLACEHOLDER_STRIDE",
+    "Conditions",
     "Directions",
+    "Gates",
     "GuidanceBackend",
+    "Readings",
     "StepChanges",
     "TokenMap",
     "TokenRules",

@@ -5,7 +5,13 @@ from typing import Protocol
 import torch
 
 from vllm_steer.kernels.guidance.cpu import StepChanges
-from vllm_steer.kernels.guidance.operands import Directions, TokenMap, TokenRules
+from vllm_steer.kernels.guidance.operands import (
+    Conditions,
+    Directions,
+    Gates,
+    TokenMap,
+    TokenRules,
+)
 
 
 class GuidanceBackend(Protocol):
@@ -17,6 +23,7 @@ class GuidanceBackend(Protocol):
         query_start_loc: torch.Tensor,
         positions: torch.Tensor,
         directions: Directions,
+        gates: Gates | None = None,
     ) -> StepChanges | None:
         """The changes of all layers, if they can be computed before the forward pass.
 
@@ -47,6 +54,21 @@ class GuidanceBackend(Protocol):
     ) -> None:
         """Change ``hidden [T, width]`` in place by the first ``depth`` doses of each token."""
 
+    def read_conditions_(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        conditions: Conditions,
+        layer: int,
+        token_map: TokenMap,
+        depth: int,
+    ) -> None:
+        """Write 1 to the verdict of every condition that holds at a token tested for it.
+
+        ``token_map`` has the condition of each token and test as its direction, a strength of 1 in
+        the condition's layer, and the index of the verdict among all of ``gates`` as its gate.
+        """
+
     def warm_up(
         self,
         directions: Directions,
@@ -54,5 +76,11 @@ class GuidanceBackend(Protocol):
         hidden_dtype: torch.dtype,
         residual_dtype: torch.dtype | None,
         num_doses: int,
+        gates: Gates | None = None,
     ) -> None:
         """Compile all kernels for these directions and maps of ``num_doses``, on their device."""
+
+    def warm_up_conditions(
+        self, conditions: Conditions, dtype: torch.dtype, *, num_tests: int, gates: Gates
+    ) -> None:
+        """Compile all kernels for these conditions, streams in ``dtype`` and ``num_tests``."""

@@ -16,12 +16,27 @@ from vllm_steer.kernels.guidance.operands import (
     ActiveRequests,
     Directions,
     FloatArray,
+    Gates,
     IntArray,
     TokenRules,
 )
-from vllm_steer.kernels.guidance.torch_gather import map_tokens, steer_tokens_, warm_up
+from vllm_steer.kernels.guidance.torch_gather import (
+    map_tokens,
+    read_conditions_,
+    steer_tokens_,
+    warm_up,
+    warm_up_conditions,
+)
 
-__all__ = ["StepChanges", "map_tokens", "steer_tokens_", "step_changes", "warm_up"]
+__all__ = [
+    "StepChanges",
+    "map_tokens",
+    "read_conditions_",
+    "steer_tokens_",
+    "step_changes",
+    "warm_up",
+    "warm_up_conditions",
+]
 
 _MOST = 2**20  # numbers that a step may add in all layers together: 4 MiB
 
@@ -58,6 +73,7 @@ def step_changes(
     query_start_loc: torch.Tensor,
     positions: torch.Tensor,
     directions: Directions,
+    gates: Gates | None = None,
 ) -> StepChanges | None:
     """The changes of a step's tokens, by the equations of ``TokenRules``.
 
@@ -74,7 +90,20 @@ def step_changes(
     if len(vectors) * len(tokens) * vectors.shape[2] > _MOST:
         return None
     which, strengths = _doses(active, columns, positions.numpy()[tokens])
+    if gates is not None and active.gate is not None:
+        gate = active.gate if columns is None else active.gate[:, columns]
+        step0 = active.step0_position if columns is None else active.step0_position[:, columns]
+        if ((gate > 0) & (strengths != 0) & (positions.numpy()[tokens] <= step0)).any():
+            return None  # the verdict of this step's prompts is not known yet
+        is_open = gates.verdicts.numpy().sum(1) >= gates.needed.numpy()
+        strengths = strengths * is_open[gate]
     by_layer = (active.layers if columns is None else active.layers[:, :, columns]) * strengths
+    readings = directions.readings
+    if (
+        readings is not None
+        and (((readings.gains.numpy()[:, 0] != 1)[which] * strengths) != 0).any()
+    ):
+        return None
     touched = strengths.any(0)
     if not touched.all():
         tokens, which, by_layer = tokens[touched], which[:, touched], by_layer[:, :, touched]
@@ -99,9 +128,9 @@ def _doses(
     """
 
     def of(rule: Any) -> Any:
-        return rule if columns is None else rule[:, columns]
+        return rule if columns is None else rule[..., columns]
 
-    acts = (positions >= of(active.begin)) & (positions < of(active.end))
+    acts = ((positions >= of(active.begin)) & (positions < of(active.end))).any(0)
     if active.text_only is not None and active.placeholder_bounds is not None:
         rows = active.rows if columns is None else active.rows[columns]
         keys = rows * PLACEHOLDER_STRIDE + positions

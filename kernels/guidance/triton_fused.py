@@ -5,15 +5,32 @@ the width alone, and products are not contracted. No host synchronisation, no me
 calls can be captured in a CUDA graph and replayed with another map in the same buffers.
 """
 
+from typing import Any
+
 import torch
 import triton
 
-from vllm_steer.kernels.guidance.operands import Directions, TokenMap
+from vllm_steer.kernels.guidance.operands import (
+    CAST,
+    DOT,
+    Conditions,
+    Directions,
+    Gates,
+    TokenMap,
+)
 from vllm_steer.kernels.guidance.torch_gather import step_changes
 from vllm_steer.kernels.guidance.triton_fused_kernels import add, rotate
 from vllm_steer.kernels.guidance.triton_map import map_tokens, warm_up_map
+from vllm_steer.kernels.guidance.triton_reading_kernels import read_conditions, steer_reading
 
-__all__ = ["map_tokens", "steer_tokens_", "step_changes", "warm_up"]
+__all__ = [
+    "map_tokens",
+    "read_conditions_",
+    "steer_tokens_",
+    "step_changes",
+    "warm_up",
+    "warm_up_conditions",
+]
 
 # An addition splits a row among programs, so that a decode step of few tokens fills the GPU; a
 # rotation needs the norms of the whole row, so one program reads the row in the largest blocks.
@@ -44,6 +61,9 @@ def steer_tokens_(
         "DOSES": triton.next_power_of_2(token_map.directions.shape[0]),
         "enable_fp_fusion": False,
     }
+    if directions.readings is not None or token_map.gate is not None:
+        _steer_reading_(hidden, residual, directions, layer, token_map, depth, constants)
+        return
     if directions.is_rotation is None:
         block, num_warps = _block(width, ADD_BLOCK)
         add[(num_tokens, triton.cdiv(width, block))](
@@ -73,12 +93,110 @@ def steer_tokens_(
     )
 
 
+def _steer_reading_(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    directions: Directions,
+    layer: int,
+    token_map: TokenMap,
+    depth: int,
+    constants: dict[str, Any],
+) -> None:
+    """``steer_tokens_`` where a change depends on the token, or on a gate."""
+    vectors, strengths = directions.vectors[layer], token_map.strengths[layer]
+    readings, gates = directions.readings, token_map.gates
+    residual_or_hidden = hidden if residual is None else residual
+    readers = vectors if readings is None else readings.vectors[layer]
+    nothing = strengths  # for what is not there, and not read
+    block, num_warps = _block(hidden.shape[1], ROTATE_BLOCK)
+    steer_reading[(hidden.shape[0],)](
+        *_strided(hidden, residual_or_hidden, vectors, readers),
+        nothing if directions.is_rotation is None else directions.is_rotation,
+        *(
+            (nothing,) * 4
+            if readings is None
+            else (
+                readings.reader_of,
+                readings.gains,
+                readings.bias[layer],
+                readings.threshold[layer],
+            )
+        ),
+        *_strided(token_map.directions, strengths),
+        *(nothing if buffer is None else buffer for buffer in (token_map.low, token_map.high)),
+        token_map.directions if token_map.gate is None else token_map.gate,
+        *((nothing, nothing) if gates is None else (gates.verdicts, gates.needed)),
+        depth,
+        BLOCK=block,
+        VERDICTS=1 if gates is None else gates.verdicts.shape[1],
+        ALIGNED=_aligned(hidden, residual_or_hidden, vectors, readers),
+        RESIDUAL=residual is not None,
+        ROTATES=directions.is_rotation is not None,
+        READS=readings is not None,
+        GATED=token_map.gate is not None and gates is not None,
+        num_warps=num_warps,
+        **constants,
+    )
+
+
+def read_conditions_(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    conditions: Conditions,
+    layer: int,
+    token_map: TokenMap,
+    depth: int,
+) -> None:
+    """Write 1 to the verdict of every condition that holds at a token tested for it."""
+    num_tokens, width = hidden.shape
+    if num_tokens == 0:
+        return
+    assert token_map.gate is not None and token_map.gates is not None
+    vectors = conditions.vectors[layer]
+    residual_or_hidden = hidden if residual is None else residual
+    block, num_warps = _block(width, ROTATE_BLOCK)
+    read_conditions[(num_tokens,)](
+        *_strided(hidden, residual_or_hidden, vectors),
+        conditions.measure,
+        conditions.sign,
+        conditions.threshold,
+        *_strided(token_map.directions, token_map.strengths[layer]),
+        token_map.gate,
+        token_map.gates.verdicts,
+        depth,
+        WIDTH=width,
+        BLOCK=block,
+        ALIGNED=_aligned(hidden, residual_or_hidden, vectors),
+        RESIDUAL=residual is not None,
+        DOT=DOT,
+        CAST=CAST,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def warm_up_conditions(
+    conditions: Conditions, dtype: torch.dtype, *, num_tests: int, gates: Gates
+) -> None:
+    """Compile every kernel that ``conditions`` can need, for streams in ``dtype``."""
+    device, width = conditions.vectors.device, conditions.vectors.shape[2]
+    warm_up_map(device, gated=True)
+    index = torch.zeros(num_tests, 1, dtype=torch.int32, device=device)
+    strengths = torch.zeros(1, num_tests, 1, device=device)
+    token_map = TokenMap(index, strengths, gate=index, gates=gates)
+    for spacing in (1, 2):
+        hidden = torch.zeros(1, spacing * width, dtype=dtype, device=device)[:, ::spacing]
+        for residual in (None, hidden):
+            read_conditions_(hidden, residual, conditions, 0, token_map, num_tests)
+
+
 def warm_up(
     directions: Directions,
     *,
     hidden_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
     num_doses: int,
+    gates: Gates | None = None,
 ) -> None:
     """Compile every kernel that ``directions`` can need, so that no request waits for one.
 
@@ -87,16 +205,23 @@ def warm_up(
     without a residual.
     """
     device, width = directions.vectors.device, directions.vectors.shape[2]
-    warm_up_map(device)
+    has_bounds = directions.readings is not None
+    warm_up_map(device, bounded=has_bounds, gated=gates is not None)
+    numbers = torch.zeros(num_doses, 1, device=device)
+    index = torch.zeros(num_doses, 1, dtype=torch.int32, device=device)
     token_map = TokenMap(
-        torch.zeros(num_doses, 1, dtype=torch.int32, device=device),
-        torch.zeros(1, num_doses, 1, device=device),
+        index,
+        numbers[None],
+        low=numbers if has_bounds else None,
+        high=numbers if has_bounds else None,
+        gate=None if gates is None else index,
+        gates=gates,
     )
     for spacing in (1, 2):
         shape = (1, spacing * width)
         hidden = torch.zeros(shape, dtype=hidden_dtype, device=device)[:, ::spacing]
         steer_tokens_(hidden, None, directions, 0, token_map, num_doses)
-        if residual_dtype is not None and directions.is_rotation is not None:
+        if residual_dtype is not None and directions.needs_stream:
             residual = torch.zeros(shape, dtype=residual_dtype, device=device)[:, ::spacing]
             steer_tokens_(hidden, residual, directions, 0, token_map, num_doses)
 

@@ -19,7 +19,8 @@ _RULES = (
 _VARYING = (
     *_RULES,
     *("text_only", "placeholder_bounds", "num_bounds", "bound_search_steps"),
-    *("pool_size", "num_rows", "num_layers", "search_steps"),
+    *("low", "high", "gate", "low_of_token", "high_of_token", "gate_of_token"),
+    *("pool_size", "num_spans", "num_rows", "num_layers", "search_steps"),
     *("query_start_loc", "positions", "num_tokens"),
     *("directions", "directions_dose", "directions_token"),
     *("strengths", "strengths_layer", "strengths_dose", "strengths_token"),
@@ -72,6 +73,7 @@ def _map(
     num_bounds,
     bound_search_steps,
     pool_size: tl.int64,
+    num_spans,
     num_rows,
     num_layers,
     search_steps,
@@ -85,13 +87,22 @@ def _map(
     strengths_layer: tl.int64,
     strengths_dose: tl.int64,
     strengths_token: tl.int64,
+    low,
+    high,
+    gate,
+    low_of_token,
+    high_of_token,
+    gate_of_token,
+    BOUNDED: tl.constexpr,
+    GATED: tl.constexpr,
     TOKENS: tl.constexpr,
     LAYERS: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
     """The equations of ``TokenRules`` for one dose of a block of tokens in a block of layers.
 
-    The rules are ``[K, R]`` and ``[L, K, R]`` without gaps; a program takes one of the K.
+    The rules are ``[K, R]``, ``[S, K, R]`` and ``[L, K, R]`` without gaps; a program takes one of
+    the K. What ends in ``of_token`` has the strides of ``directions``.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     dose = tl.program_id(1)
@@ -100,8 +111,11 @@ def _map(
     in_step = token < num_tokens
     has_row = in_step & (row < num_rows)
     position = tl.load(positions + token, mask=in_step, other=0).to(tl.int64)
-    acts = has_row & (position >= tl.load(begin + rule, mask=has_row, other=0))
-    acts = acts & (position < tl.load(end + rule, mask=has_row, other=0))
+    acts = has_row & (token < 0)
+    for span in range(num_spans):
+        bound = (span * tl.num_programs(1) + dose) * num_rows + row
+        after = position >= tl.load(begin + bound, mask=has_row, other=0)
+        acts = acts | (has_row & after & (position < tl.load(end + bound, mask=has_row, other=0)))
     # Without bounds there is nothing to search and nothing to load.
     has_bounds = tl.zeros_like(row) < num_bounds
     leaves_out = tl.load(text_only + rule, mask=acts & has_bounds, other=0)
@@ -119,8 +133,14 @@ def _map(
     if tl.program_id(2) == 0:
         direction = tl.load(direction_start + rule, mask=acts, other=0)
         direction += tl.load(direction_stride + rule, mask=acts, other=0) * step
-        pointers = directions + dose * directions_dose + token * directions_token
-        tl.store(pointers, direction.to(tl.int32), mask=in_step)
+        at = dose * directions_dose + token * directions_token
+        tl.store(directions + at, direction.to(tl.int32), mask=in_step)
+        if BOUNDED:
+            tl.store(low_of_token + at, tl.load(low + rule, mask=acts, other=0.0), mask=in_step)
+            tl.store(high_of_token + at, tl.load(high + rule, mask=acts, other=0.0), mask=in_step)
+        if GATED:
+            number = tl.load(gate + rule, mask=acts, other=0)
+            tl.store(gate_of_token + at, number.to(tl.int32), mask=in_step)
     layer = (tl.program_id(2) * LAYERS + tl.arange(0, LAYERS)).to(tl.int64)[:, None]
     of_layer = layers + layer * tl.num_programs(1) * num_rows
     acts_there = tl.load(
@@ -153,10 +173,14 @@ def map_tokens(
         *(getattr(rules, name).contiguous() for name in _RULES),
         *((text_only, bounds) if num_bounds else (rules.begin, rules.begin)),
         *(num_bounds, num_bounds.bit_length()),
-        *(rules.strength_pool.shape[0], num_rows, num_layers, num_rows.bit_length()),
+        *(rules.strength_pool.shape[0], rules.begin.shape[0]),
+        *(num_rows, num_layers, num_rows.bit_length()),
         *(query_start_loc.contiguous(), positions.contiguous(), num_tokens),
         *(out.directions, *out.directions.stride()),
         *(out.strengths, *out.strengths.stride()),
+        *_values(rules, out),
+        BOUNDED=out.low is not None,
+        GATED=out.gate is not None,
         TOKENS=TOKENS,
         LAYERS=LAYERS,
         STRIDE=PLACEHOLDER_STRIDE,
@@ -165,19 +189,43 @@ def map_tokens(
     )
 
 
-def warm_up_map(device: torch.device) -> None:
-    """Compile what ``map_tokens`` launches: one kernel for each dtype that positions have."""
+def _values(rules: TokenRules, out: TokenMap) -> list[torch.Tensor]:
+    """The rules' bounds and gates and their buffers; of those that are not there others, unread."""
+    names, pairs = ("low", "high", "gate"), []
+    for name in names:
+        values, buffer = getattr(rules, name), getattr(out, name)
+        pairs.append((rules.strength, out.strengths) if buffer is None else (values, buffer))
+    return [values.contiguous() for values, _ in pairs] + [buffer for _, buffer in pairs]
+
+
+def warm_up_map(device: torch.device, *, bounded: bool = False, gated: bool = False) -> None:
+    """Compile what ``map_tokens`` launches: one kernel for each dtype that positions have.
+
+    ``bounded`` and ``gated``: maps have bounds and gates.
+    """
     integer = torch.zeros(1, 1, dtype=torch.int64, device=device)
     number = torch.zeros(1, 1, device=device)
     rules = TokenRules(
-        *(integer,) * 5,
+        *(integer,) * 3,
+        begin=integer[None],
+        end=integer[None],
         strength=number,
         slope=number,
         layers=number[None],
         pool_offset=integer,
         strength_pool=number[0],
+        low=number,
+        high=number,
+        gate=integer,
     )
     query_start_loc = torch.tensor([0, 1], dtype=torch.int32, device=device)
     for dtype in (torch.int64, torch.int32):
-        out = TokenMap(integer.to(torch.int32), number[None])
+        index = integer.to(torch.int32)
+        out = TokenMap(
+            index,
+            number[None],
+            low=number if bounded else None,
+            high=number if bounded else None,
+            gate=index if gated else None,
+        )
         map_tokens(rules, query_start_loc, integer[0].to(dtype), out)

@@ -5,7 +5,7 @@ is the equation in float64, ``torch_grouped`` runs on every device, ``triton_til
 ``triton_rowwise`` run on CUDA. All implement ``LMSteerBackend``; ``dispatch`` selects one.
 """
 
-from vllm_steer.kernels.lm_steer.backend import LMSteerBackend
+from vllm_steer.kernels.lm_steer.backend import GraphLMSteerBackend, LMSteerBackend
 from vllm_steer.kernels.lm_steer.operands import (
     Constant,
     Dense,
@@ -19,6 +19,7 @@ from vllm_steer.kernels.lm_steer.ops import lm_steer
 __all__ = [
     "Constant",
     "Dense",
+    "GraphLMSteerBackend",
     "LMSteerBackend",
     "LowRank",
     "Slot",

@@ -1,6 +1,6 @@
 """The interface of a backend of the LM-Steer operation."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -23,3 +23,20 @@ class LMSteerBackend(Protocol):
 
     def warm_up(self, weights: SteerWeights, dtype: torch.dtype) -> None:
         """Compile whatever a batch of rows in ``dtype`` can call, on the weights' device."""
+
+
+@runtime_checkable
+class GraphLMSteerBackend(LMSteerBackend, Protocol):
+    """A backend whose batches of low-rank slots can be prepared in a CUDA graph."""
+
+    def prepare_rows(
+        self,
+        slot_of_row: torch.Tensor,
+        scales: torch.Tensor,
+        slots: torch.Tensor,
+        weights: SteerWeights,
+    ) -> Any:
+        """The metadata of ``[T]`` rows with at most one slot each, -1 for none, made on the device.
+
+        ``slots`` ``[S, 3]`` int32 are the start, fixed and end of each slot.
+        """

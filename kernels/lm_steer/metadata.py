@@ -105,6 +105,40 @@ def batch_metadata(
     )
 
 
+def row_metadata(
+    slot_of_row: torch.Tensor,
+    scales: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    max_rank: int,
+    ranks_per_program: int,
+) -> BatchMetadata:
+    """The metadata of T rows with at most one low-rank slot each, made on the device.
+
+    ``slot_of_row`` ``[T]`` is -1 for none, ``scales`` ``[T]`` float32, ``slots`` ``[S, 3]`` int32
+    their start, fixed and end. Shapes depend on T alone and nothing waits for the device: the call
+    can be captured in a CUDA graph. Every row is a tile of its own.
+    """
+    num_rows, device = slot_of_row.shape[0], slot_of_row.device
+    rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+    is_active = (slot_of_row >= 0) & (scales != 0)
+    pair = torch.where(is_active, rows, -1)
+    bounds = torch.cat([pair[:, None], rows[:, None] + 1, slots[slot_of_row.clamp_min(0)]], dim=1)
+    blocks = -(-max_rank // ranks_per_program)
+    first_rank = torch.arange(blocks, dtype=torch.int32, device=device) * ranks_per_program
+    work = torch.stack([pair[:, None].expand(-1, blocks), first_rank.expand(num_rows, -1)], dim=2)
+    return BatchMetadata(
+        rows=rows,
+        scales=scales,
+        low_rank=Tiles(bounds.contiguous(), torch.ones_like(scales)),
+        work=work.reshape(-1, 2).contiguous(),
+        dense=None,
+        constant=None,
+        sums=None,
+        touched=0,
+    )
+
+
 def _tiles(groups: IntArray, weights: SteerWeights, size: int) -> list[np.ndarray]:
     """Bounds and epsilons of the tiles of some groups, in the order of their slots."""
     if not len(groups):

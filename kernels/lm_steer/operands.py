@@ -124,11 +124,14 @@ class SteeredRows:
     rows    ``[P]`` int64, the row of each pair
     scales  ``[P]`` float32, epsilon times strength
     groups  ``(slot, start, end)``: pairs ``start:end`` use ``slot``
+    gates   ``[P]`` int64, the gate of each pair, 0 for none; None where no pair has one. Whoever
+            knows which gates are open multiplies the scales by that on the device
     """
 
     rows: IntArray
     scales: FloatArray
     groups: tuple[tuple[int, int, int], ...]
+    gates: IntArray | None = None
 
 
 def _bounds(slot: Slot) -> tuple[int, int, int]:

@@ -8,7 +8,12 @@ import torch
 from vllm_steer.kernels.lm_steer import warm_up
 from vllm_steer.kernels.lm_steer.block_sizes import BlockSizes
 from vllm_steer.kernels.lm_steer.changes import ResultBuffers, add_changes, allocate
-from vllm_steer.kernels.lm_steer.metadata import BatchMetadata, Tiles, batch_metadata
+from vllm_steer.kernels.lm_steer.metadata import (
+    BatchMetadata,
+    Tiles,
+    batch_metadata,
+    row_metadata,
+)
 from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerWeights
 
 
@@ -46,6 +51,22 @@ class TritonBackend:
             device,
             rows_per_tile=sizes.rows,
             ranks_per_program=sizes.shrink_ranks,
+        )
+
+    def prepare_rows(
+        self,
+        slot_of_row: torch.Tensor,
+        scales: torch.Tensor,
+        slots: torch.Tensor,
+        weights: SteerWeights,
+    ) -> BatchMetadata:
+        """``row_metadata`` for these weights: made on the device, in a CUDA graph too."""
+        return row_metadata(
+            slot_of_row,
+            scales,
+            slots,
+            max_rank=weights.columns.max_rank,
+            ranks_per_program=self.sizes(weights).shrink_ranks,
         )
 
     def steer_rows(

@@ -14,7 +14,8 @@ from packaging.version import Version
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, heads_width
 
 from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer, save_steer
-from vllm_steer.doses import Dose, Dynamic
+from vllm_steer.doses import Dose, Dynamic, Gate, TokenWindows
+from vllm_steer.steers import ConditionSteer, LowRankSteer, SAESteer
 
 Setting = Mapping[str, float | Mapping[str, Any]]
 
@@ -142,6 +143,107 @@ def guidance_steers(
     }
 
 
+def reading_steers(hidden_size: int, num_layers: int, seed: int = 8) -> dict[str, Steer]:
+    """Steers that read the token, at every site that vectors have."""
+    generator = torch.Generator().manual_seed(seed)
+    every = tuple(range(num_layers))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def vector(site: Any, mode: Any, layers: tuple[int, ...] = every, **bounds: float) -> Steer:
+        vectors = normal(len(layers), hidden_size)
+        return VectorSteer(vectors=vectors, layers=layers, site=site, mode=mode, **bounds)
+
+    def low_rank(site: Any, rank: int, layers: tuple[int, ...], *, biased: bool) -> Steer:
+        shape = (len(layers), rank, hidden_size)
+        return LowRankSteer(
+            a=normal(*shape) / hidden_size**0.5,
+            b=normal(len(layers), hidden_size, rank) / rank**0.5,
+            bias=normal(len(layers), rank) if biased else None,
+            layers=layers,
+            site=site,
+        )
+
+    def sae(mode: Any, site: Any, threshold: float, **bounds: float) -> Steer:
+        return SAESteer(
+            encoder=normal(num_layers, hidden_size) / hidden_size**0.5,
+            decoder=normal(num_layers, hidden_size),
+            bias=normal(num_layers) / 4,
+            threshold=torch.full((num_layers,), threshold),
+            layers=every,
+            site=site,
+            mode=mode,
+            **bounds,
+        )
+
+    return {
+        "ablate": vector("resid", "project"),
+        "floor": vector("resid", "project", low=0.5, high=float("inf")),
+        "band": vector("attn_out", "project", every[::2], low=-0.2, high=0.3),
+        "relate": vector("resid", "relative"),
+        "scaled": vector("attn_in", "relative"),
+        "loreft": low_rank("resid", 4, every, biased=True),
+        "linear": low_rank("attn_out", 3, every[1:], biased=False),
+        "pin": sae("clamp", "resid", 0.0, low=2.0, high=2.0),
+        "jump": sae("clamp", "resid", 0.3),
+        "boost": sae("scale", "attn_in", 0.0),
+        "feature": sae("add", "resid", 0.0),
+    }
+
+
+def conditions(hidden_size: int, num_layers: int, seed: int = 9) -> dict[str, Steer]:
+    """Conditions of every similarity, side and choice of tokens, about half of which hold."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def condition(layer: int, site: Any = "resid", **fields: Any) -> Steer:
+        vector = torch.randn(1, hidden_size, generator=generator)
+        return ConditionSteer(vector=vector, layers=(layer,), site=site, **fields)
+
+    last = num_layers - 1
+    return {
+        "early": condition(0, threshold=0.0),
+        "late": condition(last, threshold=0.01, side="below"),
+        "dotted": condition(0, "attn_in", threshold=0.4, similarity="dot"),
+        "cast": condition(1, threshold=0.1, similarity="cast"),
+        "anywhere": condition(1, threshold=0.2, tokens="any"),
+        "lowest": condition(0, "attn_out", threshold=-0.25, side="below", tokens="any"),
+    }
+
+
+# Phases by windows; what reads the token, alone, together and with older kinds; gates.
+READING: tuple[Setting, ...] = (
+    {},
+    {"push": {"strength": 1.5, "phase": "answer"}},
+    {"push": {"strength": -2.0, "phase": "last"}},
+    {"turn": {"strength": 8.0, "phase": {"answer": "0:4"}}},
+    {"push": {"strength": 1.5, "phase": {"prompt": ["-4:", ":2"], "answer": ["1:3", "5:"]}}},
+    {"steps": {"strength": 4.0, "phase": {"answer": "1:3"}}},
+    {"ablate": 1.0},
+    {"ablate": {"strength": 0.7, "phase": "answer"}, "floor": 1.0},
+    {"floor": {"strength": 1.0, "low": -3.0, "high": -2.0}, "band": 1.0},
+    {"relate": 0.3},
+    {"scaled": -0.4, "turn": 5.0},
+    {"relate": -0.2, "spin": 4.0, "ablate": 1.0},
+    {"pin": 1.0},
+    {"jump": {"strength": 1.5, "low": 1.0, "high": "inf"}},
+    {"boost": 2.0, "feature": -1.0},
+    {"loreft": 1.0},
+    {"loreft": {"strength": -0.7, "phase": {"prompt": [":3", "-3:"]}}, "linear": 2.0},
+    {"linear": {"strength": 3.0, "when": "early"}, "loreft": {"strength": 0.5, "layers": "0,2"}},
+    {"loreft": 0.5, "push": 1.0, "ablate": 1.0, "plain": 2.0},
+    {"push": {"strength": 1.5, "when": "early"}},
+    {"push": {"strength": -1.5, "when": "late", "phase": "generation"}},
+    {"relate": {"strength": 0.4, "when": "dotted"}, "plain": {"strength": 3.0, "when": "cast"}},
+    {"ablate": {"strength": 3.0, "when": {"any": ["early", "dotted", "lowest"]}}},
+    {"push": {"strength": 2.0, "when": {"all": ["early", "cast"]}, "layers": "1-2"}},
+    {"spin": {"strength": 6.0, "when": "anywhere"}, "bias": {"strength": 4.0, "when": "late"}},
+    {"walk": {"strength": 3.0, "when": "cast"}, "push": 0.5},
+    {"push": {"strength": 1.0, "when": "lowest", "phase": {"answer": ["0:2", "4:6"]}}},
+    {"plain": {"strength": -3.0, "when": {"all": ["early", "anywhere"]}}, "tilt": -1.0},
+)
+
+
 def guided_family(family: str) -> tuple[tuple[Setting, ...], dict[str, Steer]]:
     """The settings and the steers of a guided family, without those that it has no site for."""
     width = heads_width(family)
@@ -164,6 +266,12 @@ def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:
         )
         if "layers" in options:
             options["layers"] = _layers(options["layers"])
+        if isinstance(options.get("phase"), Mapping):
+            options["phase"] = _windows(options["phase"])
+        options |= {key: float(options[key]) for key in ("low", "high") if key in options}
+        if "when" in options:
+            options["gate"] = _gate(options.pop("when"))
+            options.setdefault("phase", "answer")
         if options["strength"] == "dynamic":
             options["strength"] = options.pop("max", 2.0)
             kinds = {key: options.pop(key) for key in ("top_p", "kl") if key in options}
@@ -172,6 +280,25 @@ def doses_of(setting: Setting, steers: Mapping[str, Steer]) -> list[Dose]:
             options.setdefault("schedule", steer.schedule)
         doses.append(Dose(steer=name, **options))
     return doses
+
+
+def _windows(parts: Mapping[str, Any]) -> TokenWindows:
+    """Windows such as ``{"prompt": ["-4:", ":2"], "answer": "0:8"}``."""
+    slices = {
+        part: tuple(
+            tuple(int(bound) if bound else None for bound in window.split(":"))
+            for window in ([value] if isinstance(value, str) else value)
+        )
+        for part, value in parts.items()
+    }
+    return TokenWindows(**slices)  # type: ignore[arg-type]
+
+
+def _gate(value: Any) -> Gate:
+    if isinstance(value, str):
+        return Gate((value,))
+    ((needs, names),) = value.items()
+    return Gate(tuple(names), needs)
 
 
 def dynamic(maximum: float = 2.0, **options: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401 (sets the environment, in worker processes too)
 import dynamic_settings
 import loading_scenarios
+import reading_scenarios
 import torch
 import wrapped_scenarios
 from dynamic_outputs import assert_dynamic
@@ -342,6 +343,9 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "loaded-on-tensor-ranks": loading_scenarios.loaded_on_tensor_ranks,
     "loaded-on-pipeline-stages": loading_scenarios.loaded_on_pipeline_stages,
     "image-prompts": wrapped_scenarios.image_prompts,
+    "readings-on-tensor-ranks": reading_scenarios.readings_on_tensor_ranks,
+    "readings-on-pipeline-stages": reading_scenarios.readings_on_pipeline_stages,
+    "readings-with-drafts": reading_scenarios.readings_with_drafts,
 }
 
 if __name__ == "__main__":

@@ -4,17 +4,20 @@ Every pass is over the whole sequence at once and without a KV cache. ``P`` is t
 positions count from 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from reading_reference import change_of, holds, margin, open_doses, positions_of, reads
 from wrapped_models import WRAPPED
 
 from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer
 from vllm_steer.doses import Dose
+from vllm_steer.steers import SAESteer
 
 
 class Modules(NamedTuple):
@@ -143,6 +146,9 @@ def guided_logprobs(
     steers of every kind. A dose of strength 0 is no dose.
     """
     strong = [dose for dose in doses if dose.strength]
+    if any(dose.gate for dose in strong):
+        verdicts = prompt_verdicts(model, ids[:prompt_length], strong, steers)
+        strong = open_doses(strong, verdicts)
     at_head: dict[str, float] = {}
     for dose in strong:
         if isinstance(steers[dose.steer], LMSteer):
@@ -150,9 +156,38 @@ def guided_logprobs(
     strengths = {name: strength for name, strength in at_head.items() if strength}
     with ExitStack() as hooks:
         text = Text(ids, prompt_length, media)
-        for (layer, site), changes in _changes(strong, steers, text).items():
-            hooks.callback(_hook(model, layer, site, changes).remove)
+        for (layer, site), terms in _terms(strong, steers, text).items():
+            hooks.callback(_hook(model, layer, site, terms).remove)
         return steered_logprobs(model, ids, strengths, steers, media)
+
+
+@torch.no_grad()
+def prompt_verdicts(
+    model: Any, prompt: Sequence[int], doses: Sequence[Dose], steers: Mapping[str, Steer]
+) -> dict[str, bool]:
+    """Which conditions hold. Doses that they open steer the prompt's last token in later layers,
+    where other conditions may be read: pass after pass, until nothing changes any more.
+    """
+    names = {name for dose in doses if dose.gate for name in dose.gate.conditions}
+    conditions = {name: steers[name] for name in names}
+    verdicts: dict[str, bool] = {}
+    for _ in range(len(conditions) + 1):
+        text, seen = Text(prompt, len(prompt), None), dict[str, torch.Tensor]()
+        with ExitStack() as hooks:
+            for name, condition in conditions.items():
+                keep = partial(_keep, seen, name)
+                handle = _hook(model, condition.layers[0], condition.site, [keep])
+                hooks.callback(handle.remove)
+            for (layer, site), terms in _terms(open_doses(doses, verdicts), steers, text).items():
+                hooks.callback(_hook(model, layer, site, terms).remove)
+            model(input_ids=torch.tensor([list(prompt)]), use_cache=False)
+        for name, condition in conditions.items():
+            assert margin(condition, seen[name]) > 1e-5, "a threshold that rounding may cross"
+        found = {name: holds(condition, seen[name]) for name, condition in conditions.items()}
+        if found == verdicts:
+            return verdicts
+        verdicts = found
+    raise AssertionError("conditions that depend on each other")
 
 
 class Text(NamedTuple):
@@ -164,12 +199,13 @@ class Text(NamedTuple):
 
     def positions(self, dose: Dose) -> list[int]:
         """The positions of a dose's phase."""
-        first = self.prompt_length if dose.phase == "generation" else 0
-        last = self.prompt_length if dose.phase == "prompt" else len(self.ids)
-        if dose.phase == "text" and self.media is not None:
-            placeholders = self.media.where(self.ids)
-            return [position for position in range(first, last) if not placeholders[position]]
-        return list(range(first, last))
+        if dose.phase != "text":
+            return positions_of(dose.phase, len(self.ids), self.prompt_length)
+        everything = range(len(self.ids))
+        if self.media is None:
+            return list(everything)
+        placeholders = self.media.where(self.ids)
+        return [position for position in everything if not placeholders[position]]
 
 
 class Change(NamedTuple):
@@ -177,6 +213,16 @@ class Change(NamedTuple):
 
     added: torch.Tensor  # [positions, width], 0 where the dose does not act
     rotates: torch.Tensor  # [positions], whether the result keeps the old norm
+
+
+Term = Callable[[torch.Tensor], Change]
+"""What one dose does to the activations ``[positions, width]`` of a site."""
+
+
+def _keep(seen: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> Change:
+    """Keep the activations of a site, and change nothing."""
+    seen[name] = x
+    return Change(torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool))
 
 
 def guide(x: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
@@ -187,23 +233,35 @@ def guide(x: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
     return torch.where(rotates[:, None], rescaled, moved)
 
 
-def _changes(
+def _terms(
     doses: Sequence[Dose], steers: Mapping[str, Steer], text: Text
-) -> dict[tuple[int, str], list[Change]]:
-    """All changes of a sequence, by layer and site."""
-    changes: dict[tuple[int, str], list[Change]] = {}
+) -> dict[tuple[int, str], list[Term]]:
+    """All that doses do to a sequence, by layer and site."""
+    terms: dict[tuple[int, str], list[Term]] = {}
     for dose in doses:
         steer = steers[dose.steer]
         if isinstance(steer, LMSteer):
             continue
-        of_layer = _vector_change if isinstance(steer, VectorSteer) else _delta_change
+        of_layer = _vector_term if isinstance(steer, VectorSteer) else _delta_term
+        if reads(steer) or isinstance(steer, SAESteer):
+            of_layer = _reading_term
         for layer in steer.layers if dose.layers is None else dose.layers:
-            change = of_layer(dose, steer, steer.layers.index(layer), text)
-            changes.setdefault((layer, steer.site), []).append(change)
-    return changes
+            term = of_layer(dose, steer, steer.layers.index(layer), text)
+            terms.setdefault((layer, steer.site), []).append(term)
+    return terms
 
 
-def _vector_change(dose: Dose, steer: VectorSteer, row: int, text: Text) -> Change:
+def _reading_term(dose: Dose, steer: Any, row: int, text: Text) -> Term:
+    def term(x: torch.Tensor) -> Change:
+        added = torch.zeros_like(x)
+        for position in text.positions(dose):
+            added[position] = change_of(dose, steer, row, x[position])
+        return Change(added, torch.zeros(len(x), dtype=torch.bool))
+
+    return term
+
+
+def _vector_term(dose: Dose, steer: VectorSteer, row: int, text: Text) -> Term:
     """``v w`` or, of a rotating steer, ``v w / |w|``, at every position of the phase."""
     w = steer.vectors[row].double()
     if steer.mode == "rotate":
@@ -213,17 +271,17 @@ def _vector_change(dose: Dose, steer: VectorSteer, row: int, text: Text) -> Chan
     for position in text.positions(dose):
         added[position] = dose.strength * w
         rotates[position] = steer.mode == "rotate"
-    return Change(added, rotates)
+    return lambda _: Change(added, rotates)
 
 
-def _delta_change(dose: Dose, steer: DeltaSteer, row: int, text: Text) -> Change:
+def _delta_term(dose: Dose, steer: DeltaSteer, row: int, text: Text) -> Term:
     """``a_i Delta_i`` at position ``P - 1 + i`` of the phase, for every step ``i`` of the steer."""
     added = torch.zeros(len(text.ids), steer.hidden_size, dtype=torch.float64)
     for position in text.positions(dose):
         step = position - (text.prompt_length - 1)
         if 0 <= step < steer.steps:
             added[position] = _coefficient(dose, steer, step) * steer.delta[step, row].double()
-    return Change(added, torch.zeros(len(text.ids), dtype=torch.bool))
+    return lambda _: Change(added, torch.zeros(len(text.ids), dtype=torch.bool))
 
 
 def _coefficient(dose: Dose, steer: DeltaSteer, step: int) -> float:
@@ -234,13 +292,13 @@ def _coefficient(dose: Dose, steer: DeltaSteer, step: int) -> float:
     }[dose.schedule or steer.schedule]
 
 
-def _hook(model: Any, layer: int, site: str, changes: Sequence[Change]) -> Any:
+def _hook(model: Any, layer: int, site: str, terms: Sequence[Term]) -> Any:
     """Guide the activations at a site with a hook; returns its handle."""
     names = MODULES[type(model).__name__]
     block = model.get_submodule(names.blocks)[layer]
     if site == "heads":
         projection = block.get_submodule(names.projection)
-        return projection.register_forward_pre_hook(lambda _, args: (_guided(args[0], changes),))
+        return projection.register_forward_pre_hook(lambda _, args: (_guided(args[0], terms),))
     if site == "resid":
         module = block
     elif site == "attn_out":
@@ -248,15 +306,15 @@ def _hook(model: Any, layer: int, site: str, changes: Sequence[Change]) -> Any:
     else:
         assert site == "attn_in" and names.input_norm, f"{type(model).__name__} has no {site}"
         module = block.get_submodule(names.input_norm)
-    return module.register_forward_hook(lambda _module, _args, output: _guided(output, changes))
+    return module.register_forward_hook(lambda _module, _args, output: _guided(output, terms))
 
 
-def _guided(output: Any, changes: Sequence[Change]) -> Any:
+def _guided(output: Any, terms: Sequence[Term]) -> Any:
     """A module's tensor, or the first of its tuple, guided."""
     if isinstance(output, tuple):
-        return (_guided(output[0], changes), *output[1:])
+        return (_guided(output[0], terms), *output[1:])
     assert output.shape[0] == 1 and output.dtype == torch.float64
-    return guide(output[0], changes)[None]
+    return guide(output[0], [term(output[0]) for term in terms])[None]
 
 
 def assert_greedy(

@@ -1,6 +1,7 @@
 """A good file of every format that is read, and changed copies of it."""
 
 import json
+import math
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -11,7 +12,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from vllm_steer import DeltaSteer, LMSteer, VectorSteer, save_steer
+from vllm_steer import (
+    ConditionSteer,
+    DeltaSteer,
+    LMSteer,
+    LowRankSteer,
+    SAESteer,
+    VectorSteer,
+    save_steer,
+)
 
 Made = tuple[bytes, dict[str, Any]]
 
@@ -50,6 +59,27 @@ def lm_steer(folder: Path) -> Made:
     return _saved(steer, folder), {}
 
 
+def projection(folder: Path) -> Made:
+    steer = VectorSteer(vectors=torch.randn(2, 8), layers=(1, 2), mode="project", high=math.inf)
+    return _saved(steer, folder), {}
+
+
+def low_rank(folder: Path) -> Made:
+    a, b, bias = torch.randn(2, 3, 8), torch.randn(2, 8, 3), torch.randn(2, 3)
+    return _saved(LowRankSteer(a=a, b=b, bias=bias, layers=(1, 2)), folder), {}
+
+
+def sae(folder: Path) -> Made:
+    encoder, decoder = torch.randn(2, 1, 8)
+    numbers = {"bias": torch.randn(1), "threshold": torch.rand(1)}
+    steer = SAESteer(encoder=encoder, decoder=decoder, layers=(3,), low=1, high=2, **numbers)
+    return _saved(steer, folder), {}
+
+
+def condition(folder: Path) -> Made:
+    return _saved(ConditionSteer(vector=torch.randn(1, 8), layers=(3,), threshold=0.5), folder), {}
+
+
 def concept_guidance(folder: Path) -> Made:
     tensors = {"W": torch.randn(3, 8), "a": torch.ones(3, 1), "b": torch.ones(3)}
     save_file(tensors, folder / "whole")
@@ -67,6 +97,21 @@ def sae_npz(folder: Path) -> Made:
             file, W_dec=np.random.default_rng(0).normal(size=(6, 8)), b_dec=np.zeros(8)
         )
     return (folder / "whole").read_bytes(), {"feature": 3, "hook": "blocks.2.hook_resid_post"}
+
+
+def sae_feature(folder: Path) -> Made:
+    arrays = {"W_enc": (8, 6), "W_dec": (6, 8), "b_enc": (6,), "b_dec": (8,), "threshold": (6,)}
+    generator = np.random.default_rng(0)
+    with (folder / "whole").open("wb") as file:
+        np.savez(file, **{name: generator.random(shape) for name, shape in arrays.items()})
+    facts = {"kind": "sae", "feature": 3, "hook": "blocks.2.hook_resid_post"}
+    return (folder / "whole").read_bytes(), facts
+
+
+def pyreft(folder: Path) -> Made:
+    state = {"weight": torch.randn(3, 8), "bias": torch.randn(3), "rotate_layer": torch.randn(8, 3)}
+    torch.save(state, folder / "whole")
+    return (folder / "whole").read_bytes(), {"layers": "4"}
 
 
 def checkpoint(folder: Path) -> Made:
@@ -94,6 +139,11 @@ def svec(folder: Path) -> Made:
     return text.encode(), {}
 
 
+def svec_condition(folder: Path) -> Made:
+    text, _ = svec(folder)
+    return text, {"kind": "condition", "layers": 2, "threshold": 0.5}
+
+
 def control_vector(folder: Path) -> Made:
     from gguf import GGUFWriter
 
@@ -114,13 +164,20 @@ FORMATS: dict[str, Callable[[Path], Made]] = {
         vector,
         delta,
         lm_steer,
+        projection,
+        low_rank,
+        sae,
+        condition,
         concept_guidance,
         sae_safetensors,
         sae_npz,
+        sae_feature,
+        pyreft,
         checkpoint,
         by_layer,
         plain_tensor,
         svec,
+        svec_condition,
         control_vector,
     )
 }

@@ -387,10 +387,11 @@ whole = TokenMap(torch.zeros(4, room, dtype=torch.int32), torch.zeros(layers, 4,
 frame = torch.zeros(2 * room, 2 * width + 8, dtype=dtype)
 for tokens in (1, 2, 16, 17, 33):
     for depth in (1, 2, 4):
-        *integers, table = torch.zeros(6, depth, tokens, dtype=torch.int64)
+        *integers, table = torch.zeros(4, depth, tokens, dtype=torch.int64)
+        spans = torch.zeros(2, 1, depth, tokens, dtype=torch.int64)
         floats = torch.zeros(layers + 2, depth, tokens)
         history = torch.zeros(3 * tokens)[tokens : 2 * tokens]
-        rules = TokenRules(*integers, floats[0], floats[1], floats[2:], table, history)
+        rules = TokenRules(*integers, *spans, floats[0], floats[1], floats[2:], table, history)
         for positions in (torch.int32, torch.int64):
             front = TokenMap(whole.directions[:depth], whole.strengths[:, :depth])
             starts = torch.zeros(3 * tokens + 1, dtype=torch.int32)[: tokens + 1]

@@ -45,8 +45,13 @@ def random_rules(
         direction_start=integers(1, 40),
         direction_stride=integers(0, 2),
         step0_position=first - integers(0, 2),
-        begin=first,
-        end=torch.where(integers(0, 3) == 0, FOREVER, first + length),
+        begin=torch.stack([first, first + length + 1]),  # a second span behind the first
+        end=torch.stack(
+            [
+                torch.where(integers(0, 3) == 0, FOREVER, first + length),
+                first + length + 1 + integers(0, 4),
+            ]
+        ),
         strength=torch.randn(shape, generator=generator) * is_present,
         slope=torch.rand(shape, generator=generator) * integers(0, 2),
         layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
@@ -86,6 +91,7 @@ def one_rule(device: torch.device, **fields: float) -> TokenRules:
             "slope",
         )
     }
+    tensors |= {name: tensors[name][None] for name in ("begin", "end")}
     table = torch.full((1, 1), -1, device=device)
     ones = torch.ones(1, 1, 1, device=device)
     return TokenRules(**tensors, layers=ones, pool_offset=table, strength_pool=ones[0, 0])
@@ -216,8 +222,8 @@ def test_each_token_is_mapped_to_its_request_among_any_number(
         direction_start=number,
         direction_stride=nothing,
         step0_position=nothing,
-        begin=nothing,
-        end=nothing + FOREVER,
+        begin=nothing[None],
+        end=nothing[None] + FOREVER,
         strength=ones,
         slope=0 * ones,
         layers=ones[None],

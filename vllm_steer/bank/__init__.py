@@ -1,5 +1,6 @@
 """The bank: the device tables that hold loaded steers; one for the head, one for the layers."""
 
+from vllm_steer.bank.conditions import ConditionTable, fill_condition_tables
 from vllm_steer.bank.head import HeadBank, HeadRoom, HeadTable, fill_head_bank
 from vllm_steer.bank.layers import (
     DirectionRange,
@@ -10,6 +11,7 @@ from vllm_steer.bank.layers import (
 )
 
 __all__ = [
+    "ConditionTable",
     "DirectionRange",
     "HeadBank",
     "HeadRoom",
@@ -17,6 +19,7 @@ __all__ = [
     "LayerBank",
     "LayerRoom",
     "SiteTable",
+    "fill_condition_tables",
     "fill_head_bank",
     "fill_layer_bank",
 ]

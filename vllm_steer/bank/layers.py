@@ -1,4 +1,4 @@
-"""Device tables of vector and delta steers: per site, directions for each layer."""
+"""Device tables of the steers inside the layers: per site, directions for each layer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_steer.bank.low_rank import LowRankTable, fill_low_rank
+from vllm_steer.bank.readings import ReadingsBuilder, reads, rows_of, write_reading
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.guidance import Directions
-from vllm_steer.steers import DeltaSteer, VectorSteer
+from vllm_steer.steers import DeltaSteer, LowRankSteer, SAESteer, VectorSteer
 from vllm_steer.steers.sites import LAYER_SITES
 
-GuidanceSteer = VectorSteer | DeltaSteer
+GuidanceSteer = VectorSteer | DeltaSteer | SAESteer | LowRankSteer
+"""A steer inside the layers."""
 Project = Callable[[int, torch.Tensor], torch.Tensor]
 """From a layer and tensors at the input of its attention's projection to those at its output."""
 
@@ -30,13 +33,13 @@ class LayerRoom:
     """Reserved directions for steers that are loaded later, by site: those that vectors and the
     steps of deltas take; and the ``layers`` of this rank that have the site.
 
-    ``rotates``: vectors may rotate.
+    ``modes`` are those that the vectors may have.
     """
 
     directions: Mapping[str, tuple[int, int]]
     layers: Mapping[str, tuple[int, ...]]
     width: int
-    rotates: bool
+    modes: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,31 @@ class SiteTable:
     directions: Directions
     first_vector: int = 0
     first_step: int = 0
+    maps: LowRankTable | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the table."""
+        return self.directions.num_bytes + (0 if self.maps is None else self.maps.num_bytes)
+
+    @property
+    def needs_stream(self) -> bool:
+        """Whether a change depends on the token, so that both halves of a stream are needed."""
+        return self.directions.needs_stream or self.maps is not None
 
     def fill(self, name: str, steer: GuidanceSteer, index: int, rows: torch.Tensor) -> None:
         """Put a steer's directions ``rows [L, n, width]`` where no running step uses any: at vector
         number ``index``, or from step ``index`` on.
         """
-        is_vector = isinstance(steer, VectorSteer)
+        is_vector = not isinstance(steer, DeltaSteer)
         start = (self.first_vector if is_vector else self.first_step) + index
         end = start + rows.shape[1]
         self.directions.vectors[:, start:end].copy_(rows, non_blocking=True)
         if self.directions.is_rotation is not None:
             rotates = isinstance(steer, VectorSteer) and steer.mode == "rotate"
             self.directions.is_rotation[start:end] = 1.0 if rotates else 0.0
+        if self.directions.readings is not None:
+            write_reading(self.directions.readings, steer, start, end, index, rows)
         steps = None if is_vector else rows.shape[1]
         self.entries[name] = DirectionRange(start, steps, steer.layers)
 
@@ -99,7 +115,7 @@ class LayerBank:
     @property
     def num_bytes(self) -> int:
         """Device memory of all tables."""
-        return sum(table.directions.num_bytes for table in self.tables)
+        return sum(table.num_bytes for table in self.tables)
 
 
 def fill_layer_bank(
@@ -109,12 +125,14 @@ def fill_layer_bank(
     device: torch.device,
     project: Project,
     room: LayerRoom | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LayerBank:
     """Put the steers' directions for ``layers``, those of this rank, on the device.
 
     Directions at ``heads`` are projected through the layer's own projection once, here: the
     projection is linear, so adding ``W delta`` to its output is adding ``delta`` to its input.
-    Raises ``SteerError`` for one whose projection is beyond the range of the model's dtype.
+    Low-rank maps are in the model's ``dtype``. Raises ``SteerError`` for one whose projection, or
+    whose factors, are beyond its range.
     """
     by_site = {
         site: {name: steer for name, steer in sorted(steers.items()) if steer.site == site}
@@ -123,7 +141,7 @@ def fill_layer_bank(
     tables = [
         table
         for site, site_steers in by_site.items()
-        if (table := _table(site, site_steers, set(layers), device, project, room))
+        if (table := _table(site, site_steers, set(layers), device, project, room, dtype))
     ]
     return LayerBank(tuple(tables))
 
@@ -138,7 +156,7 @@ def project_again(table: SiteTable, steers: Mapping[str, GuidanceSteer], project
     for name, steer in steers.items():
         start = table.entries[name].start
         for layer in sorted(set(steer.layers) & set(table.layers)):
-            rows = project(layer, _rows(steer, layer).to(vectors.device, torch.float32))
+            rows = project(layer, rows_of(steer, layer).to(vectors.device, torch.float32))
             check_projected(name, layer, rows)
             vectors[table.layers.index(layer), start : start + rows.shape[0]] = rows
 
@@ -150,6 +168,7 @@ def _table(
     device: torch.device,
     project: Project,
     room: LayerRoom | None,
+    dtype: torch.dtype,
 ) -> SiteTable | None:
     """One site's table; None if no steer of it touches a layer of this rank and none has room."""
     reserved = () if room is None else room.layers.get(site, ())
@@ -158,17 +177,17 @@ def _table(
     if not layers:
         return None
     entries, num_directions = _entries(steers)
-    first_vector, vectors, rotates = num_directions, None, False
+    first_vector, vectors, modes = num_directions, None, frozenset[str]()
     first_step = first_vector
     if room is not None and reserved:
         num_vectors, num_steps = room.directions[site]
         first_step = first_vector + num_vectors
         num_directions = first_step + num_steps
         vectors = torch.zeros(len(layers), num_directions, room.width, device=device)
-        rotates = room.rotates and num_vectors > 0
+        modes = room.modes if num_vectors else modes
     for name, steer in steers.items():
         for layer in set(steer.layers) & set(layers):
-            rows = _rows(steer, layer).to(device, torch.float32)
+            rows = rows_of(steer, layer).to(device, torch.float32)
             if site == "heads":
                 rows = project(layer, rows)
                 check_projected(name, layer, rows)
@@ -177,8 +196,25 @@ def _table(
             start = entries[name].start
             vectors[layers.index(layer), start : start + rows.shape[0]] = rows
     assert vectors is not None
-    directions = Directions(vectors, _is_rotation(steers, entries, vectors, always=rotates))
-    return SiteTable(site, layers, entries, directions, first_vector, first_step)
+    is_rotation = _is_rotation(steers, entries, vectors, always="rotate" in modes)
+    readings = None
+    if modes & {"project", "relative"} or any(map(reads, steers.values())):
+        num_reserved = first_step - first_vector if "project" in modes else 0
+        builder = ReadingsBuilder(vectors, layers, num_reserved)
+        for name, steer in steers.items():
+            builder.add(steer, entries[name].start)
+        readings = builder.build()
+    directions = Directions(vectors, is_rotation, readings)
+    low_rank = {name: steer for name, steer in steers.items() if isinstance(steer, LowRankSteer)}
+    maps = fill_low_rank(
+        low_rank,
+        layers,
+        {name: entries[name].start for name in low_rank},
+        num_directions=vectors.shape[1],
+        dtype=dtype,
+        device=device,
+    )
+    return SiteTable(site, layers, entries, directions, first_vector, first_step, maps)
 
 
 def check_projected(name: str, layer: int, rows: torch.Tensor) -> None:
@@ -206,17 +242,8 @@ def layer_rows(steer: GuidanceSteer, layers: Sequence[int]) -> torch.Tensor:
     rows = torch.zeros(len(layers), count, steer.hidden_size)
     for index, layer in enumerate(layers):
         if layer in steer.layers:
-            rows[index] = _rows(steer, layer)
+            rows[index] = rows_of(steer, layer)
     return rows
-
-
-def _rows(steer: GuidanceSteer, layer: int) -> torch.Tensor:
-    """``[directions, width]`` of one layer: a unit vector for ``rotate``."""
-    index = steer.layers.index(layer)
-    if isinstance(steer, DeltaSteer):
-        return steer.delta[:, index].float()
-    vector = steer.vectors[index].double()
-    return (vector / vector.norm() if steer.mode == "rotate" else vector).float()[None]
 
 
 def _is_rotation(

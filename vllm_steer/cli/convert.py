@@ -13,24 +13,63 @@ from vllm_steer.tables import Table, facts
 
 if TYPE_CHECKING:
     from vllm_steer.files import LoadedFile
-    from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
+    from vllm_steer.steers import LMSteer
+    from vllm_steer.steers.properties import LayeredSteer
 
 
 def convert(
     context: typer.Context,
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="Steer file in any supported format.")
+        Path,
+        typer.Argument(
+            metavar="INPUT", help="Steer file in any supported format, or a folder of pyreft."
+        ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="vllm-steer file to write.")],
-    kind: Annotated[str | None, typer.Option(help="lm_steer, vector or delta.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="lm_steer, vector, delta, low_rank, sae or condition."),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="0-based decoder blocks: '8-31', '3,7,9'.")
     ] = None,
     site: Annotated[str | None, typer.Option(help="resid, attn_in, attn_out or heads.")] = None,
-    mode: Annotated[str | None, typer.Option(help="add or rotate.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="add, rotate, project or relative; of an SAE's feature: add, clamp or scale."
+        ),
+    ] = None,
+    low: Annotated[
+        str | None, typer.Option(help="Lower bound of project and clamp: a number or '-inf'.")
+    ] = None,
+    high: Annotated[
+        str | None, typer.Option(help="Upper bound of project and clamp: a number or 'inf'.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Threshold of a condition.")] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="Similarity of a condition: cosine, dot or cast.")
+    ] = None,
+    side: Annotated[
+        str | None, typer.Option(help="Side of the threshold where it holds: above or below.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Prompt tokens that a condition reads: last or any.")
+    ] = None,
     rows: Annotated[str | None, typer.Option(help="Rows of a plain tensor to use.")] = None,
     feature: Annotated[int | None, typer.Option(help="Feature of an SAE.")] = None,
     hook: Annotated[str | None, typer.Option(help="TransformerLens hook point of an SAE.")] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(help="Of an SAE without its cfg.json: standard, jumprelu or gated."),
+    ] = None,
+    apply_b_dec_to_input: Annotated[
+        bool | None,
+        typer.Option(
+            "--apply-b-dec-to-input/--no-apply-b-dec-to-input",
+            help="Of an SAE without its cfg.json: whether b_dec is subtracted first.",
+        ),
+    ] = None,
     orient: Annotated[
         bool, typer.Option("--orient", help="Flip concept-guidance rows towards the concept.")
     ] = False,
@@ -70,7 +109,7 @@ def _facts(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in options.items()
-        if name in SteerMetadata.model_fields and value is not None and value is not False
+        if name in SteerMetadata.model_fields and value is not None and (name != "orient" or value)
     }
 
 
@@ -100,20 +139,13 @@ def _head_summary(steer: "LMSteer") -> dict[str, Any]:
     }
 
 
-def _layers_summary(steer: "VectorSteer | DeltaSteer") -> dict[str, Any]:
-    from vllm_steer.steers import DeltaSteer
+def _layers_summary(steer: "LayeredSteer") -> dict[str, Any]:
     from vllm_steer.steers.layers import format_layers
+    from vllm_steer.steers.properties import layer_norms, properties
 
-    if isinstance(steer, DeltaSteer):
-        fields: dict[str, Any] = {"schedule": steer.schedule, "steps": steer.steps}
-        # The maximum over the steps of each layer: later steps decay.
-        norms = steer.delta.double().norm(dim=2).amax(dim=0)
-    else:
-        fields = {"mode": steer.mode}
-        norms = steer.vectors.double().norm(dim=1)
-    by_layer = zip(steer.layers, norms.tolist(), strict=True)
+    by_layer = zip(steer.layers, layer_norms(steer).tolist(), strict=True)
     return {
-        **fields,
+        **properties(steer),
         "layers": format_layers(steer.layers),
         "norms": {str(layer): norm for layer, norm in by_layer},
     }

@@ -21,6 +21,13 @@ def doctor(
     engine: Annotated[
         bool, typer.Option(help="Start a vLLM engine and compare it with Hugging Face.")
     ] = True,
+    sizes: Annotated[
+        bool | None,
+        typer.Option(
+            help="Measure activations, and report first strengths of the config's steers "
+            "[as --engine]."
+        ),
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(min=32, help="As for vllm serve.")] = None,
     gpu_memory_utilization: Annotated[
         float | None,
@@ -38,7 +45,7 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every finding as JSON.")] = False,
 ) -> None:
-    """Check what works with MODEL: environment, sites, parity with Hugging Face, memory."""
+    """Check what works with MODEL: environment, sites, parity with Hugging Face, memory, sizes."""
     from vllm_steer.config import SteerConfig
     from vllm_steer.doctor.architecture import read_architecture
     from vllm_steer.doctor.report import examine, failed, table
@@ -59,7 +66,12 @@ def doctor(
     console = Console(stderr=True)
     with console.status("checking the installation ...") as status:
         for finding in examine(
-            architecture, dtype=dtype, engine=engine, options=options, steer_config=steer_config
+            architecture,
+            dtype=dtype,
+            engine=engine,
+            options=options,
+            steer_config=steer_config,
+            sizes=sizes,
         ):
             findings.append(finding)
             text = f"{finding.part}: after {finding.name} ..."

@@ -1,7 +1,7 @@
 """``vllm-steer eval``: the effect of a steer at each strength, with two controls."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -56,10 +56,16 @@ def evaluate(
     layers: Annotated[
         str | None, typer.Option(help="Some of the steer's layers: '8-31', '3,7,9'.")
     ] = None,
-    phase: Annotated[str | None, typer.Option(help="all, prompt, generation or text.")] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="all, prompt, generation, text, answer or last.")
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Schedule of a step delta: fixed, start or dim.")
     ] = None,
+    low: options.Low = None,
+    high: options.High = None,
+    when: options.When = None,
+    condition: options.Conditions = None,
     control_seed: Annotated[int, typer.Option(help="Seed of the random steer.")] = 0,
     restart: options.Restart = False,
     plot: options.Plot = True,
@@ -84,7 +90,6 @@ def evaluate(
 
     if plot:
         require_package("matplotlib")  # fail before the generation
-    dose_options: dict[str, Any] = {"layers": layers, "phase": phase, "schedule": schedule}
     settings = EvaluationSettings(
         model=model,
         steer=steer,
@@ -93,7 +98,8 @@ def evaluate(
         folder=out,
         judges=tuple(judge or ()),
         sampling=options.sampling(context.params),
-        options={name: value for name, value in dose_options.items() if value is not None},
+        options=options.dose_options(context.params),
+        conditions=options.condition_files(condition),
         control_seed=control_seed,
         engine=options.engine_options(context.params),
         restart=restart,

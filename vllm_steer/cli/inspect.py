@@ -29,11 +29,18 @@ _STREAM_NOTE = (
     "layers and the final norm are left out."
 )
 _HEAD_NOTE = "Scores: what one unit of the direction adds to each logit; its sign is arbitrary."
+_NOTES = {
+    "lm_steer": _HEAD_NOTE,
+    "low_rank": f"{_STREAM_NOTE} The sign of a direction is arbitrary.",
+}
 
 
 def inspect(
     steer: Annotated[
-        Path, typer.Argument(metavar="STEER", help="Steer file in any supported format.")
+        Path,
+        typer.Argument(
+            metavar="STEER", help="Steer file in any supported format, or a folder of pyreft."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Folder, hub id or 'embedded'; shows the nearest tokens.")
@@ -71,7 +78,7 @@ def inspect(
     if reason:
         console.print(f"No tokens: {reason}.")
     elif nearest:
-        note = _HEAD_NOTE if loaded.steer.kind == "lm_steer" else _STREAM_NOTE
+        note = _NOTES.get(loaded.steer.kind, _STREAM_NOTE)
         console.print(_token_table(nearest), note, sep="\n")
 
 

@@ -46,6 +46,11 @@ def sweep(
     layers: Annotated[
         str | None, typer.Option(help="Layers to try, such as 'top:1,2,4;all;0-3'.")
     ] = None,
+    phase: options.Phase = None,
+    low: options.Low = None,
+    high: options.High = None,
+    when: options.When = None,
+    condition: options.Conditions = None,
     direction: Annotated[str, typer.Option(help="up or down: raise or lower the effect.")] = "up",
     write: Annotated[
         bool, typer.Option("--write", help="Write the result into the steer file.")
@@ -104,6 +109,8 @@ def sweep(
         search=_search(search, strengths, ends, rounds),
         layers=layers,
         direction=directions[0],
+        options=options.dose_options(context.params, without=("layers",)),
+        conditions=options.condition_files(condition),
         sampling=options.sampling(context.params),
         engine=options.engine_options(context.params),
     )

@@ -7,12 +7,13 @@ largest batch, for up to K steers per request and L steered layers.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from vllm_steer import hf
 from vllm_steer.bank import (
+    DirectionRange,
     HeadBank,
     HeadTable,
     LayerBank,
@@ -28,7 +29,7 @@ from vllm_steer.files import load_steer
 from vllm_steer.kernels.lm_steer import Constant, Dense, LowRank, Slot
 from vllm_steer.runtime.residency import room_bytes
 from vllm_steer.runtime_config import Room
-from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+from vllm_steer.steers import ConditionSteer, DeltaSteer, LMSteer, Steer, VectorSteer
 
 PART = "memory"
 _STEPS: Final = 32
@@ -62,7 +63,7 @@ def config_memory(
         for name, entry in sorted(config.steers.items())
     }
     mismatches = {
-        name: reason for name, s in steers.items() if (reason := _mismatch(architecture, s))
+        name: reason for name, s in steers.items() if (reason := mismatch(architecture, s))
     }
     fitting = {name: steer for name, steer in steers.items() if name not in mismatches}
     use = memory_use(fitting, hidden_size=architecture.hidden_size, dtype=dtype)
@@ -90,7 +91,7 @@ def example_memory(architecture: Architecture, dtype: torch.dtype) -> Iterator[F
 def memory_use(steers: Mapping[str, Steer], *, hidden_size: int, dtype: torch.dtype) -> MemoryUse:
     """Memory of steers for a model of ``hidden_size`` that runs in ``dtype``."""
     heads = {name: steer for name, steer in steers.items() if isinstance(steer, LMSteer)}
-    inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
+    inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer | ConditionSteer)}
     head = fill_head_bank(heads, dtype=dtype, device=_CPU)
     layers = fill_layer_bank(
         inside,
@@ -135,24 +136,49 @@ def _slot_width(slot: Slot, width: int) -> int:
 
 def _of_layers(bank: LayerBank) -> dict[str, int]:
     return {
-        name: (entry.steps or 1) * _table_bytes(table) // table.directions.vectors.shape[1]
+        name: _steer_bytes(table, name, entry)
         for table in bank.tables
         for name, entry in table.entries.items()
     }
 
 
+def _steer_bytes(table: SiteTable, name: str, entry: DirectionRange) -> int:
+    """Bytes of a steer's directions, of its reader and of its low-rank map."""
+    directions, row = table.directions, table.directions.vectors[:, 0].nbytes
+    is_rotation = directions.is_rotation
+    mark = 0 if is_rotation is None else is_rotation.itemsize
+    total = (entry.steps or 1) * (row + mark)
+    readings = directions.readings
+    if readings is not None and int(readings.reader_of[entry.start]) >= 0:
+        total += row
+    if table.maps is not None and name in table.maps.slots:
+        weights = table.maps.weights[0]
+        rows = _slot_width(weights.slots[table.maps.slots[name]], weights.width)
+        total += len(table.layers) * rows * weights.width * weights.shrink.itemsize
+    return total
+
+
 def _table_bytes(table: SiteTable) -> int:
-    tables = (table.directions.vectors, table.directions.is_rotation)
-    return sum(table.nbytes for table in tables if table is not None)
+    is_rotation = table.directions.is_rotation
+    return table.num_bytes + (0 if is_rotation is None else is_rotation.nbytes)
 
 
-def _mismatch(architecture: Architecture, steer: Steer) -> str:
+def mismatch(architecture: Architecture, steer: Steer) -> str:
     """The reason why a steer does not fit a model; empty if it fits."""
     try:
-        with hf.steered(architecture.model, {"steer": 1.0}, {"steer": steer}):
+        with hf.steered(architecture.model, *_use_of(steer)):
             return ""
     except SteerError as error:
         return str(error)
+
+
+def _use_of(steer: Steer) -> tuple[dict[str, Any], dict[str, Steer]]:
+    """Doses and steers that use a steer; a condition decides about a trial steer at the head."""
+    if not isinstance(steer, ConditionSteer):
+        return {"steer": 1.0}, {"steer": steer}
+    size = steer.hidden_size
+    trial = LMSteer(variant="add", add=torch.zeros(1, size), epsilon=1.0, hidden_size=size)
+    return {"trial": {"when": "condition"}}, {"trial": trial, "condition": steer}
 
 
 def _sums(use: MemoryUse, limits: Limits) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from vllm_steer.doctor.finding import Finding, State
 from vllm_steer.doctor.memory import config_memory, example_memory
 from vllm_steer.doctor.parity import PART as PARITY
 from vllm_steer.doctor.parity import parity
+from vllm_steer.doctor.sizes import sizes as measured_sizes
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.tables import Column, StyledText, Table
 
@@ -31,13 +32,16 @@ def examine(
     engine: bool = True,
     options: Mapping[str, Any] | None = None,
     steer_config: str | None = None,
+    sizes: bool | None = None,
 ) -> Iterator[Finding]:
     """Examine a model and yield all findings.
 
     ``dtype`` and ``options`` are engine arguments of the parity trials, which ``engine`` False
     skips; ``steer_config`` names a config whose steers' memory is reported. Memory is that for the
-    engine's dtype; without an engine for ``dtype``, where ``auto`` is the config's. Raises
-    ``SteerError`` for a steer config that cannot be read.
+    engine's dtype; without an engine for ``dtype``, where ``auto`` is the config's. ``sizes``
+    measures the model's activations and gives first strengths of the config's steers; None: as
+    ``engine``, because it too loads the model. Raises ``SteerError`` for a steer config that cannot
+    be read.
     """
     environment_findings = list(environment())
     yield from environment_findings
@@ -52,6 +56,8 @@ def examine(
         yield from example_memory(architecture, engine_dtype)
     else:
         yield from config_memory(architecture, steer_config, engine_dtype)
+    if engine if sizes is None else sizes:
+        yield from measured_sizes(architecture, steer_config, dtype)
 
 
 def _parity(

@@ -5,6 +5,9 @@ norm of a matrix):
 
     lm_steer  multiply: W_s = P1_s P2_s^T of each column s    add, offset: the row of each column
     vector    the direction of each layer                     delta: each step and layer
+    low_rank  B A of each layer, and its bias                 sae: the decoder's row of each layer
+
+A feature keeps its encoder, so that the control acts on the same tokens.
 """
 
 from dataclasses import replace
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 
 from vllm_steer.errors import SteerError
-from vllm_steer.steers import LMSteer, Steer
+from vllm_steer.steers import LMSteer, LowRankSteer, SAESteer, Steer
 
 
 def random_steer(steer: Steer, seed: int = 0) -> Steer:
@@ -54,6 +57,16 @@ def _match_norms(random: dict[str, torch.Tensor], steer: Steer) -> dict[str, tor
         # The square root on each factor keeps both within the range of float32.
         factor = (target_norms / random_norms).sqrt()[:, None, None]
         return {name: tensor * factor for name, tensor in random.items()}
+    if isinstance(steer, LowRankSteer):
+        first, second = steer.b, steer.a.transpose(1, 2)
+        norms = product_norms(random["b"], random["a"].transpose(1, 2))
+        factor = (product_norms(first, second) / norms).sqrt()[:, None, None]
+        matched = {name: random[name] * factor for name in ("a", "b")}
+        if steer.bias is None:
+            return matched
+        return {**matched, "bias": _match_row_norms(random["bias"], steer.bias)}
+    if isinstance(steer, SAESteer):
+        return {**steer.tensors, "decoder": _match_row_norms(random["decoder"], steer.decoder)}
     return {name: _match_row_norms(random[name], tensor) for name, tensor in steer.tensors.items()}
 
 

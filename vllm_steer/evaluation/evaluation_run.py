@@ -9,6 +9,7 @@ from typing import Any, Final
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Judge
 from vllm_steer.evaluation.control import random_steer
+from vllm_steer.evaluation.dose_options import check_dose, conditions_metadata, load_conditions
 from vllm_steer.evaluation.generation import EngineOptions
 from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.missing_texts import (
@@ -25,9 +26,8 @@ from vllm_steer.evaluation.scores import score
 from vllm_steer.evaluation.timings import Timings
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.files.atomic_write import write_text
-from vllm_steer.request import read_dose
 from vllm_steer.run_folder import locked
-from vllm_steer.steers import DeltaSteer, Steer
+from vllm_steer.steers import ConditionSteer, DeltaSteer, Steer
 from vllm_steer.steers.content import content_digest
 
 MakeJudges = Callable[[Sequence[str]], tuple[list[Judge], dict[str, str]]]
@@ -42,7 +42,8 @@ class EvaluationSettings:
 
     ``judges`` are judge specifications, see ``make_judges``; empty selects perplexity by the model
     itself, diversity and repetition. ``options`` are the options of a dose (``layers``, ``phase``,
-    ``schedule``). ``control_seed`` seeds the random control. ``folder`` is the run folder;
+    ``schedule``, ``low``, ``high``, ``when``), ``conditions`` the files of the conditions that
+    ``when`` names. ``control_seed`` seeds the random control. ``folder`` is the run folder;
     ``restart`` discards a run in it.
     """
 
@@ -54,6 +55,7 @@ class EvaluationSettings:
     judges: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     options: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Mapping[str, Path] = field(default_factory=dict)
     control_seed: int = 0
     engine: EngineOptions = field(default_factory=EngineOptions)
     restart: bool = False
@@ -79,12 +81,13 @@ def evaluate(
     Results written before the error are kept.
     """
     steer = load_steer(settings.steer)
-    read_dose("steer", {"strength": 1.0, **settings.options}, steer)
+    conditions = load_conditions(settings.conditions, taken=("steer", "random"))
+    check_dose("steer", {"strength": 1.0, **settings.options}, steer, conditions)
     judges, missing = make_judges(settings.specs)
     if not judges:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise SteerError(f"no judge is available ({reasons}); give another judge")
-    metadata = run_metadata(settings, steer)
+    metadata = run_metadata(settings, steer, conditions)
     with locked(settings.folder):
         return _evaluate(settings, steer, metadata, judges, missing, progress)
 
@@ -116,7 +119,11 @@ def _evaluate(
     return report
 
 
-def run_metadata(settings: EvaluationSettings, steer: Steer) -> dict[str, Any]:
+def run_metadata(
+    settings: EvaluationSettings,
+    steer: Steer,
+    conditions: Mapping[str, ConditionSteer] | None = None,
+) -> dict[str, Any]:
     """Everything that determines the texts of a condition, as plain data: the settings of the run.
 
     Strengths and judges are not part of it, so a later run may add some.
@@ -134,6 +141,7 @@ def run_metadata(settings: EvaluationSettings, steer: Steer) -> dict[str, Any]:
             **schedule,
             **settings.options,
         },
+        **conditions_metadata(conditions or {}, settings.conditions),
         "control_seed": settings.control_seed,
         "prompts": settings.prompts.settings,
         "sampling": settings.sampling.settings,
@@ -153,7 +161,11 @@ def _generate(
     if not run.missing(conditions):
         return
     save_steer(random_steer(steer, settings.control_seed), run.control)
-    files = {"steer": settings.steer.resolve(), "random": run.control.resolve()}
+    files = {
+        "steer": settings.steer.resolve(),
+        "random": run.control.resolve(),
+        **{name: path.resolve() for name, path in settings.conditions.items()},
+    }
     tasks = [
         GenerationTask(
             condition, settings.prompts.texts, settings.sampling, _request(condition, settings)

@@ -166,10 +166,10 @@ def engine(model: str, steers: Mapping[str, Path], options: EngineOptions) -> It
 def _steer_config(steers: Mapping[str, Path]) -> dict[str, Any]:
     from vllm_steer.config import Limits
     from vllm_steer.files import load_steer
-    from vllm_steer.steers import LMSteer
+    from vllm_steer.steers import LMSteer, LowRankSteer
 
     loaded = [load_steer(path) for path in steers.values()]
-    ranks = [steer.rank for steer in loaded if isinstance(steer, LMSteer)]
+    ranks = [steer.rank for steer in loaded if isinstance(steer, LMSteer | LowRankSteer)]
     limits = {"max_rank": max([1, *ranks])}
     if len(steers) > Limits().max_steers_per_request:
         limits |= {"max_steers": len(steers), "max_steers_per_request": len(steers)}

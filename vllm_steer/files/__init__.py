@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.format_detection import detect_format
+from vllm_steer.files.pyreft_folder import is_folder
 from vllm_steer.files.steer_file import save_steer
 from vllm_steer.files.steer_metadata import read_metadata
 from vllm_steer.files.unsupported_files import missing_file_error
@@ -30,19 +31,28 @@ def load_steer(path: str | Path, **overrides: Any) -> Steer:
     Reads vllm-steer's own safetensors files and those of other tools: LM-Steer checkpoints
     (``.pt``), concept-guidance vectors (safetensors), control vectors of repeng and llama.cpp
     (GGUF), activation-steering vectors (``.svec``), vectors of the steering-vectors library
-    (``.pt``), deltas of Dynamic Activation Composition (``.pt``), rows of an SAE's decoder
-    (SAELens safetensors, Gemma Scope ``.npz``), and plain tensors (``.pt``).
+    (``.pt``), deltas of Dynamic Activation Composition (``.pt``), features of an SAE (SAELens
+    safetensors, Gemma Scope ``.npz``), interventions of pyreft (a ``.bin``, or the folder that it
+    saves), and plain tensors (``.pt``).
+
+    ``kind`` is given where a file can be read in several ways: ``sae`` for a feature with its
+    encoder (else its decoder row is a ``vector``), ``condition`` for a vector that prompts are
+    compared to, ``low_rank`` for an LM-Steer inside the layers, ``delta`` for a plain tensor.
 
     ``overrides`` add metadata that the file lacks, or replace metadata of the file:
 
         kind, hidden_size, base_model, description, default_strength
         site            where the steer acts
         layers          the layers to keep; for a plain tensor, the layer of each row
-        mode            of a vector: ``add`` or ``rotate``
+        mode            of a vector: ``add``, ``rotate``, ``project`` or ``relative``; of an SAE's
+                        feature: ``add``, ``clamp`` or ``scale``
+        low, high       bounds of the modes ``project`` and ``clamp``
         schedule        of a step delta: ``fixed``, ``start`` or ``dim``
         epsilon, variant, fixed_columns, columns    of an LM-Steer; ``columns`` are those to keep
         rows            of a plain tensor: the rows to keep
         feature, hook   of SAE weights: the feature's index, and TransformerLens' hook name
+        architecture, apply_b_dec_to_input    of SAE weights without SAELens' ``cfg.json``
+        threshold, similarity, side, tokens   of a condition
         orient          of a concept-guidance file: multiply each row by the sign of its slope
 
     Raises ``SteerError`` with the file's path, the value that was found and the value that is
@@ -66,7 +76,8 @@ def load_steer(path: str | Path, **overrides: Any) -> Steer:
 def read_file(path: str | Path, overrides: Mapping[str, Any]) -> LoadedFile:
     """Load a steer as ``load_steer`` does, and return the name of the file's format too."""
     path = Path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file no error for a name that is too long
+    # Unlike Path.is_file no error for a name that is too long.
+    if not os.path.isfile(path) and not is_folder(path):
         raise missing_file_error(path)
     try:
         metadata = read_metadata(overrides, origin="overrides")

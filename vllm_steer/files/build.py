@@ -7,38 +7,24 @@ from typing import Any, TypeVar
 import torch
 
 from vllm_steer.errors import SteerError
+from vllm_steer.files.applicable_keys import check_keys_apply
 from vllm_steer.files.json_text import read_json
 from vllm_steer.files.steer_metadata import SteerMetadata
-from vllm_steer.steers import DeltaSteer, LMSteer, Variant, VectorSteer
-from vllm_steer.steers.sites import HEAD
+from vllm_steer.steers import (
+    ConditionSteer,
+    DeltaSteer,
+    LMSteer,
+    LowRankSteer,
+    SAESteer,
+    Variant,
+    VectorSteer,
+)
+from vllm_steer.steers.checks import check_choice
+from vllm_steer.steers.sae import SAE_MODES
+from vllm_steer.steers.vector import MODES
 from vllm_steer.untrusted_text import shown
 
-Layered = TypeVar("Layered", VectorSteer, DeltaSteer)
-
-_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "lm_steer": ("variant", "epsilon", "fixed_columns", "columns"),
-    "vector": ("mode",),
-    "delta": ("schedule",),
-}
-
-
-def check_keys_apply(kind: str, overrides: SteerMetadata) -> None:
-    """Raise ``SteerError`` for metadata that does not apply to a steer of this kind."""
-    inapplicable = [
-        name
-        for other_kind, names in _ONLY_FOR.items()
-        if other_kind != kind
-        for name in names
-        if getattr(overrides, name) is not None
-    ]
-    if kind == "lm_steer" and overrides.layers is not None:
-        inapplicable.append("layers")
-    if kind == "lm_steer" and overrides.site not in (None, HEAD):
-        inapplicable.append("site")
-    if inapplicable:
-        raise SteerError(
-            f"{', '.join(inapplicable)} does not apply to a steer of kind {kind}; remove the key"
-        )
+Layered = TypeVar("Layered", VectorSteer, DeltaSteer, LowRankSteer, SAESteer, ConditionSteer)
 
 
 def build_lm_steer(tensors: Mapping[str, Any], overrides: SteerMetadata) -> LMSteer:
@@ -103,11 +89,13 @@ def build_vector(
 ) -> VectorSteer:
     """Build a ``VectorSteer`` with the file's ``layers``, or those in ``overrides.layers``."""
     check_keys_apply("vector", overrides)
+    mode = overrides.mode or "add"
     steer = VectorSteer(
         vectors=vectors,
         layers=tuple(layers),
         site=overrides.site or "resid",  # type: ignore[arg-type]
-        mode=overrides.mode or "add",
+        mode=mode,  # type: ignore[arg-type]
+        **_bounds(overrides, mode, MODES, bounded="project"),
         layer_scores=None if layer_scores is None else tuple(layer_scores),
         default_strength=overrides.default_strength,
         base_model=overrides.base_model or "",
@@ -129,6 +117,82 @@ def build_delta(delta: torch.Tensor, layers: Sequence[int], overrides: SteerMeta
         description=overrides.description or "",
     )
     return _with_requested_layers(steer, overrides)
+
+
+def build_low_rank(
+    tensors: Mapping[str, torch.Tensor], layers: Sequence[int], overrides: SteerMetadata
+) -> LowRankSteer:
+    """Build a ``LowRankSteer`` from ``a``, ``b`` and perhaps ``bias`` of ``layers``."""
+    check_keys_apply("low_rank", overrides)
+    steer = LowRankSteer(
+        a=tensors["a"],
+        b=tensors["b"],
+        bias=tensors.get("bias"),
+        layers=tuple(layers),
+        site=overrides.site or "resid",  # type: ignore[arg-type]
+        default_strength=overrides.default_strength,
+        base_model=overrides.base_model or "",
+        description=overrides.description or "",
+    )
+    return _with_requested_layers(steer, overrides)
+
+
+def build_sae(
+    tensors: Mapping[str, Any], layers: Sequence[int], overrides: SteerMetadata
+) -> SAESteer:
+    """Build an ``SAESteer`` from ``encoder``, ``decoder``, ``bias`` and ``threshold``."""
+    check_keys_apply("sae", overrides)
+    mode = overrides.mode or "clamp"
+    steer = SAESteer(
+        **tensors,
+        layers=tuple(layers),
+        site=overrides.site or "resid",  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
+        **_bounds(overrides, mode, SAE_MODES, bounded="clamp"),
+        default_strength=overrides.default_strength,
+        base_model=overrides.base_model or "",
+        description=overrides.description or "",
+    )
+    return _with_requested_layers(steer, overrides)
+
+
+def build_condition(
+    vector: torch.Tensor, layers: Sequence[int], overrides: SteerMetadata
+) -> ConditionSteer:
+    """Build a ``ConditionSteer`` from a vector ``[1, hidden]`` of one layer."""
+    check_keys_apply("condition", overrides)
+    if overrides.threshold is None:
+        raise SteerError(
+            "threshold is not in the file; give it as a key, such as threshold: 0.05: a condition "
+            "holds if its similarity is above it (side: below, if it is below it)"
+        )
+    steer = ConditionSteer(
+        vector=vector,
+        layers=tuple(layers),
+        threshold=overrides.threshold,
+        site=overrides.site or "resid",  # type: ignore[arg-type]
+        similarity=overrides.similarity or "cosine",
+        side=overrides.side or "above",
+        tokens=overrides.tokens or "last",
+        base_model=overrides.base_model or "",
+        description=overrides.description or "",
+    )
+    return _with_requested_layers(steer, overrides)
+
+
+def _bounds(
+    overrides: SteerMetadata, mode: str, modes: tuple[str, ...], *, bounded: str
+) -> dict[str, Any]:
+    """The given bounds; ``SteerError`` if there are some and ``mode`` is not ``bounded``."""
+    check_choice("mode", mode, modes)
+    values = {"low": overrides.low, "high": overrides.high}
+    given = {name: value for name, value in values.items() if value is not None}
+    if given and mode != bounded:
+        raise SteerError(
+            f"{', '.join(given)} does not apply to mode {mode}; remove the key, or give mode: "
+            f"{bounded}"
+        )
+    return given
 
 
 def read_scores(text: str | None) -> tuple[float, ...] | None:

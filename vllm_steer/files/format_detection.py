@@ -1,4 +1,7 @@
-"""Detects the format of a file from its content, never from its name."""
+"""Detects the format of a file from its content, never from its name.
+
+A folder is read only if it is one of pyreft, which saves a file per layer.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +17,10 @@ from vllm_steer.files import (
     lm_steer_checkpoint,
     npz_file,
     plain_tensors,
+    pyreft,
+    pyreft_folder,
     sae,
+    sae_feature,
     safetensors_file,
     steering_vectors,
     svec,
@@ -24,6 +30,8 @@ from vllm_steer.files import (
 from vllm_steer.files.archive import Archive, open_archive
 from vllm_steer.files.format_reader import FormatReader
 from vllm_steer.files.steer_file import FORMAT, read_steer_file
+from vllm_steer.files.steer_metadata import SteerMetadata
+from vllm_steer.steers import Steer
 from vllm_steer.untrusted_text import listed
 
 _ZIPS = (b"PK\x03\x04", b"PK\x05\x06")
@@ -32,7 +40,10 @@ _PICKLES = (lm_steer_checkpoint.CLASSES, steering_vectors.CLASSES)
 
 
 def detect_format(path: Path) -> FormatReader:
-    """The reader for a file. Raises ``SteerError`` for a file that is no steer."""
+    """The reader for a file, or a folder of pyreft. Raises ``SteerError`` if it is no steer."""
+    if pyreft_folder.is_folder(path):
+        read_folder = partial(pyreft_folder.read, path)
+        return FormatReader(pyreft_folder.NAME, ("low_rank",), read_folder)
     if safetensors_file.is_safetensors(path):
         return _of_safetensors(path)
     with path.open("rb") as file:
@@ -40,9 +51,10 @@ def detect_format(path: Path) -> FormatReader:
     if head.startswith(_ZIPS):
         return _of_archive(path)
     if head.startswith(_GGUF):
-        return FormatReader(control_vector.NAME, "vector", partial(control_vector.read, path))
+        return FormatReader(control_vector.NAME, ("vector",), partial(control_vector.read, path))
     if head.lstrip().startswith(b"{"):
-        return FormatReader(svec.NAME, "vector", partial(svec.read, path))
+        read = partial(svec.read, path)
+        return FormatReader(svec.NAME, ("vector",), read, condition_defaults=svec.CONDITION)
     raise unsupported_files.unknown_format_error(head, size)
 
 
@@ -51,11 +63,11 @@ def _of_safetensors(path: Path) -> FormatReader:
     if metadata.get("format") != FORMAT:
         if concept_guidance.is_concept_guidance(shapes):
             read = partial(concept_guidance.read, path)
-            return FormatReader(concept_guidance.NAME, "vector", read, accepted_keys=("orient",))
+            return FormatReader(concept_guidance.NAME, ("vector",), read, ("orient",))
         if (decoder := sae.decoder_name(shapes)) is not None:
-            return _of_sae(sae.Decoder(path, decoder, shapes, safetensors_file.read_row))
+            return _of_sae(sae.Weights(path, decoder, shapes, frozenset(shapes), safetensors_file))
         unsupported_files.reject_adapters(shapes)
-    return FormatReader("a vllm-steer file", None, partial(read_steer_file, path, metadata))
+    return FormatReader("a vllm-steer file", (), partial(read_steer_file, path, metadata))
 
 
 def _of_archive(path: Path) -> FormatReader:
@@ -80,13 +92,16 @@ def _of_npz(path: Path, archive: Archive) -> FormatReader:
         )
     names_to_read = {decoder, sae.BIAS} & set(names)
     shapes = {name: npz_file.read_shape(archive, name) for name in names_to_read}
-    return _of_sae(sae.Decoder(path, decoder, shapes, npz_file.read_row))
+    return _of_sae(sae.Weights(path, decoder, shapes, frozenset(names), npz_file))
 
 
-def _of_sae(decoder: sae.Decoder) -> FormatReader:
-    return FormatReader(
-        sae.NAME, "vector", partial(sae.read, decoder), accepted_keys=("feature", "hook")
-    )
+def _of_sae(weights: sae.Weights) -> FormatReader:
+    def read(overrides: SteerMetadata) -> Steer:
+        if overrides.kind == "sae":
+            return sae_feature.read(weights, overrides)
+        return sae.read(weights, overrides)
+
+    return FormatReader(sae.NAME, ("vector", "sae"), read, sae.KEYS)
 
 
 def _of_torch(archive: Archive) -> FormatReader:
@@ -97,12 +112,15 @@ def _of_torch(archive: Archive) -> FormatReader:
         return _of_tensor(loaded)
     if isinstance(loaded, list | tuple):
         name, read = lm_steer_checkpoint.NAME, lm_steer_checkpoint.read
-        return FormatReader(name, "lm_steer", partial(read, loaded))
+        return FormatReader(name, ("lm_steer",), partial(read, loaded))
     if steering_vectors.is_steering_vector(loaded):
-        return FormatReader(steering_vectors.NAME, "vector", partial(steering_vectors.read, loaded))
+        read_fields = partial(steering_vectors.read, loaded)
+        return FormatReader(steering_vectors.NAME, ("vector",), read_fields)
+    if pyreft.is_intervention(loaded):
+        return FormatReader(pyreft.NAME, ("low_rank",), partial(pyreft.read, loaded))
     if isinstance(loaded, dict) and any(isinstance(key, int) for key in loaded):
         return FormatReader(
-            plain_tensors.BY_LAYER, "vector", partial(plain_tensors.read_by_layer, loaded)
+            plain_tensors.BY_LAYER, ("vector",), partial(plain_tensors.read_by_layer, loaded)
         )
     if isinstance(loaded, dict):
         unsupported_files.reject_adapters(loaded)
@@ -111,10 +129,9 @@ def _of_torch(archive: Archive) -> FormatReader:
 
 def _of_tensor(tensor: torch.Tensor) -> FormatReader:
     if tensor.ndim == dac.DIMENSIONS:
-        return FormatReader(dac.NAME, "delta", partial(dac.read, tensor))
-    return FormatReader(
-        plain_tensors.NAME, None, partial(plain_tensors.read_tensor, tensor), ("rows",)
-    )
+        return FormatReader(dac.NAME, ("delta",), partial(dac.read, tensor))
+    read = partial(plain_tensors.read_tensor, tensor)
+    return FormatReader(plain_tensors.NAME, ("vector", "delta"), read, ("rows",))
 
 
 def _unknown_content(loaded: Any) -> str:
@@ -124,6 +141,6 @@ def _unknown_content(loaded: Any) -> str:
     return (
         f"its content is {description}; expected a tensor, a dict of tensors by 0-based layer "
         "(integers), a "
-        "vector of the steering-vectors library, or an LM-Steer checkpoint, a list of the training "
-        "arguments, a dict of projectors and the step"
+        "vector of the steering-vectors library, an intervention of pyreft, or an LM-Steer "
+        "checkpoint, a list of the training arguments, a dict of projectors and the step"
     )

@@ -2,10 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from vllm_steer.errors import SteerError, cause
-from vllm_steer.files.size_limits import check_nesting
+from vllm_steer.files.size_limits import MAX_HEADER_BYTES, check_nesting
 from vllm_steer.untrusted_text import shown
 
 
@@ -35,6 +36,22 @@ def read_json(text: str, subject: str) -> Any:
     check_nesting(value, subject)
     if "\\u" in text and not _is_unicode(value):
         raise SteerError(f"{subject}: a string has characters that are not valid Unicode")
+    return value
+
+
+def read_json_object(path: Path, subject: str) -> dict[str, Any]:
+    """The JSON object in a small file; ``SteerError`` for other content, as in ``read_json``."""
+    with path.open("rb") as file:
+        data = file.read(MAX_HEADER_BYTES + 1)
+    if len(data) > MAX_HEADER_BYTES:
+        raise SteerError(f"{subject} has more than {MAX_HEADER_BYTES} bytes, the limit")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise NotJSONError(f"{subject} is not JSON ({cause(error)})") from None
+    value = read_json(text, subject)
+    if not isinstance(value, dict):
+        raise SteerError(f"{subject} is {shown(value)}; expected a JSON object")
     return value
 
 

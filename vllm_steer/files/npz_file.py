@@ -1,4 +1,4 @@
-"""Reads names, shapes and single rows of NumPy archives (``.npz``) without unpickling."""
+"""Reads names, shapes, single rows and columns of NumPy archives (``.npz``) without unpickling."""
 
 import ast
 import warnings
@@ -35,14 +35,46 @@ def read_shape(archive: Archive, name: str) -> list[int]:
         return list(array.shape)
 
 
+def tensor_shape(path: Path, name: str) -> list[int]:
+    """The shape of an array."""
+    with open_archive(path) as archive:
+        return read_shape(archive, name)
+
+
 def read_row(path: Path, name: str, row: int) -> torch.Tensor:
     """One row of a floating array, as a copy."""
+    with _floating(path, name) as array:
+        values = array.whole()[row] if array.by_columns else array.row(row)
+        array.check()
+        return _tensor(values)
+
+
+def read_vector(path: Path, name: str) -> torch.Tensor:
+    """A floating array of one dimension, as a copy."""
+    with _floating(path, name) as array:
+        values = array.whole()
+        array.check()
+        return _tensor(values)
+
+
+def read_column(path: Path, name: str, column: int) -> torch.Tensor:
+    """One column of a floating matrix, as a copy."""
+    with _floating(path, name) as array:
+        values = array.row(column) if array.by_columns else array.column(column)
+        array.check()
+        return _tensor(values)
+
+
+@contextmanager
+def _floating(path: Path, name: str) -> "Iterator[_Array]":
     with open_archive(path) as archive, _opened(archive, name) as array:
         if array.dtype.kind != "f":
             raise SteerError(f"tensor {name} is {array.dtype}; expected a floating dtype")
-        values = array.whole()[row] if array.by_columns else array.row(row)
-        array.check()
-        return torch.from_numpy(values.astype(array.dtype.newbyteorder("=")))
+        yield array
+
+
+def _tensor(values: NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
 
 
 @dataclass(frozen=True)
@@ -60,9 +92,19 @@ class _Array:
         return prod(self.shape) * self.dtype.itemsize
 
     def row(self, row: int) -> NDArray[Any]:
-        width = prod(self.shape[1:])
+        """A row, or a column of a matrix that is stored by columns."""
+        width = prod(self.shape[:-1] if self.by_columns else self.shape[1:])
         self.file.seek(row * width * self.dtype.itemsize, SEEK_CUR)
         return np.frombuffer(self.file.read(width * self.dtype.itemsize), self.dtype, width)
+
+    def column(self, column: int) -> NDArray[Any]:
+        """A column of a matrix that is stored by rows; one row is in memory at a time."""
+        rows, width = self.shape
+        values = np.empty(rows, self.dtype)
+        for row in range(rows):
+            data = self.file.read(width * self.dtype.itemsize)
+            values[row] = np.frombuffer(data, self.dtype, width)[column]
+        return values
 
     def whole(self) -> NDArray[Any]:
         values = np.frombuffer(self.file.read(self.size), self.dtype, prod(self.shape))

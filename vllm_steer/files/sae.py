@@ -1,5 +1,7 @@
 """Reads one feature of a sparse autoencoder: a row of its decoder, ``W_dec [features, hidden]``.
 
+The feature with its encoder (``kind: sae``) is read by ``sae_feature``.
+
 SAELens stores the decoder in ``sae_weights.safetensors``, Gemma Scope in ``params.npz``. The file
 does not contain the autoencoder's hook point; SAELens' ``cfg.json`` beside it does (``hook_name``),
 as a name of TransformerLens, which counts blocks from 0 (``transformer_block.py``):
@@ -15,10 +17,10 @@ TransformerLens' ``hook_attn_out`` is after that norm and ``attn_out`` before it
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,17 +33,33 @@ from vllm_steer.untrusted_text import shown
 
 NAME = "the weights of an SAE"
 BIAS = "b_dec"
+ENCODER_KEYS = ("architecture", "apply_b_dec_to_input")
+KEYS = ("feature", "hook", *ENCODER_KEYS)
+"""The keys of ``FORMAT_KEYS`` that apply to the weights of an SAE."""
 _HOOK = re.compile(r"blocks\.([0-9]{1,4})\.hook_(resid_post|resid_pre|attn_out)")
 
 
+class TensorFile(Protocol):
+    """Reads single tensors of a file: ``safetensors_file`` or ``npz_file``."""
+
+    def tensor_shape(self, path: Path, name: str) -> list[int]: ...
+
+    def read_row(self, path: Path, name: str, row: int) -> torch.Tensor: ...
+
+    def read_vector(self, path: Path, name: str) -> torch.Tensor: ...
+
+    def read_column(self, path: Path, name: str, column: int) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
-class Decoder:
-    """The decoder in a file: its tensor name, all shapes, and a function that reads one row."""
+class Weights:
+    """The weights in a file: the decoder's name, some shapes, all names, and what reads them."""
 
     path: Path
-    name: str
+    decoder: str
     shapes: Mapping[str, Sequence[int]]
-    read_row: Callable[[Path, str, int], torch.Tensor]
+    names: frozenset[str]
+    file: TensorFile
 
 
 def decoder_name(names: Iterable[str]) -> str | None:
@@ -52,34 +70,47 @@ def decoder_name(names: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def read(decoder: Decoder, overrides: SteerMetadata) -> VectorSteer:
+def read(weights: Weights, overrides: SteerMetadata) -> VectorSteer:
     """A steer that adds the feature's row at its hook point, or at the given layers and site."""
-    features = _features(decoder)
+    given = [name for name in ENCODER_KEYS if getattr(overrides, name) is not None]
+    if given:
+        raise SteerError(
+            f"{', '.join(given)} says how the encoder computes a feature and does not apply to its "
+            "decoder row alone; remove the key, or give kind: sae"
+        )
+    feature = check_feature(weights, overrides)
+    layers, site = layers_and_site(overrides)
+    row = weights.file.read_row(weights.path, weights.decoder, feature)
+    metadata = overrides.model_copy(update={"layers": None, "site": site})
+    return build_vector(repeated(row, layers), layers, metadata)
+
+
+def check_feature(weights: Weights, overrides: SteerMetadata) -> int:
+    """The number of the feature; ``SteerError`` for one that the autoencoder does not have."""
+    features = _features(weights)
     if overrides.feature is None or overrides.feature >= features:
         prefix = "" if overrides.feature is None else f"feature {overrides.feature}: "
         raise SteerError(
             f"{prefix}the SAE has {features} features; give the key feature, a number from 0 to "
             f"{features - 1}"
         )
-    layers, site = _layers_and_site(overrides)
-    row = decoder.read_row(decoder.path, decoder.name, overrides.feature)
-    metadata = overrides.model_copy(update={"layers": None, "site": site})
-    return build_vector(repeated(row, layers), layers, metadata)
+    return overrides.feature
 
 
-def _features(decoder: Decoder) -> int:
-    shape, bias = list(decoder.shapes[decoder.name]), decoder.shapes.get(BIAS)
+def _features(weights: Weights) -> int:
+    shape, bias = list(weights.shapes[weights.decoder]), weights.shapes.get(BIAS)
     if len(shape) != 2 or min(shape) < 1:
-        raise SteerError(f"tensor {decoder.name} is {shape}; expected [features, hidden]")
+        raise SteerError(f"tensor {weights.decoder} is {shape}; expected [features, hidden]")
     if bias is not None and list(bias) != shape[1:]:
         raise SteerError(
-            f"tensor {decoder.name} is {shape} and {BIAS} {list(bias)}; expected [features, "
+            f"tensor {weights.decoder} is {shape} and {BIAS} {list(bias)}; expected [features, "
             "hidden] and [hidden]; transpose the decoder"
         )
     return shape[0]
 
 
-def _layers_and_site(overrides: SteerMetadata) -> tuple[tuple[int, ...], Any]:
+def layers_and_site(overrides: SteerMetadata) -> tuple[tuple[int, ...], Any]:
+    """The layers and the site of the key ``hook``, or those given."""
     if overrides.hook is not None:
         if overrides.layers is not None or overrides.site is not None:
             raise SteerError(

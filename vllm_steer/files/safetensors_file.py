@@ -82,6 +82,29 @@ def read_row(path: Path, name: str, row: int) -> torch.Tensor:
         raise SteerError(f"tensor {name} cannot be read ({cause(error)})") from error
 
 
+def read_vector(path: Path, name: str) -> torch.Tensor:
+    """A tensor of one dimension, as a copy."""
+    try:
+        with _opened(path) as file:
+            return _convertible(file.get_slice(name)[:]).clone()
+    except Exception as error:  # an unknown dtype, a truncated tensor
+        raise SteerError(f"tensor {name} cannot be read ({cause(error)})") from error
+
+
+def read_column(path: Path, name: str, column: int) -> torch.Tensor:
+    """One column of a matrix, as a copy."""
+    try:
+        with _opened(path) as file:
+            return _convertible(file.get_slice(name)[:, column]).clone()
+    except Exception as error:  # an unknown dtype, a truncated tensor
+        raise SteerError(f"tensor {name} cannot be read ({cause(error)})") from error
+
+
+def tensor_shape(path: Path, name: str) -> list[int]:
+    """The shape of a tensor."""
+    return _read_header(path)[1][name]
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The library's reader, opened by file descriptor: it rejects a path that is not UTF-8."""

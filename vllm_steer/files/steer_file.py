@@ -10,13 +10,30 @@ import torch
 
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.files.atomic_write import write_atomically
-from vllm_steer.files.build import build_delta, build_lm_steer, build_vector, read_scores
+from vllm_steer.files.build import (
+    build_condition,
+    build_delta,
+    build_lm_steer,
+    build_low_rank,
+    build_sae,
+    build_vector,
+    read_scores,
+)
+from vllm_steer.files.conversions import converted_kinds, read_converted
 from vllm_steer.files.json_text import read_json
 from vllm_steer.files.safetensors_file import read_tensors
 from vllm_steer.files.safetensors_writer import check_metadata, check_text, write_safetensors
 from vllm_steer.files.size_limits import check_nesting
 from vllm_steer.files.steer_metadata import SteerMetadata, read_metadata
-from vllm_steer.steers import KINDS, DeltaSteer, LMSteer, Steer
+from vllm_steer.steers import (
+    KINDS,
+    ConditionSteer,
+    DeltaSteer,
+    LMSteer,
+    LowRankSteer,
+    Steer,
+    VectorSteer,
+)
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.untrusted_text import is_number, listed, shown
 
@@ -26,11 +43,18 @@ _TENSORS = {
     "lm_steer": frozenset({"projector1", "projector2", "add", "offset"}),
     "vector": frozenset({"vectors"}),
     "delta": frozenset({"delta"}),
+    "low_rank": frozenset({"a", "b", "bias"}),
+    "sae": frozenset({"encoder", "decoder", "bias", "threshold"}),
+    "condition": frozenset({"vector"}),
 }
+_REQUIRED = {"low_rank": frozenset({"a", "b"}), "sae": _TENSORS["sae"]}
 _LAYOUT = {
     "lm_steer": "projector1 and projector2, or add, or offset",
     "vector": "vectors",
     "delta": "delta",
+    "low_rank": "a and b, and perhaps bias",
+    "sae": "encoder, decoder, bias and threshold",
+    "condition": "vector",
 }
 _METADATA_KEYS = (
     "kind",
@@ -41,7 +65,13 @@ _METADATA_KEYS = (
     "layers",
     "site",
     "mode",
+    "low",
+    "high",
     "schedule",
+    "threshold",
+    "similarity",
+    "side",
+    "tokens",
     "default_strength",
     "base_model",
     "description",
@@ -92,26 +122,41 @@ def read_steer_file(path: Path, metadata: Mapping[str, str], overrides: SteerMet
 
 def _read(path: Path, metadata: Mapping[str, str], overrides: SteerMetadata) -> Steer:
     _check_format(metadata)
-    tensors = read_tensors(path)
     kind = metadata["kind"]
     if kind not in KINDS:
         raise SteerError(f"kind is {shown(kind)}; expected {', '.join(KINDS)}")
+    if overrides.kind in converted_kinds([kind]):
+        return read_converted(lambda keys: _build(path, metadata, keys), overrides)
     if overrides.kind not in (None, kind):
         raise SteerError(
             f"kind is {kind} in the file and {overrides.kind} in the overrides; remove the key"
         )
+    return _build(path, metadata, overrides)
+
+
+def _build(path: Path, metadata: Mapping[str, str], overrides: SteerMetadata) -> Steer:
+    kind, tensors = metadata["kind"], read_tensors(path)
     _check_tensors(kind, tensors)
     file_metadata = read_metadata(_metadata_fields(metadata), origin="metadata")
+    if overrides.mode not in (None, file_metadata.mode):  # the bounds are those of the file's mode
+        file_metadata = file_metadata.model_copy(update={"low": None, "high": None})
     if kind == "lm_steer":
         return build_lm_steer(tensors, overrides.completed_by(file_metadata))
-    if file_metadata.layers is None:
+    layers = file_metadata.layers
+    if layers is None:
         raise SteerError("the metadata has no layers")
     # The file's layers number its rows; the overrides select some of them.
     merged = overrides.completed_by(file_metadata.model_copy(update={"layers": None}))
     if kind == "delta":
-        return build_delta(tensors["delta"], file_metadata.layers, merged)
+        return build_delta(tensors["delta"], layers, merged)
+    if kind == "low_rank":
+        return build_low_rank(tensors, layers, merged)
+    if kind == "sae":
+        return build_sae(tensors, layers, merged)
+    if kind == "condition":
+        return build_condition(tensors["vector"], layers, merged)
     scores = read_scores(metadata.get("layer_scores"))
-    return build_vector(tensors["vectors"], file_metadata.layers, merged, layer_scores=scores)
+    return build_vector(tensors["vectors"], layers, merged, layer_scores=scores)
 
 
 def _read_recipe(text: str | None) -> Mapping[str, Any] | None:
@@ -185,8 +230,15 @@ def _metadata_of(steer: Steer) -> dict[str, str]:
     layered = {"layers": format_layers(steer.layers), "site": steer.site}
     if isinstance(steer, DeltaSteer):
         return {**layered, "schedule": steer.schedule}
+    if isinstance(steer, LowRankSteer):
+        return layered
+    if isinstance(steer, ConditionSteer):
+        tests = {name: getattr(steer, name) for name in ("similarity", "side", "tokens")}
+        return {**layered, "threshold": repr(float(steer.threshold)), **tests}
     metadata = {**layered, "mode": steer.mode}
-    if steer.layer_scores is not None:
+    if steer.has_bounds:
+        metadata |= {"low": repr(float(steer.low)), "high": repr(float(steer.high))}
+    if isinstance(steer, VectorSteer) and steer.layer_scores is not None:
         metadata["layer_scores"] = json.dumps(list(map(float, steer.layer_scores)))
     return metadata
 
@@ -194,6 +246,11 @@ def _metadata_of(steer: Steer) -> dict[str, str]:
 def _check_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
     allowed = _TENSORS[kind]
     unknown = sorted(set(tensors) - allowed)
+    missing = sorted(_REQUIRED.get(kind, frozenset()) - set(tensors))
+    if tensors and missing and not unknown:
+        raise SteerError(
+            f"it has no tensor {', '.join(missing)}; a file of kind {kind} has {_LAYOUT[kind]}"
+        )
     if unknown or not tensors:
         raise SteerError(
             f"unknown tensors {listed(unknown, none='(none)')}; a file of kind {kind} has "

@@ -1,18 +1,20 @@
 """Metadata of a steer: from its file, or overrides from a config or a caller."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vllm_steer.errors import SteerError
-from vllm_steer.steers import Mode, Schedule, Variant
+from vllm_steer.steers import Mode, SAEMode, Schedule, Side, Similarity, Tokens, Variant
 from vllm_steer.steers.layers import parse_layers
 from vllm_steer.steers.sites import Site
 from vllm_steer.untrusted_text import LONGEST, is_number, printable, shown
 
 _LONGEST_LAYERS = 1000
 _MOST_ERRORS = 4
+_INFINITE = {"inf": math.inf, "infinity": math.inf, "-inf": -math.inf, "-infinity": -math.inf}
 
 
 def _column_list(value: Any) -> Any:
@@ -27,6 +29,15 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool) or (isinstance(value, str) and not is_number(value)):
         raise ValueError("expected a number")
     return value
+
+
+def _bound(value: Any) -> Any:
+    """A number, or an infinity as a text; a plan in JSON writes it ``"Infinity"``."""
+    if isinstance(value, str) and value.lower() in _INFINITE:
+        return _INFINITE[value.lower()]
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError("expected a number, inf or -inf")
+    return _number(value)
 
 
 def _layers(value: Any) -> tuple[int, ...]:
@@ -51,9 +62,11 @@ FiniteFloat = Annotated[float, Number, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Number, Field(ge=1)]
 Index = Annotated[int, Number, Field(ge=0)]
+Bound = Annotated[float, BeforeValidator(_bound)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
-FORMAT_KEYS = ("orient", "rows", "feature", "hook")
+FORMAT_KEYS = ("orient", "rows", "feature", "hook", "architecture", "apply_b_dec_to_input")
 
 
 class SteerMetadata(BaseModel):
@@ -64,7 +77,7 @@ class SteerMetadata(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["lm_steer", "vector", "delta"] | None = None
+    kind: Literal["lm_steer", "vector", "delta", "low_rank", "sae", "condition"] | None = None
     hidden_size: PositiveInt | None = None
     variant: Variant | None = None
     epsilon: PositiveFloat | None = None
@@ -72,12 +85,20 @@ class SteerMetadata(BaseModel):
     columns: Columns | None = None
     layers: Layers | None = None
     site: Site | None = None
-    mode: Mode | None = None
+    mode: Literal[Mode, SAEMode] | None = None
+    low: Bound | None = None
+    high: Bound | None = None
     schedule: Schedule | None = None
-    orient: Annotated[bool, Field(strict=True)] | None = None
+    threshold: FiniteFloat | None = None
+    similarity: Similarity | None = None
+    side: Side | None = None
+    tokens: Tokens | None = None
+    orient: Flag | None = None
     rows: Rows | None = None
     feature: Index | None = None
     hook: str | None = None
+    architecture: str | None = None
+    apply_b_dec_to_input: Flag | None = None
     default_strength: FiniteFloat | None = None
     base_model: str | None = None
     description: str | None = None

@@ -7,7 +7,10 @@ The library wraps block ``L`` (from 0) in a LeashLayer, which adds direction ``L
 direction from ``hidden_states[L + 1]``, the output of block ``L``; this reader follows where it is
 added.) Direction 0 acts on the embeddings, which have no site.
 
-A condition vector of the same library has the same file format; it is not meant to be added.
+A condition vector of the same library has the same file format; it is not meant to be added. With
+``kind: condition`` it is compared as the library does (similarity ``cast``), at the same place: a
+LeashLayer ``L`` checks the input of block ``L``, so direction ``L`` is read at layer ``L - 1``. Its
+``condition_comparator_threshold_is: "larger"`` holds below the threshold, ``side: below`` here.
 """
 
 import json
@@ -26,6 +29,7 @@ from vllm_steer.steers.layers import format_layers
 from vllm_steer.untrusted_text import shown
 
 NAME = "an activation-steering file (.svec)"
+CONDITION = SteerMetadata(similarity="cast")
 _LARGEST = 16 * 2**20
 _MOST_CONTAINERS = 100_000
 _EXPECTED = 'expected a JSON object with model_type and directions {"1": [numbers], ...}'

@@ -1,4 +1,7 @@
-"""LM-Steers: the LM head's input, or its logits."""
+"""LM-Steers: the LM head's input, or its logits.
+
+A gated LM-Steer acts from the prompt's last token on, at which its conditions decide.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
+from vllm_steer.hf.conditions import Gates
 from vllm_steer.hf.sites import widened
 from vllm_steer.hf.token_positions import PositionTracker, SteppedDose, coefficients
 from vllm_steer.steers import LMSteer
@@ -17,7 +21,7 @@ HeadDoses = Sequence[tuple[LMSteer, Dose]]
 
 
 def hook_head(
-    model: nn.Module, active: HeadDoses, tracker: PositionTracker
+    model: nn.Module, active: HeadDoses, gates: Gates, tracker: PositionTracker
 ) -> Iterator[RemovableHandle]:
     """Steer the head of ``model``; ``SteerError`` if there is none or its width is another."""
     if not active:
@@ -29,11 +33,11 @@ def hook_head(
     after = [(s, v) for s, v in active if s.variant == "offset"]
     if before:
         yield head.register_forward_pre_hook(
-            lambda _, args: (_steer(args[0], before, tracker), *args[1:])
+            lambda _, args: (_steer(args[0], before, gates, tracker), *args[1:])
         )
     if after:
         yield head.register_forward_hook(
-            lambda _module, _args, logits: _steer(logits, after, tracker)
+            lambda _module, _args, logits: _steer(logits, after, gates, tracker)
         )
 
 
@@ -53,13 +57,30 @@ def change(steer: LMSteer, x: torch.Tensor, strength: float) -> torch.Tensor:
     return steer.epsilon * (scale @ vectors.to(x)).expand(*x.shape[:-1], -1)
 
 
-def _steer(x: torch.Tensor, active: HeadDoses, tracker: PositionTracker) -> torch.Tensor:
+def _steer(
+    x: torch.Tensor, active: HeadDoses, gates: Gates, tracker: PositionTracker
+) -> torch.Tensor:
     wide = widened(x)
-    total = sum((_change(steer, wide, dose, tracker) for steer, dose in active), start=wide)
+    total = sum((_change(steer, wide, dose, gates, tracker) for steer, dose in active), start=wide)
     return total.to(x.dtype)
 
 
-def _change(steer: LMSteer, x: torch.Tensor, dose: Dose, tracker: PositionTracker) -> torch.Tensor:
+def _change(
+    steer: LMSteer, x: torch.Tensor, dose: Dose, gates: Gates, tracker: PositionTracker
+) -> torch.Tensor:
+    whole = _history_change(steer, x, dose, tracker)
+    if dose.gate is None:
+        return whole
+    acts = (tracker.span.steps >= 0)[-x.shape[-2] :]
+    if not acts.any():
+        return torch.zeros_like(x)
+    acts = acts & gates.open_rows(dose.gate, len(x))[:, None]
+    return torch.where(acts[..., None].to(x.device), whole, 0.0)
+
+
+def _history_change(
+    steer: LMSteer, x: torch.Tensor, dose: Dose, tracker: PositionTracker
+) -> torch.Tensor:
     if not isinstance(dose, SteppedDose):
         return change(steer, x, dose.strength)
     # The head may be given the last tokens alone. A change is affine in the strength, but a token

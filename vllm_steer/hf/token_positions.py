@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_steer.doses import Dose, token_span
+from vllm_steer.doses import Dose, token_spans
 from vllm_steer.errors import SteerError
 from vllm_steer.hf.language_model import decoder_of, placeholder_ids
 from vllm_steer.steers.schedules import schedule_curve
@@ -84,8 +84,10 @@ def coefficients(dose: Dose, span: PassPositions, num_steps: int | None) -> torc
         a *= span.is_text
     if dose.phase in ("all", "text") and num_steps is None:
         return a
-    first, last = token_span(dose, num_steps, span.prompt)
-    a *= (span.positions >= first) & (span.positions < last)
+    acts = torch.zeros_like(span.positions, dtype=torch.bool)
+    for first, last in token_spans(dose, num_steps, span.prompt):
+        acts |= (span.positions >= first) & (span.positions < last)
+    a *= acts
     if num_steps is None:
         return a
     return a * (1 - schedule_curve(dose.schedule, num_steps).slope * span.steps.double())
@@ -110,7 +112,8 @@ class PositionTracker:
         self._fixed = prompt_length is not None
         self._prompt_length = prompt_length
         self._given: int | None = None
-        self._generating = False
+        self._generating = self._is_first = False
+        self._text = 0
         self._start = self._length = 0
         self._placeholders = None if placeholders is None else torch.tensor(sorted(placeholders))
         self._placeholder_ids: torch.Tensor | None = None
@@ -118,6 +121,14 @@ class PositionTracker:
             None  # [batch, tokens], to a model around the decoder
         )
         self._ids: torch.Tensor | None = None  # [batch, tokens]
+
+    @property
+    def text(self) -> int:
+        """The number of the text that the running forward pass belongs to.
+
+        Without a cache, every step of ``generate`` is a pass over the same text.
+        """
+        return self._text
 
     @property
     def span(self) -> PassPositions:
@@ -186,6 +197,9 @@ class PositionTracker:
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
         self._start = 0 if cache is None else int(cache.get_seq_length())
         self._length = tokens.shape[1]
+        if self._start == 0 and (self._is_first or not self._generating):
+            self._text += 1
+        self._is_first = False
         if not self._fixed:
             self._begin()
 
@@ -201,11 +215,13 @@ class PositionTracker:
     def _announced(self, generate: Any) -> Any:
         @functools.wraps(generate)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self._generating, self._given = True, _prompt_length_of(*args, **kwargs)
+            self._generating = self._is_first = True
+            self._given = _prompt_length_of(*args, **kwargs)
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._generating, self._given = False, None
+                self._generating = self._is_first = False
+                self._given = None
 
         return wrapper
 

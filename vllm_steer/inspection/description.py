@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_steer.inspection.spectrum import spectrum
-from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+from vllm_steer.steers import DeltaSteer, LMSteer, LowRankSteer, SAESteer, Steer, VectorSteer
 from vllm_steer.steers.layers import format_layers
+from vllm_steer.steers.properties import LayeredSteer, layer_norms, properties
 
 Description = Mapping[str, Any]
 _ACCURACIES = ("train_accuracy", "validation_accuracy")
@@ -18,7 +19,9 @@ def describe(steer: Steer) -> Description:
     fixed columns and, for ``multiply``, the singular values with their shares of the sum of
     squares. A ``vector`` has ``layers`` with norm and, if the file has them, score and probe
     accuracies (a layer that was probed and not kept has no norm). A ``delta`` has ``layers`` with
-    the norm at each step.
+    the norm at each step, a ``low_rank`` with the Frobenius norm of ``B A`` and the norm of
+    ``B bias``, an ``sae`` with the norms of decoder (``norm``) and encoder, bias and threshold, a
+    ``condition`` with the norm of its vector.
     """
     facts = {
         "kind": steer.kind,
@@ -31,16 +34,9 @@ def describe(steer: Steer) -> Description:
     if isinstance(steer, LMSteer):
         facts |= {"variant": steer.variant, "epsilon": steer.epsilon, "rank": steer.rank}
         parts = {"columns": [_column(steer, column) for column in range(steer.columns)]}
-    elif isinstance(steer, VectorSteer):
-        facts |= {"mode": steer.mode, "layer_range": format_layers(steer.layers)}
-        parts = {"layers": _vector_layers(steer)}
     else:
-        facts |= {
-            "schedule": steer.schedule,
-            "steps": steer.steps,
-            "layer_range": format_layers(steer.layers),
-        }
-        parts = {"layers": _delta_layers(steer)}
+        facts |= {**properties(steer), "layer_range": format_layers(steer.layers)}
+        parts = {"layers": _layers(steer)}
     return {**facts, **parts, "recipe": None if steer.recipe is None else dict(steer.recipe)}
 
 
@@ -56,6 +52,25 @@ def _column(steer: LMSteer, column: int) -> dict[str, Any]:
         "singular_values": decomposition.values.tolist(),
         "shares": decomposition.shares.tolist(),
     }
+
+
+def _layers(steer: LayeredSteer) -> list[dict[str, Any]]:
+    if isinstance(steer, VectorSteer):
+        return _vector_layers(steer)
+    if isinstance(steer, DeltaSteer):
+        return _delta_layers(steer)
+    figures = {"norm": layer_norms(steer)}
+    if isinstance(steer, LowRankSteer) and steer.bias is not None:
+        changes = steer.b.double() @ steer.bias.double()[:, :, None]
+        figures["bias_norm"] = changes.norm(dim=(1, 2))
+    if isinstance(steer, SAESteer):
+        figures["encoder_norm"] = steer.encoder.double().norm(dim=1)
+        figures |= {"bias": steer.bias, "threshold": steer.threshold}
+    columns = {name: values.double().tolist() for name, values in figures.items()}
+    return [
+        {"layer": layer, **{name: column[row] for name, column in columns.items()}}
+        for row, layer in enumerate(steer.layers)
+    ]
 
 
 def _vector_layers(steer: VectorSteer) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from vllm_steer.hf.language_model import text_config
 from vllm_steer.hf.sites import widened
 from vllm_steer.inspection.spans import best_spans
 from vllm_steer.models import LanguageModel
-from vllm_steer.steers import Steer
+from vllm_steer.steers import ConditionSteer, Steer
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,13 @@ def text_evidence(
 def token_evidence(model: Any, steer: Steer, ids: torch.Tensor, *, strength: float) -> torch.Tensor:
     """The evidence ``[tokens - 1]`` of token ids ``[tokens]``, in float32, or the model's float64.
 
-    Raises ``SteerError`` for a strength that is 0 or not finite.
+    Raises ``SteerError`` for a strength that is 0 or not finite, and for a condition.
     """
+    if isinstance(steer, ConditionSteer):
+        raise SteerError(
+            "a condition changes no likelihood, so a text is no evidence for it; give the steer "
+            "whose requests name it"
+        )
     if strength == 0 or not math.isfinite(strength):
         raise SteerError(
             f"strength is {strength:g}: the two likelihoods would be equal or undefined; give a "

@@ -18,7 +18,15 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.inspection.spectrum import spectrum
-from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
+from vllm_steer.steers import (
+    ConditionSteer,
+    DeltaSteer,
+    LMSteer,
+    LowRankSteer,
+    SAESteer,
+    Steer,
+    VectorSteer,
+)
 
 _ROWS_AT_ONCE = 8192
 STREAM_SITES = ("resid", "attn_out")
@@ -62,12 +70,14 @@ def nearest_tokens(
     """The ``count`` highest and lowest tokens of the ``top`` leading directions of a steer.
 
     Directions are the right singular vectors of each free column's ``W`` (``multiply``), the free
-    columns themselves (``add``, ``offset``), or the rows of a vector or delta with the highest
-    layer scores, or else norms. Rows of the embedding beyond the tokenizer's vocabulary (padding)
+    columns themselves (``add``, ``offset``), the rows of a vector, delta or SAE decoder with the
+    highest layer scores, or else norms, or the left singular vectors of ``B A`` of all layers of a
+    low-rank map. Rows of the embedding beyond the tokenizer's vocabulary (padding)
     are ignored.
 
     Raises ``SteerError`` for a steer at a site that the LM head does not read (``attn_in``,
-    ``heads``) and for a steer whose width is not that of ``embedding [vocab, hidden_size]``.
+    ``heads``), for a condition, which adds nothing, and for a steer whose width is not that of
+    ``embedding [vocab, hidden_size]``.
     """
     reason = no_tokens_reason(steer)
     if reason is not None:
@@ -94,6 +104,8 @@ def nearest_tokens(
 
 def no_tokens_reason(steer: Steer) -> str | None:
     """The reason why a steer has no nearest tokens; None if the LM head reads its site."""
+    if isinstance(steer, ConditionSteer):
+        return "a condition adds nothing, so no token becomes more likely by it"
     if isinstance(steer, LMSteer) or steer.site in STREAM_SITES:
         return None
     return (
@@ -115,7 +127,13 @@ def directions(steer: Steer, top: int) -> Iterator[Direction]:
         for row in _leading(weights, top):
             label = f"layer {steer.layers[row]}"
             yield Direction(label, float(weights[row]), steer.vectors[row])
-    else:
+    elif isinstance(steer, SAESteer):
+        norms = steer.decoder.double().norm(dim=1)
+        for row in _leading(norms, top):
+            yield Direction(f"layer {steer.layers[row]}", float(norms[row]), steer.decoder[row])
+    elif isinstance(steer, LowRankSteer):
+        yield from _low_rank_directions(steer, top)
+    elif isinstance(steer, DeltaSteer):
         yield from _delta_directions(steer, top)
 
 
@@ -136,6 +154,17 @@ def _column_directions(steer: LMSteer, column: int, top: int) -> Iterator[Direct
     decomposition = spectrum(steer, column)
     for i, value in enumerate(decomposition.values[:top].tolist()):
         yield Direction(f"column {column}, direction {i}", value, decomposition.right[i])
+
+
+def _low_rank_directions(steer: LowRankSteer, top: int) -> Iterator[Direction]:
+    """The left singular vectors of each layer's ``B A``, by way of its small factors."""
+    left, small = torch.linalg.qr(steer.b.double())
+    right = torch.linalg.qr(steer.a.double().mT).R
+    u, values, _ = torch.linalg.svd(small @ right.mT)
+    for index in _leading(values.flatten(), top):
+        row, i = divmod(index, values.shape[1])
+        vector = left[row] @ u[row, :, i]
+        yield Direction(f"layer {steer.layers[row]}, direction {i}", float(values[row, i]), vector)
 
 
 def _delta_directions(steer: DeltaSteer, top: int) -> Iterator[Direction]:

@@ -15,7 +15,7 @@ def write_plot(description: Description, path: str | Path) -> None:
 
     For an ``lm_steer``: the singular values of each free column, else the columns' norms. For a
     ``vector``: the norms per layer, and scores and accuracies if the file has any. For a ``delta``:
-    the norms per step, one line per layer.
+    the norms per step, one line per layer. For other kinds: the norms per layer.
 
     Raises ``SteerError`` if matplotlib is not installed or the file cannot be written.
     """
@@ -44,6 +44,7 @@ def _panels(description: Description) -> list[Mapping[str, Any]]:
         return [_step_panel(description["layers"])]
     norms = _layer_lines(description["layers"], ["norm"])
     names = {name for row in description["layers"] for name in row} - {"layer", "norm"}
+    names = names if description["kind"] == "vector" else set()
     scores = _layer_lines(description["layers"], sorted(names))
     panels = [_panel("layer", "norm", norms)]
     return [*panels, _panel("layer", "accuracy or score", scores)] if scores else panels

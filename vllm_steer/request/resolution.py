@@ -10,6 +10,7 @@ import numpy as np
 from vllm_steer.config import DYNAMIC, Limits
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError, SteerRequestError
+from vllm_steer.request.gates import check_gate
 from vllm_steer.request.options import SteerAttributes, read_dose, read_strength
 from vllm_steer.request.parsing import Options, parse
 from vllm_steer.request.value_limits import check_plain
@@ -66,9 +67,11 @@ def _expand_name(name: str, options: Options, plan: SteerCatalog) -> Iterator[Do
         factor = _factor(name, options)
         for steer, mix_entry in plan.presets[name].items():
             dose = read_dose(steer, mix_entry, plan.steers[steer])
+            check_gate(dose, plan.steers[steer], plan.steers)
             yield replace(dose, strength=dose.strength * factor)
     elif name in plan.steers:
         dose = read_dose(name, options, plan.steers[name])
+        check_gate(dose, plan.steers[name], plan.steers)
         yield replace(dose, key=getattr(plan.steers[name], "key", None))
     else:
         available = f"steers: {listed(sorted(plan.steers))}"

@@ -14,6 +14,8 @@ from vllm_steer.runtime.refusal import CONFLICT, Refused
 from vllm_steer.runtime_config import Room
 from vllm_steer.steers.sites import HEAD
 
+_LOADABLE: Final = ("lm_steer", "vector", "delta")
+
 LEASE_SECONDS: Final = 5.0
 """How long a steer stays for a request that is on its way, or until its name is written."""
 
@@ -151,6 +153,11 @@ def room_bytes(
 
 def check_fits(name: str, steer: PlannedSteer, room: Room) -> None:
     """Raise ``Refused`` for a steer that the reserved room could not hold even if it were empty."""
+    if steer.kind not in _LOADABLE:
+        raise Refused(
+            f"steer {name}: a steer of kind {steer.kind} cannot be loaded at run time; name it in "
+            f"the steer config ({', '.join(_LOADABLE)} can be loaded)"
+        )
     region, length = needed_room(steer)
     if length > capacities(room).get(region, 0):
         raise Refused(f"steer {name}: {_no_region(region, length, room)}")

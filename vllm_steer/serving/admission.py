@@ -1,8 +1,10 @@
 """Admission: checks a request in the frontend, and again in the engine core."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from vllm_steer.doses import Dose, is_dynamic
+from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.cache_key import SteeredSalt, steered_salt
 from vllm_steer.serving.plan_transport import plan_of
@@ -41,6 +43,8 @@ def admit(params: Any, vllm_config: Any) -> tuple[Dose, ...]:
         doses = doses_of(params, plan)
         if is_dynamic(doses):
             _check_dynamic(doses, params, plan, vllm_config)
+        _check_gated(doses, params)
+        _check_no_turned_map(doses, plan)
     if reports and not is_dynamic(doses):
         from vllm_steer.serving.dynamic_admission import check_available
 
@@ -55,6 +59,41 @@ def _check_asks_for_none(params: Any) -> None:
             "this engine was started without a steer config, so no steer can act; start it with "
             "--steer-config, or remove the steer"
         )
+
+
+def reads_whole_prompt(doses: Sequence[Dose], plan: SteerPlan) -> bool:
+    """Whether a condition of these doses is read at all tokens of the prompt."""
+    names = {name for dose in doses if dose.gate for name in dose.gate.conditions}
+    conditions = (plan.steers[name].condition for name in names)
+    return any(condition is not None and condition.tokens == "any" for condition in conditions)
+
+
+def _check_gated(doses: Sequence[Dose], params: Any) -> None:
+    """Raise ``SteerRequestError`` if a request asks for what a verdict on its prompt changes."""
+    gated = [dose.steer for dose in doses if dose.gate is not None]
+    if gated and getattr(params, "prompt_logprobs", None) is not None:
+        raise SteerRequestError(
+            f"steer {', '.join(gated)} has 'when': its conditions are known once the whole prompt "
+            "is computed, hence there are no prompt logprobs under it; leave prompt_logprobs away"
+        )
+
+
+def _check_no_turned_map(doses: Sequence[Dose], plan: SteerPlan) -> None:
+    """Raise ``SteerRequestError`` for a low-rank map at a place where a rotation rescales the sum.
+
+    A map is added after the directions of its place: the norm would not be kept.
+    """
+    steers = [(dose, plan.steer_of(dose)) for dose in doses]
+    for dose, steer in steers:
+        for other_dose, other in steers if steer.kind == "low_rank" else ():
+            if other.mode != "rotate" or other.site != steer.site:
+                continue
+            others = other_dose.layers or other.layers or ()
+            if set(dose.layers or steer.layers or ()) & set(others):
+                raise SteerRequestError(
+                    f"steer {dose.steer} is a low-rank map and {other_dose.steer} rotates at the "
+                    f"same site {steer.site} of the same layers; give them other layers"
+                )
 
 
 def _check_dynamic(doses: tuple[Dose, ...], params: Any, plan: SteerPlan, vllm_config: Any) -> None:
@@ -81,10 +120,11 @@ def admit_and_set_cache_key(request: Any, vllm_config: Any) -> tuple[Dose, ...]:
         with rejecting():
             check_input_for(doses, plan, request)
     salt = steered_salt(request, doses, plan)
-    if isinstance(salt, SteeredSalt) and getattr(request, "resumable", False):
+    is_gated = any(dose.gate is not None for dose in doses)
+    if (is_gated or isinstance(salt, SteeredSalt)) and getattr(request, "resumable", False):
         raise RejectedSteer(
-            "steers inside the layers do not work with streaming input, whose prompt grows while "
-            "its KV stays cached; use steers at the LM head, or steer 'none'"
+            "steers inside the layers and conditions do not work with streaming input, whose "
+            "prompt grows while its KV stays cached; use steers at the LM head, or steer 'none'"
         )
     request.cache_salt = salt
     return doses

@@ -17,10 +17,11 @@ from vllm_steer.kernels.lm_steer import LMSteerBackend
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.messages import StreamStep
 from vllm_steer.serving.dynamic.worker_state import DynamicState
+from vllm_steer.serving.gates import GateTable, RequestGates
 from vllm_steer.serving.head_rows import HeadRows
+from vllm_steer.serving.mapped_site import MappedSite
 from vllm_steer.serving.placeholders import placeholder_bounds
 from vllm_steer.serving.request_args import doses_of, stream_of
-from vllm_steer.serving.site import SteeredSite
 from vllm_steer.serving.step import SteeredRequest, Step
 
 
@@ -36,21 +37,25 @@ class NewRequest(NamedTuple):
 
 
 class SteeredBatch:
-    """The steered requests of one worker, by id. ``max_rows`` bounds the logits rows of a step."""
+    """The steered requests of one worker, by id. ``max_rows`` bounds the logits rows of a step;
+    ``gates`` is None in an engine without conditions.
+    """
 
     def __init__(
         self,
         plan: SteerPlan,
         device: torch.device,
         backend: LMSteerBackend,
-        sites: Sequence[SteeredSite] = (),
+        sites: Sequence[MappedSite] = (),
         *,
         max_rows: int | None = None,
+        gates: GateTable | None = None,
     ) -> None:
         self.dynamic = DynamicState(plan, device)
         self._plan = plan
         self._requests: dict[str, SteeredRequest] = {}
         self._sites = sites
+        self._gates = gates
         self._is_announced = False
         self._strengths = self.dynamic.pool.values
         self.head_rows = HeadRows(
@@ -60,6 +65,7 @@ class SteeredBatch:
             device,
             max_rows=max_rows,
             max_doses=plan.limits.max_steers_per_request,
+            gates=None if gates is None else gates.gates,
         )
 
     @property
@@ -81,11 +87,16 @@ class SteeredBatch:
         for req_id in finished:
             if self.dynamic.requests.num_known:
                 self.dynamic.requests.remove(req_id)
+            if self._gates is not None:
+                self._gates.give_back(req_id)
             self._set_request(req_id, None)
         for entry in new:
             arrival = NewRequest(*entry)
             self._set_request(
-                arrival.req_id, steered_request(*arrival[:3], self._plan, self.dynamic, arrival[3])
+                arrival.req_id,
+                steered_request(
+                    *arrival[:3], self._plan, self.dynamic, arrival.mm_features, self._gates
+                ),
             )
         if self._strengths is not self.dynamic.pool.values:  # it has grown
             self._strengths = self.dynamic.pool.values
@@ -141,9 +152,10 @@ def steered_request(
     plan: SteerPlan,
     dynamic: DynamicState,
     mm_features: Sequence[Any] | None = None,
+    gate_table: GateTable | None = None,
 ) -> SteeredRequest | None:
     """A new request or stream with its doses, None if it has none; dynamic ones are added to
-    ``dynamic``.
+    ``dynamic``, gates are taken from ``gate_table``.
     """
     if params is None:
         return None
@@ -156,4 +168,7 @@ def steered_request(
     if not doses:
         return None
     placeholders = placeholder_bounds(doses, mm_features, prompt_len)
-    return SteeredRequest(doses, prompt_len, pool_offsets, placeholders)
+    gates = RequestGates({}, ())
+    if gate_table is not None:
+        gates = gate_table.take(req_id, doses, prompt_len)
+    return SteeredRequest(doses, prompt_len, pool_offsets, placeholders, gates.gates, gates.tests)

@@ -7,6 +7,10 @@ stay shared with everybody. What acts from the first token on also joins vLLM's 
 the one part of a key that is seen outside of vLLM's block hashes. A salt alone would not do: a user
 may write any salt, that of a steered request too.
 
+A gated dose acts or does not by what its conditions find in the prompt: a block after its beginning
+depends on the prompt, which its key covers, on what else steers the prompt, likewise, and on the
+conditions, which are named beside the dose.
+
 A dynamic dose acts at strengths that were computed for one request alone: from the last prompt
 token on its blocks are that request's own. The streams that they are computed from are keyed like
 any request: a base by nothing, a probe by its one dose.
@@ -18,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_steer.doses import Dose, token_span
+from vllm_steer.doses import END, Dose, token_spans
 from vllm_steer.plan import PlannedSteer, SteerPlan
 from vllm_steer.serving.placeholders import placeholder_bounds
 from vllm_steer.steers.sites import acts_at_head
@@ -48,7 +52,7 @@ def steered_salt(request: Any, doses: tuple[Dose, ...], plan: SteerPlan) -> str 
         key
         for dose in doses
         if not acts_at_head(plan.steer_of(dose))
-        for key in _keys(dose, plan.steer_of(dose), num_tokens, request)
+        for key in _keys(dose, plan, num_tokens, request)
     ]
     if not keys:
         user_salt: str | None = request.cache_salt
@@ -91,16 +95,19 @@ def _plain(key: Any) -> Any:
     return str(key) if isinstance(key, SteeredSalt) else key
 
 
-def _keys(dose: Dose, steer: PlannedSteer, num_prompt: int, request: Any) -> Iterator[BlockKey]:
+def _keys(dose: Dose, plan: SteerPlan, num_prompt: int, request: Any) -> Iterator[BlockKey]:
     """Where KV begins to depend on a dose, and where it begins to depend on its end.
 
     Phase ``text`` is ``all`` up to the first placeholder after that, and steers no token that it
     leaves out. Which tokens these are follows from what vLLM keys by itself: the tokens, and each
     image, audio or video with its place.
     """
-    first, last = token_span(dose, steer.steps, num_prompt)
-    if first >= last:
+    steer = plan.steer_of(dose)
+    spans = token_spans(dose, steer.steps, num_prompt)
+    if not spans:
         return
+    gate = _gate(dose, plan)
+    first = spans[0][0]
     if dose.dynamic:
         # Ids may come again: then all that the strengths follow from has to be alike.
         request_parts = (request.request_id, dose.dynamic.top_p, dose.dynamic.kl)
@@ -111,9 +118,24 @@ def _keys(dose: Dose, steer: PlannedSteer, num_prompt: int, request: Any) -> Ite
         first, left_out = _text_start(bounds)
         if left_out is not None:
             yield BlockKey(left_out, _digest(dose, steer, first, "text"))
-    yield BlockKey(first, _digest(dose, steer, first))
-    if steer.steps is None and last <= num_prompt:
-        yield BlockKey(last, _digest(dose, steer, first, last))
+        spans = ((first, END),)
+    if steer.steps is not None:  # where its steps end follows from the steer and its schedule
+        steps = [bound - (num_prompt - 1) for span in spans for bound in span]
+        is_text = dose.phase == "text"  # it leaves out a step at a placeholder
+        yield BlockKey(first, _digest(dose, steer, first, *steps, is_text, *gate))
+        return
+    for begin, end in spans:
+        yield BlockKey(begin, _digest(dose, steer, begin, *gate))
+        if end < END:
+            yield BlockKey(end, _digest(dose, steer, begin, end, *gate))
+
+
+def _gate(dose: Dose, plan: SteerPlan) -> tuple[str, ...]:
+    """What decides whether a gated dose acts; nothing for another one."""
+    if dose.gate is None:
+        return ()
+    conditions = sorted(plan.steers[name].content for name in dose.gate.conditions)
+    return (dose.gate.needs, *conditions)
 
 
 def _text_start(bounds: Sequence[int]) -> tuple[int, int | None]:
@@ -132,8 +154,9 @@ def _digest(dose: Dose, steer: PlannedSteer, *more: int | float | str) -> str:
         dose.strength,
         dose.layers or steer.layers,
         dose.schedule,
-        steer.steps is not None and dose.phase,
-        more,
+        dose.low,
+        dose.high,
+        *more,
     ]
     return hashlib.sha256(json.dumps(effect).encode()).hexdigest()[:32]
 

@@ -7,7 +7,7 @@ costs one comparison per step. Prompt logprobs ask for rows of whole prompts ins
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ import torch
 from vllm_steer.bank import HeadTable
 from vllm_steer.compat.patching import unknown_behavior
 from vllm_steer.doses import Dose
+from vllm_steer.kernels.guidance import Gates
 from vllm_steer.kernels.lm_steer import LMSteerBackend, SteeredRows
+from vllm_steer.kernels.upload import upload
 from vllm_steer.serving.dynamic.head_product import HeadProduct, first_product, second_product
 from vllm_steer.serving.dynamic.strengths import DynamicStep, StrengthComputation
 from vllm_steer.serving.dynamic.worker_state import DynamicState
@@ -28,13 +30,24 @@ MIN_ROWS_AT_ONCE = 128
 """Rows that a product of the LM head takes in about the time of one: its weights set the pace."""
 
 
+class PreparedRows(NamedTuple):
+    """The pairs of some rows as the backend prepared them; where some have gates, the gate of each
+    pair, and its scale while that is open.
+    """
+
+    metadata: Any
+    gate: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+
 class HeadRows:
     """The LM head's view of a batch.
 
     ``requests`` are the steered requests of the batch, which fills them. ``max_rows`` bounds the
     logits rows of a step; None if nothing does. ``rows_at_once`` is how many rows the head computes
     at once where there are more: ``max_rows``, or ``MIN_ROWS_AT_ONCE`` in a small engine.
-    ``max_doses`` is how many steers a request may have.
+    ``max_doses`` is how many steers a request may have; ``gates`` is None in an engine without
+    conditions.
     """
 
     def __init__(
@@ -46,6 +59,7 @@ class HeadRows:
         *,
         max_rows: int | None,
         max_doses: int,
+        gates: Gates | None = None,
     ) -> None:
         self.backend = backend
         self.rows_at_once = None if max_rows is None else max(max_rows, MIN_ROWS_AT_ONCE)
@@ -54,12 +68,13 @@ class HeadRows:
         self._dynamic = dynamic
         self._device = device
         self._max_doses = max_doses
+        self._gates = gates
         self._logits_rows: BatchRows | None = None
         self._token_rows: BatchRows | None = None
         self._hidden_states: torch.Tensor | None = None
         self._slots: dict[int, RequestSlots] = {}
-        self._metadata: dict[int, Any] = {}
-        self._batches: dict[tuple[tuple[str, ...], bytes], dict[int, Any]] = {}
+        self._prepared: dict[int, PreparedRows | None] = {}
+        self._batches: dict[tuple[tuple[str, ...], bytes], dict[int, PreparedRows | None]] = {}
 
     @property
     def strengths(self) -> StrengthComputation:
@@ -81,7 +96,7 @@ class HeadRows:
         logits_rows = BatchRows(step.req_ids, step.logits)
         if not logits_rows.same_as(self._logits_rows):
             self._logits_rows = logits_rows
-            self._metadata = self._metadata_for(logits_rows)
+            self._prepared = self._prepared_for(logits_rows)
 
     def set_request(self, req_id: str, request: SteeredRequest | None) -> None:
         """A steered request came, came again with other steers, or ended (None)."""
@@ -124,14 +139,14 @@ class HeadRows:
             raise RuntimeError(unknown_behavior("a step reached the LM head without its rows"))
         if self._hidden_states is not None:
             window = self._token_rows.window(_first_token(x, self._hidden_states), x.shape[0])
-            return self._prepare(steered_rows(window, self._slots_of(table)), table)
-        if id(table) not in self._metadata:
+            return self._ready(self._prepare(steered_rows(window, self._slots_of(table)), table))
+        if id(table) not in self._prepared:
             pairs = steered_rows(self._logits_rows, self._slots_of(table))
-            self._metadata[id(table)] = self._prepare(pairs, table)
+            self._prepared[id(table)] = self._prepare(pairs, table)
         assert self._logits_rows.num_rows == x.shape[0], (
             f"vllm-steer: {x.shape[0]} logits rows, {self._logits_rows.num_rows} announced"
         )
-        return self._metadata[id(table)]
+        return self._ready(self._prepared[id(table)])
 
     def dynamic_step_of(self, x: torch.Tensor) -> DynamicStep | None:
         """The strengths that the step computes from the logits of ``x``; None if none."""
@@ -154,7 +169,7 @@ class HeadRows:
         """A pass's pairs as the backend places them, under the strengths that are known by now."""
         if head_product is None:
             return None
-        metadata = self._prepare(head_product.steered, table)
+        metadata = self._ready(self._prepare(head_product.steered, table))
         head_product.scale_by(self._dynamic.pool.values, metadata.scales)
         return metadata
 
@@ -164,8 +179,8 @@ class HeadRows:
         head_product: HeadProduct | None = make(step, self._logits_rows, slots, table, requests)
         return head_product
 
-    def _metadata_for(self, rows: BatchRows) -> dict[int, Any]:
-        """The metadata kept for these rows; streams bring the same batches back in turns."""
+    def _prepared_for(self, rows: BatchRows) -> dict[int, PreparedRows | None]:
+        """What is kept for these rows; streams bring the same batches back in turns."""
         key = (tuple(rows.req_ids), rows.counts.tobytes())
         if key not in self._batches and len(self._batches) == _BATCHES_KEPT:
             del self._batches[next(iter(self._batches))]
@@ -176,8 +191,23 @@ class HeadRows:
             self._slots[id(table)] = RequestSlots(table, self._requests)
         return self._slots[id(table)]
 
-    def _prepare(self, pairs: SteeredRows | None, table: HeadTable) -> Any:
-        return None if pairs is None else self.backend.prepare(pairs, table.weights, self._device)
+    def _prepare(self, pairs: SteeredRows | None, table: HeadTable) -> PreparedRows | None:
+        if pairs is None:
+            return None
+        metadata = self.backend.prepare(pairs, table.weights, self._device)
+        if pairs.gates is None:
+            return PreparedRows(metadata)
+        (gate,) = upload([pairs.gates], self._device)
+        return PreparedRows(metadata, gate, metadata.scales.clone())
+
+    def _ready(self, prepared: PreparedRows | None) -> Any:
+        """The metadata with the scales of this step: 0 behind a gate that is closed."""
+        if prepared is None:
+            return None
+        if prepared.gate is not None and prepared.scales is not None and self._gates is not None:
+            is_open = self._gates.are_open(prepared.gate)
+            torch.mul(prepared.scales, is_open, out=prepared.metadata.scales)
+        return prepared.metadata
 
     def _widest(self, num_rows: int, table: HeadTable) -> Any:
         """For dummy runs: all rows under as many steers as a request may have, the widest, so that
@@ -186,7 +216,8 @@ class HeadRows:
         rows = BatchRows(("dummy",), np.array([num_rows]))
         steers = table.widest(self._max_doses)
         request = SteeredRequest(tuple(Dose(name, 1.0) for name in steers), prompt_len=1)
-        return self._prepare(steered_rows(rows, RequestSlots(table, {"dummy": request})), table)
+        pairs = steered_rows(rows, RequestSlots(table, {"dummy": request}))
+        return self._ready(self._prepare(pairs, table))
 
 
 def _first_token(x: torch.Tensor, hidden_states: torch.Tensor) -> int:

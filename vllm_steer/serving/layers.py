@@ -3,6 +3,7 @@
 A forward hook changes the first tensor that a module returns, in place; torch.compile traces it
 with the module. Only layers that a loaded steer touches get one. `heads` is the input of the
 attention's output projection: its directions are projected once, so its hook is the attention's.
+Conditions are read by hooks of the same kind, which come before those that steer the same site.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,23 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_steer.bank import LayerRoom, SiteTable, fill_layer_bank
+from vllm_steer.bank import LayerRoom, SiteTable, fill_condition_tables, fill_layer_bank
 from vllm_steer.bank.layers import GuidanceSteer, project_again
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice
-from vllm_steer.families import Family, decoder_layers, submodule
+from vllm_steer.families import decoder_layers, submodule
 from vllm_steer.kernels.guidance import GuidanceBackend
+from vllm_steer.kernels.lm_steer import LMSteerBackend
+from vllm_steer.request.gates import MOST_CONDITIONS
 from vllm_steer.selftest.changes import Place
+from vllm_steer.serving.condition_site import ConditionSite
+from vllm_steer.serving.gates import GateTable
+from vllm_steer.serving.mapped_site import MappedSite, SiteLayer
 from vllm_steer.serving.model_sites import ModelSites, Run, eager
 from vllm_steer.serving.projection import projections
-from vllm_steer.serving.site import SiteLayer, SteeredSite
+from vllm_steer.serving.site import SteeredSite
 from vllm_steer.serving.steering_check import check_steering
+from vllm_steer.steers import ConditionSteer
+from vllm_steer.steers.sites import LAYER_SITES
 
 _PADDING = 512  # more than vLLM pads a batch by
 
 
 class SteeredLayers:
-    """The guided sites of one rank's layers.
+    """The sites of one rank's layers where steers act, and those where conditions are read.
 
     ``at_heads`` are the steers whose directions were projected through the model's weights.
     """
@@ -38,8 +46,10 @@ class SteeredLayers:
         sites: tuple[SteeredSite, ...],
         known: ModelSites,
         at_heads: Mapping[str, GuidanceSteer],
+        condition_sites: tuple[ConditionSite, ...] = (),
     ) -> None:
         self.sites = sites
+        self.condition_sites = condition_sites
         self._known = known
         self._at_heads = dict(at_heads)
 
@@ -49,14 +59,47 @@ class SteeredLayers:
         Raises ``SteerError`` if the model lacks a module or returns its stream in another way.
         """
         layers = decoder_layers(model, num_layers)
-        for site in self.sites:
-            for index, number in enumerate(site.table.layers):
-                name = f"vllm_steer.{site.table.site}.{number}"
+        for site in self.all_sites:
+            is_read = isinstance(site, ConditionSite)
+            for index, number in enumerate(site.layers):
+                name = f"vllm_steer.{'conditions' if is_read else site.site}.{number}"
+                name = f"{name}.{site.site}" if is_read else name
                 forward_context[name] = SiteLayer(site, index)
                 family = self._known.families[number]
-                module = _module(layers[number], family, site.table)
+                module = self._module(layers[number], number, site)
                 is_pair = family.stream == "pair" and module is layers[number]
-                module.register_forward_hook(_hook(name, site.table, pair=is_pair))
+                needs_stream = is_read or _needs_stream(site)
+                module.register_forward_hook(
+                    _hook(name, site.site, pair=is_pair, needs_stream=needs_stream)
+                )
+
+    @property
+    def all_sites(self) -> tuple[MappedSite, ...]:
+        """Both kinds of sites in the order of computation: what is read comes first."""
+        by_site = {site.site: site for site in self.sites}
+        read = {site.site: site for site in self.condition_sites}
+        return tuple(
+            sites[name] for name in LAYER_SITES for sites in (read, by_site) if name in sites
+        )
+
+    def _module(self, layer: nn.Module, number: int, site: MappedSite) -> nn.Module:
+        """The module whose output is changed or read; a sum can be changed by its last term, unless
+        it is read, too.
+        """
+        family = self._known.families[number]
+        is_read = any(
+            site.site == one.site and number in one.layers for one in self.condition_sites
+        )
+        if site.site == "resid" and (is_read or family.last_term is None or _needs_stream(site)):
+            return layer
+        names = {
+            "resid": family.last_term,
+            "attn_in": family.input_norm,
+            "attn_out": family.attention,
+            "heads": family.attention,
+        }
+        module: nn.Module = submodule(layer, names[site.site], site.site)
+        return module
 
     def check(self, model: nn.Module, vllm_config: Any, run: Run, device: torch.device) -> None:
         """Raise ``SteerError`` for a layer where a steer does not change the forward pass."""
@@ -81,9 +124,9 @@ class SteeredLayers:
         """Where a site's tensor is to be read: the layer's output for the residual stream."""
         number = site.table.layers[index]
         layer, family = self._known.layers[number], self._known.families[number]
-        if site.table.site == "resid":
+        if site.site == "resid":
             return Place(layer, is_pair=family.stream == "pair")
-        return Place(_module(layer, family, site.table), is_pair=False)
+        return Place(self._module(layer, number, site), is_pair=False)
 
     def project_again(self, model: nn.Module, num_layers: int, dtype: torch.dtype) -> None:
         """Project the directions at ``heads`` through the weights that the model has now."""
@@ -113,26 +156,28 @@ class SteeredLayers:
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the sites run on, for streams in ``dtype``."""
-        for site in self.sites:
+        for site in self.all_sites:
             site.warm_up(dtype)
 
     @property
     def num_bytes(self) -> int:
         """Device memory of all tables and maps."""
-        return sum(site.table.directions.num_bytes + site.num_bytes for site in self.sites)
+        tables = sum(site.table.num_bytes for site in self.sites)
+        tables += sum(site.table.conditions.num_bytes for site in self.condition_sites)
+        return tables + sum(site.num_bytes for site in self.all_sites)
 
     def unreached_sites(self) -> list[str]:
         """The places that no forward pass has reached so far."""
         return [
-            f"{site.table.site} of layer {number}"
-            for site in self.sites
-            for index, number in enumerate(site.table.layers)
+            f"{site.site} of layer {number}"
+            for site in self.all_sites
+            for index, number in enumerate(site.layers)
             if index not in site.reached
         ]
 
     def start_serving(self) -> None:
         """Start-up is over: forward passes without steered requests are no longer changed."""
-        for site in self.sites:
+        for site in self.all_sites:
             site.start_serving()
 
 
@@ -141,27 +186,67 @@ def steered_layers(
     vllm_config: Any,
     device: torch.device,
     backend: GuidanceBackend,
+    lm_steer: LMSteerBackend | None = None,
     *,
     max_doses: int,
     known: ModelSites,
     room: LayerRoom | None = None,
+    conditions: Mapping[str, ConditionSteer] | None = None,
+    gates: GateTable | None = None,
 ) -> SteeredLayers | None:
-    """The sites of the steers in the layers of this rank; None if they touch none of them.
+    """The sites of steers and conditions in the layers of this rank; None if there are none.
 
-    Raises ``SteerError`` for a steer at a site that one of its layers lacks.
+    Raises ``SteerError`` for a steer or a condition at a site that one of its layers lacks.
     """
-    known.check(steers)
+    conditions = conditions or {}
+    known.check({**steers, **conditions})
     project = projections(known.layers, known.families, options.dtype(vllm_config))
     bank = fill_layer_bank(
-        steers, layers=known.local_layers, device=device, project=project, room=room
+        steers,
+        layers=known.local_layers,
+        device=device,
+        project=project,
+        room=room,
+        dtype=options.dtype(vllm_config),
     )
     tokens = _max_tokens(vllm_config)
     sites = tuple(
-        SteeredSite(table, backend, max_doses=max_doses, max_tokens=tokens, device=device)
+        SteeredSite(
+            table,
+            backend,
+            lm_steer,
+            max_doses=max_doses,
+            max_tokens=tokens,
+            device=device,
+            gates=None if gates is None else gates.gates,
+            graph_tokens=_graph_tokens(vllm_config, device),
+        )
         for table in bank.tables
     )
+    condition_sites: tuple[ConditionSite, ...] = ()
+    if gates is not None:
+        condition_sites = tuple(
+            ConditionSite(
+                table,
+                backend,
+                gates.gates,
+                max_tests=max_doses * MOST_CONDITIONS,
+                max_tokens=tokens,
+                device=device,
+            )
+            for table in fill_condition_tables(conditions, layers=known.local_layers, device=device)
+        )
     at_heads = {name: steer for name, steer in steers.items() if steer.site == "heads"}
-    return SteeredLayers(sites, known, at_heads) if sites else None
+    if not sites and not condition_sites:
+        return None
+    return SteeredLayers(sites, known, at_heads, condition_sites)
+
+
+def _graph_tokens(vllm_config: Any, device: torch.device) -> int:
+    """Tokens of the largest step that a CUDA graph replays; 0 without graphs."""
+    if device.type != "cuda":
+        return 0
+    return int(options.max_cudagraph_capture_size(vllm_config) or 0)
 
 
 def _max_tokens(vllm_config: Any) -> int:
@@ -171,27 +256,18 @@ def _max_tokens(vllm_config: Any) -> int:
     return -(-most // _PADDING) * _PADDING
 
 
-def _module(layer: nn.Module, family: Family, table: SiteTable) -> nn.Module:
-    """The module whose output is changed; a sum can be changed by its last term."""
-    site = table.site
-    if site == "resid" and (family.last_term is None or table.directions.is_rotation is not None):
-        return layer
-    names = {
-        "resid": family.last_term,
-        "attn_in": family.input_norm,
-        "attn_out": family.attention,
-        "heads": family.attention,
-    }
-    module: nn.Module = submodule(layer, names[site], site)
-    return module
+def _needs_stream(site: MappedSite) -> bool:
+    """Whether what a site does depends on the whole tensor, so that its residual is needed."""
+    return isinstance(site, SteeredSite) and site.table.needs_stream
 
 
-def _hook(name: str, table: SiteTable, *, pair: bool) -> Callable[[Any, Any, Any], None]:
-    """The hook of one place; the residual is handed over only where its norm is needed."""
+def _hook(
+    name: str, site: str, *, pair: bool, needs_stream: bool
+) -> Callable[[Any, Any, Any], None]:
+    """The hook of one place; the residual is handed over only where it is needed."""
     from vllm_steer.serving.steer_op import steer_tokens_
 
-    is_stream = table.site == "resid" and pair
-    needs_residual = is_stream and table.directions.is_rotation is not None
+    is_stream = site == "resid" and pair
 
     def steer(_module: Any, _args: Any, output: Any) -> None:
         if is_stream and not (isinstance(output, tuple) and len(output) == 2):
@@ -199,7 +275,7 @@ def _hook(name: str, table: SiteTable, *, pair: bool) -> Callable[[Any, Any, Any
                 f"vllm-steer: {name} returned no pair of hidden states and residual, as this model "
                 f"should; {version_advice()}"
             )
-        steer_tokens_(_first(output), output[1] if needs_residual else None, name)
+        steer_tokens_(_first(output), output[1] if is_stream and needs_stream else None, name)
 
     return steer
 

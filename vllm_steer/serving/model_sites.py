@@ -22,6 +22,7 @@ from vllm_steer.families import (
 )
 from vllm_steer.selftest.find_sites import Kinds, LayerSites, Output, Streams, find_sites
 from vllm_steer.site_report import SiteReport
+from vllm_steer.steers import ConditionSteer
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.steers.sites import LAYER_SITES
 
@@ -92,7 +93,7 @@ class ModelSites:
             )
         return present
 
-    def check(self, steers: Mapping[str, GuidanceSteer]) -> None:
+    def check(self, steers: Mapping[str, GuidanceSteer | ConditionSteer]) -> None:
         """Raise ``SteerError`` for a steer that acts where a layer lacks its site."""
         for name, steer in steers.items():
             self.check_layers(f"steer {name}", steer.site, steer.layers)

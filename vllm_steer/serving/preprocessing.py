@@ -4,7 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.doses import is_dynamic
-from vllm_steer.serving.admission import admit, admit_and_set_cache_key
+from vllm_steer.serving.admission import (
+    admit,
+    admit_and_set_cache_key,
+    reads_whole_prompt,
+)
 from vllm_steer.serving.disaggregation import check_received_kv, send_digests
 from vllm_steer.serving.plan_agreement import require_checked
 from vllm_steer.serving.plan_transport import plan_of
@@ -28,7 +32,10 @@ def preprocess_request(original: Callable[..., Any], core: Any, request: Any) ->
     check_received_kv(request, plan, core.vllm_config)
     with arriving(core, request):
         if not is_dynamic(doses):
-            return original(core, request)
+            arrived = original(core, request)
+            if reads_whole_prompt(doses, plan):
+                arrived[0].skip_reading_prefix_cache = True  # a hit has no hidden states to read
+            return arrived
         from vllm_steer.serving.dynamic.stream_requests import preprocess_dynamic
 
         return preprocess_dynamic(original, core, request, salt, doses, plan)

@@ -1,77 +1,57 @@
-"""One site inside the layers: its table, the step's token map, and the operation.
+"""One site where steers act inside the layers: its table, the step's token map, the operation."""
 
-``SiteLayer`` is what the custom op finds in vLLM's forward context: one layer of one site.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum, auto
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from vllm_steer.bank import SiteTable
-from vllm_steer.compat.patching import unknown_behavior
-from vllm_steer.kernels.guidance import GuidanceBackend, StepChanges, TokenMap, TokenRules
+from vllm_steer.kernels.guidance import Gates, GuidanceBackend, StepChanges, TokenMap, TokenRules
+from vllm_steer.kernels.lm_steer import GraphLMSteerBackend, LMSteerBackend
+from vllm_steer.serving.low_rank_pairs import LowRankPairs, graph_changes, low_rank_pairs
+from vllm_steer.serving.mapped_site import MappedSite, SiteState, as_rows
 from vllm_steer.serving.step import SteeredRequest, Step
-from vllm_steer.serving.token_rules import RequestColumns, guidance_rules
-
-_BATCHES_KEPT = 4
+from vllm_steer.serving.token_rules import guidance_rules
 
 
-class SiteState(Enum):
-    """The state of a site before the next forward pass.
-
-    WARMUP         a dummy run of start-up, which computes the widest step
-    IDLE           nothing to do
-    AWAITING_STEP  steered requests whose tokens are not known yet: a forward pass is an error
-    READY          the step's tokens, mapped to what their requests take
-    """
-
-    WARMUP = auto()
-    IDLE = auto()
-    AWAITING_STEP = auto()
-    READY = auto()
-
-
-class SteeredSite:
-    """The buffers of a site, written once per step for all of its layers.
+class SteeredSite(MappedSite):
+    """A site whose tensor is changed by the doses of its tokens.
 
     ``max_doses`` bounds the doses of one token, ``max_tokens`` the rows of a hidden state, padding
-    included. Buffers keep their addresses, so a captured CUDA graph replays on what they hold then.
+    included; ``gates`` are those of the engine's requests, None where it has no conditions.
+    ``lm_steer`` computes low-rank maps, where the table has some. ``graph_tokens``: steps of up to
+    so many tokens may be replayed by a CUDA graph.
     """
 
     def __init__(
         self,
         table: SiteTable,
         backend: GuidanceBackend,
+        lm_steer: LMSteerBackend | None = None,
         *,
         max_doses: int,
         max_tokens: int,
         device: torch.device,
+        gates: Gates | None = None,
+        graph_tokens: int = 0,
     ) -> None:
-        self.table = table
-        self.is_disabled = False
-        self.reached: set[int] = set()
-        self._device = device
-        self._backend = backend
-        self._max_doses = max_doses
-        self._depth = 0
-        self._filled = 0
-        self._changes: StepChanges | None = None
-        self._state = self._unsteered_state = SiteState.WARMUP
-        self._batch: list[str] | None = None
-        self._rules: TokenRules
-        self._columns: dict[str, RequestColumns] = {}
-        self._made: dict[tuple[str, ...], TokenRules] = {}
-        self._map = TokenMap(
-            directions=torch.zeros(max_doses, max_tokens, dtype=torch.int32, device=device),
-            strengths=torch.zeros(len(table.layers), max_doses, max_tokens, device=device),
+        shape = (max_doses, max_tokens)
+        reads = table.directions.readings is not None
+        token_map = TokenMap(
+            directions=torch.zeros(shape, dtype=torch.int32, device=device),
+            strengths=torch.zeros(len(table.layers), *shape, device=device),
+            low=torch.zeros(shape, device=device) if reads else None,
+            high=torch.zeros(shape, device=device) if reads else None,
+            gate=None if gates is None else torch.zeros(shape, dtype=torch.int32, device=device),
+            gates=gates,
         )
-
-    @property
-    def num_bytes(self) -> int:
-        """Device memory of the token map."""
-        return self._map.num_bytes
+        super().__init__(
+            table.site, table.layers, backend, token_map, max_depth=max_doses, device=device
+        )
+        self.table = table
+        self._lm_steer = lm_steer
+        self._changes: StepChanges | None = None
+        self._pairs: LowRankPairs | None = None
+        self._graph_tokens = graph_tokens
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what the site runs on, for streams in ``dtype``."""
@@ -79,132 +59,92 @@ class SteeredSite:
             self.table.directions,
             hidden_dtype=dtype,
             residual_dtype=dtype,
-            num_doses=self._max_doses,
+            num_doses=self._max_depth,
+            gates=self._map.gates,
         )
-
-    def invalidate(self) -> None:
-        """The steered requests have changed: the next step makes its rules again."""
-        self._batch = None
-        self._made.clear()
+        if self.table.maps is not None and self._lm_steer is not None:
+            self._lm_steer.warm_up(self.table.maps.weights[0], torch.float32)
 
     def begin_step(self) -> None:
         """A step with steered requests has begun: ``prepare`` has to precede its forward pass."""
-        self._changes = None
-        self._enter(SiteState.AWAITING_STEP)
+        self._changes = self._pairs = None
+        super().begin_step()
 
     def disable(self) -> None:
         """The next forward pass is not steered at this site."""
-        self._changes = None
-        self._depth = 0
-        self._clear(0)
-        self._enter(self._unsteered_state)
-
-    def start_serving(self) -> None:
-        """Warm-up is over: forward passes without steered requests are not changed."""
-        self._unsteered_state = SiteState.IDLE
-        if self._state is SiteState.WARMUP:
-            self._state = SiteState.IDLE
-
-    def _enter(self, state: "SiteState") -> None:
-        self._state = state
-        # The op returns at once; on CUDA a graph may be under capture, which needs the operation.
-        self.is_disabled = state is SiteState.IDLE and self._device.type != "cuda"
-
-    def prepare(
-        self, step: Step, requests: Mapping[str, SteeredRequest], strength_pool: torch.Tensor
-    ) -> None:
-        """Map the step's tokens to the directions that their requests take here.
-
-        ``strength_pool`` has the strengths of dynamic doses; call ``invalidate`` before another
-        tensor.
-        """
-        if step.req_ids != self._batch:
-            self._batch = list(step.req_ids)
-            self._rules = self._rules_of(tuple(self._batch), requests, strength_pool)
-        depth = self._rules.direction_start.shape[0]
-        if depth == 0:
-            self.disable()
-            return
-        changes = self._backend.step_changes(
-            self._rules, step.query_start_loc, step.positions, self.table.directions
-        )
-        if changes is not None and not changes:
-            self.disable()
-            return
-        self._changes = changes
-        self._enter(SiteState.READY)
-        if changes is None:
-            self._map_tokens(step, depth)
-
-    def _map_tokens(self, step: Step, depth: int) -> None:
-        if self._depth > depth:  # a captured graph reads them all, whatever the step's depth
-            self._map.strengths[:, depth : self._depth].zero_()
-        front = TokenMap(self._map.directions[:depth], self._map.strengths[:, :depth])
-        self._backend.map_tokens(self._rules, step.query_start_loc, step.positions, front)
-        self._depth = depth
-        self._clear(step.positions.shape[0])
+        self._changes = self._pairs = None
+        super().disable()
 
     def steer_(self, hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
         """Steer the tensor of the ``layer``-th hooked layer in place, or leave it at once."""
         if self._changes is not None:
-            self._changes.add_(hidden.view(-1, hidden.shape[-1]), layer)
+            self._changes.add_(as_rows(hidden), layer)
             return
-        self.reached.add(layer)
-        if self._state is SiteState.AWAITING_STEP:
-            raise RuntimeError(
-                unknown_behavior(f"a step reached {self.table.site} without its tokens")
-            )
-        depth = self._depth
-        if _capturing(self._device) or self._state is SiteState.WARMUP:
-            depth = self._max_doses
+        rows = as_rows(hidden)
+        depth = self._depth_of_pass(rows.shape[0], layer)
         if depth == 0:
             return
-        rows = hidden.view(-1, hidden.shape[-1])
-        if rows.shape[0] > self._map.directions.shape[1]:
-            raise RuntimeError(
-                unknown_behavior(
-                    f"{rows.shape[0]} tokens at {self.table.site}, room for "
-                    f"{self._map.directions.shape[1]}"
-                )
-            )
-        residual_rows = None if residual is None else residual.view(-1, residual.shape[-1])
-        self._backend.steer_tokens_(
-            rows, residual_rows, self.table.directions, layer, self._map, depth
-        )
+        of_stream = None if residual is None else as_rows(residual)
+        add_maps_ = self._maps_of_pass(rows, of_stream, layer, depth)
+        self._backend.steer_tokens_(rows, of_stream, self.table.directions, layer, self._map, depth)
+        if add_maps_ is not None:
+            add_maps_()
 
-    def _rules_of(
+    def _maps_of_pass(
+        self, rows: torch.Tensor, residual: torch.Tensor | None, layer: int, depth: int
+    ) -> Callable[[], object] | None:
+        """Compute what low-rank maps add to the tensor as it is before; a function that adds it."""
+        table, backend, pairs = self.table, self._lm_steer, self._pairs
+        if table.maps is None or backend is None:
+            return None
+        if rows.shape[0] <= self._graph_tokens:
+            assert isinstance(backend, GraphLMSteerBackend)  # start-up has checked it
+            total = graph_changes(rows, residual, table, layer, self._map, depth, backend)
+            return lambda: rows.copy_(rows.float() + total)
+        if pairs is None:
+            return None
+        added = pairs.changes(rows, residual, table, layer, self._map, backend)
+        return lambda: pairs.add_(rows, added)
+
+    def prepare(
+        self, step: Step, requests: Mapping[str, SteeredRequest], strength_pool: torch.Tensor
+    ) -> None:
+        """Map the step's tokens to the directions and maps that their requests take here."""
+        self._pairs = None
+        if self.table.maps is not None and self._lm_steer is not None:
+            self._pairs = low_rank_pairs(step, requests, self.table, self._lm_steer, self._device)
+        super().prepare(step, requests, strength_pool)
+
+    def _prepare(self, step: Step, depth: int) -> None:
+        if self._pairs is not None:
+            self._map_tokens(step, depth)
+            return
+        changes = self._backend.step_changes(
+            self._rules,
+            step.query_start_loc,
+            step.positions,
+            self.table.directions,
+            self._map.gates,
+        )
+        if changes is None:
+            self._map_tokens(step, depth)
+        elif changes:
+            self._changes = changes
+            self._enter(SiteState.READY)
+        else:
+            self.disable()
+
+    def _make_rules(
         self,
-        req_ids: tuple[str, ...],
+        req_ids: Sequence[str],
         requests: Mapping[str, SteeredRequest],
         strength_pool: torch.Tensor,
     ) -> TokenRules:
-        """The rules of a batch; streams bring the same batches back in turns."""
-        if req_ids not in self._made:
-            if len(self._made) == _BATCHES_KEPT:
-                del self._made[next(iter(self._made))]
-            self._made[req_ids] = guidance_rules(
-                req_ids, requests, self.table, strength_pool, self._columns
-            )
-        return self._made[req_ids]
-
-    def _clear(self, num_tokens: int) -> None:
-        """No strength beyond the step's tokens: a graph also runs on the padding after them."""
-        if self._filled > num_tokens:
-            self._map.strengths[:, :, num_tokens : self._filled].zero_()
-        self._filled = num_tokens
-
-
-@dataclass(frozen=True)
-class SiteLayer:
-    """One layer of one site, by the layer's index in the site's table."""
-
-    site: SteeredSite
-    layer: int
-
-    def steer_(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Steer the site's tensor in place."""
-        self.site.steer_(hidden, residual, self.layer)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return guidance_rules(
+            req_ids,
+            requests,
+            self.table,
+            strength_pool,
+            self._columns,
+            gated=self._map.gates is not None,
+        )

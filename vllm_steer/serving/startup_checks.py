@@ -35,6 +35,12 @@ def check_engine(vllm_config: Any) -> None:
     if inside:
         _check_family(plan, vllm_config)
         _warn_of_unchecked_kv(vllm_config)
+    if any(steer.condition is not None for steer in plan.steers.values()):
+        for is_on, name, advice in _INCOMPATIBLE_WITH_CONDITIONS:
+            if is_on(vllm_config):
+                raise SteerError(f"conditions do not work with {name}; {advice}")
+    if any(steer.kind == "low_rank" for steer in plan.steers.values()):
+        _check_maps(plan, vllm_config)
     for name, steer in plan.steers.items():
         check_steer(name, steer, vllm_config)
     _check_default(plan, vllm_config)
@@ -69,6 +75,17 @@ def _check_default(plan: SteerPlan, vllm_config: Any) -> None:
         check_engine_for(doses, plan, vllm_config)
     except SteerRequestError as error:
         raise SteerError(f"default: {error}") from None
+
+
+def _check_maps(plan: SteerPlan, vllm_config: Any) -> None:
+    """Raise ``SteerError`` if low-rank maps would have to be in a CUDA graph without Triton."""
+    device = torch.device(options.device_type(vllm_config))
+    in_graphs = device.type == "cuda" and options.max_cudagraph_capture_size(vllm_config)
+    if in_graphs and resolve_kernels(plan.kernels, device) != "triton":
+        raise SteerError(
+            f"kernels is {plan.kernels}: low-rank maps in a CUDA graph need the Triton kernels; "
+            "set kernels: auto, or start with --enforce-eager"
+        )
 
 
 def _check_kernels(plan: SteerPlan, device_type: str) -> None:
@@ -179,6 +196,19 @@ _INCOMPATIBLE: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         options.enable_adaptive_verification,
         "adaptive verification of draft tokens",
         "leave enable_adaptive_verification off",
+    ),
+)
+
+_INCOMPATIBLE_WITH_CONDITIONS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (
+        lambda c: options.pipeline_parallel_size(c) > 1,
+        "pipeline parallelism: one stage reads the condition, and the others would not know",
+        "set pipeline_parallel_size to 1, or remove the steers of kind condition",
+    ),
+    (
+        lambda c: options.kv_transfer_config(c) is not None,
+        "a KV connector: the prompt may have been computed elsewhere",
+        "start without kv_transfer_config, or remove the steers of kind condition",
     ),
 )
 

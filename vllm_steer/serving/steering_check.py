@@ -6,7 +6,8 @@ strength that about doubles the place's tensor. What the place's tensor is then 
     add:     h + v * w
     rotate:  (h + v * w/|w|) * |h| / |h + v * w/|w||
 
-for ``h`` the same tensor in an unsteered row of the same run.
+for ``h`` the same tensor in an unsteered row of the same run. What else a strength is multiplied by
+(``kernels.guidance.Readings``) is computed for this ``h``, with the norm of ``h`` as both bounds.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch import nn
 from vllm_steer.compat.patching import version_advice
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError
+from vllm_steer.kernels.lm_steer import LowRank
 from vllm_steer.selftest.changes import Place, place_rows
 from vllm_steer.serving.site import SteeredSite
 from vllm_steer.serving.step import SteeredRequest, Step
@@ -55,9 +57,39 @@ class _SteeredPlace:
         rotations = self.site.table.directions.is_rotation
         return rotations is not None and bool(rotations[self.direction])
 
+    def change(self, h: torch.Tensor) -> torch.Tensor:
+        """What the steer adds to ``h`` at strength 1, in float64."""
+        change = self.factor(h) * self.vector
+        maps = self.site.table.maps
+        if maps is None or self.steer not in maps.slots:
+            return change
+        weights = maps.weights[self.index]
+        slot = weights.slots[maps.slots[self.steer]]
+        assert isinstance(slot, LowRank)
+        shrink, expand = (
+            factor[slot.start : slot.end].double().cpu()
+            for factor in (weights.shrink, weights.expand)
+        )
+        return change + (shrink @ h) @ expand
+
+    def factor(self, h: torch.Tensor) -> float:
+        """What the strength is multiplied by, with the norm of ``h`` as bounds."""
+        readings = self.site.table.directions.readings
+        if readings is None:
+            return 1.0
+        reader, activation = int(readings.reader_of[self.direction]), 0.0
+        if reader >= 0:
+            row = readings.vectors[self.index, reader].double().cpu()
+            a = float(h @ row) + float(readings.bias[self.index, reader])
+            activation = a if a > float(readings.threshold[self.index, reader]) else 0.0
+        norm = float(h.norm())
+        gains = readings.gains[self.direction].tolist()
+        terms = (1.0, norm, norm, activation)
+        return float(sum(gain * term for gain, term in zip(gains, terms, strict=True)))
+
     def steered(self, h: torch.Tensor, strength: float) -> torch.Tensor:
         """The tensor ``h`` under the steer, in float64."""
-        moved = h + strength * self.vector
+        moved = h + strength * self.change(h)
         return moved * (h.norm() / moved.norm()) if self.rotates else moved
 
 
@@ -86,8 +118,9 @@ def check_steering(
         part = steered[start : start + per_run]
         places = [one.place for one in part]
         unsteered = place_rows(places, first_layer, width, run, attention_layers)
-        strengths = [_strength(rows, one.vector) for one, rows in zip(part, unsteered, strict=True)]
-        _prepare(sites, part, strengths, device)
+        strengths = [_strength(rows, one) for one, rows in zip(part, unsteered, strict=True)]
+        bounds = [0.0 if rows is None else float(rows[0].norm()) for rows in unsteered]
+        _prepare(sites, part, strengths, bounds, device)
         try:
             measured = place_rows(places, first_layer, width, run, attention_layers)
         finally:
@@ -116,26 +149,31 @@ def _place(
     return _SteeredPlace(site, index, place_of(site, index), name, direction, step)
 
 
-def _strength(rows: tuple[torch.Tensor, torch.Tensor] | None, vector: torch.Tensor) -> float:
-    """The strength that doubles a place's tensor; 0 for a place that is not reached or a vector
-    of zeros.
+def _strength(rows: tuple[torch.Tensor, torch.Tensor] | None, one: _SteeredPlace) -> float:
+    """The strength that doubles a place's tensor; 0 for a place that is not reached and for a
+    direction that adds nothing to this tensor.
     """
-    norm = float(vector.norm())
-    return 0.0 if rows is None or norm == 0.0 else _STRENGTH * float(rows[0].norm()) / norm
+    if rows is None:
+        return 0.0
+    change = float(one.change(rows[0]).norm())
+    return 0.0 if change == 0.0 else _STRENGTH * float(rows[0].norm()) / change
 
 
 def _prepare(
     sites: Sequence[SteeredSite],
     part: Sequence[_SteeredPlace],
     strengths: Sequence[float],
+    bounds: Sequence[float],
     device: torch.device,
 ) -> None:
     """A step of requests with one token each: row 0 unsteered, row i + 1 with place i's dose."""
     num_rows = len(part) + 1
     req_ids = [f"row-{row}" for row in range(num_rows)]
     requests = {
-        req_id: SteeredRequest((Dose(one.steer, strength, layers=(one.layer,)),), prompt_len=1)
-        for req_id, one, strength in zip(req_ids[1:], part, strengths, strict=True)
+        req_id: SteeredRequest(
+            (Dose(one.steer, strength, layers=(one.layer,), low=bound, high=bound),), prompt_len=1
+        )
+        for req_id, one, strength, bound in zip(req_ids[1:], part, strengths, bounds, strict=True)
     }
     ones = np.ones(num_rows, dtype=np.int64)
     step = Step(

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_steer.doses import Dose
+from vllm_steer.serving.gates import PromptTest
 
 IntArray = npt.NDArray[np.int64]
 
@@ -19,13 +20,16 @@ class SteeredRequest:
 
     ``pool_offsets`` says by index of a dynamic dose where its strengths begin in the pool;
     ``placeholders`` has the bounds of the ranges that phase ``text`` leaves out, where a dose has
-    that phase: see ``placeholders.placeholder_bounds``.
+    that phase: see ``placeholders.placeholder_bounds``. ``gates`` says by index of a gated dose
+    which gate it has, ``tests`` what decides about them: see ``serving.gates``.
     """
 
     doses: tuple[Dose, ...]
     prompt_len: int
     pool_offsets: Mapping[int, int] = field(default_factory=dict)
     placeholders: tuple[int, ...] = ()
+    gates: Mapping[int, int] = field(default_factory=dict)
+    tests: tuple[PromptTest, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from vllm_steer.kernels import upload
 from vllm_steer.kernels.dispatch import guidance_backend, lm_steer_backend
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.batch import SteeredBatch
+from vllm_steer.serving.gates import GATES_PER_REQUEST_SLOT, GateTable
 from vllm_steer.serving.head import SteeredHead
 from vllm_steer.serving.layers import SteeredLayers, steered_layers
 from vllm_steer.serving.model_sites import ModelSites, model_sites
@@ -26,7 +27,7 @@ from vllm_steer.serving.runners import attach_runner
 from vllm_steer.serving.runtime.reserved_bank import LOADING, READY, Reply, ReservedBank
 from vllm_steer.serving.startup_checks import can_be_dynamic
 from vllm_steer.site_report import SiteReport
-from vllm_steer.steers import LMSteer
+from vllm_steer.steers import ConditionSteer, LMSteer
 
 logger = logging.getLogger("vllm.vllm_steer")
 
@@ -133,7 +134,11 @@ class _WorkerSteering:
         config, device = self._worker.vllm_config, self._worker.model_runner.device
         steers = {name: planned.load() for name, planned in self._plan.steers.items()}
         heads = {name: s for name, s in steers.items() if isinstance(s, LMSteer)}
-        inside = {name: s for name, s in steers.items() if not isinstance(s, LMSteer)}
+        conditions = {name: s for name, s in steers.items() if isinstance(s, ConditionSteer)}
+        inside = {
+            name: s for name, s in steers.items() if not isinstance(s, LMSteer | ConditionSteer)
+        }
+        gates = self._gate_table(device) if conditions else None
         if self._plan.layer_sites:
             known = model_sites(model, config, self._dummy_run)
             self._sites = known.without_modules()
@@ -150,14 +155,19 @@ class _WorkerSteering:
                 for name, steer in inside.items()
             }
             backend = guidance_backend(self._plan.kernels, device)
+            tokens = int(options.max_num_batched_tokens(config))
+            maps_backend = lm_steer_backend(self._plan.kernels, device, max_rows=tokens)
             self._layers = steered_layers(
                 inside,
                 config,
                 device,
                 backend,
+                maps_backend,
                 max_doses=self._plan.limits.max_steers_per_request,
                 known=known,
                 room=self._layer_room(known),
+                conditions=conditions,
+                gates=gates,
             )
         bank = None
         if get_pp_group().is_last_rank:
@@ -180,8 +190,9 @@ class _WorkerSteering:
             self._plan,
             device,
             lm_steer_backend(self._plan.kernels, device, max_rows=options.max_logits_rows(config)),
-            () if self._layers is None else self._layers.sites,
+            () if self._layers is None else self._layers.all_sites,
             max_rows=options.max_logits_rows(config),
+            gates=gates,
         )
         if bank is not None:
             self._head = SteeredHead(
@@ -196,6 +207,12 @@ class _WorkerSteering:
         upload.warm_up(device)
         self._num_bytes = sum(b.num_bytes for b in (bank, self._layers) if b is not None)
         logger.info("vllm-steer: %d steers, %.1f MiB", len(steers), self._num_bytes / 2**20)
+
+    def _gate_table(self, device: torch.device) -> GateTable:
+        """Room for the gates of all requests at once, those that wait after a preemption, too."""
+        most = int(options.max_num_seqs(self._worker.vllm_config))
+        most *= self._plan.limits.max_steers_per_request * GATES_PER_REQUEST_SLOT
+        return GateTable(self._plan.steers, device, most)
 
     def _head_room(self) -> HeadRoom | None:
         """The slots to reserve at the head; None for an engine that loads no steers."""
@@ -220,7 +237,7 @@ class _WorkerSteering:
             directions={s: (0 if s == "heads" else room.vectors, room.delta_steps) for s in sites},
             layers={site: known.room_layers(site, room.layers) for site in sites},
             width=options.hidden_size(self._worker.vllm_config),
-            rotates="rotate" in room.modes,
+            modes=frozenset(room.modes),
         )
 
     def load_at_run_time(self, method: str, *args: Any) -> Reply:

@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from vllm_steer.steers import DeltaSteer, Steer, VectorSteer
+from vllm_steer.steers import ConditionSteer, LMSteer, SAESteer, Steer, VectorSteer
 from vllm_steer.steers.checks import pieces
 
 
@@ -16,13 +16,18 @@ def content_digest(steer: Steer) -> str:
     schedule) are not included.
     """
     effect: dict[str, object] = {"kind": steer.kind, "site": steer.site, "layers": steer.layers}
-    if isinstance(steer, VectorSteer):
-        effect |= {"mode": steer.mode}
-    elif not isinstance(steer, DeltaSteer):
+    if isinstance(steer, LMSteer):
         effect |= {"epsilon": steer.epsilon, "fixed_columns": steer.fixed_columns}
+    elif isinstance(steer, VectorSteer | SAESteer):
+        effect |= {"mode": steer.mode}
+        if steer.has_bounds:
+            effect |= {"low": steer.low, "high": steer.high}
+    elif isinstance(steer, ConditionSteer):
+        tests = ("threshold", "similarity", "side", "tokens")
+        effect |= {name: getattr(steer, name) for name in tests}
     digest = hashlib.sha256(json.dumps(effect, sort_keys=True).encode())
     for name, tensor in sorted(steer.tensors.items()):
         digest.update(f"{name}{list(tensor.shape)}".encode())
         for piece in pieces(tensor):
-            digest.update(piece.to("cpu", torch.float32).numpy().tobytes())
+            digest.update(piece.to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()

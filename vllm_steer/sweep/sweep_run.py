@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_steer.errors import SteerError
 from vllm_steer.evaluation.answers import Answers, Judge, OnText
+from vllm_steer.evaluation.dose_options import check_dose, conditions_metadata, load_conditions
 from vllm_steer.evaluation.generation import Engine, EngineOptions, engine
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.report import PERPLEXITY
@@ -17,7 +18,7 @@ from vllm_steer.evaluation.timings import Timings
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.files.safetensors_file import is_safetensors, read_header
 from vllm_steer.files.steer_file import FORMAT
-from vllm_steer.steers import LMSteer, Steer
+from vllm_steer.steers import ConditionSteer, LMSteer, Steer
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.sweep.candidates import CandidateLayers, parse_candidates
 from vllm_steer.sweep.search import Direction, Point, bisection, choose, grid
@@ -49,7 +50,8 @@ class SweepSettings:
     ``budget`` is the maximum ratio of total perplexity to the unsteered model's. ``layers`` are
     candidates as in ``parse_candidates``. ``judge`` and ``perplexity`` are the specifications of
     the effect judge and of the perplexity judge; ``direction`` is whether the effect should rise or
-    fall.
+    fall. ``options`` are those of a dose besides strength and layers, ``conditions`` the files of
+    the conditions that its ``when`` names.
 
     Raises ``SteerError`` for a budget or a number of rounds out of range.
     """
@@ -63,6 +65,8 @@ class SweepSettings:
     search: Search = field(default_factory=Search)
     layers: str | None = None
     direction: Direction = "up"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Mapping[str, Path] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineOptions = field(default_factory=EngineOptions)
 
@@ -86,6 +90,7 @@ class SweepResult:
     unsteered: Point
     points: tuple[Point, ...]
     texts: int
+    loaded_conditions: Mapping[str, ConditionSteer] = field(default_factory=dict, compare=False)
     timings: Timings = field(default_factory=Timings, compare=False)
 
     def choose(self) -> Point:
@@ -108,6 +113,8 @@ class SweepResult:
             "perplexity": self.settings.perplexity,
             "budget": self.settings.budget,
             "direction": self.settings.direction,
+            **({"options": dict(self.settings.options)} if self.settings.options else {}),
+            **conditions_metadata(self.loaded_conditions, self.settings.conditions),
             "sampling": self.settings.sampling.settings,
         }
 
@@ -122,14 +129,19 @@ def sweep(
     an invalid steer, judge or set of layers.
     """
     steer = load_steer(settings.steer)
+    conditions = load_conditions(settings.conditions, taken=("steer",))
     candidates = parse_candidates(settings.layers, steer)
+    for candidate in candidates:
+        check_dose("steer", _dose(settings, steer, candidate, 1.0), steer, conditions)
     effect_judge = _effect_judge(make_judge(settings.judge))
     judges = (effect_judge, make_judge(settings.perplexity))
     total = 1 + settings.search.points(len(candidates))
     texts = len(settings.prompts.texts) * settings.sampling.samples
     timings = Timings()
     options = replace(settings.engine, beside_judges=True)
-    with engine(settings.model, {"steer": settings.steer.resolve()}, options) as llm_engine:
+    files = {"steer": settings.steer, **settings.conditions}
+    files = {name: path.resolve() for name, path in files.items()}
+    with engine(settings.model, files, options) as llm_engine:
         points: list[Point] = []
         unsteered: Point | None = None
 
@@ -150,7 +162,7 @@ def sweep(
         unsteered = measure(CandidateLayers("none", None), 0.0)
         for point in _search(settings, measure, candidates):
             points.append(point)
-    return SweepResult(settings, unsteered, tuple(points), texts, timings)
+    return SweepResult(settings, unsteered, tuple(points), texts, conditions, timings)
 
 
 def check_writable(path: Path) -> None:
@@ -175,6 +187,7 @@ def write_choice(result: SweepResult, best: Point) -> Steer:
     Layers that were not selected are removed.
     """
     steer = load_steer(result.settings.steer)
+    assert not isinstance(steer, ConditionSteer)
     if result.settings.layers is not None and best.candidate.layers is not None:
         assert not isinstance(steer, LMSteer)
         steer = steer.keep_layers(best.candidate.layers)
@@ -209,10 +222,18 @@ def _answers(
 ) -> list[Answers]:
     if strength == 0:
         return llm_engine.generate(settings.prompts.texts, settings.sampling)
-    options: dict[str, Any] = {"strength": strength}
+    dose = _dose(settings, steer, candidate, strength)
+    return llm_engine.generate(settings.prompts.texts, settings.sampling, {"steer": dose})
+
+
+def _dose(
+    settings: SweepSettings, steer: Steer, candidate: CandidateLayers, strength: float
+) -> dict[str, Any]:
+    """The dose of a request in the layers of a candidate."""
+    dose: dict[str, Any] = {"strength": strength, **settings.options}
     if candidate.layers is not None and candidate.layers != steer.layers:
-        options["layers"] = format_layers(candidate.layers)
-    return llm_engine.generate(settings.prompts.texts, settings.sampling, {"steer": options})
+        dose["layers"] = format_layers(candidate.layers)
+    return dose
 
 
 def _point(

@@ -34,7 +34,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
     assert "vllm serve MODEL --steer-config" in completed.stdout
 
 
-FITS = [("fit", method) for method in ("lm-steer", "concept", "delta", "vector")]
+FITS = [("fit", method) for method in ("lm-steer", "concept", "condition", "delta", "vector")]
 
 
 @pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), *FITS], ids=" ".join)

@@ -108,7 +108,12 @@ def test_the_room_for_loading_is_what_the_banks_reserve(tmp_path: Path) -> None:
         layers=layers,
         device=torch.device("cpu"),
         project=lambda _layer, rows: rows,
-        room=LayerRoom({"resid": (5, 7)}, {"resid": layers}, architecture.hidden_size, True),
+        room=LayerRoom(
+            {"resid": (5, 7)},
+            {"resid": layers},
+            architecture.hidden_size,
+            frozenset({"add", "rotate"}),
+        ),
     )
     zero_direction = len(layers) * architecture.hidden_size * 4
     is_rotation = 4 * 13

@@ -8,6 +8,7 @@ import torch
 
 from vllm_steer import DeltaSteer, SteerError, VectorSteer
 from vllm_steer.evaluation.control import product_norms, random_steer
+from vllm_steer.steers import LowRankSteer, SAESteer
 
 
 def test_the_norm_of_a_product_is_that_of_the_full_matrix(make_steer: Any) -> None:
@@ -74,3 +75,34 @@ def test_the_seed_determines_the_control(make_steer: Any) -> None:
 def test_a_seed_out_of_range_is_refused(seed: int, make_steer: Any) -> None:
     with pytest.raises(SteerError, match=f"control seed is {seed}; expected a number from 0"):
         random_steer(make_steer(), seed)
+
+
+def test_each_layer_of_a_random_low_rank_map_keeps_its_norm() -> None:
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randn(2, 3, 8, generator=generator) * torch.tensor([1.0, 30.0])[:, None, None]
+    b, bias = torch.randn(2, 8, 3, generator=generator), torch.ones(2, 3)
+    steer = LowRankSteer(a=a, b=b, bias=bias, layers=(1, 2))
+    control = random_steer(steer)
+    for row in range(2):
+        original = (b[row].double() @ a[row].double()).norm()
+        torch.testing.assert_close(
+            (control.b[row].double() @ control.a[row].double()).norm(), original, rtol=1e-5, atol=0
+        )
+    torch.testing.assert_close(control.bias.norm(dim=1), bias.norm(dim=1))
+    assert not torch.allclose(control.a, a)
+
+
+def test_a_random_feature_keeps_its_encoder_and_the_norm_of_its_decoder() -> None:
+    rows = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.1]])
+    steer = SAESteer(
+        encoder=rows,
+        decoder=rows,
+        bias=torch.tensor([-1.0, 2.0]),
+        threshold=torch.tensor([0.0, 0.5]),
+        layers=(0, 1),
+        high=2.0,
+    )
+    control = random_steer(steer)
+    assert torch.equal(control.encoder, rows) and torch.equal(control.threshold, steer.threshold)
+    torch.testing.assert_close(control.decoder.norm(dim=1), torch.tensor([5.0, 0.1]))
+    assert not torch.allclose(control.decoder, rows) and control.high == 2.0

@@ -85,7 +85,11 @@ def test_an_attention_hook_is_the_attention_output(tmp_path: Path) -> None:
             "remove layers and site",
         ),
         ({"feature": 1, "rows": "1"}, "rows does not apply to the weights of an SAE"),
-        ({"feature": 1, "kind": "delta"}, "is vector and the key kind is delta"),
+        (
+            {"feature": 1, "kind": "delta"},
+            "is vector or sae or condition and the key kind is delta",
+        ),
+        ({"feature": 1, "architecture": "gated"}, "architecture says how the encoder .* kind: sae"),
         ({"feature": 1, "layers": "1", "site": "heads"}, "site is 'heads'; allowed: resid"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",

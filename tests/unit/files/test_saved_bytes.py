@@ -24,7 +24,8 @@ PROGRAM = r"""
 import hashlib, sys
 from pathlib import Path
 import torch
-from vllm_steer import DeltaSteer, LMSteer, VectorSteer, save_steer
+from vllm_steer import (ConditionSteer, DeltaSteer, LMSteer, LowRankSteer, SAESteer, VectorSteer,
+                        save_steer)
 
 def rows(*shape, dtype):
     count = torch.Size(shape).numel()
@@ -47,6 +48,17 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch
     save_steer(vector, folder / f"vector-{dtype}")
     save_steer(DeltaSteer(delta=rows(3, 2, 6, dtype=dtype), layers=(1, 3), **common),
                folder / f"delta-{dtype}")
+    low_rank = LowRankSteer(a=rows(2, 3, 6, dtype=dtype), b=rows(2, 6, 3, dtype=dtype),
+                            bias=rows(2, 3, dtype=dtype), layers=(1, 3), **common)
+    save_steer(low_rank, folder / f"low_rank-{dtype}")
+    sae = SAESteer(encoder=rows(2, 6, dtype=dtype), decoder=rows(2, 6, dtype=dtype),
+                   bias=rows(2, dtype=dtype), threshold=rows(2, dtype=dtype), layers=(1, 3),
+                   low=-float("inf"), high=0.1, **common)
+    save_steer(sae, folder / f"sae-{dtype}")
+    del common["default_strength"]
+    condition = ConditionSteer(vector=rows(1, 6, dtype=dtype), layers=(3,), threshold=0.1, **common)
+    save_steer(condition, folder / f"condition-{dtype}")
+    common["default_strength"] = 2.0
 for path in sorted(folder.iterdir()):
     digest.update(path.name.encode() + path.read_bytes())
 print(digest.hexdigest())
@@ -66,7 +78,7 @@ def test_every_process_writes_the_same_bytes_that_are_read_back(tmp_path: Path) 
         digests.add(process.stdout)
     assert len(digests) == 1
     paths = sorted((tmp_path / "0").iterdir())
-    assert len(paths) == 6 * 5
+    assert len(paths) == 6 * 8
     for path in paths:
         assert load_steer(path).recipe["a"] == [1.5, {"z": None, "y": "é"}]
         with safe_open(str(path), framework="pt") as file:

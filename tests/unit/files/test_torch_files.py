@@ -163,7 +163,7 @@ def test_a_3d_tensor_needs_a_kind(tmp_path: Path) -> None:
         (
             torch.ones(2, 6),
             {"kind": "lm_steer"},
-            r"a tensor \[2, 6\] cannot be a steer of kind " r"lm_steer",
+            "a plain tensor is vector or delta or condition and the key kind is lm_steer",
         ),
         (torch.ones(6), {"layers": 1, "feature": 0}, "feature does not apply to a plain tensor"),
         ({}, {}, r"its content is a dict with the keys \(none\); expected a tensor"),

@@ -52,6 +52,7 @@ def rules(
         else torch.zeros(shape, dtype=torch.float32 if name in floats else torch.int64)
         for name in names
     }
+    tensors |= {name: tensors[name][None] for name in ("begin", "end")}
     offsets = torch.tensor(fields.get("pool_offset", [[-1] * shape[1]] * shape[0])).view(shape)
     ones = torch.ones(layers, *shape)
     return TokenRules(
@@ -94,8 +95,8 @@ def random_rules(seed: int, depth: int, num_requests: int, num_layers: int) -> T
         direction_start=integers(1, 40),
         direction_stride=integers(0, 2),
         step0_position=first - integers(0, 2),
-        begin=first,
-        end=last,
+        begin=torch.stack([first, last.clamp(max=20) + 2]),  # a second span behind the first
+        end=torch.stack([last, last.clamp(max=20) + 1 + integers(0, 4)]),
         strength=torch.randn(shape, generator=generator) * is_present,
         slope=torch.rand(shape, generator=generator) * integers(0, 2),
         layers=torch.randint(0, 2, (num_layers, *shape), generator=generator).float(),
@@ -126,10 +127,13 @@ def assert_mapped(
                 at = {
                     name: getattr(token_rules, name)[k, row].item()
                     for name in vars(token_rules)
-                    if name in DOSE_FIELDS
+                    if name in DOSE_FIELDS and name not in ("begin", "end")
                 }
                 i = position - at["step0_position"]
-                acts = at["begin"] <= position < at["end"]
+                acts = any(
+                    begin[k, row] <= position < end[k, row]
+                    for begin, end in zip(token_rules.begin, token_rules.end, strict=True)
+                )
                 direction = at["direction_start"] + at["direction_stride"] * i if acts else 0
                 strength = at["strength"] * (1 - at["slope"] * i) if acts else 0.0
                 if at["pool_offset"] >= 0 and acts:
@@ -177,7 +181,7 @@ def text_only_rules(
 ) -> TokenRules:
     """The rules with half of their doses leaving out ``ranges``, those of each request."""
     generator = torch.Generator().manual_seed(seed)
-    text_only = torch.randint(0, 2, token_rules.begin.shape, generator=generator)
+    text_only = torch.randint(0, 2, token_rules.strength.shape, generator=generator)
     bounds = [
         row * PLACEHOLDER_STRIDE + bound
         for row, of_request in enumerate(ranges)

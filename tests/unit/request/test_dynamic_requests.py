@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vllm_steer import SteerError, SteerRequestError, save_steer
 from vllm_steer.config import SteerConfig
-from vllm_steer.doses import PHASES, Dose, Dynamic, token_span
+from vllm_steer.doses import PHASES, Dose, Dynamic, token_spans
 from vllm_steer.plan import SteerPlan
 from vllm_steer.request import check_request, read_dose, resolve
 
@@ -156,7 +156,7 @@ def fr(**options: Any) -> dict[str, Any]:
         (fr(phase="generation"), "fr has phase 'generation' and a dynamic strength"),
         (fr(phase="answer"), "fr has phase 'answer' and a dynamic strength"),
         ({"fr": {"schedule": D, "phase": "prompt"}}, "fr has phase 'prompt' and a dynamic"),
-        ({"fr": {"strength": 1, "phase": "answer"}}, "phase 'answer'; allowed: all, prompt, gene"),
+        ({"fr": {"strength": 1, "phase": "answers"}}, "phase 'answers'; allowed: all, prompt, ge"),
         ({"push": {"schedule": D}}, "push is of kind vector: only a delta.* ask for strength 'dyn"),
         ({"word": {"schedule": D}}, "steer word acts at the LM head: it has no layers, no schedul"),
         ({"word": {"strength": D, "layers": "4"}}, "steer word acts at the LM head"),
@@ -268,7 +268,9 @@ def test_every_request_and_preset_of_the_page_resolves() -> None:
 def test_a_dose_and_its_probe_begin_at_the_last_prompt_token(
     dynamic: Dynamic | None, steps: int | None, prompt_len: int, span: tuple[int, int]
 ) -> None:
-    assert token_span(Dose("x", 1.0, phase="answer", dynamic=dynamic), steps, prompt_len) == span
+    assert token_spans(Dose("x", 1.0, phase="answer", dynamic=dynamic), steps, prompt_len) == (
+        span,
+    )
 
 
 scalars: Any = (

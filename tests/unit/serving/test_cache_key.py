@@ -17,7 +17,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from vllm_steer.compat.patching import wrap
-from vllm_steer.doses import Dose
+from vllm_steer.doses import Dose, TokenWindows
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.admission import admit_and_set_cache_key
 from vllm_steer.serving.cache_key import SteeredSalt, steered_salt, with_steer_keys
@@ -258,6 +258,18 @@ APART: list[Any] = [
     {"push": {"strength": 2, **LATE}, "walk": 2},
     {"push": {"strength": 2, **PROMPT}, "spin": {"strength": 2, **LATE}},
     {"push": {"strength": 2, **LATE}, "spin": {"strength": 2, **PROMPT}},
+    {"push": {"strength": 2, "phase": "answer"}},
+    {"push": {"strength": 2, "phase": "last"}},
+    {"push": {"strength": 2, "phase": {"answer": "0:4"}}},
+    {"push": {"strength": 2, "phase": {"answer": "0:9"}}},
+    {"push": {"strength": 2, "phase": {"answer": "3:9"}}},
+    {"push": {"strength": 2, "phase": {"answer": ["0:4", "6:9"]}}},
+    {"push": {"strength": 2, "phase": {"prompt": ":3", "answer": "0:4"}}},
+    {"push": {"strength": 2, "phase": {"prompt": [":3", "-3:"]}}},
+    {"push": {"strength": 2, "phase": {"prompt": "2:5"}}},
+    {"push": {"strength": 2, "phase": {"prompt": "-3:"}}},
+    {"walk": {"strength": 2, "phase": {"answer": "0:2"}}},
+    {"walk": {"strength": 2, "phase": {"answer": ["0", "2"]}}},
 ]
 
 
@@ -276,6 +288,12 @@ def one_effect(dose: Dose, position: int, prompt_len: int) -> Iterator[Any]:
     steer = STEERS[dose.steer]
     is_prompt, step = position < prompt_len, position - prompt_len + 1
     if dose.phase == ("generation" if is_prompt else "prompt"):
+        return
+    if (dose.phase == "answer" and step < 0) or (dose.phase == "last" and step):
+        return
+    if isinstance(dose.phase, TokenWindows) and not any(
+        begin <= position < end for begin, end in dose.phase.spans(prompt_len)
+    ):
         return
     strength = dose.strength
     if steer.kind == "delta":

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "engine"))
-from engines import GUIDED, doses_of, guidance_steers, random_steers, settings_without
+from engines import (
+    GUIDED,
+    READING,
+    conditions,
+    doses_of,
+    guidance_steers,
+    random_steers,
+    reading_steers,
+    settings_without,
+)
 from reference import Change, guide, guided_logprobs, load_reference, steered_logprobs
 from tiny_models import (
     GUIDED_FAMILIES,
@@ -24,7 +33,10 @@ from tiny_models import (
 )
 
 from vllm_steer import DeltaSteer, LMSteer, VectorSteer
-from vllm_steer.doses import PHASES, Dose
+from vllm_steer.doses import Dose, TokenWindows
+from vllm_steer.steers import KINDS, ConditionSteer
+from vllm_steer.steers.condition import SIDES, SIMILARITIES, TOKENS
+from vllm_steer.steers.sae import SAE_MODES
 from vllm_steer.steers.schedules import SCHEDULES
 from vllm_steer.steers.sites import DELTA_SITES, VECTOR_SITES
 from vllm_steer.steers.vector import MODES
@@ -269,9 +281,26 @@ def test_the_guided_settings_cover_every_kind_site_mode_phase_and_schedule() -> 
     names = [dose.steer for dose in doses]
     assert {type(STEERS[name]) for name in names} == {LMSteer, VectorSteer, DeltaSteer}
     assert used(names, "site") == {"head", *VECTOR_SITES, *DELTA_SITES}
-    assert used(names, "mode") == set(MODES)
-    assert {dose.phase for dose in doses} == set(PHASES)
+    assert used(names, "mode") == {"add", "rotate"}
+    assert {dose.phase for dose in doses} == {"all", "prompt", "generation", "text"}
     assert {dose.schedule for dose in doses} == {None, *SCHEDULES}
+
+
+def test_the_settings_of_readings_cover_what_reads_a_token_windows_and_gates() -> None:
+    steers = {**STEERS, **reading_steers(HIDDEN, 3), **conditions(HIDDEN, 3)}
+    doses = [dose for setting in READING for dose in doses_of(setting, steers)]
+    assert {type(steers[dose.steer]) for dose in doses} == set(KINDS.values()) - {ConditionSteer}
+    modes = {getattr(steers[dose.steer], "mode", None) for dose in doses}
+    assert modes >= {*MODES, *SAE_MODES}
+    windows = [dose.phase for dose in doses if isinstance(dose.phase, TokenWindows)]
+    assert any(phase.prompt for phase in windows) and any(phase.answer for phase in windows)
+    assert {"answer", "last", "generation"} <= {str(dose.phase) for dose in doses}
+    gates = [dose.gate for dose in doses if dose.gate]
+    assert {gate.needs for gate in gates if len(gate.conditions) > 1} == {"any", "all"}
+    read = [steers[name] for gate in gates for name in gate.conditions]
+    for field, values in (("similarity", SIMILARITIES), ("side", SIDES), ("tokens", TOKENS)):
+        assert {getattr(steer, field) for steer in read} == set(values)
+    assert {steer.site for steer in read} == set(VECTOR_SITES)
 
 
 def test_settings_without_a_site_name_no_steer_of_it() -> None:

@@ -12,8 +12,8 @@ from vllm_steer.bank import HeadTable, fill_head_bank
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.kernels.guidance import cpu, torch_gather
 from vllm_steer.kernels.lm_steer import reference
+from vllm_steer.serving import mapped_site as site_module
 from vllm_steer.serving import runners
-from vllm_steer.serving import site as site_module
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.site import SteeredSite
 from vllm_steer.serving.step import Step

@@ -11,7 +11,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from vllm_steer.bank import SiteTable
 from vllm_steer.bank.layers import fill_layer_bank
-from vllm_steer.doses import PHASES, Dose, Dynamic, token_span
+from vllm_steer.doses import PHASES, Dose, Dynamic, TokenWindows, token_spans
 from vllm_steer.kernels.guidance import GuidanceBackend, TokenMap, reference, torch_gather
 from vllm_steer.serving.placeholders import placeholder_bounds
 from vllm_steer.serving.step import SteeredRequest
@@ -49,10 +49,11 @@ def rules_of(doses: dict[str, tuple[Dose, ...]], on: SiteTable, prompt_len: int 
         ("generation", (7, FOREVER)),
         ("text", (0, FOREVER)),
         ("answer", (6, FOREVER)),
+        ("last", (6, 7)),
     ],
 )
 def test_a_vector_acts_in_its_phase(phase: Any, span: tuple[int, int]) -> None:
-    assert token_span(Dose("v", 1.0, phase=phase), None, 7) == span
+    assert token_spans(Dose("v", 1.0, phase=phase), None, 7) == (span,)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_vector_acts_in_its_phase(phase: Any, span: tuple[int, int]) -> None:
 def test_a_delta_begins_at_the_last_prompt_token(
     schedule: Any, phase: Any, span: tuple[int, int]
 ) -> None:
-    assert token_span(Dose("d", 1.0, phase=phase, schedule=schedule), 5, 7) == span
+    assert token_spans(Dose("d", 1.0, phase=phase, schedule=schedule), 5, 7) == (span,)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,35 @@ def test_a_prompt_of_one_token_is_its_own_last(
     phase: Any, steps: int | None, span: tuple[int, int]
 ) -> None:
     schedule: Any = None if steps is None else "fixed"
-    assert token_span(Dose("x", 1.0, phase=phase, schedule=schedule), steps, 1) == span
+    assert token_spans(Dose("x", 1.0, phase=phase, schedule=schedule), steps, 1) == (span,)
+
+
+@pytest.mark.parametrize(
+    ("windows", "spans"),
+    [
+        (TokenWindows(prompt=((-4, None),)), ((3, 7),)),
+        (TokenWindows(prompt=((0, 2), (-2, None))), ((0, 2), (5, 7))),
+        (TokenWindows(prompt=((-40, 3),)), ((0, 3),)),
+        (TokenWindows(prompt=((7, 9),)), ()),
+        (TokenWindows(answer=((0, 8),)), ((6, 14),)),
+        (TokenWindows(answer=((None, None),)), ((6, FOREVER),)),
+        (TokenWindows(answer=((2, 3), (5, None))), ((8, 9), (11, FOREVER))),
+        (TokenWindows(prompt=((-4, None),), answer=((0, 8),)), ((3, 14),)),
+        (TokenWindows(prompt=((-4, -1),), answer=((0, 1),)), ((3, 7),)),
+        (TokenWindows(prompt=((1, 3),), answer=((1, 2),)), ((1, 3), (7, 8))),
+        (TokenWindows(prompt=((4, -4),)), ()),
+    ],
+)
+def test_windows_count_from_both_ends_of_the_prompt(
+    windows: TokenWindows, spans: tuple[tuple[int, int], ...]
+) -> None:
+    assert token_spans(Dose("v", 1.0, phase=windows), None, 7) == spans
+
+
+def test_a_delta_acts_in_those_of_its_steps_that_a_window_has() -> None:
+    windows = TokenWindows(prompt=((0, 2),), answer=((1, 2), (3, 9)))
+    dose = Dose("d", 1.0, phase=windows, schedule="fixed")
+    assert token_spans(dose, 5, 7) == ((7, 8), (9, 11))
 
 
 def test_rules_are_indexed_by_dose_and_row() -> None:
@@ -109,8 +138,8 @@ def test_rules_are_indexed_by_dose_and_row() -> None:
     assert token_rules.direction_start.tolist() == [[4, 0, 1], [1, 0, 0]]
     assert token_rules.direction_stride.tolist() == [[1, 0, 0], [0, 0, 0]]
     assert token_rules.step0_position.tolist() == [[2, 0, 2], [2, 0, 0]]
-    assert token_rules.begin.tolist() == [[2, 0, 3], [0, 0, 0]]
-    assert token_rules.end.tolist() == [[6, 0, FOREVER], [FOREVER, 0, 0]]
+    assert token_rules.begin.tolist() == [[[2, 0, 3], [0, 0, 0]]]
+    assert token_rules.end.tolist() == [[[6, 0, FOREVER], [FOREVER, 0, 0]]]
     assert token_rules.strength.tolist() == [[2.0, 0, 0.5], [-1.5, 0, 0]]
     assert token_rules.slope.tolist() == [[0.25, 0, 0], [0, 0, 0]]
     assert token_rules.layers.tolist() == [
@@ -227,6 +256,16 @@ def expected(
         return -1, 0.0
     if dose.phase == "text" and is_placeholder:
         return -1, 0.0
+    if dose.phase == "answer" and position < prompt_len - 1:
+        return -1, 0.0
+    if dose.phase == "last" and position != prompt_len - 1:
+        return -1, 0.0
+    if isinstance(dose.phase, TokenWindows) and not any(
+        position in range(prompt_len)[slice(*bounds)] for bounds in dose.phase.prompt
+    ):
+        answer = range(prompt_len - 1, 10**6)
+        if not any(position in answer[slice(*bounds)] for bounds in dose.phase.answer):
+            return -1, 0.0
     if steer.kind == "vector":
         return 0, dose.strength
     step = position - prompt_len + 1
@@ -236,6 +275,13 @@ def expected(
     return step, dose.strength * ((steer.steps - step) / steer.steps if falls else 1)
 
 
+def bounds_between(low: int, high: int) -> st.SearchStrategy[tuple[tuple[int | None, ...], ...]]:
+    """Up to two slices."""
+    index = st.none() | st.integers(low, high)
+    return st.lists(st.tuples(index, index), max_size=2).map(tuple)
+
+
+windows = st.builds(TokenWindows, prompt=bounds_between(-5, 5), answer=bounds_between(0, 6))
 doses = st.builds(
     lambda steer, phase, schedule, narrow, strength: Dose(
         steer,
@@ -245,7 +291,7 @@ doses = st.builds(
         schedule=schedule if STEERS[steer].kind == "delta" else None,
     ),
     st.sampled_from(sorted(STEERS)),
-    st.sampled_from(PHASES),
+    st.one_of(st.sampled_from(PHASES), windows),
     st.sampled_from(SCHEDULES),
     st.booleans(),
     st.floats(-9, 9, width=32).filter(bool),

@@ -18,8 +18,9 @@ from vllm_steer.bank import SiteTable
 from vllm_steer.bank.layers import fill_layer_bank
 from vllm_steer.doses import Dose
 from vllm_steer.kernels.guidance import cpu, torch_gather
-from vllm_steer.serving import site as site_module
-from vllm_steer.serving.site import SiteLayer, SteeredSite
+from vllm_steer.serving import mapped_site as site_module
+from vllm_steer.serving.mapped_site import SiteLayer
+from vllm_steer.serving.site import SteeredSite
 from vllm_steer.serving.step import SteeredRequest, Step
 
 CPU = torch.device("cpu")

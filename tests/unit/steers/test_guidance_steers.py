@@ -58,8 +58,7 @@ def test_a_delta_has_its_properties(site: Any, schedule: Any) -> None:
         ({"layer_scores": ()}, "layer_scores has 0 numbers for 2 layers"),
         (
             {"vectors": torch.tensor([[1.0], [0]]), "mode": "rotate"},
-            "the vector of layer 4 is zero and has no direction to rotate towards; remove the "
-            "layer",
+            "the vector of layer 4 is zero and has no direction for mode rotate; remove the layer",
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

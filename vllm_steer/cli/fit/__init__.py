@@ -3,6 +3,7 @@
 import typer
 
 from vllm_steer.cli.fit.concept import concept
+from vllm_steer.cli.fit.condition import condition
 from vllm_steer.cli.fit.delta import delta
 from vllm_steer.cli.fit.lm_steer import lm_steer
 from vllm_steer.cli.fit.vector import vector
@@ -16,5 +17,6 @@ fit = typer.Typer(
 )
 fit.command("lm-steer")(lm_steer)
 fit.command()(concept)
+fit.command()(condition)
 fit.command()(delta)
 fit.command()(vector)

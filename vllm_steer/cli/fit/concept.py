@@ -1,5 +1,6 @@
 """``vllm-steer fit concept``: a concept vector from answers with and without a concept."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -12,7 +13,9 @@ from vllm_steer.cli.terminal import say
 
 if TYPE_CHECKING:
     from vllm_steer.fit.concept import ConceptFit
+    from vllm_steer.fit.relative_size import RelativeSize
     from vllm_steer.models import LanguageModel
+    from vllm_steer.steers import VectorSteer
     from vllm_steer.texts.conversations import Conversation
 
 _LONGEST: Final = 10_000
@@ -112,7 +115,8 @@ def concept(
         description=description,
         recipe=recipe_data,
     )
-    options.report(steer, output, by_layer, figures, as_json=as_json)
+    size = _size(steer, language, conversations, chat_template)
+    options.report(steer, output, by_layer, figures, as_json=as_json, size=size)
 
 
 def _show_first(
@@ -141,6 +145,21 @@ def _show_first(
         stderr=True,
         longest=_LONGEST,
     )
+
+
+def _size(
+    steer: "VectorSteer",
+    language: "LanguageModel",
+    conversations: "Sequence[Conversation]",
+    chat_template: bool,
+) -> "RelativeSize":
+    """How much the steer changes activations of the conversations."""
+    from vllm_steer.fit.answer_tokens import render
+    from vllm_steer.fit.relative_size import size_on_texts
+
+    tokenizer = language.tokenizer
+    texts = (render(tokenizer, one, chat_template=chat_template).text for one in conversations)
+    return size_on_texts(language.model, tokenizer, steer, texts)
 
 
 def _by_layer(concept_fit: "ConceptFit") -> dict[str, dict[int, float | None]]:

@@ -64,6 +64,7 @@ def delta(
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.delta import fit_delta
     from vllm_steer.fit.recipe import recipe
+    from vllm_steer.fit.relative_size import size_on_texts
     from vllm_steer.steers.checks import check_choice
     from vllm_steer.steers.schedules import SCHEDULES
     from vllm_steer.texts import icl, read_texts
@@ -118,4 +119,5 @@ def delta(
         name: dict(zip(steer.layers, values.tolist(), strict=True))
         for name, values in (("first_norm", norms[0]), ("mean_norm", norms.mean(0)))
     }
-    options.report(steer, output, by_layer, figures, as_json=as_json)
+    size = size_on_texts(language.model, language.tokenizer, steer, sides[0])
+    options.report(steer, output, by_layer, figures, as_json=as_json, size=size)

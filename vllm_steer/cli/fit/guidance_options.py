@@ -13,6 +13,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.tables import Column, Table
 
 if TYPE_CHECKING:
+    from vllm_steer.fit.relative_size import RelativeSize
     from vllm_steer.models import LanguageModel
     from vllm_steer.steers import DeltaSteer, VectorSteer
 
@@ -106,17 +107,26 @@ def report(
     figures: Mapping[str, Any],
     *,
     as_json: bool,
+    size: "RelativeSize | None" = None,
 ) -> None:
-    """Print the figures to standard output, as JSON or as a table of the layers."""
+    """Print the figures to standard output, as JSON or as a table of the layers.
+
+    ``size`` is how much the steer changes activations: it gives a first strength.
+    """
     from vllm_steer.steers.layers import format_layers
 
     if as_json:
         tables = {name: {str(layer): x for layer, x in t.items()} for name, t in by_layer.items()}
         summary = {"kind": steer.kind, "site": steer.site, "layers": format_layers(steer.layers)}
-        say_json({"output": str(output), **summary, **figures, **tables})
+        sizes = {} if size is None else {"relative_size": size.data}
+        say_json({"output": str(output), **summary, **figures, **tables, **sizes})
         return
+    if size is not None:
+        by_layer = {**by_layer, "|h|": {n: one.activation for n, one in size.layers.items()}}
     columns = [Column(name.replace("_", " "), ".4g") for name in by_layer]
     layers = sorted({layer for values in by_layer.values() for layer in values})
     rows = [[layer, *(values.get(layer) for values in by_layer.values())] for layer in layers]
     say(f"{output}: {steer.kind} at {steer.site}, layers {format_layers(steer.layers)}")
     Console().print(Table("", [Column("layer", "d"), *columns], rows))
+    if size is not None:
+        say(f"changes {size.message}")

@@ -12,6 +12,7 @@ from vllm_steer.errors import SteerError
 
 if TYPE_CHECKING:
     from vllm_steer.fit.pairs import ContrastiveTexts
+    from vllm_steer.fit.vector import Text
 
 
 def vector(
@@ -55,6 +56,7 @@ def vector(
     layer_numbers = options.read_layers(layers)
     from vllm_steer.cli.progress import progress
     from vllm_steer.fit.recipe import recipe
+    from vllm_steer.fit.relative_size import size_on_texts
     from vllm_steer.fit.vector import PASSES_OVER_TEXTS, fit_vector
 
     files = [file for file in (pairs, positive, negative, data) if file is not None]
@@ -94,7 +96,14 @@ def vector(
         description=description,
         recipe=recipe_data,
     )
-    options.report(steer, output, {"norm": norms}, figures, as_json=as_json)
+    texts = [text if isinstance(text, str) else "".join(text) for text in _alternating(sides)]
+    size = size_on_texts(language.model, language.tokenizer, steer, texts)
+    options.report(steer, output, {"norm": norms}, figures, as_json=as_json, size=size)
+
+
+def _alternating(sides: "ContrastiveTexts") -> "list[Text]":
+    """Positive and negative texts in turn, as long as there are some of both."""
+    return [text for pair in zip(sides.positive, sides.negative, strict=False) for text in pair]
 
 
 def _sides(

@@ -315,6 +315,7 @@ OTHER = (
         "vllm.multimodal.inputs:PlaceholderRange", "offset length is_embed", "read", "guidance"
     ),
     *vllm_names("vllm.v1.request:Request", "cache_salt", "written", "steering"),
+    *vllm_names("vllm.v1.request:Request", "skip_reading_prefix_cache", "written", "guidance"),
     *vllm_names(
         "vllm.v1.engine:EngineCoreRequest",
         "request_id sampling_params prompt_token_ids prompt_embeds mm_features resumable",

@@ -125,8 +125,7 @@ def _doses(
         for maximum in prop.max:
             yield {"strength": "dynamic", "max": maximum, **dynamic_options, **layers}
         return
-    phase = {} if prop.phase is None else {"phase": prop.phase}
     scheduled = method if method in SCHEDULES else SCHEDULES[0]
     schedule = {"schedule": scheduled} if isinstance(steer, DeltaSteer) else {}
     for strength in prop.strengths:
-        yield {"strength": strength, **layers, **phase, **schedule}
+        yield {"strength": strength, **layers, **prop.options, **schedule}

@@ -33,6 +33,7 @@ from vllm_steer.evaluation.composition.settings import (
     comparison_metadata,
 )
 from vllm_steer.evaluation.composition.spec import Combination, ComparisonSpec
+from vllm_steer.evaluation.dose_options import load_conditions
 from vllm_steer.evaluation.evaluation_run import MakeJudges
 from vllm_steer.evaluation.json_files import write_json
 from vllm_steer.evaluation.missing_texts import (
@@ -70,7 +71,8 @@ def compare(
         )
     spec = ComparisonSpec.load(settings.file)
     steers = {name: load_steer(candidate.steer) for name, candidate in spec.properties.items()}
-    check_doses(spec, steers)
+    conditions = load_conditions(spec.conditions, taken=spec.properties)
+    check_doses(spec, steers, conditions)
     examples = {
         combination: read_icl(path, spec.demonstrations, spec.instruction)
         for combination, path in spec.examples.items()
@@ -78,7 +80,7 @@ def compare(
     properties = PropertyJudges(spec, property_judges(spec))
     judges, missing = make_judges(settings.specs)
     perplexity = _perplexity(judges, missing)
-    metadata = comparison_metadata(settings, spec, steers)
+    metadata = comparison_metadata(settings, spec, steers, conditions)
     with locked(settings.folder):
         run = open_run(settings.folder, metadata, restart=settings.restart)
         writer = _TextGenerator(settings, spec, examples, run, progress)
@@ -92,7 +94,10 @@ def compare(
         rows = list(_rows(spec, steers, selected))
         writer.write(_candidates_to_write(rows, examples))
         with writer.timings.judging():
-            results = _measure(settings, rows, run, properties, judges, examples, steers, progress)
+            all_steers = {**steers, **conditions}
+            results = _measure(
+                settings, rows, run, properties, judges, examples, all_steers, progress
+            )
         report = ComparisonReport(
             metadata,
             spec,
@@ -125,9 +130,8 @@ class _TextGenerator:
     def write(self, candidates: Iterable[Candidate]) -> None:
         """Generate the texts that are missing."""
         texts = list(map(self.task, candidates))
-        files = {
-            name: candidate.steer.resolve() for name, candidate in self.spec.properties.items()
-        }
+        files = {name: prop.steer.resolve() for name, prop in self.spec.properties.items()}
+        files |= {name: path.resolve() for name, path in self.spec.conditions.items()}
         write_missing(
             self.run,
             texts,

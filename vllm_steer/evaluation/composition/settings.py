@@ -9,11 +9,11 @@ from typing import Any, Final
 from vllm_steer.digest import file_digest
 from vllm_steer.evaluation.composition.candidates import choices
 from vllm_steer.evaluation.composition.spec import ComparisonSpec, label
+from vllm_steer.evaluation.dose_options import check_dose, conditions_metadata
 from vllm_steer.evaluation.generation import EngineOptions
 from vllm_steer.evaluation.prompts import Prompts
 from vllm_steer.evaluation.sampling import Sampling
-from vllm_steer.request import read_dose
-from vllm_steer.steers import Steer
+from vllm_steer.steers import ConditionSteer, Steer
 from vllm_steer.steers.content import content_digest
 
 _VERSIONS: Final = ("torch", "vllm")
@@ -48,16 +48,23 @@ class ComparisonSettings:
         return (*(spec for kind, spec in usual.items() if kind not in kinds), *self.judges)
 
 
-def check_doses(spec: ComparisonSpec, steers: Mapping[str, Steer]) -> None:
+def check_doses(
+    spec: ComparisonSpec,
+    steers: Mapping[str, Steer],
+    conditions: Mapping[str, ConditionSteer] | None = None,
+) -> None:
     """Raise ``SteerError`` for a dose that is invalid in a request."""
     for method in spec.methods:
         for choice in choices(method, spec, steers):
             for name, dose in choice.doses.items():
-                read_dose(name, dose, steers[name])
+                check_dose(name, dose, steers[name], conditions or {})
 
 
 def comparison_metadata(
-    settings: ComparisonSettings, spec: ComparisonSpec, steers: Mapping[str, Steer]
+    settings: ComparisonSettings,
+    spec: ComparisonSpec,
+    steers: Mapping[str, Steer],
+    conditions: Mapping[str, ConditionSteer] | None = None,
 ) -> dict[str, Any]:
     """Everything that determines the texts of a request: the settings of the run.
 
@@ -75,6 +82,7 @@ def comparison_metadata(
             }
             for name, steer in steers.items()
         },
+        **conditions_metadata(conditions or {}, spec.conditions),
         "prompts": settings.prompts.settings,
         "choosing_prompts": None
         if settings.selection_prompts is None

@@ -7,6 +7,7 @@ seen: [fr, cheer]
 unseen: [fr+cheer]
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from pydantic import (
 
 from vllm_steer.config import NAME, NO_STEER
 from vllm_steer.config_text import read_config_file
-from vllm_steer.doses import Kl, RequestPhase
+from vllm_steer.doses import Kl
 from vllm_steer.errors import SteerError
 from vllm_steer.files.steer_metadata import FiniteFloat, Number, describe_errors
 from vllm_steer.steers.schedules import SCHEDULES, Schedule
@@ -47,6 +48,14 @@ Shares = Annotated[
     BeforeValidator(_as_list),
     Field(min_length=1),
 ]
+
+
+def _bound(value: Any) -> Any:
+    """A bound as a request gives it: YAML's .inf is a number, and JSON has none."""
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+Bound = Annotated[float | Literal["inf", "-inf"] | None, BeforeValidator(_bound)]
 Kls = Annotated[tuple[Kl, ...], BeforeValidator(_as_list), Field(min_length=1)]
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,8 +65,8 @@ class Property(BaseModel):
 
     ``strengths`` are tried as fixed strengths and with schedules, ``max`` as maxima of dynamic
     strengths. ``dynamic`` False keeps the strength fixed when other properties are dynamic.
-    ``opposite`` inverts the judge's verdict. ``layers`` and ``phase`` are as in a request; a
-    dynamic strength has no phase.
+    ``opposite`` inverts the judge's verdict. ``layers``, ``phase``, ``low``, ``high`` and ``when``
+    are as in a request; a dynamic strength has only layers.
     """
 
     model_config = _STRICT
@@ -69,7 +78,17 @@ class Property(BaseModel):
     dynamic: Annotated[bool, Field(strict=True)] = True
     opposite: Annotated[bool, Field(strict=True)] = False
     layers: str | None = None
-    phase: RequestPhase | None = None
+    phase: str | dict[str, Any] | None = None
+    low: Bound = None
+    high: Bound = None
+    when: str | dict[str, Any] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a fixed strength besides layers and schedule."""
+        names = ("phase", "low", "high", "when")
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
 
     @field_validator("strengths", "max")
     @classmethod
@@ -85,7 +104,8 @@ class ComparisonSpec(BaseModel):
     """The specification file; ``load`` makes its paths absolute.
 
     Strengths and options are selected on the ``seen`` combinations and applied to the ``unseen``
-    ones. ``top_p`` and ``kl`` are tried for dynamic strengths, with one value for all properties.
+    ones. ``conditions`` are the files of those that ``when`` of a property names. ``top_p`` and
+    ``kl`` are tried for dynamic strengths, with one value for all properties.
     ``examples`` maps combinations to files of prompts with demonstrations, see ``dppl``;
     ``demonstrations`` and ``instruction`` apply to files of inputs and outputs.
     """
@@ -95,6 +115,7 @@ class ComparisonSpec(BaseModel):
     properties: dict[str, Property]
     seen: tuple[Combination, ...]
     unseen: tuple[Combination, ...] = ()
+    conditions: dict[str, Path] = {}
     methods: tuple[Method, ...] = METHODS
     top_p: Shares = (0.5,)
     kl: Kls = ("plain",)
@@ -166,6 +187,13 @@ class ComparisonSpec(BaseModel):
                 )
             if len(set(combination)) < len(combination):
                 raise ValueError(f"{label(combination)} names a property twice")
+        for name, prop in self.properties.items():
+            fixed_only = [option for option in prop.options if option != "phase"]
+            if fixed_only and prop.dynamic and "dynamic" in self.methods:
+                raise ValueError(
+                    f"property {name} has {', '.join(fixed_only)}, which a dynamic strength does "
+                    "not have; give it dynamic: false"
+                )
         self._check_split(set(map(frozenset, self.seen)), set(map(frozenset, self.unseen)))
         return self
 
@@ -200,6 +228,7 @@ class ComparisonSpec(BaseModel):
         }
         update = {
             "properties": properties,
+            "conditions": {n: _absolute(folder, path) for n, path in self.conditions.items()},
             "seen": tuple(dict.fromkeys(map(ordered, self.seen))),
             "unseen": tuple(dict.fromkeys(map(ordered, self.unseen))),
             "examples": {ordered(c): _absolute(folder, p) for c, p in self.examples.items()},

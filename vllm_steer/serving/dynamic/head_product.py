@@ -48,6 +48,7 @@ class HeadProduct:
             rows=self.steered.rows[inside] - first,
             scales=self.steered.scales[inside],
             groups=tuple(groups),
+            gates=None if self.steered.gates is None else self.steered.gates[inside],
         )
         in_part = inside[self.dynamic_pairs]
         return HeadProduct(
@@ -71,7 +72,7 @@ def first_product(
     """All rows but those of pass 2, and the probes."""
     if not (step.probes or slots_of):
         return None
-    users, slots, scales = slots_of.select(rows.req_ids)
+    users, slots, scales, gates = slots_of.select(rows.req_ids)
     in_second_product = np.zeros(rows.num_rows, dtype=bool)
     in_second_product[step.alone] = True
     in_first_product = ~in_second_product[users]
@@ -87,6 +88,7 @@ def first_product(
         np.concatenate([users[in_first_product], probe_columns[0].astype(np.int64)]),
         np.concatenate([slots[in_first_product], probe_columns[1].astype(slots.dtype)]),
         np.concatenate([scales[in_first_product], probe_columns[2].astype(np.float32)]),
+        np.concatenate([gates[in_first_product], np.zeros(len(probes), dtype=np.int64)]),
     )
     return _pass(steered, dict(enumerate(rows.req_ids)), step, table, requests)
 

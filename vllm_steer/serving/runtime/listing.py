@@ -1,5 +1,6 @@
 """The steers and presets of an engine as data: what ``GET /v1/steers`` answers."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,8 +24,11 @@ def steer_list(
 def steer_entry(
     name: str, steer: PlannedSteer, limit: float | None, in_use: int | None = None
 ) -> Entry:
-    """One steer; ``digest`` is of its content, ``limit`` the largest strength (None: any)."""
-    return {
+    """One steer; ``digest`` is of its content, ``limit`` the largest strength (None: any).
+
+    ``low`` and ``high`` of a steer that has bounds; what a condition tests.
+    """
+    entry = {
         "id": name,
         "object": "steer",
         "kind": steer.kind,
@@ -37,6 +41,16 @@ def steer_entry(
         "source": "config" if steer.key is None else "runtime",
         "in_use": in_use,
     }
+    if steer.has_bounds:
+        entry |= {"low": _number(steer.low), "high": _number(steer.high)}
+    if steer.condition is not None:
+        entry |= steer.condition.model_dump()
+    return entry
+
+
+def _number(bound: float) -> float | str:
+    """A bound in JSON, which has no infinite numbers."""
+    return bound if math.isfinite(bound) else str(bound)
 
 
 def _entries(

@@ -25,7 +25,7 @@ from vllm_steer.loaded_steers import LoadedSteers
 from vllm_steer.planned_steer import PlannedSteer
 from vllm_steer.serving.layers import SteeredLayers
 from vllm_steer.serving.model_sites import ModelSites
-from vllm_steer.steers import LMSteer
+from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
 from vllm_steer.steers.content import content_digest
 
 logger = logging.getLogger("vllm.vllm_steer")
@@ -162,17 +162,19 @@ class ReservedBank:
 
     def _read(self, reading: _Reading, layers: tuple[int, ...] | None) -> None:
         try:
-            steer = reading.planned.load()
+            steer = reading.planned.load(verifies=False)  # the frontend has just written it
             if isinstance(steer, LMSteer):
                 if self.head is not None:
                     check_range(reading.name, steer, self.dtype)
                     reading.tensors = slot_tensors(steer, self.dtype).pinned(self.on_cuda)
-            else:
+            elif isinstance(steer, VectorSteer | DeltaSteer):
                 steer = steer if layers is None else steer.keep_layers(layers)
                 table = None if self.layers is None else self.layers.table_of(steer.site)
                 if table is not None:
                     rows = layer_rows(steer, table.layers)
                     reading.tensors = rows.pin_memory() if self.on_cuda else rows
+            else:
+                raise SteerError(f"steer {reading.name}: kind {steer.kind} cannot be loaded")
             reading.steer = steer
         except SteerError as error:
             reading.error = str(error)

@@ -69,7 +69,8 @@ function disableStop() {
 /** Read the list of steers again; strengths of steers that are still there are kept. */
 async function readSteers() {
   const before = new Map(rows.map((row) => [row.id, row.value()]));
-  const { data, runtime } = await listSteers();
+  const { data: listed, runtime } = await listSteers();
+  const data = listed.filter((entry) => entry.kind !== "condition"); // they take no strength
   const make = (entry, index) =>
     makeRow(entry, index, { onChange: strengthChanged, onUnload: loading.unload });
   rows = data.map(make);

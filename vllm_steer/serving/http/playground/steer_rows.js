@@ -1,6 +1,12 @@
 // One row per steer and preset: a slider with its number, the default, and dynamic strength.
 
-const KINDS = { lm_steer: "LM-Steer", vector: "vector", delta: "step delta" };
+const KINDS = {
+  lm_steer: "LM-Steer",
+  vector: "vector",
+  delta: "step delta",
+  low_rank: "low-rank map",
+  sae: "SAE feature",
+};
 const DYNAMIC_MAXIMUM = 2; // the server's own default
 const PRESET_REACH = 2;
 
@@ -19,7 +25,9 @@ function factsOf(entry) {
 }
 
 const mixText = (mix) =>
-  typeof mix === "object" ? Object.values(mix).join(" ") : String(mix).replaceAll(":", " ");
+  typeof mix === "object"
+    ? Object.values(mix).map((value) => (typeof value === "object" ? JSON.stringify(value) : value)).join(" ")
+    : String(mix).replaceAll(":", " ");
 
 /** The row of a steer or preset. `onChange` is called after each change by the user. */
 function makeRow(entry, index, { onChange, onUnload }) {
