@@ -77,6 +77,7 @@ def test_every_way_in_one_batch(model: Path, steers: dict[str, Steer], tmp_path:
     assert len(held) >= 9  # most conditions hold for some prompts and not for others
 
 
+@pytest.mark.matrix
 def test_chunked_prefill(model: Path, steers: dict[str, Steer], tmp_path: Path) -> None:
     assert_batch(
         model, steers, tmp_path, length=90, max_tokens=8, max_num_batched_tokens=64, max_num_seqs=48
@@ -100,6 +101,7 @@ def test_forced_preemption_keeps_every_verdict(
 
 
 @v1_only
+@pytest.mark.matrix
 def test_compiled_model(model: Path, steers: dict[str, Steer], tmp_path: Path) -> None:
     assert_batch(model, steers, tmp_path, enforce_eager=False)
 
@@ -139,6 +141,7 @@ def test_a_verdict_is_right_where_the_prompt_is_in_the_prefix_cache(
         assert_guided(output, reference, doses_of(setting, steers), steers)
 
 
+@pytest.mark.matrix
 def test_gated_blocks_are_shared_with_equal_gates_only(
     model: Path, steers: dict[str, Steer], tmp_path: Path
 ) -> None:
@@ -164,6 +167,7 @@ def test_gated_blocks_are_shared_with_equal_gates_only(
                 assert_guided(output, reference, doses_of(other, steers), steers)
 
 
+@pytest.mark.matrix
 def test_an_unsteered_request_beside_all_of_them_keeps_every_bit(
     model: Path, steers: dict[str, Steer], tmp_path: Path
 ) -> None:
