@@ -1,8 +1,9 @@
 """Activation guidance on a CPU: the changes of all layers are computed once per step, in numpy.
 
 A decode step on a CPU is dominated by the number of operations, not by arithmetic: tokens without a
-dose are skipped, and each layer is one addition. A larger step, or one with a rotation, uses
-``torch_gather``.
+dose are skipped, and each layer is one addition. Changes that depend on the token are computed in
+the layer, for the tokens that have some, in numpy as well: torch would wake its threads for every
+operation. A larger step, or one in another dtype, uses ``torch_gather``.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_steer.kernels.guidance import torch_gather
 from vllm_steer.kernels.guidance.operands import (
     PLACEHOLDER_STRIDE,
     ActiveRequests,
@@ -18,12 +20,13 @@ from vllm_steer.kernels.guidance.operands import (
     FloatArray,
     Gates,
     IntArray,
+    Readings,
+    TokenMap,
     TokenRules,
 )
 from vllm_steer.kernels.guidance.torch_gather import (
     map_tokens,
     read_conditions_,
-    steer_tokens_,
     warm_up,
     warm_up_conditions,
 )
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 _MOST = 2**20  # numbers that a step may add in all layers together: 4 MiB
+_MOST_IN_LAYER = 2**17  # numbers of a layer that are computed without torch's threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +121,80 @@ def step_changes(
     for k in range(1, len(which)):
         change += vectors.take(which[k], axis=1) * by_layer[:, k, :, None]
     return StepChanges.of(tokens, change)
+
+
+def steer_tokens_(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    directions: Directions,
+    layer: int,
+    token_map: TokenMap,
+    depth: int,
+) -> None:
+    """Change ``hidden [T, width]`` in place by the first ``depth`` doses of each token."""
+    is_small = hidden.numel() <= _MOST_IN_LAYER and hidden.dtype == torch.float32
+    if not is_small or (residual is not None and residual.dtype != torch.float32):
+        torch_gather.steer_tokens_(hidden, residual, directions, layer, token_map, depth)
+        return
+    num_tokens = hidden.shape[0]
+    strengths = token_map.strengths[layer, :depth, :num_tokens].numpy()
+    if token_map.gate is not None and token_map.gates is not None:
+        is_open = token_map.gates.verdicts.numpy().sum(1) >= token_map.gates.needed.numpy()
+        strengths = strengths * is_open[token_map.gate[:depth, :num_tokens].numpy()]
+    tokens = np.flatnonzero(strengths.any(0))
+    if not len(tokens):
+        return
+    which = token_map.directions[:depth, :num_tokens].numpy()[:, tokens]
+    weights, rows = strengths[:, tokens], hidden.numpy()
+    x = rows[tokens] if residual is None else rows[tokens] + residual.numpy()[tokens]
+    if directions.readings is not None:
+        assert token_map.low is not None and token_map.high is not None
+        bounds = (
+            b[:depth, :num_tokens].numpy()[:, tokens] for b in (token_map.low, token_map.high)
+        )
+        weights = weights * _factors(directions.readings, layer, which, x, *bounds)
+    vectors = directions.vectors[layer].numpy()
+    change = vectors[which[0]] * weights[0, :, None]
+    for k in range(1, depth):
+        change += vectors[which[k]] * weights[k, :, None]
+    if directions.is_rotation is not None:
+        turns = (directions.is_rotation.numpy()[which] * weights != 0).any(0)
+        if turns.any():
+            change[turns] = _turned(x[turns], change[turns])
+    rows[tokens] += change
+
+
+def _factors(
+    readings: Readings,
+    layer: int,
+    which: IntArray,
+    x: FloatArray,
+    low: FloatArray,
+    high: FloatArray,
+) -> FloatArray:
+    """What the strengths ``[K, S]`` of tokens ``x [S, width]`` are multiplied by."""
+    gains = readings.gains.numpy()[which]
+    factors: FloatArray = gains[:, :, 0].copy()
+    if gains[:, :, 1].any():
+        factors += gains[:, :, 1] * np.sqrt(np.einsum("sw,sw->s", x, x))
+    reader = readings.reader_of.numpy()[which]
+    if (reader >= 0).any():
+        row = np.maximum(reader, 0)
+        readers = readings.vectors[layer].numpy()
+        a = np.stack([np.einsum("sw,sw->s", x, readers[of_dose]) for of_dose in row])
+        a += readings.bias[layer].numpy()[row]
+        is_active = (reader >= 0) & (a > readings.threshold[layer].numpy()[row])
+        activation = np.where(is_active, a, np.float32(0))
+        factors += gains[:, :, 2] * np.clip(activation, low, high) + gains[:, :, 3] * activation
+    return factors
+
+
+def _turned(x: FloatArray, change: FloatArray) -> FloatArray:
+    """What is added to tokens that keep their norm."""
+    steered = x + change
+    norm = np.maximum(np.linalg.norm(steered, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    turned: FloatArray = steered / norm * np.linalg.norm(x, axis=1, keepdims=True) - x
+    return turned
 
 
 def _doses(

@@ -12,6 +12,7 @@ from vllm_steer.kernels.guidance import (
     Gates,
     Readings,
     TokenMap,
+    cpu,
     reference,
     torch_gather,
     triton_fused,
@@ -85,7 +86,9 @@ def on_host(directions: Directions, token_map: TokenMap) -> tuple[Directions, To
     )
 
 
-@pytest.mark.parametrize("backend", [triton_fused, torch_gather], ids=["triton", "torch"])
+@pytest.mark.parametrize(
+    "backend", [triton_fused, torch_gather, cpu], ids=["triton", "torch", "cpu"]
+)
 @pytest.mark.parametrize("rotates", [False, True], ids=["add", "rotate"])
 @pytest.mark.parametrize("gated", [False, True], ids=["open", "gated"])
 @pytest.mark.parametrize(
@@ -107,6 +110,8 @@ def test_every_gain_is_that_of_the_equations(
     with_residual: bool,
     device: torch.device,
 ) -> None:
+    if backend is cpu and device.type != "cpu":
+        pytest.skip("the backend of a CPU")
     num_tokens = 9
     directions, token_map = random_case(num_tokens, width, device, rotates=rotates, gated=gated)
     generator = torch.Generator().manual_seed(3)
