@@ -41,9 +41,9 @@ def admit(params: Any, vllm_config: Any) -> tuple[Dose, ...]:
         reports = wants_strengths(params)
     with rejecting(STEER):
         doses = doses_of(params, plan)
+        _check_gated(doses, params)
         if is_dynamic(doses):
             _check_dynamic(doses, params, plan, vllm_config)
-        _check_gated(doses, params)
         _check_no_turned_map(doses, plan)
     if reports and not is_dynamic(doses):
         from vllm_steer.serving.dynamic_admission import check_available
@@ -71,6 +71,11 @@ def reads_whole_prompt(doses: Sequence[Dose], plan: SteerPlan) -> bool:
 def _check_gated(doses: Sequence[Dose], params: Any) -> None:
     """Raise ``SteerRequestError`` if a request asks for what a verdict on its prompt changes."""
     gated = [dose.steer for dose in doses if dose.gate is not None]
+    if gated and is_dynamic(doses):
+        raise SteerRequestError(
+            f"steer {', '.join(gated)} has 'when' beside a dynamic strength, which is computed in "
+            "streams of the request that do not read its conditions; ask for fixed strengths"
+        )
     if gated and getattr(params, "prompt_logprobs", None) is not None:
         raise SteerRequestError(
             f"steer {', '.join(gated)} has 'when': its conditions are known once the whole prompt "
