@@ -28,6 +28,9 @@ class Setting:
         return Setting(self.name, {"steer": steer}, doses)
 
 
+_OPENING = {"french-vector": {"strength": 5, "phase": {"answer": "0:4"}}}
+_FORMAL = {"sentiment": {"strength": 5, "when": "formal-prompt"}}
+_PRAISING = {"german-vector": {"strength": 5, "when": "praising-prompt", "phase": "generation"}}
 _REPLY = {"formality-vector": {"strength": 3, "layers": "2-3", "phase": "generation"}}
 CONFIGURED: Final[tuple[Setting, ...]] = (
     Setting("unsteered", {}),
@@ -58,6 +61,10 @@ CONFIGURED: Final[tuple[Setting, ...]] = (
     Setting(
         "preset", {"steer": "polite-praise"}, (("sentiment", "4"), ("formality", "4"))
     ),
+    Setting("ablation", {"steer": {"ablate-french": 1}}, (("ablate-french", "1"),)),
+    Setting("opening of the answer", {"steer": _OPENING}, (("french-vector", "5"),)),
+    Setting("LM-Steer on a condition", {"steer": _FORMAL}, (("sentiment", "5"),)),
+    Setting("vector on a condition", {"steer": _PRAISING}, (("german-vector", "5"),)),
 )  # fmt: skip
 LOADED: Final[tuple[Setting, ...]] = (
     Setting("loaded", {"steer": {NAME: 2}}, ((NAME, "2"),)),

@@ -21,6 +21,23 @@ ROOM: Final[dict[str, Any]] = {
     "delta_steps": 3 * DELTA_STEPS,
     "sites": ["resid", "heads"],
 }
+_MORE: Final[dict[str, dict[str, Any]]] = {
+    "ablate-french": {"path": "french-vector", "mode": "project"},
+    # At the prompts of ``cases`` each holds for some; none of their similarities is within 0.005.
+    "formal-prompt": {
+        "path": "formality-vector",
+        "kind": "condition",
+        "layers": 1,
+        "threshold": 0.042,
+    },
+    "praising-prompt": {
+        "path": "sentiment-vector",
+        "kind": "condition",
+        "tokens": "any",
+        "threshold": 0.13,
+    },
+}
+"""Other uses of the embedded vectors: an ablation, and conditions."""
 KEY: Final = "key-of-changes"
 
 
@@ -52,6 +69,7 @@ def write_config(folder: Path) -> Path:
     config = yaml.safe_load(embedded.STEER_CONFIG.read_text())
     for steer in config["steers"].values():
         steer["path"] = str(embedded.STEER_CONFIG.parent / steer["path"])
+    config["steers"] |= {name: {**entry, "path": _embedded(entry)} for name, entry in _MORE.items()}
     config["runtime"] = {
         "enabled": True,
         "folders": [str(folder)],
@@ -62,6 +80,11 @@ def write_config(folder: Path) -> Path:
     path = folder / "steers.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def _embedded(entry: dict[str, Any]) -> str:
+    """The file of an embedded steer."""
+    return str(embedded.STEERS / f"{entry['path']}.safetensors")
 
 
 def digests_of(config: Path) -> dict[str, str]:

@@ -48,7 +48,7 @@ class Configuration:
     environment: Mapping[str, str] = field(default_factory=dict)
     requests: int = 10_000
     prompts: int = len(PROMPTS)
-    settings: int = 14
+    settings: int = 18
     contents: int = 4
     """Of each of three kinds."""
     max_tokens: int = 10
