@@ -12,7 +12,15 @@ import torch
 
 from benchmarks import kernel_resources as tool
 from vllm_steer.kernels.divergence import triton_fused as divergence
-from vllm_steer.kernels.guidance import Directions, TokenMap, TokenRules, triton_fused
+from vllm_steer.kernels.guidance import (
+    Conditions,
+    Directions,
+    Gates,
+    Readings,
+    TokenMap,
+    TokenRules,
+    triton_fused,
+)
 from vllm_steer.kernels.lm_steer import SteeredRows
 from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
 from vllm_steer.kernels.lm_steer.triton_tiled import TILED, tiled
@@ -124,6 +132,70 @@ def test_guidance_kernels_fit_a_hopper_card_without_spilling(
         warm_up_guidance(width, has_rotation, dtype)
     assert len({name for name, _ in compiled}) == 2
     assert_fit(compiled)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_rotation", [False, True], ids=["add", "rotate"])
+@pytest.mark.parametrize("width", [4096, pytest.param(63, marks=pytest.mark.matrix), 8192])
+def test_kernels_of_readings_and_conditions_fit_a_hopper_card_without_spilling(
+    width: int, has_rotation: bool, dtype: torch.dtype
+) -> None:
+    with tool.compiling() as compiled:
+        warm_up_readings(width, has_rotation, dtype)
+    assert {name for name, _ in compiled} == {"_map", "steer_reading", "read_conditions"}
+    assert_fit(compiled)
+
+
+def test_no_step_with_readings_compiles_a_kernel_after_start_up() -> None:
+    width, dtype = 4096, torch.bfloat16
+    with tool.compiling() as at_start:
+        directions, conditions, gates = warm_up_readings(width, True, dtype)
+    layers = len(directions.vectors)
+    with tool.compiling() as while_serving:
+        for tokens in (1, 2, 16, 17, 257):
+            shape = (4, tokens)
+            token_map = TokenMap(
+                torch.zeros(shape, dtype=torch.int32),
+                torch.zeros(layers, *shape),
+                low=torch.zeros(shape),
+                high=torch.zeros(shape),
+                gate=torch.zeros(shape, dtype=torch.int32),
+                gates=gates,
+            )
+            hidden = torch.zeros(tokens, width, dtype=dtype)
+            for layer in range(layers):
+                for residual in (None, hidden.clone()):
+                    for depth in (1, 3, 4):
+                        triton_fused.steer_tokens_(
+                            hidden, residual, directions, layer, token_map, depth
+                        )
+                        triton_fused.read_conditions_(
+                            hidden, residual, conditions, layer, token_map, depth
+                        )
+    assert while_serving and set(while_serving) <= set(at_start)
+
+
+def warm_up_readings(
+    width: int, has_rotation: bool, dtype: torch.dtype
+) -> tuple[Directions, Conditions, Gates]:
+    """What sites of three layers with readings, gates and conditions were warmed up with."""
+    readings = Readings(
+        torch.zeros(5, dtype=torch.int32),
+        torch.zeros(5, 4),
+        torch.zeros(3, 2, width),
+        torch.zeros(3, 2),
+        torch.zeros(3, 2),
+    )
+    rotations = torch.ones(5) if has_rotation else None
+    directions = Directions(torch.zeros(3, 5, width), rotations, readings)
+    gates = Gates(torch.zeros(9, 4), torch.zeros(9))
+    number = torch.zeros(2)
+    conditions = Conditions(torch.zeros(3, 2, width), number.to(torch.int32), number, number)
+    triton_fused.warm_up(
+        directions, hidden_dtype=dtype, residual_dtype=dtype, num_doses=4, gates=gates
+    )
+    triton_fused.warm_up_conditions(conditions, dtype, num_tests=16, gates=gates)
+    return directions, conditions, gates
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

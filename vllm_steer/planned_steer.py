@@ -14,6 +14,7 @@ from vllm_steer.steers import (
     ConditionSteer,
     DeltaSteer,
     LMSteer,
+    LowRankSteer,
     Schedule,
     Side,
     Similarity,
@@ -106,11 +107,11 @@ def plan_loaded(name: str, entry: SteerEntry, steer: Steer, limits: Limits) -> P
                 f"steer {name}: layers does not apply to a steer of kind {steer.kind}; drop it"
             )
         vocab_size = steer.vocab_size
-        if steer.rank > limits.max_rank:
-            raise SteerError(
-                f"steer {name}: {entry.path}: rank is {steer.rank}; limits.max_rank is "
-                f"{limits.max_rank}"
-            )
+    if isinstance(steer, LMSteer | LowRankSteer) and steer.rank > limits.max_rank:
+        raise SteerError(
+            f"steer {name}: {entry.path}: rank is {steer.rank}; limits.max_rank is "
+            f"{limits.max_rank}"
+        )
     return PlannedSteer(
         path=entry.path,
         overrides=entry.overrides,

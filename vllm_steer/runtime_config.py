@@ -32,7 +32,7 @@ class Room(BaseModel):
     sites        the sites inside the layers that have room, in ``layers`` (all that have the site)
     vectors      vector steers at once, at each of the ``sites`` but ``heads``, which has none
     delta_steps  steps of all delta steers together, at each of the ``sites``
-    modes        what vectors may do: ``add``, ``rotate``
+    modes        what vectors may do: ``add``, ``rotate``, ``project``, ``relative``
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_steer.kernels.guidance import torch_gather
@@ -99,8 +100,8 @@ def step_changes(
         step0 = active.step0_position if columns is None else active.step0_position[:, columns]
         if ((gate > 0) & (strengths != 0) & (positions.numpy()[tokens] <= step0)).any():
             return None  # the verdict of this step's prompts is not known yet
-        is_open = gates.verdicts.numpy().sum(1) >= gates.needed.numpy()
-        strengths = strengths * is_open[gate]
+        if gate.any():
+            strengths = strengths * _are_open(gates, gate)
     by_layer = (active.layers if columns is None else active.layers[:, :, columns]) * strengths
     readings = directions.readings
     if (
@@ -139,8 +140,9 @@ def steer_tokens_(
     num_tokens = hidden.shape[0]
     strengths = token_map.strengths[layer, :depth, :num_tokens].numpy()
     if token_map.gate is not None and token_map.gates is not None:
-        is_open = token_map.gates.verdicts.numpy().sum(1) >= token_map.gates.needed.numpy()
-        strengths = strengths * is_open[token_map.gate[:depth, :num_tokens].numpy()]
+        gate = token_map.gate[:depth, :num_tokens].numpy()
+        if gate.any():
+            strengths = strengths * _are_open(token_map.gates, gate)
     tokens = np.flatnonzero(strengths.any(0))
     if not len(tokens):
         return
@@ -162,6 +164,14 @@ def steer_tokens_(
         if turns.any():
             change[turns] = _turned(x[turns], change[turns])
     rows[tokens] += change
+
+
+def _are_open(gates: Gates, gate: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which of some gates are open."""
+    is_open: npt.NDArray[np.bool_] = (
+        gates.verdicts.numpy()[gate].sum(-1) >= gates.needed.numpy()[gate]
+    )
+    return is_open
 
 
 def _factors(

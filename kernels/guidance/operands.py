@@ -137,7 +137,8 @@ class Gates:
 
     def are_open(self, gate: torch.Tensor) -> torch.Tensor:
         """Which of some gates are open, bool, in the shape of ``gate``."""
-        return (self.verdicts.sum(1) >= self.needed)[gate]
+        held: torch.Tensor = self.verdicts[gate].sum(-1)
+        return held >= self.needed[gate]
 
 
 @dataclass(frozen=True)

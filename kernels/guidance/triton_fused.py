@@ -35,6 +35,9 @@ __all__ = [
 # An addition splits a row among programs, so that a decode step of few tokens fills the GPU; a
 # rotation needs the norms of the whole row, so one program reads the row in the largest blocks.
 ADD_BLOCK, ROTATE_BLOCK = 1024, 4096
+# What depends on the token passes over the row more than once; the blocks are those that do not
+# spill.
+READING_BLOCK, READING_ROTATE_BLOCK = 4096, 2048
 
 
 def steer_tokens_(
@@ -108,7 +111,8 @@ def _steer_reading_(
     residual_or_hidden = hidden if residual is None else residual
     readers = vectors if readings is None else readings.vectors[layer]
     nothing = strengths  # for what is not there, and not read
-    block, num_warps = _block(hidden.shape[1], ROTATE_BLOCK)
+    most = READING_BLOCK if directions.is_rotation is None else READING_ROTATE_BLOCK
+    block, num_warps = _block(hidden.shape[1], most)
     steer_reading[(hidden.shape[0],)](
         *_strided(hidden, residual_or_hidden, vectors, readers),
         nothing if directions.is_rotation is None else directions.is_rotation,
@@ -154,7 +158,7 @@ def read_conditions_(
     assert token_map.gate is not None and token_map.gates is not None
     vectors = conditions.vectors[layer]
     residual_or_hidden = hidden if residual is None else residual
-    block, num_warps = _block(width, ROTATE_BLOCK)
+    block, num_warps = _block(width, READING_BLOCK)
     read_conditions[(num_tokens,)](
         *_strided(hidden, residual_or_hidden, vectors),
         conditions.measure,

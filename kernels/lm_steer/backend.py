@@ -27,16 +27,20 @@ class LMSteerBackend(Protocol):
 
 @runtime_checkable
 class GraphLMSteerBackend(LMSteerBackend, Protocol):
-    """A backend whose batches of low-rank slots can be prepared in a CUDA graph."""
+    """A backend that has metadata of low-rank slots in buffers that keep their addresses."""
 
-    def prepare_rows(
-        self,
-        slot_of_row: torch.Tensor,
-        scales: torch.Tensor,
-        slots: torch.Tensor,
-        weights: SteerWeights,
+    def row_buffers(
+        self, slot_of_pair: torch.Tensor, weights: SteerWeights, pairs_per_row: int
     ) -> Any:
-        """The metadata of ``[T]`` rows with at most one slot each, -1 for none, made on the device.
+        """Buffers of the metadata for ``slot_of_pair [N * pairs_per_row]`` int32, without slots."""
+
+    def write_rows(
+        self, buffers: Any, slot_of_pair: torch.Tensor, slots: torch.Tensor, num_rows: int
+    ) -> None:
+        """Write the slots of the first ``num_rows`` rows, -1 for none, without a synchronisation.
 
         ``slots`` ``[S, 3]`` int32 are the start, fixed and end of each slot.
         """
+
+    def first_rows(self, buffers: Any, scales: torch.Tensor, num_rows: int) -> Any:
+        """The metadata of the first rows for ``steer_rows``: views that a graph may keep."""

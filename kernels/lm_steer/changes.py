@@ -35,7 +35,8 @@ def allocate(x: torch.Tensor, metadata: BatchMetadata) -> ResultBuffers:
     whole = metadata.touched == x.shape[0]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if whole else _copy(x)
     pairs = 0 if metadata.sums is None else metadata.rows.shape[0]
-    changes = torch.empty(pairs, x.shape[1], dtype=torch.float32, device=x.device)
+    new = torch.zeros if metadata.has_idle_pairs else torch.empty
+    changes = new(pairs, x.shape[1], dtype=torch.float32, device=x.device)
     return ResultBuffers(x, out, changes, fused=metadata.sums is None)
 
 

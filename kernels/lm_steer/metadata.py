@@ -53,6 +53,7 @@ class BatchMetadata:
     constant  tiles of one pair each, of ``Constant`` slots
     sums      None if no row has more than one pair: its change is added where it is made
     touched   number of rows with a pair, on the host
+    has_idle_pairs   some pairs have no tile: their changes are zero
     """
 
     rows: torch.Tensor
@@ -63,6 +64,7 @@ class BatchMetadata:
     constant: Tiles | None
     sums: RowSums | None
     touched: int
+    has_idle_pairs: bool = False
 
 
 def batch_metadata(
@@ -105,37 +107,96 @@ def batch_metadata(
     )
 
 
-def row_metadata(
-    slot_of_row: torch.Tensor,
-    scales: torch.Tensor,
-    slots: torch.Tensor,
+@dataclass(frozen=True, eq=False)
+class RowBuffers:
+    """Metadata of up to N rows with K pairs each, whether they have a slot or not, in buffers.
+
+    Pair ``t * K + k`` belongs to row ``t`` and is a tile of its own; ``bounds [N * K, 5]`` and
+    ``work [N * K, blocks, 2]`` are negative where it has no slot, ``touched [N]`` where none of a
+    row's pairs has. ``rows``, ``order [N * K]`` and ``starts [N + 1]`` never change.
+    """
+
+    pairs_per_row: int
+    rows: torch.Tensor
+    bounds: torch.Tensor
+    epsilons: torch.Tensor
+    work: torch.Tensor
+    touched: torch.Tensor
+    starts: torch.Tensor
+    order: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all buffers."""
+        tensors = (self.rows, self.bounds, self.epsilons, self.work, self.touched, self.order)
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def row_buffers(
+    num_rows: int,
+    pairs_per_row: int,
     *,
     max_rank: int,
     ranks_per_program: int,
-) -> BatchMetadata:
-    """The metadata of T rows with at most one low-rank slot each, made on the device.
+    device: torch.device,
+) -> RowBuffers:
+    """Buffers without any slot; ``write_rows`` fills them."""
+    num_pairs = num_rows * pairs_per_row
+    pairs = torch.arange(num_pairs, dtype=torch.int32, device=device)
+    first_rank = torch.arange(0, max_rank, ranks_per_program, dtype=torch.int32, device=device)
+    work = torch.full((num_pairs, len(first_rank), 2), -1, dtype=torch.int32, device=device)
+    work[:, :, 1] = first_rank
+    starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device) * pairs_per_row
+    return RowBuffers(
+        pairs_per_row=pairs_per_row,
+        rows=pairs // pairs_per_row,
+        bounds=torch.full((num_pairs, 5), -1, dtype=torch.int32, device=device),
+        epsilons=torch.ones(num_pairs, device=device),
+        work=work,
+        touched=torch.full((num_rows,), -1, dtype=torch.int32, device=device),
+        starts=starts,
+        order=pairs,
+    )
 
-    ``slot_of_row`` ``[T]`` is -1 for none, ``scales`` ``[T]`` float32, ``slots`` ``[S, 3]`` int32
-    their start, fixed and end. Shapes depend on T alone and nothing waits for the device: the call
-    can be captured in a CUDA graph. Every row is a tile of its own.
+
+def write_rows(
+    buffers: RowBuffers, slot_of_pair: torch.Tensor, slots: torch.Tensor, num_rows: int
+) -> None:
+    """Write the slots of the first ``num_rows`` rows; nothing waits for the device.
+
+    ``slot_of_pair`` ``[N * K]`` is -1 for none, ``slots`` ``[S, 3]`` int32 are the start, fixed and
+    end of each slot.
     """
-    num_rows, device = slot_of_row.shape[0], slot_of_row.device
-    rows = torch.arange(num_rows, dtype=torch.int32, device=device)
-    is_active = (slot_of_row >= 0) & (scales != 0)
-    pair = torch.where(is_active, rows, -1)
-    bounds = torch.cat([pair[:, None], rows[:, None] + 1, slots[slot_of_row.clamp_min(0)]], dim=1)
-    blocks = -(-max_rank // ranks_per_program)
-    first_rank = torch.arange(blocks, dtype=torch.int32, device=device) * ranks_per_program
-    work = torch.stack([pair[:, None].expand(-1, blocks), first_rank.expand(num_rows, -1)], dim=2)
+    num_pairs = num_rows * buffers.pairs_per_row
+    slot, pairs = slot_of_pair[:num_pairs], buffers.order[:num_pairs]
+    has_slot = slot >= 0
+    tile = torch.where(has_slot, pairs, -1)
+    bounds = buffers.bounds[:num_pairs]
+    bounds[:, 0] = tile
+    bounds[:, 1] = pairs + 1
+    bounds[:, 2:] = slots[slot.clamp_min(0)]
+    buffers.work[:num_pairs, :, 0] = tile[:, None]
+    has_any = has_slot.view(num_rows, -1).any(1)
+    buffers.touched[:num_rows] = torch.where(
+        has_any, buffers.rows[:num_pairs][:: buffers.pairs_per_row], -1
+    )
+
+
+def first_rows(buffers: RowBuffers, scales: torch.Tensor, num_rows: int) -> BatchMetadata:
+    """The metadata of the first rows under ``scales``, one per pair: views, for a CUDA graph."""
+    num_pairs = num_rows * buffers.pairs_per_row
     return BatchMetadata(
-        rows=rows,
+        rows=buffers.rows[:num_pairs],
         scales=scales,
-        low_rank=Tiles(bounds.contiguous(), torch.ones_like(scales)),
-        work=work.reshape(-1, 2).contiguous(),
+        low_rank=Tiles(buffers.bounds[:num_pairs], buffers.epsilons[:num_pairs]),
+        work=buffers.work[:num_pairs].view(-1, 2),
         dense=None,
         constant=None,
-        sums=None,
+        sums=RowSums(
+            buffers.touched[:num_rows], buffers.starts[: num_rows + 1], buffers.order[:num_pairs]
+        ),
         touched=0,
+        has_idle_pairs=True,
     )
 
 

@@ -10,9 +10,12 @@ from vllm_steer.kernels.lm_steer.block_sizes import BlockSizes
 from vllm_steer.kernels.lm_steer.changes import ResultBuffers, add_changes, allocate
 from vllm_steer.kernels.lm_steer.metadata import (
     BatchMetadata,
+    RowBuffers,
     Tiles,
     batch_metadata,
-    row_metadata,
+    first_rows,
+    row_buffers,
+    write_rows,
 )
 from vllm_steer.kernels.lm_steer.operands import SteeredRows, SteerWeights
 
@@ -53,21 +56,31 @@ class TritonBackend:
             ranks_per_program=sizes.shrink_ranks,
         )
 
-    def prepare_rows(
-        self,
-        slot_of_row: torch.Tensor,
-        scales: torch.Tensor,
-        slots: torch.Tensor,
-        weights: SteerWeights,
-    ) -> BatchMetadata:
-        """``row_metadata`` for these weights: made on the device, in a CUDA graph too."""
-        return row_metadata(
-            slot_of_row,
-            scales,
-            slots,
+    def row_buffers(
+        self, slot_of_pair: torch.Tensor, weights: SteerWeights, pairs_per_row: int
+    ) -> RowBuffers:
+        """Buffers for ``slot_of_pair [N * pairs_per_row]``, see ``RowBuffers``."""
+        return row_buffers(
+            slot_of_pair.shape[0] // pairs_per_row,
+            pairs_per_row,
             max_rank=weights.columns.max_rank,
             ranks_per_program=self.sizes(weights).shrink_ranks,
+            device=slot_of_pair.device,
         )
+
+    def write_rows(
+        self,
+        buffers: RowBuffers,
+        slot_of_pair: torch.Tensor,
+        slots: torch.Tensor,
+        num_rows: int,
+    ) -> None:
+        """Write the slots of the first ``num_rows`` rows into the buffers."""
+        write_rows(buffers, slot_of_pair, slots, num_rows)
+
+    def first_rows(self, buffers: RowBuffers, scales: torch.Tensor, num_rows: int) -> BatchMetadata:
+        """The metadata of the first rows, in a CUDA graph too."""
+        return first_rows(buffers, scales, num_rows)
 
     def steer_rows(
         self, x: torch.Tensor, weights: SteerWeights, metadata: BatchMetadata

@@ -7,7 +7,7 @@ from vllm_steer.bank import SiteTable, fill_layer_bank
 from vllm_steer.kernels.guidance import Gates, TokenMap
 from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
 from vllm_steer.kernels.lm_steer.triton_tiled import TILED
-from vllm_steer.serving.low_rank_pairs import graph_changes
+from vllm_steer.serving.low_rank_pairs import GraphPairs
 from vllm_steer.steers import LowRankSteer, VectorSteer
 
 WIDTH, LAYERS = 72, (0, 2)
@@ -60,16 +60,23 @@ def test_each_token_gets_the_map_of_its_direction(
             torch.tensor([0.0, 1, 1], device=device),
         ),
     )
+    assert table.maps is not None
+    pairs = GraphPairs(
+        table.maps,
+        backend,  # type: ignore[arg-type]
+        max_doses=2,
+        max_tokens=12,
+        device=device,
+    )
+    everything = TokenMap(
+        token_map.directions.new_ones(2, 12), token_map.strengths.new_ones(2, 2, 12)
+    )
+    pairs.write(everything, 2, 12)  # a longer step before, of which nothing may remain
+    pairs.write(token_map, 2, 7)
+    stream = (hidden + residual if with_residual else hidden).to(device)
     for index, layer in enumerate(LAYERS):
-        found = graph_changes(
-            hidden.to(device),
-            residual.to(device) if with_residual else None,
-            table,
-            index,
-            token_map,
-            2,
-            backend,  # type: ignore[arg-type]
-        )
+        found = torch.zeros_like(stream)
+        pairs.add_(found, stream, index, token_map)
         for token in range(7):
             x = hidden[token].double() + (residual[token].double() if with_residual else 0)
             expected = torch.zeros(WIDTH, dtype=torch.float64)
@@ -83,3 +90,5 @@ def test_each_token_gets_the_map_of_its_direction(
                 inner = steer.a[row].double() @ x
                 expected += float(strengths[index, k, token]) * (steer.b[row].double() @ inner)
             torch.testing.assert_close(found[token].cpu().double(), expected, rtol=1e-4, atol=2e-3)
+    pairs.clear()
+    assert (pairs._metadata.bounds[:, 0] == -1).all() and (pairs._metadata.touched == -1).all()

@@ -9,6 +9,7 @@ from vllm_steer.bank.layers import (
     SiteTable,
     fill_layer_bank,
 )
+from vllm_steer.bank.low_rank import LowRankTable
 
 __all__ = [
     "ConditionTable",
@@ -18,6 +19,7 @@ __all__ = [
     "HeadTable",
     "LayerBank",
     "LayerRoom",
+    "LowRankTable",
     "SiteTable",
     "fill_condition_tables",
     "fill_head_bank",

@@ -125,14 +125,12 @@ def fill_layer_bank(
     device: torch.device,
     project: Project,
     room: LayerRoom | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> LayerBank:
     """Put the steers' directions for ``layers``, those of this rank, on the device.
 
     Directions at ``heads`` are projected through the layer's own projection once, here: the
     projection is linear, so adding ``W delta`` to its output is adding ``delta`` to its input.
-    Low-rank maps are in the model's ``dtype``. Raises ``SteerError`` for one whose projection, or
-    whose factors, are beyond its range.
+    Raises ``SteerError`` for one whose projection is beyond the range of the model's dtype.
     """
     by_site = {
         site: {name: steer for name, steer in sorted(steers.items()) if steer.site == site}
@@ -141,7 +139,7 @@ def fill_layer_bank(
     tables = [
         table
         for site, site_steers in by_site.items()
-        if (table := _table(site, site_steers, set(layers), device, project, room, dtype))
+        if (table := _table(site, site_steers, set(layers), device, project, room))
     ]
     return LayerBank(tuple(tables))
 
@@ -168,7 +166,6 @@ def _table(
     device: torch.device,
     project: Project,
     room: LayerRoom | None,
-    dtype: torch.dtype,
 ) -> SiteTable | None:
     """One site's table; None if no steer of it touches a layer of this rank and none has room."""
     reserved = () if room is None else room.layers.get(site, ())
@@ -211,7 +208,6 @@ def _table(
         layers,
         {name: entries[name].start for name in low_rank},
         num_directions=vectors.shape[1],
-        dtype=dtype,
         device=device,
     )
     return SiteTable(site, layers, entries, directions, first_vector, first_step, maps)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_steer.errors import SteerError
 from vllm_steer.kernels.lm_steer import LowRank, SteerWeights
 from vllm_steer.steers import LowRankSteer
 
@@ -37,7 +36,6 @@ def fill_low_rank(
     directions: Mapping[str, int],
     *,
     num_directions: int,
-    dtype: torch.dtype,
     device: torch.device,
 ) -> LowRankTable | None:
     """The maps of one site in ``layers``, in the model's ``dtype``; None if there are none.
@@ -47,8 +45,6 @@ def fill_low_rank(
     """
     if not steers:
         return None
-    for name, steer in steers.items():
-        _check_range(name, steer, dtype)
     slots, start = [], 0
     for steer in steers.values():
         slots.append(LowRank(start, start + steer.rank, start + steer.rank, epsilon=1.0))
@@ -56,12 +52,12 @@ def fill_low_rank(
     width = next(iter(steers.values())).hidden_size
     weights = []
     for layer in layers:
-        shrink, expand = (torch.zeros(start, width, dtype=dtype) for _ in range(2))
+        shrink, expand = (torch.zeros(start, width) for _ in range(2))
         for slot, steer in zip(slots, steers.values(), strict=True):
             if layer in steer.layers:
                 row = steer.layers.index(layer)
-                shrink[slot.start : slot.end] = steer.a[row].to(dtype)
-                expand[slot.start : slot.end] = steer.b[row].T.to(dtype)
+                shrink[slot.start : slot.end] = steer.a[row].float()
+                expand[slot.start : slot.end] = steer.b[row].T.float()
         weights.append(
             SteerWeights(
                 slots=tuple(slots),
@@ -81,12 +77,3 @@ def fill_low_rank(
         slot_of_direction=slot_of_direction.to(device),
         bounds=torch.tensor(bounds, dtype=torch.int32, device=device),
     )
-
-
-def _check_range(name: str, steer: LowRankSteer, dtype: torch.dtype) -> None:
-    largest = max(float(tensor.float().abs().max()) for tensor in steer.tensors.values())
-    if largest > torch.finfo(dtype).max:
-        raise SteerError(
-            f"steer {name} has values up to {largest:g}, beyond the range of the model's {dtype}; "
-            "scale a or b down and the strengths up"
-        )

@@ -6,6 +6,7 @@ from typing import Any, Final, Protocol
 
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.request.values import number
+from vllm_steer.steers.checks import LARGEST
 from vllm_steer.untrusted_text import shown
 
 _UNBOUNDED: Final = {"inf": math.inf, "-inf": -math.inf}
@@ -49,4 +50,10 @@ def _bound(name: str, option: str, options: Mapping[Any, Any]) -> float:
     value = options[option]
     if isinstance(value, str) and value in _UNBOUNDED:
         return _UNBOUNDED[value]
-    return number(name, option, value, expected="or 'inf' or '-inf' for no bound")
+    bound = number(name, option, value, expected="or 'inf' or '-inf' for no bound")
+    if abs(bound) > LARGEST:
+        raise SteerRequestError(
+            f"steer {name} has {option} {shown(value)}, which is beyond the range of float32; "
+            "'inf' or '-inf' is no bound"
+        )
+    return bound

@@ -80,7 +80,7 @@ def read_dose(name: str, value: Any, steer: SteerAttributes) -> Dose:
             f"steer {name}: with schedule 'start' or a single step it acts at the last prompt "
             "token only, in phase 'generation' after it: together they do nothing; drop one"
         )
-    if not token_spans(dose, steer.steps, _LONG_PROMPT):
+    if steer.steps is not None and not token_spans(dose, steer.steps, _LONG_PROMPT):
         raise SteerRequestError(
             f"steer {name}: its phase has no token at which the steps of its delta act: together "
             "they do nothing; drop one"

@@ -14,6 +14,7 @@ from vllm_steer.request.gates import check_gate
 from vllm_steer.request.options import SteerAttributes, read_dose, read_strength
 from vllm_steer.request.parsing import Options, parse
 from vllm_steer.request.value_limits import check_plain
+from vllm_steer.steers.sites import acts_at_head
 from vllm_steer.untrusted_text import listed, shown
 
 
@@ -49,6 +50,8 @@ def resolve(value: Any, plan: SteerCatalog) -> tuple[Dose, ...]:
     doses = tuple(
         replace(like, strength=strength) for like, strength in strengths.items() if strength != 0
     )
+    _check_once_at_head(doses, plan)
+    _check_no_turned_map(doses, plan)
     _check_limits(doses, plan)
     check_plain(value)
     return doses
@@ -103,6 +106,35 @@ def _check_dynamic_alone(doses: Sequence[Dose]) -> None:
                 f"steer {dose.steer} is asked for more than once, with a dynamic strength among "
                 "them, which is computed for all that the steer does; ask for it once"
             )
+
+
+def _check_once_at_head(doses: Sequence[Dose], plan: SteerCatalog) -> None:
+    """Raise ``SteerRequestError`` for an LM-Steer with and without a condition, or with two."""
+    at_head = Counter(dose.steer for dose in doses if acts_at_head(plan.steers[dose.steer]))
+    for name, times in at_head.items():
+        if times > 1:
+            raise SteerRequestError(
+                f"steer {name} acts at the LM head and is asked for under {times} conditions; "
+                "ask for it once"
+            )
+
+
+def _check_no_turned_map(doses: Sequence[Dose], plan: SteerCatalog) -> None:
+    """Raise ``SteerRequestError`` for a low-rank map at a place where a rotation rescales the sum.
+
+    A map is added after the directions of its place: the norm would not be kept.
+    """
+    steers = [(dose, plan.steers[dose.steer]) for dose in doses]
+    for dose, steer in steers:
+        for other_dose, other in steers if steer.kind == "low_rank" else ():
+            if getattr(other, "mode", None) != "rotate" or other.site != steer.site:
+                continue
+            others = other_dose.layers or other.layers or ()
+            if set(dose.layers or steer.layers or ()) & set(others):
+                raise SteerRequestError(
+                    f"steer {dose.steer} is a low-rank map and {other_dose.steer} rotates at the "
+                    f"same site {steer.site} of the same layers; give them other layers"
+                )
 
 
 def _check_limits(doses: Sequence[Dose], plan: SteerCatalog) -> None:

@@ -7,12 +7,13 @@ the one that was used least recently goes first.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from vllm_steer.planned_steer import PlannedSteer
 from vllm_steer.runtime.refusal import CONFLICT, Refused
 from vllm_steer.runtime_config import Room
 from vllm_steer.steers.sites import HEAD
+from vllm_steer.untrusted_text import shown
 
 _LOADABLE: Final = ("lm_steer", "vector", "delta")
 
@@ -151,13 +152,18 @@ def room_bytes(
     }
 
 
-def check_fits(name: str, steer: PlannedSteer, room: Room) -> None:
-    """Raise ``Refused`` for a steer that the reserved room could not hold even if it were empty."""
-    if steer.kind not in _LOADABLE:
+def check_loadable(name: str, kind: Any) -> None:
+    """Raise ``Refused`` for a steer of a kind that has no room at run time; None is not known."""
+    if kind is not None and kind not in _LOADABLE:
         raise Refused(
-            f"steer {name}: a steer of kind {steer.kind} cannot be loaded at run time; name it in "
+            f"steer {name}: a steer of kind {shown(kind)} cannot be loaded at run time; name it in "
             f"the steer config ({', '.join(_LOADABLE)} can be loaded)"
         )
+
+
+def check_fits(name: str, steer: PlannedSteer, room: Room) -> None:
+    """Raise ``Refused`` for a steer that the reserved room could not hold even if it were empty."""
+    check_loadable(name, steer.kind)
     region, length = needed_room(steer)
     if length > capacities(room).get(region, 0):
         raise Refused(f"steer {name}: {_no_region(region, length, room)}")

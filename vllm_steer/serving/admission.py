@@ -15,6 +15,7 @@ from vllm_steer.serving.request_args import (
     STRENGTHS,
     RejectedSteer,
     argument,
+    asks_for_prompt_logprobs,
     doses_of,
     reject_stream_argument,
     rejecting,
@@ -44,7 +45,6 @@ def admit(params: Any, vllm_config: Any) -> tuple[Dose, ...]:
         _check_gated(doses, params)
         if is_dynamic(doses):
             _check_dynamic(doses, params, plan, vllm_config)
-        _check_no_turned_map(doses, plan)
     if reports and not is_dynamic(doses):
         from vllm_steer.serving.dynamic_admission import check_available
 
@@ -76,29 +76,11 @@ def _check_gated(doses: Sequence[Dose], params: Any) -> None:
             f"steer {', '.join(gated)} has 'when' beside a dynamic strength, which is computed in "
             "streams of the request that do not read its conditions; ask for fixed strengths"
         )
-    if gated and getattr(params, "prompt_logprobs", None) is not None:
+    if gated and asks_for_prompt_logprobs(params):
         raise SteerRequestError(
             f"steer {', '.join(gated)} has 'when': its conditions are known once the whole prompt "
             "is computed, hence there are no prompt logprobs under it; leave prompt_logprobs away"
         )
-
-
-def _check_no_turned_map(doses: Sequence[Dose], plan: SteerPlan) -> None:
-    """Raise ``SteerRequestError`` for a low-rank map at a place where a rotation rescales the sum.
-
-    A map is added after the directions of its place: the norm would not be kept.
-    """
-    steers = [(dose, plan.steer_of(dose)) for dose in doses]
-    for dose, steer in steers:
-        for other_dose, other in steers if steer.kind == "low_rank" else ():
-            if other.mode != "rotate" or other.site != steer.site:
-                continue
-            others = other_dose.layers or other.layers or ()
-            if set(dose.layers or steer.layers or ()) & set(others):
-                raise SteerRequestError(
-                    f"steer {dose.steer} is a low-rank map and {other_dose.steer} rotates at the "
-                    f"same site {steer.site} of the same layers; give them other layers"
-                )
 
 
 def _check_dynamic(doses: tuple[Dose, ...], params: Any, plan: SteerPlan, vllm_config: Any) -> None:

@@ -106,7 +106,7 @@ def _keys(dose: Dose, plan: SteerPlan, num_prompt: int, request: Any) -> Iterato
     spans = token_spans(dose, steer.steps, num_prompt)
     if not spans:
         return
-    gate = _gate(dose, plan)
+    gate = _gate(dose, plan, num_prompt)
     first = spans[0][0]
     if dose.dynamic:
         # Ids may come again: then all that the strengths follow from has to be alike.
@@ -130,12 +130,15 @@ def _keys(dose: Dose, plan: SteerPlan, num_prompt: int, request: Any) -> Iterato
             yield BlockKey(end, _digest(dose, steer, begin, end, *gate))
 
 
-def _gate(dose: Dose, plan: SteerPlan) -> tuple[str, ...]:
-    """What decides whether a gated dose acts; nothing for another one."""
+def _gate(dose: Dose, plan: SteerPlan, num_prompt: int) -> tuple[str | int, ...]:
+    """What decides whether a gated dose acts; nothing for another one.
+
+    A verdict depends on where the prompt ends, which the beginning of a window does not say.
+    """
     if dose.gate is None:
         return ()
     conditions = sorted(plan.steers[name].content for name in dose.gate.conditions)
-    return (dose.gate.needs, *conditions)
+    return (num_prompt, dose.gate.needs, *conditions)
 
 
 def _text_start(bounds: Sequence[int]) -> tuple[int, int | None]:

@@ -9,6 +9,7 @@ from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.serving.dynamic.streams import needs_streams, num_streams
+from vllm_steer.serving.request_args import asks_for_prompt_logprobs
 from vllm_steer.steers.sites import acts_at_head
 
 _OR_FIXED = "or give the steers fixed strengths"
@@ -56,7 +57,7 @@ def check_params_for(doses: Sequence[Dose], params: Any) -> None:
             f"dynamic strength ({names}) belongs to generated text and the request has "
             f"{type(params).__name__}; generate with SamplingParams, or ask for steer 'none'"
         )
-    if params.prompt_logprobs is not None:
+    if asks_for_prompt_logprobs(params):
         raise SteerRequestError(
             f"dynamic strength ({names}) begins with the first token after the prompt, hence there "
             f"are no prompt logprobs under it; leave prompt_logprobs away, {_OR_FIXED}"

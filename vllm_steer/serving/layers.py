@@ -83,14 +83,14 @@ class SteeredLayers:
         )
 
     def _module(self, layer: nn.Module, number: int, site: MappedSite) -> nn.Module:
-        """The module whose output is changed or read; a sum can be changed by its last term, unless
-        it is read, too.
+        """The module whose output is changed or read.
+
+        A sum can be changed by its last term, but not in an engine with conditions: that these are
+        read first is nothing that a compiler sees.
         """
         family = self._known.families[number]
-        is_read = any(
-            site.site == one.site and number in one.layers for one in self.condition_sites
-        )
-        if site.site == "resid" and (is_read or family.last_term is None or _needs_stream(site)):
+        sums_itself = family.last_term is not None and not self.condition_sites
+        if site.site == "resid" and (not sums_itself or _needs_stream(site)):
             return layer
         names = {
             "resid": family.last_term,
@@ -118,6 +118,8 @@ class SteeredLayers:
                 attention_layers=known.attention_layers,
                 device=device,
             )
+        for condition_site in self.condition_sites:
+            condition_site.reached.clear()  # what the compiled model reaches is still to be seen
         self._known = known.without_modules()
 
     def _place(self, site: SteeredSite, index: int) -> Place:
@@ -207,7 +209,6 @@ def steered_layers(
         device=device,
         project=project,
         room=room,
-        dtype=options.dtype(vllm_config),
     )
     tokens = _max_tokens(vllm_config)
     sites = tuple(

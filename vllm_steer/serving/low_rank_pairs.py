@@ -2,7 +2,8 @@
 
 The pairs of token and map follow from the requests of the batch and are known on the host; whether
 a map acts on a token, and how strongly, is what the site's token map says on the device. Where a
-CUDA graph replays the step, the pairs are read from the token map, too: see ``graph_changes``.
+CUDA graph replays the step, the pairs are read from the token map, too, into buffers that keep
+their addresses: ``GraphPairs``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_steer.bank import SiteTable
+from vllm_steer.bank import LowRankTable, SiteTable
 from vllm_steer.kernels.guidance import TokenMap
 from vllm_steer.kernels.lm_steer import GraphLMSteerBackend, LMSteerBackend, SteeredRows
 from vllm_steer.kernels.upload import upload
@@ -33,58 +34,84 @@ class LowRankPairs:
     doses: torch.Tensor
     tokens_of_pairs: torch.Tensor
 
-    def changes(
+    def add_(
         self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        table: SiteTable,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        maps: LowRankTable,
         layer: int,
         token_map: TokenMap,
         backend: LMSteerBackend,
-    ) -> torch.Tensor:
-        """What the maps add to the touched tokens, ``[U, width]`` float32."""
-        assert table.maps is not None
-        x = hidden.index_select(0, self.tokens).float()
-        if residual is not None:
-            x += residual.index_select(0, self.tokens).float()
+    ) -> None:
+        """Add what the maps make of ``x [T, width]`` to ``out``; both are float32."""
+        x = x.index_select(0, self.tokens)
         strengths = token_map.strengths[layer][self.doses, self.tokens_of_pairs]
         if token_map.gate is not None and token_map.gates is not None:
             gate = token_map.gate[self.doses, self.tokens_of_pairs]
             strengths = strengths * token_map.gates.are_open(gate)
         self.metadata.scales.copy_(strengths)
-        return backend.steer_rows(x, table.maps.weights[layer], self.metadata).sub_(x)
-
-    def add_(self, hidden: torch.Tensor, changes: torch.Tensor) -> None:
-        """Add the changes to the touched tokens of ``hidden``, rounded once."""
-        rows = hidden.index_select(0, self.tokens).float().add_(changes)
-        hidden.index_copy_(0, self.tokens, rows.to(hidden.dtype))
+        changes = backend.steer_rows(x, maps.weights[layer], self.metadata).sub_(x)
+        out.index_add_(0, self.tokens, changes)
 
 
-def graph_changes(
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    table: SiteTable,
-    layer: int,
-    token_map: TokenMap,
-    depth: int,
-    backend: GraphLMSteerBackend,
-) -> torch.Tensor:
-    """What the maps add to every token, ``[T, width]`` float32; what is launched depends on the
-    number of tokens alone.
+class GraphPairs:
+    """A pair for every token and dose of a site, on the device; most have no map.
+
+    Pair ``t * max_doses + k`` is the ``k``-th dose of token ``t``. ``write`` runs before the pass,
+    ``add_`` in it: what it launches depends on the number of tokens alone.
     """
-    assert table.maps is not None
-    maps, num_tokens = table.maps, hidden.shape[0]
-    x = hidden.float() if residual is None else hidden.float() + residual.float()
-    total = torch.zeros_like(x)
-    for k in range(depth):
-        strengths = token_map.strengths[layer, k, :num_tokens]
+
+    def __init__(
+        self,
+        maps: LowRankTable,
+        backend: GraphLMSteerBackend,
+        *,
+        max_doses: int,
+        max_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._maps = maps
+        self._backend = backend
+        self._max_doses = max_doses
+        self._slots = torch.full((max_tokens * max_doses,), -1, dtype=torch.int32, device=device)
+        self._metadata = backend.row_buffers(self._slots, maps.weights[0], max_doses)
+        self._filled = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the buffers."""
+        return self._slots.nbytes + int(self._metadata.num_bytes)
+
+    def clear(self) -> None:
+        """No token has a map."""
+        if self._filled:
+            most, self._filled = self._filled, 0
+            self._slots[: most * self._max_doses] = -1
+            self._backend.write_rows(self._metadata, self._slots, self._maps.bounds, most)
+
+    def write(self, token_map: TokenMap, depth: int, num_tokens: int) -> None:
+        """Read the maps of a step's tokens; those of ``num_tokens`` on have none."""
+        most = max(num_tokens, self._filled)
+        self._filled = num_tokens
+        slots = self._slots.view(-1, self._max_doses)
+        slots[:most] = -1
+        directions = token_map.directions[:depth, :num_tokens]
+        slots[:num_tokens, :depth] = self._maps.slot_of_direction[directions].T
+        self._backend.write_rows(self._metadata, self._slots, self._maps.bounds, most)
+
+    def add_(self, out: torch.Tensor, x: torch.Tensor, layer: int, token_map: TokenMap) -> None:
+        """Add what the maps make of ``x [T, width]`` to ``out``; both are float32."""
+        num_tokens = x.shape[0]
+        strengths = token_map.strengths[layer, :, :num_tokens]
         if token_map.gate is not None and token_map.gates is not None:
-            strengths = strengths * token_map.gates.are_open(token_map.gate[k, :num_tokens])
-        slots = maps.slot_of_direction[token_map.directions[k, :num_tokens]]
-        weights = maps.weights[layer]
-        metadata = backend.prepare_rows(slots, strengths.contiguous(), maps.bounds, weights)
-        total += backend.steer_rows(x, weights, metadata) - x
-    return total
+            is_open = token_map.gates.are_open(token_map.gate[:, :num_tokens])
+            strengths = strengths * is_open
+        scales = strengths.T.reshape(-1)
+        weights = self._maps.weights[layer]
+        metadata = self._backend.first_rows(self._metadata, scales, num_tokens)
+        changes = self._backend.steer_rows(x, weights, metadata).sub_(x)
+        acts = (strengths != 0).any(0)[:, None]
+        out.copy_(torch.where(acts, out + changes, out))  # 0 + -0 would be another bit
 
 
 def low_rank_pairs(

@@ -109,6 +109,12 @@ def reject_stream_argument() -> NoReturn:
     )
 
 
+def asks_for_prompt_logprobs(params: Any) -> bool:
+    """Whether a request asks for logprobs of its prompt's tokens, in either way of vLLM's."""
+    fields = ("prompt_logprobs", "prompt_logprob_token_ids")
+    return any(getattr(params, field, None) is not None for field in fields)
+
+
 @dataclass(frozen=True)
 class StreamRequest:
     """One base or probe stream.

@@ -9,6 +9,7 @@ import torch
 from vllm_steer.errors import SteerError
 from vllm_steer.untrusted_text import shown
 
+LARGEST: Final = float(torch.finfo(torch.float32).max)
 _PIECE_VALUES: Final = 1 << 20
 
 
@@ -48,6 +49,8 @@ def check_bounds(low: float, high: float, mode: str, *, has_bounds: bool) -> Non
     """Raise ``SteerError`` for bounds that are out of order, or that ``mode`` does not have."""
     if not has_bounds and (low, high) != (0.0, 0.0):
         raise SteerError(f"low and high do not apply to mode {mode}; remove them")
+    if any(math.isfinite(bound) and abs(bound) > LARGEST for bound in (low, high)):
+        raise SteerError(f"low is {low} and high is {high}; float32 has numbers up to {LARGEST:g}")
     if not low <= high or low == math.inf or high == -math.inf:  # NaN too
         raise SteerError(f"low is {low} and high is {high}; low must be at most high")
 
