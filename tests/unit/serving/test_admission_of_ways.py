@@ -59,6 +59,11 @@ def ask(steer: Any, **fields: Any) -> SamplingParams:
             "map is a low-rank map and spin rotates at the same site resid of the same layers",
         ),
         ({"rude": 1}, {}, "rude is a condition, which changes nothing by itself"),
+        (
+            {"word": {"strength": 1, "when": "rude"}},
+            {"prompt_logprob_token_ids": [[1], [2]]},
+            "word has 'when'.* no prompt logprobs under it",
+        ),
     ],
 )
 def test_what_could_not_be_served_as_asked_is_refused(
@@ -109,4 +114,10 @@ def test_the_key_of_a_gated_steer_begins_with_the_answer_and_has_its_conditions(
         assert key.position == 2  # the last of three tokens
         keys[name] = key.digest
     assert keys["any"] == keys["turned"]
+    # The same token, and another end of the prompt: another verdict.
+    shorter = core_request({"push": {"strength": 1, "when": "rude", "phase": "generation"}})
+    shorter.prompt_token_ids = [1, 2]
+    admit_and_set_cache_key(shorter, CONFIG)
+    (key,) = shorter.cache_salt.keys
+    assert key.position == 2 and key.digest not in keys.values()
     assert len(set(keys.values())) == len(keys) - 1
