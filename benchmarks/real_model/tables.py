@@ -1,11 +1,13 @@
 """The tables of the page about a pretrained model, one function for each experiment's result."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from benchmarks.real_model.ablation_table import ablation_tables
 from benchmarks.real_model.concept_guidance_table import concept_guidance_tables
+from benchmarks.real_model.gate_table import gate_tables
 from benchmarks.real_model.lm_steer_table import lm_steer_tables
-from benchmarks.table import grid, origin, title
+from benchmarks.real_model.page import document, pm, table
 
 Line = Mapping[str, Any]
 
@@ -13,28 +15,6 @@ Line = Mapping[str, Any]
 def real_model(data: Mapping[str, Any]) -> str:
     """The tables of a result, with the command and the machine that made it."""
     return MAKERS[data["benchmark"]](data)
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(grid(headings, rows))
-
-
-def pm(line: Line, name: str, places: int = 2) -> str:
-    """A figure and its standard error; the figure alone where there is no error."""
-    value, error = line[name], line.get(f"{name}_error")
-    if value is None or value != value:
-        return "-"
-    if error is None or error != error:
-        return f"{value:.{places}f}"
-    return f"{value:.{places}f} ± {error:.{places}f}"
-
-
-def document(data: Mapping[str, Any], *parts: str) -> str:
-    """Title, tables and texts, time, command."""
-    minutes = sum(data.get("seconds", {}).values()) / 60
-    times = [f"{minutes:.0f} minutes."] if minutes else []
-    return "\n\n".join((f"**{data['model']}, {title(data)}**", *parts, *times, origin(data)))
 
 
 def french(data: Mapping[str, Any]) -> str:
@@ -139,4 +119,6 @@ MAKERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     "real_model_speed": speed,
     "real_model_lm_steer": lm_steer_tables,
     "real_model_concept_guidance": concept_guidance_tables,
+    "real_model_ablation": ablation_tables,
+    "real_model_gate": gate_tables,
 }
