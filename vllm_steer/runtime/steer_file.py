@@ -16,6 +16,7 @@ from vllm_steer.errors import SteerError
 from vllm_steer.files import save_steer
 from vllm_steer.files.steer_metadata import describe_errors
 from vllm_steer.planned_steer import PlannedSteer, load_entry, plan_loaded
+from vllm_steer.runtime.background import rest
 from vllm_steer.runtime.refusal import BAD_REQUEST, NO_RIGHT, NOT_FOUND, TOO_LARGE, Refused
 from vllm_steer.untrusted_text import shown
 
@@ -106,9 +107,12 @@ def _store(
         raise Refused(describe_errors(error, f"steer {name}"), BAD_REQUEST) from None
     try:
         steer = load_entry(name, entry)
+        rest()
         planned = plan_loaded(name, entry, steer, limits)
+        rest()
         stored = folder / f"{planned.content}-{secrets.token_hex(8)}{SUFFIX}"
         save_steer(steer, stored)
+        rest()
     except SteerError as error:
         raise Refused(str(error).replace(f"{path}", "the file")) from None
     return planned.model_copy(update={"path": stored, "overrides": {}}).as_loaded

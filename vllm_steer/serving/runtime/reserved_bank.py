@@ -23,6 +23,7 @@ from vllm_steer.errors import SteerError, cause
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.loaded_steers import LoadedSteers
 from vllm_steer.planned_steer import PlannedSteer
+from vllm_steer.runtime.background import background_thread, rest
 from vllm_steer.serving.layers import SteeredLayers
 from vllm_steer.serving.model_sites import ModelSites
 from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
@@ -62,7 +63,9 @@ class ReservedBank:
     dtype: torch.dtype
     on_cuda: bool = False
     _reading: dict[str, _Reading] = field(default_factory=dict)
-    _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _reader: ThreadPoolExecutor = field(
+        default_factory=lambda: background_thread(low_priority=False)
+    )
 
     def warm_up(self) -> None:
         """Read a small steer, so that the first load imports nothing and starts no threads."""
@@ -163,9 +166,11 @@ class ReservedBank:
     def _read(self, reading: _Reading, layers: tuple[int, ...] | None) -> None:
         try:
             steer = reading.planned.load(verifies=False)  # the frontend has just written it
+            rest()
             if isinstance(steer, LMSteer):
                 if self.head is not None:
                     check_range(reading.name, steer, self.dtype)
+                    rest()
                     reading.tensors = slot_tensors(steer, self.dtype).pinned(self.on_cuda)
             elif isinstance(steer, VectorSteer | DeltaSteer):
                 steer = steer if layers is None else steer.keep_layers(layers)
