@@ -226,8 +226,8 @@ def line_of(
     condition = steer_file(paths[name])
     expected = verdicts(model, condition, [prompt for prompt, _ in gate.prompts])
     rows = [
-        outcome(wanted, verdict, unsteered, always, gated)
-        for (_, wanted), verdict, (unsteered, _), (always, _), (gated, _) in zip(
+        outcome(is_positive, verdict, unsteered, always, gated)
+        for (_, is_positive), verdict, (unsteered, _), (always, _), (gated, _) in zip(
             gate.prompts,
             expected,
             answers["unsteered"],
@@ -269,12 +269,12 @@ def _of(gate: Gate, answers: Answers) -> Iterator[Line]:
     """The share of French answers by kind of prompt and way, with errors over the prompts."""
     from vllm_steer.evaluation.languages import detect_languages
 
-    for wanted in (True, False):
+    for is_positive in (True, False):
         for way in ("unsteered", "always", gate.condition(*READERS[0])):
             texts = [
                 text
                 for (_, own), (_, text) in zip(gate.prompts, answers[way], strict=True)
-                if own is wanted
+                if own is is_positive
             ]
             languages = [next(iter(detect_languages(text)), "") for text in texts]
             shares: Line = {}
@@ -283,7 +283,7 @@ def _of(gate: Gate, answers: Answers) -> Iterator[Line]:
                 shares |= {code: round(value, 4), f"{code}_error": round(error, 4)}
             yield {
                 "gate": gate.name,
-                "wanted": wanted,
+                "is_positive": is_positive,
                 "way": way,
                 **shares,
                 "example": texts[0],

@@ -17,7 +17,7 @@ class Outcome:
     those of the unsteered and of the always steered request.
     """
 
-    wanted: bool
+    is_positive: bool
     steered: bool | None
     expected: bool
     as_unsteered: bool
@@ -25,31 +25,31 @@ class Outcome:
 
 
 def outcome(
-    wanted: bool, expected: bool, unsteered: TokenIds, always: TokenIds, gated: TokenIds
+    is_positive: bool, expected: bool, unsteered: TokenIds, always: TokenIds, gated: TokenIds
 ) -> Outcome:
     """What the three greedy answers to one prompt say."""
     as_unsteered, as_always = gated == unsteered, gated == always
     steered = None if as_unsteered == as_always else as_always
-    return Outcome(wanted, steered, expected, as_unsteered, as_always)
+    return Outcome(is_positive, steered, expected, as_unsteered, as_always)
 
 
 def precision(rows: Sequence[Outcome]) -> float:
     """The share that should be steered among those that were; NaN if none was."""
-    steered = [row.wanted for row in rows if row.steered]
+    steered = [row.is_positive for row in rows if row.steered]
     return sum(steered) / len(steered) if steered else float("nan")
 
 
 def recall(rows: Sequence[Outcome]) -> float:
     """The share that was steered among those that should be; NaN if none should be."""
-    wanted = [row.steered for row in rows if row.wanted and row.steered is not None]
-    return sum(wanted) / len(wanted) if wanted else float("nan")
+    caught = [row.steered for row in rows if row.is_positive and row.steered is not None]
+    return sum(caught) / len(caught) if caught else float("nan")
 
 
 def f1(rows: Sequence[Outcome]) -> float:
     """The harmonic mean of precision and recall: ``2 tp / (2 tp + fp + fn)``."""
     known = [row for row in rows if row.steered is not None]
-    right = sum(2 for row in known if row.wanted and row.steered)
-    wrong = sum(1 for row in known if row.wanted != row.steered)
+    right = sum(2 for row in known if row.is_positive and row.steered)
+    wrong = sum(1 for row in known if row.is_positive != row.steered)
     return right / (right + wrong) if right + wrong else float("nan")
 
 

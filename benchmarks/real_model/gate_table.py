@@ -66,7 +66,7 @@ def _effects(rows: list[Line]) -> str:
     heads = ("prompt", "steered", "French", "English")
     cells = [
         [
-            KINDS[row["gate"], row["wanted"]],
+            KINDS[row["gate"], row["is_positive"]],
             _way(row["way"]),
             pm(row, "fr"),
             pm(row, "en"),

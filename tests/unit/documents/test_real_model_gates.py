@@ -177,7 +177,7 @@ def test_the_table_of_ablation() -> None:
 def test_the_tables_of_gates() -> None:
     row = {"gate": "french", "similarity": "cast", "tokens": "any", "layer": 3, "requests": 80}
     counts = {"as_unsteered": 37, "as_always": 40, "as_both": 2, "as_neither": 1, "unexpected": 3}
-    effect = {"gate": "negative", "wanted": False} | with_error(fr=0.25, en=0.75)
+    effect = {"gate": "negative", "is_positive": False} | with_error(fr=0.25, en=0.75)
     data = HEAD | {
         "rows": [row | counts | with_error(precision=0.9, recall=0.8, f1=0.85)],
         "effects": [effect | {"way": way} for way in ("unsteered", "negative-cosine-last")],
