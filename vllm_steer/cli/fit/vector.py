@@ -37,7 +37,7 @@ def vector(
         str, typer.Option(help="Tokens to use: all, last or answer (those after the prompt).")
     ] = "all",
     site: Annotated[str, typer.Option(help="resid, attn_in or attn_out.")] = "resid",
-    mode: Annotated[str, typer.Option(help="add or rotate.")] = "add",
+    mode: Annotated[str, typer.Option(help="add, rotate, project or relative.")] = "add",
     layers: options.Layers = None,
     max_length: Annotated[
         int, typer.Option(min=1, callback=bounded, help="Maximum tokens of a text.")
