@@ -1,13 +1,17 @@
 """Low-rank maps at a site where a CUDA graph replays the step: read from the token map alone."""
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_steer.bank import SiteTable, fill_layer_bank
-from vllm_steer.kernels.guidance import Gates, TokenMap
+from vllm_steer.doses import Dose
+from vllm_steer.kernels.guidance import Gates, TokenMap, triton_fused
 from vllm_steer.kernels.lm_steer.triton_rowwise import ROWWISE
 from vllm_steer.kernels.lm_steer.triton_tiled import TILED
 from vllm_steer.serving.low_rank_pairs import GraphPairs
+from vllm_steer.serving.site import SteeredSite
+from vllm_steer.serving.step import SteeredRequest, Step
 from vllm_steer.steers import LowRankSteer, VectorSteer
 
 WIDTH, LAYERS = 72, (0, 2)
@@ -92,3 +96,38 @@ def test_each_token_gets_the_map_of_its_direction(
             torch.testing.assert_close(found[token].cpu().double(), expected, rtol=1e-4, atol=2e-3)
     pairs.clear()
     assert (pairs._metadata.bounds[:, 0] == -1).all() and (pairs._metadata.touched == -1).all()
+
+
+def test_a_step_that_is_padded_beyond_every_graph_has_its_maps(device: torch.device) -> None:
+    """Data-parallel ranks pad a small step to the largest of all."""
+    table = table_on(device)
+    site = SteeredSite(
+        table,
+        triton_fused,
+        TILED,
+        max_doses=2,
+        max_tokens=16,
+        device=device,
+        graph_tokens=4,
+    )
+    site.start_serving()
+    steer = STEERS["small"]
+    assert isinstance(steer, LowRankSteer) and steer.bias is not None
+    request = SteeredRequest((Dose("small", 0.5),), 2)
+    ones = np.array([2])
+    step = Step(
+        ["a"],
+        ones,
+        ones,
+        torch.tensor([0, 2], dtype=torch.int32, device=device),
+        torch.arange(2, device=device),
+    )
+    site.begin_step()
+    site.prepare(step, {"a": request}, torch.zeros(1, device=device))
+    hidden = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(4))
+    out = hidden.clone().to(device)
+    site.steer_(out, None, 0)
+    inner = hidden[:2].double() @ steer.a[0].double().T + steer.bias[0].double()
+    expected = hidden[:2].double() + 0.5 * inner @ steer.b[0].double().T
+    torch.testing.assert_close(out[:2].cpu().double(), expected, rtol=1e-4, atol=2e-3)
+    assert torch.equal(out[2:].cpu(), hidden[2:])

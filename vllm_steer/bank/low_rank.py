@@ -38,10 +38,10 @@ def fill_low_rank(
     num_directions: int,
     device: torch.device,
 ) -> LowRankTable | None:
-    """The maps of one site in ``layers``, in the model's ``dtype``; None if there are none.
+    """The maps of one site in ``layers``; None if there are none.
 
-    ``directions`` has the direction of each steer, of ``num_directions`` at the site.
-    Raises ``SteerError`` for values beyond the range of ``dtype``.
+    ``directions`` has the direction of each steer, of ``num_directions`` at the site. Factors are
+    float32, as directions are: what a map adds may be a small difference of large products.
     """
     if not steers:
         return None

@@ -61,9 +61,9 @@ class SteeredLayers:
         layers = decoder_layers(model, num_layers)
         for site in self.all_sites:
             is_read = isinstance(site, ConditionSite)
+            place = f"conditions.{site.site}" if is_read else site.site
             for index, number in enumerate(site.layers):
-                name = f"vllm_steer.{'conditions' if is_read else site.site}.{number}"
-                name = f"{name}.{site.site}" if is_read else name
+                name = f"vllm_steer.{place}.{number}"
                 forward_context[name] = SiteLayer(site, index)
                 family = self._known.families[number]
                 module = self._module(layers[number], number, site)

@@ -114,8 +114,7 @@ class SteeredSite(MappedSite):
     ) -> None:
         """Directions and maps read the same tensor; their sum is in float32, and rounded once."""
         assert self.table.maps is not None and self._lm_steer is not None
-        in_graph = self._graph_pairs is not None and rows.shape[0] <= self._graph_tokens
-        if not in_graph and self._pairs is None:
+        if self._pairs is None and self._graph_pairs is None:
             self._backend.steer_tokens_(
                 rows, residual, self.table.directions, layer, self._map, depth
             )
@@ -123,10 +122,11 @@ class SteeredSite(MappedSite):
         wide = rows.to(torch.float32, copy=True)
         x = rows.float() if residual is None else rows.float() + residual.float()
         self._backend.steer_tokens_(wide, residual, self.table.directions, layer, self._map, depth)
-        if in_graph and self._graph_pairs is not None:
-            self._graph_pairs.add_(wide, x, layer, self._map)
-        elif self._pairs is not None:
+        if self._pairs is not None:
             self._pairs.add_(wide, x, self.table.maps, layer, self._map, self._lm_steer)
+        elif self._graph_pairs is not None:
+            front = slice(0, self._graph_tokens)  # rows beyond a step's tokens are padding
+            self._graph_pairs.add_(wide[front], x[front], layer, self._map)
         rows.copy_(wide)
 
     def prepare(
@@ -157,7 +157,7 @@ class SteeredSite(MappedSite):
     def _prepare(self, step: Step, depth: int) -> None:
         if self._pairs is not None or self._graph_pairs is not None:
             self._map_tokens(step, depth)
-            if self._graph_pairs is not None:
+            if self._graph_pairs is not None and self._pairs is None:
                 num_tokens = min(step.positions.shape[0], self._graph_tokens)
                 self._graph_pairs.write(self._map, depth, num_tokens)
             return
