@@ -2,20 +2,22 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from guidance import params, plan_for, vector
 
-from vllm_steer.bank import fill_condition_tables
+from vllm_steer.bank import fill_condition_tables, fill_layer_bank
 from vllm_steer.doses import Dose, Gate
 from vllm_steer.errors import SteerError
-from vllm_steer.kernels.guidance import TokenMap, torch_gather
+from vllm_steer.kernels.guidance import TokenMap, cpu, torch_gather
 from vllm_steer.plan import SteerPlan
 from vllm_steer.planned_steer import plan_loaded
 from vllm_steer.serving.admission import reads_whole_prompt
 from vllm_steer.serving.batch import SteeredBatch
 from vllm_steer.serving.gates import GateTable
-from vllm_steer.serving.step import SteeredRequest
+from vllm_steer.serving.site import SteeredSite
+from vllm_steer.serving.step import SteeredRequest, Step
 from vllm_steer.serving.token_rules import condition_rules
 from vllm_steer.steers import ConditionSteer
 
@@ -166,3 +168,32 @@ def test_a_layer_before_the_condition_may_act_from_the_second_token_on() -> None
         assert dose.gate == ALONE
     (dose,) = plan.doses({"early": {"when": "one", "layers": "2"}})
     assert dose.phase == "answer"
+
+
+@pytest.mark.parametrize("backend", [cpu, torch_gather], ids=["cpu", "torch"])
+def test_a_gated_dose_acts_once_its_gate_is_open(backend: Any) -> None:
+    """In a step of decoding, beside a dose without a gate."""
+    push = vector((3,))
+    (site_table,) = fill_layer_bank(
+        {"push": push}, layers=range(5), device=CPU, project=lambda _layer, rows: rows
+    ).tables
+    gates = table()
+    site = SteeredSite(
+        site_table, backend, max_doses=2, max_tokens=4, device=CPU, gates=gates.gates
+    )
+    site.start_serving()
+    dose = Dose("push", 2.0, phase="answer", gate=ALONE)
+    taken = gates.take("a", [dose], prompt_len=3)
+    requests = {
+        "a": SteeredRequest((dose,), 3, {}, (), taken.gates, taken.tests),
+        "b": SteeredRequest((Dose("push", 1.0),), 3),
+    }
+    ones = np.ones(2, dtype=np.int64)
+    step = Step(["a", "b"], ones, ones, torch.tensor([0, 1, 2]), torch.tensor([5, 5]))
+    for verdict, strengths in ((0.0, [0.0, 1.0]), (1.0, [2.0, 1.0])):
+        gates.gates.verdicts[taken.gates[0], 0] = verdict
+        site.begin_step()
+        site.prepare(step, requests, torch.zeros(1))
+        hidden = torch.zeros(2, 5)
+        site.steer_(hidden, None, 0)
+        torch.testing.assert_close(hidden, torch.tensor(strengths)[:, None] * push.vectors)
