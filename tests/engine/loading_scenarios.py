@@ -35,11 +35,11 @@ ROOM = {
 def _fail_on_rank_1(flag: Path) -> None:
     load = PlannedSteer.load
 
-    def load_or_fail(self: PlannedSteer) -> Steer:
+    def load_or_fail(self: PlannedSteer, *, verifies: bool = True) -> Steer:
         is_worker = torch.distributed.is_initialized()
         if is_worker and torch.distributed.get_rank() == 1 and flag.exists():
             raise PermissionError(f"rank 1 may not read {self.path.name}")
-        return load(self)
+        return load(self, verifies=verifies)
 
     PlannedSteer.load = load_or_fail  # type: ignore[method-assign]
 
