@@ -66,10 +66,20 @@ class Dynamic:
 
 @dataclass(frozen=True)
 class Gate:
-    """The conditions, by name, that decide whether a dose acts: ``any`` or ``all`` must hold."""
+    """The conditions, by name, that decide whether a dose acts: ``any`` or ``all`` must hold.
+
+    ``keys`` are those of conditions that were loaded at run time, by name, see ``Dose.key``.
+    """
 
     conditions: tuple[str, ...]
     needs: Needs = "any"
+    keys: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The names of the conditions' entries in the device tables."""
+        keys = dict(self.keys)
+        return tuple(keys.get(name, name) for name in self.conditions)
 
 
 @dataclass(frozen=True)

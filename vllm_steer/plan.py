@@ -5,13 +5,13 @@ plain JSON, travels to every process inside vLLM's ``additional_config`` and so 
 configuration hash: a compile cache made under another plan is never taken for this one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from vllm_steer.config import Limits, SteerConfig, Untested
-from vllm_steer.doses import Dose
+from vllm_steer.doses import Dose, Gate
 from vllm_steer.kernels.dispatch import Kernels
 from vllm_steer.loaded_steers import LoadedSteers
 from vllm_steer.planned_steer import PlannedSteer, plan_steer
@@ -83,6 +83,13 @@ class SteerPlan(BaseModel):
         return self._loaded
 
     @property
+    def has_conditions(self) -> bool:
+        """Whether requests may have conditions: of the config, or loaded at run time."""
+        room = self.runtime.room
+        is_reserved = self.runtime.enabled and bool(room.conditions and room.layer_sites)
+        return is_reserved or any(s.condition is not None for s in self.steers.values())
+
+    @property
     def layer_sites(self) -> frozenset[str]:
         """The sites inside the layers that the steers act at, or have room to act at."""
         room = self.runtime.room.layer_sites if self.runtime.enabled else ()
@@ -91,6 +98,14 @@ class SteerPlan(BaseModel):
     def steer_of(self, dose: Dose) -> PlannedSteer:
         """The steer of a dose that this plan has resolved."""
         return self.steers[dose.steer] if dose.key is None else self._loaded[dose.key]
+
+    def conditions_of(self, gate: Gate) -> Sequence[PlannedSteer]:
+        """The conditions of a gate that this plan has resolved."""
+        keys = dict(gate.keys)
+        return [
+            self._loaded[keys[name]] if name in keys else self.steers[name]
+            for name in gate.conditions
+        ]
 
     def doses(self, value: Any, loaded: Mapping[str, str] | None = None) -> tuple[Dose, ...]:
         """The doses for a request's ``steer`` value, resolved once; None takes the default.

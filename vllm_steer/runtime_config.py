@@ -1,18 +1,20 @@
 """``runtime:`` in a steer config: steers that are loaded and unloaded while the engine serves."""
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from vllm_steer.errors import SteerError
 from vllm_steer.files.steer_metadata import PositiveInt
 from vllm_steer.steers.layers import parse_layers
+from vllm_steer.steers.sae import SAEMode
 from vllm_steer.steers.sites import DeltaSite
 from vllm_steer.steers.vector import Mode
 
 ALL: Final = "all"
 Count = Annotated[int, Field(ge=0, strict=True)]
+RoomMode = Literal[Mode, SAEMode]
 
 
 def _layers(value: Any) -> Any:
@@ -30,9 +32,14 @@ class Room(BaseModel):
     lm_steers    LM-Steers at once, each of up to ``max_rank`` ranks over all of its columns
     offsets      LM-Steers of variant ``offset`` at once: they are as wide as the vocabulary
     sites        the sites inside the layers that have room, in ``layers`` (all that have the site)
-    vectors      vector steers at once, at each of the ``sites`` but ``heads``, which has none
+    vectors      vector steers and features of autoencoders at once, at each of the ``sites`` but
+                 ``heads``, which has none
     delta_steps  steps of all delta steers together, at each of the ``sites``
-    modes        what vectors may do: ``add``, ``rotate``, ``project``, ``relative``
+    low_rank_maps  low-rank maps at once, at each of the ``sites`` but ``heads``, each of up to
+                 ``max_map_rank`` ranks
+    conditions   conditions at once, at each of the ``sites`` but ``heads``
+    modes        what vectors may do (``add``, ``rotate``, ``project``, ``relative``), and features
+                 of autoencoders (``add``, ``clamp``, ``scale``)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,9 +49,12 @@ class Room(BaseModel):
     offsets: Count = 0
     vectors: Count = 32
     delta_steps: Count = 64
+    low_rank_maps: Count = 0
+    max_map_rank: PositiveInt = 16
+    conditions: Count = 0
     sites: tuple[DeltaSite, ...] = ("resid",)
     layers: Annotated[tuple[int, ...] | None, BeforeValidator(_layers)] = None
-    modes: tuple[Mode, ...] = ("add", "rotate")
+    modes: tuple[RoomMode, ...] = ("add", "rotate")
 
     @field_validator("sites", "modes")
     @classmethod
@@ -56,13 +66,25 @@ class Room(BaseModel):
     @model_validator(mode="after")
     def _has_some(self) -> "Room":
         if not (self.lm_steers or self.offsets or self.layer_sites):
-            raise ValueError("reserves nothing: give lm_steers, or vectors or delta_steps at sites")
+            raise ValueError(
+                "reserves nothing: give lm_steers; or vectors, delta_steps, low_rank_maps or "
+                "conditions at sites"
+            )
         return self
 
     @property
     def layer_sites(self) -> tuple[str, ...]:
         """The sites inside the layers that have room."""
-        return self.sites if self.vectors or self.delta_steps else ()
+        return self.sites if self._numbers_at_sites else ()
+
+    @property
+    def reads(self) -> bool:
+        """Whether there is room for directions whose strength depends on a reading of the token."""
+        return bool(self.vectors and {"project", "clamp", "scale"} & set(self.modes))
+
+    @property
+    def _numbers_at_sites(self) -> int:
+        return self.vectors + self.delta_steps + self.low_rank_maps + self.conditions
 
 
 class RuntimeConfig(BaseModel):

@@ -345,6 +345,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "image-prompts": wrapped_scenarios.image_prompts,
     "readings-on-tensor-ranks": reading_scenarios.readings_on_tensor_ranks,
     "readings-on-pipeline-stages": reading_scenarios.readings_on_pipeline_stages,
+    "loaded-readings-on-tensor-ranks": reading_scenarios.loaded_readings_on_tensor_ranks,
     "readings-with-drafts": reading_scenarios.readings_with_drafts,
 }
 

@@ -20,6 +20,7 @@ from engines import (
 from reference import assert_guided, load_reference
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, save_tiny_model
 
+import vllm_steer
 from vllm_steer import Steer
 
 STEERS: dict[str, Steer] = {
@@ -35,6 +36,23 @@ PARALLEL = {"distributed_executor_backend": "mp"}
 def readings_on_tensor_ranks(folder: Path) -> None:
     """Every rank reads the same hidden states, and comes to the same verdicts."""
     _serve(folder, REPEATED, {**STEERS, **CONDITIONS}, tensor_parallel_size=2, **PARALLEL)
+
+
+def loaded_readings_on_tensor_ranks(folder: Path) -> None:
+    """The same, loaded at run time into an engine without steers."""
+    room = {
+        **{"vectors": 8, "low_rank_maps": 1, "conditions": 4, "offsets": 1},
+        "sites": ["attn_in", "attn_out", "heads", "resid"],
+        "modes": ["add", "rotate", "project", "relative", "clamp", "scale"],
+    }
+    _serve(
+        folder,
+        REPEATED,
+        {**STEERS, **CONDITIONS},
+        config={"runtime": {"enabled": True, "room": room}},
+        tensor_parallel_size=2,
+        **PARALLEL,
+    )
 
 
 def readings_on_pipeline_stages(folder: Path) -> None:
@@ -75,11 +93,16 @@ def _serve(
     *,
     texts: list[Any] | None = None,
     max_tokens: int = 12,
+    config: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
+    """Serve the settings; with a ``config`` of its own, the steers are loaded after the start."""
     model = save_tiny_model("llama", folder / "model", num_layers=GUIDED_LAYERS)
     reference = load_reference(model)
-    with engine(model, steer_config(steers, folder / "steers"), **options) as llm:
+    of_config = steer_config(steers, folder / "steers")
+    with engine(model, config or of_config, **options) as llm:
+        for name in steers if config else ():
+            vllm_steer.load_steer_into(llm, name, of_config["steers"][name]["path"])
         outputs = llm.generate(
             texts or prompts(len(settings)),
             greedy(settings, max_tokens=max_tokens),

@@ -6,6 +6,8 @@ from vllm_steer.bank.layers import (
     DirectionRange,
     LayerBank,
     LayerRoom,
+    LayerTensors,
+    SiteRoom,
     SiteTable,
     fill_layer_bank,
 )
@@ -19,7 +21,9 @@ __all__ = [
     "HeadTable",
     "LayerBank",
     "LayerRoom",
+    "LayerTensors",
     "LowRankTable",
+    "SiteRoom",
     "SiteTable",
     "fill_condition_tables",
     "fill_head_bank",

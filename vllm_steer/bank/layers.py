@@ -2,12 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Final, NamedTuple
 
 import torch
 
-from vllm_steer.bank.low_rank import LowRankTable, fill_low_rank
-from vllm_steer.bank.readings import ReadingsBuilder, reads, rows_of, write_reading
+from vllm_steer.bank.low_rank import Factors, LowRankTable, MapRoom, factors_of, fill_low_rank
+from vllm_steer.bank.readings import (
+    FeatureReader,
+    ReadingsBuilder,
+    feature_reader,
+    reads,
+    rows_of,
+    write_reading,
+)
 from vllm_steer.errors import SteerError
 from vllm_steer.kernels.guidance import Directions
 from vllm_steer.steers import DeltaSteer, LowRankSteer, SAESteer, VectorSteer
@@ -15,6 +23,7 @@ from vllm_steer.steers.sites import LAYER_SITES
 
 GuidanceSteer = VectorSteer | DeltaSteer | SAESteer | LowRankSteer
 """A steer inside the layers."""
+_READING_MODES: Final = frozenset({"project", "relative", "clamp", "scale"})
 Project = Callable[[int, torch.Tensor], torch.Tensor]
 """From a layer and tensors at the input of its attention's projection to those at its output."""
 
@@ -28,26 +37,70 @@ class DirectionRange:
     layers: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class LayerRoom:
-    """Reserved directions for steers that are loaded later, by site: those that vectors and the
-    steps of deltas take; and the ``layers`` of this rank that have the site.
-
-    ``modes`` are those that the vectors may have.
+class SiteRoom(NamedTuple):
+    """Room at one site for steers that are loaded later: the ``layers`` of this rank that have it,
+    and how many ``vectors``, ``steps`` of deltas, low-rank ``maps`` and ``conditions``.
     """
 
-    directions: Mapping[str, tuple[int, int]]
-    layers: Mapping[str, tuple[int, ...]]
+    layers: tuple[int, ...]
+    vectors: int = 0
+    steps: int = 0
+    maps: int = 0
+    conditions: int = 0
+
+    @property
+    def directions(self) -> int:
+        """The directions that vectors, steps and maps take."""
+        return self.vectors + self.steps + self.maps
+
+
+@dataclass(frozen=True)
+class LayerRoom:
+    """Room for steers that are loaded later, by site.
+
+    ``modes`` are those that vectors and features of autoencoders may have; ``max_map_rank`` bounds
+    the rank of a low-rank map.
+    """
+
+    sites: Mapping[str, SiteRoom]
     width: int
     modes: frozenset[str]
+    max_map_rank: int = 1
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """What a steer's reserved place is filled with, for L layers, in host memory.
+
+    directions  ``[L, n, width]`` float32
+    reader      of a feature of an autoencoder, else None
+    factors     of a low-rank map, else None
+    """
+
+    directions: torch.Tensor
+    reader: FeatureReader | None = None
+    factors: Factors | None = None
+
+    def pinned(self, is_pinned: bool) -> "LayerTensors":
+        """The same in pinned memory, from which a GPU copies beside other work."""
+        if not is_pinned:
+            return self
+        reader, factors = self.reader, self.factors
+        if reader is not None:
+            parts = (getattr(reader, part.name).pin_memory() for part in fields(reader))
+            reader = FeatureReader(*parts)
+        if factors is not None:
+            factors = Factors(*(factor.pin_memory() for factor in factors))
+        return LayerTensors(self.directions.pin_memory(), reader, factors)
 
 
 @dataclass(frozen=True)
 class SiteTable:
     """The steers of one site in the ``layers`` of one rank, those that some steer touches.
 
-    Directions from ``first_vector`` on are reserved for vectors, from ``first_step`` on for the
-    steps of deltas; ``fill`` writes them. ``directions`` keep their addresses.
+    Directions from ``first_vector`` on are reserved for vectors and features, from ``first_step``
+    on for the steps of deltas, from ``first_map`` on for low-rank maps; ``fill`` writes them.
+    ``directions`` keep their addresses.
     """
 
     site: str
@@ -56,6 +109,7 @@ class SiteTable:
     directions: Directions
     first_vector: int = 0
     first_step: int = 0
+    first_map: int = 0
     maps: LowRankTable | None = None
 
     @property
@@ -68,25 +122,48 @@ class SiteTable:
         """Whether a change depends on the token, so that both halves of a stream are needed."""
         return self.directions.needs_stream or self.maps is not None
 
-    def fill(self, name: str, steer: GuidanceSteer, index: int, rows: torch.Tensor) -> None:
-        """Put a steer's directions ``rows [L, n, width]`` where no running step uses any: at vector
-        number ``index``, or from step ``index`` on.
+    def tensors_of(self, steer: GuidanceSteer) -> LayerTensors:
+        """What the place of a steer that is loaded later is filled with."""
+        directions = layer_rows(steer, self.layers)
+        if isinstance(steer, SAESteer):
+            return LayerTensors(directions, reader=feature_reader(steer, self.layers))
+        if isinstance(steer, LowRankSteer):
+            assert self.maps is not None
+            factors = factors_of(steer, self.layers, self.maps.reserved_ranks)
+            return LayerTensors(directions, factors=factors)
+        return LayerTensors(directions)
+
+    def fill(self, name: str, steer: GuidanceSteer, index: int, tensors: LayerTensors) -> None:
+        """Put a steer where no running step uses any: at the vector or map of number ``index``, or
+        from step ``index`` on.
         """
-        is_vector = not isinstance(steer, DeltaSteer)
-        start = (self.first_vector if is_vector else self.first_step) + index
+        rows = tensors.directions
+        match steer:
+            case DeltaSteer():
+                start = self.first_step + index
+            case LowRankSteer():
+                start = self.first_map + index
+            case _:
+                start = self.first_vector + index
         end = start + rows.shape[1]
         self.directions.vectors[:, start:end].copy_(rows, non_blocking=True)
         if self.directions.is_rotation is not None:
             rotates = isinstance(steer, VectorSteer) and steer.mode == "rotate"
             self.directions.is_rotation[start:end] = 1.0 if rotates else 0.0
         if self.directions.readings is not None:
-            write_reading(self.directions.readings, steer, start, end, index, rows)
-        steps = None if is_vector else rows.shape[1]
+            reader = rows if tensors.reader is None else tensors.reader
+            write_reading(self.directions.readings, steer, start, end, index, reader)
+        if tensors.factors is not None:
+            assert self.maps is not None
+            self.maps.fill(name, index, tensors.factors)
+        steps = rows.shape[1] if isinstance(steer, DeltaSteer) else None
         self.entries[name] = DirectionRange(start, steps, steer.layers)
 
     def remove(self, name: str) -> None:
         """Forget a steer; its directions may be written again."""
         self.entries.pop(name, None)
+        if self.maps is not None:
+            self.maps.remove(name)
 
     @contextmanager
     def trial_steer(self) -> Iterator[None]:
@@ -168,20 +245,20 @@ def _table(
     room: LayerRoom | None,
 ) -> SiteTable | None:
     """One site's table; None if no steer of it touches a layer of this rank and none has room."""
-    reserved = () if room is None else room.layers.get(site, ())
+    reserved = SiteRoom(()) if room is None else room.sites.get(site, SiteRoom(()))
     touched = local_layers & {layer for s in steers.values() for layer in s.layers}
-    layers = tuple(sorted(touched | set(reserved)))
+    layers = tuple(sorted(touched.union(reserved.layers if reserved.directions else ())))
     if not layers:
         return None
-    entries, num_directions = _entries(steers)
-    first_vector, vectors, modes = num_directions, None, frozenset[str]()
-    first_step = first_vector
-    if room is not None and reserved:
-        num_vectors, num_steps = room.directions[site]
-        first_step = first_vector + num_vectors
-        num_directions = first_step + num_steps
+    entries, first_vector = _entries(steers)
+    vectors, map_room, modes = None, None, frozenset[str]()
+    first_step = first_vector + reserved.vectors
+    first_map = first_step + reserved.steps
+    num_directions = first_map + reserved.maps
+    if room is not None and reserved.directions:
         vectors = torch.zeros(len(layers), num_directions, room.width, device=device)
-        modes = room.modes if num_vectors else modes
+        modes = room.modes if reserved.vectors else modes
+        map_room = MapRoom(reserved.maps, room.max_map_rank, room.width, first_map)
     for name, steer in steers.items():
         for layer in set(steer.layers) & set(layers):
             rows = rows_of(steer, layer).to(device, torch.float32)
@@ -195,8 +272,8 @@ def _table(
     assert vectors is not None
     is_rotation = _is_rotation(steers, entries, vectors, always="rotate" in modes)
     readings = None
-    if modes & {"project", "relative"} or any(map(reads, steers.values())):
-        num_reserved = first_step - first_vector if "project" in modes else 0
+    if modes & _READING_MODES or any(map(reads, steers.values())):
+        num_reserved = reserved.vectors if modes & _READING_MODES - {"relative"} else 0
         builder = ReadingsBuilder(vectors, layers, num_reserved)
         for name, steer in steers.items():
             builder.add(steer, entries[name].start)
@@ -209,8 +286,9 @@ def _table(
         {name: entries[name].start for name in low_rank},
         num_directions=vectors.shape[1],
         device=device,
+        room=map_room,
     )
-    return SiteTable(site, layers, entries, directions, first_vector, first_step, maps)
+    return SiteTable(site, layers, entries, directions, first_vector, first_step, first_map, maps)
 
 
 def check_projected(name: str, layer: int, rows: torch.Tensor) -> None:

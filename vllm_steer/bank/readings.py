@@ -5,6 +5,7 @@ A projection reads the token along its own direction, an SAE's feature along its
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -46,10 +47,33 @@ def gain_of(steer: LayerSteer) -> str:
     return gains.get(mode, "constant")
 
 
+@dataclass(frozen=True)
+class FeatureReader:
+    """What a feature of an autoencoder reads in L layers: its encoder ``vectors [L, width]``,
+    ``bias [L]`` and ``threshold [L]``, float32; zeros and no threshold in layers that it lacks.
+    """
+
+    vectors: torch.Tensor
+    bias: torch.Tensor
+    threshold: torch.Tensor
+
+
+def feature_reader(steer: SAESteer, layers: Sequence[int]) -> FeatureReader:
+    """The reader of a feature in ``layers``."""
+    vectors = torch.zeros(len(layers), steer.hidden_size)
+    bias, threshold = torch.zeros(len(layers)), torch.full((len(layers),), -math.inf)
+    for index, layer in enumerate(layers):
+        if layer in steer.layers:
+            row = steer.layers.index(layer)
+            vectors[index] = steer.encoder[row].float()
+            bias[index], threshold[index] = steer.bias[row].float(), steer.threshold[row].float()
+    return FeatureReader(vectors, bias, threshold)
+
+
 class ReadingsBuilder:
     """The readings of a site's directions ``vectors [L, D, width]`` in ``layers``.
 
-    ``num_reserved`` readers are for projections that are loaded later, the first ones.
+    ``num_reserved`` readers are for steers that are loaded later, the first ones.
     """
 
     def __init__(self, vectors: torch.Tensor, layers: Sequence[int], num_reserved: int) -> None:
@@ -78,16 +102,12 @@ class ReadingsBuilder:
         bias = torch.zeros(len(self._layers), num_readers)
         threshold = torch.full((len(self._layers), num_readers), -math.inf)
         for number, (steer, direction) in enumerate(self._readers, self._num_reserved):
-            for index, layer in enumerate(self._layers):
-                if layer not in steer.layers:
-                    continue
-                if isinstance(steer, SAESteer):
-                    row = steer.layers.index(layer)
-                    readers[index, number] = steer.encoder[row].to(vectors)
-                    bias[index, number] = float(steer.bias[row])
-                    threshold[index, number] = float(steer.threshold[row])
-                else:
-                    readers[index, number] = vectors[index, direction]
+            if isinstance(steer, SAESteer):
+                reader = feature_reader(steer, self._layers)
+                readers[:, number] = reader.vectors.to(vectors)
+                bias[:, number], threshold[:, number] = reader.bias, reader.threshold
+            else:
+                readers[:, number] = vectors[:, direction]
         device = vectors.device
         return Readings(
             self._reader_of.to(device),
@@ -99,15 +119,30 @@ class ReadingsBuilder:
 
 
 def write_reading(
-    readings: Readings, steer: LayerSteer, start: int, end: int, index: int, rows: torch.Tensor
+    readings: Readings,
+    steer: LayerSteer,
+    start: int,
+    end: int,
+    index: int,
+    reader: FeatureReader | torch.Tensor,
 ) -> None:
     """Write what a steer that is loaded later multiplies its directions ``start:end`` by.
 
-    ``index`` is its number among the reserved vectors, ``rows [L, n, width]`` its directions.
+    ``index`` is its number among the reserved vectors; ``reader`` is what it reads: that of a
+    feature, or its directions ``[L, n, width]``.
     """
     gain = gain_of(steer)
     for column, value in enumerate(GAINS[gain]):
         readings.gains[start:end, column] = value
-    readings.reader_of[start:end] = index if gain == "clamp" else -1
-    if gain == "clamp":
-        readings.vectors[:, index].copy_(rows[:, 0], non_blocking=True)
+    is_read = gain in ("clamp", "activation")
+    readings.reader_of[start:end] = index if is_read else -1
+    if not is_read:
+        return
+    if isinstance(reader, FeatureReader):
+        readings.vectors[:, index].copy_(reader.vectors, non_blocking=True)
+        readings.bias[:, index].copy_(reader.bias, non_blocking=True)
+        readings.threshold[:, index].copy_(reader.threshold, non_blocking=True)
+    else:
+        readings.vectors[:, index].copy_(reader[:, 0], non_blocking=True)
+        readings.bias[:, index] = 0.0
+        readings.threshold[:, index] = -math.inf

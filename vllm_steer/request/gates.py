@@ -1,6 +1,7 @@
 """Reads the option ``when``: the conditions that decide whether a steer acts in the answer."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from vllm_steer.doses import Dose, Gate, Needs, TokenWindows
@@ -49,6 +50,26 @@ def read_gate(name: str, value: Any) -> Gate | None:
         )
     joined: Needs = "all" if needs == "all" else "any"
     return Gate(names, joined if len(names) > 1 else "any")
+
+
+def conditions_in(name: str, options: Mapping[Any, Any]) -> tuple[str, ...]:
+    """The conditions that one steer's options name; none where their ``when`` is wrong."""
+    try:
+        gate = read_gate(name, options.get("when"))
+    except SteerRequestError:
+        return ()
+    return () if gate is None else gate.conditions
+
+
+def with_keys(dose: Dose, steers: Mapping[str, Any]) -> Dose:
+    """The dose with the keys of itself and of its conditions, where they were loaded."""
+    if dose.gate is None:
+        gate = None
+    else:
+        keys = ((name, getattr(steers[name], "key", None)) for name in dose.gate.conditions)
+        loaded = tuple((name, key) for name, key in keys if key is not None)
+        gate = replace(dose.gate, keys=loaded)
+    return replace(dose, gate=gate, key=getattr(steers[dose.steer], "key", None))
 
 
 def check_gate_phase(name: str, dose: Dose) -> None:

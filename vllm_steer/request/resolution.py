@@ -10,7 +10,7 @@ import numpy as np
 from vllm_steer.config import DYNAMIC, Limits
 from vllm_steer.doses import Dose
 from vllm_steer.errors import SteerError, SteerRequestError
-from vllm_steer.request.gates import check_gate
+from vllm_steer.request.gates import check_gate, with_keys
 from vllm_steer.request.options import SteerAttributes, read_dose, read_strength
 from vllm_steer.request.parsing import Options, parse
 from vllm_steer.request.value_limits import check_plain
@@ -75,7 +75,7 @@ def _expand_name(name: str, options: Options, plan: SteerCatalog) -> Iterator[Do
     elif name in plan.steers:
         dose = read_dose(name, options, plan.steers[name])
         check_gate(dose, plan.steers[name], plan.steers)
-        yield replace(dose, key=getattr(plan.steers[name], "key", None))
+        yield with_keys(dose, plan.steers)
     else:
         available = f"steers: {listed(sorted(plan.steers))}"
         if plan.presets:

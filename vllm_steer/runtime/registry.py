@@ -22,6 +22,7 @@ from vllm_steer.files.atomic_write import finished_name, write_text
 from vllm_steer.files.json_text import read_json
 from vllm_steer.plan import SteerPlan
 from vllm_steer.planned_steer import PlannedSteer
+from vllm_steer.request.gates import conditions_in
 from vllm_steer.request.parsing import parse
 from vllm_steer.runtime.steer_file import SUFFIX, UPLOAD
 
@@ -47,15 +48,17 @@ class LoadedNames:
         return sorted({str(steer.key) for steer in self.steers.values()})
 
     def loaded_by(self, value: Any, plan: SteerPlan) -> Mapping[str, str]:
-        """By name, the keys of the steers that a request's ``steer`` value names; ``plan`` knows
-        them from now on.
+        """By name, the keys of the steers and conditions that a request's ``steer`` value names;
+        ``plan`` knows them from now on.
 
         All of them where the value names something unknown: the error lists what there is.
         """
         if not self.steers or value is None:
             return {}
         try:
-            named = {name for name, _ in parse(value)}
+            named = set[str]()
+            for name, options in parse(value):
+                named.update((name, *conditions_in(name, options)))
         except SteerError:
             return {}
         is_known = named <= {*self.steers, *plan.steers, *plan.presets}
@@ -90,7 +93,7 @@ class Registry:
         """Replace all names. The caller holds the lock."""
         data = {
             "version": _VERSION,
-            "steers": {name: steers[name].model_dump(mode="json") for name in sorted(steers)},
+            "steers": {name: json.loads(steers[name].model_dump_json()) for name in sorted(steers)},
         }
         write_text(self.path, json.dumps(data, indent=1))
         self.names()

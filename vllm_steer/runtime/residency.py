@@ -7,15 +7,12 @@ the one that was used least recently goes first.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from vllm_steer.planned_steer import PlannedSteer
 from vllm_steer.runtime.refusal import CONFLICT, Refused
 from vllm_steer.runtime_config import Room
 from vllm_steer.steers.sites import HEAD
-from vllm_steer.untrusted_text import shown
-
-_LOADABLE: Final = ("lm_steer", "vector", "delta")
 
 LEASE_SECONDS: Final = 5.0
 """How long a steer stays for a request that is on its way, or until its name is written."""
@@ -23,7 +20,7 @@ LEASE_SECONDS: Final = 5.0
 
 @dataclass(frozen=True)
 class Place:
-    """Units ``start`` to ``start + length`` of a region: slots, vectors or steps."""
+    """Units ``start`` to ``start + length`` of a region: slots, vectors, steps or maps."""
 
     region: str
     start: int
@@ -123,9 +120,10 @@ def needed_room(steer: PlannedSteer) -> tuple[str, int]:
     """The region that a steer is placed in, and how many units it takes."""
     if steer.site == HEAD:
         return ("offsets" if steer.variant == "offset" else "lm_steers"), 1
-    if steer.steps is None:
-        return f"vectors at {steer.site}", 1
-    return f"delta_steps at {steer.site}", steer.steps
+    if steer.steps is not None:
+        return f"delta_steps at {steer.site}", steer.steps
+    units = {"low_rank": "low_rank_maps", "condition": "conditions"}.get(steer.kind, "vectors")
+    return f"{units} at {steer.site}", 1
 
 
 def capacities(room: Room) -> dict[str, int]:
@@ -134,6 +132,8 @@ def capacities(room: Room) -> dict[str, int]:
     for site in room.layer_sites:
         if site != "heads":
             regions[f"vectors at {site}"] = room.vectors
+            regions[f"low_rank_maps at {site}"] = room.low_rank_maps
+            regions[f"conditions at {site}"] = room.conditions
         regions[f"delta_steps at {site}"] = room.delta_steps
     return {region: units for region, units in regions.items() if units}
 
@@ -142,32 +142,32 @@ def room_bytes(
     room: Room, *, hidden_size: int, vocab_size: int, num_layers: int, itemsize: int
 ) -> dict[str, int]:
     """Device bytes of each region on one rank, ``itemsize`` being that of the model's dtype."""
-    row = {
+    direction = (num_layers if room.layers is None else len(room.layers)) * hidden_size * 4
+    unit = {
         "lm_steers": (2 * room.max_rank + 2) * hidden_size * itemsize,
         "offsets": 2 * vocab_size * itemsize,
+        "vectors": (2 if room.reads else 1) * direction,
+        "delta_steps": direction,
+        "low_rank_maps": (2 * room.max_map_rank + 1) * direction,
+        "conditions": direction,
     }
-    direction = (num_layers if room.layers is None else len(room.layers)) * hidden_size * 4
     return {
-        region: units * row.get(region, direction) for region, units in capacities(room).items()
+        region: units * unit[region.partition(" at ")[0]]
+        for region, units in capacities(room).items()
     }
-
-
-def check_loadable(name: str, kind: Any) -> None:
-    """Raise ``Refused`` for a steer of a kind that has no room at run time; None is not known."""
-    if kind is not None and kind not in _LOADABLE:
-        raise Refused(
-            f"steer {name}: a steer of kind {shown(kind)} cannot be loaded at run time; name it in "
-            f"the steer config ({', '.join(_LOADABLE)} can be loaded)"
-        )
 
 
 def check_fits(name: str, steer: PlannedSteer, room: Room) -> None:
     """Raise ``Refused`` for a steer that the reserved room could not hold even if it were empty."""
-    check_loadable(name, steer.kind)
     region, length = needed_room(steer)
     if length > capacities(room).get(region, 0):
         raise Refused(f"steer {name}: {_no_region(region, length, room)}")
-    if steer.rank > room.max_rank:
+    if steer.kind == "low_rank" and steer.rank > room.max_map_rank:
+        raise Refused(
+            f"steer {name}: its rank is {steer.rank}; runtime.room.max_map_rank is "
+            f"{room.max_map_rank}"
+        )
+    if steer.kind == "lm_steer" and steer.rank > room.max_rank:
         raise Refused(
             f"steer {name}: its rank over all columns is {steer.rank}; runtime.room.max_rank is "
             f"{room.max_rank}"

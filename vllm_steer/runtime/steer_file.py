@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from vllm_steer.config import LONGEST_NAME, NAME, NO_STEER, Limits, SteerEntry
 from vllm_steer.errors import SteerError
 from vllm_steer.files import save_steer
+from vllm_steer.files.sae_feature import CONFIG_NAME
 from vllm_steer.files.steer_metadata import describe_errors
 from vllm_steer.planned_steer import PlannedSteer, load_entry, plan_loaded
 from vllm_steer.runtime.background import rest
@@ -45,15 +46,26 @@ def path_in(folders: Sequence[Path], path: Any) -> Path:
         resolved = Path(path).resolve()
     except (OSError, RuntimeError) as error:
         raise Refused(f"steer_path {shown(path)} cannot be a path: {error}", BAD_REQUEST) from None
-    if not any(resolved.is_relative_to(folder) for folder in folders):
-        allowed = ", ".join(map(str, folders)) or "none"
+    allowed = ", ".join(map(str, folders)) or "none"
+    if not _is_in(folders, resolved):
         raise Refused(
             f"steer_path {shown(path)} is outside the allowed folders; runtime.folders: {allowed}",
             NO_RIGHT,
         )
     if not os.path.isfile(resolved):
         raise Refused(f"steer_path {shown(path)}: no such file", NOT_FOUND)
+    beside = resolved.parent / CONFIG_NAME  # an SAE's file is read with it
+    if os.path.isfile(beside) and not _is_in(folders, beside.resolve()):
+        raise Refused(
+            f"steer_path {shown(path)}: {CONFIG_NAME} beside it leads out of the allowed folders; "
+            f"runtime.folders: {allowed}",
+            NO_RIGHT,
+        )
     return resolved
+
+
+def _is_in(folders: Sequence[Path], path: Path) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def decoded(data: Any, field: str, most: int) -> bytes:

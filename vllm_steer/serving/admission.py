@@ -63,9 +63,12 @@ def _check_asks_for_none(params: Any) -> None:
 
 def reads_whole_prompt(doses: Sequence[Dose], plan: SteerPlan) -> bool:
     """Whether a condition of these doses is read at all tokens of the prompt."""
-    names = {name for dose in doses if dose.gate for name in dose.gate.conditions}
-    conditions = (plan.steers[name].condition for name in names)
-    return any(condition is not None and condition.tokens == "any" for condition in conditions)
+    return any(
+        steer.condition is not None and steer.condition.tokens == "any"
+        for dose in doses
+        if dose.gate is not None
+        for steer in plan.conditions_of(dose.gate)
+    )
 
 
 def _check_gated(doses: Sequence[Dose], params: Any) -> None:

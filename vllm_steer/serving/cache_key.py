@@ -137,7 +137,7 @@ def _gate(dose: Dose, plan: SteerPlan, num_prompt: int) -> tuple[str | int, ...]
     """
     if dose.gate is None:
         return ()
-    conditions = sorted(plan.steers[name].content for name in dose.gate.conditions)
+    conditions = sorted(steer.content for steer in plan.conditions_of(dose.gate))
     return (num_prompt, dose.gate.needs, *conditions)
 
 

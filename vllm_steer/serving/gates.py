@@ -14,7 +14,7 @@ import torch
 
 from vllm_steer.doses import Dose, Gate, Span
 from vllm_steer.kernels.guidance import Gates
-from vllm_steer.planned_steer import PlannedSteer
+from vllm_steer.plan import SteerPlan
 from vllm_steer.request.gates import MOST_CONDITIONS
 
 GATES_PER_REQUEST_SLOT: Final = 8
@@ -23,7 +23,9 @@ GATES_PER_REQUEST_SLOT: Final = 8
 
 @dataclass(frozen=True)
 class PromptTest:
-    """A condition that is read at some tokens of a prompt, and the verdict that it writes to."""
+    """A condition, by its entry in the device tables, that is read at some tokens of a prompt, and
+    the verdict that it writes to.
+    """
 
     condition: str
     verdict: int
@@ -41,14 +43,12 @@ class RequestGates:
 class GateTable:
     """The gates of all requests of a worker. ``most`` bounds those that are in use at once."""
 
-    def __init__(
-        self, conditions: Mapping[str, PlannedSteer], device: torch.device, most: int
-    ) -> None:
+    def __init__(self, plan: SteerPlan, device: torch.device, most: int) -> None:
         self.gates = Gates(
             verdicts=torch.zeros(most + 1, MOST_CONDITIONS, device=device),
             needed=torch.zeros(most + 1, device=device),
         )
-        self._conditions = conditions
+        self._plan = plan
         self._free = list(range(most, 0, -1))
         self._rows: dict[str, dict[Gate, int]] = {}
 
@@ -84,10 +84,10 @@ class GateTable:
 
     def _tests(self, gate: Gate, row: int, prompt_len: int) -> Sequence[PromptTest]:
         tests = []
-        for column, name in enumerate(gate.conditions):
-            condition = self._conditions[name].condition
-            assert condition is not None
-            first = prompt_len - 1 if condition.tokens == "last" else 0
+        conditions = zip(gate.entries, self._plan.conditions_of(gate), strict=True)
+        for column, (entry, steer) in enumerate(conditions):
+            assert steer.condition is not None
+            first = prompt_len - 1 if steer.condition.tokens == "last" else 0
             verdict = row * MOST_CONDITIONS + column
-            tests.append(PromptTest(name, verdict, (first, prompt_len)))
+            tests.append(PromptTest(entry, verdict, (first, prompt_len)))
         return tests

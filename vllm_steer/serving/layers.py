@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_steer.bank import LayerRoom, SiteTable, fill_condition_tables, fill_layer_bank
+from vllm_steer.bank import (
+    ConditionTable,
+    LayerRoom,
+    SiteTable,
+    fill_condition_tables,
+    fill_layer_bank,
+)
 from vllm_steer.bank.layers import GuidanceSteer, project_again
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice
@@ -143,6 +149,11 @@ class SteeredLayers:
         """The table of a site; None if no layer of this rank has one."""
         return next((one.table for one in self.sites if one.table.site == site), None)
 
+    def conditions_of(self, site: str) -> ConditionTable | None:
+        """The conditions of a site; None if no layer of this rank has one."""
+        tables = (one.table for one in self.condition_sites)
+        return next((table for table in tables if table.site == site), None)
+
     def projection(
         self, model: nn.Module, num_layers: int, dtype: torch.dtype
     ) -> Callable[[int, torch.Tensor], torch.Tensor]:
@@ -235,7 +246,9 @@ def steered_layers(
                 max_tokens=tokens,
                 device=device,
             )
-            for table in fill_condition_tables(conditions, layers=known.local_layers, device=device)
+            for table in fill_condition_tables(
+                conditions, layers=known.local_layers, device=device, room=room
+            )
         )
     at_heads = {name: steer for name, steer in steers.items() if steer.site == "heads"}
     if not sites and not condition_sites:

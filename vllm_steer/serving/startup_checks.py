@@ -35,11 +35,12 @@ def check_engine(vllm_config: Any) -> None:
     if inside:
         _check_family(plan, vllm_config)
         _warn_of_unchecked_kv(vllm_config)
-    if any(steer.condition is not None for steer in plan.steers.values()):
+    if plan.has_conditions:
         for is_on, name, advice in _INCOMPATIBLE_WITH_CONDITIONS:
             if is_on(vllm_config):
                 raise SteerError(f"conditions do not work with {name}; {advice}")
-    if any(steer.kind == "low_rank" for steer in plan.steers.values()):
+    has_room = plan.runtime.enabled and plan.runtime.room.low_rank_maps
+    if has_room or any(steer.kind == "low_rank" for steer in plan.steers.values()):
         _check_maps(plan, vllm_config)
     for name, steer in plan.steers.items():
         check_steer(name, steer, vllm_config)
@@ -203,12 +204,12 @@ _INCOMPATIBLE_WITH_CONDITIONS: tuple[tuple[Callable[[Any], bool], str, str], ...
     (
         lambda c: options.pipeline_parallel_size(c) > 1,
         "pipeline parallelism: one stage reads the condition, and the others would not know",
-        "set pipeline_parallel_size to 1, or remove the steers of kind condition",
+        "set pipeline_parallel_size to 1, or remove the steers of kind condition and their room",
     ),
     (
         lambda c: options.kv_transfer_config(c) is not None,
         "a KV connector: the prompt may have been computed elsewhere",
-        "start without kv_transfer_config, or remove the steers of kind condition",
+        "start without kv_transfer_config, or remove the steers of kind condition and their room",
     ),
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_steer.bank import HeadRoom, LayerRoom, fill_head_bank
+from vllm_steer.bank import HeadRoom, LayerRoom, SiteRoom, fill_head_bank
 from vllm_steer.compat import options
 from vllm_steer.compat.patching import version_advice, wrap
 from vllm_steer.environment import always_self_tests
@@ -138,7 +138,7 @@ class _WorkerSteering:
         inside = {
             name: s for name, s in steers.items() if not isinstance(s, LMSteer | ConditionSteer)
         }
-        gates = self._gate_table(device) if conditions else None
+        gates = self._gate_table(device) if self._plan.has_conditions else None
         if self._plan.layer_sites:
             known = model_sites(model, config, self._dummy_run)
             self._sites = known.without_modules()
@@ -212,7 +212,7 @@ class _WorkerSteering:
         """Room for the gates of all requests at once, those that wait after a preemption, too."""
         most = int(options.max_num_seqs(self._worker.vllm_config))
         most *= self._plan.limits.max_steers_per_request * GATES_PER_REQUEST_SLOT
-        return GateTable(self._plan.steers, device, most)
+        return GateTable(self._plan, device, most)
 
     def _head_room(self) -> HeadRoom | None:
         """The slots to reserve at the head; None for an engine that loads no steers."""
@@ -232,12 +232,21 @@ class _WorkerSteering:
         runtime = self._plan.runtime
         if not runtime.enabled:
             return None
-        room, sites = runtime.room, runtime.room.layer_sites
+        room = runtime.room
+
+        def at_site(site: str) -> SiteRoom:
+            layers = known.room_layers(site, room.layers)
+            if site == "heads":
+                return SiteRoom(layers, steps=room.delta_steps)
+            return SiteRoom(
+                layers, room.vectors, room.delta_steps, room.low_rank_maps, room.conditions
+            )
+
         return LayerRoom(
-            directions={s: (0 if s == "heads" else room.vectors, room.delta_steps) for s in sites},
-            layers={site: known.room_layers(site, room.layers) for site in sites},
+            sites={site: at_site(site) for site in room.layer_sites},
             width=options.hidden_size(self._worker.vllm_config),
             modes=frozenset(room.modes),
+            max_map_rank=room.max_map_rank,
         )
 
     def load_at_run_time(self, method: str, *args: Any) -> Reply:

@@ -20,7 +20,7 @@ class LowRankSteer:
 
     Several steers of one site read the same ``h`` and are summed. LoReFT is ``A = W - R``,
     ``B = R^T`` with its ``b``, at strength 1; LM-Steer's transform is ``A = P1^T``, ``B = P2``,
-    at strength epsilon times its own. Products are in the model's dtype, sums in float32.
+    at strength epsilon times its own. Products and sums are in float32.
 
     Shapes: ``a`` ``[len(layers), rank, hidden_size]``, ``b`` ``[len(layers), hidden_size, rank]``,
     ``bias`` ``[len(layers), rank]`` or None; ``layers`` 0-based and ascending. ``recipe`` records

@@ -9,7 +9,14 @@ import yaml
 from doctor_tools import add_steer, by_name
 
 from vllm_steer import DeltaSteer, LMSteer, SteerError, VectorSteer, save_steer
-from vllm_steer.bank import HeadRoom, LayerRoom, fill_head_bank, fill_layer_bank
+from vllm_steer.bank import (
+    HeadRoom,
+    LayerRoom,
+    SiteRoom,
+    fill_condition_tables,
+    fill_head_bank,
+    fill_layer_bank,
+)
 from vllm_steer.doctor.architecture import read_architecture
 from vllm_steer.doctor.memory import config_memory, example_memory, memory_use
 
@@ -91,6 +98,7 @@ def test_a_config_that_fits_and_one_steer_that_does_not(tmp_path: Path) -> None:
 
 def test_the_room_for_loading_is_what_the_banks_reserve(tmp_path: Path) -> None:
     room = {"lm_steers": 3, "max_rank": 20, "offsets": 2, "vectors": 5, "delta_steps": 7}
+    room |= {"low_rank_maps": 2, "max_map_rank": 3, "conditions": 4, "modes": ["add", "clamp"]}
     (tmp_path / "steers.yaml").write_text(
         yaml.safe_dump({"runtime": {"enabled": True, "room": {**room, "sites": ["resid"]}}})
     )
@@ -103,23 +111,21 @@ def test_the_room_for_loading_is_what_the_banks_reserve(tmp_path: Path) -> None:
         device=torch.device("cpu"),
         room=HeadRoom(3, 2, 20, architecture.hidden_size, architecture.vocab_size),
     )
-    inside = fill_layer_bank(
-        {},
-        layers=layers,
-        device=torch.device("cpu"),
-        project=lambda _layer, rows: rows,
-        room=LayerRoom(
-            {"resid": (5, 7)},
-            {"resid": layers},
-            architecture.hidden_size,
-            frozenset({"add", "rotate"}),
-        ),
+    layer_room = LayerRoom(
+        {"resid": SiteRoom(layers, vectors=5, steps=7, maps=2, conditions=4)},
+        architecture.hidden_size,
+        frozenset({"add", "clamp"}),
+        max_map_rank=3,
     )
-    zero_direction = len(layers) * architecture.hidden_size * 4
-    is_rotation = 4 * 13
-    reserved = head.num_bytes + inside.num_bytes - zero_direction
+    cpu = torch.device("cpu")
+    (table,) = fill_layer_bank(
+        {}, layers=layers, device=cpu, project=lambda _layer, rows: rows, room=layer_room
+    ).tables
+    (conditions,) = fill_condition_tables({}, layers=layers, device=cpu, room=layer_room)
+    rows = [table.directions.vectors[:, 1:], conditions.conditions.vectors]  # without the zero
+    rows += [table.directions.readings.vectors, *table.maps.factors]
+    reserved = head.num_bytes + sum(tensor.numel() * 4 for tensor in rows)
     assert findings["room for loading"].figures["bytes"] == reserved
-    assert inside.tables[0].directions.is_rotation.nbytes == is_rotation  # not counted
 
 
 def test_a_config_that_is_wrong_is_an_error() -> None:

@@ -27,6 +27,19 @@ def serving(tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     return fake_server(tmp_path, folders=[str(files)])
 
 
+def test_a_description_that_leads_out_of_the_folders_is_not_read(
+    serving: FakeServer, files: Path, tmp_path: Path
+) -> None:
+    """An SAE's file is read with the ``cfg.json`` beside it."""
+    body = {"steer_name": "a", "steer_path": str(files / "0.safetensors")}
+    (tmp_path / "secret.json").write_text("{}")
+    (files / "cfg.json").symlink_to(tmp_path / "secret.json")
+    refused = serving.post(LOAD, body)
+    assert (refused.status, "leads out of the allowed" in refused.message) == (401, True)
+    (files / "cfg.json").unlink()
+    assert serving.post(LOAD, body).status == 200
+
+
 def test_a_steer_is_loaded_used_replaced_and_unloaded(serving: FakeServer, files: Path) -> None:
     path = str(files / "0.safetensors")
     loaded = serving.post(LOAD, {"steer_name": "a", "steer_path": path, "default_strength": 2})

@@ -1,6 +1,7 @@
 """The names of loaded steers, in a file that several processes read."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_what_one_process_writes_another_reads(tmp_path: Path) -> None:
     one.write({"b": planned("3")})
     assert other.names().steers == {"b": planned("3")}
     assert other.names() is other.names()  # read again only if the file has changed
+
+
+def test_a_bound_that_is_infinite_is_kept(tmp_path: Path) -> None:
+    steer = planned("1", mode="project", has_bounds=True, low=0.5, high=math.inf)
+    Registry(tmp_path).write({"floor": steer})
+    assert Registry(tmp_path).names().steers == {"floor": steer}
 
 
 def test_the_key_is_of_all_that_a_dose_takes_from_a_steer() -> None:

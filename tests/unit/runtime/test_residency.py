@@ -19,7 +19,16 @@ from vllm_steer.runtime.residency import (
 )
 from vllm_steer.runtime_config import Room
 
-ROOM = Room(lm_steers=2, vectors=3, delta_steps=10, sites=("resid", "heads"))
+ROOM = Room(
+    lm_steers=2,
+    vectors=3,
+    delta_steps=10,
+    low_rank_maps=2,
+    max_map_rank=4,
+    conditions=5,
+    sites=("resid", "heads"),
+    modes=("add", "rotate", "clamp"),
+)
 
 
 def planned(site: str = "head", steps: int | None = None, **fields: Any) -> PlannedSteer:
@@ -38,12 +47,17 @@ def test_each_kind_has_its_own_room() -> None:
     assert capacities(ROOM) == {
         "lm_steers": 2,
         "vectors at resid": 3,
+        "low_rank_maps at resid": 2,
+        "conditions at resid": 5,
         "delta_steps at resid": 10,
         "delta_steps at heads": 10,
     }
     assert needed_room(planned()) == ("lm_steers", 1)
     assert needed_room(planned(variant="offset")) == ("offsets", 1)
     assert needed_room(planned("resid")) == ("vectors at resid", 1)
+    assert needed_room(planned("resid", kind="sae")) == ("vectors at resid", 1)
+    assert needed_room(planned("resid", kind="low_rank")) == ("low_rank_maps at resid", 1)
+    assert needed_room(planned("resid", kind="condition")) == ("conditions at resid", 1)
     assert needed_room(planned("heads", steps=7)) == ("delta_steps at heads", 7)
 
 
@@ -99,8 +113,12 @@ def test_steps_lie_in_a_row_and_several_steers_may_leave_for_one() -> None:
         (planned(variant="offset"), "there is no room for offsets"),
         (planned(rank=2000), "its rank over all columns is 2000; runtime.room.max_rank is 1024"),
         (planned("resid", mode="rotate"), "its mode is rotate; runtime.room.modes has add"),
+        (planned("resid", kind="sae", mode="clamp"), "its mode is clamp; runtime.room.modes has"),
+        (planned("resid", kind="low_rank", rank=5), "is 5; runtime.room.max_map_rank is 4"),
+        (planned("attn_in", kind="low_rank"), "no room for low_rank_maps at attn_in"),
+        (planned("attn_in", kind="condition"), "no room for conditions at attn_in"),
     ],
-    ids=["site", "steps", "offset", "rank", "mode"],
+    ids=["site", "steps", "offset", "rank", "mode", "feature", "map", "map-site", "condition"],
 )
 def test_what_the_room_could_never_hold_is_refused(steer: PlannedSteer, message: str) -> None:
     with pytest.raises(Refused, match=message) as refused:

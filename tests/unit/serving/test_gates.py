@@ -42,7 +42,7 @@ def planned() -> dict[str, Any]:
 
 
 def table(most: int = 4) -> GateTable:
-    return GateTable(planned(), CPU, most)
+    return GateTable(plan_with_conditions(CONDITIONS), CPU, most)
 
 
 ANY, ALL = Gate(("one", "two")), Gate(("one", "two"), "all")
@@ -89,7 +89,7 @@ def test_a_request_that_comes_again_keeps_its_verdicts_and_a_new_one_begins_with
 def test_requests_that_end_give_their_gates_back() -> None:
     steers = {"push": vector((3,)), **CONDITIONS}
     plan = plan_with_conditions(steers)
-    gates = GateTable(plan.steers, CPU, 2)
+    gates = GateTable(plan, CPU, 2)
     batch = SteeredBatch(plan, CPU, None, gates=gates)  # type: ignore[arg-type]
     steer = {"push": {"strength": 1.0, "when": {"any": ["one", "two"]}}}
     for step in range(5):

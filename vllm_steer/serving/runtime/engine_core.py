@@ -194,7 +194,10 @@ def steer_usage(core: Any) -> Reply:
         params = request.sampling_params
         if params is None or argument(params, STREAM) is not None:
             continue
-        for entry in {dose.entry for dose in doses_of(params, plan)}:
+        doses = doses_of(params, plan)
+        gates = [dose.gate for dose in doses if dose.gate is not None]
+        entries = {dose.entry for dose in doses}.union(*(gate.entries for gate in gates))
+        for entry in entries:
             counts[entry] = counts.get(entry, 0) + 1
     return {"state": READY, "in_use": counts}
 

@@ -22,7 +22,7 @@ from vllm_steer.plan import SteerPlan
 from vllm_steer.planned_steer import PlannedSteer
 from vllm_steer.runtime.refusal import CONFLICT, NOT_FOUND, UNFIT, Refused
 from vllm_steer.runtime.registry import MOST_KNOWN, Registry
-from vllm_steer.runtime.residency import check_fits, check_loadable
+from vllm_steer.runtime.residency import check_fits
 from vllm_steer.runtime.steer_file import check_name, store
 from vllm_steer.serving.runtime.engines import Engines
 from vllm_steer.serving.runtime.reserved_bank import READY, Reply
@@ -155,7 +155,6 @@ class SteerLoading:
 
     def _check(self, name: str, source: SteerSource) -> PlannedSteer:
         """Check a steer against model and room, and store it for the workers."""
-        check_loadable(name, source.options.get("kind"))  # before a file beside it is read
         folder = self.registry.folder
         self.registry.make_folder()
         planned = store(name, source.file, source.options, self.plan.limits, folder)

@@ -16,9 +16,10 @@ from typing import Any, Final
 
 import torch
 
-from vllm_steer.bank import HeadBank, HeadTable
+from vllm_steer.bank import ConditionTable, HeadBank, HeadTable, LayerTensors, SiteTable
+from vllm_steer.bank.conditions import unit_vector
 from vllm_steer.bank.head import SlotTensors, check_range, slot_tensors
-from vllm_steer.bank.layers import GuidanceSteer, check_projected, layer_rows
+from vllm_steer.bank.layers import GuidanceSteer, check_projected
 from vllm_steer.errors import SteerError, cause
 from vllm_steer.files import load_steer, save_steer
 from vllm_steer.loaded_steers import LoadedSteers
@@ -26,7 +27,7 @@ from vllm_steer.planned_steer import PlannedSteer
 from vllm_steer.runtime.background import background_thread, rest
 from vllm_steer.serving.layers import SteeredLayers
 from vllm_steer.serving.model_sites import ModelSites
-from vllm_steer.steers import DeltaSteer, LMSteer, VectorSteer
+from vllm_steer.steers import ConditionSteer, LMSteer, Steer
 from vllm_steer.steers.content import content_digest
 
 logger = logging.getLogger("vllm.vllm_steer")
@@ -47,8 +48,8 @@ class _Reading:
     start: int
     name: str
     done: "Future[None]" = field(default_factory=Future)
-    steer: LMSteer | GuidanceSteer | None = None
-    tensors: SlotTensors | torch.Tensor | None = None
+    steer: Steer | None = None
+    tensors: SlotTensors | LayerTensors | torch.Tensor | None = None
     error: str = ""
 
 
@@ -145,6 +146,8 @@ class ReservedBank:
                 self.layers.set_at_heads(key, None)
                 for site in self.layers.sites:
                     site.table.remove(key)
+                for condition_site in self.layers.condition_sites:
+                    condition_site.table.remove(key)
         return {"state": READY}
 
     def _check_layers(self, name: str, planned: PlannedSteer) -> tuple[int, ...]:
@@ -153,7 +156,7 @@ class ReservedBank:
         if planned.where_present:
             return self.sites.present_layers(name, planned.site, planned.layers)
         self.sites.check_layers(f"steer {name}", planned.site, planned.layers)
-        table = None if self.layers is None else self.layers.table_of(planned.site)
+        table = self._table_of(planned.kind, planned.site)
         local = set(planned.layers) & set(self.sites.families)
         missing = sorted(local - set(() if table is None else table.layers))
         if missing:
@@ -162,6 +165,13 @@ class ReservedBank:
                 "runtime.room.layers"
             )
         return planned.layers
+
+    def _table_of(self, kind: str, site: str) -> SiteTable | ConditionTable | None:
+        """The table of steers of a kind inside the layers; None if this rank has none."""
+        if self.layers is None:
+            return None
+        is_read = kind == ConditionSteer.kind
+        return self.layers.conditions_of(site) if is_read else self.layers.table_of(site)
 
     def _read(self, reading: _Reading, layers: tuple[int, ...] | None) -> None:
         try:
@@ -172,14 +182,14 @@ class ReservedBank:
                     check_range(reading.name, steer, self.dtype)
                     rest()
                     reading.tensors = slot_tensors(steer, self.dtype).pinned(self.on_cuda)
-            elif isinstance(steer, VectorSteer | DeltaSteer):
-                steer = steer if layers is None else steer.keep_layers(layers)
-                table = None if self.layers is None else self.layers.table_of(steer.site)
-                if table is not None:
-                    rows = layer_rows(steer, table.layers)
-                    reading.tensors = rows.pin_memory() if self.on_cuda else rows
             else:
-                raise SteerError(f"steer {reading.name}: kind {steer.kind} cannot be loaded")
+                steer = steer if layers is None else steer.keep_layers(layers)
+                table = self._table_of(steer.kind, steer.site)
+                if isinstance(steer, ConditionSteer):
+                    vector = unit_vector(steer)
+                    reading.tensors = vector.pin_memory() if self.on_cuda else vector
+                elif isinstance(table, SiteTable):
+                    reading.tensors = table.tensors_of(steer).pinned(self.on_cuda)
             reading.steer = steer
         except SteerError as error:
             reading.error = str(error)
@@ -200,14 +210,22 @@ class ReservedBank:
                 assert isinstance(table, HeadTable)
                 table.fill(key, reading.start, tensors)
             return
-        if steer is None or self.layers is None or not isinstance(tensors, torch.Tensor):
+        if steer is None or self.layers is None:
             return
-        site_table = self.layers.table_of(steer.site)
-        assert site_table is not None
+        table_of_layers = self._table_of(steer.kind, steer.site)
+        if isinstance(steer, ConditionSteer):
+            if isinstance(table_of_layers, ConditionTable) and isinstance(tensors, torch.Tensor):
+                table_of_layers.fill(key, steer, reading.start, tensors)
+            return
+        if not isinstance(tensors, LayerTensors):
+            return
+        assert isinstance(table_of_layers, SiteTable)
         if steer.site == "heads":
-            tensors = self._projected(reading.name, steer, tensors, site_table.layers, projection())
+            rows = tensors.directions
+            rows = self._projected(reading.name, steer, rows, table_of_layers.layers, projection())
+            tensors = LayerTensors(rows)
             self.layers.set_at_heads(key, steer)
-        site_table.fill(key, steer, reading.start, tensors)
+        table_of_layers.fill(key, steer, reading.start, tensors)
 
     def _projected(
         self,
