@@ -28,6 +28,7 @@ PLACES: Final = {
     "lm_steers": ROOM["lm_steers"],
     "vectors": ROOM["vectors"],
     "delta_steps": ROOM["delta_steps"] // DELTA_STEPS,
+    "low_rank_maps": ROOM["low_rank_maps"],
 }
 _IDLE: Final = (
     "vllm:num_requests_running",

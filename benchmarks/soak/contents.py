@@ -8,7 +8,17 @@ from typing import Any, Final
 import torch
 import yaml
 
-from vllm_steer import DeltaSteer, LMSteer, Steer, SteerConfig, VectorSteer, embedded, save_steer
+from vllm_steer import (
+    DeltaSteer,
+    LMSteer,
+    LowRankSteer,
+    SAESteer,
+    Steer,
+    SteerConfig,
+    VectorSteer,
+    embedded,
+    save_steer,
+)
 from vllm_steer.planned_steer import load_entry
 from vllm_steer.steers.content import content_digest
 
@@ -19,6 +29,9 @@ ROOM: Final[dict[str, Any]] = {
     "max_rank": 16,
     "vectors": 10,
     "delta_steps": 3 * DELTA_STEPS,
+    "low_rank_maps": 3,
+    "max_map_rank": 4,
+    "modes": ["add", "rotate", "scale"],
     "sites": ["resid", "heads"],
 }
 _MORE: Final[dict[str, dict[str, Any]]] = {
@@ -52,12 +65,18 @@ class Content:
 
 
 def make_contents(folder: Path, count: int) -> list[Content]:
-    """``count`` steers of each of three kinds, written to ``folder``."""
-    makers = {"lm_steers": _lm_steer, "vectors": _vector, "delta_steps": _delta}
+    """``count`` steers of each of five kinds, written to ``folder``."""
+    makers = (
+        ("lm_steers", _lm_steer),
+        ("vectors", _vector),
+        ("delta_steps", _delta),
+        ("low_rank_maps", _low_rank),
+        ("vectors", _feature),
+    )
     contents = []
-    for region, make in makers.items():
+    for region, make in makers:
         for seed in range(count):
-            path = folder / f"{region}-{seed}.safetensors"
+            path = folder / f"{make.__name__[1:]}-{seed}.safetensors"
             save_steer(make(torch.Generator().manual_seed(seed)), path)
             data = base64.b64encode(path.read_bytes()).decode()
             contents.append(Content(path.stem, region, path, data))
@@ -106,6 +125,25 @@ def _lm_steer(generator: torch.Generator) -> Steer:
 
 def _vector(generator: torch.Generator) -> Steer:
     return VectorSteer(vectors=torch.randn(2, HIDDEN, generator=generator), layers=(1, 2))
+
+
+def _low_rank(generator: torch.Generator) -> Steer:
+    a, b = torch.randn(2, 2, 3, HIDDEN, generator=generator)
+    return LowRankSteer(a=a / HIDDEN**0.5, b=b.transpose(1, 2), layers=(1, 2))
+
+
+def _feature(generator: torch.Generator) -> Steer:
+    """Scaled by what it reads, which is not 0 for most tokens."""
+    encoder, decoder = torch.randn(2, 1, HIDDEN, generator=generator)
+    one = torch.ones(1)
+    return SAESteer(
+        encoder=encoder / HIDDEN**0.5,
+        decoder=decoder,
+        bias=one,
+        threshold=0 * one,
+        layers=(2,),
+        mode="scale",
+    )
 
 
 def _delta(generator: torch.Generator) -> Steer:

@@ -50,7 +50,7 @@ class Configuration:
     prompts: int = len(PROMPTS)
     settings: int = 18
     contents: int = 4
-    """Of each of three kinds."""
+    """Of each of five kinds."""
     max_tokens: int = 10
     keeps_connections: bool = True
 
@@ -60,16 +60,12 @@ _V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 CONFIGURATIONS: Final = {
     "v1": Configuration(),
     "v2": Configuration(
-        (), _V2, requests=1000, prompts=3, contents=2, max_tokens=8, keeps_connections=False
+        (), _V2, prompts=3, contents=2, max_tokens=8, keeps_connections=False
     ),
-    "api-servers": Configuration(
-        ("--api-server-count=2",), requests=3000, keeps_connections=False
-    ),
-    "data-parallel": Configuration(
-        ("--data-parallel-size=2",), requests=3000, keeps_connections=False
-    ),
+    "api-servers": Configuration(("--api-server-count=2",), keeps_connections=False),
+    "data-parallel": Configuration(("--data-parallel-size=2",), keeps_connections=False),
     "tensor-parallel": Configuration(
-        ("--tensor-parallel-size=2", "--distributed-executor-backend=mp"), requests=2000
+        ("--tensor-parallel-size=2", "--distributed-executor-backend=mp")
     ),
 }  # fmt: skip
 ENVIRONMENT: Final = {
