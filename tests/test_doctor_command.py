@@ -29,16 +29,19 @@ def test_the_embedded_model_works_at_every_site() -> None:
     assert completed.returncode == 0, completed.stdout + completed.stderr
     result = {finding["name"]: finding for finding in json.loads(completed.stdout)["findings"]}
     assert result["engine"]["figures"]["dtype"] == "float32"
-    assert result["zero steers"]["state"] == "ok"
+    assert result["zero steers"]["state"] == result["zero steers, reading"]["state"] == "ok"
     names = (
-        *("unsteered", "head-multiply", "head-offset", "resid-add", "resid-rotate"),
-        *("attn_in-rotate", "attn_out-add", "heads-delta"),
+        *("unsteered", "unsteered, reading", "head-multiply", "head-offset", "resid-add"),
+        *("resid-rotate", "attn_in-rotate", "attn_out-add", "heads-delta"),
+        *("resid-project", "resid-relative", "resid-clamp", "resid-low_rank", "resid-window"),
+        *("resid-when", "attn_in-relative", "attn_in-low_rank", "attn_out-project"),
+        "attn_out-scale",
     )
     for name in names:
         figures = result[name]["figures"]
         assert result[name]["state"] == "ok"
         assert figures["difference"] < 1e-3 and figures["agreement"] == 1
-    assert all(result[name]["figures"]["effect"] > 1 for name in names[1:])
+    assert all(result[name]["figures"]["effect"] > 1 for name in names[2:])
 
 
 def test_the_memory_of_a_config_is_reported_without_an_engine() -> None:

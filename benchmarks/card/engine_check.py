@@ -4,7 +4,7 @@
 
 Runs an engine without steers, then one with all steers, in one process. Every request of the whole
 batch, and of smaller batches that need padding, must match the references; requests without a steer
-must equal the engine without steers, number for number.
+must equal the engine without steers, number for number. ``DATA`` says which steers and requests.
 """
 
 import argparse
@@ -72,7 +72,8 @@ def _prepare(args: argparse.Namespace) -> None:
 @contextmanager
 def _engine(args: argparse.Namespace, steer: Any, num_requests: int) -> Iterator[Any]:
     """An engine with or without steers; closed at the end of the block."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"max_num_seqs": max(64, 3 * num_requests)}
+    options |= json.loads((args.data / "engine.json").read_text())
     if torch.cuda.is_available():
         # A fixed cache size: a memory profile would count the memory of other processes.
         options |= {"kv_cache_memory_bytes": 1 << 28, "attention_backend": "TRITON_ATTN"}
@@ -84,7 +85,6 @@ def _engine(args: argparse.Namespace, steer: Any, num_requests: int) -> Iterator
         plugin=steer is not None,
         gpu_memory=0.05,
         dtype="float32",
-        max_num_seqs=max(64, 3 * num_requests),
         seed=0,
         enforce_eager=args.eager,
         **options,
@@ -95,8 +95,10 @@ def _engine(args: argparse.Namespace, steer: Any, num_requests: int) -> Iterator
     gc.collect()
 
 
-def _ask(llm: Any, requests: Sequence[Request], tokens: int, **options: Any) -> list[Any]:
-    """Greedy texts of a batch."""
+def _ask(
+    llm: Any, requests: Sequence[Request], tokens: int, *, prompt_logprobs: int | None = None
+) -> list[Any]:
+    """Greedy texts of a batch; prompt logprobs of those that may have them."""
     params = [
         greedy(
             tokens,
@@ -104,7 +106,7 @@ def _ask(llm: Any, requests: Sequence[Request], tokens: int, **options: Any) -> 
             extra_args=(
                 {"steer": r["steer"], "steer_strengths": r["dynamic"]} if r["steer"] else None
             ),
-            **options,
+            prompt_logprobs=None if r["gated"] else prompt_logprobs,
         )
         for r in requests
     ]
@@ -117,7 +119,7 @@ def _check_all(args: argparse.Namespace, result: dict[str, Any]) -> None:
     references = dict(np.load(args.data / "references.npz"))
     fixed = [i for i, request in enumerate(requests) if not request["dynamic"]]
     dynamic = [i for i, request in enumerate(requests) if request["dynamic"]]
-    plain = [{**requests[i], "steer": {}} for i in fixed]
+    plain = [{**requests[i], "steer": {}, "gated": False} for i in fixed]
     tokens = len(references[f"tokens_{fixed[0]}"])
     paths = sorted((args.data / "steers").glob("*.safetensors"))
     steers = {"steers": {path.stem: {"path": str(path)} for path in paths}}

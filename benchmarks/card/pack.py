@@ -91,13 +91,20 @@ def _write_references(pack: Path, *, dry: bool) -> None:
     """Write the references in a separate process, on one thread: several threads slow tiny products
     down.
     """
-    code = (
-        "import torch; from pathlib import Path; torch.set_num_threads(1); "
-        "from benchmarks.card import references; "
-        f"references.write(Path({str(pack / 'few')!r}), few=True)"
+    sizes = (True,) if dry else (True, False)
+    calls = [
+        f"references.write(Path({str(pack / (few * 'few-' + name))!r}), few={few}, "
+        f"reading={name == 'reading'})"
+        for few in sizes
+        for name in ("engine", "reading")
+    ]
+    code = "; ".join(
+        [
+            "import torch; from pathlib import Path; torch.set_num_threads(1)",
+            "from benchmarks.card import references",
+            *calls,
+        ]
     )
-    if not dry:
-        code += f"; references.write(Path({str(pack / 'data')!r}))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     if process.returncode:
         sys.exit(process.returncode)

@@ -56,8 +56,10 @@ def _on_a_card() -> list[list[Phase]]:
                 folder="tests",
                 environment={"OMP_NUM_THREADS": "2"},
             ),
-            _engine("v2", limit_s=130),
-            _engine("v1", limit_s=130),
+            _engine("v2", limit_s=150),
+            _engine("v1", limit_s=150),
+            _engine("v2", limit_s=150, name="reading"),
+            _engine("v1", limit_s=150, name="reading"),
         ],
         [_speed("steered", "--cases", "64:32,64:1,64:4,1:1,32:32", limit_s=160)],
         [Phase("operations", _module("bench_kernels", *short), 100)],
@@ -66,7 +68,7 @@ def _on_a_card() -> list[list[Phase]]:
 
 
 def _dry() -> list[list[Phase]]:
-    """The same phases at sizes for a CPU, in sequence; kernels in Triton's interpreter."""
+    """The same phases at sizes for a CPU; kernels in Triton's interpreter."""
     some = ("triton/test_divergence_fused.py", "-k", "own or dose or infinitely")
     quick = ("--quick", "--shape", "tiny", "--rank", "16", "--figures")
     steered = ("--cases", "4:2", "--profile", "1", "--capture-sizes", "1,4")
@@ -81,8 +83,8 @@ def _dry() -> list[list[Phase]]:
                 environment={**_CPU, "TRITON_INTERPRET": "1"},
             )
         ],
-        [_engine("v2", "--eager", limit_s=300, data="few")],
-        [_engine("v1", "--eager", limit_s=300, data="few")],
+        [_dry_engine("v2"), _dry_engine("v2", "reading")],
+        [_dry_engine("v1"), _dry_engine("v1", "reading")],
         [Phase("steered", (*SPEED_RATIO, *quick, "steered", *steered), 240)],
         [Phase("operations", _module("bench_kernels", "--quick", "--grid", "short"), 180)],
         [Phase("guided", (*SPEED_RATIO, *quick, "guided", "--rows", "4"), 240)],
@@ -97,9 +99,16 @@ def _machine() -> Phase:
     return Phase("machine", _module("card.machine_facts", "{pack}", "{scratch}"), 60)
 
 
-def _engine(runner: str, *options: str, limit_s: float, data: str = "data") -> Phase:
-    check = _module("card.engine_check", f"{{pack}}/{data}", "--runner", runner, *options)
-    return Phase(f"engine-{runner}", check, limit_s)
+def _engine(
+    runner: str, *options: str, limit_s: float, name: str = "engine", data: str = ""
+) -> Phase:
+    """Engines of one runner with the requests of a folder: that of the name, or ``data``."""
+    check = _module("card.engine_check", f"{{pack}}/{data or name}", "--runner", runner, *options)
+    return Phase(f"{name}-{runner}", check, limit_s)
+
+
+def _dry_engine(runner: str, name: str = "engine") -> Phase:
+    return _engine(runner, "--eager", limit_s=300, name=name, data=f"few-{name}")
 
 
 def _speed(figures: str, *options: str, limit_s: float) -> Phase:

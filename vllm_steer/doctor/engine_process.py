@@ -15,7 +15,8 @@ from vllm_steer.compat import options
 from vllm_steer.files.atomic_write import write_text
 from vllm_steer.site_report import SiteReport, join_reports
 
-Setting = dict[str, float]
+Setting = dict[str, Any]
+"""A strength by steer, or a steer's options as in a request."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _complete(llm: Any, job: Job, settings: Sequence[Setting]) -> list[Completio
     ]
 
 
-def _greedy(setting: Mapping[str, float], max_tokens: int) -> Any:
+def _greedy(setting: Mapping[str, Any], max_tokens: int) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(

@@ -1,16 +1,17 @@
 """Parity of a vLLM engine with a Hugging Face forward pass, under random trial steers.
 
-The engine runs three batches with the same prompts: unsteered, with every trial steer at strength
-0, and with each trial steer alone at a large strength. At strength 0 every token and
-log-probability must equal the unsteered one bit for bit. At a large strength the log-probabilities
-must be those of Hugging Face on the engine's own tokens, and differ clearly from the unsteered
-ones.
+Two engines run one after the other: one with vectors, deltas and LM-Steers, one with the kinds that
+read the token and with a condition, for which an engine has other kernels. Each runs three batches
+with the same prompts: unsteered, with every trial steer at strength 0, and with each trial steer
+alone at a large strength. At strength 0 every token and log-probability must equal the unsteered
+one bit for bit. At a large strength the log-probabilities must be those of Hugging Face on the
+engine's own tokens, and differ clearly from the unsteered ones.
 """
 
 import gc
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +19,9 @@ import torch
 
 from vllm_steer.doctor.architecture import Architecture
 from vllm_steer.doctor.engine import run_engine
-from vllm_steer.doctor.engine_process import Completion, EngineOutput, Job
+from vllm_steer.doctor.engine_process import Completion, EngineOutput, Job, Setting
 from vllm_steer.doctor.finding import Finding, State
+from vllm_steer.doctor.reading_trials import GATED, reading_trials
 from vllm_steer.doctor.reference import (
     ReferenceComparison,
     Scores,
@@ -32,10 +34,13 @@ from vllm_steer.doctor.trials import TOKENS, measure_sizes, prompts, trial_steer
 from vllm_steer.errors import SteerError
 from vllm_steer.files import save_steer
 from vllm_steer.models import load_tokenizer, model_path
-from vllm_steer.steers import Steer
+from vllm_steer.request.gates import CONDITION
+from vllm_steer.steers import ConditionSteer, Steer
 from vllm_steer.steers.layers import format_layers
 
 PART = "parity"
+READING: Final = ", reading"
+"""What the findings on the second engine itself are called in addition."""
 TOLERANCE: Final = {"float32": 1e-3}
 """Maximum difference of a log-probability from Hugging Face in float32.
 
@@ -52,44 +57,93 @@ _LONGEST: Final = 256
 
 @dataclass(frozen=True)
 class ParityTrials:
-    """The trial steers, the strength of each, and the prompts."""
+    """The trials of one engine: its steers, the options of the trial that is named like its steer,
+    and the prompts. ``not_tested`` has trials that the engine refuses, with the reason.
+    """
 
     steers: Mapping[str, Steer]
-    strengths: Mapping[str, float]
+    options: Mapping[str, float | Mapping[str, Any]]
     prompts: Sequence[list[int]]
+    not_tested: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def batches(self) -> dict[str, list[dict[str, float]]]:
+    def batches(self) -> dict[str, list[Setting]]:
         """The settings of the three batches."""
         return {
             "unsteered": [{}],
-            "zero": [dict.fromkeys(self.steers, 0.0)],
-            "large": [{name: strength} for name, strength in self.strengths.items()],
+            "zero": [{name: _at_zero(options) for name, options in self.options.items()}],
+            "large": [{name: options} for name, options in self.options.items()],
         }
+
+
+def _at_zero(options: float | Mapping[str, Any]) -> float | dict[str, Any]:
+    return {**options, "strength": 0.0} if isinstance(options, Mapping) else 0.0
+
+
+_REFUSED_WITH_CONDITIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "pipeline_parallel_size": lambda value: value > 1,
+    "kv_transfer_config": lambda value: value is not None,
+}
+"""Options of an engine that does not start with a condition, and their values that say so."""
+
+
+def without_refused(trials: ParityTrials, options: Mapping[str, Any]) -> ParityTrials:
+    """The trials without those that an engine with these options refuses."""
+    refused = [
+        name
+        for name, is_on in _REFUSED_WITH_CONDITIONS.items()
+        if name in options and is_on(options[name])
+    ]
+    if not refused or GATED not in trials.steers:
+        return trials
+    reason = f"the engine refuses conditions with {', '.join(refused)}"
+    steers = {n: steer for n, steer in trials.steers.items() if n not in (GATED, CONDITION)}
+    kept = {name: value for name, value in trials.options.items() if name in steers}
+    return ParityTrials(steers, kept, trials.prompts, {GATED: reason})
 
 
 def parity(architecture: Architecture, options: Mapping[str, Any]) -> Iterator[Finding]:
     """Run all trials and yield the findings. ``options`` are engine arguments, including ``dtype``.
 
-    The reference model is loaded before the engine, to measure its activations, and again after the
-    engine has ended, in the engine's dtype and in float32, so the device never holds two.
+    The reference model is loaded before the engines, to measure its activations, and again after
+    each has ended, in the engine's dtype and in float32, so the device never holds two.
     """
-    trials = _prepare(architecture, str(options["dtype"]))
-    with tempfile.TemporaryDirectory(prefix="vllm-steer-doctor-") as folder:
-        job = _job(architecture, trials, options, Path(folder))
-        output, problem = run_engine(job, Path(folder))
-    if output.runner:
-        message = f"model runner {output.runner} on {output.device}, {output.dtype}"
-        figures = {"runner": output.runner, "device": output.device, "dtype": output.dtype}
-        yield Finding(PART, "engine", "FAILED" if problem else "ok", problem or message, figures)
-    else:
-        yield Finding(PART, "engine", "FAILED", problem)
-    yield from found_sites(output)
-    yield zero_steers(output)
-    yield from _compare_with_model(architecture, trials, output)
+    plain, reading = _prepare(architecture, str(options["dtype"]))
+    output = None
+    for trials, suffix in ((plain, ""), (without_refused(reading, options), READING)):
+        if not trials.steers:
+            continue
+        if output is not None and not output.runner:
+            yield from _not_tested(trials, "the first engine did not start")
+            continue
+        with tempfile.TemporaryDirectory(prefix="vllm-steer-doctor-") as folder:
+            job = _job(architecture, trials, options, Path(folder))
+            output, problem = run_engine(job, Path(folder))
+        yield _started(output, problem, suffix)
+        if not suffix:
+            yield from found_sites(output)
+        yield zero_steers(output, suffix)
+        yield from _compare_with_model(architecture, trials, output, suffix)
 
 
-def _prepare(architecture: Architecture, dtype: str) -> ParityTrials:
+def _started(output: EngineOutput, problem: str, suffix: str) -> Finding:
+    if not output.runner:
+        return Finding(PART, f"engine{suffix}", "FAILED", problem)
+    message = f"model runner {output.runner} on {output.device}, {output.dtype}"
+    figures = {"runner": output.runner, "device": output.device, "dtype": output.dtype}
+    state: State = "FAILED" if problem else "ok"
+    return Finding(PART, f"engine{suffix}", state, problem or message, figures)
+
+
+def _not_tested(trials: ParityTrials, reason: str) -> Iterator[Finding]:
+    for name in trials.options:
+        yield Finding(PART, name, "not tested", reason)
+    for name, refused in trials.not_tested.items():
+        yield Finding(PART, name, "not tested", refused)
+
+
+def _prepare(architecture: Architecture, dtype: str) -> tuple[ParityTrials, ParityTrials]:
+    """The trials of the first and of the second engine."""
     try:
         tokenizer = load_tokenizer(architecture.name)
     except SteerError:
@@ -97,11 +151,12 @@ def _prepare(architecture: Architecture, dtype: str) -> ParityTrials:
     texts = prompts(architecture, tokenizer)
     model = load_model(architecture.name, dtype)
     sizes = measure_sizes(model, architecture, texts)
+    reading = ParityTrials(*reading_trials(model, architecture, texts), texts)
     del model
     _free()
     steers = trial_steers(architecture, sizes)
     strengths = {name: trial_strength(name, steer, sizes) for name, steer in steers.items()}
-    return ParityTrials(steers, strengths, texts)
+    return ParityTrials(steers, strengths, texts), reading
 
 
 def _job(
@@ -141,9 +196,9 @@ def found_sites(output: EngineOutput) -> Iterator[Finding]:
         yield Finding(PART, f"found {site}", state, "; ".join([message, *reasons[:1]]), found)
 
 
-def zero_steers(output: EngineOutput) -> Finding:
+def zero_steers(output: EngineOutput, suffix: str = "") -> Finding:
     """Whether tokens and log-probabilities at strength 0 equal the unsteered ones bit for bit."""
-    name = "zero steers"
+    name = f"zero steers{suffix}"
     if "zero" not in output.batches:
         return Finding(PART, name, "not tested", "the engine gave no output")
     pairs = list(zip(output.batches["unsteered"], output.batches["zero"], strict=True))
@@ -154,18 +209,19 @@ def zero_steers(output: EngineOutput) -> Finding:
 
 
 def _compare_with_model(
-    architecture: Architecture, trials: ParityTrials, output: EngineOutput
+    architecture: Architecture, trials: ParityTrials, output: EngineOutput, suffix: str
 ) -> Iterator[Finding]:
     if "unsteered" not in output.batches:
-        for name in trials.steers:
-            yield Finding(PART, name, "not tested", "the engine gave no output")
+        yield from _not_tested(trials, "the engine gave no output")
         return
     rounded = None
     if output.dtype not in TOLERANCE:
         rounded = score_all(load_model(architecture.name, output.dtype), trials.steers, output)
         _free()
     exact = score_all(load_model(architecture.name, "float32"), trials.steers, output)
-    yield from compare(trials.steers, output, exact, rounded)
+    yield from compare(trials.steers, output, exact, rounded, suffix)
+    for name, reason in trials.not_tested.items():
+        yield Finding(PART, name, "not tested", reason)
 
 
 @dataclass(frozen=True)
@@ -181,7 +237,7 @@ class ReferenceScores:
 
 def score_all(model: Any, steers: Mapping[str, Steer], output: EngineOutput) -> ReferenceScores:
     """The scores of the reference ``model`` for all completions of an engine."""
-    by_steer = {name: _completions(name, output) for name in steers}
+    by_steer = {name: _completions(name, output) for name in _acting(steers)}
     return ReferenceScores(
         [score(model, one, steers) for one in output.batches["unsteered"]],
         {name: [score(model, one, steers) for one in ones] for name, ones in by_steer.items()},
@@ -190,6 +246,11 @@ def score_all(model: Any, steers: Mapping[str, Steer], output: EngineOutput) -> 
             for name, ones in by_steer.items()
         },
     )
+
+
+def _acting(steers: Mapping[str, Steer]) -> list[str]:
+    """The steers that change something by themselves: all but conditions."""
+    return [name for name, steer in steers.items() if not isinstance(steer, ConditionSteer)]
 
 
 def _completions(name: str, output: EngineOutput) -> list[Completion]:
@@ -201,15 +262,16 @@ def compare(
     output: EngineOutput,
     exact: ReferenceScores,
     rounded: ReferenceScores | None = None,
+    suffix: str = "",
 ) -> Iterator[Finding]:
-    """Compare each batch of an engine with the reference.
+    """Compare each batch of an engine with the reference; conditions have no finding of their own.
 
     ``exact`` are its scores in float32, ``rounded`` those in the engine's dtype, None for float32.
     """
     unsteered = compare_with_reference(output.batches["unsteered"], exact.unsteered)
     rounding = None if rounded is None else largest_difference(exact.unsteered, rounded.unsteered)
-    yield _finding("unsteered", unsteered, rounding)
-    for name in steers:
+    yield _finding(f"unsteered{suffix}", unsteered, rounding)
+    for name in _acting(steers):
         completions = _completions(name, output)
         if not completions:
             yield Finding(PART, name, "not tested", "the engine gave no output")

@@ -84,7 +84,7 @@ def trial_steers(architecture: Architecture, sizes: Sizes) -> dict[str, Steer]:
     product ``P1 P2^T`` of rank r scales a vector of width d by ``sqrt(r d)``; random vectors in L
     layers add up in the residual stream to ``sqrt(L)`` times one of them.
     """
-    normal = _Normal(torch.Generator().manual_seed(17))
+    normal = Normal(torch.Generator().manual_seed(17))
     steers: dict[str, Steer] = {}
     width, layers = architecture.hidden_size, tuple(range(architecture.num_layers))
     if head_of(architecture.model) is not None:
@@ -104,7 +104,7 @@ def trial_steers(architecture: Architecture, sizes: Sizes) -> dict[str, Steer]:
         )
     for name, (site, mode) in _INSIDE.items():
         if site in architecture.widths:
-            size = sizes[site] * _share(site, architecture.num_layers)
+            size = sizes[site] * share(site, architecture.num_layers)
             vectors = normal.sized(size, architecture.widths[site])
             steers[name] = VectorSteer(
                 vectors=vectors, layers=layers, site=cast(VectorSite, site), mode=mode
@@ -121,16 +121,16 @@ def trial_strength(name: str, steer: Steer, sizes: Sizes) -> float:
     A rotating steer has directions of norm 1; its strength is the mean norm over the layers.
     """
     if isinstance(steer, VectorSteer) and steer.mode == "rotate":
-        return round(float(sizes[steer.site].mean()) * _share(steer.site, len(steer.layers)), 3)
+        return round(float(sizes[steer.site].mean()) * share(steer.site, len(steer.layers)), 3)
     return 1.0
 
 
-def _share(site: str, num_layers: int) -> float:
+def share(site: str, num_layers: int) -> float:
     """The share of one layer, for a site where the changes of all layers add up."""
     return num_layers**-0.5 if site == "resid" else 1.0
 
 
-class _Normal:
+class Normal:
     """Standard normal tensors of one generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
