@@ -195,7 +195,8 @@ def test_a_command_that_does_not_end_is_ended_with_its_children(tmp_path: Path) 
 
 
 def test_all_commands_of_the_command_line_are_known() -> None:
-    fits = [f"fit {method}" for method in ("lm-steer", "concept", "condition", "delta", "vector")]
+    methods = ("lm-steer", "low-rank", "concept", "condition", "delta", "vector")
+    fits = [f"fit {method}" for method in methods]
     other_commands = (
         "convert",
         "inspect",

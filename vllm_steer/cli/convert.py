@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_steer.cli.output import check_output
-from vllm_steer.cli.terminal import Console, say_json
-from vllm_steer.tables import Table, facts
+from vllm_steer.cli.terminal import Console, say, say_json
+from vllm_steer.errors import SteerError
+from vllm_steer.tables import Column, Table, facts
 
 if TYPE_CHECKING:
     from vllm_steer.files import LoadedFile
-    from vllm_steer.steers import LMSteer
+    from vllm_steer.fit.relative_size import RelativeSize
+    from vllm_steer.steers import LMSteer, Steer
     from vllm_steer.steers.properties import LayeredSteer
 
 
@@ -85,21 +87,69 @@ def convert(
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="Model the steer is for.")] = None,
     description: Annotated[str | None, typer.Option(help="Free text.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder, hub id or 'embedded': measure what the steer changes of its activations."
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Texts that the model reads.", show_default="a few short ones"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Read a steer file, summarise it, and write it as a vllm-steer file."""
     from vllm_steer.files import read_file, save_steer
 
-    check_output(output, force)
+    check_output(output, force, inputs=[texts])
     loaded = read_file(source, _facts(context.params))
+    size = _size(loaded.steer, model, texts)
     summary = _summary(loaded)
     if as_json:
-        say_json({**summary, "output": str(output)})
+        sizes = {} if size is None else {"relative_size": size.data}
+        say_json({**summary, **sizes, "output": str(output)})
     else:
         Console().print(_table(summary, title=str(output)))
+        _print_size(loaded.steer, size)
     sys.stdout.flush()  # fail before the file is written
     save_steer(loaded.steer, output)
+
+
+def _size(steer: "Steer", model: str | None, texts: Path | None) -> "RelativeSize | None":
+    """How much the steer changes a model's activations; None if no model was given."""
+    if model is None:
+        if texts is not None:
+            raise SteerError("texts are read by a model; give --model too")
+        return None
+    if not _has_size(steer):
+        raise SteerError(
+            f"--model does not apply to a steer of kind {steer.kind}, which adds nothing to the "
+            "activations inside the layers; drop it"
+        )
+    from vllm_steer.fit.relative_size import SHORT_TEXTS, size_on_texts
+    from vllm_steer.models import load_language_model
+    from vllm_steer.texts import read_texts
+
+    read = SHORT_TEXTS if texts is None else read_texts(texts)
+    language = load_language_model(model)
+    return size_on_texts(language.model, language.tokenizer, steer, read)  # type: ignore[arg-type]
+
+
+def _has_size(steer: "Steer") -> bool:
+    return steer.kind not in ("lm_steer", "condition")
+
+
+def _print_size(steer: "Steer", size: "RelativeSize | None") -> None:
+    if size is not None:
+        rows = [[n, one.activation, one.change, one.share] for n, one in size.layers.items()]
+        names = ("|h|", "|v w|", "|v w|/|h|")
+        columns = [Column("layer", "d"), *(Column(name, ".4g") for name in names)]
+        Console().print(Table("at strength 1", columns, rows))
+        say(f"changes {size.message}")
+    elif _has_size(steer):
+        say("for first strengths give the model: --model NAME prints |v w|/|h| of each layer")
 
 
 def _facts(options: Mapping[str, Any]) -> dict[str, Any]:

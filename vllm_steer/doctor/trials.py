@@ -7,6 +7,7 @@ from typing import Any, Final, cast
 import torch
 
 from vllm_steer.doctor.architecture import Architecture, head_of
+from vllm_steer.fit.relative_size import SHORT_TEXTS
 from vllm_steer.hf import sites
 from vllm_steer.steers import DeltaSteer, LMSteer, Steer, VectorSteer
 from vllm_steer.steers.sites import VectorSite
@@ -21,12 +22,6 @@ _INSIDE: Final[Mapping[str, tuple[str, Mode]]] = {
     "attn_in-rotate": ("attn_in", "rotate"),
     "attn_out-add": ("attn_out", "add"),
 }
-_TEXTS: Final = (
-    "The first thing that I noticed was",
-    "Paris is a city in",
-    "1, 2, 3, 4,",
-    "She opened the letter and",
-)
 
 Sizes = Mapping[str, torch.Tensor]
 """Mean activation norm per site, ``[layers]``; for centred logits ``[1]``."""
@@ -38,11 +33,11 @@ def prompts(architecture: Architecture, tokenizer: Any) -> list[list[int]]:
     A tokenizer is unusable if it yields a single token or ids beyond the vocabulary.
     """
     if tokenizer is not None:
-        texts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
+        texts = [list(tokenizer(text)["input_ids"]) for text in SHORT_TEXTS]
         if all(len(ids) > 1 and max(ids) < architecture.vocab_size for ids in texts):
             return texts
     generator = torch.Generator().manual_seed(3)
-    shape = (len(_TEXTS), TOKENS)
+    shape = (len(SHORT_TEXTS), TOKENS)
     ids = torch.randint(architecture.vocab_size, shape, generator=generator)
     return [[int(token) for token in row] for row in ids]
 

@@ -74,7 +74,7 @@ def draw_batches(
         )
     return [
         _batch(encoded, rows, mask_padding)
-        for rows in _shuffled(usable, min(batch_size, len(usable)), steps, seed)
+        for rows in shuffled(usable, min(batch_size, len(usable)), steps, seed)
     ]
 
 
@@ -85,7 +85,8 @@ def _batch(encoded: EncodedTexts, rows: list[int], mask_padding: bool) -> TextBa
     return TextBatch(tuple(rows), tuple(counts))
 
 
-def _shuffled(rows: list[int], batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+def shuffled(rows: Sequence[int], batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """The rows of each step: epoch after epoch, each in an order of its own."""
     rng = random.Random(seed)
     order: list[int] = []
     for _ in range(steps):

@@ -43,7 +43,8 @@ def check_head(model: Any, head: LMHead, tokens: torch.Tensor) -> None:
     if head_difference(model, head, tokens) > _TOLERANCE:
         raise SteerError(
             f"{type(model).__name__}: its logits are not those of its LM head on the last hidden "
-            "state, times a logit scale and under a soft cap; LM-Steers cannot be fitted to it"
+            "state, times a logit scale and under a soft cap; neither LM-Steers nor low-rank maps "
+            "can be fitted to it"
         )
 
 

@@ -7,8 +7,7 @@ Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024
 (arXiv 2305.12798), section 3; the recipe is that of the authors' training script.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +19,7 @@ from vllm_steer.fit.lm_steer_settings import FitCallbacks, LMSteerSettings, chec
 from vllm_steer.fit.lm_steer_training import FitInputs, train
 from vllm_steer.fit.recipe import recipe
 from vllm_steer.fit.training_run import TrainingState
+from vllm_steer.hf.language_model import evaluation_mode
 from vllm_steer.hf.lm_head import head_of
 from vllm_steer.steers import LMSteer
 from vllm_steer.steers.lm_steer import Variant
@@ -97,7 +97,7 @@ def fit_lm_steer(
         encoded, batch_size=batch_size, steps=steps, mask_padding=mask_padding, seed=seed
     )
     fit = FitInputs(model, head_of(model), encoded, batches, labels, settings)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         check_head(model, fit.head, encoded.rows[batches[0].rows[0]])
         run = None
         if run_folder is not None:
@@ -131,14 +131,3 @@ def _steer(fit: FitInputs, training: TrainingState) -> LMSteer:
         recipe=recipe("lm-steer", model=name, data=(), settings=asdict(settings), figures=figures),
         **trained,
     )
-
-
-@contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
-    """Context that puts the model in evaluation mode, without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -18,12 +18,20 @@ import torch
 
 from vllm_steer.errors import SteerError
 from vllm_steer.fit.activations import all_layers, context_length, recorded
+from vllm_steer.hf import sites
 from vllm_steer.hf.layers import LayerSteer, change_at
 from vllm_steer.hf.token_positions import PassPositions
 from vllm_steer.steers import DeltaSteer
 
 SHARES: Final = (0.1, 0.5)
 """A change that is seen in most texts, and one that most models do not bear in many layers."""
+SHORT_TEXTS: Final = (
+    "The first thing that I noticed was",
+    "Paris is a city in",
+    "1, 2, 3, 4,",
+    "She opened the letter and",
+)
+"""Texts to measure activations on where a user gives none."""
 _MOST_TOKENS: Final = 256
 _MOST_SHOWN: Final = 8
 _MOST_TEXTS: Final = 16
@@ -126,9 +134,24 @@ def relative_size(steer: LayerSteer, activations: Mapping[int, torch.Tensor]) ->
 def size_on_texts(
     model: Any, tokenizer: Any, steer: LayerSteer, texts: Iterable[str]
 ) -> RelativeSize:
-    """The sizes of a steer on the first of some texts, each with the tokenizer's special tokens."""
+    """The sizes of a steer on the first of some texts, each with the tokenizer's special tokens.
+
+    Raises ``SteerError`` for a model that lacks the steer's site or layers, or of another width.
+    """
+    _check_fits(model, steer)
     ids = [tokenizer(text)["input_ids"] for text in itertools.islice(texts, _MOST_TEXTS)]
     return relative_size(steer, read_activations(model, ids, steer.site))
+
+
+def _check_fits(model: Any, steer: LayerSteer) -> None:
+    names, blocks = sites.family(model), sites.layers_of(model)
+    sites.check_layers_exist(steer.layers, len(blocks))
+    width = sites.site_width(model, blocks[steer.layers[0]], names, steer.site)
+    if steer.hidden_size != width:
+        raise SteerError(
+            f"the steer is {steer.hidden_size} wide, and the site {steer.site} of this model is "
+            f"{width}; give the model that the steer is for"
+        )
 
 
 def median_norms(activations: Mapping[int, torch.Tensor]) -> dict[int, float]:

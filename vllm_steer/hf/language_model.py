@@ -5,6 +5,8 @@ limits are that one's; for a model of text alone both are the same config.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
@@ -85,3 +87,14 @@ def architectures_of(model: Any) -> list[str]:
         inside = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text_config(model).model_type)
         names += [inside] if isinstance(inside, str) else []
     return names
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Context that puts the model in evaluation mode, without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

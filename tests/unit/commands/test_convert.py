@@ -22,6 +22,7 @@ from untrusted_text_tools import (
 
 from vllm_steer import SteerError, load_steer, save_steer
 from vllm_steer.cli import app
+from vllm_steer.models import load_language_model
 
 
 def convert(*arguments: Any) -> Any:
@@ -212,3 +213,61 @@ def test_the_command_returns_1_and_prints_one_line(tmp_path: Path) -> None:
     assert "give rows: 1-32, layers: 0-31" in completed.stderr
     assert completed.stderr.count("\n") == 1
     assert not (tmp_path / "own").exists()
+
+
+def activation_norms(layer: int, texts: list[str]) -> list[float]:
+    """The lengths of the embedded model's residual stream behind a layer, but of first tokens."""
+    small, norms = load_language_model("embedded"), []
+    for text in texts:
+        ids = small.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            seen: list[torch.Tensor] = []
+            block = small.model.model.layers[layer]
+            handle = block.register_forward_hook(
+                lambda _m, _a, out, seen=seen: seen.append(
+                    out[0] if isinstance(out, tuple) else out
+                )
+            )
+            small.model(ids)
+            handle.remove()
+        norms += [float(row.norm()) for row in seen[0][0, 1:]]
+    return sorted(norms)
+
+
+def test_a_model_says_what_share_of_its_activations_the_steer_changes(tmp_path: Path) -> None:
+    vectors = torch.zeros(2, 128)
+    vectors[0, 0], vectors[1, :2] = 7.0, torch.tensor([3.0, 4.0])
+    torch.save(vectors, tmp_path / "v.pt")
+    texts = ["The hotel was wonderful.", "A scandal!"]
+    (tmp_path / "t.txt").write_text("\n".join(texts))
+    line = (tmp_path / "v.pt", tmp_path / "own", "--layers", "0,2", "--model", "embedded")
+    options = ("--texts", tmp_path / "t.txt")
+    size = json.loads(convert(*line, *options, "--json").output)["relative_size"]
+    shares = []
+    for layer, length in ((0, 7.0), (2, 5.0)):
+        norms = activation_norms(layer, texts)
+        one = size["layers"][str(layer)]
+        assert one["activation"] == pytest.approx(norms[(len(norms) - 1) // 2], rel=1e-4)
+        assert one["change"] == pytest.approx(length, rel=1e-6)
+        inverse = sorted(length / norm for norm in norms)
+        assert one["share"] == pytest.approx(inverse[(len(norms) - 1) // 2], rel=1e-4)
+        shares.append(one["share"])
+    half = 0.5 / (sum(shares) / 2)
+    assert size["strength_for_share"]["0.5"] == pytest.approx(half)
+    table = convert(*line, *options, "--force").output
+    assert "|v w|/|h|" in table and f"0.5 at strength {half:.3g}" in table
+    without = convert(*line[:4], "--force").output
+    assert "--model NAME prints |v w|/|h| of each layer" in without
+
+
+def test_a_model_that_cannot_measure_the_steer_is_refused(tmp_path: Path, make_steer: Any) -> None:
+    source = write_gguf(tmp_path / "v.gguf", directions([1]))
+    save_steer(make_steer(), tmp_path / "lm")
+    for line, message in (
+        ((source, "--model", "embedded"), r"the steer is \d+ wide, and the site resid .* is 128"),
+        ((source, "--texts", "t.txt"), "texts are read by a model; give --model too"),
+        ((tmp_path / "lm", "--model", "embedded"), "not apply to a steer of kind lm_steer"),
+    ):
+        with pytest.raises(SteerError, match=message):
+            convert(line[0], tmp_path / "own", *line[1:])
+        assert not (tmp_path / "own").exists()

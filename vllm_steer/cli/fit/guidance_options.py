@@ -1,4 +1,4 @@
-"""Options of the fit commands, and the shared output of ``concept``, ``vector`` and ``delta``."""
+"""Options of the fit commands, and the output that those of steers inside the layers share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,9 +15,9 @@ from vllm_steer.tables import Column, Table
 if TYPE_CHECKING:
     from vllm_steer.fit.relative_size import RelativeSize
     from vllm_steer.models import LanguageModel
-    from vllm_steer.steers import DeltaSteer, VectorSteer
+    from vllm_steer.steers import DeltaSteer, LowRankSteer, VectorSteer
 
-Guidance = TypeVar("Guidance", "VectorSteer", "DeltaSteer")
+Guidance = TypeVar("Guidance", "VectorSteer", "DeltaSteer", "LowRankSteer")
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or 'embedded'.")
@@ -101,7 +101,7 @@ def write(
 
 
 def report(
-    steer: "VectorSteer | DeltaSteer",
+    steer: "VectorSteer | DeltaSteer | LowRankSteer",
     output: Path,
     by_layer: Mapping[str, Mapping[int, float | None]],
     figures: Mapping[str, Any],
