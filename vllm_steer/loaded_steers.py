@@ -48,20 +48,25 @@ class LoadedSteers:
         return len(self._steers)
 
     def add(self, steer: PlannedSteer, most: int | None = None) -> None:
-        """Add a steer with a key, and forget the oldest ones if there are more than ``most``."""
+        """Add a steer with a key, or note that it is used, and forget those that were not for the
+        longest time if there are more than ``most``.
+        """
         assert steer.key is not None
         with self._lock:
             self._steers[steer.key] = steer
             self._steers.move_to_end(steer.key)
             while most is not None and len(self._steers) > most:
-                self._steers.popitem(last=False)
+                self._forget_names(self._steers.popitem(last=False)[0])
 
     def remove(self, key: str) -> None:
         """Forget a steer."""
         with self._lock:
             self._steers.pop(key, None)
-            for names in [n for n in self._names if any(key == named for _, named in n)]:
-                del self._names[names]
+            self._forget_names(key)
+
+    def _forget_names(self, key: str) -> None:
+        for names in [n for n in self._names if any(key == named for _, named in n)]:
+            del self._names[names]
 
     def names(self, loaded: Mapping[str, str], plan: SteerCatalog) -> tuple[Names, DoseCache]:
         """The plan's steers and those of ``loaded`` by name, with the values resolved by them.

@@ -85,8 +85,7 @@ class SteerPlan(BaseModel):
     @property
     def has_conditions(self) -> bool:
         """Whether requests may have conditions: of the config, or loaded at run time."""
-        room = self.runtime.room
-        is_reserved = self.runtime.enabled and bool(room.conditions and room.layer_sites)
+        is_reserved = self.runtime.enabled and self.runtime.room.has_conditions
         return is_reserved or any(s.condition is not None for s in self.steers.values())
 
     @property

@@ -67,24 +67,35 @@ class Room(BaseModel):
     def _has_some(self) -> "Room":
         if not (self.lm_steers or self.offsets or self.layer_sites):
             raise ValueError(
-                "reserves nothing: give lm_steers; or vectors, delta_steps, low_rank_maps or "
-                "conditions at sites"
+                "reserves nothing: give lm_steers; or at sites vectors, delta_steps, low_rank_maps "
+                "or conditions (heads has room for delta_steps only)"
             )
         return self
 
     @property
     def layer_sites(self) -> tuple[str, ...]:
         """The sites inside the layers that have room."""
-        return self.sites if self._numbers_at_sites else ()
+        at_all_but_heads = self.vectors or self.low_rank_maps or self.conditions
+        return tuple(
+            site
+            for site in self.sites
+            if self.delta_steps or (at_all_but_heads and site != "heads")
+        )
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether there is room for conditions."""
+        return bool(self.conditions and set(self.layer_sites) - {"heads"})
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether there is room for low-rank maps."""
+        return bool(self.low_rank_maps and set(self.layer_sites) - {"heads"})
 
     @property
     def reads(self) -> bool:
         """Whether there is room for directions whose strength depends on a reading of the token."""
         return bool(self.vectors and {"project", "clamp", "scale"} & set(self.modes))
-
-    @property
-    def _numbers_at_sites(self) -> int:
-        return self.vectors + self.delta_steps + self.low_rank_maps + self.conditions
 
 
 class RuntimeConfig(BaseModel):

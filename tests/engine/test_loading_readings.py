@@ -156,6 +156,18 @@ def test_what_has_no_room_changes_nothing(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
+def test_layers_all_takes_none_that_has_no_room(model: Path, tmp_path: Path) -> None:
+    room = {**ROOM, "layers": "1", "sites": ["resid"]}
+    steers = {name: every_steer()[name] for name in ("push", "pin", "loreft", "early")}
+    with engine(model, {"runtime": {"enabled": True, "room": room}}) as llm:
+        for name, steer in steers.items():
+            options = {"layers": "all"} if name != "early" else {}
+            with pytest.raises(SteerError, match=r"runtime.room has no room in layers \[0"):
+                load(llm, tmp_path, {name: steer}, **options)
+        assert steers_of(llm) == []
+
+
+@pytest.mark.matrix
 @pytest.mark.skipif(RUNNER != "v1", reason="runs on the V1 runner only on a CPU")
 def test_two_tensor_parallel_ranks() -> None:
     report = run_scenario("loaded-readings-on-tensor-ranks", VLLM_CPU_OMP_THREADS_BIND="0|1")

@@ -1,11 +1,13 @@
 """Reads the option ``when``: the conditions that decide whether a steer acts in the answer."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from vllm_steer.doses import Dose, Gate, Needs, TokenWindows
 from vllm_steer.errors import SteerRequestError
+from vllm_steer.request.parsing import parse
 from vllm_steer.request.values import key_name
 from vllm_steer.steers.layers import format_layers
 from vllm_steer.steers.sites import LAYER_SITES, acts_at_head
@@ -52,13 +54,18 @@ def read_gate(name: str, value: Any) -> Gate | None:
     return Gate(names, joined if len(names) > 1 else "any")
 
 
-def conditions_in(name: str, options: Mapping[Any, Any]) -> tuple[str, ...]:
-    """The conditions that one steer's options name; none where their ``when`` is wrong."""
-    try:
-        gate = read_gate(name, options.get("when"))
-    except SteerRequestError:
-        return ()
-    return () if gate is None else gate.conditions
+def names_in(value: Any) -> frozenset[str]:
+    """The steers that a ``steer`` value names, and the conditions in their ``when``.
+
+    Raises ``SteerRequestError`` for a value that is none; a ``when`` that is wrong names nothing.
+    """
+    names = set[str]()
+    for name, options in parse(value):
+        names.add(name)
+        with suppress(SteerRequestError):
+            gate = read_gate(name, options.get("when"))
+            names.update(() if gate is None else gate.conditions)
+    return frozenset(names)
 
 
 def with_keys(dose: Dose, steers: Mapping[str, Any]) -> Dose:

@@ -22,8 +22,7 @@ from vllm_steer.files.atomic_write import finished_name, write_text
 from vllm_steer.files.json_text import read_json
 from vllm_steer.plan import SteerPlan
 from vllm_steer.planned_steer import PlannedSteer
-from vllm_steer.request.gates import conditions_in
-from vllm_steer.request.parsing import parse
+from vllm_steer.request.gates import names_in
 from vllm_steer.runtime.steer_file import SUFFIX, UPLOAD
 
 FILE: Final = "loaded-steers.json"
@@ -56,16 +55,13 @@ class LoadedNames:
         if not self.steers or value is None:
             return {}
         try:
-            named = set[str]()
-            for name, options in parse(value):
-                named.update((name, *conditions_in(name, options)))
+            named = names_in(value)
         except SteerError:
             return {}
         is_known = named <= {*self.steers, *plan.steers, *plan.presets}
         loaded = {n: steer for n, steer in self.steers.items() if n in named or not is_known}
         for steer in loaded.values():
-            if steer.key not in plan.loaded:
-                plan.loaded.add(steer, MOST_KNOWN)
+            plan.loaded.add(steer, MOST_KNOWN)
         return {name: str(steer.key) for name, steer in loaded.items()}
 
     def with_steers(self, steers: Mapping[str, PlannedSteer]) -> "LoadedNames":

@@ -38,8 +38,12 @@ def check_name(name: Any) -> str:
     return name
 
 
-def path_in(folders: Sequence[Path], path: Any) -> Path:
-    """A path of a request as an absolute one. Raises ``Refused`` for one outside ``folders``."""
+def path_in(folders: Sequence[Path], path: Any, *, with_config: bool = False) -> Path:
+    """A path of a request as an absolute one. Raises ``Refused`` for one outside ``folders``.
+
+    Links are followed for that and kept, as the cache of a model hub has links of the names that
+    files are read by. ``with_config``: the file is read with a ``cfg.json`` beside it.
+    """
     if not isinstance(path, str) or not path or "\0" in path:
         raise Refused(f"steer_path is {shown(path)}; expected a path", BAD_REQUEST)
     try:
@@ -54,14 +58,15 @@ def path_in(folders: Sequence[Path], path: Any) -> Path:
         )
     if not os.path.isfile(resolved):
         raise Refused(f"steer_path {shown(path)}: no such file", NOT_FOUND)
-    beside = resolved.parent / CONFIG_NAME  # an SAE's file is read with it
-    if os.path.isfile(beside) and not _is_in(folders, beside.resolve()):
+    given = Path(path).absolute()
+    beside = given.parent / CONFIG_NAME
+    if with_config and os.path.isfile(beside) and not _is_in(folders, beside.resolve()):
         raise Refused(
             f"steer_path {shown(path)}: {CONFIG_NAME} beside it leads out of the allowed folders; "
             f"runtime.folders: {allowed}",
             NO_RIGHT,
         )
-    return resolved
+    return given
 
 
 def _is_in(folders: Sequence[Path], path: Path) -> bool:

@@ -39,7 +39,7 @@ def check_engine(vllm_config: Any) -> None:
         for is_on, name, advice in _INCOMPATIBLE_WITH_CONDITIONS:
             if is_on(vllm_config):
                 raise SteerError(f"conditions do not work with {name}; {advice}")
-    has_room = plan.runtime.enabled and plan.runtime.room.low_rank_maps
+    has_room = plan.runtime.enabled and plan.runtime.room.has_maps
     if has_room or any(steer.kind == "low_rank" for steer in plan.steers.values()):
         _check_maps(plan, vllm_config)
     for name, steer in plan.steers.items():

@@ -10,6 +10,7 @@ from loading_tools import lm_steer
 
 from vllm_steer import save_steer
 from vllm_steer.environment import API_KEY
+from vllm_steer.runtime.steer_file import path_in
 
 
 @pytest.fixture
@@ -30,14 +31,39 @@ def serving(tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
 def test_a_description_that_leads_out_of_the_folders_is_not_read(
     serving: FakeServer, files: Path, tmp_path: Path
 ) -> None:
-    """An SAE's file is read with the ``cfg.json`` beside it."""
+    """An SAE's file is read with the ``cfg.json`` beside it, other files are not."""
     body = {"steer_name": "a", "steer_path": str(files / "0.safetensors")}
     (tmp_path / "secret.json").write_text("{}")
     (files / "cfg.json").symlink_to(tmp_path / "secret.json")
-    refused = serving.post(LOAD, body)
+    refused = serving.post(LOAD, {**body, "kind": "sae", "feature": 0})
     assert (refused.status, "leads out of the allowed" in refused.message) == (401, True)
-    (files / "cfg.json").unlink()
     assert serving.post(LOAD, body).status == 200
+
+
+def test_a_link_keeps_its_name_and_its_neighbours(files: Path) -> None:
+    """As in the cache of a model hub, where files are links into a folder of contents."""
+    blobs, snapshot = files / "blobs", files / "snapshots"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for name, blob in {"sae_weights.safetensors": "1a", "cfg.json": "2b"}.items():
+        (blobs / blob).write_text("{}")
+        (snapshot / name).symlink_to(blobs / blob)
+    given = snapshot / "sae_weights.safetensors"
+    assert path_in([files.resolve()], str(given), with_config=True) == given
+
+
+def test_a_request_brings_its_own_condition(serving: FakeServer, files: Path) -> None:
+    data = encoded(files / "0.safetensors")
+    body = {
+        "prompt": "x",
+        "steer": {"a": {"strength": 1, "when": {"any": ["mine"]}}},
+        "steer_files": {"a": data, "mine": data, "unused": data},
+    }
+    refused = serving.post(COMPLETIONS, body)
+    assert "steer_files has unused, which steer does not name" in refused.message
+    del body["steer_files"]["unused"]  # type: ignore[attr-defined]
+    refused = serving.post(COMPLETIONS, body)  # an LM-Steer is no condition
+    assert "steer a has when 'mine', which is no condition; conditions: none" in refused.message
 
 
 def test_a_steer_is_loaded_used_replaced_and_unloaded(serving: FakeServer, files: Path) -> None:

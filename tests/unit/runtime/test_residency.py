@@ -61,6 +61,17 @@ def test_each_kind_has_its_own_room() -> None:
     assert needed_room(planned("heads", steps=7)) == ("delta_steps at heads", 7)
 
 
+def test_room_at_heads_is_for_steps_alone() -> None:
+    room = Room(lm_steers=1, vectors=2, delta_steps=0, low_rank_maps=2, conditions=2)
+    assert room.has_maps and room.has_conditions
+    at_heads = {**room.model_dump(), "sites": ["heads"]}
+    only = Room(**at_heads)
+    assert (only.layer_sites, only.has_maps, only.has_conditions) == ((), False, False)
+    assert Room(**{**at_heads, "delta_steps": 3}).layer_sites == ("heads",)
+    with pytest.raises(ValueError, match="heads has room for delta_steps only"):
+        Room(**{**at_heads, "lm_steers": 0})
+
+
 def test_the_least_recently_used_steer_leaves_first() -> None:
     residency = Residency(ROOM)
     for now, key in enumerate("ab"):

@@ -12,7 +12,7 @@ from typing import Any, Final
 from vllm_steer.errors import SteerError, SteerRequestError
 from vllm_steer.plan import SteerPlan
 from vllm_steer.planned_steer import PlannedSteer
-from vllm_steer.request.parsing import parse
+from vllm_steer.request.gates import names_in
 from vllm_steer.runtime.refusal import BAD_REQUEST, CONFLICT, Refused
 from vllm_steer.runtime.steer_file import check_name, decoded
 from vllm_steer.serving.http.bad_request import BadRequest
@@ -86,9 +86,9 @@ def _check_names(sources: Mapping[str, SteerSource], steer: Any, plan: SteerPlan
         if name in plan.steers or name in plan.presets:
             raise Refused(f"{FIELD}: {name} is a name of the steer config", CONFLICT)
     try:
-        used = {name for name, _ in parse(steer)} if steer is not None else set()
+        used = names_in(steer) if steer is not None else frozenset()
     except (SteerError, SteerRequestError):
-        used = set(sources)  # the error of the value itself follows
+        used = frozenset(sources)  # the error of the value itself follows
     unused = sorted(set(sources) - used)
     if unused:
         raise Refused(

@@ -33,6 +33,7 @@ from vllm_steer.serving.runtime.listing import steer_entry
 from vllm_steer.serving.runtime.loading import SteerLoading, SteerSource
 from vllm_steer.serving.runtime.server import loading_of
 from vllm_steer.serving.strength_reports.http_response import Send
+from vllm_steer.steers import SAESteer
 from vllm_steer.untrusted_text import listed, message, shown
 
 logger = logging.getLogger("vllm.vllm_steer")
@@ -121,7 +122,7 @@ async def _load(fields: dict[str, Any], loading: SteerLoading) -> Any:
     if "path" in fields:
         raise Refused("path is not a field here; use steer_path", BAD_REQUEST)
     file = (
-        path_in(runtime.folders, path)
+        path_in(runtime.folders, path, with_config=fields.get("kind") == SAESteer.kind)
         if data is None
         else decoded(data, "steer_data", runtime.upload_mib * MIB)
     )

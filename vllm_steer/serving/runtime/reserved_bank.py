@@ -153,18 +153,20 @@ class ReservedBank:
     def _check_layers(self, name: str, planned: PlannedSteer) -> tuple[int, ...]:
         """The layers that a steer acts in; in step with the other pipeline stages."""
         assert planned.layers is not None and self.sites is not None
+        layers = planned.layers
         if planned.where_present:
-            return self.sites.present_layers(name, planned.site, planned.layers)
-        self.sites.check_layers(f"steer {name}", planned.site, planned.layers)
+            layers = self.sites.present_layers(name, planned.site, layers)
+        else:
+            self.sites.check_layers(f"steer {name}", planned.site, layers)
         table = self._table_of(planned.kind, planned.site)
-        local = set(planned.layers) & set(self.sites.families)
+        local = set(layers) & set(self.sites.families)
         missing = sorted(local - set(() if table is None else table.layers))
         if missing:
             raise SteerError(
                 f"steer {name}: runtime.room has no room in layers {missing}; add them to "
                 "runtime.room.layers"
             )
-        return planned.layers
+        return layers
 
     def _table_of(self, kind: str, site: str) -> SiteTable | ConditionTable | None:
         """The table of steers of a kind inside the layers; None if this rank has none."""
