@@ -35,7 +35,7 @@ test-gpu: $(READY)  ## the kernels on a card, and engines with CUDA graphs again
 	$(PYTEST) -m "triton or gpu" tests/triton
 	rm -rf build/card
 	$(BIN)/python -m benchmarks.card.pack build/card/pack
-	$(BIN)/python -m benchmarks.card.run build/card/pack build/card/out --only machine,kernels,engine-v2,engine-v1
+	$(BIN)/python -m benchmarks.card.run build/card/pack build/card/out --only machine,kernels,engine-v2,engine-v1,reading-v2,reading-v1
 
 test-version: .venv-$(VERSION)/.ready  ## both model runners on another vLLM: VERSION=0.25.1
 	.venv-$(VERSION)/bin/python scripts/test_version.py $(VERSION) --runs $(RUNS)
