@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, heads_width
 
+import vllm_steer
 from vllm_steer import DeltaSteer, LMSteer, Steer, VectorSteer, save_steer
 from vllm_steer.doses import Dose, Dynamic, Gate, TokenWindows
 from vllm_steer.steers import ConditionSteer, LowRankSteer, SAESteer
@@ -326,6 +327,14 @@ def steer_config(steers: Mapping[str, Steer], folder: Path) -> dict[str, Any]:
     for name, steer in steers.items():
         save_steer(steer, folder / f"{name}.safetensors")
     return {"steers": {name: {"path": str(folder / f"{name}.safetensors")} for name in steers}}
+
+
+def load_into(llm: Any, folder: Path, steers: Mapping[str, Steer], **options: Any) -> None:
+    """Save steers and load them into a running engine."""
+    folder.mkdir(exist_ok=True)
+    for name, steer in steers.items():
+        save_steer(steer, folder / f"{name}.safetensors")
+        vllm_steer.load_steer_into(llm, name, folder / f"{name}.safetensors", **options)
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import GUIDED, Setting, doses_of, engine, greedy, guided_family, prompts
+from engines import GUIDED, Setting, doses_of, engine, greedy, guided_family, load_into, prompts
 from reference import assert_guided, load_reference
 from tiny_models import GUIDED_LAYERS, HIDDEN, save_tiny_model
 
 import vllm_steer
-from vllm_steer import Steer, SteerError, VectorSteer, save_steer
+from vllm_steer import Steer, SteerError, VectorSteer
 from vllm_steer.planned_steer import PlannedSteer
 
 FAIL = "VLLM_STEER_TEST_FAIL"
@@ -48,13 +48,6 @@ if FAIL in os.environ:
     _fail_on_rank_1(Path(os.environ[FAIL]))
 
 
-def _load(llm: Any, folder: Path, steers: Mapping[str, Steer], **options: Any) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, steer in steers.items():
-        save_steer(steer, folder / f"{name}.safetensors")
-        vllm_steer.load_steer_into(llm, name, folder / f"{name}.safetensors", **options)
-
-
 def _push(seed: int) -> VectorSteer:
     """A vector in the first and the last layer: two pipeline stages have one each."""
     vectors = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(seed)) / 2
@@ -74,7 +67,7 @@ def loaded_in_parallel(folder: Path, **options: Any) -> None:
     _, steers = guided_family("llama")
     config = {"runtime": {"enabled": True, "room": ROOM}}
     with engine(model, config, distributed_executor_backend="mp", **options) as llm:
-        _load(llm, folder / "steers", steers)
+        load_into(llm, folder / "steers", steers)
         params = greedy(GUIDED, prompt_logprobs=1)
         outputs = llm.generate(prompts(len(GUIDED)), params, use_tqdm=False)
         for output, setting in zip(outputs, GUIDED, strict=True):
@@ -82,20 +75,20 @@ def loaded_in_parallel(folder: Path, **options: Any) -> None:
         for name in steers:
             vllm_steer.unload_steer_from(llm, name)
         old, new = {"push": _push(1)}, {"push": _push(2)}
-        _load(llm, folder / "old", old)
+        load_into(llm, folder / "old", old)
         digests = [entry["digest"] for entry in vllm_steer.steers_of(llm)]
         flag.touch()
         failing = {**new, "other": _push(3)}  # what was loaded before may still be in its place
         for name, steer in failing.items():
             for _ in range(PLACES + 1):  # more often than there are places
                 with pytest.raises(SteerError, match="rank 1 may not read"):
-                    _load(llm, folder / "new", {name: steer}, load_inplace=True)
+                    load_into(llm, folder / "new", {name: steer}, load_inplace=True)
             _check(llm, reference, {"push": 1.5}, old)
         assert [entry["digest"] for entry in vllm_steer.steers_of(llm)] == digests
         with pytest.raises(ValueError, match="steer 'other' is unknown"):
             _check(llm, reference, {"other": 1.0}, failing)
         flag.unlink()
-        _load(llm, folder / "new", new, load_inplace=True)
+        load_into(llm, folder / "new", new, load_inplace=True)
         _check(llm, reference, {"push": 1.5}, new)
     print(f"{len(outputs)} outputs equal the reference; a load that fails on rank 1 is on none")
 

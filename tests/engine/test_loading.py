@@ -14,6 +14,7 @@ from engines import (
     engine,
     greedy,
     guided_family,
+    load_into,
     prompts,
     random_steers,
     steer_config,
@@ -24,11 +25,8 @@ from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, save_tiny_model
 from vllm_steer import (
     DeltaSteer,
     LMSteer,
-    Steer,
     SteerError,
     VectorSteer,
-    load_steer_into,
-    save_steer,
     steers_of,
     unload_steer_from,
 )
@@ -62,14 +60,6 @@ def loading_engine(model: Path, room: Mapping[str, Any], **options: Any) -> Iter
         yield llm
 
 
-def load(llm: Any, folder: Path, steers: Mapping[str, Steer], **options: Any) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, steer in steers.items():
-        path = folder / f"{name}.safetensors"
-        save_steer(steer, path)
-        load_steer_into(llm, name, path, **options)
-
-
 def push(seed: int) -> VectorSteer:
     vectors = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(seed)) / 2
     return VectorSteer(vectors=vectors, layers=(0, 1))
@@ -88,7 +78,7 @@ def test_steers_of_every_kind_that_are_loaded_steer_as_their_formulas_say(
     with loading_engine(model, ROOM) as llm:
         before = serve(llm, ({},))
         for round_ in range(2):  # the second time into places that others have had
-            load(llm, tmp_path / str(round_), steers)
+            load_into(llm, tmp_path / str(round_), steers)
             listed = {entry["id"]: entry for entry in steers_of(llm)}
             assert listed.keys() == steers.keys()
             assert all(entry["source"] == "runtime" for entry in listed.values())
@@ -125,22 +115,22 @@ def test_requests_keep_the_steer_that_they_were_admitted_with(
                     if output.finished:
                         outputs[output.request_id] = output
 
-        load(llm, tmp_path, {"push": old})
+        load_into(llm, tmp_path, {"push": old})
         llm_engine.add_request("old", prompt, params)
         step(5)
-        load(llm, tmp_path, {"push": new}, load_inplace=True)
+        load_into(llm, tmp_path, {"push": new}, load_inplace=True)
         llm_engine.add_request("new", prompt, params)
         step(3)
         counts = {entry["id"]: entry["in_use"] for entry in steers_of(llm)}
         assert counts == {"push": 1}  # one each of the old and of the new one
         with pytest.raises(SteerError, match="all of the room is in use: no one of the 2 vectors"):
-            load(llm, tmp_path, {"other": other})
+            load_into(llm, tmp_path, {"other": other})
         unload_steer_from(llm, "push")
         with pytest.raises(SteerError, match="all of the room is in use"):
-            load(llm, tmp_path, {"other": other})
+            load_into(llm, tmp_path, {"other": other})
         while llm_engine.has_unfinished_requests():
             step()
-        load(llm, tmp_path, {"other": other, "third": push(4)})
+        load_into(llm, tmp_path, {"other": other, "third": push(4)})
         (last,) = serve(llm, ({"other": 1.5},))
     for name, steer in (("old", old), ("new", new)):
         assert_guided(outputs[name], reference, doses_of(setting, {"push": steer}), {"push": steer})
@@ -156,7 +146,7 @@ def test_a_replaced_steer_reads_no_block_of_the_one_before_it(
     with loading_engine(model, ROOM, block_size=32) as llm:
         for seed in (1, 2, 1):
             steers = {"push": push(seed)}
-            load(llm, tmp_path, steers, load_inplace=True)
+            load_into(llm, tmp_path, steers, load_inplace=True)
             for _ in range(2):
                 (output,) = llm.generate(prompt, greedy(({"push": 2.0},)), use_tqdm=False)
                 assert_guided(output, reference, doses_of({"push": 2.0}, steers), steers)
@@ -173,7 +163,7 @@ def test_replacement_while_requests_are_preempted(
         params = greedy(settings, max_tokens=40)
         for index, prompt in enumerate(prompts(len(settings), length=20)):
             used[str(index)] = push(index % 3)
-            load(llm, tmp_path, {"push": used[str(index)]}, load_inplace=True)
+            load_into(llm, tmp_path, {"push": used[str(index)]}, load_inplace=True)
             llm_engine.add_request(str(index), prompt, params[index])
             for _ in range(4):
                 outputs |= {o.request_id: o for o in llm_engine.step() if o.finished}
@@ -210,13 +200,13 @@ def test_steers_that_do_not_fit_change_nothing(model: Path, tmp_path: Path) -> N
     }
     room = {**ROOM, "sites": ["resid"], "modes": ["add"], "offsets": 0}
     with loading_engine(model, room) as llm:
-        load(llm, tmp_path, {"push": steer})
+        load_into(llm, tmp_path, {"push": steer})
         before = serve(llm, ({"push": 1.0},))[0].outputs[0].token_ids
         for message, other in unfit.items():
             with pytest.raises(SteerError, match=message):
-                load(llm, tmp_path / "other", {"push": other}, load_inplace=True)
+                load_into(llm, tmp_path / "other", {"push": other}, load_inplace=True)
         with pytest.raises(SteerError, match="steer push is loaded already; unload it first"):
-            load(llm, tmp_path, {"push": steer})
+            load_into(llm, tmp_path, {"push": steer})
         with pytest.raises(SteerError, match="no steer gone was loaded at run time; loaded: push"):
             unload_steer_from(llm, "gone")
         assert serve(llm, ({"push": 1.0},))[0].outputs[0].token_ids == before
@@ -232,14 +222,14 @@ def test_steers_of_a_config_and_loaded_ones_side_by_side(
     loaded = {name: steers[name] for name in names[1::2]}
     config = steer_config(of_config, tmp_path / "config")
     with engine(model, {**config, "runtime": {"enabled": True, "room": ROOM}}) as llm:
-        load(llm, tmp_path / "loaded", loaded)
+        load_into(llm, tmp_path / "loaded", loaded)
         sources = {entry["id"]: entry["source"] for entry in steers_of(llm)}
         assert sources == {n: "config" if n in of_config else "runtime" for n in names}
         for output, setting in zip(serve(llm, GUIDED), GUIDED, strict=True):
             assert_guided(output, reference, doses_of(setting, steers), steers)
         name = next(iter(of_config))
         with pytest.raises(SteerError, match=f"{name} is a steer of the steer config"):
-            load(llm, tmp_path / "loaded", {name: steers[name]}, load_inplace=True)
+            load_into(llm, tmp_path / "loaded", {name: steers[name]}, load_inplace=True)
         with pytest.raises(SteerError, match=f"{name} is a steer of the steer config"):
             unload_steer_from(llm, name)
 
@@ -250,4 +240,4 @@ def test_an_engine_without_room_says_so(model: Path, tmp_path: Path) -> None:
         engine(model, steer_config({"push": push(1)}, tmp_path)) as llm,
         pytest.raises(SteerError, match="give it a steer config with runtime"),
     ):
-        load(llm, tmp_path, {"more": push(2)})
+        load_into(llm, tmp_path, {"more": push(2)})

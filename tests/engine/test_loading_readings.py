@@ -12,6 +12,7 @@ from engines import (
     engine,
     greedy,
     guidance_steers,
+    load_into,
     prompts,
     random_steers,
     reading_steers,
@@ -21,7 +22,7 @@ from reference import assert_guided, load_reference
 from scenarios import run_scenario
 from tiny_models import GUIDED_LAYERS, HIDDEN, VOCAB, save_tiny_model
 
-from vllm_steer import Steer, SteerError, load_steer_into, save_steer, steers_of, unload_steer_from
+from vllm_steer import Steer, SteerError, steers_of, unload_steer_from
 
 pytestmark = pytest.mark.engine
 
@@ -59,13 +60,6 @@ def every_steer(seed: int = 8) -> dict[str, Steer]:
     }
 
 
-def load(llm: Any, folder: Path, steers: dict[str, Steer], **options: Any) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, steer in steers.items():
-        save_steer(steer, folder / f"{name}.safetensors")
-        load_steer_into(llm, name, folder / f"{name}.safetensors", **options)
-
-
 def assert_served(llm: Any, reference: Any, steers: dict[str, Steer], **options: Any) -> None:
     outputs = llm.generate(
         prompts(len(READING)), greedy(READING, max_tokens=10, **options), use_tqdm=False
@@ -83,7 +77,7 @@ def test_every_way_that_is_loaded_steers_as_its_formula_says(
             steers = every_steer(seed=8 + 100 * round_)
             if round_:
                 steers = dict(reversed(steers.items()))
-            load(llm, tmp_path / str(round_), steers)
+            load_into(llm, tmp_path / str(round_), steers)
             listed = {entry["id"]: entry["source"] for entry in steers_of(llm)}
             assert listed == dict.fromkeys(steers, "runtime")
             assert_served(llm, reference, steers)
@@ -106,19 +100,19 @@ def test_a_request_keeps_the_condition_that_it_was_admitted_with(
         model, {"runtime": {"enabled": True, "room": {**ROOM, "conditions": 2}}}, **options
     ) as llm:
         llm_engine, outputs = llm.llm_engine, {}
-        load(llm, tmp_path, {**pushes, "early": found})
+        load_into(llm, tmp_path, {**pushes, "early": found})
         for name, condition in {"first": opposite, "second": found}.items():
             llm_engine.add_request(name, prompt, greedy((setting,), max_tokens=12)[0])
             llm_engine.step()
             in_use = {entry["id"]: entry["in_use"] for entry in steers_of(llm)}
             assert in_use["early"] == 1
-            load(llm, tmp_path, {"early": condition}, load_inplace=True)
+            load_into(llm, tmp_path, {"early": condition}, load_inplace=True)
         other = conditions(HIDDEN, GUIDED_LAYERS, seed=50)["late"]
         with pytest.raises(SteerError, match="no one of the 2 conditions at resid is free"):
-            load(llm, tmp_path, {"late": other})
+            load_into(llm, tmp_path, {"late": other})
         while llm_engine.has_unfinished_requests():
             outputs |= {o.request_id: o for o in llm_engine.step() if o.finished}
-        load(llm, tmp_path, {"late": other})
+        load_into(llm, tmp_path, {"late": other})
     for name, condition in {"first": found, "second": opposite}.items():
         steers = {**pushes, "early": condition}
         assert_guided(outputs[name], reference, doses_of(setting, steers), steers)
@@ -132,7 +126,7 @@ def test_loaded_beside_those_of_a_config(model: Path, reference: Any, tmp_path: 
     of_config = {name: steer for i, (name, steer) in enumerate(steers.items()) if i % 2}
     config = steer_config(of_config, tmp_path / "config")
     with engine(model, {**config, **CONFIG}) as llm:
-        load(llm, tmp_path / "loaded", {n: s for n, s in steers.items() if n not in of_config})
+        load_into(llm, tmp_path / "loaded", {n: s for n, s in steers.items() if n not in of_config})
         assert_served(llm, reference, steers)
 
 
@@ -150,9 +144,9 @@ def test_what_has_no_room_changes_nothing(model: Path, tmp_path: Path) -> None:
     with engine(model, {"runtime": {"enabled": True, "room": room}}) as llm:
         for name, message in unfit.items():
             with pytest.raises(SteerError, match=message):
-                load(llm, tmp_path, {name: steers[name]})
+                load_into(llm, tmp_path, {name: steers[name]})
         assert steers_of(llm) == []
-        load(llm, tmp_path, {"feature": steers["feature"]})  # one that only adds reads nothing
+        load_into(llm, tmp_path, {"feature": steers["feature"]})  # one that only adds reads nothing
 
 
 @pytest.mark.matrix
@@ -163,7 +157,7 @@ def test_layers_all_takes_none_that_has_no_room(model: Path, tmp_path: Path) -> 
         for name, steer in steers.items():
             options = {"layers": "all"} if name != "early" else {}
             with pytest.raises(SteerError, match=r"runtime.room has no room in layers \[0"):
-                load(llm, tmp_path, {name: steer}, **options)
+                load_into(llm, tmp_path, {name: steer}, **options)
         assert steers_of(llm) == []
 
 

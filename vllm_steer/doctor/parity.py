@@ -10,8 +10,8 @@ engine's own tokens, and differ clearly from the unsteered ones.
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,9 +19,10 @@ import torch
 
 from vllm_steer.doctor.architecture import Architecture
 from vllm_steer.doctor.engine import run_engine
-from vllm_steer.doctor.engine_process import Completion, EngineOutput, Job, Setting
+from vllm_steer.doctor.engine_process import Completion, EngineOutput, Job
 from vllm_steer.doctor.finding import Finding, State
-from vllm_steer.doctor.reading_trials import GATED, reading_trials
+from vllm_steer.doctor.parity_trials import ParityTrials, without_refused
+from vllm_steer.doctor.reading_trials import reading_trials
 from vllm_steer.doctor.reference import (
     ReferenceComparison,
     Scores,
@@ -34,7 +35,6 @@ from vllm_steer.doctor.trials import TOKENS, measure_sizes, prompts, trial_steer
 from vllm_steer.errors import SteerError
 from vllm_steer.files import save_steer
 from vllm_steer.models import load_tokenizer, model_path
-from vllm_steer.request.gates import CONDITION
 from vllm_steer.steers import ConditionSteer, Steer
 from vllm_steer.steers.layers import format_layers
 
@@ -53,53 +53,6 @@ FLOOR: Final = 0.05
 PLAIN: Final = 4.0
 """A steer must change log-probabilities by this many tolerances, to exclude rounding."""
 _LONGEST: Final = 256
-
-
-@dataclass(frozen=True)
-class ParityTrials:
-    """The trials of one engine: its steers, the options of the trial that is named like its steer,
-    and the prompts. ``not_tested`` has trials that the engine refuses, with the reason.
-    """
-
-    steers: Mapping[str, Steer]
-    options: Mapping[str, float | Mapping[str, Any]]
-    prompts: Sequence[list[int]]
-    not_tested: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def batches(self) -> dict[str, list[Setting]]:
-        """The settings of the three batches."""
-        return {
-            "unsteered": [{}],
-            "zero": [{name: _at_zero(options) for name, options in self.options.items()}],
-            "large": [{name: options} for name, options in self.options.items()],
-        }
-
-
-def _at_zero(options: float | Mapping[str, Any]) -> float | dict[str, Any]:
-    return {**options, "strength": 0.0} if isinstance(options, Mapping) else 0.0
-
-
-_REFUSED_WITH_CONDITIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "pipeline_parallel_size": lambda value: value > 1,
-    "kv_transfer_config": lambda value: value is not None,
-}
-"""Options of an engine that does not start with a condition, and their values that say so."""
-
-
-def without_refused(trials: ParityTrials, options: Mapping[str, Any]) -> ParityTrials:
-    """The trials without those that an engine with these options refuses."""
-    refused = [
-        name
-        for name, is_on in _REFUSED_WITH_CONDITIONS.items()
-        if name in options and is_on(options[name])
-    ]
-    if not refused or GATED not in trials.steers:
-        return trials
-    reason = f"the engine refuses conditions with {', '.join(refused)}"
-    steers = {n: steer for n, steer in trials.steers.items() if n not in (GATED, CONDITION)}
-    kept = {name: value for name, value in trials.options.items() if name in steers}
-    return ParityTrials(steers, kept, trials.prompts, {GATED: reason})
 
 
 def parity(architecture: Architecture, options: Mapping[str, Any]) -> Iterator[Finding]:

@@ -9,8 +9,9 @@ import transformers
 from vllm_steer import embedded
 from vllm_steer.doctor import Architecture, read_architecture
 from vllm_steer.doctor.engine_process import Completion, EngineOutput
-from vllm_steer.doctor.parity import PLAIN, TOLERANCE, ParityTrials, compare, score_all
-from vllm_steer.doctor.parity import without_refused as kept_by
+from vllm_steer.doctor.parity import PLAIN, TOLERANCE, compare, score_all
+from vllm_steer.doctor.parity_trials import ParityTrials
+from vllm_steer.doctor.parity_trials import without_refused as kept_by
 from vllm_steer.doctor.reading_trials import GATED, reading_trials
 from vllm_steer.doctor.reference import Scores, score
 from vllm_steer.doctor.trials import prompts

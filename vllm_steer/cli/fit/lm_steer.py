@@ -1,7 +1,6 @@
 """``vllm-steer fit lm-steer``: an LM-Steer from labelled texts, or from two sets of texts."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
+from vllm_steer.cli.fit import training_options as training
 from vllm_steer.cli.numbers import bounded
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import ProgressBarCallback, progress
-from vllm_steer.cli.terminal import Console, say, say_json
+from vllm_steer.cli.terminal import Console, say_json
 from vllm_steer.errors import SteerError
 from vllm_steer.tables import facts
 
@@ -74,24 +74,17 @@ def lm_steer(
     device: options.Device = None,
     default_strength: options.DefaultStrength = None,
     description: options.Description = "",
-    run_folder: Annotated[
-        Path | None, typer.Option(help="Checkpoints and loss curve; OUTPUT.run by default.")
-    ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard an unfinished run in the run folder.")
-    ] = False,
-    checkpoint_every: Annotated[
-        int, typer.Option(callback=bounded, help="Steps between checkpoints.")
-    ] = 100,
+    run_folder: training.RunFolder = None,
+    restart: training.Restart = False,
+    checkpoint_every: training.CheckpointEvery = 100,
     cache_gib: Annotated[
         float, typer.Option(help="Disk for hidden states; the rest are recomputed.")
     ] = 16.0,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw loss.png in the run folder.")] = False,
+    plot: training.Plot = False,
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Train an LM-Steer on texts with labels in [-1, 1]; an interrupted run resumes."""
-    from vllm_steer.fit.training_run import LOSS_PLOT
     from vllm_steer.run_folder import locked
     from vllm_steer.steers.checks import check_default_strength
 
@@ -101,14 +94,8 @@ def lm_steer(
     if not 0 <= cache_gib < math.inf:
         raise SteerError(f"cache-gib is {cache_gib}; expected 0 or more")
     check_default_strength(default_strength)
-    if plot:
-        from vllm_steer.optional import require_package
-
-        require_package("matplotlib")
+    folder = training.checked_run_folder(run_folder, output, plot=plot, force=force)
     files, texts = _texts(data, positive, negative, text_field, label_field, labels)
-    folder = run_folder or output.with_name(output.name + ".run")
-    if plot and os.path.lexists(folder / LOSS_PLOT):
-        check_output(folder / LOSS_PLOT, force)
     with locked(folder):
         with progress("loading the model") as advance:
             steer = _fit(context.params, settings, texts, folder, advance)
@@ -133,9 +120,7 @@ def _texts(
     labels: str | None,
 ) -> tuple[list[dict[str, str]], "list[LabelledText]"]:
     """Name and SHA-256 of the files, and their labelled texts."""
-    from vllm_steer.digest import file_digest
     from vllm_steer.texts import read_labelled, read_two_sides
-    from vllm_steer.untrusted_text import printable
 
     if data is not None and positive is None and negative is None:
         files = [data]
@@ -145,7 +130,7 @@ def _texts(
         texts = read_two_sides(positive, negative, text_field=text_field)
     else:
         raise SteerError("give the texts as --data FILE, or as --positive FILE and --negative FILE")
-    return [{"file": printable(path.name), "sha256": file_digest(path)} for path in files], texts
+    return [training.file_record(path) for path in files], texts
 
 
 def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,18 +149,9 @@ def _fit(
     advance: ProgressBarCallback,
 ) -> "LMSteer":
     from vllm_steer.fit.lm_steer import fit_lm_steer
-    from vllm_steer.fit.lm_steer_settings import FitCallbacks
     from vllm_steer.models import load_language_model
 
     language = load_language_model(params["model"], dtype=params["dtype"], device=params["device"])
-    steps = settings["steps"]
-    callbacks = FitCallbacks(
-        on_text=lambda done, total: advance(done, total=total, description="reading the texts"),
-        on_step=lambda step, loss: advance(
-            step + 1, total=steps, description=f"fitting, loss {loss:.3f}"
-        ),
-        on_message=lambda text: say(f"vllm-steer: {text}", stderr=True),
-    )
     return fit_lm_steer(
         language.model,
         language.tokenizer,
@@ -186,20 +162,16 @@ def _fit(
         run_folder=folder,
         restart=params["restart"],
         checkpoint_every=params["checkpoint_every"],
-        callbacks=callbacks,
+        callbacks=training.callbacks(advance, settings["steps"], "reading the texts"),
     )
 
 
 def _finish(steer: "LMSteer", output: Path, folder: Path, plot: bool) -> None:
     """Write the steer first, so that the run can be resumed until the file exists."""
     from vllm_steer.files import save_steer
-    from vllm_steer.fit.loss_plot import plot_losses
-    from vllm_steer.fit.training_run import LOSS_PLOT, finish_run, read_losses
 
     save_steer(steer, output)
-    if plot:
-        plot_losses(read_losses(folder), folder / LOSS_PLOT)
-    finish_run(folder)
+    training.finish(folder, plot=plot)
 
 
 def _print(steer: "LMSteer", output: Path, folder: Path, as_json: bool) -> None:

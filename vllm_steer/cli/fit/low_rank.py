@@ -1,6 +1,5 @@
 """``vllm-steer fit low-rank``: a low-rank map from prompts with answers, or from texts."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_steer.cli.fit import guidance_options as options
+from vllm_steer.cli.fit import training_options as training
 from vllm_steer.cli.numbers import bounded
 from vllm_steer.cli.output import check_named, check_output
 from vllm_steer.cli.progress import ProgressBarCallback, progress
@@ -81,16 +81,10 @@ def low_rank(
     device: options.Device = None,
     default_strength: options.DefaultStrength = None,
     description: options.Description = "",
-    run_folder: Annotated[
-        Path | None, typer.Option(help="Checkpoints and loss curve; OUTPUT.run by default.")
-    ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard an unfinished run in the run folder.")
-    ] = False,
-    checkpoint_every: Annotated[
-        int, typer.Option(callback=bounded, help="Steps between checkpoints.")
-    ] = 100,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw loss.png in the run folder.")] = False,
+    run_folder: training.RunFolder = None,
+    restart: training.Restart = False,
+    checkpoint_every: training.CheckpointEvery = 100,
+    plot: training.Plot = False,
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -99,7 +93,7 @@ def low_rank(
     check_named(model, description)
     settings = _settings(context.params)
     rows = _rows(context, data, texts)
-    folder = _run_folder(run_folder, output, plot=plot, force=force)
+    folder = training.checked_run_folder(run_folder, output, plot=plot, force=force)
     from vllm_steer.run_folder import locked
     from vllm_steer.steers.checks import check_default_strength
 
@@ -117,7 +111,7 @@ def low_rank(
             description=description,
             recipe=recipe_data,
         )
-        _finish(folder, plot=plot)
+        training.finish(folder, plot=plot)
     _report(language, steer, output, rows, settings, as_json=as_json)
 
 
@@ -152,19 +146,6 @@ def _rows(context: typer.Context, data: Path | None, texts: Path | None) -> "lis
     raise SteerError("give --data, prompts with answers, or --texts, and only one of these")
 
 
-def _run_folder(folder: Path | None, output: Path, *, plot: bool, force: bool) -> Path:
-    """The run folder; ``SteerError`` if the plot cannot be drawn there."""
-    from vllm_steer.fit.training_run import LOSS_PLOT
-    from vllm_steer.optional import require_package
-
-    folder = folder or output.with_name(output.name + ".run")
-    if plot:
-        require_package("matplotlib")
-        if os.path.lexists(folder / LOSS_PLOT):
-            check_output(folder / LOSS_PLOT, force)
-    return folder
-
-
 def _fit(
     language: "LanguageModel",
     params: Mapping[str, Any],
@@ -173,18 +154,8 @@ def _fit(
     folder: Path,
     advance: ProgressBarCallback,
 ) -> "LowRankSteer":
-    from vllm_steer.fit.lm_steer_settings import FitCallbacks
     from vllm_steer.fit.low_rank import fit_low_rank
 
-    callbacks = FitCallbacks(
-        on_text=lambda done, total: advance(
-            done, total=total, description="reading held-out texts"
-        ),
-        on_step=lambda step, loss: advance(
-            step + 1, total=settings["steps"], description=f"fitting, loss {loss:.3f}"
-        ),
-        on_message=lambda text: say(f"vllm-steer: {text}", stderr=True),
-    )
     return fit_low_rank(
         language.model,
         language.tokenizer,
@@ -194,28 +165,14 @@ def _fit(
         run_folder=folder,
         restart=params["restart"],
         checkpoint_every=params["checkpoint_every"],
-        callbacks=callbacks,
+        callbacks=training.callbacks(advance, settings["steps"], "reading held-out texts"),
     )
 
 
 def _recipe(steer: "LowRankSteer", model: str, file: Path | None) -> dict[str, Any]:
     """The fit's recipe with the model's and the file's names."""
-    from vllm_steer.digest import file_digest
-    from vllm_steer.untrusted_text import printable
-
     assert file is not None
-    data = [{"file": printable(file.name), "sha256": file_digest(file)}]
-    return {**(steer.recipe or {}), "model": model, "data": data}
-
-
-def _finish(folder: Path, *, plot: bool) -> None:
-    """After the steer is written: the loss curve is kept, checkpoints are removed."""
-    from vllm_steer.fit.loss_plot import plot_losses
-    from vllm_steer.fit.training_run import LOSS_PLOT, finish_run, read_losses
-
-    if plot:
-        plot_losses(read_losses(folder), folder / LOSS_PLOT)
-    finish_run(folder)
+    return {**(steer.recipe or {}), "model": model, "data": [training.file_record(file)]}
 
 
 def _report(
